@@ -1,0 +1,163 @@
+"""Every error that qedfuse raises on purpose, in one tree.
+
+    QedError                      EIO      32  anything else that stops a mount
+    ├── UsageError                EINVAL    1  the caller asked for something that makes no sense
+    ├── ReadOnlyError             EROFS     1  a write to a disk that is open read-only
+    ├── HostError                 (host's)  2  the host's file system or kernel refused
+    │   └── NoSpaceError          ENOSPC    2  no room: end of the disk, or the host is full
+    ├── ImageError                EINVAL   12  the file is not a usable QED image
+    │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
+    │   ├── HeaderError           EINVAL   12  a header field is out of its range
+    │   ├── UnsupportedError      ENOTSUP  14  unknown incompatible feature bits
+    │   ├── CorruptImageError     EIO      13  the tables contradict themselves or the file
+    │   └── NeedsCheckError       EIO      15  must be checked first, and is not going to be
+    ├── ImageInUseError           EBUSY    16  another program holds the image
+    ├── BackingError              ENOENT   17  a backing file cannot be used
+    │   └── BackingRefusedError   EPERM    17  ... because the security rules forbid it
+    ├── MountpointError           EBUSY    18  the mountpoint is missing, busy, stale or ambiguous
+    ├── PrivilegeError            EPERM    19  the user may not mount like this
+    └── FuseError                 EIO      21  libfuse or the kernel's FUSE refused
+
+Each class carries the errno that a guest sees and the exit code that a command
+returns.  ``str(error)`` is one line, fit to be shown as it is.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+import os
+from typing import ClassVar
+
+from qedfuse.util.text import printable
+
+
+class QedError(Exception):
+    """The base of all errors that are raised on purpose."""
+
+    errno: int = errnos.EIO
+    exit_code: ClassVar[int] = 32
+
+
+class UsageError(QedError):
+    """The caller asked for something that makes no sense."""
+
+    errno = errnos.EINVAL
+    exit_code = 1
+
+
+class ReadOnlyError(QedError):
+    """A change was asked of a disk that is open read-only, or became so after a failure."""
+
+    errno = errnos.EROFS
+    exit_code = 1
+
+
+class HostError(QedError):
+    """The host's file system or kernel refused an operation; ``errno`` is the host's."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, errno: int = errnos.EIO) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+    @classmethod
+    def from_os(cls, error: OSError, name: str, action: str) -> HostError:
+        """Say which ``action`` on which file failed; a full host gives `NoSpaceError`."""
+        number = error.errno or errnos.EIO
+        message = f"{name}: {action}: {os.strerror(number)}"
+        if number in (errnos.ENOSPC, errnos.EDQUOT):
+            return NoSpaceError(message, number)
+        return cls(message, number)
+
+
+class NoSpaceError(HostError):
+    """No room: past the end of the disk, or the host's file system is full."""
+
+    def __init__(self, message: str, errno: int = errnos.ENOSPC) -> None:
+        super().__init__(message, errno)
+
+
+class ImageError(QedError):
+    """The file is not a usable QED image."""
+
+    errno = errnos.EINVAL
+    exit_code = 12
+
+
+class NotQedError(ImageError):
+    """The file has no QED magic, or is too short to hold a header."""
+
+
+class HeaderError(ImageError):
+    """A header field is out of its range."""
+
+    def __init__(self, name: str, field: str, found: object, expected: str) -> None:
+        super().__init__(f"{name}: header field {field}: found {found}, expected {expected}")
+        self.field = field
+
+
+class UnsupportedError(ImageError):
+    """The image uses incompatible features that this version does not know."""
+
+    errno = errnos.ENOTSUP
+    exit_code = 14
+
+
+class CorruptImageError(ImageError):
+    """A table contradicts itself, another table or the file."""
+
+    errno = errnos.EIO
+    exit_code = 13
+
+
+class NeedsCheckError(ImageError):
+    """The image must be checked before it is used, and this caller does not check."""
+
+    errno = errnos.EIO
+    exit_code = 15
+
+
+class ImageInUseError(QedError):
+    """Another program holds the image in a way that excludes ours."""
+
+    errno = errnos.EBUSY
+    exit_code = 16
+
+
+class BackingError(QedError):
+    """A backing file is missing, of the wrong kind, part of a loop, or too deep."""
+
+    errno = errnos.ENOENT
+    exit_code = 17
+
+
+class BackingRefusedError(BackingError):
+    """A backing file exists, but the security rules do not let this image use it."""
+
+    errno = errnos.EPERM
+
+
+class MountpointError(QedError):
+    """The mountpoint is missing, busy, stale, or two images want one name in it."""
+
+    errno = errnos.EBUSY
+    exit_code = 18
+
+
+class PrivilegeError(QedError):
+    """The user may not mount in the way that was asked for."""
+
+    errno = errnos.EPERM
+    exit_code = 19
+
+
+class FuseError(QedError):
+    """libfuse or the kernel's side of FUSE refused."""
+
+    exit_code = 21
+
+
+def cannot_open(path: str, error: OSError) -> HostError:
+    """Turn a failed open(2) of a file that the user named into one line about it."""
+    return HostError.from_os(error, printable(path), "cannot open")
