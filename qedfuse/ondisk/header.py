@@ -1,0 +1,220 @@
+"""The header of an image: 64 bytes at the start of the file.
+
+Source: QEMU's QED specification, "Header".  `parse_header` checks every field against
+its own range before anything is computed from it; what depends on the file's length is
+checked by `Header.check_fits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from construct import Int32ul, Int64ul, Struct
+
+from qedfuse.errors import HeaderError, NotQedError, UnsupportedError
+from qedfuse.ondisk.constants import (
+    HEADER_BYTES,
+    KNOWN_AUTOCLEAR,
+    KNOWN_FEATURES,
+    MAGIC,
+    MAX_BACKING_NAME,
+    MAX_CLUSTER_SIZE,
+    MAX_TABLE_SIZE,
+    MIN_CLUSTER_SIZE,
+    MIN_TABLE_SIZE,
+    SECTOR,
+    Feature,
+)
+from qedfuse.ondisk.geometry import Geometry
+
+LAYOUT: Final[Any] = Struct(
+    "magic" / Int32ul,
+    "cluster_size" / Int32ul,
+    "table_size" / Int32ul,
+    "header_size" / Int32ul,
+    "features" / Int64ul,
+    "compat_features" / Int64ul,
+    "autoclear_features" / Int64ul,
+    "l1_table_offset" / Int64ul,
+    "image_size" / Int64ul,
+    "backing_filename_offset" / Int32ul,
+    "backing_filename_size" / Int32ul,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header whose fields are each in range.
+
+    Attributes:
+        header_size: Clusters reserved for the header; QEMU opens images where it is 0.
+        features: Incompatible feature bits, all known.
+        compat_features: Bits that may be ignored, and are kept as they are.
+        autoclear_features: Bits to clear before the first change if unknown.
+        l1_table_offset: File offset of the L1 table.
+        image_size: Size of the disk in bytes.
+    """
+
+    cluster_size: int
+    table_size: int
+    header_size: int
+    features: int
+    compat_features: int
+    autoclear_features: int
+    l1_table_offset: int
+    image_size: int
+    backing_filename_offset: int = 0
+    backing_filename_size: int = 0
+    geometry: Geometry = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Derive the geometry."""
+        object.__setattr__(self, "geometry", Geometry(self.cluster_size, self.table_size))
+
+    @property
+    def header_end(self) -> int:
+        """The first file offset that a table or a data cluster may have, in bytes."""
+        return max(1, self.header_size) * self.cluster_size
+
+    @property
+    def l1_end(self) -> int:
+        """The file offset just past the L1 table, in bytes."""
+        return self.l1_table_offset + self.geometry.table_bytes
+
+    @property
+    def has_backing(self) -> bool:
+        """Whether the image names a backing file."""
+        return bool(self.features & Feature.BACKING_FILE)
+
+    @property
+    def backing_is_raw(self) -> bool:
+        """Whether the backing file's format must not be guessed from its content."""
+        return bool(self.features & Feature.BACKING_FORMAT_NO_PROBE)
+
+    @property
+    def need_check(self) -> bool:
+        """Whether the tables may be inconsistent."""
+        return bool(self.features & Feature.NEED_CHECK)
+
+    @property
+    def stale_autoclear(self) -> int:
+        """The autoclear bits that must be cleared before the image is changed."""
+        return self.autoclear_features & ~KNOWN_AUTOCLEAR
+
+    def with_need_check(self, *, value: bool) -> Header:
+        """Return this header with NEED_CHECK set or cleared."""
+        bit = int(Feature.NEED_CHECK)
+        return replace(self, features=self.features | bit if value else self.features & ~bit)
+
+    def with_size(self, image_size: int) -> Header:
+        """Return this header for a disk of another size, in bytes."""
+        return replace(self, image_size=image_size)
+
+    def without_stale_autoclear(self) -> Header:
+        """Return this header with unknown autoclear bits cleared."""
+        return replace(self, autoclear_features=self.autoclear_features & KNOWN_AUTOCLEAR)
+
+    def check_fits(self, file_size: int, name: str) -> None:
+        """Check the fields that say where things lie against the file's length in bytes.
+
+        Raises:
+            HeaderError: The L1 table is not wholly inside the file.
+        """
+        if self.l1_end > file_size:
+            raise HeaderError(
+                name,
+                "l1_table_offset",
+                f"{self.l1_table_offset} (table of {self.geometry.table_bytes} bytes)",
+                f"a whole table inside the file of {file_size} bytes",
+            )
+
+
+def parse_header(data: bytes, name: str) -> Header:
+    """Read a header from the first bytes of a file called ``name`` in messages.
+
+    Raises:
+        NotQedError: Too short, or no QED magic.
+        HeaderError: A field is out of its range.
+        UnsupportedError: Unknown incompatible feature bits are set.
+    """
+    if len(data) < HEADER_BYTES:
+        if data[:4] != MAGIC.to_bytes(4, "little"):
+            msg = f"{name}: not a QED image: found {len(data)} bytes, expected a header of 64"
+            raise NotQedError(msg)
+        msg = f"{name}: truncated header: found {len(data)} bytes, expected 64"
+        raise NotQedError(msg)
+    raw = LAYOUT.parse(data[:HEADER_BYTES])
+    if raw.magic != MAGIC:
+        msg = (
+            f"{name}: not a QED image: header field magic: "
+            f"found 0x{raw.magic:08x}, expected 0x{MAGIC:08x}"
+        )
+        raise NotQedError(msg)
+    # Feature bits come first: an image with unknown ones may mean anything by the rest.
+    unknown = raw.features & ~KNOWN_FEATURES
+    if unknown:
+        bits = ", ".join(str(bit) for bit in range(64) if unknown >> bit & 1)
+        msg = (
+            f"{name}: header field features: found unknown incompatible bits 0x{unknown:x} "
+            f"(bit {bits}), expected only bits 0, 1 and 2"
+        )
+        raise UnsupportedError(msg)
+    _check_power(name, "cluster_size", raw.cluster_size, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
+    _check_power(name, "table_size", raw.table_size, MIN_TABLE_SIZE, MAX_TABLE_SIZE)
+    header = Header(
+        cluster_size=raw.cluster_size,
+        table_size=raw.table_size,
+        header_size=raw.header_size,
+        features=raw.features,
+        compat_features=raw.compat_features,
+        autoclear_features=raw.autoclear_features,
+        l1_table_offset=raw.l1_table_offset,
+        image_size=raw.image_size,
+        backing_filename_offset=raw.backing_filename_offset,
+        backing_filename_size=raw.backing_filename_size,
+    )
+    _check_places(header, name)
+    return header
+
+
+def _check_power(name: str, field_name: str, value: int, least: int, most: int) -> None:
+    """Check that a field is a power of two within its limits."""
+    if not least <= value <= most or value & (value - 1):
+        raise HeaderError(name, field_name, value, f"a power of two from {least} to {most}")
+
+
+def _check_places(header: Header, name: str) -> None:
+    """Check sizes and offsets against the geometry and each other."""
+    geometry = header.geometry
+    size = header.image_size
+    if size % SECTOR or size > geometry.max_image_size:
+        expected = f"a multiple of {SECTOR} up to {geometry.max_image_size}"
+        raise HeaderError(name, "image_size", size, expected)
+    offset = header.l1_table_offset
+    if geometry.in_cluster(offset) or offset < header.cluster_size:
+        expected = f"a multiple of {header.cluster_size} past the header"
+        raise HeaderError(name, "l1_table_offset", offset, expected)
+    if offset < header.header_end:
+        expected = f"at most {offset // header.cluster_size}, where the L1 table begins"
+        raise HeaderError(name, "header_size", header.header_size, expected)
+    if header.has_backing:
+        length = header.backing_filename_size
+        if not 1 <= length <= MAX_BACKING_NAME:
+            expected = f"1 to {MAX_BACKING_NAME}"
+            raise HeaderError(name, "backing_filename_size", length, expected)
+        end = header.backing_filename_offset + length
+        area = header.header_size * header.cluster_size
+        if end > area:
+            expected = f"a name of {length} bytes inside the header's {area} bytes"
+            raise HeaderError(
+                name, "backing_filename_offset", header.backing_filename_offset, expected
+            )
+
+
+def build_header(header: Header) -> bytes:
+    """Encode a header as the 64 bytes at the start of a file."""
+    fields = {
+        item.name: getattr(header, item.name) for item in LAYOUT.subcons if item.name != "magic"
+    }
+    return bytes(LAYOUT.build({"magic": MAGIC, **fields}))
