@@ -1,0 +1,221 @@
+"""The bytes of the host's file, behind a protocol small enough to stand in for.
+
+`PosixFile` is the real thing.  Tests put other files behind the same protocol: one that
+records what is written, one that fails at a chosen step.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar, TypeVarTuple
+
+import trio
+
+from qedfuse.errors import HostError, ImageError, cannot_open
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+INLINE_BYTES: Final = 1 << 18
+"""Writes up to this many bytes are copied to the page cache without leaving the event
+loop: a hop to a worker thread costs more than the copy."""
+
+_NOWAIT: Final = os.RWF_NOWAIT
+_TRY_AGAIN: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
+_MAX_PARTS: Final = 1024  # IOV_MAX
+
+
+KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
+"""What the user is told a file is when it is not a regular one."""
+
+
+class HostFile(Protocol):
+    """What the disk asks of the file that holds an image.  Offsets and lengths in bytes.
+
+    Each method raises `HostError` (`NoSpaceError` for a full file system) when the host
+    refuses.  Nothing is durable before `datasync` has returned.
+    """
+
+    name: str
+    writable: bool
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes; fewer only where the file ends."""
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view``; return how many bytes there were before the file ended."""
+
+    async def pwrite(self, offset: int, *parts: Buffer) -> None:
+        """Write the parts one behind the other, as one write."""
+
+    async def datasync(self) -> None:
+        """Make everything written so far, and the file's length, survive power loss."""
+
+    async def truncate(self, size: int) -> None:
+        """Set the file's length; what is added reads as zeros."""
+
+    async def next_data(self, offset: int) -> int | None:
+        """Find where the first data at or past ``offset`` begins; None if only holes follow."""
+
+    def size(self) -> int:
+        """Give the file's length now."""
+
+    def stat(self) -> os.stat_result:
+        """Give the file's attributes now."""
+
+    def close(self) -> None:
+        """Let the file go, and with it every lock taken through it."""
+
+
+class PosixFile:
+    """A regular file, by way of pread(2) and pwrite(2).
+
+    What is in the host's page cache is read in the event loop (``RWF_NOWAIT``); what is
+    not goes to a worker thread, so that other requests go on.
+    """
+
+    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
+        """Take over an open descriptor; ``path`` is what the user called the file."""
+        self.fd = fd
+        self.path = path
+        self.name = printable(path)
+        self.writable = writable
+        self._nowait = True
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
+        """Open a regular file without ever waiting for a FIFO or waking a device.
+
+        Raises:
+            HostError: It cannot be opened.
+            ImageError: It is not a regular file.
+        """
+        access = os.O_RDWR if writable else os.O_RDONLY
+        flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            # O_PATH opens nothing, so looking at a device or a FIFO has no effect on it.
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
+        except OSError as error:
+            raise cannot_open(path, error) from error
+        try:
+            kind = stat.S_IFMT(os.fstat(handle).st_mode)
+            if kind != stat.S_IFREG:
+                found = KINDS.get(kind, "a special file")
+                msg = f"{printable(path)}: found {found}, expected a regular file"
+                raise ImageError(msg)
+            fd = os.open(f"/proc/self/fd/{handle}", flags)
+        except OSError as error:
+            raise cannot_open(path, error) from error
+        finally:
+            os.close(handle)
+        return cls(fd, path, writable=writable)
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes; fewer only where the file ends."""
+        buffer = bytearray(length)
+        count = await self.pread_into(offset, memoryview(buffer))
+        if count < length:
+            del buffer[count:]
+        return buffer
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view``; return how many bytes there were before the file ended."""
+        done = 0
+        if self._nowait:
+            try:
+                done = os.preadv(self.fd, (view,), offset, _NOWAIT)
+            except OSError as error:
+                if error.errno not in _TRY_AGAIN:
+                    raise self._failed("read", error) from error
+                # A file system without RWF_NOWAIT says so at the first try, for good.
+                self._nowait = error.errno != errno.EOPNOTSUPP
+            if done == len(view):
+                return done
+        return await self._in_thread("read", self._read_rest, offset, view, done)
+
+    def _read_rest(self, offset: int, view: memoryview, done: int) -> int:
+        """Read what is not in the page cache; runs in a worker thread."""
+        while done < len(view):
+            count = os.preadv(self.fd, (view[done:],), offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    async def pwrite(self, offset: int, *parts: Buffer) -> None:
+        """Write the parts one behind the other, as one write."""
+        if sum(map(len, parts)) <= INLINE_BYTES:
+            try:
+                self._write_all(offset, parts)
+            except OSError as error:
+                raise self._failed("write", error) from error
+        else:
+            await self._in_thread("write", self._write_all, offset, parts)
+
+    def _write_all(self, offset: int, parts: tuple[Buffer, ...]) -> None:
+        """Write every byte, however little the host takes at a time."""
+        left = [memoryview(part).cast("B") for part in parts if len(part)]
+        while left:
+            count = os.pwritev(self.fd, left[:_MAX_PARTS], offset)
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if left and count:
+                left[0] = left[0][count:]
+
+    async def datasync(self) -> None:
+        """Make everything written so far, and the file's length, survive power loss."""
+        await self._in_thread("datasync", os.fdatasync, self.fd)
+
+    async def truncate(self, size: int) -> None:
+        """Set the file's length; what is added reads as zeros."""
+        await self._in_thread("truncate", os.ftruncate, self.fd, size)
+
+    async def next_data(self, offset: int) -> int | None:
+        """Find where the first data at or past ``offset`` begins; None if only holes follow."""
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            if error.errno == errno.EINVAL:  # a file system that keeps no holes
+                return offset if offset < self.size() else None
+            raise self._failed("seek", error) from error
+
+    def size(self) -> int:
+        """Give the file's length now."""
+        return self.stat().st_size
+
+    def stat(self) -> os.stat_result:
+        """Give the file's attributes now."""
+        return os.fstat(self.fd)
+
+    def close(self) -> None:
+        """Let the file go, and with it every lock taken through it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _failed(self, action: str, error: OSError) -> HostError:
+        return HostError.from_os(error, self.name, action)
+
+    async def _in_thread(self, action: str, function: Callable[[*Args], T], *args: *Args) -> T:
+        """Run a system call that may wait for the disk, without stopping other requests."""
+        try:
+            return await trio.to_thread.run_sync(function, *args)
+        except OSError as error:
+            raise self._failed(action, error) from error
