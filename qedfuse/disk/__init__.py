@@ -1,0 +1,1 @@
+"""One opened image: lookup, requests, allocation and the ordered write-back."""

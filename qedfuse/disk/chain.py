@@ -1,0 +1,120 @@
+"""The chain of images seen as one disk: an image, its base, the base's base."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from qedfuse.disk.extents import Extent, Kind, joined
+from qedfuse.errors import CorruptImageError, HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qedfuse.disk.layer import Layer
+
+log = logging.getLogger(__name__)
+
+_MAX_REPORTED = 100
+
+
+class Chain:
+    """Layers from the image itself (depth 0) down to the last base."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        """Stack layers that are open already."""
+        self.layers = layers
+        self._reported: set[str] = set()
+
+    @property
+    def has_base(self) -> bool:
+        """Whether anything shows through where the image itself has nothing."""
+        return len(self.layers) > 1
+
+    async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:
+        """Tell how a range is stored, looking from ``depth`` downwards.
+
+        What no layer has, and what lies past the end of a layer, comes out as zeros; at
+        depth 0 a range that the image itself and no base has is still told as
+        unallocated.
+        """
+        top = self.layers[depth]
+        found = await top.lookup(start, length) if start + length <= top.size else None
+        if found is not None and len(found) == 1 and found[0].kind is Kind.DATA:
+            return found if not depth else [found[0]._replace(depth=depth)]
+        result: list[Extent] = []
+        wanted = [(start, start + length)]
+        for level in range(depth, len(self.layers)):
+            layer = self.layers[level]
+            missing: list[tuple[int, int]] = []
+            for first, last in wanted:
+                # A layer shorter than the one above it reads as zeros past its end.
+                end = max(first, min(last, layer.size))
+                if end < last:
+                    result.append(Extent(Kind.ZERO, end, last - end, depth=level))
+                if first == end:
+                    continue
+                if level > depth or found is None:
+                    found = await layer.lookup(first, end - first)
+                for extent in found:
+                    if extent.kind is Kind.UNALLOCATED:
+                        missing.append((extent.start, extent.end))
+                    else:
+                        result.append(extent._replace(depth=level))
+            wanted = missing
+        bottom = len(self.layers) - 1
+        kind = Kind.ZERO if bottom else Kind.UNALLOCATED
+        result.extend(Extent(kind, first, last - first, depth=bottom) for first, last in wanted)
+        result.sort(key=lambda extent: extent.start)
+        return joined(result)
+
+    async def read(self, start: int, length: int, depth: int = 0) -> bytes | bytearray:
+        """Read a range, looking from ``depth`` downwards.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host cannot read a file.
+        """
+        if not length:
+            return b""
+        extents = await self.extents(start, length, depth)
+        first = extents[0]
+        if len(extents) == 1 and first.kind is Kind.DATA:
+            file = self.layers[first.depth].file
+            data = await file.pread(first.file_offset, length)
+            if len(data) < length:
+                self._cut_short(first, len(data))
+            return data
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        for extent in extents:
+            if extent.kind is Kind.DATA:
+                at = extent.start - start
+                file = self.layers[extent.depth].file
+                part = view[at : at + extent.length]
+                count = await file.pread_into(extent.file_offset, part)
+                if count < extent.length:
+                    self._cut_short(extent, count)
+            elif extent.kind is Kind.BAD:
+                self.report(extent)
+                raise CorruptImageError(extent.reason)
+        return buffer
+
+    def _cut_short(self, extent: Extent, count: int) -> None:
+        """Refuse to make up what a file lost while we had it open."""
+        msg = (
+            f"{self.layers[extent.depth].file.name}: data at {extent.file_offset}: found "
+            f"{count} bytes, expected {extent.length}"
+        )
+        raise HostError(msg)
+
+    def report(self, extent: Extent) -> None:
+        """Log a bad entry, once, and not more of them than a log can bear."""
+        if extent.reason not in self._reported and len(self._reported) < _MAX_REPORTED:
+            self._reported.add(extent.reason)
+            log.warning("%s", extent.reason)
+
+    def close(self) -> None:
+        """Let all files go, the base last."""
+        for layer in self.layers:
+            layer.file.close()

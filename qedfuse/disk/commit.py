@@ -1,0 +1,193 @@
+"""The ordered write-back of metadata.  The durability rules live here (docs/durability.md).
+
+A round makes durable what was there when it began: data before the entry that makes it
+visible, a new L2 table before the L1 entry that points to it (D2).  Callers that come
+while a round is under way share the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.errors import HostError, QedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qedfuse.disk.tablecache import TableCache, WriteBack
+    from qedfuse.hostio.hostfile import HostFile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CommitStatistics:
+    """How many rounds there were, and what they cost the host's disk."""
+
+    rounds: int
+    datasyncs: int
+    table_writes: int
+
+
+class _Round:
+    """A round that callers wait for, and how it ended."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        # Until the round is known to have ended well, whoever waits must not believe so.
+        self.error: QedError | None = HostError("flush: interrupted")
+
+
+class Commit:
+    """Makes changes durable, in the order that the rules ask for."""
+
+    def __init__(self, file: HostFile, tables: TableCache, period: float) -> None:
+        """Commit the tables of ``file``, every ``period`` seconds at the latest."""
+        self._file = file
+        self._tables = tables
+        self._period = period
+        self._written = 0  # changes of the file that were asked for, counted
+        self._durable = 0  # the value of that counter that is known to be durable
+        self._running: _Round | None = None
+        self._waiting: _Round | None = None
+        self._activity = trio.Event()
+        self._rounds = self._datasyncs = self._table_writes = 0
+        self.failure: HostError | None = None
+
+    def note_write(self) -> None:
+        """Note that the file or a table in memory was changed."""
+        self._written += 1
+        self._activity.set()
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything is not durable yet."""
+        return self._written != self._durable
+
+    @property
+    def dirty_tables(self) -> bool:
+        """Whether a table in memory differs from the file, or may."""
+        return self._tables.dirty_bytes > 0 or self._running is not None
+
+    async def barrier(self) -> None:
+        """Make a change of the file durable that was made just now, and all before it.
+
+        Raises:
+            HostError: As `flush`.
+        """
+        self.note_write()
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Return when everything written before the call is durable (D1).
+
+        Raises:
+            HostError: The host could not do it.  After a failed datasync the state of
+                its cache is unknown, so all later calls fail as well (D7).
+        """
+        if self.failure is not None:
+            raise self.failure
+        if not self.pending:
+            return
+        # A round that is under way may have begun before our write: join the next one.
+        mine = self._waiting
+        if mine is None:
+            mine = self._waiting = _Round()
+            if self._running is not None:
+                previous = self._running
+                with trio.CancelScope(shield=True):
+                    await previous.done.wait()
+            self._waiting, self._running = None, mine
+            # A round that was begun is finished, whatever happens to who asked for it:
+            # others wait for it, and half of it would leave slices pinned.
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._round()
+                    mine.error = None
+                except QedError as error:
+                    mine.error = error
+                finally:
+                    self._running = None
+                    mine.done.set()
+        else:
+            await mine.done.wait()
+        if mine.error is not None:
+            raise mine.error
+
+    async def _round(self) -> None:
+        """Make durable what is there now."""
+        if self.failure is not None:
+            raise self.failure
+        self._rounds += 1
+        target = self._written
+        # Every entry in these was put there after its data had been written to the file.
+        l2, l1 = self._tables.take_dirty()
+        # 1. Data, blank new tables, the file's length, and NEED_CHECK in the header: all
+        #    were written before the entries were changed, so one datasync makes them
+        #    durable before any entry that depends on them (D2, D3).
+        await self._sync_or_give_back(l2 + l1)
+        # 2. L2 entries.  Without the barrier a crash could leave an L1 entry that points
+        #    to a table which still holds what the disk had there before.
+        if l2:
+            await self._write(l2, otherwise=l1)
+            await self._sync_or_give_back(l1)
+        # 3. L1 entries make the new tables, and all they refer to, visible at once.
+        if l1:
+            await self._write(l1)
+            await self._sync_or_give_back([])
+        self._durable = max(self._durable, target)
+
+    async def _sync_or_give_back(self, writes: Sequence[WriteBack]) -> None:
+        """Run one datasync; if it fails, nothing of ``writes`` was written."""
+        try:
+            self._datasyncs += 1
+            await self._file.datasync()
+        except HostError as error:
+            # The kernel may have dropped the pages it could not write and will report
+            # success the next time, so there is no trying again.
+            self.failure = error
+            log.error("%s: the disk is read-only from now on", error)  # noqa: TRY400  no traceback
+            self._give_back(writes)
+            raise
+
+    async def _write(self, writes: list[WriteBack], otherwise: Sequence[WriteBack] = ()) -> None:
+        """Write table pieces; if one fails, it, the rest and ``otherwise`` stay dirty."""
+        for place, write in enumerate(writes):
+            try:
+                self._table_writes += 1
+                await self._file.pwrite(write.offset, write.data)
+            except QedError:
+                self._give_back([*writes[place:], *otherwise])
+                raise
+            self._tables.give_back(write, written=True)
+
+    def _give_back(self, writes: Sequence[WriteBack]) -> None:
+        for write in writes:
+            self._tables.give_back(write, written=False)
+
+    async def run(self) -> None:
+        """Commit what is pending, some seconds after it came up; a background task (D4)."""
+        complaint = ""
+        while True:
+            await self._activity.wait()
+            self._activity = trio.Event()
+            await trio.sleep(self._period)
+            try:
+                await self.flush()
+                complaint = ""
+            except QedError as error:
+                # The next flush that somebody waits for reports it to him (D7).
+                if str(error) != complaint:
+                    complaint = str(error)
+                    log.error("%s (while writing back tables)", error)  # noqa: TRY400
+                if self.failure is not None:
+                    return
+                self._activity.set()
+
+    def statistics(self) -> CommitStatistics:
+        """Tell what the rounds so far have cost."""
+        return CommitStatistics(self._rounds, self._datasyncs, self._table_writes)

@@ -1,0 +1,350 @@
+"""The disk: an opened image, with its chain, as an array of bytes that can be changed.
+
+async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
+    await disk.write(0, b"...")
+    await disk.flush()
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import trio
+
+from qedfuse.disk.allocator import Allocator
+from qedfuse.disk.backing import open_bases, read_header
+from qedfuse.disk.chain import Chain
+from qedfuse.disk.commit import Commit, CommitStatistics
+from qedfuse.disk.extents import Kind
+from qedfuse.disk.layer import QedLayer
+from qedfuse.disk.liveheader import LiveHeader
+from qedfuse.disk.needcheck import NeedCheck
+from qedfuse.disk.options import OpenOptions
+from qedfuse.disk.requests import Requests
+from qedfuse.disk.tablecache import make_store
+from qedfuse.errors import (
+    CorruptImageError,
+    NeedsCheckError,
+    NoSpaceError,
+    ReadOnlyError,
+    UsageError,
+)
+from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.ondisk.constants import SECTOR
+from qedfuse.util.scope import open_scope
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from qedfuse.disk.extents import Extent
+    from qedfuse.disk.layer import Layer
+    from qedfuse.disk.tablecache import SliceStore
+    from qedfuse.hostio.hostfile import Buffer, HostFile
+    from qedfuse.ondisk.header import Header
+    from qedfuse.util.lru import LRUStatistics
+
+    Inspector: TypeAlias = Callable[[HostFile, Header], Awaitable[None]]
+    """Checks an image that needs it; raises to refuse the image."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatistics:
+    """What a disk holds in memory and has done so far."""
+
+    tables: LRUStatistics
+    commit: CommitStatistics
+    file_bytes: int
+
+
+class Disk:
+    """One opened image.  All methods may be called by many tasks at once.
+
+    Attributes:
+        path: The image as the user named it.
+        name: The same, fit to be printed.
+    """
+
+    def __init__(
+        self,
+        file: HostFile,
+        header: Header,
+        bases: list[Layer],
+        options: OpenOptions,
+        store: SliceStore,
+        path: str = "",
+    ) -> None:
+        """Use files that are open, locked and checked; call `start` before anything else."""
+        self.path = path
+        self.name = file.name
+        self._file = file
+        self._store = store
+        self._closed = False
+        self._layer = QedLayer(file, header, store)
+        self._chain = Chain([self._layer, *bases])
+        self._live = LiveHeader(file, header)
+        self._commit = Commit(file, self._layer.tables, options.commit_seconds)
+        bound = header.geometry.bound(header.header_end, header.image_size)
+        self._allocator = Allocator(file, header.geometry, self._commit, bound)
+        self._needcheck = NeedCheck(
+            self._live, self._commit, self._allocator, options.needcheck_seconds
+        )
+        self._requests = Requests(
+            self._chain,
+            self._layer,
+            self._allocator,
+            self._commit,
+            self._needcheck,
+            options.cache_bytes // 2,
+        )
+        self._opening_change = trio.Lock()
+        self._resizing = trio.Lock()
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Read what must be known first, and start the background tasks.
+
+        Raises:
+            CorruptImageError: The image cannot be written to without damage.
+        """
+        await self._layer.scan_l1()
+        if self._file.writable:
+            nursery.start_soon(self._commit.run)
+            nursery.start_soon(self._needcheck.run)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self._layer.size
+
+    @property
+    def writable(self) -> bool:
+        """Whether writes are accepted; a failed datasync ends that."""
+        return self._file.writable and self._commit.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the disk went read-only, if it did."""
+        return None if self._commit.failure is None else str(self._commit.failure)
+
+    @property
+    def header(self) -> Header:
+        """The header as it is now."""
+        return self._live.value
+
+    @property
+    def chain(self) -> Chain:
+        """The image and its bases."""
+        return self._chain
+
+    async def extents(self, start: int, length: int) -> list[Extent]:
+        """Tell how a range is stored, along the whole chain."""
+        length = max(0, min(length, self.size - start))
+        return await self._chain.extents(start, length) if length else []
+
+    async def read(self, start: int, length: int) -> bytes | bytearray:
+        """Read up to ``length`` bytes; fewer only where the disk ends.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host cannot read a file.
+        """
+        return await self._chain.read(start, max(0, min(length, self.size - start)))
+
+    async def write(self, start: int, data: Buffer) -> int:
+        """Write bytes; return how many, fewer only where the disk ends.
+
+        Raises:
+            NoSpaceError: The disk ends at or before ``start``, or the host is full.
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.
+        """
+        view = memoryview(data).cast("B")
+        if not len(view):
+            return 0
+        if start >= self.size:
+            msg = f"{self.name}: write at {start}: the disk ends at {self.size}"
+            raise NoSpaceError(msg)
+        view = view[: self.size - start]
+        await self._before_change()
+        await self._requests.write(start, view)
+        return len(view)
+
+    async def flush(self) -> None:
+        """Return when every write that has ended survives power loss (D1).
+
+        Raises:
+            HostError: The host could not do it.
+        """
+        await self._commit.flush()
+
+    async def resize(self, size: int) -> None:
+        """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.
+
+        Raises:
+            UsageError: The disk would shrink, or the tables cannot address that much.
+            ReadOnlyError: The disk is open read-only.
+        """
+        old, most = self.size, self.header.geometry.max_image_size
+        if size < old:
+            msg = f"{self.name}: size: found {size}, expected at least {old}: no shrinking"
+            raise UsageError(msg)
+        if size % SECTOR or size > most:
+            msg = f"{self.name}: size: found {size}, expected a multiple of {SECTOR} up to {most}"
+            raise UsageError(msg)
+        await self._before_change()
+        async with self._resizing:
+            await self._grow(size)
+
+    async def _grow(self, size: int) -> None:
+        """Give the disk its new size; the caller holds ``_resizing``."""
+        if size > self.size:
+            await self._blank_past_end(size)
+            # What hides the base and old bytes must be durable before the new size is.
+            await self._commit.barrier()
+            await self._live.change(lambda header: header.with_size(size))
+            self._layer.header = self._live.value
+            await self._commit.barrier()
+
+    async def _blank_past_end(self, size: int) -> None:
+        """Make the range from the disk's end to ``size`` read as zeros once it belongs to it.
+
+        The last cluster may hold bytes past the end, and a base that is longer than the
+        disk would show through behind it.
+        """
+        geometry = self.header.geometry
+        old, past = self.size, geometry.ceil(self.size)
+        reaches = max((base.size for base in self._chain.layers[1:]), default=0)
+        if past < size:
+            for extent in await self._layer.lookup(past, size - past):
+                if extent.kind in (Kind.DATA, Kind.BAD):
+                    msg = (
+                        f"{self.name}: resize: found table entries for {extent.start}, past the "
+                        f"end of the disk at {old}, expected none: the image must be repaired first"
+                    )
+                    raise CorruptImageError(msg)
+        if old < past:
+            await self._requests.blank(old, min(past, size))
+        if past < min(size, reaches):
+            await self._requests.set_zero(past, geometry.ceil(min(size, reaches)))
+
+    async def _before_change(self) -> None:
+        """Refuse a change if the disk is read-only; clear stale autoclear bits durably."""
+        if not self.writable:
+            why = self.failure or "opened read-only"
+            msg = f"{self.name}: read-only: {why}"
+            raise ReadOnlyError(msg)
+        if self._live.value.stale_autoclear:
+            async with self._opening_change:
+                # All writers wait here for the first one: not even data may change
+                # before the program that owns those bits can tell.
+                if self._live.value.stale_autoclear:
+                    await self._clear_autoclear()
+
+    async def _clear_autoclear(self) -> None:
+        """Clear unknown autoclear bits and make that durable."""
+        await self._live.change(lambda header: header.without_stale_autoclear())
+        await self._commit.barrier()
+
+    def fstat(self) -> os.stat_result:
+        """Give the attributes of the image file."""
+        return self._file.stat()
+
+    def statistics(self) -> DiskStatistics:
+        """Tell what the disk holds in memory and has done."""
+        return DiskStatistics(
+            self._store.statistics(), self._commit.statistics(), self._allocator.end
+        )
+
+    async def close(self) -> None:
+        """Make everything durable, clear NEED_CHECK, and let the files and locks go.
+
+        Raises:
+            HostError: Something written before could not be made durable (D7).  The
+                files are closed all the same, and NEED_CHECK stays.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with trio.CancelScope(shield=True):
+            try:
+                if self.writable:
+                    await self._needcheck.clear()
+                    await self._commit.flush()
+                elif self._commit.failure is not None:
+                    raise self._commit.failure
+            finally:
+                self._chain.close()
+
+
+@asynccontextmanager
+async def open_disk(
+    path: str, options: OpenOptions | None = None, *, inspector: Inspector | None = None
+) -> AsyncIterator[Disk]:
+    """Open an image and its chain; close it cleanly at the end of the ``async with`` block.
+
+    Args:
+        path: The image.
+        options: How to open it; read-only by default.
+        inspector: Called before a writable open of an image that needs a check; it runs
+            the check and raises to refuse the image.
+
+    Raises:
+        QedError: The image or a base cannot be opened, locked or trusted.
+    """
+    options = options or OpenOptions()
+    if options.writable and options.force_share:
+        msg = f"{printable(path)}: force_share: a disk that is shared with a writer is read-only"
+        raise UsageError(msg)
+    store = make_store(options.cache_bytes)
+    file = PosixFile.open(path, writable=options.writable)
+    try:
+        if options.lock:
+            lock_image(file.fd, _lock_mode(options), file.name)
+        header = await read_header(file)
+        if options.writable:
+            await _inspect(file, header, inspector)
+        bases = await open_bases(path, file, header, options, store)
+    except BaseException:
+        file.close()
+        raise
+    disk = Disk(file, header, bases, options, store, path)
+    async with open_scope() as nursery:
+        try:
+            await disk.start(nursery)
+            yield disk
+        finally:
+            # The background tasks end first: closing has the disk to itself.
+            nursery.cancel_scope.cancel()
+            await disk.close()
+
+
+def _lock_mode(options: OpenOptions) -> LockMode:
+    """Choose the locks for the image itself."""
+    if options.writable:
+        return LockMode.WRITE
+    return LockMode.SHARE if options.force_share else LockMode.READ
+
+
+async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:
+    """Have an image checked whose tables must not be trusted for writing as they are.
+
+    That is an image with NEED_CHECK set, and one whose length is not a whole number of
+    clusters: the rest at its end is cut off when the file grows, which is harmless
+    unless a table refers to it.
+
+    Raises:
+        NeedsCheckError: There is no inspector.
+    """
+    odd = header.geometry.in_cluster(file.size())
+    if not header.need_check and not odd:
+        return
+    if inspector is None:
+        found = "NEED_CHECK set" if header.need_check else f"{odd} bytes past the last cluster"
+        msg = f"{file.name}: found {found}: the image must be checked before it is written to"
+        raise NeedsCheckError(msg)
+    await inspector(file, header)

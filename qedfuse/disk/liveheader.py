@@ -1,0 +1,49 @@
+"""The header of an open image: one value in memory, the same 64 bytes in the file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.ondisk.header import build_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.header import Header
+
+
+class LiveHeader:
+    """Serialises all changes of the header.
+
+    A header is smaller than a sector, which a disk writes whole or not at all.
+    """
+
+    def __init__(self, file: HostFile, header: Header) -> None:
+        """Hold the header that was read from ``file``."""
+        self._file = file
+        self._lock = trio.Lock()
+        self.value = header
+
+    async def change(
+        self, edit: Callable[[Header], Header], only_if: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Write the header that ``edit`` makes of the present one, unless it is the same.
+
+        The value changes before the write begins, so that whoever asks while it is
+        under way sees the new one and waits for the lock if that does not suit him.
+        ``only_if`` is asked in the same moment; the change is dropped if it says no.
+
+        Returns:
+            Whether the header is now as asked.  Not durable before the next datasync.
+        """
+        async with self._lock:
+            if not only_if():
+                return False
+            new = edit(self.value)
+            if new != self.value:
+                self.value = new
+                await self._file.pwrite(0, build_header(new))
+            return True

@@ -1,0 +1,102 @@
+"""The NEED_CHECK bit: set before the tables change, cleared when all is durable (D3)."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.errors import QedError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from qedfuse.disk.allocator import Allocator
+    from qedfuse.disk.commit import Commit
+    from qedfuse.disk.liveheader import LiveHeader
+
+log = logging.getLogger(__name__)
+
+
+class NeedCheck:
+    """Keeps the bit true to the state of the tables."""
+
+    def __init__(
+        self, live: LiveHeader, commit: Commit, allocator: Allocator, delay: float
+    ) -> None:
+        """Watch over an image; clear the bit ``delay`` seconds after the last change."""
+        self._live = live
+        self._commit = commit
+        self._allocator = allocator
+        self._delay = delay
+        self._under_way = 0
+        self._last_change = trio.current_time()
+        self._changed = trio.Event()
+        if live.value.need_check:
+            self._changed.set()
+
+    @asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """Change tables inside the ``async with`` block.
+
+        The bit is written, not yet synced, before the block is entered: the first
+        datasync of a commit comes before its first table write and covers both.
+        """
+        self._under_way += 1
+        try:
+            if not self._live.value.need_check:
+                await self._live.change(lambda header: header.with_need_check(value=True))
+                self._commit.note_write()
+            yield
+        finally:
+            self._under_way -= 1
+            self._last_change = trio.current_time()
+            self._changed.set()
+
+    async def clear(self) -> bool:
+        """Make everything durable, then clear the bit, unless a change came in between.
+
+        Returns:
+            Whether the bit is clear now.
+
+        Raises:
+            QedError: Not everything could be made durable; the bit stays (D7).
+        """
+        await self._commit.flush()
+        if self._under_way or not self._live.value.need_check:
+            return not self._live.value.need_check
+        # Nothing is being allocated, so what lies past the last cluster is ours to cut.
+        # If a crash loses the cut and keeps the cleared bit, a leak is left, no worse.
+        await self._allocator.trim()
+        cleared = await self._live.change(
+            lambda header: header.with_need_check(value=False),
+            only_if=lambda: not self._under_way and not self._commit.dirty_tables,
+        )
+        self._commit.note_write()
+        return cleared
+
+    async def run(self) -> None:
+        """Clear the bit when the image has been idle for a while; a background task."""
+        complaint = ""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            while trio.current_time() < (due := self._last_change + self._delay):
+                await trio.sleep_until(due)
+            try:
+                if await self.clear():
+                    await self._commit.flush()
+                else:
+                    self._changed.set()
+                    self._last_change = trio.current_time()
+                complaint = ""
+            except QedError as error:
+                if str(error) != complaint:
+                    complaint = str(error)
+                    log.error("%s (while clearing NEED_CHECK)", error)  # noqa: TRY400
+                if self._commit.failure is not None:
+                    return
+                self._last_change = trio.current_time()
+                self._changed.set()

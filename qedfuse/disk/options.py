@@ -1,0 +1,51 @@
+"""How an image is to be opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+DEFAULT_CACHE_BYTES: Final = 32 << 20
+DEFAULT_COMMIT_SECONDS: Final = 5.0
+DEFAULT_NEEDCHECK_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class BackingPolicy:
+    """Which backing files an image may use.  An image is hostile input: see docs/security.md.
+
+    Attributes:
+        mode: ``confined`` to the directory of the image that names the base, ``any``
+            file, or ``none`` at all.
+        directories: Further directories that a base may lie in.
+        format: What every base is taken for, whatever its magic says.
+        trusted: A file that the user named himself, allowed as the first base.
+    """
+
+    mode: Literal["confined", "any", "none"] = "confined"
+    directories: tuple[str, ...] = ()
+    format: Literal["raw", "qed"] | None = None
+    trusted: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How an image is to be opened.
+
+    Attributes:
+        writable: Open for writing; nobody else may have the image open then.
+        force_share: Read-only beside a writer; what is read may be torn or stale.
+        lock: Take the locks that QEMU understands.
+        backing: Which backing files may be used.
+        cache_bytes: Memory for tables, shared by all images of the chain.
+        commit_seconds: Longest time that changed tables stay in memory only.
+        needcheck_seconds: Idle time after which NEED_CHECK is cleared.
+    """
+
+    writable: bool = False
+    force_share: bool = False
+    lock: bool = True
+    backing: BackingPolicy = field(default_factory=BackingPolicy)
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    commit_seconds: float = DEFAULT_COMMIT_SECONDS
+    needcheck_seconds: float = DEFAULT_NEEDCHECK_SECONDS

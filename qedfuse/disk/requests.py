@@ -1,0 +1,233 @@
+"""What a guest's request does: cut into runs, each run read, overwritten or allocated.
+
+Writes in place need no lock: two of them to the same bytes may end in either order, as
+on any disk.  What allocates holds its guest clusters in a range lock and looks again
+once it has it, so that of two writes into one new cluster the second finds the cluster
+there and writes in place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.extents import Extent, Kind
+from qedfuse.disk.tablecache import L1, L2
+from qedfuse.errors import CorruptImageError
+from qedfuse.ondisk.constants import ZERO
+from qedfuse.util.rangelock import RangeLock
+
+if TYPE_CHECKING:
+    from qedfuse.disk.allocator import Allocator, Run
+    from qedfuse.disk.chain import Chain
+    from qedfuse.disk.commit import Commit
+    from qedfuse.disk.layer import QedLayer
+    from qedfuse.disk.needcheck import NeedCheck
+
+
+_COPY_BYTES: Final = 1 << 20
+"""Most that is copied at once around a guest's data, in bytes."""
+
+
+class Requests:
+    """Carries out writes on the top image of a chain."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        layer: QedLayer,
+        allocator: Allocator,
+        commit: Commit,
+        needcheck: NeedCheck,
+        dirty_budget: int,
+    ) -> None:
+        """Write to ``layer``, the top of ``chain``; ``dirty_budget`` is in bytes (D4)."""
+        self._chain = chain
+        self._layer = layer
+        self._allocator = allocator
+        self._commit = commit
+        self._needcheck = needcheck
+        self._dirty_budget = dirty_budget
+        self._allocating = RangeLock()
+        self._making_table = trio.Lock()
+
+    async def write(self, start: int, data: memoryview) -> None:
+        """Write bytes that lie within the disk.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad; what lies
+                before that part has been written.
+            HostError: The host refused; parts of the range may have been written.
+        """
+        for extent in await self._layer.lookup(start, len(data)):
+            part = data[extent.start - start : extent.end - start]
+            if extent.kind is Kind.DATA or extent.kind is Kind.BAD:
+                await self._in_place(extent, part)
+            else:
+                await self._allocate(extent.start, part)
+
+    async def _in_place(self, extent: Extent, data: memoryview) -> None:
+        """Overwrite what is there already."""
+        if extent.kind is Kind.BAD:
+            self._chain.report(extent)
+            raise CorruptImageError(extent.reason)
+        await self._layer.file.pwrite(extent.file_offset, data)
+        self._commit.note_write()
+
+    async def _allocate(self, start: int, data: memoryview) -> None:
+        """Write to clusters that had no place in the file when we looked."""
+        geometry = self._layer.geometry
+        end = start + len(data)
+        if self._layer.tables.dirty_bytes > self._dirty_budget:
+            # Wait here, before anything is allocated: memory stays bounded, and if the
+            # tables cannot be written this write is refused instead of piling up.
+            await self._commit.flush()
+        async with self._allocating.hold(geometry.floor(start), geometry.ceil(end)):
+            for extent in await self._layer.lookup(start, len(data)):
+                part = data[extent.start - start : extent.end - start]
+                if extent.kind is Kind.DATA or extent.kind is Kind.BAD:
+                    await self._in_place(extent, part)
+                else:
+                    async with self._needcheck.changing():
+                        await self._into_new(extent, part)
+
+    async def _into_new(self, extent: Extent, data: memoryview) -> None:
+        """Give every cluster of an extent a place; the caller holds its guest clusters."""
+        geometry = self._layer.geometry
+        start = extent.start
+        while start < extent.end:
+            table = await self._table_for(geometry.l1_index(start))
+            table_end = (geometry.l1_index(start) + 1) * geometry.table_span
+            stop = min(extent.end, table_end)
+            first = geometry.floor(start)
+            run = await self._allocator.allocate(geometry.clusters(stop - first))
+            stop = min(stop, first + run.length)
+            part = data[start - extent.start : stop - extent.start]
+            try:
+                await self._fill(extent.kind, run, first, start, part)
+                await self._point(table, first, run)
+            except BaseException:
+                self._allocator.release(run)
+                raise
+            start = stop
+
+    async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
+        """Write new clusters whole: the guest's data, and around it what was there before.
+
+        ``first`` is the guest offset of the run, ``start`` that of the data.
+        """
+        end = start + len(data)
+        run_end = first + run.length
+        # A zero cluster hides the base: around the data there must be zeros, not what
+        # the base has there (W1: QEMU's driver gets this wrong).
+        from_base = kind is Kind.UNALLOCATED and self._chain.has_base
+        pwrite = self._layer.file.pwrite
+        if run.blank and not from_base:
+            await pwrite(run.offset + start - first, data)
+        elif run.length <= _COPY_BYTES:
+            head = await self._before(first, start, from_base=from_base)
+            tail = await self._before(end, run_end, from_base=from_base)
+            await pwrite(run.offset, head, data, tail)
+        else:
+            # A cluster can be 64 MiB long: copy in steps, or a few small writes at once
+            # would take gigabytes of memory.
+            await pwrite(run.offset + start - first, data)
+            for begin, stop in ((first, start), (end, run_end)):
+                for at in range(begin, stop, _COPY_BYTES):
+                    upto = min(stop, at + _COPY_BYTES)
+                    part = await self._before(at, upto, from_base=from_base)
+                    await pwrite(run.offset + at - first, part)
+
+    async def _before(self, start: int, end: int, *, from_base: bool) -> bytes | bytearray:
+        """Read what a range held before it had a place: the base's bytes, or zeros."""
+        # Past the disk's end the base must not be copied: if the disk grew one day, it
+        # would show there instead of zeros.
+        inside = max(0, min(end, self._layer.size) - start) if from_base else 0
+        data = await self._chain.read(start, inside, depth=1)
+        return data if start + inside == end else bytes(data) + bytes(end - start - inside)
+
+    async def _table_for(self, l1_index: int) -> int:
+        """Give the file offset of the L2 table for an L1 entry, made new if there is none."""
+        layer = self._layer
+        table, reason = await layer.table_at(l1_index)
+        if reason:
+            raise CorruptImageError(reason)
+        if table:
+            return table
+        async with self._making_table:
+            table, _ = await layer.table_at(l1_index)
+            if table:
+                return table
+            run = await self._allocator.allocate_table()
+            try:
+                for offset in range(run.offset, run.end, _COPY_BYTES) if not run.blank else ():
+                    size = min(_COPY_BYTES, run.end - offset)
+                    await layer.file.pwrite(offset, bytes(size))
+                part = await layer.tables.load(layer.header.l1_table_offset, l1_index, L1)
+            except BaseException:
+                self._allocator.release(run)
+                raise
+            layer.tables.set(part, l1_index % layer.tables.slice_entries, run.offset)
+            layer.add_table(run.offset)
+            self._commit.note_write()
+            return run.offset
+
+    async def _point(self, table: int, first: int, run: Run) -> None:
+        """Make a table's entries point to a run, from guest offset ``first`` on."""
+        geometry = self._layer.geometry
+        tables = self._layer.tables
+        index = geometry.l2_index(first)
+        end = index + (run.length >> geometry.cluster_bits)
+        offset = run.offset
+        # All slices are brought in before the first entry is changed: what fails here
+        # fails while nothing refers to the run yet.
+        step = tables.slice_entries
+        parts = []
+        try:
+            for at in range(index - index % step, end, step):
+                parts.append(tables.pin(await tables.load(table, at, L2)))
+            for part in parts:
+                for place in range(
+                    index % step, min(len(part.entries), index % step + end - index)
+                ):
+                    tables.set(part, place, offset)
+                    offset += geometry.cluster_size
+                    index += 1
+            self._commit.note_write()
+        finally:
+            for part in parts:
+                part.pins -= 1
+
+    async def blank(self, start: int, end: int) -> None:
+        """Write zeros over a part of one cluster, unless it reads as zeros anyway."""
+        extent = (await self._layer.lookup(start, end - start))[0]
+        if extent.kind is Kind.DATA or (extent.kind is Kind.UNALLOCATED and self._chain.has_base):
+            await self.write(start, memoryview(bytes(end - start)))
+
+    async def set_zero(self, start: int, end: int) -> None:
+        """Turn unallocated clusters from ``start`` to ``end`` into zero clusters.
+
+        Both are guest offsets at cluster boundaries; used where a base would show
+        through.  The clusters that have a place in the file stay as they are.
+        """
+        geometry = self._layer.geometry
+        tables = self._layer.tables
+        async with self._allocating.hold(start, end), self._needcheck.changing():
+            while start < end:
+                table = await self._table_for(geometry.l1_index(start))
+                index = geometry.l2_index(start)
+                part = await tables.load(table, index, L2)
+                at = index % tables.slice_entries
+                stop = min(at + geometry.clusters(end - start), len(part.entries))
+                for place in range(at, stop):
+                    if not part.entries[place]:
+                        tables.set(part, place, ZERO)
+                self._commit.note_write()
+                start += (stop - at) * geometry.cluster_size
+                if tables.dirty_bytes > self._dirty_budget:
+                    await self._commit.flush()
+
+    def waiting(self) -> int:
+        """Tell how many writes wait for another one into the same new cluster."""
+        return self._allocating.statistics().waiting
