@@ -1,0 +1,162 @@
+"""What a check found, as data: text, JSON and exit codes are views of it."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+MAX_KEPT: Final = 50
+"""Findings kept of each code; all are counted, but a hostile image could make billions."""
+
+
+class Severity(enum.IntEnum):
+    """How bad a finding is."""
+
+    NOTE = 0
+    """Odd, but harmless."""
+    LEAK = 1
+    """Space in the file that nothing refers to."""
+    ERROR = 2
+    """Tables that contradict each other or the file: data is lost or in danger."""
+
+
+class Code(enum.Enum):
+    """The kinds of findings; the value is the word for scripts."""
+
+    L1_UNALIGNED = "l1-unaligned"
+    L1_OUT_OF_FILE = "l1-out-of-file"
+    L1_OVER_METADATA = "l1-over-metadata"
+    TABLE_OVERLAP = "table-overlap"
+    L2_UNALIGNED = "l2-unaligned"
+    L2_OUT_OF_FILE = "l2-out-of-file"
+    L2_CUT_SHORT = "l2-cut-short"
+    L2_OVER_METADATA = "l2-over-metadata"
+    DUPLICATE_CLUSTER = "duplicate-cluster"
+    LEAKED_CLUSTERS = "leaked-clusters"
+    HEADER_SIZE_ZERO = "header-size-zero"
+    NAME_IN_FIXED_HEADER = "backing-name-in-fixed-header"
+    NO_PROBE_WITHOUT_BACKING = "no-probe-without-backing"
+    UNKNOWN_COMPAT = "unknown-compat-bits"
+    UNKNOWN_AUTOCLEAR = "unknown-autoclear-bits"
+    ODD_TAIL = "odd-tail"
+    PAST_IMAGE_SIZE = "data-past-image-size"
+    MOSTLY_LEAKED = "mostly-leaked"
+
+    @property
+    def severity(self) -> Severity:
+        """How bad findings of this kind are."""
+        if self is Code.LEAKED_CLUSTERS:
+            return Severity.LEAK
+        return Severity.NOTE if self in _NOTES else Severity.ERROR
+
+
+_NOTES: Final = frozenset(
+    {
+        Code.HEADER_SIZE_ZERO,
+        Code.NAME_IN_FIXED_HEADER,
+        Code.NO_PROBE_WITHOUT_BACKING,
+        Code.UNKNOWN_COMPAT,
+        Code.UNKNOWN_AUTOCLEAR,
+        Code.ODD_TAIL,
+        Code.PAST_IMAGE_SIZE,
+        Code.MOSTLY_LEAKED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong or odd; offsets and lengths in bytes.
+
+    Attributes:
+        code: What kind of thing.
+        message: One line: what was found where, and what was expected.
+        file_offset: Where in the file.
+        guest_start: Where on the disk the damage shows, if it does.
+        guest_length: How much of the disk it affects.
+    """
+
+    code: Code
+    message: str
+    file_offset: int | None = None
+    guest_start: int | None = None
+    guest_length: int | None = None
+
+    @property
+    def severity(self) -> Severity:
+        """How bad it is."""
+        return self.code.severity
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """The outcome of a check.
+
+    Attributes:
+        findings: Up to `MAX_KEPT` findings of each code.
+        counts: How many there were of each code; for leaks, how many clusters.
+        allocated_clusters: Data clusters that tables refer to.
+        file_clusters: Clusters in the file.
+    """
+
+    findings: tuple[Finding, ...]
+    counts: dict[Code, int]
+    allocated_clusters: int
+    file_clusters: int
+
+    @property
+    def errors(self) -> int:
+        """How many findings are worse than leaks."""
+        return sum(
+            number for code, number in self.counts.items() if code.severity is Severity.ERROR
+        )
+
+    @property
+    def leaks(self) -> int:
+        """How many clusters nothing refers to."""
+        return self.counts.get(Code.LEAKED_CLUSTERS, 0)
+
+    @property
+    def worst(self) -> Severity | None:
+        """The severity of the worst finding; None if there is none at all."""
+        return max((code.severity for code in self.counts), default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the report as values that JSON knows."""
+        return {
+            "errors": self.errors,
+            "leaks": self.leaks,
+            "allocated_clusters": self.allocated_clusters,
+            "file_clusters": self.file_clusters,
+            "counts": {code.value: number for code, number in self.counts.items()},
+            "findings": [
+                asdict(item) | {"code": item.code.value, "severity": item.severity.name.lower()}
+                for item in self.findings
+            ],
+        }
+
+
+@dataclass(slots=True)
+class Findings:
+    """Findings being collected: counted all, kept some."""
+
+    kept: list[Finding] = field(default_factory=list)
+    counts: Counter[Code] = field(default_factory=Counter)
+
+    def room(self, code: Code) -> int:
+        """Tell how many more findings of a kind are kept."""
+        return max(0, MAX_KEPT - self.counts[code])
+
+    def add(self, finding: Finding, count: int = 1) -> None:
+        """Count a finding that stands for ``count`` of its kind, and keep it if there is room."""
+        if self.room(finding.code):
+            self.kept.append(finding)
+        if count:
+            self.counts[finding.code] += count
+
+    def add_uncounted(self, code: Code, count: int) -> None:
+        """Count findings that there is no room for."""
+        if count:
+            self.counts[code] += count
