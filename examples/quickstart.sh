@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Sets up everything and shows the main job:  examples/quickstart.sh [IMAGE]
+#
+# Without IMAGE: makes a sample QED image, mounts it, partitions it; as root also attaches
+# it to a loop device, makes a file system, writes a file and reads it back; unmounts, and
+# shows that the image is clean.  With IMAGE: mounts it read-only and shows its partitions.
+# Leaves nothing behind but the virtual environment in .venv.
+set -eu
+# shellcheck source=examples/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+work='' mounted='' loop='' files=''
+
+# Takes away what is there, in the reverse order, at every exit.
+clean_up() {
+    local code=$?
+    trap - EXIT
+    trap '' HUP INT TERM
+    if release; then
+        [ -z "$work" ] || rm -rf "$work"
+    else
+        # Deleting now would delete what is on the disk.
+        printf 'quickstart.sh: left behind, because it is in use: %s\n' "$work" >&2
+        code=$((code ? code : 1))
+    fi
+    exit "$code"
+}
+
+# Unmounts and detaches whatever is in use.
+release() {
+    if [ -n "$files" ]; then
+        umount "$work/files" && files='' || return
+    fi
+    if [ -n "$loop" ]; then
+        losetup --detach "$loop" || return
+        wait_detached
+        loop=''
+    fi
+    if [ -n "$mounted" ]; then
+        "$venv/bin/qedfuse" umount "$work/mnt" && mounted='' || return
+    fi
+}
+
+# A loop device that somebody else (udev) looks at is let go a little later.
+wait_detached() {
+    local tries=50
+    while [ "$tries" -gt 0 ] && losetup "$loop" >/dev/null 2>&1; do
+        sleep 0.1
+        tries=$((tries - 1))
+    done
+}
+
+# Finds the device of the loop device's first partition, as $node.
+find_partition() {
+    local name=${loop#/dev/}p1 number
+    # A kernel without code for partition tables leaves it to partx.
+    [ -e "/sys/class/block/$name" ] || partx --add "$loop"
+    ! have udevadm || udevadm settle 2>/dev/null || true
+    node=/dev/$name
+    if [ ! -b "$node" ]; then
+        # Nobody makes nodes here: no udev runs, and /dev is not the kernel's own.
+        number=$(cat "/sys/class/block/$name/dev")
+        node=$work/$name
+        mknod "$node" b "${number%:*}" "${number#*:}"
+    fi
+}
+
+# Mounts an image on $work/mnt; options follow.
+mount_image() {
+    mkdir "$work/mnt"
+    "$venv/bin/qedfuse" "$@" "$work/mnt"
+    mounted=yes
+}
+
+show_image() {
+    mount_image "$1" -o ro
+    say "Mounted read-only; its partitions"
+    fdisk -l "$work/mnt/"*
+    release
+}
+
+use_loop() {
+    if ! loop=$(losetup --find --show --partscan "$disk" 2>"$work/said"); then
+        loop=''
+        say "No loop device to be had here, so that part is left out: $(cat "$work/said")"
+        return 0
+    fi
+    say "Attached to $loop; making a file system on its first partition"
+    local node
+    find_partition
+    mkfs.ext4 -q "$node"
+    mkdir "$work/files"
+    mount "$node" "$work/files"
+    files=yes
+    say "Writing a file and reading it back"
+    printf 'Hello from inside a QED image.\n' >"$work/files/hello.txt"
+    sync "$work/files/hello.txt"
+    cat "$work/files/hello.txt"
+}
+
+show_sample() {
+    local image=$work/sample.qed disk=$work/mnt/sample.raw
+    say "Making a QED image of 1 GiB"
+    "$venv/bin/python" -c 'import sys, trio, qedfuse
+trio.run(qedfuse.create_image, sys.argv[1], 1 << 30)' "$image"
+    mount_image "$image"
+    say "Mounted; the disk is a flat file now"
+    ls -ls "$disk"
+    say "Partitioning it"
+    printf 'label: dos\nsize=512MiB, type=83\ntype=83\n' | sfdisk --quiet "$disk"
+    fdisk -l "$disk"
+    if [ "$(id -u)" = 0 ]; then
+        use_loop
+    else
+        say "Not root, so the part with losetup is left out"
+    fi
+    say "Unmounting"
+    release
+    say "The image is clean"
+    "$venv/bin/python" "$root/examples/state.py" "$image"
+    ls -ls "$image"
+}
+
+case ${1:-} in
+    -h | --help)
+        sed -n '2,/^set/{s/^# \{0,1\}//;/^set/!p}' "${BASH_SOURCE[0]}"
+        exit
+        ;;
+esac
+[ $# -le 1 ] || die "found $# arguments, expected at most one, the image"
+[ $# = 0 ] || [ -f "$1" ] || die "$1: found no regular file, expected a QED image"
+
+needs=("${runtime_needs[@]}" fdisk=fdisk sfdisk=fdisk)
+[ "$(id -u)" != 0 ] || needs+=(losetup=mount mount=mount partx=util-linux mkfs.ext4=e2fsprogs)
+install_packages "${needs[@]}"
+install_project ""
+check_fuse
+
+trap clean_up EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+work=$(mktemp -d)
+if [ $# = 1 ]; then show_image "$1"; else show_sample; fi
+say "Done"

@@ -1,0 +1,1 @@
+"""Tests, by what they need: nothing, a crash, QEMU, a mount."""

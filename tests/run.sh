@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Sets up all that the tests need, then runs lint, types and the whole suite.
+# Arguments go on to pytest:  tests/run.sh -k header
+set -eu
+# shellcheck source=examples/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
+cd "$root"
+
+install_packages "${runtime_needs[@]}" \
+    qemu-img=qemu-utils sfdisk=fdisk mkfs.ext4=e2fsprogs losetup=mount mount=mount \
+    findmnt=util-linux setfacl=acl fio=fio setpriv=util-linux shellcheck=shellcheck
+install_project test
+check_fuse
+[ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
+
+say "Lint"
+shellcheck --external-sources examples/*.sh tests/run.sh .ci/run
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+say "Types"
+"$venv/bin/mypy"
+say "Tests"
+exec "$venv/bin/python" -m pytest "$@"
