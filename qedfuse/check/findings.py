@@ -37,6 +37,7 @@ class Code(enum.Enum):
     LEAKED_CLUSTERS = "leaked-clusters"
     HEADER_SIZE_ZERO = "header-size-zero"
     NAME_IN_FIXED_HEADER = "backing-name-in-fixed-header"
+    BACKING_NAME_EMPTY = "backing-name-empty"
     NO_PROBE_WITHOUT_BACKING = "no-probe-without-backing"
     UNKNOWN_COMPAT = "unknown-compat-bits"
     UNKNOWN_AUTOCLEAR = "unknown-autoclear-bits"
@@ -56,6 +57,7 @@ _NOTES: Final = frozenset(
     {
         Code.HEADER_SIZE_ZERO,
         Code.NAME_IN_FIXED_HEADER,
+        Code.BACKING_NAME_EMPTY,
         Code.NO_PROBE_WITHOUT_BACKING,
         Code.UNKNOWN_COMPAT,
         Code.UNKNOWN_AUTOCLEAR,

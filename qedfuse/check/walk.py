@@ -9,7 +9,7 @@ import numpy as np
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
 from qedfuse.check.references import References
-from qedfuse.ondisk.constants import HEADER_BYTES, KNOWN_AUTOCLEAR, ZERO
+from qedfuse.ondisk.constants import HEADER_BYTES, KNOWN_AUTOCLEAR, ZERO, Feature
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +67,12 @@ class _Walk:
                 f"expected at least {HEADER_BYTES}"),
             ),
             (
-                header.backing_is_raw and not header.has_backing,
+                bool(header.features & Feature.BACKING_FILE) and not header.has_backing,
+                Code.BACKING_NAME_EMPTY,
+                "header field backing_filename_size: found 0, expected a name (bit 0 is set)",
+            ),
+            (
+                header.backing_is_raw and not header.features & Feature.BACKING_FILE,
                 Code.NO_PROBE_WITHOUT_BACKING,
                 "header field features: found a raw backing file (bit 2) but none (bit 0)",
             ),

@@ -71,6 +71,12 @@ class Allocator:
             run = Run(start, min(end - start, clusters * size), blank=False)
             if run.end < end:
                 self._free.insert(0, (run.end, end))
+            try:
+                # It may have been given back because the file could not grow over it.
+                await self._grow(run.end)
+            except BaseException:
+                self.release(run)
+                raise
             return run
         return await self._extend(clusters * size)
 

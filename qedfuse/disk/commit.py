@@ -101,7 +101,13 @@ class Commit:
                 previous = self._running
                 with trio.CancelScope(shield=True):
                     await previous.done.wait()
-            self._waiting, self._running = None, mine
+            self._waiting = None
+            if not self.pending and self.failure is None:
+                # Whatever we wait for was written before the round that has just ended.
+                mine.error = None
+                mine.done.set()
+                return
+            self._running = mine
             # A round that was begun is finished, whatever happens to who asked for it:
             # others wait for it, and half of it would leave slices pinned.
             with trio.CancelScope(shield=True):

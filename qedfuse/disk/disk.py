@@ -83,6 +83,7 @@ class Disk:
         self.name = file.name
         self._file = file
         self._store = store
+        self._started = False
         self._closed = False
         self._layer = QedLayer(file, header, store)
         self._chain = Chain([self._layer, *bases])
@@ -102,6 +103,7 @@ class Disk:
             options.cache_bytes // 2,
         )
         self._opening_change = trio.Lock()
+        self._may_change = not header.stale_autoclear
         self._resizing = trio.Lock()
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -112,8 +114,12 @@ class Disk:
         """
         await self._layer.scan_l1()
         if self._file.writable:
+            if self.header.need_check:
+                # The bit is going to be cleared, which is a change like any other.
+                await self._before_change()
             nursery.start_soon(self._commit.run)
             nursery.start_soon(self._needcheck.run)
+        self._started = True
 
     @property
     def size(self) -> int:
@@ -238,17 +244,14 @@ class Disk:
             why = self.failure or "opened read-only"
             msg = f"{self.name}: read-only: {why}"
             raise ReadOnlyError(msg)
-        if self._live.value.stale_autoclear:
+        if not self._may_change:
             async with self._opening_change:
                 # All writers wait here for the first one: not even data may change
                 # before the program that owns those bits can tell.
-                if self._live.value.stale_autoclear:
-                    await self._clear_autoclear()
-
-    async def _clear_autoclear(self) -> None:
-        """Clear unknown autoclear bits and make that durable."""
-        await self._live.change(lambda header: header.without_stale_autoclear())
-        await self._commit.barrier()
+                if not self._may_change:
+                    await self._live.change(lambda header: header.without_stale_autoclear())
+                    await self._commit.barrier()
+                    self._may_change = True
 
     def fstat(self) -> os.stat_result:
         """Give the attributes of the image file."""
@@ -272,7 +275,8 @@ class Disk:
         self._closed = True
         with trio.CancelScope(shield=True):
             try:
-                if self.writable:
+                # An image that was refused by `start` is left as it was found.
+                if self.writable and self._started:
                     await self._needcheck.clear()
                     await self._commit.flush()
                 elif self._commit.failure is not None:
@@ -313,14 +317,16 @@ async def open_disk(
         file.close()
         raise
     disk = Disk(file, header, bases, options, store, path)
-    async with open_scope() as nursery:
-        try:
+    try:
+        async with open_scope() as nursery:
             await disk.start(nursery)
-            yield disk
-        finally:
-            # The background tasks end first: closing has the disk to itself.
-            nursery.cancel_scope.cancel()
-            await disk.close()
+            try:
+                yield disk
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        # The background tasks have ended: closing has the disk to itself.
+        await disk.close()
 
 
 def _lock_mode(options: OpenOptions) -> LockMode:

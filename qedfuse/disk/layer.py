@@ -85,8 +85,11 @@ class QedLayer:
             CorruptImageError: Two L2 tables overlap and the image is to be written.
         """
         start = self.header.l1_table_offset
+        # A writer must also know the tables past the end of the disk: once the disk has
+        # grown, they are in use.
+        writable = self.file.writable
         used = self.geometry.l1_used(self.header.image_size)
-        end = start + used * ENTRY_BYTES
+        end = start + (self.geometry.entries if writable else used) * ENTRY_BYTES
         found = []
         position: int | None = start
         while position is not None and position < end:

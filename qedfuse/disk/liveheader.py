@@ -19,6 +19,11 @@ class LiveHeader:
     """Serialises all changes of the header.
 
     A header is smaller than a sector, which a disk writes whole or not at all.
+
+    Attributes:
+        value: The header as it is, or is about to be.
+        settled: Whether the file is known to hold ``value``: no write of it is under
+            way, and the last one did not fail.
     """
 
     def __init__(self, file: HostFile, header: Header) -> None:
@@ -26,6 +31,7 @@ class LiveHeader:
         self._file = file
         self._lock = trio.Lock()
         self.value = header
+        self.settled = True
 
     async def change(
         self, edit: Callable[[Header], Header], only_if: Callable[[], bool] = lambda: True
@@ -33,8 +39,10 @@ class LiveHeader:
         """Write the header that ``edit`` makes of the present one, unless it is the same.
 
         The value changes before the write begins, so that whoever asks while it is
-        under way sees the new one and waits for the lock if that does not suit him.
-        ``only_if`` is asked in the same moment; the change is dropped if it says no.
+        under way sees the new one, and that it is not settled; he waits for the lock if
+        either does not suit him.  After a failed write the next change writes again,
+        also if it changes nothing.  ``only_if`` is asked in the same moment as the value
+        changes; the change is dropped if it says no.
 
         Returns:
             Whether the header is now as asked.  Not durable before the next datasync.
@@ -43,7 +51,9 @@ class LiveHeader:
             if not only_if():
                 return False
             new = edit(self.value)
-            if new != self.value:
+            if new != self.value or not self.settled:
                 self.value = new
+                self.settled = False
                 await self._file.pwrite(0, build_header(new))
+                self.settled = True
             return True

@@ -46,7 +46,9 @@ class NeedCheck:
         """
         self._under_way += 1
         try:
-            if not self._live.value.need_check:
+            # A bit that is still being written by somebody else, or could not be, does
+            # not protect our change yet.
+            if not (self._live.value.need_check and self._live.settled):
                 await self._live.change(lambda header: header.with_need_check(value=True))
                 self._commit.note_write()
             yield
@@ -72,7 +74,9 @@ class NeedCheck:
         await self._allocator.trim()
         cleared = await self._live.change(
             lambda header: header.with_need_check(value=False),
-            only_if=lambda: not self._under_way and not self._commit.dirty_tables,
+            only_if=lambda: not (
+                self._under_way or self._commit.dirty_tables or self._commit.failure
+            ),
         )
         self._commit.note_write()
         return cleared

@@ -140,7 +140,7 @@ class PosixFile:
                 done = os.preadv(self.fd, (view,), offset, _NOWAIT)
             except OSError as error:
                 if error.errno not in _TRY_AGAIN:
-                    raise self._failed("read", error) from error
+                    raise self._failed(error, "read") from error
                 # A file system without RWF_NOWAIT says so at the first try, for good.
                 self._nowait = error.errno != errno.EOPNOTSUPP
             if done == len(view):
@@ -162,7 +162,7 @@ class PosixFile:
             try:
                 self._write_all(offset, parts)
             except OSError as error:
-                raise self._failed("write", error) from error
+                raise self._failed(error, "write") from error
         else:
             await self._in_thread("write", self._write_all, offset, parts)
 
@@ -194,7 +194,7 @@ class PosixFile:
                 return None
             if error.errno == errno.EINVAL:  # a file system that keeps no holes
                 return offset if offset < self.size() else None
-            raise self._failed("seek", error) from error
+            raise self._failed(error, "seek") from error
 
     def size(self) -> int:
         """Give the file's length now."""
@@ -210,7 +210,7 @@ class PosixFile:
             os.close(self.fd)
             self.fd = -1
 
-    def _failed(self, action: str, error: OSError) -> HostError:
+    def _failed(self, error: OSError, action: str) -> HostError:
         return HostError.from_os(error, self.name, action)
 
     async def _in_thread(self, action: str, function: Callable[[*Args], T], *args: *Args) -> T:
@@ -218,4 +218,4 @@ class PosixFile:
         try:
             return await trio.to_thread.run_sync(function, *args)
         except OSError as error:
-            raise self._failed(action, error) from error
+            raise self._failed(error, action) from error

@@ -221,10 +221,9 @@ def _locks(table: str) -> Iterator[tuple[str, int, float]]:
     """List the locks of one descriptor: place, first byte, last byte."""
     for line in table.splitlines():
         # lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2146329 100 100
-        words = line.split()
-        if len(words) == 9 and words[0] == "lock:":
-            last = float("inf") if words[8] == "EOF" else int(words[8])
-            yield words[6], int(words[7]), last
+        if line.startswith("lock:"):
+            place, first, last = line.split()[-3:]
+            yield place, int(first), float("inf") if last == "EOF" else int(last)
 
 
 def _holder(pid: int) -> Holder:

@@ -84,8 +84,8 @@ class Header:
 
     @property
     def has_backing(self) -> bool:
-        """Whether the image names a backing file."""
-        return bool(self.features & Feature.BACKING_FILE)
+        """Whether the image names a backing file; an empty name is none, as for QEMU."""
+        return bool(self.features & Feature.BACKING_FILE) and self.backing_filename_size > 0
 
     @property
     def backing_is_raw(self) -> bool:
@@ -200,8 +200,8 @@ def _check_places(header: Header, name: str) -> None:
         raise HeaderError(name, "header_size", header.header_size, expected)
     if header.has_backing:
         length = header.backing_filename_size
-        if not 1 <= length <= MAX_BACKING_NAME:
-            expected = f"1 to {MAX_BACKING_NAME}"
+        if length > MAX_BACKING_NAME:
+            expected = f"at most {MAX_BACKING_NAME}"
             raise HeaderError(name, "backing_filename_size", length, expected)
         end = header.backing_filename_offset + length
         area = header.header_size * header.cluster_size
