@@ -1,0 +1,69 @@
+"""File objects over images, with QEMU as the other side."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+import qedfuse
+from qedfuse.errors import ImageInUseError
+from tests.support import qemu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 3 << 20
+
+
+# QEMU 7.2 makes images whose tables are one cluster long, and then refuses to open them.
+@pytest.mark.parametrize(("cluster_size", "table_size"), [(4096, 2), (65536, 4), (1 << 20, 16)])
+def test_qemu_reads_what_a_program_wrote(
+    tmp_path: Path, cluster_size: int, table_size: int
+) -> None:
+    """Writes at random places into an overlay are what QEMU reads, in an image it finds clean."""
+    rng = random.Random(cluster_size)  # noqa: S311  no secret
+    model = bytearray(rng.randbytes(SIZE // 2)) + bytearray(SIZE // 2)
+    base = tmp_path / "base.raw"
+    base.write_bytes(model[: SIZE // 2])
+    image = qemu.create(
+        tmp_path / "image.qed",
+        SIZE,
+        cluster_size=cluster_size,
+        table_size=table_size,
+        backing=base,
+        backing_format="raw",
+    )
+    with qedfuse.open(image, "r+b") as disk:
+        for _ in range(50):
+            start = rng.randrange(SIZE)
+            data = rng.randbytes(rng.randrange(1, 20_000))[: SIZE - start]
+            disk.seek(start)
+            assert disk.write(data) == len(data)
+            model[start : start + len(data)] = data
+        disk.flush()
+        disk.seek(0)
+        assert disk.read() == model
+    assert qemu.check(image).code == 0
+    assert qemu.content(image) == model
+
+
+def test_program_reads_what_qemu_wrote(tmp_path: Path) -> None:
+    """A chain that QEMU made reads as QEMU reads it."""
+    base = qemu.create(tmp_path / "base.qed", SIZE, cluster_size=4096)
+    qemu.io(base, "write -P 1 0 100k", "write -P 2 1M 64k")
+    overlay = qemu.create(tmp_path / "overlay.qed", backing=base)
+    qemu.io(overlay, "write -P 3 50k 10k", "write -z 1M 64k", "write -P 4 2M 512")
+    with qedfuse.open(overlay) as disk:
+        assert disk.read() == qemu.content(overlay)
+
+
+def test_each_keeps_the_other_out(tmp_path: Path) -> None:
+    """Whoever comes second is told who is there."""
+    image = qemu.create(tmp_path / "image.qed", SIZE)
+    with qemu.hold(image) as holder, pytest.raises(ImageInUseError, match=f"pid {holder.pid}"):
+        qedfuse.open(image)
+    with qedfuse.open(image, "r+b"), pytest.raises(qemu.QemuError, match="Failed to get"):
+        qemu.info(image)
+    assert qemu.info(image)["virtual-size"] == SIZE

@@ -1,0 +1,413 @@
+"""Images as file objects: what a file object promises, and what the image gets."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qedfuse
+from qedfuse import api
+from qedfuse.errors import (
+    CorruptImageError,
+    HostError,
+    ImageInUseError,
+    NoSpaceError,
+    NotQedError,
+    UsageError,
+)
+from qedfuse.ondisk.constants import Feature
+from qedfuse.ondisk.header import Header, build_header, parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(qedfuse.__file__).parents[1]
+SIZE = 1 << 20
+CLUSTER = 4096
+
+
+def new_image(path: Path, size: int = SIZE) -> Path:
+    """Make an empty image of small clusters."""
+
+    async def make() -> None:
+        await qedfuse.create_image(str(path), size, cluster_size=CLUSTER, table_size=1)
+
+    trio.run(make)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Make an empty image."""
+    return new_image(tmp_path / "image.qed")
+
+
+def header_of(path: Path) -> Header:
+    """Read the header as it is in the file."""
+    return parse_header(path.read_bytes()[:64], "image")
+
+
+def threads() -> list[str]:
+    """Name the threads of open files."""
+    return [thread.name for thread in threading.enumerate() if "image.qed" in thread.name]
+
+
+def test_write_and_read_back(image: Path) -> None:
+    """Bytes written at odd places are there after closing and opening again."""
+    with qedfuse.open(image, "r+b") as disk:
+        assert (disk.size, disk.mode, disk.name) == (SIZE, "r+b", str(image))
+        assert disk.readable()
+        assert disk.writable()
+        assert disk.seekable()
+        assert disk.seek(12345) == 12345
+        assert disk.write(b"odd") == 3
+        assert disk.tell() == 12348
+    assert disk.closed
+    with qedfuse.open(image) as disk:
+        assert not disk.writable()
+        disk.seek(12343)
+        assert disk.read(7) == b"\0\0odd\0\0"
+        assert disk.seek(-3, os.SEEK_END) == SIZE - 3
+        assert disk.read(100) == bytes(3)
+        assert disk.read(100) == b""
+        assert disk.seek(0) == 0
+        assert disk.read() == bytes(12345) + b"odd" + bytes(SIZE - 12348)
+    assert threads() == []
+
+
+def test_end_of_the_disk(image: Path) -> None:
+    """A write is short at the end, and past it there is no space."""
+    with qedfuse.open(image, "r+b") as disk:
+        disk.seek(SIZE - 2)
+        assert disk.write(b"1234") == 2
+        assert disk.tell() == SIZE
+        for position in (SIZE, SIZE + 5000):
+            disk.seek(position)
+            with pytest.raises(NoSpaceError) as caught:
+                disk.write(b"x")
+            assert caught.value.errno == errno.ENOSPC
+            assert disk.tell() == position
+            assert disk.write(b"") == 0
+            assert disk.read(1) == b""
+            assert disk.readinto(bytearray(5)) == 0
+
+
+def test_long_transfers_go_in_pieces(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are put together without a seam, and a write that meets the end stops there."""
+    monkeypatch.setattr(api, "_PIECE", 5000)
+    data = bytes(range(256)) * (SIZE // 256)
+    with qedfuse.open(image, "r+b") as disk:
+        disk.seek(100)
+        assert disk.write(data) == SIZE - 100
+        disk.seek(0)
+        assert disk.read() == bytes(100) + data[:-100]
+        buffer = bytearray(SIZE + 1)
+        disk.seek(0)
+        assert disk.readinto(buffer) == SIZE
+        assert buffer == bytes(100) + data[:-100] + b"\0"
+
+
+def test_write_that_ends_with_the_disk_in_whole_pieces(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that is too long is short, not an error, also where a piece ends at the end."""
+    monkeypatch.setattr(api, "_PIECE", CLUSTER)
+    with qedfuse.open(image, "r+b") as disk:
+        disk.seek(SIZE - 2 * CLUSTER)
+        assert disk.write(bytes(3 * CLUSTER)) == 2 * CLUSTER
+
+
+def test_buffers_of_other_shapes(image: Path) -> None:
+    """Whatever has bytes can be written and filled, counted in bytes."""
+    with qedfuse.open(image, "r+b") as disk:
+        assert disk.write(memoryview(struct.pack("<2Q", 1, 2)).cast("Q")) == 16
+        disk.seek(0)
+        words = memoryview(bytearray(16)).cast("Q")
+        assert disk.readinto(words) == 16
+        assert list(words) == [1, 2]
+
+
+def test_truncate_grows(image: Path) -> None:
+    """The disk grows to a size or to the position, keeps its content, and never shrinks."""
+    with qedfuse.open(image, "r+b") as disk:
+        disk.seek(SIZE - 1)
+        disk.write(b"x")
+        assert disk.truncate(2 * SIZE) == 2 * SIZE
+        assert disk.tell() == SIZE
+        assert disk.read() == bytes(SIZE)
+        disk.seek(3 * SIZE)
+        assert disk.truncate() == 3 * SIZE == disk.size
+        assert disk.truncate(3 * SIZE) == 3 * SIZE
+        for size in (SIZE, 3 * SIZE + 1):
+            with pytest.raises(UsageError) as caught:
+                disk.truncate(size)
+            assert caught.value.errno == errno.EINVAL
+    assert header_of(image).image_size == 3 * SIZE
+    with qedfuse.open(image) as disk:
+        disk.seek(SIZE - 1)
+        assert disk.read(2) == b"x\0"
+
+
+@pytest.mark.parametrize("mode", ["r", "w", "wb", "rb+", "r+", "a", "", None])
+def test_other_modes_are_refused(image: Path, mode: str) -> None:
+    """A disk is opened to read, or to read and write; nothing else means anything."""
+    with pytest.raises(ValueError, match=r"^mode: found .*, expected 'rb' or 'r\+b'$"):
+        qedfuse.open(image, mode)  # type: ignore[arg-type]
+
+
+def test_read_only_file_is_not_written(image: Path) -> None:
+    """Changes through rb are refused as other file objects refuse them."""
+    before = image.read_bytes()
+    writing = qedfuse.OpenOptions(writable=True)  # the mode decides
+    with qedfuse.open(image, "rb", options=writing) as disk:
+        with pytest.raises(io.UnsupportedOperation):
+            disk.write(b"x")
+        with pytest.raises(io.UnsupportedOperation):
+            disk.truncate(2 * SIZE)
+        disk.flush()
+        with pytest.raises(io.UnsupportedOperation):
+            disk.fileno()
+        assert not disk.isatty()
+    assert image.read_bytes() == before
+
+
+def test_bad_positions(image: Path) -> None:
+    """Positions are not negative, and whence is one of three."""
+    with qedfuse.open(image) as disk:
+        for offset, whence in ((-1, 0), (-1, 1), (-SIZE - 1, 2), (0, 7)):
+            with pytest.raises(ValueError, match=r"found -?[0-9]+, expected"):
+                disk.seek(offset, whence)
+        assert disk.tell() == 0
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda disk: disk.read(1),
+        lambda disk: disk.readinto(bytearray(1)),
+        lambda disk: disk.write(b"x"),
+        lambda disk: disk.seek(0),
+        lambda disk: disk.tell(),
+        lambda disk: disk.truncate(SIZE),
+        lambda disk: disk.flush(),
+        lambda disk: disk.readable(),
+        lambda disk: disk.__enter__(),
+    ],
+)
+def test_closed_file(image: Path, use: Callable[[qedfuse.DiskFile], object]) -> None:
+    """Nothing works on a closed file, except closing it."""
+    disk = qedfuse.open(image, "r+b")
+    disk.close()
+    disk.close()
+    with pytest.raises(ValueError, match="closed"):
+        use(disk)
+
+
+def test_cannot_be_copied(image: Path) -> None:
+    """A file object with a thread behind it is neither copied nor pickled."""
+    with qedfuse.open(image) as disk, pytest.raises(TypeError, match="pickle"):
+        pickle.dumps(disk)
+
+
+def test_errors_at_open_are_raised_in_the_caller(tmp_path: Path) -> None:
+    """What cannot be opened raises its own kind of error, and leaves no thread behind."""
+    path = tmp_path / "image.qed"
+    with pytest.raises(HostError) as caught:
+        qedfuse.open(path)
+    assert caught.value.errno == errno.ENOENT
+    path.write_bytes(bytes(CLUSTER))
+    with pytest.raises(NotQedError):
+        qedfuse.open(os.fsencode(path), "r+b")
+    assert threads() == []
+
+
+def test_locks_last_until_close(image: Path) -> None:
+    """A writer excludes others, also in its own process, until it is closed."""
+    with qedfuse.open(image, "r+b") as disk:
+        with pytest.raises(ImageInUseError, match=rf"\(pid {os.getpid()}\)"):
+            qedfuse.open(image)
+        shared = qedfuse.OpenOptions(force_share=True)
+        with qedfuse.open(image, options=shared) as other:
+            assert other.read(1) == b"\0"
+        disk.write(b"x")
+    with qedfuse.open(image) as one, qedfuse.open(image) as two:
+        assert one.read(1) == two.read(1) == b"x"
+
+
+def test_flush_puts_everything_into_the_file(image: Path, tmp_path: Path) -> None:
+    """After flush a copy of the file has everything; after close it is marked clean."""
+    copy = tmp_path / "copy.qed"
+    with qedfuse.open(image, "r+b") as disk:
+        disk.write(b"flushed")
+        disk.flush()
+        shutil.copy(image, copy)
+        with qedfuse.open(copy) as other:
+            assert other.read(7) == b"flushed"
+        assert header_of(image).need_check
+    assert not header_of(image).need_check
+
+
+def test_works_with_the_io_module(image: Path) -> None:
+    """Buffered and text layers, and what copies files, take a disk as any raw file."""
+    with qedfuse.open(image, "r+b") as raw, io.BufferedRandom(raw) as buffered:
+        buffered.write(b"line one\nline two\n")
+        buffered.seek(0)
+        assert buffered.readline() == b"line one\n"
+        assert buffered.peek(4)[:4] == b"line"
+    with qedfuse.open(image) as disk:
+        copied = io.BytesIO()
+        shutil.copyfileobj(disk, copied)
+        assert copied.getvalue() == b"line one\nline two\n" + bytes(SIZE - 18)
+    with io.TextIOWrapper(io.BufferedReader(qedfuse.open(image)), encoding="ascii") as text:
+        assert text.readline() == "line one\n"
+
+
+def test_threads_share_a_file(image: Path) -> None:
+    """Writes of several threads follow each other whole; none is lost or overlaps."""
+    with qedfuse.open(image, "r+b") as disk:
+
+        def work(number: int) -> None:
+            for _ in range(20):
+                assert disk.write(bytes([number]) * 100) == 100
+
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(1, 6)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert disk.tell() == 5 * 20 * 100
+        disk.seek(0)
+        records = [disk.read(100) for _ in range(100)]
+    assert sorted(records) == [bytes([number]) * 100 for number in range(1, 6) for _ in range(20)]
+
+
+def test_forgotten_file_is_closed_with_a_warning(image: Path) -> None:
+    """A file that is collected warns, and its image is closed cleanly."""
+    disk = qedfuse.open(image, "r+b")
+    disk.write(b"kept")
+    running = [thread for thread in threading.enumerate() if "image.qed" in thread.name]
+    with pytest.warns(ResourceWarning, match=r"unclosed disk '.*image\.qed'"):
+        del disk  # the last reference
+    for thread in running:
+        thread.join()
+    assert not header_of(image).need_check
+    with qedfuse.open(image, "r+b") as again:
+        assert again.read(4) == b"kept"
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)])
+def test_program_that_ends_without_closing(image: Path, end: str, code: int) -> None:
+    """A program that ends, in whatever way, leaves a clean image with all it wrote."""
+    program = f"""
+import qedfuse, sys
+disk = qedfuse.open(sys.argv[1], "r+b")
+disk.write(b"kept")
+{end}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, image],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == code
+    assert not header_of(image).need_check
+    with qedfuse.open(image) as disk:
+        assert disk.read(4) == b"kept"
+
+
+def mark_dirty(path: Path) -> None:
+    """Set NEED_CHECK, as a program that died while writing leaves it."""
+    header = header_of(path)
+    assert not header.features & Feature.NEED_CHECK
+    with path.open("r+b") as file:
+        file.write(build_header(header.with_need_check(value=True)))
+
+
+def test_dirty_image_with_leaks_only_is_opened(image: Path) -> None:
+    """An image that was not closed is checked; lost space is no reason to refuse it."""
+    with qedfuse.open(image, "r+b") as disk:
+        disk.write(b"kept")
+    mark_dirty(image)
+    with image.open("ab") as file:
+        file.write(bytes(3 * CLUSTER))
+    with qedfuse.open(image, "r+b") as disk:
+        assert disk.read(4) == b"kept"
+    assert not header_of(image).need_check
+
+
+def test_dirty_image_with_errors_is_refused(image: Path) -> None:
+    """With worse than leaks it is not opened for writing, and not touched; reading works."""
+    with qedfuse.open(image, "r+b") as disk:
+        disk.write(b"kept" * CLUSTER)
+    mark_dirty(image)
+    with image.open("r+b") as file:
+        (table,) = struct.unpack("<Q", file.read()[CLUSTER : CLUSTER + 8])
+        file.seek(table + 8)
+        file.write(struct.pack("<Q", table + 1))  # no multiple of a cluster
+    before = image.read_bytes()
+    with pytest.raises(CorruptImageError) as caught:
+        qedfuse.open(image, "r+b")
+    message = str(caught.value)
+    assert message.startswith(f"{image}: found 1 errors in the tables, expected none (the first: ")
+    assert "\n" not in message
+    with qedfuse.open(image) as disk:
+        assert disk.read(4) == b"kept"
+    assert image.read_bytes() == before
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("seek"), st.integers(0, 70_000)),
+        st.tuples(st.just("read"), st.integers(-1, 9000)),
+        st.tuples(st.just("readinto"), st.integers(0, 9000)),
+        st.tuples(st.just("write"), st.binary(min_size=1, max_size=40)),
+        st.tuples(st.just("fill"), st.integers(1, 9000)),
+        st.tuples(st.just("flush"), st.none()),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps)
+def test_agrees_with_a_file_in_memory(
+    tmp_path_factory: pytest.TempPathFactory, todo: list[tuple[str, object]]
+) -> None:
+    """Any order of operations gives what a plain file of fixed size gives."""
+    size = 65536
+    path = new_image(tmp_path_factory.mktemp("model") / "image.qed", size)
+    model = io.BytesIO(bytes(size))
+    with qedfuse.open(path, "r+b") as disk:
+        for name, value in todo:
+            if name in ("write", "fill"):
+                data = value if isinstance(value, bytes) else b"\xaa" * int(str(value))
+                room = max(0, size - model.tell())
+                if room:
+                    assert disk.write(data) == model.write(data[:room])
+            elif name == "readinto":
+                ours, theirs = (bytearray(int(str(value))) for _ in range(2))
+                assert disk.readinto(ours) == model.readinto(theirs)
+                assert ours == theirs
+            elif name != "flush":
+                assert getattr(disk, name)(value) == getattr(model, name)(value)
+            else:
+                disk.flush()
+            assert disk.tell() == model.tell()
+    with qedfuse.open(path) as disk:
+        assert disk.read() == model.getvalue()
