@@ -1,0 +1,100 @@
+"""Attaching to the kernel: libfuse mounts, and what it prints becomes one line of ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import pyfuse3
+
+from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError
+from qedfuse.mount.handshake import fuse_descriptors
+from qedfuse.mount.options import escape_value
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qedfuse.mount.operations import Operations
+    from qedfuse.mount.options import MountOptions
+
+_STDERR: Final = 2
+_MAX_CHATTER: Final = 4096
+
+
+def kernel_options(options: MountOptions, source: str) -> set[str]:
+    """Build libfuse's options: what the mount table shows, and what the kernel enforces."""
+    words = {
+        # libfuse takes ASCII only here; the escapes are those of our messages.
+        f"fsname={escape_value(printable(source).encode('ascii', 'backslashreplace').decode())}",
+        "subtype=qedfuse",
+        "default_permissions",
+        # Files named by an image must not gain powers, so these are not up to the user.
+        "nosuid",
+        "nodev",
+        *options.kernel_words,
+    }
+    if options.read_only:
+        words.add("ro")
+    if options.allow_other or options.allow_root:
+        words.add("allow_other")
+    return words
+
+
+def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
+    """Mount; return the descriptor of the connection, which belongs to pyfuse3.
+
+    Raises:
+        PrivilegeError: The user may not.
+        MountpointError: The kernel does not take the mountpoint.
+        FuseError: Anything else.
+    """
+    before = fuse_descriptors()
+    failure = None
+    with _captured_stderr() as chatter:
+        try:
+            pyfuse3.init(operations, mountpoint, kernel_options(options, source))
+        except RuntimeError as error:
+            failure = error
+        said = chatter()
+    if failure is not None:
+        raise _explain(mountpoint, said or str(failure)) from failure
+    if said:
+        sys.stderr.write(f"qedfuse: {printable(said)}\n")
+    new = fuse_descriptors() - before
+    if len(new) != 1:
+        msg = f"{printable(mountpoint)}: found {len(new)} connections after mounting, expected 1"
+        raise FuseError(msg)
+    return new.pop()
+
+
+def _explain(mountpoint: str, said: str) -> QedError:
+    """Choose the class of error by what libfuse or fusermount3 said."""
+    kind: type[QedError] = FuseError
+    if "ermission denied" in said or "not permitted" in said or "only allowed if" in said:
+        kind = PrivilegeError
+    elif "ountpoint" in said or "ransport endpoint" in said:
+        kind = MountpointError
+    return kind(f"{printable(mountpoint)}: cannot mount: {printable(said)}")
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Collect what C code and its children print on descriptor 2, as one line."""
+    sys.stderr.flush()
+    kept = os.dup(_STDERR)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), _STDERR)
+
+        def chatter() -> str:
+            text = os.pread(file.fileno(), _MAX_CHATTER, 0).decode(errors="backslashreplace")
+            return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+        try:
+            yield chatter
+        finally:
+            os.dup2(kept, _STDERR)
+            os.close(kept)

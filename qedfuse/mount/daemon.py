@@ -1,0 +1,95 @@
+"""Going to the background, without ever claiming success too early.
+
+The process forks before there is an event loop, a thread or a connection to the kernel:
+none of them survives a fork.  The child does everything and reports through a pipe; the
+parent waits for that, prints what went wrong, and ends with the child's exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_READY: Final = b"ready\n"
+_SILENT: Final = 32
+"""The exit code for a child that ended without a word: the mount failed."""
+_INTERRUPTED: Final = 130
+
+
+def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
+    """Run ``serve`` in a child; return in the parent when the child is ready or has failed.
+
+    Args:
+        serve: Gets a function to call when the disk can be used, and returns an exit
+            code when it has ended.  What it prints to stderr before it is ready is seen
+            by the user.
+
+    Returns:
+        The exit code for the caller's process: 0 only if the disk can be used.
+    """
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _be_child(serve, writing)
+    os.close(writing)
+    try:
+        return _wait(child, reading)
+    except KeyboardInterrupt:
+        # The child has left the terminal's group, so the interrupt did not reach it.
+        os.kill(child, signal.SIGTERM)
+        return _INTERRUPTED
+    finally:
+        os.close(reading)
+
+
+def _be_child(serve: Callable[[Callable[[], None]], int], writing: int) -> None:
+    """Serve and exit; never returns, since the caller's code belongs to the parent."""
+    code = 70
+    try:
+        os.setsid()
+        # A working directory would keep its file system from being unmounted.
+        os.chdir("/")
+
+        def ready() -> None:
+            _leave_terminal()
+            os.write(writing, _READY)
+            os.close(writing)
+
+        code = serve(ready)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _leave_terminal() -> None:
+    """Let go of the terminal, or of whatever pipe waits for the end of our output."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    if null > 2:  # noqa: PLR2004  unless it became one of them
+        os.close(null)
+
+
+def _wait(child: int, reading: int) -> int:
+    """Wait until the child is ready or has ended; give the exit code that says which."""
+    report = b""
+    while part := os.read(reading, len(_READY)):
+        report += part
+        if report == _READY:
+            return 0
+    _pid, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code > 0:
+        return code  # it has printed the reason itself
+    how = "ended" if code == 0 else f"was killed by {signal.Signals(-code).name}"
+    sys.stderr.write(f"qedfuse: the process in the background {how} before the disk was ready\n")
+    return _SILENT

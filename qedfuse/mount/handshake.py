@@ -1,0 +1,98 @@
+"""The first words with the kernel, with one of them changed on the way.
+
+The kernel opens the conversation by telling what it can do; libfuse picks from that, and
+asks for ``FUSE_ATOMIC_O_TRUNC`` wherever it is offered.  With it, opening a file with
+O_TRUNC makes the kernel set the file's size to 0 on its own.  A disk cannot be cut to
+nothing, so the open is to be ignored, but with the write-back cache the kernel does not
+believe sizes from us any more: it would see an empty file, and worse, it would fill up
+with zeros the page around each small write.  Without that feature the kernel sends a
+truncation, and takes the size in our answer.
+
+pyfuse3 has no way to decline the feature.  So libfuse gets a socket in place of the
+device for the length of the handshake, and the two messages pass through here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import Final
+
+import pyfuse3
+import trio
+
+from qedfuse.errors import FuseError
+from qedfuse.mount.mountpoint import FUSE_DEVICE
+from qedfuse.util.scope import open_scope
+
+# struct fuse_in_header (40 bytes) and the first fields of struct fuse_init_in: major,
+# minor, max_readahead, flags.  They are part of the kernel's stable interface.
+_IN_HEADER: Final = struct.Struct("=IIQQIIII")
+_INIT_IN: Final = struct.Struct("=IIII")
+_FUSE_INIT: Final = 26
+_ATOMIC_O_TRUNC: Final = 1 << 3
+_MAX_MESSAGE: Final = 1 << 20
+"""More than libfuse's own buffer; the kernel refuses to fill a smaller one."""
+
+
+def fuse_descriptors() -> set[int]:
+    """List the descriptors of this process that are connections to the kernel's FUSE."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115
+        except OSError:  # the descriptor of the listing itself
+            continue
+        if target == FUSE_DEVICE:
+            found.add(int(name))
+    return found
+
+
+def decline(message: bytes, unwanted: int) -> bytes:
+    """Take features out of what the kernel offers in its first message.
+
+    Raises:
+        FuseError: It is not the kernel's first message.
+    """
+    least = _IN_HEADER.size + _INIT_IN.size
+    if len(message) < least or _IN_HEADER.unpack_from(message)[1] != _FUSE_INIT:
+        msg = f"{FUSE_DEVICE}: found a message of {len(message)} bytes, expected FUSE_INIT"
+        raise FuseError(msg)
+    changed = bytearray(message)
+    *front, flags = _INIT_IN.unpack_from(message, _IN_HEADER.size)
+    _INIT_IN.pack_into(changed, _IN_HEADER.size, *front, flags & ~unwanted)
+    return bytes(changed)
+
+
+async def shake_hands(fd: int) -> None:
+    """Let libfuse, whose connection to the kernel is ``fd``, agree with the kernel.
+
+    Call it between `pyfuse3.init` and `pyfuse3.main`.  When it returns, the kernel
+    serves requests for the mount.
+
+    Raises:
+        FuseError: The kernel or libfuse does not want to go on.
+    """
+    device = os.dup(fd)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        await trio.lowlevel.wait_readable(device)
+        offer = decline(os.read(device, _MAX_MESSAGE), _ATOMIC_O_TRUNC)
+        os.dup2(theirs.fileno(), fd, inheritable=False)
+        ours.setblocking(False)
+        ours.send(offer)
+        async with open_scope() as nursery:
+            nursery.start_soon(pyfuse3.main)
+            await trio.lowlevel.wait_readable(ours)
+            # The tasks that wait on the socket have to go before the device comes back.
+            nursery.cancel_scope.cancel()
+        os.write(device, ours.recv(_MAX_MESSAGE))
+    except OSError as error:
+        msg = f"{FUSE_DEVICE}: cannot agree with the kernel: {os.strerror(error.errno or 0)}"
+        raise FuseError(msg) from error
+    finally:
+        os.dup2(device, fd, inheritable=False)
+        os.close(device)
+        ours.close()
+        theirs.close()

@@ -1,0 +1,177 @@
+"""The place of the mount: is it fit, may we, and what the kernel's mount table says of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import MountpointError, PrivilegeError
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FUSE_TYPE: Final = "fuse.qedfuse"
+"""The type that the mount table shows."""
+
+FUSE_DEVICE: Final = "/dev/fuse"
+FUSE_CONF: Final = "/etc/fuse.conf"
+_SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One line of the kernel's mount table.
+
+    Attributes:
+        device: ``MAJOR:MINOR``, which no other mount has at the same time.
+        path: Where it is.
+        fstype: Its type; ours is `FUSE_TYPE`.
+        owner: The user who mounted it, where FUSE tells; 0 otherwise.
+    """
+
+    device: str
+    path: str
+    fstype: str
+    owner: int
+
+
+def _unescape(field: str) -> str:
+    r"""Undo the mount table's escapes: a space is written ``\040``."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
+
+
+def parse_mounts(table: str) -> Iterator[MountEntry]:
+    """Read the text of ``/proc/self/mountinfo``."""
+    for line in table.splitlines():
+        # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0
+        front, _, back = line.partition(" - ")
+        fields, tail = front.split(" "), back.split(" ")
+        if len(fields) > 4 and len(tail) > 2:  # noqa: PLR2004  the fields that are used
+            owner = re.search(r"(?:^|,)user_id=([0-9]+)", tail[2])
+            yield MountEntry(
+                fields[2], _unescape(fields[4]), _unescape(tail[0]), int(owner[1]) if owner else 0
+            )
+
+
+def find_mount(mountpoint: str) -> MountEntry | None:
+    """Find what is mounted on a path; of several, the last, which covers the others.
+
+    It asks the mount table and never the mount: that would wait for the process that
+    serves it, and fails where that is dead or belongs to another user.
+    """
+    raw = Path("/proc/self/mountinfo").read_bytes()
+    found = None
+    for entry in parse_mounts(os.fsdecode(raw)):
+        if entry.path == mountpoint:
+            found = entry
+    return found
+
+
+def resolve(mountpoint: str) -> str:
+    """Make a path absolute and free of links, as the mount table has it."""
+    return os.path.realpath(mountpoint)
+
+
+def check_mountpoint(mountpoint: str, disks: int) -> bool:
+    """Refuse a path that cannot carry the mount; tell whether it is a directory.
+
+    A directory need not be empty, as for mount(8): what is in it is hidden meanwhile.
+
+    Raises:
+        MountpointError: It is missing, stale, in use by another qedfuse, of a wrong
+            kind, or a file for more than one disk.
+    """
+    shown = printable(mountpoint)
+    try:
+        mode = os.stat(mountpoint).st_mode  # noqa: PTH116
+    except FileNotFoundError:
+        msg = f"mountpoint {shown}: found nothing, expected a directory or a regular file"
+        raise MountpointError(msg) from None
+    except OSError as error:
+        raise _unusable(mountpoint, error) from error
+    entry = find_mount(mountpoint)
+    if entry is not None and entry.fstype == FUSE_TYPE:
+        try:
+            os.statvfs(mountpoint)  # unlike the attributes, this is never remembered
+        except OSError as error:
+            raise _unusable(mountpoint, error) from error
+        msg = (
+            f"mountpoint {shown}: in use: found another qedfuse mount "
+            f"(end it with: qedfuse umount {shown})"
+        )
+        raise MountpointError(msg)
+    if stat.S_ISDIR(mode):
+        return True
+    if not stat.S_ISREG(mode):
+        msg = f"mountpoint {shown}: found a special file, expected a directory or a regular file"
+        raise MountpointError(msg)
+    if disks != 1:
+        msg = f"mountpoint {shown}: found a file for {disks} disks, expected a directory"
+        raise MountpointError(msg)
+    return False
+
+
+def _unusable(mountpoint: str, error: OSError) -> MountpointError:
+    """Explain a mountpoint that cannot even be looked at."""
+    shown = printable(mountpoint)
+    if error.errno == errno.ENOTCONN:
+        return MountpointError(
+            f"mountpoint {shown}: found a stale mount: the process that served it has ended "
+            f"(remove it with: fusermount3 -u {shown}, or as root: umount {shown})"
+        )
+    found = "a file in place of a directory" if error.errno == errno.ENOTDIR else None
+    return MountpointError(f"mountpoint {shown}: {found or os.strerror(error.errno or 0)}")
+
+
+def find_fusermount() -> str | None:
+    """Find the program that mounts for ordinary users; mount(8) runs us with a reset PATH."""
+    return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
+
+
+def check_privileges(*, for_others: bool, user: int | None = None) -> None:
+    """Refuse what the kernel or fusermount3 would refuse, in words that say what to do.
+
+    Args:
+        for_others: ``allow_other`` or ``allow_root`` is wanted.
+        user: Who mounts; None for the caller.
+
+    Raises:
+        PrivilegeError: Something is missing.
+    """
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        msg = f"{FUSE_DEVICE}: found nothing, expected the FUSE device (load it with: modprobe fuse)"
+        raise PrivilegeError(msg) from None
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        msg = f"{FUSE_DEVICE}: cannot open: {reason} (it must be readable and writable for the user)"
+        raise PrivilegeError(msg) from error
+    if (os.getuid() if user is None else user) == 0:
+        return
+    if find_fusermount() is None:
+        msg = "fusermount3: found nothing, expected the program of the package fuse3 (or run as root)"
+        raise PrivilegeError(msg)
+    if for_others and not _others_allowed():
+        msg = (
+            "options allow_other and allow_root: refused for ordinary users: expected a line "
+            f"user_allow_other in {FUSE_CONF} (root can add it; losetup and mount(8) run as "
+            "root and need it to see the disk)"
+        )
+        raise PrivilegeError(msg)
+
+
+def _others_allowed() -> bool:
+    """Read fusermount3's configuration as it does: the word alone on a line."""
+    try:
+        with open(FUSE_CONF, encoding="utf-8", errors="replace") as conf:
+            return any(line.strip() == "user_allow_other" for line in conf)
+    except OSError:
+        return False

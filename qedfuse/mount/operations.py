@@ -1,0 +1,345 @@
+"""The protocol with the kernel: each request is checked, becomes one call, and is answered.
+
+What the requests mean for an image is decided below (`qedfuse.disk`); what the file looks
+like is decided in `qedfuse.mount.view`.  Extended attributes stay unimplemented on
+purpose: any answer but ENOSYS costs each write(2) one more round trip.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import FUSEError
+
+from qedfuse.errors import NoSpaceError, QedError
+from qedfuse.mount.view import Attributes, View
+from qedfuse.ondisk.constants import SECTOR
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from pyfuse3 import (
+        EntryAttributes,
+        FileInfo,
+        ReaddirToken,
+        RequestContext,
+        SetattrFields,
+        StatvfsData,
+    )
+
+    from qedfuse.mount.options import MountOptions
+
+_log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_DIRECT: Final = 1 << 62
+"""The bit of a handle that says O_DIRECT; the rest of it is the inode."""
+
+_MOST_COMPLAINTS: Final = 100
+"""Different complaints that are logged in the life of a mount: a bad image has many."""
+
+
+def _answered(
+    method: Callable[Concatenate[Operations, P], Awaitable[T]],
+) -> Callable[Concatenate[Operations, P], Awaitable[T]]:
+    """Turn whatever a handler raises into an answer for the kernel.
+
+    An exception that reached pyfuse3 would end the mount for all disks and users.
+    """
+
+    @functools.wraps(method)
+    async def answered(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.debug:
+            _log.debug("%s%s", method.__name__, _shown(args))
+        try:
+            return await method(self, *args, **kwargs)
+        except FUSEError as error:
+            if self.debug:
+                _log.debug("%s: %s", method.__name__, error)
+            raise
+        except QedError as error:
+            self.complain(error)
+            raise FUSEError(error.errno) from error
+        except Exception as error:
+            _log.exception("internal error in %s", method.__name__)
+            raise FUSEError(errno.EIO) from error
+
+    return answered
+
+
+def _shown(args: Sequence[object]) -> str:
+    """Show the arguments of a request; of data, how much there is."""
+    return str(
+        tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > 64 else arg  # noqa: PLR2004
+              for arg in args if isinstance(arg, int | bytes))
+    )  # fmt: skip
+
+
+class Operations(pyfuse3.Operations):
+    """The requests of one mount.
+
+    Attributes:
+        views: The disks, by inode.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(self, views: list[View], options: MountOptions, *, directory: bool) -> None:
+        """Show the disks as files of a directory, or the only one as the mountpoint itself."""
+        super().__init__()
+        self.views = {view.inode: view for view in views}
+        self.debug = _log.isEnabledFor(logging.DEBUG)
+        # On a file as mountpoint the kernel would keep the size 0 that it starts with.
+        self.enable_writeback_cache = directory and not (options.read_only or options.direct_io)
+        self.released: Callable[[], None] = lambda: None
+        """Called when the last open handle has gone."""
+        self.size_lost: Callable[[View], None] = lambda _view: None
+        """Called when the kernel may think that a disk is longer than it is."""
+        self._options = options
+        self._directory = directory
+        self._by_name = {view.name: view for view in views}
+        self._attributes = Attributes(options)
+        # allow_root is unknown to the kernel: everybody is let in and turned away here.
+        only = options.allow_root and not options.allow_other
+        self._admitted = frozenset((0, os.getuid())) if only else None
+        self._complaints: set[str] = set()
+
+    @property
+    def opened(self) -> int:
+        """How many handles are open in all."""
+        return sum(view.opened for view in self.views.values())
+
+    def complain(self, error: QedError) -> None:
+        """Log what a request failed with, each complaint once."""
+        message = str(error)
+        if isinstance(error, NoSpaceError) and "the disk ends" in message:
+            return  # the caller's mistake, not the image's
+        if message not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
+            self._complaints.add(message)
+            _log.error("%s", message)
+
+    def _admit(self, ctx: RequestContext) -> None:
+        """Turn away whom allow_root does not let in."""
+        if self._admitted is not None and ctx.uid not in self._admitted:
+            raise FUSEError(errno.EACCES)
+
+    def _is_root(self, inode: int) -> bool:
+        """Tell whether an inode is the directory."""
+        return self._directory and inode == pyfuse3.ROOT_INODE
+
+    def _view(self, inode: int) -> View:
+        """Find the disk behind an inode or a handle; the number is the same."""
+        view = self.views.get(inode & ~_DIRECT)
+        if view is None:
+            raise FUSEError(errno.EISDIR if self._is_root(inode) else errno.ENOENT)
+        return view
+
+    # Names and attributes
+
+    @_answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Find a name in the directory."""
+        self._admit(ctx)
+        if not self._is_root(parent_inode):
+            raise FUSEError(errno.ENOTDIR)
+        if name in (b".", b".."):
+            return self._attributes.of_root(list(self.views.values()))
+        view = self._by_name.get(name)
+        if view is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes.of_disk(view)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: inodes live as long as the mount."""
+
+    @_answered
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Describe the directory or a disk."""
+        self._admit(ctx)
+        if self._is_root(inode):
+            return self._attributes.of_root(list(self.views.values()))
+        return self._attributes.of_disk(self._view(inode))
+
+    @_answered
+    async def setattr(
+        self,
+        inode: int,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: int | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Set times, grow a disk; refuse everything else that would change something."""
+        self._admit(ctx)
+        if self._is_root(inode):
+            raise FUSEError(errno.EPERM)
+        view = self._view(inode)
+        now = self._attributes.of_disk(view)
+        if (
+            (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(now.st_mode))
+            or (fields.update_uid and attr.st_uid != now.st_uid)
+            or (fields.update_gid and attr.st_gid != now.st_gid)
+        ):
+            raise FUSEError(errno.EPERM)
+        if fields.update_size:
+            await self._set_size(view, attr.st_size, by_handle=fh is not None)
+        if fields.update_atime or fields.update_mtime:
+            _set_times(
+                view,
+                attr.st_atime_ns if fields.update_atime else now.st_atime_ns,
+                attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns,
+            )
+        return self._attributes.of_disk(view)
+
+    async def _set_size(self, view: View, size: int, *, by_handle: bool) -> None:
+        """Answer truncate(2): a disk can only grow, and only with ``growable``.
+
+        Opening with O_TRUNC arrives as a truncation to 0 without a handle, right behind
+        the open (see `qedfuse.mount.handshake`).  It is ignored, as on a block device:
+        the answer tells the kernel the size that the disk still has.
+        """
+        disk = view.disk
+        if size == disk.size or (size == 0 and not by_handle):
+            return
+        if size < disk.size or not self._options.growable:
+            raise FUSEError(errno.EPERM)
+        await disk.resize(size)
+
+    # Data
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a disk; the kernel's cache stays, since nobody else can change the image."""
+        self._admit(ctx)
+        view = self._view(inode)
+        if self._options.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        view.opened += 1
+        exclusive = not self._options.force_share
+        direct = self._options.direct_io
+        handle = inode | _DIRECT if flags & os.O_DIRECT and not direct else inode
+        return pyfuse3.FileInfo(fh=handle, direct_io=direct, keep_cache=exclusive and not direct)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Read; short only where the disk ends."""
+        # pyfuse3 takes any buffer, whatever its type hints say.
+        return await self._view(fh).disk.read(off, size)  # type: ignore[return-value]
+
+    @_answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write; short where the disk ends, and an error behind that."""
+        view = self._view(fh)
+        end = off + len(buf)
+        if end > view.disk.size:
+            await self._write_past_end(view, off, end, direct=bool(fh & _DIRECT))
+        written = await view.disk.write(off, buf)
+        if written < len(buf) and fh & _DIRECT:
+            # The kernel makes EIO of a short direct write, which hides the reason.
+            raise FUSEError(errno.ENOSPC)
+        return written
+
+    async def _write_past_end(self, view: View, start: int, end: int, *, direct: bool) -> None:
+        """Grow the disk, or note that the kernel has to be put right.
+
+        With the write-back cache the kernel accepts a write past the end on its own,
+        takes the disk for longer from then on, and ignores that the answer to the
+        delayed write is short; only an error is told to the writer, by fsync or close.
+        """
+        if self._options.growable and view.disk.writable:
+            await view.disk.resize(-(-end // SECTOR) * SECTOR)
+        elif self.enable_writeback_cache and not direct:
+            view.overrun = view.overrun or start < view.disk.size
+            self.size_lost(view)
+
+    @_answered
+    async def flush(self, fh: int) -> None:
+        """Tell the one who closes a file what went wrong with writes that were delayed."""
+        self._report(self._view(fh))
+
+    @_answered
+    async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: FBT001  pyfuse3's signature
+        """Make everything written so far durable."""
+        view = self._view(fh)
+        await view.disk.flush()
+        self._report(view)
+
+    def _report(self, view: View) -> None:
+        """Fail if writes were lost that their writer believes in."""
+        if view.disk.failure is not None:
+            raise FUSEError(errno.EIO)
+        if view.overrun:
+            view.overrun = False
+            raise FUSEError(errno.ENOSPC)
+
+    @_answered
+    async def release(self, fh: int) -> None:
+        """Count a handle out."""
+        self._view(fh).opened -= 1
+        if not self.opened:
+            self.released()
+
+    # The directory
+
+    @_answered
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open the directory."""
+        self._admit(ctx)
+        if not self._is_root(inode):
+            raise FUSEError(errno.ENOTDIR)
+        return inode
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        """List the disks in the order in which they were named."""
+        for place, view in enumerate(list(self.views.values())[start_id:], start_id + 1):
+            if not pyfuse3.readdir_reply(token, view.name, self._attributes.of_disk(view), place):
+                break
+
+    async def releasedir(self, fh: int) -> None:
+        """Do nothing: a directory handle holds nothing."""
+
+    @_answered
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: FBT001
+        """Make all disks durable."""
+        for view in self.views.values():
+            await view.disk.flush()
+
+    @_answered
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Describe the host's file system that takes the writes."""
+        host = os.statvfs(next(iter(self.views.values())).place)
+        answer = pyfuse3.StatvfsData()
+        for name in (
+            "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail",
+            "f_files", "f_ffree", "f_favail", "f_namemax",
+        ):  # fmt: skip
+            setattr(answer, name, getattr(host, name))
+        return answer
+
+    async def _refuse(self, *_args: Any) -> NoReturn:
+        """Refuse to make, remove or rename anything: the images decide what is here."""
+        raise FUSEError(errno.EPERM)
+
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse
+
+
+def _set_times(view: View, atime_ns: int, mtime_ns: int) -> None:
+    """Give the image file the times that `touch` or the kernel's cache set on the disk."""
+    if not view.disk.writable:
+        return
+    try:
+        image, found = view.disk.fstat(), os.stat(view.disk.path)  # noqa: PTH116
+        if (image.st_dev, image.st_ino) == (found.st_dev, found.st_ino):
+            os.utime(view.disk.path, ns=(atime_ns, mtime_ns))
+    except OSError as error:
+        # The file may be renamed or another user's.  Nothing depends on its times.
+        _log.debug("%s: cannot set times: %s", view.disk.name, error)

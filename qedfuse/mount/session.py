@@ -1,0 +1,212 @@
+"""One mount from its beginning to its end.
+
+The order of the beginning: everything that can be refused is refused before the kernel
+hears of us, so that a failure leaves no trace.  The order of the end is the reverse, for
+reasons: first the kernel stops sending requests (the mount is gone, or was taken away);
+then the connection is closed, so that whoever still waits gets an error and not silence;
+only then are the disks closed, which flushes them, clears NEED_CHECK and releases the
+locks; and the note for ``qedfuse umount`` goes last, because its absence says that all
+the rest went well.
+
+After a failure inside, the mountpoint is left dead (ENOTCONN) on purpose.  Unmounting
+would show the empty directory beneath, and a backup job would believe it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyfuse3
+import trio
+
+from qedfuse.errors import FuseError, QedError, UsageError
+from qedfuse.mount.attach import attach
+from qedfuse.mount.handshake import shake_hands
+from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, find_mount
+from qedfuse.mount.naming import Source, find_sources
+from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
+from qedfuse.mount.operations import Operations
+from qedfuse.mount.overlays import host_place, open_source
+from qedfuse.mount.runtime import MountNote, NoteKeeper, process_start
+from qedfuse.mount.sizes import SizeKeeper
+from qedfuse.mount.stopping import InterruptedMountError, Stopper
+from qedfuse.mount.unmount import unmount
+from qedfuse.mount.view import View
+from qedfuse.util.scope import open_scope
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.mount.options import MountOptions
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What is to be mounted, where and how.
+
+    Attributes:
+        sources: Images, or directories of images; absolute.
+        mountpoint: Where; absolute and free of links.
+        options: How.
+        pidfile: File that says who serves the mount, once it is ready; absolute.
+        fake: Do everything but mount.
+    """
+
+    sources: tuple[str, ...]
+    mountpoint: str
+    options: MountOptions
+    pidfile: str | None = None
+    fake: bool = False
+
+
+def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
+    """Mount, call ``ready`` when the disks can be used, serve until the end; give an exit code."""
+    session = _Session(request, ready)
+    failure: QedError | None = None
+    crash: BaseException | None = None
+    try:
+        trio.run(session.run)
+    except QedError as error:
+        failure = error
+        _log.error("%s", error)  # noqa: TRY400  one line, no traceback
+    except BaseException as error:
+        crash = error
+        raise
+    finally:
+        told = failure or crash
+        code = failure.exit_code if failure is not None else 70
+        session.finish(None if told is None else str(told) or type(told).__name__, code)
+    return 0 if failure is None else failure.exit_code
+
+
+class _Session:
+    """The parts of one mount that must be taken down again."""
+
+    def __init__(self, request: MountRequest, ready: Callable[[], None]) -> None:
+        self._request = request
+        self._ready = ready
+        self._note: NoteKeeper | None = None
+        self._stopper = Stopper()
+        self._is_ready = False
+
+    def finish(self, failure: str | None, exit_code: int) -> None:
+        """Take back what others look at: the pid file and the note."""
+        if self._request.pidfile is not None and self._is_ready:
+            remove_pidfile(self._request.pidfile)
+        if self._note is not None:
+            self._note.finish(failure, exit_code)
+
+    async def run(self) -> None:
+        """Live through the whole session.
+
+        Raises:
+            QedError: It cannot begin, or something written could not be made durable.
+        """
+        async with open_scope() as nursery:
+            # From here on a signal ends things in order, also a check that takes long.
+            await nursery.start(self._stopper.run, nursery.cancel_scope)
+            await self._open_and_serve()
+            nursery.cancel_scope.cancel()
+        if self._stopper.interrupted:
+            msg = f"{printable(self._request.mountpoint)}: not mounted: interrupted"
+            raise InterruptedMountError(msg)
+
+    async def _open_and_serve(self) -> None:
+        """Open the disks, serve them, and close them whatever happens."""
+        request, options = self._request, self._request.options
+        sources = find_sources(request.sources)
+        if options.overlay is not None and len(sources) != 1:
+            msg = f"option overlay: found {len(sources)} images, expected one"
+            raise UsageError(msg)
+        directory = check_mountpoint(request.mountpoint, len(sources))
+        if not request.fake:
+            check_privileges(for_others=options.allow_other or options.allow_root)
+        async with AsyncExitStack() as disks:
+            views = await self._open(disks, sources, directory=directory)
+            if request.fake:
+                return
+            operations = Operations(views, options, directory=directory)
+            await self._attach_and_serve(operations)
+        _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
+
+    async def _open(
+        self, disks: AsyncExitStack, sources: list[Source], *, directory: bool
+    ) -> list[View]:
+        """Open one disk for each source; the stack closes them."""
+        options = self._request.options
+        views = []
+        first = pyfuse3.ROOT_INODE + 1 if directory else pyfuse3.ROOT_INODE
+        for inode, source in enumerate(sources, first):
+            disk = await disks.enter_async_context(open_source(source.path, options))
+            views.append(View(disk, source.name, inode, host_place(source.path, options)))
+        return views
+
+    async def _attach_and_serve(self, operations: Operations) -> None:
+        """Mount, serve until the mount is gone, and close the connection."""
+        request = self._request
+        mountpoint = request.mountpoint
+        connection = attach(operations, mountpoint, request.options, request.sources[0])
+        try:
+            await shake_hands(connection)
+            await self._serve(operations)
+        finally:
+            pyfuse3.close(unmount=False)
+            if not self._is_ready:
+                # Nobody has seen the mount yet, so nothing is lost by taking it away.
+                _take_back(mountpoint)
+
+    async def _serve(self, operations: Operations) -> None:
+        """Say that the mount is ready and answer requests until it is gone."""
+        mountpoint = self._request.mountpoint
+        entry = find_mount(mountpoint)
+        if entry is None:
+            msg = f"{printable(mountpoint)}: found no mount after mounting"
+            raise FuseError(msg)
+        self._leave_note(entry.device)
+        keeper = SizeKeeper(mountpoint, entry.device)
+        async with open_scope() as nursery:
+            if operations.enable_writeback_cache:
+                operations.size_lost = keeper.lost
+                nursery.start_soon(keeper.run)
+            self._stopper.mounted(operations, mountpoint, entry.device)
+            self._tell_ready()
+            await pyfuse3.main()
+            notify_systemd("STOPPING=1")
+            nursery.cancel_scope.cancel()
+
+    def _leave_note(self, device: str) -> None:
+        """Make the process findable; a mount that is not findable still works."""
+        pid = os.getpid()
+        request = self._request
+        note = MountNote(pid, process_start(pid) or 0, request.mountpoint, request.sources)
+        try:
+            self._note = NoteKeeper(device, note)
+        except QedError as error:
+            _log.warning("%s: qedfuse umount will not find this mount's process", error)
+
+    def _tell_ready(self) -> None:
+        """Tell everybody who waits for it.
+
+        Raises:
+            HostError: The pid file cannot be written.
+        """
+        if self._request.pidfile is not None:
+            write_pidfile(self._request.pidfile)
+        self._is_ready = True
+        self._ready()
+        notify_systemd("READY=1")
+
+
+def _take_back(mountpoint: str) -> None:
+    """Remove a mount that never became ready."""
+    try:
+        unmount(mountpoint, lazy=True)
+    except QedError as error:
+        _log.warning("%s", error)

@@ -1,0 +1,75 @@
+"""Putting the kernel right about the length of a disk.
+
+With the write-back cache the kernel alone decides how long a file is, and a buffered
+write past the end makes it longer.  The write itself fails later, when the dirty pages
+come to us, but the length stays wrong.  Only a truncation is answered with a length that
+the kernel takes over, so we truncate our own file, through the mount, to what it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.mount.unmount import sync_mount
+
+if TYPE_CHECKING:
+    from qedfuse.mount.view import View
+
+_log = logging.getLogger(__name__)
+
+
+class SizeKeeper:
+    """Corrects the kernel in the background."""
+
+    def __init__(self, directory: str, device: str) -> None:
+        """Work on the files of the mount at ``directory`` with the number ``device``."""
+        self._directory = directory
+        major, minor = device.split(":")
+        self._device = os.makedev(int(major), int(minor))
+        self._wrong: dict[int, View] = {}
+        self._wake = trio.Event()
+
+    def lost(self, view: View) -> None:
+        """Note that the kernel may take a disk for longer than it is."""
+        self._wrong[view.inode] = view
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Correct one disk after the other, for ever."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while self._wrong:
+                _inode, view = self._wrong.popitem()
+                path = os.path.join(os.fsencode(self._directory), view.name)  # noqa: PTH118
+                try:
+                    # In a thread: what it asks of the kernel the kernel asks of us.
+                    await trio.to_thread.run_sync(
+                        self._correct, path, view.disk.size, abandon_on_cancel=True
+                    )
+                except OSError as error:
+                    _log.debug("%s: cannot correct the size: %s", view.disk.name, error)
+
+    def _correct(self, path: bytes, size: int) -> None:
+        """Truncate a file of the mount to the size that it has.
+
+        Raises:
+            OSError: It cannot be reached.
+        """
+        # Without opening it: our closing would take the error that is meant for the writer.
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            # The mount may be hidden or gone by now, and another file be in its place.
+            if os.fstat(fd).st_dev == self._device:
+                # Dirty pages behind the end vanish with the truncation.  They have to
+                # fail first, or nobody would ever tell their writer.
+                with contextlib.suppress(OSError):
+                    sync_mount(self._directory)
+                os.truncate(f"/proc/self/fd/{fd}", size)
+        finally:
+            os.close(fd)
