@@ -1,0 +1,1 @@
+"""What a crash at any moment leaves, state by state."""

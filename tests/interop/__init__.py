@@ -1,0 +1,1 @@
+"""Against the real QEMU, in both directions."""

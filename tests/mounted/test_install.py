@@ -1,0 +1,102 @@
+"""examples/install.sh puts the commands where mount(8) finds them, and takes them away again."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import qemu
+from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+INSTALL = f"{ROOT}/examples/install.sh"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """Give something to link to."""
+    return make_environment(tmp_path / "environment")
+
+
+@pytest.mark.parametrize("fstype", ["fuse.qedfuse", "qedfuse"])
+def test_mount_finds_the_helper(environment: Path, tmp_path: Path, fstype: str) -> None:
+    """After the installation mount(8) mounts both types, and findmnt shows source and type."""
+    image = qemu.create(tmp_path / "vm.qed", 1 << 20)
+    shown = run_in_sandbox(
+        f"""
+        {INSTALL} --link "$1" >&2
+        mount -t {fstype} -o ro,noexec "$2" /mnt
+        test "$(wc -c </mnt/vm.raw)" = 1048576
+        findmnt --noheadings --output SOURCE,FSTYPE /mnt
+        qedfuse umount /mnt
+        """,
+        environment,
+        image,
+    )
+    assert f"{image} fuse.qedfuse" in " ".join(shown.split())
+
+
+def test_a_mount_that_fails_is_a_failed_mount(environment: Path, tmp_path: Path) -> None:
+    """mount(8) passes on our line and our exit code."""
+    image = tmp_path / "vm.qed"
+    image.write_bytes(b"not an image" * 100)
+    shown = run_in_sandbox(
+        f"""
+        {INSTALL} --link "$1" >&2
+        code=0
+        mount -t fuse.qedfuse "$2" /mnt || code=$?
+        echo "code $code"
+        ! findmnt /mnt --types fuse.qedfuse
+        """,
+        environment,
+        image,
+    )
+    assert f"qedfuse: {image}: " in shown
+    assert "code 12\n" in shown
+
+
+def test_uninstall_takes_away_what_was_installed(environment: Path) -> None:
+    """Nothing is left, and what is not ours stays; both can be said twice."""
+    run_in_sandbox(
+        f"""
+        before=$(ls -l /usr/sbin /usr/local/bin)
+        {INSTALL} --link "$1"
+        {INSTALL} --link "$1"
+        qedfuse --version
+        mkdir /opt/qedfuse
+        {INSTALL} --uninstall
+        {INSTALL} --uninstall
+        test -d /opt/qedfuse
+        test -x "$1/bin/qedfuse"
+        test "$before" = "$(ls -l /usr/sbin /usr/local/bin)"
+        """,
+        environment,
+    )
+
+
+def test_files_of_others_are_not_replaced(environment: Path) -> None:
+    """A program of that name that somebody else installed is left alone, with one line."""
+    shown = run_in_sandbox(
+        f"""
+        echo theirs >/sbin/mount.qedfuse
+        ! {INSTALL} --link "$1"
+        test "$(cat /sbin/mount.qedfuse)" = theirs
+        test ! -e /usr/local/bin/qedfuse
+        """,
+        environment,
+    )
+    assert shown.startswith("install.sh: /sbin/mount.qedfuse: found a file that is not ours")
+
+
+def test_the_console_script_exists() -> None:
+    """What pip makes a command of can be imported and called."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"]
+    for target in project["scripts"].values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))

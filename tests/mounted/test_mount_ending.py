@@ -1,0 +1,185 @@
+"""How a mount ends: unmounted, by signals, while busy, by force, by a crash."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import struct
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.ondisk.header import parse_header
+from tests.support import qemu
+from tests.support.mounted import front, is_mounted, mounted, qedfuse, refused
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 8 << 20
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an empty image of 8 MiB."""
+    return qemu.create(tmp_path / "vm.qed", SIZE)
+
+
+def need_check(image: Path) -> bool:
+    """Tell whether NEED_CHECK is set in the file."""
+    return parse_header(image.read_bytes()[:64], "image").need_check
+
+
+def put(disk: Path, data: bytes) -> None:
+    """Write to the start of a disk."""
+    with disk.open("r+b") as file:
+        file.write(data)
+
+
+def is_locked(image: Path) -> bool:
+    """Tell whether somebody holds a lock on the image."""
+    with image.open("rb") as file:
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0] != (
+            fcntl.F_UNLCK
+        )
+
+
+def test_umount_ends_everything_cleanly(image: Path, tmp_path: Path) -> None:
+    """After umount(8) the process ends with 0, NEED_CHECK is clear and the locks are gone."""
+    with front(image, tmp_path / "mnt") as mount:
+        put(mount.mountpoint / "vm.raw", b"x" * 70000)
+        assert is_locked(image)
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        assert mount.finish()[0] == 0
+    assert not need_check(image)
+    assert not is_locked(image)
+    assert qemu.check(image).code == 0
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_unmounts(image: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Each signal that asks for an end gets a clean one."""
+    with front(image, tmp_path / "mnt") as mount:
+        put(mount.mountpoint / "vm.raw", b"x" * 70000)
+        mount.signal(number)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert not is_mounted(mount.mountpoint)
+    assert not need_check(image)
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
+    image: Path, tmp_path: Path
+) -> None:
+    """A signal while a file is open makes everything durable; the last close ends the mount."""
+    with front(image, tmp_path / "mnt") as mount:
+        with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
+            disk.write(b"x" * 70000)
+            mount.signal(signal.SIGTERM)
+            assert "still in use" in mount.read_line()
+            # Flushed already: whoever reads the image itself sees what was written.
+            assert b"x" * 70000 in image.read_bytes()
+            disk.seek(100)
+            assert disk.write(b"y" * 100) == 100
+        code, log = mount.finish()
+        assert code == 0, log
+    assert not need_check(image)
+    assert qemu.content(image)[100:300] == b"y" * 100 + b"x" * 100
+
+
+def test_a_busy_loop_device_goes_on_until_it_is_detached(image: Path, tmp_path: Path) -> None:
+    """A signal under a loop device does not take its disk away."""
+    with front(image, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "vm.raw"
+        device = qemu.run("losetup", "--find", "--show", disk).stdout.strip()
+        try:
+            mount.signal(signal.SIGTERM)
+            assert "still in use" in mount.read_line()
+            qemu.run("mkfs.ext4", "-q", device)
+            qemu.run("fsck.ext4", "-f", "-n", device)
+        finally:
+            qemu.run("losetup", "--detach", device)
+        code, log = mount.finish()
+        assert code == 0, log
+    assert qemu.check(image).code == 0
+
+
+def test_a_second_signal_ends_a_busy_mount_and_keeps_what_was_written(
+    image: Path, tmp_path: Path
+) -> None:
+    """The second signal detaches the mount; the image is closed cleanly all the same."""
+    with front(image, tmp_path / "mnt") as mount:
+        disk = os.open(mount.mountpoint / "vm.raw", os.O_RDWR)
+        os.write(disk, b"x" * 70000)
+        mount.signal(signal.SIGTERM)
+        assert "still in use" in mount.read_line()
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert "I/O errors" in log
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.close(disk)
+        assert not is_mounted(mount.mountpoint)
+    assert not need_check(image)
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+def test_a_working_directory_delays_the_end(image: Path, tmp_path: Path) -> None:
+    """Somebody's working directory keeps the mount, and leaving it is noticed."""
+    with front(image, tmp_path / "mnt") as mount:
+        with subprocess.Popen(["cat"], cwd=mount.mountpoint, stdin=subprocess.PIPE) as guest:
+            mount.signal(signal.SIGTERM)
+            assert "still in use" in mount.read_line()
+            guest.communicate()
+        assert mount.finish()[0] == 0
+
+
+def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) -> None:
+    """After kill -9 the mountpoint is dead, not empty, and both commands explain it."""
+    with front(image, tmp_path / "mnt") as mount:
+        with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
+            disk.write(b"x" * 70000)
+            os.fsync(disk.fileno())
+        mount.signal(signal.SIGKILL)
+        assert mount.finish()[0] == -signal.SIGKILL
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.listdir(mount.mountpoint)
+        line = refused(image, mount.mountpoint, code=18)
+        assert "stale" in line
+        assert "fusermount3 -u" in line
+        done = qedfuse("umount", mount.mountpoint)
+        assert done.returncode == 32
+        assert "without closing the images cleanly" in done.stderr
+        assert not is_mounted(mount.mountpoint)
+    assert need_check(image)
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+def test_umount_of_a_busy_mount_says_what_to_look_at(image: Path, tmp_path: Path) -> None:
+    """The command names the ways to find who is in the way, and changes nothing."""
+    with mounted(image, tmp_path / "mnt") as directory, (directory / "vm.raw").open("rb"):
+        done = qedfuse("umount", directory)
+        assert done.returncode == 18
+        assert "in use" in done.stderr
+        assert is_mounted(directory)
+
+
+def test_umount_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    """Neither a plain directory nor another file system is touched."""
+    assert "found no mount" in refused("umount", tmp_path, code=18)
+    assert "expected fuse.qedfuse" in refused("umount", "/proc", code=18)
+
+
+def test_umount_returns_when_the_process_is_gone(image: Path, tmp_path: Path) -> None:
+    """At once after it the image can be opened by QEMU for writing."""
+    for number in range(5):
+        with mounted(image, tmp_path / "mnt") as directory:
+            put(directory / "vm.raw", bytes([number]) * 200000)
+        qemu.io(image, f"read -P {number} 0 200000", f"write -P {number} 1M 64k")

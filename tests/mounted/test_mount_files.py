@@ -1,0 +1,264 @@
+"""What programs see of a mounted disk: sizes, times, the end, truncation, refusals."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import subprocess
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import qemu
+from tests.support.mounted import mounted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SIZE = (8 << 20) + 512
+"""Not a whole number of pages: the kernel's cache has to cope with half of one."""
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an image whose first and last cluster are filled with 7."""
+    path = qemu.create(tmp_path / "vm.qed", SIZE)
+    qemu.io(path, "write -P 7 0 64k", f"write -P 7 {SIZE - 512} 512")
+    return path
+
+
+@pytest.fixture(params=["directory", "file", "direct_io"])
+def disk(request: pytest.FixtureRequest, image: Path, tmp_path: Path) -> Iterator[Path]:
+    """Mount the image in each way that the kernel treats differently; give the disk."""
+    place = tmp_path / "mnt"
+    if request.param == "file":
+        place.touch()
+        with mounted(image, place) as file:
+            yield file
+    else:
+        options = ("-o", "direct_io") if request.param == "direct_io" else ()
+        with mounted(image, place, *options) as directory:
+            yield directory / "vm.raw"
+
+
+@contextmanager
+def opened(disk: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    """Open a disk without any buffering of Python's."""
+    fd = os.open(disk, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def fails(*numbers: int) -> Iterator[None]:
+    """Expect one of these errnos."""
+    with pytest.raises(OSError, match="Errno") as caught:
+        yield
+    assert caught.value.errno in numbers
+
+
+def settled_size(disk: Path) -> int:
+    """Give the size once a write past the end has been put right, which takes a moment."""
+    deadline = time.monotonic() + 10
+    while (size := disk.stat().st_size) != SIZE and time.monotonic() < deadline:
+        os.sched_yield()
+    return size
+
+
+def test_attributes_are_those_of_disk_and_image(disk: Path, image: Path) -> None:
+    """The size is the disk's; space and times are the image file's."""
+    found, file = disk.stat(), image.stat()
+    assert found.st_size == SIZE
+    assert found.st_blocks == file.st_blocks
+    assert found.st_mtime_ns == file.st_mtime_ns
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert stat.S_ISREG(found.st_mode)
+    assert os.statvfs(disk).f_blocks == os.statvfs(image).f_blocks
+
+
+def test_o_trunc_is_ignored_and_bytes_around_a_small_write_stay(disk: Path, image: Path) -> None:
+    """Opening with O_TRUNC keeps the disk; ten bytes change ten bytes."""
+    with opened(disk, os.O_WRONLY | os.O_TRUNC) as fd:
+        assert os.fstat(fd).st_size == SIZE
+        os.write(fd, b"A" * 10)
+    assert disk.stat().st_size == SIZE
+    expected = b"A" * 10 + b"\7" * 8182
+    assert disk.read_bytes()[:8192] == expected
+    with opened(disk, os.O_RDONLY) as fd:
+        os.fsync(fd)
+    assert expected in image.read_bytes()
+
+
+def test_dd_without_notrunc_and_the_shell_work(disk: Path) -> None:
+    """What people type by mistake does no harm."""
+    command = f"dd if=/dev/zero of={disk} bs=512 count=1 status=none && : > {disk}"
+    subprocess.run(["sh", "-ec", command], check=True)
+    assert disk.read_bytes()[:1024] == bytes(512) + b"\7" * 512
+    assert disk.stat().st_size == SIZE
+
+
+def test_truncate_is_refused(disk: Path) -> None:
+    """Only the size that the disk has anyway is accepted."""
+    os.truncate(disk, SIZE)
+    for size in (100, SIZE - 512, SIZE + 512):
+        with fails(errno.EPERM):
+            os.truncate(disk, size)
+    with opened(disk) as fd, fails(errno.EPERM):
+        os.ftruncate(fd, 0)
+    assert disk.stat().st_size == SIZE
+
+
+def test_reads_are_short_at_the_end(disk: Path) -> None:
+    """There is nothing behind the end."""
+    with opened(disk, os.O_RDONLY) as fd:
+        assert os.pread(fd, 4096, SIZE - 512) == b"\7" * 512
+        assert os.pread(fd, 4096, SIZE) == b""
+        assert os.pread(fd, 4096, SIZE + (1 << 30)) == b""
+
+
+@pytest.mark.parametrize("disk", ["file", "direct_io"], indirect=True)
+def test_writes_are_short_at_the_end_and_fail_behind_it(disk: Path) -> None:
+    """Without the write-back cache the writer learns at once where the disk ends."""
+    with opened(disk) as fd:
+        assert os.pwrite(fd, b"x" * 4096, SIZE - 100) == 100
+        with fails(errno.ENOSPC):
+            os.pwrite(fd, b"x", SIZE)
+    assert disk.stat().st_size == SIZE
+
+
+@pytest.mark.parametrize("disk", ["directory"], indirect=True)
+def test_writes_behind_the_end_fail_at_fsync_or_close_with_the_cache(disk: Path) -> None:
+    """The kernel accepts such a write on its own; the error comes, and the size comes back."""
+    with opened(disk) as fd:
+        os.pwrite(fd, b"x" * 4096, SIZE - 100)
+        with fails(errno.ENOSPC):
+            os.fsync(fd)
+    fd = os.open(disk, os.O_RDWR)
+    os.pwrite(fd, b"x" * 4096, SIZE + (1 << 20))
+    with fails(errno.ENOSPC):
+        os.close(fd)
+    assert settled_size(disk) == SIZE
+    assert disk.read_bytes()[-200:] == b"\7" * 100 + b"x" * 100
+
+
+def test_a_disk_cannot_be_overfilled(disk: Path, tmp_path: Path) -> None:
+    """dd of more than fits says so, and all that fits is there."""
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(SIZE + 3 * 65536))
+    done = subprocess.run(
+        ["dd", f"if={source}", f"of={disk}", "bs=64k", "conv=notrunc"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert os.strerror(errno.ENOSPC) in done.stderr
+    assert settled_size(disk) == SIZE
+    assert disk.read_bytes() == source.read_bytes()[:SIZE]
+
+
+def test_unaligned_io(disk: Path) -> None:
+    """Any offset and length works."""
+    with opened(disk) as fd:
+        assert os.pwrite(fd, b"seven b", 3) == 7
+        assert os.pread(fd, 9, 2) == b"\7seven b\7"[:9]
+        assert os.pwrite(fd, b"z" * 70001, 65530) == 70001
+        assert os.pread(fd, 3, 65530 + 70000) == b"z\0\0"
+
+
+def test_direct_io(disk: Path) -> None:
+    """O_DIRECT reads what was written through the cache, and the other way round."""
+    with mmap.mmap(-1, 4096) as page, opened(disk, os.O_RDWR | os.O_DIRECT) as fd:
+        assert os.preadv(fd, [page], 0) == 4096
+        assert page[:] == b"\7" * 4096
+        page[:] = b"d" * 4096
+        assert os.pwritev(fd, [page], 4096) == 4096
+        with fails(errno.ENOSPC):
+            os.pwritev(fd, [page], (SIZE + 4095) // 4096 * 4096)
+    assert disk.read_bytes()[4000:8200] == b"\7" * 96 + b"d" * 4096 + b"\7" * 8
+
+
+@pytest.mark.parametrize("disk", ["directory", "file"], indirect=True)
+def test_shared_memory_maps(disk: Path) -> None:
+    """A shared map reads and writes the disk."""
+    with opened(disk) as fd, mmap.mmap(fd, 8192) as memory:
+        memory[5000:5003] = b"abc"
+        memory.flush()
+    assert disk.read_bytes()[4999:5004] == b"\7abc\7"
+
+
+def test_touch_works_and_other_changes_of_attributes_do_not(disk: Path, image: Path) -> None:
+    """Times can be set and reach the image; owner and mode stay, setting the same is fine."""
+    os.utime(disk, ns=(10**18, 2 * 10**18))
+    assert disk.stat().st_mtime_ns == 2 * 10**18
+    assert image.stat().st_mtime_ns == 2 * 10**18
+    subprocess.run(["touch", disk], check=True)
+    with fails(errno.EPERM):
+        disk.chmod(0o644)
+    with fails(errno.EPERM):
+        os.chown(disk, 1, 1)
+    disk.chmod(0o600)
+    os.chown(disk, os.getuid(), os.getgid())
+
+
+def test_nothing_can_be_made_or_removed(image: Path, tmp_path: Path) -> None:
+    """The images decide what is in the directory."""
+    with mounted(image, tmp_path / "mnt") as directory:
+        with fails(errno.EPERM):
+            (directory / "new").touch()
+        with fails(errno.EPERM):
+            (directory / "new").mkdir()
+        with fails(errno.EPERM):
+            (directory / "vm.raw").unlink()
+        with fails(errno.EPERM):
+            (directory / "vm.raw").rename(directory / "other")
+        with fails(errno.EOPNOTSUPP):
+            os.getxattr(directory / "vm.raw", "user.x")
+        assert os.listdir(directory) == ["vm.raw"]
+        assert not (directory / "other").exists()
+
+
+def test_read_only(image: Path, tmp_path: Path) -> None:
+    """With ro the kernel refuses, the mode says so, and the image is not touched."""
+    before = image.read_bytes()
+    with mounted(image, tmp_path / "mnt", "-o", "ro") as directory:
+        disk = directory / "vm.raw"
+        assert stat.S_IMODE(disk.stat().st_mode) == 0o400
+        with fails(errno.EROFS):
+            os.open(disk, os.O_RDWR)
+        with fails(errno.EROFS):
+            os.utime(disk)
+        assert disk.read_bytes()[:4] == b"\7" * 4
+    assert image.read_bytes() == before
+
+
+def test_growable(image: Path, tmp_path: Path) -> None:
+    """truncate and writes past the end make the disk larger; it never shrinks."""
+    with mounted(image, tmp_path / "mnt", "-o", "growable") as directory:
+        disk = directory / "vm.raw"
+        os.truncate(disk, SIZE * 2)
+        assert disk.stat().st_size == SIZE * 2
+        with fails(errno.EPERM):
+            os.truncate(disk, SIZE)
+        with opened(disk, os.O_RDWR | os.O_TRUNC) as fd:
+            assert os.pwrite(fd, b"n" * 70000, SIZE * 3) == 70000
+            os.fsync(fd)
+        assert disk.stat().st_size >= SIZE * 3 + 70000
+    assert qemu.info(image)["virtual-size"] == -(-(SIZE * 3 + 70000) // 512) * 512
+    content = qemu.content(image)
+    assert content[SIZE * 3 : SIZE * 3 + 70000] == b"n" * 70000
+    assert not any(content[SIZE : SIZE * 3])
+    assert qemu.check(image).code == 0
+
+
+def test_owner_and_mode_follow_the_options(image: Path, tmp_path: Path) -> None:
+    """uid, gid and umask decide."""
+    with mounted(image, tmp_path / "mnt", "-o", "uid=12,gid=34,umask=027") as directory:
+        found = (directory / "vm.raw").stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12, 34, 0o640)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o550

@@ -1,0 +1,123 @@
+"""The recipes of the README work exactly as they are written."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.ondisk.constants import Feature
+from tests.support import qemu
+from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHOWN: Final = {
+    "Use the file systems in an image": "hello.txt",
+    "Look at a disk without touching it": "Filesystem UUID",
+    "Mount from /etc/fstab": "fuse.qedfuse",
+    "Try something out in an overlay": "changed",
+    "Get files out of a damaged image": "hello.txt",
+    "From Python": "",
+}
+"""For each recipe what its output holds if it did its work."""
+
+AFTERWARDS: Final = {
+    "Get files out of a damaged image": """
+        grep -q 'Hello from the guest' recovered/hello.txt
+        cmp rescued.raw "$3"
+    """,
+    "From Python": "grep -q changed vm.qed",
+}
+"""For some recipes what must be true when they have ended."""
+
+UNCHANGED: Final = [name for name in SHOWN if name not in ("Use the file systems in an image",
+                                                           "Mount from /etc/fstab",
+                                                           "From Python")]  # fmt: skip
+"""The recipes that leave the image alone."""
+
+
+def recipes() -> dict[str, list[tuple[str, str]]]:
+    """Read the README: for each recipe its blocks, as language and text."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Recipes\n")[1].split("\n## ")[0]
+    parts = (part.split("\n", 1) for part in section.split("\n### ")[1:])
+    blocks = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return {name: blocks.findall(body) for name, body in parts}
+
+
+def as_script(blocks: list[tuple[str, str]]) -> str:
+    """Turn the blocks of a recipe into one script."""
+    ways = {
+        "sh": "{}",
+        "fstab": "cat >>/etc/fstab <<'END'\n{}END\n",
+        "python": f"{sys.executable} - <<'END'\n{{}}END\n",
+    }
+    return "\n".join(ways[language].format(text) for language, text in blocks)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Give a raw disk with one partition at sector 2048, and ext4 with one file on it."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "hello.txt").write_text("Hello from the guest\n", encoding="utf-8")
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    run_in_sandbox(
+        """
+        echo 'label: dos
+        start=2048, type=83' | sfdisk --quiet "$1"
+        mkfs.ext4 -q -d "$2" -E offset=1048576 "$1" 32M
+        """,
+        disk,
+        tree,
+    )
+    return disk
+
+
+@pytest.fixture
+def images(tmp_path: Path, raw: Path) -> Path:
+    """Give a directory with what the recipes need: ``vm.qed`` and ``damaged.qed``."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    qemu.convert(raw, directory / "vm.qed", source_format="raw", target_format="qed")
+    content = bytearray((directory / "vm.qed").read_bytes())
+    content[16] |= Feature.NEED_CHECK
+    # The last entry of the L1 table, which no guest offset uses, points into the table.
+    content[5 * 65536 - 8 : 5 * 65536] = (65536).to_bytes(8, "little")
+    (directory / "damaged.qed").write_bytes(content)
+    return directory
+
+
+def test_every_recipe_is_tried() -> None:
+    """A new recipe says here what it shows."""
+    assert recipes().keys() == SHOWN.keys()
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_recipe(name: str, images: Path, raw: Path, tmp_path: Path) -> None:
+    """A recipe does what it promises, on a machine where the project is installed."""
+    environment = make_environment(tmp_path / "environment")
+    shown = run_in_sandbox(
+        f"""
+        {ROOT}/examples/install.sh --link "$1" 2>/dev/null
+        export PYTHONPATH={ROOT}
+        cp --sparse=always "$2"/*.qed /srv/images
+        cd /srv/images
+        {as_script(recipes()[name])}
+        {AFTERWARDS.get(name, "")}
+        ! findmnt --types fuse.qedfuse
+        echo "changed images: $(for image in *.qed; do cmp "$2/$image" "$image" || :; done 2>&1)"
+        """,
+        environment,
+        images,
+        raw,
+    )
+    assert SHOWN[name] in shown
+    if name in UNCHANGED:
+        assert "differ" not in shown

@@ -1,0 +1,1 @@
+"""Random images and requests against simple models."""

@@ -1,0 +1,395 @@
+"""Random geometry and random requests in random order, against a bytearray."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tracemalloc
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from qedfuse.disk.create import create_image
+from qedfuse.disk.disk import open_disk
+from qedfuse.disk.extents import Kind
+from qedfuse.disk.options import OpenOptions
+from qedfuse.ondisk.constants import SECTOR, ZERO
+from qedfuse.ondisk.geometry import Geometry
+from qedfuse.ondisk.header import build_header
+from tests.support import qemu
+from tests.support.disks import (
+    WRITABLE,
+    build_image,
+    difference,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    opened,
+    pattern,
+    sector_ceil,
+)
+from tests.support.hostfiles import MemoryFile
+from tests.support.loop import Held, Loop
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qedfuse.disk.disk import Disk
+
+BUDGETS = (0, 20_000, 1 << 20)
+"""Table caches: for nothing, for a few slices, for all."""
+
+cluster_sizes = st.sampled_from([4096, 8192, 65536])
+table_sizes = st.sampled_from([1, 2, 4, 16])
+fractions = st.floats(0, 1, width=32)
+lengths = st.one_of(
+    st.integers(1, 700), st.sampled_from([512, 4096, 4097, 8192, 65536]), st.integers(1, 150_000)
+)
+
+
+def fitting_size(size: int, cluster_size: int, table_size: int) -> int:
+    """Keep a size within what a model in memory can mirror."""
+    return min(sector_ceil(size), Geometry(cluster_size, table_size).max_image_size, 9 << 20)
+
+
+class DiskMachine(RuleBasedStateMachine):
+    """A disk of random shape over a random chain, and a bytearray that says what is right."""
+
+    def __init__(self) -> None:
+        """Start a loop; the disk comes with `start`."""
+        super().__init__()
+        self.loop = Loop()
+        self.held: Held | None = None
+        self.serial = 0
+
+    @initialize(
+        cluster_size=cluster_sizes,
+        table_size=table_sizes,
+        header_size=st.integers(1, 3),
+        # Beyond 2 MiB a disk of 4 KiB clusters and tables of one cluster has several tables.
+        size=st.one_of(st.integers(0, 40_000), st.integers(0, 5 << 20)),
+        layers=st.lists(st.tuples(st.integers(0, 3 << 20), st.integers(0, 9)), max_size=3),
+        zeros=st.sets(st.integers(0, 60), max_size=6),
+        data=st.sets(st.integers(0, 60), max_size=6),
+        budget=st.sampled_from(BUDGETS),
+    )
+    def start(  # noqa: PLR0913
+        self,
+        cluster_size: int,
+        table_size: int,
+        header_size: int,
+        size: int,
+        layers: list[tuple[int, int]],
+        zeros: set[int],
+        data: set[int],
+        budget: int,
+    ) -> None:
+        """Build the chain, bottom first, and open it."""
+        self.bases: list[bytes] = []
+        below = b""
+        for level, (length, seed) in enumerate(layers):
+            length = sector_ceil(length)  # noqa: PLW2901
+            if not level:
+                # A raw base may have any length; QED bases have whole sectors.
+                below = pattern(max(0, length - seed), seed)
+                self.bases.insert(0, below)
+                continue
+            clusters: dict[int, bytes | int] = {
+                number: ZERO if number % 3 else pattern(4096, seed + number)
+                for number in range(seed, 40, 5)
+            }
+            base = build_image(length, clusters, backing=b"below")
+            below = guest_bytes(base, below)
+            self.bases.insert(0, bytes(base))
+        size = fitting_size(size, cluster_size, table_size)
+        inside = [number for number in zeros | data if number * cluster_size < size]
+        image = build_image(
+            size,
+            {
+                number: ZERO if number in zeros else pattern(cluster_size, number)
+                for number in sorted(inside)
+            },
+            cluster_size=cluster_size,
+            table_size=table_size,
+            header_size=header_size,
+            backing=b"base" if layers else b"",
+        )
+        self.geometry = Geometry(cluster_size, table_size)
+        self.below = below
+        self.model = bytearray(guest_bytes(image, below))
+        self.options = replace(WRITABLE, cache_bytes=budget)
+        self.content = bytes(image)
+        self.open()
+
+    def open(self) -> None:
+        """Open the disk on the present content."""
+        self.file = MemoryFile(self.content)
+        self.held = Held(self.loop, opened(self.file, self.bases, self.options))
+        self.disk: Disk = self.held.value
+
+    def close(self) -> None:
+        """Close the disk and check what it has left."""
+        assert self.held is not None
+        held, self.held = self.held, None
+        held.leave()
+        self.content = bytes(self.file.content)
+        found = inspect_image(self.content)
+        assert found.errors == ()
+        assert found.leaks == 0
+        assert not header_of(self.content).need_check
+        assert difference(guest_bytes(self.content, self.below), self.model) is None
+
+    def place(self, fraction: float, *, aligned: bool) -> int:
+        """Turn a fraction into a guest offset."""
+        start = int(fraction * len(self.model))
+        return start - start % self.geometry.cluster_size if aligned else start
+
+    def fresh(self, length: int) -> bytes:
+        """Make data unlike that of any other write."""
+        self.serial += 1
+        return pattern(length, self.serial)
+
+    @precondition(lambda self: len(self.model))
+    @rule(fraction=fractions, length=lengths, aligned=st.booleans())
+    def write(self, fraction: float, length: int, *, aligned: bool) -> None:
+        """Write somewhere, perhaps over the end."""
+        start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
+        data = self.fresh(length)
+        expected = min(length, len(self.model) - start)
+        assert self.loop.run(self.disk.write, start, data) == expected
+        self.model[start : start + expected] = data[:expected]
+
+    @rule(fraction=fractions, length=lengths, aligned=st.booleans())
+    def read(self, fraction: float, length: int, *, aligned: bool) -> None:
+        """Read somewhere, perhaps over the end."""
+        start = self.place(fraction, aligned=aligned)
+        got = self.loop.run(self.disk.read, start, length)
+        assert difference(got, self.model[start : start + length]) is None
+
+    @rule()
+    def read_all(self) -> None:
+        """Read the whole disk."""
+        got = self.loop.run(self.disk.read, 0, len(self.model) + 1000)
+        assert difference(got, self.model) is None
+
+    @rule()
+    def flush(self) -> None:
+        """Flush: what is in the file now is the disk."""
+        self.loop.run(self.disk.flush)
+        assert difference(guest_bytes(self.file.content, self.below), self.model) is None
+        assert inspect_image(self.file.content).errors == ()
+
+    @rule()
+    def reopen(self) -> None:
+        """Close and open again."""
+        self.close()
+        self.open()
+
+    @rule(more=st.integers(0, 1 << 20), odd=st.booleans())
+    def grow(self, more: int, *, odd: bool) -> None:
+        """Grow the disk; what is added is zeros, also over a longer base."""
+        size = len(self.model) + (more if odd else more // 65536 * 65536)
+        size = max(
+            len(self.model),
+            fitting_size(size, self.geometry.cluster_size, self.geometry.table_size),
+        )
+        self.loop.run(self.disk.resize, size)
+        self.model.extend(bytes(size - len(self.model)))
+        assert self.disk.size == size
+
+    @precondition(lambda self: len(self.model))
+    @rule(
+        fraction=fractions,
+        parts=st.lists(
+            st.tuples(st.integers(0, 12_000), st.integers(1, 9_000)), min_size=2, max_size=8
+        ),
+        flush=st.booleans(),
+    )
+    def write_at_once(
+        self, fraction: float, parts: list[tuple[int, int]], *, flush: bool
+    ) -> None:
+        """Write by several tasks: each byte comes from one of its writers, or is as it was."""
+        start = self.place(fraction, aligned=True)
+        writes = [
+            (start + offset, bytes([number + 1]) * length)
+            for number, (offset, length) in enumerate(parts)
+            if start + offset < len(self.model)
+        ]
+
+        async def batch() -> None:
+            async with trio.open_nursery() as nursery:
+                for at, data in writes:
+                    nursery.start_soon(self.disk.write, at, data)
+                if flush:
+                    nursery.start_soon(self.disk.flush)
+                nursery.start_soon(self.disk.read, start, 20_000)
+
+        self.loop.run(batch)
+        end = max((at + len(data) for at, data in writes), default=start)
+        got = self.loop.run(self.disk.read, start, end - start)
+        for index, byte in enumerate(got):
+            writers = {
+                data[0] for at, data in writes if at <= start + index < at + len(data)
+            } or {self.model[start + index]}
+            assert byte in writers, start + index
+        self.model[start : start + len(got)] = got
+
+    @rule()
+    def extents(self) -> None:
+        """Extents cover the disk without gaps, and zeros are zeros."""
+        at = 0
+        for extent in self.loop.run(self.disk.extents, 0, len(self.model)):
+            assert extent.start == at
+            assert extent.length > 0
+            assert extent.kind is not Kind.BAD
+            at = extent.end
+            if extent.kind is not Kind.DATA:
+                assert not any(self.model[extent.start : extent.end])
+        assert at == len(self.model)
+
+    @invariant()
+    def cache_is_bounded(self) -> None:
+        """The cache keeps to its budget but for what it must keep."""
+        if self.held is not None:
+            # Within a round at most the slices of one write or of one flush are held.
+            slack = 6 * (min(65536, self.geometry.table_bytes) + 300)
+            statistics = self.disk.statistics().tables
+            assert statistics.weight <= self.options.cache_bytes + slack
+
+    def teardown(self) -> None:
+        """Close, and ask QEMU about one image in eight, by its content."""
+        try:
+            if self.held is not None:
+                self.close()
+                digest = hashlib.sha256(self.content).digest()
+                if digest[0] % 8 == 0:
+                    ask_qemu(self.content)
+        finally:
+            self.loop.stop()
+
+
+def ask_qemu(content: bytes) -> None:
+    """Have QEMU check an image, as one without a base: it would insist on opening that."""
+    header = header_of(content)
+    image = build_header(replace(header, features=0)) + content[64:]
+    if header.table_size == 1:
+        return  # QEMU refuses to open images with tables of one cluster
+    descriptor = os.memfd_create("image")
+    try:
+        os.write(descriptor, image)
+        result = qemu.check(f"/proc/{os.getpid()}/fd/{descriptor}")
+        note(result.text)
+        assert result.errors == 0
+    finally:
+        os.close(descriptor)
+
+
+TestDisk = DiskMachine.TestCase
+TestDisk.settings = settings(
+    max_examples=300,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+# --- large geometries, in sparse files ------------------------------------------------
+
+FAR = [
+    # cluster size, table size, disk size
+    (64 << 20, 16, 64 << 40),
+    (64 << 20, 16, (1 << 63) - 512),
+    (64 << 20, 1, 1 << 62),
+    (64 << 10, 4, 64 << 40),
+    (1 << 20, 8, 1 << 60),
+    (4 << 10, 16, 256 << 30),
+]
+
+
+@pytest.mark.parametrize(("cluster_size", "table_size", "size"), FAR)
+async def test_far_offsets(
+    tmp_path: Path, cluster_size: int, table_size: int, size: int
+) -> None:
+    """Few writes far apart: right after a reopen, in little memory and little disk space."""
+    path = str(tmp_path / "far.qed")
+    await create_image(path, size, cluster_size=cluster_size, table_size=table_size)
+    span = Geometry(cluster_size, table_size).table_span
+    # The ends of the disk, its middle, and across the end of a table.
+    places = {0, size // 3 + 12345, size // 2 + 77, size - 900}
+    places |= {span - 50} if span < size else set()
+    written = {start: pattern(900, start % 97) for start in places}
+    options = OpenOptions(writable=True, lock=False, cache_bytes=1 << 20)
+    tracemalloc.start()
+    try:
+        async with open_disk(path, options) as disk:
+            assert disk.size == size
+            async with trio.open_nursery() as nursery:
+                for start, data in written.items():
+                    nursery.start_soon(disk.write, start, data)
+        async with open_disk(path, replace(options, writable=False)) as disk:
+            for start, data in written.items():
+                before, after = min(start, 3000), 3000
+                got = await disk.read(start - before, before + after)
+                expected = expected_around(written, start - before, size, before + after)
+                assert difference(got, expected) is None
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 24 << 20
+    assert os.stat(path).st_blocks * 512 < 40 << 20
+    if cluster_size < 1 << 22:  # QEMU overflows with larger clusters
+        assert qemu.check(path).code == 0
+
+
+def expected_around(written: dict[int, bytes], start: int, size: int, length: int) -> bytes:
+    """Give what a range of an otherwise empty disk holds."""
+    result = bytearray(max(0, min(length, size - start)))
+    for at, data in written.items():
+        for index, byte in enumerate(data):
+            if 0 <= at + index - start < len(result):
+                result[at + index - start] = byte
+    return bytes(result)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cluster_bits=st.integers(12, 26),
+    table_size=st.sampled_from([1, 2, 4, 8, 16]),
+    fraction=fractions,
+    length=st.integers(1, 5000),
+)
+async def test_any_geometry(
+    cluster_bits: int, table_size: int, fraction: float, length: int
+) -> None:
+    """Each legal geometry at its largest size: one write anywhere reads back."""
+    geometry = Geometry(1 << cluster_bits, table_size)
+    size = geometry.max_image_size
+    start = min(int(fraction * size), size - length) if fraction < 1 else size - length
+    data: Any = pattern(length, cluster_bits)
+    descriptor = os.memfd_create("image")
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    try:
+        await create_image(
+            path, size, cluster_size=1 << cluster_bits, table_size=table_size, overwrite=True
+        )
+        options = OpenOptions(writable=True, lock=False)
+        async with open_disk(path, options) as disk:
+            assert await disk.write(start, data) == length
+            await disk.flush()
+            assert await disk.read(start, length) == data
+        async with open_disk(path) as disk:
+            low = max(0, start - SECTOR)
+            assert await disk.read(low, start - low + length) == bytes(start - low) + data
+    finally:
+        os.close(descriptor)

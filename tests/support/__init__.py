@@ -1,0 +1,1 @@
+"""What the tests share: models, stand-ins and the real peers."""

@@ -1,0 +1,349 @@
+"""Host files that stand in for `PosixFile`: in memory, recording, failing, holding.
+
+`RecordingFile` keeps every change in order, so that a test can look at the file as it
+was after any of them, or as a power failure could have left it.  `FailingFile` wraps
+another file and refuses, shortens or holds up a chosen call.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self, TypeAlias
+
+import trio
+
+from qedfuse.errors import HostError
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator
+
+    from qedfuse.hostio.hostfile import Buffer, HostFile
+
+SECTOR: Final = 512
+"""What a disk writes whole or not at all, in bytes."""
+
+HOLE: Final = 4096
+"""The grain in which `MemoryFile` tells data from holes, in bytes."""
+
+Action: TypeAlias = Literal["read", "write", "datasync", "truncate"]
+
+
+class Write(NamedTuple):
+    """Bytes written at an offset."""
+
+    offset: int
+    data: bytes
+
+
+class Truncate(NamedTuple):
+    """The file's length set, in bytes."""
+
+    size: int
+
+
+class Sync(NamedTuple):
+    """Everything before it made durable."""
+
+
+Change: TypeAlias = Write | Truncate | Sync
+
+
+def apply(content: bytearray, change: Change) -> None:
+    """Make one change to the bytes of a file."""
+    if isinstance(change, Write):
+        end = change.offset + len(change.data)
+        if end > len(content):
+            content.extend(bytes(end - len(content)))
+        content[change.offset : end] = change.data
+    elif isinstance(change, Truncate):
+        if change.size <= len(content):
+            del content[change.size :]
+        else:
+            content.extend(bytes(change.size - len(content)))
+
+
+class MemoryFile:
+    """A host file in memory.
+
+    Every call yields to other tasks once before it acts, and can be cancelled there,
+    which is more than a real file does: what is right here does not depend on luck.
+    """
+
+    def __init__(
+        self, content: bytes | bytearray = b"", *, name: str = "image", writable: bool = True
+    ) -> None:
+        """Hold a copy of ``content``."""
+        self.content = bytearray(content)
+        self.name = name
+        self.writable = writable
+        self.closed = False
+        self.counts: Counter[Action] = Counter()
+
+    async def _enter(self, action: Action) -> None:
+        """Begin a call: count it, and let others run."""
+        assert not self.closed, f"{action} after close"
+        self.counts[action] += 1
+        await trio.lowlevel.checkpoint()
+
+    async def pread(self, offset: int, length: int) -> bytes:
+        """Read ``length`` bytes; fewer only where the file ends."""
+        await self._enter("read")
+        return bytes(self.content[offset : offset + length])
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view``; return how many bytes there were before the file ended."""
+        data = await self.pread(offset, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    async def pwrite(self, offset: int, *parts: Buffer) -> None:
+        """Write the parts one behind the other, as one write."""
+        data = b"".join(parts)
+        await self._enter("write")
+        assert self.writable, "write to a file that is open read-only"
+        self.change(Write(offset, data))
+
+    async def datasync(self) -> None:
+        """Note that everything so far is durable."""
+        await self._enter("datasync")
+        self.change(Sync())
+
+    async def truncate(self, size: int) -> None:
+        """Set the file's length; what is added reads as zeros."""
+        await self._enter("truncate")
+        assert self.writable, "truncate of a file that is open read-only"
+        self.change(Truncate(size))
+
+    def change(self, change: Change) -> None:
+        """Make a change at once."""
+        apply(self.content, change)
+
+    async def next_data(self, offset: int) -> int | None:
+        """Find where the first data at or past ``offset`` begins, by blocks of `HOLE`."""
+        while offset < len(self.content):
+            end = offset - offset % HOLE + HOLE
+            if any(self.content[offset:end]):
+                return offset
+            offset = end
+        return None
+
+    def size(self) -> int:
+        """Give the file's length now."""
+        return len(self.content)
+
+    def stat(self) -> os.stat_result:
+        """Give made-up attributes with the length of now."""
+        return os.stat_result((0o100644, 1, 1, 1, 0, 0, len(self.content), 0, 0, 0))
+
+    def close(self) -> None:
+        """Refuse all calls from now on."""
+        self.closed = True
+
+
+class RecordingFile(MemoryFile):
+    """A host file that keeps every change that is made to it, in order."""
+
+    def __init__(
+        self, content: bytes | bytearray = b"", *, name: str = "image", writable: bool = True
+    ) -> None:
+        """Begin with ``content``, which counts as durable."""
+        super().__init__(content, name=name, writable=writable)
+        self.initial = bytes(content)
+        self.changes: list[Change] = []
+
+    def change(self, change: Change) -> None:
+        """Make a change and note it."""
+        super().change(change)
+        self.changes.append(change)
+
+    def prefixes(self) -> Iterator[tuple[int, bytearray]]:
+        """Show the file after each number of changes: what a killed process leaves.
+
+        The bytes are shared between the steps; whoever changes or keeps them copies.
+        """
+        content = bytearray(self.initial)
+        yield 0, content
+        for number, change in enumerate(self.changes, 1):
+            apply(content, change)
+            yield number, content
+
+    def power_loss(self, count: int, choice: random.Random, keep: float = 0.5) -> bytearray:
+        """Give what a power failure after ``count`` changes could have left.
+
+        Everything up to the last sync is there.  Of what came later each sector of a
+        write and each change of the length is there or not, with the chance ``keep``.
+        Sectors that lie past the end that the file was left with are lost.
+        """
+        done = self.changes[:count]
+        synced = max((n for n, change in enumerate(done, 1) if isinstance(change, Sync)), default=0)
+        content = bytearray(self.initial)
+        for change in done[:synced]:
+            apply(content, change)
+        for change in done[synced:]:
+            if isinstance(change, Truncate):
+                if choice.random() < keep:
+                    apply(content, change)
+            elif isinstance(change, Write):
+                for offset, data in _sectors(change):
+                    if choice.random() < keep and offset < len(content):
+                        apply(content, Write(offset, data[: len(content) - offset]))
+        return content
+
+
+def _sectors(write: Write) -> Iterator[Write]:
+    """Cut a write at sector boundaries."""
+    offset, data = write
+    while data:
+        length = SECTOR - offset % SECTOR
+        yield Write(offset, data[:length])
+        offset, data = offset + length, data[length:]
+
+
+@dataclass(eq=False)
+class Gate:
+    """Holds up one call: the caller has ``reached`` it, and waits for `open`.
+
+    Used in a ``with`` block, which opens it at the end whatever happens.
+    """
+
+    reached: trio.Event = field(default_factory=trio.Event)
+    _passed: trio.Event = field(default_factory=trio.Event)
+
+    def open(self) -> None:
+        """Let the call go on."""
+        self._passed.set()
+
+    def __enter__(self) -> Self:
+        """Begin a block within which the call is held up."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the call go on."""
+        self.open()
+
+    async def wait(self) -> None:
+        """Hold the caller up until `open`; like a system call, not to be cancelled."""
+        self.reached.set()
+        with trio.CancelScope(shield=True):
+            await self._passed.wait()
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What goes wrong: a host's error number, after ``short`` bytes of a write."""
+
+    errno: int
+    short: int = 0
+
+
+class FailingFile:
+    """A host file whose chosen calls fail or wait; all others go to ``inner``.
+
+    Attributes:
+        inner: The file behind this one.
+        calls: How many calls of each kind there were.
+    """
+
+    def __init__(self, inner: HostFile) -> None:
+        """Stand in front of ``inner``, without any fault yet."""
+        self.inner = inner
+        self.name = inner.name
+        self.writable = inner.writable
+        self.calls: Counter[Action] = Counter()
+        self._faults: dict[tuple[Action, int], _Fault] = {}
+        self._always: dict[Action, _Fault] = {}
+        self._gates: dict[tuple[Action, int], Gate] = {}
+        self._below: dict[Action, int] = {}
+
+    def fail(
+        self, action: Action, nth: int | None = 1, number: int = errnos.EIO, *, short: int = 0
+    ) -> None:
+        """Make the ``nth`` call from now on fail, or all of them if ``nth`` is None.
+
+        A write that fails has written its first ``short`` bytes.
+        """
+        fault = _Fault(number, short)
+        if nth is None:
+            self._always[action] = fault
+        else:
+            self._faults[action, self.calls[action] + nth] = fault
+
+    def limit(self, action: Action, below: int) -> None:
+        """Let the faults of an action hit only calls at file offsets below ``below``."""
+        self._below[action] = below
+
+    def heal(self) -> None:
+        """Forget all faults that have not struck yet."""
+        self._faults.clear()
+        self._always.clear()
+        self._below.clear()
+
+    def hold(self, action: Action, nth: int = 1) -> Gate:
+        """Make the ``nth`` call from now on wait at a gate."""
+        gate = self._gates[action, self.calls[action] + nth] = Gate()
+        return gate
+
+    async def _enter(self, action: Action, offset: int = 0) -> _Fault | None:
+        """Count a call, wait where it is to wait, and tell how it is to fail."""
+        self.calls[action] += 1
+        key = (action, self.calls[action])
+        if gate := self._gates.pop(key, None):
+            await gate.wait()
+        fault = self._faults.pop(key, None) or self._always.get(action)
+        return fault if offset < self._below.get(action, offset + 1) else None
+
+    def _raise(self, fault: _Fault, action: Action) -> None:
+        error = OSError(fault.errno, os.strerror(fault.errno))
+        raise HostError.from_os(error, self.name, action)
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read, or fail."""
+        if fault := await self._enter("read", offset):
+            self._raise(fault, "read")
+        return await self.inner.pread(offset, length)
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Read, or fail."""
+        if fault := await self._enter("read", offset):
+            self._raise(fault, "read")
+        return await self.inner.pread_into(offset, view)
+
+    async def pwrite(self, offset: int, *parts: Buffer) -> None:
+        """Write, or write less and fail."""
+        if fault := await self._enter("write", offset):
+            if fault.short:
+                await self.inner.pwrite(offset, b"".join(parts)[: fault.short])
+            self._raise(fault, "write")
+        await self.inner.pwrite(offset, *parts)
+
+    async def datasync(self) -> None:
+        """Make durable, or fail."""
+        if fault := await self._enter("datasync"):
+            self._raise(fault, "datasync")
+        await self.inner.datasync()
+
+    async def truncate(self, size: int) -> None:
+        """Set the length, or fail."""
+        if fault := await self._enter("truncate"):
+            self._raise(fault, "truncate")
+        await self.inner.truncate(size)
+
+    async def next_data(self, offset: int) -> int | None:
+        """Look for data as ``inner`` does."""
+        return await self.inner.next_data(offset)
+
+    def size(self) -> int:
+        """Give the length of ``inner``."""
+        return self.inner.size()
+
+    def stat(self) -> os.stat_result:
+        """Give the attributes of ``inner``."""
+        return self.inner.stat()
+
+    def close(self) -> None:
+        """Close ``inner``."""
+        self.inner.close()

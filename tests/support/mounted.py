@@ -1,0 +1,146 @@
+"""Real mounts for tests: the command as users run it, and always cleaned up."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from qedfuse.mount.mountpoint import find_mount
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+COMMAND: Final = (sys.executable, "-m", "qedfuse")
+TREE: Final = Path(__file__).parents[2]
+TIMEOUT: Final = 30.0
+"""Seconds after which a command that does not end is taken to hang."""
+
+
+def environment() -> dict[str, str]:
+    """Give the environment in which the command is this tree's."""
+    return {**os.environ, "PYTHONPATH": str(TREE), "PYTHONWARNINGS": "error"}
+
+
+def qedfuse(*words: StrPath, cwd: StrPath | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, or until it has gone to the background."""
+    return subprocess.run(
+        [*COMMAND, *map(os.fspath, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="backslashreplace",
+        timeout=TIMEOUT,
+        env=environment(),
+        cwd=cwd,
+        check=False,
+    )
+
+
+def refused(*words: StrPath, code: int) -> str:
+    """Run a mount that must fail with ``code``; give its one line, without the name in front."""
+    done = qedfuse(*words)
+    assert done.returncode == code, (done.returncode, done.stderr)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("qedfuse: ")
+    assert done.stdout == ""
+    return lines[0].removeprefix("qedfuse: ")
+
+
+def is_mounted(mountpoint: StrPath) -> bool:
+    """Ask the mount table, which never waits for anybody."""
+    return find_mount(os.path.realpath(mountpoint)) is not None
+
+
+def clean_up(mountpoint: StrPath) -> None:
+    """Take away whatever is left of a mount."""
+    while is_mounted(mountpoint):
+        subprocess.run(["umount", "-l", os.fspath(mountpoint)], check=True)
+
+
+@contextmanager
+def mounted(source: StrPath, mountpoint: StrPath, *options: StrPath) -> Iterator[Path]:
+    """Mount in the background; unmount with ``qedfuse umount``, which must succeed."""
+    place = Path(mountpoint)
+    if not place.exists():
+        place.mkdir()
+    done = qedfuse(source, place, *options)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    try:
+        yield place
+        done = qedfuse("umount", place)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert not is_mounted(place)
+    finally:
+        clean_up(place)
+
+
+class FrontMount:
+    """A mount whose process stays in front, so that a test can look at its end.
+
+    Attributes:
+        process: The process.
+        mountpoint: Where it has mounted.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], mountpoint: Path) -> None:
+        """Wrap a process that has mounted already."""
+        self.process = process
+        self.mountpoint = mountpoint
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def read_line(self) -> str:
+        """Wait for the next line of its log."""
+        assert self.process.stderr is not None
+        ready, _, _ = select.select([self.process.stderr], [], [], TIMEOUT)
+        assert ready, "no line in the log"
+        return self.process.stderr.readline()
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the end; give the exit code and the rest of the log."""
+        _out, log = self.process.communicate(timeout=TIMEOUT)
+        return self.process.returncode, log
+
+
+@contextmanager
+def front(*words: StrPath) -> Iterator[FrontMount]:
+    """Mount in front; the last word that is not an option is the mountpoint, as in ``words``."""
+    mountpoint = Path(words[-1])
+    mountpoint.mkdir(exist_ok=True)
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        # The pid file is a pipe: its end tells that the disk is ready.
+        [*COMMAND, "-f", "--pidfile", f"/proc/self/fd/{writing}", *map(os.fspath, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+        env=environment(),
+        pass_fds=[writing],
+        bufsize=1,
+    )
+    os.close(writing)
+    try:
+        with open(reading, "rb", buffering=0) as pipe:
+            line = pipe.readline()
+        assert line == b"%d\n" % process.pid, (line, process.communicate(timeout=TIMEOUT))
+        yield FrontMount(process, mountpoint)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+        clean_up(mountpoint)

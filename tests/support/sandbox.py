@@ -1,0 +1,79 @@
+"""Scripts that change the system, run where only they see the change.
+
+A script gets mounts and processes of its own: empty ``/srv``, ``/mnt``, ``/opt`` and
+``/run``, and copies of ``/etc``, ``/sbin`` and ``/usr/local/bin`` that vanish with it.
+Loop devices are the machine's; those that it leaves attached are detached.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+TIMEOUT: Final = 60.0
+"""Seconds after which a script that does not end is taken to hang."""
+
+_PROLOGUE: Final = """
+set -eu
+leave() {
+    code=$?
+    for used in $(losetup --noheadings --list --output NAME,BACK-FILE |
+            sed -nE 's,^([^ ]+) +/(srv|mnt)/.*,\\1,p'); do
+        losetup --detach "$used"
+    done
+    exit "$code"
+}
+trap leave EXIT
+mount --make-rprivate /
+for place in /srv /mnt /opt /run; do
+    mount -t tmpfs sandbox "$place"
+done
+mkdir -p /run/copies
+for place in /etc /usr/sbin /usr/local/bin; do
+    copy=/run/copies/$(basename "$place")
+    mkdir "$copy" "$copy.work"
+    mount -t overlay -o "lowerdir=$place,upperdir=$copy,workdir=$copy.work" sandbox "$place"
+done
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+mkdir /srv/images
+"""
+
+_ENTRY: Final = """\
+#!{python}
+import sys
+sys.path.insert(0, {root!r})
+from qedfuse.cli.qedfuse import main
+sys.exit(main())
+"""
+
+
+def make_environment(directory: Path) -> Path:
+    """Make what an installation looks like to examples/install.sh: ``bin/qedfuse``.
+
+    It runs this tree; a real environment takes pip and half a minute.
+    """
+    program = directory / "bin" / "qedfuse"
+    program.parent.mkdir(parents=True)
+    program.write_text(_ENTRY.format(python=sys.executable, root=str(ROOT)), encoding="utf-8")
+    program.chmod(0o755)
+    return directory
+
+
+def run_in_sandbox(script: str, *arguments: Path) -> str:
+    """Run a bash script that must succeed, with arguments; give what it printed."""
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+         "bash", "-c", _PROLOGUE + script, "sandbox", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+        timeout=TIMEOUT,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout}"
+    return done.stdout

@@ -1,0 +1,124 @@
+"""Feature bits: what is kept, what is cleared and when, what refuses the image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import trio
+
+from qedfuse.errors import HostError, ReadOnlyError, UnsupportedError
+from tests.support.disks import WRITABLE, build_image, header_of, opened, settle
+from tests.support.hostfiles import FailingFile, RecordingFile, Sync, Write
+
+CLUSTER = 4096
+SIZE = 64 * CLUSTER
+
+
+async def test_autoclear_is_cleared_durably_before_the_first_change() -> None:
+    """The header without the bits is on the disk before any other byte is written."""
+    file = RecordingFile(build_image(SIZE, {0: b"a"}, autoclear=0x8001, compat=0x4002))
+    async with opened(file) as disk:
+        assert disk.header.autoclear_features == 0x8001
+        assert file.changes == []
+        await disk.write(0, b"b")
+        first, second, third = file.changes[:3]
+    assert isinstance(first, Write)
+    assert first.offset == 0
+    assert isinstance(second, Sync)
+    assert isinstance(third, Write)
+    assert third.data == b"b"
+    header = header_of(file.content)
+    assert (header.autoclear_features, header.compat_features) == (0, 0x4002)
+    assert not header.need_check
+
+
+async def test_every_writer_waits_for_the_autoclear_bits() -> None:
+    """A second writer does not slip through while the first is clearing the bits."""
+    recording = RecordingFile(build_image(SIZE, {0: b"a", 1: b"b"}, autoclear=1))
+    file = FailingFile(recording)
+    async with opened(file) as disk, trio.open_nursery() as nursery:
+        with file.hold("datasync") as gate:
+            nursery.start_soon(disk.write, 0, b"x")
+            await gate.reached.wait()
+            nursery.start_soon(disk.write, CLUSTER, b"y")
+            nursery.start_soon(disk.resize, 2 * SIZE)
+            await settle()
+            assert len(recording.changes) == 1, "only the header has been written"
+    assert isinstance(recording.changes[1], Sync)
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["write", pytest.param("datasync", marks=pytest.mark.expect_log("read-only from now on"))],
+)
+async def test_bits_that_cannot_be_cleared_stop_all_changes(action: str) -> None:
+    """While the bits stand in the file, no write gets past them."""
+    recording = RecordingFile(build_image(SIZE, {0: b"a"}, autoclear=1))
+    file = FailingFile(recording)
+    async with opened(file) as disk:
+        file.fail(action)  # type: ignore[arg-type]
+        with pytest.raises(HostError):
+            await disk.write(0, b"x")
+        if action == "write":
+            assert recording.changes == []
+            await disk.write(0, b"y")
+            assert isinstance(recording.changes[1], Sync)
+        else:
+            with pytest.raises(ReadOnlyError):
+                await disk.write(0, b"y")
+            disk._closed = True  # noqa: SLF001  closing would report the failure again
+    assert recording.content.count(b"x") == 0
+
+
+async def test_autoclear_goes_before_need_check_is_cleared() -> None:
+    """Clearing NEED_CHECK is a change like any other, also when nothing else is written."""
+    image = build_image(SIZE, {0: b"a"}, autoclear=1, features=2)
+    file = RecordingFile(image)
+    async with opened(file):
+        pass
+    header = header_of(file.content)
+    assert not header.need_check
+    assert header.autoclear_features == 0
+    first, second = file.changes[:2]
+    assert isinstance(first, Write)
+    assert isinstance(second, Sync)
+    assert header_of(first.data).need_check
+    assert header_of(first.data).autoclear_features == 0
+
+
+@pytest.mark.parametrize("writable", [True, False])
+async def test_nothing_is_written_without_a_change(*, writable: bool) -> None:
+    """Opening, reading, flushing and closing a clean image leaves every byte of it."""
+    image = build_image(SIZE, {0: b"a"}, autoclear=1, compat=1, header_size=2)
+    file = RecordingFile(image, writable=writable)
+    async with opened(file) as disk:
+        await disk.read(0, SIZE)
+        await disk.flush()
+    assert file.changes == []
+
+
+async def test_compat_bits_and_header_extras_are_kept() -> None:
+    """What the header holds besides our fields stays through every header change."""
+    image = build_image(SIZE, {0: b"a"}, compat=(1 << 63) | 2, header_size=2, backing=b"name")
+    image[200:300] = b"e" * 100
+    image[CLUSTER : CLUSTER + 100] = b"f" * 100
+    file = RecordingFile(image)
+    async with opened(file, [b"base"]) as disk:
+        await disk.write(CLUSTER, b"x")
+        await disk.resize(2 * SIZE)
+    assert file.content[64:CLUSTER * 2] == image[64:CLUSTER * 2]
+    header = header_of(file.content)
+    assert replace(header, image_size=SIZE) == header_of(image)
+
+
+@pytest.mark.parametrize("bit", [3, 31, 32, 63])
+async def test_unknown_incompatible_bit_is_refused_by_number(bit: int) -> None:
+    """The message says which bit it is, for readers as for writers."""
+    image = build_image(SIZE, features=1 << bit)
+    for writable in (True, False):
+        file = RecordingFile(image, writable=writable)
+        with pytest.raises(UnsupportedError, match=rf"image: .*\(bit {bit}\)"):
+            async with opened(file, options=WRITABLE):
+                pass
+        assert file.changes == []

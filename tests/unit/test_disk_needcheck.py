@@ -1,0 +1,231 @@
+"""NEED_CHECK: in the file before the tables change, gone when all is durable (D3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from qedfuse.errors import HostError
+from qedfuse.ondisk.constants import ZERO
+from tests.support.disks import WRITABLE, build_image, header_of, inspect_image, opened, settle
+from tests.support.hostfiles import FailingFile, RecordingFile, Sync, Truncate, Write, apply
+
+if TYPE_CHECKING:
+    from trio.testing import MockClock
+
+CLUSTER = 4096
+SIZE = 64 * CLUSTER
+IMAGE = build_image(SIZE, {0: b"a" * CLUSTER, 1: ZERO})
+TABLES = range(CLUSTER, 3 * CLUSTER)  # of IMAGE: the L1 table and the only L2 table
+IDLE = replace(WRITABLE, needcheck_seconds=5.0)
+BUSY = replace(IDLE, commit_seconds=1.0)
+
+
+def in_file(file: RecordingFile) -> bool:
+    """Tell whether the bit is set in the file now."""
+    return header_of(file.content).need_check
+
+
+def bit_at_table_writes(file: RecordingFile) -> list[bool]:
+    """Tell for each table write whether the bit was durable in the file before it."""
+    content = bytearray(file.initial)
+    durable = header_of(content).need_check
+    result = []
+    for change in file.changes:
+        if isinstance(change, Write) and change.offset in TABLES:
+            result.append(durable)
+        apply(content, change)
+        if isinstance(change, Sync):
+            durable = header_of(content).need_check
+    return result
+
+
+async def test_set_before_the_first_table_write_and_cleared_at_close() -> None:
+    """The bit is durable before any table entry is, and closing takes it away again."""
+    file = RecordingFile(IMAGE)
+    async with opened(file) as disk:
+        await disk.write(0, b"in place")
+        assert not in_file(file), "a write in place changes no table"
+        await disk.write(CLUSTER, b"new")
+        assert in_file(file)
+        assert disk.header.need_check
+        await disk.flush()
+        assert in_file(file)
+    assert not in_file(file)
+    assert bit_at_table_writes(file) == [True]
+    assert isinstance(file.changes[-1], Sync)
+
+
+async def test_overlays_set_it_too() -> None:
+    """W3: copy on write changes tables like any other write."""
+    file = RecordingFile(build_image(SIZE, backing=b"base"))
+    async with opened(file, [b"base" * 1000]) as disk:
+        await disk.write(100, b"x")
+        assert in_file(file)
+    assert not in_file(file)
+
+
+@pytest.mark.parametrize("commit_seconds", [1.0, 3600.0])
+async def test_cleared_by_the_background_task_after_idling(
+    autojump_clock: MockClock, commit_seconds: float
+) -> None:
+    """Some seconds after the last change, not before, and durably."""
+    file = RecordingFile(IMAGE)
+    async with opened(file, options=replace(IDLE, commit_seconds=commit_seconds)) as disk:
+        await disk.write(CLUSTER, b"new")
+        await trio.sleep(4)
+        await disk.write(2 * CLUSTER, b"another")
+        await trio.sleep(4)
+        assert in_file(file), "the second write has begun the time anew"
+        await trio.sleep(2)
+        assert not in_file(file)
+        assert isinstance(file.changes[-1], Sync)
+        before = len(file.changes)
+        await trio.sleep(100)
+        assert len(file.changes) == before, "an idle disk is left alone"
+        await disk.write(3 * CLUSTER, b"more")
+        assert in_file(file)
+        await trio.sleep(6)
+        assert not in_file(file)
+    assert all(bit_at_table_writes(file))
+    assert autojump_clock.current_time() > 100
+
+
+async def test_not_cleared_while_a_write_is_under_way(autojump_clock: MockClock) -> None:
+    """However long a write takes, the bit stays until it is over."""
+    recording = RecordingFile(IMAGE)
+    file = FailingFile(recording)
+    async with opened(file, options=BUSY) as disk, trio.open_nursery() as nursery:
+        await disk.write(CLUSTER, b"first")
+        with file.hold("write") as gate:
+            nursery.start_soon(disk.write, 2 * CLUSTER, b"slow")
+            await gate.reached.wait()
+            await trio.sleep(50)
+            assert in_file(recording)
+        await trio.sleep(20)
+        assert not in_file(recording)
+    assert all(bit_at_table_writes(recording))
+    assert inspect_image(recording.content).leaks == 0
+    assert autojump_clock.current_time() >= 70
+
+
+async def test_change_that_comes_while_the_bit_is_cleared(autojump_clock: MockClock) -> None:
+    """A write that meets the clearing half-way sets the bit again before its tables change."""
+    for nth in range(1, 8):
+        recording = RecordingFile(IMAGE)
+        file = FailingFile(recording)
+        async with opened(file, options=IDLE) as disk, trio.open_nursery() as nursery:
+            await disk.write(CLUSTER, b"first")
+            gates = [file.hold("write", nth), file.hold("datasync", nth), file.hold("truncate")]
+            for gate in gates:
+                with gate:
+                    with trio.move_on_after(60):
+                        await gate.reached.wait()
+                    number = gates.index(gate) + 2
+                    nursery.start_soon(disk.write, number * CLUSTER, b"met")
+                    await settle()
+            await disk.flush()
+            assert in_file(recording)
+            await trio.sleep(60)
+            assert not in_file(recording)
+        assert all(bit_at_table_writes(recording)), nth
+        assert inspect_image(recording.content) == inspect_image(IMAGE)
+    assert autojump_clock.current_time() > 0
+
+
+@pytest.mark.expect_log("while clearing NEED_CHECK")
+async def test_not_cleared_after_a_failed_table_write(autojump_clock: MockClock) -> None:
+    """While a table cannot be written the bit stays; when it can, the bit goes."""
+    recording = RecordingFile(IMAGE)
+    file = FailingFile(recording)
+    async with opened(file, options=IDLE) as disk:
+        await disk.write(CLUSTER, b"new")
+        file.fail("write", None)
+        await trio.sleep(30)
+        assert in_file(recording)
+        with pytest.raises(HostError):
+            await disk.flush()
+        file.heal()
+        await trio.sleep(30)
+        assert not in_file(recording)
+    assert autojump_clock.current_time() >= 60
+
+
+@pytest.mark.expect_log("read-only from now on")
+@pytest.mark.expect_log("while")
+@pytest.mark.parametrize("nth", [1, 2, 3])
+async def test_never_cleared_after_a_failed_datasync(autojump_clock: MockClock, nth: int) -> None:
+    """D7: neither the background task nor closing clears the bit then."""
+    recording = RecordingFile(IMAGE)
+    file = FailingFile(recording)
+    with pytest.raises(HostError, match="datasync"):
+        async with opened(file, options=BUSY) as disk:
+            await disk.write(CLUSTER, b"new")
+            file.fail("datasync", nth)
+            await trio.sleep(60)
+            assert not disk.writable
+            before = len(recording.changes)
+            assert in_file(recording)
+    assert len(recording.changes) == before
+    assert autojump_clock.current_time() >= 60
+
+
+async def test_bit_that_could_not_be_written_protects_nothing() -> None:
+    """If setting the bit fails, the write fails, and the next one sets it again."""
+    recording = RecordingFile(IMAGE)
+    file = FailingFile(recording)
+    async with opened(file) as disk:
+        file.fail("write")
+        with pytest.raises(HostError):
+            await disk.write(CLUSTER, b"x")
+        await disk.write(CLUSTER, b"y")
+        await disk.flush()
+        assert in_file(recording)
+    assert bit_at_table_writes(recording) == [True]
+
+
+async def test_second_writer_waits_for_the_bit_of_the_first() -> None:
+    """While one task is writing the bit, no other changes tables as if it were there."""
+    recording = RecordingFile(IMAGE)
+    file = FailingFile(recording)
+    async with opened(file) as disk, trio.open_nursery() as nursery:
+        with file.hold("write") as gate:
+            nursery.start_soon(disk.write, CLUSTER, b"first")
+            await gate.reached.wait()
+            nursery.start_soon(disk.write, 2 * CLUSTER, b"second")
+            await settle()
+            nursery.start_soon(disk.flush)
+            await settle()
+            assert not [change for change in recording.changes if isinstance(change, Write)]
+    assert all(bit_at_table_writes(recording))
+
+
+async def test_bit_found_set_is_cleared_without_a_change(autojump_clock: MockClock) -> None:
+    """An image that was found to be sound at opening loses the bit after the same time."""
+    image = build_image(SIZE, {0: b"a"}, features=2)
+    file = RecordingFile(image)
+    async with opened(file, options=IDLE):
+        await trio.sleep(4)
+        assert in_file(file)
+        await trio.sleep(2)
+        assert not in_file(file)
+    assert autojump_clock.current_time() >= 6
+
+
+async def test_file_is_cut_to_what_is_in_use_when_idle(autojump_clock: MockClock) -> None:
+    """What the file was grown ahead is given back, and grown again when it is needed."""
+    file = RecordingFile(IMAGE)
+    async with opened(file, options=IDLE) as disk:
+        await disk.write(CLUSTER, b"new")
+        assert len(file.content) > len(IMAGE) + CLUSTER
+        await trio.sleep(6)
+        assert len(file.content) == len(IMAGE) + CLUSTER
+        await disk.write(2 * CLUSTER, b"more")
+        await trio.sleep(6)
+        assert len(file.content) == len(IMAGE) + 2 * CLUSTER
+    cuts = [change for change in file.changes if isinstance(change, Truncate)]
+    assert len(cuts) == 4
+    assert autojump_clock.current_time() >= 12

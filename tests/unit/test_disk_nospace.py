@@ -1,0 +1,134 @@
+"""A host that is full or broken while data is written: reported, consistent, and it goes on."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from qedfuse.errors import HostError, NoSpaceError
+from tests.support.disks import (
+    build_image,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    opened,
+    pattern,
+)
+from tests.support.hostfiles import Action, FailingFile, MemoryFile
+
+CLUSTER = 4096
+SPAN = 512 * CLUSTER
+SIZE = 2 * SPAN
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("short", [0, 100, 5000])
+@pytest.mark.parametrize("based", [False, True])
+async def test_failed_data_write(number: int, short: int, *, based: bool) -> None:
+    """A write into new clusters that fails leaves them as they were, and no leak for ever."""
+    base = pattern(SIZE, 9) if based else b""
+    inner = MemoryFile(build_image(SIZE, {0: b"a"}, backing=b"base" if based else b""))
+    file = FailingFile(inner)
+    before = bytearray(base or bytes(SIZE))
+    before[:CLUSTER] = b"a".ljust(CLUSTER, b"\0")
+    data = pattern(3 * CLUSTER, 1)
+    start = 5 * CLUSTER + 100
+    async with opened(file, [base] if based else []) as disk:
+        await disk.write(2 * CLUSTER, b"x")  # the header is written once, here
+        before[2 * CLUSTER : 2 * CLUSTER + 1] = b"x"
+        file.fail("write", number=number, short=short)
+        with pytest.raises(HostError) as caught:
+            await disk.write(start, data)
+        assert caught.value.errno == number
+        assert isinstance(caught.value, NoSpaceError) == (number != errno.EIO)
+        assert disk.writable
+        assert difference(await disk.read(0, SIZE), before) is None
+        await disk.flush()
+        assert difference(guest_bytes(inner.content, base), before) is None
+        assert await disk.write(start, data) == len(data)
+    before[start : start + len(data)] = data
+    assert difference(guest_bytes(inner.content, base), before) is None
+    found = inspect_image(inner.content)
+    assert found.errors == ()
+    assert found.leaks == 0
+    assert not header_of(inner.content).need_check
+
+
+@pytest.mark.parametrize("action", ["truncate", "read", "write"])
+@pytest.mark.parametrize("nth", range(1, 8))
+async def test_failure_at_each_step_of_an_allocating_write(action: Action, nth: int) -> None:
+    """Whatever step fails: the error is reported, sectors are old or new, writing goes on."""
+    base = pattern(SIZE, 4)
+    inner = MemoryFile(build_image(SIZE, {0: b"a"}, backing=b"base"))
+    file = FailingFile(inner)
+    start = SPAN - 300  # into two tables, one of them new
+    data = pattern(900, 8)
+    async with opened(file, [base]) as disk:
+        file.fail(action, nth, errno.ENOSPC)
+        try:
+            await disk.write(start, data)
+        except NoSpaceError:
+            got = await disk.read(start, 900)
+            for at in (0, 300):
+                assert got[at : at + 300] in (data[at : at + 300], base[start + at :][:300])
+        file.heal()
+        await disk.write(start, data)
+        assert await disk.read(start, 900) == data
+    expected = bytearray(base)
+    expected[:CLUSTER] = b"a".ljust(CLUSTER, b"\0")
+    expected[start : start + 900] = data
+    assert difference(guest_bytes(inner.content, base), expected) is None
+    found = inspect_image(inner.content)
+    assert found.errors == ()
+    assert found.leaks <= 1
+
+
+async def test_full_host_goes_on_serving() -> None:
+    """S5: reads and writes in place go on while nothing new can be written."""
+    inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER}))
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        await disk.write(CLUSTER, b"b")
+        file.fail("truncate", None, errno.ENOSPC)
+        room = await fill(file, disk.write)
+        assert room > 200, "what the file was grown ahead is usable"
+        assert await disk.read(0, CLUSTER) == b"a" * CLUSTER
+        assert await disk.write(0, b"c") == 1
+        await disk.flush()
+        file.heal()
+        await disk.write(SPAN, b"d")
+    assert inspect_image(inner.content).errors == ()
+    assert inspect_image(inner.content).leaks == 0
+    assert guest_bytes(inner.content)[SPAN : SPAN + 1] == b"d"
+
+
+async def fill(file: FailingFile, write: object) -> int:
+    """Write to one new cluster after the other until there is no room."""
+    assert file.inner.size()
+    for number in range(2, 512):
+        try:
+            await write(number * CLUSTER, b"x")  # type: ignore[operator]
+        except NoSpaceError:
+            return number
+    msg = "the host was never full"
+    raise AssertionError(msg)
+
+
+@pytest.mark.parametrize("size", [None, 5 * CLUSTER])
+async def test_read_that_fails_or_comes_short(size: int | None) -> None:
+    """A host that cannot read, or a file cut while it is open, is an error and no zeros."""
+    inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER, 1: b"b" * CLUSTER, 3: b"c"}))
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        assert await disk.read(0, 1) == b"a"
+        if size is None:
+            file.fail("read")
+        else:
+            await inner.truncate(4 * CLUSTER - 10)
+        with pytest.raises(HostError, match="image: "):
+            await disk.read(0, CLUSTER)
+        with pytest.raises(HostError):
+            if size is None:
+                file.fail("read")
+            await disk.read(0, 4 * CLUSTER)

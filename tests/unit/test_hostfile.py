@@ -1,0 +1,245 @@
+"""The host's file: what it refuses to open, short and long transfers, failures."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.errors import HostError, ImageError, NoSpaceError
+from qedfuse.hostio.hostfile import INLINE_BYTES, PosixFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[PosixFile]:
+    """Open an empty file for writing."""
+    path = tmp_path / "file"
+    path.touch()
+    opened = PosixFile.open(str(path), writable=True)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("fifo", "a FIFO"),
+        ("directory", "a directory"),
+        ("device", "a character device"),
+        ("socket", "a socket"),
+    ],
+)
+def test_only_regular_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, *, writable: bool
+) -> None:
+    """Anything else is refused by what it is, without opening it: a FIFO would block."""
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "fifo":
+            os.mkfifo(kind)
+        elif kind == "directory":
+            Path(kind).mkdir()
+        elif kind == "device":
+            Path(kind).symlink_to("/dev/null")
+        else:
+            server.bind(kind)
+        with pytest.raises(ImageError) as caught:
+            PosixFile.open(kind, writable=writable)
+    assert str(caught.value) == f"{kind}: found {words}, expected a regular file"
+
+
+def test_file_of_no_kind_at_all() -> None:
+    """What only the kernel knows how to name is refused like the others."""
+    poll = os.eventfd(0)
+    try:
+        with pytest.raises(ImageError, match="found a special file, expected a regular file"):
+            PosixFile.open(f"/proc/self/fd/{poll}")
+    finally:
+        os.close(poll)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("missing", errno.ENOENT), ("loop", errno.ELOOP), ("x" * 300, 36)]
+)
+def test_open_failures_name_the_file(tmp_path: Path, name: str, number: int) -> None:
+    """What the host says about the name is passed on in one line."""
+    (tmp_path / "loop").symlink_to("loop")
+    path = str(tmp_path / name)
+    with pytest.raises(HostError) as caught:
+        PosixFile.open(path)
+    assert caught.value.errno == number
+    assert str(caught.value) == f"{path}: cannot open: {os.strerror(number)}"
+
+
+def test_name_is_safe_to_print(tmp_path: Path) -> None:
+    """A name that would forge a line of output is escaped in messages, and opened as it is."""
+    path = tmp_path / "two\nlines"
+    path.write_bytes(b"here")
+    file = PosixFile.open(str(path))
+    assert file.name == str(tmp_path / "two\\nlines")
+    assert file.path == str(path)
+    file.close()
+
+
+def test_open_relative_to_a_directory(tmp_path: Path) -> None:
+    """A base is opened in the directory of the image that names it."""
+    (tmp_path / "base").write_bytes(b"base")
+    directory = os.open(tmp_path, os.O_PATH)
+    try:
+        file = PosixFile.open("base", dir_fd=directory)
+    finally:
+        os.close(directory)
+    assert file.size() == 4
+    file.close()
+
+
+async def test_read_is_short_only_at_the_end(file: PosixFile) -> None:
+    """A read that goes past the end gives what there is."""
+    await file.pwrite(0, b"0123456789")
+    assert await file.pread(2, 4) == b"2345"
+    assert await file.pread(8, 4) == b"89"
+    assert await file.pread(10, 4) == b""
+    assert await file.pread(1 << 40, 4) == b""
+    assert await file.pread(3, 0) == b""
+    buffer = bytearray(b"....")
+    assert await file.pread_into(9, memoryview(buffer)) == 1
+    assert buffer == b"9..."
+
+
+@pytest.mark.parametrize("number", [None, errno.EAGAIN, errno.EOPNOTSUPP])
+async def test_read_without_the_page_cache(
+    file: PosixFile, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    """What the page cache does not have, all or in part, comes from a worker thread."""
+    await file.pwrite(0, bytes(range(200)))
+    real = os.preadv
+    flags_seen = []
+
+    def preadv(fd: int, views: tuple[memoryview], offset: int, flags: int = 0) -> int:
+        flags_seen.append(flags)
+        if flags and number is not None:
+            raise OSError(number, os.strerror(number))
+        # Without an error a little at a time: the rest must be asked for.
+        return real(fd, (views[0][:7],), offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert await file.pread(10, 100) == bytes(range(10, 110))
+    assert await file.pread(190, 100) == bytes(range(190, 200))
+    tried = flags_seen.count(os.RWF_NOWAIT)
+    assert tried == (1 if number == errno.EOPNOTSUPP else 2)
+
+
+@pytest.mark.parametrize("count", [1, 1024, 1025, 3000])
+async def test_write_of_many_parts(file: PosixFile, count: int) -> None:
+    """More parts than the kernel takes at once arrive as one write, empty ones included."""
+    parts = [bytes([index % 251]) * ((index + 1) % 5) for index in range(count)]
+    await file.pwrite(3, *parts)
+    assert await file.pread(0, 1 << 20) == bytes(3) + b"".join(parts)
+
+
+@pytest.mark.parametrize("length", [0, 1, INLINE_BYTES, INLINE_BYTES + 1])
+async def test_write_in_the_loop_and_in_a_thread(file: PosixFile, length: int) -> None:
+    """Small and large writes, of each kind of buffer, all get written whole."""
+    data = os.urandom(length)
+    await file.pwrite(1, data, bytearray(data), memoryview(data))
+    assert await file.pread(0, 1 << 22) == (b"\0" + data * 3 if length else b"")
+
+
+async def test_write_that_the_host_takes_in_bits(
+    file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that writes a few bytes at a time gets asked until all is written."""
+    real = os.pwritev
+
+    def pwritev(fd: int, views: list[memoryview], offset: int) -> int:
+        return real(fd, [b"".join(views)[:3]], offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    await file.pwrite(0, b"ab", b"", b"cdefg", b"h", b"ij")
+    assert await file.pread(0, 100) == b"abcdefghij"
+
+
+async def test_holes(file: PosixFile) -> None:
+    """The next data is found across holes; there is none past the last."""
+    megabyte = 1 << 20
+    await file.truncate(8 * megabyte)
+    await file.pwrite(4 * megabyte, b"x")
+    first = await file.next_data(0)
+    # A file system that keeps no holes calls everything data.
+    assert first in (0, 4 * megabyte)
+    assert await file.next_data(4 * megabyte) == 4 * megabyte
+    assert await file.next_data(8 * megabyte) is None
+    assert await file.next_data(9 * megabyte) is None
+
+
+async def test_file_system_that_keeps_no_holes(
+    file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where holes cannot be asked for, everything inside the file is data."""
+
+    def lseek(*_: object) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    await file.truncate(10)
+    monkeypatch.setattr(os, "lseek", lseek)
+    assert await file.next_data(3) == 3
+    assert await file.next_data(10) is None
+
+
+async def test_truncate_and_datasync(file: PosixFile) -> None:
+    """The length goes both ways; what is added reads as zeros."""
+    await file.pwrite(0, b"abcdef")
+    await file.truncate(3)
+    await file.truncate(5)
+    await file.datasync()
+    assert file.size() == file.stat().st_size == 5
+    assert await file.pread(0, 10) == b"abc\0\0"
+
+
+@pytest.mark.parametrize("length", [1, INLINE_BYTES + 1])
+async def test_full_host(length: int) -> None:
+    """A full host is told apart from other failures, in the loop and in a thread."""
+    full = PosixFile(os.open("/dev/full", os.O_RDWR), "full", writable=True)
+    with pytest.raises(NoSpaceError) as caught:
+        await full.pwrite(0, bytes(length))
+    assert str(caught.value) == f"full: write: {os.strerror(errno.ENOSPC)}"
+    assert caught.value.errno == errno.ENOSPC
+    full.close()
+
+
+async def test_failures_become_host_errors(tmp_path: Path) -> None:
+    """Each operation that the host refuses raises an error with its name and number."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123")
+    read_only = PosixFile.open(str(path))
+    with pytest.raises(HostError, match=r"/file: write: Bad file descriptor$") as caught:
+        await read_only.pwrite(0, b"x")
+    assert caught.value.errno == errno.EBADF
+    with pytest.raises(HostError, match=r"/file: truncate: Invalid argument$"):
+        await read_only.truncate(0)
+    read_only.close()
+    write_only = PosixFile(os.open(path, os.O_WRONLY), "file", writable=True)
+    with pytest.raises(HostError, match=r"^file: read: Bad file descriptor$"):
+        await write_only.pread(0, 4)
+    write_only.close()
+    no_disk = PosixFile(os.open("/dev/null", os.O_RDWR), "null", writable=True)
+    with pytest.raises(HostError, match=r"^null: datasync: Invalid argument$"):
+        await no_disk.datasync()
+    no_disk.close()
+
+
+def test_close_twice(file: PosixFile) -> None:
+    """Closing again does nothing, least of all to a descriptor of somebody else."""
+    file.close()
+    other = os.open("/dev/null", os.O_RDONLY)  # gets the number that is free now
+    file.close()
+    os.fstat(other)
+    os.close(other)

@@ -1,0 +1,61 @@
+"""What the README says of options and exit codes is what the program knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import qedfuse
+from qedfuse.cli.qedfuse import USAGE
+from qedfuse.mount import options
+
+ROOT = Path(qedfuse.__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """Give one section of the README."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def first_columns(text: str) -> str:
+    """Give the first column of all tables in a text."""
+    return "\n".join(re.findall(r"^\| (.*?) \|", text.replace("\\|", "/"), re.MULTILINE))
+
+
+def test_every_option_is_documented() -> None:
+    """The README and --help list the same words as the parser takes."""
+    known = {
+        "backing_dir",
+        *options._FLAGS,
+        *options._BACKING,
+        *options._VALUES,
+    }
+    table = section("Use").split("| `-o` |")[1]
+    documented = set(re.findall(r"`([a-z_]+)", first_columns(table)))
+    assert documented - options.KERNEL_WORDS == known
+    usage = USAGE.split("show the version\n")[1].split('"umount"')[0]
+    for word in known:
+        assert re.search(rf"^  .*\b{word}\b", usage, re.MULTILINE), word
+
+
+def test_every_argument_is_documented() -> None:
+    """The README and --help list the same arguments."""
+    found = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
+    table = section("Use").split("| `-o` |")[0]
+    documented = set(found.findall(first_columns(table)))
+    assert documented - {"-o"} == set(found.findall(USAGE)) - {"-o", "-s", "--timeout"}
+
+
+def test_exit_codes_agree() -> None:
+    """The README and --help list the same exit codes."""
+    codes = re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)
+    usage = USAGE.split("Exit codes:")[1]
+    assert codes == re.findall(r"\b(\d+) [a-zA-Z]", usage)
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of the README and the docs names a file that is there."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

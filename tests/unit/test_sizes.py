@@ -1,0 +1,73 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qedfuse.errors import UsageError
+from qedfuse.util.sizes import format_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("512", 512),
+        ("512b", 512),
+        ("64K", 64 << 10),
+        ("64k", 64 << 10),
+        ("64KiB", 64 << 10),
+        ("64kb", 64 << 10),
+        (" 1M ", 1 << 20),
+        ("10G", 10 << 30),
+        ("3T", 3 << 40),
+        ("1P", 1 << 50),
+        ("7e", 7 << 60),
+    ],
+)
+def test_parse(text: str, expected: int) -> None:
+    """Binary suffixes of either case, with or without the unit's name."""
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "K", "-1", "+1", "1.5G", "1 K", "1KK", "0x10", "1Z", "12ib", "1\n2"),
+        # What Unicode takes for a K or a digit, and more digits than int() reads.
+        *("1\u212a", "\u0663", "9" * 5000),
+    ],
+)
+def test_parse_refuses(text: str) -> None:
+    """Anything else is a usage error in one line that shows what was found."""
+    with pytest.raises(UsageError, match=r"^size: found .*, expected a number of bytes") as caught:
+        parse_size(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (0, "0 bytes"),
+        (512, "512 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (64 << 10, "64 KiB"),
+        (10 << 30, "10 GiB"),
+        (1 << 63, "8 EiB"),
+        (5 << 70, "5120 EiB"),
+    ],
+)
+def test_format(size: int, expected: str) -> None:
+    """The largest unit that leaves at least one."""
+    assert format_size(size) == expected
+
+
+@given(st.integers(1, 1023), st.sampled_from(["", "K", "M", "G", "T", "P", "E"]))
+def test_what_is_written_reads_back(number: int, unit: str) -> None:
+    """A whole number of units survives writing and reading."""
+    size = parse_size(f"{number}{unit}")
+    assert parse_size(format_size(size).replace(" ", "").removesuffix("ytes")) == size
