@@ -21,11 +21,9 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from qedfuse.check.findings import Severity
-from qedfuse.check.walk import check_image
+from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.disk import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import CorruptImageError
 from qedfuse.util.portal import Portal
 from qedfuse.util.text import printable
 
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from qedfuse.disk.disk import Disk
-    from qedfuse.hostio.hostfile import HostFile
-    from qedfuse.ondisk.header import Header
 
 _PIECE: Final = 1 << 24
 """Longer reads and writes are done in pieces of this many bytes, to bound the memory."""
@@ -70,26 +66,8 @@ def open(  # noqa: A001  a module's open, like gzip.open
         raise ValueError(msg)
     name = os.fsdecode(path)
     options = replace(options or OpenOptions(), writable=mode == "r+b")
-    manager = open_disk(name, options, inspector=refuse_damaged)
+    manager = open_disk(name, options, inspector=inspect_image)
     return DiskFile(Portal(manager, f"qedfuse {printable(name)}"), mode)
-
-
-async def refuse_damaged(file: HostFile, header: Header) -> None:
-    """Check an image that needs it, and let it pass if nothing but leaks is found.
-
-    Raises:
-        CorruptImageError: Its tables contradict each other or the file.
-    """
-    report = await check_image(file, header)
-    if report.worst is not None and report.worst > Severity.LEAK:
-        worse = [item.message for item in report.findings if item.severity > Severity.LEAK]
-        # The report keeps a bounded number of findings, so there may be none to show.
-        first = f" (the first: {worse[0]})" if worse else ""
-        msg = (
-            f"{file.name}: found {report.errors} errors in the tables, expected none{first}; "
-            "it can be opened read-only, or be repaired first"
-        )
-        raise CorruptImageError(msg)
 
 
 class DiskFile(io.RawIOBase):

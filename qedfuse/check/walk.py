@@ -63,8 +63,10 @@ class _Walk:
             (
                 header.has_backing and header.backing_filename_offset < HEADER_BYTES,
                 Code.NAME_IN_FIXED_HEADER,
-                (f"header field backing_filename_offset: found {header.backing_filename_offset}, "
-                f"expected at least {HEADER_BYTES}"),
+                (
+                    f"header field backing_filename_offset: found {header.backing_filename_offset}, "
+                    f"expected at least {HEADER_BYTES}"
+                ),
             ),
             (
                 bool(header.features & Feature.BACKING_FILE) and not header.has_backing,
@@ -79,20 +81,26 @@ class _Walk:
             (
                 header.compat_features != 0,
                 Code.UNKNOWN_COMPAT,
-                (f"header field compat_features: found unknown bits 0x{header.compat_features:x}, "
-                "which are kept"),
+                (
+                    f"header field compat_features: found unknown bits 0x{header.compat_features:x}, "
+                    "which are kept"
+                ),
             ),
             (
                 header.autoclear_features & ~KNOWN_AUTOCLEAR != 0,
                 Code.UNKNOWN_AUTOCLEAR,
-                (f"header field autoclear_features: found unknown bits "
-                f"0x{header.autoclear_features:x}, which the first change clears"),
+                (
+                    f"header field autoclear_features: found unknown bits "
+                    f"0x{header.autoclear_features:x}, which the first change clears"
+                ),
             ),
             (
                 self._geometry.in_cluster(self._layout.file_size) != 0,
                 Code.ODD_TAIL,
-                (f"file size: found {self._layout.file_size}, expected a multiple of "
-                f"{self._geometry.cluster_size}"),
+                (
+                    f"file size: found {self._layout.file_size}, expected a multiple of "
+                    f"{self._geometry.cluster_size}"
+                ),
             ),
         )
         for applies, code, text in notes:

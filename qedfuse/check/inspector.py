@@ -1,10 +1,11 @@
-"""What happens before a writable mount of an image that was not closed cleanly."""
+"""What happens before an image is opened for writing whose tables must not be trusted."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
 
+from qedfuse.check.findings import Severity
 from qedfuse.errors import CorruptImageError
 
 if TYPE_CHECKING:
@@ -20,25 +21,27 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     Raises:
         CorruptImageError: There is more.  Nothing has been changed.
     """
-    # The checker is large, and most mounts do not need it.
+    # Loaded late: the walk needs much, and most images that are opened need no check.
     from qedfuse.check.walk import check_image  # noqa: PLC0415
 
+    why = "was not closed cleanly" if header.need_check else "has no whole number of clusters"
     report = await check_image(file, header)
     if report.errors:
-        first = max(report.findings, key=lambda finding: finding.severity)
+        first = next(item for item in report.findings if item.severity is Severity.ERROR)
         found = f"{report.errors} errors" if report.errors > 1 else "1 error"
         msg = (
-            f"{file.name}: not mounted for writing: was not closed cleanly; the check found "
-            f"{found} (first: {first.message}) and {report.leaks} leaked clusters; nothing has "
-            "been changed; mount it read-only with -o ro, or repair it with: "
-            f"qedimg check -r all {file.name}"
+            f"{file.name}: {why}: not opened for writing: the check found {found} "
+            f"(first: {first.message}) and {report.leaks} leaked clusters; nothing has been "
+            f"changed; mount it read-only with -o ro, or repair it: qedfuse check --repair "
+            f"{file.name}"
         )
         raise CorruptImageError(msg)
     if report.leaks:
         _log.warning(
-            "%s: was not closed cleanly: the check found %d leaked clusters and nothing worse",
+            "%s: %s: the check found %d leaked clusters and nothing worse",
             file.name,
+            why,
             report.leaks,
         )
     else:
-        _log.info("%s: was not closed cleanly: the check found nothing wrong", file.name)
+        _log.info("%s: %s: the check found nothing wrong", file.name, why)

@@ -1,0 +1,328 @@
+"""Break, find, repair, clean: one round for each kind of finding, and random damage beside QEMU."""
+
+from __future__ import annotations
+
+import random
+import struct
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
+from qedfuse.check.references import References
+from qedfuse.check.repair import RepairReport, repair_image
+from qedfuse.check.walk import check_image
+from qedfuse.disk.backing import read_header
+from qedfuse.errors import NeedsCheckError
+from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.ondisk.constants import Feature
+from tests.support import qemu
+from tests.support.disks import (
+    build_image,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import MemoryFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CLUSTER: Final = 4096
+SIZE: Final = 8 << 20
+CLUSTERS: Final = {number: pattern(CLUSTER, number) for number in (3, 0, 7, 600, 601, 5)}
+"""Guest clusters with data, in the order in which they lie in the file; two L2 tables."""
+
+
+def image(**options: int | bytes) -> bytearray:
+    """Build the image that is going to be damaged."""
+    return build_image(SIZE, CLUSTERS, table_size=1, **options)  # type: ignore[arg-type]
+
+
+def l1_entry(content: bytearray, index: int) -> int:
+    """Give the file offset of an L1 entry."""
+    return header_of(content).l1_table_offset + 8 * index
+
+
+def set_l2(number: int, value: Callable[[bytearray], int]) -> Callable[[bytearray], None]:
+    """Overwrite the entry of a guest cluster."""
+    return lambda content: put_entry(content, l2_entry_offset(content, number), value(content))
+
+
+def set_l1(index: int, value: Callable[[bytearray], int]) -> Callable[[bytearray], None]:
+    """Overwrite an L1 entry."""
+    return lambda content: put_entry(content, l1_entry(content, index), value(content))
+
+
+def set_header(offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    """Overwrite a header field."""
+    return lambda content: struct.pack_into(layout, content, offset, value)
+
+
+def cut(length: int) -> Callable[[bytearray], None]:
+    """Cut bytes off the end."""
+
+    def change(content: bytearray) -> None:
+        del content[-length:]
+
+    return change
+
+
+def add(length: int) -> Callable[[bytearray], None]:
+    """Add bytes to the end."""
+    return lambda content: content.extend(b"x" * length)
+
+
+def no_probe_without_backing(content: bytearray) -> None:
+    """Say of no backing file that it is raw."""
+    struct.pack_into("<Q", content, 16, int(Feature.BACKING_FORMAT_NO_PROBE))
+
+
+def name_in_fixed_header(content: bytearray) -> None:
+    """Name a backing file within the header's own fields."""
+    struct.pack_into("<Q", content, 16, int(Feature.BACKING_FILE))
+    struct.pack_into("<II", content, 56, 8, 2)
+
+
+CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
+    # code: (damage, guest clusters that are lost)
+    Code.L1_UNALIGNED: (
+        set_l1(0, lambda c: get_entry(c, l1_entry(c, 0)) + 8),
+        frozenset(range(512)),
+    ),
+    Code.L1_OUT_OF_FILE: (set_l1(1, len), frozenset(range(512, 1024))),
+    Code.L1_OVER_METADATA: (set_l1(1, lambda _c: CLUSTER), frozenset(range(512, 1024))),
+    Code.TABLE_OVERLAP: (set_l1(2, lambda c: get_entry(c, l1_entry(c, 0))), frozenset()),
+    Code.L2_UNALIGNED: (set_l2(3, lambda _c: 2), frozenset({3})),
+    Code.L2_OUT_OF_FILE: (set_l2(600, lambda _c: 1 << 62), frozenset({600})),
+    Code.L2_CUT_SHORT: (cut(100), frozenset({5})),
+    Code.L2_OVER_METADATA: (set_l2(7, lambda c: get_entry(c, l1_entry(c, 1))), frozenset({7})),
+    Code.DUPLICATE_CLUSTER: (
+        set_l2(9, lambda c: get_entry(c, l2_entry_offset(c, 601))),
+        frozenset(),
+    ),
+    Code.LEAKED_CLUSTERS: (add(3 * CLUSTER), frozenset()),
+    Code.HEADER_SIZE_ZERO: (set_header(12, "<I", 0), frozenset()),
+    Code.NAME_IN_FIXED_HEADER: (name_in_fixed_header, frozenset()),
+    Code.BACKING_NAME_EMPTY: (set_header(16, "<Q", int(Feature.BACKING_FILE)), frozenset()),
+    Code.NO_PROBE_WITHOUT_BACKING: (no_probe_without_backing, frozenset()),
+    Code.UNKNOWN_COMPAT: (set_header(24, "<Q", 1 << 40), frozenset()),
+    Code.UNKNOWN_AUTOCLEAR: (set_header(32, "<Q", 3), frozenset()),
+    Code.ODD_TAIL: (add(7), frozenset()),
+    Code.PAST_IMAGE_SIZE: (set_header(48, "<Q", 601 * CLUSTER), frozenset()),
+    Code.MOSTLY_LEAKED: (add(40 * CLUSTER), frozenset()),
+}
+
+
+def test_every_code_has_a_case() -> None:
+    """A new kind of finding needs a round of its own."""
+    assert set(CASES) == set(Code)
+
+
+async def check(content: bytearray) -> CheckReport:
+    """Check an image in memory."""
+    file = MemoryFile(content, writable=False)
+    return await check_image(file, await read_header(file))
+
+
+async def repair(content: bytearray) -> RepairReport:
+    """Repair an image in memory, in place."""
+    file = MemoryFile(content)
+    report = await repair_image(file, await read_header(file))
+    content[:] = file.content
+    return report
+
+
+@pytest.mark.parametrize("code", Code, ids=lambda code: code.value)
+async def test_damage_is_found_and_repaired_and_other_data_stays(code: Code) -> None:
+    """The check finds the code; repair leaves no error and keeps every other cluster."""
+    damage, lost = CASES[code]
+    content = image()
+    expected = bytearray(guest_bytes(content))
+    damage(content)
+
+    found = await check(content)
+    assert code in found.counts
+    message = next(item.message for item in found.findings if item.code is code)
+    assert "\n" not in message
+    assert "found" in message
+    worse = {item for item in found.counts if item.severity is Severity.ERROR} - {code}
+    if code is Code.TABLE_OVERLAP:
+        worse -= {Code.DUPLICATE_CLUSTER}
+    assert not worse
+
+    result = await repair(content)
+    assert result.after.errors == 0
+    assert inspect_image(content).errors == ()
+    assert not header_of(content).need_check
+    assert (await check(content)).errors == 0
+    if code in (Code.NAME_IN_FIXED_HEADER, Code.BACKING_NAME_EMPTY):
+        return  # the header now names a base that is not there
+    after = guest_bytes(content)
+    size = len(after)
+    reported = {item.start // CLUSTER + place for item in result.lost
+                for place in range(-(-item.length // CLUSTER))}  # fmt: skip
+    assert reported == {number for number in lost if number * CLUSTER < size}
+    if code is Code.TABLE_OVERLAP:
+        # Two guest ranges read the same before; they still do, each with its own clusters.
+        span = 512 * CLUSTER
+        expected[2 * span : 3 * span] = expected[:span]
+    if code is Code.DUPLICATE_CLUSTER:
+        expected[9 * CLUSTER : 10 * CLUSTER] = CLUSTERS[601]
+    for number in range(size // CLUSTER):
+        if number not in lost:
+            part = slice(number * CLUSTER, (number + 1) * CLUSTER)
+            assert after[part] == expected[part], number
+
+
+async def test_what_an_overlay_loses_reads_as_zeros_and_not_as_old_data() -> None:
+    """A cleared entry of an overlay hides the base."""
+    content = image(backing=b"base.raw")
+    put_entry(content, l2_entry_offset(content, 3), 2)
+    await repair(content)
+    assert get_entry(content, l2_entry_offset(content, 3)) == 1
+
+
+async def test_a_sound_image_is_left_as_it_is() -> None:
+    """Nothing is found, and a repair changes nothing."""
+    content = image()
+    before = bytes(content)
+    found = await check(content)
+    assert (found.counts, found.worst, found.findings) == ({}, None, ())
+    assert found.allocated_clusters == len(CLUSTERS)
+    await repair(content)
+    assert content == before
+
+
+async def test_repair_saves_what_it_is_going_to_change() -> None:
+    """The backup gets the old bytes of each piece, so that a repair can be taken back."""
+    content = image()
+    put_entry(content, l2_entry_offset(content, 3), 2)
+    put_entry(content, l1_entry(content, 2), 8)
+    damaged = bytes(content)
+    saved: list[tuple[int, bytes]] = []
+    file = MemoryFile(content)
+    await repair_image(file, await read_header(file), lambda *piece: saved.append(piece))
+    restored = bytearray(file.content)
+    for offset, old in saved:
+        restored[offset : offset + len(old)] = old
+    assert restored[: len(damaged)] == damaged
+
+
+async def test_many_findings_are_counted_but_not_all_kept() -> None:
+    """A hostile image cannot fill the memory with findings."""
+    content = build_image(SIZE, dict.fromkeys(range(500), 3))
+    found = await check(content)
+    assert found.counts[Code.L2_UNALIGNED] == 500
+    assert len(found.findings) == MAX_KEPT
+    assert found.as_json()["errors"] == 500
+
+
+def test_references_without_a_map_agree_with_a_map() -> None:
+    """The sorted form for huge files tells the same owners as the map."""
+    import numpy as np  # noqa: PLC0415
+
+    chance = random.Random(5)
+    small, huge = References(4000, "small"), References(1 << 50, "huge")
+    for _ in range(200):
+        numbers = [chance.randrange(4000) for _ in range(chance.randrange(40))]
+        clusters = np.array(numbers, np.uint64)
+        assert (small.claim(clusters) == huge.claim(clusters)).all()
+    small.claim_range(10, 300)
+    huge.claim_range(10, 300)
+    assert small.count == huge.count
+
+
+def test_too_many_references_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be checked in bounded memory is refused in words."""
+    import numpy as np  # noqa: PLC0415
+
+    monkeypatch.setattr("qedfuse.check.references.MAX_REFERENCES", 10)
+    with pytest.raises(NeedsCheckError, match="too large to check"):
+        References(1 << 50, "huge").claim(np.arange(11, dtype=np.uint64))
+
+
+def damage_at_random(content: bytearray, chance: random.Random) -> None:
+    """Overwrite a few entries, and now and then cut the end."""
+    header = header_of(content)
+    entries = [header.l1_table_offset + 8 * index for index in range(3)]
+    tables = [get_entry(content, place) for place in entries]
+    entries += [table + 8 * index for table in tables if table for index in range(12)]
+    size = len(content)
+    for _ in range(chance.randrange(1, 4)):
+        wild = [0, 1, 2, 512, size, size + header.cluster_size, 1 << 62, chance.randrange(size)]
+        inside = chance.randrange(size // header.cluster_size) * header.cluster_size
+        put_entry(content, chance.choice(entries), chance.choice([*wild, inside, *tables]))
+    if chance.random() < 0.3:
+        cut(chance.choice([1, 100, header.cluster_size, header.cluster_size + 100]))(content)
+
+
+@given(st.integers(0, 1 << 32))
+def test_random_damage_never_defeats_check_or_repair(seed: int) -> None:
+    """Whatever is overwritten: the check ends, agrees with a plain one, and repair heals it."""
+    chance = random.Random(seed)
+    numbers = chance.sample(range(SIZE // CLUSTER), 30)
+    content = build_image(SIZE, {number: pattern(CLUSTER, number) for number in numbers})
+    damage_at_random(content, chance)
+    found = trio.run(check, content)
+    plain = inspect_image(content)
+    assert bool(found.errors) == bool(plain.errors)
+    result = trio.run(repair, content)
+    assert result.after.errors == 0
+    assert inspect_image(content).errors == ()
+    before = bytes(content)
+    assert not trio.run(repair, content).lost
+    assert content == before, "a second repair changed something"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_qemu_agrees_with_the_check_and_the_repair(seed: int, tmp_path: Path) -> None:
+    """Exit codes of qemu-img check, but for a cut cluster, which it takes for whole."""
+    chance = random.Random(seed)
+    size, table = chance.choice([(4096, 2), (8192, 4), (65536, 2)])
+    numbers = chance.sample(range(SIZE // size), 20)
+    content = build_image(
+        SIZE, {number: pattern(size, number) for number in numbers},
+        cluster_size=size, table_size=table,
+    )  # fmt: skip
+    damage_at_random(content, chance)
+    path = tmp_path / "damaged.qed"
+    path.write_bytes(content)
+    found = trio.run(check, content)
+    ours = 2 if found.errors else 3 if found.leaks else 0
+    if Code.L2_CUT_SHORT not in found.counts:
+        assert qemu.check(path).code == ours
+    trio.run(repair, content)
+    path.write_bytes(content)
+    assert qemu.check(path).code in (0, 3)
+
+
+def test_a_hostile_sparse_file_is_checked_at_the_cost_of_its_content(tmp_path: Path) -> None:
+    """Tables of 1 GiB that are holes are skipped, not read."""
+    header = header_of(build_image(512, cluster_size=1 << 26, table_size=16))
+    path = tmp_path / "sparse.qed"
+    with path.open("wb") as file:
+        file.write(bytes(build_image(512)[:0]))
+        file.truncate(4 << 40)
+    handle = PosixFile.open(str(path), writable=True)
+
+    async def work() -> CheckReport:
+        for index in range(64):
+            offset = (2 << 30) + (index << 30)
+            await handle.pwrite(header.l1_table_offset + 8 * index, offset.to_bytes(8, "little"))
+        return await check_image(handle, header)
+
+    try:
+        found = trio.run(work)
+    finally:
+        handle.close()
+    assert found.errors == 0
+    assert found.counts[Code.LEAKED_CLUSTERS] == (4 << 40 >> 26) - 1 - 16 - 64 * 16
