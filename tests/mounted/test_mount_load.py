@@ -1,0 +1,96 @@
+"""Mounts under load: several processes at once, and a process that is killed in the middle."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+import qedfuse
+from qedfuse.ondisk.header import parse_header
+from tests.support import qemu
+from tests.support.mounted import clean_up, front, mounted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE: Final = 32 << 20
+BLOCK: Final = 4096
+
+WRITER: Final = """
+import mmap, os, sys
+path, number, of, blocks = sys.argv[1], *map(int, sys.argv[2:])
+fd = os.open(path, os.O_RDWR | (os.O_DIRECT if number % 2 else 0))
+block = mmap.mmap(-1, 4096)
+for index in range(number, blocks, of):
+    block[:] = (b"%08d" % index) * 512
+    assert os.pwrite(fd, block, index * 4096) == 4096
+os.fsync(fd)
+"""
+
+
+def need_check(image: Path) -> bool:
+    """Tell whether NEED_CHECK is set in the file."""
+    with image.open("rb") as file:
+        return parse_header(file.read(64), str(image)).need_check
+
+
+def test_several_processes_write_into_the_same_clusters_at_once(tmp_path: Path) -> None:
+    """Four writers, buffered and direct, share every new cluster; nothing of any is lost."""
+    image = qemu.create(tmp_path / "shared.qed", SIZE)
+    blocks = SIZE // BLOCK // 2
+    with mounted(image, tmp_path / "mnt") as directory:
+        disk = directory / "shared.raw"
+        writers = [
+            subprocess.Popen([sys.executable, "-c", WRITER, disk, str(number), "4", str(blocks)])
+            for number in range(4)
+        ]
+        assert [writer.wait() for writer in writers] == [0, 0, 0, 0]
+        assert need_check(image), "the tables have changed on disk"
+    assert not need_check(image)
+    expected = b"".join((b"%08d" % index) * 512 for index in range(blocks))
+    assert qemu.content(image)[: len(expected)] == expected
+    assert qemu.check(image).code == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.expect_log("was not closed cleanly")
+def test_a_killed_process_loses_nothing_that_was_flushed(seed: int, tmp_path: Path) -> None:
+    """What fsync confirmed is there, the rest is old or new, and the check finds only leaks."""
+    chance = random.Random(seed)
+    image = qemu.create(tmp_path / "killed.qed", SIZE)
+    flushed: dict[int, bytes] = {}
+    pending: dict[int, list[bytes]] = {}
+    with front(image, tmp_path / "mnt") as mount:
+        fd = os.open(mount.mountpoint / "killed.raw", os.O_RDWR | os.O_DIRECT)
+        buffer = mmap.mmap(-1, BLOCK)
+        for step in range(chance.randrange(150, 300)):
+            block = chance.randrange(SIZE // BLOCK)
+            buffer[:] = chance.randbytes(8) * 512
+            os.pwrite(fd, buffer, block * BLOCK)
+            pending.setdefault(block, []).append(bytes(buffer))
+            if step % 40 == 39:
+                os.fsync(fd)
+                flushed.update((place, versions[-1]) for place, versions in pending.items())
+                pending.clear()
+        mount.signal(signal.SIGKILL)
+        mount.process.wait()
+        with suppress(OSError):  # the flush that comes with a close finds nobody
+            os.close(fd)
+        clean_up(mount.mountpoint)
+    assert need_check(image)
+    with qedfuse.open(image, "r+b") as disk:
+        content = disk.read()
+    for block in range(SIZE // BLOCK):
+        found = content[block * BLOCK : (block + 1) * BLOCK]
+        old = flushed.get(block, bytes(BLOCK))
+        assert found in (old, *pending.get(block, [])), block
+    assert qemu.check(image).code in (0, 3)
+    assert not need_check(image)
