@@ -8,8 +8,9 @@ import numpy as np
 
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
+from qedfuse.check.oddities import oddities
 from qedfuse.check.references import References
-from qedfuse.ondisk.constants import HEADER_BYTES, KNOWN_AUTOCLEAR, ZERO, Feature
+from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +30,6 @@ async def check_image(file: HostFile, header: Header) -> CheckReport:
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
     walk = _Walk(file, header)
-    walk.look_at_header()
     await walk.read_l1()
     await walk.read_l2()
     return walk.report()
@@ -49,63 +49,9 @@ class _Walk:
         self._references = References(self._geometry.clusters(size), file.name)
         self._tables: list[tuple[int, int]] = []  # (L1 index, file offset)
         self._findings = Findings()
+        for oddity in oddities(header, size, file.name):
+            self._findings.add(oddity)
         self._allocated = 0
-
-    def look_at_header(self) -> None:
-        """Note what is odd about the header, though it can be used."""
-        header, name = self._header, self._file.name
-        notes = (
-            (
-                not header.header_size,
-                Code.HEADER_SIZE_ZERO,
-                "header field header_size: found 0, expected at least 1",
-            ),
-            (
-                header.has_backing and header.backing_filename_offset < HEADER_BYTES,
-                Code.NAME_IN_FIXED_HEADER,
-                (
-                    f"header field backing_filename_offset: found {header.backing_filename_offset}, "
-                    f"expected at least {HEADER_BYTES}"
-                ),
-            ),
-            (
-                bool(header.features & Feature.BACKING_FILE) and not header.has_backing,
-                Code.BACKING_NAME_EMPTY,
-                "header field backing_filename_size: found 0, expected a name (bit 0 is set)",
-            ),
-            (
-                header.backing_is_raw and not header.features & Feature.BACKING_FILE,
-                Code.NO_PROBE_WITHOUT_BACKING,
-                "header field features: found a raw backing file (bit 2) but none (bit 0)",
-            ),
-            (
-                header.compat_features != 0,
-                Code.UNKNOWN_COMPAT,
-                (
-                    f"header field compat_features: found unknown bits 0x{header.compat_features:x}, "
-                    "which are kept"
-                ),
-            ),
-            (
-                header.autoclear_features & ~KNOWN_AUTOCLEAR != 0,
-                Code.UNKNOWN_AUTOCLEAR,
-                (
-                    f"header field autoclear_features: found unknown bits "
-                    f"0x{header.autoclear_features:x}, which the first change clears"
-                ),
-            ),
-            (
-                self._geometry.in_cluster(self._layout.file_size) != 0,
-                Code.ODD_TAIL,
-                (
-                    f"file size: found {self._layout.file_size}, expected a multiple of "
-                    f"{self._geometry.cluster_size}"
-                ),
-            ),
-        )
-        for applies, code, text in notes:
-            if applies:
-                self._findings.add(Finding(code, f"{name}: {text}"))
 
     async def read_l1(self) -> None:
         """Find the L2 tables, and mark the clusters of all tables as used."""

@@ -14,11 +14,12 @@ from qedfuse.errors import QedError, UsageError
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 USAGE: Final = """\
 usage: qedfuse SOURCE... MOUNTPOINT [OPTION...]
        qedfuse umount MOUNTPOINT [--timeout SECONDS]
+       qedfuse check [--repair] IMAGE
 
 Show QED disk images as flat raw files.
 
@@ -54,6 +55,8 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
   nosuid nodev noexec noatime sync dirsync and what else mount(8) brings
 
 "umount" unmounts and returns when everything is durable and the process has ended.
+"check" says what is wrong with an image's tables and ends with 0 (sound), 3 (leaked
+space only) or 13; with --repair it mends them and says what is lost.
 
 Exit codes: 0 done; 1 usage; 2 the host's file system or kernel; 12 not a usable QED
 image; 13 corrupt; 14 unknown features; 15 needs a check; 16 in use; 17 backing file;
@@ -65,6 +68,23 @@ _BUG: Final = 70
 _INTERRUPTED: Final = 130
 
 _log = logging.getLogger("qedfuse")
+
+
+_FLAGS: Final[Mapping[str, tuple[tuple[str, bool | str], ...]]] = {
+    "-f": (("foreground", True),),
+    "--foreground": (("foreground", True),),
+    "-d": (("debug", True), ("foreground", True)),
+    "--debug": (("debug", True), ("foreground", True)),
+    "-h": (("action", "help"),),
+    "--help": (("action", "help"),),
+    "-V": (("action", "version"),),
+    "--version": (("action", "version"),),
+}
+_HELPER_MEANINGS: Final[Mapping[str, tuple[str, bool]]] = {
+    "-f": ("fake", True),
+    "-s": ("sloppy", True),
+}
+_OPTION_WORDS: Final[Mapping[str, str]] = {"-r": "ro", "--read-only": "ro", "-w": "rw"}
 
 
 @dataclass(slots=True)
@@ -109,27 +129,19 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
     )
     found = Arguments(paths)
     for name, value in given:
-        if name in ("-o", "--options"):
+        if helper and name in _HELPER_MEANINGS:
+            setattr(found, *_HELPER_MEANINGS[name])
+        elif name in _FLAGS:
+            for meaning in _FLAGS[name]:
+                setattr(found, *meaning)
+        elif name in _OPTION_WORDS:
+            found.options.append(_OPTION_WORDS[name])
+        elif name in ("-o", "--options"):
             found.options.append(value)
-        elif name == "-f" and helper:
-            found.fake = True
-        elif name in ("-f", "--foreground"):
-            found.foreground = True
-        elif name in ("-d", "--debug"):
-            found.debug = found.foreground = True
-        elif name == "-s":
-            found.sloppy = helper
-        elif name in ("-r", "--read-only"):
-            found.options.append("ro")
-        elif name == "-w":
-            found.options.append("rw")
         elif name == "--pidfile":
             found.pidfile = value
-        elif name in ("-h", "--help"):
-            found.action = "help"
-        elif name in ("-V", "--version"):
-            found.action = "version"
-        # -n, -v, -N and -t are mount(8)'s: it has no table to keep, and we have one type.
+        # -s without a helper is libfuse's; -n, -v, -N and -t are mount(8)'s, which has one
+        # type of us and no table to keep.
     return found
 
 
@@ -154,15 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     helper = os.path.basename(program) in _HELPERS  # noqa: PTH119
     debug = False
     try:
-        if words[:1] == ["umount"] and not helper:
-            return _umount(words[1:])
+        if words and words[0] in _COMMANDS and not helper:
+            return _COMMANDS[words[0]](words[1:])
         arguments = parse_arguments(words, helper=helper)
         debug = arguments.debug
-        if arguments.action == "help":
-            return _print(USAGE)
-        if arguments.action == "version":
-            return _print(f"qedfuse {qedfuse.__version__}\n")
-        return _mount(arguments)
+        return _ACTIONS[arguments.action](arguments)
     except QedError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -171,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; Python must not try to flush it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except Exception as error:  # noqa: BLE001  the last resort: one line in place of a traceback
+    except Exception as error:  # the last resort: one line in place of a traceback
         if debug:
             raise
         kind = type(error).__name__
@@ -210,6 +218,19 @@ def _umount(words: Sequence[str]) -> int:
 
     unmount_and_wait(paths[0], seconds)
     return 0
+
+
+def _check(words: Sequence[str]) -> int:
+    """Run ``qedfuse check``."""
+    given, paths = _getopt(words, "h", ["repair", "help"])
+    if any(name in ("-h", "--help") for name, _value in given):
+        return _print(USAGE)
+    if len(paths) != 1:
+        msg = f"check: found {len(paths)} images, expected one (see: qedfuse --help)"
+        raise UsageError(msg)
+    from qedfuse.cli.check import run_check  # noqa: PLC0415  a quick start
+
+    return run_check(paths[0], repair=bool(given))
 
 
 def _timeout(value: str) -> float:
@@ -278,3 +299,14 @@ def _guarded(session: Callable[[], int], *, debug: bool) -> int:
         _log.critical("internal error: %s: %s", type(error).__name__, printable(str(error)),
                       exc_info=error)  # fmt: skip
         return _BUG
+
+
+_COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
+    "umount": _umount,
+    "check": _check,
+}
+_ACTIONS: Final[Mapping[str, Callable[[Arguments], int]]] = {
+    "mount": _mount,
+    "help": lambda _arguments: _print(USAGE),
+    "version": lambda _arguments: _print(f"qedfuse {qedfuse.__version__}\n"),
+}

@@ -64,11 +64,6 @@ class Commit:
         self._activity.set()
 
     @property
-    def pending(self) -> bool:
-        """Whether anything is not durable yet."""
-        return self._written != self._durable
-
-    @property
     def dirty_tables(self) -> bool:
         """Whether a table in memory differs from the file, or may."""
         return self._tables.dirty_bytes > 0 or self._running is not None
@@ -89,9 +84,8 @@ class Commit:
             HostError: The host could not do it.  After a failed datasync the state of
                 its cache is unknown, so all later calls fail as well (D7).
         """
-        if self.failure is not None:
-            raise self.failure
-        if not self.pending:
+        self._check()
+        if self._written == self._durable:
             return
         # A round that is under way may have begun before our write: join the next one.
         mine = self._waiting
@@ -102,7 +96,7 @@ class Commit:
                 with trio.CancelScope(shield=True):
                     await previous.done.wait()
             self._waiting = None
-            if not self.pending and self.failure is None:
+            if self._written == self._durable and self.failure is None:
                 # Whatever we wait for was written before the round that has just ended.
                 mine.error = None
                 mine.done.set()
@@ -124,10 +118,14 @@ class Commit:
         if mine.error is not None:
             raise mine.error
 
-    async def _round(self) -> None:
-        """Make durable what is there now."""
+    def _check(self) -> None:
+        """Raise the error that ended all writing, if there was one."""
         if self.failure is not None:
             raise self.failure
+
+    async def _round(self) -> None:
+        """Make durable what is there now."""
+        self._check()
         self._rounds += 1
         target = self._written
         # Every entry in these was put there after its data had been written to the file.

@@ -67,15 +67,15 @@ class NeedCheck:
             QedError: Not everything could be made durable; the bit stays (D7).
         """
         await self._commit.flush()
-        if self._under_way or not self._live.value.need_check:
+        if self._under_way or (self._live.settled and not self._live.value.need_check):
             return not self._live.value.need_check
         # Nothing is being allocated, so what lies past the last cluster is ours to cut.
         # If a crash loses the cut and keeps the cleared bit, a leak is left, no worse.
         await self._allocator.trim()
         cleared = await self._live.change(
             lambda header: header.with_need_check(value=False),
-            only_if=lambda: not (
-                self._under_way or self._commit.dirty_tables or self._commit.failure
+            only_if=lambda: (
+                not (self._under_way or self._commit.dirty_tables or self._commit.failure)
             ),
         )
         self._commit.note_write()
@@ -87,7 +87,7 @@ class NeedCheck:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            while trio.current_time() < (due := self._last_change + self._delay):
+            while trio.current_time() < (due := self._last_change + self._delay):  # noqa: ASYNC110  it moves while we sleep
                 await trio.sleep_until(due)
             try:
                 if await self.clear():

@@ -186,7 +186,9 @@ class Requests:
         parts = []
         try:
             for at in range(index - index % step, end, step):
-                parts.append(tables.pin(await tables.load(table, at, L2)))
+                # Each is pinned before the next load can drop it.
+                part = await tables.load(table, at, L2)
+                parts.append(tables.pin(part))
             for part in parts:
                 for place in range(
                     index % step, min(len(part.entries), index % step + end - index)
