@@ -1,0 +1,1 @@
+"""The mount: one session between images, the kernel and the user."""

@@ -39,8 +39,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     if child == 0:
         os.close(reading)
         _be_child(serve, writing)
-    os.close(writing)
     try:
+        os.close(writing)
         return _wait(child, reading)
     except KeyboardInterrupt:
         # The child has left the terminal's group, so the interrupt did not reach it.

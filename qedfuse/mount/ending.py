@@ -25,7 +25,7 @@ class UnmountFailedError(QedError):
     def __init__(self, message: str, exit_code: int | None = None) -> None:
         super().__init__(message)
         if exit_code is not None:
-            self.exit_code = exit_code  # type: ignore[misc]  the process's own, not the class's
+            self.exit_code = exit_code  # type: ignore[misc]
 
 
 def unmount_and_wait(path: str, seconds: float | None = None) -> None:
@@ -55,7 +55,7 @@ def unmount_and_wait(path: str, seconds: float | None = None) -> None:
     try:
         _take_away(mountpoint, entry)
         if found is None:
-            msg = f"{shown}: unmounted, but found no note of its process, so it may still be writing"
+            msg = f"{shown}: unmounted, but found no note of its process: it may still be writing"
             raise UnmountFailedError(msg)
         if process is not None and not _ended(process, seconds):
             msg = f"{shown}: unmounted, but process {found[1].pid} has not ended in {seconds:g} s"

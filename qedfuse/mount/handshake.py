@@ -80,7 +80,7 @@ async def shake_hands(fd: int) -> None:
         await trio.lowlevel.wait_readable(device)
         offer = decline(os.read(device, _MAX_MESSAGE), _ATOMIC_O_TRUNC)
         os.dup2(theirs.fileno(), fd, inheritable=False)
-        ours.setblocking(False)
+        ours.setblocking(False)  # noqa: FBT003
         ours.send(offer)
         async with open_scope() as nursery:
             nursery.start_soon(pyfuse3.main)

@@ -126,8 +126,9 @@ def _unusable(mountpoint: str, error: OSError) -> MountpointError:
             f"mountpoint {shown}: found a stale mount: the process that served it has ended "
             f"(remove it with: fusermount3 -u {shown}, or as root: umount {shown})"
         )
-    found = "a file in place of a directory" if error.errno == errno.ENOTDIR else None
-    return MountpointError(f"mountpoint {shown}: {found or os.strerror(error.errno or 0)}")
+    if error.errno == errno.ENOTDIR:
+        return MountpointError(f"mountpoint {shown}: found a file in place of a directory")
+    return MountpointError(f"mountpoint {shown}: {os.strerror(error.errno or 0)}")
 
 
 def find_fusermount() -> str | None:
@@ -148,16 +149,16 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        msg = f"{FUSE_DEVICE}: found nothing, expected the FUSE device (load it with: modprobe fuse)"
+        msg = f"{FUSE_DEVICE}: found nothing, expected the FUSE device (as root: modprobe fuse)"
         raise PrivilegeError(msg) from None
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        msg = f"{FUSE_DEVICE}: cannot open: {reason} (it must be readable and writable for the user)"
+        msg = f"{FUSE_DEVICE}: cannot open: {reason} (its users must be able to read and write it)"
         raise PrivilegeError(msg) from error
     if (os.getuid() if user is None else user) == 0:
         return
     if find_fusermount() is None:
-        msg = "fusermount3: found nothing, expected the program of the package fuse3 (or run as root)"
+        msg = "fusermount3: found nothing, expected the program from fuse3 (root needs none)"
         raise PrivilegeError(msg)
     if for_others and not _others_allowed():
         msg = (
@@ -171,7 +172,7 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
 def _others_allowed() -> bool:
     """Read fusermount3's configuration as it does: the word alone on a line."""
     try:
-        with open(FUSE_CONF, encoding="utf-8", errors="replace") as conf:
+        with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:
             return any(line.strip() == "user_allow_other" for line in conf)
     except OSError:
         return False

@@ -31,7 +31,7 @@ class Source:
 
 
 def view_name(path: str) -> bytes:
-    """Name the disk of an image: ``vm.qed`` is seen as ``vm.raw``, ``disk.img`` as ``disk.img.raw``.
+    """Name the disk of an image: ``vm.qed`` becomes ``vm.raw``, ``x.img`` ``x.img.raw``.
 
     Only the suffix that says "QED" is replaced, since the disk is not that any more;
     any other suffix tells something else about the file and stays.

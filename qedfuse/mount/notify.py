@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import stat
+from pathlib import Path
 
 from qedfuse.errors import HostError
 from qedfuse.util.text import printable
@@ -36,8 +37,7 @@ def write_pidfile(path: str) -> None:
         HostError: The file cannot be written.
     """
     try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(f"{os.getpid()}\n")
+        Path(path).write_text(f"{os.getpid()}\n", encoding="ascii")
     except OSError as error:
         raise HostError.from_os(error, printable(path), "cannot write the pid file") from error
 
@@ -46,6 +46,6 @@ def remove_pidfile(path: str) -> None:
     """Remove the file, if it is still about us; a pipe in its place is left alone."""
     with contextlib.suppress(OSError, ValueError):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, encoding="ascii") as file:
+        with open(fd, encoding="ascii") as file:  # noqa: PTH123  a descriptor
             if stat.S_ISREG(os.fstat(fd).st_mode) and int(file.read(32)) == os.getpid():
                 os.unlink(path)  # noqa: PTH108

@@ -22,7 +22,7 @@ from qedfuse.mount.view import Attributes, View
 from qedfuse.ondisk.constants import SECTOR
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from pyfuse3 import (
         EntryAttributes,
@@ -49,7 +49,7 @@ _MOST_COMPLAINTS: Final = 100
 
 def _answered(
     method: Callable[Concatenate[Operations, P], Awaitable[T]],
-) -> Callable[Concatenate[Operations, P], Awaitable[T]]:
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
     """Turn whatever a handler raises into an answer for the kernel.
 
     An exception that reached pyfuse3 would end the mount for all disks and users.
@@ -266,7 +266,7 @@ class Operations(pyfuse3.Operations):
         self._report(self._view(fh))
 
     @_answered
-    async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: FBT001  pyfuse3's signature
+    async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001  pyfuse3's
         """Make everything written so far durable."""
         view = self._view(fh)
         await view.disk.flush()
@@ -298,7 +298,7 @@ class Operations(pyfuse3.Operations):
         return inode
 
     @_answered
-    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:  # noqa: ARG002
         """List the disks in the order in which they were named."""
         for place, view in enumerate(list(self.views.values())[start_id:], start_id + 1):
             if not pyfuse3.readdir_reply(token, view.name, self._attributes.of_disk(view), place):
@@ -308,13 +308,13 @@ class Operations(pyfuse3.Operations):
         """Do nothing: a directory handle holds nothing."""
 
     @_answered
-    async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: FBT001
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001
         """Make all disks durable."""
         for view in self.views.values():
             await view.disk.flush()
 
     @_answered
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:  # noqa: ARG002
         """Describe the host's file system that takes the writes."""
         host = os.statvfs(next(iter(self.views.values())).place)
         answer = pyfuse3.StatvfsData()
@@ -325,11 +325,12 @@ class Operations(pyfuse3.Operations):
             setattr(answer, name, getattr(host, name))
         return answer
 
-    async def _refuse(self, *_args: Any) -> NoReturn:
+    async def _refuse(self, *_args: object) -> NoReturn:
         """Refuse to make, remove or rename anything: the images decide what is here."""
         raise FUSEError(errno.EPERM)
 
-    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse
+    # One refusal stands in for handlers of many signatures.
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]
 
 
 def _set_times(view: View, atime_ns: int, mtime_ns: int) -> None:

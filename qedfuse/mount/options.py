@@ -27,14 +27,19 @@ KERNEL_WORDS: Final = frozenset(
 """Words that the kernel acts on; `ro` is not among them because it opens the image too."""
 
 _DROPPED: Final = frozenset(
-    """defaults auto noauto user nouser users owner group nofail _netdev dev suid exec
-    async atime diratime norelatime strictatime nostrictatime lazytime nolazytime silent loud
-    nomand mand iversion noiversion default_permissions kernel_cache big_writes
-    """.split()
+    {
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group"),
+        *("nofail", "_netdev", "dev", "suid", "exec", "async", "atime", "diratime"),
+        *("norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
+        *("silent", "loud", "mand", "nomand", "iversion", "noiversion"),
+        *("default_permissions", "kernel_cache", "big_writes"),
+    }
 )
 """Words meant for mount(8) or systemd, and those of libfuse that ask for what is so anyway."""
 
-_DROPPED_WITH_VALUE: Final = frozenset({"comment", "fsname", "subtype", "max_read", "user", "blksize"})
+_DROPPED_WITH_VALUE: Final = frozenset(
+    {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
+)
 """The same with a value.  We name the source and the type ourselves; how long a read
 request may be is agreed with the kernel when the mount begins."""
 
@@ -227,8 +232,8 @@ def _seconds(name: str, value: str) -> float:
     """Read a time."""
     short_enough = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value)
     if not short_enough or not 0 < (seconds := float(value)) <= _MAX_COMMIT_SECONDS:
-        most = int(_MAX_COMMIT_SECONDS)
-        msg = f"option {name}: found {printable(value)}, expected seconds, more than 0, up to {most}"
+        found, most = printable(value), int(_MAX_COMMIT_SECONDS)
+        msg = f"option {name}: found {found}, expected seconds, more than 0, up to {most}"
         raise UsageError(msg)
     return seconds
 

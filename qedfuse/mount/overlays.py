@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.backing import read_backing_name, read_header
 from qedfuse.disk.create import create_image
 from qedfuse.disk.disk import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
 from qedfuse.hostio.hostfile import PosixFile
-from qedfuse.mount.inspect import inspect_image
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
 @asynccontextmanager
 async def _open_overlay(path: str, overlay: str, options: MountOptions) -> AsyncIterator[Disk]:
     """Open the overlay that the user named; make it if it is missing."""
-    if os.path.lexists(overlay):
+    if os.path.lexists(overlay):  # noqa: ASYNC240  before anything is served
         await _check_base(overlay, path)
     else:
         await _make_overlay(overlay, path, options)
@@ -155,7 +155,8 @@ async def _check_base(overlay: str, source: str) -> None:
     try:
         found = base.stat()
     except OSError as error:
-        msg = f"overlay {file.name}: backing file {printable(base)}: {os.strerror(error.errno or 0)}"
+        reason = os.strerror(error.errno or 0)
+        msg = f"overlay {file.name}: backing file {printable(base)}: {reason}"
         raise BackingError(msg) from error
     if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
         msg = (

@@ -125,7 +125,7 @@ class NoteKeeper:
             fd = os.open(new, flags, 0o600, dir_fd=self._directory)
             with open(fd, "wb") as file:  # noqa: PTH123
                 file.write(text)
-            os.rename(new, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)  # noqa: PTH104
+            os.rename(new, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
             raise HostError.from_os(error, self._name, "cannot keep the mount's note") from error
 
@@ -133,7 +133,7 @@ class NoteKeeper:
         """Remove the note, or leave in it what went wrong."""
         try:
             if failure is None:
-                os.unlink(self._name, dir_fd=self._directory)  # noqa: PTH108
+                os.unlink(self._name, dir_fd=self._directory)
             else:
                 note = self._note
                 self._write(
@@ -156,7 +156,7 @@ def find_note(device: str, user: int) -> tuple[Path, MountNote] | None:
         except (OSError, PrivilegeError):
             continue
         try:
-            for name in os.listdir(place):
+            for name in os.listdir(place):  # noqa: PTH208  of a descriptor
                 if name.rpartition(".")[0] == device and (note := _read(place, name, user)):
                     found.append((directory / name, note))  # noqa: PERF401  two conditions
         finally:
@@ -183,7 +183,7 @@ def _sweep(directory: int) -> None:
         note = _read(directory, name, os.geteuid())
         if note is not None and process_start(note.pid) != note.started:
             with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=directory)  # noqa: PTH108
+                os.unlink(name, dir_fd=directory)
 
 
 def _read(directory: int, name: str, user: int) -> MountNote | None:
@@ -199,7 +199,8 @@ def _read(directory: int, name: str, user: int) -> MountNote | None:
             return None
         try:
             data = json.loads(file.read(_MAX_NOTE))
-            note = MountNote(**data)
-        except (ValueError, TypeError, UnicodeDecodeError):
+            if not (isinstance(data["pid"], int) and isinstance(data["started"], int)):
+                return None
+            return MountNote(**{**data, "sources": tuple(data["sources"])})
+        except (ValueError, TypeError, KeyError):
             return None
-    return note if isinstance(note.pid, int) and isinstance(note.started, int) else None

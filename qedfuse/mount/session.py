@@ -75,7 +75,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
         trio.run(session.run)
     except QedError as error:
         failure = error
-        _log.error("%s", error)  # noqa: TRY400  one line, no traceback
+        _log.error("%s", error)
     except BaseException as error:
         crash = error
         raise

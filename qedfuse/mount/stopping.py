@@ -128,7 +128,7 @@ class Stopper:
             for view in operations.views.values():
                 await view.disk.flush()
         except (OSError, QedError) as error:
-            _log.error("%s: cannot make everything durable: %s", printable(mountpoint), error)  # noqa: TRY400
+            _log.error("%s: cannot make everything durable: %s", printable(mountpoint), error)
 
     async def _force(self) -> None:
         """Take the mount away from whoever uses it."""

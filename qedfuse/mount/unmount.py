@@ -53,7 +53,7 @@ def _by_helper(mountpoint: str, *, lazy: bool) -> None:
     if program is None:
         msg = f"{printable(mountpoint)}: cannot unmount: fusermount3 is not installed"
         raise PrivilegeError(msg)
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603  a program of the system, and a path
         [program, "-u", *(["-z"] if lazy else []), "--", mountpoint],
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -70,9 +70,7 @@ class Attributes:
         entry.st_nlink = 2
         return entry
 
-    def _entry(
-        self, inode: int, mode: int, image: os.stat_result
-    ) -> pyfuse3.EntryAttributes:
+    def _entry(self, inode: int, mode: int, image: os.stat_result) -> pyfuse3.EntryAttributes:
         """Fill in what directory and disk have in common."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode

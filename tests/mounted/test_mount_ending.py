@@ -44,9 +44,8 @@ def is_locked(image: Path) -> bool:
     """Tell whether somebody holds a lock on the image."""
     with image.open("rb") as file:
         asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0] != (
-            fcntl.F_UNLCK
-        )
+        found: int = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0]
+        return found != fcntl.F_UNLCK
 
 
 def test_umount_ends_everything_cleanly(image: Path, tmp_path: Path) -> None:
@@ -150,7 +149,7 @@ def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) 
         mount.signal(signal.SIGKILL)
         assert mount.finish()[0] == -signal.SIGKILL
         with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
-            os.listdir(mount.mountpoint)
+            list(mount.mountpoint.iterdir())
         line = refused(image, mount.mountpoint, code=18)
         assert "stale" in line
         assert "fusermount3 -u" in line

@@ -149,7 +149,7 @@ def test_writes_behind_the_end_fail_at_fsync_or_close_with_the_cache(disk: Path)
 
 
 def test_a_disk_cannot_be_overfilled(disk: Path, tmp_path: Path) -> None:
-    """dd of more than fits says so, and all that fits is there."""
+    """Writing more than fits says so, and all that fits is there."""
     source = tmp_path / "source"
     source.write_bytes(os.urandom(SIZE + 3 * 65536))
     done = subprocess.run(
@@ -219,7 +219,7 @@ def test_nothing_can_be_made_or_removed(image: Path, tmp_path: Path) -> None:
             (directory / "vm.raw").rename(directory / "other")
         with fails(errno.EOPNOTSUPP):
             os.getxattr(directory / "vm.raw", "user.x")
-        assert os.listdir(directory) == ["vm.raw"]
+        assert [path.name for path in directory.iterdir()] == ["vm.raw"]
         assert not (directory / "other").exists()
 
 
@@ -238,7 +238,7 @@ def test_read_only(image: Path, tmp_path: Path) -> None:
 
 
 def test_growable(image: Path, tmp_path: Path) -> None:
-    """truncate and writes past the end make the disk larger; it never shrinks."""
+    """Truncation and writes past the end make the disk larger; it never shrinks."""
     with mounted(image, tmp_path / "mnt", "-o", "growable") as directory:
         disk = directory / "vm.raw"
         os.truncate(disk, SIZE * 2)

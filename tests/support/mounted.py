@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from qedfuse.mount.mountpoint import find_mount
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Iterator
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -32,7 +32,7 @@ def environment() -> dict[str, str]:
 def qedfuse(*words: StrPath, cwd: StrPath | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, or until it has gone to the background."""
     return subprocess.run(
-        [*COMMAND, *map(os.fspath, words)],
+        [*COMMAND, *(os.fspath(word) for word in words)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -121,7 +121,7 @@ def front(*words: StrPath) -> Iterator[FrontMount]:
     reading, writing = os.pipe()
     process = subprocess.Popen(
         # The pid file is a pipe: its end tells that the disk is ready.
-        [*COMMAND, "-f", "--pidfile", f"/proc/self/fd/{writing}", *map(os.fspath, words)],
+        [*COMMAND, "-f", "--pidfile", f"/proc/self/fd/{writing}", *(os.fspath(x) for x in words)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -133,7 +133,7 @@ def front(*words: StrPath) -> Iterator[FrontMount]:
     )
     os.close(writing)
     try:
-        with open(reading, "rb", buffering=0) as pipe:
+        with open(reading, "rb", buffering=0) as pipe:  # noqa: PTH123  a descriptor
             line = pipe.readline()
         assert line == b"%d\n" % process.pid, (line, process.communicate(timeout=TIMEOUT))
         yield FrontMount(process, mountpoint)

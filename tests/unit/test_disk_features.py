@@ -67,7 +67,7 @@ async def test_bits_that_cannot_be_cleared_stop_all_changes(action: str) -> None
         else:
             with pytest.raises(ReadOnlyError):
                 await disk.write(0, b"y")
-            disk._closed = True  # noqa: SLF001  closing would report the failure again
+            disk._closed = True
     assert recording.content.count(b"x") == 0
 
 
@@ -107,7 +107,7 @@ async def test_compat_bits_and_header_extras_are_kept() -> None:
     async with opened(file, [b"base"]) as disk:
         await disk.write(CLUSTER, b"x")
         await disk.resize(2 * SIZE)
-    assert file.content[64:CLUSTER * 2] == image[64:CLUSTER * 2]
+    assert file.content[64 : CLUSTER * 2] == image[64 : CLUSTER * 2]
     header = header_of(file.content)
     assert replace(header, image_size=SIZE) == header_of(image)
 

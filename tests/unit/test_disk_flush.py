@@ -171,7 +171,7 @@ async def test_failed_datasync_ends_writing(nth: int) -> None:
     recording = RecordingFile(build_image(SIZE))
     file = FailingFile(recording)
     errors: list[HostError] = []
-    with pytest.raises(HostError, match="image: datasync: Input/output error"):
+    with pytest.raises(HostError, match="image: datasync: Input/output error"):  # noqa: PT012  closing raises it
         async with opened(file) as disk:
             await disk.write(0, b"data")
             file.fail("datasync", nth)
@@ -203,7 +203,7 @@ async def test_joiners_of_a_failed_round_get_its_error() -> None:
     recording = RecordingFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(recording)
     errors: list[HostError] = []
-    with pytest.raises(HostError):
+    with pytest.raises(HostError):  # noqa: PT012  closing raises it
         async with opened(file) as disk:
             await disk.write(0, b"x")
             async with trio.open_nursery() as nursery:
@@ -271,15 +271,14 @@ async def test_cancelled_flush(step: int) -> None:
     recording = RecordingFile(build_image(SIZE))
     async with opened(recording) as disk:
         await disk.write(0, b"data")
-        async with trio.open_nursery() as others:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(disk.flush)
-                for _ in range(step):
-                    await trio.lowlevel.checkpoint()
-                others.start_soon(disk.flush)
-                nursery.start_soon(disk.flush)
+        async with trio.open_nursery() as others, trio.open_nursery() as nursery:
+            nursery.start_soon(disk.flush)
+            for _ in range(step):
                 await trio.lowlevel.checkpoint()
-                nursery.cancel_scope.cancel()
+            others.start_soon(disk.flush)
+            nursery.start_soon(disk.flush)
+            await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
         assert guest_bytes(recording.content)[:4] == b"data"
         assert isinstance(recording.changes[-1], Sync)
         await disk.write(SPAN, b"more")

@@ -161,7 +161,7 @@ async def test_never_cleared_after_a_failed_datasync(autojump_clock: MockClock, 
     """D7: neither the background task nor closing clears the bit then."""
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
-    with pytest.raises(HostError, match="datasync"):
+    with pytest.raises(HostError, match="datasync"):  # noqa: PT012  closing raises it
         async with opened(file, options=BUSY) as disk:
             await disk.write(CLUSTER, b"new")
             file.fail("datasync", nth)
@@ -228,4 +228,20 @@ async def test_file_is_cut_to_what_is_in_use_when_idle(autojump_clock: MockClock
         assert len(file.content) == len(IMAGE) + 2 * CLUSTER
     cuts = [change for change in file.changes if isinstance(change, Truncate)]
     assert len(cuts) == 4
+    assert autojump_clock.current_time() >= 12
+
+
+@pytest.mark.expect_log("while clearing NEED_CHECK")
+async def test_clearing_that_failed_is_tried_again(autojump_clock: MockClock) -> None:
+    """A header that could not be written is not taken for written the next time."""
+    recording = RecordingFile(IMAGE)
+    file = FailingFile(recording)
+    async with opened(file, options=IDLE) as disk:
+        await disk.write(CLUSTER, b"new")
+        await disk.flush()
+        file.fail("write")
+        await trio.sleep(6)
+        assert in_file(recording)
+        await trio.sleep(6)
+        assert not in_file(recording)
     assert autojump_clock.current_time() >= 12

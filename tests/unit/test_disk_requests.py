@@ -8,14 +8,16 @@ import pytest
 import trio
 
 from qedfuse.disk.extents import Kind
-from qedfuse.errors import NoSpaceError, ReadOnlyError
+from qedfuse.errors import HostError, NoSpaceError, ReadOnlyError
 from qedfuse.ondisk.constants import ZERO
 from tests.support.disks import (
     WRITABLE,
     build_image,
     difference,
+    get_entry,
     guest_bytes,
     inspect_image,
+    l2_entry_offset,
     opened,
     pattern,
 )
@@ -234,3 +236,46 @@ async def test_cache_smaller_than_a_slice() -> None:
         assert disk.statistics().tables.evictions > 0
         assert disk.statistics().tables.items <= 2
     assert difference(guest_bytes(file.content), expected) is None
+
+
+async def test_new_table_where_old_bytes_are() -> None:
+    """A table that is put where a write failed before is emptied first."""
+    size = 1024 * CLUSTER
+    inner = MemoryFile(build_image(size))
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        await disk.write(0, b"a" * CLUSTER)
+        file.fail("write", short=2 * CLUSTER)
+        with pytest.raises(HostError):
+            await disk.write(CLUSTER, b"\0\x10\0\0\0\0\0\0" * 1024)
+        await disk.write(600 * CLUSTER, b"b" * CLUSTER)
+        expected = bytearray(b"a" * CLUSTER).ljust(size, b"\0")
+        expected[600 * CLUSTER : 601 * CLUSTER] = b"b" * CLUSTER
+        assert difference(await disk.read(0, size), expected) is None
+    assert difference(guest_bytes(inner.content), expected) is None
+    assert inspect_image(inner.content).leaks == 0
+
+
+async def test_base_is_not_copied_past_the_end_of_the_disk() -> None:
+    """The last cluster has zeros behind the disk's end: it may grow one day."""
+    size = 2 * CLUSTER + 512
+    file = MemoryFile(build_image(size, backing=b"base"))
+    async with opened(file, [BASE]) as disk:
+        await disk.write(2 * CLUSTER + 100, b"x")
+    last = get_entry(file.content, l2_entry_offset(file.content, 2))
+    expected = bytearray(BASE[:512].ljust(CLUSTER, b"\0"))
+    expected[100:101] = b"x"
+    assert file.content[last : last + CLUSTER] == expected
+
+
+async def test_what_no_layer_has_is_zero_with_a_base() -> None:
+    """Over a base, a range that nobody stores is told as zeros, not as showing through."""
+    bottom = build_image(4 * CLUSTER, {1: b"bottom"})
+    file = MemoryFile(build_image(4 * CLUSTER, backing=b"bottom"), writable=False)
+    async with opened(file, [bottom]) as disk:
+        kinds = [(extent.kind, extent.length) for extent in await disk.extents(0, disk.size)]
+    assert kinds == [
+        (Kind.ZERO, CLUSTER),
+        (Kind.DATA, CLUSTER),
+        (Kind.ZERO, 2 * CLUSTER),
+    ]

@@ -10,6 +10,7 @@ from qedfuse.ondisk.constants import ZERO
 from qedfuse.ondisk.geometry import Geometry
 from tests.support.disks import (
     build_image,
+    difference,
     get_entry,
     guest_bytes,
     header_of,
@@ -124,7 +125,9 @@ async def test_data_past_the_end_refuses_to_grow() -> None:
         image = build_image(CLUSTER, {0: b"a", number: b"old"})
         file = RecordingFile(image)
         async with opened(file) as disk:
-            with pytest.raises(CorruptImageError, match=rf"found table entries for {number * 4096}"):
+            with pytest.raises(
+                CorruptImageError, match=rf"found table entries for {number * 4096}"
+            ):
                 await disk.resize(2 * SPAN)
             assert disk.size == CLUSTER
             await disk.write(0, b"b")

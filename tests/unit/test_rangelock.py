@@ -103,7 +103,7 @@ async def test_failure_inside_lets_go() -> None:
 @pytest.mark.parametrize("seed", range(5))
 async def test_never_two_owners(seed: int) -> None:
     """Many tasks on random ranges never own a number together, and all are served."""
-    rng = random.Random(seed)  # noqa: S311  no secret
+    rng = random.Random(seed)
     lock = RangeLock()
     owned: set[int] = set()
     served = 0

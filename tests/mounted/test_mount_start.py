@@ -1,0 +1,417 @@
+"""How a mount begins: in the background, refused, with several images, by mount(8)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.mount.mountpoint import FUSE_TYPE
+from qedfuse.mount.runtime import directories
+from tests.support import qemu
+from tests.support.mounted import (
+    COMMAND,
+    clean_up,
+    environment,
+    front,
+    is_mounted,
+    mounted,
+    qedfuse,
+    refused,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an image whose first cluster is filled with 7."""
+    path = qemu.create(tmp_path / "vm.qed", SIZE)
+    qemu.io(path, "write -P 7 0 64k")
+    return path
+
+
+@pytest.fixture
+def mnt(tmp_path: Path) -> Iterator[Path]:
+    """Give an empty directory to mount on; what is left there is taken away."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    yield path
+    clean_up(path)
+
+
+def put(disk: Path, data: bytes, start: int = 0) -> None:
+    """Write to a disk."""
+    with disk.open("r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+def names(directory: Path) -> list[str]:
+    """List a directory."""
+    return [path.name for path in directory.iterdir()]
+
+
+# In the background
+
+
+def test_the_command_returns_when_the_disk_can_be_used(
+    image: Path, mnt: Path, tmp_path: Path
+) -> None:
+    """The process is in a session of its own, in the root directory, without the terminal."""
+    pidfile = tmp_path / "pid"
+    with mounted(image, mnt, "--pidfile", pidfile) as directory:
+        assert names(directory) == ["vm.raw"]
+        pid = int(pidfile.read_text())
+        assert os.getsid(pid) == pid
+        proc = Path(f"/proc/{pid}")
+        assert (proc / "cwd").readlink() == Path("/")
+        assert {str((proc / "fd" / str(fd)).readlink()) for fd in range(3)} == {"/dev/null"}
+    assert not pidfile.exists()
+
+
+def test_relative_paths_are_meant_from_where_the_command_runs(image: Path, mnt: Path) -> None:
+    """The source, the mountpoint, the pid file and the overlay."""
+    words = ("vm.qed", "mnt", "--pidfile", "pid", "-o", "overlay=top.qed")
+    done = qedfuse(*words, cwd=image.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (image.parent / "pid").exists()
+    assert (image.parent / "top.qed").exists()
+    assert qedfuse("umount", "mnt", cwd=image.parent).returncode == 0
+    assert not is_mounted(mnt)
+
+
+def test_the_mount_table_shows_source_and_type(tmp_path: Path, mnt: Path) -> None:
+    """Also of a name that means something to mount(8)."""
+    odd = qemu.create(tmp_path / "a,b c\\d.qed", SIZE)
+    with mounted(odd, mnt) as directory:
+        words = ("findmnt", "-no", "SOURCE,FSTYPE,OPTIONS", "-r", str(directory))
+        found = qemu.run(*words).stdout.encode().decode("unicode_escape").strip()
+        assert found.startswith(f"{odd} {FUSE_TYPE} rw,nosuid,nodev")
+        assert names(directory) == ["a,b c\\d.raw"]
+
+
+def test_names_that_are_not_text(tmp_path: Path, mnt: Path) -> None:
+    """A name is bytes; what cannot be shown is escaped in the mount table only."""
+    name = os.fsdecode(b"\xff\xfe.qed")
+    image = qemu.create(tmp_path / "x.qed", SIZE).rename(tmp_path / name)
+    with mounted(image, mnt) as directory:
+        assert [os.fsencode(path.name) for path in directory.iterdir()] == [b"\xff\xfe.raw"]
+
+
+def test_systemd_is_told(image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ready when the disk can be used, stopping when the mount has gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0qedfuse-test-{os.getpid()}")
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@qedfuse-test-{os.getpid()}")
+        manager.settimeout(30)
+        with mounted(image, mnt):
+            assert manager.recv(100) == b"READY=1"
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_debug_shows_requests(image: Path, mnt: Path) -> None:
+    """-d stays in front and says what the kernel asks."""
+    with front("-d", image, mnt) as mount:
+        assert names(mnt) == ["vm.raw"]
+        subprocess.run(["umount", mnt], check=True)
+        code, log = mount.finish()
+    assert code == 0
+    assert "qedfuse: opendir(1,)" in log
+
+
+# Refused
+
+
+def test_refusals_before_the_mount_leave_no_trace(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """One line, the documented exit code, nothing mounted, nothing changed."""
+    before = image.read_bytes()
+    text = tmp_path / "text"
+    text.write_text("no image" * 100)
+    assert "none.qed" in refused(tmp_path / "none.qed", mnt, code=2)
+    assert str(text) in refused(text, mnt, code=12)
+    assert "expected a regular file" in refused("/dev/null", mnt, code=12)
+    assert "found nothing" in refused(image, tmp_path / "none", code=18)
+    assert "found no QED image" in refused("/proc/self/fdinfo", mnt, code=12)
+    assert "unknown" in refused(image, mnt, "-o", "frob", code=1)
+    assert "cannot write the pid file" in refused(image, mnt, "--pidfile", "/proc/x/y", code=2)
+    assert "taken by" in refused(image, image, mnt, code=18)
+    (tmp_path / "file").touch()
+    other = qemu.create(tmp_path / "other.qed", SIZE)
+    assert "expected a directory" in refused(image, other, tmp_path / "file", code=18)
+    assert "found 2 images" in refused(image, other, mnt, "-o", "overlay=/x", code=1)
+    assert not is_mounted(mnt)
+    assert image.read_bytes() == before
+
+
+def test_a_mountpoint_in_use_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """The message says how to end the mount that is there."""
+    other = qemu.create(tmp_path / "other.qed", SIZE)
+    with mounted(image, mnt):
+        assert f"qedfuse umount {mnt}" in refused(other, mnt, code=18)
+
+
+def test_an_image_in_use_by_qemu_is_refused(image: Path, mnt: Path) -> None:
+    """The holder is named; beside a reader, reading works, and force_share beside a writer."""
+    with qemu.hold(image) as holder:
+        line = refused(image, mnt, code=16)
+        assert f"pid {holder.pid}" in line
+        assert "in use" in refused(image, mnt, "-o", "ro", code=16)
+        with mounted(image, mnt, "-o", "force_share") as directory:
+            assert (directory / "vm.raw").read_bytes()[:4] == b"\7" * 4
+    with qemu.hold(image, read_only=True), mounted(image, mnt, "-o", "ro"):
+        pass
+    with mounted(image, mnt), pytest.raises(qemu.QemuError, match="lock"):
+        qemu.io(image, "read 0 64k")
+
+
+def test_in_front_a_refusal_is_the_same(tmp_path: Path, mnt: Path) -> None:
+    """-f changes where the process runs, not what it says."""
+    assert "none.qed" in refused(tmp_path / "none.qed", mnt, "-f", code=2)
+
+
+# Several images, overlays
+
+
+def test_two_images_and_a_directory_of_images(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """Each image is a file, and writes go to the right one."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.qed", "b.img"):
+        qemu.create(images / name, SIZE)
+    done = qedfuse(image, images, mnt)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(names(mnt)) == ["a.raw", "b.img.raw", "vm.raw"]
+    put(mnt / "b.img.raw", b"bbbb", 12345)
+    put(mnt / "a.raw", b"aaaa", 12345)
+    assert qedfuse("umount", mnt).returncode == 0
+    assert qemu.content(images / "b.img")[12340:12350] == b"\0" * 5 + b"bbbb" + b"\0"
+    assert qemu.content(images / "a.qed")[12345:12349] == b"aaaa"
+    assert qemu.content(image) == b"\7" * 65536 + bytes(SIZE - 65536)
+
+
+def test_snapshot_drops_all_writes(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """The source is only read, nothing is left in the temporary directory."""
+    image.chmod(0o400)
+    before = image.read_bytes()
+    (tmp_path / "tmp").mkdir()
+    os.environ["TMPDIR"] = str(tmp_path / "tmp")
+    try:
+        with mounted(image, mnt, "-o", "snapshot") as directory:
+            put(directory / "vm.raw", b"new" * 100, 100)
+            assert (directory / "vm.raw").read_bytes()[99:106] == b"\7newnew"
+            assert names(tmp_path / "tmp") == []
+            assert os.statvfs(directory).f_blocks > 0
+    finally:
+        del os.environ["TMPDIR"]
+    assert image.read_bytes() == before
+
+
+def test_overlay_takes_all_writes(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """It is made if missing, used again, and QEMU reads both together."""
+    before = image.read_bytes()
+    (tmp_path / "elsewhere").mkdir()
+    overlay = tmp_path / "elsewhere" / "top.qed"
+    for data in (b"one", b"two"):
+        with mounted(image, mnt, "-o", f"overlay={overlay}") as directory:
+            put(directory / "vm.raw", data, 100 if data == b"one" else 200)
+    assert image.read_bytes() == before
+    content = qemu.content(overlay)
+    assert content[100:103] == b"one"
+    assert content[200:203] == b"two"
+    assert content[:100] == b"\7" * 100
+    assert qemu.check(overlay).code == 0
+
+
+def test_an_overlay_of_another_source_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """The message names both, and nothing is changed."""
+    other = qemu.create(tmp_path / "other.qed", SIZE)
+    overlay = qemu.create(tmp_path / "top.qed", backing=other)
+    line = refused(image, mnt, "-o", f"overlay={overlay}", code=1)
+    assert str(other) in line
+    assert str(image) in line
+    assert "found no backing file" in refused(image, mnt, "-o", f"overlay={other}", code=1)
+
+
+# Images that were not closed cleanly
+
+
+def test_leaks_are_logged_and_the_mount_goes_on(image: Path, mnt: Path) -> None:
+    """NEED_CHECK with nothing worse than leaks is a warning before the command returns."""
+    with image.open("r+b") as file:
+        set_need_check(image)
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(65536))
+    done = qedfuse(image, mnt)
+    assert done.returncode == 0
+    assert "leaked cluster" in done.stderr
+    assert qedfuse("umount", mnt).returncode == 0
+    assert image.read_bytes()[16] & 2 == 0
+
+
+def set_need_check(image: Path) -> None:
+    """Set the bit in the header."""
+    with image.open("r+b") as file:
+        file.seek(16)
+        file.write(b"\2")
+
+
+def test_worse_findings_refuse_a_writable_mount(image: Path, mnt: Path) -> None:
+    """Nothing is touched, and the message says what to do; read-only works."""
+    set_need_check(image)
+    with image.open("r+b") as file:
+        # The second entry of the L2 table, which the first of the L1 table refers to.
+        file.seek(65536)
+        file.seek(int.from_bytes(file.read(8), "little") + 8)
+        file.write((1 << 40).to_bytes(8, "little"))
+    before = image.read_bytes()
+    line = refused(image, mnt, code=13)
+    for words in (str(image), "1 error", "nothing has been changed", "-o ro", "check --repair"):
+        assert words in line
+    with mounted(image, mnt, "-o", "ro") as directory, (directory / "vm.raw").open("rb") as disk:
+        assert disk.read(65536) == b"\7" * 65536
+    assert image.read_bytes() == before
+
+
+# mount(8) and ordinary users
+
+
+@contextmanager
+def linked(*names: str) -> Iterator[None]:
+    """Put the command where mount(8) finds it, under each name."""
+    made = []
+    try:
+        for name in names:
+            path = Path(name)
+            if path.exists():
+                pytest.skip(f"{name} is there already")
+            path.write_text(
+                f"#!/bin/bash\nexport PYTHONPATH={environment()['PYTHONPATH']}\n"
+                f"exec {sys.executable} -c 'import sys; from qedfuse.cli.qedfuse import main; "
+                f'sys.argv[0] = "{name}"; sys.exit(main())\' "$@"\n'
+            )
+            path.chmod(0o755)
+            made.append(path)
+        yield
+    finally:
+        for path in made:
+            path.unlink()
+
+
+def test_mount_by_type(image: Path, mnt: Path) -> None:
+    """The type fuse.qedfuse runs the command, and umount ends it."""
+    with linked("/usr/local/bin/qedfuse"):
+        qemu.run("mount", "-t", "fuse.qedfuse", image, mnt, "-o", "ro,noatime,x-a=b,umask=022")
+        assert is_mounted(mnt)
+        with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+            put(mnt / "vm.raw", b"x")
+        assert qedfuse("umount", mnt).returncode == 0
+        with pytest.raises(qemu.QemuError, match="unknown"):
+            qemu.run("mount", "-t", "fuse.qedfuse", image, mnt, "-o", "frob")
+        assert not is_mounted(mnt)
+
+
+def test_mount_helper_and_fstab(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """The type qedfuse and a line of fstab work where the helper is installed; -f is fake."""
+    with linked("/sbin/mount.qedfuse"):
+        table = tmp_path / "fstab"
+        table.write_text(f"{image} {mnt} qedfuse rw,noauto,nofail,_netdev,user 0 0\n")
+        qemu.run("mount", "-T", table, "-f", mnt)
+        assert not is_mounted(mnt)
+        qemu.run("mount", "-T", table, mnt)
+        put(mnt / "vm.raw", b"x")
+        assert qedfuse("umount", mnt).returncode == 0
+        qemu.run("mount", "-t", "qedfuse", "-r", "-n", image, mnt)
+        assert (mnt / "vm.raw").read_bytes()[0] == ord("x")
+        assert qedfuse("umount", mnt).returncode == 0
+
+
+NOBODY = 65534
+
+
+DEVICE = Path("/dev/fuse")
+
+
+@pytest.fixture
+def user_place() -> Iterator[Path]:
+    """Give a directory of an ordinary user, and let him use the FUSE device."""
+    mode = DEVICE.stat().st_mode & 0o777
+    DEVICE.chmod(0o666)
+    # Not in the directory of the test: he could not get there.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        path = Path(name)
+        qemu.create(path / "vm.qed", SIZE)
+        (path / "mnt").mkdir()
+        for entry in (path, path / "vm.qed", path / "mnt"):
+            os.chown(entry, NOBODY, NOBODY)
+        yield path
+        clean_up(path / "mnt")
+    DEVICE.chmod(mode)
+    shutil.rmtree(directories(NOBODY)[-1], ignore_errors=True)
+
+
+def as_user(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as an ordinary user."""
+    # The capability lets him search directories: the interpreter may lie in root's home.
+    capability = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    return subprocess.run(
+        ["setpriv", *user, *capability, *(str(word) for word in words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        env=environment() | {"HOME": "/"},
+        check=False,
+    )
+
+
+def test_an_ordinary_user_mounts_and_unmounts(user_place: Path) -> None:
+    """Without root, through fusermount3; root may unmount it and wait too."""
+    image, mnt = user_place / "vm.qed", user_place / "mnt"
+    done = as_user(*COMMAND, image, mnt)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = as_user("dd", "if=/dev/zero", f"of={mnt}/vm.raw", "bs=1M", "count=1", "status=none")
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(PermissionError):
+        list(mnt.iterdir())
+    done = as_user(*COMMAND, "umount", mnt)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert as_user(*COMMAND, image, mnt).returncode == 0
+    assert qedfuse("umount", mnt).returncode == 0
+    assert qemu.check(image).code == 0
+
+
+def test_what_an_ordinary_user_may_not_is_explained(user_place: Path) -> None:
+    """allow_other, the device, another's image: each has its message and exit code."""
+    own, mnt = user_place / "vm.qed", user_place / "mnt"
+    for option in ("allow_other", "allow_root"):
+        done = as_user(*COMMAND, own, mnt, "-o", option)
+        assert done.returncode == 19
+        assert "user_allow_other" in done.stderr
+    DEVICE.chmod(0o600)
+    done = as_user(*COMMAND, own, mnt)
+    assert done.returncode == 19
+    assert "/dev/fuse" in done.stderr
+    DEVICE.chmod(0o666)
+    own.chmod(0o444)
+    os.chown(own, 0, 0)
+    done = as_user(*COMMAND, own, mnt)
+    assert done.returncode == 2
+    assert "-o ro" in done.stderr
+    done = as_user(*COMMAND, own, mnt, "-o", "ro")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert as_user(*COMMAND, "umount", mnt).returncode == 0

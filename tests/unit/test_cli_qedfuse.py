@@ -1,0 +1,126 @@
+"""The command line of ``qedfuse``: what it takes, in which order, and how it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import qedfuse
+from qedfuse.cli import qedfuse as cli
+from qedfuse.cli.qedfuse import USAGE, Arguments, main, parse_arguments
+from qedfuse.errors import UsageError
+from qedfuse.mount import options
+
+
+def test_options_may_stand_anywhere() -> None:
+    """Before, between and behind the paths."""
+    assert parse_arguments(
+        ["-o", "ro", "a", "-f", "b", "mnt", "--pidfile", "p", "-ouid=1"]
+    ) == Arguments(["a", "b", "mnt"], ["ro", "uid=1"], foreground=True, pidfile="p")
+    assert parse_arguments(["--", "-a", "-b"]).paths == ["-a", "-b"]
+
+
+def test_short_words_mean_options() -> None:
+    """-r is ro, -d implies -f, and -s is libfuse's."""
+    assert parse_arguments(["-rds", "a", "b"]) == Arguments(
+        ["a", "b"], ["ro"], foreground=True, debug=True
+    )
+
+
+def test_the_helper_of_mount_has_its_own_meanings() -> None:
+    """There -f is fake and -s sloppy; what else mount(8) and autofs pass is taken."""
+    assert parse_arguments(
+        ["a", "mnt", "-sfnvrw", "-N", "ns", "-t", "fuse.qedfuse", "-o", "x"], helper=True
+    ) == Arguments(["a", "mnt"], ["ro", "rw", "x"], fake=True, sloppy=True)
+
+
+@pytest.mark.parametrize("words", [["-z"], ["--frob"], ["-o"], ["--pidfile"], ["-n", "a", "b"]])
+def test_unknown_words_are_refused(words: list[str]) -> None:
+    """A word that is unknown or lacks its value is a usage error."""
+    with pytest.raises(UsageError, match="see: qedfuse --help"):
+        parse_arguments(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected SOURCE... and MOUNTPOINT (see: qedfuse --help)"),
+        (["a"], "expected SOURCE... and MOUNTPOINT (see: qedfuse --help)"),
+        (["a", "b", "-o", "frob"], "option frob: unknown"),
+        (["umount"], "umount: found 0 mountpoints, expected one (see: qedfuse --help)"),
+        (["umount", "a", "b"], "umount: found 2 mountpoints, expected one (see: qedfuse --help)"),
+        (["umount", "a", "--timeout", "x"], "option timeout: found x, expected seconds"),
+        (["umount", "a", "--timeout", "nan"], "option timeout: found nan, expected seconds"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_code_1(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They go to stderr and say what is expected."""
+    assert main(words) == 1
+    assert capsys.readouterr() == ("", f"qedfuse: {message}\n")
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both go to stdout and succeed."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qedfuse {qedfuse.__version__}\n"
+    assert main(["-h"]) == 0
+    assert main(["umount", "-h"]) == 0
+    assert "usage: qedfuse SOURCE... MOUNTPOINT" in capsys.readouterr().out
+
+
+def test_help_names_every_option() -> None:
+    """What can be said is documented where people look first."""
+    for name in (*options._FLAGS, *options._VALUES, *options._BACKING, "backing_dir"):
+        assert name in USAGE
+
+
+def test_help_needs_no_heavy_module() -> None:
+    """Starting is quick: the event loop, FUSE and numpy are not even imported."""
+    code = (
+        "import sys; from qedfuse.cli.qedfuse import main; main(['--version']);"
+        "print(sorted({'trio', 'pyfuse3', 'numpy', 'construct'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == "[]"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """Nobody sees a traceback because they had read enough."""
+    command = f"set -o pipefail; {sys.executable} -m qedfuse --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_bug_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What nobody foresaw is reported without a traceback, with an exit code of its own."""
+
+    def broken(_arguments: Arguments) -> int:
+        msg = "no\nsuch luck"
+        raise RuntimeError(msg)
+
+    monkeypatch.setitem(cli._ACTIONS, "mount", broken)
+    assert main(["a", "b"]) == 70
+    assert capsys.readouterr().err == (
+        "qedfuse: internal error: RuntimeError: no\\nsuch luck (see: -d)\n"
+    )
+    with pytest.raises(RuntimeError):
+        main(["a", "b", "-d"])
+
+
+def test_an_interrupt_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C before the mount ends with the code that shells know."""
+
+    def interrupted(_arguments: Arguments) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._ACTIONS, "mount", interrupted)
+    assert main(["a", "b"]) == 130
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,121 @@
+"""The checks of a mountpoint and of privileges, and the reading of the mount table."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.errors import MountpointError, PrivilegeError
+from qedfuse.mount import mountpoint
+from qedfuse.mount.mountpoint import MountEntry, check_mountpoint, check_privileges, parse_mounts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TABLE = r"""
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+40 22 0:42 / /mnt/a\040b rw,nosuid - fuse.qedfuse /x\054y.qed rw,user_id=1000,group_id=5
+41 22 0:43 / /mnt/c rw - fuse.qedfuse x rw
+broken
+"""
+
+
+def test_the_mount_table_is_read() -> None:
+    """Escapes are undone, the owner is found, broken lines are passed over."""
+    assert list(parse_mounts(TABLE)) == [
+        MountEntry("8:1", "/", "ext4", 0),
+        MountEntry("0:42", "/mnt/a b", "fuse.qedfuse", 1000),
+        MountEntry("0:43", "/mnt/c", "fuse.qedfuse", 0),
+    ]
+
+
+def test_fit_mountpoints(tmp_path: Path) -> None:
+    """A directory is one for any number of disks, also when it is not empty; a file for one."""
+    (tmp_path / "file").touch()
+    assert check_mountpoint(str(tmp_path), 3)
+    assert not check_mountpoint(str(tmp_path / "file"), 1)
+
+
+def test_unfit_mountpoints(tmp_path: Path) -> None:
+    """Each refusal says what was found and what is expected."""
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    for name, disks, reason in (
+        ("none", 1, "found nothing, expected a directory or a regular file"),
+        ("file", 2, "found a file for 2 disks, expected a directory"),
+        ("fifo", 1, "found a special file, expected a directory or a regular file"),
+        ("file/x", 1, "found a file in place of a directory"),
+    ):
+        with pytest.raises(MountpointError) as caught:
+            check_mountpoint(f"{tmp_path}/{name}", disks)
+        assert str(caught.value) == f"mountpoint {tmp_path}/{name}: {reason}"
+
+
+def test_a_missing_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /dev/fuse nothing can be mounted, by nobody."""
+    monkeypatch.setattr(mountpoint, "FUSE_DEVICE", str(tmp_path / "fuse"))
+    with pytest.raises(PrivilegeError, match="modprobe fuse"):
+        check_privileges(for_others=False)
+
+
+def test_a_forbidden_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is the host's."""
+
+    def deny(*_args: object) -> int:
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr(mountpoint, "FUSE_DEVICE", str(tmp_path / "fuse"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", deny)
+        with pytest.raises(PrivilegeError, match="Permission denied"):
+            check_privileges(for_others=False)
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in for a device that may be used."""
+    path = tmp_path / "fuse"
+    path.touch()
+    monkeypatch.setattr(mountpoint, "FUSE_DEVICE", str(path))
+    return path
+
+
+@pytest.mark.usefixtures("device")
+def test_a_missing_helper_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ordinary user needs fusermount3; root does not."""
+    monkeypatch.setattr(mountpoint, "find_fusermount", lambda: None)
+    with pytest.raises(PrivilegeError, match="fusermount3"):
+        check_privileges(for_others=False, user=1000)
+    check_privileges(for_others=False, user=0)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("conf", "allowed"),
+    [
+        ("", False),
+        ("#user_allow_other\n", False),
+        ("user_allow_other_not\n", False),
+        ("mount_max = 3\n user_allow_other \n", True),
+    ],
+)
+def test_allow_other_needs_a_line_in_the_configuration(
+    conf: str,
+    allowed: bool,  # noqa: FBT001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What fusermount3 would refuse is refused before, with the line that is missing."""
+    path = tmp_path / "fuse.conf"
+    path.write_text(conf)
+    monkeypatch.setattr(mountpoint, "FUSE_CONF", str(path))
+    monkeypatch.setattr(mountpoint, "find_fusermount", lambda: "/bin/fusermount3")
+    check_privileges(for_others=True, user=0)
+    check_privileges(for_others=False, user=1000)
+    if allowed:
+        check_privileges(for_others=True, user=1000)
+    else:
+        with pytest.raises(PrivilegeError, match="user_allow_other"):
+            check_privileges(for_others=True, user=1000)

@@ -1,0 +1,144 @@
+"""The ``-o`` grammar: what is taken, what is dropped, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qedfuse.disk.options import BackingPolicy
+from qedfuse.errors import UsageError
+from qedfuse.mount.options import MountOptions, escape_value, parse_options, split_options
+
+
+def test_nothing_gives_the_defaults() -> None:
+    """No option, and empty words, change nothing."""
+    assert parse_options([]) == MountOptions()
+    assert parse_options(["", ",,"]) == MountOptions()
+
+
+def test_every_option_of_ours() -> None:
+    """Each word sets its field."""
+    assert parse_options(
+        [
+            "allow_other,uid=1,gid=2,umask=027,direct_io,growable,commit=2.5,cache_size=64K",
+            "backing=confined,backing_dir=/a,backing_dir=/b c,backing_format=raw",
+        ]
+    ) == MountOptions(
+        allow_other=True,
+        uid=1,
+        gid=2,
+        umask=0o27,
+        direct_io=True,
+        growable=True,
+        commit_seconds=2.5,
+        cache_bytes=65536,
+        backing=BackingPolicy("confined", ("/a", "/b c"), "raw"),
+    )
+    assert parse_options(["allow_root,snapshot"]) == MountOptions(allow_root=True, snapshot=True)
+    assert parse_options(["overlay=o.qed"]).overlay == "o.qed"
+
+
+def test_a_later_word_overrides_an_earlier_one() -> None:
+    """The last of ro and rw counts, across several -o."""
+    assert not parse_options(["ro", "rw"]).read_only
+    assert parse_options(["rw", "ro"]).read_only
+    assert parse_options(["uid=1", "uid=2"]).uid == 2
+
+
+def test_force_share_is_read_only() -> None:
+    """What is shared with a writer is not written to."""
+    assert parse_options(["force_share"]).read_only
+
+
+def test_words_for_others_are_dropped_and_words_for_the_kernel_kept() -> None:
+    """What mount(8), systemd and libfuse bring is no error."""
+    dropped = (
+        "rw,dev,suid,exec,auto,noauto,user,nouser,users,nofail,_netdev,defaults,"
+        "comment=a b,x-systemd.requires=/a,X-mount.mkdir,x-gvfs-show,fsname=a,subtype=b,"
+        "max_read=131072,user=me,default_permissions"
+    )
+    assert parse_options([dropped]) == MountOptions()
+    kernel = "nosuid,nodev,noexec,noatime,sync,dirsync"
+    assert parse_options([kernel, "noatime"]).kernel_words == tuple(kernel.split(","))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("frob", "option frob: unknown"),
+        ("ro,read_olny", "option read_olny: unknown"),
+        ("fro\nb=1", r"option fro\nb=1: unknown"),
+        ("ro=1", "option ro=1: found a value, expected ro alone"),
+        ("noatime=1", "option noatime=1: found a value, expected noatime alone"),
+        ("uid", "option uid: found no value, expected uid=VALUE"),
+        ("uid=", "option uid=: found no value, expected uid=VALUE"),
+        ("backing_dir", "option backing_dir: found no value, expected backing_dir=VALUE"),
+        ("uid=root", "option uid: found root, expected a number up to 4294967294"),
+        ("gid=4294967295", "option gid: found 4294967295, expected a number up to 4294967294"),
+        ("gid=\u0661", "option gid: found \u0661, expected a number up to 4294967294"),
+        ("umask=8", "option umask: found 8, expected octal permission bits up to 777"),
+        ("umask=1000", "option umask: found 1000, expected octal permission bits up to 777"),
+        ("commit=0", "option commit: found 0, expected seconds, more than 0, up to 3600"),
+        ("commit=nan", "option commit: found nan, expected seconds, more than 0, up to 3600"),
+        ("commit=3601", "option commit: found 3601, expected seconds, more than 0, up to 3600"),
+        ("cache_size=1K", "option cache_size: found 1K, expected at least 64K"),
+        ("backing=all", "option backing: found all, expected confined or any or none"),
+        ("backing_format=vmdk", "option backing_format: found vmdk, expected raw or qed"),
+        ("rw,force_share", "options rw and force_share: exclude each other"),
+        ("snapshot,overlay=a", "options snapshot and overlay: exclude each other"),
+        ("snapshot,ro", "options ro and snapshot: exclude each other"),
+        ("overlay=a,force_share", "options overlay and force_share: exclude each other"),
+        ("growable,ro", "options growable and ro: exclude each other"),
+        ("snapshot,backing=none", "options backing=none and snapshot: exclude each other"),
+        ("backing=any,backing_dir=/", "options backing_dir and backing=any: exclude each other"),
+    ],
+)
+def test_refusals_name_the_word(text: str, message: str) -> None:
+    """What cannot be done says which word is to blame."""
+    with pytest.raises(UsageError) as caught:
+        parse_options([text])
+    assert str(caught.value) == message
+
+
+def test_a_wrong_size_names_the_option() -> None:
+    """The option stands in front of what is wrong with the size."""
+    with pytest.raises(UsageError, match=r"^option cache_size: size: found 'x'"):
+        parse_options(["cache_size=x"])
+
+
+def test_sloppy_drops_what_is_unknown_only() -> None:
+    """Sloppy mounts tolerate foreign words, not contradictions."""
+    assert parse_options(["frob,ro"], sloppy=True) == MountOptions(read_only=True)
+    with pytest.raises(UsageError):
+        parse_options(["rw,force_share"], sloppy=True)
+
+
+def test_escapes() -> None:
+    """A protected comma belongs to the value; a backslash before other things is itself."""
+    assert split_options(r"overlay=a\,b,ro") == ["overlay=a,b", "ro"]
+    assert split_options(r"a\\,b") == ["a\\", "b"]
+    assert split_options(r"a\x,b" + "\\") == [r"a\x", "b\\"]
+
+
+@given(st.lists(st.text(min_size=1), max_size=5))
+def test_escaped_words_come_back(words: list[str]) -> None:
+    """Whatever is in a value survives escaping and splitting."""
+    assert split_options(",".join(map(escape_value, words))) == words
+
+
+@given(st.text())
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    """No text makes the parser fail in another way, and every refusal is one line."""
+    try:
+        parse_options([text])
+    except UsageError as error:
+        assert str(error).isprintable()  # noqa: PT017  not every text is refused
+
+
+def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that serves the mount has another working directory."""
+    monkeypatch.chdir("/usr")
+    options = parse_options(["overlay=o.qed,backing_dir=../etc,backing_dir=/x"]).absolute()
+    assert options.overlay == "/usr/o.qed"
+    assert options.backing.directories == ("/etc", "/x")

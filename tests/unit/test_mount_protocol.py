@@ -1,0 +1,180 @@
+"""The parts between the kernel and the disk that need no kernel to be tested."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import struct
+from typing import TYPE_CHECKING, cast
+
+import pyfuse3
+import pytest
+
+from qedfuse.disk.disk import Disk, open_disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
+from qedfuse.mount.attach import _explain, kernel_options
+from qedfuse.mount.handshake import decline
+from qedfuse.mount.operations import Operations
+from qedfuse.mount.options import MountOptions, parse_options
+from qedfuse.mount.view import View
+from tests.support import qemu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pyfuse3 import RequestContext
+
+INIT = struct.pack("=IIQQIIII" + "IIII", 56, 26, 1, 0, 0, 0, 0, 0, 7, 40, 1 << 17, 0xFF)
+
+
+class Broken:
+    """A disk that fails at everything with one exception."""
+
+    size = 4096
+    writable = True
+    failure: str | None = None
+
+    def __init__(self, error: Exception) -> None:
+        """Fail with ``error``."""
+        self._error = error
+
+    async def read(self, _start: int, _length: int) -> bytes:
+        """Fail."""
+        raise self._error
+
+    async def flush(self) -> None:
+        """Do nothing."""
+
+
+def operations(disk: object, options: MountOptions | None = None) -> Operations:
+    """Make the handlers for one disk, as inode 2 of a directory."""
+    view = View(cast("Disk", disk), b"vm.raw", 2, "/")
+    return Operations([view], options or MountOptions(), directory=True)
+
+
+class Context:
+    """A caller."""
+
+    def __init__(self, uid: int) -> None:
+        """Be user ``uid``."""
+        self.uid = uid
+
+
+def context(uid: int = 0) -> RequestContext:
+    """Give a caller as pyfuse3 does."""
+    return cast("RequestContext", Context(uid))
+
+
+def test_a_feature_is_declined_and_the_rest_is_passed_on() -> None:
+    """One bit of the kernel's offer goes, everything else stays as it is."""
+    changed = decline(INIT + b"more", 8)
+    assert changed == INIT[:52] + struct.pack("=I", 0xF7) + b"more"
+
+
+@pytest.mark.parametrize("message", [b"", INIT[:50], b"\0" * 100])
+def test_another_message_is_refused(message: bytes) -> None:
+    """What is not the first message is not touched."""
+    with pytest.raises(FuseError, match="expected FUSE_INIT"):
+        decline(message, 8)
+
+
+def test_what_libfuse_is_told() -> None:
+    """Powers are taken away whatever the user says; names are made safe."""
+    options = parse_options(["ro,allow_root,noatime,dev,suid"])
+    assert kernel_options(options, "/a,b\\ü\n.qed") == {
+        "fsname=/a\\,b\\\\\\\\\\\\xfc\\\\n.qed",
+        "subtype=qedfuse",
+        "default_permissions",
+        "nosuid",
+        "nodev",
+        "ro",
+        "noatime",
+        "allow_other",
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("fusermount3: mount failed: Operation not permitted", PrivilegeError),
+        ("fuse: bad mount point `/x': Transport endpoint is not connected", MountpointError),
+        ("fuse: mount failed: Invalid argument", FuseError),
+    ],
+)
+def test_what_libfuse_says_becomes_an_error(said: str, kind: type[Exception]) -> None:
+    """The class decides about the exit code; the words stay."""
+    error = _explain("/mnt", said)
+    assert type(error) is kind
+    assert str(error) == f"/mnt: cannot mount: {said}"
+
+
+async def test_an_expected_failure_is_answered_and_logged_once(
+    caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    """The guest gets the errno of the error, the log its one line."""
+    request.node.add_marker(pytest.mark.expect_log("vm.qed: bad table"))
+    handlers = operations(Broken(CorruptImageError("vm.qed: bad table")))
+    for _ in range(2):
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await handlers.read(2, 0, 512)
+        assert caught.value.errno == errno.EIO
+    assert [record.getMessage() for record in caplog.records] == ["vm.qed: bad table"]
+
+
+async def test_a_bug_is_answered_with_eio_and_logged_with_its_trace(
+    caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    """No exception reaches pyfuse3, which would end the mount."""
+    request.node.add_marker(pytest.mark.expect_log("internal error in read"))
+    handlers = operations(Broken(ZeroDivisionError()))
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await handlers.read(2, 0, 512)
+    assert caught.value.errno == errno.EIO
+    assert caplog.records[0].levelno == logging.ERROR
+    assert caplog.records[0].exc_info is not None
+
+
+async def test_a_failed_disk_is_reported_by_flush() -> None:
+    """Whoever closes a file learns that its writes may be lost."""
+    disk = Broken(ValueError())
+    handlers = operations(disk)
+    await handlers.flush(2)
+    disk.failure = "the host's disk broke"
+    for call in (handlers.flush(2), handlers.fsync(2, True)):  # noqa: FBT003
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await call
+        assert caught.value.errno == errno.EIO
+
+
+async def test_allow_root_turns_others_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root and the owner are served, everybody else gets EACCES."""
+    monkeypatch.setattr("os.getuid", lambda: 1000)
+    image = qemu.create(tmp_path / "vm.qed", 4096)
+    async with open_disk(str(image), OpenOptions()) as disk:
+        handlers = operations(disk, parse_options(["allow_root"]))
+        for uid in (0, 1000):
+            assert (await handlers.lookup(1, b"vm.raw", context(uid))).st_ino == 2
+        for call in (handlers.lookup(1, b"vm.raw", context(7)), handlers.opendir(1, context(7)),
+                     handlers.getattr(2, context(7)), handlers.open(2, 0, context(7))):  # fmt: skip
+            with pytest.raises(pyfuse3.FUSEError) as caught:
+                await call
+            assert caught.value.errno == errno.EACCES
+
+
+async def test_handles_are_counted(tmp_path: Path) -> None:
+    """The last close is noticed, which a signal waits for."""
+    image = qemu.create(tmp_path / "vm.qed", 4096)
+    closed = []
+    async with open_disk(str(image), OpenOptions()) as disk:
+        handlers = operations(disk, parse_options(["ro"]))
+        handlers.released = lambda: closed.append(handlers.opened)
+        first = await handlers.open(2, 0, context())
+        second = await handlers.open(2, 0o40000, context())
+        assert handlers.opened == 2
+        await handlers.release(second.fh)
+        assert closed == []
+        await handlers.release(first.fh)
+        assert closed == [0]
