@@ -116,8 +116,15 @@ trio.run(qedfuse.create_image, sys.argv[1], 1 << 30)' "$image"
     fi
     say "Unmounting"
     release
-    say "The image is clean"
-    "$venv/bin/python" "$root/examples/state.py" "$image"
+    say "Checking that the image is clean"
+    "$venv/bin/qedfuse" check "$image"
+    "$venv/bin/python" - "$image" <<'END'
+import sys
+from qedfuse.ondisk.header import HEADER_BYTES, parse_header
+with open(sys.argv[1], "rb") as file:
+    header = parse_header(file.read(HEADER_BYTES), sys.argv[1])
+sys.exit("NEED_CHECK is set" if header.need_check else print("NEED_CHECK is clear"))
+END
     ls -ls "$image"
 }
 

@@ -40,7 +40,9 @@ runtime_needs=(
 install_packages() {
     local need sudo='' missing=()
     for need; do
-        have "${need%=*}" || missing+=("${need##*=}")
+        if ! have "${need%=*}" && [[ " ${missing[*]-} " != *" ${need##*=} "* ]]; then
+            missing+=("${need##*=}")
+        fi
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" != 0 ]; then
@@ -65,11 +67,14 @@ install_packages() {
     rm -f "$log"
 }
 
-# check_fuse: can anything be mounted here?
+# check_fuse: can anything be mounted here, and unmounted again?
 check_fuse() {
     [ -e /dev/fuse ] || [ "$(id -u)" != 0 ] || ! have modprobe || modprobe fuse 2>/dev/null || true
     [ -e /dev/fuse ] ||
         die "/dev/fuse is missing: load the kernel module (modprobe fuse) or give the container the device"
+    # fusermount3 needs it to unmount; a bare container may lack it.
+    [ -e /etc/mtab ] || [ "$(id -u)" != 0 ] || ln -s ../proc/self/mounts /etc/mtab
+    [ -e /etc/mtab ] || die "/etc/mtab is missing: as root: ln -s ../proc/self/mounts /etc/mtab"
 }
 
 # make_venv: a virtual environment in $venv that works with $python.

@@ -31,14 +31,14 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         found = f"{report.errors} errors" if report.errors > 1 else "1 error"
         msg = (
             f"{file.name}: {why}: not opened for writing: the check found {found} "
-            f"(first: {first.message}) and {report.leaks} leaked clusters; nothing has been "
+            f"(first: {first.message}) and leaked clusters: {report.leaks}; nothing has been "
             f"changed; mount it read-only with -o ro, or repair it: qedfuse check --repair "
             f"{file.name}"
         )
         raise CorruptImageError(msg)
     if report.leaks:
         _log.warning(
-            "%s: %s: the check found %d leaked clusters and nothing worse",
+            "%s: %s: leaked clusters found by the check: %d; nothing worse",
             file.name,
             why,
             report.leaks,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from trio.testing import MockClock
 
+    from qedfuse.disk.tablecache import WriteBack
+
 CLUSTER: Final = 4096
 SPAN: Final = 512 * CLUSTER
 OPTIONS: Final = replace(WRITABLE, commit_seconds=1.5, needcheck_seconds=2.0)
@@ -83,8 +85,8 @@ def make_bases(case: Case) -> tuple[list[bytearray], NDArray[np.uint64]]:
 async def run_workload(case: Case, seed: int) -> History:
     """Write, flush, wait and grow, by several tasks at once, and close."""
     # The order in which trio runs tasks is part of the case.
-    trio._core._run._r.seed(seed)  # type: ignore[attr-defined]  # noqa: SLF001
-    choice = random.Random(f"{case.name} {seed}")  # noqa: S311  not for secrets
+    trio._core._run._r.seed(seed)
+    choice = random.Random(f"{case.name} {seed}")
     bases, below = make_bases(case)
     image = build_image(case.size, backing=b"base" if case.depth else b"") + case.tail
     file = RecordingFile(image)
@@ -123,7 +125,9 @@ async def assert_opens(image: bytes, bases: Sequence[bytearray], below: NDArray[
     assert (got == disk_stamps(image, below)).all()
 
 
-async def assert_usable(image: bytes, bases: Sequence[bytearray], below: NDArray[np.uint64]) -> None:
+async def assert_usable(
+    image: bytes, bases: Sequence[bytearray], below: NDArray[np.uint64]
+) -> None:
     """Check that an image can be written to after the crash, without damage to the rest."""
     file = MemoryFile(image)
     before = disk_stamps(image, below)
@@ -175,7 +179,7 @@ async def test_power_loss(case: Case, seed: int, autojump_clock: MockClock) -> N
     """The same when the disk was free to choose among the sectors that were not synced."""
     history = await run_workload(case, seed)
     bases, below = make_bases(case)
-    choice = random.Random(seed)  # noqa: S311
+    choice = random.Random(seed)
     for number, (count, image) in enumerate(power_losses(history.file, choice, 150)):
         assert history.violations(count, image) == [], count
         if number % 17 == 0:
@@ -203,8 +207,8 @@ async def test_each_barrier_is_needed(
     nth: int, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
     """These tests see it if a round leaves out its first, second or third datasync."""
-    in_round = Commit._round  # noqa: SLF001
-    sync = Commit._sync_or_give_back  # noqa: SLF001
+    in_round = Commit._round
+    sync = Commit._sync_or_give_back
     count = 0
 
     async def counted_round(self: Commit) -> None:
@@ -212,7 +216,7 @@ async def test_each_barrier_is_needed(
         count = 0
         await in_round(self)
 
-    async def leaky_sync(self: Commit, writes: Any) -> None:
+    async def leaky_sync(self: Commit, writes: Sequence[WriteBack]) -> None:
         nonlocal count
         count += 1
         if count != nth:
@@ -225,7 +229,7 @@ async def test_each_barrier_is_needed(
     for case in CASES[:3]:
         history = await run_workload(case, nth)
         order += order_violations(history.file)
-        choice = random.Random(nth)  # noqa: S311
+        choice = random.Random(nth)
         for number, image in power_losses(history.file, choice, 150):
             found += history.violations(number, image)
     assert found, "a state that a power failure leaves breaks a promise"

@@ -23,7 +23,7 @@ def test_qemu_reads_what_a_program_wrote(
     tmp_path: Path, cluster_size: int, table_size: int
 ) -> None:
     """Writes at random places into an overlay are what QEMU reads, in an image it finds clean."""
-    rng = random.Random(cluster_size)  # noqa: S311  no secret
+    rng = random.Random(cluster_size)
     model = bytearray(rng.randbytes(SIZE // 2)) + bytearray(SIZE // 2)
     base = tmp_path / "base.raw"
     base.write_bytes(model[: SIZE // 2])

@@ -53,7 +53,9 @@ class Mirror:
         for _ in range(count):
             start = self.choice.randrange(len(self.model) // 512) * 512
             length = self.choice.choice((512, 4096, 65536, 200_704))
-            result.append((start, min(length, len(self.model) - start), self.choice.randrange(1, 256)))
+            result.append(
+                (start, min(length, len(self.model) - start), self.choice.randrange(1, 256))
+            )
         return result
 
     def by_qemu(self, count: int = 6, *, zeros: bool = True) -> None:
@@ -98,7 +100,7 @@ class Mirror:
 
 def mirror(path: Path, size: int, seed: int) -> Mirror:
     """Begin with a disk of zeros."""
-    return Mirror(path, bytearray(size), random.Random(seed))  # noqa: S311
+    return Mirror(path, bytearray(size), random.Random(seed))
 
 
 @pytest.mark.parametrize(("cluster_size", "table_size"), GEOMETRIES)

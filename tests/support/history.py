@@ -177,12 +177,17 @@ class History:
         expected = disk_stamps(self.file.initial, self.below)
         expected = np.concatenate([expected, np.zeros(max(0, len(found) - len(expected)), "<u8")])
         allowed = self._allowed_after(flush)
-        for sector in np.flatnonzero(found != expected[: len(found)]).tolist():
-            if int(found[sector]) not in allowed.get(sector, ()):
-                problems.append(f"sector {sector} holds {found[sector]}")
-        for sector, numbers in allowed.items():
-            if sector < len(found) and int(found[sector]) not in numbers:
-                problems.append(f"sector {sector} holds {found[sector]}, expected {numbers}")
+        changed = np.flatnonzero(found != expected[: len(found)]).tolist()
+        problems += [
+            f"sector {sector} holds {found[sector]}, and was never written"
+            for sector in changed
+            if sector not in allowed
+        ]
+        problems += [
+            f"sector {sector} holds {found[sector]}, expected one of {sorted(numbers)}"
+            for sector, numbers in allowed.items()
+            if sector < len(found) and int(found[sector]) not in numbers
+        ]
         return problems[:5]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import trio
 
@@ -35,7 +35,7 @@ class Loop:
         self._thread.start()
         self._token, self._stop = ready.get()
 
-    def run(self, function: Callable[[Unpack[Args]], Awaitable[T]], *args: Unpack[Args]) -> T:
+    def run(self, function: Callable[[*Args], Awaitable[T]], *args: *Args) -> T:
         """Run one async function to its end."""
         return trio.from_thread.run(function, *args, trio_token=self._token)
 

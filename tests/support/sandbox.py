@@ -16,6 +16,18 @@ ROOT: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 60.0
 """Seconds after which a script that does not end is taken to hang."""
 
+_SEPARATE: Final = """
+set -eu
+if mount --make-rprivate / 2>/dev/null; then
+    exec bash -c "$@"
+fi
+# The root of a chroot is no mount, so it is made one.
+mount --rbind / /mnt
+mount --make-rprivate /mnt
+exec chroot /mnt bash -c "$@"
+"""
+"""Keeps the mounts that follow from being seen by anybody else."""
+
 _PROLOGUE: Final = """
 set -eu
 leave() {
@@ -27,7 +39,6 @@ leave() {
     exit "$code"
 }
 trap leave EXIT
-mount --make-rprivate /
 for place in /srv /mnt /opt /run; do
     mount -t tmpfs sandbox "$place"
 done
@@ -65,8 +76,9 @@ def make_environment(directory: Path) -> Path:
 def run_in_sandbox(script: str, *arguments: Path) -> str:
     """Run a bash script that must succeed, with arguments; give what it printed."""
     done = subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
-         "bash", "-c", _PROLOGUE + script, "sandbox", *map(str, arguments)],
+        ["unshare", "--mount", "--propagation=unchanged", "--pid", "--fork", "--kill-child",
+         "--mount-proc", "bash", "-c", _SEPARATE, "sandbox", _PROLOGUE + script, "sandbox",
+         *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
