@@ -6,13 +6,13 @@ Everything is done on whole slices with numpy: a full 1 TiB image has 16.7 milli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
 
 from qedfuse.check.findings import Code
-from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
+from qedfuse.ondisk.constants import ENTRY_BYTES, MIN_CLUSTER_SIZE, UNALLOCATED, ZERO
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ async def read_table(
         position += SLICE_BYTES
 
 
+_RESERVED: Final = np.uint64(MIN_CLUSTER_SIZE - 1)
+"""Bits of an entry that no offset has, whatever the cluster size."""
+
+
 @dataclass(slots=True)
 class Layout:
     """Where things lie in the file, and so where entries may point.
@@ -63,8 +67,10 @@ class Layout:
         header, geometry = self.header, self.header.geometry
         left = values != UNALLOCATED
         rules = (
+            (Code.L1_RESERVED_BITS, (values & _RESERVED) != 0),
             (Code.L1_UNALIGNED, (values & np.uint64(geometry.cluster_mask)) != 0),
-            (Code.L1_OUT_OF_FILE, values > max(0, self.file_size - geometry.table_bytes)),
+            (Code.L1_OUT_OF_FILE, values >= self.file_size),
+            (Code.L1_CUT_SHORT, values > max(0, self.file_size - geometry.table_bytes)),
             (
                 Code.L1_OVER_METADATA,
                 (values < header.header_end)
@@ -89,6 +95,7 @@ class Layout:
             place = np.searchsorted(self.tables, values, "right") - 1
             over |= (place >= 0) & (values - self.tables[place] < geometry.table_bytes)
         rules = (
+            (Code.L2_RESERVED_BITS, (values & _RESERVED) != 0),
             (Code.L2_UNALIGNED, (values & np.uint64(geometry.cluster_mask)) != 0),
             (Code.L2_OUT_OF_FILE, values >= self.file_size),
             (Code.L2_OVER_METADATA, over),
@@ -102,9 +109,12 @@ class Layout:
         """Say what an entry should have been."""
         size = self.header.geometry.cluster_size
         return {
+            Code.L1_RESERVED_BITS: "0 or an offset whose low 12 bits are 0",
+            Code.L2_RESERVED_BITS: "0, 1 or an offset whose low 12 bits are 0",
             Code.L1_UNALIGNED: f"a multiple of {size}",
-            Code.L2_UNALIGNED: f"0, 1 or a multiple of {size}",
-            Code.L1_OUT_OF_FILE: f"a whole table inside the file of {self.file_size} bytes",
+            Code.L2_UNALIGNED: f"a multiple of {size}",
+            Code.L1_OUT_OF_FILE: f"a table inside the file of {self.file_size} bytes",
+            Code.L1_CUT_SHORT: f"a whole table inside the file of {self.file_size} bytes",
             Code.L2_OUT_OF_FILE: f"an offset inside the file of {self.file_size} bytes",
             Code.L2_CUT_SHORT: f"a whole cluster inside the file of {self.file_size} bytes",
             Code.L1_OVER_METADATA: "a place past the header and the L1 table",

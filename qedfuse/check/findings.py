@@ -25,10 +25,13 @@ class Severity(enum.IntEnum):
 class Code(enum.Enum):
     """The kinds of findings; the value is the word for scripts."""
 
+    L1_RESERVED_BITS = "l1-reserved-bits"
     L1_UNALIGNED = "l1-unaligned"
     L1_OUT_OF_FILE = "l1-out-of-file"
+    L1_CUT_SHORT = "l1-cut-short"
     L1_OVER_METADATA = "l1-over-metadata"
     TABLE_OVERLAP = "table-overlap"
+    L2_RESERVED_BITS = "l2-reserved-bits"
     L2_UNALIGNED = "l2-unaligned"
     L2_OUT_OF_FILE = "l2-out-of-file"
     L2_CUT_SHORT = "l2-cut-short"

@@ -6,7 +6,7 @@ What is done for each kind of damage, and why:
   that every guest offset goes on reading as it did.
 - Two L1 entries with one table, or with tables that overlap: the same, with a copy of
   the table, whose clusters then are copied because they have an owner already.
-- A cluster cut short by the end of the file is completed with zeros.
+- A cluster or a table cut short by the end of the file is completed with zeros.
 - An entry that points outside the file, between clusters or over metadata holds no data
   of the guest: it is cleared.  In an overlay it becomes a zero cluster, because old data
   of the base in place of what was lost would look as if it were right.
@@ -85,7 +85,6 @@ async def repair_image(
     """
     repair = _Repair(file, header, backup)
     await repair.mark(need_check=True)
-    await repair.complete_last_cluster()
     await repair.repair_l1()
     await repair.repair_l2()
     await repair.write_l1()
@@ -124,26 +123,27 @@ class _Repair:
         await self._file.pwrite(0, build_header(header))
         await self._file.datasync()
 
-    async def complete_last_cluster(self) -> None:
-        """Give the file a whole number of clusters; what was cut off becomes zeros."""
-        if self._size != self._whole:
-            await self._file.truncate(self._whole)
-            await self._file.datasync()
-
     async def repair_l1(self) -> None:
         """Sort out the L1 entries; the L1 table itself is changed last, by `write_l1`."""
         span = self._geometry.table_span
         found: list[tuple[int, int]] = []
         start = self._header.l1_table_offset
+        layout = Layout(self._header, self._size, self._layout.tables)
         async for first, values in read_table(self._file, self._header, start):
             good = values != UNALLOCATED
-            for code, mask in self._layout.judge_tables(values):
-                good &= ~mask
+            for code, mask in layout.judge_tables(values):
                 for place in np.flatnonzero(mask):
                     index = first + int(place)
-                    self._l1_changes.append((index, UNALLOCATED))
-                    self._lose(index * span, span, code)
+                    if code is Code.L1_CUT_SHORT:
+                        self._complete_table(index, int(values[place]))
+                    else:
+                        good[place] = False
+                        self._l1_changes.append((index, UNALLOCATED))
+                        self._lose(index * span, span, code)
             found += [(first + int(p), int(values[p])) for p in np.flatnonzero(good)]
+        if self._size != self._whole:
+            await self._file.truncate(self._whole)
+            await self._file.datasync()
         await self._separate_tables(found)
         offsets = sorted(table for _index, table in self._tables)
         self._layout.tables = np.array(offsets, np.uint64)
@@ -156,6 +156,14 @@ class _Repair:
             *((table, table + self._geometry.table_bytes) for table in offsets),
         ):
             self._references.claim_range(min(begin >> bits, size), min(end >> bits, size))
+
+    def _complete_table(self, index: int, table: int) -> None:
+        """Have a table completed of which the file holds a part; the rest of it is lost."""
+        self._whole = self._end = max(self._whole, table + self._geometry.table_bytes)
+        self._layout.file_size = self._whole
+        begin = (self._size - table) // ENTRY_BYTES * self._geometry.cluster_size
+        span = self._geometry.table_span
+        self._lose(index * span + begin, span - begin, Code.L1_CUT_SHORT, cleared=0)
 
     async def _separate_tables(self, found: list[tuple[int, int]]) -> None:
         """Give each L1 entry a table that it shares with nobody."""

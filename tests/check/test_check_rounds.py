@@ -36,15 +36,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-CLUSTER: Final = 4096
-SIZE: Final = 8 << 20
-CLUSTERS: Final = {number: pattern(CLUSTER, number) for number in (3, 0, 7, 600, 601, 5)}
+CLUSTER: Final = 8192
+ENTRIES: Final = CLUSTER // 8
+SIZE: Final = 2 * ENTRIES * CLUSTER
+CLUSTERS: Final = {number: pattern(CLUSTER, number) for number in (3, 0, 7, 1100, 1101, 5)}
 """Guest clusters with data, in the order in which they lie in the file; two L2 tables."""
 
 
 def image(**options: int | bytes) -> bytearray:
     """Build the image that is going to be damaged."""
-    return build_image(SIZE, CLUSTERS, table_size=1, **options)  # type: ignore[arg-type]
+    return build_image(SIZE, CLUSTERS, cluster_size=CLUSTER, table_size=1, **options)  # type: ignore[arg-type]
 
 
 def l1_entry(content: bytearray, index: int) -> int:
@@ -92,21 +93,32 @@ def name_in_fixed_header(content: bytearray) -> None:
     struct.pack_into("<II", content, 56, 8, 2)
 
 
+def cut_table_short(content: bytearray) -> None:
+    """Move the second table to the end of the file, and cut off its end."""
+    entry = l1_entry(content, 1)
+    table = get_entry(content, entry)
+    put_entry(content, entry, len(content))
+    content.extend(content[table : table + 8 * 77])
+
+
 CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
     # code: (damage, guest clusters that are lost)
+    Code.L1_RESERVED_BITS: (set_l1(0, lambda _c: 1), frozenset(range(ENTRIES))),
     Code.L1_UNALIGNED: (
-        set_l1(0, lambda c: get_entry(c, l1_entry(c, 0)) + 8),
-        frozenset(range(512)),
+        set_l1(0, lambda c: get_entry(c, l1_entry(c, 0)) + 4096),
+        frozenset(range(ENTRIES)),
     ),
-    Code.L1_OUT_OF_FILE: (set_l1(1, len), frozenset(range(512, 1024))),
-    Code.L1_OVER_METADATA: (set_l1(1, lambda _c: CLUSTER), frozenset(range(512, 1024))),
+    Code.L1_OUT_OF_FILE: (set_l1(1, len), frozenset(range(ENTRIES, 2 * ENTRIES))),
+    Code.L1_CUT_SHORT: (cut_table_short, frozenset(range(ENTRIES + 77, 2 * ENTRIES))),
+    Code.L1_OVER_METADATA: (set_l1(1, lambda _c: CLUSTER), frozenset(range(ENTRIES, 2 * ENTRIES))),
     Code.TABLE_OVERLAP: (set_l1(2, lambda c: get_entry(c, l1_entry(c, 0))), frozenset()),
-    Code.L2_UNALIGNED: (set_l2(3, lambda _c: 2), frozenset({3})),
-    Code.L2_OUT_OF_FILE: (set_l2(600, lambda _c: 1 << 62), frozenset({600})),
+    Code.L2_RESERVED_BITS: (set_l2(3, lambda _c: 2), frozenset({3})),
+    Code.L2_UNALIGNED: (set_l2(3, lambda _c: 3 * 4096), frozenset({3})),
+    Code.L2_OUT_OF_FILE: (set_l2(1100, lambda _c: 1 << 62), frozenset({1100})),
     Code.L2_CUT_SHORT: (cut(100), frozenset({5})),
     Code.L2_OVER_METADATA: (set_l2(7, lambda c: get_entry(c, l1_entry(c, 1))), frozenset({7})),
     Code.DUPLICATE_CLUSTER: (
-        set_l2(9, lambda c: get_entry(c, l2_entry_offset(c, 601))),
+        set_l2(9, lambda c: get_entry(c, l2_entry_offset(c, 1101))),
         frozenset(),
     ),
     Code.LEAKED_CLUSTERS: (add(3 * CLUSTER), frozenset()),
@@ -117,7 +129,7 @@ CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
     Code.UNKNOWN_COMPAT: (set_header(24, "<Q", 1 << 40), frozenset()),
     Code.UNKNOWN_AUTOCLEAR: (set_header(32, "<Q", 3), frozenset()),
     Code.ODD_TAIL: (add(7), frozenset()),
-    Code.PAST_IMAGE_SIZE: (set_header(48, "<Q", 601 * CLUSTER), frozenset()),
+    Code.PAST_IMAGE_SIZE: (set_header(48, "<Q", 1101 * CLUSTER), frozenset()),
     Code.MOSTLY_LEAKED: (add(40 * CLUSTER), frozenset()),
 }
 
@@ -173,10 +185,10 @@ async def test_damage_is_found_and_repaired_and_other_data_stays(code: Code) -> 
     assert reported == {number for number in lost if number * CLUSTER < size}
     if code is Code.TABLE_OVERLAP:
         # Two guest ranges read the same before; they still do, each with its own clusters.
-        span = 512 * CLUSTER
+        span = ENTRIES * CLUSTER
         expected[2 * span : 3 * span] = expected[:span]
     if code is Code.DUPLICATE_CLUSTER:
-        expected[9 * CLUSTER : 10 * CLUSTER] = CLUSTERS[601]
+        expected[9 * CLUSTER : 10 * CLUSTER] = CLUSTERS[1101]
     for number in range(size // CLUSTER):
         if number not in lost:
             part = slice(number * CLUSTER, (number + 1) * CLUSTER)
@@ -221,7 +233,7 @@ async def test_many_findings_are_counted_but_not_all_kept() -> None:
     """A hostile image cannot fill the memory with findings."""
     content = build_image(SIZE, dict.fromkeys(range(500), 3))
     found = await check(content)
-    assert found.counts[Code.L2_UNALIGNED] == 500
+    assert found.counts[Code.L2_RESERVED_BITS] == 500
     assert len(found.findings) == MAX_KEPT
     assert found.as_json()["errors"] == 500
 
