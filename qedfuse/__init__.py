@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qedfuse.api import DiskFile, open  # noqa: A004  a module's open, like gzip.open
     from qedfuse.disk.create import create_image
-    from qedfuse.disk.disk import Disk, open_disk
+    from qedfuse.disk.disk import Disk
+    from qedfuse.disk.opening import open_disk
     from qedfuse.disk.options import BackingPolicy, OpenOptions
     from qedfuse.errors import QedError
 
@@ -42,7 +43,7 @@ _HOMES = {
     "QedError": "errors",
     "create_image": "disk.create",
     "open": "api",
-    "open_disk": "disk.disk",
+    "open_disk": "disk.opening",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.disk import open_disk
+from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.util.portal import Portal
 from qedfuse.util.text import printable

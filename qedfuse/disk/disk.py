@@ -9,47 +9,38 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import trio
 
 from qedfuse.disk.allocator import Allocator
-from qedfuse.disk.backing import open_bases, read_header
 from qedfuse.disk.chain import Chain
 from qedfuse.disk.commit import Commit, CommitStatistics
 from qedfuse.disk.extents import Kind
 from qedfuse.disk.layer import QedLayer
 from qedfuse.disk.liveheader import LiveHeader
 from qedfuse.disk.needcheck import NeedCheck
-from qedfuse.disk.options import OpenOptions
 from qedfuse.disk.requests import Requests
-from qedfuse.disk.tablecache import make_store
 from qedfuse.errors import (
     CorruptImageError,
-    NeedsCheckError,
     NoSpaceError,
     ReadOnlyError,
     UsageError,
 )
-from qedfuse.hostio.hostfile import PosixFile
-from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.ondisk.constants import SECTOR
 from qedfuse.util.scope import open_scope
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from qedfuse.disk.extents import Extent
     from qedfuse.disk.layer import Layer
+    from qedfuse.disk.options import OpenOptions
     from qedfuse.disk.tablecache import SliceStore
     from qedfuse.hostio.hostfile import Buffer, HostFile
     from qedfuse.ondisk.header import Header
     from qedfuse.util.lru import LRUStatistics
-
-    Inspector: TypeAlias = Callable[[HostFile, Header], Awaitable[None]]
-    """Checks an image that needs it; raises to refuse the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +254,25 @@ class Disk:
             self._store.statistics(), self._commit.statistics(), self._allocator.end
         )
 
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Start the disk; close it cleanly at the end of the ``async with`` block.
+
+        Raises:
+            CorruptImageError: The image cannot be written to without damage.
+            HostError: As `close`.
+        """
+        try:
+            async with open_scope() as nursery:
+                await self.start(nursery)
+                try:
+                    yield
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            # The background tasks have ended: closing has the disk to itself.
+            await self.close()
+
     async def close(self) -> None:
         """Make everything durable, clear NEED_CHECK, and let the files and locks go.
 
@@ -283,74 +293,3 @@ class Disk:
                     raise self._commit.failure
             finally:
                 self._chain.close()
-
-
-@asynccontextmanager
-async def open_disk(
-    path: str, options: OpenOptions | None = None, *, inspector: Inspector | None = None
-) -> AsyncIterator[Disk]:
-    """Open an image and its chain; close it cleanly at the end of the ``async with`` block.
-
-    Args:
-        path: The image.
-        options: How to open it; read-only by default.
-        inspector: Called before a writable open of an image that needs a check; it runs
-            the check and raises to refuse the image.
-
-    Raises:
-        QedError: The image or a base cannot be opened, locked or trusted.
-    """
-    options = options or OpenOptions()
-    if options.writable and options.force_share:
-        msg = f"{printable(path)}: force_share: a disk that is shared with a writer is read-only"
-        raise UsageError(msg)
-    store = make_store(options.cache_bytes)
-    file = PosixFile.open(path, writable=options.writable)
-    try:
-        if options.lock:
-            lock_image(file.fd, _lock_mode(options), file.name)
-        header = await read_header(file)
-        if options.writable:
-            await _inspect(file, header, inspector)
-        bases = await open_bases(path, file, header, options, store)
-    except BaseException:
-        file.close()
-        raise
-    disk = Disk(file, header, bases, options, store, path)
-    try:
-        async with open_scope() as nursery:
-            await disk.start(nursery)
-            try:
-                yield disk
-            finally:
-                nursery.cancel_scope.cancel()
-    finally:
-        # The background tasks have ended: closing has the disk to itself.
-        await disk.close()
-
-
-def _lock_mode(options: OpenOptions) -> LockMode:
-    """Choose the locks for the image itself."""
-    if options.writable:
-        return LockMode.WRITE
-    return LockMode.SHARE if options.force_share else LockMode.READ
-
-
-async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:
-    """Have an image checked whose tables must not be trusted for writing as they are.
-
-    That is an image with NEED_CHECK set, and one whose length is not a whole number of
-    clusters: the rest at its end is cut off when the file grows, which is harmless
-    unless a table refers to it.
-
-    Raises:
-        NeedsCheckError: There is no inspector.
-    """
-    odd = header.geometry.in_cluster(file.size())
-    if not header.need_check and not odd:
-        return
-    if inspector is None:
-        found = "NEED_CHECK set" if header.need_check else f"{odd} bytes past the last cluster"
-        msg = f"{file.name}: found {found}: the image must be checked before it is written to"
-        raise NeedsCheckError(msg)
-    await inspector(file, header)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.backing import read_backing_name, read_header
 from qedfuse.disk.create import create_image
-from qedfuse.disk.disk import open_disk
+from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
 from qedfuse.hostio.hostfile import PosixFile

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
 )
 
 from qedfuse.disk.create import create_image
-from qedfuse.disk.disk import open_disk
 from qedfuse.disk.extents import Kind
+from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.ondisk.constants import SECTOR, ZERO
 from qedfuse.ondisk.geometry import Geometry

@@ -19,7 +19,6 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.disk.tablecache import make_store
 from qedfuse.ondisk.constants import MAGIC, SECTOR, UNALLOCATED, ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
-from qedfuse.util.scope import open_scope
 from tests.support.hostfiles import MemoryFile
 
 if TYPE_CHECKING:
@@ -123,15 +122,8 @@ async def opened(
     header = await read_header(file)
     layers = [await _base(content, depth, store) for depth, content in enumerate(bases, 1)]
     disk = Disk(file, header, layers, options, store)
-    try:
-        async with open_scope() as nursery:
-            await disk.start(nursery)
-            try:
-                yield disk
-            finally:
-                nursery.cancel_scope.cancel()
-    finally:
-        await disk.close()
+    async with disk.serving():
+        yield disk
 
 
 async def _base(content: bytes | bytearray, depth: int, store: SliceStore) -> Layer:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qedfuse.disk.backing import MAX_DEPTH
-from qedfuse.disk.disk import open_disk
+from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import (
     BackingError,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.disk.disk import open_disk
 from qedfuse.disk.extents import Kind
+from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, ImageError, NeedsCheckError
 from tests.support.disks import (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import pyfuse3
 import pytest
 
-from qedfuse.disk.disk import Disk, open_disk
+from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
 from qedfuse.mount.attach import _explain, kernel_options
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pyfuse3 import RequestContext
+
+    from qedfuse.disk.disk import Disk
 
 INIT = struct.pack("=IIQQIIII" + "IIII", 56, 26, 1, 0, 0, 0, 0, 0, 7, 40, 1 << 17, 0xFF)
 

@@ -1,0 +1,87 @@
+"""Opening an image and its chain: locked, checked where need be, and closed in order."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+from qedfuse.disk.backing import open_bases, read_header
+from qedfuse.disk.disk import Disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.disk.tablecache import make_store
+from qedfuse.errors import NeedsCheckError, UsageError
+from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.header import Header
+
+    Inspector: TypeAlias = Callable[[HostFile, Header], Awaitable[None]]
+    """Checks an image that needs it; raises to refuse the image."""
+
+
+@asynccontextmanager
+async def open_disk(
+    path: str, options: OpenOptions | None = None, *, inspector: Inspector | None = None
+) -> AsyncIterator[Disk]:
+    """Open an image and its chain; close it cleanly at the end of the ``async with`` block.
+
+    Args:
+        path: The image.
+        options: How to open it; read-only by default.
+        inspector: Called before a writable open of an image that needs a check; it runs
+            the check and raises to refuse the image.
+
+    Raises:
+        QedError: The image or a base cannot be opened, locked or trusted.
+    """
+    options = options or OpenOptions()
+    if options.writable and options.force_share:
+        msg = f"{printable(path)}: force_share: a disk that is shared with a writer is read-only"
+        raise UsageError(msg)
+    store = make_store(options.cache_bytes)
+    file = PosixFile.open(path, writable=options.writable)
+    try:
+        if options.lock:
+            lock_image(file.fd, _lock_mode(options), file.name)
+        header = await read_header(file)
+        if options.writable:
+            await _inspect(file, header, inspector)
+        bases = await open_bases(path, file, header, options, store)
+    except BaseException:
+        file.close()
+        raise
+    disk = Disk(file, header, bases, options, store, path)
+    async with disk.serving():
+        yield disk
+
+
+def _lock_mode(options: OpenOptions) -> LockMode:
+    """Choose the locks for the image itself."""
+    if options.writable:
+        return LockMode.WRITE
+    return LockMode.SHARE if options.force_share else LockMode.READ
+
+
+async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:
+    """Have an image checked whose tables must not be trusted for writing as they are.
+
+    That is an image with NEED_CHECK set, and one whose length is not a whole number of
+    clusters: the rest at its end is cut off when the file grows, which is harmless
+    unless a table refers to it.
+
+    Raises:
+        NeedsCheckError: There is no inspector.
+    """
+    odd = header.geometry.in_cluster(file.size())
+    if not header.need_check and not odd:
+        return
+    if inspector is None:
+        found = "NEED_CHECK set" if header.need_check else f"{odd} bytes past the last cluster"
+        msg = f"{file.name}: found {found}: the image must be checked before it is written to"
+        raise NeedsCheckError(msg)
+    await inspector(file, header)
