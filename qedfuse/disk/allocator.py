@@ -43,14 +43,18 @@ class Run(NamedTuple):
 
 
 class Allocator:
-    """Hands out clusters: those that were given back first, then new ones at the end."""
+    """Hands out clusters: those that were given back first, then new ones at the end.
+
+    Attributes:
+        bound: Length in bytes beyond which the file is not grown ahead (rule S4).
+    """
 
     def __init__(self, file: HostFile, geometry: Geometry, commit: Commit, bound: int) -> None:
-        """Allocate in ``file``; growing ahead stops at ``bound`` bytes (rule S4)."""
+        """Allocate in ``file``; growing ahead stops at ``bound`` bytes."""
         self._file = file
         self._commit = commit
         self._geometry = geometry
-        self._bound = bound
+        self.bound = bound
         size = file.size()
         self.end = geometry.floor(size)
         self._file_end = self.end
@@ -115,7 +119,7 @@ class Allocator:
                 await self._commit.barrier()
                 self._has_tail = False
             ahead = self._geometry.ceil(end + GROWTH_BYTES)
-            target = max(end, min(ahead, self._bound))
+            target = max(end, min(ahead, self.bound))
             await self._file.truncate(target)
             self._file_end = target
 

@@ -80,8 +80,7 @@ class Disk:
         self._chain = Chain([self._layer, *bases])
         self._live = LiveHeader(file, header)
         self._commit = Commit(file, self._layer.tables, options.commit_seconds)
-        bound = header.geometry.bound(header.header_end, header.image_size)
-        self._allocator = Allocator(file, header.geometry, self._commit, bound)
+        self._allocator = Allocator(file, header.geometry, self._commit, _bound(header))
         self._needcheck = NeedCheck(
             self._live, self._commit, self._allocator, options.needcheck_seconds
         )
@@ -205,6 +204,7 @@ class Disk:
             await self._commit.barrier()
             await self._live.change(lambda header: header.with_size(size))
             self._layer.header = self._live.value
+            self._allocator.bound = _bound(self._live.value)
             await self._commit.barrier()
 
     async def _blank_past_end(self, size: int) -> None:
@@ -293,3 +293,8 @@ class Disk:
                     raise self._commit.failure
             finally:
                 self._chain.close()
+
+
+def _bound(header: Header) -> int:
+    """Give the length in bytes that the file of an image never needs to exceed (rule S4)."""
+    return header.geometry.bound(header.header_end, header.image_size)
