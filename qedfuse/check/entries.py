@@ -6,7 +6,7 @@ Everything is done on whole slices with numpy: a full 1 TiB image has 16.7 milli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import trio
@@ -27,23 +27,37 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 
-async def read_table(
-    file: HostFile, header: Header, start: int
-) -> AsyncIterator[tuple[int, Values]]:
+def read_table(file: HostFile, header: Header, start: int) -> AsyncIterator[tuple[int, Values]]:
     """Read a table in slices of at most 64 KiB, skipping the holes of a sparse file.
 
     Yields:
         (index of the first entry, the entries).  Lets other tasks run in between.
     """
-    end = start + header.geometry.table_bytes
-    position = start
-    while (data := await file.next_data(position)) is not None and data < end:
-        position = max(position, data - (data - start) % SLICE_BYTES)
-        raw = await file.pread(position, min(SLICE_BYTES, end - position))
-        entries = decode(raw[: len(raw) & -ENTRY_BYTES])
-        yield (position - start) // ENTRY_BYTES, np.frombuffer(entries, np.uint64)
+    return _Slices(file, start, start + header.geometry.table_bytes)
+
+
+class _Slices:
+    """The slices of a table.  No generator: those complain where an error ends a loop early."""
+
+    def __init__(self, file: HostFile, start: int, end: int) -> None:
+        self._file = file
+        self._start = start
+        self._end = end
+        self._position = start
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Values]:
         await trio.lowlevel.checkpoint()
-        position += SLICE_BYTES
+        data = await self._file.next_data(self._position)
+        if data is None or data >= self._end:
+            raise StopAsyncIteration
+        position = max(self._position, data - (data - self._start) % SLICE_BYTES)
+        self._position = position + SLICE_BYTES
+        raw = await self._file.pread(position, min(SLICE_BYTES, self._end - position))
+        entries = decode(raw[: len(raw) & -ENTRY_BYTES])
+        return (position - self._start) // ENTRY_BYTES, np.frombuffer(entries, np.uint64)
 
 
 _RESERVED: Final = np.uint64(MIN_CLUSTER_SIZE - 1)
@@ -70,7 +84,6 @@ class Layout:
             (Code.L1_RESERVED_BITS, (values & _RESERVED) != 0),
             (Code.L1_UNALIGNED, (values & np.uint64(geometry.cluster_mask)) != 0),
             (Code.L1_OUT_OF_FILE, values >= self.file_size),
-            (Code.L1_CUT_SHORT, values > max(0, self.file_size - geometry.table_bytes)),
             (
                 Code.L1_OVER_METADATA,
                 (values < header.header_end)
@@ -79,6 +92,7 @@ class Layout:
                     & (values > max(0, header.l1_table_offset - geometry.table_bytes))
                 ),
             ),
+            (Code.L1_CUT_SHORT, values > max(0, self.file_size - geometry.table_bytes)),
         )
         for code, rule in rules:
             yield code, left & rule
@@ -91,9 +105,7 @@ class Layout:
         over = (values < header.header_end) | (
             (values >= header.l1_table_offset) & (values < header.l1_end)
         )
-        if len(self.tables):
-            place = np.searchsorted(self.tables, values, "right") - 1
-            over |= (place >= 0) & (values - self.tables[place] < geometry.table_bytes)
+        over |= self.table_under(values) >= 0
         rules = (
             (Code.L2_RESERVED_BITS, (values & _RESERVED) != 0),
             (Code.L2_UNALIGNED, (values & np.uint64(geometry.cluster_mask)) != 0),
@@ -104,6 +116,14 @@ class Layout:
         for code, rule in rules:
             yield code, left & rule
             left &= ~rule
+
+    def table_under(self, values: Values) -> NDArray[np.intp]:
+        """Tell over which of the tables each file offset lies; -1 if over none."""
+        if not len(self.tables):
+            return np.full(len(values), -1)
+        place = np.searchsorted(self.tables, values, "right") - 1
+        inside = values - self.tables[place] < self.header.geometry.table_bytes
+        return np.where(inside, place, -1)
 
     def expected(self, code: Code) -> str:
         """Say what an entry should have been."""

@@ -42,6 +42,7 @@ class Code(enum.Enum):
     NAME_IN_FIXED_HEADER = "backing-name-in-fixed-header"
     BACKING_NAME_EMPTY = "backing-name-empty"
     NO_PROBE_WITHOUT_BACKING = "no-probe-without-backing"
+    NEED_CHECK_SET = "need-check-set"
     UNKNOWN_COMPAT = "unknown-compat-bits"
     UNKNOWN_AUTOCLEAR = "unknown-autoclear-bits"
     ODD_TAIL = "odd-tail"
@@ -62,6 +63,7 @@ _NOTES: Final = frozenset(
         Code.NAME_IN_FIXED_HEADER,
         Code.BACKING_NAME_EMPTY,
         Code.NO_PROBE_WITHOUT_BACKING,
+        Code.NEED_CHECK_SET,
         Code.UNKNOWN_COMPAT,
         Code.UNKNOWN_AUTOCLEAR,
         Code.ODD_TAIL,

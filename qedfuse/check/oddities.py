@@ -42,6 +42,13 @@ def oddities(header: Header, file_size: int, name: str) -> Iterator[Finding]:
             "both bits or neither",
         ),
         (
+            header.need_check,
+            Code.NEED_CHECK_SET,
+            "features",
+            "NEED_CHECK (bit 1), left by a crash",
+            "an image that was closed cleanly",
+        ),
+        (
             compat != 0,
             Code.UNKNOWN_COMPAT,
             "compat_features",

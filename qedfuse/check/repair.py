@@ -6,10 +6,19 @@ What is done for each kind of damage, and why:
   that every guest offset goes on reading as it did.
 - Two L1 entries with one table, or with tables that overlap: the same, with a copy of
   the table, whose clusters then are copied because they have an owner already.
-- A cluster or a table cut short by the end of the file is completed with zeros.
-- An entry that points outside the file, between clusters or over metadata holds no data
-  of the guest: it is cleared.  In an overlay it becomes a zero cluster, because old data
-  of the base in place of what was lost would look as if it were right.
+- A cluster that is both a table and data: the table moves to a copy, the data stays.
+  One of the two owners is wrong, and the tables cannot tell which.  Clearing the data's
+  entry would lose the guest's data if it is the table's L1 entry that is wild, and so
+  would mending that table in place.  The range is reported, since it may be the other
+  way round.
+- A table cut short by the end of the file keeps the entries that are there; a data
+  cluster cut short is completed with zeros.
+- An entry that points outside the file, between clusters or over the header or the L1
+  table holds no data of the guest: it is cleared.
+- Where there was an entry that is lost, an overlay gets zero clusters, for a lost L1
+  entry a table of them: old data of the base would look as if it were right.
+- What lies past the end of the disk is never copied, but cleared where it is in the way:
+  a small disk could else be made to fill the host's.
 
 What was lost is reported as ranges of the disk.  Leaks are left alone.
 """
@@ -24,24 +33,30 @@ import numpy as np
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code
 from qedfuse.check.references import References
+from qedfuse.check.rewrite import Rewriter
+from qedfuse.check.tables import check_number, claim_tables, named_tables, overlapping
 from qedfuse.check.walk import check_image
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
-from qedfuse.ondisk.header import build_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
+    from qedfuse.check.entries import Mask, Values
+    from qedfuse.check.tables import Indices
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
-_COPY_BYTES: Final = 1 << 20
+MAX_LOST: Final = 100_000
+"""Ranges that are told apart; the last one grows to cover what is lost beyond that."""
 
 
 @dataclass(frozen=True, slots=True)
 class LostRange:
-    """A range of the disk, in bytes, whose content is gone; it reads as zeros now."""
+    """A range of the disk, in bytes, whose content is gone or cannot be trusted.
+
+    It reads as zeros now; only where a table lay over it (`Code.L2_OVER_METADATA`) it
+    may read as it did before.
+    """
 
     start: int
     length: int
@@ -71,7 +86,9 @@ async def repair_image(
     """Repair the tables of an image that is open for writing and locked.
 
     Crash-safe: NEED_CHECK is set first and cleared last, copies are durable before the
-    entries that point to them.  A repair that was interrupted can be run again.
+    entries that point to them.  A repair that was interrupted can be run again; it then
+    no longer knows what the end of the file had cut off.  Without errors there is
+    nothing to do but to clear NEED_CHECK.
 
     Args:
         file: The image.
@@ -83,173 +100,213 @@ async def repair_image(
         HostError: The host refused; NEED_CHECK stays set.
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
-    repair = _Repair(file, header, backup)
-    await repair.mark(need_check=True)
-    await repair.repair_l1()
-    await repair.repair_l2()
-    await repair.write_l1()
-    after = await check_image(file, header)
+    sound = header.with_need_check(value=False)
+    rewriter = Rewriter(file, header, backup)
+    # What cannot be checked is found out before anything is changed.
+    before = await check_image(file, sound)
+    if not before.errors:
+        if header.need_check:
+            await rewriter.mark(need_check=False)
+        return RepairReport((), 0, 0, before)
+    repair = _Repair(file, header, rewriter)
+    await repair.run()
+    after = await check_image(file, sound)
     if not after.errors:
-        await repair.mark(need_check=False)
+        await rewriter.mark(need_check=False)
     return RepairReport(tuple(repair.lost), repair.copied, repair.cleared, after)
 
 
 class _Repair:
     """One repair under way."""
 
-    def __init__(
-        self, file: HostFile, header: Header, backup: Callable[[int, bytes], None] | None
-    ) -> None:
+    def __init__(self, file: HostFile, header: Header, rewriter: Rewriter) -> None:
         self._file = file
         self._header = header
         self._geometry = header.geometry
-        self._backup = backup or (lambda _offset, _old: None)
+        self.rewriter = rewriter
         self._size = file.size()
-        self._whole = self._end = header.geometry.ceil(self._size)
+        self._whole = rewriter.end
         self._layout = Layout(header, self._whole, np.empty(0, np.uint64))
+        # Copies lie past the old end of the file, where nothing else can point to.
         self._references = References(header.geometry.clusters(self._size), file.name)
-        self._tables: list[tuple[int, int]] = []
-        self._l1_changes: list[tuple[int, int]] = []  # (L1 index, new value)
+        self._tables: list[tuple[int, int]] = []  # (L1 index, file offset)
+        self._left = np.empty(0, np.uint64)  # where tables were that have moved, sorted
+        self._l1_bad: list[int] = []
+        self._l1_changes: dict[int, int] = {}
         # Zeros hide what the base has; without a base, nothing is as good.
         self._empty = ZERO if header.has_backing else UNALLOCATED
         self.lost: list[LostRange] = []
         self.copied = 0
         self.cleared = 0
 
-    async def mark(self, *, need_check: bool) -> None:
-        """Set or clear NEED_CHECK, durably, after everything before is durable."""
-        await self._file.datasync()
-        header = self._header.with_need_check(value=need_check).without_stale_autoclear()
-        await self._file.pwrite(0, build_header(header))
-        await self._file.datasync()
-
-    async def repair_l1(self) -> None:
-        """Sort out the L1 entries; the L1 table itself is changed last, by `write_l1`."""
-        span = self._geometry.table_span
-        found: list[tuple[int, int]] = []
-        start = self._header.l1_table_offset
-        layout = Layout(self._header, self._size, self._layout.tables)
-        async for first, values in read_table(self._file, self._header, start):
-            good = values != UNALLOCATED
-            for code, mask in layout.judge_tables(values):
-                for place in np.flatnonzero(mask):
-                    index = first + int(place)
-                    if code is Code.L1_CUT_SHORT:
-                        self._complete_table(index, int(values[place]))
-                    else:
-                        good[place] = False
-                        self._l1_changes.append((index, UNALLOCATED))
-                        self._lose(index * span, span, code)
-            found += [(first + int(p), int(values[p])) for p in np.flatnonzero(good)]
-        if self._size != self._whole:
-            await self._file.truncate(self._whole)
-            await self._file.datasync()
-        await self._separate_tables(found)
-        offsets = sorted(table for _index, table in self._tables)
-        self._layout.tables = np.array(offsets, np.uint64)
-        bits = self._geometry.cluster_bits
-        size = self._geometry.clusters(self._size)
-        # Copies lie past the old end of the file, where nothing else can point to.
-        for begin, end in (
-            (0, self._header.header_end),
-            (self._header.l1_table_offset, self._header.l1_end),
-            *((table, table + self._geometry.table_bytes) for table in offsets),
-        ):
-            self._references.claim_range(min(begin >> bits, size), min(end >> bits, size))
-
-    def _complete_table(self, index: int, table: int) -> None:
-        """Have a table completed of which the file holds a part; the rest of it is lost."""
-        self._whole = self._end = max(self._whole, table + self._geometry.table_bytes)
-        self._layout.file_size = self._whole
-        begin = (self._size - table) // ENTRY_BYTES * self._geometry.cluster_size
-        span = self._geometry.table_span
-        self._lose(index * span + begin, span - begin, Code.L1_CUT_SHORT, cleared=0)
-
-    async def _separate_tables(self, found: list[tuple[int, int]]) -> None:
-        """Give each L1 entry a table that it shares with nobody."""
-        end = -1
-        for index, table in sorted(found, key=lambda item: (item[1], item[0])):
-            if table >= end:
-                end = table + self._geometry.table_bytes
-                self._tables.append((index, table))
-            else:
-                copy = await self._copy(table, self._geometry.table_bytes)
-                self._tables.append((index, copy))
-                self._l1_changes.append((index, copy))
-        self._tables.sort()
-
-    async def repair_l2(self) -> None:
-        """Sort out the entries of all L2 tables."""
-        for l1_index, table in self._tables:
+    async def run(self) -> None:
+        """Repair; new things become durable first, then L2 entries, then L1 entries."""
+        await self.rewriter.mark(need_check=True)
+        await self.rewriter.extend(self._whole)
+        indices, tables = await self._find_tables()
+        await self._complete_tables(indices, tables)
+        await self._separate_tables(indices, tables)
+        await self._replace_bad_tables()
+        await self._claim_metadata()
+        for index, table in self._tables:
             async for first, values in read_table(self._file, self._header, table):
                 if (values > ZERO).any():
-                    fixed = await self._repair_slice(l1_index, first, values)
-                    await self._replace(table + first * ENTRY_BYTES, values, fixed)
+                    fixed = await self._repair_slice(index, first, values)
+                    await self.rewriter.replace(table + first * ENTRY_BYTES, values, fixed)
+        await self._write_l1()
 
-    async def _repair_slice(
-        self, l1_index: int, first: int, values: NDArray[np.uint64]
-    ) -> NDArray[np.uint64]:
-        """Work out what the entries of one slice should be, and copy what needs a copy."""
+    def _beyond(self, index: int) -> bool:
+        """Tell whether an L1 entry lies past the end of the disk."""
+        return index >= self._geometry.l1_used(self._header.image_size)
+
+    async def _find_tables(self) -> tuple[Indices, Values]:
+        """Read the L1 table; give the entries that are good, sorted by their tables."""
+        layout = Layout(self._header, self._size, self._layout.tables)
+        indices, tables = await named_tables(
+            self._file, layout, self._note_bad_tables, keep_short=True
+        )
+        order = np.lexsort((indices, tables))
+        return indices[order], tables[order]
+
+    def _note_bad_tables(self, code: Code, first: int, _values: Values, mask: Mask) -> None:
+        """Note the L1 entries that are to be cleared; the L1 table is changed last."""
+        span = self._geometry.table_span
+        for place in np.flatnonzero(mask).tolist():
+            check_number(self._file, len(self._l1_bad) + 1)
+            self._l1_bad.append(first + place)
+            self._lose((first + place) * span, span, code)
+
+    async def _complete_tables(self, indices: Indices, tables: Values) -> None:
+        """Give the tables that run past the end of the file the rest of their entries."""
         geometry = self._geometry
+        # Half an entry is no entry.
+        cut = self._size - self._size % ENTRY_BYTES
+        short = tables + np.uint64(geometry.table_bytes) > self._size
+        if not short.any():
+            return
+        for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
+            missing = max(0, cut - table) // ENTRY_BYTES * geometry.cluster_size
+            start = index * geometry.table_span + missing
+            self._lose(start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0)
+        end = int(tables[-1]) + geometry.table_bytes
+        await self.rewriter.extend(end)
+        if cut < self._size:
+            old = bytes(await self._file.pread(cut, self._size - cut))
+            await self.rewriter.overwrite(cut, old, bytes(len(old)))
+        await self.rewriter.fill(cut, (end - cut) // ENTRY_BYTES, self._empty)
+
+    async def _separate_tables(self, indices: Indices, tables: Values) -> None:
+        """Give each L1 entry a table that is nothing else, neither table nor data."""
+        shared = await overlapping(tables, self._geometry.table_bytes)
+        self._layout.tables = tables[~shared]
+        under = await self._under_data(tables)
+        move = shared | under[np.searchsorted(self._layout.tables, tables, "right") - 1] & ~shared
+        for index, table, moves in zip(
+            indices.tolist(), tables.tolist(), move.tolist(), strict=True
+        ):
+            if not moves:
+                self._tables.append((index, table))
+            elif self._beyond(index):
+                self._l1_changes[index] = UNALLOCATED
+                self.cleared += 1
+            else:
+                copy = await self.rewriter.copy(table, self._geometry.table_bytes)
+                self._tables.append((index, copy))
+                self._l1_changes[index] = copy
+        self._tables.sort()
+        self._left = self._layout.tables[under]
+        self._layout.tables = self._layout.tables[~under]
+
+    async def _under_data(self, tables: Values) -> Mask:
+        """Tell over which of the layout's tables an entry of any table has its data."""
+        under = np.zeros(len(self._layout.tables), np.bool_)
+        for table in np.unique(tables).tolist():
+            async for _first, values in read_table(self._file, self._header, table):
+                for code, mask in self._layout.judge_clusters(values):
+                    if code is Code.L2_OVER_METADATA:
+                        places = self._layout.table_under(values[mask])
+                        under[places[places >= 0]] = True
+        return under
+
+    async def _replace_bad_tables(self) -> None:
+        """Decide what the L1 entries that are lost become."""
+        geometry = self._geometry
+        for index in self._l1_bad:
+            self._l1_changes[index] = UNALLOCATED
+            if self._empty != UNALLOCATED and not self._beyond(index):
+                length = self._header.image_size - index * geometry.table_span
+                count = geometry.clusters(min(length, geometry.table_span))
+                self._l1_changes[index] = await self.rewriter.new_table(self._empty, count)
+
+    async def _claim_metadata(self) -> None:
+        """Mark what the header and the tables use that stay where they are."""
+        bits = self._geometry.cluster_bits
+        self._references.claim_range(0, self._header.header_end >> bits)
+        l1_table = (self._header.l1_table_offset, self._header.l1_end)
+        self._references.claim_range(l1_table[0] >> bits, l1_table[1] >> bits)
+        await claim_tables(self._references, self._layout.tables, self._geometry)
+
+    async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
+        """Work out what the entries of one slice should be, and copy what needs a copy."""
+        size = self._geometry.cluster_size
         fixed = values.copy()
-        start = l1_index * geometry.table_span + first * geometry.cluster_size
+        start = l1_index * self._geometry.table_span + first * size
         good = values > ZERO
         for code, mask in self._layout.judge_clusters(values):
             good &= ~mask
-            for place in np.flatnonzero(mask):
-                fixed[place] = self._empty
-                self._lose(start + int(place) * geometry.cluster_size, geometry.cluster_size, code)
+            fixed[mask] = self._empty
+            for place in np.flatnonzero(mask).tolist():
+                self._lose(start + place * size, size, code)
         where = np.flatnonzero(good)
-        taken = self._references.claim(values[where] >> np.uint64(geometry.cluster_bits))
-        for place in where[taken]:
-            fixed[place] = await self._copy(int(values[place]), geometry.cluster_size)
-            self.copied += 1
-        if self._size != self._whole:
-            cut = geometry.floor(self._size)
-            for place in np.flatnonzero(values == cut):
-                begin = start + int(place) * geometry.cluster_size + self._size - cut
-                self._lose(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
+        taken = self._references.claim(values[where] >> np.uint64(self._geometry.cluster_bits))
+        for place in where[taken].tolist():
+            if start + place * size < self._header.image_size:
+                fixed[place] = await self.rewriter.copy(int(values[place]), size)
+                self.copied += 1
+            else:
+                fixed[place] = UNALLOCATED
+                self.cleared += 1
+        self._report_doubts(start, values, good)
         return fixed
 
-    async def _replace(self, offset: int, old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
-        """Write the entries that have changed, once what they point to is durable."""
-        where = np.flatnonzero(old != new)
-        if len(where):
-            begin, end = int(where[0]), int(where[-1]) + 1
-            self._backup(offset + begin * ENTRY_BYTES, _bytes(old[begin:end]))
-            await self._file.datasync()
-            await self._file.pwrite(offset + begin * ENTRY_BYTES, _bytes(new[begin:end]))
+    def _report_doubts(self, start: int, values: Values, good: Mask) -> None:
+        """Report data that the end of the file cut short, or that a table lay over."""
+        geometry = self._geometry
+        size = geometry.cluster_size
+        if self._size != self._whole:
+            cut = geometry.floor(self._size)
+            for place in np.flatnonzero(good & (values == cut)).tolist():
+                begin = start + place * size + self._size - cut
+                self._lose(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
+        over = Layout(self._header, self._whole, self._left).table_under(values) >= 0
+        for place in np.flatnonzero(good & over).tolist():
+            self._lose(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
 
-    async def write_l1(self) -> None:
+    async def _write_l1(self) -> None:
         """Change the L1 table, now that all tables it will point to are right."""
-        if self._l1_changes:
-            await self._file.datasync()
-        for index, value in self._l1_changes:
-            offset = self._header.l1_table_offset + index * ENTRY_BYTES
-            self._backup(offset, bytes(await self._file.pread(offset, ENTRY_BYTES)))
-            await self._file.pwrite(offset, value.to_bytes(ENTRY_BYTES, "little"))
-
-    async def _copy(self, start: int, length: int) -> int:
-        """Copy a range of the file to its end; give the file offset of the copy."""
-        target = self._end
-        self._end += length
-        await self._file.truncate(self._end)
-        for at in range(0, length, _COPY_BYTES):
-            data = await self._file.pread(start + at, min(_COPY_BYTES, length - at))
-            await self._file.pwrite(target + at, data)
-        return target
+        if not self._l1_changes:
+            return
+        changed = np.array(sorted(self._l1_changes), np.int64)
+        start = self._header.l1_table_offset
+        async for first, values in read_table(self._file, self._header, start):
+            fixed = values.copy()
+            begin, end = np.searchsorted(changed, [first, first + len(values)])
+            for index in changed[begin:end].tolist():
+                fixed[index - first] = self._l1_changes[index]
+            await self.rewriter.replace(start + first * ENTRY_BYTES, values, fixed)
 
     def _lose(self, start: int, length: int, code: Code, cleared: int = 1) -> None:
         """Note a range of the disk that had to be given up; neighbours are joined."""
         self.cleared += cleared
         length = max(0, min(length, self._header.image_size - start))
+        if not length:
+            return
         last = self.lost[-1] if self.lost else None
         if last is not None and last.code is code and last.start + last.length == start:
             self.lost[-1] = LostRange(last.start, last.length + length, code)
-        elif length:
+        elif last is not None and len(self.lost) >= MAX_LOST:
+            begin = min(last.start, start)
+            end = max(last.start + last.length, start + length)
+            self.lost[-1] = LostRange(begin, end - begin, last.code)
+        else:
             self.lost.append(LostRange(start, length, code))
-
-
-def _bytes(values: NDArray[np.uint64]) -> bytes:
-    """Encode entries as they stand in the file."""
-    return values.astype("<u8").tobytes()

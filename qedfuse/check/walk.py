@@ -10,6 +10,7 @@ from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
 from qedfuse.check.oddities import oddities
 from qedfuse.check.references import References
+from qedfuse.check.tables import claim_tables, filled, named_tables, overlapping
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 _SUSPICIOUS: Final = 16
 """More leaked clusters than this, and more than are in use, suggest a wrong cluster size."""
+
+
+_RUNS_SHOWN: Final = 3
+"""Runs of leaked clusters that are named."""
 
 
 async def check_image(file: HostFile, header: Header) -> CheckReport:
@@ -47,7 +52,8 @@ class _Walk:
         self._clusters = size >> self._geometry.cluster_bits
         # A cluster that the end of the file cuts off counts too: an entry may point to it.
         self._references = References(self._geometry.clusters(size), file.name)
-        self._tables: list[tuple[int, int]] = []  # (L1 index, file offset)
+        # L1 indices and file offsets of the tables to read.
+        self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._findings = Findings()
         for oddity in oddities(header, size, file.name):
             self._findings.add(oddity)
@@ -56,45 +62,47 @@ class _Walk:
     async def read_l1(self) -> None:
         """Find the L2 tables, and mark the clusters of all tables as used."""
         header, geometry = self._header, self._geometry
-        used = geometry.l1_used(header.image_size)
-        self._claim(0, header.header_end)
-        self._claim(header.l1_table_offset, header.l1_end)
-        async for first, values in read_table(self._file, header, header.l1_table_offset):
-            good = values != 0
-            for code, mask in self._layout.judge_tables(values):
-                good &= ~mask
-                self._bad(code, "L1 entry", first, values, mask, geometry.table_span)
-            where = np.flatnonzero(good)
-            self._tables += [(first + int(index), int(values[index])) for index in where]
-            past = int((where + first >= used).sum())
-            if past:
-                text = f"{self._file.name}: L1 table: found {past} entries past the disk's end"
-                self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past)
-        self._sort_out_overlaps()
-        for _index, table in self._tables:
-            self._claim(table, table + geometry.table_bytes)
+        bits = geometry.cluster_bits
+        self._references.claim_range(0, header.header_end >> bits)
+        self._references.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
+        indices, tables = await named_tables(self._file, self._layout, self._bad_tables)
+        past = int((indices >= geometry.l1_used(header.image_size)).sum())
+        if past:
+            text = f"{self._file.name}: L1 table: found {past} entries past the disk's end"
+            self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past)
+        order = np.lexsort((indices, tables))
+        indices, tables = indices[order], tables[order]
+        losers = await overlapping(tables, geometry.table_bytes)
+        self._report_overlaps(indices[losers], tables[losers])
+        indices, tables = indices[~losers], tables[~losers]
+        self._layout.tables = tables
+        await claim_tables(self._references, tables, geometry)
+        held = await filled(self._file, tables, geometry.table_bytes)
+        indices, tables = indices[held], tables[held]
+        # In the order of the disk: of two owners of a cluster the first is taken for right.
+        order = np.argsort(indices)
+        self._tables = (indices[order], tables[order])
 
-    def _sort_out_overlaps(self) -> None:
-        """Report tables that share clusters with another; the first in the L1 table stays."""
-        ordered = sorted(self._tables, key=lambda item: (item[1], item[0]))
-        losers = set()
-        end = -1
-        span = self._geometry.table_span
-        for index, table in ordered:
-            if table < end:
-                losers.add(index)
-                self._bad_one(Code.TABLE_OVERLAP, f"L1 entry {index}", table, index * span, span)
-            else:
-                end = table + self._geometry.table_bytes
-        self._tables = [item for item in self._tables if item[0] not in losers]
-        offsets = sorted(table for _index, table in self._tables)
-        self._layout.tables = np.array(offsets, np.uint64)
+    def _bad_tables(
+        self, code: Code, first: int, values: NDArray[np.uint64], mask: NDArray[np.bool_]
+    ) -> None:
+        """Report the marked entries of a slice of the L1 table."""
+        self._bad(code, "L1 entry", first, values, mask, self._geometry.table_span)
+
+    def _report_overlaps(self, indices: NDArray[np.int64], tables: NDArray[np.uint64]) -> None:
+        """Report tables that share clusters with another; the one that begins first stays."""
+        code, span = Code.TABLE_OVERLAP, self._geometry.table_span
+        room = self._findings.room(code)
+        kept = zip(indices[:room].tolist(), tables[:room].tolist(), strict=True)
+        for index, table in kept:
+            self._bad_one(code, f"L1 entry {index}", table, index * span, span)
+        self._findings.add_uncounted(code, len(indices[room:]))
 
     async def read_l2(self) -> None:
         """Check every entry of every L2 table."""
         geometry = self._geometry
         size = geometry.cluster_size
-        for l1_index, table in self._tables:
+        for l1_index, table in zip(*map(np.ndarray.tolist, self._tables), strict=True):
             label = f"L1 entry {l1_index}: L2 entry"
             start = l1_index * geometry.table_span
             async for first, values in read_table(self._file, self._header, table):
@@ -126,12 +134,6 @@ class _Walk:
                     "disk's end"
                 )
                 self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past)
-
-    def _claim(self, start: int, end: int) -> None:
-        """Mark a range of the file as used, as far as the file goes."""
-        bits = self._geometry.cluster_bits
-        last = min(end >> bits, self._geometry.clusters(self._layout.file_size))
-        self._references.claim_range(start >> bits, last)
 
     def _bad(
         self,
@@ -167,11 +169,14 @@ class _Walk:
         owned = self._references.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
         leaked = max(0, self._clusters - owned)
         if leaked:
+            runs = self._references.free_runs(self._clusters, _RUNS_SHOWN)
+            size = self._geometry.cluster_size
+            places = ", ".join(f"{count} at {first * size}" for first, count in runs)
             text = (
-                f"{self._file.name}: found {leaked} clusters of {self._geometry.cluster_size} "
-                "bytes that nothing refers to, expected none"
+                f"{self._file.name}: found {leaked} clusters of {size} bytes that nothing refers "
+                f"to, expected none (the first: {places})"
             )
-            self._findings.add(Finding(Code.LEAKED_CLUSTERS, text), leaked)
+            self._findings.add(Finding(Code.LEAKED_CLUSTERS, text, runs[0][0] * size), leaked)
         if leaked > max(_SUSPICIOUS, 2 * self._allocated):
             text = (
                 f"{self._file.name}: found {leaked} clusters leaked and {self._allocated} in use: "

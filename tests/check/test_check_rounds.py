@@ -126,6 +126,7 @@ CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
     Code.NAME_IN_FIXED_HEADER: (name_in_fixed_header, frozenset()),
     Code.BACKING_NAME_EMPTY: (set_header(16, "<Q", int(Feature.BACKING_FILE)), frozenset()),
     Code.NO_PROBE_WITHOUT_BACKING: (no_probe_without_backing, frozenset()),
+    Code.NEED_CHECK_SET: (set_header(16, "<Q", int(Feature.NEED_CHECK)), frozenset()),
     Code.UNKNOWN_COMPAT: (set_header(24, "<Q", 1 << 40), frozenset()),
     Code.UNKNOWN_AUTOCLEAR: (set_header(32, "<Q", 3), frozenset()),
     Code.ODD_TAIL: (add(7), frozenset()),

@@ -1,0 +1,102 @@
+"""Changes to an image under repair, in an order that a crash cannot spoil."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.ondisk.header import build_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.check.entries import Values
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.header import Header
+
+    Backup = Callable[[int, bytes], None]
+
+_STEP_BYTES: Final = 1 << 20
+
+
+class Rewriter:
+    """Writes to an image: new things at the end of the file, entries in place.
+
+    Attributes:
+        end: The file's length in bytes, a whole number of clusters.
+    """
+
+    def __init__(self, file: HostFile, header: Header, backup: Backup | None) -> None:
+        """Prepare to change ``file``; ``backup`` gets the old bytes before they go."""
+        self._file = file
+        self._header = header
+        self._backup = backup or (lambda _offset, _old: None)
+        self.end = header.geometry.ceil(file.size())
+
+    async def mark(self, *, need_check: bool) -> None:
+        """Set or clear NEED_CHECK, durably, after everything before is durable."""
+        await self._file.datasync()
+        header = self._header.with_need_check(value=need_check).without_stale_autoclear()
+        await self._file.pwrite(0, build_header(header))
+        await self._file.datasync()
+
+    async def extend(self, end: int) -> None:
+        """Make the file at least ``end`` bytes long; what is added reads as zeros."""
+        self.end = max(self.end, end)
+        if self._file.size() < self.end:
+            await self._file.truncate(self.end)
+            await self._file.datasync()
+
+    async def copy(self, start: int, length: int) -> int:
+        """Copy a range of the file to its end, holes as holes; give the copy's file offset."""
+        target = self.end
+        self.end += length
+        await self._file.truncate(self.end)
+        at = 0
+        while at < length and (data := await self._file.next_data(start + at)) is not None:
+            at = max(at, data - start)
+            if at < length:
+                part = await self._file.pread(start + at, min(_STEP_BYTES, length - at))
+                if any(part):
+                    await self._file.pwrite(target + at, part)
+                at += _STEP_BYTES
+        return target
+
+    async def new_table(self, value: int, count: int) -> int:
+        """Add a table whose first ``count`` entries have a value; give its file offset."""
+        target = self.end
+        self.end += self._header.geometry.table_bytes
+        await self._file.truncate(self.end)
+        await self.fill(target, count, value)
+        return target
+
+    async def fill(self, start: int, count: int, value: int) -> None:
+        """Give ``count`` entries from a file offset on a value; they are zeros until now."""
+        at_once = _STEP_BYTES // ENTRY_BYTES
+        piece = value.to_bytes(ENTRY_BYTES, "little") * min(at_once, count)
+        while count > 0 and value:
+            await self._file.pwrite(start, piece[: count * ENTRY_BYTES])
+            start += len(piece)
+            count -= at_once
+
+    async def replace(self, offset: int, old: Values, new: Values) -> None:
+        """Write the entries that have changed, once what they point to is durable."""
+        where = np.flatnonzero(old != new)
+        if len(where):
+            begin, end = int(where[0]), int(where[-1]) + 1
+            await self.overwrite(
+                offset + begin * ENTRY_BYTES, _bytes(old[begin:end]), _bytes(new[begin:end])
+            )
+
+    async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
+        """Write a piece of a table, after everything before is durable."""
+        self._backup(offset, old)
+        await self._file.datasync()
+        await self._file.pwrite(offset, new)
+
+
+def _bytes(values: Values) -> bytes:
+    """Encode entries as they stand in the file."""
+    return values.astype("<u8").tobytes()

@@ -1,0 +1,127 @@
+"""Which L2 tables an image has, and which of them share clusters.
+
+An L1 table can be 1 GiB and name 134 million tables, all of them holes of a sparse file:
+what is done for each is done on arrays, and other tasks run in between.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import trio
+
+from qedfuse.check.entries import read_table
+from qedfuse.check.findings import Code
+from qedfuse.errors import NeedsCheckError
+from qedfuse.ondisk.constants import UNALLOCATED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from qedfuse.check.entries import Layout, Mask, Values
+    from qedfuse.check.references import References
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.geometry import Geometry
+
+    Indices = NDArray[np.int64]
+
+MAX_TABLES: Final = 1 << 22
+"""Most L2 tables that are looked at; 64 TiB in clusters of 64 KiB have 32768."""
+
+_STEP: Final = 1 << 13
+"""Tables that are handled before other tasks get a turn."""
+
+
+async def named_tables(
+    file: HostFile,
+    layout: Layout,
+    bad: Callable[[Code, int, Values, Mask], None],
+    *,
+    keep_short: bool = False,
+) -> tuple[Indices, Values]:
+    """Read the L1 table and give the index and the file offset of each good entry.
+
+    ``bad`` is called for each kind of bad entries in each slice, with the kind, the
+    index of the slice's first entry, its entries, and which of them are meant.  With
+    ``keep_short`` a table of which the file holds only a part counts as good.
+
+    Raises:
+        NeedsCheckError: There are more than `MAX_TABLES`.
+    """
+    indices: list[Indices] = [np.empty(0, np.int64)]
+    tables: list[Values] = [np.empty(0, np.uint64)]
+    count = 0
+    async for first, values in read_table(file, layout.header, layout.header.l1_table_offset):
+        good = values != UNALLOCATED
+        for code, mask in layout.judge_tables(values):
+            if keep_short and code is Code.L1_CUT_SHORT:
+                continue
+            good &= ~mask
+            bad(code, first, values, mask)
+        where = np.flatnonzero(good)
+        check_number(file, count := count + len(where))
+        indices.append(where + first)
+        tables.append(values[where])
+    return np.concatenate(indices), np.concatenate(tables)
+
+
+def check_number(file: HostFile, count: int) -> None:
+    """Refuse an image with more L1 entries than there is memory for."""
+    if count > MAX_TABLES:
+        msg = f"{file.name}: too large to check: found more than {MAX_TABLES} L1 entries in use"
+        raise NeedsCheckError(msg)
+
+
+async def overlapping(tables: Values, table_bytes: int) -> Mask:
+    """Tell which of some tables, sorted by file offset, overlap one before them.
+
+    Tables that are told so no longer count for those behind them.
+    """
+    answer = np.zeros(len(tables), np.bool_)
+    if len(tables) < 2 or (np.diff(tables) >= table_bytes).all():  # noqa: PLR2004
+        return answer
+    end = -1
+    for start in range(0, len(tables), _STEP):
+        for place, table in enumerate(tables[start : start + _STEP].tolist(), start):
+            if table < end:
+                answer[place] = True
+            else:
+                end = table + table_bytes
+        await trio.lowlevel.checkpoint()
+    return answer
+
+
+async def filled(file: HostFile, tables: Values, table_bytes: int) -> Mask:
+    """Tell which of some tables, sorted by file offset and apart, are not mere holes.
+
+    It costs one question to the host for each stretch of data, however many tables are
+    holes.
+    """
+    answer = np.zeros(len(tables), np.bool_)
+    place = 0
+    while place < len(tables):
+        data = await file.next_data(int(tables[place]))
+        if data is None:
+            break
+        # Tables that end before the data are holes.
+        if data >= table_bytes:
+            behind = np.searchsorted(tables, np.uint64(data - table_bytes), "right")
+            place = max(place, int(behind))
+        if place < len(tables) and tables[place] <= data:
+            answer[place] = True
+            place += 1
+        await trio.lowlevel.checkpoint()
+    return answer
+
+
+async def claim_tables(references: References, tables: Values, geometry: Geometry) -> None:
+    """Mark the clusters of tables as used, as far as the file goes."""
+    within = np.arange(geometry.table_size, dtype=np.uint64)
+    for start in range(0, len(tables), _STEP):
+        first = tables[start : start + _STEP] >> np.uint64(geometry.cluster_bits)
+        clusters = (first[:, np.newaxis] + within).ravel()
+        references.claim(clusters[clusters < references.clusters])
+        await trio.lowlevel.checkpoint()

@@ -1,0 +1,305 @@
+"""Repair loses no data that could be kept, tells all that it lost, and survives a crash."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qedfuse.check import repair as repair_module
+from qedfuse.check.findings import CheckReport, Code
+from qedfuse.check.repair import LostRange, RepairReport, repair_image
+from qedfuse.check.walk import check_image
+from qedfuse.disk.backing import read_header
+from qedfuse.errors import NeedsCheckError
+from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.ondisk.header import Header, build_header
+from tests.support.disks import (
+    build_image,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import MemoryFile, RecordingFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER: Final = 4096
+SPAN: Final = 512 * CLUSTER
+SIZE: Final = 4 * SPAN
+BASE: Final = b"\xbb" * SIZE
+
+
+async def repair(content: bytearray) -> RepairReport:
+    """Repair an image in memory, in place; no error may remain."""
+    file = MemoryFile(content)
+    result = await repair_image(file, await read_header(file))
+    content[:] = file.content
+    assert result.after.errors == 0
+    assert inspect_image(content).errors == ()
+    return result
+
+
+def l1_entry(content: bytearray, index: int) -> int:
+    """Give the file offset of an L1 entry."""
+    return header_of(content).l1_table_offset + 8 * index
+
+
+def cluster(disk: bytes, number: int) -> bytes:
+    """Cut a guest cluster out of a disk."""
+    return disk[number * CLUSTER : (number + 1) * CLUSTER]
+
+
+def move_table_to_the_end(content: bytearray, *, table_bytes: int = CLUSTER) -> int:
+    """Put the first L2 table behind everything else; give its new file offset."""
+    entry = l1_entry(content, 0)
+    old, new = get_entry(content, entry), len(content)
+    content.extend(content[old : old + table_bytes])
+    put_entry(content, entry, new)
+    return new
+
+
+async def test_a_lost_table_of_an_overlay_does_not_let_the_base_show_through() -> None:
+    """Zeros, as reported, and not old data; other ranges go on showing the base."""
+    content = build_image(SIZE, {0: pattern(CLUSTER, 1), 600: b"x"}, backing=b"base.raw")
+    put_entry(content, l1_entry(content, 1), 123)
+    result = await repair(content)
+    assert result.lost == (LostRange(SPAN, SPAN, Code.L1_RESERVED_BITS),)
+    after = guest_bytes(content, BASE)
+    assert not any(after[SPAN : 2 * SPAN])
+    assert cluster(after, 0) == pattern(CLUSTER, 1)
+    assert after[CLUSTER:SPAN] == BASE[CLUSTER:SPAN]
+    assert after[2 * SPAN :] == BASE[2 * SPAN :]
+
+
+@pytest.mark.parametrize("backing", [b"", b"base.raw"])
+@pytest.mark.parametrize("cut", [4, 100, 5000, 3 * CLUSTER])
+async def test_a_table_cut_short_keeps_the_entries_that_are_there(cut: int, backing: bytes) -> None:
+    """What the missing entries described is reported to the last cluster, and reads as zeros."""
+    entries = 4 * CLUSTER // 8
+    content = build_image(
+        4 * entries * CLUSTER,
+        {0: pattern(CLUSTER, 1), 300: pattern(CLUSTER, 2), entries - 1: pattern(CLUSTER, 3)},
+        table_size=4,
+        backing=backing,
+    )
+    base = b"\xbb" * (4 * entries * CLUSTER) if backing else b""
+    move_table_to_the_end(content, table_bytes=4 * CLUSTER)
+    del content[-cut:]
+    result = await repair(content)
+    missing = -(-cut // 8)
+    start = (entries - missing) * CLUSTER
+    assert result.lost == (LostRange(start, missing * CLUSTER, Code.L1_CUT_SHORT),)
+    after = guest_bytes(content, base)
+    assert cluster(after, 0) == pattern(CLUSTER, 1)
+    assert cluster(after, 300) == pattern(CLUSTER, 2)
+    assert not any(after[start : entries * CLUSTER])
+    assert cluster(after, 7) == (base or bytes(CLUSTER))[:CLUSTER]
+
+
+async def test_a_table_over_the_l1_table_is_not_completed() -> None:
+    """Where a table is both cut short and over the L1 table, there is nothing to keep."""
+    content = build_image(SIZE, table_size=2)
+    damaged = bytearray(content)
+    put_entry(damaged, l1_entry(damaged, 0), l1_entry(damaged, 0) + CLUSTER)
+    result = await repair(damaged)
+    assert [item.code for item in result.lost] == [Code.L1_OVER_METADATA]
+    assert damaged == content
+
+
+async def test_data_under_a_wild_table_stays() -> None:
+    """An L1 entry that points to a data cluster does not cost the guest that cluster."""
+    numbers = (3, 0, 7)
+    content = build_image(SIZE, {number: pattern(CLUSTER, number) for number in numbers})
+    place = get_entry(content, l2_entry_offset(content, 7))
+    put_entry(content, l1_entry(content, 1), place)
+    result = await repair(content)
+    after = guest_bytes(content)
+    for number in numbers:
+        assert cluster(after, number) == pattern(CLUSTER, number)
+    assert get_entry(content, l2_entry_offset(content, 7)) == place, "moved without need"
+    assert {item.start for item in result.lost} == {7 * CLUSTER, SPAN}
+
+
+async def test_a_wild_entry_over_a_table_does_not_cost_the_table() -> None:
+    """What the table maps reads as before; the range of the wild entry is reported."""
+    content = build_image(SIZE, {0: pattern(CLUSTER, 1), 1: b"x", 600: pattern(CLUSTER, 2)})
+    put_entry(content, l2_entry_offset(content, 600), get_entry(content, l1_entry(content, 0)))
+    result = await repair(content)
+    assert result.lost == (LostRange(600 * CLUSTER, CLUSTER, Code.L2_OVER_METADATA),)
+    assert cluster(guest_bytes(content), 0) == pattern(CLUSTER, 1)
+
+
+async def test_what_lies_past_the_disk_is_not_copied() -> None:
+    """A small disk cannot be made to fill the host by owners that the guest cannot see."""
+    content = build_image(1 << 20, {number: pattern(CLUSTER, number) for number in range(20)})
+    before = guest_bytes(content)
+    for index in range(1, 400):
+        put_entry(content, l1_entry(content, index), get_entry(content, l1_entry(content, 0)))
+    table = get_entry(content, l1_entry(content, 0))
+    for index in range(256, 512):
+        put_entry(content, table + 8 * index, get_entry(content, table))
+    length = len(content)
+    result = await repair(content)
+    assert (result.copied, result.lost) == (0, ())
+    assert len(content) == length
+    assert guest_bytes(content) == before
+
+
+def test_a_copy_of_a_hole_is_a_hole(tmp_path: Path) -> None:
+    """Tables of 1 GiB without content do not become real ones by being copied."""
+    header = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 62)
+    path = tmp_path / "sparse.qed"
+    with path.open("wb") as file:
+        file.truncate(8 << 30)
+        file.write(build_header(header))
+        file.seek(header.l1_table_offset)
+        file.write((4 << 30).to_bytes(8, "little") * 3)
+    handle = PosixFile.open(str(path), writable=True)
+    try:
+        result = trio.run(repair_image, handle, header)
+    finally:
+        handle.close()
+    assert result.after.errors == 0
+    assert path.stat().st_size == 10 << 30
+    assert path.stat().st_blocks * 512 < 1 << 20
+
+
+async def test_a_refusal_comes_before_any_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is too large to check is left as it is, without NEED_CHECK."""
+    content = build_image(SIZE, {0: b"x", 600: b"y", 1100: 2})
+    monkeypatch.setattr("qedfuse.check.tables.MAX_TABLES", 2)
+    file = MemoryFile(content)
+    header = await read_header(file)
+    with pytest.raises(NeedsCheckError, match="too large to check: found more than 2 L1 entries"):
+        await repair_image(file, header)
+    assert file.content == content
+
+
+async def test_lost_ranges_are_bounded_and_cover_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where there are too many ranges, the last one says too much rather than too little."""
+    monkeypatch.setattr(repair_module, "MAX_LOST", 3)
+    content = build_image(SIZE, dict.fromkeys(range(0, 1000, 2), 3))
+    lost = (await repair(content)).lost
+    assert len(lost) == 3
+    assert all(
+        any(item.start <= number * CLUSTER < item.start + item.length for item in lost)
+        for number in range(0, 1000, 2)
+    )
+
+
+def damaged(chance: random.Random, backing: bytes = b"") -> bytearray:
+    """Build an image with several kinds of damage at once."""
+    numbers = chance.sample(range(SIZE // CLUSTER), 16)
+    content = build_image(
+        SIZE, {number: pattern(CLUSTER, number) for number in numbers}, backing=backing
+    )
+    places = [l1_entry(content, index) for index in range(4)]
+    tables = [get_entry(content, place) for place in places]
+    entries = [l2_entry_offset(content, number) for number in numbers]
+    inside = [get_entry(content, entry) for entry in entries]
+    wild = [8, CLUSTER, len(content) - CLUSTER, 1 << 50]
+    for _ in range(3):
+        put_entry(content, chance.choice(entries), chance.choice([*inside, *tables, *wild]))
+    put_entry(content, chance.choice(places), chance.choice([*inside, *tables, *wild]))
+    if chance.random() < 0.3:
+        del content[-chance.randrange(1, 2 * CLUSTER) :]
+    return content
+
+
+def lossless(content: bytearray, result: RepairReport, before: bytes, base: bytes) -> None:
+    """Assert that what was readable reads as before, unless it was reported."""
+    after = guest_bytes(content, base)
+    lost = {
+        number
+        for item in result.lost
+        for number in range(item.start // CLUSTER, -(-(item.start + item.length) // CLUSTER))
+    }
+    for number in set(range(SIZE // CLUSTER)) - lost:
+        assert cluster(after, number) == cluster(before, number), number
+
+
+def readable(content: bytearray, base: bytes) -> bytes:
+    """Read a damaged disk as a careful reader would: only entries that are usable."""
+    header = header_of(content)
+    disk = bytearray(base.ljust(SIZE, b"\0"))
+    for l1_index in range(SIZE // SPAN):
+        table = get_entry(content, header.l1_table_offset + 8 * l1_index)
+        if table % CLUSTER or table < header.l1_end or table >= len(content):
+            continue
+        for index in range(512):
+            value = get_entry(content, table + 8 * index)
+            start = l1_index * SPAN + index * CLUSTER
+            if value == 1:
+                disk[start : start + CLUSTER] = bytes(CLUSTER)
+            elif value >= header.l1_end and not value % CLUSTER and value < len(content):
+                disk[start : start + CLUSTER] = content[value : value + CLUSTER].ljust(
+                    CLUSTER, b"\0"
+                )
+    return bytes(disk)
+
+
+@given(st.integers(0, 1 << 32), st.booleans())
+def test_what_is_not_reported_reads_as_before(seed: int, overlay: bool) -> None:  # noqa: FBT001
+    """Random damage of several kinds, with and without a base."""
+    content = damaged(random.Random(seed), b"base.raw" if overlay else b"")
+    base = BASE if overlay else b""
+    before = readable(content, base)
+    lossless(content, trio.run(repair, content), before, base)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_repair_that_a_crash_interrupts_can_be_run_again(seed: int) -> None:
+    """After any write, and after a power failure, NEED_CHECK says so and nothing more is lost."""
+    chance = random.Random(seed)
+    content = damaged(chance)
+    size = len(content)
+    before = readable(content, b"")
+
+    async def first() -> tuple[RecordingFile, RepairReport]:
+        file = RecordingFile(content)
+        return file, await repair_image(file, await read_header(file))
+
+    file, result = trio.run(first)
+    states = [bytearray(prefix) for _number, prefix in file.prefixes()]
+    states += [file.power_loss(count, chance) for count in range(len(file.changes) + 1)]
+    for state in states:
+        assert len(state) >= size, "the file became shorter"
+        found = trio.run(check, state)
+        assert header_of(state).need_check or not found.errors or state[:64] == content[:64]
+        again = trio.run(repair, state)
+        both = RepairReport(result.lost + again.lost, 0, 0, again.after)
+        lossless(state, both, before, b"")
+
+
+async def check(content: bytearray) -> CheckReport:
+    """Check an image in memory."""
+    file = MemoryFile(content, writable=False)
+    return await check_image(file, await read_header(file))
+
+
+def test_space_of_the_host_is_used_once(tmp_path: Path) -> None:
+    """Repairing a repaired image changes nothing, not even the file's times."""
+    content = damaged(random.Random(3))
+    trio.run(repair, content)
+    path = tmp_path / "again.qed"
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    handle = PosixFile.open(str(path), writable=True)
+    try:
+        trio.run(repair_image, handle, header_of(content))
+    finally:
+        handle.close()
+    assert path.stat().st_mtime_ns == 1
