@@ -46,7 +46,7 @@ class Allocator:
     """Hands out clusters: those that were given back first, then new ones at the end.
 
     Attributes:
-        bound: Length in bytes beyond which the file is not grown ahead (rule S4).
+        bound: Length in bytes beyond which the file is not grown ahead.
     """
 
     def __init__(self, file: HostFile, geometry: Geometry, commit: Commit, bound: int) -> None:

@@ -296,5 +296,5 @@ class Disk:
 
 
 def _bound(header: Header) -> int:
-    """Give the length in bytes that the file of an image never needs to exceed (rule S4)."""
+    """Give the length in bytes that the file of an image never needs to exceed."""
     return header.geometry.bound(header.header_end, header.image_size)

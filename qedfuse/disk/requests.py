@@ -120,7 +120,7 @@ class Requests:
         end = start + len(data)
         run_end = first + run.length
         # A zero cluster hides the base: around the data there must be zeros, not what
-        # the base has there (W1: QEMU's driver gets this wrong).
+        # the base has there (QEMU's driver gets this wrong).
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
         if run.blank and not from_base:

@@ -82,6 +82,6 @@ class Geometry:
         return -(-image_size // self.table_span)
 
     def bound(self, header_end: int, image_size: int) -> int:
-        """Give the length in bytes that the file never needs to exceed (rule S4)."""
+        """Give the length in bytes that the file never needs to exceed."""
         tables = 1 + self.l1_used(image_size)
         return header_end + tables * self.table_bytes + self.ceil(image_size)

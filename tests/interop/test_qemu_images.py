@@ -212,7 +212,7 @@ async def test_chain_of_qemu(tmp_path: Path) -> None:
 
 
 async def test_zero_clusters_of_qemu_on_an_overlay(tmp_path: Path) -> None:
-    """W1: a small write of ours into a zero cluster of QEMU's leaves zeros around it."""
+    """A small write of ours into a zero cluster of QEMU's leaves zeros around it."""
     (tmp_path / "base.img").write_bytes(b"\xaa" * (1 << 20))
     made = mirror(tmp_path / "top.qed", 1 << 20, 1)
     qemu.create(made.path, len(made.model), backing="base.img", backing_format="raw")

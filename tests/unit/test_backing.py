@@ -299,7 +299,7 @@ async def test_image_that_is_its_own_base(place: Place) -> None:
 
 
 async def test_loop_of_two(place: Place) -> None:
-    """W14: two images that name each other."""
+    """Two images that name each other."""
     path = place.image("second.qed")
     place.image("top.qed", "second.qed")
     with pytest.raises(BackingError, match=r"second.qed: backing file .*/top.qed: found a loop"):
@@ -336,7 +336,7 @@ async def test_base_of_another_format(place: Place, magic: bytes, what: str) -> 
 
 
 async def test_no_probe_is_honoured(place: Place) -> None:
-    """S3: a guest that writes a QED header into its raw disk gains nothing by it."""
+    """A guest that writes a QED header into its raw disk gains nothing by it."""
     inside = bytes(build_image(SIZE, {0: b"x"}, backing=b"/etc/passwd"))
     (place.images / "guest.img").write_bytes(inside)
     assert await read(place.image("guest.img", raw=True)) == inside[:SIZE]

@@ -60,7 +60,7 @@ async def test_set_before_the_first_table_write_and_cleared_at_close() -> None:
 
 
 async def test_overlays_set_it_too() -> None:
-    """W3: copy on write changes tables like any other write."""
+    """Copy on write changes tables like any other write."""
     file = RecordingFile(build_image(SIZE, backing=b"base"))
     async with opened(file, [b"base" * 1000]) as disk:
         await disk.write(100, b"x")

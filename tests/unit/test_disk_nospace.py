@@ -86,7 +86,7 @@ async def test_failure_at_each_step_of_an_allocating_write(action: Action, nth: 
 
 
 async def test_full_host_goes_on_serving() -> None:
-    """S5: reads and writes in place go on while nothing new can be written."""
+    """Reads and writes in place go on while nothing new can be written."""
     inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER}))
     file = FailingFile(inner)
     async with opened(file) as disk:

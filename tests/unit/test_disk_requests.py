@@ -29,7 +29,7 @@ BASE = bytes([0xAA]) * (8 * CLUSTER)
 
 @pytest.mark.parametrize("flushed", [True, False])
 async def test_small_write_into_zero_cluster_keeps_the_rest_zero(*, flushed: bool) -> None:
-    """W1: around a write into a zero cluster there are zeros, not what the base has."""
+    """Around a write into a zero cluster there are zeros, not what the base has."""
     file = MemoryFile(build_image(8 * CLUSTER, {2: ZERO, 3: b"data"}, backing=b"base"))
     async with opened(file, [BASE]) as disk:
         await disk.write(2 * CLUSTER + 1024, b"x" * 512)

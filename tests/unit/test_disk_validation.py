@@ -62,7 +62,7 @@ def places(image: bytearray) -> dict[str, int]:
 @pytest.mark.parametrize("place", list(places(image_with_data())))
 @LOGGED
 async def test_bad_l2_entry_costs_its_own_range_only(place: str, *, writable: bool) -> None:
-    """S8 and W10: EIO for that cluster, with a reason; the neighbours work; nothing changes."""
+    """EIO for that cluster, with a reason; the neighbours work; nothing changes."""
     image = image_with_data()
     put_entry(image, l2_entry_offset(image, 2), places(image)[place])
     file = RecordingFile(image, writable=writable)
@@ -98,7 +98,7 @@ async def test_data_over_a_long_header() -> None:
 @pytest.mark.parametrize("value", [1, 512, CLUSTER, 1 << 40, (1 << 64) - CLUSTER])
 @LOGGED
 async def test_bad_l1_entry_costs_its_own_range_only(value: int) -> None:
-    """W10: what lies under other L1 entries reads and writes as ever."""
+    """What lies under other L1 entries reads and writes as ever."""
     image = image_with_data()
     header = header_of(image)
     put_entry(image, header.l1_table_offset + 8, value)
@@ -128,7 +128,7 @@ async def test_table_that_the_file_cuts_short() -> None:
 @pytest.mark.parametrize("writable", [True, False])
 @LOGGED
 async def test_each_cluster_of_a_run_is_validated(*, writable: bool) -> None:
-    """W9: a run that begins inside the file and ends outside is bad where it is outside."""
+    """A run that begins inside the file and ends outside is bad where it is outside."""
     image = image_with_data()[: -2 * CLUSTER]
     async with opened(MemoryFile(image, writable=writable)) as disk:
         with pytest.raises(CorruptImageError):
@@ -205,7 +205,7 @@ async def test_overlapping_tables_refuse_a_writer() -> None:
 
 
 async def test_refused_image_is_left_as_it_is() -> None:
-    """W8: what cannot be opened for writing keeps its NEED_CHECK and every other byte."""
+    """What cannot be opened for writing keeps its NEED_CHECK and every other byte."""
     image = build_image(3 * SPAN, {0: b"a", 512: b"b"}, features=2, autoclear=1)
     header = header_of(image)
     table = get_entry(image, header.l1_table_offset)
@@ -220,7 +220,7 @@ async def test_refused_image_is_left_as_it_is() -> None:
 
 @LOGGED
 async def test_table_past_the_end_of_the_disk_is_protected_too() -> None:
-    """S8: growing the disk must not bring a table into use that a guest could write to."""
+    """Growing the disk must not bring a table into use that a guest could write to."""
     image = build_image(SPAN, {0: bytes(CLUSTER)})
     header = header_of(image)
     data = get_entry(image, l2_entry_offset(image, 0))
