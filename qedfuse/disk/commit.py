@@ -110,6 +110,12 @@ class Commit:
                     mine.error = None
                 except QedError as error:
                     mine.error = error
+                except BaseException as error:
+                    # KeyboardInterrupt, no thread to be had, a bug: what the round had
+                    # taken is neither in the file nor dirty any more.
+                    why = f"{self._file.name}: flush: ended by {type(error).__name__}"
+                    self.failure = HostError(why)
+                    raise
                 finally:
                     self._running = None
                     mine.done.set()

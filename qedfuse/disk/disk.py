@@ -82,7 +82,11 @@ class Disk:
         self._commit = Commit(file, self._layer.tables, options.commit_seconds)
         self._allocator = Allocator(file, header.geometry, self._commit, _bound(header))
         self._needcheck = NeedCheck(
-            self._live, self._commit, self._allocator, options.needcheck_seconds
+            self._layer,
+            self._live,
+            self._commit,
+            self._allocator,
+            options.needcheck_seconds,
         )
         self._requests = Requests(
             self._chain,

@@ -67,6 +67,8 @@ class QedLayer:
         # Where the file ended when we opened it.  No entry that was in the file then
         # may point past it; those that we add ourselves are never judged.
         self._end_at_open = file.size()
+        # Whether a bad entry was seen while writing: see `NeedCheck.clear`.
+        self.damaged = False
 
     @property
     def size(self) -> int:
@@ -147,6 +149,7 @@ class QedLayer:
             table = self._l2_tables[before]
             bad |= (before >= 0) & (values - table < self.geometry.table_bytes)
         bad &= used
+        self.damaged = self.damaged or bool(bad.any())
         return bad.astype(np.uint8).tobytes() if bad.any() else None
 
     def _reason(self, what: str, value: int) -> str:

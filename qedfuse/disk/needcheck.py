@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.commit import Commit
+    from qedfuse.disk.layer import QedLayer
     from qedfuse.disk.liveheader import LiveHeader
 
 log = logging.getLogger(__name__)
@@ -24,9 +25,15 @@ class NeedCheck:
     """Keeps the bit true to the state of the tables."""
 
     def __init__(
-        self, live: LiveHeader, commit: Commit, allocator: Allocator, delay: float
+        self,
+        layer: QedLayer,
+        live: LiveHeader,
+        commit: Commit,
+        allocator: Allocator,
+        delay: float,
     ) -> None:
         """Watch over an image; clear the bit ``delay`` seconds after the last change."""
+        self._layer = layer
         self._live = live
         self._commit = commit
         self._allocator = allocator
@@ -67,6 +74,11 @@ class NeedCheck:
             QedError: Not everything could be made durable; the bit stays (D7).
         """
         await self._commit.flush()
+        if self._layer.damaged:
+            # A wild entry that we know of would look right to whoever opens the image
+            # next, once the file has grown over the place that it points to.  The check
+            # that the bit asks for finds it out.
+            return not self._live.value.need_check
         if self._under_way or (self._live.settled and not self._live.value.need_check):
             return not self._live.value.need_check
         # Nothing is being allocated, so what lies past the last cluster is ours to cut.
@@ -92,6 +104,8 @@ class NeedCheck:
             try:
                 if await self.clear():
                     await self._commit.flush()
+                elif self._layer.damaged:
+                    return
                 else:
                     self._changed.set()
                     self._last_change = trio.current_time()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar, TypeVarTu
 import trio
 
 from qedfuse.errors import HostError, ImageError, cannot_open
+from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -187,6 +188,8 @@ class PosixFile:
 
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins; None if only holes follow."""
+        if offset > MAX_OFFSET:
+            return None
         try:
             return os.lseek(self.fd, offset, os.SEEK_DATA)
         except OSError as error:
