@@ -1,0 +1,58 @@
+"""What must not be forgotten when something has gone wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from qedfuse.errors import HostError
+from tests.support.disks import (
+    build_image,
+    header_of,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import MemoryFile
+
+CLUSTER = 4096
+
+
+@pytest.mark.parametrize("wild", [True, False])
+async def test_an_image_with_a_wild_entry_is_not_marked_clean(*, wild: bool) -> None:
+    """After the file has grown, only a check can tell a wild entry from a good one."""
+    image = build_image(1 << 20, {0: pattern(CLUSTER, 1), 5: pattern(CLUSTER, 2)})
+    if wild:
+        put_entry(image, l2_entry_offset(image, 5), len(image))
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.write(9 * CLUSTER, b"new")
+    assert header_of(file.content).need_check == wild
+
+
+class _BrokenFile(MemoryFile):
+    """A file whose first datasync ends in an error that is not the host's."""
+
+    broken = True
+
+    async def datasync(self) -> None:
+        """Break off, once."""
+        if self.broken:
+            self.broken = False
+            msg = "can't start new thread"
+            raise RuntimeError(msg)
+        await super().datasync()
+
+
+async def test_a_flush_that_broke_off_is_not_taken_for_done() -> None:
+    """Nobody knows what was written, so no later flush may succeed."""
+    file = _BrokenFile(build_image(1 << 20))
+    with pytest.raises(HostError, match="ended by RuntimeError"):  # noqa: PT012  closing raises
+        async with opened(file) as disk:
+            await disk.write(0, b"data")
+            with pytest.raises(RuntimeError):
+                await disk.flush()
+            with pytest.raises(HostError, match="ended by RuntimeError"):
+                await disk.flush()
+            assert not disk.writable
+    assert header_of(file.content).need_check
