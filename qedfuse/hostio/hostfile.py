@@ -6,6 +6,7 @@ records what is written, one that fails at a chosen step.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -31,6 +32,13 @@ loop: a hop to a worker thread costs more than the copy."""
 _NOWAIT: Final = os.RWF_NOWAIT
 _TRY_AGAIN: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 _MAX_PARTS: Final = 1024  # IOV_MAX
+_KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE
+_PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE, which must come with the former
+_UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_fallocate: Final = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 KINDS: Final = {
@@ -44,6 +52,18 @@ KINDS: Final = {
 """What the user is told a file is when it is not a regular one."""
 
 
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Change how a range of a file is stored (fallocate(2)); lets other threads run.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    while _fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
 class HostFile(Protocol):
     """What the disk asks of the file that holds an image.  Offsets and lengths in bytes.
 
@@ -53,6 +73,7 @@ class HostFile(Protocol):
 
     name: str
     writable: bool
+    can_punch: bool
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes; fewer only where the file ends."""
@@ -68,6 +89,18 @@ class HostFile(Protocol):
 
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Give a range's space back to the host; afterwards it reads as zeros.
+
+        Where the host cannot, nothing happens, and ``can_punch`` is false from then on.
+        """
+
+    async def reserve(self, offset: int, length: int) -> None:
+        """Make sure that later writes to a range inside the file find room.
+
+        Where the host cannot promise that, nothing happens.
+        """
 
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins; None if only holes follow."""
@@ -95,6 +128,8 @@ class PosixFile:
         self.path = path
         self.name = printable(path)
         self.writable = writable
+        self.can_punch = True
+        self._can_reserve = True
         self._nowait = True
 
     @classmethod
@@ -185,6 +220,26 @@ class PosixFile:
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""
         await self._in_thread("truncate", os.ftruncate, self.fd, size)
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Give a range's space back to the host; afterwards it reads as zeros."""
+        if self.can_punch:
+            self.can_punch = await self._fallocate("punch", _PUNCH_HOLE, offset, length)
+
+    async def reserve(self, offset: int, length: int) -> None:
+        """Make sure that later writes to a range inside the file find room."""
+        if self._can_reserve:
+            self._can_reserve = await self._fallocate("reserve", _KEEP_SIZE, offset, length)
+
+    async def _fallocate(self, action: str, mode: int, offset: int, length: int) -> bool:
+        """Call fallocate(2), which Python lacks; tell whether the file system knows the mode."""
+        try:
+            await self._in_thread(action, fallocate, self.fd, mode, offset, length)
+        except HostError as error:
+            if error.errno in _UNSUPPORTED:
+                return False
+            raise
+        return True
 
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins; None if only holes follow."""
