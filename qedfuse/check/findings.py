@@ -37,6 +37,8 @@ class Code(enum.Enum):
     L2_CUT_SHORT = "l2-cut-short"
     L2_OVER_METADATA = "l2-over-metadata"
     DUPLICATE_CLUSTER = "duplicate-cluster"
+    FREE_LIST_BAD = "free-list-bad"
+    FREE_LIST_CONTRADICTED = "free-list-contradicted"
     LEAKED_CLUSTERS = "leaked-clusters"
     HEADER_SIZE_ZERO = "header-size-zero"
     NAME_IN_FIXED_HEADER = "backing-name-in-fixed-header"
@@ -73,6 +75,10 @@ _NOTES: Final = frozenset(
 )
 
 
+LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADICTED})
+"""Errors that are gone once the image's list of free clusters is dropped."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that is wrong or odd; offsets and lengths in bytes.
@@ -106,12 +112,15 @@ class CheckReport:
         counts: How many there were of each code; for leaks, how many clusters.
         allocated_clusters: Data clusters that tables refer to.
         file_clusters: Clusters in the file.
+        listed_clusters: Free clusters in the image's list; None if it has no list that
+            can be read.  They are not leaked.
     """
 
     findings: tuple[Finding, ...]
     counts: dict[Code, int]
     allocated_clusters: int
     file_clusters: int
+    listed_clusters: int | None = None
 
     @property
     def errors(self) -> int:
@@ -119,6 +128,11 @@ class CheckReport:
         return sum(
             number for code, number in self.counts.items() if code.severity is Severity.ERROR
         )
+
+    @property
+    def table_errors(self) -> int:
+        """How many of the errors are not just about the list of free clusters."""
+        return self.errors - sum(self.counts.get(code, 0) for code in LIST_CODES)
 
     @property
     def leaks(self) -> int:
@@ -137,6 +151,7 @@ class CheckReport:
             "leaks": self.leaks,
             "allocated_clusters": self.allocated_clusters,
             "file_clusters": self.file_clusters,
+            "listed_clusters": self.listed_clusters,
             "counts": {code.value: number for code, number in self.counts.items()},
             "findings": [
                 asdict(item) | {"code": item.code.value, "severity": item.severity.name.lower()}

@@ -32,7 +32,7 @@ import numpy as np
 
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code
-from qedfuse.check.references import References
+from qedfuse.disk.references import References
 from qedfuse.check.rewrite import Rewriter
 from qedfuse.check.tables import check_number, claim_tables, named_tables, overlapping
 from qedfuse.check.walk import check_image

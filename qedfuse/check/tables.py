@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.check.entries import Layout, Mask, Values
-    from qedfuse.check.references import References
+    from qedfuse.disk.references import References
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.geometry import Geometry
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import trio
 
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
 from qedfuse.check.oddities import oddities
-from qedfuse.check.references import References
 from qedfuse.check.tables import claim_tables, filled, named_tables, overlapping
+from qedfuse.disk.freelist import read_list
+from qedfuse.disk.references import References
+from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from qedfuse.disk.freelist import FreeList
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
@@ -36,7 +40,9 @@ async def check_image(file: HostFile, header: Header) -> CheckReport:
     """
     walk = _Walk(file, header)
     await walk.read_l1()
+    await walk.read_free_list()
     await walk.read_l2()
+    await walk.claim_listed()
     return walk.report()
 
 
@@ -54,6 +60,7 @@ class _Walk:
         self._references = References(self._geometry.clusters(size), file.name)
         # L1 indices and file offsets of the tables to read.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
+        self._listed: FreeList | None = None
         self._findings = Findings()
         for oddity in oddities(header, size, file.name):
             self._findings.add(oddity)
@@ -98,6 +105,22 @@ class _Walk:
             self._bad_one(code, f"L1 entry {index}", table, index * span, span)
         self._findings.add_uncounted(code, len(indices[room:]))
 
+    async def read_free_list(self) -> None:
+        """Read the list of free clusters, if there is one, and judge it by itself."""
+        if self._header.free_list:
+            try:
+                tables = self._layout.tables
+                self._listed = await read_list(self._file, self._header, tables)
+            except CorruptImageError as error:
+                self._findings.add(Finding(Code.FREE_LIST_BAD, str(error)))
+
+    async def claim_listed(self) -> None:
+        """Count the listed clusters as accounted for."""
+        if self._listed is not None:
+            for run in self._listed.runs.tolist():
+                self._references.claim_range(run[0], sum(run))
+                await trio.lowlevel.checkpoint()
+
     async def read_l2(self) -> None:
         """Check every entry of every L2 table."""
         geometry = self._geometry
@@ -119,8 +142,24 @@ class _Walk:
                 duplicates[where[taken]] = True
                 code = Code.DUPLICATE_CLUSTER
                 self._bad(code, label, first, values, duplicates, size, start)
+                self._check_listed(label, first, values, good, start)
                 self._allocated += len(where)
                 self._note_past_end(l1_index, first + where)
+
+    def _check_listed(
+        self,
+        label: str,
+        first: int,
+        values: NDArray[np.uint64],
+        good: NDArray[np.bool_],
+        start: int,
+    ) -> None:
+        """Report good entries whose clusters are listed as free."""
+        if self._listed is not None:
+            clusters = values >> np.uint64(self._geometry.cluster_bits)
+            mask = good & self._listed.holds(clusters)
+            size = self._geometry.cluster_size
+            self._bad(Code.FREE_LIST_CONTRADICTED, label, first, values, mask, size, start)
 
     def _note_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
         """Note entries for guest offsets that the disk does not have."""
@@ -188,4 +227,5 @@ class _Walk:
             counts=dict(self._findings.counts),
             allocated_clusters=self._allocated,
             file_clusters=self._clusters,
+            listed_clusters=None if self._listed is None else self._listed.clusters,
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import trio
 
-from qedfuse.check.references import References
+from qedfuse.disk.references import References
 from qedfuse.check.walk import check_image
 from qedfuse.hostio.hostfile import PosixFile
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE
@@ -27,7 +27,7 @@ WIDE_HEADER: Final = Header(1 << 12, 16, 1 << 31, 0, 0, 0, 1 << 43, 1 << 30)
 
 PROGRAM: Final = """
 import resource, sys, trio
-from qedfuse.check.references import References
+from qedfuse.disk.references import References
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import NeedsCheckError

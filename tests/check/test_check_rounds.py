@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
-from qedfuse.check.references import References
+from qedfuse.disk.references import References
 from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
@@ -258,7 +258,7 @@ def test_too_many_references_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     """What cannot be checked in bounded memory is refused in words."""
     import numpy as np  # noqa: PLC0415
 
-    monkeypatch.setattr("qedfuse.check.references.MAX_REFERENCES", 10)
+    monkeypatch.setattr("qedfuse.disk.references.MAX_REFERENCES", 10)
     with pytest.raises(NeedsCheckError, match="too large to check"):
         References(1 << 50, "huge").claim(np.arange(11, dtype=np.uint64))
 

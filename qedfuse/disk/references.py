@@ -143,7 +143,7 @@ class References:
             The first cluster of each run and how many there are.
         """
         runs: list[tuple[int, int]] = []
-        for first, count in self._free(end):
+        for first, count in self.free(end):
             if runs and sum(runs[-1]) == first:
                 runs[-1] = (runs[-1][0], runs[-1][1] + count)
             elif len(runs) == limit:
@@ -152,7 +152,18 @@ class References:
                 runs.append((first, count))
         return runs
 
-    def _free(self, end: int) -> Iterator[tuple[int, int]]:
+    def end(self) -> int:
+        """Give the number past the last cluster that has an owner."""
+        if self._map is None:
+            return max((int(known[-1]) + 1 for known in self._sorted), default=0)
+        for start in range(len(self._map) - 1 & -_SCAN_BYTES, -1, -_SCAN_BYTES):
+            owned = np.flatnonzero(self._map[start : start + _SCAN_BYTES])
+            if len(owned):
+                place = start + int(owned[-1])
+                return 8 * place + int(self._map[place]).bit_length()
+        return 0
+
+    def free(self, end: int) -> Iterator[tuple[int, int]]:
         """List stretches of free clusters below ``end``; neighbours are not joined."""
         if self._map is None:
             yield from self._gaps(end)
