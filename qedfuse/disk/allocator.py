@@ -1,5 +1,17 @@
 """Which clusters of the file are free, and how long the file is.
 
+Clusters that are free are handed out before the file grows, the lowest first.  The file
+never needs to be longer than its *bound*: header, L1 table, an L2 table for each part of
+the disk, and one cluster for each cluster of the disk.  Counting alone does not keep
+that promise, because a table needs neighbouring clusters: a guest could leave only
+single free clusters, have a table made at the end, lose that table in a crash, fill up
+its place with data, and begin anew.  Therefore data may not take the last places that
+tables could have (see docs/space.md for the proof):
+
+    places in free runs + places between the end and the bound >= tables still to be made
+
+where a *place* is room for a table (`FreeMap`).
+
 Only the allocator changes the file's length.  It grows the file in steps, ahead of the
 data: a write into a new cluster then never extends the file itself, so that growing
 (which must never shorten the file by accident) has one place and one lock, and costs
@@ -9,21 +21,25 @@ image is quiet (`trim`).
 
 from __future__ import annotations
 
-from bisect import insort
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+from qedfuse.disk.freemap import BLOCK, FreeMap
 from qedfuse.errors import NoSpaceError
 from qedfuse.ondisk.constants import MAX_OFFSET
 
 if TYPE_CHECKING:
-    from qedfuse.disk.commit import Commit
+    from collections.abc import Awaitable, Callable, Iterable
+
     from qedfuse.hostio.hostfile import HostFile
-    from qedfuse.ondisk.geometry import Geometry
+    from qedfuse.ondisk.header import Header
 
 GROWTH_BYTES: Final = 1 << 20
 """How far the file is grown ahead of what is needed, at least."""
+
+MAX_FREE: Final = 1 << 30
+"""Most free clusters that are noted; only a hostile image has a longer file of nothing."""
 
 
 class Run(NamedTuple):
@@ -42,26 +58,55 @@ class Run(NamedTuple):
         return self.offset + self.length
 
 
+async def _no_room() -> bool:
+    """Find no more room."""
+    return False
+
+
 class Allocator:
-    """Hands out clusters: those that were given back first, then new ones at the end.
+    """Hands out clusters: free ones first, then new ones at the end.
 
     Attributes:
-        bound: Length in bytes beyond which the file is not grown ahead.
+        cluster_bits: Shift between clusters and bytes.
+        end: File offset past the last cluster that is not free.
+        free: Clusters below ``end`` that may be handed out.
+        unpunched: Those of them that may still take up space on the host.
+        shrunk: Whether the file is longer than it needs to be because clusters at its
+            end were given up.
+        known: Whether all free clusters are known; before that, few or none are.
+        find_room: Asked before the file would grow past its bound; tells whether it has
+            found, or waited for, anything.
     """
 
-    def __init__(self, file: HostFile, geometry: Geometry, commit: Commit, bound: int) -> None:
-        """Allocate in ``file``; growing ahead stops at ``bound`` bytes."""
+    def __init__(
+        self,
+        file: HostFile,
+        header: Header,
+        missing_tables: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Allocate in ``file``; ``missing_tables()`` tables may still have to be made."""
         self._file = file
-        self._commit = commit
-        self._geometry = geometry
-        self.bound = bound
+        self._geometry = geometry = header.geometry
+        self.cluster_bits = self._bits = geometry.cluster_bits
+        self._missing_tables = missing_tables
         size = file.size()
         self.end = geometry.floor(size)
         self._file_end = self.end
         self._has_tail = self.end != size
         self._used_end = self.end
-        self._free: list[tuple[int, int]] = []
+        self._anchor = header.l1_end >> self._bits
+        self.free = FreeMap(geometry.table_size, self._anchor)
+        self.unpunched = FreeMap()
+        self.known = False
+        self.find_room: Callable[[], Awaitable[bool]] = _no_room
+        self._witnesses: FreeMap | None = None
+        self.shrunk = False
         self._grow_lock = trio.Lock()
+        self.set_size(header)
+
+    def set_size(self, header: Header) -> None:
+        """Take note of the disk's size: it decides how long the file may get."""
+        self.bound = self._geometry.bound(header.header_end, header.image_size)
 
     async def allocate(self, clusters: int) -> Run:
         """Take a run of up to ``clusters`` clusters; the caller asks again for the rest.
@@ -69,34 +114,102 @@ class Allocator:
         Raises:
             NoSpaceError: The file cannot grow any more.
         """
-        size = self._geometry.cluster_size
-        if self._free:
-            start, end = self._free.pop(0)
-            run = Run(start, min(end - start, clusters * size), blank=False)
-            if run.end < end:
-                self._free.insert(0, (run.end, end))
-            try:
-                # It may have been given back because the file could not grow over it.
-                await self._grow(run.end)
-            except BaseException:
-                self.release(run)
-                raise
-            return run
-        return await self._extend(clusters * size)
+        found = self._choose(clusters)
+        while found is None and await self.find_room():
+            found = self._choose(clusters)
+        if found is None:
+            # The image came with more in it than its disk can need, or with its free
+            # clusters scattered by another program.
+            found = self.free.take(1) or (self.end >> self._bits, 1)
+        return await self._place(*found)
+
+    def _choose(self, clusters: int) -> tuple[int, int] | None:
+        """Choose clusters for data so that there remain places for all tables.
+
+        No await in here: what it finds is gone for others when it returns.
+        """
+        end, bound = self.end >> self._bits, self.bound >> self._bits
+        spare = self._spare(end)
+        # A run that is taken costs no more places than this.
+        worst = clusters // self.free.table + clusters // BLOCK + 2
+        most = clusters if spare >= worst else 1
+        if self.free.count:
+            if spare > 0:
+                return self.free.take(most)
+            rest = self.free.take_rest()
+            if rest is not None:
+                return rest, 1
+        if end < bound and (spare > 0 or (end + self.free.shift) % self.free.table):
+            return end, min(most, bound - end)
+        # What is left past the last place is good for data only.
+        top = max(end, bound - (bound + self.free.shift) % self.free.table)
+        if top < bound:
+            self._skip_to(top)
+            return top, 1
+        return None
+
+    def _skip_to(self, cluster: int) -> None:
+        """Move the end up; what lies between is free."""
+        end = self.end >> self._bits
+        if cluster > end:
+            self.end = cluster << self._bits
+            self.give_back(end, cluster - end)
+
+    def _spare(self, end: int) -> int:
+        """Count the places that no table is going to need; ``end`` in clusters."""
+        return self.free.places + self._places_past(end) - self._missing_tables()
+
+    def _places_past(self, end: int) -> int:
+        """Count the places between a cluster and the bound."""
+        table, shift = self.free.table, self.free.shift
+        first = -(-(end + shift) // table)
+        return max(0, ((self.bound >> self._bits) + shift) // table - first)
 
     async def allocate_table(self) -> Run:
-        """Take the clusters of a new table at the end of the file, where they are blank."""
-        return await self._extend(self._geometry.table_bytes)
+        """Take the clusters of a new table.
 
-    async def _extend(self, length: int) -> Run:
-        """Take new clusters at the end of the file."""
-        run = Run(self.end, length, blank=self.end >= self._used_end)
+        Raises:
+            NoSpaceError: The file cannot grow any more.
+        """
+        found = self._choose_table()
+        while found is None and await self.find_room():
+            found = self._choose_table()
+        if found is None:
+            found = self.end >> self._bits
+        return await self._place(found, self.free.table)
+
+    def _choose_table(self) -> int | None:
+        """Choose the first cluster of a new table; no await in here."""
+        found = self.free.take_place()
+        if found is not None:
+            return found
+        end, table = self.end >> self._bits, self.free.table
+        # A table across the border of two blocks would not be counted as a place if it
+        # was lost in a crash.
+        if (end + self.free.shift) % BLOCK > BLOCK - table:
+            end += -(end + self.free.shift) % BLOCK
+        if end + table > self.bound >> self._bits:
+            found = self.free.find_run(table)
+            if found is not None:
+                self.free.remove(found, table)
+            return found
+        self._skip_to(end)
+        return end
+
+    async def _place(self, first: int, count: int) -> Run:
+        """Make a run of clusters that were chosen; the file reaches over it afterwards."""
+        offset, length = first << self._bits, count << self._bits
+        run = Run(offset, length, blank=offset >= max(self.end, self._used_end))
         if run.end > MAX_OFFSET:
             msg = f"{self._file.name}: file size: found {run.end}, expected at most {MAX_OFFSET}"
             raise NoSpaceError(msg)
-        # No await between reading the end and moving it: no two runs overlap.
-        self.end = run.end
+        # No await between choosing the end and moving it: no two runs overlap.
+        self.end = max(self.end, run.end)
+        if self.unpunched.count:
+            self.unpunched.remove(first, count)
+        self.witness(first, count)
         try:
+            # It may have been given back because the file could not grow over it.
             await self._grow(run.end)
         except BaseException:
             self.release(run)
@@ -113,10 +226,10 @@ class Allocator:
                 return
             if self._has_tail:
                 # Bytes behind the last whole cluster belong to nobody, but would show
-                # up in a new cluster.  They must be gone for good before that cluster
-                # is used: a crash could lose the cut and keep the growth.
+                # up in a new cluster.  A crash could lose the cut and keep the growth,
+                # but not once an entry refers to that cluster: both come before the
+                # first datasync of the round that writes the entry.
                 await self._file.truncate(self._file_end)
-                await self._commit.barrier()
                 self._has_tail = False
             ahead = self._geometry.ceil(end + GROWTH_BYTES)
             target = max(end, min(ahead, self.bound))
@@ -125,26 +238,74 @@ class Allocator:
 
     def release(self, run: Run) -> None:
         """Take back clusters that no table refers to, or ever did since they were given out."""
-        if run.end == self.end:
-            self._used_end = max(self._used_end, run.end)
-            self.end = run.offset
-        else:
-            insort(self._free, (run.offset, run.end))
+        self.give_back(run.offset >> self._bits, run.length >> self._bits)
+        self.lower_end()
+
+    def give_back(self, first: int, count: int) -> None:
+        """Note clusters as free that neither a table nor a request refers to any more."""
+        self.free.add(first, count)
+        self.unpunched.add(first, count)
+        self.witness(first, count)
+
+    def lower_end(self) -> None:
+        """Take the free clusters at the end for not part of the file any more."""
+        end = self.end >> self._bits
+        count = self.free.before(end)
+        if count:
+            self.free.remove(end - count, count)
+            self.unpunched.remove(end - count, count)
+            self.shrink((end - count) << self._bits)
+
+    def shrink(self, end: int) -> None:
+        """Note that nothing from the file offset ``end`` on is in use."""
+        if end < self.end:
+            self._used_end = max(self._used_end, self.end)
+            self.end = end
+            self.shrunk = True
 
     async def trim(self) -> None:
-        """Cut off the end of the file that is not in use."""
+        """Cut off the end of the file that is not in use; a crash may lose the cut.
+
+        What is grown from there on is blank.  For the reason why no datasync is needed
+        see `_grow`.
+        """
         async with self._grow_lock:
             if self._file_end <= self.end or self._has_tail:
                 return
             # Whoever allocates while the cut is under way finds the file too short and
             # waits for the lock to grow it again.
-            before, cut = self._file_end, self.end
-            self._file_end = cut
+            before, self._file_end = self._file_end, self.end
+            self.shrunk = False
             try:
-                await self._file.truncate(cut)
+                await self._file.truncate(self._file_end)
             except BaseException:
                 self._file_end = before
+                self.shrunk = True
                 raise
-            # What is grown from here on is blank only when the cut cannot be lost.
-            await self._commit.barrier()
-            self._used_end = cut
+            self._used_end = self._file_end
+
+    # What the scan finds out
+
+    def watch(self, witnesses: FreeMap | None) -> None:
+        """Have each cluster noted that changes its state from now on."""
+        self._witnesses = witnesses
+
+    def witness(self, first: int, count: int) -> None:
+        """Note that a run changed its state: what the scan reads about it says nothing."""
+        if self._witnesses is not None:
+            self._witnesses.add(first, count)
+
+    def adopt(self, runs: Iterable[tuple[int, int]], *, punched: bool = False) -> None:
+        """Take note of runs that were found to be free, in clusters: the first, how many.
+
+        ``punched`` says that they take up no space on the host.
+        """
+        room = MAX_FREE - self.free.count
+        for first, count in runs:
+            if room <= 0:
+                break
+            self.free.add(first, min(count, room))
+            if not punched:
+                self.unpunched.add(first, min(count, room))
+            room -= count
+        self.known = True

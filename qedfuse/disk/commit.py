@@ -18,6 +18,7 @@ from qedfuse.errors import HostError, QedError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qedfuse.disk.reclaim import Reclaim
     from qedfuse.disk.tablecache import TableCache, WriteBack
     from qedfuse.hostio.hostfile import HostFile
 
@@ -43,7 +44,12 @@ class _Round:
 
 
 class Commit:
-    """Makes changes durable, in the order that the rules ask for."""
+    """Makes changes durable, in the order that the rules ask for.
+
+    Attributes:
+        failure: What ended all writing, if anything did (D7).
+        reclaim: Told what a round drops and makes durable.
+    """
 
     def __init__(self, file: HostFile, tables: TableCache, period: float) -> None:
         """Commit the tables of ``file``, every ``period`` seconds at the latest."""
@@ -57,6 +63,7 @@ class Commit:
         self._activity = trio.Event()
         self._rounds = self._datasyncs = self._table_writes = 0
         self.failure: HostError | None = None
+        self.reclaim: Reclaim | None = None
 
     def note_write(self) -> None:
         """Note that the file or a table in memory was changed."""
@@ -71,19 +78,30 @@ class Commit:
     async def barrier(self) -> None:
         """Make a change of the file durable that was made just now, and all before it.
 
+        Unlike `flush` it may be called by who holds a lock on the file's length.
+
         Raises:
             HostError: As `flush`.
         """
         self.note_write()
-        await self.flush()
+        await self._join_round()
 
     async def flush(self) -> None:
         """Return when everything written before the call is durable (D1).
+
+        Then clusters are free that had lost their reference, and space goes back to the
+        host (S3).
 
         Raises:
             HostError: The host could not do it.  After a failed datasync the state of
                 its cache is unknown, so all later calls fail as well (D7).
         """
+        await self._join_round()
+        if self.reclaim is not None and self.reclaim.pending:
+            await self.reclaim.run()
+
+    async def _join_round(self) -> None:
+        """Take part in a round that makes durable what is there now."""
         self._check()
         if self._written == self._durable:
             return
@@ -136,6 +154,8 @@ class Commit:
         target = self._written
         # Every entry in these was put there after its data had been written to the file.
         l2, l1 = self._tables.take_dirty()
+        if self.reclaim is not None:
+            self.reclaim.seal()
         # 1. Data, blank new tables, the file's length, and NEED_CHECK in the header: all
         #    were written before the entries were changed, so one datasync makes them
         #    durable before any entry that depends on them (D2, D3).
@@ -145,11 +165,15 @@ class Commit:
         if l2:
             await self._write(l2, otherwise=l1)
             await self._sync_or_give_back(l1)
+        #    (In a cluster that is used again that can be anything.)
         # 3. L1 entries make the new tables, and all they refer to, visible at once.
         if l1:
             await self._write(l1)
             await self._sync_or_give_back([])
         self._durable = max(self._durable, target)
+        # Only now does no table on the disk refer to what the tables had dropped (D5).
+        if self.reclaim is not None:
+            self.reclaim.durable()
 
     async def _sync_or_give_back(self, writes: Sequence[WriteBack]) -> None:
         """Run one datasync; if it fails, nothing of ``writes`` was written."""
@@ -189,6 +213,8 @@ class Commit:
             try:
                 await self.flush()
                 complaint = ""
+                if self.reclaim is not None and self.reclaim.pending:
+                    self._activity.set()
             except QedError as error:
                 # The next flush that somebody waits for reports it to him (D7).
                 if str(error) != complaint:

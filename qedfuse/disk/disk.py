@@ -16,11 +16,17 @@ import trio
 from qedfuse.disk.allocator import Allocator
 from qedfuse.disk.chain import Chain
 from qedfuse.disk.commit import Commit, CommitStatistics
+from qedfuse.disk.discard import Discards
 from qedfuse.disk.extents import Kind
+from qedfuse.disk.grace import Grace
 from qedfuse.disk.layer import QedLayer
 from qedfuse.disk.liveheader import LiveHeader
 from qedfuse.disk.needcheck import NeedCheck
+from qedfuse.disk.quarantine import Quarantine
+from qedfuse.disk.reclaim import Reclaim
 from qedfuse.disk.requests import Requests
+from qedfuse.disk.savedlist import SavedList
+from qedfuse.disk.scan import Scan
 from qedfuse.errors import (
     CorruptImageError,
     NoSpaceError,
@@ -45,11 +51,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DiskStatistics:
-    """What a disk holds in memory and has done so far."""
+    """What a disk holds in memory and has done so far.
+
+    Attributes:
+        file_bytes: Where the last cluster in use ends.
+        bound_bytes: The length that the file never needs to exceed.
+        free_clusters: Clusters below the last one in use that are free; None while that
+            is not known yet.
+        quarantined_clusters: Clusters that lost their reference and are not free yet.
+    """
 
     tables: LRUStatistics
     commit: CommitStatistics
     file_bytes: int
+    bound_bytes: int
+    free_clusters: int | None
+    quarantined_clusters: int
 
 
 class Disk:
@@ -80,7 +97,12 @@ class Disk:
         self._chain = Chain([self._layer, *bases])
         self._live = LiveHeader(file, header)
         self._commit = Commit(file, self._layer.tables, options.commit_seconds)
-        self._allocator = Allocator(file, header.geometry, self._commit, _bound(header))
+        self._grace = Grace()
+        self._allocator = Allocator(file, header, lambda: self._layer.missing_tables)
+        self._quarantine = Quarantine(self._grace)
+        self._reclaim = Reclaim(file, self._allocator, self._quarantine, self._commit)
+        self._commit.reclaim = self._reclaim
+        self._scan = Scan(self._layer, self._allocator, self._reclaim)
         self._needcheck = NeedCheck(
             self._layer,
             self._live,
@@ -94,10 +116,25 @@ class Disk:
             self._allocator,
             self._commit,
             self._needcheck,
+            self._grace,
             options.cache_bytes // 2,
         )
+        self._discards = Discards(
+            self._chain, self._layer, self._requests, self._commit, self._needcheck, self._reclaim
+        )
+        self._saved_list = SavedList(
+            self._layer,
+            self._live,
+            self._commit,
+            self._allocator,
+            self._reclaim,
+            self._scan,
+            options,
+            self._before_change,
+        )
+        self._options = options
         self._opening_change = trio.Lock()
-        self._may_change = not header.stale_autoclear
+        self._may_change = not (header.stale_autoclear or header.free_list)
         self._resizing = trio.Lock()
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -105,14 +142,19 @@ class Disk:
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
+            UsageError: A free list is asked for that the image has no room for.
         """
         await self._layer.scan_l1()
         if self._file.writable:
+            self._scan.begin()
+            await self._saved_list.open()
             if self.header.need_check:
                 # The bit is going to be cleared, which is a change like any other.
                 await self._before_change()
             nursery.start_soon(self._commit.run)
             nursery.start_soon(self._needcheck.run)
+            nursery.start_soon(self._scan.run)
+            nursery.start_soon(self._saved_list.watch)
         self._started = True
 
     @property
@@ -152,7 +194,14 @@ class Disk:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host cannot read a file.
         """
-        return await self._chain.read(start, max(0, min(length, self.size - start)))
+        length = max(0, min(length, self.size - start))
+        if not self._file.writable:
+            return await self._chain.read(start, length)
+        turn = self._grace.enter()
+        try:
+            return await self._chain.read(start, length)
+        finally:
+            self._grace.leave(turn)
 
     async def write(self, start: int, data: Buffer) -> int:
         """Write bytes; return how many, fewer only where the disk ends.
@@ -171,8 +220,41 @@ class Disk:
             raise NoSpaceError(msg)
         view = view[: self.size - start]
         await self._before_change()
-        await self._requests.write(start, view)
+        if self._options.detect_zeroes == "off":
+            await self._requests.write(start, view)
+        else:
+            await self._discards.write(start, view, self._options.detect_zeroes)
         return len(view)
+
+    async def discard(self, start: int, length: int) -> None:
+        """Make a range read as zeros and give up its whole clusters; clipped at the disk's end.
+
+        Raises:
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.
+        """
+        end = min(start + length, self.size)
+        if start < end:
+            await self._before_change()
+            await self._discards.discard(start, end, free=self._options.discard)
+
+    async def allocate(self, start: int, length: int) -> None:
+        """Give each cluster of a range a place in the file, and room on the host.
+
+        Raises:
+            NoSpaceError: The host is full; parts of the range may have a place now.
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry for part of the range is bad.
+        """
+        end = min(start + length, self.size)
+        if start < end:
+            await self._before_change()
+            await self._requests.allocate(start, end)
+
+    async def scanned(self) -> None:
+        """Return when the free space of the file is known, or never will be."""
+        await self._reclaim.ready.wait()
 
     async def flush(self) -> None:
         """Return when every write that has ended survives power loss (D1).
@@ -208,7 +290,7 @@ class Disk:
             await self._commit.barrier()
             await self._live.change(lambda header: header.with_size(size))
             self._layer.header = self._live.value
-            self._allocator.bound = _bound(self._live.value)
+            self._allocator.set_size(self._live.value)
             await self._commit.barrier()
 
     async def _blank_past_end(self, size: int) -> None:
@@ -234,7 +316,7 @@ class Disk:
             await self._requests.set_zero(past, geometry.ceil(min(size, reaches)))
 
     async def _before_change(self) -> None:
-        """Refuse a change if the disk is read-only; clear stale autoclear bits durably."""
+        """Refuse a change if the disk is read-only; clear what the first one makes untrue."""
         if not self.writable:
             why = self.failure or "opened read-only"
             msg = f"{self.name}: read-only: {why}"
@@ -242,11 +324,16 @@ class Disk:
         if not self._may_change:
             async with self._opening_change:
                 # All writers wait here for the first one: not even data may change
-                # before the program that owns those bits can tell.
+                # before the program that owns the autoclear bits can tell, and before
+                # the saved free list is invalid.
                 if not self._may_change:
-                    await self._live.change(lambda header: header.without_stale_autoclear())
+                    await self._live.change(
+                        lambda header: header.without_stale_autoclear().with_free_list(value=False)
+                    )
                     await self._commit.barrier()
+                    await self._saved_list.forget()
                     self._may_change = True
+        self._reclaim.allowed = True
 
     def fstat(self) -> os.stat_result:
         """Give the attributes of the image file."""
@@ -254,8 +341,14 @@ class Disk:
 
     def statistics(self) -> DiskStatistics:
         """Tell what the disk holds in memory and has done."""
+        allocator, bits = self._allocator, self._allocator.cluster_bits
         return DiskStatistics(
-            self._store.statistics(), self._commit.statistics(), self._allocator.end
+            tables=self._store.statistics(),
+            commit=self._commit.statistics(),
+            file_bytes=allocator.end,
+            bound_bytes=allocator.bound,
+            free_clusters=allocator.free.count if allocator.known else None,
+            quarantined_clusters=self._quarantine.length >> bits,
         )
 
     @asynccontextmanager
@@ -277,6 +370,20 @@ class Disk:
             # The background tasks have ended: closing has the disk to itself.
             await self.close()
 
+    async def _give_space_back(self) -> None:
+        """Cut off and punch out what is free, as far as that is known.
+
+        A disk that was not changed is not kept waiting for the scan, unless its free
+        clusters are to be listed.
+        """
+        await self._commit.flush()
+        needed = self._quarantine.length or self._saved_list.wanted
+        if needed and not self._reclaim.ready.is_set():
+            await self._scan.run()
+        if self._allocator.known and self._reclaim.pending:
+            await self._before_change()
+            await self._reclaim.run(punches=None)
+
     async def close(self) -> None:
         """Make everything durable, clear NEED_CHECK, and let the files and locks go.
 
@@ -291,14 +398,11 @@ class Disk:
             try:
                 # An image that was refused by `start` is left as it was found.
                 if self.writable and self._started:
+                    await self._give_space_back()
                     await self._needcheck.clear()
                     await self._commit.flush()
+                    await self._saved_list.save()
                 elif self._commit.failure is not None:
                     raise self._commit.failure
             finally:
                 self._chain.close()
-
-
-def _bound(header: Header) -> int:
-    """Give the length in bytes that the file of an image never needs to exceed."""
-    return header.geometry.bound(header.header_end, header.image_size)

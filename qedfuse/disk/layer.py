@@ -14,7 +14,7 @@ from qedfuse.ondisk.table import SLICE_BYTES, decode, runs
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -62,11 +62,15 @@ class QedLayer:
         self.file = file
         self.header = header
         self.geometry = header.geometry
-        self.tables = TableCache(file, header.geometry, store, self._judge)
+        self.tables = TableCache(file, header.geometry, store, self.judge)
         self._l2_tables: NDArray[np.uint64] = np.empty(0, np.uint64)
+        # Indices of L1 entries in use past the disk's end, left by a resize that broke off.
+        self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # Where the file ended when we opened it.  No entry that was in the file then
         # may point past it; those that we add ourselves are never judged.
         self._end_at_open = file.size()
+        # Shown the L2 entries that were just read and found good.
+        self.witness: Callable[[NDArray[np.uint64]], None] | None = None
         # Whether a bad entry was seen while writing: see `NeedCheck.clear`.
         self.damaged = False
 
@@ -93,20 +97,27 @@ class QedLayer:
         used = self.geometry.l1_used(self.header.image_size)
         end = start + (self.geometry.entries if writable else used) * ENTRY_BYTES
         found = []
+        past = []
         position: int | None = start
         while position is not None and position < end:
             raw = await self.file.pread(position, min(SLICE_BYTES, end - position))
             entries = decode(raw[: len(raw) & -ENTRY_BYTES])
-            good = np.frombuffer(entries, np.uint64)
-            bad = self._judge(L1, entries)
+            values = np.frombuffer(entries, np.uint64)
+            good = values != UNALLOCATED
+            bad = self.judge(L1, entries)
             if bad is not None:
-                good = good[np.frombuffer(bad, np.uint8) == 0]
-            found.append(good[good != UNALLOCATED])
+                good &= np.frombuffer(bad, np.uint8) == 0
+            found.append(values[good])
+            first = (position - start) // ENTRY_BYTES
+            if first + len(values) > used:
+                indices = np.flatnonzero(good) + first
+                past.append(indices[indices >= used])
             position += SLICE_BYTES
             data = await self.file.next_data(position)
             # Slices begin at multiples of a slice from the table's start.
             position = data and max(position, data - (data - start) % SLICE_BYTES)
         self._l2_tables = np.sort(np.concatenate(found)) if found else self._l2_tables
+        self._past_end = np.concatenate(past) if past else self._past_end
         if self.file.writable and len(self._l2_tables) > 1:
             self._refuse_overlaps()
 
@@ -122,12 +133,26 @@ class QedLayer:
             )
             raise CorruptImageError(msg)
 
-    def add_table(self, offset: int) -> None:
+    @property
+    def l2_tables(self) -> NDArray[np.uint64]:
+        """The file offsets of all L2 tables, ascending."""
+        return self._l2_tables
+
+    @property
+    def missing_tables(self) -> int:
+        """How many L2 tables the disk may still need."""
+        used = self.geometry.l1_used(self.header.image_size)
+        beyond = len(self._past_end) and int((self._past_end >= used).sum())
+        return used - len(self._l2_tables) + beyond
+
+    def add_table(self, l1_index: int, offset: int) -> None:
         """Note a new L2 table."""
         place = int(np.searchsorted(self._l2_tables, offset))
         self._l2_tables = np.insert(self._l2_tables, place, offset)
+        if l1_index >= self.geometry.l1_used(self.header.image_size):
+            self._past_end = np.append(self._past_end, l1_index)
 
-    def _judge(self, level: int, entries: array[int]) -> bytes | None:
+    def judge(self, level: int, entries: array[int]) -> bytes | None:
         """Mark the entries just read that must not be used; None if all are good."""
         values = np.frombuffer(entries, np.uint64)
         length = self.geometry.cluster_size if level == L2 else self.geometry.table_bytes
@@ -149,11 +174,13 @@ class QedLayer:
             table = self._l2_tables[before]
             bad |= (before >= 0) & (values - table < self.geometry.table_bytes)
         bad &= used
+        if level == L2 and self.witness is not None:
+            self.witness(values[used & ~bad])
         self.damaged = self.damaged or bool(bad.any())
         return bad.astype(np.uint8).tobytes() if bad.any() else None
 
     def _reason(self, what: str, value: int) -> str:
-        """Say what is wrong with an entry that `_judge` marked."""
+        """Say what is wrong with an entry that `judge` marked."""
         if self.geometry.in_cluster(value):
             found = "unaligned"
             expected = f"a multiple of {self.geometry.cluster_size}"

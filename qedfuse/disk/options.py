@@ -40,6 +40,12 @@ class OpenOptions:
         cache_bytes: Memory for tables, shared by all images of the chain.
         commit_seconds: Longest time that changed tables stay in memory only.
         needcheck_seconds: Idle time after which NEED_CHECK is cleared.
+        discard: Whether discards give clusters up; if not, they write zeros in place.
+        detect_zeroes: Whether whole clusters of zeros are stored as data (``off``), take
+            no new cluster (``on``), or give up theirs as well (``unmap``).
+        free_list: Whether the image keeps a list of its free clusters when it is closed;
+            ``keep``: if it had one when it was opened.
+        compact: Whether the file is made as short as it can be when it is closed.
     """
 
     writable: bool = False
@@ -49,3 +55,7 @@ class OpenOptions:
     cache_bytes: int = DEFAULT_CACHE_BYTES
     commit_seconds: float = DEFAULT_COMMIT_SECONDS
     needcheck_seconds: float = DEFAULT_NEEDCHECK_SECONDS
+    discard: bool = True
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    free_list: Literal["keep", "on", "off"] = "keep"
+    compact: bool = False

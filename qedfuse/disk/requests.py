@@ -1,9 +1,10 @@
 """What a guest's request does: cut into runs, each run read, overwritten or allocated.
 
 Writes in place need no lock: two of them to the same bytes may end in either order, as
-on any disk.  What allocates holds its guest clusters in a range lock and looks again
-once it has it, so that of two writes into one new cluster the second finds the cluster
-there and writes in place.
+on any disk.  They are counted instead (`Grace`), so that the clusters they write to are
+not used again under them.  What gives clusters a place, or takes it away, holds its
+guest clusters in a range lock and looks again once it has it, so that of two writes into
+one new cluster the second finds the cluster there and writes in place.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from qedfuse.disk.allocator import Allocator, Run
     from qedfuse.disk.chain import Chain
     from qedfuse.disk.commit import Commit
+    from qedfuse.disk.grace import Grace
     from qedfuse.disk.layer import QedLayer
     from qedfuse.disk.needcheck import NeedCheck
-
+    from qedfuse.disk.tablecache import Slice
 
 _COPY_BYTES: Final = 1 << 20
 """Most that is copied at once around a guest's data, in bytes."""
+
+_ALLOCATE_BYTES: Final = 1 << 26
+"""How much is given a place in one step when no data is written, in bytes."""
 
 
 class Requests:
@@ -40,32 +45,41 @@ class Requests:
         allocator: Allocator,
         commit: Commit,
         needcheck: NeedCheck,
+        grace: Grace,
         dirty_budget: int,
     ) -> None:
         """Write to ``layer``, the top of ``chain``; ``dirty_budget`` is in bytes (D4)."""
         self._chain = chain
+        self._grace = grace
         self._layer = layer
         self._allocator = allocator
         self._commit = commit
         self._needcheck = needcheck
         self._dirty_budget = dirty_budget
-        self._allocating = RangeLock()
+        self.allocating = RangeLock()
         self._making_table = trio.Lock()
 
     async def write(self, start: int, data: memoryview) -> None:
         """Write bytes that lie within the disk.
 
         Raises:
-            CorruptImageError: A table entry for part of the range is bad; what lies
-                before that part has been written.
-            HostError: The host refused; parts of the range may have been written.
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  In both cases parts may have been written.
         """
-        for extent in await self._layer.lookup(start, len(data)):
+        new = []
+        turn = self._grace.enter()
+        try:
+            for extent in await self._layer.lookup(start, len(data)):
+                if extent.kind is Kind.DATA or extent.kind is Kind.BAD:
+                    await self._in_place(extent, data[extent.start - start : extent.end - start])
+                else:
+                    new.append(extent)
+        finally:
+            # Who waits for free clusters may wait for us, so this ends before allocating.
+            self._grace.leave(turn)
+        for extent in new:
             part = data[extent.start - start : extent.end - start]
-            if extent.kind is Kind.DATA or extent.kind is Kind.BAD:
-                await self._in_place(extent, part)
-            else:
-                await self._allocate(extent.start, part)
+            await self._allocate(extent.start, extent.end, part)
 
     async def _in_place(self, extent: Extent, data: memoryview) -> None:
         """Overwrite what is there already."""
@@ -75,16 +89,15 @@ class Requests:
         await self._layer.file.pwrite(extent.file_offset, data)
         self._commit.note_write()
 
-    async def _allocate(self, start: int, data: memoryview) -> None:
-        """Write to clusters that had no place in the file when we looked."""
+    async def _allocate(self, start: int, end: int, data: memoryview) -> None:
+        """Write to clusters that had no place in the file when we looked.
+
+        ``data`` may be empty: then the clusters are given a place and keep their content.
+        """
         geometry = self._layer.geometry
-        end = start + len(data)
-        if self._layer.tables.dirty_bytes > self._dirty_budget:
-            # Wait here, before anything is allocated: memory stays bounded, and if the
-            # tables cannot be written this write is refused instead of piling up.
-            await self._commit.flush()
-        async with self._allocating.hold(geometry.floor(start), geometry.ceil(end)):
-            for extent in await self._layer.lookup(start, len(data)):
+        await self.wait_for_tables()
+        async with self.allocating.hold(geometry.floor(start), geometry.ceil(end)):
+            for extent in await self._layer.lookup(start, end - start):
                 part = data[extent.start - start : extent.end - start]
                 if extent.kind is Kind.DATA or extent.kind is Kind.BAD:
                     await self._in_place(extent, part)
@@ -92,12 +105,24 @@ class Requests:
                     async with self._needcheck.changing():
                         await self._into_new(extent, part)
 
+    async def wait_for_tables(self) -> None:
+        """Write tables back if too many have changed (D4).
+
+        Called before anything is allocated: memory stays bounded, and if the tables
+        cannot be written a request is refused instead of piling up.
+
+        Raises:
+            HostError: They cannot be written.
+        """
+        if self._layer.tables.dirty_bytes > self._dirty_budget:
+            await self._commit.flush()
+
     async def _into_new(self, extent: Extent, data: memoryview) -> None:
         """Give every cluster of an extent a place; the caller holds its guest clusters."""
         geometry = self._layer.geometry
         start = extent.start
         while start < extent.end:
-            table = await self._table_for(geometry.l1_index(start))
+            table = await self.table_for(geometry.l1_index(start))
             table_end = (geometry.l1_index(start) + 1) * geometry.table_span
             stop = min(extent.end, table_end)
             first = geometry.floor(start)
@@ -147,7 +172,7 @@ class Requests:
         data = await self._chain.read(start, inside, depth=1)
         return data if start + inside == end else bytes(data) + bytes(end - start - inside)
 
-    async def _table_for(self, l1_index: int) -> int:
+    async def table_for(self, l1_index: int) -> int:
         """Give the file offset of the L2 table for an L1 entry, made new if there is none."""
         layer = self._layer
         table, reason = await layer.table_at(l1_index)
@@ -164,14 +189,32 @@ class Requests:
                 for offset in range(run.offset, run.end, _COPY_BYTES) if not run.blank else ():
                     size = min(_COPY_BYTES, run.end - offset)
                     await layer.file.pwrite(offset, bytes(size))
-                part = await layer.tables.load(layer.header.l1_table_offset, l1_index, L1)
+                part = await self.writable_slice(layer.header.l1_table_offset, l1_index, L1)
             except BaseException:
                 self._allocator.release(run)
                 raise
             layer.tables.set(part, l1_index % layer.tables.slice_entries, run.offset)
-            layer.add_table(run.offset)
+            part.pins -= 1
+            layer.add_table(l1_index, run.offset)
             self._commit.note_write()
             return run.offset
+
+    async def writable_slice(self, table: int, index: int, level: int) -> Slice:
+        """Give a slice that can be changed and will find room when it is written back.
+
+        It is pinned; the caller lowers ``pins`` when he has changed it.
+
+        Raises:
+            HostError: It cannot be read, or there is no room for it.
+        """
+        tables = self._layer.tables
+        part = tables.pin(await tables.load(table, index, level))
+        try:
+            await tables.reserve(part)
+        except BaseException:
+            part.pins -= 1
+            raise
+        return part
 
     async def _point(self, table: int, first: int, run: Run) -> None:
         """Make a table's entries point to a run, from guest offset ``first`` on."""
@@ -186,9 +229,8 @@ class Requests:
         parts = []
         try:
             for at in range(index - index % step, end, step):
-                # Each is pinned before the next load can drop it.
-                part = await tables.load(table, at, L2)
-                parts.append(tables.pin(part))
+                # Each is pinned, so that the next load cannot drop it.
+                parts.append(await self.writable_slice(table, at, L2))  # noqa: PERF401  kept if one fails
             for part in parts:
                 for place in range(
                     index % step, min(len(part.entries), index % step + end - index)
@@ -201,11 +243,36 @@ class Requests:
             for part in parts:
                 part.pins -= 1
 
+    async def allocate(self, start: int, end: int) -> None:
+        """Give each cluster of a range a place, and room on the host; the content stays.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused; parts may have a place now.
+        """
+        geometry = self._layer.geometry
+        step = max(_ALLOCATE_BYTES, geometry.cluster_size)
+        for at in range(geometry.floor(start), end, step):
+            stop = min(end, at + step)
+            for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
+                if extent.kind is not Kind.DATA:
+                    await self._allocate(extent.start, extent.end, memoryview(b""))
+            for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
+                if extent.kind is Kind.DATA:
+                    await self._layer.file.reserve(extent.file_offset, extent.length)
+
     async def blank(self, start: int, end: int) -> None:
-        """Write zeros over a part of one cluster, unless it reads as zeros anyway."""
+        """Write zeros over a range of clusters of one kind, unless it reads as zeros anyway."""
         extent = (await self._layer.lookup(start, end - start))[0]
-        if extent.kind is Kind.DATA or (extent.kind is Kind.UNALLOCATED and self._chain.has_base):
-            await self.write(start, memoryview(bytes(end - start)))
+        if extent.kind is Kind.UNALLOCATED and self._chain.has_base:
+            below = await self._chain.extents(start, end - start, depth=1)
+            shown = any(part.kind is not Kind.ZERO for part in below)
+        else:
+            shown = extent.kind is Kind.DATA or extent.kind is Kind.BAD
+        if shown:
+            zeros = memoryview(bytes(min(end - start, _COPY_BYTES)))
+            for at in range(start, end, _COPY_BYTES):
+                await self.write(at, zeros[: end - at])
 
     async def set_zero(self, start: int, end: int) -> None:
         """Turn unallocated clusters from ``start`` to ``end`` into zero clusters.
@@ -215,21 +282,21 @@ class Requests:
         """
         geometry = self._layer.geometry
         tables = self._layer.tables
-        async with self._allocating.hold(start, end), self._needcheck.changing():
+        async with self.allocating.hold(start, end), self._needcheck.changing():
             while start < end:
-                table = await self._table_for(geometry.l1_index(start))
+                table = await self.table_for(geometry.l1_index(start))
                 index = geometry.l2_index(start)
-                part = await tables.load(table, index, L2)
+                part = await self.writable_slice(table, index, L2)
                 at = index % tables.slice_entries
                 stop = min(at + geometry.clusters(end - start), len(part.entries))
                 for place in range(at, stop):
                     if not part.entries[place]:
                         tables.set(part, place, ZERO)
+                part.pins -= 1
                 self._commit.note_write()
                 start += (stop - at) * geometry.cluster_size
-                if tables.dirty_bytes > self._dirty_budget:
-                    await self._commit.flush()
+                await self.wait_for_tables()
 
     def waiting(self) -> int:
         """Tell how many writes wait for another one into the same new cluster."""
-        return self._allocating.statistics().waiting
+        return self.allocating.statistics().waiting

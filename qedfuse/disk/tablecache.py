@@ -8,6 +8,7 @@ must not have awaited anything since he got it, unless he pinned it.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from qedfuse.errors import HostError
@@ -17,7 +18,6 @@ from qedfuse.util.lru import LRU
 from qedfuse.util.singleflight import SingleFlight
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Callable
 
     from qedfuse.hostio.hostfile import HostFile
@@ -119,6 +119,7 @@ class TableCache:
         self.slice_entries = self._slice_bytes // ENTRY_BYTES
         self._loads: SingleFlight[int] = SingleFlight()
         self._dirty: dict[int, Slice] = {}
+        self._reserved: set[int] = set()
         # Verdicts on slices that we have written ourselves.  Judging those anew would
         # be wrong: a wild entry that pointed past the end of the file when we opened it
         # points at somebody's cluster once the file has grown.
@@ -149,9 +150,26 @@ class TableCache:
             msg = f"{self._file.name}: table at {offset}: the file ends within it"
             raise HostError(msg)
         entries = decode(raw)
-        judged = offset in self._verdicts
-        bad = self._verdicts[offset] if judged else self._judge(level, entries)
+        bad = self.verdict(level, offset, entries)
         self._store.put((id(self), offset), Slice(offset, level, entries, bad))
+
+    def verdict(self, level: int, offset: int, entries: array[int]) -> bytes | None:
+        """Mark the entries of a slice, as it is in the file, that must not be used."""
+        known = offset in self._verdicts
+        return self._verdicts[offset] if known else self._judge(level, entries)
+
+    async def reserve(self, part: Slice) -> None:
+        """Make sure that a slice that is pinned can be written back to a full host later.
+
+        Its place in the file may be a hole.  It is better to refuse the guest's write
+        than to accept it and to find no room at the flush.
+
+        Raises:
+            NoSpaceError: The host is full now.
+        """
+        if part.offset not in self._reserved:
+            await self._file.reserve(part.offset, self._slice_bytes)
+            self._reserved.add(part.offset)
 
     @staticmethod
     def pin(part: Slice) -> Slice:
@@ -164,6 +182,23 @@ class TableCache:
         part.entries[index] = value
         part.touch(index, index + 1)
         self._dirty[part.offset] = part
+
+    def fill(self, part: Slice, first: int, count: int, value: int) -> None:
+        """Change ``count`` entries to one value, as `set` does."""
+        if count:
+            part.entries[first : first + count] = array("Q", (value,)) * count
+            part.touch(first, first + count)
+            self._dirty[part.offset] = part
+
+    def forget(self, offset: int, length: int) -> None:
+        """Drop what is known of a range of the file where there is no table any more.
+
+        Nothing in it may be pinned or have unwritten changes.
+        """
+        for at in range(offset, offset + length, self._slice_bytes):
+            self._store.drop((id(self), at))
+            self._verdicts.pop(at, None)
+            self._reserved.discard(at)
 
     @property
     def dirty_bytes(self) -> int:

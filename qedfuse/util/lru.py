@@ -62,6 +62,12 @@ class LRU(Generic[K, V]):
         if self._weight > self._budget:
             self._shrink(key)
 
+    def drop(self, key: K) -> None:
+        """Forget a value, if it is there."""
+        old = self._items.pop(key, None)
+        if old is not None:
+            self._weight -= self._weigh(old)
+
     def _shrink(self, newest: K) -> None:
         """Drop old values until the budget holds or only pinned ones are left."""
         dropped = []

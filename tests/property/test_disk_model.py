@@ -7,7 +7,7 @@ import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import trio
@@ -82,6 +82,8 @@ class DiskMachine(RuleBasedStateMachine):
         zeros=st.sets(st.integers(0, 60), max_size=6),
         data=st.sets(st.integers(0, 60), max_size=6),
         budget=st.sampled_from(BUDGETS),
+        detect_zeroes=st.sampled_from(["off", "on", "unmap"]),
+        discard=st.sampled_from([True, True, True, False]),
     )
     def start(
         self,
@@ -93,6 +95,9 @@ class DiskMachine(RuleBasedStateMachine):
         zeros: set[int],
         data: set[int],
         budget: int,
+        detect_zeroes: Literal["off", "on", "unmap"],
+        *,
+        discard: bool,
     ) -> None:
         """Build the chain, bottom first, and open it."""
         self.bases: list[bytes] = []
@@ -127,8 +132,11 @@ class DiskMachine(RuleBasedStateMachine):
         self.geometry = Geometry(cluster_size, table_size)
         self.below = below
         self.model = bytearray(guest_bytes(image, below))
-        self.options = replace(WRITABLE, cache_bytes=budget)
+        self.options = replace(
+            WRITABLE, cache_bytes=budget, detect_zeroes=detect_zeroes, discard=discard
+        )
         self.content = bytes(image)
+        self.longest = len(image)
         self.open()
 
     def open(self) -> None:
@@ -145,7 +153,9 @@ class DiskMachine(RuleBasedStateMachine):
         self.content = bytes(self.file.content)
         found = inspect_image(self.content)
         assert found.errors == ()
-        assert found.leaks == 0
+        assert not any(self.content[at] for at in found.leaked), "free clusters are punched out"
+        last = len(self.content) - self.geometry.cluster_size
+        assert last not in found.leaked, "the file does not end with a free cluster"
         assert not header_of(self.content).need_check
         assert difference(guest_bytes(self.content, self.below), self.model) is None
 
@@ -168,6 +178,50 @@ class DiskMachine(RuleBasedStateMachine):
         expected = min(length, len(self.model) - start)
         assert self.loop.run(self.disk.write, start, data) == expected
         self.model[start : start + expected] = data[:expected]
+
+    @precondition(lambda self: len(self.model) > 0)
+    @rule(fraction=fractions, clusters=st.integers(1, 40), aligned=st.booleans())
+    def write_zeros(self, fraction: float, clusters: int, *, aligned: bool) -> None:
+        """Write zeros, which may become holes."""
+        start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
+        length = min(clusters * self.geometry.cluster_size // 2, len(self.model) - start)
+        self.loop.run(self.disk.write, start, bytes(length))
+        self.model[start : start + length] = bytes(length)
+
+    @precondition(lambda self: len(self.model) > 0)
+    @rule(fraction=fractions, length=lengths | st.integers(1, 5 << 20), aligned=st.booleans())
+    def discard(self, fraction: float, length: int, *, aligned: bool) -> None:
+        """Discard somewhere, perhaps over the end."""
+        start = self.place(fraction, aligned=aligned)
+        self.loop.run(self.disk.discard, start, length)
+        length = min(length, len(self.model) - start)
+        self.model[start : start + length] = bytes(length)
+
+    @precondition(lambda self: len(self.model) > 0)
+    @rule(fraction=fractions, length=lengths)
+    def allocate(self, fraction: float, length: int) -> None:
+        """Give a range its place in the file; it reads as before."""
+        start = self.place(fraction, aligned=False)
+        self.loop.run(self.disk.allocate, start, length)
+        length = min(length, len(self.model) - start)
+        for extent in self.loop.run(self.disk.extents, start, length):
+            assert (extent.kind, extent.depth) == (Kind.DATA, 0)
+
+    @rule()
+    def discard_all(self) -> None:
+        """Discard the whole disk: with the next flush nothing is left but tables."""
+        self.loop.run(self.disk.scanned)
+        self.loop.run(self.disk.discard, 0, len(self.model))
+        self.model[:] = bytes(len(self.model))
+        self.loop.run(self.disk.flush)
+        statistics = self.disk.statistics()
+        assert statistics.quarantined_clusters == 0
+        if self.options.discard:
+            header = header_of(self.file.content)
+            tables = 1 + self.geometry.l1_used(header.image_size)
+            used = header.header_end + tables * self.geometry.table_bytes
+            free = (statistics.free_clusters or 0) * self.geometry.cluster_size
+            assert statistics.file_bytes - free <= used
 
     @rule(fraction=fractions, length=lengths, aligned=st.booleans())
     def read(self, fraction: float, length: int, *, aligned: bool) -> None:
@@ -214,9 +268,17 @@ class DiskMachine(RuleBasedStateMachine):
             st.tuples(st.integers(0, 12_000), st.integers(1, 9_000)), min_size=2, max_size=8
         ),
         flush=st.booleans(),
+        discards=st.lists(st.tuples(st.integers(0, 12_000), st.integers(1, 20_000)), max_size=3),
     )
-    def write_at_once(self, fraction: float, parts: list[tuple[int, int]], *, flush: bool) -> None:
-        """Write by several tasks: each byte comes from one of its writers, or is as it was."""
+    def write_at_once(
+        self,
+        fraction: float,
+        parts: list[tuple[int, int]],
+        discards: list[tuple[int, int]],
+        *,
+        flush: bool,
+    ) -> None:
+        """Write and discard at once: each byte comes from one of those, or is as it was."""
         start = self.place(fraction, aligned=True)
         writes = [
             (start + offset, bytes([number + 1]) * length)
@@ -228,18 +290,20 @@ class DiskMachine(RuleBasedStateMachine):
             async with trio.open_nursery() as nursery:
                 for at, data in writes:
                     nursery.start_soon(self.disk.write, at, data)
+                for offset, length in discards:
+                    nursery.start_soon(self.disk.discard, start + offset, length)
                 if flush:
                     nursery.start_soon(self.disk.flush)
                 nursery.start_soon(self.disk.read, start, 20_000)
 
         self.loop.run(batch)
-        end = max((at + len(data) for at, data in writes), default=start)
+        ends = [at + len(data) for at, data in writes]
+        end = max([start, *ends, *(start + at + length for at, length in discards)])
         got = self.loop.run(self.disk.read, start, end - start)
         for index, byte in enumerate(got):
-            writers = {data[0] for at, data in writes if at <= start + index < at + len(data)} or {
-                self.model[start + index]
-            }
-            assert byte in writers, start + index
+            writers = {data[0] for at, data in writes if at <= start + index < at + len(data)}
+            writers |= {0 for at, length in discards if at <= index < at + length}
+            assert byte in (writers or {self.model[start + index]}), start + index
         self.model[start : start + len(got)] = got
 
     @rule()
@@ -263,6 +327,14 @@ class DiskMachine(RuleBasedStateMachine):
             slack = 6 * (min(65536, self.geometry.table_bytes) + 300)
             statistics = self.disk.statistics().tables
             assert statistics.weight <= self.options.cache_bytes + slack
+
+    @invariant()
+    def file_is_bounded(self) -> None:
+        """Keep the file within what the size of the disk allows, whatever the guest does."""
+        if self.held is not None:
+            header = header_of(self.file.content)
+            bound = self.geometry.bound(header.header_end, header.image_size)
+            assert self.file.size() <= max(bound, self.longest)
 
     def teardown(self) -> None:
         """Close, and ask QEMU about one image in eight, by its content."""

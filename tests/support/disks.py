@@ -138,10 +138,15 @@ async def _base(content: bytes | bytearray, depth: int, store: SliceStore) -> La
 
 @dataclass(frozen=True)
 class Findings:
-    """What `inspect_image` found: each error in words, and the clusters that are leaked."""
+    """What `inspect_image` found: each error in words, and where the leaked clusters are."""
 
     errors: tuple[str, ...]
-    leaks: int
+    leaked: tuple[int, ...] = ()
+
+    @property
+    def leaks(self) -> int:
+        """How many clusters are leaked."""
+        return len(self.leaked)
 
 
 def inspect_image(content: bytes | bytearray) -> Findings:
@@ -150,14 +155,14 @@ def inspect_image(content: bytes | bytearray) -> Findings:
     try:
         header = header_of(content)
     except struct.error:
-        return Findings(("no header",), 0)
+        return Findings(("no header",))
     if content[:4] != _MAGIC_BYTES:
-        return Findings(("no magic",), 0)
+        return Findings(("no magic",))
     size, geometry = header.cluster_size, header.geometry
     length = len(content) // size * size
     owners = np.zeros(length // size, np.uint32)
     if header.l1_end > length:
-        return Findings(("the L1 table is not inside the file",), 0)
+        return Findings(("the L1 table is not inside the file",))
     owners[: header.l1_end // size] += 1
     for place in _entries(content, header.l1_table_offset, geometry.table_bytes, errors, "L1"):
         if place % size or place < header.header_end or place + geometry.table_bytes > length:
@@ -175,7 +180,7 @@ def inspect_image(content: bytes | bytearray) -> Findings:
     if owners.size and owners.max() > 1:
         shared = np.flatnonzero(owners > 1)[:5] * size
         errors.append(f"clusters with two owners at {shared.tolist()}")
-    return Findings(tuple(errors), int((owners == 0).sum()))
+    return Findings(tuple(errors), tuple((np.flatnonzero(owners == 0) * size).tolist()))
 
 
 def _entries(

@@ -1,0 +1,192 @@
+"""Giving clusters up: discards, ranges of zeros, and clusters of zeros that are written.
+
+A cluster that is given up becomes unallocated, or a zero cluster where the base would
+show through (S1).  Its place in the file goes into quarantine.  A part of a cluster is
+zeroed in place, so that a range reads as zeros in any case.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.extents import Kind
+from qedfuse.disk.tablecache import L2
+from qedfuse.disk.zeroes import zero_runs
+from qedfuse.errors import CorruptImageError
+from qedfuse.ondisk.constants import UNALLOCATED, ZERO
+from qedfuse.ondisk.table import runs
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from qedfuse.disk.chain import Chain
+    from qedfuse.disk.commit import Commit
+    from qedfuse.disk.layer import QedLayer
+    from qedfuse.disk.needcheck import NeedCheck
+    from qedfuse.disk.reclaim import Reclaim
+    from qedfuse.disk.requests import Requests
+    from qedfuse.disk.tablecache import Slice
+
+_PIECE: Final = 1024
+"""Clusters that are given up before other tasks get a turn."""
+
+
+class Discards:
+    """Makes ranges of the disk read as zeros, and frees what they took."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        layer: QedLayer,
+        requests: Requests,
+        commit: Commit,
+        needcheck: NeedCheck,
+        reclaim: Reclaim,
+    ) -> None:
+        """Change ``layer``, the top of ``chain``."""
+        self._chain = chain
+        self._layer = layer
+        self._requests = requests
+        self._commit = commit
+        self._needcheck = needcheck
+        self._reclaim = reclaim
+
+    async def discard(self, start: int, end: int, *, free: bool = True) -> None:
+        """Make the range from ``start`` to ``end``, within the disk, read as zeros.
+
+        Args:
+            start: Guest offset of the first byte.
+            end: Guest offset past the last one.
+            free: Give up whole clusters; if not, zeros are written over them.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  In both cases parts may read as zeros.
+        """
+        geometry = self._layer.geometry
+        first = geometry.ceil(start)
+        # Nobody sees what lies past the disk's end, so its last cluster counts as whole.
+        last = geometry.ceil(end) if end == self._layer.size else geometry.floor(end)
+        if first >= last:
+            first = last = min(first, end)
+        if start < first:
+            await self._requests.blank(start, first)
+        if first < last:
+            await self._give_up(first, last, data=free)
+        if not free:
+            await self._blank_data(first, min(last, end))
+        if last < end:
+            await self._requests.blank(last, end)
+
+    async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
+        """Write bytes; whole clusters of zeros take no space (``detect_zeroes``).
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  In both cases parts may have been written.
+        """
+        end, position = start + len(data), start
+        for first, last in zero_runs(data, start, self._layer.geometry):
+            if position < first:
+                await self._requests.write(position, data[position - start : first - start])
+            await self.discard(first, last, free=mode == "unmap")
+            position = last
+        if position < end:
+            await self._requests.write(position, data[position - start :])
+
+    async def _blank_data(self, start: int, end: int) -> None:
+        """Write zeros over what has a place in the file, and leave it there."""
+        step = _PIECE << self._layer.geometry.cluster_bits
+        for at in range(start, end, step):
+            for extent in await self._layer.lookup(at, min(step, end - at)):
+                if extent.kind is Kind.DATA:
+                    await self._requests.blank(extent.start, extent.end)
+
+    async def _give_up(self, start: int, end: int, *, data: bool) -> None:
+        """Give up whole clusters: those without a place, and with ``data`` all others."""
+        geometry = self._layer.geometry
+        step = self._layer.tables.slice_entries << geometry.cluster_bits
+        piece = min(step, _PIECE << geometry.cluster_bits)
+        while start < end:
+            table, reason = await self._layer.table_at(geometry.l1_index(start))
+            if reason:
+                raise CorruptImageError(reason)
+            if table or start < self._reach:
+                # Within one slice of one table; slices and tables are whole pieces.
+                stop = min(end, start - start % piece + piece)
+                await self._requests.wait_for_tables()
+                await self._give_up_piece(start, stop, data=data)
+            else:
+                stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
+            start = stop
+            await trio.lowlevel.checkpoint()
+
+    @property
+    def _reach(self) -> int:
+        """The guest offset from which on no base shows through."""
+        return self._chain.layers[1].size if self._chain.has_base else 0
+
+    async def _give_up_piece(self, start: int, end: int, *, data: bool) -> None:
+        """Give up clusters whose entries lie in one slice."""
+        requests, geometry = self._requests, self._layer.geometry
+        async with requests.allocating.hold(start, end):
+            shown = await self._shown(start, end)
+            extents = await self._layer.lookup(start, end - start)
+            for extent in extents:
+                if extent.kind is Kind.BAD:
+                    self._chain.report(extent)
+                    raise CorruptImageError(extent.reason)
+            if not (shown or (data and any(extent.kind is Kind.DATA for extent in extents))):
+                return
+            async with self._needcheck.changing():
+                table = await requests.table_for(geometry.l1_index(start))
+                index = geometry.l2_index(start)
+                part = await requests.writable_slice(table, index, L2)
+                # No await from here on: an entry is dropped and its cluster put into
+                # quarantine in one step.
+                if data:
+                    self._drop(part, start, end)
+                tables = self._layer.tables
+                base = index % tables.slice_entries - (start >> geometry.cluster_bits)
+                for cluster in shown:
+                    if part.entries[base + cluster] == UNALLOCATED:
+                        tables.fill(part, base + cluster, 1, ZERO)
+                self._commit.note_write()
+                part.pins -= 1
+
+    def _drop(self, part: Slice, start: int, end: int) -> None:
+        """Take the reference to each data cluster out of a slice."""
+        geometry, tables = self._layer.geometry, self._layer.tables
+        first = geometry.l2_index(start) % tables.slice_entries
+        last = first + geometry.clusters(end - start)
+        reach = geometry.clusters(max(0, min(end, self._reach) - start)) + first
+        for index, count, value in list(runs(part.entries, first, last, geometry.cluster_size)):
+            if value > ZERO:
+                hidden = max(0, min(count, reach - index))
+                tables.fill(part, index, hidden, ZERO)
+                tables.fill(part, index + hidden, count - hidden, UNALLOCATED)
+                self._reclaim.retire(value, count << geometry.cluster_bits)
+
+    async def _shown(self, start: int, end: int) -> list[int]:
+        """List the clusters, by number on the disk, where a base shows through as data."""
+        end = min(end, self._reach)
+        if start >= end:
+            return []
+        found: set[int] = set()
+        for extent in await self._chain.extents(start, end - start, depth=1):
+            if extent.kind is not Kind.ZERO:
+                found.update(self._clusters(extent.start, extent.end))
+        return [
+            cluster
+            for extent in await self._layer.lookup(start, end - start)
+            if extent.kind is Kind.UNALLOCATED
+            for cluster in self._clusters(extent.start, extent.end)
+            if cluster in found
+        ]
+
+    def _clusters(self, start: int, end: int) -> range:
+        """Give the numbers of the clusters that a range of the disk touches."""
+        geometry = self._layer.geometry
+        return range(start >> geometry.cluster_bits, geometry.clusters(end))

@@ -1,0 +1,220 @@
+"""A map of free clusters: one bit each, and quick answers to what the allocator asks.
+
+The map is cut into blocks of 4096 clusters, each one Python integer; a block without a
+free cluster takes no memory, and finding, taking or adding a run within a block is a
+handful of operations on that integer.  All numbers here are clusters, not bytes.
+
+A *place* is room for a table: as many neighbouring free clusters as a table has.  A run
+has as many places as tables fit into it; a run ends at the border of a block.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK: Final = 4096
+"""Clusters in a block; a multiple of the largest table."""
+
+
+class FreeMap:
+    """Which clusters of a file are free.
+
+    Attributes:
+        count: How many clusters are free.
+        places: How many tables fit into them.
+        table: Clusters in a table, a power of two up to 16.
+        shift: A block begins at each cluster n for which n + shift is a multiple of
+            `BLOCK`, and so does a table if they are laid side by side from ``anchor`` on.
+    """
+
+    def __init__(self, table: int = 1, anchor: int = 0) -> None:
+        """Know of no free cluster."""
+        self.table = table
+        self.count = 0
+        self.places = 0
+        self.shift = -anchor % table
+        self._blocks: dict[int, int] = {}
+        # Blocks with a free cluster, the lowest on top; some are listed that have none.
+        self._heap: list[int] = []
+
+    def _put(self, block: int, old: int, new: int) -> None:
+        """Replace a block's bits and keep the counters right."""
+        self.count += new.bit_count() - old.bit_count()
+        self.places += self._places(new, old ^ new) - self._places(old, old ^ new)
+        if new:
+            if not old:
+                heapq.heappush(self._heap, block)
+            self._blocks[block] = new
+        else:
+            self._blocks.pop(block, None)
+
+    def _places(self, bits: int, changed: int) -> int:
+        """Count the places in the runs of a block that touch what was changed."""
+        if not changed:
+            return 0
+        # Only the changed part of the block, and the runs beside it, are looked at.
+        low, high = _lowest_bit(changed), changed.bit_length()
+        low -= _ones_below(bits, low)
+        high += _lowest_bit(~(bits >> high))
+        bits = bits >> low & ((1 << (high - low)) - 1)
+        found = 0
+        while bits:
+            bits >>= _lowest_bit(bits)
+            length = _lowest_bit(~bits)
+            found += length // self.table
+            bits >>= length
+        return found
+
+    def _parts(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Cut a run at the borders of blocks; give each block and a mask of its bits."""
+        start, end = first + self.shift, first + count + self.shift
+        while start < end:
+            block, place = divmod(start, BLOCK)
+            length = min(BLOCK - place, end - start)
+            yield block, ((1 << length) - 1) << place
+            start += length
+
+    def add(self, first: int, count: int) -> None:
+        """Note clusters as free, whether or not they were."""
+        for block, mask in self._parts(first, count):
+            old = self._blocks.get(block, 0)
+            self._put(block, old, old | mask)
+
+    def remove(self, first: int, count: int) -> None:
+        """Note clusters as not free, whether or not they were."""
+        for block, mask in self._parts(first, count):
+            old = self._blocks.get(block, 0)
+            if old & mask:
+                self._put(block, old, old & ~mask)
+
+    def holds(self, first: int, count: int) -> int:
+        """Tell how many clusters of a run are free."""
+        return sum(
+            (self._blocks.get(block, 0) & mask).bit_count()
+            for block, mask in self._parts(first, count)
+        )
+
+    def lowest(self) -> int | None:
+        """Give the lowest free cluster."""
+        while self._heap and self._heap[0] not in self._blocks:
+            heapq.heappop(self._heap)
+        if not self._heap:
+            return None
+        block = self._heap[0]
+        return self._cluster(block, _lowest_bit(self._blocks[block]))
+
+    def _cluster(self, block: int, place: int) -> int:
+        return block * BLOCK + place - self.shift
+
+    def take(self, most: int) -> tuple[int, int] | None:
+        """Take the lowest run, or the first ``most`` clusters of it.
+
+        A run ends at the border of a block at the latest.
+
+        Returns:
+            Its first cluster and how many there are; None if nothing is free.
+        """
+        first = self.lowest()
+        if first is None:
+            return None
+        block, place = divmod(first + self.shift, BLOCK)
+        bits = self._blocks[block]
+        count = min(most, _lowest_bit(~(bits >> place)))
+        self._put(block, bits, bits & ~(((1 << count) - 1) << place))
+        return first, count
+
+    def take_rest(self) -> int | None:
+        """Take the lowest free cluster that leaves as many places as there were."""
+        for first, count in self._block_runs():
+            if count % self.table:
+                self.remove(first, 1)
+                return first
+        return None
+
+    def take_place(self, below: int | None = None) -> int | None:
+        """Take the lowest place for a table, if it ends at or before ``below``."""
+        if not self.places:
+            return None
+        for block in sorted(self._blocks):
+            bits = starts = self._blocks[block]
+            step = 1
+            while step < self.table:
+                starts &= starts >> step
+                step *= 2
+            if starts:
+                place = _lowest_bit(starts)
+                first = self._cluster(block, place)
+                if below is not None and first + self.table > below:
+                    return None
+                self._put(block, bits, bits & ~(((1 << self.table) - 1) << place))
+                return first
+        return None
+
+    def find_run(self, count: int) -> int | None:
+        """Give the first cluster of the lowest run of at least ``count`` clusters."""
+        return next((first for first, length in self.runs() if length >= count), None)
+
+    def before(self, end: int) -> int:
+        """Count the free clusters that lie directly below the cluster ``end``."""
+        position = end + self.shift
+        found = 0
+        while position > 0:
+            block, place = divmod(position - 1, BLOCK)
+            used = ~self._blocks.get(block, 0) & ((1 << (place + 1)) - 1)
+            found += place + 1 - used.bit_length()
+            if used:
+                break
+            position = block * BLOCK
+        return found
+
+    def end(self) -> int:
+        """Give the number past the last free cluster."""
+        if not self._blocks:
+            return 0
+        block = max(self._blocks)
+        return self._cluster(block, self._blocks[block].bit_length())
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """List the runs of free clusters, lowest first, neighbours joined.
+
+        Gives:
+            The first cluster of each run and how many there are.
+        """
+        first = count = 0
+        for start, length in self._block_runs():
+            if count and first + count == start:
+                count += length
+                continue
+            if count:
+                yield first, count
+            first, count = start, length
+        if count:
+            yield first, count
+
+    def _block_runs(self) -> Iterator[tuple[int, int]]:
+        """List the runs of each block, lowest first."""
+        for block in sorted(self._blocks):
+            bits = self._blocks[block]
+            place = 0
+            while bits:
+                skip = _lowest_bit(bits)
+                bits >>= skip
+                place += skip
+                length = _lowest_bit(~bits)
+                bits >>= length
+                yield self._cluster(block, place), length
+                place += length
+
+
+def _lowest_bit(bits: int) -> int:
+    """Give the number of the lowest bit that is set; there is one."""
+    return (bits & -bits).bit_length() - 1
+
+
+def _ones_below(bits: int, place: int) -> int:
+    """Count the bits that are set directly below a place."""
+    return place - (~bits & ((1 << place) - 1)).bit_length()

@@ -1,0 +1,144 @@
+"""Giving space back: to the allocator what the quarantine lets go, to the host the rest.
+
+Runs after each commit round.  Clusters at the end of the file are cut off, those in the
+middle are punched out of the host's file, so that they take up no space while nobody
+needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.freemap import BLOCK
+from qedfuse.errors import HostError
+
+if TYPE_CHECKING:
+    from qedfuse.disk.allocator import Allocator
+    from qedfuse.disk.commit import Commit
+    from qedfuse.disk.quarantine import Quarantine
+    from qedfuse.hostio.hostfile import HostFile
+
+log = logging.getLogger(__name__)
+
+PUNCHES: Final = 256
+"""Runs that are punched after one commit round; a flush waits for them."""
+
+
+class Reclaim:
+    """Decides when clusters that lost their reference are free.
+
+    Attributes:
+        allowed: Whether the file may be changed: not before the first change of the disk.
+        ready: Set when the free clusters of the file are known, or never will be.
+        untrusted_end: Clusters below this file offset are not used again when they lose
+            a reference, because another table entry may refer to them as well.
+    """
+
+    def __init__(
+        self, file: HostFile, allocator: Allocator, quarantine: Quarantine, commit: Commit
+    ) -> None:
+        """Move clusters from the quarantine to the allocator."""
+        self._file = file
+        self._allocator = allocator
+        self._quarantine = quarantine
+        self._commit = commit
+        self._lock = trio.Lock()
+        self._complained = False
+        self._bits = allocator.cluster_bits
+        self.allowed = False
+        self.ready = trio.Event()
+        self.untrusted_end = 0
+        allocator.find_room = self.find_room
+
+    def retire(self, offset: int, length: int) -> None:
+        """Put clusters into quarantine, in the same moment in which a table drops them."""
+        self._quarantine.retire(offset, length)
+        self._allocator.witness(offset >> self._bits, length >> self._bits)
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything waits for a further round."""
+        allocator = self._allocator
+        if not allocator.known:
+            return False
+        unpunched = self._file.can_punch and allocator.unpunched.count > 0
+        return self._quarantine.length > 0 or allocator.shrunk or unpunched
+
+    def seal(self) -> None:
+        """Note that a commit round takes the tables as they are now."""
+        self._quarantine.seal()
+
+    def durable(self) -> None:
+        """Note that the round has ended well."""
+        self._quarantine.durable()
+
+    async def run(self, punches: int | None = PUNCHES) -> None:
+        """Free what may be freed now; punch up to ``punches`` runs, or all if it is None.
+
+        What the host refuses costs space and nothing else, so it is logged and left.
+        """
+        # Before the scan has ended, a cluster that lost one reference may have another.
+        if not (self.allowed and self._allocator.known):
+            return
+        async with self._lock:
+            bits = self._bits
+            for offset, length in self._quarantine.due():
+                if offset >= self.untrusted_end:
+                    self._allocator.give_back(offset >> bits, length >> bits)
+            try:
+                self._allocator.lower_end()
+                if self._allocator.shrunk:
+                    await self._allocator.trim()
+                    self._commit.note_write()
+                await self._punch(punches)
+            except HostError as error:
+                if not self._complained:
+                    self._complained = True
+                    log.warning("%s (while giving space back to the host)", error)
+
+    async def _punch(self, punches: int | None) -> None:
+        """Punch free clusters out of the host's file, the lowest first."""
+        allocator, bits = self._allocator, self._bits
+        done = 0
+        while self._file.can_punch and (punches is None or done < punches):
+            done += 1
+            found = allocator.unpunched.take(BLOCK)
+            if found is None:
+                break
+            first, count = found
+            offset, length = first << bits, count << bits
+            # Nobody may be given these while the host is about to wipe them.
+            allocator.free.remove(first, count)
+            try:
+                data = await self._file.next_data(offset)
+                if data is not None and data < offset + length:
+                    await self._file.punch(offset, length)
+                    self._commit.note_write()
+            except BaseException:
+                allocator.unpunched.add(first, count)
+                raise
+            finally:
+                allocator.free.add(first, count)
+
+    async def find_room(self) -> bool:
+        """Wait for what may make clusters free: the scan, or the quarantine.
+
+        Returns:
+            Whether there was anything to wait for.
+
+        Raises:
+            HostError: The tables could not be written back.
+        """
+        if not self.ready.is_set():
+            await self.ready.wait()
+            return True
+        if not self._allocator.known or not self._quarantine.length:
+            return False
+        before = self._quarantine.length
+        await self._commit.flush()
+        await self._quarantine.wait()
+        await self.run()
+        return self._quarantine.length < before

@@ -1,0 +1,156 @@
+"""The file never outgrows its bound, whatever a guest and crashes do together.
+
+The allocator alone, so that many lives of an image fit into a second.  A guest that
+knows how the allocator works writes, discards and has tables made; crashes bring back
+the tables as they were at the last commit, and what was given out since is free again.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
+from qedfuse.disk.allocator import Allocator
+from qedfuse.ondisk.header import Header
+from tests.support.hostfiles import MemoryFile
+
+CLUSTER: Final = 4096
+
+
+class SparseFile(MemoryFile):
+    """Only a length."""
+
+    length = 0
+
+    def size(self) -> int:
+        """Give the length."""
+        return self.length
+
+    async def truncate(self, size: int) -> None:
+        """Set the length."""
+        self.length = size
+
+
+class Image:
+    """Who owns which cluster, as the tables in memory say and as those on the disk say.
+
+    The disk has ``span`` data clusters for each of its tables.
+    """
+
+    def __init__(self, choice: random.Random, table_size: int, tables: int, span: int) -> None:
+        """Make an empty image."""
+        self.choice = choice
+        # The geometry of the disk does not matter here, only how much it may need.
+        header = Header(CLUSTER, table_size, choice.randrange(1, 4), 0, 0, 0, 0, 0)
+        self.header = replace(header, l1_table_offset=header.header_end)
+        self.count, self.span = tables, span
+        self.guests = list(range(tables * span))
+        self.request = choice.choice((1, 2, 7, 50))
+        self.bound = self.header.l1_end + tables * (table_size + span) * CLUSTER
+        self.tables: dict[int, int] = {}
+        self.data: dict[int, int] = {}
+        self.commit()
+        self.file = SparseFile()
+        self.file.length = self.header.l1_end
+        self.open()
+
+    def open(self) -> None:
+        """Open the image; the scan is over at once."""
+        self.allocator = allocator = Allocator(
+            self.file,
+            self.header,
+            lambda: self.count - len(self.tables),
+        )
+        allocator.bound = self.bound
+        used = set(self.data.values())
+        for table in self.tables.values():
+            used |= set(range(table, table + self.header.table_size))
+        for cluster in range(self.header.l1_end // CLUSTER, allocator.end // CLUSTER):
+            if cluster not in used:
+                allocator.adopt([(cluster, 1)])
+        allocator.lower_end()
+
+    async def write(self, *guests: int) -> None:
+        """Write to clusters of the disk, in requests of several clusters."""
+        new = [guest for guest in guests if guest not in self.data]
+        while new:
+            request, new = new[: self.request], new[self.request :]
+            for index in {guest // self.span for guest in request} - self.tables.keys():
+                table = await self.allocator.allocate_table()
+                self.tables[index] = table.offset // CLUSTER
+            while request:
+                run = await self.allocator.allocate(len(request))
+                for cluster in range(run.offset // CLUSTER, run.end // CLUSTER):
+                    assert cluster not in self.data.values()
+                    self.data[request.pop()] = cluster
+
+    def discard(self, guests: list[int]) -> None:
+        """Discard, commit, and let the quarantine end."""
+        runs = [self.data.pop(guest) for guest in guests]
+        self.commit()
+        for cluster in runs:
+            self.allocator.give_back(cluster, 1)
+        self.allocator.lower_end()
+
+    def commit(self) -> None:
+        """Make the tables durable."""
+        self.durable = (dict(self.tables), dict(self.data))
+
+    def crash(self, keep: float) -> None:
+        """Lose what was not durable, but for a share ``keep`` of it; open what is left."""
+        tables, data = self.durable
+        for index, table in self.tables.items():
+            if self.choice.random() < keep:
+                tables[index] = table
+        for guest, cluster in self.data.items():
+            if guest // self.span in tables and self.choice.random() < keep:
+                data[guest] = cluster
+        self.tables, self.data = tables, data
+        self.commit()
+        self.open()
+
+    async def live(self) -> None:
+        """Do one of the things that a guest, or fate, can do."""
+        choice, guests = self.choice, self.guests
+        choice.shuffle(guests)
+        match choice.randrange(8):
+            case 0 | 1:
+                await self.write(*guests[: choice.choice((1, 3, len(guests)))])
+            case 2:
+                by_place = sorted(self.data, key=self.data.__getitem__)
+                self.discard(by_place[choice.randrange(2) :: 2])
+            case 3:
+                self.discard([guest for guest in self.data if choice.random() < 0.3])
+            case 4:
+                self.commit()
+            case 5:
+                await self.write(*(at for at in guests if at // self.span in self.tables))
+            case 6:
+                new = (index for index in range(self.count) if index not in self.tables)
+                await self.write(*(at * self.span for at in new if choice.random() < 0.7))
+                self.crash(keep=0)
+            case _:
+                self.crash(keep=choice.choice((0, 0.5, 1)))
+
+
+@pytest.mark.parametrize("seed", range(400))
+async def test_no_guest_and_no_crash_takes_the_file_past_its_bound(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fill it, free every other cluster, have tables made and lose them, again and again."""
+    choice = random.Random(seed)
+    if seed % 2:
+        # Small blocks, so that these small images have borders between blocks.
+        monkeypatch.setattr("qedfuse.disk.freemap.BLOCK", 32)
+        monkeypatch.setattr("qedfuse.disk.allocator.BLOCK", 32)
+    table_size = choice.choice((1, 2, 4, 16))
+    image = Image(choice, table_size, choice.randrange(1, 9), choice.randrange(1, 20))
+    for _ in range(100):
+        await image.live()
+        assert image.file.length <= image.bound
+        assert image.allocator.end <= image.file.length
+    await image.write(*image.guests)
+    assert image.file.length <= image.bound

@@ -1,0 +1,401 @@
+"""Discards, ranges of zeros and zeros that are written: what they free and what is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Literal
+
+import pytest
+import trio
+
+from qedfuse.disk.extents import Kind
+from qedfuse.errors import CorruptImageError, HostError, NoSpaceError, ReadOnlyError
+from qedfuse.ondisk.constants import UNALLOCATED, ZERO
+from qedfuse.ondisk.geometry import Geometry
+from tests.support.disks import (
+    WRITABLE,
+    build_image,
+    difference,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+    settle,
+)
+from tests.support.hostfiles import FailingFile, MemoryFile, Punch, RecordingFile, Sync, Write
+
+if TYPE_CHECKING:
+    from qedfuse.disk.disk import Disk
+
+CLUSTER: Final = 4096
+SIZE: Final = 64 * CLUSTER
+BASE: Final = pattern(40 * CLUSTER + 700, 7)
+
+
+def full(count: int = 10, **more: bytes) -> bytearray:
+    """Build an image whose first clusters hold data."""
+    return build_image(SIZE, {at: pattern(CLUSTER, at) for at in range(count)}, **more)  # type: ignore[arg-type]
+
+
+async def freed(disk: Disk) -> int:
+    """Flush, and tell how many clusters are free."""
+    await disk.scanned()
+    await disk.flush()
+    statistics = disk.statistics()
+    assert statistics.quarantined_clusters == 0
+    assert statistics.free_clusters is not None
+    return statistics.free_clusters
+
+
+@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [
+        (0, 3 * CLUSTER),
+        (2 * CLUSTER, CLUSTER),
+        (100, 50),
+        (CLUSTER - 1, 2),
+        (CLUSTER - 1, CLUSTER + 2),
+        (3 * CLUSTER + 5, 40 * CLUSTER),
+        (30 * CLUSTER, 20 * CLUSTER),
+        (39 * CLUSTER + 1, CLUSTER + 900),
+        (0, SIZE),
+        (SIZE - 10, 1 << 62),
+    ],
+)
+async def test_a_discarded_range_reads_as_zeros(start: int, length: int, *, based: bool) -> None:
+    """And nothing else changes, whatever was there: data, the base's data, nothing."""
+    file = MemoryFile(full(backing=b"base") if based else full())
+    bases = [BASE] if based else []
+    expected = bytearray(guest_bytes(file.content, BASE if based else b""))
+    expected[start : min(start + length, SIZE)] = bytes(min(length, SIZE - start))
+    async with opened(file, bases) as disk:
+        await disk.discard(start, length)
+        assert difference(await disk.read(0, SIZE), expected) is None
+        await disk.flush()
+        assert difference(guest_bytes(file.content, *bases), expected) is None
+    assert difference(guest_bytes(file.content, *bases), expected) is None
+    assert inspect_image(file.content).errors == ()
+    assert not header_of(file.content).need_check
+
+
+async def test_what_a_discarded_cluster_becomes() -> None:
+    """Unallocated; a zero cluster only where the base has something to hide."""
+    file = MemoryFile(full(50, backing=b"base"))
+    async with opened(file, [BASE]) as disk:
+        await disk.discard(39 * CLUSTER, 4 * CLUSTER)
+    entries = [get_entry(file.content, l2_entry_offset(file.content, at)) for at in range(39, 43)]
+    assert entries == [ZERO, ZERO, UNALLOCATED, UNALLOCATED], "the base ends within cluster 40"
+
+
+async def test_discarding_nothing_changes_nothing() -> None:
+    """No table is made, no bit set, not a byte written."""
+    sparse = build_image(SIZE, {3: pattern(CLUSTER, 3)}, backing=b"below")
+    for image, bases in ((build_image(SIZE), []), (build_image(SIZE, backing=b"base"), [sparse])):
+        file = RecordingFile(image)
+        async with opened(file, bases) as disk:
+            await disk.discard(4 * CLUSTER, SIZE)
+            await disk.discard(5 * CLUSTER + 17, 100)
+            await disk.discard(SIZE, CLUSTER)
+        assert file.changes == []
+
+
+async def test_the_last_cluster_of_an_odd_disk_is_freed() -> None:
+    """Nobody sees what lies behind the end, so the cluster is whole."""
+    size = 3 * CLUSTER + 512
+    file = MemoryFile(build_image(size, {3: pattern(CLUSTER, 1)}))
+    async with opened(file) as disk:
+        await disk.discard(3 * CLUSTER, 512)
+        assert [extent.kind for extent in await disk.extents(0, size)] == [Kind.UNALLOCATED]
+
+
+async def test_freed_clusters_go_back_to_the_host() -> None:
+    """In the middle they are punched out, at the end cut off, at the flush and not before."""
+    file = RecordingFile(full(10))
+    length = file.size()
+    async with opened(file) as disk:
+        await disk.scanned()
+        first = get_entry(file.content, l2_entry_offset(file.content, 2))
+        await disk.discard(2 * CLUSTER, 3 * CLUSTER)
+        await disk.discard(8 * CLUSTER, 2 * CLUSTER)
+        assert file.size() == length
+        assert not any(isinstance(change, Punch) for change in file.changes)
+        assert await freed(disk) == 3
+        assert file.size() == length - 2 * CLUSTER
+        assert [change for change in file.changes if isinstance(change, Punch)] == [
+            Punch(first, 3 * CLUSTER)
+        ]
+    assert inspect_image(file.content).leaks == 3
+
+
+async def test_freed_clusters_are_used_before_the_file_grows() -> None:
+    """The lowest first, and they hold nothing of what they held."""
+    file = MemoryFile(full(10))
+    async with opened(file) as disk:
+        await disk.discard(2 * CLUSTER, 3 * CLUSTER)
+        assert await freed(disk) == 3
+        end = disk.statistics().file_bytes
+        await disk.write(20 * CLUSTER + 100, b"new")
+        await disk.write(30 * CLUSTER, bytes(CLUSTER - 1) + b"x" + pattern(CLUSTER, 60))
+        assert disk.statistics().file_bytes == end
+        assert await disk.read(20 * CLUSTER, CLUSTER) == bytes(100) + b"new" + bytes(CLUSTER - 103)
+        await disk.write(40 * CLUSTER, b"y")
+        assert disk.statistics().file_bytes == end + CLUSTER
+    found = inspect_image(file.content)
+    assert (found.errors, found.leaks) == ((), 0)
+
+
+async def test_a_freed_cluster_is_not_used_before_the_table_is_durable() -> None:
+    """Until the flush the old table on the disk still refers to it."""
+    file = MemoryFile(full(10))
+    async with opened(file) as disk:
+        await disk.scanned()
+        old = get_entry(file.content, l2_entry_offset(file.content, 2))
+        await disk.discard(2 * CLUSTER, CLUSTER)
+        await disk.write(20 * CLUSTER, b"a")
+        await disk.flush()
+        await disk.write(21 * CLUSTER, b"b")
+    assert get_entry(file.content, l2_entry_offset(file.content, 20)) != old
+    assert get_entry(file.content, l2_entry_offset(file.content, 21)) == old
+
+
+async def test_a_freed_cluster_is_not_used_while_somebody_reads_it() -> None:
+    """A read that began before the discard gets what was there, however late it ends."""
+    file = FailingFile(MemoryFile(full(10)))
+    got: list[bytes] = []
+    async with opened(file) as disk:
+        await disk.scanned()
+        await disk.read(0, 1)  # from here on the tables are in memory
+
+        async def read() -> None:
+            got.append(bytes(await disk.read(2 * CLUSTER, CLUSTER)))
+
+        async with trio.open_nursery() as nursery:
+            with file.hold("read") as gate:
+                nursery.start_soon(read)
+                await gate.reached.wait()
+                await disk.discard(2 * CLUSTER, CLUSTER)
+                await disk.flush()
+                assert disk.statistics().quarantined_clusters == 1
+                await disk.write(20 * CLUSTER, pattern(CLUSTER, 99))
+                await disk.flush()
+        assert got == [pattern(CLUSTER, 2)]
+        assert await freed(disk) == 1
+
+
+async def test_a_freed_cluster_is_not_used_while_somebody_writes_to_it() -> None:
+    """A write in place that is late must not hit the next owner."""
+    inner = MemoryFile(full(10))
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        await disk.scanned()
+        await disk.write(3 * CLUSTER, b"z")
+        async with trio.open_nursery() as nursery:
+            with file.hold("write") as gate:
+                nursery.start_soon(disk.write, 2 * CLUSTER, b"late" * 1024)
+                await gate.reached.wait()
+                await disk.discard(2 * CLUSTER, CLUSTER)
+                await disk.flush()
+                await disk.write(20 * CLUSTER, pattern(CLUSTER, 99))
+                await disk.flush()
+        assert await disk.read(20 * CLUSTER, CLUSTER) == pattern(CLUSTER, 99)
+        assert await disk.read(2 * CLUSTER, CLUSTER) == bytes(CLUSTER)
+
+
+async def test_a_full_file_waits_for_the_quarantine() -> None:
+    """Where only the quarantine stands in the way, it is flushed and the write goes on."""
+    size = 8 * CLUSTER
+    file = RecordingFile(build_image(size, dict.fromkeys(range(8), b"a")))
+    length = file.size()
+    async with opened(file) as disk:
+        await disk.scanned()
+        for step in range(6):
+            await disk.discard(step * CLUSTER, 2 * CLUSTER)
+            await disk.write(step * CLUSTER, pattern(2 * CLUSTER, step))
+            assert file.size() <= length
+    assert len([change for change in file.changes if isinstance(change, Sync)]) >= 6
+
+
+async def test_without_discard_the_clusters_stay() -> None:
+    """The range reads as zeros, and nothing is given up."""
+    file = RecordingFile(full(10))
+    async with opened(file, options=replace(WRITABLE, discard=False)) as disk:
+        before = [extent.kind for extent in await disk.extents(0, SIZE)]
+        await disk.discard(100, 5 * CLUSTER)
+        assert await disk.read(100, 5 * CLUSTER) == bytes(5 * CLUSTER)
+        assert [extent.kind for extent in await disk.extents(0, SIZE)] == before
+        assert await freed(disk) == 0
+    assert not header_of(file.content).need_check
+    assert all(isinstance(change, Write | Sync) for change in file.changes)
+
+
+@pytest.mark.expect_log("L2 entry 4")
+async def test_a_bad_entry_is_not_discarded() -> None:
+    """Nobody knows whose cluster it points to; it is told, and logged once."""
+    image = full(10)
+    put_entry(image, l2_entry_offset(image, 4), len(image) + CLUSTER)
+    async with opened(MemoryFile(image)) as disk:
+        for start, length in ((0, SIZE), (0, SIZE), (4 * CLUSTER + 10, 20)):
+            with pytest.raises(CorruptImageError, match="L2 entry 4"):
+                await disk.discard(start, length)
+
+
+async def test_a_read_only_disk_refuses() -> None:
+    """Without a change."""
+    file = MemoryFile(full(10), writable=False)
+    async with opened(file, options=replace(WRITABLE, writable=False)) as disk:
+        with pytest.raises(ReadOnlyError):
+            await disk.discard(0, SIZE)
+        with pytest.raises(ReadOnlyError):
+            await disk.allocate(0, SIZE)
+
+
+async def test_a_discard_beside_a_write_into_the_same_new_cluster() -> None:
+    """The one that comes second waits for the first."""
+    file = FailingFile(MemoryFile(build_image(SIZE, {0: b"a"})))
+    async with opened(file) as disk:
+        await disk.scanned()
+        await disk.write(CLUSTER, b"b")
+        async with trio.open_nursery() as nursery:
+            with file.hold("write") as gate:
+                nursery.start_soon(disk.write, 5 * CLUSTER, pattern(CLUSTER, 5))
+                await gate.reached.wait()
+                nursery.start_soon(disk.discard, 5 * CLUSTER, CLUSTER)
+                await settle()
+        assert await disk.read(5 * CLUSTER, CLUSTER) == bytes(CLUSTER)
+        assert await freed(disk) == 0, "its cluster was the last one and is cut off"
+
+
+# --- zeros that are written ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "kinds"),
+    [
+        ("off", [Kind.DATA]),
+        ("on", [Kind.DATA, Kind.ZERO, Kind.UNALLOCATED]),
+        ("unmap", [Kind.ZERO, Kind.UNALLOCATED]),
+    ],
+)
+async def test_zeros_that_are_written(
+    mode: Literal["off", "on", "unmap"], kinds: list[Kind]
+) -> None:
+    """Stored as data; in no new cluster; or in no cluster at all."""
+    file = MemoryFile(full(10, backing=b"base"))
+    async with opened(file, [BASE], replace(WRITABLE, detect_zeroes=mode)) as disk:
+        await disk.write(0, bytes(60 * CLUSTER))
+        assert [extent.kind for extent in await disk._layer.lookup(0, 60 * CLUSTER)] == kinds
+        assert await disk.read(0, 60 * CLUSTER) == bytes(60 * CLUSTER)
+
+
+@pytest.mark.parametrize("mode", ["on", "unmap"])
+async def test_zeros_among_data(mode: Literal["on", "unmap"]) -> None:
+    """Only whole clusters count, and what lies between and around them is written."""
+    file = MemoryFile(full(10))
+    data = bytearray(pattern(12 * CLUSTER + 300, 3))
+    for at in (1, 2, 5, 11):
+        data[at * CLUSTER + 50 : (at + 1) * CLUSTER + 150] = bytes(CLUSTER + 100)
+    data[8 * CLUSTER : 9 * CLUSTER] = bytes(CLUSTER)
+    async with opened(file, options=replace(WRITABLE, detect_zeroes=mode)) as disk:
+        await disk.write(3 * CLUSTER - 50, data)
+        expected = bytearray(guest_bytes(full(10)))
+        expected[3 * CLUSTER - 50 : 3 * CLUSTER - 50 + len(data)] = data
+        assert difference(await disk.read(0, SIZE), expected) is None
+        kinds = {(await disk.extents(at * CLUSTER, 1))[0].kind for at in (4, 5, 8)}
+        assert kinds == {Kind.DATA if mode == "on" else Kind.UNALLOCATED}
+        assert (await disk.extents(14 * CLUSTER, 1))[0].kind is Kind.UNALLOCATED
+    assert difference(guest_bytes(file.content), expected) is None
+
+
+# --- places without data ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("based", [False, True])
+async def test_allocating_keeps_the_content(*, based: bool) -> None:
+    """Each cluster has a place in the image afterwards, and room on the host."""
+    inner = MemoryFile(full(3, backing=b"base") if based else full(3))
+    bases = [BASE] if based else []
+    expected = guest_bytes(inner.content, *bases)
+    file = FailingFile(inner)
+    async with opened(file, bases) as disk:
+        await disk.discard(CLUSTER, CLUSTER)
+        expected = expected[:CLUSTER] + bytes(CLUSTER) + expected[2 * CLUSTER :]
+        await disk.allocate(100, SIZE - 150)
+        found = {(item.kind, item.depth) for item in await disk.extents(0, SIZE)}
+        assert found == {(Kind.DATA, 0)}
+        assert difference(await disk.read(0, SIZE), expected) is None
+        file.fail("reserve", None, 28)
+        with pytest.raises(NoSpaceError):
+            await disk.allocate(0, SIZE)
+    assert difference(guest_bytes(inner.content, *bases), expected) is None
+
+
+# --- a host that does not want to ------------------------------------------------------
+
+
+@pytest.mark.expect_log("punch: Input/output error (while giving space back to the host)")
+async def test_a_punch_that_fails_costs_only_space() -> None:
+    """It is logged once, and the clusters are used again all the same."""
+    file = FailingFile(MemoryFile(full(10)))
+    file.fail("punch", None)
+    async with opened(file) as disk:
+        await disk.discard(0, 4 * CLUSTER)
+        assert await freed(disk) == 4
+        await disk.discard(5 * CLUSTER, CLUSTER)
+        assert await freed(disk) == 5
+        end = disk.statistics().file_bytes
+        await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 2))
+        assert disk.statistics().file_bytes == end
+
+
+async def test_a_full_host_is_found_out_before_the_table_is_changed() -> None:
+    """No room to write a table back: the write is refused, its cluster free, a flush works."""
+    inner = MemoryFile(build_image(SIZE, {0: b"a"}))
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        await disk.scanned()
+        end = disk.statistics().file_bytes
+        file.fail("reserve", None, 28)
+        for request in (lambda: disk.write(9 * CLUSTER, b"x"), lambda: disk.discard(0, CLUSTER)):
+            with pytest.raises(NoSpaceError):
+                await request()
+        await disk.flush()
+        assert disk.statistics().file_bytes == end
+        assert disk.statistics().free_clusters == 0
+        file.heal()
+        await disk.write(9 * CLUSTER, b"x")
+        await disk.discard(0, CLUSTER)
+    assert inspect_image(inner.content).errors == ()
+
+
+async def test_clusters_of_tables_that_could_not_be_written_stay_in_quarantine() -> None:
+    """A flush that fails frees nothing; the next one that works does."""
+    file = FailingFile(MemoryFile(full(10)))
+    async with opened(file) as disk:
+        await disk.scanned()
+        await disk.discard(0, 3 * CLUSTER)
+        file.fail("write", 1, 28)
+        with pytest.raises(HostError):
+            await disk.flush()
+        assert disk.statistics().quarantined_clusters == 3
+        assert disk.statistics().free_clusters == 0
+        assert await freed(disk) == 3
+
+
+async def test_discards_in_steps_within_the_table_cache() -> None:
+    """A disk of many tables and no memory for them: tables are written back on the way."""
+    geometry = Geometry(CLUSTER, 1)
+    size = 6 * geometry.table_span
+    clusters = {at * 300: b"x" for at in range(size // CLUSTER // 300)}
+    file = MemoryFile(build_image(size, clusters))
+    async with opened(file, options=replace(WRITABLE, cache_bytes=0)) as disk:
+        await disk.discard(0, size)
+        free = await freed(disk)
+        used = 2 * CLUSTER + 6 * geometry.table_bytes
+        assert disk.statistics().file_bytes == used + free * CLUSTER
+        assert not any(await disk.read(0, size))
+    assert inspect_image(file.content).errors == ()

@@ -1,0 +1,202 @@
+"""The scan after opening: what nobody refers to is found, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+import trio
+
+from qedfuse.disk.scan import Scan
+from tests.support.disks import (
+    build_image,
+    difference,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile
+
+CLUSTER: Final = 4096
+SIZE: Final = 64 * CLUSTER
+
+
+def leaky(*lost: int, count: int = 10, tail: int = 0) -> bytearray:
+    """Build an image of which some clusters have lost their reference."""
+    image = build_image(SIZE, {at: pattern(CLUSTER, at) for at in range(count)})
+    for at in lost:
+        put_entry(image, l2_entry_offset(image, at), 0)
+    return image + bytes([7]) * tail * CLUSTER
+
+
+async def test_leaks_are_free_space() -> None:
+    """They are used before the file grows, and an unmount gives the rest to the host."""
+    file = MemoryFile(leaky(2, 3, 5, 7))
+    async with opened(file) as disk:
+        await disk.scanned()
+        assert disk.statistics().free_clusters == 4
+        end = disk.statistics().file_bytes
+        await disk.write(20 * CLUSTER, pattern(3 * CLUSTER, 50))
+        assert disk.statistics().file_bytes == end
+    found = inspect_image(file.content)
+    assert found.errors == ()
+    assert len(found.leaked) == 1
+    assert not any(file.content[found.leaked[0] : found.leaked[0] + CLUSTER])
+
+
+async def test_leaks_at_the_end_are_cut_off() -> None:
+    """Also when nothing else is done with the disk."""
+    file = MemoryFile(leaky(8, 9, tail=5))
+    async with opened(file) as disk:
+        await disk.scanned()
+    assert inspect_image(file.content).leaks == 0
+    assert len(file.content) == len(leaky()) - 2 * CLUSTER
+
+
+async def test_a_clean_image_without_leaks_is_left_alone() -> None:
+    """Opening and closing writes nothing."""
+    file = RecordingFile(leaky())
+    async with opened(file) as disk:
+        await disk.scanned()
+    assert file.changes == []
+
+
+async def test_autoclear_bits_go_before_leaks_are_given_back() -> None:
+    """Cutting the file is a change like any other."""
+    image = build_image(SIZE, {0: b"a"}, autoclear=5) + bytes(3 * CLUSTER)
+    file = RecordingFile(image)
+    async with opened(file) as disk:
+        await disk.scanned()
+    assert header_of(file.content).autoclear_features == 0
+    assert inspect_image(file.content).leaks == 0
+
+
+async def test_tables_past_the_end_of_the_disk_are_in_use() -> None:
+    """A resize that broke off leaves them, and the next one goes on with them."""
+    image = build_image(512 * CLUSTER * 3, dict.fromkeys((0, 600, 1100), b"x"))
+    file = MemoryFile(image[:48] + (CLUSTER * 512).to_bytes(8, "little") + image[56:])
+    async with opened(file) as disk:
+        await disk.scanned()
+        assert disk.statistics().free_clusters == 0
+
+
+async def test_changes_while_the_scan_is_under_way() -> None:
+    """What is written, moved or given up meanwhile is neither lost nor given out twice."""
+    inner = MemoryFile(leaky(3, 4, count=30))
+    file = FailingFile(inner)
+    expected = bytearray(guest_bytes(inner.content))
+    with file.hold("read", nth=3) as gate:
+        async with opened(file) as disk:
+            await gate.reached.wait()
+            for at in (1, 2, 9, 29):
+                await disk.discard(at * CLUSTER, CLUSTER)
+                expected[at * CLUSTER : (at + 1) * CLUSTER] = bytes(CLUSTER)
+            await disk.write(40 * CLUSTER, pattern(4 * CLUSTER, 77))
+            expected[40 * CLUSTER : 44 * CLUSTER] = pattern(4 * CLUSTER, 77)
+            await disk.flush()
+            assert disk.statistics().free_clusters is None
+            gate.open()
+            await disk.scanned()
+            assert disk.statistics().free_clusters == 2
+            await disk.flush()
+            assert disk.statistics().free_clusters == 6
+            await disk.write(50 * CLUSTER, pattern(6 * CLUSTER, 78))
+            expected[50 * CLUSTER : 56 * CLUSTER] = pattern(6 * CLUSTER, 78)
+            assert difference(await disk.read(0, SIZE), expected) is None
+    found = inspect_image(inner.content)
+    assert (found.errors, found.leaks) == ((), 0)
+    assert difference(guest_bytes(inner.content), expected) is None
+
+
+async def test_a_full_file_waits_for_the_scan() -> None:
+    """Rather than growing past its bound."""
+    size = 8 * CLUSTER
+    image = build_image(size, dict.fromkeys(range(8), b"x"))
+    put_entry(image, l2_entry_offset(image, 3), 0)
+    inner = MemoryFile(image)
+    file = FailingFile(inner)
+    with file.hold("read", nth=3) as gate:
+        async with opened(file) as disk, trio.open_nursery() as nursery:
+            await gate.reached.wait()
+            nursery.start_soon(disk.write, 3 * CLUSTER, b"again")
+            await trio.testing.wait_all_tasks_blocked()
+            assert inner.size() == len(image)
+            gate.open()
+    assert len(inner.content) == len(image)
+    assert inspect_image(inner.content).leaks == 0
+
+
+@pytest.mark.expect_log("found 1 references to clusters that have another owner")
+async def test_clusters_with_two_owners_are_not_used_again() -> None:
+    """Whoever gives one up does not take it away from the other."""
+    image = leaky(count=10)
+    put_entry(image, l2_entry_offset(image, 7), get_entry(image, l2_entry_offset(image, 2)))
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.scanned()
+        await disk.discard(2 * CLUSTER, CLUSTER)
+        await disk.flush()
+        await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
+        assert await disk.read(7 * CLUSTER, CLUSTER) == pattern(CLUSTER, 2)
+    assert guest_bytes(file.content)[7 * CLUSTER : 8 * CLUSTER] == pattern(CLUSTER, 2)
+    assert header_of(file.content).need_check, "the image wants a check"
+
+
+async def test_a_wild_entry_that_nobody_read_is_found() -> None:
+    """The bit stays set, because the file grows over the place that it points to."""
+    image = leaky()
+    put_entry(image, l2_entry_offset(image, 30), len(image))
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.scanned()
+        await disk.write(20 * CLUSTER, b"x")
+    assert header_of(file.content).need_check
+
+
+@pytest.mark.expect_log("read: Input/output error (while looking for free space)")
+async def test_a_scan_that_fails_costs_only_space() -> None:
+    """The disk works; what is given up is not used again."""
+    file = FailingFile(MemoryFile(leaky(3)))
+    file.fail("read", nth=3)
+    async with opened(file) as disk:
+        await disk.scanned()
+        assert disk.statistics().free_clusters is None
+        end = disk.statistics().file_bytes
+        await disk.discard(0, 2 * CLUSTER)
+        await disk.flush()
+        await disk.write(20 * CLUSTER, b"x")
+        assert disk.statistics().file_bytes == end + CLUSTER
+
+
+async def test_closing_does_not_wait_for_a_scan_that_nobody_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But it does if there is something to give back."""
+    runs = 0
+    walk = Scan._walk
+
+    async def blocked(self: Scan) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            await trio.sleep_forever()
+        await walk(self)
+
+    monkeypatch.setattr(Scan, "_walk", blocked)
+    file = MemoryFile(leaky(3))
+    async with opened(file) as disk:
+        await disk.write(0, b"in place")
+    assert runs == 1
+    runs = 0
+    file = MemoryFile(file.content)
+    async with opened(file) as disk:
+        await disk.discard(0, CLUSTER)
+    assert runs == 2
+    assert all(
+        not any(file.content[at : at + CLUSTER]) for at in inspect_image(file.content).leaked
+    )
