@@ -270,7 +270,8 @@ class Allocator:
         see `_grow`.
         """
         async with self._grow_lock:
-            if self._file_end <= self.end or self._has_tail:
+            # An odd tail is left alone while nothing is given up and nothing is added.
+            if self._file_end <= self.end or (self._has_tail and not self.shrunk):
                 return
             # Whoever allocates while the cut is under way finds the file too short and
             # waits for the lock to grow it again.
@@ -282,6 +283,7 @@ class Allocator:
                 self._file_end = before
                 self.shrunk = True
                 raise
+            self._has_tail = False
             self._used_end = self._file_end
 
     # What the scan finds out

@@ -70,6 +70,10 @@ class Commit:
         self._written += 1
         self._activity.set()
 
+    def wake(self) -> None:
+        """Have the background task look for something to do."""
+        self._activity.set()
+
     @property
     def dirty_tables(self) -> bool:
         """Whether a table in memory differs from the file, or may."""

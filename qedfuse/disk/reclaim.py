@@ -123,6 +123,12 @@ class Reclaim:
             finally:
                 allocator.free.add(first, count)
 
+    def settle(self) -> None:
+        """Note that the free clusters are known now, or never will be."""
+        self.ready.set()
+        if self.pending:
+            self._commit.wake()
+
     async def find_room(self) -> bool:
         """Wait for what may make clusters free: the scan, or the quarantine.
 

@@ -75,7 +75,7 @@ class Scan:
             self._tell()
         self._allocator.watch(None)
         self._seen = References(0, self._layer.file.name)
-        self._reclaim.ready.set()
+        self._reclaim.settle()
 
     async def _walk(self) -> None:
         """Mark what the tables refer to."""
