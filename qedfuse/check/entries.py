@@ -141,4 +141,5 @@ class Layout:
             Code.L2_OVER_METADATA: "a place apart from the header and all tables",
             Code.TABLE_OVERLAP: "a table that shares no cluster with another",
             Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
+            Code.FREE_LIST_CONTRADICTED: "a cluster that the free list does not have",
         }[code]

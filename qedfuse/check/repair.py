@@ -20,7 +20,9 @@ What is done for each kind of damage, and why:
 - What lies past the end of the disk is never copied, but cleared where it is in the way:
   a small disk could else be made to fill the host's.
 
-What was lost is reported as ranges of the disk.  Leaks are left alone.
+What was lost is reported as ranges of the disk.  Leaks are left alone.  A list of free
+clusters is dropped as soon as anything is changed, or if it is bad itself; what it listed
+then counts as leaked, until a writable open scans the tables.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ import numpy as np
 
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code
-from qedfuse.disk.references import References
 from qedfuse.check.rewrite import Rewriter
-from qedfuse.check.tables import check_number, claim_tables, named_tables, overlapping
+from qedfuse.check.tables import check_number, named_tables, overlapping
 from qedfuse.check.walk import check_image
+from qedfuse.disk.l2tables import claim_tables
+from qedfuse.disk.references import References
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ async def repair_image(
     Crash-safe: NEED_CHECK is set first and cleared last, copies are durable before the
     entries that point to them.  A repair that was interrupted can be run again; it then
     no longer knows what the end of the file had cut off.  Without errors there is
-    nothing to do but to clear NEED_CHECK.
+    nothing to do but to clear NEED_CHECK and to drop a bad list of free clusters.
 
     Args:
         file: The image.
@@ -104,13 +107,14 @@ async def repair_image(
     rewriter = Rewriter(file, header, backup)
     # What cannot be checked is found out before anything is changed.
     before = await check_image(file, sound)
-    if not before.errors:
-        if header.need_check:
+    if not before.table_errors:
+        if before.errors or header.need_check:
             await rewriter.mark(need_check=False)
+            before = await check_image(file, sound.with_free_list(value=False))
         return RepairReport((), 0, 0, before)
     repair = _Repair(file, header, rewriter)
     await repair.run()
-    after = await check_image(file, sound)
+    after = await check_image(file, sound.with_free_list(value=False))
     if not after.errors:
         await rewriter.mark(need_check=False)
     return RepairReport(tuple(repair.lost), repair.copied, repair.cleared, after)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from qedfuse.disk.freelist import erase_descriptor
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.header import build_header
 
@@ -36,11 +37,16 @@ class Rewriter:
         self.end = header.geometry.ceil(file.size())
 
     async def mark(self, *, need_check: bool) -> None:
-        """Set or clear NEED_CHECK, durably, after everything before is durable."""
+        """Set or clear NEED_CHECK, durably, after everything before is durable.
+
+        A list of free clusters is dropped at the same time: it is not kept up to date.
+        """
         await self._file.datasync()
         header = self._header.with_need_check(value=need_check).without_stale_autoclear()
-        await self._file.pwrite(0, build_header(header))
+        await self._file.pwrite(0, build_header(header.with_free_list(value=False)))
         await self._file.datasync()
+        if self._header.free_list:
+            await erase_descriptor(self._file, self._header)
 
     async def extend(self, end: int) -> None:
         """Make the file at least ``end`` bytes long; what is added reads as zeros."""

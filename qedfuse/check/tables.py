@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.check.entries import Layout, Mask, Values
-    from qedfuse.disk.references import References
     from qedfuse.hostio.hostfile import HostFile
-    from qedfuse.ondisk.geometry import Geometry
 
     Indices = NDArray[np.int64]
 
@@ -92,36 +90,3 @@ async def overlapping(tables: Values, table_bytes: int) -> Mask:
                 end = table + table_bytes
         await trio.lowlevel.checkpoint()
     return answer
-
-
-async def filled(file: HostFile, tables: Values, table_bytes: int) -> Mask:
-    """Tell which of some tables, sorted by file offset and apart, are not mere holes.
-
-    It costs one question to the host for each stretch of data, however many tables are
-    holes.
-    """
-    answer = np.zeros(len(tables), np.bool_)
-    place = 0
-    while place < len(tables):
-        data = await file.next_data(int(tables[place]))
-        if data is None:
-            break
-        # Tables that end before the data are holes.
-        if data >= table_bytes:
-            behind = np.searchsorted(tables, np.uint64(data - table_bytes), "right")
-            place = max(place, int(behind))
-        if place < len(tables) and tables[place] <= data:
-            answer[place] = True
-            place += 1
-        await trio.lowlevel.checkpoint()
-    return answer
-
-
-async def claim_tables(references: References, tables: Values, geometry: Geometry) -> None:
-    """Mark the clusters of tables as used, as far as the file goes."""
-    within = np.arange(geometry.table_size, dtype=np.uint64)
-    for start in range(0, len(tables), _STEP):
-        first = tables[start : start + _STEP] >> np.uint64(geometry.cluster_bits)
-        clusters = (first[:, np.newaxis] + within).ravel()
-        references.claim(clusters[clusters < references.clusters])
-        await trio.lowlevel.checkpoint()

@@ -10,9 +10,10 @@ import trio
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
 from qedfuse.check.oddities import oddities
-from qedfuse.check.tables import claim_tables, filled, named_tables, overlapping
-from qedfuse.disk.freelist import read_list
-from qedfuse.disk.references import References
+from qedfuse.check.tables import named_tables, overlapping
+from qedfuse.disk.freelist import members, read_list
+from qedfuse.disk.l2tables import claim_tables, filled
+from qedfuse.disk.references import MAPPED_CLUSTERS, References
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
 
@@ -29,6 +30,12 @@ _SUSPICIOUS: Final = 16
 
 _RUNS_SHOWN: Final = 3
 """Runs of leaked clusters that are named."""
+
+_STEP: Final = 1 << 12
+"""Listed runs that are handled before other tasks get a turn."""
+
+_SHORT: Final = 64
+"""Listed runs of up to this many clusters are handled together."""
 
 
 async def check_image(file: HostFile, header: Header) -> CheckReport:
@@ -61,6 +68,8 @@ class _Walk:
         # L1 indices and file offsets of the tables to read.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._listed: FreeList | None = None
+        # Clusters in the list that `_references` has not been told of.
+        self._unclaimed = 0
         self._findings = Findings()
         for oddity in oddities(header, size, file.name):
             self._findings.add(oddity)
@@ -116,10 +125,19 @@ class _Walk:
 
     async def claim_listed(self) -> None:
         """Count the listed clusters as accounted for."""
-        if self._listed is not None:
-            for run in self._listed.runs.tolist():
-                self._references.claim_range(run[0], sum(run))
-                await trio.lowlevel.checkpoint()
+        if self._listed is None:
+            return
+        if self._clusters > MAPPED_CLUSTERS:
+            # Far more may be listed than can be kept one by one.
+            self._unclaimed = self._listed.clusters
+            return
+        for start in range(0, len(self._listed.runs), _STEP):
+            runs = self._listed.runs[start : start + _STEP]
+            short = runs[:, 1] <= _SHORT
+            self._references.claim(members(runs[short]))
+            for first, count in runs[~short].tolist():
+                self._references.claim_range(first, first + count)
+            await trio.lowlevel.checkpoint()
 
     async def read_l2(self) -> None:
         """Check every entry of every L2 table."""
@@ -206,7 +224,7 @@ class _Walk:
         """Count the leaks and sum up."""
         # The cluster that the end of the file cuts off has an owner but is no whole cluster.
         owned = self._references.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
-        leaked = max(0, self._clusters - owned)
+        leaked = max(0, self._clusters - owned - self._unclaimed)
         if leaked:
             runs = self._references.free_runs(self._clusters, _RUNS_SHOWN)
             size = self._geometry.cluster_size

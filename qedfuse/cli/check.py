@@ -120,9 +120,11 @@ def _print_report(path: str, report: CheckReport) -> None:
     if hidden > 0 and report.errors:
         print(f"{shown}: {hidden} more findings of these kinds are not shown")
     notes = sum(count for code, count in report.counts.items() if code.severity is Severity.NOTE)
+    listed = report.listed_clusters
     print(
         f"{shown}: {report.errors} errors, {report.leaks} leaked clusters, {notes} notes; "
         f"{report.allocated_clusters} clusters in use of {report.file_clusters} in the file"
+        + ("" if listed is None else f"; {listed} free clusters in the list")
     )
 
 

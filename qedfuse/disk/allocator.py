@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 GROWTH_BYTES: Final = 1 << 20
 """How far the file is grown ahead of what is needed, at least."""
 
-MAX_FREE: Final = 1 << 30
-"""Most free clusters that are noted; only a hostile image has a longer file of nothing."""
+MAX_FREE: Final = 1 << 28
+"""Most free clusters that are noted at opening: 16 TiB in clusters of 64 KiB.  Of a sparse
+file that claims to be longer the rest is found at the next opening, or never."""
 
 
 class Run(NamedTuple):
@@ -68,12 +69,14 @@ class Allocator:
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
+        anchor: The first cluster behind the L1 table.
         end: File offset past the last cluster that is not free.
         free: Clusters below ``end`` that may be handed out.
         unpunched: Those of them that may still take up space on the host.
         shrunk: Whether the file is longer than it needs to be because clusters at its
             end were given up.
         known: Whether all free clusters are known; before that, few or none are.
+        hurry: Awaited where the file would grow; frees what can be freed, if that is much.
         find_room: Asked before the file would grow past its bound; tells whether it has
             found, or waited for, anything.
     """
@@ -94,10 +97,11 @@ class Allocator:
         self._file_end = self.end
         self._has_tail = self.end != size
         self._used_end = self.end
-        self._anchor = header.l1_end >> self._bits
-        self.free = FreeMap(geometry.table_size, self._anchor)
-        self.unpunched = FreeMap()
+        self.anchor = header.l1_end >> self._bits
+        self.free = FreeMap(geometry.table_size, self.anchor)
+        self.unpunched = FreeMap(geometry.table_size, self.anchor)
         self.known = False
+        self.hurry: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.find_room: Callable[[], Awaitable[bool]] = _no_room
         self._witnesses: FreeMap | None = None
         self.shrunk = False
@@ -114,6 +118,8 @@ class Allocator:
         Raises:
             NoSpaceError: The file cannot grow any more.
         """
+        if not self.free.count:
+            await self.hurry()
         found = self._choose(clusters)
         while found is None and await self.find_room():
             found = self._choose(clusters)
@@ -302,12 +308,12 @@ class Allocator:
 
         ``punched`` says that they take up no space on the host.
         """
-        room = MAX_FREE - self.free.count
         for first, count in runs:
-            if room <= 0:
-                break
-            self.free.add(first, min(count, room))
+            self.free.add(first, count)
             if not punched:
-                self.unpunched.add(first, min(count, room))
-            room -= count
-        self.known = True
+                self.unpunched.add(first, count)
+
+    def adopt_block(self, block: int, bits: int) -> None:
+        """Take note of clusters of one block of the map that were found to be free."""
+        self.free.add_block(block, bits)
+        self.unpunched.add_block(block, bits)

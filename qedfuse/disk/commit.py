@@ -101,7 +101,8 @@ class Commit:
                 its cache is unknown, so all later calls fail as well (D7).
         """
         await self._join_round()
-        if self.reclaim is not None and self.reclaim.pending:
+        # A disk that was not changed is left as it is: leaks can wait for a change.
+        if self._rounds and self.reclaim is not None and self.reclaim.pending:
             await self.reclaim.run()
 
     async def _join_round(self) -> None:

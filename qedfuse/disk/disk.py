@@ -27,6 +27,7 @@ from qedfuse.disk.reclaim import Reclaim
 from qedfuse.disk.requests import Requests
 from qedfuse.disk.savedlist import SavedList
 from qedfuse.disk.scan import Scan
+from qedfuse.disk.seek import next_data, next_hole
 from qedfuse.errors import (
     CorruptImageError,
     NoSpaceError,
@@ -102,6 +103,7 @@ class Disk:
         self._quarantine = Quarantine(self._grace)
         self._reclaim = Reclaim(file, self._allocator, self._quarantine, self._commit)
         self._commit.reclaim = self._reclaim
+        self._reclaim.before_change = self._before_change
         self._scan = Scan(self._layer, self._allocator, self._reclaim)
         self._needcheck = NeedCheck(
             self._layer,
@@ -252,6 +254,14 @@ class Disk:
             await self._before_change()
             await self._requests.allocate(start, end)
 
+    async def next_data(self, start: int) -> int | None:
+        """Find where the first data at or past ``start`` begins; None if there is none."""
+        return await next_data(self._chain, start)
+
+    async def next_hole(self, start: int) -> int:
+        """Find where the first hole at or past ``start`` begins; the disk's end is one."""
+        return await next_hole(self._chain, start)
+
     async def scanned(self) -> None:
         """Return when the free space of the file is known, or never will be."""
         await self._reclaim.ready.wait()
@@ -333,7 +343,6 @@ class Disk:
                     await self._commit.barrier()
                     await self._saved_list.forget()
                     self._may_change = True
-        self._reclaim.allowed = True
 
     def fstat(self) -> os.stat_result:
         """Give the attributes of the image file."""
@@ -380,8 +389,7 @@ class Disk:
         needed = self._quarantine.length or self._saved_list.wanted
         if needed and not self._reclaim.ready.is_set():
             await self._scan.run()
-        if self._allocator.known and self._reclaim.pending:
-            await self._before_change()
+        if self._reclaim.pending:
             await self._reclaim.run(punches=None)
 
     async def close(self) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 BLOCK: Final = 4096
 """Clusters in a block; a multiple of the largest table."""
 
+_FULL: Final = (1 << BLOCK) - 1
+
 
 class FreeMap:
     """Which clusters of a file are free.
@@ -48,7 +50,8 @@ class FreeMap:
         if new:
             if not old:
                 heapq.heappush(self._heap, block)
-            self._blocks[block] = new
+            # Of a block that is wholly free there is one integer in all.
+            self._blocks[block] = _FULL if new == _FULL else new
         else:
             self._blocks.pop(block, None)
 
@@ -61,13 +64,25 @@ class FreeMap:
         low -= _ones_below(bits, low)
         high += _lowest_bit(~(bits >> high))
         bits = bits >> low & ((1 << (high - low)) - 1)
+        if self.table == 1:
+            return bits.bit_count()
+        # Only runs that are long enough are gone through one by one.
+        bits = self._starts(bits)
         found = 0
         while bits:
             bits >>= _lowest_bit(bits)
-            length = _lowest_bit(~bits)
-            found += length // self.table
-            bits >>= length
+            starts = _lowest_bit(~bits)
+            found += (starts + self.table - 1) // self.table
+            bits >>= starts
         return found
+
+    def _starts(self, bits: int) -> int:
+        """Give the bits of a block at which a table could begin."""
+        step = 1
+        while step < self.table:
+            bits &= bits >> step
+            step *= 2
+        return bits
 
     def _parts(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Cut a run at the borders of blocks; give each block and a mask of its bits."""
@@ -83,6 +98,15 @@ class FreeMap:
         for block, mask in self._parts(first, count):
             old = self._blocks.get(block, 0)
             self._put(block, old, old | mask)
+
+    def add_block(self, block: int, bits: int) -> None:
+        """Note the clusters of a block as free whose bits are set."""
+        old = self._blocks.get(block, 0)
+        self._put(block, old, old | bits)
+
+    def bits(self, block: int) -> int:
+        """Give the bits of a block; they are set where its clusters are free."""
+        return self._blocks.get(block, 0)
 
     def remove(self, first: int, count: int) -> None:
         """Note clusters as not free, whether or not they were."""
@@ -140,11 +164,8 @@ class FreeMap:
         if not self.places:
             return None
         for block in sorted(self._blocks):
-            bits = starts = self._blocks[block]
-            step = 1
-            while step < self.table:
-                starts &= starts >> step
-                step *= 2
+            bits = self._blocks[block]
+            starts = self._starts(bits)
             if starts:
                 place = _lowest_bit(starts)
                 first = self._cluster(block, place)

@@ -16,6 +16,8 @@ from qedfuse.disk.freemap import BLOCK
 from qedfuse.errors import HostError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.commit import Commit
     from qedfuse.disk.quarantine import Quarantine
@@ -26,12 +28,17 @@ log = logging.getLogger(__name__)
 PUNCHES: Final = 256
 """Runs that are punched after one commit round; a flush waits for them."""
 
+_WORTH_SHARE: Final = 16
+_WORTH_BYTES: Final = (1 << 20, 1 << 26)
+"""How much in quarantine is worth a flush before the file grows: this part of the file, but
+at least and at most so many bytes."""
+
 
 class Reclaim:
     """Decides when clusters that lost their reference are free.
 
     Attributes:
-        allowed: Whether the file may be changed: not before the first change of the disk.
+        before_change: Awaited before the file is changed.
         ready: Set when the free clusters of the file are known, or never will be.
         untrusted_end: Clusters below this file offset are not used again when they lose
             a reference, because another table entry may refer to them as well.
@@ -48,10 +55,11 @@ class Reclaim:
         self._lock = trio.Lock()
         self._complained = False
         self._bits = allocator.cluster_bits
-        self.allowed = False
+        self.before_change: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.ready = trio.Event()
         self.untrusted_end = 0
         allocator.find_room = self.find_room
+        allocator.hurry = self.hurry
 
     def retire(self, offset: int, length: int) -> None:
         """Put clusters into quarantine, in the same moment in which a table drops them."""
@@ -81,16 +89,16 @@ class Reclaim:
         What the host refuses costs space and nothing else, so it is logged and left.
         """
         # Before the scan has ended, a cluster that lost one reference may have another.
-        if not (self.allowed and self._allocator.known):
+        if not self._allocator.known:
             return
         async with self._lock:
-            bits = self._bits
             for offset, length in self._quarantine.due():
                 if offset >= self.untrusted_end:
-                    self._allocator.give_back(offset >> bits, length >> bits)
+                    self._allocator.give_back(offset >> self._bits, length >> self._bits)
             try:
                 self._allocator.lower_end()
                 if self._allocator.shrunk:
+                    await self.before_change()
                     await self._allocator.trim()
                     self._commit.note_write()
                 await self._punch(punches)
@@ -115,6 +123,7 @@ class Reclaim:
             try:
                 data = await self._file.next_data(offset)
                 if data is not None and data < offset + length:
+                    await self.before_change()
                     await self._file.punch(offset, length)
                     self._commit.note_write()
             except BaseException:
@@ -128,6 +137,19 @@ class Reclaim:
         self.ready.set()
         if self.pending:
             self._commit.wake()
+
+    async def hurry(self) -> None:
+        """Flush before the file grows, if so much is in quarantine that it is worth it.
+
+        Requests that the quarantine waits for are not waited for.
+
+        Raises:
+            HostError: The tables could not be written back.
+        """
+        share = self._allocator.end // _WORTH_SHARE
+        enough = max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
+        if self._allocator.known and self._quarantine.length > enough:
+            await self._commit.flush()
 
     async def find_room(self) -> bool:
         """Wait for what may make clusters free: the scan, or the quarantine.

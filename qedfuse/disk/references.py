@@ -152,6 +152,25 @@ class References:
                 runs.append((first, count))
         return runs
 
+    def owned(self, first: int, count: int) -> int:
+        """Give one bit for each of ``count`` clusters from ``first`` on, set where it is owned.
+
+        ``first`` may be negative; what lies outside the file has no owner.
+        """
+        low, high = max(0, first), min(first + count, self.clusters)
+        if low >= high:
+            return 0
+        if self._map is not None:
+            raw = self._map[low // 8 : -(-high // 8)].tobytes()
+            bits = int.from_bytes(raw, "little") >> low % 8
+        else:
+            flags = np.zeros(high - low, np.uint8)
+            for known in self._sorted:
+                span = np.searchsorted(known, np.array([low, high], np.uint64))
+                flags[(known[span[0] : span[1]] - np.uint64(low)).astype(np.intp)] = 1
+            bits = int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
+        return (bits & ((1 << (high - low)) - 1)) << (low - first)
+
     def end(self) -> int:
         """Give the number past the last cluster that has an owner."""
         if self._map is None:

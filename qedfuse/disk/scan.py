@@ -12,12 +12,14 @@ touched since, is left over in the end.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
 
-from qedfuse.disk.freemap import FreeMap
+from qedfuse.disk.allocator import MAX_FREE
+from qedfuse.disk.freemap import BLOCK, FreeMap
+from qedfuse.disk.l2tables import claim_tables, filled
 from qedfuse.disk.references import References
 from qedfuse.disk.tablecache import L2
 from qedfuse.errors import QedError
@@ -34,8 +36,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_MANY: Final = 1 << 18
+"""Free clusters from which on the host is not asked about each run whether it is a hole.
+
+It would take seconds at each close.  That the file as a whole is no larger than what is in
+use says nearly as much.
+"""
+
+
 class Scan:
-    """One scan of an open image."""
+    """One scan of an open image.
+
+    Attributes:
+        witnessed: Clusters whose state changed since `begin`.
+    """
 
     def __init__(self, layer: QedLayer, allocator: Allocator, reclaim: Reclaim) -> None:
         """Scan the image of ``layer``; `begin` before the first change, then `run`."""
@@ -44,20 +58,15 @@ class Scan:
         self._reclaim = reclaim
         self._tables: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._end = 0
-        self._witnessed = FreeMap()
+        self.witnessed = FreeMap(allocator.free.table, allocator.anchor)
         self._seen = References(0, layer.file.name)
         self._duplicates = 0
-
-    @property
-    def witnessed(self) -> FreeMap:
-        """The clusters that have changed their state since `begin`, until `run` has ended."""
-        return self._witnessed
 
     def begin(self) -> None:
         """Note what there is to scan; from here on changes are watched."""
         self._tables = self._layer.l2_tables
         self._end = self._allocator.end
-        self._allocator.watch(self._witnessed)
+        self._allocator.watch(self.witnessed)
 
     async def run(self) -> None:
         """Walk the tables and tell the allocator what is free.
@@ -72,7 +81,8 @@ class Scan:
             # The disk works without: nothing is used again, and the file grows.
             log.warning("%s (while looking for free space)", error)
         else:
-            self._tell()
+            await self._tell()
+            self._allocator.known = True
         self._allocator.watch(None)
         self._seen = References(0, self._layer.file.name)
         self._reclaim.settle()
@@ -85,21 +95,21 @@ class Scan:
         self._duplicates = 0
         seen.claim_range(0, header.header_end >> bits)
         seen.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
-        for table in self._tables:
-            start = int(table)
+        await claim_tables(seen, self._tables, layer.geometry)
+        # Holes of a sparse file refer to nothing, be they whole tables or parts of one.
+        held = await filled(layer.file, self._tables, length)
+        for start in self._tables[held].tolist():
             end = start + length
-            seen.claim_range(start >> bits, end >> bits)
             position = start
             while position < end:
-                # Holes of a sparse table refer to nothing.
                 data = await layer.file.next_data(position)
                 if data is None or data >= end:
                     break
                 position = data - (data - start) % SLICE_BYTES
                 await self._slice(position, min(SLICE_BYTES, length))
                 position += SLICE_BYTES
-            # A slice is half a millisecond; then requests get their turn.
-            await trio.lowlevel.checkpoint()
+                # A slice is half a millisecond; then requests get their turn.
+                await trio.lowlevel.checkpoint()
 
     async def _slice(self, offset: int, length: int) -> None:
         """Mark what one slice of a table refers to."""
@@ -110,14 +120,16 @@ class Scan:
         if bad is not None:
             good &= np.frombuffer(bad, np.uint8) == 0
         clusters = values[good] >> np.uint64(self._allocator.cluster_bits)
+        # What was added since the beginning is not ours to judge.
+        clusters = clusters[clusters < self._seen.clusters]
         taken = self._seen.claim(clusters)
         if taken.any():
             # A cluster that was moved meanwhile is seen twice, and that is all right.
             again = (int(cluster) for cluster in clusters[taken])
-            self._duplicates += sum(not self._witnessed.holds(at, 1) for at in again)
+            self._duplicates += sum(not self.witnessed.holds(at, 1) for at in again)
 
-    def _tell(self) -> None:
-        """Tell the allocator what nobody referred to; no await in here."""
+    async def _tell(self) -> None:
+        """Tell the allocator what nobody referred to."""
         layer, allocator, bits = self._layer, self._allocator, self._allocator.cluster_bits
         if self._duplicates:
             layer.damaged = True
@@ -128,15 +140,31 @@ class Scan:
                 layer.file.name,
                 self._duplicates,
             )
-        last = self._seen.end()
+        last = self._seen.clusters
         if allocator.end == self._end:
             # What lies behind the last reference is not free space but no part of the file.
-            last = max(last, self._witnessed.end())
+            last = max(self._seen.end(), self.witnessed.end())
             allocator.shrink(last << bits)
-        found = FreeMap()
-        for first, count in self._seen.free(min(last, self._seen.clusters)):
-            found.add(first, count)
-        for first, count in self._witnessed.runs():
-            found.remove(first, count)
-        allocator.adopt(found.runs())
+        shift = allocator.free.shift
+        for block in range(-(-(last + shift) // BLOCK)):
+            first = block * BLOCK - shift
+            inside = (1 << min(BLOCK, last - first)) - 1
+            if not block:
+                inside &= -1 << shift
+            # No await between asking who changed since and telling: who changes a cluster
+            # from then on finds it told already.
+            found = inside & ~self._seen.owned(first, BLOCK) & ~self.witnessed.bits(block)
+            if found:
+                allocator.adopt_block(block, found)
+            if allocator.free.count >= MAX_FREE:
+                break
+            await trio.lowlevel.checkpoint()
+        if allocator.free.count > _MANY and self._is_sparse():
+            allocator.unpunched = FreeMap(allocator.free.table, allocator.anchor)
         log.debug("%s: free clusters: %d", layer.file.name, allocator.free.count)
+
+    def _is_sparse(self) -> bool:
+        """Tell whether the file takes up no more space than what is in use in it."""
+        allocator = self._allocator
+        used = (allocator.end >> allocator.cluster_bits) - allocator.free.count
+        return self._layer.file.stat().st_blocks * 512 <= used << allocator.cluster_bits

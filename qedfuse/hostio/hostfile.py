@@ -105,6 +105,9 @@ class HostFile(Protocol):
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins; None if only holes follow."""
 
+    async def next_hole(self, offset: int) -> int | None:
+        """Find where the first hole at or past ``offset`` begins; the file's end is one."""
+
     def size(self) -> int:
         """Give the file's length now."""
 
@@ -243,15 +246,24 @@ class PosixFile:
 
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins; None if only holes follow."""
+        return self._seek(offset, os.SEEK_DATA)
+
+    async def next_hole(self, offset: int) -> int | None:
+        """Find where the first hole at or past ``offset`` begins; the file's end is one."""
+        return self._seek(offset, os.SEEK_HOLE)
+
+    def _seek(self, offset: int, whence: int) -> int | None:
+        """Call lseek(2); None if what is looked for does not come any more."""
         if offset > MAX_OFFSET:
             return None
         try:
-            return os.lseek(self.fd, offset, os.SEEK_DATA)
+            return os.lseek(self.fd, offset, whence)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return None
             if error.errno == errno.EINVAL:  # a file system that keeps no holes
-                return offset if offset < self.size() else None
+                size = self.size()
+                return None if offset >= size else offset if whence == os.SEEK_DATA else size
             raise self._failed(error, "seek") from error
 
     def size(self) -> int:

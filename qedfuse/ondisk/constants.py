@@ -47,10 +47,12 @@ class Feature(IntFlag):
     BACKING_FILE = 0x01
     NEED_CHECK = 0x02
     BACKING_FORMAT_NO_PROBE = 0x04
+    FREE_LIST = 1 << 60
+    """Ours, not QEMU's: see docs/format-extensions.md, also for why it is this bit."""
 
 
 KNOWN_FEATURES: Final = int(
-    Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE
+    Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE | Feature.FREE_LIST
 )
 KNOWN_AUTOCLEAR: Final = 0
 """No autoclear bit is defined: each one found is cleared before the image is changed."""

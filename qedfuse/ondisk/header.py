@@ -98,6 +98,11 @@ class Header:
         return bool(self.features & Feature.NEED_CHECK)
 
     @property
+    def free_list(self) -> bool:
+        """Whether the image has a persistent list of its free clusters."""
+        return bool(self.features & Feature.FREE_LIST)
+
+    @property
     def stale_autoclear(self) -> int:
         """The autoclear bits that must be cleared before the image is changed."""
         return self.autoclear_features & ~KNOWN_AUTOCLEAR
@@ -105,6 +110,11 @@ class Header:
     def with_need_check(self, *, value: bool) -> Header:
         """Return this header with NEED_CHECK set or cleared."""
         bit = int(Feature.NEED_CHECK)
+        return replace(self, features=self.features | bit if value else self.features & ~bit)
+
+    def with_free_list(self, *, value: bool) -> Header:
+        """Return this header with FREE_LIST set or cleared."""
+        bit = int(Feature.FREE_LIST)
         return replace(self, features=self.features | bit if value else self.features & ~bit)
 
     def with_size(self, image_size: int) -> Header:
@@ -157,7 +167,7 @@ def parse_header(data: bytes, name: str) -> Header:
         bits = ", ".join(str(bit) for bit in range(64) if unknown >> bit & 1)
         msg = (
             f"{name}: header field features: found unknown incompatible bits 0x{unknown:x} "
-            f"(bit {bits}), expected only bits 0, 1 and 2"
+            f"(bit {bits}), expected only bits 0, 1, 2 and 60"
         )
         raise UnsupportedError(msg)
     _check_power(name, "cluster_size", raw.cluster_size, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
-from qedfuse.disk.references import References
 from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
+from qedfuse.disk.references import References
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.hostfile import PosixFile
 from qedfuse.ondisk.constants import Feature
@@ -30,6 +30,7 @@ from tests.support.disks import (
     pattern,
     put_entry,
 )
+from tests.support.freelists import DESCRIPTOR, listed, put_list
 from tests.support.hostfiles import MemoryFile
 
 if TYPE_CHECKING:
@@ -101,6 +102,21 @@ def cut_table_short(content: bytearray) -> None:
     content.extend(content[table : table + 8 * 77])
 
 
+def add_free(content: bytearray, count: int) -> int:
+    """Add free clusters and a used one behind them; give the first."""
+    free = len(content) // CLUSTER
+    content.extend(bytes((count + 1) * CLUSTER))
+    put_entry(content, l2_entry_offset(content, 10), (free + count) * CLUSTER)
+    return free
+
+
+def listed_and_used(content: bytearray) -> None:
+    """List two clusters as free, and then refer to one of them."""
+    free = add_free(content, 2)
+    put_list(content, [(free, 2)])
+    put_entry(content, l2_entry_offset(content, 9), (free + 1) * CLUSTER)
+
+
 CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
     # code: (damage, guest clusters that are lost)
     Code.L1_RESERVED_BITS: (set_l1(0, lambda _c: 1), frozenset(range(ENTRIES))),
@@ -121,6 +137,8 @@ CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
         set_l2(9, lambda c: get_entry(c, l2_entry_offset(c, 1101))),
         frozenset(),
     ),
+    Code.FREE_LIST_BAD: (set_header(16, "<Q", int(Feature.FREE_LIST)), frozenset()),
+    Code.FREE_LIST_CONTRADICTED: (listed_and_used, frozenset()),
     Code.LEAKED_CLUSTERS: (add(3 * CLUSTER), frozenset()),
     Code.HEADER_SIZE_ZERO: (set_header(12, "<I", 0), frozenset()),
     Code.NAME_IN_FIXED_HEADER: (name_in_fixed_header, frozenset()),
@@ -213,6 +231,42 @@ async def test_a_sound_image_is_left_as_it_is() -> None:
     assert found.allocated_clusters == len(CLUSTERS)
     await repair(content)
     assert content == before
+
+
+async def test_listed_clusters_are_not_leaked() -> None:
+    """A good list is no finding; what it does not have is a leak."""
+    content = image()
+    free = add_free(content, 100)
+    put_list(content, [(free + 3, 1), (free + 5, 90)])
+    before = bytes(content)
+    found = await check(content)
+    assert (found.errors, found.leaks, found.listed_clusters) == (0, 9, 91)
+    leaks = next(item for item in found.findings if item.code is Code.LEAKED_CLUSTERS)
+    places = [f"{count} at {(free + n) * CLUSTER}" for count, n in ((3, 0), (1, 4), (5, 95))]
+    assert ", ".join(places) in leaks.message
+    assert found.as_json()["listed_clusters"] == 91
+    await repair(content)
+    assert content == before
+    assert (await check(image())).listed_clusters is None
+
+
+async def test_a_repair_drops_the_list() -> None:
+    """Whatever is changed: the list is not kept up to date."""
+    for damage in (
+        set_l2(3, lambda _c: 2),
+        set_header(16, "<Q", int(Feature.FREE_LIST | Feature.NEED_CHECK)),
+    ):
+        content = image()
+        add_free(content, 2)
+        put_list(content)
+        damage(content)
+        result = await repair(content)
+        assert result.after.listed_clusters is None
+        assert listed(content) is None
+        assert not any(content[DESCRIPTOR : DESCRIPTOR + 512])
+        found = await check(content)
+        assert set(found.counts) == {Code.LEAKED_CLUSTERS}
+        assert found.leaks >= 2
 
 
 async def test_repair_saves_what_it_is_going_to_change() -> None:

@@ -139,6 +139,7 @@ def test_largest_disk_of_large_clusters_is_legal() -> None:
         {"header_size": 4, "l1_table_offset": 4 * 65536},
         {"compat_features": (1 << 64) - 1, "autoclear_features": (1 << 64) - 1},
         {"features": 4},
+        {"features": 1 << 60},
         {"l1_table_offset": 1 << 62},
     ],
 )
@@ -166,6 +167,7 @@ def test_unknown_feature_bits_are_named() -> None:
     """Incompatible bits that we do not know are refused with their numbers."""
     with pytest.raises(UnsupportedError, match=r"bits 0x8000000000000008 \(bit 3, 63\)") as caught:
         parse_header(raw(features=1 << 63 | 8 | KNOWN_FEATURES), "image")
+    assert str(caught.value).endswith("expected only bits 0, 1, 2 and 60")
     assert caught.value.exit_code == 14
 
 
@@ -205,6 +207,10 @@ def test_bits_are_read_by_name_and_changed_one_by_one() -> None:
     assert dirty.with_need_check(value=False) == header
     assert header.stale_autoclear == 3
     assert header.without_stale_autoclear() == replace(header, autoclear_features=0)
+    listed = header.with_free_list(value=True)
+    assert listed.free_list
+    assert listed == replace(header, features=5 | 1 << 60)
+    assert listed.with_free_list(value=False) == header
     assert header.with_size(512) == replace(header, image_size=512)
 
 
@@ -216,7 +222,7 @@ def headers(draw: st.DrawFn) -> Header:
     header_size = draw(st.integers(1, 1000))
     l1_cluster = draw(st.integers(header_size, 1 << 30))
     small: dict[str, Any] = {
-        "features": draw(st.integers(0, 3)) << 1,
+        "features": draw(st.integers(0, 3)) << 1 | draw(st.integers(0, 1)) << 60,
         "compat_features": draw(st.integers(0, (1 << 64) - 1)),
         "autoclear_features": draw(st.integers(0, (1 << 64) - 1)),
     }

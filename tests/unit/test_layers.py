@@ -22,9 +22,10 @@ MAY_IMPORT: Final = {
     "hostio": {"ondisk"},
     "disk": {"hostio", "ondisk"},
     "check": {"disk", "hostio", "ondisk"},
+    "tools": {"check", "disk", "hostio", "ondisk"},
     "mount": {"check", "disk", "hostio", "ondisk"},
     "api": {"check", "disk", "hostio", "ondisk"},
-    "cli": {"mount", "check", "disk", "hostio", "ondisk"},
+    "cli": {"mount", "tools", "check", "disk", "hostio", "ondisk"},
     "__main__": {"cli"},
 }
 """For each layer those that it may use, besides itself, ``errors`` and ``util``."""

@@ -30,6 +30,7 @@ def test_every_option_is_documented() -> None:
         *options._FLAGS,
         *options._BACKING,
         *options._VALUES,
+        *options._CHOICES,
     }
     table = section("Use").split("| `-o` |")[1]
     documented = set(re.findall(r"`([a-z_]+)", first_columns(table)))

@@ -1,0 +1,207 @@
+"""The persistent free list: its descriptor and its clusters as bytes (docs/format-extensions.md).
+
+Parsing judges each structure by itself.  What depends on the rest of the image, such as
+where the tables lie, is judged by `qedfuse.disk.freelist`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import numpy as np
+from construct import Bytes, Int32ul, Int64ul, Struct
+
+from qedfuse.ondisk.constants import SECTOR
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Runs = NDArray[np.uint64]
+    """One row for each run: its first cluster, and how many clusters it has."""
+
+DESCRIPTOR_OFFSET: Final = 3584
+"""Where the descriptor lies in the file: the last sector of the smallest cluster."""
+
+DESCRIPTOR_BYTES: Final = SECTOR
+DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
+
+MAGIC: Final = b"QEDFLIST"
+CLUSTER_MAGIC: Final = b"QEDFRUNS"
+VERSION: Final = 1
+
+RUN_BYTES: Final = 16
+"""Length of one run in a list cluster."""
+
+_CHECKED_BYTES: Final = DESCRIPTOR_BYTES - 4
+_RUN_DTYPE: Final = np.dtype("<u8")
+
+DESCRIPTOR: Final[Any] = Struct(
+    "magic" / Bytes(8),
+    "version" / Int32ul,
+    "list_crc" / Int32ul,
+    "first_cluster" / Int64ul,
+    "list_clusters" / Int64ul,
+    "runs" / Int64ul,
+    "free_clusters" / Int64ul,
+    "file_bytes" / Int64ul,
+    "unused" / Bytes(_CHECKED_BYTES - 56),
+    "crc" / Int32ul,
+)
+
+CLUSTER_HEADER: Final[Any] = Struct(
+    "magic" / Bytes(8),
+    "next_cluster" / Int64ul,
+    "runs" / Int32ul,
+    "crc" / Int32ul,
+    "unused" / Bytes(8),
+)
+CLUSTER_HEADER_BYTES: Final = 32
+_CRC_AT: Final = 20  # in a list cluster's header
+
+
+class BadListError(ValueError):
+    """A free list that must not be used; says which field, what it holds, and what it should."""
+
+
+def refuse(field: str, found: object, expected: str) -> NoReturn:
+    """Refuse a list for what one of its fields holds.
+
+    Raises:
+        BadListError: Always.
+    """
+    msg = f"{field}: found {found}, expected {expected}"
+    raise BadListError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """Where the list begins, and what it has to add up to.
+
+    Attributes:
+        first_cluster: File offset of the first list cluster, in bytes.
+        list_clusters: Clusters that hold the list; they are among the free ones.
+        runs: Runs in all of them.
+        free_clusters: Clusters in all runs.
+        file_bytes: Length of the image file when the list was written.
+        list_crc: CRC-32 of all runs, as they stand in the list.
+    """
+
+    first_cluster: int
+    list_clusters: int
+    runs: int
+    free_clusters: int
+    file_bytes: int
+    list_crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListCluster:
+    """The header of one list cluster.
+
+    Attributes:
+        next_cluster: File offset of the next one in bytes; 0 in the last.
+        runs: Runs in this one.
+        crc: CRC-32 of this header, with zero in the place of the CRC, and the runs.
+    """
+
+    next_cluster: int
+    runs: int
+    crc: int
+
+
+def runs_in_cluster(cluster_size: int) -> int:
+    """Tell how many runs fit into a list cluster of ``cluster_size`` bytes."""
+    return (cluster_size - CLUSTER_HEADER_BYTES) // RUN_BYTES
+
+
+def build_descriptor(descriptor: Descriptor) -> bytes:
+    """Encode a descriptor as the sector that it fills."""
+    fields = {name: getattr(descriptor, name) for name in Descriptor.__slots__}
+    unused = bytes(_CHECKED_BYTES - 56)
+    fields |= {"magic": MAGIC, "version": VERSION, "unused": unused, "crc": 0}
+    data = bytes(DESCRIPTOR.build(fields))[:_CHECKED_BYTES]
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def parse_descriptor(data: bytes | bytearray) -> Descriptor:
+    """Read a descriptor.
+
+    Raises:
+        BadListError: It is none, of another version, or damaged.
+    """
+    if len(data) < DESCRIPTOR_BYTES:
+        refuse("descriptor", f"{len(data)} bytes", f"{DESCRIPTOR_BYTES}")
+    raw = DESCRIPTOR.parse(data)
+    _check_magic("descriptor magic", raw.magic, MAGIC)
+    _check_crc("descriptor checksum", raw.crc, zlib.crc32(data[:_CHECKED_BYTES]))
+    if raw.version != VERSION:
+        refuse("descriptor version", raw.version, str(VERSION))
+    if any(raw.unused):
+        refuse("descriptor", "unused bytes that are not zero", "zeros")
+    return Descriptor(**{name: getattr(raw, name) for name in Descriptor.__slots__})
+
+
+def is_descriptor_place(data: bytes | bytearray) -> bool:
+    """Tell whether a descriptor may be put where ``data`` stands: a former one, or zeros."""
+    return data.startswith(MAGIC) or not any(data)
+
+
+def build_cluster(next_cluster: int, runs: Runs) -> bytes:
+    """Encode a list cluster, up to the sector in which its runs end."""
+    fields = {"magic": CLUSTER_MAGIC, "next_cluster": next_cluster, "runs": len(runs)}
+    head = bytearray(CLUSTER_HEADER.build(fields | {"crc": 0, "unused": bytes(8)}))
+    body = encode_runs(runs)
+    head[_CRC_AT : _CRC_AT + 4] = zlib.crc32(body, zlib.crc32(head)).to_bytes(4, "little")
+    data = bytes(head) + body
+    return data + bytes(-len(data) % SECTOR)
+
+
+def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListCluster:
+    """Read the header of a list cluster of ``cluster_size`` bytes.
+
+    Raises:
+        BadListError: It is none, or says that it has no runs, or more than fit.
+    """
+    if len(data) < CLUSTER_HEADER_BYTES:
+        refuse("list cluster", f"{len(data)} bytes", f"at least {CLUSTER_HEADER_BYTES}")
+    raw = CLUSTER_HEADER.parse(data)
+    _check_magic("list cluster magic", raw.magic, CLUSTER_MAGIC)
+    most = runs_in_cluster(cluster_size)
+    if not 1 <= raw.runs <= most:
+        refuse("runs in a list cluster", raw.runs, f"1 to {most}")
+    if any(raw.unused):
+        refuse("list cluster", "unused bytes that are not zero", "zeros")
+    return ListCluster(raw.next_cluster, raw.runs, raw.crc)
+
+
+def parse_runs(cluster: ListCluster, data: bytes | bytearray) -> Runs:
+    """Read the runs of a list cluster whose header has been read, from the cluster's bytes.
+
+    Raises:
+        BadListError: They are damaged, or some are missing.
+    """
+    end = CLUSTER_HEADER_BYTES + cluster.runs * RUN_BYTES
+    if len(data) < end:
+        refuse("list cluster", f"{len(data)} bytes", f"at least {end}")
+    checked = bytearray(data[:end])
+    checked[_CRC_AT : _CRC_AT + 4] = bytes(4)
+    _check_crc("list cluster checksum", cluster.crc, zlib.crc32(checked))
+    values = np.frombuffer(checked, _RUN_DTYPE, offset=CLUSTER_HEADER_BYTES)
+    return values.astype(np.uint64).reshape(-1, 2)
+
+
+def encode_runs(runs: Runs) -> bytes:
+    """Encode runs as they stand in the list."""
+    return runs.astype(_RUN_DTYPE).tobytes()
+
+
+def _check_magic(what: str, found: bytes, expected: bytes) -> None:
+    if found != expected:
+        refuse(what, found.hex(), expected.hex())
+
+
+def _check_crc(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        refuse(what, f"0x{found:08x}", f"0x{expected:08x}")

@@ -1,0 +1,93 @@
+"""The check and the persistent free list: what it prints, what it costs, what it lets pass."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.check.findings import Code
+from qedfuse.check.inspector import inspect_image as inspector
+from qedfuse.check.walk import check_image
+from qedfuse.cli.check import ERRORS, LEAKS, SOUND, run_check
+from qedfuse.disk.backing import read_header
+from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.hostfile import PosixFile
+from tests.support.disks import build_image, header_of, l2_entry_offset, pattern, put_entry
+from tests.support.freelists import listed, put_list
+from tests.support.hostfiles import MemoryFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER: Final = 4096
+SIZE: Final = 100 * CLUSTER
+
+
+def image() -> bytearray:
+    """Build an image with four free clusters and a list of them."""
+    content = build_image(SIZE, {n: pattern(CLUSTER, n) for n in range(6)})
+    for number in range(1, 5):
+        put_entry(content, l2_entry_offset(content, number), 0)
+    put_list(content)
+    return content
+
+
+def test_what_the_command_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A good list in the summary, a bad one as an error that a repair takes away."""
+    path = tmp_path / "image.qed"
+    content = image()
+    path.write_bytes(content)
+    assert run_check(str(path), repair=False) == SOUND
+    assert "0 errors, 0 leaked clusters, 0 notes" in (said := capsys.readouterr().out)
+    assert said.endswith("; 4 free clusters in the list\n")
+
+    put_entry(content, l2_entry_offset(content, 9), 4 * CLUSTER)
+    path.write_bytes(content)
+    assert run_check(str(path), repair=False) == ERRORS
+    said = capsys.readouterr().out
+    assert "error: free-list-contradicted: " in said
+    assert "found 16384, expected a cluster that the free list does not have" in said
+
+    assert run_check(str(path), repair=True) == LEAKS
+    assert "free clusters in the list" not in capsys.readouterr().out
+    assert listed(path.read_bytes()) is None
+    assert run_check(str(path), repair=False) == LEAKS
+    capsys.readouterr()
+
+
+@pytest.mark.expect_log("leaked clusters found by the check: 4; nothing worse")
+async def test_a_bad_list_alone_does_not_refuse_an_image() -> None:
+    """NEED_CHECK beside a list: the disk drops it; what the tables hold is judged as ever."""
+    content = image()
+    content[16] |= 2
+    file = MemoryFile(content)
+    await inspector(file, await read_header(file))
+
+    put_entry(content, l2_entry_offset(content, 9), 1 << 40)
+    file = MemoryFile(content)
+    with pytest.raises(CorruptImageError, match=r"found 1 error \(first: image: L1 entry 0: L2"):
+        await inspector(file, await read_header(file))
+
+
+async def test_more_listed_clusters_than_could_be_kept(tmp_path: Path) -> None:
+    """A sparse file of more clusters than there is a map for: they are counted, not marked."""
+    content = build_image(SIZE, {0: pattern(CLUSTER, 0)})
+    first, length = len(content) // CLUSTER, (1 << 44) - CLUSTER
+    put_entry(content, l2_entry_offset(content, 1), length - CLUSTER)
+    content.extend(bytes(CLUSTER))
+    put_list(content, [(first, 1 << 28)], [first], file_bytes=length)
+    path = tmp_path / "sparse.qed"
+    path.write_bytes(content)
+    os.truncate(path, length)
+    file = PosixFile.open(str(path))
+    try:
+        found = await check_image(file, await read_header(file))
+    finally:
+        file.close()
+    assert found.errors == 0
+    assert found.listed_clusters == 1 << 28
+    assert found.leaks == length // CLUSTER - first - (1 << 28) - 1
+    assert set(found.counts) == {Code.LEAKED_CLUSTERS, Code.MOSTLY_LEAKED}
+    assert header_of(content).free_list

@@ -1,0 +1,290 @@
+"""The persistent free list with the real QEMU as the program that does not know it.
+
+The review of the format asked: a newer program keeps a list, an older one changes the
+image without knowing of it, the newer one comes back.  Each step here is either refused
+or clean, and the content is compared each time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.check.inspector import inspect_image as inspector
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.tools import freelist
+from tests.support import qemu
+from tests.support.disks import difference, guest_bytes, header_of, inspect_image
+from tests.support.freelists import BIT, DESCRIPTOR, leaked_runs, listed, set_bit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qedfuse.disk.disk import Disk
+
+KEEP: Final = OpenOptions(writable=True)
+ON: Final = OpenOptions(writable=True, free_list="on")
+CLUSTER: Final = 65536
+SIZE: Final = 8 << 20
+COMPAT: Final = 1 << 40 | 3
+AUTOCLEAR: Final = 1 << 62 | 9
+
+BITS = pytest.mark.parametrize(
+    ("compat", "autoclear"),
+    [(0, 0), (0, AUTOCLEAR), (COMPAT, 0), (COMPAT, AUTOCLEAR)],
+    ids=["no other bits", "autoclear", "compat", "compat and autoclear"],
+)
+
+
+@dataclass
+class Shared:
+    """An image that both programs use in turn, and what its disk should hold."""
+
+    path: Path
+    model: bytearray
+    choice: random.Random
+    compat: int = 0
+
+    @property
+    def file(self) -> bytearray:
+        """The bytes of the image file."""
+        return bytearray(self.path.read_bytes())
+
+    def put_bits(self, compat: int, autoclear: int) -> None:
+        """Set bits that neither program knows."""
+        content = self.file
+        struct.pack_into("<QQ", content, 24, compat, autoclear)
+        self.path.write_bytes(content)
+        self.compat = compat
+
+    def ranges(self, count: int) -> list[tuple[int, int, int]]:
+        """Choose sectors to change: start and length in bytes, and a byte to write."""
+        starts = [self.choice.randrange(SIZE // 512 - 300) * 512 for _ in range(count)]
+        return [(at, self.choice.choice((512, CLUSTER, 100_352)), n % 250 + 1)
+                for n, at in enumerate(starts)]  # fmt: skip
+
+    def qemu_commands(self, count: int) -> list[str]:
+        """Choose what QEMU is to write, and note it."""
+        commands = []
+        for start, length, byte in self.ranges(count):
+            commands.append(f"write -P {byte} {start} {length}")
+            self.model[start : start + length] = bytes([byte]) * length
+        return commands
+
+    def qemu_crashes(self) -> None:
+        """Have QEMU killed after a flush, with clusters allocated that no table has yet."""
+        empty = [n * CLUSTER for n in range(SIZE // CLUSTER)
+                 if not any(self.model[n * CLUSTER : (n + 1) * CLUSTER])]  # fmt: skip
+        with qemu.hold(f"blkdebug::{self.path}") as held:
+            for words in (*self.qemu_commands(2), "flush", "break l2_update stop"):
+                held.command(words)
+            # Zeros, so that the content is the same, whatever becomes of them.
+            held.command(f"aio_write -P 0 {empty[-1]} {CLUSTER}")
+            held.command("wait_break stop")
+            os.kill(held.pid, signal.SIGKILL)
+
+    async def change(self, disk: Disk, *, discards: int = 6) -> None:
+        """Write and discard with our disk."""
+        for start, length, byte in self.ranges(4):
+            await disk.write(start, bytes([byte]) * length)
+            self.model[start : start + length] = bytes([byte]) * length
+        used = [n for n in range(SIZE // CLUSTER) if any(self.model[n * CLUSTER :][:CLUSTER])]
+        for number in self.choice.sample(used, discards):
+            start = number * CLUSTER
+            await disk.discard(start, CLUSTER)
+            self.model[start : start + CLUSTER] = bytes(CLUSTER)
+
+    async def by_us(self, options: OpenOptions, **given: int) -> None:
+        """Open the image, change it, and close it cleanly."""
+        async with open_disk(str(self.path), options, inspector=inspector) as disk:
+            await self.change(disk, **given)
+
+    async def drain(self) -> None:
+        """Fill what is free, so that there is nothing to list."""
+        async with open_disk(str(self.path), KEEP, inspector=inspector) as disk:
+            await disk.scanned()
+            while disk.statistics().free_clusters:
+                for number in range(SIZE // CLUSTER):
+                    if not disk.statistics().free_clusters:
+                        break
+                    await disk.allocate(number * CLUSTER, CLUSTER)
+
+    async def compare(self) -> None:
+        """Compare the content as we read it, and as the bytes have it."""
+        async with open_disk(str(self.path)) as disk:
+            assert difference(await disk.read(0, disk.size), self.model) is None
+        assert difference(guest_bytes(self.file), self.model) is None
+        found = inspect_image(self.file)
+        assert found.errors == ()
+        assert header_of(self.file).compat_features == self.compat
+
+    async def is_refused(self) -> None:
+        """QEMU opens the image in no way, changes nothing, and names the bit."""
+        before = self.file
+        runs = listed(before)
+        assert runs == leaked_runs(before)
+        assert runs
+        for command in (
+            ("qemu-img", "info", self.path),
+            ("qemu-img", "check", "-r", "all", self.path),
+            ("qemu-img", "convert", "-O", "raw", self.path, f"{self.path}.raw"),
+            ("qemu-img", "resize", "-f", "qed", self.path, "16M"),
+            ("qemu-io", "-f", "qed", "-c", "write 0 64k", self.path),
+            ("qemu-io", "-f", "qed", "-r", "-c", "read 0 64k", self.path),
+        ):
+            done = qemu.run(*command, codes=(1,))
+            assert f"Unsupported QED features: {BIT:x}" in done.stdout + done.stderr
+        assert self.file == before
+        await self.compare()
+
+    async def is_open_to_all(self, *, leaks: bool) -> None:
+        """QEMU opens the image and finds nothing worse than leaks."""
+        assert listed(self.file) is None
+        found = qemu.check(self.path)
+        assert found.code in ((0, 3) if leaks else (0,))
+        assert not found.errors
+        assert difference(qemu.content(self.path), self.model) is None
+        await self.compare()
+
+
+async def begin(path: Path, compat: int, autoclear: int) -> Shared:
+    """Have QEMU make an image, and us a list in it."""
+    shared = Shared(path, bytearray(SIZE), random.Random(f"{compat} {autoclear}"))
+    qemu.create(path, SIZE)
+    qemu.io(path, *shared.qemu_commands(12))
+    shared.put_bits(compat, autoclear)
+    await shared.by_us(ON)
+    assert header_of(shared.file).autoclear_features == 0
+    # Whoever owns these bits has come by again.
+    shared.put_bits(compat, autoclear)
+    await shared.is_refused()
+    return shared
+
+
+@BITS
+@pytest.mark.expect_log("leaked clusters found by the check")
+async def test_new_then_old_then_new(tmp_path: Path, compat: int, autoclear: int) -> None:
+    """The list is drained or dropped, QEMU works on the image and is killed, we come back."""
+    shared = await begin(tmp_path / "shared.qed", compat, autoclear)
+    for turn in range(3):
+        if turn:
+            await freelist.drop(str(shared.path))
+        else:
+            await shared.drain()
+        assert not any(shared.file[DESCRIPTOR : DESCRIPTOR + 512])
+        await shared.is_open_to_all(leaks=turn > 0)
+        shared.put_bits(compat, autoclear)
+        qemu.io(shared.path, *shared.qemu_commands(5))
+        assert header_of(shared.file).autoclear_features == 0
+        await shared.is_open_to_all(leaks=True)
+
+        shared.qemu_crashes()
+        assert header_of(shared.file).need_check
+        assert inspect_image(shared.file).leaks
+        # It had no list when it was opened, so by default it gets none.
+        await shared.by_us(KEEP, discards=0)
+        assert listed(shared.file) is None
+        await shared.by_us(ON)
+        await shared.is_refused()
+        await shared.by_us(KEEP)
+        await shared.is_refused()
+
+
+@BITS
+async def test_a_crash_of_ours_in_between(tmp_path: Path, compat: int, autoclear: int) -> None:
+    """A crash leaves the bit clear: QEMU opens the image, and it is clean but for leaks."""
+    shared = await begin(tmp_path / "shared.qed", compat, autoclear)
+    crashed = tmp_path / "crashed.qed"
+    async with open_disk(str(shared.path), KEEP) as disk:
+        await shared.change(disk)
+        await disk.flush()
+        # What is in the file now is what a kill leaves.
+        shutil.copy(shared.path, crashed)
+    await shared.is_refused()
+
+    after = Shared(crashed, shared.model, shared.choice, compat)
+    assert header_of(after.file).need_check
+    # QEMU checks and mends it as it opens it.
+    qemu.io(crashed, *after.qemu_commands(5))
+    await after.is_open_to_all(leaks=True)
+    await after.by_us(ON)
+    await after.is_refused()
+
+
+async def test_a_crash_before_the_first_change_leaves_the_list(tmp_path: Path) -> None:
+    """Nothing was changed, so it is true, and QEMU still refuses."""
+    shared = await begin(tmp_path / "shared.qed", 0, 0)
+    crashed = tmp_path / "crashed.qed"
+    async with open_disk(str(shared.path), KEEP) as disk:
+        await disk.read(0, SIZE)
+        await disk.flush()
+        shutil.copy(shared.path, crashed)
+    assert crashed.read_bytes() == shared.path.read_bytes()
+    await Shared(crashed, shared.model, shared.choice).is_refused()
+
+
+@pytest.mark.expect_log("free list: descriptor file_bytes: found")
+async def test_a_program_that_takes_the_bit_away_and_puts_it_back(tmp_path: Path) -> None:
+    """Somebody forces QEMU to open the image: the stale list is noticed by the file's length."""
+    shared = await begin(tmp_path / "shared.qed", 0, 0)
+    content = shared.file
+    set_bit(content, value=False)
+    shared.path.write_bytes(content)
+    qemu.io(shared.path, *shared.qemu_commands(20))
+    content = shared.file
+    set_bit(content)
+    shared.path.write_bytes(content)
+    info = await freelist.show(str(shared.path))
+    assert (info.present, info.valid) == (True, False)
+    await shared.by_us(KEEP)
+    await shared.is_refused()
+
+
+async def test_an_image_with_a_list_as_a_base(tmp_path: Path) -> None:
+    """We read through it; QEMU refuses the chain, and opens it once the list is dropped."""
+    shared = await begin(tmp_path / "base.qed", 0, 0)
+    overlay = tmp_path / "overlay.qed"
+    plain = tmp_path / "plain.qed"
+    shutil.copy(shared.path, plain)
+    await freelist.drop(str(plain))
+    qemu.create(overlay, backing=plain)
+    shared.path.replace(plain)
+    shared.path = plain
+    before = shared.file
+    async with open_disk(str(overlay), KEEP) as disk:
+        assert difference(await disk.read(0, disk.size), shared.model) is None
+        await disk.write(0, b"\1" * 512)
+    assert shared.file == before
+    words = ("qemu-io", "-f", "qed", "-c", "read 0 512", overlay)
+    assert f"{BIT:x}" in qemu.run(*words, codes=(1,)).stderr
+    await freelist.drop(str(plain))
+    shared.model[:512] = b"\1" * 512
+    assert difference(qemu.content(overlay), shared.model) is None
+
+
+async def test_show_enable_drop(tmp_path: Path) -> None:
+    """The functions for people; an image without a free cluster has nothing to list."""
+    path = tmp_path / "image.qed"
+    qemu.create(path, SIZE)
+    qemu.io(path, "write -P 1 0 1M")
+    assert await freelist.show(str(path)) == freelist.FreeListInfo(present=False)
+    assert not (await freelist.enable(str(path))).present
+    async with open_disk(str(path), KEEP) as disk:
+        await disk.discard(0, 3 * CLUSTER)
+        await disk.discard(5 * CLUSTER, CLUSTER)
+    found = await freelist.enable(str(path))
+    assert found == freelist.FreeListInfo(
+        present=True, valid=True, runs=2, clusters=4, bytes=4 * CLUSTER, list_clusters=1
+    )
+    assert await freelist.enable(str(path)) == found
+    await freelist.drop(str(path))
+    assert await freelist.show(str(path)) == freelist.FreeListInfo(present=False)
+    assert qemu.check(path).leaks == 4

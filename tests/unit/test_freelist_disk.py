@@ -1,0 +1,474 @@
+"""A disk and its persistent free list: adopted, made invalid in time, written again."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qedfuse.disk import savedlist
+from qedfuse.disk.freelist import FreeList
+from qedfuse.disk.freemap import FreeMap
+from qedfuse.errors import HostError, ReadOnlyError, UsageError
+from tests.support.disks import (
+    WRITABLE,
+    build_image,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+    settle,
+)
+from tests.support.freelists import DESCRIPTOR, leaked_runs, listed, put_list, set_bit
+from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync, Write
+
+if TYPE_CHECKING:
+    from qedfuse.disk.disk import Disk
+
+CLUSTER: Final = 4096
+SIZE: Final = 700 * CLUSTER
+ON: Final = replace(WRITABLE, free_list="on")
+OFF: Final = replace(WRITABLE, free_list="off")
+SPAN: Final = 512
+"""Clusters that a table covers."""
+
+
+def image(leaked: int = 20, **options: int) -> bytearray:
+    """Build an image with data, and with single clusters between that nothing refers to."""
+    numbers = range(2 * leaked + 2)
+    content = build_image(SIZE, {n: pattern(CLUSTER, n) for n in numbers}, **options)  # type: ignore[arg-type]
+    for number in numbers[1:-1:2]:
+        put_entry(content, l2_entry_offset(content, number), 0)
+        assert leaked_runs(content)
+    assert len(leaked_runs(content)) == leaked
+    return content
+
+
+def with_list(leaked: int = 20, **options: int) -> bytearray:
+    """Build the same image with a true list."""
+    content = image(leaked, **options)
+    put_list(content)
+    return content
+
+
+def free_of(disk: Disk) -> list[tuple[int, int]]:
+    """List what a disk takes for free."""
+    return list(disk._allocator.free.runs())
+
+
+def check_true(content: bytes | bytearray) -> None:
+    """Check that an image is sound, and that its list, if it has one, is true and complete."""
+    assert inspect_image(content).errors == ()
+    runs = listed(content)
+    if runs is not None:
+        assert not header_of(content).need_check
+        assert runs == leaked_runs(content)
+
+
+async def test_a_clean_close_writes_the_list() -> None:
+    """All that nothing refers to is listed, discarded clusters too, and the file does not grow."""
+    file = RecordingFile(image())
+    async with opened(file, options=ON) as disk:
+        await disk.discard(0, CLUSTER)
+        await disk.discard(4 * CLUSTER, 3 * CLUSTER)
+    assert len(file.content) <= len(file.initial)
+    runs = listed(file.content)
+    assert runs is not None
+    assert sum(count for _, count in runs) == 20 + 1 + 2
+    check_true(file.content)
+
+
+async def test_the_bit_comes_after_a_datasync_that_covers_the_list() -> None:
+    """List and descriptor, datasync, bit, datasync; NEED_CHECK was clear before."""
+    file = RecordingFile(image(300))
+    async with opened(file, options=ON) as disk:
+        await disk.discard(0, CLUSTER)
+    assert len(leaked_runs(file.content)) > 254, "one list cluster is not enough"
+    last = file.changes[-6:]
+    assert [type(change) for change in last] == [Write, Write, Write, Sync, Write, Sync]
+    assert [change.offset for change in last if isinstance(change, Write)][2:] == [DESCRIPTOR, 0]
+    states = file.prefixes()
+    before = next(content for number, content in states if number == len(file.changes) - 6)
+    assert not header_of(before).need_check
+
+
+async def test_an_adopted_list_needs_no_scan() -> None:
+    """The free clusters are known at once, and what is listed is used first."""
+    content = with_list()
+    runs = leaked_runs(content)
+    file = MemoryFile(content)
+    async with opened(file) as disk:
+        assert disk.statistics().free_clusters == 20
+        assert free_of(disk) == runs
+        reads = file.counts["read"]
+        await disk.scanned()
+        assert file.counts["read"] == reads
+        await disk.write(100 * CLUSTER, pattern(CLUSTER, 7))
+        await disk.flush()
+        assert get_entry(file.content, l2_entry_offset(file.content, 100)) == runs[0][0] * CLUSTER
+        assert listed(file.content) is None
+    # Kept, since the image had one.
+    assert listed(file.content) == runs[1:]
+    check_true(file.content)
+
+
+@pytest.mark.parametrize("options", [WRITABLE, ON])
+async def test_a_disk_that_is_not_changed_keeps_its_list(options: object) -> None:
+    """Reading, flushing and closing change no byte of the file."""
+    file = RecordingFile(with_list())
+    async with opened(file, options=options) as disk:  # type: ignore[arg-type]
+        assert await disk.read(0, disk.size) == guest_bytes(file.initial)
+        await disk.flush()
+        await settle()
+    assert file.changes == []
+
+
+async def test_a_reader_ignores_the_list() -> None:
+    """Good or bad, it is no business of his."""
+    for content in (with_list(), image()):
+        set_bit(content)
+        file = MemoryFile(content, writable=False)
+        async with opened(file, options=replace(WRITABLE, writable=False)) as disk:
+            assert await disk.read(0, disk.size) == guest_bytes(content)
+
+
+@pytest.mark.parametrize("change", ["write", "discard", "resize", "allocate", "in place"])
+async def test_the_list_is_invalid_before_the_first_change(change: str) -> None:
+    """The header without the bit is durable before anything else is written."""
+    file = RecordingFile(with_list(autoclear=6))
+    async with opened(file) as disk:
+        if change == "write":
+            await disk.write(200 * CLUSTER, b"x")
+        elif change == "in place":
+            await disk.write(0, b"x")
+        elif change == "discard":
+            await disk.discard(0, CLUSTER)
+        elif change == "resize":
+            await disk.resize(SIZE + CLUSTER)
+        else:
+            await disk.allocate(200 * CLUSTER, 5)
+        first, second, third = file.changes[:3]
+        assert isinstance(first, Write)
+        assert first.offset == 0
+        assert not header_of(first.data).free_list
+        assert not header_of(first.data).autoclear_features
+        assert isinstance(second, Sync)
+        assert third == Write(DESCRIPTOR, bytes(512))
+        await disk.flush()
+    check_true(file.content)
+    assert listed(file.content)
+
+
+async def test_off_drops_the_list_and_gives_its_clusters_back() -> None:
+    """Older programs can open the image again; where the list was, there is a hole."""
+    content = with_list()
+    file = MemoryFile(content)
+    async with opened(file, options=OFF) as disk:
+        assert listed(file.content) is None
+        assert free_of(disk) == leaked_runs(content)
+    assert not any(file.content[DESCRIPTOR : DESCRIPTOR + 512])
+    place = leaked_runs(content)[0][0] * CLUSTER
+    assert not any(file.content[place : place + CLUSTER])
+    assert guest_bytes(file.content) == guest_bytes(content)
+    check_true(file.content)
+
+
+async def test_no_free_cluster_no_list() -> None:
+    """The bit is set only while the list holds anything."""
+    content = image(1)
+    put_list(content)
+    file = MemoryFile(content)
+    async with opened(file) as disk:
+        await disk.write(200 * CLUSTER, pattern(CLUSTER, 1))
+    assert listed(file.content) is None
+    assert inspect_image(file.content).leaks == 0
+
+
+@pytest.mark.parametrize("kept", ["keep", "on"])
+@pytest.mark.expect_log("free list: descriptor checksum: found")
+async def test_a_broken_list_is_dropped_and_found_again_by_a_scan(kept: str) -> None:
+    """Durably, at once; the open goes on, and the close writes a new list."""
+    content = with_list()
+    content[DESCRIPTOR + 20] ^= 1
+    file = MemoryFile(content)
+    options = replace(WRITABLE, free_list=kept)  # type: ignore[arg-type]
+    async with opened(file, options=options) as disk:
+        assert listed(file.content) is None
+        await disk.scanned()
+        assert free_of(disk) == leaked_runs(content)
+    assert listed(file.content) == leaked_runs(content)
+    check_true(file.content)
+
+
+@pytest.mark.parametrize("nth", [3, 4, 5])
+@pytest.mark.expect_log("the list is dropped, and the tables are scanned instead")
+async def test_a_list_that_the_host_cannot_read_is_dropped(nth: int) -> None:
+    """After header and L1 table come the descriptor, and a list cluster in two reads."""
+    content = with_list()
+    inner = MemoryFile(content)
+    file = FailingFile(inner)
+    file.fail("read", nth)
+    async with opened(file) as disk:
+        await disk.scanned()
+        assert free_of(disk) == leaked_runs(content)
+    assert listed(inner.content) == leaked_runs(content)
+
+
+@pytest.mark.expect_log("found NEED_CHECK set as well")
+async def test_need_check_beside_a_list_drops_it() -> None:
+    """Whoever set it knew nothing of the list."""
+    content = with_list()
+    content[16] |= 2
+    file = MemoryFile(content)
+    async with opened(file) as disk:
+        await disk.scanned()
+        assert free_of(disk) == leaked_runs(content)
+    check_true(file.content)
+
+
+@pytest.mark.expect_log("a table entry for a cluster that is listed as free")
+@pytest.mark.parametrize("changes", ["none", "write", "write and discard"])
+async def test_a_table_entry_that_contradicts_the_list(changes: str) -> None:
+    """What is left of the list is withdrawn, and a scan finds what is really free."""
+    content = build_image(2 * SPAN * CLUSTER, {n: pattern(CLUSTER, n) for n in (0, 1, 2, SPAN)})
+    content.extend(bytes(5 * CLUSTER))
+    put_entry(content, l2_entry_offset(content, SPAN + 1), len(content) - 2 * CLUSTER)
+    put_entry(content, l2_entry_offset(content, SPAN + 2), len(content) - CLUSTER)
+    truth = leaked_runs(content)
+    first, count = truth[0]
+    put_list(content, [(first, count + 1)], [first])
+    file = MemoryFile(content)
+    changed = changes != "none"
+    async with opened(file) as disk:
+        if changed:
+            await disk.write(3 * CLUSTER, pattern(CLUSTER, 5))
+            await disk.flush()
+            assert disk.statistics().free_clusters == count
+        if changes == "write":
+            truth = [(first + 1, count - 1)]
+        elif changed:
+            await disk.discard(3 * CLUSTER, CLUSTER)
+            await disk.flush()
+        assert await disk.read(SPAN * CLUSTER, CLUSTER) == pattern(CLUSTER, SPAN)
+        assert disk.statistics().free_clusters is None
+        await disk.scanned()
+        await settle()
+        assert free_of(disk) == truth
+        assert listed(file.content) is None
+        # What was handed out from the list may have had an owner: the next open checks.
+        assert disk._layer.damaged == changed
+    assert inspect_image(file.content).errors == ()
+    assert header_of(file.content).need_check == changed
+    assert (listed(file.content) is None) == changed
+
+
+@given(st.integers(0, 1 << 32))
+def test_runs_of_any_length_are_adopted_as_they_are(seed: int) -> None:
+    """Within a block of the map and across several, whatever the blocks are aligned to."""
+    chance = random.Random(seed)
+    runs, at = [], 20
+    for _ in range(chance.randrange(1, 60)):
+        at += chance.choice((1, 2, 9, 4000, 5000))
+        count = chance.choice((1, 1, 2, 5, 300, 4096, 9000))
+        runs.append((at, count))
+        at += count
+
+    async def adopt() -> None:
+        async with opened(MemoryFile(image(table_size=chance.choice((1, 2, 8))))) as disk:
+            await disk.scanned()
+            disk._allocator.free.remove(0, 1 << 12)
+            unpunched = disk._allocator.unpunched.count
+            made_up = FreeList(np.array(runs, np.uint64), np.empty(0, np.uint64))
+            await disk._saved_list._adopt(made_up)
+            assert free_of(disk) == runs
+            assert disk._allocator.unpunched.count == unpunched
+            one_by_one = FreeMap(disk._allocator.free.table, disk._allocator.anchor)
+            for run in runs:
+                one_by_one.add(*run)
+            assert disk._allocator.free.places == one_by_one.places
+            # They are not in this file: let the close find none of them.
+            disk._allocator.free.remove(0, at)
+
+    trio.run(adopt)
+
+
+async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() -> None:
+    """A table that was written, forgotten and read again refers to what was listed."""
+    file = MemoryFile(with_list())
+    async with opened(file, options=replace(WRITABLE, cache_bytes=0)) as disk:
+        for n in range(15):
+            await disk.write((100 + n) * CLUSTER, pattern(CLUSTER, n))
+            await disk.flush()
+            assert await disk.read((100 + n) * CLUSTER, CLUSTER) == pattern(CLUSTER, n)
+            if n % 3 == 0:
+                await disk.discard((100 + n) * CLUSTER, CLUSTER)
+                await disk.flush()
+        disk._layer.tables.forget(0, len(file.content))
+        assert await disk.read(101 * CLUSTER, CLUSTER) == pattern(CLUSTER, 1)
+        assert disk._saved_list._listed is not None
+    check_true(file.content)
+
+
+async def test_a_name_over_the_descriptor_is_refused_in_one_line() -> None:
+    """The extension cannot be used for such an image; without it the image can."""
+    content = build_image(SIZE, header_size=2, backing=b"n" * 600)
+    content[56:60] = (DESCRIPTOR - 300).to_bytes(4, "little")
+    content[DESCRIPTOR - 300 : DESCRIPTOR + 300] = b"n" * 600
+    content[64:664] = bytes(600)
+    before = bytes(content)
+    file = MemoryFile(content)
+    expected = (
+        "image: free list: found the backing file name in bytes 3584 to 4095 of the header's "
+        "cluster, expected them to be unused"
+    )
+    with pytest.raises(UsageError) as caught:
+        async with opened(file, [b""], ON):
+            pass
+    assert str(caught.value) == expected
+    assert file.content == before
+
+
+@pytest.mark.expect_log("the backing file name over it")
+async def test_a_name_over_the_descriptor_is_not_wiped() -> None:
+    """The bit is cleared, the name stays."""
+    content = build_image(SIZE, header_size=2, backing=b"n" * 600)
+    content[56:60] = (DESCRIPTOR - 300).to_bytes(4, "little")
+    content[DESCRIPTOR - 300 : DESCRIPTOR + 300] = b"n" * 600
+    content.extend(bytes(CLUSTER))
+    set_bit(content)
+    file = MemoryFile(content)
+    async with opened(file, [b""]) as disk:
+        await disk.write(0, b"x" * CLUSTER)
+        await disk.write(CLUSTER, b"x" * CLUSTER)
+        await disk.discard(0, CLUSTER)
+    assert inspect_image(file.content).leaks == 1
+    assert listed(file.content) is None
+    assert file.content[64:CLUSTER] == content[64:CLUSTER]
+
+
+async def test_something_else_in_the_place_of_the_descriptor() -> None:
+    """Whoever put it there may need it."""
+    content = image()
+    content[DESCRIPTOR + 77] = 1
+    with pytest.raises(UsageError, match="found something else in bytes 3584 to 4095"):
+        async with opened(MemoryFile(content), options=ON):
+            pass
+    content[DESCRIPTOR : DESCRIPTOR + 8] = b"QEDFLIST"
+    file = MemoryFile(content)
+    async with opened(file, options=ON):
+        pass
+    check_true(file.content)
+    assert listed(file.content)
+
+
+async def test_more_runs_than_a_list_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No list is written then: a scan is as quick."""
+    monkeypatch.setattr(savedlist, "MAX_RUNS", 19)
+    file = MemoryFile(image())
+    async with opened(file, options=ON):
+        pass
+    assert listed(file.content) is None
+    check_true(file.content)
+
+
+@pytest.mark.expect_log("while giving space back to the host")
+async def test_a_file_that_cannot_be_cut_gets_no_list() -> None:
+    """A list is complete, or there is none."""
+    content = image()
+    content.extend(bytes(5 * CLUSTER))
+    inner = MemoryFile(content)
+    file = FailingFile(inner)
+    file.fail("truncate", None)
+    async with opened(file, options=ON):
+        pass
+    assert listed(inner.content) is None
+    async with opened(MemoryFile(inner.content), options=ON) as disk:
+        await disk.scanned()
+        assert free_of(disk) == leaked_runs(image())
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
+async def test_an_image_with_wild_entries_gets_no_list(*, changed: bool) -> None:
+    """It has to be checked first."""
+    content = image()
+    put_entry(content, l2_entry_offset(content, 300), 1 << 40)
+    file = MemoryFile(content)
+    async with opened(file, options=ON) as disk:
+        await disk.scanned()
+        if changed:
+            await disk.write(301 * CLUSTER, b"x")
+    assert header_of(file.content).need_check == changed
+    assert listed(file.content) is None
+
+
+@pytest.mark.expect_log("while writing the free list, which is left out")
+async def test_a_full_host_costs_the_list_only() -> None:
+    """The image is closed cleanly all the same."""
+    inner = MemoryFile(with_list())
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        await disk.discard(0, CLUSTER)
+        await disk.flush()
+        await disk._needcheck.clear()
+        await disk.flush()
+        file.fail("write", 1, 28)
+    assert listed(inner.content) is None
+    assert not header_of(inner.content).need_check
+    check_true(inner.content)
+
+
+@pytest.mark.parametrize("nth", range(1, 12))
+@pytest.mark.parametrize("action", ["write", "datasync"])
+async def test_failures_leave_no_list_that_is_believed_and_untrue(
+    action: str, nth: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever fails from the first change on to the end."""
+    caplog.set_level(logging.CRITICAL, "qedfuse")
+    inner = MemoryFile(with_list())
+    file = FailingFile(inner)
+    file.fail(action, nth)  # type: ignore[arg-type]
+    try:
+        async with opened(file) as disk:
+            for number in (0, 50, 51):
+                await disk.write(number * CLUSTER, pattern(CLUSTER, 1))
+                await disk.flush()
+                await disk.discard(number * CLUSTER, CLUSTER)
+    except* (HostError, ReadOnlyError):
+        pass
+    check_true(inner.content)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_no_crash_leaves_a_list_that_is_untrue(seed: int) -> None:
+    """Each prefix of the writes, and what power failures could have left of them."""
+    choice = random.Random(seed)
+    file = RecordingFile(with_list(280) if seed == 0 else with_list())
+    for _ in range(3):
+        async with opened(file, options=choice.choice([WRITABLE, ON, OFF])) as disk:
+            for _ in range(6):
+                number = choice.randrange(699)
+                if choice.random() < 0.5:
+                    await disk.write(number * CLUSTER, pattern(2 * CLUSTER, number))
+                else:
+                    await disk.discard(number * CLUSTER, 2 * CLUSTER)
+                if choice.random() < 0.3:
+                    await disk.flush()
+        file.reopen()
+    seen = set()
+    for number, content in file.prefixes():
+        check_true(content)
+        seen.add(listed(content) is None)
+        for keep in (0.2, 0.8):
+            check_true(file.power_loss(number, choice, keep))
+    assert seen == {True, False}
