@@ -90,11 +90,11 @@ make_venv() {
     fi
 }
 
-# install_project [EXTRA]: the project and what it needs, when pyproject.toml has changed.
+# install_project [EXTRA]: the project and what it needs, when what pip builds it from has changed.
 install_project() {
     make_venv
     local extra=${1:-} wanted stamp
-    wanted=$(sha256sum <"$root/pyproject.toml")
+    wanted=$(cat "$root/pyproject.toml" "$root/setup.py" "$root"/qedfuse/mount/*.c | sha256sum)
     for stamp in "$venv/.installed-test" "$venv/.installed${extra:+-$extra}"; do
         [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
     done

@@ -16,6 +16,10 @@ check_fuse
 say "Lint"
 shellcheck --external-sources examples/*.sh tests/run.sh .ci/run
 "$venv/bin/ruff" check .
+read -r -a flags < <(pkg-config --cflags fuse3)
+gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" \
+    -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    qedfuse/mount/_extraops.c
 "$venv/bin/ruff" format --check .
 say "Types"
 "$venv/bin/mypy"

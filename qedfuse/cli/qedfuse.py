@@ -42,6 +42,12 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
   uid=N, gid=N           owner of the disk (the caller)
   umask=OCTAL            permissions taken from 0666 (077)
   growable               let truncate(1) and writes past the end make the disk larger
+  discard, nodiscard     whether discards free space, or only write zeros (discard)
+  detect_zeroes=on       take no new space for zeros that are written (off; unmap: and
+                         free what they had)
+  freelist=on            keep a list of free space in the image between mounts (off);
+                         QEMU refuses the image while it has one (as it was)
+  compact                make the image as short as it can be when the mount ends
   snapshot               drop all writes when the mount ends
   overlay=FILE           send all writes to this QED overlay, made if missing
   backing=confined       use backing files only from the directory of the image that

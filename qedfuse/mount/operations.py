@@ -41,7 +41,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _DIRECT: Final = 1 << 62
-"""The bit of a handle that says O_DIRECT; the rest of it is the inode."""
+_WRITER: Final = 1 << 61
+_FLAGS: Final = _DIRECT | _WRITER
+"""The bits of a handle that say O_DIRECT and not O_RDONLY; the rest of it is the inode."""
 
 _MOST_COMPLAINTS: Final = 100
 """Different complaints that are logged in the life of a mount: a bad image has many."""
@@ -103,6 +105,8 @@ class Operations(pyfuse3.Operations):
         """Called when the last open handle has gone."""
         self.size_lost: Callable[[View], None] = lambda _view: None
         """Called when the kernel may think that a disk is longer than it is."""
+        self.space_changed: Callable[[View], None] = lambda _view: None
+        """Called when a disk takes up more or less of the host than the kernel was told."""
         self._options = options
         self._directory = directory
         self._by_name = {view.name: view for view in views}
@@ -126,18 +130,18 @@ class Operations(pyfuse3.Operations):
             self._complaints.add(message)
             _log.error("%s", message)
 
-    def _admit(self, ctx: RequestContext) -> None:
+    def admit(self, uid: int) -> None:
         """Turn away whom allow_root does not let in."""
-        if self._admitted is not None and ctx.uid not in self._admitted:
+        if self._admitted is not None and uid not in self._admitted:
             raise FUSEError(errno.EACCES)
 
     def _is_root(self, inode: int) -> bool:
         """Tell whether an inode is the directory."""
         return self._directory and inode == pyfuse3.ROOT_INODE
 
-    def _view(self, inode: int) -> View:
+    def view(self, inode: int) -> View:
         """Find the disk behind an inode or a handle; the number is the same."""
-        view = self.views.get(inode & ~_DIRECT)
+        view = self.views.get(inode & ~_FLAGS)
         if view is None:
             raise FUSEError(errno.EISDIR if self._is_root(inode) else errno.ENOENT)
         return view
@@ -147,7 +151,7 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name in the directory."""
-        self._admit(ctx)
+        self.admit(ctx.uid)
         if not self._is_root(parent_inode):
             raise FUSEError(errno.ENOTDIR)
         if name in (b".", b".."):
@@ -163,10 +167,10 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Describe the directory or a disk."""
-        self._admit(ctx)
+        self.admit(ctx.uid)
         if self._is_root(inode):
             return self._attributes.of_root(list(self.views.values()))
-        return self._attributes.of_disk(self._view(inode))
+        return self._attributes.of_disk(self.view(inode))
 
     @_answered
     async def setattr(
@@ -178,10 +182,10 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         """Set times, grow a disk; refuse everything else that would change something."""
-        self._admit(ctx)
+        self.admit(ctx.uid)
         if self._is_root(inode):
             raise FUSEError(errno.EPERM)
-        view = self._view(inode)
+        view = self.view(inode)
         now = self._attributes.of_disk(view)
         if (
             (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(now.st_mode))
@@ -198,6 +202,12 @@ class Operations(pyfuse3.Operations):
                 attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns,
             )
         return self._attributes.of_disk(view)
+
+    async def grow(self, view: View, size: int) -> None:
+        """Make a disk larger, if that is allowed."""
+        if not self._options.growable:
+            raise FUSEError(errno.ENOSPC)
+        await view.disk.resize(size)
 
     async def _set_size(self, view: View, size: int, *, by_handle: bool) -> None:
         """Answer truncate(2): a disk can only grow, and only with ``growable``.
@@ -218,26 +228,29 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a disk; the kernel's cache stays, since nobody else can change the image."""
-        self._admit(ctx)
-        view = self._view(inode)
-        if self._options.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
+        self.admit(ctx.uid)
+        view = self.view(inode)
+        writer = flags & os.O_ACCMODE != os.O_RDONLY
+        if self._options.read_only and writer:
             raise FUSEError(errno.EROFS)
         view.opened += 1
+        view.writers += writer
         exclusive = not self._options.force_share
         direct = self._options.direct_io
         handle = inode | _DIRECT if flags & os.O_DIRECT and not direct else inode
+        handle |= _WRITER if writer else 0
         return pyfuse3.FileInfo(fh=handle, direct_io=direct, keep_cache=exclusive and not direct)
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read; short only where the disk ends."""
         # pyfuse3 takes any buffer, whatever its type hints say.
-        return await self._view(fh).disk.read(off, size)  # type: ignore[return-value]
+        return await self.view(fh).disk.read(off, size)  # type: ignore[return-value]
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write; short where the disk ends, and an error behind that."""
-        view = self._view(fh)
+        view = self.view(fh)
         end = off + len(buf)
         if end > view.disk.size:
             await self._write_past_end(view, off, end, direct=bool(fh & _DIRECT))
@@ -263,14 +276,19 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def flush(self, fh: int) -> None:
         """Tell the one who closes a file what went wrong with writes that were delayed."""
-        self._report(self._view(fh))
+        self._report(self.view(fh))
 
     @_answered
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001  pyfuse3's
         """Make everything written so far durable."""
-        view = self._view(fh)
+        view = self.view(fh)
         await view.disk.flush()
         self._report(view)
+        blocks = view.disk.fstat().st_blocks
+        if blocks != view.blocks:
+            # What a flush gives back to the host is to be seen at once.
+            view.blocks = blocks
+            self.space_changed(view)
 
     def _report(self, view: View) -> None:
         """Fail if writes were lost that their writer believes in."""
@@ -283,7 +301,9 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def release(self, fh: int) -> None:
         """Count a handle out."""
-        self._view(fh).opened -= 1
+        view = self.view(fh)
+        view.opened -= 1
+        view.writers -= bool(fh & _WRITER)
         if not self.opened:
             self.released()
 
@@ -292,7 +312,7 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Open the directory."""
-        self._admit(ctx)
+        self.admit(ctx.uid)
         if not self._is_root(inode):
             raise FUSEError(errno.ENOTDIR)
         return inode

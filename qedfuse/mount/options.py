@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qedfuse.disk.options import DEFAULT_CACHE_BYTES, DEFAULT_COMMIT_SECONDS, BackingPolicy
 from qedfuse.errors import UsageError
@@ -65,6 +65,10 @@ class MountOptions:
         growable: The disk may be made larger through the mount.
         commit_seconds: Longest time that changed tables stay in memory only.
         cache_bytes: Memory for tables, for each image.
+        discard: Discards give clusters up.
+        detect_zeroes: What becomes of zeros that are written (`OpenOptions`).
+        free_list: Whether images keep a list of their free space (`OpenOptions`).
+        compact: The files are made as short as they can be when the mount ends.
         snapshot: Writes are dropped when the mount ends.
         overlay: Writes go to this QED image, made if missing.
         kernel_words: Words for the kernel, from `KERNEL_WORDS`.
@@ -82,6 +86,10 @@ class MountOptions:
     growable: bool = False
     commit_seconds: float = DEFAULT_COMMIT_SECONDS
     cache_bytes: int = DEFAULT_CACHE_BYTES
+    discard: bool = True
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    free_list: Literal["keep", "on", "off"] = "keep"
+    compact: bool = False
     snapshot: bool = False
     overlay: str | None = None
     kernel_words: tuple[str, ...] = ()
@@ -146,6 +154,8 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
             directories.append(value)
         elif name in _BACKING and value:
             backing[_BACKING[name][0]] = _choice(name, value, _BACKING[name][1])
+        elif name in _CHOICES and value:
+            fields[_CHOICES[name][0]] = _choice(name, value, _CHOICES[name][1])
         elif name in _VALUES and value:
             field, read = _VALUES[name]
             fields[field] = read(name, value)
@@ -167,7 +177,7 @@ def _is_dropped(name: str, equals: str) -> bool:
 def _complaint(name: str, word: str) -> str:
     """Say what is wrong with a word that fits no rule."""
     shown = printable(word)
-    if name in _VALUES or name in _BACKING or name == "backing_dir":
+    if name in _VALUES or name in _CHOICES or name in _BACKING or name == "backing_dir":
         return f"option {shown}: found no value, expected {name}=VALUE"
     if name in _FLAGS or name in KERNEL_WORDS:
         return f"option {shown}: found a value, expected {name} alone"
@@ -187,6 +197,7 @@ def _consistent(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
         (options.snapshot and options.overlay is not None, "snapshot", "overlay"),
         (written and options.force_share, writer, "force_share"),
         (written and options.read_only, "ro", writer),
+        (options.compact and options.read_only, "compact", "ro"),
         (options.growable and (options.read_only or options.force_share), "growable", "ro"),
         # The source is the overlay's base, and these two speak of bases.
         (written and options.backing.format is not None, "backing_format", writer),
@@ -264,7 +275,14 @@ _FLAGS: Final[Mapping[str, Mapping[str, bool]]] = {
     "direct_io": {"direct_io": True},
     "force_share": {"force_share": True},
     "growable": {"growable": True},
+    "discard": {"discard": True},
+    "nodiscard": {"discard": False},
+    "compact": {"compact": True},
     "snapshot": {"snapshot": True},
+}
+_CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "detect_zeroes": ("detect_zeroes", ("off", "on", "unmap")),
+    "freelist": ("free_list", ("on", "off")),
 }
 _BACKING: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "backing": ("mode", ("confined", "any", "none")),

@@ -36,6 +36,10 @@ def disk_options(options: MountOptions) -> OpenOptions:
         backing=options.backing,
         cache_bytes=options.cache_bytes,
         commit_seconds=options.commit_seconds,
+        discard=options.discard,
+        detect_zeroes=options.detect_zeroes,
+        free_list=options.free_list,
+        compact=options.compact,
     )
 
 

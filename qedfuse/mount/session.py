@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ import pyfuse3
 import trio
 
 from qedfuse.errors import FuseError, QedError, UsageError
+from qedfuse.mount import extraops
 from qedfuse.mount.attach import attach
 from qedfuse.mount.handshake import shake_hands
 from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, find_mount
@@ -33,6 +34,7 @@ from qedfuse.mount.operations import Operations
 from qedfuse.mount.overlays import host_place, open_source
 from qedfuse.mount.runtime import MountNote, NoteKeeper, process_start
 from qedfuse.mount.sizes import SizeKeeper
+from qedfuse.mount.space import SpaceRequests
 from qedfuse.mount.stopping import InterruptedMountError, Stopper
 from qedfuse.mount.unmount import unmount
 from qedfuse.mount.view import View
@@ -155,14 +157,15 @@ class _Session:
         connection = attach(operations, mountpoint, request.options, request.sources[0])
         try:
             await shake_hands(connection)
-            await self._serve(operations)
+            await self._serve(operations, connection)
         finally:
+            extraops.end()
             pyfuse3.close(unmount=False)
             if not self._is_ready:
                 # Nobody has seen the mount yet, so nothing is lost by taking it away.
                 _take_back(mountpoint)
 
-    async def _serve(self, operations: Operations) -> None:
+    async def _serve(self, operations: Operations, connection: int) -> None:
         """Say that the mount is ready and answer requests until it is gone."""
         mountpoint = self._request.mountpoint
         entry = find_mount(mountpoint)
@@ -175,6 +178,10 @@ class _Session:
             if operations.enable_writeback_cache:
                 operations.size_lost = keeper.lost
                 nursery.start_soon(keeper.run)
+            operations.space_changed = _forget_attributes
+            missing = extraops.serve(SpaceRequests(operations, nursery, connection))
+            if missing is not None:
+                _log.warning("without fallocate and lseek: discards free nothing: %s", missing)
             self._stopper.mounted(operations, mountpoint, entry.device)
             self._tell_ready()
             await pyfuse3.main()
@@ -202,6 +209,12 @@ class _Session:
         self._is_ready = True
         self._ready()
         notify_systemd("READY=1")
+
+
+def _forget_attributes(view: View) -> None:
+    """Have the kernel ask for a disk's attributes again."""
+    with suppress(OSError):  # it may not know the disk at all
+        pyfuse3.invalidate_inode(view.inode, attr_only=True)
 
 
 def _take_back(mountpoint: str) -> None:

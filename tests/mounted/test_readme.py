@@ -21,6 +21,7 @@ SHOWN: Final = {
     "Use the file systems in an image": "hello.txt",
     "Look at a disk without touching it": "Filesystem UUID",
     "Mount from /etc/fstab": "fuse.qedfuse",
+    "Give freed space back": "trimmed",
     "Try something out in an overlay": "changed",
     "Get files out of a damaged image": "hello.txt",
     "From Python": "",
@@ -40,6 +41,7 @@ AFTERWARDS: Final = {
 CHANGED: Final = (
     "Use the file systems in an image",
     "Mount from /etc/fstab",
+    "Give freed space back",
     "From Python",
     REPAIR,
 )

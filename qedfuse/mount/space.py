@@ -1,0 +1,169 @@
+"""The requests about space: fallocate(2) and lseek(2) with SEEK_DATA and SEEK_HOLE.
+
+With the write-back cache a hole is never reported over data that the kernel still keeps
+to itself: before the answer, the kernel is made to write back the range in question, and
+the disk is asked again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import struct
+from typing import TYPE_CHECKING, Final
+
+import trio
+from pyfuse3 import FUSEError
+
+from qedfuse.errors import QedError
+from qedfuse.ondisk.constants import SECTOR
+
+if TYPE_CHECKING:
+    from qedfuse.mount._extraops import Request
+    from qedfuse.mount.operations import Operations
+    from qedfuse.mount.view import View
+
+_log = logging.getLogger(__name__)
+
+# linux/falloc.h
+_KEEP_SIZE: Final = 0x01
+_PUNCH_HOLE: Final = 0x02
+_ZERO_RANGE: Final = 0x10
+
+# linux/fuse.h, a stable interface: struct fuse_out_header and
+# struct fuse_notify_inval_inode_out.
+_INVALIDATE: Final = struct.Struct("=IiQQqq")
+_NOTIFY_INVAL_INODE: Final = 2
+
+
+class SpaceRequests:
+    """Answers the two requests, each in a task of its own."""
+
+    def __init__(self, operations: Operations, nursery: trio.Nursery, connection: int) -> None:
+        """Work for the disks of ``operations``; ``connection`` is the descriptor to the kernel."""
+        self._operations = operations
+        self._nursery = nursery
+        self._connection = connection
+
+    def __call__(
+        self,
+        request: Request,
+        operation: str,
+        uid: int,
+        inode: int,
+        mode: int,
+        start: int,
+        length: int,
+    ) -> None:
+        """Take a request; the answer comes later."""
+        self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
+
+    async def _answer(
+        self,
+        request: Request,
+        operation: str,
+        uid: int,
+        inode: int,
+        mode: int,
+        start: int,
+        length: int,
+    ) -> None:
+        """Carry a request out and answer it, whatever happens.
+
+        If the task is cancelled, the request goes without an answer of ours, and answers
+        itself.
+        """
+        if self._operations.debug:
+            _log.debug("%s%s", operation, (inode, mode, start, length))
+        try:
+            self._operations.admit(uid)
+            view = self._operations.view(inode)
+            if operation == "lseek":
+                request.offset(await self._seek(view, mode, start))
+            else:
+                await self._allocate(view, mode, start, length)
+                request.error(0)
+        except FUSEError as error:
+            request.error(error.errno)
+        except QedError as error:
+            self._operations.complain(error)
+            request.error(error.errno)
+        except Exception:  # noqa: BLE001  the kernel must get an answer
+            _log.exception("internal error in %s", operation)
+            request.error(errno.EIO)
+
+    async def _allocate(self, view: View, mode: int, start: int, length: int) -> None:
+        """Answer fallocate(2)."""
+        disk = view.disk
+        if mode not in {
+            _PUNCH_HOLE | _KEEP_SIZE,
+            _ZERO_RANGE | _KEEP_SIZE,
+            _ZERO_RANGE,
+            _KEEP_SIZE,
+        }:
+            raise FUSEError(errno.EOPNOTSUPP)
+        if not disk.writable:
+            raise FUSEError(errno.EROFS)
+        end = start + length
+        if mode == _ZERO_RANGE and end > disk.size:
+            await self._operations.grow(view, -(-end // SECTOR) * SECTOR)
+        if mode == _KEEP_SIZE:
+            await disk.allocate(start, length)
+        else:
+            await disk.discard(start, length)
+
+    async def _seek(self, view: View, whence: int, start: int) -> int:
+        """Answer lseek(2)."""
+        disk = view.disk
+        if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
+            raise FUSEError(errno.EINVAL)
+        if not 0 <= start < disk.size:
+            raise FUSEError(errno.ENXIO)
+        while True:
+            data = await disk.next_data(start)
+            hole = start
+            if whence == os.SEEK_HOLE:
+                hole = await disk.next_hole(start)
+                data = await disk.next_data(hole)
+            # What we are about to call a hole reaches from here to there.
+            end = disk.size if data is None else data
+            if hole == end or not self._may_be_dirty(view):
+                break
+            if not await self._launder(view, hole, end):
+                break
+            again = await disk.next_data(hole)
+            if again == data:
+                break
+        if whence == os.SEEK_HOLE:
+            return hole
+        if data is None:
+            raise FUSEError(errno.ENXIO)
+        return data
+
+    def _may_be_dirty(self, view: View) -> bool:
+        """Tell whether the kernel may have data of a disk that we have not been given.
+
+        It gives us all when the last handle that may write is released.
+        """
+        return self._operations.enable_writeback_cache and view.writers > 0
+
+    async def _launder(self, view: View, start: int, end: int) -> bool:
+        """Have the kernel write back and forget what it caches of a range; tell if it did.
+
+        It asks us to take the writes before this returns, so it runs in a thread.  A
+        thread that is left behind at the end of a session gets an error when the
+        connection goes.
+        """
+        message = _INVALIDATE.pack(
+            _INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, start, end - start
+        )
+        try:
+            await trio.to_thread.run_sync(
+                os.write, self._connection, message, abandon_on_cancel=True
+            )
+        except OSError as error:
+            # The kernel knows the inode no more, so it has nothing cached.
+            _log.debug("%s: cannot write back: %s", view.disk.name, error)
+            return False
+        return True

@@ -1,0 +1,350 @@
+"""Space, end to end: what the kernel and its tools free leaves the image, and holes are holes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.hostio.hostfile import fallocate
+from qedfuse.mount import extraops
+from tests.support import qemu
+from tests.support.devices import file_system, loop_device, run
+from tests.support.disks import difference, header_of
+from tests.support.mounted import COMMAND, clean_up, environment, mounted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MIB: Final = 1 << 20
+CLUSTER: Final = 65536
+PUNCH: Final = 3
+KEEP_SIZE: Final = 1
+ZERO_RANGE: Final = 16
+
+
+def blocks(path: Path) -> int:
+    """Give the bytes that a file takes up on its file system."""
+    return path.stat().st_blocks * 512
+
+
+def extents(path: Path) -> list[tuple[int, int]]:
+    """List where a file holds data, as lseek(2) tells."""
+    result = []
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = 0
+        while at < size:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            result.append((start, at))
+    return result
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an empty image of 64 MiB."""
+    return qemu.create(tmp_path / "vm.qed", 64 * MIB)
+
+
+@pytest.fixture
+def disk(image: Path, tmp_path: Path) -> Iterator[Path]:
+    """Give the same, mounted, its second MiB and the two behind it filled."""
+    with mounted(image, tmp_path / "mnt") as place:
+        path = place / "vm.raw"
+        with path.open("r+b") as file:
+            file.seek(MIB)
+            file.write(b"\xa5" * 3 * MIB)
+            os.fsync(file.fileno())
+        yield path
+    assert qemu.check(image).errors == 0
+
+
+def test_the_extension_is_there() -> None:
+    """On machines where the tests run it was built, and can be loaded."""
+    assert extraops._extension is not None, extraops._why_not
+
+
+@pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE])
+def test_a_range_given_up_reads_as_zeros_and_takes_no_space(
+    mode: int, disk: Path, image: Path
+) -> None:
+    """Its whole clusters leave the image at the fsync, and st_blocks follows at once."""
+    before = blocks(image)
+    with disk.open("r+b") as file:
+        fallocate(file.fileno(), mode, MIB + 100, 2 * MIB)
+        os.fsync(file.fileno())
+        assert blocks(disk) == blocks(image)
+        assert before - blocks(image) >= 2 * MIB - 2 * CLUSTER
+        file.seek(0)
+        expected = bytes(MIB) + b"\xa5" * 100 + bytes(2 * MIB) + b"\xa5" * (MIB - 100)
+        assert difference(file.read(4 * MIB), expected) is None
+
+
+def test_what_the_kernel_has_cached_does_not_come_back(disk: Path) -> None:
+    """Neither what was written before and not synced, nor what was read before."""
+    with disk.open("r+b") as file:
+        file.write(b"\x5a" * MIB)
+        file.flush()
+        file.seek(0)
+        file.read(4 * MIB)
+        fallocate(file.fileno(), PUNCH, 0, 2 * MIB)
+        file.seek(0)
+        assert not any(file.read(2 * MIB))
+        file.seek(CLUSTER)
+        file.write(b"new")
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(CLUSTER)
+        assert file.read(10) == b"new" + bytes(7)
+
+
+@pytest.mark.parametrize("mode", [0, 8, 0x20, 0x40])
+def test_other_modes_are_refused(mode: int, disk: Path) -> None:
+    """With the error that means "not here" to those who have another way."""
+    with disk.open("r+b") as file, pytest.raises(OSError) as caught:  # noqa: PT011
+        fallocate(file.fileno(), mode, MIB, MIB)
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_the_end_of_the_disk(disk: Path, image: Path) -> None:
+    """What lies behind it is left out; the disk becomes no longer."""
+    with disk.open("r+b") as file:
+        fallocate(file.fileno(), PUNCH, 3 * MIB, 1 << 40)
+        fallocate(file.fileno(), KEEP_SIZE, 60 * MIB, 1 << 40)
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            fallocate(file.fileno(), ZERO_RANGE, 63 * MIB, 2 * MIB)
+        assert caught.value.errno == errno.ENOSPC
+    assert disk.stat().st_size == 64 * MIB
+    assert blocks(image) >= 4 * MIB, "space for the last 4 MiB has been set aside"
+
+
+def test_zeroing_past_the_end_grows_a_growable_disk(image: Path, tmp_path: Path) -> None:
+    """As with any file."""
+    with mounted(image, tmp_path / "mnt", "-o", "growable") as place:
+        run("fallocate", "-z", "-o", "63MiB", "-l", "2MiB", place / "vm.raw")
+        assert (place / "vm.raw").stat().st_size == 65 * MIB
+    assert header_of(image.read_bytes()[:64]).image_size == 65 * MIB
+
+
+def test_a_read_only_disk_keeps_everything(image: Path, tmp_path: Path) -> None:
+    """The kernel or we refuse; nothing changes."""
+    before = image.read_bytes()
+    with mounted(image, tmp_path / "mnt", "-o", "ro") as place:
+        done = subprocess.run(
+            ["fallocate", "-p", "-l", "1MiB", place / "vm.raw"], capture_output=True, check=False
+        )
+        assert done.returncode != 0
+    assert image.read_bytes() == before
+
+
+def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
+    """The range reads as zeros all the same."""
+    with mounted(image, tmp_path / "mnt", "-o", "nodiscard") as place:
+        path = place / "vm.raw"
+        with path.open("r+b") as file:
+            file.write(b"\xa5" * MIB)
+            os.fsync(file.fileno())
+            before = qemu.map_extents(image, image_format="raw")
+            fallocate(file.fileno(), PUNCH, 0, MIB)
+            os.fsync(file.fileno())
+            file.seek(0)
+            assert not any(file.read(MIB))
+        assert qemu.map_extents(image, image_format="raw") == before
+    assert sum(item["length"] for item in qemu.map_extents(image) if item["data"]) == MIB
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("off", True), ("on", True), ("unmap", False)])
+def test_zeros_that_are_written(mode: str, *, kept: bool, image: Path, tmp_path: Path) -> None:
+    """Where they take no space, and where they give up what was there."""
+    with mounted(image, tmp_path / "mnt", "-o", f"detect_zeroes={mode}") as place:
+        path = place / "vm.raw"
+        with path.open("r+b") as file:
+            file.write(b"\xa5" * MIB)
+            os.fsync(file.fileno())
+            file.seek(0)
+            file.write(bytes(4 * MIB))
+            os.fsync(file.fileno())
+        used = sum(end - start for start, end in extents(path))
+        assert used == (4 * MIB if mode == "off" else MIB if kept else 0)
+
+
+# --- holes -------------------------------------------------------------------------------
+
+
+def test_holes_along_a_chain(tmp_path: Path) -> None:
+    """Also those of a sparse raw base; a zero cluster hides the base's data."""
+    base = tmp_path / "base.raw"
+    with base.open("wb") as file:
+        for at in (1, 5, 9):
+            file.seek(at * MIB)
+            file.write(b"b" * CLUSTER)
+        file.truncate(32 * MIB)
+    overlay = qemu.create(tmp_path / "vm.qed", 40 * MIB, backing=base, backing_format="raw")
+    with mounted(overlay, tmp_path / "mnt") as place:
+        path = place / "vm.raw"
+        with path.open("r+b") as file:
+            file.seek(20 * MIB)
+            file.write(b"o" * CLUSTER)
+            fallocate(file.fileno(), PUNCH, 5 * MIB, CLUSTER)
+        starts = [at * MIB for at in (1, 9, 20)]
+        assert extents(path) == [(start, start + CLUSTER) for start in starts]
+        with path.open("rb") as file:
+            assert os.lseek(file.fileno(), 2 * MIB, os.SEEK_HOLE) == 2 * MIB
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                os.lseek(file.fileno(), 40 * MIB, os.SEEK_HOLE)
+            assert caught.value.errno == errno.ENXIO
+
+
+def test_copies_are_no_larger_than_the_data(disk: Path, tmp_path: Path) -> None:
+    """By cp, tar and QEMU."""
+    copies = [tmp_path / name for name in ("cp.raw", "qemu.raw", "tar/vm.raw")]
+    copies[2].parent.mkdir()
+    run("cp", "--sparse=auto", disk, copies[0])
+    qemu.convert(disk, copies[1], source_format="raw", target_format="raw")
+    run("tar", "-C", disk.parent, "-S", "-cf", tmp_path / "vm.tar", "vm.raw")
+    run("tar", "-C", copies[2].parent, "-xf", tmp_path / "vm.tar")
+    assert blocks(tmp_path / "vm.tar") < 4 * MIB
+    for copy in copies:
+        assert blocks(copy) <= 3 * MIB + CLUSTER, copy
+        run("cmp", disk, copy)
+
+
+def test_no_hole_is_told_over_data_that_the_kernel_still_has(disk: Path) -> None:
+    """What was written and not synced is data for everybody at once."""
+    chance = random.Random(5)
+    with disk.open("r+b", buffering=0) as writer, disk.open("rb", buffering=0) as reader:
+        for _ in range(40):
+            at = chance.randrange(8, 60) * MIB + chance.choice((0, 4096, 12345))
+            writer.seek(at)
+            writer.write(b"w" * chance.choice((1, 5000, 200_000)))
+            found = os.lseek(reader.fileno(), at, os.SEEK_DATA)
+            assert found == at
+            assert os.lseek(reader.fileno(), at, os.SEEK_HOLE) > at
+
+
+def test_a_sparse_copy_beside_a_writer_misses_nothing(disk: Path, tmp_path: Path) -> None:
+    """A file system in use on a loop device, never synced, copied again and again."""
+    with loop_device(disk) as device:
+        run("mkfs.ext4", "-q", "-E", "lazy_itable_init=1", device)
+        with file_system(device, tmp_path / "fs") as place:
+            stop = threading.Event()
+
+            def write() -> None:
+                number = 0
+                while not stop.is_set():
+                    (place / f"file{number % 9}").write_bytes(os.urandom(700_000))
+                    number += 1
+
+            writer = threading.Thread(target=write)
+            writer.start()
+            try:
+                for number in range(6):
+                    run("cp", "--sparse=always", disk, tmp_path / f"copy{number}")
+            finally:
+                stop.set()
+                writer.join()
+            run("fsfreeze", "-f", place)
+            try:
+                run("cp", "--sparse=auto", disk, tmp_path / "copy")
+                run("cmp", disk, tmp_path / "copy")
+            finally:
+                run("fsfreeze", "-u", place)
+
+
+# --- block devices and file systems -----------------------------------------------------
+
+
+def test_discards_of_a_block_device(disk: Path, image: Path) -> None:
+    """Blkdiscard frees, and blkdiscard -z does too; both leave zeros."""
+    with loop_device(disk) as device:
+        for flags in ([], ["-z"]):
+            run("dd", "if=/dev/urandom", f"of={device}", "bs=1M", "count=8", "conv=fsync")
+            before = blocks(image)
+            run("blkdiscard", *flags, "-l", "8MiB", device)
+            with Path(device).open("r+b") as file:
+                os.fsync(file.fileno())
+                assert not any(file.read(8 * MIB))
+            assert blocks(image) <= before - 8 * MIB, flags
+
+
+def test_trimming_a_file_system(tmp_path: Path) -> None:
+    """Ten times 100 MB written and deleted on a disk of 300 MB leave a small image."""
+    image = qemu.create(tmp_path / "vm.qed", 300 * MIB)
+    with mounted(image, tmp_path / "mnt") as place, loop_device(place / "vm.raw") as device:
+        run("mkfs.ext4", "-q", device)
+        with file_system(device, tmp_path / "fs") as files:
+            for _ in range(10):
+                with (files / "big").open("wb") as file:
+                    file.write(os.urandom(100_000_000))
+                    os.fsync(file.fileno())
+                (files / "big").unlink()
+                run("sync", "-f", files)
+                run("fstrim", files)
+                assert image.stat().st_size < 130_000_000
+    assert qemu.check(image).errors == 0
+    assert blocks(image) < 20 * MIB
+
+
+def test_a_file_system_that_discards_as_it_goes(tmp_path: Path) -> None:
+    """With `mount -o discard` no fstrim is needed."""
+    image = qemu.create(tmp_path / "vm.qed", 200 * MIB)
+    with mounted(image, tmp_path / "mnt") as place, loop_device(place / "vm.raw") as device:
+        run("mkfs.ext4", "-q", device)
+        (tmp_path / "fs").mkdir()
+        run("mount", "-o", "discard", device, tmp_path / "fs")
+        try:
+            for _ in range(4):
+                (tmp_path / "fs/big").write_bytes(os.urandom(60 * MIB))
+                run("sync", "-f", tmp_path / "fs")
+                (tmp_path / "fs/big").unlink()
+                run("sync", "-f", tmp_path / "fs")
+        finally:
+            run("umount", tmp_path / "fs")
+    assert qemu.check(image).errors == 0
+    assert image.stat().st_size < 130 * MIB
+    assert blocks(image) < 40 * MIB
+
+
+# --- when something is missing, or ends ---------------------------------------------------
+
+
+def test_without_the_extension(image: Path, tmp_path: Path) -> None:
+    """The mount works, says so once, and discards are refused."""
+    package = Path(extraops.__file__).parents[1]
+    copy = tmp_path / "tree/qedfuse"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    try:
+        done = subprocess.run(
+            [*COMMAND, image, mountpoint],
+            env={**environment(), "PYTHONPATH": str(copy.parent)},
+            cwd=copy.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("without fallocate and lseek") == 1
+        path = mountpoint / "vm.raw"
+        path.write_bytes(b"x")
+        with path.open("r+b") as file:
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                fallocate(file.fileno(), PUNCH, 0, MIB)
+            assert caught.value.errno == errno.EOPNOTSUPP
+            assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 64 * MIB
+        run(sys.executable, "-m", "qedfuse", "umount", mountpoint)
+    finally:
+        clean_up(mountpoint)

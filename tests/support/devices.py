@@ -1,0 +1,48 @@
+"""Loop devices and file systems for tests, and the commands that make them."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def run(*command: str | Path) -> str:
+    """Run a command that must succeed and give its output."""
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    return done.stdout
+
+
+@contextmanager
+def loop_device(path: Path, *options: str) -> Iterator[str]:
+    """Attach a file to a loop device and detach it again."""
+    device = run("losetup", "--find", "--show", *options, path).strip()
+    name = Path(device).name
+    # A kernel without code for partition tables leaves them to partx.
+    by_hand = "--partscan" in options and not Path(f"/sys/class/block/{name}p1").exists()
+    if by_hand:
+        run("partx", "--add", device)
+    try:
+        yield device
+    finally:
+        if by_hand:
+            run("partx", "--delete", device)
+        run("losetup", "--detach", device)
+
+
+@contextmanager
+def file_system(device: str | Path, directory: Path) -> Iterator[Path]:
+    """Mount a file system and unmount it again."""
+    directory.mkdir(exist_ok=True)
+    run("mount", device, directory)
+    try:
+        yield directory
+    finally:
+        run("umount", directory)
