@@ -184,6 +184,38 @@ class Allocator:
             found = self.end >> self._bits
         return await self._place(found, self.free.table)
 
+    def claim(self, first: int, count: int) -> None:
+        """Take a run of clusters that are free, or are just being put into use."""
+        self.free.remove(first, count)
+        if self.unpunched.count:
+            self.unpunched.remove(first, count)
+        self.witness(first, count)
+
+    # For who moves what is there already, so that no more will be in use afterwards
+
+    async def take(self, clusters: int, above: int | None = None) -> Run | None:
+        """Take the lowest free run of up to ``clusters`` clusters; None if nothing is free.
+
+        With ``above`` only from that cluster on, and at the end of the file if nothing
+        else is free there.
+
+        Raises:
+            NoSpaceError: The file cannot grow any more.
+        """
+        if above is None:
+            found = self.free.take(clusters)
+        else:
+            found = self.free.take_from(above, clusters) or (self.end >> self._bits, clusters)
+        return found and await self._place(*found)
+
+    async def extend_table(self) -> Run:
+        """Take the clusters of a table at the end of the file, whatever is free before it.
+
+        Raises:
+            NoSpaceError: The file cannot grow any more.
+        """
+        return await self._place(self.end >> self._bits, self.free.table)
+
     def _choose_table(self) -> int | None:
         """Choose the first cluster of a new table; no await in here."""
         found = self.free.take_place()
@@ -211,9 +243,7 @@ class Allocator:
             raise NoSpaceError(msg)
         # No await between choosing the end and moving it: no two runs overlap.
         self.end = max(self.end, run.end)
-        if self.unpunched.count:
-            self.unpunched.remove(first, count)
-        self.witness(first, count)
+        self.claim(first, count)
         try:
             # It may have been given back because the file could not grow over it.
             await self._grow(run.end)

@@ -7,6 +7,7 @@ async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
 
 from __future__ import annotations
 
+import logging
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import trio
 from qedfuse.disk.allocator import Allocator
 from qedfuse.disk.chain import Chain
 from qedfuse.disk.commit import Commit, CommitStatistics
+from qedfuse.disk.compaction import Compaction
 from qedfuse.disk.discard import Discards
 from qedfuse.disk.extents import Kind
 from qedfuse.disk.grace import Grace
@@ -30,6 +32,7 @@ from qedfuse.disk.scan import Scan
 from qedfuse.disk.seek import next_data, next_hole
 from qedfuse.errors import (
     CorruptImageError,
+    HostError,
     NoSpaceError,
     ReadOnlyError,
     UsageError,
@@ -39,7 +42,7 @@ from qedfuse.util.scope import open_scope
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from qedfuse.disk.extents import Extent
     from qedfuse.disk.layer import Layer
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer, HostFile
     from qedfuse.ondisk.header import Header
     from qedfuse.util.lru import LRUStatistics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +138,14 @@ class Disk:
             self._scan,
             options,
             self._before_change,
+        )
+        self._compaction = Compaction(
+            self._layer,
+            self._allocator,
+            self._requests,
+            self._commit,
+            self._needcheck,
+            self._reclaim,
         )
         self._options = options
         self._opening_change = trio.Lock()
@@ -274,6 +287,23 @@ class Disk:
         """
         await self._commit.flush()
 
+    async def compact(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Make the file as short as it can be; no other request may be under way.
+
+        Args:
+            progress: Called with the bytes moved so far and in all.
+
+        Returns:
+            How many clusters were moved.
+
+        Raises:
+            ReadOnlyError: The disk is open read-only, or became so.
+            HostError: The host refused; the image is sound.
+        """
+        await self._before_change()
+        await self._scan.run()
+        return await self._compaction.run(progress)
+
     async def resize(self, size: int) -> None:
         """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.
 
@@ -392,6 +422,13 @@ class Disk:
         if self._reclaim.pending:
             await self._reclaim.run(punches=None)
 
+    async def _compact_at_close(self) -> None:
+        """Compact; what the host refuses costs space and nothing else."""
+        try:
+            await self.compact()
+        except HostError as error:
+            log.warning("%s (while compacting)", error)
+
     async def close(self) -> None:
         """Make everything durable, clear NEED_CHECK, and let the files and locks go.
 
@@ -406,6 +443,8 @@ class Disk:
             try:
                 # An image that was refused by `start` is left as it was found.
                 if self.writable and self._started:
+                    if self._options.compact:
+                        await self._compact_at_close()
                     await self._give_space_back()
                     await self._needcheck.clear()
                     await self._commit.flush()

@@ -159,21 +159,21 @@ class FreeMap:
                 return first
         return None
 
-    def take_place(self, below: int | None = None) -> int | None:
-        """Take the lowest place for a table, if it ends at or before ``below``."""
-        if not self.places:
-            return None
-        for block in sorted(self._blocks):
-            bits = self._blocks[block]
-            starts = self._starts(bits)
-            if starts:
-                place = _lowest_bit(starts)
-                first = self._cluster(block, place)
-                if below is not None and first + self.table > below:
-                    return None
-                self._put(block, bits, bits & ~(((1 << self.table) - 1) << place))
-                return first
+    def find_place(self) -> int | None:
+        """Give the first cluster of the lowest place for a table."""
+        if self.places:
+            for block in sorted(self._blocks):
+                starts = self._starts(self._blocks[block])
+                if starts:
+                    return self._cluster(block, _lowest_bit(starts))
         return None
+
+    def take_place(self) -> int | None:
+        """Take the lowest place for a table."""
+        first = self.find_place()
+        if first is not None:
+            self.remove(first, self.table)
+        return first
 
     def find_run(self, count: int) -> int | None:
         """Give the first cluster of the lowest run of at least ``count`` clusters."""
@@ -215,6 +215,20 @@ class FreeMap:
             first, count = start, length
         if count:
             yield first, count
+
+    def take_from(self, start: int, most: int) -> tuple[int, int] | None:
+        """Take the lowest run from the cluster ``start`` on, as `take` does."""
+        block, place = divmod(start + self.shift, BLOCK)
+        for candidate in sorted(at for at in self._blocks if at >= block):
+            bits = self._blocks[candidate]
+            if candidate == block:
+                bits = bits >> place << place
+            if bits:
+                first = _lowest_bit(bits)
+                count = min(most, _lowest_bit(~(bits >> first)))
+                self.remove(self._cluster(candidate, first), count)
+                return self._cluster(candidate, first), count
+        return None
 
     def _block_runs(self) -> Iterator[tuple[int, int]]:
         """List the runs of each block, lowest first."""

@@ -152,6 +152,12 @@ class QedLayer:
         if l1_index >= self.geometry.l1_used(self.header.image_size):
             self._past_end = np.append(self._past_end, l1_index)
 
+    def move_table(self, old: int, new: int) -> None:
+        """Note that an L2 table lies elsewhere; all of it must have been written back."""
+        tables = np.delete(self._l2_tables, np.searchsorted(self._l2_tables, np.uint64(old)))
+        self._l2_tables = np.insert(tables, np.searchsorted(tables, np.uint64(new)), new)
+        self.tables.move(old, new, self.geometry.table_bytes)
+
     def judge(self, level: int, entries: array[int]) -> bytes | None:
         """Mark the entries just read that must not be used; None if all are good."""
         values = np.frombuffer(entries, np.uint64)

@@ -38,6 +38,7 @@ class Reclaim:
     """Decides when clusters that lost their reference are free.
 
     Attributes:
+        punching: Whether free clusters are punched out of the host's file.
         before_change: Awaited before the file is changed.
         ready: Set when the free clusters of the file are known, or never will be.
         untrusted_end: Clusters below this file offset are not used again when they lose
@@ -56,6 +57,7 @@ class Reclaim:
         self._complained = False
         self._bits = allocator.cluster_bits
         self.before_change: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.punching = True
         self.ready = trio.Event()
         self.untrusted_end = 0
         allocator.find_room = self.find_room
@@ -72,8 +74,12 @@ class Reclaim:
         allocator = self._allocator
         if not allocator.known:
             return False
-        unpunched = self._file.can_punch and allocator.unpunched.count > 0
+        unpunched = self._can_punch and allocator.unpunched.count > 0
         return self._quarantine.length > 0 or allocator.shrunk or unpunched
+
+    @property
+    def _can_punch(self) -> bool:
+        return self.punching and self._file.can_punch
 
     def seal(self) -> None:
         """Note that a commit round takes the tables as they are now."""
@@ -111,7 +117,7 @@ class Reclaim:
         """Punch free clusters out of the host's file, the lowest first."""
         allocator, bits = self._allocator, self._bits
         done = 0
-        while self._file.can_punch and (punches is None or done < punches):
+        while self._can_punch and (punches is None or done < punches):
             done += 1
             found = allocator.unpunched.take(BLOCK)
             if found is None:

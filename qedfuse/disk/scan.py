@@ -61,6 +61,7 @@ class Scan:
         self.witnessed = FreeMap(allocator.free.table, allocator.anchor)
         self._seen = References(0, layer.file.name)
         self._duplicates = 0
+        self._running = trio.Lock()
 
     def begin(self) -> None:
         """Note what there is to scan; from here on changes are watched."""
@@ -71,10 +72,15 @@ class Scan:
     async def run(self) -> None:
         """Walk the tables and tell the allocator what is free.
 
-        May be run again, from the beginning, after it was cancelled.
+        Whoever calls it while it is running waits for its end.  It may be run again, from
+        the beginning, after it was cancelled.
         """
-        if self._reclaim.ready.is_set():
-            return
+        async with self._running:
+            if not self._reclaim.ready.is_set():
+                await self._run()
+
+    async def _run(self) -> None:
+        """Walk the tables from the beginning."""
         try:
             await self._walk()
         except QedError as error:

@@ -190,15 +190,20 @@ class TableCache:
             part.touch(first, first + count)
             self._dirty[part.offset] = part
 
-    def forget(self, offset: int, length: int) -> None:
-        """Drop what is known of a range of the file where there is no table any more.
+    def move(self, old: int, new: int, length: int) -> None:
+        """Note that a table was copied to another place, and drop what is held of the old one.
 
-        Nothing in it may be pinned or have unwritten changes.
+        Nothing of it may be pinned or have unwritten changes.
         """
-        for at in range(offset, offset + length, self._slice_bytes):
-            self._store.drop((id(self), at))
-            self._verdicts.pop(at, None)
-            self._reserved.discard(at)
+        for at in range(0, length, self._slice_bytes):
+            self._store.drop((id(self), old + at))
+            self._reserved.discard(old + at)
+            if old + at in self._verdicts:
+                # Entries that we made ourselves must not be judged by what was there at
+                # the beginning, wherever they are.
+                self._verdicts[new + at] = self._verdicts.pop(old + at)
+            else:
+                self._verdicts.pop(new + at, None)
 
     @property
     def dirty_bytes(self) -> int:

@@ -118,10 +118,13 @@ def test_a_block_without_free_clusters_costs_nothing() -> None:
     assert free._heap == []
 
 
-def test_a_place_is_given_only_below_a_limit() -> None:
-    """For who wants to move a table downwards."""
+def test_taking_from_somewhere_on() -> None:
+    """The lowest run at or past a cluster, whatever lies before."""
     free = FreeMap(4)
     free.add(9, 8)
-    assert free.take_place(below=12) is None
-    assert free.take_place(below=13) == 9
-    assert list(free.runs()) == [(13, 4)]
+    free.add(BLOCK + 7, 2)
+    assert free.take_from(12, 3) == (12, 3)
+    assert free.take_from(15, 9) == (15, 2)
+    assert free.take_from(17, 9) == (BLOCK + 7, 2)
+    assert free.take_from(17, 9) is None
+    assert list(free.runs()) == [(9, 3)]

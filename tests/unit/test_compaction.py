@@ -1,0 +1,252 @@
+"""Compaction: the file becomes as short as it can be, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import pytest
+
+from qedfuse.check.walk import check_image
+from qedfuse.disk.backing import read_header
+from qedfuse.disk.compaction import Compaction
+from qedfuse.errors import HostError
+from qedfuse.ondisk.constants import ZERO
+from qedfuse.tools.compact import CompactResult, compact
+from tests.support import qemu
+from tests.support.disks import (
+    WRITABLE,
+    build_image,
+    difference,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
+
+CLUSTER: Final = 4096
+
+
+@dataclass
+class Grown:
+    """An image that a guest has written to and discarded from in several sessions."""
+
+    choice: random.Random
+    content: bytes = b""
+    data: dict[int, bytes] = field(default_factory=dict)
+    pool: list[int] = field(default_factory=list)
+
+    async def live(self) -> None:
+        """Make one, of random shape."""
+        choice = self.choice
+        table_size = choice.choice((1, 2, 4, 8, 16))
+        span = table_size * CLUSTER // 8
+        tables = choice.randrange(1, 7)
+        self.content = bytes(build_image(span * tables * CLUSTER, {}, table_size=table_size))
+        for table in range(tables):
+            places = choice.sample(range(min(300, span)), choice.choice((1, 5, 20)))
+            self.pool += [table * span + place for place in places]
+        for _ in range(choice.randrange(1, 4)):
+            file = MemoryFile(self.content)
+            async with opened(file) as disk:
+                await disk.scanned()
+                for number in choice.sample(self.pool, choice.randrange(len(self.pool) + 1)):
+                    if choice.random() < 0.6:
+                        self.data[number] = bytes([choice.randrange(1, 256)]) * CLUSTER
+                        await disk.write(number * CLUSTER, self.data[number])
+                    else:
+                        self.data.pop(number, None)
+                        await disk.discard(number * CLUSTER, CLUSTER)
+                    if choice.random() < 0.05:
+                        await disk.flush()
+            self.content = bytes(file.content)
+
+    def assert_holds(self, content: bytes | bytearray) -> None:
+        """Check that an image holds what the guest has written."""
+        found = guest_bytes(content)
+        for number in self.pool:
+            expected = self.data.get(number, bytes(CLUSTER))
+            assert found[number * CLUSTER : (number + 1) * CLUSTER] == expected, number
+
+
+async def assert_minimal(content: bytes | bytearray) -> None:
+    """Check that there is no cluster that nobody refers to, also by the project's own check."""
+    found = inspect_image(content)
+    assert (found.errors, found.leaked) == ((), ())
+    file = MemoryFile(content, writable=False)
+    report = await check_image(file, await read_header(file))
+    assert report.findings == ()
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_the_file_becomes_as_short_as_it_can_be(seed: int) -> None:
+    """Whatever the shape of the image and the order in which its clusters came."""
+    grown = Grown(random.Random(seed))
+    await grown.live()
+    header = header_of(grown.content)
+    bound = header.geometry.bound(header.header_end, header.image_size)
+    file = RecordingFile(grown.content)
+    steps: list[tuple[int, int]] = []
+    async with opened(file) as disk:
+        moved = await disk.compact(lambda done, total: steps.append((done, total)))
+        for number in grown.pool:
+            got = await disk.read(number * CLUSTER, CLUSTER)
+            assert got == grown.data.get(number, bytes(CLUSTER))
+        await disk.write(grown.pool[0] * CLUSTER, b"y" * CLUSTER)
+    grown.data[grown.pool[0]] = b"y" * CLUSTER
+    grown.assert_holds(file.content)
+    await assert_minimal(file.content)
+    assert not header_of(file.content).need_check
+    assert len(file.content) <= max(len(grown.content), bound)
+    if moved:
+        assert steps[-1][0] == steps[-1][1] == moved * CLUSTER
+        assert steps == sorted(steps)
+
+
+async def test_tables_that_nothing_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free clusters one by one between data and tables: all tables are laid side by side."""
+    packed = 0
+    pack = Compaction._pack_tables
+
+    async def counted(self: Compaction) -> None:
+        nonlocal packed
+        packed += 1
+        await pack(self)
+
+    monkeypatch.setattr(Compaction, "_pack_tables", counted)
+    span = 4 * 512
+    clusters: dict[int, bytes | int] = {}
+    for table in range(4):
+        for number in range(7):
+            clusters[table * span + number] = pattern(CLUSTER, table * 10 + number)
+    image = build_image(5 * span * CLUSTER, clusters, table_size=4)
+    for table in range(4):
+        for number in (0, 2, 4, 6):
+            put_entry(image, l2_entry_offset(image, table * span + number), 0)
+    expected = guest_bytes(image)
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.compact()
+    assert packed == 1
+    await assert_minimal(file.content)
+    assert difference(guest_bytes(file.content), expected) is None
+
+
+async def test_zero_clusters_bases_and_a_second_time() -> None:
+    """Entries that point nowhere stay; what is compact already is left alone."""
+    clusters: dict[int, bytes | int] = {at: pattern(CLUSTER, at) for at in range(12)}
+    clusters |= {20: ZERO, 21: ZERO}
+    image = build_image(40 * CLUSTER, clusters, backing=b"base")
+    for at in (1, 2, 5):
+        put_entry(image, l2_entry_offset(image, at), 0)
+    base = pattern(40 * CLUSTER, 99)
+    expected = guest_bytes(image, base)
+    file = RecordingFile(image)
+    async with opened(file, [base]) as disk:
+        assert await disk.compact() == 3
+        before = len(file.changes)
+        assert await disk.compact() == 0
+        assert all(isinstance(change, Sync) for change in file.changes[before:])
+    assert difference(guest_bytes(file.content, base), expected) is None
+    await assert_minimal(file.content)
+
+
+async def test_compacting_when_the_disk_is_closed() -> None:
+    """With the option it happens at the end, without a call."""
+    image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
+    put_entry(image, l2_entry_offset(image, 1), 0)
+    file = MemoryFile(image)
+    async with opened(file, options=replace(WRITABLE, compact=True)) as disk:
+        await disk.discard(4 * CLUSTER, 3 * CLUSTER)
+    await assert_minimal(file.content)
+    assert len(file.content) == len(image) - 4 * CLUSTER
+
+
+@pytest.mark.parametrize("action", ["read", "write", "reserve"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 5, 9, 14])
+async def test_a_host_that_refuses(action: str, nth: int) -> None:
+    """The image is sound, nothing is lost, and the next attempt gets there."""
+    grown = Grown(random.Random(11))
+    await grown.live()
+    inner = MemoryFile(grown.content)
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        await disk.scanned()
+        file.fail(action, nth)  # type: ignore[arg-type]
+        try:
+            await disk.compact()
+        except HostError:
+            await disk.compact()
+        file.heal()
+    grown.assert_holds(inner.content)
+    await assert_minimal(inner.content)
+
+
+@pytest.mark.expect_log("(while compacting)")
+async def test_a_host_that_refuses_at_the_end() -> None:
+    """Closing goes on: the image is clean, if longer than it could be."""
+    image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
+    put_entry(image, l2_entry_offset(image, 1), 0)
+    inner = MemoryFile(image)
+    file = FailingFile(inner)
+    async with opened(file, options=replace(WRITABLE, compact=True)) as disk:
+        await disk.scanned()
+        await disk.read(0, 1)
+        file.fail("read", 1)
+    assert not header_of(inner.content).need_check
+    assert inspect_image(inner.content).errors == ()
+
+
+@pytest.mark.expect_log("not compacted: the image needs a check")
+async def test_a_damaged_image_is_left_alone() -> None:
+    """Moving a cluster that has two owners would part them."""
+    image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
+    put_entry(image, l2_entry_offset(image, 1), 0)
+    put_entry(image, l2_entry_offset(image, 3), len(image) + CLUSTER)
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        assert await disk.compact() == 0
+    assert get_entry(file.content, l2_entry_offset(file.content, 11)) == get_entry(
+        image, l2_entry_offset(image, 11)
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_interrupted_after_any_write(seed: int) -> None:
+    """Each prefix of the host's writes is an image that holds everything."""
+    grown = Grown(random.Random(seed))
+    await grown.live()
+    file = RecordingFile(grown.content)
+    async with opened(file) as disk:
+        await disk.compact()
+    for count, content in file.prefixes():
+        found = inspect_image(content)
+        assert found.errors == (), count
+        grown.assert_holds(content)
+
+
+async def test_what_qemu_leaked(tmp_path: object) -> None:
+    """QEMU finds the image perfectly clean afterwards, and its content the same."""
+    path = str(tmp_path) + "/vm.qed"
+    qemu.create(path, 64 << 20)
+    qemu.io(path, *(f"write -P {at + 1} {at * 3}M 1M" for at in range(12)))
+    with open(path, "r+b") as file:  # noqa: ASYNC230, PTH123  nothing runs beside it
+        image = bytearray(file.read())
+        for number in (0, 16 * 3, 16 * 3 + 1, 16 * 9 + 5):
+            put_entry(image, l2_entry_offset(image, number), 0)
+        file.seek(0)
+        file.write(image + bytes(65536 * 3))
+    before = qemu.content(path)
+    assert qemu.check(path).code == 3
+    steps: list[tuple[int, int]] = []
+    result = await compact(path, progress=lambda done, total: steps.append((done, total)))
+    assert result == CompactResult(len(image) + 3 * 65536, len(image) - 4 * 65536, 4)
+    assert steps[-1] == (4 * 65536, 4 * 65536)
+    assert qemu.check(path).code == 0
+    assert qemu.content(path) == before
