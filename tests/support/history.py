@@ -1,20 +1,21 @@
-"""What a disk was asked to do and when, to judge what a crash has left of it (rule D6).
+"""What a disk was asked to do and when, and so what a crash may have left of it (rule D6).
 
-Every sector of the test's disks holds one number, repeated: 0 for zeros, a number of its
-own for each sector of a base, and one for each write.  A sector that holds anything
-else, or a mixture, is a third thing.
+Every sector of the tests' disks holds one number, repeated: 0 for zeros, and otherwise
+a number that says which write, or which base, put it there and at which offset.  A
+sector that holds another sector's number, or a mixture, is a third thing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from qedfuse.ondisk.constants import ZERO
-from tests.support.disks import header_of, inspect_image
-from tests.support.hostfiles import SECTOR, RecordingFile, Sync, Truncate, Write, apply
+from tests.support.disks import header_of
+from tests.support.film import MIXED, WORDS
+from tests.support.hostfiles import SECTOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,26 +23,46 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.disk.disk import Disk
+    from tests.support.hostfiles import RecordingFile
 
-WORDS: Final = SECTOR // 8
-MIXED: Final = (1 << 64) - 1
-"""Stands for a sector that does not hold one number."""
+    Stamps = NDArray[np.uint64]
 
 NEVER: Final = 1 << 62
+_PLACE_BITS: Final = 24
+_BASE_BITS: Final = 56
 
 
-def stamped(numbers: NDArray[np.uint64]) -> bytes:
+def write_stamps(number: int, first: int, count: int) -> Stamps:
+    """Give what each sector of a write holds: the write's number and the sector's."""
+    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(number << _PLACE_BITS)
+
+
+def base_stamps(level: int, first: int, count: int) -> Stamps:
+    """Give what each sector of a base holds; levels count from 1."""
+    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(level << _BASE_BITS)
+
+
+def stamped(numbers: Stamps) -> bytes:
     """Make sectors that hold the numbers."""
     return np.repeat(numbers, WORDS).astype("<u8").tobytes()
 
 
-def stamps(content: bytes) -> NDArray[np.uint64]:
+def stamps(content: bytes | bytearray) -> Stamps:
     """Read the numbers that sectors hold, or `MIXED`."""
     words = np.frombuffer(content, "<u8").reshape(-1, WORDS)
     return np.where((words == words[:, :1]).all(axis=1), words[:, 0], np.uint64(MIXED))
 
 
-def disk_stamps(image: bytes | bytearray, below: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def describe(stamp: int) -> str:
+    """Say in words what a sector holds."""
+    if stamp in (0, MIXED):
+        return "a mixture" if stamp else "zeros"
+    if stamp >> _BASE_BITS:
+        return f"base {stamp >> _BASE_BITS}'s sector {stamp & ((1 << _BASE_BITS) - 1)}"
+    return f"write {stamp >> _PLACE_BITS}'s sector {stamp & ((1 << _PLACE_BITS) - 1)}"
+
+
+def disk_stamps(image: bytes | bytearray, below: Stamps) -> Stamps:
     """Read the numbers on the disk of an image over a base that holds ``below``.
 
     Independent of the code under test.  The tables must be good.
@@ -74,7 +95,14 @@ def _entries(image: bytes | bytearray, offset: int, length: int) -> Iterator[tup
 
 @dataclass
 class Event:
-    """A request: when it began and ended, in the order of requests and in host changes."""
+    """A request: when it began and ended, in the order of requests and in host changes.
+
+    Attributes:
+        first: The first sector that it changes.
+        last: The sector past the last one.
+        number: What a write put there, 0 for a discard, which leaves zeros.
+        size: What a resize made of the disk, in bytes.
+    """
 
     began: int
     began_at: int
@@ -85,19 +113,56 @@ class Event:
     number: int = 0
     size: int = 0
 
+    def leaves(self, sector: int) -> int:
+        """Tell what a sector of this change holds when it is over."""
+        return (self.number << _PLACE_BITS) + sector if self.number else 0
 
-@dataclass
+
+@dataclass(frozen=True)
+class Allowed:
+    """What each sector of the disk may hold after a crash.
+
+    Attributes:
+        numbers: A row for each sector; the numbers in it repeat where there are few.
+    """
+
+    numbers: Stamps
+
+    def refuses(self, sectors: NDArray[np.intp], found: Stamps) -> NDArray[np.bool_]:
+        """Tell which of some sectors hold something that they must not."""
+        allowed: NDArray[np.bool_] = (self.numbers[sectors] == found[..., np.newaxis]).any(axis=-1)
+        return ~allowed
+
+
 class History:
-    """Carries out requests on a disk and remembers them."""
+    """Carries out requests on a disk and remembers them.
 
-    disk: Disk
-    file: RecordingFile
-    below: NDArray[np.uint64]
-    writes: list[Event] = field(default_factory=list)
-    flushes: list[Event] = field(default_factory=list)
-    resizes: list[Event] = field(default_factory=list)
-    _clock: int = 0
-    _allowed: dict[int, dict[int, set[int]]] = field(default_factory=dict)
+    Reads are judged at once: what is under way must not be disturbed by what frees and
+    reuses clusters.
+    """
+
+    def __init__(self, file: RecordingFile, below: Stamps, numbered_from: int = 0) -> None:
+        """Remember what happens to an image in ``file`` whose base holds ``below``.
+
+        The first write has the number after ``numbered_from``.
+        """
+        self._numbered_from = numbered_from
+        self.file = file
+        self.below = below
+        self.changes: list[Event] = []
+        self.flushes: list[Event] = []
+        self.resizes: list[Event] = []
+        self.misread: list[str] = []
+        self.disk: Disk | None = None
+        self._clock = 0
+        self._allowed: dict[int, Allowed] = {}
+        self._by_sector: dict[int, list[Event]] = {}
+        self._first = disk_stamps(file.initial, below)
+
+    @property
+    def _open(self) -> Disk:
+        assert self.disk is not None
+        return self.disk
 
     def _begin(self, events: list[Event]) -> Event:
         self._clock += 1
@@ -109,123 +174,100 @@ class History:
         self._clock += 1
         event.ended, event.ended_at = self._clock, len(self.file.changes)
 
+    def _change(self, first: int, count: int) -> Event:
+        event = self._begin(self.changes)
+        event.first, event.last = first, first + count
+        for sector in range(first, first + count):
+            self._by_sector.setdefault(sector, []).append(event)
+        return event
+
     async def write(self, first: int, count: int) -> None:
-        """Write ``count`` sectors with a number of their own."""
-        event = self._begin(self.writes)
-        event.first, event.last, event.number = first, first + count, len(self.writes)
-        data = stamped(np.full(count, event.number, np.uint64))
-        assert await self.disk.write(first * SECTOR, data) == len(data)
+        """Write ``count`` sectors with numbers of their own."""
+        event = self._change(first, count)
+        event.number = self._numbered_from + len(self.changes)
+        data = stamped(write_stamps(event.number, first, count))
+        assert await self._open.write(first * SECTOR, data) == len(data)
+        self._end(event)
+
+    async def write_zeros(self, first: int, count: int) -> None:
+        """Write ``count`` sectors of zeros."""
+        event = self._change(first, count)
+        assert await self._open.write(first * SECTOR, bytes(count * SECTOR)) == count * SECTOR
+        self._end(event)
+
+    async def discard(self, first: int, count: int) -> None:
+        """Discard ``count`` sectors."""
+        event = self._change(first, count)
+        await self._open.discard(first * SECTOR, count * SECTOR)
         self._end(event)
 
     async def flush(self) -> None:
         """Flush."""
         event = self._begin(self.flushes)
-        await self.disk.flush()
+        await self._open.flush()
         self._end(event)
 
     async def resize(self, size: int) -> None:
         """Grow the disk to ``size`` bytes."""
         event = self._begin(self.resizes)
         event.size = size
-        await self.disk.resize(size)
+        await self._open.resize(size)
         self._end(event)
+
+    async def read(self, first: int, count: int) -> None:
+        """Read sectors, and judge what they hold by what was under way."""
+        began = self._clock = self._clock + 1
+        data = await self._open.read(first * SECTOR, count * SECTOR)
+        for sector, found in enumerate(stamps(data).tolist(), first):
+            allowed = self._may_hold(sector, began)
+            if found not in allowed:
+                self.misread.append(f"sector {sector} read as {describe(found)}")
 
     def closed(self) -> None:
         """Note that the disk has been closed without an error: all of it is durable."""
-        event = self._begin(self.flushes)
-        self._end(event)
+        self._end(self._begin(self.flushes))
 
-    def _allowed_after(self, flush: int) -> dict[int, set[int]]:
-        """Tell for each written sector what it may hold once a flush that began then is over.
+    def _may_hold(self, sector: int, since: int) -> set[int]:
+        """Tell what a sector may hold, if all that had ended by ``since`` has happened.
 
-        A write that was over before the flush began is durable: whatever was over
-        before that write began is gone.
+        Whatever was over before the newest of those began is gone.
         """
-        if flush not in self._allowed:
-            by_sector: dict[int, list[Event]] = {}
-            for event in self.writes:
-                for sector in range(event.first, event.last):
-                    by_sector.setdefault(sector, []).append(event)
-            self._allowed[flush] = result = {}
-            for sector, events in by_sector.items():
-                newest = max((e.began for e in events if e.ended < flush), default=0)
-                result[sector] = {e.number for e in events if e.ended > newest}
-                if not newest:
-                    result[sector].add(int(self.original(sector)))
-        return self._allowed[flush]
+        events = self._by_sector.get(sector, ())
+        newest = max((event.began for event in events if event.ended < since), default=0)
+        numbers = {event.leaves(sector) for event in events if event.ended > newest}
+        return numbers if newest else numbers | {self.original(sector)}
 
     def original(self, sector: int) -> int:
-        """Tell what a sector held before the first write."""
-        old = min(len(self.below), self._first_size // SECTOR)
-        return int(self.below[sector]) if sector < old else 0
+        """Tell what a sector held before the first change."""
+        return int(self._first[sector]) if sector < len(self._first) else 0
 
     @property
-    def _first_size(self) -> int:
-        return header_of(self.file.initial).image_size
+    def sectors(self) -> int:
+        """The most sectors that the disk ever had."""
+        return max([len(self._first), *(event.size // SECTOR for event in self.resizes)])
 
-    def violations(self, count: int, image: bytes | bytearray) -> list[str]:
-        """Judge what a crash after ``count`` host changes has left; an empty list is good."""
-        problems = list(inspect_image(image).errors)
-        if problems:
-            return problems
-        size = header_of(image).image_size
-        least = max((e.size for e in self.resizes if e.ended_at <= count), default=0)
-        if size < least:
-            problems.append(f"the disk has {size} bytes, and was grown to {least}")
-        flush = max((e.began for e in self.flushes if e.ended_at <= count), default=0)
-        found = disk_stamps(image, self.below)
-        expected = disk_stamps(self.file.initial, self.below)
-        expected = np.concatenate([expected, np.zeros(max(0, len(found) - len(expected)), "<u8")])
-        allowed = self._allowed_after(flush)
-        changed = np.flatnonzero(found != expected[: len(found)]).tolist()
-        problems += [
-            f"sector {sector} holds {found[sector]}, and was never written"
-            for sector in changed
-            if sector not in allowed
-        ]
-        problems += [
-            f"sector {sector} holds {found[sector]}, expected one of {sorted(numbers)}"
-            for sector, numbers in allowed.items()
-            if sector < len(found) and int(found[sector]) not in numbers
-        ]
-        return problems[:5]
+    def flushed(self, count: int) -> int:
+        """Tell which requests are durable after ``count`` host changes: those over by then."""
+        return max((e.began for e in self.flushes if e.ended_at <= count), default=0)
 
+    def least_size(self, count: int) -> int:
+        """Tell how large the disk is at least after ``count`` host changes, in bytes."""
+        sizes = [e.size for e in self.resizes if e.ended_at <= count]
+        return max([len(self._first) * SECTOR, *sizes])
 
-def order_violations(file: RecordingFile) -> list[str]:
-    """Judge the order of the host changes themselves (rules D2 and D3).
+    def promises(self, count: int) -> tuple[int, int]:
+        """Tell apart the moments at which different things had been promised."""
+        return self.flushed(count), self.least_size(count)
 
-    When an entry is written, what it points to has been synced: the L2 table for an L1
-    entry.  When any entry is written, NEED_CHECK in the header has been synced.
-    """
-    final = header_of(file.content)
-    geometry = final.geometry
-    l1_start = final.l1_table_offset
-    l2_tables = [table for _, table in _entries(file.content, l1_start, geometry.table_bytes)]
-    tables = {l1_start: "L1", **dict.fromkeys(l2_tables, "L2")}
-    content: Any = bytearray(file.initial)
-    bit = header_of(content).need_check
-    unsynced: set[int] = set()
-    problems = []
-    for number, change in enumerate(file.changes):
-        apply(content, change)
-        if isinstance(change, Sync):
-            bit, unsynced = header_of(content).need_check, set()
-        if isinstance(change, Truncate | Sync):
-            continue
-        for table, level in tables.items():
-            if table <= change.offset < table + geometry.table_bytes and len(change.data) > 0:
-                problems += _judge(number, change, level, unsynced, bit=bit)
-                if level == "L2":
-                    unsynced.add(table)
-    return problems
-
-
-def _judge(number: int, change: Write, level: str, unsynced: set[int], *, bit: bool) -> list[str]:
-    """Judge one write to a table."""
-    problems = [] if bit else [f"change {number}: {level} table written without NEED_CHECK"]
-    if level == "L1":
-        entries = set(np.frombuffer(change.data, "<u8").tolist())
-        early = entries & unsynced
-        if early:
-            problems.append(f"change {number}: L1 entries before their tables: {sorted(early)}")
-    return problems
+    def allowed(self, flushed: int) -> Allowed:
+        """Tell what each sector may hold once everything over by ``flushed`` is durable."""
+        known = self._allowed.get(flushed)
+        if known is None:
+            several = {s: sorted(self._may_hold(s, flushed)) for s in self._by_sector}
+            most = max(map(len, several.values()), default=1)
+            numbers = np.zeros((self.sectors, most), np.uint64)
+            numbers[: len(self._first)] = self._first[:, np.newaxis]
+            for sector, choice in several.items():
+                numbers[sector] = choice + choice[:1] * (most - len(choice))
+            known = self._allowed[flushed] = Allowed(numbers)
+        return known

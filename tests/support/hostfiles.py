@@ -29,7 +29,7 @@ SECTOR: Final = 512
 HOLE: Final = 4096
 """The grain in which `MemoryFile` tells data from holes, in bytes."""
 
-Action: TypeAlias = Literal["read", "write", "datasync", "truncate"]
+Action: TypeAlias = Literal["read", "write", "datasync", "truncate", "punch", "reserve"]
 
 
 class Write(NamedTuple):
@@ -45,11 +45,21 @@ class Truncate(NamedTuple):
     size: int
 
 
+class Punch(NamedTuple):
+    """A range given back to the host."""
+
+    offset: int
+    length: int
+
+
 class Sync(NamedTuple):
-    """Everything before it made durable."""
+    """The changes before it made durable that were complete when it began."""
+
+    missed: int = 0
+    """How many of the latest changes were made while it was under way."""
 
 
-Change: TypeAlias = Write | Truncate | Sync
+Change: TypeAlias = Write | Truncate | Punch | Sync
 
 
 def apply(content: bytearray, change: Change) -> None:
@@ -59,6 +69,9 @@ def apply(content: bytearray, change: Change) -> None:
         if end > len(content):
             content.extend(bytes(end - len(content)))
         content[change.offset : end] = change.data
+    elif isinstance(change, Punch):
+        end = min(change.offset + change.length, len(content))
+        content[change.offset : end] = bytes(max(0, end - change.offset))
     elif isinstance(change, Truncate):
         if change.size <= len(content):
             del content[change.size :]
@@ -80,6 +93,7 @@ class MemoryFile:
         self.content = bytearray(content)
         self.name = name
         self.writable = writable
+        self.can_punch = True
         self.closed = False
         self.counts: Counter[Action] = Counter()
 
@@ -89,10 +103,15 @@ class MemoryFile:
         self.counts[action] += 1
         await trio.lowlevel.checkpoint()
 
+    async def _leave(self) -> None:
+        """End a call that has had its effect."""
+
     async def pread(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes; fewer only where the file ends."""
         await self._enter("read")
-        return bytes(self.content[offset : offset + length])
+        data = bytes(self.content[offset : offset + length])
+        await self._leave()
+        return data
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view``; return how many bytes there were before the file ended."""
@@ -106,17 +125,32 @@ class MemoryFile:
         await self._enter("write")
         assert self.writable, "write to a file that is open read-only"
         self.change(Write(offset, data))
+        await self._leave()
 
     async def datasync(self) -> None:
         """Note that everything so far is durable."""
         await self._enter("datasync")
         self.change(Sync())
+        await self._leave()
 
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""
         await self._enter("truncate")
         assert self.writable, "truncate of a file that is open read-only"
         self.change(Truncate(size))
+        await self._leave()
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Make a range read as zeros."""
+        await self._enter("punch")
+        assert self.writable, "punch into a file that is open read-only"
+        self.change(Punch(offset, length))
+        await self._leave()
+
+    async def reserve(self, offset: int, length: int) -> None:
+        """Do nothing: there is room."""
+        await self._enter("reserve")
+        assert offset + length <= len(self.content), "reserve past the end of the file"
 
     def change(self, change: Change) -> None:
         """Make a change at once."""
@@ -131,6 +165,15 @@ class MemoryFile:
             offset = end
         return None
 
+    async def next_hole(self, offset: int) -> int | None:
+        """Find where the first hole at or past ``offset`` begins, by blocks of `HOLE`."""
+        while offset < len(self.content):
+            end = offset - offset % HOLE + HOLE
+            if not any(self.content[offset:end]):
+                return offset
+            offset = end
+        return len(self.content) if offset == len(self.content) else None
+
     def size(self) -> int:
         """Give the file's length now."""
         return len(self.content)
@@ -143,22 +186,59 @@ class MemoryFile:
         """Refuse all calls from now on."""
         self.closed = True
 
+    def reopen(self) -> None:
+        """Accept calls again."""
+        self.closed = False
+
 
 class RecordingFile(MemoryFile):
-    """A host file that keeps every change that is made to it, in order."""
+    """A host file that keeps every change that is made to it, in order.
+
+    With a ``pace`` some calls take long, before they have their effect or after, so that
+    what is under way at once differs from what luck would have it.
+    """
 
     def __init__(
-        self, content: bytes | bytearray = b"", *, name: str = "image", writable: bool = True
+        self,
+        content: bytes | bytearray = b"",
+        *,
+        name: str = "image",
+        writable: bool = True,
+        pace: random.Random | None = None,
+        slow: float = 0.25,
     ) -> None:
-        """Begin with ``content``, which counts as durable."""
+        """Begin with ``content``, which counts as durable; ``slow`` is how often calls linger."""
         super().__init__(content, name=name, writable=writable)
+        self._slow = slow
         self.initial = bytes(content)
         self.changes: list[Change] = []
+        self._pace = pace
 
     def change(self, change: Change) -> None:
         """Make a change and note it."""
         super().change(change)
         self.changes.append(change)
+
+    async def datasync(self) -> None:
+        """Note that what was there when the call began is durable."""
+        began = len(self.changes)
+        await self._enter("datasync")
+        self.change(Sync(len(self.changes) - began))
+        await self._leave()
+
+    async def _enter(self, action: Action) -> None:
+        """Begin a call, and perhaps take long over it."""
+        await super()._enter(action)
+        await self._linger()
+
+    async def _leave(self) -> None:
+        """End a call, perhaps long after it has had its effect."""
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Take some time, now and then."""
+        if self._pace is not None and self._pace.random() < self._slow:
+            await trio.sleep(self._pace.choice((0.0, 0.01, 0.3, 2.0)))
 
     def prefixes(self) -> Iterator[tuple[int, bytearray]]:
         """Show the file after each number of changes: what a killed process leaves.
@@ -172,19 +252,21 @@ class RecordingFile(MemoryFile):
             yield number, content
 
     def power_loss(self, count: int, choice: random.Random, keep: float = 0.5) -> bytearray:
-        """Give what a power failure after ``count`` changes could have left.
+        """Give one file that a power failure after ``count`` changes could have left.
 
-        Everything up to the last sync is there.  Of what came later each sector of a
-        write and each change of the length is there or not, with the chance ``keep``.
-        Sectors that lie past the end that the file was left with are lost.
+        `tests.support.film` makes many; here each sector of a write, and each change of
+        the length, is there or not with the chance ``keep``, but in their order.
         """
         done = self.changes[:count]
-        synced = max((n for n, change in enumerate(done, 1) if isinstance(change, Sync)), default=0)
+        synced = max(
+            (n - change.missed for n, change in enumerate(done) if isinstance(change, Sync)),
+            default=0,
+        )
         content = bytearray(self.initial)
         for change in done[:synced]:
             apply(content, change)
         for change in done[synced:]:
-            if isinstance(change, Truncate):
+            if isinstance(change, Truncate | Punch):
                 if choice.random() < keep:
                     apply(content, change)
             elif isinstance(change, Write):
@@ -253,22 +335,30 @@ class FailingFile:
         self.inner = inner
         self.name = inner.name
         self.writable = inner.writable
+        self.can_punch = inner.can_punch
         self.calls: Counter[Action] = Counter()
         self._faults: dict[tuple[Action, int], _Fault] = {}
-        self._always: dict[Action, _Fault] = {}
+        self._always: dict[Action, tuple[int, _Fault]] = {}
         self._gates: dict[tuple[Action, int], Gate] = {}
         self._below: dict[Action, int] = {}
 
     def fail(
-        self, action: Action, nth: int | None = 1, number: int = errnos.EIO, *, short: int = 0
+        self,
+        action: Action,
+        nth: int | None = 1,
+        number: int = errnos.EIO,
+        *,
+        short: int = 0,
+        lasting: bool = False,
     ) -> None:
         """Make the ``nth`` call from now on fail, or all of them if ``nth`` is None.
 
-        A write that fails has written its first ``short`` bytes.
+        A write that fails has written its first ``short`` bytes.  A ``lasting`` fault
+        makes all later calls fail as well, until `heal`.
         """
         fault = _Fault(number, short)
-        if nth is None:
-            self._always[action] = fault
+        if nth is None or lasting:
+            self._always[action] = (self.calls[action] + (nth or 1), fault)
         else:
             self._faults[action, self.calls[action] + nth] = fault
 
@@ -293,7 +383,10 @@ class FailingFile:
         key = (action, self.calls[action])
         if gate := self._gates.pop(key, None):
             await gate.wait()
-        fault = self._faults.pop(key, None) or self._always.get(action)
+        fault = self._faults.pop(key, None)
+        since, always = self._always.get(action, (0, None))
+        if self.calls[action] >= since:
+            fault = fault or always
         return fault if offset < self._below.get(action, offset + 1) else None
 
     def _raise(self, fault: _Fault, action: Action) -> None:
@@ -332,9 +425,25 @@ class FailingFile:
             self._raise(fault, "truncate")
         await self.inner.truncate(size)
 
+    async def punch(self, offset: int, length: int) -> None:
+        """Give space back, or fail."""
+        if fault := await self._enter("punch", offset):
+            self._raise(fault, "punch")
+        await self.inner.punch(offset, length)
+
+    async def reserve(self, offset: int, length: int) -> None:
+        """Reserve space, or fail."""
+        if fault := await self._enter("reserve", offset):
+            self._raise(fault, "reserve")
+        await self.inner.reserve(offset, length)
+
     async def next_data(self, offset: int) -> int | None:
         """Look for data as ``inner`` does."""
         return await self.inner.next_data(offset)
+
+    async def next_hole(self, offset: int) -> int | None:
+        """Look for a hole as ``inner`` does."""
+        return await self.inner.next_hole(offset)
 
     def size(self) -> int:
         """Give the length of ``inner``."""

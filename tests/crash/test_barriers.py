@@ -1,0 +1,233 @@
+"""The explorer finds a violation if any one of the barriers is left out."""
+
+from __future__ import annotations
+
+import re
+import sys
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import trio
+
+from qedfuse.disk.allocator import Allocator
+from qedfuse.disk.commit import Commit
+from qedfuse.disk.grace import Grace
+from qedfuse.disk.needcheck import NeedCheck
+from qedfuse.disk.reclaim import Reclaim
+from tests.crash.cases import CASES
+from tests.crash.workloads import carry_out
+from tests.support.explorer import Exploration, Explorer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from qedfuse.disk.allocator import Run
+    from qedfuse.disk.tablecache import WriteBack
+
+STATES: Final = 3000
+SEEDS: Final = 12
+
+Sabotage = "Callable[[pytest.MonkeyPatch], None]"
+
+
+def without_datasync(nth: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """Leave out a datasync of the commit round: 1 before L2, 2 before L1, 3 at the end."""
+
+    def sabotage(patch: pytest.MonkeyPatch) -> None:
+        in_round, sync = Commit._round, Commit._sync_or_give_back
+        count = 0
+
+        async def counted_round(self: Commit) -> None:
+            nonlocal count
+            count = 0
+            await in_round(self)
+
+        async def leaky_sync(self: Commit, writes: Sequence[WriteBack]) -> None:
+            nonlocal count
+            count += 1
+            # The second is the last if there is no L1 entry to write.
+            which = 3 if count == 2 and not writes else count
+            if which != nth:
+                await sync(self, writes)
+
+        patch.setattr(Commit, "_round", counted_round)
+        patch.setattr(Commit, "_sync_or_give_back", leaky_sync)
+
+    return sabotage
+
+
+def without_barrier(caller: str, nth: int = 1, of: int = 1) -> Callable[[pytest.MonkeyPatch], None]:
+    """Leave out a barrier that a function waits for: the ``nth`` of the ``of`` that it has."""
+
+    def sabotage(patch: pytest.MonkeyPatch) -> None:
+        barrier = Commit.barrier
+        seen = 0
+
+        async def leaky(self: Commit) -> None:
+            nonlocal seen
+            if sys._getframe(1).f_code.co_qualname == caller:
+                seen = seen % of + 1
+                if seen == nth:
+                    self.note_write()
+                    return
+            await barrier(self)
+
+        patch.setattr(Commit, "barrier", leaky)
+
+    return sabotage
+
+
+def bit_not_set(patch: pytest.MonkeyPatch) -> None:
+    """Change tables without setting NEED_CHECK first."""
+
+    @asynccontextmanager
+    async def changing(_: NeedCheck) -> AsyncIterator[None]:
+        yield
+
+    patch.setattr(NeedCheck, "changing", changing)
+
+
+def bit_cleared_early(patch: pytest.MonkeyPatch) -> None:
+    """Clear NEED_CHECK without making everything durable first."""
+
+    async def clear(self: NeedCheck) -> bool:
+        l2, l1 = self._commit._tables.take_dirty()
+        await self._commit._write(l2 + l1)
+        await self._live.change(lambda header: header.with_need_check(value=False))
+        self._commit.note_write()
+        return True
+
+    patch.setattr(NeedCheck, "clear", clear)
+
+
+def no_quarantine(patch: pytest.MonkeyPatch) -> None:
+    """Give clusters out again at once."""
+
+    def retire(self: Reclaim, offset: int, length: int) -> None:
+        self._allocator.give_back(offset >> self._bits, length >> self._bits)
+
+    patch.setattr(Reclaim, "retire", retire)
+
+
+def short_quarantine(patch: pytest.MonkeyPatch) -> None:
+    """Give clusters out again when the round begins that drops them."""
+
+    def seal(self: Reclaim) -> None:
+        self._quarantine.seal()
+        self._quarantine.durable()
+        for offset, length in self._quarantine.due():
+            self._allocator.give_back(offset >> self._bits, length >> self._bits)
+
+    patch.setattr(Reclaim, "seal", seal)
+
+
+def sealed_late(patch: pytest.MonkeyPatch) -> None:
+    """Let a round vouch for what lost its reference while it was under way."""
+    durable = Reclaim.durable
+
+    def late(self: Reclaim) -> None:
+        self._quarantine.seal()
+        durable(self)
+
+    patch.setattr(Reclaim, "durable", late)
+
+
+def taken_for_blank(patch: pytest.MonkeyPatch) -> None:
+    """Take clusters that are used again for clusters of zeros."""
+    place = Allocator._place
+
+    async def blank(self: Allocator, first: int, count: int) -> Run:
+        return (await place(self, first, count))._replace(blank=True)
+
+    patch.setattr(Allocator, "_place", blank)
+
+
+def unwatched_scan(patch: pytest.MonkeyPatch) -> None:
+    """Let the scan take for free what lost its reference while it ran."""
+    patch.setattr(Allocator, "witness", lambda *_: None)
+
+
+def no_grace(patch: pytest.MonkeyPatch) -> None:
+    """Do not wait for requests that may still use a cluster."""
+    patch.setattr(Grace, "over", lambda *_: True)
+
+
+def early_punch(patch: pytest.MonkeyPatch) -> None:
+    """Punch clusters while the table on the disk still refers to them."""
+    in_round = Commit._round
+
+    async def punching(self: Commit) -> None:
+        quarantine: Any = self.reclaim and self.reclaim._quarantine
+        for offset, length in quarantine._fresh:
+            await self._file.punch(offset, length)
+        await in_round(self)
+
+    patch.setattr(Commit, "_round", punching)
+
+
+BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]] = {
+    "datasync before L2": (without_datasync(1), "discards", "holds"),
+    "datasync before L1": (without_datasync(2), "new tables", ""),
+    "datasync at the end": (without_datasync(3), "reuse", ""),
+    "NEED_CHECK set first": (bit_not_set, "idle", "NEED_CHECK"),
+    "NEED_CHECK cleared last": (bit_cleared_early, "idle", ""),
+    "quarantine": (no_quarantine, "reuse", "holds"),
+    "quarantine until durable": (short_quarantine, "slow host", "holds|wild"),
+    "quarantine seals first": (sealed_late, "slow host", "holds|wild"),
+    "blank or not": (taken_for_blank, "new tables", "holds|wild|owners"),
+    "scan sees changes": (unwatched_scan, "late scan on a slow host", "holds|owners"),
+    "compaction: copy before entry": (without_datasync(1), "compaction", "holds"),
+    "compaction: quarantine": (no_quarantine, "compaction", "holds|owners"),
+    "compaction: punch after durable": (early_punch, "compaction", "holds zeros"),
+    "grace": (no_grace, "slow host", ""),
+    "autoclear": (without_barrier("Disk._before_change"), "autoclear", "autoclear"),
+    "resize, before": (without_barrier("Disk._grow", 1, 2), "grow", "show"),
+    "resize, after": (without_barrier("Disk._grow", 2, 2), "grow", "was grown"),
+    "free list, list before bit": (without_barrier("SavedList.save", 1, 2), "free list", "free"),
+    "free list, dropped first": (without_barrier("Disk._before_change"), "free list", "free"),
+}
+
+
+SPARE: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]]] = {
+    "discard: punch after durable": (early_punch, "reuse"),
+    "free list, bit at the end": (without_barrier("SavedList.save", 2, 2), "free list"),
+}
+"""What no state tells of: a discarded cluster may read as zeros before its discard is
+durable, and a list that a crash loses is only missed."""
+
+
+def explore(name: str, sabotage: Callable[[pytest.MonkeyPatch], None]) -> Exploration:
+    """Carry out a sabotaged case, and explore it until something is found."""
+    case = next(case for case in CASES if case.name == name)
+    found = Exploration()
+    for seed in range(SEEDS):
+        with pytest.MonkeyPatch.context() as patch:
+            sabotage(patch)
+            workload = carry_out(case, seed, may_fail=True)
+        explorer = Explorer(name, seed, workload.history, workload.bases)
+        found.misread += [*workload.history.misread, *map(str, workload.errors)]
+        found.add(trio.run(explorer.explore, STATES))
+        if found.violations:
+            break
+    return found
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_barrier_is_needed(barrier: str) -> None:
+    """Without it a state is found that breaks a promise, and of the right kind."""
+    sabotage, case, text = BARRIERS[barrier]
+    found = explore(case, sabotage)
+    words = found.misread + [text for _, text in found.violations.values()]
+    print(f"{barrier}: {found.violated} of {found.states}: {words[:6]}")  # noqa: T201  for the docs
+    assert any(re.search(text, word) for word in words), f"{found}: {words}"
+
+
+@pytest.mark.parametrize("barrier", SPARE)
+def test_barrier_is_spare(barrier: str) -> None:
+    """Without it nothing is found, so nobody should rely on it."""
+    sabotage, case = SPARE[barrier]
+    found = explore(case, sabotage)
+    assert not found.violations, found.report()
+    assert found.states > STATES

@@ -1,0 +1,37 @@
+"""A crash after any host write, and any state that a power failure leaves (D6)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from tests.crash.cases import CASES, Case
+from tests.crash.conftest import EXPLORED
+from tests.crash.workloads import carry_out
+from tests.support.disks import header_of, inspect_image
+from tests.support.explorer import Exploration, Explorer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STATES: Final = 9_000
+"""How many states of each workload and seed are looked at, beside its prefixes."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_states(case: Case, seed: int, tmp_path: Path) -> None:
+    """Whatever a crash leaves opens, is sound, and holds what was flushed."""
+    workload = carry_out(case, seed)
+    assert workload.history.misread == []
+    explorer = Explorer(case.name, seed, workload.history, workload.bases, scratch=tmp_path)
+    found = trio.run(explorer.explore, STATES)
+    EXPLORED.setdefault(case.name, Exploration()).add(found)
+    assert not found.violations, found.report()
+    assert not header_of(workload.file.content).need_check
+    left = inspect_image(workload.file.content)
+    assert left.errors == ()
+    if case.compacts or case.options.compact:
+        assert left.leaks == 0, "nothing can be shorter"

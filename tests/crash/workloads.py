@@ -1,0 +1,221 @@
+"""What is done to a disk whose crash states are explored; the same for the same seed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+from unittest.mock import patch
+
+import numpy as np
+import trio
+from trio.testing import MockClock
+
+from qedfuse.disk.scan import Scan
+from qedfuse.errors import QedError
+from tests.crash.cases import CLUSTER, PER_CLUSTER, Case
+from tests.support.disks import build_image, l2_entry_offset, opened, put_entry
+from tests.support.film import Film
+from tests.support.history import History, base_stamps, disk_stamps, stamped
+from tests.support.hostfiles import SECTOR, RecordingFile
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from qedfuse.disk.disk import Disk
+    from qedfuse.hostio.hostfile import HostFile
+    from tests.support.history import Stamps
+
+_OWN: Final = 100
+_LEAKED: Final = 101
+"""The levels of what the image itself holds at the beginning, and of what nobody refers to."""
+
+_AGAIN: Final = 1000
+"""Writes after a crash have numbers from here on."""
+
+
+def make_bases(case: Case) -> tuple[list[bytearray], Stamps]:
+    """Make the chain below the image, and what its disk holds: some of each layer's own."""
+    if not case.depth:
+        return [], np.zeros(0, np.uint64)
+    numbers = base_stamps(1, 0, case.base_sectors)
+    bases = [bytearray(stamped(numbers))]
+    for level in range(2, case.depth + 1):
+        own = {
+            number: stamped(base_stamps(level, number * PER_CLUSTER, PER_CLUSTER))
+            for number in range(level, 80, 7)
+        }
+        above = build_image(case.base_sectors * SECTOR, own, backing=b"below")
+        numbers = disk_stamps(above, numbers)
+        bases.insert(0, above)
+    return bases, numbers
+
+
+def make_image(case: Case) -> bytearray:
+    """Make the image as it is at the beginning: clusters here and there, and some leaked."""
+    chosen = random.Random(case.name)
+    places = chosen.sample(range(case.held_in or case.size // CLUSTER), case.held + case.leaked)
+    leaked = set(places[case.held :])
+    chosen.shuffle(places)
+    own = {
+        number: stamped(
+            base_stamps(_LEAKED if number in leaked else _OWN, number * PER_CLUSTER, PER_CLUSTER)
+        )
+        for number in places
+    }
+    image = build_image(
+        case.size,
+        own,
+        table_size=case.table_size,
+        autoclear=case.autoclear,
+        backing=b"base" if case.depth else b"",
+    )
+    for number in leaked:
+        put_entry(image, l2_entry_offset(image, number), 0)
+    return image + case.tail
+
+
+def crashed(case: Case, seed: int) -> bytes:
+    """Make the image that a power failure leaves somewhere in a case."""
+    workload = carry_out(replace(case, crashed=False), seed)
+    chance = random.Random(f"crash {seed}")
+    film = Film(workload.file)
+    count = chance.randrange(len(film.steps) // 2, len(film.steps))
+    moment = next(moment for moment in film.moments() if moment.count == count)
+    moment.develop()
+    choices = list(itertools.islice(moment.choices(chance), 200))
+    return film.contents.content(moment.state(chance.choice(choices)))
+
+
+@contextmanager
+def late_scan(seconds: float) -> Iterator[None]:
+    """Let the scans of the disks that are opened take long before they read a table."""
+    walk = Scan._walk
+
+    async def late(self: Scan) -> None:
+        await trio.sleep(seconds)
+        await walk(self)
+
+    with patch.object(Scan, "_walk", late):
+        yield
+
+
+class Workload:
+    """One case being carried out.
+
+    Attributes:
+        file: Records what happens to the image.
+        host: The file that the disk uses; hands everything on to ``file``.
+        may_fail: Whether requests may fail because ``host`` does.
+        errors: What they failed with.
+        clean: Whether the disk was closed without an error.
+        last: Called with each disk before it is closed.
+    """
+
+    def __init__(self, case: Case, seed: int) -> None:
+        """Prepare a case; all that is left to chance depends on ``seed``."""
+        self.case = case
+        self.bases, below = make_bases(case)
+        self.random = random.Random(f"{case.name} {seed}")
+        pace = random.Random(f"{case.name} {seed} pace") if case.slow else None
+        image = crashed(case, seed) if case.crashed else make_image(case)
+        self.file = RecordingFile(image, pace=pace, slow=case.slow)
+        self.host: HostFile = self.file
+        self.may_fail = False
+        self.errors: list[QedError] = []
+        self.clean = True
+        self.last: Callable[[Disk], Awaitable[object]] = _nothing
+        self.history = History(self.file, below, _AGAIN if case.crashed else 0)
+        # Few places, so that requests meet: in one cluster, across clusters and tables.
+        span = case.table_size * CLUSTER // 8 * CLUSTER
+        ends = [min(span, case.size) // CLUSTER - 2, case.size // CLUSTER - 4]
+        held = [self.random.randrange(case.held_in) for _ in range(case.held_in // 20)]
+        others = [self.random.randrange(case.size // CLUSTER) for _ in range(case.places)]
+        self.places = (ends + held + others)[: case.places + len(held)]
+
+    def play(self, seed: int) -> None:
+        """Carry the case out, to the end; ``seed`` decides which task runs first."""
+        # Without the first, that depends on where objects lie in memory as well.
+        with patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True):
+            trio._core._run._r.seed(seed)
+            trio.run(self.run, clock=MockClock(autojump_threshold=0))
+
+    async def run(self) -> None:
+        """Open the disk as often as the case says, use it by several tasks, and close it."""
+        for number in range(self.case.opens):
+            self.file.reopen()
+            try:
+                with late_scan(self.case.scan_after):
+                    await self._use(grows=bool(self.case.grows) and not number)
+            except QedError as error:
+                self._failed(error)
+                self.clean = False
+            else:
+                self.history.closed()
+
+    async def _use(self, *, grows: bool) -> None:
+        """Open the disk once."""
+        async with opened(self.host, self.bases, self.case.options) as disk:
+            self.history.disk = disk
+            async with trio.open_nursery() as nursery:
+                for _ in range(self.case.tasks):
+                    nursery.start_soon(self._task)
+                if grows:
+                    await trio.sleep(2)
+                    await self._attempt(self.history.resize, self.case.size + self.case.grows)
+            if self.case.compacts:
+                await self._attempt(disk.compact)
+            await self.last(disk)
+
+    async def _task(self) -> None:
+        for _ in range(self.case.rounds):
+            await self._attempt(self._act, self.random.choice(self.case.actions))
+
+    async def _attempt(self, act: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Do something that may fail if the host does."""
+        try:
+            await act(*args)
+        except QedError as error:
+            self._failed(error)
+
+    def _failed(self, error: QedError) -> None:
+        if not self.may_fail:
+            raise error
+        self.errors.append(error)
+
+    async def _act(self, action: str) -> None:
+        """Do one thing."""
+        disk = self.history.disk
+        assert disk is not None
+        choice, history = self.random, self.history
+        sectors = disk.size // SECTOR
+        if action == "f":
+            await history.flush()
+            return
+        if action == "s":
+            await trio.sleep(choice.choice((0.1, 1.0, 3.0, 5.0)))
+            return
+        cluster = choice.choice(self.places) + choice.randrange(-3, 3)
+        first = cluster * PER_CLUSTER + choice.choice((0, 0, 0, 1, 3, 7))
+        first = max(0, min(first, sectors - 1))
+        count = min(choice.choice((1, 3, 8, 8, 16, 24)), sectors - first)
+        if action == "D":
+            within = self.case.held_in or sectors // PER_CLUSTER
+            await history.discard(choice.randrange(within // 2) * PER_CLUSTER, sectors // 32)
+            return
+        act = {"w": history.write, "d": history.discard, "z": history.write_zeros}
+        await act.get(action, history.read)(first, count)
+
+
+async def _nothing(_disk: Disk) -> None:
+    """Do nothing before a disk is closed."""
+
+
+def carry_out(case: Case, seed: int, *, may_fail: bool = False) -> Workload:
+    """Carry out a case: what is left to chance, the order of tasks included, is in the seed."""
+    workload = Workload(case, seed)
+    workload.may_fail = may_fail
+    workload.play(seed)
+    return workload
