@@ -98,8 +98,8 @@ class Allocator:
         self._has_tail = self.end != size
         self._used_end = self.end
         self.anchor = header.l1_end >> self._bits
-        self.free = FreeMap(geometry.table_size, self.anchor)
-        self.unpunched = FreeMap(geometry.table_size, self.anchor)
+        self.free = self.make_map()
+        self.unpunched = self.make_map()
         self.known = False
         self.hurry: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.find_room: Callable[[], Awaitable[bool]] = _no_room
@@ -283,6 +283,15 @@ class Allocator:
         self.unpunched.add(first, count)
         self.witness(first, count)
 
+    def give_back_block(self, block: int, bits: int) -> None:
+        """Do the same for clusters of one block of the map."""
+        self.free.add_block(block, bits)
+        self.unpunched.add_block(block, bits)
+
+    def make_map(self) -> FreeMap:
+        """Make an empty map of the file's clusters, with blocks where those of ``free`` are."""
+        return FreeMap(self._geometry.table_size, self.anchor)
+
     def lower_end(self) -> None:
         """Take the free clusters at the end for not part of the file any more."""
         end = self.end >> self._bits
@@ -299,8 +308,10 @@ class Allocator:
             self.end = end
             self.shrunk = True
 
-    async def trim(self) -> None:
-        """Cut off the end of the file that is not in use; a crash may lose the cut.
+    async def trim(self) -> bool:
+        """Cut off the end of the file that is not in use, if there is one; tell if there was.
+
+        A crash may lose the cut.
 
         What is grown from there on is blank.  For the reason why no datasync is needed
         see `_grow`.
@@ -308,7 +319,8 @@ class Allocator:
         async with self._grow_lock:
             # An odd tail is left alone while nothing is given up and nothing is added.
             if self._file_end <= self.end or (self._has_tail and not self.shrunk):
-                return
+                self.shrunk = False
+                return False
             # Whoever allocates while the cut is under way finds the file too short and
             # waits for the lock to grow it again.
             before, self._file_end = self._file_end, self.end
@@ -321,6 +333,7 @@ class Allocator:
                 raise
             self._has_tail = False
             self._used_end = self._file_end
+            return True
 
     # What the scan finds out
 
@@ -342,8 +355,3 @@ class Allocator:
             self.free.add(first, count)
             if not punched:
                 self.unpunched.add(first, count)
-
-    def adopt_block(self, block: int, bits: int) -> None:
-        """Take note of clusters of one block of the map that were found to be free."""
-        self.free.add_block(block, bits)
-        self.unpunched.add_block(block, bits)

@@ -8,7 +8,7 @@ async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,7 +105,7 @@ class Disk:
         self._commit = Commit(file, self._layer.tables, options.commit_seconds)
         self._grace = Grace()
         self._allocator = Allocator(file, header, lambda: self._layer.missing_tables)
-        self._quarantine = Quarantine(self._grace)
+        self._quarantine = Quarantine(self._grace, self._allocator.make_map)
         self._reclaim = Reclaim(file, self._allocator, self._quarantine, self._commit)
         self._commit.reclaim = self._reclaim
         self._reclaim.before_change = self._before_change
@@ -249,9 +249,15 @@ class Disk:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host refused.
         """
-        end = min(start + length, self.size)
-        if start < end:
-            await self._before_change()
+        if start >= self.size:
+            return
+        await self._before_change()
+        async with AsyncExitStack() as stack:
+            if start + length >= self.size and self.header.geometry.in_cluster(self.size):
+                # What lies behind the end in the last cluster counts as nothing, so the
+                # end must stay where it is.
+                await stack.enter_async_context(self._resizing)
+            end = min(start + length, self.size)
             await self._discards.discard(start, end, free=self._options.discard)
 
     async def allocate(self, start: int, length: int) -> None:
@@ -380,14 +386,14 @@ class Disk:
 
     def statistics(self) -> DiskStatistics:
         """Tell what the disk holds in memory and has done."""
-        allocator, bits = self._allocator, self._allocator.cluster_bits
+        allocator = self._allocator
         return DiskStatistics(
             tables=self._store.statistics(),
             commit=self._commit.statistics(),
             file_bytes=allocator.end,
             bound_bytes=allocator.bound,
             free_clusters=allocator.free.count if allocator.known else None,
-            quarantined_clusters=self._quarantine.length >> bits,
+            quarantined_clusters=self._quarantine.count,
         )
 
     @asynccontextmanager
@@ -416,7 +422,7 @@ class Disk:
         clusters are to be listed.
         """
         await self._commit.flush()
-        needed = self._quarantine.length or self._saved_list.wanted
+        needed = self._quarantine.count or self._saved_list.wanted
         if needed and not self._reclaim.ready.is_set():
             await self._scan.run()
         if self._reclaim.pending:

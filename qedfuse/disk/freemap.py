@@ -104,6 +104,16 @@ class FreeMap:
         old = self._blocks.get(block, 0)
         self._put(block, old, old | bits)
 
+    def pop_block(self) -> tuple[int, int] | None:
+        """Take all free clusters of the lowest block that has any: its number and its bits."""
+        first = self.lowest()
+        if first is None:
+            return None
+        block = (first + self.shift) // BLOCK
+        bits = self._blocks[block]
+        self._put(block, bits, 0)
+        return block, bits
+
     def bits(self, block: int) -> int:
         """Give the bits of a block; they are set where its clusters are free."""
         return self._blocks.get(block, 0)

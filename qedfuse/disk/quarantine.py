@@ -12,66 +12,67 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.disk.freemap import FreeMap
     from qedfuse.disk.grace import Grace, Turn
 
 
 class _Batch:
     """What lost its reference before one commit round."""
 
-    __slots__ = ("durable", "runs", "turn")
+    __slots__ = ("clusters", "durable", "turn")
 
-    def __init__(self, runs: list[tuple[int, int]], turn: Turn) -> None:
-        self.runs = runs
+    def __init__(self, clusters: FreeMap, turn: Turn) -> None:
+        self.clusters = clusters
         self.turn = turn
         self.durable = False
 
 
 class Quarantine:
-    """Holds runs of clusters, in the order in which they lost their reference.
+    """Holds clusters, in the order in which they lost their reference; a bit for each."""
 
-    Attributes:
-        length: Bytes in quarantine.
-    """
-
-    def __init__(self, grace: Grace) -> None:
-        """Hold nothing yet."""
+    def __init__(self, grace: Grace, make_map: Callable[[], FreeMap]) -> None:
+        """Hold nothing yet; ``make_map`` makes an empty map of the file's clusters."""
         self._grace = grace
-        self._fresh: list[tuple[int, int]] = []
+        self._make_map = make_map
+        self._fresh = make_map()
         self._batches: deque[_Batch] = deque()
-        self.length = 0
 
-    def retire(self, offset: int, length: int) -> None:
+    @property
+    def count(self) -> int:
+        """How many clusters are in quarantine."""
+        return self._fresh.count + sum(batch.clusters.count for batch in self._batches)
+
+    def retire(self, first: int, count: int) -> None:
         """Take in clusters in the same moment in which a table in memory drops them.
 
         No await between changing the entry and this call: a commit round that began in
         between would take the one without the other.
         """
-        self.length += length
-        if self._fresh and sum(self._fresh[-1]) == offset:
-            self._fresh[-1] = (self._fresh[-1][0], self._fresh[-1][1] + length)
-        else:
-            self._fresh.append((offset, length))
+        self._fresh.add(first, count)
 
     def seal(self) -> None:
         """Note that a commit round has taken the tables as they are now."""
-        if self._fresh:
+        if self._fresh.count:
             self._batches.append(_Batch(self._fresh, self._grace.turn()))
-            self._fresh = []
+            self._fresh = self._make_map()
 
     def durable(self) -> None:
         """Note that the round that sealed last, and all before it, are durable."""
         for batch in self._batches:
             batch.durable = True
 
-    def due(self) -> list[tuple[int, int]]:
-        """Let go of what may be used again: file offsets and lengths in bytes."""
-        runs: list[tuple[int, int]] = []
+    def take_due(self) -> tuple[int, int] | None:
+        """Let go of some clusters that may be used again: a block of the map, and its bits."""
         while self._batches and self._batches[0].durable:
             if not self._grace.over(self._batches[0].turn):
                 break
-            runs += self._batches.popleft().runs
-        self.length -= sum(length for _, length in runs)
-        return runs
+            found = self._batches[0].clusters.pop_block()
+            if found is not None:
+                return found
+            self._batches.popleft()
+        return None
 
     async def wait(self) -> None:
         """Return when the requests have ended that what is sealed now waits for."""

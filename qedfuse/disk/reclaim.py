@@ -39,6 +39,7 @@ class Reclaim:
 
     Attributes:
         punching: Whether free clusters are punched out of the host's file.
+        on_retire: Told which clusters come into quarantine, while the scan is under way.
         before_change: Awaited before the file is changed.
         ready: Set when the free clusters of the file are known, or never will be.
         untrusted_end: Clusters below this file offset are not used again when they lose
@@ -58,6 +59,8 @@ class Reclaim:
         self._bits = allocator.cluster_bits
         self.before_change: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.punching = True
+        self._being_punched = 0
+        self.on_retire: Callable[[int, int], None] = lambda _first, _count: None
         self.ready = trio.Event()
         self.untrusted_end = 0
         allocator.find_room = self.find_room
@@ -65,8 +68,10 @@ class Reclaim:
 
     def retire(self, offset: int, length: int) -> None:
         """Put clusters into quarantine, in the same moment in which a table drops them."""
-        self._quarantine.retire(offset, length)
-        self._allocator.witness(offset >> self._bits, length >> self._bits)
+        first, count = offset >> self._bits, length >> self._bits
+        self._quarantine.retire(first, count)
+        self._allocator.witness(first, count)
+        self.on_retire(first, count)
 
     @property
     def pending(self) -> bool:
@@ -75,7 +80,7 @@ class Reclaim:
         if not allocator.known:
             return False
         unpunched = self._can_punch and allocator.unpunched.count > 0
-        return self._quarantine.length > 0 or allocator.shrunk or unpunched
+        return self._quarantine.count > 0 or allocator.shrunk or unpunched
 
     @property
     def _can_punch(self) -> bool:
@@ -98,20 +103,25 @@ class Reclaim:
         if not self._allocator.known:
             return
         async with self._lock:
-            for offset, length in self._quarantine.due():
-                if offset >= self.untrusted_end:
-                    self._allocator.give_back(offset >> self._bits, length >> self._bits)
+            while (due := self._quarantine.take_due()) is not None:
+                self._allocator.give_back_block(due[0], due[1] & self._trusted(due[0]))
+                await trio.lowlevel.checkpoint()
             try:
                 self._allocator.lower_end()
                 if self._allocator.shrunk:
                     await self.before_change()
-                    await self._allocator.trim()
-                    self._commit.note_write()
+                    if await self._allocator.trim():
+                        self._commit.note_write()
                 await self._punch(punches)
             except HostError as error:
                 if not self._complained:
                     self._complained = True
                     log.warning("%s (while giving space back to the host)", error)
+
+    def _trusted(self, block: int) -> int:
+        """Give the bits of a block whose clusters may be used again."""
+        untrusted = (self.untrusted_end >> self._bits) + self._allocator.free.shift - block * BLOCK
+        return -1 << max(0, untrusted)
 
     async def _punch(self, punches: int | None) -> None:
         """Punch free clusters out of the host's file, the lowest first."""
@@ -126,6 +136,7 @@ class Reclaim:
             offset, length = first << bits, count << bits
             # Nobody may be given these while the host is about to wipe them.
             allocator.free.remove(first, count)
+            self._being_punched = count
             try:
                 data = await self._file.next_data(offset)
                 if data is not None and data < offset + length:
@@ -136,6 +147,7 @@ class Reclaim:
                 allocator.unpunched.add(first, count)
                 raise
             finally:
+                self._being_punched = 0
                 allocator.free.add(first, count)
 
     def settle(self) -> None:
@@ -154,7 +166,7 @@ class Reclaim:
         """
         share = self._allocator.end // _WORTH_SHARE
         enough = max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
-        if self._allocator.known and self._quarantine.length > enough:
+        if self._allocator.known and self._quarantine.count << self._bits > enough:
             await self._commit.flush()
 
     async def find_room(self) -> bool:
@@ -169,10 +181,13 @@ class Reclaim:
         if not self.ready.is_set():
             await self.ready.wait()
             return True
-        if not self._allocator.known or not self._quarantine.length:
+        if self._being_punched:
+            async with self._lock:
+                return True
+        if not self._allocator.known or not self._quarantine.count:
             return False
-        before = self._quarantine.length
+        before = self._quarantine.count
         await self._commit.flush()
         await self._quarantine.wait()
         await self.run()
-        return self._quarantine.length < before
+        return self._quarantine.count < before

@@ -257,9 +257,13 @@ class Requests:
             for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
                 if extent.kind is not Kind.DATA:
                     await self._allocate(extent.start, extent.end, memoryview(b""))
-            for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
-                if extent.kind is Kind.DATA:
-                    await self._layer.file.reserve(extent.file_offset, extent.length)
+            turn = self._grace.enter()
+            try:
+                for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
+                    if extent.kind is Kind.DATA:
+                        await self._layer.file.reserve(extent.file_offset, extent.length)
+            finally:
+                self._grace.leave(turn)
 
     async def blank(self, start: int, end: int) -> None:
         """Write zeros over a range of clusters of one kind, unless it reads as zeros anyway."""

@@ -18,13 +18,13 @@ import numpy as np
 import trio
 
 from qedfuse.disk.allocator import MAX_FREE
-from qedfuse.disk.freemap import BLOCK, FreeMap
+from qedfuse.disk.freemap import BLOCK
 from qedfuse.disk.l2tables import claim_tables, filled
 from qedfuse.disk.references import References
 from qedfuse.disk.tablecache import L2
 from qedfuse.errors import QedError
-from qedfuse.ondisk.constants import ZERO
-from qedfuse.ondisk.table import SLICE_BYTES, decode
+from qedfuse.ondisk.constants import ENTRY_BYTES, ZERO
+from qedfuse.ondisk.table import SLICE_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,16 +58,20 @@ class Scan:
         self._reclaim = reclaim
         self._tables: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._end = 0
-        self.witnessed = FreeMap(allocator.free.table, allocator.anchor)
+        self.witnessed = allocator.make_map()
         self._seen = References(0, layer.file.name)
+        self._gone = allocator.make_map()
         self._duplicates = 0
+        self._wild = False
         self._running = trio.Lock()
 
     def begin(self) -> None:
         """Note what there is to scan; from here on changes are watched."""
         self._tables = self._layer.l2_tables
+        self._wild = self._layer.damaged
         self._end = self._allocator.end
         self._allocator.watch(self.witnessed)
+        self._reclaim.on_retire = self._retired
 
     async def run(self) -> None:
         """Walk the tables and tell the allocator what is free.
@@ -90,6 +94,7 @@ class Scan:
             await self._tell()
             self._allocator.known = True
         self._allocator.watch(None)
+        self._reclaim.on_retire = lambda _first, _count: None
         self._seen = References(0, self._layer.file.name)
         self._reclaim.settle()
 
@@ -99,6 +104,8 @@ class Scan:
         header, length = layer.header, layer.geometry.table_bytes
         self._seen = seen = References(self._end >> bits, layer.file.name)
         self._duplicates = 0
+        for first, count in self._gone.runs():
+            seen.claim_range(first, first + count)
         seen.claim_range(0, header.header_end >> bits)
         seen.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
         await claim_tables(seen, self._tables, layer.geometry)
@@ -112,40 +119,63 @@ class Scan:
                 if data is None or data >= end:
                     break
                 position = data - (data - start) % SLICE_BYTES
-                await self._slice(position, min(SLICE_BYTES, length))
+                await self._slice(start, (position - start) // ENTRY_BYTES)
                 position += SLICE_BYTES
                 # A slice is half a millisecond; then requests get their turn.
                 await trio.lowlevel.checkpoint()
 
-    async def _slice(self, offset: int, length: int) -> None:
-        """Mark what one slice of a table refers to."""
-        entries = decode(await self._layer.file.pread(offset, length))
-        values = np.frombuffer(entries, np.uint64)
+    async def _slice(self, table: int, index: int) -> None:
+        """Mark what one slice of a table refers to.
+
+        It is looked at as requests see it: a reference that was dropped a moment ago is
+        not there, whatever the file says.
+        """
+        tables = self._layer.tables
+        cached = tables.cached(table, index)
+        part = cached or await tables.load(table, index, L2)
+        values = np.array(part.entries, np.uint64)
         good = values > ZERO
-        bad = self._layer.tables.verdict(L2, offset, entries)
-        if bad is not None:
-            good &= np.frombuffer(bad, np.uint8) == 0
+        if part.bad is not None:
+            self._wild = True
+            good &= np.frombuffer(part.bad, np.uint8) == 0
         clusters = values[good] >> np.uint64(self._allocator.cluster_bits)
         # What was added since the beginning is not ours to judge.
         clusters = clusters[clusters < self._seen.clusters]
-        taken = self._seen.claim(clusters)
-        if taken.any():
-            # A cluster that was moved meanwhile is seen twice, and that is all right.
-            again = (int(cluster) for cluster in clusters[taken])
-            self._duplicates += sum(not self.witnessed.holds(at, 1) for at in again)
+        # Nothing that was there at the beginning is given to anybody before the end of the
+        # scan, so whatever is referred to twice has two owners.
+        self._duplicates += int(self._seen.claim(clusters).sum())
+        if cached is None:
+            tables.let_go(part)
+
+    def _retired(self, first: int, count: int) -> None:
+        """Note clusters that have just lost a reference: another one makes two owners.
+
+        The table that dropped them does not show them any more, if it has not been read.
+        """
+        last = min(first + count, self._seen.clusters)
+        if first < last:
+            self._duplicates += self._gone.holds(first, last - first)
+            self._gone.add(first, last - first)
+            self._seen.claim_range(first, last)
 
     async def _tell(self) -> None:
         """Tell the allocator what nobody referred to."""
         layer, allocator, bits = self._layer, self._allocator, self._allocator.cluster_bits
-        if self._duplicates:
-            layer.damaged = True
+        if self._duplicates or self._wild:
+            # What seems to be free may belong to an entry that points elsewhere by mistake,
+            # and a check may find it.
             self._reclaim.untrusted_end = self._end
+            what = "table entries that point to nowhere"
+            if self._duplicates:
+                what = f"{self._duplicates} references to clusters that have another owner"
+            layer.damaged = True
             log.error(
-                "%s: found %d references to clusters that have another owner, expected none: "
-                "the image must be repaired; until then space that is freed is not used again",
+                "%s: found %s, expected none: the image must be repaired; until then no space is "
+                "used again that was in use when it was opened",
                 layer.file.name,
-                self._duplicates,
+                what,
             )
+            return
         last = self._seen.clusters
         if allocator.end == self._end:
             # What lies behind the last reference is not free space but no part of the file.
@@ -161,12 +191,12 @@ class Scan:
             # from then on finds it told already.
             found = inside & ~self._seen.owned(first, BLOCK) & ~self.witnessed.bits(block)
             if found:
-                allocator.adopt_block(block, found)
+                allocator.give_back_block(block, found)
             if allocator.free.count >= MAX_FREE:
                 break
             await trio.lowlevel.checkpoint()
         if allocator.free.count > _MANY and self._is_sparse():
-            allocator.unpunched = FreeMap(allocator.free.table, allocator.anchor)
+            allocator.unpunched = allocator.make_map()
         log.debug("%s: free clusters: %d", layer.file.name, allocator.free.count)
 
     def _is_sparse(self) -> bool:

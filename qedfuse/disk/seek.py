@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import trio
 
 from qedfuse.disk.extents import Kind
-from qedfuse.disk.layer import RawLayer
+from qedfuse.disk.layer import QedLayer, RawLayer
+from qedfuse.disk.tablecache import L1, L2
+from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from qedfuse.disk.chain import Chain
     from qedfuse.disk.extents import Extent
+    from qedfuse.disk.tablecache import Slice
 
-_FIRST_STEP: Final = 1 << 26
-_LONGEST_STEP: Final = 1 << 42
-"""Bytes that are looked at before other tasks get a turn.  Most holes are short, and a
-sparse disk of many terabytes has few tables to look at."""
+_FIRST_STEP: Final = 1 << 20
+"""Bytes; what is looked for is near in most cases, and a look costs by the extent."""
 
 
 async def next_data(chain: Chain, start: int) -> int | None:
@@ -46,14 +50,66 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     """Find the first byte at or past ``start`` that is data, or that is not."""
     size, step = chain.layers[0].size, _FIRST_STEP
     while start < size:
-        end = min(size, start + step)
-        for extent in await chain.extents(start, end - start):
-            found = await _within(chain, extent, data=data)
-            if found is not None:
-                return found
-        start, step = end, min(2 * step, _LONGEST_STEP)
+        end = start if data else await _past_data(chain, start)
+        if end == start:
+            # Never past a piece of a table: even if all of it is scattered, one look
+            # yields thousands of extents and not millions.
+            end = min(start + step, await _look_ahead(chain, start))
+            step *= 2
+            for extent in await chain.extents(start, end - start):
+                found = await _within(chain, extent, data=data)
+                if found is not None:
+                    return found
+        start = end
         await trio.lowlevel.checkpoint()
     return None
+
+
+async def _look_ahead(chain: Chain, start: int) -> int:
+    """Find how far one look goes: to where a piece of a layer's tables ends."""
+    end = chain.layers[0].size
+    for layer in chain.layers:
+        if isinstance(layer, QedLayer) and start < layer.size:
+            end = min(end, await _piece_end(layer, start))
+    return end
+
+
+async def _piece_end(layer: QedLayer, start: int) -> int:
+    """Find the end of a slice of a table, or of a range without tables."""
+    geometry = layer.geometry
+    l1_index = geometry.l1_index(start)
+    table, _reason = await layer.table_at(l1_index)
+    if table:
+        step = layer.tables.slice_entries << geometry.cluster_bits
+        return start - start % step + step
+    part = await layer.tables.load(layer.header.l1_table_offset, l1_index, L1)
+    rest = _entries(part)[l1_index % layer.tables.slice_entries + 1 :]
+    return (l1_index + 1 + _first(rest != UNALLOCATED)) * geometry.table_span
+
+
+async def _past_data(chain: Chain, start: int) -> int:
+    """Skip what the image itself has as data, within one slice of a table."""
+    top = chain.layers[0]
+    if isinstance(top, QedLayer):
+        geometry = top.geometry
+        table, _reason = await top.table_at(geometry.l1_index(start))
+        if table:
+            index = geometry.l2_index(start)
+            part = await top.tables.load(table, index, L2)
+            count = _first(_entries(part)[index % top.tables.slice_entries :] <= ZERO)
+            if count:
+                return min(top.size, geometry.floor(start) + count * geometry.cluster_size)
+    return start
+
+
+def _entries(part: Slice) -> NDArray[np.uint64]:
+    """Show the entries of a slice to numpy, without copying them."""
+    return np.frombuffer(part.entries, np.uint64)
+
+
+def _first(which: NDArray[np.bool_]) -> int:
+    """Find the first that is true; their number if none is."""
+    return int(which.argmax()) if which.any() else len(which)
 
 
 async def _within(chain: Chain, extent: Extent, *, data: bool) -> int | None:

@@ -190,6 +190,11 @@ class TableCache:
             part.touch(first, first + count)
             self._dirty[part.offset] = part
 
+    def let_go(self, part: Slice) -> None:
+        """Drop a slice that is not going to be needed soon, unless it has to stay."""
+        if not part.dirty and not part.pins:
+            self._store.drop((id(self), part.offset))
+
     def move(self, old: int, new: int, length: int) -> None:
         """Note that a table was copied to another place, and drop what is held of the old one.
 

@@ -116,8 +116,8 @@ def short_quarantine(patch: pytest.MonkeyPatch) -> None:
     def seal(self: Reclaim) -> None:
         self._quarantine.seal()
         self._quarantine.durable()
-        for offset, length in self._quarantine.due():
-            self._allocator.give_back(offset >> self._bits, length >> self._bits)
+        while (due := self._quarantine.take_due()) is not None:
+            self._allocator.give_back_block(*due)
 
     patch.setattr(Reclaim, "seal", seal)
 

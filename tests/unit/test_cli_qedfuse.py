@@ -74,7 +74,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_names_every_option() -> None:
     """What can be said is documented where people look first."""
-    for name in (*options._FLAGS, *options._VALUES, *options._CHOICES, *options._BACKING, "backing_dir"):
+    for name in (
+        *options._FLAGS,
+        *options._VALUES,
+        *options._CHOICES,
+        *options._BACKING,
+        "backing_dir",
+    ):
         assert name in USAGE
 
 

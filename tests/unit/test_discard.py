@@ -270,6 +270,68 @@ async def test_a_discard_beside_a_write_into_the_same_new_cluster() -> None:
         assert await freed(disk) == 0, "its cluster was the last one and is cut off"
 
 
+async def test_a_discard_up_to_the_end_beside_a_resize() -> None:
+    """What the guest writes behind the old end is not given up with the last cluster."""
+    size = 9 * CLUSTER + 512
+    image = build_image(size, {at: pattern(CLUSTER, at) for at in range(10)})
+    file = FailingFile(MemoryFile(image))
+    async with opened(file) as disk:
+        await disk.scanned()
+        async with trio.open_nursery() as nursery:
+            with file.hold("read") as gate:
+                nursery.start_soon(disk.discard, 0, size)
+                await gate.reached.wait()
+
+                async def grow_and_write() -> None:
+                    await disk.resize(20 * CLUSTER)
+                    await disk.write(size, b"behind the old end")
+                    await disk.flush()
+
+                nursery.start_soon(grow_and_write)
+                await settle()
+        assert await disk.read(size, 18) == b"behind the old end"
+        assert not any(await disk.read(0, size))
+
+
+async def test_a_full_file_waits_for_what_is_being_punched() -> None:
+    """Clusters that the host is about to wipe come back; the file does not grow meanwhile."""
+    size = 8 * CLUSTER
+    inner = MemoryFile(build_image(size, {at: pattern(CLUSTER, at) for at in range(8)}))
+    file = FailingFile(inner)
+    length = inner.size()
+    async with opened(file) as disk:
+        await disk.scanned()
+        await disk.discard(2 * CLUSTER, 3 * CLUSTER)
+        async with trio.open_nursery() as nursery:
+            with file.hold("punch") as gate:
+                nursery.start_soon(disk.flush)
+                await gate.reached.wait()
+                nursery.start_soon(disk.write, 2 * CLUSTER, pattern(3 * CLUSTER, 50))
+                await settle()
+                assert inner.size() == length
+        assert inner.size() == length
+        assert await disk.read(2 * CLUSTER, 3 * CLUSTER) == pattern(3 * CLUSTER, 50)
+
+
+async def test_an_idle_disk_is_left_in_peace() -> None:
+    """After a write that failed at the end of the file, flushes cost nothing once all is done."""
+    size = 8 * CLUSTER
+    file = FailingFile(MemoryFile(build_image(size, {0: b"a"})))
+    async with opened(file) as disk:
+        await disk.scanned()
+        file.fail("write", 2)
+        with pytest.raises(HostError):
+            await disk.write(3 * CLUSTER, pattern(CLUSTER, 1))
+        await disk.write(3 * CLUSTER, pattern(5 * CLUSTER, 1))
+        await disk.write(CLUSTER, pattern(2 * CLUSTER, 1))
+        for _ in range(3):
+            await disk.flush()
+        before = file.calls["datasync"]
+        for _ in range(5):
+            await disk.flush()
+        assert file.calls["datasync"] == before
+
+
 # --- zeros that are written ------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile
 
 CLUSTER: Final = 4096
 SIZE: Final = 64 * CLUSTER
+SPAN: Final = 512
+"""Clusters of the disk that one table describes."""
 
 
 def leaky(*lost: int, count: int = 10, tail: int = 0) -> bytearray:
@@ -85,19 +87,29 @@ async def test_tables_past_the_end_of_the_disk_are_in_use() -> None:
         assert disk.statistics().free_clusters == 0
 
 
-async def test_changes_while_the_scan_is_under_way() -> None:
-    """What is written, moved or given up meanwhile is neither lost nor given out twice."""
-    inner = MemoryFile(leaky(3, 4, count=30))
+@pytest.mark.parametrize("read_first", [False, True])
+async def test_changes_while_the_scan_is_under_way(*, read_first: bool) -> None:
+    """What is written or given up meanwhile is neither lost nor given out twice.
+
+    The changes are made to a table that the scan has read already, or is going to read.
+    """
+    other = 0 if read_first else SPAN
+    numbers = [*range(30), *range(SPAN, SPAN + 30)]
+    image = build_image(2 * SPAN * CLUSTER, {at: pattern(CLUSTER, at) for at in numbers})
+    for at in (3, 4):
+        put_entry(image, l2_entry_offset(image, at), 0)
+    inner = MemoryFile(image)
     file = FailingFile(inner)
     expected = bytearray(guest_bytes(inner.content))
-    with file.hold("read", nth=3) as gate:
+    with file.hold("read", nth=4 if read_first else 3) as gate:
         async with opened(file) as disk:
             await gate.reached.wait()
-            for at in (1, 2, 9, 29):
+            for at in (other + 1, other + 2, other + 9, other + 29):
                 await disk.discard(at * CLUSTER, CLUSTER)
                 expected[at * CLUSTER : (at + 1) * CLUSTER] = bytes(CLUSTER)
-            await disk.write(40 * CLUSTER, pattern(4 * CLUSTER, 77))
-            expected[40 * CLUSTER : 44 * CLUSTER] = pattern(4 * CLUSTER, 77)
+            start = (other + 40) * CLUSTER
+            await disk.write(start, pattern(4 * CLUSTER, 77))
+            expected[start : start + 4 * CLUSTER] = pattern(4 * CLUSTER, 77)
             await disk.flush()
             assert disk.statistics().free_clusters is None
             gate.open()
@@ -105,12 +117,53 @@ async def test_changes_while_the_scan_is_under_way() -> None:
             assert disk.statistics().free_clusters == 2
             await disk.flush()
             assert disk.statistics().free_clusters == 6
-            await disk.write(50 * CLUSTER, pattern(6 * CLUSTER, 78))
-            expected[50 * CLUSTER : 56 * CLUSTER] = pattern(6 * CLUSTER, 78)
-            assert difference(await disk.read(0, SIZE), expected) is None
+            start = 50 * CLUSTER
+            await disk.write(start, pattern(6 * CLUSTER, 78))
+            expected[start : start + 6 * CLUSTER] = pattern(6 * CLUSTER, 78)
+            assert difference(await disk.read(0, disk.size), expected) is None
     found = inspect_image(inner.content)
     assert (found.errors, found.leaks) == ((), 0)
     assert difference(guest_bytes(inner.content), expected) is None
+
+
+@pytest.mark.expect_log("found 1 references to clusters that have another owner")
+@pytest.mark.parametrize("read_first", [False, True])
+async def test_one_of_two_owners_gives_up_while_the_scan_is_under_way(*, read_first: bool) -> None:
+    """The other one keeps the cluster, whichever table the scan has read by then."""
+    image = build_image(2 * SPAN * CLUSTER, {at: pattern(CLUSTER, at) for at in (1, 2, SPAN)})
+    shared = get_entry(image, l2_entry_offset(image, 2))
+    put_entry(image, l2_entry_offset(image, SPAN + 2), shared)
+    gives_up, keeps = (2, SPAN + 2) if read_first else (SPAN + 2, 2)
+    inner = MemoryFile(image)
+    file = FailingFile(inner)
+    with file.hold("read", nth=4 if read_first else 3) as gate:
+        async with opened(file) as disk:
+            await gate.reached.wait()
+            await disk.discard(gives_up * CLUSTER, CLUSTER)
+            await disk.flush()
+            gate.open()
+            await disk.scanned()
+            await disk.flush()
+            await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
+            assert await disk.read(keeps * CLUSTER, CLUSTER) == pattern(CLUSTER, 2)
+    assert guest_bytes(inner.content)[keeps * CLUSTER :][:CLUSTER] == pattern(CLUSTER, 2)
+
+
+@pytest.mark.expect_log("found 1 references to clusters that have another owner")
+async def test_both_owners_give_up_before_the_scan_gets_there() -> None:
+    """Then nobody owns it, but who knows who else did."""
+    image = build_image(2 * SPAN * CLUSTER, {at: pattern(CLUSTER, at) for at in (1, 2, SPAN)})
+    shared = get_entry(image, l2_entry_offset(image, SPAN))
+    put_entry(image, l2_entry_offset(image, SPAN + 2), shared)
+    file = FailingFile(MemoryFile(image))
+    with file.hold("read", nth=3) as gate:
+        async with opened(file) as disk:
+            await gate.reached.wait()
+            await disk.discard(SPAN * CLUSTER, 3 * CLUSTER)
+            gate.open()
+            await disk.scanned()
+            await disk.flush()
+            assert disk.statistics().free_clusters == 0
 
 
 async def test_a_full_file_waits_for_the_scan() -> None:
@@ -147,6 +200,7 @@ async def test_clusters_with_two_owners_are_not_used_again() -> None:
     assert header_of(file.content).need_check, "the image wants a check"
 
 
+@pytest.mark.expect_log("found table entries that point to nowhere")
 async def test_a_wild_entry_that_nobody_read_is_found() -> None:
     """The bit stays set, because the file grows over the place that it points to."""
     image = leaky()
@@ -156,6 +210,25 @@ async def test_a_wild_entry_that_nobody_read_is_found() -> None:
         await disk.scanned()
         await disk.write(20 * CLUSTER, b"x")
     assert header_of(file.content).need_check
+
+
+@pytest.mark.expect_log("found table entries that point to nowhere")
+@pytest.mark.parametrize("level", [1, 2])
+async def test_what_a_wild_entry_may_have_pointed_to_is_kept(level: int) -> None:
+    """One flipped bit must not cost what it hides, because repair may find it."""
+    image = leaky(3, tail=2)
+    where = l2_entry_offset(image, 5) if level == 2 else header_of(image).l1_table_offset
+    put_entry(image, where, get_entry(image, where) ^ 1 << 40)
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.scanned()
+        if level == 2:
+            await disk.write(20 * CLUSTER, b"x")
+            await disk.discard(8 * CLUSTER, CLUSTER)
+    kept = {at: item for at, item in enumerate(image) if item != file.content[at]}
+    table = l2_entry_offset(leaky(), 0)
+    entries = set(range(table, table + CLUSTER))
+    assert kept.keys() <= {16} | entries, "only NEED_CHECK and entries were changed"
 
 
 @pytest.mark.expect_log("read: Input/output error (while looking for free space)")

@@ -1,0 +1,322 @@
+"""The extension beside pyfuse3: each request gets one answer, whatever becomes of it.
+
+libfuse itself is here, but no kernel: a session is made the way pyfuse3 makes it, what the
+kernel would say is made up, and what libfuse answers is collected.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+import sys
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.mount import extraops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qedfuse.mount._extraops import Request
+    from qedfuse.mount.extraops import Handler
+
+pytestmark = pytest.mark.skipif(
+    extraops._extension is None, reason=f"no extension: {extraops._why_not}"
+)
+
+INIT: Final = 26
+FALLOCATE: Final = 43
+LSEEK: Final = 46
+READ_SLOT: Final = 15
+FALLOCATE_SLOT: Final = 40
+SLOTS: Final = 44
+"""Of libfuse 3.14; the places of the older ones never change."""
+
+Writer = ctypes.CFUNCTYPE(
+    ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
+)
+Operation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
+
+
+class Arguments(ctypes.Structure):
+    """struct fuse_args."""
+
+    _fields_ = (
+        ("argc", ctypes.c_int),
+        ("argv", ctypes.POINTER(ctypes.c_char_p)),
+        ("allocated", ctypes.c_int),
+    )
+
+
+class Buffer(ctypes.Structure):
+    """struct fuse_buf, with room for what may be added to it."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("mem", ctypes.c_char_p),
+        ("fd", ctypes.c_int),
+        ("pos", ctypes.c_longlong),
+        ("room", ctypes.c_char * 32),
+    )
+
+
+class Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class InOut(ctypes.Structure):
+    """struct fuse_custom_io."""
+
+    _fields_ = (("writev", Writer), ("read", Writer), ("room", ctypes.c_void_p * 6))
+
+
+class Wire:
+    """A session of libfuse, and both ends of its connection.
+
+    Attributes:
+        answers: What libfuse has answered: number of the request, error, payload.
+    """
+
+    def __init__(self, slots: int = SLOTS, filled: dict[int, object] | None = None) -> None:
+        """Begin a session with a table of so many operations, all empty but ``filled``."""
+        assert extraops._extension is not None
+        self.answers: list[tuple[int, int, bytes]] = []
+        library = ctypes.CDLL(extraops._extension.__file__)
+        if not hasattr(library, "fuse_session_custom_io"):
+            pytest.skip("this libfuse talks to the kernel only")
+        for name in ("fuse_session_new", "fuse_session_new_versioned"):
+            getattr(library, name).restype = ctypes.c_void_p
+        table = (ctypes.c_void_p * slots)()
+        for slot, function in (filled or {}).items():
+            table[slot] = ctypes.cast(function, ctypes.c_void_p)  # type: ignore[arg-type]
+        names = (ctypes.c_char_p * 2)(b"test", None)
+        arguments = Arguments(1, names, 0)
+        self._session = ctypes.c_void_p(
+            library.fuse_session_new(
+                ctypes.byref(arguments), table, ctypes.c_size_t(ctypes.sizeof(table)), None
+            )
+        )
+        assert self._session
+        self._library = library
+        self._writer = Writer(self._collect)
+        io = InOut(self._writer, self._writer)
+        # Since 3.17 the size of the structure comes before the descriptor, by a macro.
+        assert library.fuse_session_custom_io(self._session, ctypes.byref(io), 0) == 0
+        self._number = 0
+        self.say(INIT, struct.pack("=IIII", 7, 38, 65536, 0))
+        self.answers.clear()
+
+    def _collect(self, _fd: int, vectors: int, count: int, _data: object) -> int:
+        """Take what libfuse writes to the kernel."""
+        parts = (Vector * count).from_address(vectors)
+        said = b"".join(ctypes.string_at(part.base, part.length) for part in parts)
+        _length, error, number = struct.unpack_from("=IiQ", said)
+        self.answers.append((number, error, said[16:]))
+        return len(said)
+
+    def say(self, operation: int, body: bytes) -> int:
+        """Hand libfuse a request as user 7 on inode 5; give its number."""
+        self._number += 1
+        length = 40 + len(body)
+        said = struct.pack("=IIQQIIII", length, operation, self._number, 5, 7, 8, 9, 0) + body
+        self._library.fuse_session_process_buf(
+            self._session, ctypes.byref(Buffer(length, 0, said, -1, 0))
+        )
+        return self._number
+
+    def fallocate(self) -> int:
+        """Say that 8192 bytes at 4096 be punched."""
+        return self.say(FALLOCATE, struct.pack("=QQQII", 1, 4096, 8192, 3, 0))
+
+    def close(self) -> None:
+        """End the session, as pyfuse3 does it after us."""
+        if self._session:
+            self._library.fuse_session_destroy(self._session)
+            self._session = ctypes.c_void_p()
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    """Give a session."""
+    wire = Wire()
+    yield wire
+    extraops.end()
+    wire.close()
+
+
+@pytest.fixture
+def complaints(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the errors that C code can tell nobody."""
+    found: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: found.append(str(what.exc_value)))
+    return found
+
+
+class Keeper:
+    """Keeps the requests it gets.
+
+    Attributes:
+        requests: The requests, oldest first.
+        told: What they were about.
+    """
+
+    def __init__(self) -> None:
+        """Keep nothing yet."""
+        self.requests: list[Request] = []
+        self.told: list[tuple[object, ...]] = []
+
+    def __call__(self, request: Request, *about: object) -> None:
+        """Keep a request."""
+        self.requests.append(request)
+        self.told.append(about)
+
+
+def served(handler: Handler) -> None:
+    """Send requests to a handler; the session is known to have come by way of us."""
+    assert extraops.serve(handler) is None
+
+
+def test_a_request_arrives_as_the_kernel_sent_it(wire: Wire) -> None:
+    """Operation, user, inode, mode or whence, start, length."""
+    keeper = Keeper()
+    served(keeper)
+    wire.fallocate()
+    wire.say(LSEEK, struct.pack("=QQII", 1, 1 << 45, 4, 0))
+    assert keeper.told == [("fallocate", 7, 5, 3, 4096, 8192), ("lseek", 7, 5, 4, 1 << 45, 0)]
+    assert wire.answers == []
+
+
+def test_the_first_answer_counts(wire: Wire) -> None:
+    """Later ones go nowhere, the end of the handle included."""
+    keeper = Keeper()
+    served(keeper)
+    first, second = wire.fallocate(), wire.say(LSEEK, struct.pack("=QQII", 1, 0, 3, 0))
+    keeper.requests[1].offset(12345)
+    keeper.requests[0].error(0)
+    for request in keeper.requests:
+        request.error(errno.EIO)
+        request.offset(1)
+    del request
+    keeper.requests.clear()
+    assert wire.answers == [(second, 0, struct.pack("=q", 12345)), (first, 0, b"")]
+
+
+def test_a_request_that_is_let_go_answers_itself(wire: Wire) -> None:
+    """As when the task that had it is cancelled."""
+    keeper = Keeper()
+    served(keeper)
+    number = wire.fallocate()
+    assert wire.answers == []
+    keeper.requests.clear()
+    assert wire.answers == [(number, -errno.EINTR, b"")]
+
+
+@pytest.mark.parametrize("answer", [lambda request: request.error("x"),
+                                    lambda request: request.offset(1 << 64)])  # fmt: skip
+def test_an_answer_that_is_none_leaves_the_request_open(
+    answer: Callable[[Request], None], wire: Wire
+) -> None:
+    """It can still be answered."""
+    keeper = Keeper()
+    served(keeper)
+    number = wire.fallocate()
+    with pytest.raises((TypeError, OverflowError)):
+        answer(keeper.requests[0])
+    assert wire.answers == []
+    keeper.requests[0].error(errno.ENOSPC)
+    assert wire.answers == [(number, -errno.ENOSPC, b"")]
+
+
+def test_a_handler_that_fails(wire: Wire, complaints: list[str]) -> None:
+    """The kernel gets an answer and Python's hook the reason."""
+
+    def fail(*_about: object) -> None:
+        msg = "no"
+        raise ValueError(msg)
+
+    served(fail)
+    number = wire.fallocate()
+    assert wire.answers == [(number, -errno.EINTR, b"")]
+    assert complaints == ["no"]
+
+
+def test_nobody_there(wire: Wire, complaints: list[str]) -> None:
+    """Before a handler is set, and after it has been taken back."""
+    extraops._extension.set_handler(None)  # type: ignore[union-attr]
+    number = wire.fallocate()
+    assert wire.answers == [(number, -errno.EINTR, b"")]
+    assert complaints == ["no handler is set"]
+
+
+def test_a_request_outlives_its_session(wire: Wire) -> None:
+    """It touches nothing of libfuse any more, whose memory is gone."""
+    keeper = Keeper()
+    served(keeper)
+    for _ in range(3):
+        wire.fallocate()
+    extraops.end()
+    keeper.requests.pop().error(0)
+    wire.close()
+    keeper.requests.pop().error(0)
+    keeper.requests.clear()
+    assert wire.answers == []
+
+
+def test_a_request_of_an_earlier_session(wire: Wire) -> None:
+    """It does not answer one of the next session that lies at the same place in memory."""
+    keeper = Keeper()
+    served(keeper)
+    wire.fallocate()
+    extraops.end()
+    wire.close()
+    following = Wire()
+    try:
+        served(keeper)
+        following.fallocate()
+        keeper.requests.pop(0).error(0)
+        assert following.answers == []
+    finally:
+        keeper.requests.clear()
+        extraops.end()
+        following.close()
+    assert wire.answers == []
+    assert len(following.answers) == 1
+
+
+@pytest.mark.parametrize("slots", [FALLOCATE_SLOT - 2, SLOTS, SLOTS + 20])
+def test_tables_of_any_size(slots: int) -> None:
+    """Pyfuse3 may have been built for an older libfuse or a newer one."""
+    calls: list[int] = []
+    reader = Operation(lambda _request, inode: calls.append(inode))
+    wire = Wire(slots, {READ_SLOT: reader})
+    keeper = Keeper()
+    served(keeper)
+    try:
+        wire.fallocate()
+        wire.say(15, bytes(40))
+    finally:
+        keeper.requests.clear()
+        extraops.end()
+        wire.close()
+    assert calls == [5]
+    assert keeper.told == [("fallocate", 7, 5, 3, 4096, 8192)]
+
+
+def test_handlers_of_pyfuse3_come_first() -> None:
+    """Should it learn these requests, they are its own."""
+    calls: list[int] = []
+    own = Operation(lambda _request, inode: calls.append(inode))
+    wire = Wire(filled={FALLOCATE_SLOT: own})
+    keeper = Keeper()
+    served(keeper)
+    try:
+        wire.fallocate()
+    finally:
+        extraops.end()
+        wire.close()
+    assert (calls, keeper.told) == ([5], [])
