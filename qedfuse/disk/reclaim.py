@@ -60,6 +60,7 @@ class Reclaim:
         self.before_change: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.punching = True
         self._being_punched = 0
+        self._freed = 0
         self.on_retire: Callable[[int, int], None] = lambda _first, _count: None
         self.ready = trio.Event()
         self.untrusted_end = 0
@@ -104,7 +105,9 @@ class Reclaim:
             return
         async with self._lock:
             while (due := self._quarantine.take_due()) is not None:
-                self._allocator.give_back_block(due[0], due[1] & self._trusted(due[0]))
+                bits = due[1] & self._trusted(due[0])
+                self._allocator.give_back_block(due[0], bits)
+                self._freed += bits.bit_count()
                 await trio.lowlevel.checkpoint()
             try:
                 self._allocator.lower_end()
@@ -173,7 +176,7 @@ class Reclaim:
         """Wait for what may make clusters free: the scan, or the quarantine.
 
         Returns:
-            Whether there was anything to wait for.
+            Whether something became free meanwhile; others may have taken it.
 
         Raises:
             HostError: The tables could not be written back.
@@ -186,8 +189,9 @@ class Reclaim:
                 return True
         if not self._allocator.known or not self._quarantine.count:
             return False
-        before = self._quarantine.count
+        before = self._freed
         await self._commit.flush()
         await self._quarantine.wait()
         await self.run()
-        return self._quarantine.count < before
+        # Others may have put more into quarantine meanwhile, or taken what became free.
+        return self._freed != before
