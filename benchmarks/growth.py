@@ -3,18 +3,23 @@
     python -m benchmarks.growth                an hour's worth of operations
     python -m benchmarks.growth --quick        five minutes' worth
 
-The guest writes and discards random ranges, 20 operations a second (they run as fast as
-they can), and every 5 seconds' worth the process that serves the image is killed with
-SIGKILL in the middle of its work.  The same operations go to qedfuse, by way of its
-library in a child process, and to QEMU's own driver, by way of qemu-io.  After each kill
-the length of both files and the space they take up are noted.
+The guest does 20 operations a second (they run as fast as they can), and every 5 seconds'
+worth the process that serves the image is killed with SIGKILL in the middle of its work.
+The same operations go to qedfuse, by way of its library in a child process, and to QEMU's
+own driver, by way of qemu-io.  After each kill the length of both files and the space
+they take up are noted.
 
-Prints a table; draws both curves, and the bound that the size of the disk allows.
+There are two guests.  "random" writes and discards random ranges of a small disk: does
+the file stay within the bound that the size of the disk sets?  "moving" uses a small part
+of a large disk at any time, and discards what it leaves behind: does the file stay small?
+
+Prints a table; draws the curves.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import random
@@ -23,7 +28,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import trio
 
@@ -41,9 +46,14 @@ if TYPE_CHECKING:
 
 MIB: Final = 1 << 20
 CLUSTER: Final = 65536
-DISK_BYTES: Final = 256 * MIB
+DISK_BYTES: Final = {"random": 256 * MIB, "moving": 64 << 30}
+WINDOW_BYTES: Final = 48 * MIB
+"""How much of its disk the moving guest uses at a time."""
 PER_SECOND: Final = 20
 KILL_SECONDS: Final = 5
+FLUSHES, WRITES = 0.02, 0.6
+"""Chances: below the first it is a flush, below the second a write, else a discard."""
+SERVER: Final = (sys.executable, "-m", "benchmarks.growth")
 AT_ONCE: Final = 4
 """Operations that are under way at the same time."""
 
@@ -56,26 +66,38 @@ class Operation(NamedTuple):
     length: int = 0
 
 
-def operations(seed: int, life: int) -> Iterator[Operation]:
+Guest: TypeAlias = Literal["random", "moving"]
+
+
+def operations(guest: Guest, seed: int, life: int) -> Iterator[Operation]:
     """Give what the guest does between two kills, without end."""
     choice = random.Random(f"{seed} {life}")
-    while True:
+    lengths = (4096, 65536, 299_520, MIB) if guest == "random" else (4096, 65536, 131_072)
+    for step in itertools.count():
         chance = choice.random()
-        if chance < 0.02:  # noqa: PLR2004
+        if chance < FLUSHES:
             yield Operation("flush")
             continue
-        kind: Literal["write", "discard"] = "write" if chance < 0.6 else "discard"  # noqa: PLR2004
-        length = choice.choice((4096, 65536, 300_000, MIB)) // 512 * 512
-        start = choice.randrange((DISK_BYTES - length) // 512) * 512
-        yield Operation(kind, start, length * (2 if kind == "discard" else 1))
+        kind: Literal["write", "discard"] = "write" if chance < WRITES else "discard"
+        length = choice.choice(lengths)
+        if guest == "random":
+            start = choice.randrange((DISK_BYTES[guest] - length) // 512) * 512
+            yield Operation(kind, start, length * (2 if kind == "discard" else 1))
+            continue
+        window = (life * PER_SECOND * KILL_SECONDS + step) * 65536
+        if kind == "write":
+            yield Operation(kind, window + choice.randrange(WINDOW_BYTES // 512) * 512, length)
+        else:
+            # Some more than it moves on at a time, so that nothing is left behind.
+            yield Operation(kind, max(0, window - 8 * WINDOW_BYTES), 8 * WINDOW_BYTES)
 
 
 # --- qedfuse, in a process of its own ---------------------------------------------------
 
 
-async def _serve(path: str, seed: int, life: int) -> None:
+async def _serve(path: str, guest: Guest, seed: int, life: int) -> None:
     """Carry operations out and print a dot for each, until somebody kills us."""
-    stream = operations(seed, life)
+    stream = operations(guest, seed, life)
     options = OpenOptions(writable=True, commit_seconds=1.0)
     async with open_disk(path, options, inspector=inspect_image) as disk:
 
@@ -99,10 +121,10 @@ async def _carry_out(disk: Disk, operation: Operation) -> None:
         await disk.flush()
 
 
-def live_with_qedfuse(path: Path, seed: int, life: int, count: int) -> None:
+def live_with_qedfuse(path: Path, guest: Guest, seed: int, life: int, count: int) -> None:
     """Have a server do ``count`` operations, and kill it while it does more."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.growth", "--serve", str(path), str(seed), str(life)],
+        [*SERVER, "--guest", guest, "--serve", str(path), str(seed), str(life)],
         stdout=subprocess.PIPE,
     )
     assert child.stdout is not None
@@ -121,7 +143,7 @@ def live_with_qedfuse(path: Path, seed: int, life: int, count: int) -> None:
 # --- QEMU --------------------------------------------------------------------------------
 
 
-def live_with_qemu(path: Path, seed: int, life: int, count: int) -> None:
+def live_with_qemu(path: Path, guest: Guest, seed: int, life: int, count: int) -> None:
     """Do the same with qemu-io."""
     child = subprocess.Popen(
         # Line by line: with a pipe it would keep its answers to itself.
@@ -133,14 +155,14 @@ def live_with_qemu(path: Path, seed: int, life: int, count: int) -> None:
     )
     assert child.stdin is not None
     assert child.stdout is not None
-    stream = operations(seed, life)
+    stream = operations(guest, seed, life)
     for _ in range(2 * count):
         operation = next(stream)
         if operation.kind == "flush":
             child.stdin.write("aio_flush\n")
             continue
         verb = "aio_write -P 165" if operation.kind == "write" else "discard"
-        length = min(operation.length, DISK_BYTES - operation.start)
+        length = min(operation.length, DISK_BYTES[guest] - operation.start)
         child.stdin.write(f"{verb} {operation.start} {length}\n")
     # It takes the lines one by one, but the last ones only when there is an end.
     child.stdin.close()
@@ -179,16 +201,18 @@ def measure(path: Path, count: int) -> Sample:
     return Sample(count, image.st_size, image.st_blocks * 512)
 
 
-def compare(total: int, seed: int, directory: Path) -> tuple[list[Sample], list[Sample]]:
+def compare(
+    guest: Guest, total: int, seed: int, directory: Path
+) -> tuple[list[Sample], list[Sample]]:
     """Run both; give the samples of qedfuse and of QEMU."""
     ours, theirs = directory / "qedfuse.qed", directory / "qemu.qed"
     for path in (ours, theirs):
-        trio.run(create_image, str(path), DISK_BYTES)
+        trio.run(create_image, str(path), DISK_BYTES[guest])
     step = PER_SECOND * KILL_SECONDS
     results: tuple[list[Sample], list[Sample]] = ([measure(ours, 0)], [measure(theirs, 0)])
     for life in range(max(1, total // step)):
-        live_with_qedfuse(ours, seed, life, step)
-        live_with_qemu(theirs, seed, life, step)
+        live_with_qedfuse(ours, guest, seed, life, step)
+        live_with_qemu(theirs, guest, seed, life, step)
         for samples, path in zip(results, (ours, theirs), strict=True):
             samples.append(measure(path, (life + 1) * step))
         if sys.stderr.isatty():
@@ -203,6 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--operations", type=int, default=3600 * PER_SECOND)
     parser.add_argument("--quick", action="store_true", help="300 seconds' worth of operations")
+    parser.add_argument("--guest", choices=("random", "moving"), default="random")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="write the curves to this SVG file")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
@@ -210,24 +235,22 @@ def main() -> None:
     if arguments.serve:
         path, seed, life = arguments.serve
         logging.disable(logging.WARNING)  # leaks after a kill are what this is about
-        trio.run(_serve, path, int(seed), int(life))
+        trio.run(_serve, path, arguments.guest, int(seed), int(life))
     total = 300 * PER_SECOND if arguments.quick else arguments.operations
-    header_end = CLUSTER
-    bound = Geometry(CLUSTER, 4).bound(header_end, DISK_BYTES)
+    guest: Guest = arguments.guest
+    bound = Geometry(CLUSTER, 4).bound(CLUSTER, DISK_BYTES[guest])
     with tempfile.TemporaryDirectory() as directory:
-        ours, theirs = compare(total, arguments.seed, Path(directory))
-    _print(ours, theirs, bound, arguments.seed)
+        ours, theirs = compare(guest, total, arguments.seed, Path(directory))
+    _print(ours, theirs, bound, f"guest {guest}, seed {arguments.seed}")
     if arguments.plot:
-        _draw(arguments.plot, ours, theirs, bound)
+        _draw(arguments.plot, guest, ours, theirs, bound)
     if max(sample.length for sample in ours) > bound:
         sys.exit("qedfuse: the file grew beyond its bound")
 
 
-def _print(ours: list[Sample], theirs: list[Sample], bound: int, seed: int) -> None:
+def _print(ours: list[Sample], theirs: list[Sample], bound: int, what: str) -> None:
     """Print a row for each twelfth of the time."""
-    print(
-        f"seed {seed}; disk {DISK_BYTES / MIB:.0f} MiB; bound {bound / MIB:.1f} MiB; sizes in MiB"
-    )
+    print(f"{what}; bound {bound / MIB:.1f} MiB; sizes in MiB")
     print("operations    kills   qedfuse length   space     QEMU length   space")
     for place in sorted({len(ours) * part // 12 for part in range(12)} | {len(ours) - 1}):
         mine, other = ours[place], theirs[place]
@@ -237,7 +260,7 @@ def _print(ours: list[Sample], theirs: list[Sample], bound: int, seed: int) -> N
         )
 
 
-def _draw(path: Path, ours: list[Sample], theirs: list[Sample], bound: int) -> None:
+def _draw(path: Path, guest: Guest, ours: list[Sample], theirs: list[Sample], bound: int) -> None:
     """Draw the curves."""
     last = ours[-1].operations
 
@@ -245,17 +268,15 @@ def _draw(path: Path, ours: list[Sample], theirs: list[Sample], bound: int) -> N
         points = [(item.operations, getattr(item, what) / MIB) for item in samples]
         return Line(name, points, style)
 
-    draw(
-        path,
-        f"An image of {DISK_BYTES // MIB} MiB, killed every {PER_SECOND * KILL_SECONDS} operations",
-        ("operations", "MiB"),
-        [
-            line("QEMU: file length", theirs, "length", "#c0392b"),
-            line("qedfuse: file length", ours, "length", "#2471a3"),
-            line("qedfuse: space taken", ours, "space", "#7fb3d5"),
-            Line("bound", [(0, bound / MIB), (last, bound / MIB)], "#555555"),
-        ],
-    )
+    lines = [
+        line("QEMU: file length", theirs, "length", "#c0392b"),
+        line("qedfuse: file length", ours, "length", "#2471a3"),
+        line("qedfuse: space taken", ours, "space", "#7fb3d5"),
+    ]
+    if guest == "random":
+        lines.append(Line("bound", [(0, bound / MIB), (last, bound / MIB)], "#555555"))
+    title = f"A {guest} guest on a disk of {DISK_BYTES[guest] // MIB} MiB, {len(ours) - 1} kills"
+    draw(path, title, ("operations", "MiB"), lines)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ class Allocator:
         anchor: The first cluster behind the L1 table.
         end: File offset past the last cluster that is not free.
         free: Clusters below ``end`` that may be handed out.
-        unpunched: Those of them that may still take up space on the host.
+        unpunched: Those of them that take up space on the host, or may.
+        doubtful: Those that were free already when the image was opened, which may be
+            holes; the host is asked before they are punched.
         shrunk: Whether the file is longer than it needs to be because clusters at its
             end were given up.
         known: Whether all free clusters are known; before that, few or none are.
@@ -100,6 +102,7 @@ class Allocator:
         self.anchor = header.l1_end >> self._bits
         self.free = self.make_map()
         self.unpunched = self.make_map()
+        self.doubtful = self.make_map()
         self.known = False
         self.hurry: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.find_room: Callable[[], Awaitable[bool]] = _no_room
@@ -187,9 +190,14 @@ class Allocator:
     def claim(self, first: int, count: int) -> None:
         """Take a run of clusters that are free, or are just being put into use."""
         self.free.remove(first, count)
-        if self.unpunched.count:
-            self.unpunched.remove(first, count)
+        self._forget(first, count)
         self.witness(first, count)
+
+    def _forget(self, first: int, count: int) -> None:
+        """Note that a run is no business of the host's any more."""
+        for clusters in (self.unpunched, self.doubtful):
+            if clusters.count:
+                clusters.remove(first, count)
 
     # For who moves what is there already, so that no more will be in use afterwards
 
@@ -288,6 +296,11 @@ class Allocator:
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
 
+    def adopt_block(self, block: int, bits: int) -> None:
+        """Take note of clusters of one block of the map that were found to be free."""
+        self.free.add_block(block, bits)
+        self.doubtful.add_block(block, bits)
+
     def make_map(self) -> FreeMap:
         """Make an empty map of the file's clusters, with blocks where those of ``free`` are."""
         return FreeMap(self._geometry.table_size, self.anchor)
@@ -298,7 +311,7 @@ class Allocator:
         count = self.free.before(end)
         if count:
             self.free.remove(end - count, count)
-            self.unpunched.remove(end - count, count)
+            self._forget(end - count, count)
             self.shrink((end - count) << self._bits)
 
     def shrink(self, end: int) -> None:
@@ -354,4 +367,4 @@ class Allocator:
         for first, count in runs:
             self.free.add(first, count)
             if not punched:
-                self.unpunched.add(first, count)
+                self.doubtful.add(first, count)

@@ -113,12 +113,13 @@ class Discards:
             table, reason = await self._layer.table_at(geometry.l1_index(start))
             if reason:
                 raise CorruptImageError(reason)
-            stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
-            if table or await self._shown(start, stop):
+            if table or start < self._reach:
                 # Within one slice of one table; slices and tables are whole pieces.
                 stop = min(end, start - start % piece + piece)
                 await self._requests.wait_for_tables()
                 await self._give_up_piece(start, stop, data=data)
+            else:
+                stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
             start = stop
             await trio.lowlevel.checkpoint()
 

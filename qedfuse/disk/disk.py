@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from qedfuse.util.lru import LRUStatistics
 
 log = logging.getLogger(__name__)
+
+_SHORT_TABLES: Final = 8 << 20
+"""Bytes of L2 tables that are scanned while the opener waits: those of 64 GiB of data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +283,12 @@ class Disk:
     async def next_hole(self, start: int) -> int:
         """Find where the first hole at or past ``start`` begins; the disk's end is one."""
         return await next_hole(self._chain, start)
+
+    @property
+    def short_to_scan(self) -> bool:
+        """Whether the tables are so few that the scan is a matter of some milliseconds."""
+        tables = len(self._layer.l2_tables) * self.header.geometry.table_bytes
+        return self._file.writable and tables <= _SHORT_TABLES
 
     async def scanned(self) -> None:
         """Return when the free space of the file is known, or never will be."""

@@ -57,6 +57,9 @@ async def open_disk(
         raise
     disk = Disk(file, header, bases, options, store, path)
     async with disk.serving():
+        if disk.short_to_scan:
+            # Otherwise the first writes after each crash would make the file longer.
+            await disk.scanned()
         yield disk
 
 

@@ -44,6 +44,11 @@ class Quarantine:
         """How many clusters are in quarantine."""
         return self._fresh.count + sum(batch.clusters.count for batch in self._batches)
 
+    @property
+    def fresh(self) -> int:
+        """How many clusters have come since the last commit round began."""
+        return self._fresh.count
+
     def retire(self, first: int, count: int) -> None:
         """Take in clusters in the same moment in which a table in memory drops them.
 

@@ -80,7 +80,7 @@ class Reclaim:
         allocator = self._allocator
         if not allocator.known:
             return False
-        unpunched = self._can_punch and allocator.unpunched.count > 0
+        unpunched = self._can_punch and allocator.unpunched.count + allocator.doubtful.count > 0
         return self._quarantine.count > 0 or allocator.shrunk or unpunched
 
     @property
@@ -132,7 +132,8 @@ class Reclaim:
         done = 0
         while self._can_punch and (punches is None or done < punches):
             done += 1
-            found = allocator.unpunched.take(BLOCK)
+            clusters = allocator.unpunched if allocator.unpunched.count else allocator.doubtful
+            found = clusters.take(BLOCK)
             if found is None:
                 break
             first, count = found
@@ -141,13 +142,14 @@ class Reclaim:
             allocator.free.remove(first, count)
             self._being_punched = count
             try:
-                data = await self._file.next_data(offset)
-                if data is not None and data < offset + length:
+                # Space that was set aside and never written to looks like a hole, so what
+                # we have used ourselves is punched in any case.
+                if clusters is allocator.unpunched or await self._holds_data(offset, length):
                     await self.before_change()
                     await self._file.punch(offset, length)
                     self._commit.note_write()
             except BaseException:
-                allocator.unpunched.add(first, count)
+                clusters.add(first, count)
                 raise
             finally:
                 self._being_punched = 0
@@ -159,8 +161,13 @@ class Reclaim:
         if self.pending:
             self._commit.wake()
 
+    async def _holds_data(self, offset: int, length: int) -> bool:
+        """Ask the host whether a range is more than a hole."""
+        data = await self._file.next_data(offset)
+        return data is not None and data < offset + length
+
     async def hurry(self) -> None:
-        """Flush before the file grows, if so much is in quarantine that it is worth it.
+        """Flush before the file grows, if so much has come into quarantine that it is worth it.
 
         Requests that the quarantine waits for are not waited for.
 
@@ -169,7 +176,7 @@ class Reclaim:
         """
         share = self._allocator.end // _WORTH_SHARE
         enough = max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
-        if self._allocator.known and self._quarantine.count << self._bits > enough:
+        if self._allocator.known and self._quarantine.fresh << self._bits > enough:
             await self._commit.flush()
 
     async def find_room(self) -> bool:

@@ -161,6 +161,7 @@ class SavedList:
         for first, count in withdrawn.runs():
             self._allocator.free.remove(first, count)
             self._allocator.unpunched.remove(first, count)
+            self._allocator.doubtful.remove(first, count)
         if self._scan.witnessed.count:
             # What was handed out already may have had an owner: only a check can tell.
             self._layer.damaged = True

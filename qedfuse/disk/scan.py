@@ -184,6 +184,10 @@ class Scan:
         shift = allocator.free.shift
         for block in range(-(-(last + shift) // BLOCK)):
             first = block * BLOCK - shift
+            # The file may have been cut meanwhile.
+            last = min(last, allocator.end >> bits)
+            if first >= last:
+                break
             inside = (1 << min(BLOCK, last - first)) - 1
             if not block:
                 inside &= -1 << shift
@@ -191,12 +195,12 @@ class Scan:
             # from then on finds it told already.
             found = inside & ~self._seen.owned(first, BLOCK) & ~self.witnessed.bits(block)
             if found:
-                allocator.give_back_block(block, found)
+                allocator.adopt_block(block, found)
             if allocator.free.count >= MAX_FREE:
                 break
             await trio.lowlevel.checkpoint()
         if allocator.free.count > _MANY and self._is_sparse():
-            allocator.unpunched = allocator.make_map()
+            allocator.doubtful = allocator.make_map()
         log.debug("%s: free clusters: %d", layer.file.name, allocator.free.count)
 
     def _is_sparse(self) -> bool:

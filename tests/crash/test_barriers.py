@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
@@ -158,9 +158,10 @@ def early_punch(patch: pytest.MonkeyPatch) -> None:
     in_round = Commit._round
 
     async def punching(self: Commit) -> None:
-        quarantine: Any = self.reclaim and self.reclaim._quarantine
-        for offset, length in quarantine._fresh:
-            await self._file.punch(offset, length)
+        assert self.reclaim is not None
+        bits = self.reclaim._bits
+        for first, count in self.reclaim._quarantine._fresh.runs():
+            await self._file.punch(first << bits, count << bits)
         await in_round(self)
 
     patch.setattr(Commit, "_round", punching)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Final, Literal
 import pytest
 import trio
 
+from qedfuse.disk.create import create_image
 from qedfuse.disk.extents import Kind
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, HostError, NoSpaceError, ReadOnlyError
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.ondisk.geometry import Geometry
@@ -29,6 +32,8 @@ from tests.support.disks import (
 from tests.support.hostfiles import FailingFile, MemoryFile, Punch, RecordingFile, Sync, Write
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qedfuse.disk.disk import Disk
 
 CLUSTER: Final = 4096
@@ -412,6 +417,21 @@ async def test_a_punch_that_fails_costs_only_space() -> None:
         end = disk.statistics().file_bytes
         await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 2))
         assert disk.statistics().file_bytes == end
+
+
+async def test_space_that_was_only_set_aside_goes_back(tmp_path: Path) -> None:
+    """The host calls it a hole, although it takes up space."""
+    path = tmp_path / "vm.qed"
+    await create_image(str(path), 64 << 20)
+    async with open_disk(str(path), OpenOptions(writable=True)) as disk:
+        await disk.write(0, b"x")
+        before = disk.fstat().st_blocks
+        await disk.allocate(1 << 20, 8 << 20)
+        await disk.write(16 << 20, b"x")
+        assert disk.fstat().st_blocks >= before + (8 << 20) // 512
+        await disk.discard(1 << 20, 8 << 20)
+        await disk.flush()
+        assert disk.fstat().st_blocks < before + (1 << 20) // 512
 
 
 async def test_a_full_host_is_found_out_before_the_table_is_changed() -> None:
