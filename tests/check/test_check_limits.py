@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import trio
 
-from qedfuse.disk.references import References
 from qedfuse.check.walk import check_image
+from qedfuse.disk.references import References
 from qedfuse.hostio.hostfile import PosixFile
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE
 from qedfuse.ondisk.header import Header, build_header
