@@ -202,7 +202,7 @@ class Compaction:
                 part.pins -= 1
                 taken = False
                 layer.move_table(old, new)
-                self._reclaim.retire(old, length)
+                self._reclaim.retire(old, length, part.offset)
                 self._commit.note_write()
         finally:
             if taken:
@@ -269,7 +269,7 @@ class Compaction:
             clusters = run.length >> self._bits
             for step in range(clusters):
                 tables.set(part, at + moved + step, run.offset + step * size)
-            self._reclaim.retire(value, run.length)
+            self._reclaim.retire(value, run.length, part.offset)
             self._commit.note_write()
             self._report(clusters)
             moved, value = moved + clusters, value + run.length

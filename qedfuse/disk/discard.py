@@ -167,7 +167,7 @@ class Discards:
                 hidden = max(0, min(count, reach - index))
                 tables.fill(part, index, hidden, ZERO)
                 tables.fill(part, index + hidden, count - hidden, UNALLOCATED)
-                self._reclaim.retire(value, count << geometry.cluster_bits)
+                self._reclaim.retire(value, count << geometry.cluster_bits, part.offset)
 
     async def _shown(self, start: int, end: int) -> list[int]:
         """List the clusters, by number on the disk, where a base shows through as data."""

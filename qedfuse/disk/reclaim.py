@@ -61,18 +61,21 @@ class Reclaim:
         self.punching = True
         self._being_punched = 0
         self._freed = 0
-        self.on_retire: Callable[[int, int], None] = lambda _first, _count: None
+        self.on_retire: Callable[[int, int, int], None] = lambda _first, _count, _slice: None
         self.ready = trio.Event()
         self.untrusted_end = 0
         allocator.find_room = self.find_room
         allocator.hurry = self.hurry
 
-    def retire(self, offset: int, length: int) -> None:
-        """Put clusters into quarantine, in the same moment in which a table drops them."""
+    def retire(self, offset: int, length: int, dropped_by: int) -> None:
+        """Put clusters into quarantine, in the same moment in which a table drops them.
+
+        ``dropped_by`` is the file offset of the slice that does.
+        """
         first, count = offset >> self._bits, length >> self._bits
         self._quarantine.retire(first, count)
         self._allocator.witness(first, count)
-        self.on_retire(first, count)
+        self.on_retire(first, count, dropped_by)
 
     @property
     def pending(self) -> bool:
@@ -176,8 +179,13 @@ class Reclaim:
         """
         share = self._allocator.end // _WORTH_SHARE
         enough = max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
-        if self._allocator.known and self._quarantine.fresh << self._bits > enough:
+        if not self._allocator.known or self._quarantine.count << self._bits <= enough:
+            return
+        if self._quarantine.fresh << self._bits > enough:
             await self._commit.flush()
+        else:
+            # It is durable; perhaps the requests that it waits for have ended.
+            await self.run()
 
     async def find_room(self) -> bool:
         """Wait for what may make clusters free: the scan, or the quarantine.

@@ -266,17 +266,17 @@ class Requests:
                 self._grace.leave(turn)
 
     async def blank(self, start: int, end: int) -> None:
-        """Write zeros over a range of clusters of one kind, unless it reads as zeros anyway."""
-        extent = (await self._layer.lookup(start, end - start))[0]
-        if extent.kind is Kind.UNALLOCATED and self._chain.has_base:
-            below = await self._chain.extents(start, end - start, depth=1)
-            shown = any(part.kind is not Kind.ZERO for part in below)
-        else:
-            shown = extent.kind is Kind.DATA or extent.kind is Kind.BAD
-        if shown:
-            zeros = memoryview(bytes(min(end - start, _COPY_BYTES)))
-            for at in range(start, end, _COPY_BYTES):
-                await self.write(at, zeros[: end - at])
+        """Write zeros over a range, where it does not read as zeros anyway."""
+        zeros = memoryview(bytes(min(end - start, _COPY_BYTES)))
+        for extent in await self._layer.lookup(start, end - start):
+            if extent.kind is Kind.UNALLOCATED and self._chain.has_base:
+                below = await self._chain.extents(extent.start, extent.length, depth=1)
+                shown = any(part.kind is not Kind.ZERO for part in below)
+            else:
+                shown = extent.kind is Kind.DATA or extent.kind is Kind.BAD
+            if shown:
+                for at in range(extent.start, extent.end, _COPY_BYTES):
+                    await self.write(at, zeros[: extent.end - at])
 
     async def set_zero(self, start: int, end: int) -> None:
         """Turn unallocated clusters from ``start`` to ``end`` into zero clusters.

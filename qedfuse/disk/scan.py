@@ -62,6 +62,7 @@ class Scan:
         self._seen = References(0, layer.file.name)
         self._gone = allocator.make_map()
         self._duplicates = 0
+        self._walked = -1
         self._wild = False
         self._running = trio.Lock()
 
@@ -70,6 +71,7 @@ class Scan:
         self._tables = self._layer.l2_tables
         self._wild = self._layer.damaged
         self._end = self._allocator.end
+        self._seen = References(self._end >> self._allocator.cluster_bits, self._layer.file.name)
         self._allocator.watch(self.witnessed)
         self._reclaim.on_retire = self._retired
 
@@ -94,7 +96,7 @@ class Scan:
             await self._tell()
             self._allocator.known = True
         self._allocator.watch(None)
-        self._reclaim.on_retire = lambda _first, _count: None
+        self._reclaim.on_retire = lambda _first, _count, _slice: None
         self._seen = References(0, self._layer.file.name)
         self._reclaim.settle()
 
@@ -103,7 +105,7 @@ class Scan:
         layer, bits = self._layer, self._allocator.cluster_bits
         header, length = layer.header, layer.geometry.table_bytes
         self._seen = seen = References(self._end >> bits, layer.file.name)
-        self._duplicates = 0
+        self._walked = -1
         for first, count in self._gone.runs():
             seen.claim_range(first, first + count)
         seen.claim_range(0, header.header_end >> bits)
@@ -144,19 +146,22 @@ class Scan:
         # Nothing that was there at the beginning is given to anybody before the end of the
         # scan, so whatever is referred to twice has two owners.
         self._duplicates += int(self._seen.claim(clusters).sum())
+        self._walked = part.offset
         if cached is None:
             tables.let_go(part)
 
-    def _retired(self, first: int, count: int) -> None:
+    def _retired(self, first: int, count: int, dropped_by: int) -> None:
         """Note clusters that have just lost a reference: another one makes two owners.
 
-        The table that dropped them does not show them any more, if it has not been read.
+        A slice that has not been walked yet does not show any more what it has dropped.
         """
         last = min(first + count, self._seen.clusters)
         if first < last:
             self._duplicates += self._gone.holds(first, last - first)
             self._gone.add(first, last - first)
-            self._seen.claim_range(first, last)
+            if dropped_by > self._walked:
+                self._duplicates += self._seen.owned(first, last - first).bit_count()
+                self._seen.claim_range(first, last)
 
     async def _tell(self) -> None:
         """Tell the allocator what nobody referred to."""

@@ -104,7 +104,7 @@ def bit_cleared_early(patch: pytest.MonkeyPatch) -> None:
 def no_quarantine(patch: pytest.MonkeyPatch) -> None:
     """Give clusters out again at once."""
 
-    def retire(self: Reclaim, offset: int, length: int) -> None:
+    def retire(self: Reclaim, offset: int, length: int, _dropped_by: int) -> None:
         self._allocator.give_back(offset >> self._bits, length >> self._bits)
 
     patch.setattr(Reclaim, "retire", retire)

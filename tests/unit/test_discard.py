@@ -337,6 +337,18 @@ async def test_an_idle_disk_is_left_in_peace() -> None:
         assert file.calls["datasync"] == before
 
 
+async def test_zeros_over_what_a_discard_gives_up_meanwhile() -> None:
+    """Only its first cluster is gone: the rest reads as zeros all the same."""
+    file = FailingFile(MemoryFile(full(10)))
+    async with opened(file, options=replace(WRITABLE, detect_zeroes="on")) as disk:
+        await disk.scanned()
+        extents = await disk._layer.lookup(0, 10 * CLUSTER)
+        assert len(extents) == 1
+        await disk._discards.discard(0, CLUSTER)
+        await disk._requests.blank(0, 10 * CLUSTER)
+        assert not any(await disk.read(0, 10 * CLUSTER))
+
+
 # --- zeros that are written ------------------------------------------------------------
 
 

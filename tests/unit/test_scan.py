@@ -150,6 +150,25 @@ async def test_one_of_two_owners_gives_up_while_the_scan_is_under_way(*, read_fi
 
 
 @pytest.mark.expect_log("found 1 references to clusters that have another owner")
+async def test_an_owner_in_a_table_to_come_gives_up_what_was_seen_with_another() -> None:
+    """The cluster was walked, but not by way of the one who gives it up."""
+    tables = {at: pattern(CLUSTER, at) for at in (2, SPAN, 2 * SPAN)}
+    image = build_image(3 * SPAN * CLUSTER, tables)
+    shared = get_entry(image, l2_entry_offset(image, 2))
+    put_entry(image, l2_entry_offset(image, 2 * SPAN), shared)
+    file = FailingFile(MemoryFile(image))
+    with file.hold("read", nth=4) as gate:
+        async with opened(file) as disk:
+            await gate.reached.wait()  # the first table has been walked
+            await disk.discard(2 * SPAN * CLUSTER, CLUSTER)
+            gate.open()
+            await disk.scanned()
+            await disk.flush()
+            await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
+            assert await disk.read(2 * CLUSTER, CLUSTER) == pattern(CLUSTER, 2)
+
+
+@pytest.mark.expect_log("references to clusters that have another owner")
 async def test_both_owners_give_up_before_the_scan_gets_there() -> None:
     """Then nobody owns it, but who knows who else did."""
     image = build_image(2 * SPAN * CLUSTER, {at: pattern(CLUSTER, at) for at in (1, 2, SPAN)})
