@@ -23,15 +23,10 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fuse_lowlevel.h>
+#include <stdlib.h>
 #include <string.h>
 
-#ifdef fuse_session_new
-#undef fuse_session_new /* a macro from libfuse 3.17 on */
-#endif
-
-struct libfuse_version;
-
-static PyObject *handler; /* what Python has set, or NULL */
+static PyObject *handler;        /* what Python has set, or NULL */
 static int in_session;           /* whether there is a session, made by way of us */
 static unsigned long generation; /* of the session; requests of an old one are void */
 
@@ -130,12 +125,11 @@ static void hand_over(fuse_req_t request, const char *operation, fuse_ino_t inod
             answer = PyObject_CallFunction(
                 handler, "OsIKiLL", self, operation, (unsigned int)fuse_req_ctx(request)->uid,
                 (unsigned long long)inode, mode, (long long)start, (long long)length);
-        Py_DECREF(self);
     }
     if (answer == NULL)
         PyErr_WriteUnraisable(handler);
-    else
-        Py_DECREF(answer);
+    Py_XDECREF(answer);
+    Py_XDECREF(self); /* if the handler has not kept it, it answers itself now */
     PyGILState_Release(state);
 }
 
@@ -167,72 +161,76 @@ static void *in_libfuse(const char *name)
     if (library == NULL)
         return NULL;
     found = dlsym(library, name);
+#ifdef __GLIBC__
     if (found == NULL)
         found = dlvsym(library, name, "FUSE_3.0"); /* kept for old programs only */
+#endif
     dlclose(library); /* it stays loaded: we are linked to it */
     return found;
 }
 
-/* A copy of the table that pyfuse3 made, with two more entries. */
-struct operations {
-    struct fuse_lowlevel_ops table;
-    size_t size;
-};
-
-static void fill_in(struct operations *ours, const struct fuse_lowlevel_ops *theirs, size_t size)
+/*
+ * Copies the table that pyfuse3 made, and fills in what is empty.  Either side may have been
+ * built for a newer libfuse, and know more operations than the other.
+ */
+static struct fuse_lowlevel_ops *fill_in(const void *theirs, size_t *size)
 {
-    memset(ours, 0, sizeof *ours);
-    memcpy(&ours->table, theirs, size < sizeof ours->table ? size : sizeof ours->table);
-    ours->size = sizeof ours->table;
+    size_t least = sizeof(struct fuse_lowlevel_ops);
+    struct fuse_lowlevel_ops *ours = calloc(1, *size > least ? *size : least);
+
+    if (ours == NULL)
+        return NULL;
+    memcpy(ours, theirs, *size);
+    if (*size < least)
+        *size = least;
     /* Should pyfuse3 learn them one day, its own handlers count. */
-    if (ours->table.fallocate == NULL)
-        ours->table.fallocate = on_fallocate;
-    if (ours->table.lseek == NULL)
-        ours->table.lseek = on_lseek;
+    if (ours->fallocate == NULL)
+        ours->fallocate = on_fallocate;
+    if (ours->lseek == NULL)
+        ours->lseek = on_lseek;
+    return ours;
 }
 
-static struct fuse_session *begin(struct fuse_session *made)
+static void *begin(void *session, struct fuse_lowlevel_ops *ours)
 {
-    in_session = made != NULL;
+    free(ours); /* libfuse has made a copy */
+    in_session = session != NULL;
     generation++;
-    return made;
+    return session;
 }
 
-typedef struct fuse_session *(*make_plain)(struct fuse_args *, const struct fuse_lowlevel_ops *,
-                                           size_t, void *);
-typedef struct fuse_session *(*make_versioned)(struct fuse_args *,
-                                               const struct fuse_lowlevel_ops *, size_t,
-                                               struct libfuse_version *, void *);
+/*
+ * The two functions that we stand in for have names of their own here, because libfuse's
+ * headers declare the second one in more than one way, and the first may be a macro.
+ */
+#define STANDS_IN_FOR(name) __asm__(name) __attribute__((visibility("default")))
+
+typedef void *(*make_plain)(void *, const void *, size_t, void *);
+typedef void *(*make_versioned)(void *, const void *, size_t, const void *, void *);
 
 /* What a pyfuse3 calls that was built for libfuse before 3.17. */
-__attribute__((visibility("default"))) struct fuse_session *
-fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *table, size_t size,
-                 void *userdata)
+void *new_session(void *args, const void *table, size_t size, void *userdata)
+    STANDS_IN_FOR("fuse_session_new");
+
+void *new_session(void *args, const void *table, size_t size, void *userdata)
 {
     make_plain make = (make_plain)in_libfuse("fuse_session_new");
-    struct operations ours;
+    struct fuse_lowlevel_ops *ours = make == NULL ? NULL : fill_in(table, &size);
 
-    if (make == NULL)
-        return NULL;
-    fill_in(&ours, table, size);
-    return begin(make(args, &ours.table, ours.size, userdata));
+    return ours == NULL ? NULL : begin(make(args, ours, size, userdata), ours);
 }
 
 /* The same since libfuse 3.17. */
-__attribute__((visibility("default"))) struct fuse_session *
-fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *table,
-                           size_t size, struct libfuse_version *version, void *userdata);
-struct fuse_session *
-fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *table,
-                           size_t size, struct libfuse_version *version, void *userdata)
+void *new_session_versioned(void *args, const void *table, size_t size, const void *version,
+                            void *userdata) STANDS_IN_FOR("fuse_session_new_versioned");
+
+void *new_session_versioned(void *args, const void *table, size_t size, const void *version,
+                            void *userdata)
 {
     make_versioned make = (make_versioned)in_libfuse("fuse_session_new_versioned");
-    struct operations ours;
+    struct fuse_lowlevel_ops *ours = make == NULL ? NULL : fill_in(table, &size);
 
-    if (make == NULL)
-        return NULL;
-    fill_in(&ours, table, size);
-    return begin(make(args, &ours.table, ours.size, version, userdata));
+    return ours == NULL ? NULL : begin(make(args, ours, size, version, userdata), ours);
 }
 
 /* --- the module -------------------------------------------------------------------- */
@@ -240,8 +238,7 @@ fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_op
 static PyObject *set_handler(PyObject *module, PyObject *callable)
 {
     (void)module;
-    Py_INCREF(callable);
-    Py_XSETREF(handler, callable);
+    Py_XSETREF(handler, callable == Py_None ? NULL : Py_NewRef(callable));
     Py_RETURN_NONE;
 }
 

@@ -8,6 +8,7 @@ without those two requests.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -29,12 +30,13 @@ def _load() -> tuple[ModuleType | None, str]:
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
     try:
-        from qedfuse.mount import _extraops  # noqa: PLC0415
+        return importlib.import_module("qedfuse.mount._extraops"), ""
+    except ModuleNotFoundError:
+        return None, "the extension was not built when qedfuse was installed"
     except ImportError as error:
         return None, str(error)
     finally:
         sys.setdlopenflags(flags)
-    return _extraops, ""
 
 
 _extension, _why_not = _load()

@@ -107,6 +107,8 @@ class Operations(pyfuse3.Operations):
         """Called when the kernel may think that a disk is longer than it is."""
         self.space_changed: Callable[[View], None] = lambda _view: None
         """Called when a disk takes up more or less of the host than the kernel was told."""
+        self.write_back: Callable[[View], Awaitable[object]] | None = None
+        """Has the kernel send all that it keeps back of a disk."""
         self._options = options
         self._directory = directory
         self._by_name = {view.name: view for view in views}
@@ -252,9 +254,13 @@ class Operations(pyfuse3.Operations):
         """Write; short where the disk ends, and an error behind that."""
         view = self.view(fh)
         end = off + len(buf)
-        if end > view.disk.size:
-            await self._write_past_end(view, off, end, direct=bool(fh & _DIRECT))
-        written = await view.disk.write(off, buf)
+        view.writing += 1
+        try:
+            if end > view.disk.size:
+                await self._write_past_end(view, off, end, direct=bool(fh & _DIRECT))
+            written = await view.disk.write(off, buf)
+        finally:
+            view.writing -= 1
         if written < len(buf) and fh & _DIRECT:
             # The kernel makes EIO of a short direct write, which hides the reason.
             raise FUSEError(errno.ENOSPC)

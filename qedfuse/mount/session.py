@@ -27,6 +27,7 @@ from qedfuse.errors import FuseError, QedError, UsageError
 from qedfuse.mount import extraops
 from qedfuse.mount.attach import attach
 from qedfuse.mount.handshake import shake_hands
+from qedfuse.mount.laundering import Laundering
 from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, find_mount
 from qedfuse.mount.naming import Source, find_sources
 from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
@@ -155,17 +156,20 @@ class _Session:
         request = self._request
         mountpoint = request.mountpoint
         connection = attach(operations, mountpoint, request.options, request.sources[0])
+        laundering = Laundering(connection)
         try:
             await shake_hands(connection)
-            await self._serve(operations, connection)
+            await self._serve(operations, laundering)
         finally:
             extraops.end()
+            laundering.stop()
             pyfuse3.close(unmount=False)
+            laundering.wait()
             if not self._is_ready:
                 # Nobody has seen the mount yet, so nothing is lost by taking it away.
                 _take_back(mountpoint)
 
-    async def _serve(self, operations: Operations, connection: int) -> None:
+    async def _serve(self, operations: Operations, laundering: Laundering) -> None:
         """Say that the mount is ready and answer requests until it is gone."""
         mountpoint = self._request.mountpoint
         entry = find_mount(mountpoint)
@@ -177,9 +181,10 @@ class _Session:
         async with open_scope() as nursery:
             if operations.enable_writeback_cache:
                 operations.size_lost = keeper.lost
+                operations.write_back = laundering.launder_all
                 nursery.start_soon(keeper.run)
             operations.space_changed = _forget_attributes
-            missing = extraops.serve(SpaceRequests(operations, nursery, connection))
+            missing = extraops.serve(SpaceRequests(operations, nursery, laundering))
             if missing is not None:
                 _log.warning("without fallocate and lseek: discards free nothing: %s", missing)
             self._stopper.mounted(operations, mountpoint, entry.device)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import struct
 from typing import TYPE_CHECKING, Final
 
-import trio
 from pyfuse3 import FUSEError
 
 from qedfuse.errors import QedError
 from qedfuse.ondisk.constants import SECTOR
 
 if TYPE_CHECKING:
+    import trio
+
     from qedfuse.mount._extraops import Request
+    from qedfuse.mount.laundering import Laundering
     from qedfuse.mount.operations import Operations
     from qedfuse.mount.view import View
 
@@ -31,20 +32,17 @@ _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
 _ZERO_RANGE: Final = 0x10
 
-# linux/fuse.h, a stable interface: struct fuse_out_header and
-# struct fuse_notify_inval_inode_out.
-_INVALIDATE: Final = struct.Struct("=IiQQqq")
-_NOTIFY_INVAL_INODE: Final = 2
-
 
 class SpaceRequests:
     """Answers the two requests, each in a task of its own."""
 
-    def __init__(self, operations: Operations, nursery: trio.Nursery, connection: int) -> None:
-        """Work for the disks of ``operations``; ``connection`` is the descriptor to the kernel."""
+    def __init__(
+        self, operations: Operations, nursery: trio.Nursery, laundering: Laundering
+    ) -> None:
+        """Work for the disks of ``operations``, in tasks of ``nursery``."""
         self._operations = operations
         self._nursery = nursery
-        self._connection = connection
+        self._laundering = laundering
 
     def __call__(
         self,
@@ -130,10 +128,11 @@ class SpaceRequests:
             end = disk.size if data is None else data
             if hole == end or not self._may_be_dirty(view):
                 break
-            if not await self._launder(view, hole, end):
+            if not await self._laundering.launder(view, hole, end):
+                # Zeros that are told as data cost space, data told as a hole is lost.
+                hole, data = disk.size, start
                 break
-            again = await disk.next_data(hole)
-            if again == data:
+            if await disk.next_data(hole) == data:
                 break
         if whence == os.SEEK_HOLE:
             return hole
@@ -147,23 +146,3 @@ class SpaceRequests:
         It gives us all when the last handle that may write is released.
         """
         return self._operations.enable_writeback_cache and view.writers > 0
-
-    async def _launder(self, view: View, start: int, end: int) -> bool:
-        """Have the kernel write back and forget what it caches of a range; tell if it did.
-
-        It asks us to take the writes before this returns, so it runs in a thread.  A
-        thread that is left behind at the end of a session gets an error when the
-        connection goes.
-        """
-        message = _INVALIDATE.pack(
-            _INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, start, end - start
-        )
-        try:
-            await trio.to_thread.run_sync(
-                os.write, self._connection, message, abandon_on_cancel=True
-            )
-        except OSError as error:
-            # The kernel knows the inode no more, so it has nothing cached.
-            _log.debug("%s: cannot write back: %s", view.disk.name, error)
-            return False
-        return True

@@ -126,6 +126,9 @@ class Stopper:
             if self._is_ours():
                 await trio.to_thread.run_sync(sync_mount, mountpoint, abandon_on_cancel=True)
             for view in operations.views.values():
+                if operations.write_back is not None and view.writers:
+                    # What the kernel was told above it does, but it need not wait for it.
+                    await operations.write_back(view)
                 await view.disk.flush()
         except (OSError, QedError) as error:
             _log.error("%s: cannot make everything durable: %s", printable(mountpoint), error)

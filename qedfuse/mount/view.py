@@ -30,6 +30,7 @@ class View:
         place: A path on the host's file system that takes its writes, for statfs(2).
         opened: How many handles are open.
         writers: How many of them may write.
+        writing: How many writes are under way.
         blocks: What the image took up on the host when the kernel was last told.
         overrun: A write that the kernel had cached went past the end; nobody knows yet.
     """
@@ -40,6 +41,7 @@ class View:
     place: str
     opened: int = 0
     writers: int = 0
+    writing: int = 0
     blocks: int = -1
     overrun: bool = False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import struct
 import sys
 from typing import TYPE_CHECKING, Final
@@ -72,7 +73,7 @@ class Vector(ctypes.Structure):
 class InOut(ctypes.Structure):
     """struct fuse_custom_io."""
 
-    _fields_ = (("writev", Writer), ("read", Writer), ("room", ctypes.c_void_p * 6))
+    _fields_ = (("writev", Writer), ("read", Writer), ("others", ctypes.c_void_p * 2))
 
 
 class Wire:
@@ -89,24 +90,28 @@ class Wire:
         library = ctypes.CDLL(extraops._extension.__file__)
         if not hasattr(library, "fuse_session_custom_io"):
             pytest.skip("this libfuse talks to the kernel only")
-        for name in ("fuse_session_new", "fuse_session_new_versioned"):
-            getattr(library, name).restype = ctypes.c_void_p
+        library.fuse_session_new.restype = ctypes.c_void_p
         table = (ctypes.c_void_p * slots)()
         for slot, function in (filled or {}).items():
             table[slot] = ctypes.cast(function, ctypes.c_void_p)  # type: ignore[arg-type]
         names = (ctypes.c_char_p * 2)(b"test", None)
         arguments = Arguments(1, names, 0)
-        self._session = ctypes.c_void_p(
-            library.fuse_session_new(
-                ctypes.byref(arguments), table, ctypes.c_size_t(ctypes.sizeof(table)), None
-            )
+        made = library.fuse_session_new(
+            ctypes.byref(arguments), table, ctypes.c_size_t(ctypes.sizeof(table)), None
         )
-        assert self._session
+        assert made is not None
+        self._session = ctypes.c_void_p(made)
+        self._open = True
         self._library = library
         self._writer = Writer(self._collect)
         io = InOut(self._writer, self._writer)
-        # Since 3.17 the size of the structure comes before the descriptor, by a macro.
-        assert library.fuse_session_custom_io(self._session, ctypes.byref(io), 0) == 0
+        library.fuse_pkgversion.restype = ctypes.c_char_p
+        version = [int(part) for part in library.fuse_pkgversion().split(b".")[:2]]
+        size = [ctypes.c_size_t(ctypes.sizeof(io))] if version >= [3, 17] else []
+        # The descriptor is used for nothing; libfuse closes it at the end.
+        place = os.open(os.devnull, os.O_RDWR)
+        done = library.fuse_session_custom_io(self._session, ctypes.byref(io), *size, place)
+        assert done == 0
         self._number = 0
         self.say(INIT, struct.pack("=IIII", 7, 38, 65536, 0))
         self.answers.clear()
@@ -135,9 +140,9 @@ class Wire:
 
     def close(self) -> None:
         """End the session, as pyfuse3 does it after us."""
-        if self._session:
+        if self._open:
             self._library.fuse_session_destroy(self._session)
-            self._session = ctypes.c_void_p()
+            self._open = False
 
 
 @pytest.fixture

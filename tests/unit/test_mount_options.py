@@ -37,6 +37,12 @@ def test_every_option_of_ours() -> None:
     )
     assert parse_options(["allow_root,snapshot"]) == MountOptions(allow_root=True, snapshot=True)
     assert parse_options(["overlay=o.qed"]).overlay == "o.qed"
+    assert parse_options(["nodiscard,detect_zeroes=unmap,freelist=on,compact"]) == MountOptions(
+        discard=False, detect_zeroes="unmap", free_list="on", compact=True
+    )
+    assert parse_options(["discard,detect_zeroes=off,freelist=off"]) == MountOptions(
+        free_list="off"
+    )
 
 
 def test_a_later_word_overrides_an_earlier_one() -> None:
@@ -44,6 +50,7 @@ def test_a_later_word_overrides_an_earlier_one() -> None:
     assert not parse_options(["ro", "rw"]).read_only
     assert parse_options(["rw", "ro"]).read_only
     assert parse_options(["uid=1", "uid=2"]).uid == 2
+    assert parse_options(["nodiscard", "discard"]).discard
 
 
 def test_force_share_is_read_only() -> None:
@@ -71,6 +78,11 @@ def test_words_for_others_are_dropped_and_words_for_the_kernel_kept() -> None:
         ("fro\nb=1", r"option fro\nb=1: unknown"),
         ("ro=1", "option ro=1: found a value, expected ro alone"),
         ("noatime=1", "option noatime=1: found a value, expected noatime alone"),
+        ("discard=1", "option discard=1: found a value, expected discard alone"),
+        ("detect_zeroes", "option detect_zeroes: found no value, expected detect_zeroes=VALUE"),
+        ("detect_zeroes=yes", "option detect_zeroes: found yes, expected off or on or unmap"),
+        ("freelist=keep", "option freelist: found keep, expected on or off"),
+        ("ro,compact", "options compact and ro: exclude each other"),
         ("uid", "option uid: found no value, expected uid=VALUE"),
         ("uid=", "option uid=: found no value, expected uid=VALUE"),
         ("backing_dir", "option backing_dir: found no value, expected backing_dir=VALUE"),

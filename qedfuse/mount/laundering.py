@@ -1,0 +1,138 @@
+"""Having the kernel write back the data of a range that it keeps to itself.
+
+The work is done by another process (`qedfuse.mount.launderer` says why), which is started
+when it is first needed and ends with the session.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import select
+import socket
+import struct
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.mount import launderer
+
+if TYPE_CHECKING:
+    from qedfuse.mount.view import View
+
+_log = logging.getLogger(__name__)
+
+# linux/fuse.h, a stable interface: struct fuse_out_header and
+# struct fuse_notify_inval_inode_out.
+_INVALIDATE: Final = struct.Struct("=IiQQqq")
+_NOTIFY_INVAL_INODE: Final = 2
+
+_TRIES: Final = 1000
+_TRY_SECONDS: Final = 0.001
+_END_SECONDS: Final = 5.0
+
+
+class Laundering:
+    """Talks to the process that does the work."""
+
+    def __init__(self, connection: int) -> None:
+        """Work on the connection to the kernel with the descriptor ``connection``."""
+        self._connection = connection
+        self._turn = trio.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: trio.socket.SocketType | None = None
+        self._incoming = select.poll()
+        self._incoming.register(connection, select.POLLIN)
+
+    async def launder(self, view: View, start: int, end: int) -> bool:
+        """Have the kernel write back and forget what it caches of a range.
+
+        Returns:
+            Whether all of it has reached the disk.  If not, the range may hold anything.
+        """
+        message = _INVALIDATE.pack(
+            _INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, start, end - start
+        )
+        async with self._turn:
+            number = await self._ask(message)
+        # The kernel may not know the inode any more; then it has nothing cached.
+        return number in {0, errno.ENOENT} and await self._arrived(view)
+
+    async def launder_all(self, view: View) -> bool:
+        """Do the same for a whole disk."""
+        return await self.launder(view, 0, view.disk.size)
+
+    async def _ask(self, message: bytes) -> int:
+        """Have a message passed to the kernel; give the error number that comes back."""
+        try:
+            if self._process is None:
+                self._process, self._socket = await trio.to_thread.run_sync(self._start)
+            if self._socket is None:
+                return errno.ENOTCONN
+            await self._socket.send(message)
+            answer = await self._socket.recv(launderer.ERROR.size)
+        except OSError as error:
+            answer = b""
+            _log.debug("launderer: %s", error)
+        except trio.Cancelled:
+            self.stop()
+            raise
+        if len(answer) < launderer.ERROR.size:
+            _log.warning("a helper process has failed: holes in disks in use are told as data")
+            self.stop()
+            return errno.ENOTCONN
+        return int(launderer.ERROR.unpack(answer)[0])
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], trio.socket.SocketType]:
+        """Start the process.
+
+        Raises:
+            OSError: The host refuses.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                process = subprocess.Popen(  # noqa: S603  ourselves
+                    [sys.executable, "-I", "-S", launderer.__file__, str(self._connection)],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    pass_fds=[self._connection],
+                    # A Ctrl-C is for the server; it ends this one in order.
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
+        return process, trio.socket.from_stdlib_socket(ours)
+
+    async def _arrived(self, view: View) -> bool:
+        """Wait until no write is on its way to the disk.
+
+        Before Linux 6.16 pages that the kernel is just writing back count as clean to it,
+        and it does not wait for them.
+        """
+        for _ in range(_TRIES):
+            # With none under way and none to fetch, the kernel has none in reserve.
+            if not view.writing and not self._incoming.poll(0):
+                return True
+            await trio.sleep(_TRY_SECONDS)
+        return False
+
+    def stop(self) -> None:
+        """Tell the process to end, before the connection is closed."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def wait(self) -> None:
+        """See the process end, after the connection has been closed."""
+        if self._process is not None:
+            try:
+                self._process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                _log.warning("helper process %d does not end", self._process.pid)
+            self._process = None
