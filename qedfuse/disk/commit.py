@@ -90,6 +90,11 @@ class Commit:
         self.note_write()
         await self._join_round()
 
+    async def settle(self) -> None:
+        """Return when the round that is under way has ended, well or not."""
+        if self._running is not None:
+            await self._running.done.wait()
+
     async def flush(self) -> None:
         """Return when everything written before the call is durable (D1).
 

@@ -172,20 +172,26 @@ class Reclaim:
     async def hurry(self) -> None:
         """Flush before the file grows, if so much has come into quarantine that it is worth it.
 
-        Requests that the quarantine waits for are not waited for.
+        Requests that the quarantine waits for are not waited for.  Nothing is punched that
+        is about to be used.
 
         Raises:
             HostError: The tables could not be written back.
         """
+        if self._being_punched:
+            async with self._lock:
+                pass
         share = self._allocator.end // _WORTH_SHARE
         enough = max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
         if not self._allocator.known or self._quarantine.count << self._bits <= enough:
             return
         if self._quarantine.fresh << self._bits > enough:
-            await self._commit.flush()
+            await self._commit.barrier()
         else:
-            # It is durable; perhaps the requests that it waits for have ended.
-            await self.run()
+            # Another request may just be making it durable; or it was made so long ago,
+            # and perhaps the requests that it waits for have ended.
+            await self._commit.settle()
+        await self.run(punches=0)
 
     async def find_room(self) -> bool:
         """Wait for what may make clusters free: the scan, or the quarantine.

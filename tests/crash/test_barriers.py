@@ -15,6 +15,7 @@ from qedfuse.disk.commit import Commit
 from qedfuse.disk.grace import Grace
 from qedfuse.disk.needcheck import NeedCheck
 from qedfuse.disk.reclaim import Reclaim
+from qedfuse.disk.scan import Scan
 from tests.crash.cases import CASES
 from tests.crash.workloads import carry_out
 from tests.support.explorer import Exploration, Explorer
@@ -144,7 +145,8 @@ def taken_for_blank(patch: pytest.MonkeyPatch) -> None:
 
 
 def unwatched_scan(patch: pytest.MonkeyPatch) -> None:
-    """Let the scan take for free what lost its reference while it ran."""
+    """Let the scan take for free what lost its reference while it ran: two guards prevent it."""
+    patch.setattr(Scan, "_retired", lambda *_: None)
     patch.setattr(Allocator, "witness", lambda *_: None)
 
 

@@ -84,13 +84,7 @@ class Writer(threading.Thread):
             count = min(self._random.randrange(1, 9), self._blocks[-1] + 1 - block)
             for number in range(block, block + count):
                 self.allowed[number].append(bytes(BLOCK))
-            try:
-                fallocate(fd, PUNCH, block * BLOCK, count * BLOCK)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                for number in range(block, block + count):
-                    self.allowed[number].pop()
+            fallocate(fd, PUNCH, block * BLOCK, count * BLOCK)
         elif action == "f":
             os.fsync(fd)
             for versions in self.allowed.values():

@@ -318,6 +318,35 @@ async def test_a_full_file_waits_for_what_is_being_punched() -> None:
         assert await disk.read(2 * CLUSTER, 3 * CLUSTER) == pattern(3 * CLUSTER, 50)
 
 
+@pytest.mark.parametrize("step", ["datasync", "punch"])
+async def test_space_on_its_way_back_is_waited_for(step: Literal["datasync", "punch"]) -> None:
+    """Writes that come while much is about to become free do not let the file grow."""
+    size = 2000 * CLUSTER
+    inner = MemoryFile(build_image(size, dict.fromkeys(range(1000), b"a")))
+    file = FailingFile(inner)
+    async with opened(file) as disk:
+        await disk.scanned()
+        for number in (1000, 1200, 1700):
+            await disk.write(number * CLUSTER, b"the table is there")
+        await disk.flush()
+        end = disk.statistics().file_bytes
+        await disk.discard(0, 500 * CLUSTER)
+        async with trio.open_nursery() as nursery:
+            with file.hold(step) as gate:
+                # It makes room itself, if nobody else does.
+                if step == "datasync":
+                    nursery.start_soon(disk.write, 1200 * CLUSTER, pattern(20 * CLUSTER, 1))
+                else:
+                    nursery.start_soon(disk.flush)
+                await gate.reached.wait()
+                for number in range(13, 20):
+                    nursery.start_soon(disk.write, number * 100 * CLUSTER, pattern(CLUSTER, number))
+                await settle()
+                assert disk.statistics().file_bytes == end
+        assert disk.statistics().file_bytes <= end
+    assert inspect_image(inner.content).errors == ()
+
+
 async def test_an_idle_disk_is_left_in_peace() -> None:
     """After a write that failed at the end of the file, flushes cost nothing once all is done."""
     size = 8 * CLUSTER
