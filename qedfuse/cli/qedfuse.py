@@ -56,7 +56,10 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
   backing_format=raw     what backing files are taken for (or qed), whatever is in them
   force_share            read-only, beside a program that writes to the image
   direct_io              keep nothing in the kernel's cache
+  readahead=SIZE         how far the kernel reads ahead (1M; kernel: up to the kernel);
+                         only root can have more than the kernel's own
   commit=SECONDS         longest time that changed tables stay in memory (5)
+  poll=MICROSECONDS      how long to poll for the next request before sleeping (100; off)
   cache_size=SIZE        memory for tables, for each image (32M)
   nosuid nodev noexec noatime sync dirsync and what else mount(8) brings
 

@@ -11,19 +11,24 @@ from qedfuse.errors import CorruptImageError, HostError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qedfuse.disk.flatten import Below
     from qedfuse.disk.layer import Layer
 
 log = logging.getLogger(__name__)
 
 _MAX_REPORTED = 100
 
+_FLAT_BYTES = 1 << 22
+"""Longest range that is looked up in `Below`: longer ones are mostly holes, or are read once."""
+
 
 class Chain:
     """Layers from the image itself (depth 0) down to the last base."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        """Stack layers that are open already."""
+    def __init__(self, layers: Sequence[Layer], below: Below | None = None) -> None:
+        """Stack layers that are open already; ``below`` is what shows through the first."""
         self.layers = layers
+        self.below = below
         self._reported: set[str] = set()
 
     @property
@@ -32,41 +37,52 @@ class Chain:
         return len(self.layers) > 1
 
     async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:
-        """Tell how a range is stored, looking from ``depth`` downwards.
+        """Tell how a range is stored, looking from ``depth`` downwards; 0 or 1.
 
         What no layer has, and what lies past the end of a layer, comes out as zeros; at
         depth 0 a range that the image itself and no base has is still told as
         unallocated.
         """
-        top = self.layers[depth]
-        found = await top.lookup(start, length) if start + length <= top.size else None
-        if found is not None and len(found) == 1 and found[0].kind is Kind.DATA:
-            return found if not depth else [found[0]._replace(depth=depth)]
         result: list[Extent] = []
-        wanted = [(start, start + length)]
-        for level in range(depth, len(self.layers)):
-            layer = self.layers[level]
+        missing = [(start, start + length)]
+        if not depth:
+            found = await self.layers[0].lookup(start, length)
+            if len(found) == 1 and (found[0].kind is Kind.DATA or not self.has_base):
+                return found
+            if not self.has_base:
+                return joined(found)
+            result = [extent for extent in found if extent.kind is not Kind.UNALLOCATED]
+            missing = [(part.start, part.end) for part in found if part.kind is Kind.UNALLOCATED]
+        for first, last in missing:
+            shown = None
+            if self.below is not None and last - first <= _FLAT_BYTES:
+                shown = await self.below.extents(first, last)
+            result += shown if shown is not None else await self._walk(first, last)
+        result.sort(key=lambda extent: extent.start)
+        return joined(result)
+
+    async def _walk(self, start: int, end: int) -> list[Extent]:
+        """Tell how a range shows through the top image, by asking layer after layer."""
+        result: list[Extent] = []
+        wanted = [(start, end)]
+        for level, layer in enumerate(self.layers[1:], 1):
             missing: list[tuple[int, int]] = []
             for first, last in wanted:
                 # A layer shorter than the one above it reads as zeros past its end.
-                end = max(first, min(last, layer.size))
-                if end < last:
-                    result.append(Extent(Kind.ZERO, end, last - end, depth=level))
-                if first == end:
+                stop = max(first, min(last, layer.size))
+                if stop < last:
+                    result.append(Extent(Kind.ZERO, stop, last - stop, depth=level))
+                if first == stop:
                     continue
-                if level > depth or found is None:
-                    found = await layer.lookup(first, end - first)
-                for extent in found:
+                for extent in await layer.lookup(first, stop - first):
                     if extent.kind is Kind.UNALLOCATED:
                         missing.append((extent.start, extent.end))
                     else:
                         result.append(extent._replace(depth=level))
             wanted = missing
         bottom = len(self.layers) - 1
-        kind = Kind.ZERO if bottom else Kind.UNALLOCATED
-        result.extend(Extent(kind, first, last - first, depth=bottom) for first, last in wanted)
-        result.sort(key=lambda extent: extent.start)
-        return joined(result)
+        result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in wanted]
+        return result
 
     async def read(self, start: int, length: int, depth: int = 0) -> bytes | bytearray:
         """Read a range, looking from ``depth`` downwards.

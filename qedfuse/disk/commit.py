@@ -16,7 +16,7 @@ import trio
 from qedfuse.errors import HostError, QedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from qedfuse.disk.reclaim import Reclaim
     from qedfuse.disk.tablecache import TableCache, WriteBack
@@ -64,6 +64,8 @@ class Commit:
         self._rounds = self._datasyncs = self._table_writes = 0
         self.failure: HostError | None = None
         self.reclaim: Reclaim | None = None
+        self.flushed: Callable[[], None] = lambda: None
+        """Called at the end of each flush."""
 
     def note_write(self) -> None:
         """Note that the file or a table in memory was changed."""
@@ -109,6 +111,7 @@ class Commit:
         # A disk that was not changed is left as it is: leaks can wait for a change.
         if self._rounds and self.reclaim is not None and self.reclaim.pending:
             await self.reclaim.run()
+        self.flushed()
 
     async def _join_round(self) -> None:
         """Take part in a round that makes durable what is there now."""

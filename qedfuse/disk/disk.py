@@ -20,6 +20,7 @@ from qedfuse.disk.commit import Commit, CommitStatistics
 from qedfuse.disk.compaction import Compaction
 from qedfuse.disk.discard import Discards
 from qedfuse.disk.extents import Kind
+from qedfuse.disk.flatten import Below
 from qedfuse.disk.grace import Grace
 from qedfuse.disk.layer import QedLayer
 from qedfuse.disk.liveheader import LiveHeader
@@ -30,6 +31,7 @@ from qedfuse.disk.requests import Requests
 from qedfuse.disk.savedlist import SavedList
 from qedfuse.disk.scan import Scan
 from qedfuse.disk.seek import next_data, next_hole
+from qedfuse.disk.shortcut import Shortcut
 from qedfuse.errors import (
     CorruptImageError,
     HostError,
@@ -103,9 +105,12 @@ class Disk:
         self._started = False
         self._closed = False
         self._layer = QedLayer(file, header, store)
-        self._chain = Chain([self._layer, *bases])
+        layers = [self._layer, *bases]
+        below = Below(layers, self._layer, store) if bases else None
+        self._chain = Chain(layers, below)
         self._live = LiveHeader(file, header)
         self._commit = Commit(file, self._layer.tables, options.commit_seconds)
+        self._shortcut = Shortcut(self._chain, self._layer, self._commit)
         self._grace = Grace()
         self._allocator = Allocator(file, header, lambda: self._layer.missing_tables)
         self._quarantine = Quarantine(self._grace, self._allocator.make_map)
@@ -153,6 +158,7 @@ class Disk:
         self._options = options
         self._opening_change = trio.Lock()
         self._may_change = not (header.stale_autoclear or header.free_list)
+        self._plain_writes = file.writable and options.detect_zeroes == "off"
         self._resizing = trio.Lock()
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -204,6 +210,19 @@ class Disk:
         """Tell how a range is stored, along the whole chain."""
         length = max(0, min(length, self.size - start))
         return await self._chain.extents(start, length) if length else []
+
+    def read_now(self, start: int, length: int) -> Buffer | None:
+        """Read a range without waiting for anything; None if that cannot be: use `read`."""
+        return self._shortcut.read(start, length)
+
+    def write_now(self, start: int, data: Buffer) -> bool:
+        """Write bytes without waiting for anything; if that cannot be, use `write`."""
+        return (
+            self._plain_writes
+            and self._may_change
+            and self._commit.failure is None
+            and self._shortcut.write(start, data)
+        )
 
     async def read(self, start: int, length: int) -> bytes | bytearray:
         """Read up to ``length`` bytes; fewer only where the disk ends.
@@ -301,6 +320,10 @@ class Disk:
             HostError: The host could not do it.
         """
         await self._commit.flush()
+
+    def when_flushed(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called at the end of each flush, those in the background included."""
+        self._commit.flushed = call
 
     async def compact(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Make the file as short as it can be; no other request may be under way.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from qedfuse.disk.tablecache import Slice
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
+
+
+_MOST_KEYS: Final = 4096
+"""Slices whose place is remembered; they are found again in less than a microsecond."""
 
 
 class Layer(Protocol):
@@ -69,6 +73,8 @@ class QedLayer:
         # Where the file ended when we opened it.  No entry that was in the file then
         # may point past it; those that we add ourselves are never judged.
         self._end_at_open = file.size()
+        # Where in memory the slices that were used lately are, by their number.
+        self._keys: dict[int, tuple[int, int]] = {}
         # Shown the L2 entries that were just read and found good.
         self.witness: Callable[[NDArray[np.uint64]], None] | None = None
         # Whether a bad entry was seen while writing: see `NeedCheck.clear`.
@@ -157,6 +163,7 @@ class QedLayer:
         tables = np.delete(self._l2_tables, np.searchsorted(self._l2_tables, np.uint64(old)))
         self._l2_tables = np.insert(tables, np.searchsorted(tables, np.uint64(new)), new)
         self.tables.move(old, new, self.geometry.table_bytes)
+        self._keys.clear()
 
     def judge(self, level: int, entries: array[int]) -> bytes | None:
         """Mark the entries just read that must not be used; None if all are good."""
@@ -209,6 +216,26 @@ class QedLayer:
         if part.bad is not None and part.bad[index]:
             return 0, self._reason(f"L1 entry {l1_index}", value)
         return value, ""
+
+    def at_hand(self, number: int) -> Slice | None:
+        """Give a slice of L2 entries, by its number from the disk's beginning, if in memory.
+
+        What has no table yet is a slice of zeros.
+        """
+        key = self._keys.get(number)
+        if key is None:
+            first = number * self.tables.slice_entries
+            l1_index, index = divmod(first, self.geometry.entries)
+            part = self.tables.cached(self.header.l1_table_offset, l1_index)
+            if part is None or part.bad is not None:
+                return None
+            table = part.entries[l1_index % self.tables.slice_entries]
+            if not table:
+                return self.tables.blank
+            if len(self._keys) >= _MOST_KEYS:
+                self._keys.clear()
+            key = self._keys[number] = self.tables.key(table, index)
+        return self.tables.get(key)
 
     async def lookup(self, start: int, length: int) -> list[Extent]:
         """Tell how this image, without its base, stores a range that lies within it."""

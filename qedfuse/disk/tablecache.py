@@ -118,6 +118,10 @@ class TableCache:
         self._slice_bytes = min(SLICE_BYTES, geometry.table_bytes)
         self.slice_entries = self._slice_bytes // ENTRY_BYTES
         self._loads: SingleFlight[int] = SingleFlight()
+        self.get = store.get
+        """Return a slice by its `key`, if it is in memory."""
+        self.blank = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
+        """Stands for all slices of tables that are not there; never to be changed."""
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
         # Verdicts on slices that we have written ourselves.  Judging those anew would
@@ -127,8 +131,11 @@ class TableCache:
 
     def cached(self, table: int, index: int) -> Slice | None:
         """Return the slice with entry ``index`` of the table at a file offset, if in memory."""
-        offset = table + index // self.slice_entries * self._slice_bytes
-        return self._store.get((id(self), offset))
+        return self.get(self.key(table, index))
+
+    def key(self, table: int, index: int) -> tuple[int, int]:
+        """Name the slice with entry ``index`` of the table at a file offset, for `get`."""
+        return id(self), table + index // self.slice_entries * self._slice_bytes
 
     async def load(self, table: int, index: int, level: int) -> Slice:
         """Return the slice with entry ``index`` of a table, reading it if need be.

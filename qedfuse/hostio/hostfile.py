@@ -81,6 +81,15 @@ class HostFile(Protocol):
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view``; return how many bytes there were before the file ended."""
 
+    def read_now(self, offset: int, length: int) -> bytearray | None:
+        """Read what can be read without waiting; None if that is not all, or anything is wrong."""
+
+    def read_now_into(self, offset: int, view: memoryview) -> bool:
+        """Do the same into ``view``, and tell whether it is filled."""
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write what is short enough not to wait for; if not all of it was, do it again."""
+
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
 
@@ -194,6 +203,30 @@ class PosixFile:
                 break
             done += count
         return done
+
+    def read_now(self, offset: int, length: int) -> bytearray | None:
+        """Read what is in the page cache; None if that is not all, or anything is wrong."""
+        buffer = bytearray(length)
+        try:
+            return buffer if os.preadv(self.fd, (buffer,), offset, _NOWAIT) == length else None
+        except OSError:
+            return None
+
+    def read_now_into(self, offset: int, view: memoryview) -> bool:
+        """Do the same into ``view``, and tell whether it is filled."""
+        try:
+            return os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view)
+        except OSError:
+            return False
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write what is short enough to be copied to the page cache in the event loop."""
+        if len(data) > INLINE_BYTES:
+            return False
+        try:
+            return os.pwrite(self.fd, data, offset) == len(data)
+        except OSError:
+            return False
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""

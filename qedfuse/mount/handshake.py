@@ -1,4 +1,4 @@
-"""The first words with the kernel, with one of them changed on the way.
+"""The first words with the kernel, with some of them changed on the way.
 
 The kernel opens the conversation by telling what it can do; libfuse picks from that, and
 asks for ``FUSE_ATOMIC_O_TRUNC`` wherever it is offered.  With it, opening a file with
@@ -8,8 +8,15 @@ believe sizes from us any more: it would see an empty file, and worse, it would 
 with zeros the page around each small write.  Without that feature the kernel sends a
 truncation, and takes the size in our answer.
 
-pyfuse3 has no way to decline the feature.  So libfuse gets a socket in place of the
-device for the length of the handshake, and the two messages pass through here.
+The answer lacks two figures.  The kernel sends reads and writes that nobody waits for
+in person (read-ahead, write-back, asynchronous O_DIRECT) in the background, and has 12 of
+them under way unless the answer says another number: then a program with 16 in flight has
+12, and long read-ahead is cut short.  It takes the number from an ordinary user too, up
+to a limit of its own.  And it reads ahead no further than the answer says, which is the
+way to less of it for those who cannot write to ``/sys`` (`qedfuse.mount.readahead`).
+
+pyfuse3 has no way to say any of this.  So libfuse gets a socket in place of the device
+for the length of the handshake, and the two messages pass through here.
 """
 
 from __future__ import annotations
@@ -27,13 +34,21 @@ from qedfuse.mount.mountpoint import FUSE_DEVICE
 from qedfuse.util.scope import open_scope
 
 # struct fuse_in_header (40 bytes) and the first fields of struct fuse_init_in: major,
-# minor, max_readahead, flags.  They are part of the kernel's stable interface.
+# minor, max_readahead, flags; struct fuse_out_header (16 bytes), and the same fields of
+# struct fuse_init_out with two more: max_background, congestion_threshold.  They are part
+# of the kernel's stable interface.
 _IN_HEADER: Final = struct.Struct("=IIQQIIII")
 _INIT_IN: Final = struct.Struct("=IIII")
+_OUT_HEADER: Final = struct.Struct("=IiQ")
+_INIT_OUT: Final = struct.Struct("=IIIIHH")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE: Final = 1 << 20
 """More than libfuse's own buffer; the kernel refuses to fill a smaller one."""
+
+MAX_BACKGROUND: Final = 64
+"""Requests that the kernel may have under way in the background.  Twice as many gain
+nothing, and who waits for one request would wait behind all of them."""
 
 
 def fuse_descriptors() -> set[int]:
@@ -65,11 +80,32 @@ def decline(message: bytes, unwanted: int) -> bytes:
     return bytes(changed)
 
 
-async def shake_hands(fd: int) -> None:
+def amend(message: bytes, readahead: int | None) -> bytes:
+    """Put into libfuse's answer what it leaves out; an answer that refuses stays as it is.
+
+    Args:
+        message: The answer.
+        readahead: Bytes that the kernel may read ahead at most; None for what it offers.
+    """
+    if len(message) < _OUT_HEADER.size + _INIT_OUT.size:
+        return message
+    changed = bytearray(message)
+    major, minor, offered, flags, *_ = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
+    _INIT_OUT.pack_into(
+        changed,
+        _OUT_HEADER.size,
+        *(major, minor, offered if readahead is None else min(offered, readahead), flags),
+        *(MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4),  # the kernel's own proportion
+    )
+    return bytes(changed)
+
+
+async def shake_hands(fd: int, readahead: int | None = None) -> None:
     """Let libfuse, whose connection to the kernel is ``fd``, agree with the kernel.
 
     Call it between `pyfuse3.init` and `pyfuse3.main`.  When it returns, the kernel
-    serves requests for the mount.
+    serves requests for the mount, and reads ahead at most ``readahead`` bytes, or as far
+    as it likes with None.
 
     Raises:
         FuseError: The kernel or libfuse does not want to go on.
@@ -87,7 +123,7 @@ async def shake_hands(fd: int) -> None:
             await trio.lowlevel.wait_readable(ours)
             # The tasks that wait on the socket have to go before the device comes back.
             nursery.cancel_scope.cancel()
-        os.write(device, ours.recv(_MAX_MESSAGE))
+        os.write(device, amend(ours.recv(_MAX_MESSAGE), readahead))
     except OSError as error:
         msg = f"{FUSE_DEVICE}: cannot agree with the kernel: {os.strerror(error.errno or 0)}"
         raise FuseError(msg) from error

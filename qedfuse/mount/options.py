@@ -21,6 +21,8 @@ from qedfuse.util.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from qedfuse.mount.readahead import Readahead
+
 KERNEL_WORDS: Final = frozenset(
     {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync"}
 )
@@ -45,7 +47,9 @@ request may be is agreed with the kernel when the mount begins."""
 
 _MAX_ID: Final = (1 << 32) - 2  # the last one means "unchanged" to chown(2)
 _MAX_COMMIT_SECONDS: Final = 3600.0
+_MAX_POLL_MICROSECONDS: Final = 10_000
 _MIN_CACHE_BYTES: Final = 64 << 10
+_MAX_READAHEAD_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ class MountOptions:
         detect_zeroes: What becomes of zeros that are written (`OpenOptions`).
         free_list: Whether images keep a list of their free space (`OpenOptions`).
         compact: The files are made as short as they can be when the mount ends.
+        poll_seconds: Longest time for which the next request is polled for; None for
+            what suits the machine.
+        readahead: How far the kernel reads ahead (`qedfuse.mount.readahead`).
         snapshot: Writes are dropped when the mount ends.
         overlay: Writes go to this QED image, made if missing.
         kernel_words: Words for the kernel, from `KERNEL_WORDS`.
@@ -90,6 +97,8 @@ class MountOptions:
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     free_list: Literal["keep", "on", "off"] = "keep"
     compact: bool = False
+    poll_seconds: float | None = None
+    readahead: Readahead = None
     snapshot: bool = False
     overlay: str | None = None
     kernel_words: tuple[str, ...] = ()
@@ -249,13 +258,37 @@ def _seconds(name: str, value: str) -> float:
     return seconds
 
 
-def _cache(name: str, value: str) -> int:
-    """Read a size of memory."""
+def _poll(name: str, value: str) -> float:
+    """Read a number of microseconds, or that there is to be no polling."""
+    if value == "off":
+        return 0.0
+    expected = f"microseconds up to {_MAX_POLL_MICROSECONDS}, or off"
+    return _number(name, value, 10, _MAX_POLL_MICROSECONDS, expected) * 1e-6
+
+
+def _readahead(name: str, value: str) -> Readahead:
+    """Read how far to read ahead, or that it is up to the kernel."""
+    if value == "kernel":
+        return "kernel"
+    size = _size(name, value)
+    if size > _MAX_READAHEAD_BYTES:
+        msg = f"option {name}: found {printable(value)}, expected at most 1G, or kernel"
+        raise UsageError(msg)
+    return size
+
+
+def _size(name: str, value: str) -> int:
+    """Read a number of bytes."""
     try:
-        size = parse_size(value)
+        return parse_size(value)
     except UsageError as error:
         msg = f"option {name}: {error}"
         raise UsageError(msg) from error
+
+
+def _cache(name: str, value: str) -> int:
+    """Read a size of memory."""
+    size = _size(name, value)
     if size < _MIN_CACHE_BYTES:
         msg = f"option {name}: found {printable(value)}, expected at least 64K"
         raise UsageError(msg)
@@ -294,5 +327,7 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "umask": ("umask", _umask),
     "commit": ("commit_seconds", _seconds),
     "cache_size": ("cache_bytes", _cache),
+    "poll": ("poll_seconds", _poll),
+    "readahead": ("readahead", _readahead),
     "overlay": ("overlay", _path),
 }

@@ -18,6 +18,7 @@ import logging
 import os
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -33,7 +34,9 @@ from qedfuse.mount.naming import Source, find_sources
 from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
 from qedfuse.mount.operations import Operations
 from qedfuse.mount.overlays import host_place, open_source
+from qedfuse.mount.readahead import readahead_bytes, set_readahead
 from qedfuse.mount.runtime import MountNote, NoteKeeper, process_start
+from qedfuse.mount.scheduler import scheduled
 from qedfuse.mount.sizes import SizeKeeper
 from qedfuse.mount.space import SpaceRequests
 from qedfuse.mount.stopping import InterruptedMountError, Stopper
@@ -158,10 +161,13 @@ class _Session:
         connection = attach(operations, mountpoint, request.options, request.sources[0])
         laundering = Laundering(connection)
         try:
-            await shake_hands(connection)
-            await self._serve(operations, laundering)
+            with scheduled(request.options.poll_seconds):
+                await shake_hands(connection, readahead_bytes(request.options.readahead))
+                await self._serve(operations, laundering)
         finally:
             extraops.end()
+            for view in operations.views.values():
+                view.disk.when_flushed(lambda: None)
             laundering.stop()
             pyfuse3.close(unmount=False)
             laundering.wait()
@@ -177,18 +183,26 @@ class _Session:
             msg = f"{printable(mountpoint)}: found no mount after mounting"
             raise FuseError(msg)
         self._leave_note(entry.device)
+        untuned = set_readahead(entry.device, self._request.options.readahead)
+        if untuned is not None and self._request.options.readahead is not None:
+            # Whoever asked for it is still there to be told.
+            _log.warning("%s: option readahead: %s", printable(mountpoint), untuned)
         keeper = SizeKeeper(mountpoint, entry.device)
         async with open_scope() as nursery:
             if operations.enable_writeback_cache:
                 operations.size_lost = keeper.lost
                 operations.write_back = laundering.launder_all
                 nursery.start_soon(keeper.run)
-            operations.space_changed = _forget_attributes
+            for view in operations.views.values():
+                view.disk.when_flushed(partial(_tell_of_space, view))
             missing = extraops.serve(SpaceRequests(operations, nursery, laundering))
             if missing is not None:
                 _log.warning("without fallocate and lseek: discards free nothing: %s", missing)
             self._stopper.mounted(operations, mountpoint, entry.device)
             self._tell_ready()
+            if untuned is not None and self._request.options.readahead is None:
+                # For the log: an ordinary user need not hear this at every mount.
+                _log.info("%s: %s", printable(mountpoint), untuned)
             await pyfuse3.main()
             notify_systemd("STOPPING=1")
             nursery.cancel_scope.cancel()
@@ -216,10 +230,12 @@ class _Session:
         notify_systemd("READY=1")
 
 
-def _forget_attributes(view: View) -> None:
-    """Have the kernel ask for a disk's attributes again."""
-    with suppress(OSError):  # it may not know the disk at all
-        pyfuse3.invalidate_inode(view.inode, attr_only=True)
+def _tell_of_space(view: View) -> None:
+    """Have the kernel ask again if a disk takes up more or less of the host than it knows."""
+    if view.blocks >= 0 and view.disk.fstat().st_blocks != view.blocks:
+        view.blocks = -1
+        with suppress(OSError):  # it may not know the disk at all
+            pyfuse3.invalidate_inode(view.inode, attr_only=True)
 
 
 def _take_back(mountpoint: str) -> None:

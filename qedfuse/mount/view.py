@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.mount.options import MountOptions
 
-_ATTR_SECONDS: Final = 1.0
-"""How long the kernel believes what it knows of a file: `du` lags behind by this much."""
+_ATTR_SECONDS: Final = 86400.0
+"""How long the kernel believes what it knows of a file.  All changes come through it but
+that of the space a file takes up, of which it is told.  Where this is short, each write
+that finds it expired asks for the attributes first, and many at once do so for ever,
+because an answer that a write has overtaken does not count."""
+_SHARED_ATTR_SECONDS: Final = 1.0
+"""The same where another program writes to the image."""
 _ENTRY_SECONDS: Final = 300.0
 """The same for names, which never change."""
 
@@ -31,7 +36,8 @@ class View:
         opened: How many handles are open.
         writers: How many of them may write.
         writing: How many writes are under way.
-        blocks: What the image took up on the host when the kernel was last told.
+        blocks: What the image takes up on the host as far as the kernel knows; -1 if it is
+            going to ask.
         overrun: A write that the kernel had cached went past the end; nobody knows yet.
     """
 
@@ -52,6 +58,7 @@ class Attributes:
     def __init__(self, options: MountOptions) -> None:
         """Take the owner and the permissions from the options, or else from the caller."""
         self.uid = os.getuid() if options.uid is None else options.uid
+        self._seconds = _SHARED_ATTR_SECONDS if options.force_share else _ATTR_SECONDS
         self.gid = os.getgid() if options.gid is None else options.gid
         # Only the owner, unless the user says otherwise: a disk holds everybody's files.
         mask = 0o077 if options.umask is None else options.umask
@@ -65,7 +72,7 @@ class Attributes:
         image = view.disk.fstat()
         entry = self._entry(view.inode, self.file_mode, image)
         entry.st_size = view.disk.size
-        entry.st_blocks = image.st_blocks
+        view.blocks = entry.st_blocks = image.st_blocks
         entry.st_nlink = 1
         return entry
 
@@ -87,6 +94,6 @@ class Attributes:
         entry.st_atime_ns = image.st_atime_ns
         entry.st_mtime_ns = image.st_mtime_ns
         entry.st_ctime_ns = image.st_ctime_ns
-        entry.attr_timeout = _ATTR_SECONDS
+        entry.attr_timeout = self._seconds
         entry.entry_timeout = _ENTRY_SECONDS
         return entry

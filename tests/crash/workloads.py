@@ -122,6 +122,8 @@ class Workload:
         pace = random.Random(f"{case.name} {seed} pace") if case.slow else None
         image = crashed(case, seed) if case.crashed else make_image(case)
         self.file = RecordingFile(image, pace=pace, slow=case.slow)
+        # In half of the runs data is overwritten the short way, where that is possible.
+        self.file.at_hand = random.Random(f"{case.name} {seed} at hand").random() < 0.5
         self.host: HostFile = self.file
         self.may_fail = False
         self.errors: list[QedError] = []

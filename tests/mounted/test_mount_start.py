@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.mount.mountpoint import FUSE_TYPE
+from qedfuse.mount.mountpoint import FUSE_TYPE, find_mount
 from qedfuse.mount.runtime import directories
 from tests.support import qemu
 from tests.support.mounted import (
     COMMAND,
+    FrontMount,
     clean_up,
     environment,
     front,
@@ -130,6 +131,25 @@ def test_debug_shows_requests(image: Path, mnt: Path) -> None:
         code, log = mount.finish()
     assert code == 0
     assert "qedfuse: opendir(1,)" in log
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [("rw", 1024), ("readahead=256K", 256), ("readahead=64K", 64), ("readahead=0", 0),
+     ("readahead=kernel", 128)],
+)  # fmt: skip
+def test_read_ahead(image: Path, mnt: Path, option: str, found: int) -> None:
+    """The kernel reads ahead as far as the option says when the command returns."""
+    with mounted(image, mnt, "-o", option) as directory:
+        assert read_ahead(directory) == found
+        assert (directory / "vm.raw").read_bytes() == b"\7" * 65536 + bytes(SIZE - 65536)
+
+
+def read_ahead(mountpoint: Path) -> int:
+    """Ask the kernel how far it reads ahead on a mount, in KiB."""
+    entry = find_mount(str(mountpoint))
+    assert entry is not None
+    return int(Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb").read_text())
 
 
 # Refused
@@ -362,13 +382,17 @@ def user_place() -> Iterator[Path]:
     shutil.rmtree(directories(NOBODY)[-1], ignore_errors=True)
 
 
+# The capability lets him search directories: the interpreter may lie in root's home.
+AS_USER = (
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+
+
 def as_user(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command as an ordinary user."""
-    # The capability lets him search directories: the interpreter may lie in root's home.
-    capability = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
-    user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     return subprocess.run(
-        ["setpriv", *user, *capability, *(str(word) for word in words)],
+        [*AS_USER, *(str(word) for word in words)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -414,4 +438,31 @@ def test_what_an_ordinary_user_may_not_is_explained(user_place: Path) -> None:
     assert "-o ro" in done.stderr
     done = as_user(*COMMAND, own, mnt, "-o", "ro")
     assert (done.returncode, done.stderr) == (0, "")
+    assert as_user(*COMMAND, "umount", mnt).returncode == 0
+
+
+def test_an_ordinary_user_is_told_that_reading_ahead_stays_short(user_place: Path) -> None:
+    """Once, in the log; on the terminal if he asked for more; less he gets without root."""
+    image, mnt = user_place / "vm.qed", user_place / "mnt"
+    with subprocess.Popen(
+        [*AS_USER, *COMMAND, "-f", image, mnt],
+        stderr=subprocess.PIPE, text=True, cwd="/", env=environment() | {"HOME": "/"},
+    ) as process:  # fmt: skip
+        mount = FrontMount(process, mnt)
+        try:
+            line = mount.read_line()  # it comes when the disk can be used
+            assert as_user(*COMMAND, "umount", mnt).returncode == 0
+            code, log = mount.finish()
+        finally:
+            process.kill()
+    assert line.startswith(f"qedfuse: {mnt}: the kernel reads ahead 128 KiB, expected 1024 KiB")
+    assert "as root: echo 1024 > /sys/class/bdi/" in line
+    assert (code, "reads ahead" in log) == (0, False)
+    done = as_user(*COMMAND, image, mnt, "-o", "readahead=2M")
+    assert done.returncode == 0
+    assert "option readahead: the kernel reads ahead 128 KiB, expected 2048 KiB" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert as_user(*COMMAND, "umount", mnt).returncode == 0
+    done = as_user(*COMMAND, image, mnt, "-o", "readahead=64K")
+    assert (done.returncode, done.stderr, read_ahead(mnt)) == (0, "", 64)
     assert as_user(*COMMAND, "umount", mnt).returncode == 0

@@ -170,13 +170,16 @@ class DiskMachine(RuleBasedStateMachine):
         return pattern(length, self.serial)
 
     @precondition(lambda self: len(self.model) > 0)
-    @rule(fraction=fractions, length=lengths, aligned=st.booleans())
-    def write(self, fraction: float, length: int, *, aligned: bool) -> None:
+    @rule(fraction=fractions, length=lengths, aligned=st.booleans(), at_hand=st.booleans())
+    def write(self, fraction: float, length: int, *, aligned: bool, at_hand: bool) -> None:
         """Write somewhere, perhaps over the end."""
         start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
         data = self.fresh(length)
         expected = min(length, len(self.model) - start)
-        assert self.loop.run(self.disk.write, start, data) == expected
+        self.file.at_hand = at_hand
+        if not self.disk.write_now(start, data):
+            assert self.loop.run(self.disk.write, start, data) == expected
+        self.file.at_hand = False
         self.model[start : start + expected] = data[:expected]
 
     @precondition(lambda self: len(self.model) > 0)
@@ -228,7 +231,13 @@ class DiskMachine(RuleBasedStateMachine):
         """Read somewhere, perhaps over the end."""
         start = self.place(fraction, aligned=aligned)
         got = self.loop.run(self.disk.read, start, length)
-        assert difference(got, self.model[start : start + length]) is None
+        expected = self.model[start : start + length]
+        assert difference(got, expected) is None
+        # The tables are in memory now, but for those that the budget has no room for.
+        self.file.at_hand = True
+        at_once = self.disk.read_now(start, length)
+        self.file.at_hand = False
+        assert at_once is None or difference(bytes(at_once), expected) is None
 
     @rule()
     def read_all(self) -> None:

@@ -120,15 +120,16 @@ async def opened(
     """
     store = store or make_store(options.cache_bytes)
     header = await read_header(file)
-    layers = [await _base(content, depth, store) for depth, content in enumerate(bases, 1)]
+    layers = [await base_layer(content, depth, store) for depth, content in enumerate(bases, 1)]
     disk = Disk(file, header, layers, options, store)
     async with disk.serving():
         yield disk
 
 
-async def _base(content: bytes | bytearray, depth: int, store: SliceStore) -> Layer:
+async def base_layer(content: bytes | bytearray, depth: int, store: SliceStore) -> Layer:
     """Make one base of a chain."""
     file = MemoryFile(content, name=f"base{depth}", writable=False)
+    file.at_hand = True
     if not content.startswith(_MAGIC_BYTES):
         return RawLayer(file)
     layer = QedLayer(file, await read_header(file), store)

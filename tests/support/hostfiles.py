@@ -84,6 +84,9 @@ class MemoryFile:
 
     Every call yields to other tasks once before it acts, and can be cancelled there,
     which is more than a real file does: what is right here does not depend on luck.
+
+    Attributes:
+        at_hand: Whether reads and short writes can be had without waiting.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class MemoryFile:
         self.name = name
         self.writable = writable
         self.can_punch = True
+        self.at_hand = False
         self.closed = False
         self.counts: Counter[Action] = Counter()
 
@@ -118,6 +122,25 @@ class MemoryFile:
         data = await self.pread(offset, len(view))
         view[: len(data)] = data
         return len(data)
+
+    def read_now(self, offset: int, length: int) -> bytearray | None:
+        """Read ``length`` bytes, if they are at hand and the file has that many."""
+        data = self.content[offset : offset + length]
+        return data if self.at_hand and len(data) == length else None
+
+    def read_now_into(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view``, if that can be done at once."""
+        data = self.read_now(offset, len(view))
+        if data is not None:
+            view[:] = data
+        return data is not None
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write, if that can be done at once."""
+        assert self.writable, "write to a file that is open read-only"
+        if self.at_hand:
+            self.change(Write(offset, bytes(data)))
+        return self.at_hand
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
@@ -404,6 +427,17 @@ class FailingFile:
         if fault := await self._enter("read", offset):
             self._raise(fault, "read")
         return await self.inner.pread_into(offset, view)
+
+    def read_now(self, *_: object) -> None:
+        """Do nothing: reads can wait and fail here."""
+
+    def read_now_into(self, *_: object) -> bool:
+        """Do nothing: reads can wait and fail here."""
+        return False
+
+    def write_now(self, *_: object) -> bool:
+        """Do nothing: writes can wait and fail here."""
+        return False
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write, or write less and fail."""

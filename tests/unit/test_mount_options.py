@@ -45,6 +45,14 @@ def test_every_option_of_ours() -> None:
     )
 
 
+def test_read_ahead_is_a_size_or_the_kernels() -> None:
+    """Nothing is another wish than the kernel's own."""
+    assert parse_options(["readahead=256K"]).readahead == 256 << 10
+    assert parse_options(["readahead=0"]).readahead == 0
+    assert parse_options(["readahead=kernel"]).readahead == "kernel"
+    assert parse_options([]).readahead is None
+
+
 def test_a_later_word_overrides_an_earlier_one() -> None:
     """The last of ro and rw counts, across several -o."""
     assert not parse_options(["ro", "rw"]).read_only
@@ -95,6 +103,8 @@ def test_words_for_others_are_dropped_and_words_for_the_kernel_kept() -> None:
         ("commit=nan", "option commit: found nan, expected seconds, more than 0, up to 3600"),
         ("commit=3601", "option commit: found 3601, expected seconds, more than 0, up to 3600"),
         ("cache_size=1K", "option cache_size: found 1K, expected at least 64K"),
+        ("readahead=2G", "option readahead: found 2G, expected at most 1G, or kernel"),
+        ("readahead", "option readahead: found no value, expected readahead=VALUE"),
         ("backing=all", "option backing: found all, expected confined or any or none"),
         ("backing_format=vmdk", "option backing_format: found vmdk, expected raw or qed"),
         ("rw,force_share", "options rw and force_share: exclude each other"),
@@ -115,8 +125,9 @@ def test_refusals_name_the_word(text: str, message: str) -> None:
 
 def test_a_wrong_size_names_the_option() -> None:
     """The option stands in front of what is wrong with the size."""
-    with pytest.raises(UsageError, match=r"^option cache_size: size: found 'x'"):
-        parse_options(["cache_size=x"])
+    for name in ("cache_size", "readahead"):
+        with pytest.raises(UsageError, match=rf"^option {name}: size: found 'x'"):
+            parse_options([f"{name}=x"])
 
 
 def test_sloppy_drops_what_is_unknown_only() -> None:

@@ -14,7 +14,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
 from qedfuse.mount.attach import _explain, kernel_options
-from qedfuse.mount.handshake import decline
+from qedfuse.mount.handshake import amend, decline
 from qedfuse.mount.operations import Operations
 from qedfuse.mount.options import MountOptions, parse_options
 from qedfuse.mount.view import View
@@ -40,6 +40,9 @@ class Broken:
     def __init__(self, error: Exception) -> None:
         """Fail with ``error``."""
         self._error = error
+
+    def read_now(self, _start: int, _length: int) -> None:
+        """Leave it to `read`."""
 
     async def read(self, _start: int, _length: int) -> bytes:
         """Fail."""
@@ -79,6 +82,27 @@ def test_another_message_is_refused(message: bytes) -> None:
     """What is not the first message is not touched."""
     with pytest.raises(FuseError, match="expected FUSE_INIT"):
         decline(message, 8)
+
+
+ANSWER = struct.pack("=IiQ" + "IIIIHHII", 80, 0, 2, 7, 31, 1 << 17, 0xF7, 0, 0, 1 << 20, 1)
+ANSWER += bytes(80 - len(ANSWER))
+
+
+@pytest.mark.parametrize(
+    ("readahead", "found"),
+    [(None, 1 << 17), (1 << 20, 1 << 17), (1 << 16, 1 << 16), (0, 0)],
+)
+def test_libfuses_answer_is_completed(readahead: int | None, found: int) -> None:
+    """More requests in the background, less read-ahead if wanted; the rest stays."""
+    changed = amend(ANSWER, readahead)
+    assert struct.unpack_from("=IIIIHH", changed, 16) == (7, 31, found, 0xF7, 64, 48)
+    assert (changed[:16], changed[36:]) == (ANSWER[:16], ANSWER[36:])
+
+
+def test_an_answer_that_refuses_is_passed_on() -> None:
+    """An error, and the answer to a kernel too old or too new, have no such fields."""
+    for answer in (struct.pack("=IiQ", 16, -errno.EPROTO, 2), ANSWER[:24]):
+        assert amend(answer, 0) == answer
 
 
 def test_what_libfuse_is_told() -> None:
@@ -180,3 +204,26 @@ async def test_handles_are_counted(tmp_path: Path) -> None:
         assert closed == []
         await handlers.release(first.fh)
         assert closed == [0]
+
+
+@pytest.mark.expect_log("internal error in")
+@pytest.mark.parametrize("name", ["read", "write"])
+async def test_a_bug_on_the_short_way_is_answered_too(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends one request, not the mount."""
+
+    class Worse(Broken):
+        """A disk that fails where nothing is expected to."""
+
+        def read_now(self, _start: int, _length: int) -> None:
+            """Fail."""
+            raise self._error
+
+        write_now = read_now
+
+    handlers = operations(Worse(ValueError("oops")))
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await (handlers.read(2, 0, 4) if name == "read" else handlers.write(2, 0, b"1234"))
+    assert caught.value.errno == errno.EIO
+    assert f"internal error in {name}" in caplog.text

@@ -1,0 +1,137 @@
+"""The short way of a request: tables and data are in memory, so nothing has to be waited for.
+
+Most requests are like that, and going the long way, by extents and tasks, would cost them
+several times what the host's file costs.  Nobody else runs between looking up where the
+bytes are and reading or writing them, so neither locks nor `Grace` are needed.  Whatever
+is not plain sailing (a table or data not in memory, a bad entry, a failing host) is left
+to the long way, which begins anew and says what is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.disk.flatten import MIXED, ZEROS, place
+from qedfuse.ondisk.constants import ZERO
+
+if TYPE_CHECKING:
+    from array import array
+
+    from qedfuse.disk.chain import Chain
+    from qedfuse.disk.commit import Commit
+    from qedfuse.disk.layer import QedLayer
+    from qedfuse.hostio.hostfile import Buffer
+
+_ZEROS: Final = memoryview(bytes(1 << 20))
+_SHORT: Final = len(_ZEROS)
+"""Longest request that goes the short way, in bytes: as long as the kernel's."""
+
+
+class Shortcut:
+    """Reads and writes that need no waiting."""
+
+    def __init__(self, chain: Chain, layer: QedLayer, commit: Commit) -> None:
+        """Serve requests to ``layer``, the top of ``chain``."""
+        self._layer = layer
+        self._commit = commit
+        self._below = chain.below
+        self._files = [one.file for one in chain.layers]
+        self._read = layer.file.read_now
+        self._write = layer.file.write_now
+        self._bits = layer.geometry.cluster_bits
+        self._size = layer.geometry.cluster_size
+        self._cluster_mask = layer.geometry.cluster_mask
+        self._slice_bits = layer.tables.slice_entries.bit_length() - 1
+        self._slice_mask = layer.tables.slice_entries - 1
+
+    def read(self, start: int, length: int) -> Buffer | None:
+        """Read a range; None if it has to go the long way."""
+        end = start + length
+        if not 0 < length <= _SHORT or end > self._layer.header.image_size:
+            return None
+        first = start >> self._bits
+        part = self._layer.at_hand(first >> self._slice_bits)
+        if part is None or part.bad is not None:
+            return None
+        index = first & self._slice_mask
+        last = index + ((end - 1) >> self._bits) - first
+        entries = part.entries
+        value = entries[index]
+        if value > ZERO and (last == index or self._is_run(entries, index, last)):
+            return self._read(value + (start & self._cluster_mask), length)
+        if last > self._slice_mask:
+            return None
+        return self._gather(entries, start, end)
+
+    def write(self, start: int, data: Buffer) -> bool:
+        """Overwrite a range that is one run in the file; if it was not done, nothing is amiss."""
+        end = start + len(data)
+        if not start < end <= self._layer.header.image_size:
+            return False
+        first = start >> self._bits
+        part = self._layer.at_hand(first >> self._slice_bits)
+        if part is None or part.bad is not None:
+            return False
+        index = first & self._slice_mask
+        last = index + ((end - 1) >> self._bits) - first
+        value = part.entries[index]
+        if value <= ZERO or (last > index and not self._is_run(part.entries, index, last)):
+            return False
+        if not self._write(value + (start & self._cluster_mask), data):
+            return False
+        self._commit.note_write()
+        return True
+
+    def _is_run(self, entries: array[int], first: int, last: int) -> bool:
+        """Tell whether clusters lie one behind the other in the file."""
+        if last > self._slice_mask:
+            return False
+        size, value = self._size, entries[first]
+        for entry in entries[first + 1 : last + 1]:
+            value += size
+            if entry != value:
+                return False
+        return True
+
+    def _gather(self, entries: array[int], start: int, end: int) -> Buffer | None:
+        """Read a range within one slice that is stored in several ways."""
+        runs = self._runs(entries, start, end)
+        if runs is None:
+            return None
+        if all(depth < 0 for depth, _, _ in runs):
+            return _ZEROS[: end - start]
+        buffer = bytearray(end - start)
+        view = memoryview(buffer)
+        at = 0
+        for depth, offset, length in runs:
+            if depth >= 0 and not self._files[depth].read_now_into(offset, view[at : at + length]):
+                return None
+            at += length
+        return buffer
+
+    def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
+        """List the runs of a range: depth in the chain, or -1 for zeros; file offset; length."""
+        first = start >> self._bits
+        codes = None
+        runs: list[list[int]] = []
+        at = start
+        for number in range(first, ((end - 1) >> self._bits) + 1):
+            stop = min(end, (number + 1) << self._bits)
+            value = entries[number & self._slice_mask]
+            depth = 0
+            if value <= ZERO:
+                depth = -1
+                if value != ZERO and self._below is not None:
+                    codes = codes or self._below.cached(first >> self._slice_bits)
+                    code = MIXED if codes is None else codes[number & self._slice_mask]
+                    if code == MIXED:
+                        return None
+                    if code != ZEROS:
+                        depth, value = place(code)
+            offset = value + (at & self._cluster_mask) if depth >= 0 else 0
+            if runs and runs[-1][0] == depth and (depth < 0 or sum(runs[-1][1:]) == offset):
+                runs[-1][2] += stop - at
+            else:
+                runs.append([depth, offset, stop - at])
+            at = stop
+        return runs

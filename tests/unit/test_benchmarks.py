@@ -1,0 +1,157 @@
+"""The benchmarks' arithmetic: no server, no clock."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks import reader, report
+from benchmarks.cells import CELLS, Cell, chosen
+from benchmarks.images import CLUSTER, Images
+from benchmarks.report import Outcome
+from benchmarks.servers import run
+from benchmarks.speed import takes_part, turns
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RATE = next(cell for cell in CELLS if cell.name == "randread-4k-16")
+SECONDS = next(cell for cell in CELLS if cell.name == "loop-tar")
+CHAIN = next(cell for cell in CELLS if cell.stage == "chain")
+
+
+def outcome(cell: Cell, us: list[float], peer: list[float], limit: list[float]) -> Outcome:
+    """Give what came out of a cell."""
+    return Outcome(cell, {"us": us, "peer": peer, "limit": limit})
+
+
+def test_ratio_is_of_medians() -> None:
+    """One round that went wrong does not move the ratio, as it would with means."""
+    found = outcome(RATE, [60, 1, 50], [20, 25, 1000], [100, 100, 100])
+    assert found.ratio("peer") == 2.0
+    assert found.ratio("limit") == 0.5
+
+
+def test_seconds_count_the_other_way_round() -> None:
+    """More than one means faster, also where less is better."""
+    assert outcome(SECONDS, [2, 2, 2], [3, 3, 3], [1, 1, 1]).ratio("peer") == 1.5
+
+
+def test_ratio_without_figures() -> None:
+    """Somebody who failed has no ratio, and misses nothing."""
+    found = Outcome(RATE, {"us": [5.0]})
+    assert found.ratio("peer") is None
+    assert found.missed() == []
+
+
+def test_missed_targets_are_named() -> None:
+    """Each target is compared with its own ratio."""
+    cell = replace(RATE, peer=2, limit=0.4)
+    assert outcome(cell, [40], [20], [100]).missed() == []
+    assert outcome(cell, [39], [20], [90]).missed() == ["1.95 of QEMU, expected 2"]
+    assert outcome(cell, [39], [10], [100]).missed() == ["0.39 of the limit, expected 0.4"]
+
+
+def test_chain_is_held_against_one_image() -> None:
+    """What counts is the cost: 100 reads/s on one image may become 80 on the chain."""
+    fast = Outcome(CHAIN, {"us": [80], "single": [100]})
+    slow = Outcome(CHAIN, {"us": [79], "single": [100]})
+    assert fast.missed() == []
+    assert slow.missed() == ["1.27 of the cost on one image, expected 1.25"]
+
+
+def test_markdown_has_a_row_for_each_cell() -> None:
+    """Median, spread, ratio and verdict; a note is numbered."""
+    rows = [outcome(RATE, [1, 2, 4], [1, 1, 1], [4, 4, 4]), Outcome(CHAIN, {}, ["us: it broke"])]
+    text = report.markdown(rows, {"processor": "slow"})
+    assert "- processor: slow\n" in text
+    assert "| 2 (1 to 4) | 1 (1 to 1) | 4 (4 to 4) | 2.00 | 2 | 0.50 | 0.4 | met |" in text
+    assert re.search(r"\[1\] \| IOPS \| - \| - \| - \|.*\| failed \|\n", text)
+    assert "\n1. us: it broke; " in text
+
+
+def test_filter() -> None:
+    """A regular expression is looked for in the names; nothing found is an error."""
+    assert [cell.name for cell in chosen("^read-1m$")] == ["read-1m"]
+    assert chosen(None) == list(CELLS)
+    with pytest.raises(ValueError, match="found no cell for 'nosuch'"):
+        chosen("nosuch")
+    with pytest.raises(ValueError, match="expected a regular expression"):
+        chosen("(")
+
+
+def test_names_differ() -> None:
+    """Each cell can be asked for alone."""
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+    assert len({cell.title for cell in CELLS}) == len(CELLS)
+
+
+def test_everybody_is_first_in_turn() -> None:
+    """In as many rounds as there are contestants, each has been at every place."""
+    orders = turns(["us", "peer", "limit"], 3)
+    assert orders == [["us", "peer", "limit"], ["peer", "limit", "us"], ["limit", "us", "peer"]]
+    assert len(turns(["us"], 5)) == 5
+
+
+def test_one_image_takes_part_beside_the_chain_only() -> None:
+    """Everywhere else it would be measured twice."""
+    assert takes_part(RATE) == ["us", "peer", "limit"]
+    assert takes_part(CHAIN) == ["us", "peer", "limit", "single"]
+
+
+def test_compare_counts_what_was_written() -> None:
+    """Each block is as expected, or says that it belongs where it is."""
+    before = bytes(range(1, 65)) * 128
+    after = before[:4096] + reader.written(12288, 4096)
+    assert reader.compare(before, before, 8192, 4096) == 0
+    assert reader.compare(after, before, 8192, 4096) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        pytest.param(4096, reader.written(0, 4096), id="written, but to another place"),
+        pytest.param(5000, b"\0", id="a byte"),
+        pytest.param(8192 - 512, bytes(512), id="a sector, in the end"),
+    ],
+)
+def test_compare_notices_wrong_data(place: int, found: bytes) -> None:
+    """The message says where."""
+    before = b"\xa5" * 8192
+    disk = before[:place] + found + before[place + len(found) :]
+    with pytest.raises(ValueError, match=f"^offset {place + 65536}: found"):
+        reader.compare(disk, before, 65536, 4096)
+
+
+def test_compare_notices_that_data_is_missing() -> None:
+    """A read that gives less than it should."""
+    with pytest.raises(ValueError, match="found 4000 bytes, expected 4096"):
+        reader.compare(b"x" * 4000, b"x" * 4096, 0, 0)
+
+
+def test_check_reads_the_whole_disk(tmp_path: Path) -> None:
+    """Also its last byte."""
+    disk, expected = tmp_path / "disk", tmp_path / "expected"
+    for path in (disk, expected):
+        path.write_bytes(bytes(3 << 20))
+    assert reader.check(str(disk), str(expected), 4096, flags=0) == 0
+    assert reader.check(str(disk), "-", 0, flags=0) == 0
+    with disk.open("r+b") as file:
+        file.seek((3 << 20) - 1)
+        file.write(b"x")
+    with pytest.raises(ValueError, match=f"offset {(3 << 20) - 1}: found 78, expected 00"):
+        reader.check(str(disk), str(expected), 4096, flags=0)
+
+
+def test_chain_reads_as_expected(tmp_path: Path) -> None:
+    """The chain has eight layers; the flat file beside it is what QEMU reads from it."""
+    images = Images(tmp_path, 64 * CLUSTER)
+    top = images.make("chain", "us")
+    files = images.files("chain", top)
+    assert len(files) == 8
+    assert files[-1] == top
+    flat = images.make("chain", "limit")
+    run("qemu-img", "compare", "-f", "qed", "-F", "raw", str(top), str(flat))

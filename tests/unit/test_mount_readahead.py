@@ -1,0 +1,80 @@
+"""How far the kernel reads ahead: what is asked for, set, and told when it cannot be."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.mount.readahead import DEFAULT_READAHEAD, readahead_bytes, set_readahead
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qedfuse.mount.readahead import Readahead
+
+DEVICE = "0:41"
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Path:
+    """Give a mount's file as the kernel has it, with the kernel's value."""
+    path = tmp_path / DEVICE / "read_ahead_kb"
+    path.parent.mkdir()
+    path.write_text("128\n")
+    return path
+
+
+def test_lengths_are_whole_pages() -> None:
+    """A length is never rounded to nothing; the kernel's own is none of ours."""
+    assert readahead_bytes(None) == DEFAULT_READAHEAD == 1 << 20
+    assert readahead_bytes("kernel") is None
+    assert readahead_bytes(0) == 0
+    assert readahead_bytes(1) == PAGE
+    assert readahead_bytes(PAGE) == PAGE
+    assert readahead_bytes(PAGE + 1) == 2 * PAGE
+
+
+@pytest.mark.parametrize(
+    ("option", "found"), [(None, "1024\n"), (256 << 10, "256\n"), (0, "0\n"), ("kernel", "128\n")]
+)
+def test_the_length_is_set(tmp_path: Path, setting: Path, option: Readahead, found: str) -> None:
+    """In KiB, and in silence."""
+    assert set_readahead(DEVICE, option, tmp_path) is None
+    assert setting.read_text() == found
+
+
+def test_what_is_right_is_not_touched(tmp_path: Path, setting: Path) -> None:
+    """Nobody is told that he may not do what is done already."""
+    setting.write_text("1024\n")
+    before = setting.stat().st_mtime_ns
+    assert set_readahead(DEVICE, None, tmp_path) is None
+    assert setting.stat().st_mtime_ns == before
+
+
+def test_a_refusal_is_told_with_the_way_out(tmp_path: Path, setting: Path) -> None:
+    """One line: what is, what should be, why not, and what root may type."""
+    setting.unlink()
+    # A number that the kernel lets nobody write to, not even root.
+    setting.symlink_to("/proc/sys/kernel/ngroups_max")
+    assert set_readahead(DEVICE, 4 << 20, tmp_path) == (
+        f"the kernel reads ahead 65536 KiB, expected 4096 KiB: {setting}: "
+        f"{os.strerror(errno.EACCES)} "
+        f"(as root: echo 4096 > {setting}; it holds for files opened after that)"
+    )
+
+
+def test_a_kernel_that_has_no_such_file_is_told(tmp_path: Path, setting: Path) -> None:
+    """As in a container without /sys; and a file that holds no number is no crash."""
+    told = set_readahead("0:42", None, tmp_path)
+    assert told is not None
+    assert told.startswith("the kernel reads ahead an unknown length, expected 1024 KiB: ")
+    assert os.strerror(errno.ENOENT) in told
+    assert not (tmp_path / "0:42").exists()
+    setting.write_text("much\n")
+    told = set_readahead(DEVICE, None, tmp_path)
+    assert told is not None
+    assert told.isprintable()
