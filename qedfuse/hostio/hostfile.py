@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar, TypeVarTu
 import trio
 
 from qedfuse.errors import HostError, ImageError, cannot_open
+from qedfuse.hostio.arrivals import Arrivals
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.util.text import printable
 
@@ -143,6 +144,7 @@ class PosixFile:
         self.can_punch = True
         self._can_reserve = True
         self._nowait = True
+        self._arrivals = Arrivals()
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
@@ -182,18 +184,34 @@ class PosixFile:
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view``; return how many bytes there were before the file ended."""
-        done = 0
-        if self._nowait:
-            try:
-                done = os.preadv(self.fd, (view,), offset, _NOWAIT)
-            except OSError as error:
-                if error.errno not in _TRY_AGAIN:
-                    raise self._failed(error, "read") from error
-                # A file system without RWF_NOWAIT says so at the first try, for good.
-                self._nowait = error.errno != errno.EOPNOTSUPP
-            if done == len(view):
-                return done
-        return await self._in_thread("read", self._read_rest, offset, view, done)
+        done = self._read_cached(offset, view)
+        if done is None and self._nowait:
+
+            def ready() -> bool:
+                nonlocal done
+                done = self._read_cached(offset, view)
+                return done is not None
+
+            async def in_thread() -> None:
+                nonlocal done
+                done = await self._in_thread("read", self._read_rest, offset, view, 0)
+
+            await self._arrivals.wait(ready, in_thread)
+        if done is not None and done == len(view):
+            return done
+        # The page cache has only part of it, or the file ends: only waiting tells.
+        return await self._in_thread("read", self._read_rest, offset, view, done or 0)
+
+    def _read_cached(self, offset: int, view: memoryview) -> int | None:
+        """Read what is in the page cache; None if that is nothing, and it is being fetched."""
+        try:
+            return os.preadv(self.fd, (view,), offset, _NOWAIT) if self._nowait else None
+        except OSError as error:
+            if error.errno not in _TRY_AGAIN:
+                raise self._failed(error, "read") from error
+            # A file system without RWF_NOWAIT says so at the first try, for good.
+            self._nowait = error.errno != errno.EOPNOTSUPP
+            return None
 
     def _read_rest(self, offset: int, view: memoryview, done: int) -> int:
         """Read what is not in the page cache; runs in a worker thread."""

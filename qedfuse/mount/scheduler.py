@@ -13,10 +13,11 @@ When that task waits for something, another one takes over.
 nothing, other tasks have their turn; then, if that has paid lately, it is polled for some
 more microseconds; only then is the loop put to sleep.
 
-What keeps others from starving: after `BURST` requests in a row, or `BURST_BESIDE_THREADS`
-while a worker thread is at work for somebody, all other tasks that can run have their
+What keeps others from starving: after `BURST` requests in a row, or `BURST_BESIDE_OTHERS`
+while somebody waits for the host's disk, all other tasks that can run have their
 turn, and trio looks for threads that are done, timers and signals.  Nothing is polled for
-while a thread is at work: only trio sees its end.  Idle, the loop sleeps.
+while a thread is at work, whose end only trio sees, or while a read of the host's file is
+polled for by another task.  Idle, the loop sleeps.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 import trio
 
+from qedfuse.hostio.arrivals import polled_reads
+from qedfuse.util.window import Window
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -40,16 +44,11 @@ _log = logging.getLogger(__name__)
 BURST: Final = 64
 """Requests that are taken one after the other before all other tasks have a turn."""
 
-BURST_BESIDE_THREADS: Final = 8
-"""The same while worker threads are at work: requests wait for what they bring."""
+BURST_BESIDE_OTHERS: Final = 8
+"""The same while requests wait for worker threads, or for the host's disk."""
 
 POLL_SECONDS: Final = 100e-6
 """How long the descriptor is polled before the loop goes to sleep, if that pays."""
-
-_TRUST: Final = 16
-_WAKE_FACTOR: Final = 2
-"""A request that came while the loop slept is seen later than it came: how much later, as a
-multiple of the time for which it would have been polled."""
 
 
 @dataclass(slots=True)
@@ -112,27 +111,6 @@ class Baton:
         self._woken = False
 
 
-class Window:
-    """Decides whether it pays to poll for the next request, by when the last ones came."""
-
-    def __init__(self, seconds: float) -> None:
-        """Poll for up to so many seconds; 0 for never."""
-        self._longest = seconds
-        self._trust = 0
-
-    @property
-    def seconds(self) -> float:
-        """How long to poll now."""
-        return self._longest if self._trust > 0 else 0.0
-
-    def came(self, seconds: float, *, slept: bool) -> None:
-        """Learn how long after the one before a request came."""
-        if seconds <= self._longest * (_WAKE_FACTOR if slept else 1):
-            self._trust = min(_TRUST, self._trust + 2)
-        elif self._trust > 0:
-            self._trust -= 1
-
-
 class Scheduler:
     """Stands where pyfuse3 expects the module ``trio``, for one mount."""
 
@@ -171,7 +149,7 @@ class Scheduler:
         if self._poller.poll(0):
             statistics.waiting += 1
             self._burst += 1
-            if self._burst >= (BURST_BESIDE_THREADS if self._threads.borrowed_tokens else BURST):
+            if self._burst >= (BURST_BESIDE_OTHERS if self._others_at_work() else BURST):
                 await self._turn()
             return
         since = self._clock()
@@ -183,21 +161,25 @@ class Scheduler:
         if self._closing:
             raise trio.ClosedResourceError
         statistics.slept += 1
-        beside_threads = self._threads.borrowed_tokens > 0
+        alone = not self._others_at_work()
         await trio.lowlevel.wait_readable(fd)
-        if not beside_threads:
+        if alone:
             self._window.came(self._clock() - since, slept=True)
 
     def _poll(self, end: float) -> bool:
         """Poll until something is there (true), the time has come, or something else is up."""
-        poll, clock, threads = self._poller.poll, self._clock, self._threads
-        while not (threads.borrowed_tokens or self._closing):
+        poll, clock = self._poller.poll, self._clock
+        while not (self._others_at_work() or self._closing):
             if poll(0):
                 return True
             if clock() >= end:
                 self.statistics.vain += 1
                 break
         return False
+
+    def _others_at_work(self) -> bool:
+        """Tell whether a request waits for something that only the loop sees."""
+        return self._threads.borrowed_tokens > 0 or polled_reads.count > 0
 
     async def _turn(self) -> None:
         """Let all other tasks run that can."""

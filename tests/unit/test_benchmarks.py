@@ -5,21 +5,25 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from benchmarks import reader, report
-from benchmarks.cells import CELLS, Cell, chosen
 from benchmarks.images import CLUSTER, Images
 from benchmarks.report import Outcome
 from benchmarks.servers import run
 from benchmarks.speed import takes_part, turns
+from benchmarks.table import CELLS, chosen
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from benchmarks.cells import Cell
+
 RATE = next(cell for cell in CELLS if cell.name == "randread-4k-16")
 SECONDS = next(cell for cell in CELLS if cell.name == "loop-tar")
+SVG = "{http://www.w3.org/2000/svg}"
 CHAIN = next(cell for cell in CELLS if cell.stage == "chain")
 
 
@@ -76,11 +80,24 @@ def test_markdown_has_a_row_for_each_cell() -> None:
 def test_filter() -> None:
     """A regular expression is looked for in the names; nothing found is an error."""
     assert [cell.name for cell in chosen("^read-1m$")] == ["read-1m"]
+    assert {cell.loop for cell in chosen("p-t|o-t")} == {"buffered", "direct"}
     assert chosen(None) == list(CELLS)
     with pytest.raises(ValueError, match="found no cell for 'nosuch'"):
         chosen("nosuch")
     with pytest.raises(ValueError, match="expected a regular expression"):
         chosen("(")
+
+
+def test_plot_shows_ratios_and_targets(tmp_path: Path) -> None:
+    """Two dots and two bars on a row, the dots of a larger ratio further to the right."""
+    path = tmp_path / "plot.svg"
+    report.plot(path, [outcome(replace(RATE, peer=4, limit=0.5), [2], [1], [8])])
+    rows = ET.parse(path).getroot()  # noqa: S314  our own file
+    dots = [float(dot.get("cx", "")) for dot in rows.iter(f"{SVG}circle")][2:]
+    bars = [float(bar.get("x1", "")) for bar in rows.iter(f"{SVG}line") if bar.get("stroke-width")]
+    assert len(dots) == len(bars) == 2
+    to_peer, to_limit = dots
+    assert to_limit < bars[1] < to_peer < bars[0]
 
 
 def test_names_differ() -> None:

@@ -134,7 +134,10 @@ async def test_read_without_the_page_cache(
     assert await file.pread(10, 100) == bytes(range(10, 110))
     assert await file.pread(190, 100) == bytes(range(190, 200))
     tried = flags_seen.count(os.RWF_NOWAIT)
-    assert tried == (1 if number == errno.EOPNOTSUPP else 2)
+    if number == errno.EAGAIN:
+        assert tried > 2, "tried again before a thread is asked"
+    else:
+        assert tried == (1 if number == errno.EOPNOTSUPP else 2)
 
 
 @pytest.mark.parametrize("count", [1, 1024, 1025, 3000])

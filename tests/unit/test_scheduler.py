@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
+from qedfuse.hostio.arrivals import polled_reads
 from qedfuse.mount.scheduler import (
     BURST,
-    BURST_BESIDE_THREADS,
+    BURST_BESIDE_OTHERS,
     Baton,
     Scheduler,
-    Window,
     default_poll_seconds,
 )
 from tests.support.disks import settle
@@ -122,26 +122,6 @@ async def test_a_cancelled_waiter_leaves_the_baton_to_the_next() -> None:
 # --- polling --------------------------------------------------------------------------------
 
 
-def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> None:
-    """Requests that follow soon raise the trust, others lower it; 0 is never."""
-    window = Window(WINDOW)
-    assert window.seconds == 0
-    window.came(WINDOW, slept=True)
-    assert window.seconds == WINDOW
-    for _ in range(100):
-        window.came(WINDOW / 2, slept=False)
-    late = 0
-    while window.seconds:
-        window.came(1.0, slept=True)
-        late += 1
-    assert 8 <= late <= 32
-    window.came(WINDOW * 3, slept=True)
-    assert window.seconds == 0
-    never = Window(0.0)
-    never.came(0.0, slept=False)
-    assert never.seconds == 0
-
-
 async def test_a_request_that_is_there_is_taken_without_a_checkpoint(
     pipe: tuple[int, int],
 ) -> None:
@@ -178,7 +158,7 @@ async def test_more_turns_while_a_thread_is_at_work(pipe: tuple[int, int]) -> No
     async with trio.to_thread.current_default_thread_limiter():
         for _ in range(BURST):
             await scheduler.wait_readable(pipe[0])
-    assert scheduler.statistics.turns == BURST // BURST_BESIDE_THREADS
+    assert scheduler.statistics.turns == BURST // BURST_BESIDE_OTHERS
 
 
 async def test_the_next_request_is_polled_for_when_that_pays(pipe: tuple[int, int]) -> None:
@@ -208,6 +188,22 @@ async def test_the_next_request_is_polled_for_when_that_pays(pipe: tuple[int, in
     with trio.fail_after(5):
         await scheduler.wait_readable(pipe[0])
     assert (scheduler.statistics.slept, scheduler.statistics.polled) == (1, 1)
+
+
+async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> None:
+    """Its task has to run for it to end."""
+    scheduler = Scheduler(WINDOW, Clock(step=0))
+    scheduler._window.came(0.0, slept=False)
+    polled_reads.count += 1
+    try:
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(scheduler.wait_readable, pipe[0])
+                await settle()
+                os.write(pipe[1], b"x")
+    finally:
+        polled_reads.count -= 1
+    assert scheduler.statistics.slept == 1
 
 
 async def test_no_polling_while_a_thread_is_at_work(pipe: tuple[int, int]) -> None:

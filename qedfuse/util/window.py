@@ -1,0 +1,31 @@
+"""Whether it pays to wait for something by looking again and again, instead of going to sleep."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_TRUST: Final = 16
+_WAKE_FACTOR: Final = 2
+"""What came while one slept is seen later than it came: how much later, as a multiple of the
+time for which one would have looked."""
+
+
+class Window:
+    """Decides for how long to poll, by how long it took the last times."""
+
+    def __init__(self, seconds: float, *, hopeful: bool = False) -> None:
+        """Poll for up to so many seconds; 0 for never.  Begin with that, or when it has paid."""
+        self._longest = seconds
+        self._trust = _TRUST if hopeful else 0
+
+    @property
+    def seconds(self) -> float:
+        """How long to poll now."""
+        return self._longest if self._trust > 0 else 0.0
+
+    def came(self, seconds: float, *, slept: bool) -> None:
+        """Learn how long it took this time; ``slept`` says that it was not polled for."""
+        if seconds <= self._longest * (_WAKE_FACTOR if slept else 1):
+            self._trust = min(_TRUST, self._trust + 2)
+        elif self._trust > 0:
+            self._trust -= 1

@@ -1,0 +1,138 @@
+"""Polling, as long as it pays: for requests from the kernel, and for the host's disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.hostio.arrivals import LONGEST, Arrivals, polled_reads
+from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.util.window import Window
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> None:
+    """What comes soon raises the trust, other things lower it; 0 is never."""
+    window = Window(1.0)
+    assert window.seconds == 0
+    window.came(1.0, slept=True)
+    assert window.seconds == 1
+    for _ in range(100):
+        window.came(0.5, slept=False)
+    late = 0
+    while window.seconds:
+        window.came(10.0, slept=True)
+        late += 1
+    assert 8 <= late <= 32
+    window.came(3.0, slept=True)
+    assert window.seconds == 0
+    assert Window(1.0, hopeful=True).seconds == 1
+    never = Window(0.0, hopeful=True)
+    never.came(0.0, slept=False)
+    assert never.seconds == 0
+
+
+class Host:
+    """A disk that takes ``seconds`` for each read; time goes on by a tenth of the longest try."""
+
+    def __init__(self, seconds: float) -> None:
+        """Start at 0."""
+        self.now = 0.0
+        self.since = 0.0
+        self.seconds = seconds
+        self.slept = self.tried = 0
+
+    def clock(self) -> float:
+        """Tell the time."""
+        return self.now
+
+    def ready(self) -> bool:
+        """Tell whether the data is there."""
+        assert polled_reads.count == 1
+        self.tried += 1
+        self.now += LONGEST / 10
+        return self.now >= self.since + self.seconds
+
+    async def sleep(self) -> None:
+        """Wait for it in another way."""
+        assert polled_reads.count == 0
+        self.slept += 1
+        self.now = max(self.now, self.since + self.seconds)
+
+    async def read(self, arrivals: Arrivals) -> None:
+        """Read once."""
+        self.since = self.now
+        await arrivals.wait(self.ready, self.sleep)
+
+
+async def test_a_fast_disk_is_polled_and_a_slow_one_is_not() -> None:
+    """And one that becomes fast again is polled again."""
+    host = Host(LONGEST / 2)
+    arrivals = Arrivals(host.clock)
+    for _ in range(50):
+        await host.read(arrivals)
+    tried = host.tried
+    assert (host.slept, tried // 50) == (0, 5)
+    host.seconds = 20 * LONGEST
+    for _ in range(100):
+        await host.read(arrivals)
+    assert host.slept == 100
+    vain = host.tried - tried
+    assert vain <= 320, "it goes on polling for what does not come"
+    host.seconds = LONGEST / 2
+    for _ in range(10):
+        await host.read(arrivals)
+    assert host.slept <= 102
+
+
+async def test_others_run_while_a_read_is_polled_for() -> None:
+    """Each time before it is tried again."""
+    host, turns = Host(LONGEST / 2), 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        await host.read(Arrivals(host.clock))
+        nursery.cancel_scope.cancel()
+    assert 3 <= turns <= 7
+
+
+async def test_a_host_file_that_is_not_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read ends with all that is there, in whichever way it is waited for."""
+    content = os.urandom(300_000)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    real, refused = os.preadv, 0
+
+    def preadv(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
+        """Refuse the first tries of each read, as if the disk were slow."""
+        nonlocal refused
+        if flags == os.RWF_NOWAIT and refused < misses:
+            refused += 1
+            raise BlockingIOError(errno.EAGAIN, "not yet")
+        return real(fd, buffers, offset, flags)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    file = PosixFile.open(str(path))
+    try:
+        for misses in (0, 1, 5, 1 << 30):
+            refused = 0
+            assert await file.pread(1000, 5000) == content[1000:6000]
+            assert await file.pread(299_000, 5000) == content[299_000:]
+            assert file.read_now(100, 50) == (None if refused < misses else content[100:150])
+    finally:
+        file.close()
