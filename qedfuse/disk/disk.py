@@ -211,8 +211,11 @@ class Disk:
         length = max(0, min(length, self.size - start))
         return await self._chain.extents(start, length) if length else []
 
-    def read_now(self, start: int, length: int) -> Buffer | None:
-        """Read a range without waiting for anything; None if that cannot be: use `read`."""
+    def read_now(self, start: int, length: int) -> memoryview | None:
+        """Read a range without waiting for anything; None if that cannot be: use `read`.
+
+        What is returned holds until the next call.
+        """
         return self._shortcut.read(start, length)
 
     def write_now(self, start: int, data: Buffer) -> bool:
@@ -294,6 +297,14 @@ class Disk:
         if start < end:
             await self._before_change()
             await self._requests.allocate(start, end)
+
+    def seek_now(self, start: int, *, data: bool) -> int | None:
+        """Do `next_data` or `next_hole` without waiting; None if that cannot be: use those.
+
+        Returns:
+            The guest offset; the disk's size if no data follows.
+        """
+        return self._shortcut.seek(start, data=data)
 
     async def next_data(self, start: int) -> int | None:
         """Find where the first data at or past ``start`` begins; None if there is none."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from qedfuse.disk.flatten import MIXED, ZEROS, place
 from qedfuse.ondisk.constants import ZERO
 
@@ -19,11 +21,12 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.chain import Chain
     from qedfuse.disk.commit import Commit
+    from qedfuse.disk.flatten import Below
     from qedfuse.disk.layer import QedLayer
     from qedfuse.hostio.hostfile import Buffer
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
-_SHORT: Final = len(_ZEROS)
+_SHORT: Final = 1 << 20
 """Longest request that goes the short way, in bytes: as long as the kernel's."""
 
 
@@ -38,14 +41,21 @@ class Shortcut:
         self._files = [one.file for one in chain.layers]
         self._read = layer.file.read_now
         self._write = layer.file.write_now
+        # To make new memory for each request, and to fill it with zeros first, would cost
+        # as much as to read into it.
+        self._buffer = memoryview(bytearray(_SHORT))
+        self._blank = layer.tables.blank
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
         self._cluster_mask = layer.geometry.cluster_mask
         self._slice_bits = layer.tables.slice_entries.bit_length() - 1
         self._slice_mask = layer.tables.slice_entries - 1
 
-    def read(self, start: int, length: int) -> Buffer | None:
-        """Read a range; None if it has to go the long way."""
+    def read(self, start: int, length: int) -> memoryview | None:
+        """Read a range; None if it has to go the long way.
+
+        What is returned holds until the next call.
+        """
         end = start + length
         if not 0 < length <= _SHORT or end > self._layer.header.image_size:
             return None
@@ -58,10 +68,26 @@ class Shortcut:
         entries = part.entries
         value = entries[index]
         if value > ZERO and (last == index or self._is_run(entries, index, last)):
-            return self._read(value + (start & self._cluster_mask), length)
+            view = self._buffer[:length]
+            return view if self._read(value + (start & self._cluster_mask), view) else None
         if last > self._slice_mask:
             return None
+        if last == index and not value and self._below is not None:
+            return self._read_through(self._below, first, start, length)
         return self._gather(entries, start, end)
+
+    def _read_through(
+        self, below: Below, cluster: int, start: int, length: int
+    ) -> memoryview | None:
+        """Read within one cluster that the top image does not have."""
+        codes = below.cached(cluster >> self._slice_bits)
+        code = MIXED if codes is None else codes[cluster & self._slice_mask]
+        if code <= ZEROS:
+            return None if code == MIXED else _ZEROS[:length]
+        depth, offset = place(code)
+        view = self._buffer[:length]
+        read = self._files[depth].read_now
+        return view if read(offset + (start & self._cluster_mask), view) else None
 
     def write(self, start: int, data: Buffer) -> bool:
         """Overwrite a range that is one run in the file; if it was not done, nothing is amiss."""
@@ -82,6 +108,30 @@ class Shortcut:
         self._commit.note_write()
         return True
 
+    def seek(self, start: int, *, data: bool) -> int | None:
+        """Find the first byte at or past ``start`` that is data, or that is not.
+
+        Returns:
+            Its guest offset, the disk's size if there is none, None to go the long way.
+        """
+        size = self._layer.header.image_size
+        if self._below is not None:
+            return None
+        cluster = start >> self._bits
+        while (at := cluster << self._bits) < size:
+            part = self._layer.at_hand(cluster >> self._slice_bits)
+            if part is None or part.bad is not None:
+                return None
+            index = cluster & self._slice_mask
+            if part is not self._blank or not data:
+                entries = np.frombuffer(part.entries, np.uint64)[index:]
+                found = entries > ZERO if data else entries <= ZERO
+                first = int(found.argmax())
+                if found[first]:
+                    return min(size, max(start, at + (first << self._bits)))
+            cluster += self._slice_mask + 1 - index
+        return size
+
     def _is_run(self, entries: array[int], first: int, last: int) -> bool:
         """Tell whether clusters lie one behind the other in the file."""
         if last > self._slice_mask:
@@ -93,21 +143,21 @@ class Shortcut:
                 return False
         return True
 
-    def _gather(self, entries: array[int], start: int, end: int) -> Buffer | None:
+    def _gather(self, entries: array[int], start: int, end: int) -> memoryview | None:
         """Read a range within one slice that is stored in several ways."""
         runs = self._runs(entries, start, end)
         if runs is None:
             return None
-        if all(depth < 0 for depth, _, _ in runs):
-            return _ZEROS[: end - start]
-        buffer = bytearray(end - start)
-        view = memoryview(buffer)
+        whole = self._buffer[: end - start]
         at = 0
         for depth, offset, length in runs:
-            if depth >= 0 and not self._files[depth].read_now_into(offset, view[at : at + length]):
+            part = whole[at : at + length]
+            if depth < 0:
+                part[:] = _ZEROS[:length]
+            elif not self._files[depth].read_now(offset, part):
                 return None
             at += length
-        return buffer
+        return whole
 
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
         """List the runs of a range: depth in the chain, or -1 for zeros; file offset; length."""

@@ -10,6 +10,9 @@ import ctypes
 import errno
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar, TypeVarTuple
 
 import trio
@@ -18,9 +21,11 @@ from qedfuse.errors import HostError, ImageError, cannot_open
 from qedfuse.hostio.arrivals import Arrivals
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.util.text import printable
+from qedfuse.util.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -29,6 +34,10 @@ Args = TypeVarTuple("Args")
 INLINE_BYTES: Final = 1 << 18
 """Writes up to this many bytes are copied to the page cache without leaving the event
 loop: a hop to a worker thread costs more than the copy."""
+MOST_INLINE_BYTES: Final = 1 << 20
+"""The same as long as the host takes the longer ones at once.  When its memory is full of
+data that waits for the disk, it makes writers wait."""
+_AT_ONCE_SECONDS: Final = 1e-3
 
 _NOWAIT: Final = os.RWF_NOWAIT
 _TRY_AGAIN: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
@@ -65,6 +74,21 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
+_syncers: Final = ThreadPoolExecutor(8, "datasync")
+"""Threads for what is often over so soon that it is better to look for its end than to be
+told of it by trio."""
+
+
+async def _end_of(future: Future[None]) -> None:
+    """Sleep until a thread is done."""
+    ended = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    future.add_done_callback(lambda _: token.run_sync_soon(ended.set))
+    # As with all threads: what is under way cannot be taken back.
+    with trio.CancelScope(shield=True):
+        await ended.wait()
+
+
 class HostFile(Protocol):
     """What the disk asks of the file that holds an image.  Offsets and lengths in bytes.
 
@@ -82,11 +106,8 @@ class HostFile(Protocol):
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view``; return how many bytes there were before the file ended."""
 
-    def read_now(self, offset: int, length: int) -> bytearray | None:
-        """Read what can be read without waiting; None if that is not all, or anything is wrong."""
-
-    def read_now_into(self, offset: int, view: memoryview) -> bool:
-        """Do the same into ``view``, and tell whether it is filled."""
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if that needs no waiting; if it is not filled, something is amiss."""
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Write what is short enough not to wait for; if not all of it was, do it again."""
@@ -145,6 +166,8 @@ class PosixFile:
         self._can_reserve = True
         self._nowait = True
         self._arrivals = Arrivals()
+        self._syncs = Arrivals()
+        self._at_once = Window(_AT_ONCE_SECONDS, hopeful=True)
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
@@ -222,16 +245,8 @@ class PosixFile:
             done += count
         return done
 
-    def read_now(self, offset: int, length: int) -> bytearray | None:
-        """Read what is in the page cache; None if that is not all, or anything is wrong."""
-        buffer = bytearray(length)
-        try:
-            return buffer if os.preadv(self.fd, (buffer,), offset, _NOWAIT) == length else None
-        except OSError:
-            return None
-
-    def read_now_into(self, offset: int, view: memoryview) -> bool:
-        """Do the same into ``view``, and tell whether it is filled."""
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from the page cache; if it is not filled, something is amiss."""
         try:
             return os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view)
         except OSError:
@@ -239,22 +254,37 @@ class PosixFile:
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Write what is short enough to be copied to the page cache in the event loop."""
-        if len(data) > INLINE_BYTES:
+        if not self._is_short(len(data)):
             return False
+        since = time.perf_counter()
         try:
             return os.pwrite(self.fd, data, offset) == len(data)
         except OSError:
             return False
+        finally:
+            self._took(len(data), time.perf_counter() - since)
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
-        if sum(map(len, parts)) <= INLINE_BYTES:
+        length = sum(map(len, parts))
+        since = time.perf_counter()
+        if self._is_short(length):
             try:
                 self._write_all(offset, parts)
             except OSError as error:
                 raise self._failed(error, "write") from error
         else:
             await self._in_thread("write", self._write_all, offset, parts)
+        self._took(length, time.perf_counter() - since)
+
+    def _is_short(self, length: int) -> bool:
+        """Tell whether a write need not go to a thread."""
+        return length <= INLINE_BYTES or (length <= MOST_INLINE_BYTES and self._at_once.seconds > 0)
+
+    def _took(self, length: int, seconds: float) -> None:
+        """Learn how long a write took."""
+        if length > INLINE_BYTES:
+            self._at_once.came(seconds, slept=False)
 
     def _write_all(self, offset: int, parts: tuple[Buffer, ...]) -> None:
         """Write every byte, however little the host takes at a time."""
@@ -269,7 +299,12 @@ class PosixFile:
 
     async def datasync(self) -> None:
         """Make everything written so far, and the file's length, survive power loss."""
-        await self._in_thread("datasync", os.fdatasync, self.fd)
+        future = _syncers.submit(os.fdatasync, self.fd)
+        await self._syncs.wait(future.done, partial(_end_of, future))
+        try:
+            future.result()
+        except OSError as error:
+            raise self._failed(error, "datasync") from error
 
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""

@@ -46,6 +46,9 @@ _FLAGS: Final = _DIRECT | _WRITER
 _INODE: Final = ~_FLAGS
 """The bits of a handle that say O_DIRECT and not O_RDONLY; the rest of it is the inode."""
 
+_ABOUT_NS: Final = 1_000_000_000
+"""Nanoseconds by which the times of disk and image may differ."""
+
 _MOST_COMPLAINTS: Final = 100
 """Different complaints that are logged in the life of a mount: a bad image has many."""
 
@@ -387,7 +390,11 @@ def _set_times(view: View, atime_ns: int, mtime_ns: int) -> None:
     if not view.disk.writable:
         return
     try:
-        image, found = view.disk.fstat(), os.stat(view.disk.path)  # noqa: PTH116
+        image = view.disk.fstat()
+        if max(abs(image.st_atime_ns - atime_ns), abs(image.st_mtime_ns - mtime_ns)) < _ABOUT_NS:
+            # The kernel tells before each fsync when it was written to; the host knows.
+            return
+        found = os.stat(view.disk.path)  # noqa: PTH116
         if (image.st_dev, image.st_ino) == (found.st_dev, found.st_ino):
             os.utime(view.disk.path, ns=(atime_ns, mtime_ns))
     except OSError as error:

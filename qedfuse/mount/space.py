@@ -54,8 +54,31 @@ class SpaceRequests:
         start: int,
         length: int,
     ) -> None:
-        """Take a request; the answer comes later."""
+        """Take a request; the answer comes at once or later."""
+        if operation == "lseek" and self._seek_now(request, uid, inode, mode, start):
+            return
         self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
+
+    def _seek_now(self, request: Request, uid: int, inode: int, whence: int, start: int) -> bool:
+        """Answer lseek(2) if nothing has to be waited for; tell whether it was."""
+        operations = self._operations
+        view = operations.views.get(inode)
+        if operations.debug or view is None or self._may_be_dirty(view):
+            return False
+        if whence not in {os.SEEK_DATA, os.SEEK_HOLE} or not 0 <= start < view.disk.size:
+            return False
+        try:
+            operations.admit(uid)
+            found = view.disk.seek_now(start, data=whence == os.SEEK_DATA)
+        except FUSEError:
+            return False
+        if found is None:
+            return False
+        if whence == os.SEEK_DATA and found == view.disk.size:
+            request.error(errno.ENXIO)
+        else:
+            request.offset(found)
+        return True
 
     async def _answer(
         self,
@@ -113,11 +136,17 @@ class SpaceRequests:
 
     async def _seek(self, view: View, whence: int, start: int) -> int:
         """Answer lseek(2)."""
-        disk = view.disk
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
             raise FUSEError(errno.EINVAL)
-        if not 0 <= start < disk.size:
+        if not 0 <= start < view.disk.size:
             raise FUSEError(errno.ENXIO)
+        if whence == os.SEEK_HOLE and not self._may_be_dirty(view):
+            return await view.disk.next_hole(start)
+        return await self._seek_beside_writer(view, whence, start)
+
+    async def _seek_beside_writer(self, view: View, whence: int, start: int) -> int:
+        """Do so while the kernel may keep data back that would be in a hole."""
+        disk = view.disk
         while True:
             data = await disk.next_data(start)
             hole = start

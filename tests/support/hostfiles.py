@@ -123,17 +123,13 @@ class MemoryFile:
         view[: len(data)] = data
         return len(data)
 
-    def read_now(self, offset: int, length: int) -> bytearray | None:
-        """Read ``length`` bytes, if they are at hand and the file has that many."""
-        data = self.content[offset : offset + length]
-        return data if self.at_hand and len(data) == length else None
-
-    def read_now_into(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view``, if that can be done at once."""
-        data = self.read_now(offset, len(view))
-        if data is not None:
-            view[:] = data
-        return data is not None
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view``, if that can be done at once and the file has that much."""
+        data = self.content[offset : offset + len(view)]
+        if not self.at_hand or len(data) < len(view):
+            return False
+        view[:] = data
+        return True
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Write, if that can be done at once."""
@@ -428,10 +424,7 @@ class FailingFile:
             self._raise(fault, "read")
         return await self.inner.pread_into(offset, view)
 
-    def read_now(self, *_: object) -> None:
-        """Do nothing: reads can wait and fail here."""
-
-    def read_now_into(self, *_: object) -> bool:
+    def read_now(self, *_: object) -> bool:
         """Do nothing: reads can wait and fail here."""
         return False
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+
+import pytest
 
 from qedfuse.disk.options import OpenOptions
 from tests.support.disks import (
@@ -142,3 +145,26 @@ async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
             assert got is not None
             assert bytes(got) == expected[at * SLICE + 1 :][:99]
             assert (await disk.read(at * SLICE, 1)) == b"x"
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_seeking_at_once_finds_what_the_long_way_finds(seed: int) -> None:
+    """Data and holes, over slices that are full, empty, mixed or not there."""
+    chance = random.Random(seed)
+    size = 6 * SLICE - chance.randrange(8) * 512
+    clusters: dict[int, bytes | int] = {}
+    for table in range(6):
+        first = table * 512
+        kind = chance.choice(("full", "none", "mixed", "mixed"))
+        for at in range(first, min(first + 512, -(-size // CLUSTER))):
+            if kind == "full" or (kind == "mixed" and chance.random() < 0.02):
+                clusters[at] = 1 if chance.random() < 0.1 else b"x"
+    file = at_hand(build_image(size, clusters))
+    async with opened(file) as disk:
+        assert not clusters or disk.seek_now(0, data=True) is None, "no table is in memory yet"
+        await touch(disk)
+        for _ in range(60):
+            start = chance.randrange(size)
+            found = await disk.next_data(start)
+            assert disk.seek_now(start, data=True) == (size if found is None else found)
+            assert disk.seek_now(start, data=False) == await disk.next_hole(start)
