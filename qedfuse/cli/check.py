@@ -14,8 +14,8 @@ from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import HostError
-from qedfuse.hostio.hostfile import PosixFile
 from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.text import printable
 
 SOUND: Final = 0

@@ -19,8 +19,8 @@ from qedfuse.errors import (
     HostError,
     ImageError,
 )
-from qedfuse.hostio.hostfile import PosixFile
 from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import HEADER_BYTES, MAGIC
 from qedfuse.ondisk.header import Header, parse_header
 from qedfuse.util.text import printable

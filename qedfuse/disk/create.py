@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import UsageError, cannot_open
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,

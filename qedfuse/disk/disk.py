@@ -19,7 +19,6 @@ from qedfuse.disk.chain import Chain
 from qedfuse.disk.commit import Commit, CommitStatistics
 from qedfuse.disk.compaction import Compaction
 from qedfuse.disk.discard import Discards
-from qedfuse.disk.extents import Kind
 from qedfuse.disk.flatten import Below
 from qedfuse.disk.grace import Grace
 from qedfuse.disk.layer import QedLayer
@@ -28,18 +27,16 @@ from qedfuse.disk.needcheck import NeedCheck
 from qedfuse.disk.quarantine import Quarantine
 from qedfuse.disk.reclaim import Reclaim
 from qedfuse.disk.requests import Requests
+from qedfuse.disk.resize import Resizing
 from qedfuse.disk.savedlist import SavedList
 from qedfuse.disk.scan import Scan
 from qedfuse.disk.seek import next_data, next_hole
 from qedfuse.disk.shortcut import Shortcut
 from qedfuse.errors import (
-    CorruptImageError,
     HostError,
     NoSpaceError,
     ReadOnlyError,
-    UsageError,
 )
-from qedfuse.ondisk.constants import SECTOR
 from qedfuse.util.scope import open_scope
 
 if TYPE_CHECKING:
@@ -159,7 +156,9 @@ class Disk:
         self._opening_change = trio.Lock()
         self._may_change = not (header.stale_autoclear or header.free_list)
         self._plain_writes = file.writable and options.detect_zeroes == "off"
-        self._resizing = trio.Lock()
+        self._resizing = Resizing(
+            self._chain, self._layer, self._requests, self._commit, self._live, self._allocator
+        )
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Read what must be known first, and start the background tasks.
@@ -281,7 +280,7 @@ class Disk:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
                 # What lies behind the end in the last cluster counts as nothing, so the
                 # end must stay where it is.
-                await stack.enter_async_context(self._resizing)
+                await stack.enter_async_context(self._resizing.lock)
             end = min(start + length, self.size)
             await self._discards.discard(start, end, free=self._options.discard)
 
@@ -359,50 +358,11 @@ class Disk:
         Raises:
             UsageError: The disk would shrink, or the tables cannot address that much.
             ReadOnlyError: The disk is open read-only.
+            CorruptImageError: Table entries past the end are in use.
         """
-        old, most = self.size, self.header.geometry.max_image_size
-        if size < old:
-            msg = f"{self.name}: size: found {size}, expected at least {old}: no shrinking"
-            raise UsageError(msg)
-        if size % SECTOR or size > most:
-            msg = f"{self.name}: size: found {size}, expected a multiple of {SECTOR} up to {most}"
-            raise UsageError(msg)
+        self._resizing.check(size)
         await self._before_change()
-        async with self._resizing:
-            await self._grow(size)
-
-    async def _grow(self, size: int) -> None:
-        """Give the disk its new size; the caller holds ``_resizing``."""
-        if size > self.size:
-            await self._blank_past_end(size)
-            # What hides the base and old bytes must be durable before the new size is.
-            await self._commit.barrier()
-            await self._live.change(lambda header: header.with_size(size))
-            self._layer.header = self._live.value
-            self._allocator.set_size(self._live.value)
-            await self._commit.barrier()
-
-    async def _blank_past_end(self, size: int) -> None:
-        """Make the range from the disk's end to ``size`` read as zeros once it belongs to it.
-
-        The last cluster may hold bytes past the end, and a base that is longer than the
-        disk would show through behind it.
-        """
-        geometry = self.header.geometry
-        old, past = self.size, geometry.ceil(self.size)
-        reaches = max((base.size for base in self._chain.layers[1:]), default=0)
-        if past < size:
-            for extent in await self._layer.lookup(past, size - past):
-                if extent.kind in (Kind.DATA, Kind.BAD):
-                    msg = (
-                        f"{self.name}: resize: found table entries for {extent.start}, past the "
-                        f"end of the disk at {old}, expected none: the image must be repaired first"
-                    )
-                    raise CorruptImageError(msg)
-        if old < past:
-            await self._requests.blank(old, min(past, size))
-        if past < min(size, reaches):
-            await self._requests.set_zero(past, geometry.ceil(min(size, reaches)))
+        await self._resizing.resize(size)
 
     async def _before_change(self) -> None:
         """Refuse a change if the disk is read-only; clear what the first one makes untrue."""

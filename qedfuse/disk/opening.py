@@ -10,8 +10,8 @@ from qedfuse.disk.disk import Disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.disk.tablecache import make_store
 from qedfuse.errors import NeedsCheckError, UsageError
-from qedfuse.hostio.hostfile import PosixFile
 from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:

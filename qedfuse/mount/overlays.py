@@ -17,7 +17,7 @@ from qedfuse.disk.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.disk.tablecache import make_store
 from qedfuse.errors import CorruptImageError
-from qedfuse.hostio.hostfile import PosixFile
 from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
 
 
 @dataclass(frozen=True, slots=True)

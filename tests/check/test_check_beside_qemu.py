@@ -18,7 +18,7 @@ from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import HeaderError, NotQedError, UnsupportedError
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from qedfuse.check.walk import check_image
 from qedfuse.cli.check import ERRORS, LEAKS, SOUND, run_check
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import CorruptImageError
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from tests.support.disks import build_image, header_of, l2_entry_offset, pattern, put_entry
 from tests.support.freelists import listed, put_list
 from tests.support.hostfiles import MemoryFile

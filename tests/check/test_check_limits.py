@@ -13,7 +13,7 @@ import trio
 
 from qedfuse.check.walk import check_image
 from qedfuse.disk.references import References
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE
 from qedfuse.ondisk.header import Header, build_header
 
@@ -31,7 +31,7 @@ from qedfuse.disk.references import References
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import NeedsCheckError
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 
 async def main():
     file = PosixFile.open(sys.argv[1])

@@ -17,7 +17,7 @@ from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.disk.references import References
 from qedfuse.errors import NeedsCheckError
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import Feature
 from tests.support import qemu
 from tests.support.disks import (

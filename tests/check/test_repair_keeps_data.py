@@ -17,7 +17,7 @@ from qedfuse.check.repair import LostRange, RepairReport, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import NeedsCheckError
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.header import Header, build_header
 from tests.support.disks import (
     build_image,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.hostio.hostfile import fallocate
+from qedfuse.hostio.posixfile import fallocate
 from qedfuse.mount import extraops
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run

@@ -318,7 +318,7 @@ import numpy as np
 from qedfuse.disk.backing import read_header
 from qedfuse.disk.freelist import read_list
 from qedfuse.errors import CorruptImageError
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 
 async def main():
     file = PosixFile.open(sys.argv[1])

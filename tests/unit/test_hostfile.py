@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import HostError, ImageError, NoSpaceError
-from qedfuse.hostio.hostfile import INLINE_BYTES, PosixFile
+from qedfuse.hostio.posixfile import INLINE_BYTES, PosixFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
+from qedfuse.errors import HostError
 from qedfuse.hostio.arrivals import LONGEST, Arrivals, polled_reads
-from qedfuse.hostio.hostfile import PosixFile
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.window import Window
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 
 def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> None:
@@ -138,3 +139,45 @@ async def test_a_host_file_that_is_not_in_the_page_cache(
             assert view == (content[100:150] if refused >= misses else bytes(50))
     finally:
         file.close()
+
+
+@pytest.mark.parametrize("hopeful", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_datasync_that_takes_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, hopeful: bool, fails: bool
+) -> None:
+    """It ends when the thread does, looked for or slept for, with what that ended with."""
+    path = tmp_path / "file"
+    path.touch()
+    gate = threading.Event()
+
+    def fdatasync(_fd: int) -> None:
+        """Wait to be let through."""
+        assert gate.wait(60)
+        if fails:
+            raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    file = PosixFile.open(str(path), writable=True)
+    file._syncs._window = Window(1.0 if hopeful else 0.0, hopeful=hopeful)
+    failed = ended = False
+
+    async def sync() -> None:
+        nonlocal failed, ended
+        try:
+            await file.datasync()
+        except HostError:
+            failed = True
+        ended = True
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sync)
+            for _ in range(10):
+                await trio.lowlevel.checkpoint()
+            assert not ended
+            gate.set()
+    finally:
+        gate.set()
+        file.close()
+    assert (ended, failed) == (True, fails)

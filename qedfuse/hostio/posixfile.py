@@ -1,0 +1,333 @@
+"""A regular file of the host, by way of pread(2), pwrite(2), fallocate(2) and fdatasync(2)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import time
+from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
+
+import trio
+
+from qedfuse.errors import HostError, ImageError, cannot_open
+from qedfuse.hostio.arrivals import Arrivals
+from qedfuse.ondisk.constants import MAX_OFFSET
+from qedfuse.util.text import printable
+from qedfuse.util.window import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from outcome import Outcome
+
+    from qedfuse.hostio.hostfile import Buffer
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+INLINE_BYTES: Final = 1 << 18
+"""Writes up to this many bytes are copied to the page cache without leaving the event
+loop: a hop to a worker thread costs more than the copy."""
+MOST_INLINE_BYTES: Final = 1 << 20
+"""The same as long as the host takes the longer ones at once.  When its memory is full of
+data that waits for the disk, it makes writers wait."""
+_AT_ONCE_SECONDS: Final = 1e-3
+
+_NOWAIT: Final = os.RWF_NOWAIT
+_TRY_AGAIN: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
+_MAX_PARTS: Final = 1024  # IOV_MAX
+_KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE
+_PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE, which must come with the former
+_UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_fallocate: Final = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
+"""What the user is told a file is when it is not a regular one."""
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Change how a range of a file is stored (fallocate(2)); lets other threads run.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    while _fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+class _Syncing:
+    """A datasync in a thread, whose end can be looked for as well as slept for."""
+
+    def __init__(self, fd: int) -> None:
+        """Begin it."""
+        self._outcome: Outcome[None] | None = None
+        self._ended: trio.Event | None = None
+        self._token = trio.lowlevel.current_trio_token()
+        trio.lowlevel.start_thread_soon(lambda: os.fdatasync(fd), self._end, "datasync")
+
+    def _end(self, outcome: Outcome[None]) -> None:
+        """Note how it ended; runs in the thread."""
+        self._outcome = outcome
+        if self._ended is not None:
+            self._token.run_sync_soon(self._ended.set)
+
+    def done(self) -> bool:
+        """Tell whether it has ended."""
+        return self._outcome is not None
+
+    async def wait(self) -> None:
+        """Sleep until it has ended."""
+        self._ended = trio.Event()
+        # It may have ended before it could see that somebody sleeps.
+        if self._outcome is None:
+            # As with all threads: what is under way cannot be taken back.
+            with trio.CancelScope(shield=True):
+                await self._ended.wait()
+
+    def result(self) -> None:
+        """Raise what it ended with, if that was an error."""
+        assert self._outcome is not None  # noqa: S101
+        self._outcome.unwrap()
+
+
+class PosixFile:
+    """A regular file, by way of pread(2) and pwrite(2).
+
+    What is in the host's page cache is read in the event loop (``RWF_NOWAIT``); what is
+    not goes to a worker thread, so that other requests go on.
+    """
+
+    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
+        """Take over an open descriptor; ``path`` is what the user called the file."""
+        self.fd = fd
+        self.path = path
+        self.name = printable(path)
+        self.writable = writable
+        self.can_punch = True
+        self._can_reserve = True
+        self._nowait = True
+        self._arrivals = Arrivals()
+        self._syncs = Arrivals()
+        self._at_once = Window(_AT_ONCE_SECONDS, hopeful=True)
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
+        """Open a regular file without ever waiting for a FIFO or waking a device.
+
+        Raises:
+            HostError: It cannot be opened.
+            ImageError: It is not a regular file.
+        """
+        access = os.O_RDWR if writable else os.O_RDONLY
+        flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            # O_PATH opens nothing, so looking at a device or a FIFO has no effect on it.
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
+        except OSError as error:
+            raise cannot_open(path, error) from error
+        try:
+            kind = stat.S_IFMT(os.fstat(handle).st_mode)
+            if kind != stat.S_IFREG:
+                found = KINDS.get(kind, "a special file")
+                msg = f"{printable(path)}: found {found}, expected a regular file"
+                raise ImageError(msg)
+            fd = os.open(f"/proc/self/fd/{handle}", flags)
+        except OSError as error:
+            raise cannot_open(path, error) from error
+        finally:
+            os.close(handle)
+        return cls(fd, path, writable=writable)
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes; fewer only where the file ends."""
+        buffer = bytearray(length)
+        count = await self.pread_into(offset, memoryview(buffer))
+        if count < length:
+            del buffer[count:]
+        return buffer
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view``; return how many bytes there were before the file ended."""
+        done = self._read_cached(offset, view)
+        if done is None and self._nowait:
+
+            def ready() -> bool:
+                nonlocal done
+                done = self._read_cached(offset, view)
+                return done is not None
+
+            async def in_thread() -> None:
+                nonlocal done
+                done = await self._in_thread("read", self._read_rest, offset, view, 0)
+
+            await self._arrivals.wait(ready, in_thread)
+        if done is not None and done == len(view):
+            return done
+        # The page cache has only part of it, or the file ends: only waiting tells.
+        return await self._in_thread("read", self._read_rest, offset, view, done or 0)
+
+    def _read_cached(self, offset: int, view: memoryview) -> int | None:
+        """Read what is in the page cache; None if that is nothing, and it is being fetched."""
+        try:
+            return os.preadv(self.fd, (view,), offset, _NOWAIT) if self._nowait else None
+        except OSError as error:
+            if error.errno not in _TRY_AGAIN:
+                raise self._failed(error, "read") from error
+            # A file system without RWF_NOWAIT says so at the first try, for good.
+            self._nowait = error.errno != errno.EOPNOTSUPP
+            return None
+
+    def _read_rest(self, offset: int, view: memoryview, done: int) -> int:
+        """Read what is not in the page cache; runs in a worker thread."""
+        while done < len(view):
+            count = os.preadv(self.fd, (view[done:],), offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from the page cache; if it is not filled, something is amiss."""
+        try:
+            return os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view)
+        except OSError:
+            return False
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write what is short enough to be copied to the page cache in the event loop."""
+        if not self._is_short(len(data)):
+            return False
+        since = time.perf_counter()
+        try:
+            return os.pwrite(self.fd, data, offset) == len(data)
+        except OSError:
+            return False
+        finally:
+            self._took(len(data), time.perf_counter() - since)
+
+    async def pwrite(self, offset: int, *parts: Buffer) -> None:
+        """Write the parts one behind the other, as one write."""
+        length = sum(map(len, parts))
+        since = time.perf_counter()
+        if self._is_short(length):
+            try:
+                self._write_all(offset, parts)
+            except OSError as error:
+                raise self._failed(error, "write") from error
+        else:
+            await self._in_thread("write", self._write_all, offset, parts)
+        self._took(length, time.perf_counter() - since)
+
+    def _is_short(self, length: int) -> bool:
+        """Tell whether a write need not go to a thread."""
+        return length <= INLINE_BYTES or (length <= MOST_INLINE_BYTES and self._at_once.seconds > 0)
+
+    def _took(self, length: int, seconds: float) -> None:
+        """Learn how long a write took."""
+        if length > INLINE_BYTES:
+            self._at_once.came(seconds, slept=False)
+
+    def _write_all(self, offset: int, parts: tuple[Buffer, ...]) -> None:
+        """Write every byte, however little the host takes at a time."""
+        left = [memoryview(part).cast("B") for part in parts if len(part)]
+        while left:
+            count = os.pwritev(self.fd, left[:_MAX_PARTS], offset)
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if left and count:
+                left[0] = left[0][count:]
+
+    async def datasync(self) -> None:
+        """Make everything written so far, and the file's length, survive power loss."""
+        syncing = _Syncing(self.fd)
+        await self._syncs.wait(syncing.done, syncing.wait)
+        try:
+            syncing.result()
+        except OSError as error:
+            raise self._failed(error, "datasync") from error
+
+    async def truncate(self, size: int) -> None:
+        """Set the file's length; what is added reads as zeros."""
+        await self._in_thread("truncate", os.ftruncate, self.fd, size)
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Give a range's space back to the host; afterwards it reads as zeros."""
+        if self.can_punch:
+            self.can_punch = await self._fallocate("punch", _PUNCH_HOLE, offset, length)
+
+    async def reserve(self, offset: int, length: int) -> None:
+        """Make sure that later writes to a range inside the file find room."""
+        if self._can_reserve:
+            self._can_reserve = await self._fallocate("reserve", _KEEP_SIZE, offset, length)
+
+    async def _fallocate(self, action: str, mode: int, offset: int, length: int) -> bool:
+        """Call fallocate(2), which Python lacks; tell whether the file system knows the mode."""
+        try:
+            await self._in_thread(action, fallocate, self.fd, mode, offset, length)
+        except HostError as error:
+            if error.errno in _UNSUPPORTED:
+                return False
+            raise
+        return True
+
+    async def next_data(self, offset: int) -> int | None:
+        """Find where the first data at or past ``offset`` begins; None if only holes follow."""
+        return self._seek(offset, os.SEEK_DATA)
+
+    async def next_hole(self, offset: int) -> int | None:
+        """Find where the first hole at or past ``offset`` begins; the file's end is one."""
+        return self._seek(offset, os.SEEK_HOLE)
+
+    def _seek(self, offset: int, whence: int) -> int | None:
+        """Call lseek(2); None if what is looked for does not come any more."""
+        if offset > MAX_OFFSET:
+            return None
+        try:
+            return os.lseek(self.fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            if error.errno == errno.EINVAL:  # a file system that keeps no holes
+                size = self.size()
+                return None if offset >= size else offset if whence == os.SEEK_DATA else size
+            raise self._failed(error, "seek") from error
+
+    def size(self) -> int:
+        """Give the file's length now."""
+        return self.stat().st_size
+
+    def stat(self) -> os.stat_result:
+        """Give the file's attributes now."""
+        return os.fstat(self.fd)
+
+    def close(self) -> None:
+        """Let the file go, and with it every lock taken through it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _failed(self, error: OSError, action: str) -> HostError:
+        return HostError.from_os(error, self.name, action)
+
+    async def _in_thread(self, action: str, function: Callable[[*Args], T], *args: *Args) -> T:
+        """Run a system call that may wait for the disk, without stopping other requests."""
+        try:
+            return await trio.to_thread.run_sync(function, *args)
+        except OSError as error:
+            raise self._failed(error, action) from error
