@@ -1,8 +1,9 @@
-"""Curves as an SVG file, without a library: a few lines, two axes, a legend."""
+"""Curves and dot plots as SVG files, without a library."""
 
 from __future__ import annotations
 
 from html import escape
+from math import ceil, floor, log2
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -75,4 +76,83 @@ def draw(path: Path, title: str, axes: tuple[str, str], lines: Sequence[Line]) -
             ),
             f'<text x="{LEFT + 42}" y="{down}">{escape(line.name)}</text>',
         ]
+    path.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
+
+
+class Mark(NamedTuple):
+    """A place on a row: a dot, or the upright bar of a target."""
+
+    value: float
+    colour: str
+    target: bool = False
+
+
+class Row(NamedTuple):
+    """A line of a dot plot."""
+
+    name: str
+    marks: Sequence[Mark]
+
+
+ROW_LEFT: Final = 520
+ROW_HEIGHT: Final = 22
+ROW_WIDTH: Final = 1080
+
+
+def draw_rows(
+    path: Path, title: str, legend: Sequence[tuple[str, str]], rows: Sequence[Row]
+) -> None:
+    """Write a dot plot to a file, along powers of two; ``legend`` names the colours."""
+    values = [mark.value for row in rows for mark in row.marks if mark.value > 0]
+    low = floor(log2(min([*values, 0.5])))
+    high = ceil(log2(max([*values, 2.0])))
+    height = TOP + 24 + ROW_HEIGHT * len(rows) + BOTTOM
+
+    def across(value: float) -> float:
+        part = (log2(max(value, 2.0**low)) - low) / (high - low)
+        return ROW_LEFT + part * (ROW_WIDTH - ROW_LEFT - RIGHT)
+
+    parts = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {ROW_WIDTH} {height}" '
+            'font-family="sans-serif" font-size="12">'
+        ),
+        f'<rect width="{ROW_WIDTH}" height="{height}" fill="white"/>',
+        (
+            f'<text x="{ROW_WIDTH / 2}" y="20" text-anchor="middle" font-size="14">'
+            f"{escape(title)}</text>"
+        ),
+    ]
+    for power in range(low, high + 1):
+        x = across(2.0**power)
+        parts += [
+            (
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP + 20}" y2="{height - BOTTOM}" '
+                f'stroke="{"#888888" if power == 0 else "#dddddd"}"/>'
+            ),
+            (
+                f'<text x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">'
+                f"{2.0**power:g}</text>"
+            ),
+        ]
+    for number, (name, colour) in enumerate(legend):
+        x = ROW_LEFT + 160 * number
+        parts += [
+            f'<circle cx="{x}" cy="{TOP + 4}" r="5" fill="{colour}"/>',
+            f'<text x="{x + 10}" y="{TOP + 8}">{escape(name)}</text>',
+        ]
+    for number, row in enumerate(rows):
+        y = TOP + 34 + ROW_HEIGHT * number
+        parts.append(
+            f'<text x="{ROW_LEFT - 8}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>'
+        )
+        for mark in row.marks:
+            x = across(mark.value)
+            if mark.target:
+                parts.append(
+                    f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8}" y2="{y + 8}" '
+                    f'stroke="{mark.colour}" stroke-width="2"/>'
+                )
+            else:
+                parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="5" fill="{mark.colour}"/>')
     path.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")

@@ -14,12 +14,13 @@ check_fuse
 [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
 
 say "Lint"
-shellcheck --external-sources examples/*.sh tests/run.sh .ci/run
+shellcheck --external-sources examples/*.sh benchmarks/*.sh tests/run.sh .ci/run
 "$venv/bin/ruff" check .
 read -r -a flags < <(pkg-config --cflags fuse3)
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" \
     -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
     qedfuse/mount/_extraops.c
+gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" benchmarks/passthrough.c
 "$venv/bin/ruff" format --check .
 say "Types"
 "$venv/bin/mypy"

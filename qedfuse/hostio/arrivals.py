@@ -22,18 +22,36 @@ LONGEST: Final = 1e-3
 """For how long a read is tried again, in seconds."""
 
 
-class PolledReads:
-    """How many reads are being tried again and again now, in the whole process.
+class Loop:
+    """What the waits of one process have to know of each other.
 
-    While there are any, nobody should keep the loop for himself.
+    Attributes:
+        polled_reads: How many reads are being tried again and again now.  While there are
+            any, nobody should keep the loop for himself.
+        is_wanted: Tells whether somebody waits for the loop to take his request.
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
-        self.count = 0
+        """Begin with nobody waiting."""
+        self.polled_reads = 0
+        self.is_wanted: Callable[[], bool] = lambda: False
+        self._threads = trio.lowlevel.RunVar[trio.CapacityLimiter]("threads")
+
+    def has_threads(self) -> bool:
+        """Tell whether a worker thread is at work.
+
+        Then the loop must go to sleep: only trio sees the thread's end, and it needs
+        Python's lock, which a loop that never sleeps hardly ever leaves to it.
+        """
+        try:
+            threads = self._threads.get()
+        except LookupError:
+            threads = trio.to_thread.current_default_thread_limiter()
+            self._threads.set(threads)
+        return threads.borrowed_tokens > 0
 
 
-polled_reads: Final = PolledReads()
+loop: Final = Loop()
 
 
 class Arrivals:
@@ -47,22 +65,20 @@ class Arrivals:
     async def wait(self, ready: Callable[[], bool], sleep: Callable[[], Awaitable[None]]) -> None:
         """Return when ``ready`` says so, or else when ``sleep`` has done it in its own way."""
         since = self._clock()
-        if self._window.seconds:
-            if await self._poll(ready, since + self._window.seconds):
-                self._window.came(0.0, slept=False)
-                return
-            since -= self._window.seconds
+        if await self._poll(ready, since + self._window.seconds):
+            self._window.came(0.0, slept=False)
+            return
         await sleep()
         self._window.came(self._clock() - since, slept=True)
 
     async def _poll(self, ready: Callable[[], bool], end: float) -> bool:
         """Ask ``ready`` each time when all others have had their turn."""
-        polled_reads.count += 1
+        loop.polled_reads += 1
         try:
-            while self._clock() < end:
+            while self._clock() < end and not loop.has_threads():
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 if ready():
                     return True
         finally:
-            polled_reads.count -= 1
+            loop.polled_reads -= 1
         return False

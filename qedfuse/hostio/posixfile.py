@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
 import trio
 
 from qedfuse.errors import HostError, ImageError, cannot_open
-from qedfuse.hostio.arrivals import Arrivals
+from qedfuse.hostio.arrivals import Arrivals, loop
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.util.text import printable
 from qedfuse.util.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from outcome import Outcome
 
     from qedfuse.hostio.hostfile import Buffer
 
@@ -70,41 +68,6 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-class _Syncing:
-    """A datasync in a thread, whose end can be looked for as well as slept for."""
-
-    def __init__(self, fd: int) -> None:
-        """Begin it."""
-        self._outcome: Outcome[None] | None = None
-        self._ended: trio.Event | None = None
-        self._token = trio.lowlevel.current_trio_token()
-        trio.lowlevel.start_thread_soon(lambda: os.fdatasync(fd), self._end, "datasync")
-
-    def _end(self, outcome: Outcome[None]) -> None:
-        """Note how it ended; runs in the thread."""
-        self._outcome = outcome
-        if self._ended is not None:
-            self._token.run_sync_soon(self._ended.set)
-
-    def done(self) -> bool:
-        """Tell whether it has ended."""
-        return self._outcome is not None
-
-    async def wait(self) -> None:
-        """Sleep until it has ended."""
-        self._ended = trio.Event()
-        # It may have ended before it could see that somebody sleeps.
-        if self._outcome is None:
-            # As with all threads: what is under way cannot be taken back.
-            with trio.CancelScope(shield=True):
-                await self._ended.wait()
-
-    def result(self) -> None:
-        """Raise what it ended with, if that was an error."""
-        assert self._outcome is not None  # noqa: S101
-        self._outcome.unwrap()
-
-
 class PosixFile:
     """A regular file, by way of pread(2) and pwrite(2).
 
@@ -122,7 +85,7 @@ class PosixFile:
         self._can_reserve = True
         self._nowait = True
         self._arrivals = Arrivals()
-        self._syncs = Arrivals()
+        self._syncs = Window(_AT_ONCE_SECONDS)
         self._at_once = Window(_AT_ONCE_SECONDS, hopeful=True)
 
     @classmethod
@@ -255,12 +218,18 @@ class PosixFile:
 
     async def datasync(self) -> None:
         """Make everything written so far, and the file's length, survive power loss."""
-        syncing = _Syncing(self.fd)
-        await self._syncs.wait(syncing.done, syncing.wait)
-        try:
-            syncing.result()
-        except OSError as error:
-            raise self._failed(error, "datasync") from error
+        since = time.perf_counter()
+        if self._syncs.seconds and not loop.is_wanted():
+            # It has been faster lately than a thread could be called, and nobody has to
+            # wait for us meanwhile.
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                raise self._failed(error, "datasync") from error
+            self._syncs.came(time.perf_counter() - since, slept=False)
+        else:
+            await self._in_thread("datasync", os.fdatasync, self.fd)
+            self._syncs.came(time.perf_counter() - since, slept=True)
 
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""

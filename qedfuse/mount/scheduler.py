@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 import trio
 
-from qedfuse.hostio.arrivals import polled_reads
+from qedfuse.hostio.arrivals import loop
 from qedfuse.util.window import Window
 
 if TYPE_CHECKING:
@@ -130,7 +130,6 @@ class Scheduler:
         self.statistics = SchedulerStatistics()
         self._window = Window(poll_seconds)
         self._clock = clock
-        self._threads = trio.to_thread.current_default_thread_limiter()
         self._poller = select.poll()
         self._fd = -1
         self._closing = False
@@ -179,13 +178,17 @@ class Scheduler:
 
     def _others_at_work(self) -> bool:
         """Tell whether a request waits for something that only the loop sees."""
-        return self._threads.borrowed_tokens > 0 or polled_reads.count > 0
+        return loop.polled_reads > 0 or loop.has_threads()
 
     async def _turn(self) -> None:
         """Let all other tasks run that can."""
         self._burst = 0
         self.statistics.turns += 1
         await trio.lowlevel.checkpoint()
+
+    def is_wanted(self) -> bool:
+        """Tell whether a request is waiting to be taken."""
+        return self._fd >= 0 and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:
         """End `wait_readable`, the one that is under way and all that follow."""
@@ -209,8 +212,10 @@ def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
     # The documented way in which pyfuse3's own asyncio mode puts itself in trio's place.
     # Its type hints do not know of that.
     before, pyfuse3.trio = pyfuse3.trio, scheduler  # type: ignore[attr-defined]
+    loop.is_wanted = scheduler.is_wanted
     try:
         yield scheduler
     finally:
+        loop.is_wanted = lambda: False
         pyfuse3.trio = before  # type: ignore[attr-defined]
         _log.debug("%s", scheduler.statistics)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 _TRUST: Final = 16
+_FAR: Final = 8
+"""What takes so many times as long as one would look is another case than the last ones."""
 _WAKE_FACTOR: Final = 2
 """What came while one slept is seen later than it came: how much later, as a multiple of the
 time for which one would have looked."""
@@ -27,5 +29,7 @@ class Window:
         """Learn how long it took this time; ``slept`` says that it was not polled for."""
         if seconds <= self._longest * (_WAKE_FACTOR if slept else 1):
             self._trust = min(_TRUST, self._trust + 2)
+        elif seconds > self._longest * _FAR:
+            self._trust = 0
         elif self._trust > 0:
             self._trust -= 1

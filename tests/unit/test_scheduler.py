@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
-from qedfuse.hostio.arrivals import polled_reads
+from qedfuse.hostio.arrivals import loop
 from qedfuse.mount.scheduler import (
     BURST,
     BURST_BESIDE_OTHERS,
     Baton,
     Scheduler,
     default_poll_seconds,
+    scheduled,
 )
 from tests.support.disks import settle
 
@@ -194,7 +195,7 @@ async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> N
     """Its task has to run for it to end."""
     scheduler = Scheduler(WINDOW, Clock(step=0))
     scheduler._window.came(0.0, slept=False)
-    polled_reads.count += 1
+    loop.polled_reads += 1
     try:
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:
@@ -202,7 +203,7 @@ async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> N
                 await settle()
                 os.write(pipe[1], b"x")
     finally:
-        polled_reads.count -= 1
+        loop.polled_reads -= 1
     assert scheduler.statistics.slept == 1
 
 
@@ -245,6 +246,19 @@ async def test_the_end_reaches_who_waits_and_who_is_about_to(
             scheduler.notify_closing(pipe[0])
         await wait()
     assert len(ended) == 2
+
+
+async def test_whether_somebody_waits_can_be_asked(pipe: tuple[int, int]) -> None:
+    """Who is about to keep the loop to himself asks."""
+    with scheduled(0.0) as scheduler:
+        assert not loop.is_wanted()
+        os.write(pipe[1], b"x")
+        await scheduler.wait_readable(pipe[0])
+        assert loop.is_wanted()
+        os.read(pipe[0], 1)
+        assert not loop.is_wanted()
+        os.write(pipe[1], b"x")
+    assert not loop.is_wanted()
 
 
 def test_a_machine_with_one_processor_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from qedfuse.errors import HostError
-from qedfuse.hostio.arrivals import LONGEST, Arrivals, polled_reads
+from qedfuse.hostio.arrivals import LONGEST, Arrivals, loop
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.window import Window
 
@@ -29,9 +30,13 @@ def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> N
         window.came(0.5, slept=False)
     late = 0
     while window.seconds:
-        window.came(10.0, slept=True)
+        window.came(5.0, slept=True)
         late += 1
     assert 8 <= late <= 32
+    window.came(1.0, slept=True)
+    assert window.seconds == 1
+    window.came(10.0, slept=True)
+    assert window.seconds == 0, "something else is going on"
     window.came(3.0, slept=True)
     assert window.seconds == 0
     assert Window(1.0, hopeful=True).seconds == 1
@@ -56,14 +61,14 @@ class Host:
 
     def ready(self) -> bool:
         """Tell whether the data is there."""
-        assert polled_reads.count == 1
+        assert loop.polled_reads == 1
         self.tried += 1
         self.now += LONGEST / 10
         return self.now >= self.since + self.seconds
 
     async def sleep(self) -> None:
         """Wait for it in another way."""
-        assert polled_reads.count == 0
+        assert loop.polled_reads == 0
         self.slept += 1
         self.now = max(self.now, self.since + self.seconds)
 
@@ -81,6 +86,12 @@ async def test_a_fast_disk_is_polled_and_a_slow_one_is_not() -> None:
         await host.read(arrivals)
     tried = host.tried
     assert (host.slept, tried // 50) == (0, 5)
+    async with trio.to_thread.current_default_thread_limiter():
+        await host.read(arrivals)
+        assert (host.slept, host.tried) == (1, tried), (
+            "a thread is at work and needs the loop asleep"
+        )
+    host.slept = 0
     host.seconds = 20 * LONGEST
     for _ in range(100):
         await host.read(arrivals)
@@ -141,43 +152,59 @@ async def test_a_host_file_that_is_not_in_the_page_cache(
         file.close()
 
 
-@pytest.mark.parametrize("hopeful", [True, False])
-@pytest.mark.parametrize("fails", [True, False])
-async def test_a_datasync_that_takes_its_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, hopeful: bool, fails: bool
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_a_datasync_goes_to_a_thread_if_it_has_been_slow_or_somebody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, wanted: bool
 ) -> None:
-    """It ends when the thread does, looked for or slept for, with what that ended with."""
+    """Otherwise it is made at once."""
     path = tmp_path / "file"
     path.touch()
-    gate = threading.Event()
+    threads: list[bool] = []
+    now = 0.0
+    seconds = 1e-4
 
     def fdatasync(_fd: int) -> None:
-        """Wait to be let through."""
-        assert gate.wait(60)
-        if fails:
-            raise OSError(errno.EIO, "broken")
+        """Take some time."""
+        nonlocal now
+        threads.append(threading.current_thread() is not threading.main_thread())
+        now += seconds
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loop, "is_wanted", lambda: wanted)
     file = PosixFile.open(str(path), writable=True)
-    file._syncs._window = Window(1.0 if hopeful else 0.0, hopeful=hopeful)
-    failed = ended = False
-
-    async def sync() -> None:
-        nonlocal failed, ended
-        try:
-            await file.datasync()
-        except HostError:
-            failed = True
-        ended = True
-
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(sync)
-            for _ in range(10):
-                await trio.lowlevel.checkpoint()
-            assert not ended
-            gate.set()
+        for _ in range(20):
+            await file.datasync()
+        assert threads == [True] + [wanted] * 19, "the first has to show how fast the host is"
+        seconds = 1.0
+        await file.datasync()
+        seconds = 1e-4
+        threads.clear()
+        for _ in range(3):
+            await file.datasync()
+        assert threads == [True, wanted, wanted]
     finally:
-        gate.set()
         file.close()
-    assert (ended, failed) == (True, fails)
+
+
+async def test_a_datasync_that_fails_says_so_either_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread, and at once."""
+    path = tmp_path / "file"
+    path.touch()
+    file = PosixFile.open(str(path), writable=True)
+    try:
+        for quick in (False, True):
+            file._syncs = Window(10.0, hopeful=quick)
+
+            def fdatasync(_fd: int) -> None:
+                raise OSError(errno.EIO, "broken")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fdatasync", fdatasync)
+                with pytest.raises(HostError, match="datasync"):
+                    await file.datasync()
+    finally:
+        file.close()

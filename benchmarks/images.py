@@ -1,0 +1,220 @@
+"""Images of the same content for everybody, and what a disk must read as.
+
+A stage is a state in which a load finds the disk:
+
+- ``full``: every cluster is allocated and holds its own random data.
+- ``empty``: nothing is allocated.
+- ``overlay``: nothing is allocated, over a backing file that is full.
+- ``hole``: 10 GiB, of which only the last cluster is allocated.
+- ``chain``: a full base below seven overlays, each of which holds a random eighth of the
+  clusters.
+
+qedfuse and QEMU get a QED image each; the limit gets a flat file.  All the images are
+made by QEMU's tools.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from benchmarks.servers import run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from benchmarks.cells import Stage
+    from benchmarks.servers import Who
+
+CLUSTER: Final = 65536
+HOLE_BYTES: Final = 10 << 30
+OVERLAYS: Final = 7
+SHARE: Final = 8
+"""Each overlay of the chain holds one cluster in so many."""
+FRESH: Final = frozenset({"empty", "overlay"})
+"""Stages that a load uses up, so that each measurement needs an image of its own."""
+_PIECE: Final = 16 << 20
+
+
+class Images:
+    """Makes images below ``directory``, of ``size`` bytes but for the holes."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self._directory = directory
+        self._size = size
+
+    def expected(self, stage: Stage) -> Path | None:
+        """Give a flat file with what the disk holds at first; None for zeros throughout."""
+        if stage == "empty":
+            return None
+        if stage == "chain":
+            self._chain()
+            return self._directory / "chain.expected"
+        if stage == "hole":
+            path = self._directory / "hole.expected"
+            if not path.exists():
+                with path.open("wb") as file:
+                    file.truncate(HOLE_BYTES)
+                    file.seek(HOLE_BYTES - CLUSTER)
+                    file.write(np.random.default_rng(7).bytes(CLUSTER))
+            return path
+        path = self._directory / "full.expected"
+        if not path.exists():
+            random = np.random.default_rng(1)
+            with path.open("wb") as file:
+                for length in _pieces(self._size):
+                    file.write(random.bytes(length))
+        return path
+
+    def make(self, stage: Stage, who: Who) -> Path:
+        """Give the image of one server; of a stage that is used up, a new one each time."""
+        flat = who == "limit"
+        path = self._directory / f"{stage}-{who}.{'flat' if flat else 'qed'}"
+        if path.exists() and stage not in FRESH:
+            return path
+        if stage == "empty":
+            path.unlink(missing_ok=True)
+            if flat:
+                run("truncate", "--size", str(self._size), str(path))
+            else:
+                run("qemu-img", "create", "-q", "-f", "qed", str(path), str(self._size))
+        elif stage == "overlay":
+            self._overlay(path, flat=flat)
+        elif stage == "chain" and who not in {"limit", "single"}:
+            self._chain()
+            self._copy(self._link(OVERLAYS), path)
+        else:
+            source = self.expected(stage)
+            assert source is not None
+            if flat:
+                self._copy(source, path)
+            else:
+                _convert(source, path)
+        # So that all are in the cache in the same way; see `warm`.
+        cool(path)
+        return path
+
+    def files(self, stage: Stage, image: Path) -> list[Path]:
+        """Give all the files that are read when an image of a stage is."""
+        if image.suffix == ".flat":
+            return [image]
+        if stage == "overlay":
+            return [self._base(), image]
+        if stage == "chain" and "single" not in image.name:
+            return [self._base(), *map(self._link, range(1, OVERLAYS)), image]
+        return [image]
+
+    def disk_bytes(self, stage: Stage) -> int:
+        """Give the size of the disk."""
+        return HOLE_BYTES if stage == "hole" else self._size
+
+    def drop(self, stage: Stage) -> None:
+        """Delete the images of a stage, because they were written to or are done with."""
+        for path in self._directory.glob(f"{stage}-*"):
+            path.unlink()
+
+    def _base(self) -> Path:
+        """Give a full QED image that nobody writes to."""
+        path = self._directory / "base.qed"
+        if not path.exists():
+            source = self.expected("full")
+            assert source is not None
+            _convert(source, path)
+        return path
+
+    def _overlay(self, path: Path, *, flat: bool) -> None:
+        """Make an overlay; the flat file is made once, for it takes no part in copying."""
+        if not flat:
+            path.unlink(missing_ok=True)
+            _create_over(self._base(), path)
+        elif not path.exists():
+            source = self.expected("full")
+            assert source is not None
+            self._copy(source, path)
+
+    def _link(self, number: int) -> Path:
+        name = "top" if number == OVERLAYS else str(number)
+        return self._directory / f"link-{name}.qed"
+
+    def _chain(self) -> None:
+        """Make the chain and the flat file of the same content, unless they are there."""
+        flat = self._directory / "chain.expected"
+        if flat.exists():
+            return
+        below = self._base()
+        full = self.expected("full")
+        assert full is not None
+        building = self._directory / "building"
+        self._copy(full, building)
+        random = np.random.default_rng(8)
+        clusters = self._size // CLUSTER
+        with building.open("r+b") as file:
+            for number in range(1, OVERLAYS + 1):
+                path = self._link(number)
+                _create_over(below, path)
+                lines = []
+                for cluster in sorted(random.permutation(clusters)[: clusters // SHARE].tolist()):
+                    value = (37 * number + cluster) % 255 + 1
+                    lines.append(f"write -q -P {value} {cluster * CLUSTER} {CLUSTER}\n")
+                    file.seek(cluster * CLUSTER)
+                    file.write(bytes([value]) * CLUSTER)
+                run("qemu-io", "-f", "qed", str(path), seconds=300, text="".join(lines))
+                below = path
+        building.replace(flat)
+
+    @staticmethod
+    def _copy(source: Path, target: Path) -> None:
+        run("cp", "--sparse=auto", str(source), str(target), seconds=300)
+
+
+def _pieces(size: int) -> Iterator[int]:
+    for start in range(0, size, _PIECE):
+        yield min(_PIECE, size - start)
+
+
+def _convert(source: Path, target: Path) -> None:
+    run(
+        *("qemu-img", "convert", "-f", "raw", "-O", "qed", str(source), str(target)),
+        seconds=300,
+    )
+
+
+def _create_over(below: Path, path: Path) -> None:
+    # By its bare name, so that it is found beside the overlay wherever that is.
+    run("qemu-img", "create", "-q", "-f", "qed", "-b", below.name, "-F", "qed", str(path))
+
+
+def warm(path: Path) -> None:
+    """Bring a file into the host's page cache, page by page.
+
+    A plain read lets the kernel keep it in pieces of up to 2 MiB, as it pleases, and 4 KiB
+    written into such a piece take ten times as long: the measurement would be of that.
+    """
+    with path.open("rb", buffering=0) as file:
+        # The advice is followed in single pages; reading then waits for them.
+        for start in range(0, path.stat().st_size, _PIECE):
+            os.posix_fadvise(file.fileno(), start, _PIECE, os.POSIX_FADV_WILLNEED)
+            while file.tell() < start + _PIECE and file.read(_PIECE):
+                pass
+
+
+def settle(path: Path) -> None:
+    """Bring a file to the host's disk, so that nobody pays for what another one wrote."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cool(path: Path) -> None:
+    """Take a file out of the host's page cache."""
+    settle(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,242 @@
+/* The limit: what FUSE itself can do.  One file passed through, and nothing else.
+ *
+ *     passthrough FILE MOUNTPOINT        serves MOUNTPOINT/disk.raw, in front, until unmounted
+ *
+ * What a server could save is saved: libfuse's low-level interface, no path lookups,
+ * requests of up to 1 MiB, the kernel's write-back cache, names and attributes that never
+ * expire, one buffer for all answers.  What is left is the way to the kernel and back,
+ * and one system call on a flat file.
+ *
+ * There is one thread, unless THREADS in the environment says "many": the benchmark asks
+ * for them where several requests come at once, for that is where they pay.  Data goes
+ * through memory and not through pipes, as it does in qedfuse.
+ */
+#define FUSE_USE_VERSION 312
+#define _GNU_SOURCE
+
+#include <errno.h>
+#include <fcntl.h>
+#include <fuse_lowlevel.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+enum { DISK = 2, MOST = 1 << 20 };
+
+static const double FOREVER = 86400.0;
+static const char NAME[] = "disk.raw";
+
+static int file;
+static _Thread_local char *answer; /* of MOST bytes, made by the first read of a thread */
+
+static void describe(fuse_ino_t inode, struct stat *what)
+{
+    if (fstat(file, what) != 0)
+        memset(what, 0, sizeof *what);
+    what->st_ino = inode;
+    if (inode == FUSE_ROOT_ID) {
+        what->st_mode = S_IFDIR | 0755;
+        what->st_nlink = 2;
+        what->st_size = 0;
+    } else {
+        what->st_mode = S_IFREG | 0644;
+    }
+}
+
+static void on_init(void *data, struct fuse_conn_info *connection)
+{
+    (void)data;
+    if (connection->capable & FUSE_CAP_WRITEBACK_CACHE)
+        connection->want |= FUSE_CAP_WRITEBACK_CACHE;
+    connection->max_read = MOST; /* as in the options, or libfuse refuses */
+    connection->max_write = MOST;
+    connection->max_readahead = MOST;
+    connection->max_background = 64;
+    connection->congestion_threshold = 48;
+}
+
+static void on_lookup(fuse_req_t request, fuse_ino_t parent, const char *name)
+{
+    struct fuse_entry_param entry = {
+        .ino = DISK, .attr_timeout = FOREVER, .entry_timeout = FOREVER};
+
+    if (parent != FUSE_ROOT_ID || strcmp(name, NAME) != 0) {
+        fuse_reply_err(request, ENOENT);
+        return;
+    }
+    describe(DISK, &entry.attr);
+    fuse_reply_entry(request, &entry);
+}
+
+static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+{
+    struct stat what;
+
+    (void)info;
+    describe(inode, &what);
+    fuse_reply_attr(request, &what, FOREVER);
+}
+
+static void on_setattr(fuse_req_t request, fuse_ino_t inode, struct stat *wanted, int which,
+                       struct fuse_file_info *info)
+{
+    (void)wanted;
+    if (which & FUSE_SET_ATTR_SIZE)
+        fuse_reply_err(request, EPERM); /* a disk keeps its size */
+    else
+        on_getattr(request, inode, info);
+}
+
+static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+{
+    if (inode != DISK) {
+        fuse_reply_err(request, EISDIR);
+        return;
+    }
+    info->keep_cache = 1;
+    info->noflush = 1;
+    fuse_reply_open(request, info);
+}
+
+static void on_readdir(fuse_req_t request, fuse_ino_t inode, size_t room, off_t from,
+                       struct fuse_file_info *info)
+{
+    char entry[256];
+    struct stat what;
+    size_t size;
+
+    (void)info;
+    if (inode != FUSE_ROOT_ID || from > 0) {
+        fuse_reply_buf(request, NULL, 0);
+        return;
+    }
+    describe(DISK, &what);
+    size = fuse_add_direntry(request, entry, sizeof entry, NAME, &what, 1);
+    fuse_reply_buf(request, entry, size <= room ? size : 0);
+}
+
+static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t offset,
+                    struct fuse_file_info *info)
+{
+    ssize_t done;
+
+    (void)inode;
+    (void)info;
+    if (answer == NULL && (answer = aligned_alloc(4096, MOST)) == NULL) {
+        fuse_reply_err(request, ENOMEM);
+        return;
+    }
+    done = pread(file, answer, size < MOST ? size : MOST, offset);
+    if (done < 0)
+        fuse_reply_err(request, errno);
+    else
+        fuse_reply_buf(request, answer, (size_t)done);
+}
+
+static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t size,
+                     off_t offset, struct fuse_file_info *info)
+{
+    ssize_t done = pwrite(file, data, size, offset);
+
+    (void)inode;
+    (void)info;
+    if (done < 0)
+        fuse_reply_err(request, errno);
+    else
+        fuse_reply_write(request, (size_t)done);
+}
+
+static void on_fsync(fuse_req_t request, fuse_ino_t inode, int data_only,
+                     struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)data_only;
+    (void)info;
+    fuse_reply_err(request, fdatasync(file) == 0 ? 0 : errno);
+}
+
+static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset,
+                         off_t length, struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)info;
+    fuse_reply_err(request, fallocate(file, mode, offset, length) == 0 ? 0 : errno);
+}
+
+static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whence,
+                     struct fuse_file_info *info)
+{
+    off_t found = lseek(file, offset, whence);
+
+    (void)inode;
+    (void)info;
+    if (found < 0)
+        fuse_reply_err(request, errno);
+    else
+        fuse_reply_lseek(request, found);
+}
+
+static void on_statfs(fuse_req_t request, fuse_ino_t inode)
+{
+    struct statvfs what;
+
+    (void)inode;
+    if (fstatvfs(file, &what) != 0)
+        fuse_reply_err(request, errno);
+    else
+        fuse_reply_statfs(request, &what);
+}
+
+/* What is missing is answered with ENOSYS, once, and the kernel does not ask again. */
+static const struct fuse_lowlevel_ops operations = {
+    .init = on_init,
+    .lookup = on_lookup,
+    .getattr = on_getattr,
+    .setattr = on_setattr,
+    .open = on_open,
+    .readdir = on_readdir,
+    .read = on_read,
+    .write = on_write,
+    .fsync = on_fsync,
+    .fallocate = on_fallocate,
+    .lseek = on_lseek,
+    .statfs = on_statfs,
+};
+
+int main(int count, char **words)
+{
+    char *options[] = {words[0], "-o", "fsname=limit,subtype=limit,max_read=1048576", NULL};
+    struct fuse_args arguments = FUSE_ARGS_INIT(3, options);
+    const char *threads = getenv("THREADS");
+    struct fuse_session *session;
+    int code = 1;
+
+    if (count != 3) {
+        fprintf(stderr, "usage: passthrough FILE MOUNTPOINT\n");
+        return 1;
+    }
+    file = open(words[1], O_RDWR | O_CLOEXEC);
+    if (file < 0) {
+        perror(words[1]);
+        return 1;
+    }
+    session = fuse_session_new(&arguments, &operations, sizeof operations, NULL);
+    if (session == NULL)
+        return 1;
+    if (fuse_set_signal_handlers(session) == 0) {
+        if (fuse_session_mount(session, words[2]) == 0) {
+            if (threads != NULL && strcmp(threads, "many") == 0)
+                code = fuse_session_loop_mt(session, NULL);
+            else
+                code = fuse_session_loop(session);
+            fuse_session_unmount(session);
+        }
+        fuse_remove_signal_handlers(session);
+    }
+    fuse_session_destroy(session);
+    return code != 0;
+}

@@ -1,0 +1,106 @@
+"""Reads and writes single blocks of a disk, in a process that can be given up if it hangs.
+
+    python -m benchmarks.probe first DISK OFFSETS
+    python -m benchmarks.probe read DISK OFFSETS SECONDS
+    python -m benchmarks.probe write DISK OFFSETS
+
+OFFSETS is a file of numbers of 64 bits.  "first" reads one block and prints the seconds
+that took, opening the disk included.  "read" reads the blocks one after the other, over
+and over, and prints reads a second.  "write" writes each once, then flushes, and prints
+the seconds of each.  Blocks are 4096 bytes; their first bytes tell their offset, which is
+compared.  Everything is O_DIRECT.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import sys
+import time
+from array import array
+from pathlib import Path
+from typing import Final
+
+from benchmarks.reader import MARK, WRONG
+
+BLOCK: Final = 4096
+
+
+def stamp(offset: int) -> bytes:
+    """Give what the block at an offset begins with."""
+    return offset.to_bytes(8, "little") + MARK
+
+
+def _read(descriptor: int, room: mmap.mmap, offset: int) -> None:
+    """Read one block.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    os.preadv(descriptor, [room], offset)
+    if room[:16] != stamp(offset):
+        msg = f"offset {offset}: found {room[:16].hex()}, expected {stamp(offset).hex()}"
+        raise ValueError(msg)
+
+
+def first(disk: str, offsets: array[int]) -> str:
+    """Read one block."""
+    room = mmap.mmap(-1, BLOCK)
+    began = time.monotonic()
+    descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
+    _read(descriptor, room, offsets[0])
+    return f"{time.monotonic() - began}"
+
+
+def read(disk: str, offsets: array[int], seconds: float) -> str:
+    """Read blocks for some time, after each was read once if there is time for that."""
+    room = mmap.mmap(-1, BLOCK)
+    descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
+    end = time.monotonic() + seconds
+    for offset in offsets:
+        _read(descriptor, room, offset)
+        if time.monotonic() >= end:
+            break
+    began = time.monotonic()
+    passed = 0.0
+    for count, offset in enumerate(itertools.cycle(offsets), 1):
+        _read(descriptor, room, offset)
+        passed = time.monotonic() - began
+        if passed >= seconds:
+            return f"{count / passed}"
+    return "0"
+
+
+def write(disk: str, offsets: array[int]) -> str:
+    """Write each block, and flush."""
+    room = mmap.mmap(-1, BLOCK)
+    descriptor = os.open(disk, os.O_RDWR | os.O_DIRECT)
+    began = time.monotonic()
+    for offset in offsets:
+        room[:16] = stamp(offset)
+        os.pwritev(descriptor, [room], offset)
+    written = time.monotonic()
+    os.fsync(descriptor)
+    return f"{written - began} {time.monotonic() - written}"
+
+
+def main() -> None:
+    """Do one thing and print the figures, or say in one line what is wrong."""
+    word, disk, name, *rest = sys.argv[1:]
+    offsets = array("Q", Path(name).read_bytes())
+    try:
+        if word == "first":
+            print(first(disk, offsets))
+        elif word == "read":
+            print(read(disk, offsets, float(rest[0])))
+        else:
+            print(write(disk, offsets))
+    except ValueError as error:
+        print(f"{WRONG}{disk}: {error}")
+    except OSError as error:
+        sys.exit(f"{disk}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What came out: medians, ratios, whether a target is met, and how that is shown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
+
+from benchmarks.plot import Mark, Row, draw_rows
+from benchmarks.servers import BenchmarkError, Who, run
+from benchmarks.table import CHAIN_COST
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from benchmarks.cells import Cell
+
+NAMES: Final[Mapping[Who, str]] = {
+    "us": "qedfuse",
+    "peer": "QEMU",
+    "limit": "limit",
+    "single": "one image",
+}
+
+
+@dataclass
+class Outcome:
+    """A cell and the figures of each who took part.
+
+    Attributes:
+        cell: Which one.
+        figures: In the cell's unit, one for each round.
+        failures: What went wrong, a line each.
+        remarks: What has to be known besides, such as the wrong data of somebody else.
+    """
+
+    cell: Cell
+    figures: dict[Who, list[float]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def fail(self, who: Who, what: str) -> None:
+        """Note what went wrong; QEMU's faults are for the reader, and fail nobody's run."""
+        notes = self.remarks if who == "peer" else self.failures
+        notes.append(f"{NAMES[who]} {what}")
+
+    def median(self, who: Who) -> float | None:
+        """Give the median of somebody's figures, None where there are none."""
+        figures = self.figures.get(who)
+        return median(figures) if figures else None
+
+    def ratio(self, other: Who) -> float | None:
+        """Give how many times as fast as another one we are."""
+        ours, theirs = self.median("us"), self.median(other)
+        if not ours or not theirs:
+            return None
+        return theirs / ours if self.cell.unit == "s" else ours / theirs
+
+    def missed(self) -> list[str]:
+        """Give the targets that are missed, in words."""
+        found = []
+        for what, ratio, target in (
+            ("QEMU", self.ratio("peer"), self.cell.peer),
+            ("the limit", self.ratio("limit"), self.cell.limit),
+        ):
+            if ratio is not None and target is not None and ratio < target:
+                found.append(f"{ratio:.2f} of {what}, expected {target:g}")
+        cost = self.ratio("single")
+        if cost is not None and 1 / cost > CHAIN_COST:
+            found.append(f"{1 / cost:.2f} of the cost on one image, expected {CHAIN_COST:g}")
+        return found
+
+    def verdict(self) -> str:
+        """Say in one word what became of the targets; nothing where there are none."""
+        if self.failures:
+            return "failed"
+        if self.cell.peer is None and self.cell.limit is None:
+            return ""
+        if self.missed():
+            return "missed"
+        ratios = ((self.cell.peer, self.ratio("peer")), (self.cell.limit, self.ratio("limit")))
+        known = all(ratio is not None for target, ratio in ratios if target is not None)
+        return "met" if known else "unknown"
+
+
+def number(figure: float) -> str:
+    """Write a figure with as many digits as mean something."""
+    if figure >= 100:  # noqa: PLR2004  three digits, in any case
+        return f"{figure:,.0f}"
+    return f"{figure:.3g}"
+
+
+def spread(figures: Sequence[float]) -> str:
+    """Write a median and, in brackets, the least and the most."""
+    return f"{number(median(figures))} ({number(min(figures))} to {number(max(figures))})"
+
+
+def markdown(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> str:
+    """Write the table, with what it was measured on above and the notes below."""
+    lines = [f"- {name}: {fact}" for name, fact in facts.items()]
+    lines += [
+        "",
+        "| cell | unit | qedfuse | QEMU | limit | to QEMU | target | to the limit | target | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    notes: list[str] = []
+    for outcome in outcomes:
+        cell = outcome.cell
+        figures = [
+            spread(outcome.figures[who]) if outcome.figures.get(who) else "-"
+            for who in ("us", "peer", "limit")
+        ]
+        remarks = [*outcome.failures, *outcome.remarks, *([cell.note] if cell.note else [])]
+        if single := outcome.figures.get("single"):
+            remarks.append(
+                f"qedfuse on one image of the same content: {spread(single)}; the chain costs "
+                f"{1 / (outcome.ratio('single') or 1):.2f} times that (target {CHAIN_COST:g})"
+            )
+        mark = ""
+        if remarks:
+            notes.append("; ".join(remarks))
+            mark = f" [{len(notes)}]"
+        ratios = [
+            *(_ratio(outcome.ratio("peer")), _target(cell.peer)),
+            *(_ratio(outcome.ratio("limit")), _target(cell.limit)),
+        ]
+        words = [cell.title + mark, cell.unit, *figures, *ratios, outcome.verdict()]
+        lines.append(f"| {' | '.join(words)} |")
+    lines += ["", *(f"{place}. {note}" for place, note in enumerate(notes, 1))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _target(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def as_json(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> dict[str, Any]:
+    """Give everything as data, with each single figure."""
+    return {
+        "facts": dict(facts),
+        "cells": [
+            {
+                "name": outcome.cell.name,
+                "title": outcome.cell.title,
+                "unit": outcome.cell.unit,
+                "figures": outcome.figures,
+                "medians": {who: outcome.median(who) for who in outcome.figures},
+                "ratios": {who: outcome.ratio(who) for who in outcome.figures if who != "us"},
+                "targets": {"peer": outcome.cell.peer, "limit": outcome.cell.limit},
+                "missed": outcome.missed(),
+                "failures": outcome.failures,
+                "remarks": outcome.remarks,
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+def plot(path: Path, outcomes: Iterable[Outcome]) -> None:
+    """Draw the ratios and their targets."""
+    rows = []
+    for outcome in outcomes:
+        marks = []
+        for ratio, target, colour in (
+            (outcome.ratio("peer"), outcome.cell.peer, "#2471a3"),
+            (outcome.ratio("limit"), outcome.cell.limit, "#d68910"),
+        ):
+            if ratio is not None:
+                marks.append(Mark(ratio, colour))
+            if target is not None:
+                marks.append(Mark(target, colour, target=True))
+        rows.append(Row(outcome.cell.title, marks))
+    legend = [("qedfuse / QEMU", "#2471a3"), ("qedfuse / limit", "#d68910")]
+    draw_rows(path, "How many times as fast; a bar is the target", legend, rows)
+
+
+def facts(directory: Path, qedfuse: str, settings: str) -> dict[str, str]:
+    """Say what it was measured on, and by what."""
+    cpu = re.search(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
+    filesystem = run("findmnt", "-n", "-o", "FSTYPE,OPTIONS", "--target", str(directory)).strip()
+    return {
+        "processor": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
+        "memory": f"{int(memory[1]) / (1 << 20):.1f} GiB" if memory else "unknown",
+        "kernel": platform.release(),
+        "file system of the host": " ".join(filesystem.split()),
+        "versions": ", ".join(_versions(qedfuse)),
+        "settings": settings,
+    }
+
+
+def _versions(qedfuse: str) -> Iterable[str]:
+    for command in (
+        (qedfuse, "--version"),
+        ("qemu-storage-daemon", "--version"),
+        ("fio", "--version"),
+        ("pkg-config", "--modversion", "fuse3"),
+    ):
+        try:
+            line = run(*command).splitlines()[0]
+        except (BenchmarkError, OSError, IndexError):
+            line = "unknown"
+        yield f"libfuse {line}" if command[0] == "pkg-config" else line
+    yield f"Python {platform.python_version()}"
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8")

@@ -1,0 +1,291 @@
+"""What a disk costs by its size and by how much of it is allocated.
+
+    python -m benchmarks.scale                1 GiB to 64 TiB, 10^4 to 10^7 clusters
+    python -m benchmarks.scale --quick        the corners of that, once each
+
+Each image has real tables, and data clusters that are holes of the host's file, see
+`benchmarks.sparse`; it is in the host's page cache.  Each round takes a new copy: it is
+mounted by the command, as users do it, read from, written to and unmounted; and it is
+opened once more by way of the library, in a process of its own, to see how long it takes
+until the free space of the file is known.  What counts is the median of the rounds.
+
+Reads are of 4 KiB, O_DIRECT, one at a time, and each is compared with what was written
+there.  "near" reads within 16 GiB of disk, of which all tables are in memory; "anywhere"
+reads all over the disk, whose tables are in memory as far as there is room for them.
+
+Prints a table, and which columns are flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import trio
+
+from benchmarks.images import settle
+from benchmarks.mounted import Mounted, program, usage, wait_until_idle
+from benchmarks.probe import BLOCK, stamp
+from benchmarks.reader import WRONG
+from benchmarks.report import facts, number
+from benchmarks.servers import BenchmarkError, WrongDataError, run
+from benchmarks.sparse import GEOMETRY, build
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.util.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+SIZES: Final = ("1G", "64G", "1T", "16T", "64T")
+CLUSTERS: Final = (10**4, 10**5, 10**6, 10**7)
+QUICK: Final = (("1G", 10**4), ("64T", 10**4), ("64T", 10**6))
+ROUNDS, SECONDS = 3, 1.0
+QUICK_SECONDS: Final = 0.4
+SAMPLES: Final = 4096
+"""Different blocks that are read; each lies in another cluster as far as there are so many."""
+WRITES: Final = 1000
+NEAR_BYTES: Final = 16 << 30
+FLAT: Final = 2.0
+"""A column is flat if its largest figure is at most so many times its smallest."""
+MIB: Final = 1 << 20
+ROOT: Final = Path(__file__).resolve().parents[1]
+
+COLUMNS: Final[Mapping[str, str]] = {
+    "start": "start, s",
+    "first": "first read, ms",
+    "near": "reads/s near",
+    "anywhere": "reads/s anywhere",
+    "resident": "idle MiB",
+    "loaded": "MiB after load",
+    "peak": "most MiB",
+    "write": f"{WRITES} writes, s",
+    "flush": "flush, s",
+    "unmount": "unmount, s",
+    "open": "library open, s",
+    "scan": "scan, s",
+    "cpu": "scan, CPU s",
+}
+
+
+class Cell(NamedTuple):
+    """A disk: its size as users write it, and how many of its clusters are allocated."""
+
+    size: str
+    clusters: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has so many clusters."""
+        return self.clusters <= GEOMETRY.clusters(parse_size(self.size))
+
+
+class Original:
+    """An image that is copied for each round, and the places where it is looked at.
+
+    Attributes:
+        path: The image.
+        tables: How many L2 tables it has.
+    """
+
+    def __init__(self, cell: Cell, directory: Path) -> None:
+        """Make the image of a cell."""
+        self.path: Final = directory / "original.qed"
+        self._directory = directory
+        size = parse_size(cell.size)
+        random = np.random.default_rng(2)
+        clusters, offsets = build(self.path, size, cell.clusters)
+        self.tables: Final = len(np.unique(clusters // GEOMETRY.entries))
+        everywhere = random.integers(0, len(clusters), SAMPLES)
+        start = int(random.integers(0, len(clusters)))
+        end = int(np.searchsorted(clusters, clusters[start] + NEAR_BYTES // GEOMETRY.cluster_size))
+        near = random.integers(start, end, SAMPLES)
+        blocks = random.integers(0, GEOMETRY.cluster_size // BLOCK, SAMPLES) * BLOCK
+        with self.path.open("r+b", buffering=0) as file:
+            for name, chosen in (("anywhere", everywhere), ("near", near)):
+                places = clusters[chosen] * GEOMETRY.cluster_size + blocks
+                file_places = offsets[chosen] + blocks
+                for place, at in zip(places.tolist(), file_places.tolist(), strict=True):
+                    os.pwrite(file.fileno(), stamp(place), at)
+                self._note(name, places)
+        self._note("first", self.offsets("anywhere")[-1:])
+        self._note("write", random.integers(0, size // BLOCK, WRITES) * BLOCK)
+
+    def _note(self, name: str, offsets: NDArray[np.int64]) -> None:
+        self.list(name).write_bytes(offsets.astype("<u8").tobytes())
+
+    def list(self, name: str) -> Path:
+        """Give the file with the guest offsets of a load."""
+        return self._directory / f"{name}.offsets"
+
+    def offsets(self, name: str) -> NDArray[np.int64]:
+        """Give the guest offsets of a load."""
+        return np.fromfile(self.list(name), "<u8").astype(np.int64)
+
+    def copy(self) -> Path:
+        """Make a copy that may be changed; it is in the page cache and on the disk."""
+        path = self._directory / "copy.qed"
+        path.unlink(missing_ok=True)
+        run("cp", "--sparse=always", str(self.path), str(path), seconds=300)
+        settle(path)
+        return path
+
+
+def probe(word: str, disk: Path, original: Original, *more: str, load: str = "") -> list[float]:
+    """Have a load run on a disk.
+
+    Raises:
+        BenchmarkError: It failed or found wrong data.
+    """
+    command = (sys.executable, "-m", "benchmarks.probe", word, str(disk))
+    said = run(*command, str(original.list(load or word)), *more, seconds=300)
+    if said.startswith(WRONG):
+        raise WrongDataError(said.strip())
+    return [float(figure) for figure in said.split()]
+
+
+def measure(original: Original, seconds: float, directory: Path) -> dict[str, float]:
+    """Take one round; give the figures of `COLUMNS`.
+
+    Raises:
+        BenchmarkError: Something failed.
+    """
+    figures: dict[str, float] = {}
+    image = original.copy()
+    command = (sys.executable, "-m", "benchmarks.scale", "--scan", str(image))
+    figures.update(json.loads(run(*command, seconds=300)))
+    with Mounted(program(), image, directory / "mnt") as mounted:
+        figures["start"] = mounted.start_seconds
+        figures["first"] = probe("first", mounted.disk, original)[0] * 1000
+        # What is to be found out in the background shall not slow down what follows.
+        wait_until_idle(mounted.pid)
+        figures["resident"] = usage(mounted.pid).resident / MIB
+        for load in ("near", "anywhere"):
+            figures[load] = probe("read", mounted.disk, original, str(seconds), load=load)[0]
+        figures["write"], figures["flush"] = probe("write", mounted.disk, original)
+        wait_until_idle(mounted.pid)
+        used = usage(mounted.pid)
+        figures["loaded"], figures["peak"] = used.resident / MIB, used.peak / MIB
+        figures["unmount"] = mounted.stop()
+    return figures
+
+
+async def _scan(path: str) -> dict[str, float]:
+    """Open an image for writing and wait until its free space is known."""
+    began, busy = time.monotonic(), time.process_time()
+    async with open_disk(path, OpenOptions(writable=True)) as disk:
+        opened = time.monotonic() - began
+        await disk.scanned()
+        scanned, worked = time.monotonic() - began, time.process_time() - busy
+    return {"open": opened, "scan": scanned, "cpu": worked}
+
+
+def flatness(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Give how many times its smallest figure each column's largest one is."""
+    rows = list(rows)
+    found = {}
+    for column in COLUMNS:
+        figures = [row[column] for row in rows]
+        found[column] = max(figures) / max(min(figures), 1e-9)
+    return found
+
+
+def markdown(results: Mapping[Cell, Mapping[str, float]], tables: Mapping[Cell, int]) -> str:
+    """Write the table, and below it which columns are flat."""
+    head = ["disk", "clusters", "L2 tables", *COLUMNS.values()]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for cell, row in results.items():
+        power = f"10^{len(str(cell.clusters)) - 1}"
+        figures = [number(row[column]) for column in COLUMNS]
+        lines.append(f"| {' | '.join([cell.size, power, f'{tables[cell]:,}', *figures])} |")
+    spreads = flatness(results.values())
+    flat = [COLUMNS[column] for column, factor in spreads.items() if factor <= FLAT]
+    others = [f"{COLUMNS[name]} ({number(by)})" for name, by in spreads.items() if by > FLAT]
+    lines += ["", f"Flat, within a factor of {FLAT:g}: {'; '.join(flat) or 'none'}."]
+    lines.append(f"Not flat, and by what factor: {'; '.join(others) or 'none'}.")
+    return "\n".join(lines) + "\n"
+
+
+def compare(
+    cells: Sequence[Cell], rounds: int, seconds: float, directory: Path
+) -> tuple[dict[Cell, dict[str, float]], dict[Cell, int]]:
+    """Measure each cell; give the medians, and how many L2 tables each image had."""
+    results, tables = {}, {}
+    for cell in cells:
+        began = time.monotonic()
+        original = Original(cell, directory)
+        found = [measure(original, seconds, directory) for _ in range(rounds)]
+        results[cell] = {name: median(row[name] for row in found) for name in COLUMNS}
+        tables[cell] = original.tables
+        words = "  ".join(f"{name} {number(value)}" for name, value in results[cell].items())
+        passed = time.monotonic() - began
+        print(f"{cell.size} {cell.clusters:,}: {words}  ({passed:.0f} s)", file=sys.stderr)
+    return results, tables
+
+
+def main() -> None:
+    """Read the arguments, measure, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few disks, one round")
+    parser.add_argument("--rounds", type=int, help=f"of each disk ({ROUNDS})")
+    parser.add_argument("--seconds", type=float, help=f"of each load ({SECONDS:g})")
+    parser.add_argument("--sizes", help=f"of disks ({','.join(SIZES)})")
+    parser.add_argument("--clusters", help="that are allocated (10000,100000,1000000,10000000)")
+    parser.add_argument("--dir", type=Path, default=ROOT, help="where 2 GiB are free")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians here too")
+    parser.add_argument("--scan", metavar="IMAGE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.scan:
+        print(json.dumps(trio.run(_scan, arguments.scan)))
+        return
+    # Those who install a program have it compiled; here the first round does it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    cells = [Cell(*pair) for pair in QUICK]
+    if not arguments.quick or arguments.sizes or arguments.clusters:
+        sizes = arguments.sizes.split(",") if arguments.sizes else SIZES
+        counts = map(int, arguments.clusters.split(",")) if arguments.clusters else CLUSTERS
+        every = [Cell(size, count) for count in counts for size in sizes]
+        cells = sorted((cell for cell in every if cell.fits), key=lambda cell: sizes.index(cell[0]))
+    rounds = arguments.rounds or (1 if arguments.quick else ROUNDS)
+    seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)
+    began = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="qedfuse-scale-", dir=arguments.dir) as name:
+            about = facts(Path(name), program(), f"{rounds} rounds of {seconds:g} s")
+            results, tables = compare(cells, rounds, seconds, Path(name))
+    except (BenchmarkError, OSError, ValueError) as error:
+        sys.exit(f"scale: {error}")
+    about["settings"] += f"; took {(time.monotonic() - began) / 60:.1f} minutes"
+    print("".join(f"- {name}: {fact}\n" for name, fact in about.items()))
+    print(markdown(results, tables), end="")
+    if arguments.json:
+        arguments.json.write_text(_as_json(results, tables, about), encoding="utf-8")
+
+
+def _as_json(
+    results: Mapping[Cell, Mapping[str, float]],
+    tables: Mapping[Cell, int],
+    about: Mapping[str, str],
+) -> str:
+    """Give everything as data."""
+    rows: list[dict[str, Any]] = [
+        {**cell._asdict(), "tables": tables[cell], **row} for cell, row in results.items()
+    ]
+    spreads = flatness(results.values())
+    return json.dumps({"facts": dict(about), "rows": rows, "spreads": spreads}, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    main()

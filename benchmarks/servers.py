@@ -1,0 +1,219 @@
+"""The three that are measured, each serving one disk: qedfuse, QEMU and the limit.
+
+A server that is killed or hangs may leave whoever uses its disk stuck in the kernel.  So
+nothing here touches a disk in this process: `run` starts a program, and gives it up when
+its time is over; `Server.stop` then ends the server, which frees the program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+Who: TypeAlias = Literal["us", "peer", "limit", "single"]
+"""``single`` is qedfuse too, on one image with the content of a chain."""
+
+START_SECONDS: Final = 20.0
+STOP_SECONDS: Final = 60.0
+READ_AHEAD_KIB: Final = 1024
+
+
+class BenchmarkError(Exception):
+    """A measurement failed; the message is one line that says what and where."""
+
+
+class WrongDataError(BenchmarkError):
+    """A disk held something else than was written there."""
+
+
+def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
+    """Run a program, with ``text`` to read, to its end and give what it printed.
+
+    Raises:
+        BenchmarkError: It failed, or did not end within ``seconds`` and was given up.
+    """
+    environment = {**os.environ, "LC_ALL": "C"}
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        output, complaint = child.communicate(text, timeout=seconds)
+    except BaseException as error:
+        # Not waited for: it may be stuck until the server that it waits for ends.
+        os.killpg(child.pid, signal.SIGKILL)
+        if isinstance(error, subprocess.TimeoutExpired):
+            msg = f"{command[0]}: found no end after {seconds:.0f} s"
+            raise BenchmarkError(msg) from None
+        raise
+    if child.returncode:
+        text = complaint.strip() or output.strip() or "it said nothing"
+        # The last one that says something new: advice follows, further in.
+        line = [line for line in text.splitlines() if line[:1].strip()][-1]
+        msg = f"{command[0]}: exit code {child.returncode}: {line}"
+        raise BenchmarkError(msg)
+    return output
+
+
+class Programs(NamedTuple):
+    """Paths of what is measured, but for QEMU, which is found on the PATH."""
+
+    qedfuse: str
+    limit: str
+
+
+class Server:
+    """Serves one disk until `stop`; ``disk`` is the flat file that appears.
+
+    ``threads`` is for the limit, which has one or many of them.
+    """
+
+    def __init__(
+        self, programs: Programs, who: Who, image: Path, directory: Path, *, threads: bool = False
+    ) -> None:
+        self.who: Final = who
+        self.image: Final = image
+        self._programs = programs
+        self._mountpoint: Final = directory / f"{who}.mnt"
+        environment = dict(os.environ)
+        if who == "peer":
+            self._mountpoint.touch()
+            self.disk = self._mountpoint
+            command = _peer_command(image, self._mountpoint)
+        elif who == "limit":
+            self._mountpoint.mkdir()
+            self.disk = self._mountpoint / "disk.raw"
+            command = [programs.limit, str(image), str(self._mountpoint)]
+            environment["THREADS"] = "many" if threads else "one"
+        else:
+            self._mountpoint.mkdir()
+            self.disk = self._mountpoint / f"{image.stem}.raw"
+            command = [programs.qedfuse, str(image), str(self._mountpoint), "-f"]
+        self._log = directory / f"{who}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_there(directory.stat().st_dev)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_until_there(self, host: int) -> None:
+        """Return when the disk can be used; ``host`` is the device below the mountpoint."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                msg = f"{self.who}: the server ended by itself: {self._last_words()}"
+                raise BenchmarkError(msg)
+            # By way of the kernel's list, because a file system that hangs would hang us.
+            device = _mounted_at(self._mountpoint)
+            if device is not None and device != host:
+                if self.who == "limit":
+                    _raise_read_ahead(device)
+                return
+            time.sleep(0.02)
+        msg = f"{self.who}: found no mount after {START_SECONDS:.0f} s: {self._last_words()}"
+        raise BenchmarkError(msg)
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def stop(self) -> None:
+        """Unmount and wait for the end, so that the image holds everything.
+
+        Raises:
+            BenchmarkError: It ended badly, or had to be killed.
+        """
+        try:
+            if self._process.poll() is not None:
+                msg = f"{self.who}: the server ended by itself: {self._last_words()}"
+                raise BenchmarkError(msg)
+            if self.who == "peer":
+                self._process.terminate()
+            elif self.who == "limit":
+                run("fusermount3", "-u", str(self._mountpoint), seconds=STOP_SECONDS)
+            else:
+                run(self._programs.qedfuse, "umount", str(self._mountpoint), seconds=STOP_SECONDS)
+            try:
+                code = self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                msg = f"{self.who}: found no end {STOP_SECONDS:.0f} s after it was told to"
+                raise BenchmarkError(msg) from None
+            if code:
+                msg = f"{self.who}: exit code {code}: {self._last_words()}"
+                raise BenchmarkError(msg)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it, whatever state it is in, and take its mountpoint away."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        with suppress(BenchmarkError):
+            if _mounted_at(self._mountpoint) is not None:
+                run("fusermount3", "-u", "-z", str(self._mountpoint), seconds=10)
+        with suppress(OSError):
+            if self.who == "peer":
+                self._mountpoint.unlink()
+            else:
+                self._mountpoint.rmdir()
+
+
+def _peer_command(image: Path, mountpoint: Path) -> list[str]:
+    """Give QEMU's command line, with its defaults for whatever concerns speed."""
+    file = {"driver": "file", "filename": str(image)}
+    node = {"driver": "qed", "node-name": "disk", "file": file}
+    export = {
+        "type": "fuse",
+        "id": "export",
+        "node-name": "disk",
+        "mountpoint": str(mountpoint),
+        "writable": True,
+        "growable": False,
+    }
+    return [
+        "qemu-storage-daemon",
+        *("--blockdev", json.dumps(node)),
+        *("--export", json.dumps(export)),
+    ]
+
+
+def _mounted_at(path: Path) -> int | None:
+    """Give the device of what is mounted exactly there, as in st_dev, or None."""
+    wanted = str(path).replace(" ", "\\040")
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        words = line.split()
+        if words[4] == wanted:
+            major, minor = words[2].split(":")
+            found = os.makedev(int(major), int(minor))
+    return found
+
+
+def _raise_read_ahead(device: int) -> None:
+    """Let the kernel read as far ahead as qedfuse has it do, where that is allowed."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        Path(f"/sys/class/bdi/{number}/read_ahead_kb").write_text(
+            str(READ_AHEAD_KIB), encoding="ascii"
+        )

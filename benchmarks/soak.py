@@ -1,0 +1,385 @@
+"""Whether a mounted disk takes up more with time: a long, mixed load, looked at all the while.
+
+    python -m benchmarks.soak                    ten minutes
+    python -m benchmarks.soak --minutes 60
+
+A disk of 16 GiB is mounted by the command, as users do it.  A process of its own reads,
+writes, discards and flushes at random, with O_DIRECT, and remembers what each block must
+hold; each block that is read is compared.  It discards as much as it writes, so that never
+more than some hundred MiB are allocated, anywhere on the disk.  Every five seconds the
+server's memory, descriptors and threads are looked at, and the image's length and space.
+
+Prints a table and how fast each figure grew in the second half.  Ends with 1 if the
+memory grew by more than 8 MiB from the second minute to the end, if a byte was wrong, or
+if the image was not sound in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from benchmarks.mounted import Mounted, program, usage
+from benchmarks.reader import MARK
+from benchmarks.report import facts
+from benchmarks.servers import BenchmarkError, WrongDataError, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MIB: Final = 1 << 20
+DISK_BYTES: Final = 16 << 30
+BLOCK: Final = 4096
+STEP_SECONDS: Final = 5.0
+SETTLED_SECONDS: Final = 120.0
+"""What is taken up by then is no growth: caches fill, and the allocator gets its memory."""
+MOST_GROWTH: Final = 8 * MIB
+LIMIT_BYTES: Final = 384 * MIB
+"""With more than this written, writing stops until enough is discarded."""
+LENGTHS: Final = (4096, 4096, 4096, 16384, 65536, 262_144, MIB)
+AT_ONCE: Final = 4
+"""Processes that put load on the disk, each on a part of its own."""
+LOAD: Final = (sys.executable, "-m", "benchmarks.soak", "--load")
+_PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+# --- the load, in a process of its own ----------------------------------------------------
+
+
+class Model:
+    """What a part of a disk must hold: the number of the write that each block is from.
+
+    Block and write number fill each block; a block that was never written, or was
+    discarded, is all zeros.
+    """
+
+    def __init__(self, first: int, count: int) -> None:
+        """Know a part, ``count`` blocks from block ``first`` on, to be zeros."""
+        self.first: Final = first
+        self.count: Final = count
+        self._writes = np.zeros(count, np.uint32)
+        self._number = 0
+
+    def write(self, block: int, count: int) -> bytes:
+        """Note a write of ``count`` blocks; give what is to be written."""
+        self._number += 1
+        place = block - self.first
+        self._writes[place : place + count] = self._number
+        return self.expected(block, count)
+
+    def discard(self, block: int, count: int) -> None:
+        """Note that blocks were made zeros."""
+        place = block - self.first
+        self._writes[place : place + count] = 0
+
+    def expected(self, block: int, count: int) -> bytes:
+        """Give what blocks must hold."""
+        place = block - self.first
+        blocks = []
+        for at, number in enumerate(self._writes[place : place + count].tolist(), block):
+            words = at.to_bytes(4, "little") + number.to_bytes(4, "little") + MARK
+            blocks.append(words * (BLOCK // 16) if number else bytes(BLOCK))
+        return b"".join(blocks)
+
+
+class Load:
+    """Operations at random on a part of a disk, each compared with a model."""
+
+    def __init__(self, disk: str, model: Model, seed: int) -> None:
+        """Open the disk; nobody else may write to the part of the model."""
+        self._descriptor = os.open(disk, os.O_RDWR | os.O_DIRECT)
+        self._model = model
+        self._choice = random.Random(seed)
+        self._room = mmap.mmap(-1, max(LENGTHS))
+        self._most = LIMIT_BYTES // AT_ONCE
+        # What was written and is to be discarded some day: ranges of blocks.
+        self._areas: list[tuple[int, int]] = []
+        self._filled = 0
+        self.operations = 0
+
+    def run(self, seconds: float) -> None:
+        """Go on for some time.
+
+        Raises:
+            ValueError: Something else was read than was written.
+        """
+        kinds: Sequence[Callable[[], None]] = (self.read, self.write, self.discard, self.flush)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._choice.choices(kinds, (60, 25, 14, 1))[0]()
+            self.operations += 1
+
+    def _range(self) -> tuple[int, int]:
+        """Choose a range of the part, in blocks; more often than not there is data."""
+        model, choice = self._model, self._choice
+        count = choice.choice(LENGTHS) // BLOCK
+        if self._areas and choice.random() < 0.7:  # noqa: PLR2004
+            block, _count = choice.choice(self._areas)
+        else:
+            block = model.first + choice.randrange(model.count)
+        return block, min(count, model.first + model.count - block)
+
+    def read(self) -> None:
+        """Read a range and compare it.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        block, count = self._range()
+        self._compare(block, count)
+
+    def _compare(self, block: int, count: int) -> None:
+        length = count * BLOCK
+        got = os.preadv(self._descriptor, [memoryview(self._room)[:length]], block * BLOCK)
+        found, expected = self._room[:got], self._model.expected(block, count)
+        if found != expected:
+            pairs = zip(found, expected, strict=False)
+            place = next((at for at, (one, two) in enumerate(pairs) if one != two), got)
+            msg = (
+                f"offset {block * BLOCK + place}: found {found[place : place + 16].hex()}, "
+                f"expected {expected[place : place + 16].hex()}"
+            )
+            raise ValueError(msg)
+
+    def write(self) -> None:
+        """Write a range; where too much is written already, discard instead."""
+        if self._filled * BLOCK > self._most:
+            self.discard()
+            return
+        block, count = self._range()
+        self._room[: count * BLOCK] = self._model.write(block, count)
+        os.pwritev(self._descriptor, [memoryview(self._room)[: count * BLOCK]], block * BLOCK)
+        self._areas.append((block, count))
+        self._filled += count
+
+    def discard(self) -> None:
+        """Discard all the clusters that one of the writes has touched."""
+        if not self._areas:
+            return
+        place = self._choice.randrange(len(self._areas))
+        self._areas[place], self._areas[-1] = self._areas[-1], self._areas[place]
+        block, count = self._areas.pop()
+        self._filled -= count
+        cluster = 65536 // BLOCK
+        first = max(self._model.first, block // cluster * cluster)
+        last = min(self._model.first + self._model.count, -(-(block + count) // cluster) * cluster)
+        start, length = ctypes.c_int64(first * BLOCK), ctypes.c_int64((last - first) * BLOCK)
+        if _libc.fallocate(self._descriptor, _PUNCH_HOLE, start, length) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), "fallocate")
+        self._model.discard(first, last - first)
+
+    def flush(self) -> None:
+        """Flush."""
+        os.fsync(self._descriptor)
+
+    def compare_all(self) -> None:
+        """Read whatever was written and not discarded.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        for block, count in sorted(set(self._areas)):
+            self._compare(block, count)
+
+
+def put_load_on(disk: str, seconds: float, part: int, seed: int) -> None:
+    """Be one of the processes that use the disk; print how many operations there were."""
+    count = DISK_BYTES // BLOCK // AT_ONCE
+    load = Load(disk, Model(part * count, count), seed + part)
+    try:
+        load.run(seconds)
+        load.compare_all()
+    except ValueError as error:
+        sys.exit(f"wrong data: {disk}: {error}")
+    except OSError as error:
+        sys.exit(f"{disk}: {error}")
+    print(load.operations)
+
+
+# --- the observer -------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """What server and image took up after so many seconds; sizes in bytes."""
+
+    seconds: float
+    resident: int
+    descriptors: int
+    threads: int
+    length: int
+    space: int
+
+
+def sample(began: float, pid: int, image: Path) -> Sample:
+    """Look once."""
+    used, file = usage(pid), image.stat()
+    passed = time.monotonic() - began
+    return Sample(
+        passed, used.resident, used.descriptors, used.threads, file.st_size, file.st_blocks * 512
+    )
+
+
+def slopes(samples: Sequence[Sample]) -> dict[str, float]:
+    """Give how much each figure grew in a minute of the second half, by least squares."""
+    half = [item for item in samples if item.seconds >= samples[-1].seconds / 2]
+    minutes = [item.seconds / 60 for item in half]
+    return {
+        name: float(np.polyfit(minutes, [getattr(item, name) for item in half], 1)[0])
+        for name in Sample._fields[1:]
+    }
+
+
+def growth(samples: Sequence[Sample]) -> int:
+    """Give by how many bytes the memory grew after it had time to settle.
+
+    A run that is too short for that counts from its middle on.
+    """
+    settled = min(SETTLED_SECONDS, samples[-1].seconds / 2)
+    before = next(item for item in samples if item.seconds >= settled)
+    return samples[-1].resident - before.resident
+
+
+def watch(mounted: Mounted, image: Path, seconds: float, seed: int) -> tuple[list[Sample], int]:
+    """Run the load; give the samples and how many operations there were.
+
+    Raises:
+        BenchmarkError: The server ended.
+        WrongDataError: The load did not read what it had written.
+    """
+    children = [
+        subprocess.Popen(
+            [*LOAD, str(mounted.disk), str(seconds), str(part), str(seed)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in range(AT_ONCE)
+    ]
+    samples: list[Sample] = []
+    began = time.monotonic()
+    try:
+        while any(child.poll() is None for child in children):
+            samples.append(sample(began, mounted.pid, image))
+            if sys.stderr.isatty():
+                print(f"\r{samples[-1].seconds:.0f} s", end="", file=sys.stderr)
+            if samples[-1].seconds > 2 * seconds + 60:
+                msg = f"the load found no end after {samples[-1].seconds:.0f} s"
+                raise BenchmarkError(msg)
+            time.sleep(STEP_SECONDS)
+    finally:
+        for child in children:
+            child.kill()
+    operations = 0
+    for child in children:
+        said, complaint = child.communicate(timeout=60)
+        if child.returncode:
+            raise WrongDataError(complaint.strip() or f"the load ended with {child.returncode}")
+        operations += int(said)
+    return samples, operations
+
+
+def table(samples: Sequence[Sample]) -> str:
+    """Write a row for each twentieth of the time, and how fast each figure grew."""
+    lines = [
+        "| minutes | memory, MiB | descriptors | threads | file length, MiB | space, MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    places = sorted({len(samples) * part // 20 for part in range(20)} | {len(samples) - 1})
+    lines += [
+        f"| {item.seconds / 60:.1f} | {item.resident / MIB:.1f} | {item.descriptors} | "
+        f"{item.threads} | {item.length / MIB:.0f} | {item.space / MIB:.0f} |"
+        for item in (samples[place] for place in places)
+    ]
+    by = slopes(samples)
+    lines.append(
+        f"| growth per minute, second half | {by['resident'] / MIB:.3f} | "
+        f"{by['descriptors']:.2f} | {by['threads']:.2f} | {by['length'] / MIB:.2f} | "
+        f"{by['space'] / MIB:.2f} |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the arguments, run, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dir", type=Path, help="where 2 GiB are free (the temporary directory)")
+    parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        disk, seconds, part, seed = arguments.load
+        put_load_on(disk, float(seconds), int(part), int(seed))
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="qedfuse-soak-", dir=arguments.dir) as name:
+            grown = soak(Path(name), arguments.minutes * 60, arguments.seed)
+    except (BenchmarkError, OSError) as error:
+        sys.exit(f"soak: {error}")
+    if grown > MOST_GROWTH:
+        sys.exit(f"soak: memory grew by {grown / MIB:.1f} MiB, expected at most 8")
+
+
+def soak(directory: Path, seconds: float, seed: int) -> int:
+    """Run and print; give by how many bytes the memory grew.
+
+    Raises:
+        BenchmarkError: Something failed, or the image is not sound.
+    """
+    image = directory / "soak.qed"
+    run("qemu-img", "create", "-q", "-f", "qed", str(image), str(DISK_BYTES))
+    about = facts(directory, program(), f"{seconds / 60:g} minutes, seed {seed}")
+    with Mounted(program(), image, directory / "mnt") as mounted:
+        samples, operations = watch(mounted, image, seconds, seed)
+        mounted.stop()
+    grown = growth(samples)
+    print("".join(f"- {name}: {fact}\n" for name, fact in about.items()))
+    print(table(samples))
+    print(f"{operations:,} operations; memory grew by {grown / MIB:.2f} MiB after it settled")
+    print(check(image))
+    return grown
+
+
+def check(image: Path) -> str:
+    """Have QEMU check an image; give what it said in one line.
+
+    Raises:
+        BenchmarkError: There are errors in it.
+    """
+    done = subprocess.run(
+        ["qemu-img", "check", "--output=json", str(image)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    # QEMU knows of no free space: what was discarded and not used again counts as leaked.
+    if done.returncode not in {0, 3}:
+        msg = f"{image.name}: qemu-img check: exit code {done.returncode}: {done.stderr.strip()}"
+        raise BenchmarkError(msg)
+    found = json.loads(done.stdout)
+    return (
+        f"qemu-img check: {found['check-errors']} errors, {found.get('corruptions', 0)} "
+        f"corruptions, {found.get('leaks', 0)} clusters to be used again"
+    )
+
+
+if __name__ == "__main__":
+    main()

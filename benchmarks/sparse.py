@@ -1,0 +1,115 @@
+"""Images of any size that take up little: real tables, data clusters that are holes.
+
+A cluster that was never written costs the host nothing, yet its entry is as real to the
+reader of a table as any other.  So an image with ten million clusters is made in a second
+and takes up what its tables do.
+
+A guest fills its disk here and there.  So the disk is cut into areas of 32 MiB, as many
+as one page of table entries describes; some of the areas, anywhere on the disk, are half
+full (more of them where that is not enough), and the others are empty.  The clusters lie
+in the file in no order at all, which is the worst that can happen to whoever looks for
+neighbours.  The tables lie in front of the data, in no order either.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.ondisk.geometry import Geometry
+from qedfuse.ondisk.header import Header, build_header
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+GEOMETRY: Final = Geometry(cluster_size=65536, table_size=4)
+AREA: Final = 512
+"""Clusters of an area: their entries fill a page of 4096 bytes."""
+_HEADER_END: Final = GEOMETRY.cluster_size
+
+
+def choose(disk_clusters: int, wanted: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Choose the clusters of a disk that are allocated: their numbers, ascending.
+
+    Raises:
+        ValueError: The disk has fewer clusters than are wanted.
+    """
+    if wanted > disk_clusters:
+        msg = f"clusters: found {wanted}, expected at most {disk_clusters}"
+        raise ValueError(msg)
+    areas = -(-disk_clusters // AREA)
+    used = min(areas, -(-2 * wanted // AREA))
+    while True:
+        chosen = np.sort(random.permutation(areas)[:used])
+        candidates = (chosen[:, None] * AREA + np.arange(AREA)).ravel()
+        candidates = candidates[candidates < disk_clusters]
+        if len(candidates) >= wanted:
+            break
+        used += 1  # the last area may be a short one
+    # A random subset, without sorting what is many millions.
+    taken = np.zeros(len(candidates), np.bool_)
+    taken[random.permutation(len(candidates))[:wanted]] = True
+    clusters: NDArray[np.int64] = candidates[taken].astype(np.int64)
+    return clusters
+
+
+def build(
+    path: Path, disk_bytes: int, wanted: int, seed: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Make an image; give its allocated clusters by their numbers, and their file offsets.
+
+    Args:
+        path: The image, which is made anew.
+        disk_bytes: Size of the disk.
+        wanted: How many clusters of it are allocated.
+        seed: Another one makes another image of the same size.
+
+    Raises:
+        ValueError: The disk has fewer clusters than are wanted.
+    """
+    random = np.random.default_rng(seed)
+    clusters = choose(GEOMETRY.clusters(disk_bytes), wanted, random)
+    owners, starts = np.unique(clusters // GEOMETRY.entries, return_index=True)
+    # The L1 table is the first after the header, the L2 tables follow.
+    l1_offset = _HEADER_END
+    l2_start = l1_offset + GEOMETRY.table_bytes
+    tables = l2_start + random.permutation(len(owners)) * GEOMETRY.table_bytes
+    data_start = l2_start + len(owners) * GEOMETRY.table_bytes
+    offsets = data_start + random.permutation(wanted) * GEOMETRY.cluster_size
+    header = Header(
+        cluster_size=GEOMETRY.cluster_size,
+        table_size=GEOMETRY.table_size,
+        header_size=1,
+        features=0,
+        compat_features=0,
+        autoclear_features=0,
+        l1_table_offset=l1_offset,
+        image_size=disk_bytes,
+    )
+    l1 = np.zeros(GEOMETRY.entries, "<u8")
+    l1[owners] = tables
+    with path.open("wb", buffering=0) as file:
+        file.truncate(data_start + wanted * GEOMETRY.cluster_size)
+        os.pwrite(file.fileno(), build_header(header), 0)
+        os.pwrite(file.fileno(), l1.tobytes(), l1_offset)
+        ends = [*starts[1:].tolist(), wanted]
+        for table, first, last in zip(tables.tolist(), starts.tolist(), ends, strict=True):
+            _write_table(file.fileno(), table, clusters[first:last], offsets[first:last])
+    return clusters, offsets
+
+
+def _write_table(
+    descriptor: int, table: int, clusters: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> None:
+    """Write the pages of an L2 table that have entries; the others remain holes."""
+    entries = np.zeros(GEOMETRY.entries, "<u8")
+    indices = clusters % GEOMETRY.entries
+    entries[indices] = offsets
+    for page in np.unique(indices // AREA).tolist():
+        part = entries[page * AREA : (page + 1) * AREA]
+        os.pwrite(descriptor, part.tobytes(), table + page * AREA * ENTRY_BYTES)

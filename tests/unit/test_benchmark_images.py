@@ -1,0 +1,154 @@
+"""The images and the models of the long measurements: no server, no clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from benchmarks import scale, soak
+from benchmarks.probe import stamp
+from benchmarks.sparse import AREA, GEOMETRY, build, choose
+from qedfuse.cli.check import run_check
+from qedfuse.disk.extents import Kind
+from qedfuse.disk.opening import open_disk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER = GEOMETRY.cluster_size
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("disk", "wanted"),
+    [
+        pytest.param(1 << 30, 1000, id="few, anywhere"),
+        pytest.param(16384, 16000, id="nearly full"),
+        pytest.param(1000, 1000, id="full, with a short area at the end"),
+        pytest.param(1000, 1, id="a single one"),
+    ],
+)
+def test_chosen_clusters_are_different_ones_of_the_disk(disk: int, wanted: int) -> None:
+    """As many as were wanted, ascending, none twice, none behind the end."""
+    clusters = choose(disk, wanted, np.random.default_rng(1))
+    assert len(clusters) == wanted
+    assert (np.diff(clusters) > 0).all()
+    assert clusters[0] >= 0
+    assert clusters[-1] < disk
+
+
+def test_areas_are_half_full() -> None:
+    """So the entries of some clusters stand together, and holes are between the others."""
+    clusters = choose(1 << 26, 256 * 40, np.random.default_rng(1))
+    areas = np.unique(clusters // AREA)
+    assert len(areas) == 40
+    assert areas[-1] - areas[0] > 1000
+
+
+def test_no_more_clusters_than_there_are() -> None:
+    """A disk that is too small is refused."""
+    with pytest.raises(ValueError, match="found 11, expected at most 10"):
+        choose(10, 11, np.random.default_rng(1))
+
+
+async def test_image_holds_each_cluster_where_it_is_said_to(tmp_path: Path) -> None:
+    """The library finds the same clusters at the same places, and nothing else."""
+    path = tmp_path / "sparse.qed"
+    clusters, offsets = build(path, 1 << 40, 700)
+    places = dict(zip(clusters.tolist(), offsets.tolist(), strict=True))
+    found = {}
+    async with open_disk(str(path)) as disk:
+        assert disk.size == 1 << 40
+        for extent in await disk.extents(0, disk.size):
+            assert extent.kind in {Kind.DATA, Kind.UNALLOCATED}
+            if extent.kind is Kind.DATA:
+                for step in range(0, extent.length, CLUSTER):
+                    found[(extent.start + step) // CLUSTER] = extent.file_offset + step
+    assert found == places
+
+
+def test_image_is_sound_and_small(tmp_path: Path) -> None:
+    """No error, no leak; hardly more than the pages of its tables is on the host."""
+    path = tmp_path / "sparse.qed"
+    clusters, _offsets = build(path, 1 << 46, 3000)
+    assert run_check(str(path), repair=False) == 0
+    assert path.stat().st_size > 3000 * CLUSTER
+    areas = len(np.unique(clusters // AREA))
+    # The L1 table is written whole; an L2 table only where there are entries.
+    assert path.stat().st_blocks * 512 <= areas * 4096 + GEOMETRY.table_bytes + 16 * 4096
+
+
+def test_original_is_read_where_it_was_stamped(tmp_path: Path) -> None:
+    """Each load reads clusters that are allocated, and "near" stays near."""
+    original = scale.Original(scale.Cell("1T", 2000), tmp_path)
+    clusters, offsets = build(tmp_path / "again.qed", 1 << 40, 2000)
+    places = dict(zip(clusters.tolist(), offsets.tolist(), strict=True))
+    content = original.path.open("rb")
+    with content:
+        for load in ("near", "anywhere"):
+            for place in original.offsets(load).tolist():
+                content.seek(places[place // CLUSTER] + place % CLUSTER)
+                assert content.read(16) == stamp(place)
+    near = original.offsets("near")
+    assert near.max() - near.min() < scale.NEAR_BYTES
+    assert len(original.offsets("write")) == scale.WRITES
+
+
+def test_flat_columns_are_told_from_others() -> None:
+    """A column counts as flat up to a factor of two."""
+    row = dict.fromkeys(scale.COLUMNS, 1.0)
+    results = {
+        scale.Cell("1G", 10**4): row,
+        scale.Cell("1T", 10**7): {**row, "start": 2.0, "scan": 2.1},
+    }
+    text = scale.markdown(results, dict.fromkeys(results, 1))
+    flat, others = text.splitlines()[-2:]
+    assert "start, s" in flat
+    assert "scan, s" not in flat
+    assert others == "Not flat, and by what factor: scan, s (2.1)."
+    assert "| 1T | 10^7 | 1 | 2 |" in text
+
+
+def test_only_cells_that_fit_are_measured() -> None:
+    """A disk of 1 GiB has 16,384 clusters."""
+    assert scale.Cell("1G", 16384).fits
+    assert not scale.Cell("1G", 16385).fits
+
+
+def test_model_tells_one_write_from_another() -> None:
+    """What a block holds says which block it is and by which write."""
+    model = soak.Model(100, 8)
+    assert model.expected(100, 8) == bytes(8 * soak.BLOCK)
+    first = model.write(102, 2)
+    second = model.write(103, 2)
+    assert first[: soak.BLOCK] + second == model.expected(102, 3)
+    assert first[soak.BLOCK :] != second[: soak.BLOCK]
+    assert first[: soak.BLOCK] != model.write(102, 1)
+    model.discard(103, 1)
+    assert model.expected(103, 1) == bytes(soak.BLOCK)
+    assert model.expected(104, 1) == second[soak.BLOCK :]
+
+
+def samples(*resident_mib: float) -> list[soak.Sample]:
+    """Give what was seen, a sample a minute."""
+    return [
+        soak.Sample(60.0 * minute, int(mib * MIB), 11, 3, minute * MIB, 0)
+        for minute, mib in enumerate(resident_mib)
+    ]
+
+
+def test_growth_counts_from_the_second_minute() -> None:
+    """What comes before it is filling caches; a short run counts from its middle."""
+    assert soak.growth(samples(40, 60, 70, 70, 69, 71)) == MIB
+    assert soak.growth(samples(40, 60, 70, 70, 69, 79)) == 9 * MIB
+    assert soak.growth(samples(40, 60, 61)) == MIB
+
+
+def test_slopes_are_of_the_second_half() -> None:
+    """In units a minute."""
+    by = soak.slopes(samples(0, 50, 60, 61, 62, 63, 64))
+    assert by["resident"] == pytest.approx(MIB)
+    assert by["length"] == pytest.approx(MIB)
+    assert by["descriptors"] == pytest.approx(0, abs=1e-6)
