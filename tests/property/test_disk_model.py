@@ -176,10 +176,14 @@ class DiskMachine(RuleBasedStateMachine):
         start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
         data = self.fresh(length)
         expected = min(length, len(self.model) - start)
-        self.file.at_hand = at_hand
-        if not self.disk.write_now(start, data):
-            assert self.loop.run(self.disk.write, start, data) == expected
-        self.file.at_hand = False
+
+        async def write() -> int:
+            self.file.at_hand = at_hand
+            at_once = self.disk.write_now(start, data)
+            self.file.at_hand = False
+            return len(data) if at_once else await self.disk.write(start, data)
+
+        assert self.loop.run(write) == expected
         self.model[start : start + expected] = data[:expected]
 
     @precondition(lambda self: len(self.model) > 0)
@@ -230,14 +234,17 @@ class DiskMachine(RuleBasedStateMachine):
     def read(self, fraction: float, length: int, *, aligned: bool) -> None:
         """Read somewhere, perhaps over the end."""
         start = self.place(fraction, aligned=aligned)
-        got = self.loop.run(self.disk.read, start, length)
         expected = self.model[start : start + length]
-        assert difference(got, expected) is None
-        # The tables are in memory now, but for those that the budget has no room for.
-        self.file.at_hand = True
-        at_once = self.disk.read_now(start, length)
-        self.file.at_hand = False
-        assert at_once is None or difference(bytes(at_once), expected) is None
+
+        async def read() -> None:
+            assert difference(await self.disk.read(start, length), expected) is None
+            # The tables are in memory now, but for those that the budget has no room for.
+            self.file.at_hand = True
+            at_once = self.disk.read_now(start, length)
+            self.file.at_hand = False
+            assert at_once is None or difference(bytes(at_once), expected) is None
+
+        self.loop.run(read)
 
     @rule()
     def read_all(self) -> None:
