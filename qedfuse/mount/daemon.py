@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _READY: Final = b"ready\n"
 _SILENT: Final = 32
@@ -35,11 +35,14 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    # An interrupt must find us knowing the child, or it would go on alone.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _be_child(serve, writing)
+        _be_child(serve, writing, mask)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(writing)
         return _wait(child, reading)
     except KeyboardInterrupt:
@@ -50,11 +53,17 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         os.close(reading)
 
 
-def _be_child(serve: Callable[[Callable[[], None]], int], writing: int) -> None:
-    """Serve and exit; never returns, since the caller's code belongs to the parent."""
+def _be_child(
+    serve: Callable[[Callable[[], None]], int], writing: int, mask: Iterable[int]
+) -> None:
+    """Serve and exit; never returns, since the caller's code belongs to the parent.
+
+    ``mask`` are the signals that are to be blocked from here on.
+    """
     code = 70
     try:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # A working directory would keep its file system from being unmounted.
         os.chdir("/")
 
