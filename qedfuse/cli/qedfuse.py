@@ -275,6 +275,9 @@ def _mount(arguments: Arguments) -> int:
     pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
 
     def serve(ready: Callable[[], None]) -> int:
+        # numpy's helper threads are for matrices, of which we have none; they would spin
+        # through the imports and hold a core each.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # Imported in the process that serves: pyfuse3 must not be there before the fork.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 

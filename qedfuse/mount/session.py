@@ -40,6 +40,7 @@ from qedfuse.mount.scheduler import scheduled
 from qedfuse.mount.sizes import SizeKeeper
 from qedfuse.mount.space import SpaceRequests
 from qedfuse.mount.stopping import InterruptedMountError, Stopper
+from qedfuse.mount.trimming import Trimmer
 from qedfuse.mount.unmount import unmount
 from qedfuse.mount.view import View
 from qedfuse.util.scope import open_scope
@@ -193,8 +194,9 @@ class _Session:
                 operations.size_lost = keeper.lost
                 operations.write_back = laundering.launder_all
                 nursery.start_soon(keeper.run)
+            trim = Trimmer()
             for view in operations.views.values():
-                view.disk.when_flushed(partial(_tell_of_space, view))
+                view.disk.when_flushed(partial(_after_flush, view, trim))
             missing = extraops.serve(SpaceRequests(operations, nursery, laundering))
             if missing is not None:
                 _log.warning("without fallocate and lseek: discards free nothing: %s", missing)
@@ -228,6 +230,12 @@ class _Session:
         self._is_ready = True
         self._ready()
         notify_systemd("READY=1")
+
+
+def _after_flush(view: View, trim: Trimmer) -> None:
+    """Do what can wait until a flush has ended."""
+    trim()
+    _tell_of_space(view)
 
 
 def _tell_of_space(view: View) -> None:
