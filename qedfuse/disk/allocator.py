@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 GROWTH_BYTES: Final = 1 << 20
 """How far the file is grown ahead of what is needed, at least."""
+MOST_GROWTH_BYTES: Final = 1 << 24
+"""The same, at most.  It takes no space on the host before it is used."""
+_GROWTH_SHARE: Final = 16
+"""Between them it is this part of the file."""
 
 MAX_FREE: Final = 1 << 28
 """Most free clusters that are noted at opening: 16 TiB in clusters of 64 KiB.  Of a sparse
@@ -79,6 +83,7 @@ class Allocator:
             end were given up.
         known: Whether all free clusters are known; before that, few or none are.
         hurry: Awaited where the file would grow; frees what can be freed, if that is much.
+        is_hurry: Tells whether there is anything for ``hurry`` to do.
         find_room: Asked before the file would grow past its bound; tells whether it has
             found, or waited for, anything.
     """
@@ -105,6 +110,7 @@ class Allocator:
         self.doubtful = self.make_map()
         self.known = False
         self.hurry: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.is_hurry: Callable[[], bool] = lambda: False
         self.find_room: Callable[[], Awaitable[bool]] = _no_room
         self._witnesses: FreeMap | None = None
         self.shrunk = False
@@ -131,6 +137,24 @@ class Allocator:
             # clusters scattered by another program.
             found = self.free.take(1) or (self.end >> self._bits, 1)
         return await self._place(*found)
+
+    def allocate_now(self, clusters: int) -> Run | None:
+        """Take a run of just as many clusters without waiting; None if that cannot be."""
+        if not self.free.count and self.is_hurry():
+            return None
+        found = self._choose(clusters)
+        if found is None:
+            return None
+        first, count = found
+        run = self._run(first, count)
+        if count < clusters or not self._grow_now(run.end):
+            if run.offset < self.end:
+                self.free.add(first, count)
+            return None
+        self.end = max(self.end, run.end)
+        self.claim(first, count)
+        self._used_end = max(self._used_end, run.end)
+        return run
 
     def _choose(self, clusters: int) -> tuple[int, int] | None:
         """Choose clusters for data so that there remain places for all tables.
@@ -244,8 +268,7 @@ class Allocator:
 
     async def _place(self, first: int, count: int) -> Run:
         """Make a run of clusters that were chosen; the file reaches over it afterwards."""
-        offset, length = first << self._bits, count << self._bits
-        run = Run(offset, length, blank=offset >= max(self.end, self._used_end))
+        run = self._run(first, count)
         if run.end > MAX_OFFSET:
             msg = f"{self._file.name}: file size: found {run.end}, expected at most {MAX_OFFSET}"
             raise NoSpaceError(msg)
@@ -261,6 +284,12 @@ class Allocator:
         self._used_end = max(self._used_end, run.end)
         return run
 
+    def _run(self, first: int, count: int) -> Run:
+        """Describe a run of clusters that were chosen, but not claimed yet."""
+        offset = first << self._bits
+        blank = offset >= max(self.end, self._used_end)
+        return Run(offset, count << self._bits, blank=blank)
+
     async def _grow(self, end: int) -> None:
         """Make the file at least ``end`` bytes long."""
         if end <= self._file_end:
@@ -275,10 +304,24 @@ class Allocator:
                 # first datasync of the round that writes the entry.
                 await self._file.truncate(self._file_end)
                 self._has_tail = False
-            ahead = self._geometry.ceil(end + GROWTH_BYTES)
-            target = max(end, min(ahead, self.bound))
+            target = self._target(end)
             await self._file.truncate(target)
             self._file_end = target
+
+    def _grow_now(self, end: int) -> bool:
+        """Do what `_grow` does, if that needs no waiting; tell whether it is done."""
+        if end > self._file_end:
+            target = self._target(end)
+            waiting = self._has_tail or self._grow_lock.locked() or target > MAX_OFFSET
+            if waiting or not self._file.grow_now(target):
+                return False
+            self._file_end = target
+        return True
+
+    def _target(self, end: int) -> int:
+        """Choose the file's length if it has to reach up to ``end``."""
+        step = max(GROWTH_BYTES, min(MOST_GROWTH_BYTES, end // _GROWTH_SHARE))
+        return max(end, min(self._geometry.ceil(end + step), self.bound))
 
     def release(self, run: Run) -> None:
         """Take back clusters that no table refers to, or ever did since they were given out."""

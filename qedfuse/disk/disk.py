@@ -107,7 +107,6 @@ class Disk:
         self._chain = Chain(layers, below)
         self._live = LiveHeader(file, header)
         self._commit = Commit(file, self._layer.tables, options.commit_seconds)
-        self._shortcut = Shortcut(self._chain, self._layer, self._commit)
         self._grace = Grace()
         self._allocator = Allocator(file, header, lambda: self._layer.missing_tables)
         self._quarantine = Quarantine(self._grace, self._allocator.make_map)
@@ -130,6 +129,14 @@ class Disk:
             self._needcheck,
             self._grace,
             options.cache_bytes // 2,
+        )
+        self._shortcut = Shortcut(
+            self._chain,
+            self._layer,
+            self._commit,
+            self._allocator,
+            self._needcheck,
+            self._requests,
         )
         self._discards = Discards(
             self._chain, self._layer, self._requests, self._commit, self._needcheck, self._reclaim

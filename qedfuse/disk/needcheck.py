@@ -55,7 +55,7 @@ class NeedCheck:
         try:
             # A bit that is still being written by somebody else, or could not be, does
             # not protect our change yet.
-            if not (self._live.value.need_check and self._live.settled):
+            if not self.is_set:
                 await self._live.change(lambda header: header.with_need_check(value=True))
                 self._commit.note_write()
             yield
@@ -63,6 +63,17 @@ class NeedCheck:
             self._under_way -= 1
             self._last_change = trio.current_time()
             self._changed.set()
+
+    @property
+    def is_set(self) -> bool:
+        """Whether tables may change at once: the bit is in the file, if not durable yet."""
+        return self._live.value.need_check and self._live.settled
+
+    def note_change(self) -> None:
+        """Note that a table was changed at once, while the bit `is_set`."""
+        self._commit.note_write()
+        self._last_change = trio.current_time()
+        self._changed.set()
 
     async def clear(self) -> bool:
         """Make everything durable, then clear the bit, unless a change came in between.

@@ -66,6 +66,7 @@ class Reclaim:
         self.untrusted_end = 0
         allocator.find_room = self.find_room
         allocator.hurry = self.hurry
+        allocator.is_hurry = self.is_hurry
 
     def retire(self, offset: int, length: int, dropped_by: int) -> None:
         """Put clusters into quarantine, in the same moment in which a table drops them.
@@ -169,6 +170,19 @@ class Reclaim:
         data = await self._file.next_data(offset)
         return data is not None and data < offset + length
 
+    @property
+    def _enough(self) -> int:
+        """How much in quarantine is worth a flush, in bytes."""
+        share = self._allocator.end // _WORTH_SHARE
+        return max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
+
+    def is_hurry(self) -> bool:
+        """Tell whether clusters can be freed that are worth waiting for."""
+        if self._being_punched:
+            return True
+        waiting = self._quarantine.count << self._bits
+        return self._allocator.known and waiting > 0 and waiting > self._enough
+
     async def hurry(self) -> None:
         """Flush before the file grows, if so much has come into quarantine that it is worth it.
 
@@ -181,11 +195,9 @@ class Reclaim:
         if self._being_punched:
             async with self._lock:
                 pass
-        share = self._allocator.end // _WORTH_SHARE
-        enough = max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
-        if not self._allocator.known or self._quarantine.count << self._bits <= enough:
+        if not self.is_hurry():
             return
-        if self._quarantine.fresh << self._bits > enough:
+        if self._quarantine.fresh << self._bits > self._enough:
             await self._commit.barrier()
         else:
             # Another request may just be making it durable; or it was made so long ago,

@@ -301,6 +301,16 @@ class Requests:
                 start += (stop - at) * geometry.cluster_size
                 await self.wait_for_tables()
 
+    def is_free(self, start: int, end: int) -> bool:
+        """Tell whether clusters may be allocated at once, from ``start`` to ``end``.
+
+        Nobody may be just giving them a place or taking it away, and there may not be
+        too many changed tables (see `wait_for_tables`).
+        """
+        return self.allocating.is_free(start, end) and (
+            self._layer.tables.dirty_bytes <= self._dirty_budget
+        )
+
     def waiting(self) -> int:
         """Tell how many writes wait for another one into the same new cluster."""
         return self.allocating.statistics().waiting

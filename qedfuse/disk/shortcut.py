@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.disk.flatten import MIXED, ZEROS, place
+from qedfuse.disk.newclusters import NewClusters
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
     from array import array
 
+    from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.chain import Chain
     from qedfuse.disk.commit import Commit
     from qedfuse.disk.flatten import Below
     from qedfuse.disk.layer import QedLayer
+    from qedfuse.disk.needcheck import NeedCheck
+    from qedfuse.disk.requests import Requests
     from qedfuse.hostio.hostfile import Buffer
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
@@ -33,7 +37,15 @@ _SHORT: Final = 1 << 20
 class Shortcut:
     """Reads and writes that need no waiting."""
 
-    def __init__(self, chain: Chain, layer: QedLayer, commit: Commit) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        layer: QedLayer,
+        commit: Commit,
+        allocator: Allocator,
+        needcheck: NeedCheck,
+        requests: Requests,
+    ) -> None:
         """Serve requests to ``layer``, the top of ``chain``."""
         self._layer = layer
         self._commit = commit
@@ -44,6 +56,7 @@ class Shortcut:
         # To make new memory for each request, and to fill it with zeros first, would cost
         # as much as to read into it.
         self._buffer = memoryview(bytearray(_SHORT))
+        self._new = NewClusters(chain, layer, allocator, needcheck, requests, self._buffer)
         self._blank = layer.tables.blank
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
@@ -90,7 +103,7 @@ class Shortcut:
         return view if read(offset + (start & self._cluster_mask), view) else None
 
     def write(self, start: int, data: Buffer) -> bool:
-        """Overwrite a range that is one run in the file; if it was not done, nothing is amiss."""
+        """Write a range that is one run in the file, or will be; nothing is amiss if it was not."""
         end = start + len(data)
         if not start < end <= self._layer.header.image_size:
             return False
@@ -101,7 +114,11 @@ class Shortcut:
         index = first & self._slice_mask
         last = index + ((end - 1) >> self._bits) - first
         value = part.entries[index]
-        if value <= ZERO or (last > index and not self._is_run(part.entries, index, last)):
+        if value <= ZERO:
+            return last <= self._slice_mask and self._new.write(
+                part, first, last - index + 1, start, data
+            )
+        if last > index and not self._is_run(part.entries, index, last):
             return False
         if not self._write(value + (start & self._cluster_mask), data):
             return False

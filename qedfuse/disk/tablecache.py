@@ -178,6 +178,10 @@ class TableCache:
             await self._file.reserve(part.offset, self._slice_bytes)
             self._reserved.add(part.offset)
 
+    def is_reserved(self, part: Slice) -> bool:
+        """Tell whether `reserve` has been done."""
+        return part.offset in self._reserved
+
     @staticmethod
     def pin(part: Slice) -> Slice:
         """Hold on to a slice that was just returned, until its ``pins`` is lowered again."""

@@ -34,14 +34,20 @@ class HostFile(Protocol):
     def read_now(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` if that needs no waiting; if it is not filled, something is amiss."""
 
+    def is_short(self, length: int) -> bool:
+        """Tell whether a write of so many bytes is short enough for `write_now`."""
+
     def write_now(self, offset: int, data: Buffer) -> bool:
-        """Write what is short enough not to wait for; if not all of it was, do it again."""
+        """Write what is short enough not to wait for; if it was not all written, do it again."""
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
 
     async def datasync(self) -> None:
         """Make everything written so far, and the file's length, survive power loss."""
+
+    def grow_now(self, size: int) -> bool:
+        """Make the file longer if that needs no waiting; if it is not, something is amiss."""
 
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""

@@ -8,12 +8,14 @@ believe sizes from us any more: it would see an empty file, and worse, it would 
 with zeros the page around each small write.  Without that feature the kernel sends a
 truncation, and takes the size in our answer.
 
-The answer lacks two figures.  The kernel sends reads and writes that nobody waits for
+The answer lacks three figures.  The kernel sends reads and writes that nobody waits for
 in person (read-ahead, write-back, asynchronous O_DIRECT) in the background, and has 12 of
 them under way unless the answer says another number: then a program with 16 in flight has
 12, and long read-ahead is cut short.  It takes the number from an ordinary user too, up
 to a limit of its own.  And it reads ahead no further than the answer says, which is the
-way to less of it for those who cannot write to ``/sys`` (`qedfuse.mount.readahead`).
+way to less of it for those who cannot write to ``/sys`` (`qedfuse.mount.readahead`).  With
+the write-back cache it keeps a file's times itself, and sends them before each fsync(2)
+that follows a change of theirs; so they change in coarse steps.
 
 pyfuse3 has no way to say any of this.  So libfuse gets a socket in place of the device
 for the length of the handshake, and the two messages pass through here.
@@ -35,12 +37,12 @@ from qedfuse.util.scope import open_scope
 
 # struct fuse_in_header (40 bytes) and the first fields of struct fuse_init_in: major,
 # minor, max_readahead, flags; struct fuse_out_header (16 bytes), and the same fields of
-# struct fuse_init_out with two more: max_background, congestion_threshold.  They are part
-# of the kernel's stable interface.
+# struct fuse_init_out with some more: max_background, congestion_threshold, max_write and
+# time_gran.  They are part of the kernel's stable interface.
 _IN_HEADER: Final = struct.Struct("=IIQQIIII")
 _INIT_IN: Final = struct.Struct("=IIII")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
-_INIT_OUT: Final = struct.Struct("=IIIIHH")
+_INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE: Final = 1 << 20
@@ -49,6 +51,9 @@ _MAX_MESSAGE: Final = 1 << 20
 MAX_BACKGROUND: Final = 64
 """Requests that the kernel may have under way in the background.  Twice as many gain
 nothing, and who waits for one request would wait behind all of them."""
+
+TIME_STEP: Final = 100_000_000
+"""Steps in which the kernel counts the times of a disk, in nanoseconds."""
 
 
 def fuse_descriptors() -> set[int]:
@@ -90,12 +95,14 @@ def amend(message: bytes, readahead: int | None) -> bytes:
     if len(message) < _OUT_HEADER.size + _INIT_OUT.size:
         return message
     changed = bytearray(message)
-    major, minor, offered, flags, *_ = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
+    fields = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
+    major, minor, offered, flags, _, _, max_write, _ = fields
     _INIT_OUT.pack_into(
         changed,
         _OUT_HEADER.size,
         *(major, minor, offered if readahead is None else min(offered, readahead), flags),
         *(MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4),  # the kernel's own proportion
+        *(max_write, TIME_STEP),
     )
     return bytes(changed)
 

@@ -55,6 +55,10 @@ class RangeLock:
         finally:
             self._drop(claim)
 
+    def is_free(self, start: int, end: int) -> bool:
+        """Tell whether nobody owns any of ``[start, end)`` or waits for it."""
+        return not any(start < other.end and other.start < end for other in self._claims)
+
     def _drop(self, claim: _Claim) -> None:
         """Take a claim out and wake those who waited for nobody else."""
         place = self._claims.index(claim)

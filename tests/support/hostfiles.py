@@ -131,6 +131,17 @@ class MemoryFile:
         view[:] = data
         return True
 
+    def is_short(self, _length: int) -> bool:
+        """Tell whether writes are done at once."""
+        return self.at_hand
+
+    def grow_now(self, size: int) -> bool:
+        """Grow, if that can be done at once."""
+        assert size > len(self.content), "growing makes a file longer"
+        if self.at_hand:
+            self.change(Truncate(size))
+        return self.at_hand
+
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Write, if that can be done at once."""
         assert self.writable, "write to a file that is open read-only"
@@ -426,6 +437,14 @@ class FailingFile:
 
     def read_now(self, *_: object) -> bool:
         """Do nothing: reads can wait and fail here."""
+        return False
+
+    def grow_now(self, *_: object) -> bool:
+        """Do nothing: growing can wait and fail here."""
+        return False
+
+    def is_short(self, _length: int) -> bool:
+        """Say that none is: writes can wait and fail here."""
         return False
 
     def write_now(self, *_: object) -> bool:

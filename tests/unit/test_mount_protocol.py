@@ -93,10 +93,13 @@ ANSWER += bytes(80 - len(ANSWER))
     [(None, 1 << 17), (1 << 20, 1 << 17), (1 << 16, 1 << 16), (0, 0)],
 )
 def test_libfuses_answer_is_completed(readahead: int | None, found: int) -> None:
-    """More requests in the background, less read-ahead if wanted; the rest stays."""
+    """More requests in the background, coarse times, less read-ahead if wanted; the rest stays."""
     changed = amend(ANSWER, readahead)
-    assert struct.unpack_from("=IIIIHH", changed, 16) == (7, 31, found, 0xF7, 64, 48)
-    assert (changed[:16], changed[36:]) == (ANSWER[:16], ANSWER[36:])
+    assert struct.unpack_from("=IIIIHHII", changed, 16) == (
+        *(7, 31, found, 0xF7, 64, 48),
+        *(1 << 20, 100_000_000),
+    )
+    assert (changed[:16], changed[44:]) == (ANSWER[:16], ANSWER[44:])
 
 
 def test_an_answer_that_refuses_is_passed_on() -> None:
