@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.layer import QedLayer
     from qedfuse.disk.needcheck import NeedCheck
     from qedfuse.disk.requests import Requests
-    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.hostio.hostfile import Buffer, HostFile
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
 _SHORT: Final = 1 << 20
@@ -51,7 +51,7 @@ class Shortcut:
         self._commit = commit
         self._below = chain.below
         self._files = [one.file for one in chain.layers]
-        self._read = layer.file.read_now
+        self._file = layer.file
         self._write = layer.file.write_now
         # To make new memory for each request, and to fill it with zeros first, would cost
         # as much as to read into it.
@@ -69,8 +69,21 @@ class Shortcut:
 
         What is returned holds until the next call.
         """
+        if length > _SHORT:
+            return None
+        place = self.place(start, length)
+        if place is not None:
+            view = self._buffer[:length]
+            return view if place[0].read_now(place[1], view) else None
+        return self._gather(start, start + length)
+
+    def place(self, start: int, length: int) -> tuple[HostFile, int] | None:
+        """Tell which file holds a range, and at which offset; None if not one does in one run.
+
+        What is said holds until anybody else runs.
+        """
         end = start + length
-        if not 0 < length <= _SHORT or end > self._layer.header.image_size:
+        if not length or end > self._layer.header.image_size:
             return None
         first = start >> self._bits
         part = self._layer.at_hand(first >> self._slice_bits)
@@ -78,29 +91,24 @@ class Shortcut:
             return None
         index = first & self._slice_mask
         last = index + ((end - 1) >> self._bits) - first
-        entries = part.entries
-        value = entries[index]
-        if value > ZERO and (last == index or self._is_run(entries, index, last)):
-            view = self._buffer[:length]
-            return view if self._read(value + (start & self._cluster_mask), view) else None
-        if last > self._slice_mask:
+        value = part.entries[index]
+        if value > ZERO:
+            if last > index and not self._is_run(part.entries, index, last):
+                return None
+            return self._file, value + (start & self._cluster_mask)
+        if value or last > index or self._below is None:
             return None
-        if last == index and not value and self._below is not None:
-            return self._read_through(self._below, first, start, length)
-        return self._gather(entries, start, end)
+        return self._place_below(self._below, start)
 
-    def _read_through(
-        self, below: Below, cluster: int, start: int, length: int
-    ) -> memoryview | None:
-        """Read within one cluster that the top image does not have."""
+    def _place_below(self, below: Below, start: int) -> tuple[HostFile, int] | None:
+        """Do the same for what lies in one cluster that the top image does not have."""
+        cluster = start >> self._bits
         codes = below.cached(cluster >> self._slice_bits)
-        code = MIXED if codes is None else codes[cluster & self._slice_mask]
+        code = ZEROS if codes is None else codes[cluster & self._slice_mask]
         if code <= ZEROS:
-            return None if code == MIXED else _ZEROS[:length]
-        depth, offset = place(code)
-        view = self._buffer[:length]
-        read = self._files[depth].read_now
-        return view if read(offset + (start & self._cluster_mask), view) else None
+            return None
+        depth, value = place(code)
+        return self._files[depth], value + (start & self._cluster_mask)
 
     def write(self, start: int, data: Buffer) -> bool:
         """Write a range that is one run in the file, or will be; nothing is amiss if it was not."""
@@ -160,18 +168,27 @@ class Shortcut:
                 return False
         return True
 
-    def _gather(self, entries: array[int], start: int, end: int) -> memoryview | None:
-        """Read a range within one slice that is stored in several ways."""
-        runs = self._runs(entries, start, end)
+    def _gather(self, start: int, end: int) -> memoryview | None:
+        """Read a range within one slice that is stored in several ways, or not at all."""
+        if not start < end <= self._layer.header.image_size:
+            return None
+        first, last = start >> self._bits, (end - 1) >> self._bits
+        part = self._layer.at_hand(first >> self._slice_bits)
+        apart = (first ^ last) >> self._slice_bits
+        if part is None or part.bad is not None or apart:
+            return None
+        runs = self._runs(part.entries, start, end)
         if runs is None:
             return None
+        if len(runs) == 1 and runs[0][0] < 0:
+            return _ZEROS[: end - start]
         whole = self._buffer[: end - start]
         at = 0
         for depth, offset, length in runs:
-            part = whole[at : at + length]
+            view = whole[at : at + length]
             if depth < 0:
-                part[:] = _ZEROS[:length]
-            elif not self._files[depth].read_now(offset, part):
+                view[:] = _ZEROS[:length]
+            elif not self._files[depth].read_now(offset, view):
                 return None
             at += length
         return whole

@@ -128,17 +128,23 @@ class PosixFile:
         """Fill ``view``; return how many bytes there were before the file ended."""
         done = self._read_cached(offset, view)
         if done is None and self._nowait:
+            error: HostError | None = None
 
             def ready() -> bool:
-                nonlocal done
-                done = self._read_cached(offset, view)
-                return done is not None
+                nonlocal done, error
+                try:
+                    done = self._read_cached(offset, view)
+                except HostError as failed:
+                    error = failed
+                return done is not None or error is not None
 
             async def in_thread() -> None:
                 nonlocal done
                 done = await self._in_thread("read", self._read_rest, offset, view, 0)
 
             await self._arrivals.wait(ready, in_thread)
+            if error is not None:
+                raise error
         if done is not None and done == len(view):
             return done
         # The page cache has only part of it, or the file ends: only waiting tells.

@@ -19,7 +19,7 @@ import os
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 import trio
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from qedfuse.mount.options import MountOptions
 
 _log = logging.getLogger(__name__)
+
+_TASKS: Final = 16
+"""Tasks that wait for requests and are kept: making one costs as much as several requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,7 @@ class _Session:
             if untuned is not None and self._request.options.readahead is None:
                 # For the log: an ordinary user need not hear this at every mount.
                 _log.info("%s: %s", printable(mountpoint), untuned)
-            await pyfuse3.main()
+            await pyfuse3.main(min_tasks=_TASKS)
             notify_systemd("STOPPING=1")
             nursery.cancel_scope.cancel()
 

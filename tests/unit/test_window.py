@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -119,6 +120,47 @@ async def test_others_run_while_a_read_is_polled_for() -> None:
         await host.read(Arrivals(host.clock))
         nursery.cancel_scope.cancel()
     assert 3 <= turns <= 7
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_reads_that_wait_together_are_tried_in_their_order(seed: int) -> None:
+    """Each comes, or is waited for in another way; nobody is forgotten, and one task tries."""
+    chance = random.Random(seed)
+    now = 0.0
+    ends: dict[int, float] = {}
+    ended: dict[int, str] = {}
+
+    async def read(number: int, seconds: float) -> None:
+        due = now + seconds
+
+        def ready() -> bool:
+            nonlocal now
+            older = list(ends)[: list(ends).index(number)]
+            assert all(one in ended or ends[one] <= now for one in older), "not its turn"
+            now += LONGEST / 50
+            if now >= due:
+                ended[number] = "came"
+            return now >= due
+
+        async def sleep() -> None:
+            assert now >= ends[number]
+            await trio.lowlevel.checkpoint()
+            ended[number] = "slept"
+
+        ends[number] = now + LONGEST
+        await Arrivals(lambda: now).wait(ready, sleep)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(40):
+            slow = chance.random() < 0.2
+            nursery.start_soon(read, number, LONGEST * (3 if slow else chance.random() / 2))
+            if chance.random() < 0.3:
+                await trio.lowlevel.checkpoint()
+    assert sorted(ended) == list(range(40))
+    assert len(set(ended.values())) == 2
+    assert loop.polled_reads == 0
+    await read(99, LONGEST / 2)
+    assert ended[99] == "came", "the queue works on"
 
 
 async def test_a_host_file_that_is_not_in_the_page_cache(
