@@ -264,6 +264,23 @@ class QedLayer:
             key = self._keys[number] = self.tables.key(table, index)
         return self.tables.get(key)
 
+    def next_table_at_hand(self, l1_index: int) -> int | None:
+        """Find the first L1 entry in use at or past an index; one past the disk if there is none.
+
+        None if that part of the L1 table is not in memory.
+        """
+        end, step = self.geometry.l1_used(self.header.image_size), self.tables.slice_entries
+        while l1_index < end:
+            part = self.tables.cached(self.header.l1_table_offset, l1_index)
+            if part is None:
+                return None
+            used = np.frombuffer(part.entries, np.uint64)[l1_index % step :] != UNALLOCATED
+            first = int(used.argmax())
+            if used[first]:
+                return l1_index + first
+            l1_index += len(used)
+        return l1_index
+
     async def lookup(self, start: int, length: int) -> list[Extent]:
         """Tell how this image, without its base, stores a range that lies within it."""
         result: list[Extent] = []

@@ -34,6 +34,10 @@ _SHORT: Final = 1 << 20
 """Longest request that goes the short way, in bytes: as long as the kernel's."""
 
 
+_MOST_SLICES: Final = 64
+"""Pieces of tables that are looked through at once; then others have a turn."""
+
+
 class Shortcut:
     """Reads and writes that need no waiting."""
 
@@ -60,6 +64,7 @@ class Shortcut:
         self._blank = layer.tables.blank
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
+        self._entries = layer.geometry.entries
         self._cluster_mask = layer.geometry.cluster_mask
         self._slice_bits = layer.tables.slice_entries.bit_length() - 1
         self._slice_mask = layer.tables.slice_entries - 1
@@ -143,19 +148,26 @@ class Shortcut:
         if self._below is not None:
             return None
         cluster = start >> self._bits
-        while (at := cluster << self._bits) < size:
+        for _ in range(_MOST_SLICES):
+            if (at := cluster << self._bits) >= size:
+                return size
             part = self._layer.at_hand(cluster >> self._slice_bits)
             if part is None or part.bad is not None:
-                return None
+                break
+            if part is self._blank and data:
+                table = self._layer.next_table_at_hand(cluster // self._entries)
+                if table is None:
+                    break
+                cluster = table * self._entries
+                continue
             index = cluster & self._slice_mask
-            if part is not self._blank or not data:
-                entries = np.frombuffer(part.entries, np.uint64)[index:]
-                found = entries > ZERO if data else entries <= ZERO
-                first = int(found.argmax())
-                if found[first]:
-                    return min(size, max(start, at + (first << self._bits)))
+            entries = np.frombuffer(part.entries, np.uint64)[index:]
+            found = entries > ZERO if data else entries <= ZERO
+            first = int(found.argmax())
+            if found[first]:
+                return min(size, max(start, at + (first << self._bits)))
             cluster += self._slice_mask + 1 - index
-        return size
+        return None
 
     def _is_run(self, entries: array[int], first: int, last: int) -> bool:
         """Tell whether clusters lie one behind the other in the file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+from unittest.mock import patch
 
 import pytest
 
@@ -168,3 +169,25 @@ async def test_seeking_at_once_finds_what_the_long_way_finds(seed: int) -> None:
             found = await disk.next_data(start)
             assert disk.seek_now(start, data=True) == (size if found is None else found)
             assert disk.seek_now(start, data=False) == await disk.next_hole(start)
+
+
+async def test_seeking_over_many_tables_that_are_not_there() -> None:
+    """One look at the L1 table passes over them; a long search is left to the long way."""
+    size = 512 * SLICE
+    file = at_hand(build_image(size, {500 * 512 + 3: b"x", **{at * 512: 1 for at in range(100)}}))
+    async with opened(file) as disk:
+        await touch(disk)
+        looks = 0
+        at_hand_of = disk._layer.at_hand
+
+        def counting(number: int) -> object:
+            nonlocal looks
+            looks += 1
+            return at_hand_of(number)
+
+        with patch.object(disk._layer, "at_hand", counting):
+            assert disk.seek_now(200 * SLICE + 5, data=True) == 500 * SLICE + 3 * CLUSTER
+            assert looks == 2
+            assert disk.seek_now(501 * SLICE, data=True) == size
+            assert disk.seek_now(200 * SLICE + 5, data=False) == 200 * SLICE + 5
+            assert disk.seek_now(0, data=True) is None, "that many zero clusters take too long"
