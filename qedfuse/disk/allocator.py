@@ -305,7 +305,8 @@ class Allocator:
                 await self._file.truncate(self._file_end)
                 self._has_tail = False
             target = self._target(end)
-            await self._file.truncate(target)
+            if not self._file.grow_now(target):
+                await self._file.truncate(target)
             self._file_end = target
 
     def _grow_now(self, end: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.flatten import MIXED, ZEROS, place
-from qedfuse.ondisk.constants import UNALLOCATED, ZERO
+from qedfuse.ondisk.constants import UNALLOCATED
 
 if TYPE_CHECKING:
     from qedfuse.disk.allocator import Allocator, Run
@@ -53,13 +53,14 @@ class NewClusters:
     def write(self, part: Slice, first: int, count: int, start: int, data: Buffer) -> bool:
         """Write to ``count`` clusters from cluster ``first`` on; if it was not done, no harm is.
 
-        ``part`` is the slice with their entries; ``start`` is the guest offset of the data.
+        ``part`` is the slice with their entries, which are all 0 or all 1; ``start`` is the
+        guest offset of the data.
         """
         tables = self._layer.tables
         index = first & (tables.slice_entries - 1)
         base = first << self._bits
         if not (
-            self._all_new(part, index, count)
+            part is not tables.blank
             and tables.is_reserved(part)
             and self._needcheck.is_set
             and self._requests.is_free(base, base + (count << self._bits))
@@ -82,13 +83,6 @@ class NewClusters:
             offset += self._size
         self._needcheck.note_change()
         return True
-
-    def _all_new(self, part: Slice, index: int, count: int) -> bool:
-        """Tell whether clusters have no place, and are all zeros or all the base's."""
-        kind = part.entries[index]
-        if kind > ZERO or part is self._layer.tables.blank:
-            return False
-        return count == 1 or part.entries[index : index + count].count(kind) == count
 
     def _bring(self, kind: int, base: int, length: int) -> int | None:
         """Read what shows through at guest offset ``base`` into the buffer.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.layer import QedLayer
     from qedfuse.disk.needcheck import NeedCheck
     from qedfuse.disk.requests import Requests
+    from qedfuse.disk.tablecache import Slice
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
@@ -116,26 +117,46 @@ class Shortcut:
         return self._files[depth], value + (start & self._cluster_mask)
 
     def write(self, start: int, data: Buffer) -> bool:
-        """Write a range that is one run in the file, or will be; nothing is amiss if it was not."""
+        """Write a range; nothing is amiss if it was not done."""
         end = start + len(data)
         if not start < end <= self._layer.header.image_size:
             return False
         first = start >> self._bits
         part = self._layer.at_hand(first >> self._slice_bits)
-        if part is None or part.bad is not None:
-            return False
         index = first & self._slice_mask
         last = index + ((end - 1) >> self._bits) - first
-        value = part.entries[index]
-        if value <= ZERO:
-            return last <= self._slice_mask and self._new.write(
-                part, first, last - index + 1, start, data
-            )
-        if last > index and not self._is_run(part.entries, index, last):
+        if part is None or part.bad is not None or last > self._slice_mask:
             return False
+        value = part.entries[index]
+        if value <= ZERO or self._run_end(part.entries, index, last) <= last:
+            return self._write_runs(part, start, memoryview(data))
         if not self._write(value + (start & self._cluster_mask), data):
             return False
         self._commit.note_write()
+        return True
+
+    def _write_runs(self, part: Slice, start: int, data: memoryview) -> bool:
+        """Write a range within one slice run by run.
+
+        If it is not all done, what is done already is written again, with the same bytes.
+        """
+        end = start + len(data)
+        last = ((end - 1) >> self._bits) & self._slice_mask
+        while data:
+            first = start >> self._bits
+            index = first & self._slice_mask
+            until = self._run_end(part.entries, index, last)
+            piece = data[: ((first + until - index) << self._bits) - start]
+            value = part.entries[index]
+            if value <= ZERO:
+                done = self._new.write(part, first, until - index, start, piece)
+            else:
+                done = self._write(value + (start & self._cluster_mask), piece)
+                self._commit.note_write()
+            if not done:
+                return False
+            start += len(piece)
+            data = data[len(piece) :]
         return True
 
     def seek(self, start: int, *, data: bool) -> int | None:
@@ -171,14 +192,17 @@ class Shortcut:
 
     def _is_run(self, entries: array[int], first: int, last: int) -> bool:
         """Tell whether clusters lie one behind the other in the file."""
-        if last > self._slice_mask:
-            return False
-        size, value = self._size, entries[first]
-        for entry in entries[first + 1 : last + 1]:
+        return last <= self._slice_mask and self._run_end(entries, first, last) > last
+
+    def _run_end(self, entries: array[int], first: int, last: int) -> int:
+        """Find where a run of clusters that are stored in one way ends: past ``last`` at most."""
+        value = entries[first]
+        size = self._size if value > ZERO else 0
+        for at in range(first + 1, last + 1):
             value += size
-            if entry != value:
-                return False
-        return True
+            if entries[at] != value:
+                return at
+        return last + 1
 
     def _gather(self, start: int, end: int) -> memoryview | None:
         """Read a range within one slice that is stored in several ways, or not at all."""

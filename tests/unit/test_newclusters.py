@@ -99,6 +99,21 @@ async def test_free_clusters_that_lie_apart_are_no_run() -> None:
         assert disk.statistics().free_clusters == 2
 
 
+async def test_old_and_new_clusters_in_one_write() -> None:
+    """Each run gets its part: in place, in a hole, over a zero cluster, and again in place."""
+    file = image({2: b"a" * CLUSTER, 3: b"b" * CLUSTER, 5: 1, 6: b"c" * CLUSTER, 7: b"d" * CLUSTER})
+    async with opened(file) as disk:
+        await make_ready(disk)
+        expected = bytearray(await disk.read(0, 12 * CLUSTER))
+        data = pattern(9 * CLUSTER, 3)
+        before = len(file.changes)
+        assert disk.write_now(CLUSTER + 100, data)
+        expected[CLUSTER + 100 : 10 * CLUSTER + 100] = data
+        assert len(file.changes) - before == 6, "one write for each run"
+        assert difference(await disk.read(0, 12 * CLUSTER), expected) is None
+    assert difference(guest_bytes(file.content)[: 12 * CLUSTER], expected) is None
+
+
 async def test_an_odd_tail_is_cut_off_first() -> None:
     """Or it would show in a new cluster."""
     file = image()
@@ -179,7 +194,8 @@ async def test_what_is_left_to_the_long_way() -> None:
         async with disk._requests.allocating.hold(9 * CLUSTER, 10 * CLUSTER):
             assert not disk.write_now(8 * CLUSTER, b"x" * 2 * CLUSTER)
             assert disk.write_now(10 * CLUSTER, b"x")
-        assert not disk.write_now(0, b"x" * 5 * CLUSTER), "some of it is there already"
+        async with disk._requests.allocating.hold(4 * CLUSTER, 5 * CLUSTER):
+            assert not disk.write_now(0, b"x" * 5 * CLUSTER), "the last part is somebody else's"
         assert not disk.write_now(SIZE - 1, b"xx")
         disk._requests._dirty_budget = 0
         assert not disk.write_now(12 * CLUSTER, b"x")
