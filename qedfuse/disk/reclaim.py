@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.commit import Commit
+    from qedfuse.disk.freemap import FreeMap
     from qedfuse.disk.quarantine import Quarantine
     from qedfuse.hostio.hostfile import HostFile
 
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 PUNCHES: Final = 256
 """Runs that are punched after one commit round; a flush waits for them."""
+
+_AT_ONCE: Final = 64
+"""Of them so many go to a worker thread together."""
 
 _WORTH_SHARE: Final = 16
 _WORTH_BYTES: Final = (1 << 20, 1 << 26)
@@ -132,32 +136,45 @@ class Reclaim:
 
     async def _punch(self, punches: int | None) -> None:
         """Punch free clusters out of the host's file, the lowest first."""
-        allocator, bits = self._allocator, self._bits
-        done = 0
-        while self._can_punch and (punches is None or done < punches):
-            done += 1
-            clusters = allocator.unpunched if allocator.unpunched.count else allocator.doubtful
-            found = clusters.take(BLOCK)
-            if found is None:
+        left = punches
+        while self._can_punch and left != 0:
+            runs = _AT_ONCE if left is None else min(left, _AT_ONCE)
+            clusters = self._allocator.unpunched
+            if clusters.count:
+                done = await self._punch_some(clusters, runs)
+            else:
+                done = await self._punch_some(self._allocator.doubtful, runs)
+            if not done:
                 break
-            first, count = found
-            offset, length = first << bits, count << bits
-            # Nobody may be given these while the host is about to wipe them.
+            left = None if left is None else left - done
+
+    async def _punch_some(self, clusters: FreeMap, most: int) -> int:
+        """Punch up to so many runs of a map; return how many were taken from it."""
+        allocator, bits = self._allocator, self._bits
+        taken = [run for run in (clusters.take(BLOCK) for _ in range(most)) if run is not None]
+        # Nobody may be given these while the host is about to wipe them.
+        for first, count in taken:
             allocator.free.remove(first, count)
-            self._being_punched = count
-            try:
+        self._being_punched = sum(count for _, count in taken)
+        ranges = [(first << bits, count << bits) for first, count in taken]
+        try:
+            if clusters is allocator.doubtful:
                 # Space that was set aside and never written to looks like a hole, so what
                 # we have used ourselves is punched in any case.
-                if clusters is allocator.unpunched or await self._holds_data(offset, length):
-                    await self.before_change()
-                    await self._file.punch(offset, length)
-                    self._commit.note_write()
-            except BaseException:
+                ranges = [run for run in ranges if await self._holds_data(*run)]
+            if ranges:
+                await self.before_change()
+                await self._file.punch(*ranges)
+                self._commit.note_write()
+        except BaseException:
+            for first, count in taken:
                 clusters.add(first, count)
-                raise
-            finally:
-                self._being_punched = 0
+            raise
+        finally:
+            self._being_punched = 0
+            for first, count in taken:
                 allocator.free.add(first, count)
+        return len(taken)
 
     def settle(self) -> None:
         """Note that the free clusters are known now, or never will be."""

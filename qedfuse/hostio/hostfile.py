@@ -52,8 +52,8 @@ class HostFile(Protocol):
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""
 
-    async def punch(self, offset: int, length: int) -> None:
-        """Give a range's space back to the host; afterwards it reads as zeros.
+    async def punch(self, *ranges: tuple[int, int]) -> None:
+        """Give the space of ranges, offset and length, back to the host; they read as zeros then.
 
         Where the host cannot, nothing happens, and ``can_punch`` is false from then on.
         """

@@ -249,25 +249,30 @@ class PosixFile:
         """Set the file's length; what is added reads as zeros."""
         await self._in_thread("truncate", os.ftruncate, self.fd, size)
 
-    async def punch(self, offset: int, length: int) -> None:
-        """Give a range's space back to the host; afterwards it reads as zeros."""
+    async def punch(self, *ranges: tuple[int, int]) -> None:
+        """Give the space of ranges back to the host; afterwards they read as zeros."""
         if self.can_punch:
-            self.can_punch = await self._fallocate("punch", _PUNCH_HOLE, offset, length)
+            self.can_punch = await self._fallocate("punch", _PUNCH_HOLE, *ranges)
 
     async def reserve(self, offset: int, length: int) -> None:
         """Make sure that later writes to a range inside the file find room."""
         if self._can_reserve:
-            self._can_reserve = await self._fallocate("reserve", _KEEP_SIZE, offset, length)
+            self._can_reserve = await self._fallocate("reserve", _KEEP_SIZE, (offset, length))
 
-    async def _fallocate(self, action: str, mode: int, offset: int, length: int) -> bool:
+    async def _fallocate(self, action: str, mode: int, *ranges: tuple[int, int]) -> bool:
         """Call fallocate(2), which Python lacks; tell whether the file system knows the mode."""
         try:
-            await self._in_thread(action, fallocate, self.fd, mode, offset, length)
+            await self._in_thread(action, self._fallocate_all, mode, ranges)
         except HostError as error:
             if error.errno in _UNSUPPORTED:
                 return False
             raise
         return True
+
+    def _fallocate_all(self, mode: int, ranges: tuple[tuple[int, int], ...]) -> None:
+        """Do it to each range; runs in a worker thread."""
+        for offset, length in ranges:
+            fallocate(self.fd, mode, offset, length)
 
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins; None if only holes follow."""

@@ -163,7 +163,7 @@ def early_punch(patch: pytest.MonkeyPatch) -> None:
         assert self.reclaim is not None
         bits = self.reclaim._bits
         for first, count in self.reclaim._quarantine._fresh.runs():
-            await self._file.punch(first << bits, count << bits)
+            await self._file.punch((first << bits, count << bits))
         await in_round(self)
 
     patch.setattr(Commit, "_round", punching)

@@ -170,12 +170,13 @@ class MemoryFile:
         self.change(Truncate(size))
         await self._leave()
 
-    async def punch(self, offset: int, length: int) -> None:
-        """Make a range read as zeros."""
-        await self._enter("punch")
-        assert self.writable, "punch into a file that is open read-only"
-        self.change(Punch(offset, length))
-        await self._leave()
+    async def punch(self, *ranges: tuple[int, int]) -> None:
+        """Make ranges read as zeros, one after the other."""
+        for offset, length in ranges:
+            await self._enter("punch")
+            assert self.writable, "punch into a file that is open read-only"
+            self.change(Punch(offset, length))
+            await self._leave()
 
     async def reserve(self, offset: int, length: int) -> None:
         """Do nothing: there is room."""
@@ -471,11 +472,12 @@ class FailingFile:
             self._raise(fault, "truncate")
         await self.inner.truncate(size)
 
-    async def punch(self, offset: int, length: int) -> None:
-        """Give space back, or fail."""
-        if fault := await self._enter("punch", offset):
-            self._raise(fault, "punch")
-        await self.inner.punch(offset, length)
+    async def punch(self, *ranges: tuple[int, int]) -> None:
+        """Give space back, or fail in the midst of it."""
+        for offset, length in ranges:
+            if fault := await self._enter("punch", offset):
+                self._raise(fault, "punch")
+            await self.inner.punch((offset, length))
 
     async def reserve(self, offset: int, length: int) -> None:
         """Reserve space, or fail."""
