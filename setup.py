@@ -1,8 +1,8 @@
-"""Builds the C extension beside pyfuse3; all else is in pyproject.toml.
+"""Builds the C extensions; all else is in pyproject.toml.
 
-It is here and not there because pkg-config has to be asked where libfuse is.  The
-extension is optional: without a compiler or libfuse's headers everything else is
-installed, and the mount works without fallocate(2) and lseek(2).
+They are here and not there because pkg-config has to be asked where libfuse is.  All
+are optional: without a compiler or libfuse's headers everything else is installed, the
+mount works without fallocate(2) and lseek(2), and a check and a map take longer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ setup(
             extra_compile_args=["-std=gnu11", *libfuse("--cflags")],
             extra_link_args=[*libfuse("--libs"), "-ldl"],
             optional=True,
-        )
+        ),
+        Extension(
+            "qedfuse.check._sweep",
+            ["qedfuse/check/_sweep.c"],
+            extra_compile_args=["-std=gnu11", "-O3"],
+            optional=True,
+        ),
+        Extension(
+            "qedfuse.tools._maplines",
+            ["qedfuse/tools/_maplines.c"],
+            extra_compile_args=["-std=gnu11", "-O3"],
+            optional=True,
+        ),
     ]
 )

@@ -1,4 +1,4 @@
-"""What a check found, as data: text, JSON and exit codes are views of it."""
+"""What a check found and a repair does, as data: text, JSON and exit codes are views of it."""
 
 from __future__ import annotations
 
@@ -79,6 +79,12 @@ LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADICTED})
 """Errors that are gone once the image's list of free clusters is dropped."""
 
 
+_NO_CLUSTER: Final = frozenset(
+    {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
+)
+"""What is wrong with entries that refer to no cluster of the disk's data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that is wrong or odd; offsets and lengths in bytes.
@@ -114,6 +120,8 @@ class CheckReport:
         file_clusters: Clusters in the file.
         listed_clusters: Free clusters in the image's list; None if it has no list that
             can be read.  They are not leaked.
+        fragmented_clusters: Data clusters that do not follow the one before them in
+            their table.
     """
 
     findings: tuple[Finding, ...]
@@ -121,6 +129,7 @@ class CheckReport:
     allocated_clusters: int
     file_clusters: int
     listed_clusters: int | None = None
+    fragmented_clusters: int = 0
 
     @property
     def errors(self) -> int:
@@ -128,6 +137,11 @@ class CheckReport:
         return sum(
             number for code, number in self.counts.items() if code.severity is Severity.ERROR
         )
+
+    @property
+    def referenced_clusters(self) -> int:
+        """How many entries of tables refer to data, those included that cannot be right."""
+        return self.allocated_clusters + sum(self.counts.get(code, 0) for code in _NO_CLUSTER)
 
     @property
     def table_errors(self) -> int:
@@ -158,6 +172,36 @@ class CheckReport:
                 for item in self.findings
             ],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class LostRange:
+    """A range of the disk, in bytes, whose content is gone or cannot be trusted.
+
+    It reads as zeros now; only where a table lay over it (`Code.L2_OVER_METADATA`) it
+    may read as it did before.
+    """
+
+    start: int
+    length: int
+    code: Code
+
+
+@dataclass(frozen=True, slots=True)
+class RepairPlan:
+    """What a repair would come to.
+
+    Attributes:
+        lost: What would have to be given up.
+        copied: Clusters that would get a copy of their own.
+        cleared: Entries that would be cleared.
+        written: Bytes that would be written, about.
+    """
+
+    lost: tuple[LostRange, ...] = ()
+    copied: int = 0
+    cleared: int = 0
+    written: int = 0
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         msg = (
             f"{file.name}: {why}: not opened for writing: the check found {found} "
             f"(first: {first.message}) and leaked clusters: {report.leaks}; nothing has been "
-            f"changed; mount it read-only with -o ro, or repair it: qedfuse check --repair "
+            f"changed; mount it read-only with -o ro, or repair it: qedimg check -r all "
             f"{file.name}"
         )
         raise CorruptImageError(msg)

@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.check.entries import Layout, read_table
-from qedfuse.check.findings import CheckReport, Code
-from qedfuse.check.rewrite import Rewriter
+from qedfuse.check.findings import CheckReport, Code, LostRange, RepairPlan
+from qedfuse.check.rewrite import Draft, Rewriter
 from qedfuse.check.tables import check_number, named_tables, overlapping
 from qedfuse.check.walk import check_image
 from qedfuse.disk.l2tables import claim_tables
@@ -51,19 +51,6 @@ if TYPE_CHECKING:
 
 MAX_LOST: Final = 100_000
 """Ranges that are told apart; the last one grows to cover what is lost beyond that."""
-
-
-@dataclass(frozen=True, slots=True)
-class LostRange:
-    """A range of the disk, in bytes, whose content is gone or cannot be trusted.
-
-    It reads as zeros now; only where a table lay over it (`Code.L2_OVER_METADATA`) it
-    may read as it did before.
-    """
-
-    start: int
-    length: int
-    code: Code
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +107,19 @@ async def repair_image(
     return RepairReport(tuple(repair.lost), repair.copied, repair.cleared, after)
 
 
+async def plan_repair(file: HostFile, header: Header) -> RepairPlan:
+    """Find out what `repair_image` would do to an image with bad tables; change nothing.
+
+    Raises:
+        HostError: The host cannot read the file, or could not hold the repaired one.
+        NeedsCheckError: The file is too large to be checked in bounded memory.
+    """
+    draft = Draft(file, header)
+    repair = _Repair(file, header, draft)
+    await repair.run()
+    return RepairPlan(tuple(repair.lost), repair.copied, repair.cleared, draft.written)
+
+
 class _Repair:
     """One repair under way."""
 
@@ -133,7 +133,8 @@ class _Repair:
         self._layout = Layout(header, self._whole, np.empty(0, np.uint64))
         # Copies lie past the old end of the file, where nothing else can point to.
         self._references = References(header.geometry.clusters(self._size), file.name)
-        self._tables: list[tuple[int, int]] = []  # (L1 index, file offset)
+        # L1 index, file offset, and where to read it: a draft has no copies.
+        self._tables: list[tuple[int, int, int]] = []
         self._left = np.empty(0, np.uint64)  # where tables were that have moved, sorted
         self._l1_bad: list[int] = []
         self._l1_changes: dict[int, int] = {}
@@ -152,8 +153,8 @@ class _Repair:
         await self._separate_tables(indices, tables)
         await self._replace_bad_tables()
         await self._claim_metadata()
-        for index, table in self._tables:
-            async for first, values in read_table(self._file, self._header, table):
+        for index, table, source in self._tables:
+            async for first, values in read_table(self._file, self._header, source):
                 if (values > ZERO).any():
                     fixed = await self._repair_slice(index, first, values)
                     await self.rewriter.replace(table + first * ENTRY_BYTES, values, fixed)
@@ -209,13 +210,13 @@ class _Repair:
             indices.tolist(), tables.tolist(), move.tolist(), strict=True
         ):
             if not moves:
-                self._tables.append((index, table))
+                self._tables.append((index, table, table))
             elif self._beyond(index):
                 self._l1_changes[index] = UNALLOCATED
                 self.cleared += 1
             else:
                 copy = await self.rewriter.copy(table, self._geometry.table_bytes)
-                self._tables.append((index, copy))
+                self._tables.append((index, copy, copy if self.rewriter.writes else table))
                 self._l1_changes[index] = copy
         self._tables.sort()
         self._left = self._layout.tables[under]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import trio
 
 from qedfuse.disk.freelist import erase_descriptor
-from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.errors import NoSpaceError
+from qedfuse.ondisk.constants import ENTRY_BYTES, MAX_OFFSET
 from qedfuse.ondisk.header import build_header
 
 if TYPE_CHECKING:
@@ -27,14 +29,17 @@ class Rewriter:
 
     Attributes:
         end: The file's length in bytes, a whole number of clusters.
+        writes: Whether anything is written at all; see `Draft`.
     """
+
+    writes = True
 
     def __init__(self, file: HostFile, header: Header, backup: Backup | None) -> None:
         """Prepare to change ``file``; ``backup`` gets the old bytes before they go."""
         self._file = file
         self._header = header
         self._backup = backup or (lambda _offset, _old: None)
-        self.end = header.geometry.ceil(file.size())
+        self.end = self._place(header.geometry.ceil(file.size()))
 
     async def mark(self, *, need_check: bool) -> None:
         """Set or clear NEED_CHECK, durably, after everything before is durable.
@@ -50,15 +55,14 @@ class Rewriter:
 
     async def extend(self, end: int) -> None:
         """Make the file at least ``end`` bytes long; what is added reads as zeros."""
-        self.end = max(self.end, end)
+        self.end = max(self.end, self._place(end))
         if self._file.size() < self.end:
             await self._file.truncate(self.end)
             await self._file.datasync()
 
     async def copy(self, start: int, length: int) -> int:
         """Copy a range of the file to its end, holes as holes; give the copy's file offset."""
-        target = self.end
-        self.end += length
+        target = self._append(length)
         await self._file.truncate(self.end)
         at = 0
         while at < length and (data := await self._file.next_data(start + at)) is not None:
@@ -72,8 +76,7 @@ class Rewriter:
 
     async def new_table(self, value: int, count: int) -> int:
         """Add a table whose first ``count`` entries have a value; give its file offset."""
-        target = self.end
-        self.end += self._header.geometry.table_bytes
+        target = self._append(self._header.geometry.table_bytes)
         await self._file.truncate(self.end)
         await self.fill(target, count, value)
         return target
@@ -101,6 +104,80 @@ class Rewriter:
         self._backup(offset, old)
         await self._file.datasync()
         await self._file.pwrite(offset, new)
+
+    def _append(self, length: int) -> int:
+        """Choose the file offset of something new of so many bytes."""
+        target = self.end
+        self.end = self._place(target + length)
+        return target
+
+    def _place(self, end: int) -> int:
+        """Let an end of the file through that the host can count up to.
+
+        Raises:
+            NoSpaceError: It cannot.
+        """
+        if end > MAX_OFFSET:
+            msg = f"{self._file.name}: file size: found {end}, expected at most {MAX_OFFSET}"
+            raise NoSpaceError(msg)
+        return end
+
+
+class Draft(Rewriter):
+    """Writes nothing: adds up what a repair would write.
+
+    Attributes:
+        written: Bytes so far, without the holes of what would be copied.
+    """
+
+    writes = False
+
+    def __init__(self, file: HostFile, header: Header) -> None:
+        """Draft a repair of ``file``."""
+        super().__init__(file, header, None)
+        self.written = 0
+        self._last_copy = (0, 0, 0)
+
+    async def mark(self, *, need_check: bool) -> None:
+        """Leave the header as it is."""
+
+    async def extend(self, end: int) -> None:
+        """Note that the file would be longer."""
+        self.end = max(self.end, self._place(end))
+
+    async def copy(self, start: int, length: int) -> int:
+        """Count what would be copied."""
+        # Where one cluster has thousands of owners, it is looked at once.
+        if self._last_copy[:2] != (start, length):
+            self._last_copy = (start, length, await self._data_bytes(start, start + length))
+        self.written += self._last_copy[2]
+        return self._append(length)
+
+    async def new_table(self, _value: int, _count: int) -> int:
+        """Count a table."""
+        length = self._header.geometry.table_bytes
+        self.written += length
+        return self._append(length)
+
+    async def fill(self, _start: int, count: int, value: int) -> None:
+        """Count entries."""
+        self.written += count * ENTRY_BYTES if value else 0
+
+    async def overwrite(self, _offset: int, _old: bytes, new: bytes) -> None:
+        """Count a piece of a table."""
+        self.written += len(new)
+
+    async def _data_bytes(self, start: int, end: int) -> int:
+        """Count the bytes of a range of the file that are no holes."""
+        total = 0
+        while start < end:
+            await trio.lowlevel.checkpoint()
+            data = await self._file.next_data(start)
+            if data is None or data >= end:
+                break
+            start = min(end, await self._file.next_hole(data) or end)
+            total += start - data
+        return total
 
 
 def _bytes(values: Values) -> bytes:

@@ -18,6 +18,8 @@ from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from qedfuse.disk.freelist import FreeList
@@ -38,8 +40,15 @@ _SHORT: Final = 64
 """Listed runs of up to this many clusters are handled together."""
 
 
-async def check_image(file: HostFile, header: Header) -> CheckReport:
+async def check_image(
+    file: HostFile, header: Header, progress: Callable[[int, int], None] | None = None
+) -> CheckReport:
     """Check the tables of an image against each other and the file; change nothing.
+
+    Args:
+        file: The image.
+        header: Its header.
+        progress: Called with the number of L2 tables read so far and in all.
 
     Raises:
         HostError: The host cannot read the file.
@@ -48,7 +57,7 @@ async def check_image(file: HostFile, header: Header) -> CheckReport:
     walk = _Walk(file, header)
     await walk.read_l1()
     await walk.read_free_list()
-    await walk.read_l2()
+    await walk.read_l2(progress or (lambda _done, _total: None))
     await walk.claim_listed()
     return walk.report()
 
@@ -74,6 +83,7 @@ class _Walk:
         for oddity in oddities(header, size, file.name):
             self._findings.add(oddity)
         self._allocated = 0
+        self._fragmented = 0
 
     async def read_l1(self) -> None:
         """Find the L2 tables, and mark the clusters of all tables as used."""
@@ -139,17 +149,21 @@ class _Walk:
                 self._references.claim_range(first, first + count)
             await trio.lowlevel.checkpoint()
 
-    async def read_l2(self) -> None:
+    async def read_l2(self, progress: Callable[[int, int], None]) -> None:
         """Check every entry of every L2 table."""
         geometry = self._geometry
         size = geometry.cluster_size
-        for l1_index, table in zip(*map(np.ndarray.tolist, self._tables), strict=True):
+        places = zip(*map(np.ndarray.tolist, self._tables), strict=True)
+        for done, (l1_index, table) in enumerate(places):
+            progress(done, len(self._tables[0]))
             label = f"L1 entry {l1_index}: L2 entry"
             start = l1_index * geometry.table_span
+            expected = 0
             async for first, values in read_table(self._file, self._header, table):
                 good = values > ZERO
                 if not good.any():
                     continue
+                expected = self._count_fragments(values[good], expected)
                 for code, mask in self._layout.judge_clusters(values):
                     if code is not Code.L2_CUT_SHORT:
                         good &= ~mask
@@ -163,6 +177,16 @@ class _Walk:
                 self._check_listed(label, first, values, good, start)
                 self._allocated += len(where)
                 self._note_past_end(l1_index, first + where)
+
+    def _count_fragments(self, values: NDArray[np.uint64], expected: int) -> int:
+        """Count the clusters that do not follow the one before; give what would come next.
+
+        ``expected`` is 0 at the beginning of a table.
+        """
+        size = np.uint64(self._geometry.cluster_size)
+        self._fragmented += int(np.count_nonzero(values[1:] - values[:-1] != size))
+        self._fragmented += expected > 0 and int(values[0]) != expected
+        return int(values[-1]) + int(size)
 
     def _check_listed(
         self,
@@ -246,4 +270,5 @@ class _Walk:
             allocated_clusters=self._allocated,
             file_clusters=self._clusters,
             listed_clusters=None if self._listed is None else self._listed.clusters,
+            fragmented_clusters=self._fragmented,
         )

@@ -80,9 +80,17 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
 
 async def open_bases(
-    path: str, file: PosixFile, header: Header, options: OpenOptions, store: SliceStore
+    path: str,
+    file: PosixFile,
+    header: Header,
+    options: OpenOptions,
+    store: SliceStore,
+    *,
+    name: str | None = None,
 ) -> list[Layer]:
     """Open the chain below an image: the layers from depth 1 down, locked and read-only.
+
+    With ``name`` its base is looked for under this one, not the one that it stores.
 
     Raises:
         BackingError: A base is missing, refused, in a loop, too deep or of another format.
@@ -94,10 +102,11 @@ async def open_bases(
     base: PosixFile | None = None
     try:
         while header.has_backing:
-            name = await read_backing_name(file, header)
+            if name is None:
+                name = await read_backing_name(file, header)
             path = os.path.join(os.path.dirname(path), name)  # noqa: PTH118, PTH120  no I/O
             base = open_base(path, file, options.backing, trusted)
-            trusted = None
+            trusted = name = None
             _check_new(base, file.name, seen)
             qed = await _is_qed(base, file.name, header, options.backing)
             if options.lock:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.disk.tablecache import L1, L2
-from qedfuse.ondisk.constants import ZERO
+from qedfuse.ondisk.constants import ENTRY_BYTES, ZERO
 from qedfuse.ondisk.table import runs
 
 if TYPE_CHECKING:
@@ -73,10 +73,16 @@ class Compaction:
         self._table = layer.geometry.table_size
         self._moved = 0
         self._total = 0
+        self._within_bound = True
         self._progress: Progress = lambda _done, _total: None
 
-    async def run(self, progress: Progress | None = None) -> int:
+    async def run(self, progress: Progress | None = None, *, within_bound: bool = True) -> int:
         """Move what has to be moved; return how many clusters that were.
+
+        Args:
+            progress: Told how many bytes have been moved, and how many are to be.
+            within_bound: Whether the file must not exceed its bound for a moment, even
+                if something stays free for that.
 
         Raises:
             HostError: The host refused; the image is sound, and less compact than it could be.
@@ -88,6 +94,7 @@ class Compaction:
             log.warning("%s: not compacted: too many L2 tables", self._layer.file.name)
             return 0
         self._progress = progress or self._progress
+        self._within_bound = within_bound
         self._moved = 0
         # What is about to be cut off need not be punched first.
         self._reclaim.punching = False
@@ -125,8 +132,17 @@ class Compaction:
         start, entries = self._layer.header.l1_table_offset, self._layer.geometry.entries
         step = self._layer.tables.slice_entries
         for index in range(0, entries, step):
-            part = await self._layer.tables.load(start, index, L1)
-            yield index, np.array(part.entries, np.uint64)
+            if not await self._is_hole(start, index):
+                part = await self._layer.tables.load(start, index, L1)
+                yield index, np.array(part.entries, np.uint64)
+
+    async def _is_hole(self, table: int, index: int) -> bool:
+        """Tell whether the slice with an entry is a hole of the file, and so has nothing."""
+        tables, start = self._layer.tables, table + index * ENTRY_BYTES
+        if tables.cached(table, index) is not None:
+            return False
+        data = await self._layer.file.next_data(start)
+        return data is None or data >= start + tables.slice_entries * ENTRY_BYTES
 
     async def _tables(self) -> dict[int, int]:
         """List the L2 tables: the first cluster of each, and its L1 index."""
@@ -156,14 +172,15 @@ class Compaction:
 
         That works where free clusters are scattered so that no table fits between them.
         Data that lies in the way moves up first, and the file may become longer for that
-        time, within its bound.
+        time; within its bound, unless `run` was told otherwise.
         """
         allocator, size = self._allocator, self._table
         tables = await self._tables()
         first = allocator.anchor
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
-        if last > self._target() or end + (last - first) + size > bound:
+        fits = end + (last - first) + size <= bound
+        if last > self._target() or (self._within_bound and not fits):
             log.info("%s: compacted as far as there was room", self._layer.file.name)
             return
         await self._move_data(first, last)
@@ -222,6 +239,8 @@ class Compaction:
         waiting = 0
         for table in await self._tables():
             for index in range(0, layer.geometry.entries, layer.tables.slice_entries):
+                if await self._is_hole(table << self._bits, index):
+                    continue
                 part = await layer.tables.load(table << self._bits, index, L2)
                 values = np.array(part.entries, np.uint64)
                 where = (values > ZERO) & (values >= first << self._bits) & (values < end)
@@ -276,8 +295,17 @@ class Compaction:
         return moved
 
     async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file."""
-        file = self._layer.file
-        for at in range(0, length, _STEP):
-            data = await file.pread(source + at, min(_STEP, length - at))
-            await file.pwrite(target + at, data)
+        """Copy bytes within the file, holes as holes: a table of 1 GiB can be one."""
+        file, at = self._layer.file, 0
+        while at < length:
+            data = await file.next_data(source + at)
+            hole = (length if data is None else min(length, data - source)) - at
+            if hole > 0 and file.can_punch:
+                await file.punch((target + at, hole))
+            # The first try may have told that the host cannot.
+            if hole > 0 and file.can_punch:
+                at += hole
+            else:
+                part = await file.pread(source + at, min(_STEP, length - at))
+                await file.pwrite(target + at, part)
+                at += len(part)

@@ -80,6 +80,31 @@ class Discards:
         if last < end:
             await self._requests.blank(last, end)
 
+    async def drop(self, start: int, end: int) -> None:
+        """Give up whole clusters that have a place, and leave all others as they are.
+
+        Unlike `discard` it makes no tables to hide a base where that shows already, and
+        also serves past the disk's end.  Both are guest offsets at cluster boundaries.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  In both cases a part may have been dropped.
+        """
+        if start < end:
+            await self._give_up(start, end, data=True, hide=False)
+
+    async def clear(self, start: int, end: int) -> None:
+        """Make every cluster unallocated, also those of zeros: what is below shows everywhere.
+
+        Both are guest offsets at cluster boundaries.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  In both cases a part may have been cleared.
+        """
+        if start < end:
+            await self._give_up(start, end, data=True, hide=False, clear=True)
+
     async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
         """Write bytes; whole clusters of zeros take no space (``detect_zeroes``).
 
@@ -104,8 +129,13 @@ class Discards:
                 if extent.kind is Kind.DATA:
                     await self._requests.blank(extent.start, extent.end)
 
-    async def _give_up(self, start: int, end: int, *, data: bool) -> None:
-        """Give up whole clusters: those without a place, and with ``data`` all others."""
+    async def _give_up(
+        self, start: int, end: int, *, data: bool, hide: bool = True, clear: bool = False
+    ) -> None:
+        """Give up whole clusters: with ``data`` those with a place, with ``hide`` all others.
+
+        With ``clear`` all become unallocated, whatever shows through then.
+        """
         geometry = self._layer.geometry
         step = self._layer.tables.slice_entries << geometry.cluster_bits
         piece = min(step, _PIECE << geometry.cluster_bits)
@@ -113,11 +143,11 @@ class Discards:
             table, reason = await self._layer.table_at(geometry.l1_index(start))
             if reason:
                 raise CorruptImageError(reason)
-            if table or start < self._reach:
+            if table or (hide and start < self._reach):
                 # Within one slice of one table; slices and tables are whole pieces.
                 stop = min(end, start - start % piece + piece)
                 await self._requests.wait_for_tables()
-                await self._give_up_piece(start, stop, data=data)
+                await self._give_up_piece(start, stop, data=data, hide=hide, clear=clear)
             else:
                 stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
             start = stop
@@ -128,17 +158,20 @@ class Discards:
         """The guest offset from which on no base shows through."""
         return self._chain.layers[1].size if self._chain.has_base else 0
 
-    async def _give_up_piece(self, start: int, end: int, *, data: bool) -> None:
+    async def _give_up_piece(
+        self, start: int, end: int, *, data: bool, hide: bool, clear: bool
+    ) -> None:
         """Give up clusters whose entries lie in one slice."""
         requests, geometry = self._requests, self._layer.geometry
         async with requests.allocating.hold(start, end):
-            shown = await self._shown(start, end)
+            shown = await self._shown(start, end) if hide else []
             extents = await self._layer.lookup(start, end - start)
             for extent in extents:
                 if extent.kind is Kind.BAD:
                     self._chain.report(extent)
                     raise CorruptImageError(extent.reason)
-            if not (shown or (data and any(extent.kind is Kind.DATA for extent in extents))):
+            kinds = {extent.kind for extent in extents}
+            if not (shown or (data and Kind.DATA in kinds) or (clear and Kind.ZERO in kinds)):
                 return
             async with self._needcheck.changing():
                 table = await requests.table_for(geometry.l1_index(start))
@@ -147,7 +180,7 @@ class Discards:
                 # No await from here on: an entry is dropped and its cluster put into
                 # quarantine in one step.
                 if data:
-                    self._drop(part, start, end)
+                    self._drop(part, start, end, clear=clear)
                 tables = self._layer.tables
                 base = index % tables.slice_entries - (start >> geometry.cluster_bits)
                 for cluster in shown:
@@ -156,18 +189,21 @@ class Discards:
                 self._commit.note_write()
                 part.pins -= 1
 
-    def _drop(self, part: Slice, start: int, end: int) -> None:
-        """Take the reference to each data cluster out of a slice."""
+    def _drop(self, part: Slice, start: int, end: int, *, clear: bool) -> None:
+        """Take the reference to each data cluster out of a slice; ``clear`` hides no base."""
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
-        reach = geometry.clusters(max(0, min(end, self._reach) - start)) + first
+        covered = 0 if clear else max(0, min(end, self._reach) - start)
+        reach = geometry.clusters(covered) + first
         for index, count, value in list(runs(part.entries, first, last, geometry.cluster_size)):
             if value > ZERO:
                 hidden = max(0, min(count, reach - index))
                 tables.fill(part, index, hidden, ZERO)
                 tables.fill(part, index + hidden, count - hidden, UNALLOCATED)
                 self._reclaim.retire(value, count << geometry.cluster_bits, part.offset)
+            elif clear and value == ZERO:
+                tables.fill(part, index, count, UNALLOCATED)
 
     async def _shown(self, start: int, end: int) -> list[int]:
         """List the clusters, by number on the disk, where a base shows through as data."""

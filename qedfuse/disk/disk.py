@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.disk.allocator import Allocator
+from qedfuse.disk.basename import change_base_name
 from qedfuse.disk.chain import Chain
 from qedfuse.disk.commit import Commit, CommitStatistics
 from qedfuse.disk.compaction import Compaction
@@ -164,7 +165,15 @@ class Disk:
         self._may_change = not (header.stale_autoclear or header.free_list)
         self._plain_writes = file.writable and options.detect_zeroes == "off"
         self._resizing = Resizing(
-            self._chain, self._layer, self._requests, self._commit, self._live, self._allocator
+            self._chain,
+            self._layer,
+            self._requests,
+            self._commit,
+            self._live,
+            self._allocator,
+            self._discards,
+            self._needcheck,
+            self._reclaim,
         )
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -201,6 +210,11 @@ class Disk:
     def failure(self) -> str | None:
         """Why the disk went read-only, if it did."""
         return None if self._commit.failure is None else str(self._commit.failure)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether a table entry was found bad, or a cluster to have two owners."""
+        return self._layer.damaged
 
     @property
     def header(self) -> Header:
@@ -347,11 +361,15 @@ class Disk:
         """Have ``call`` called at the end of each flush, those in the background included."""
         self._commit.flushed = call
 
-    async def compact(self, progress: Callable[[int, int], None] | None = None) -> int:
+    async def compact(
+        self, progress: Callable[[int, int], None] | None = None, *, within_bound: bool = True
+    ) -> int:
         """Make the file as short as it can be; no other request may be under way.
 
         Args:
             progress: Called with the bytes moved so far and in all.
+            within_bound: Whether a free cluster is rather left than the file made longer
+                than its bound for a moment.
 
         Returns:
             How many clusters were moved.
@@ -362,10 +380,14 @@ class Disk:
         """
         await self._before_change()
         await self._scan.run()
-        return await self._compaction.run(progress)
+        return await self._compaction.run(progress, within_bound=within_bound)
 
-    async def resize(self, size: int) -> None:
+    async def resize(self, size: int, *, force: bool = False) -> None:
         """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.
+
+        Args:
+            size: Bytes.
+            force: Drop what table entries past the old end refer to.
 
         Raises:
             UsageError: The disk would shrink, or the tables cannot address that much.
@@ -374,7 +396,66 @@ class Disk:
         """
         self._resizing.check(size)
         await self._before_change()
-        await self._resizing.resize(size)
+        await self._resizing.resize(size, force=force)
+
+    async def shrink(self, size: int, *, force: bool = False) -> None:
+        """Make the disk shorter; no other request may be under way.
+
+        Args:
+            size: Bytes, a multiple of 512.
+            force: Also where the part that goes holds data of this image, which is lost.
+
+        Raises:
+            UsageError: It would grow, or data would be lost.
+            ReadOnlyError: The disk is open read-only.
+            CorruptImageError: A table entry for the part that goes is bad.
+        """
+        self._resizing.check(size, shrink=True)
+        if not force:
+            await self._resizing.refuse_data(size)
+        await self._before_change()
+        await self._scan.run()
+        await self._resizing.shrink(size)
+
+    async def hide(self, start: int, length: int) -> None:
+        """Make zero clusters of the unallocated ones in a range, whatever the base shows there.
+
+        `discard` does so only where the present base has data.  ``start`` and the range's
+        end are at cluster boundaries, or the end is past that of the disk.
+
+        Raises:
+            ReadOnlyError: The disk is open read-only, or became so.
+            HostError: The host refused.
+        """
+        geometry = self.header.geometry
+        await self._before_change()
+        await self._requests.set_zero(start, geometry.ceil(min(start + length, self.size)))
+
+    async def empty(self) -> None:
+        """Make all clusters unallocated, so that the base shows everywhere, durably.
+
+        No other request may be under way.
+
+        Raises:
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry is bad; a part may be empty.
+            HostError: The host refused; a part may be empty.
+        """
+        await self._before_change()
+        await self._scan.run()
+        await self._resizing.empty()
+
+    async def name_base(self, name: bytes, *, raw: bool) -> None:
+        """Write another base's name into the image, or none; `chain` remains the old one.
+
+        Everything written before is durable before the name is, and that at the end.
+
+        Raises:
+            ReadOnlyError: The disk is open read-only, or became so.
+            HostError: The host refused; the image names the old base, or the new one.
+        """
+        await self._before_change()
+        await change_base_name(self._file, self._live, self._commit, name, raw=raw)
 
     async def _before_change(self) -> None:
         """Refuse a change if the disk is read-only; clear what the first one makes untrue."""

@@ -165,6 +165,14 @@ class QedLayer:
         self.tables.move(old, new, self.geometry.table_bytes)
         self._keys.clear()
 
+    def drop_table(self, l1_index: int, offset: int) -> None:
+        """Note that an L2 table is gone; all of it must have been written back."""
+        place = np.searchsorted(self._l2_tables, np.uint64(offset))
+        self._l2_tables = np.delete(self._l2_tables, place)
+        self._past_end = self._past_end[self._past_end != l1_index]
+        self.tables.forget(offset, self.geometry.table_bytes)
+        self._keys.clear()
+
     def judge(self, level: int, entries: array[int]) -> bytes | None:
         """Mark the entries just read that must not be used; None if all are good."""
         values = np.frombuffer(entries, np.uint64)

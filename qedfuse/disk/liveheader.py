@@ -30,11 +30,15 @@ class LiveHeader:
         """Hold the header that was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
+        self._behind = b""
         self.value = header
         self.settled = True
 
     async def change(
-        self, edit: Callable[[Header], Header], only_if: Callable[[], bool] = lambda: True
+        self,
+        edit: Callable[[Header], Header],
+        only_if: Callable[[], bool] = lambda: True,
+        behind: bytes = b"",
     ) -> bool:
         """Write the header that ``edit`` makes of the present one, unless it is the same.
 
@@ -42,7 +46,8 @@ class LiveHeader:
         under way sees the new one, and that it is not settled; he waits for the lock if
         either does not suit him.  After a failed write the next change writes again,
         also if it changes nothing.  ``only_if`` is asked in the same moment as the value
-        changes; the change is dropped if it says no.
+        changes; the change is dropped if it says no.  ``behind`` is written in the same
+        write, right behind the header; it must end within the sector.
 
         Returns:
             Whether the header is now as asked.  Not durable before the next datasync.
@@ -51,9 +56,12 @@ class LiveHeader:
             if not only_if():
                 return False
             new = edit(self.value)
-            if new != self.value or not self.settled:
+            if new != self.value or behind or not self.settled:
                 self.value = new
                 self.settled = False
-                await self._file.pwrite(0, build_header(new))
+                # What has not been written remains due: the header may refer to it.
+                behind = self._behind = behind or self._behind
+                await self._file.pwrite(0, build_header(new) + behind)
                 self.settled = True
+                self._behind = b""
             return True

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def open_disk(
-    path: str, options: OpenOptions | None = None, *, inspector: Inspector | None = None
+    path: str,
+    options: OpenOptions | None = None,
+    *,
+    inspector: Inspector | None = None,
+    with_bases: bool = True,
 ) -> AsyncIterator[Disk]:
     """Open an image and its chain; close it cleanly at the end of the ``async with`` block.
 
@@ -35,6 +39,8 @@ async def open_disk(
         options: How to open it; read-only by default.
         inspector: Called before a writable open of an image that needs a check; it runs
             the check and raises to refuse the image.
+        with_bases: Whether the disk shows its bases; who only moves things about within
+            the file, and reads and writes nothing, can do without.
 
     Raises:
         QedError: The image or a base cannot be opened, locked or trusted.
@@ -51,7 +57,7 @@ async def open_disk(
         header = await read_header(file)
         if options.writable:
             await _inspect(file, header, inspector)
-        bases = await open_bases(path, file, header, options, store)
+        bases = await open_bases(path, file, header, options, store) if with_bases else []
     except BaseException:
         file.close()
         raise

@@ -221,6 +221,16 @@ class TableCache:
             else:
                 self._verdicts.pop(new + at, None)
 
+    def forget(self, table: int, length: int) -> None:
+        """Drop what is held of a table that no entry refers to any more.
+
+        Nothing of it may be pinned or have unwritten changes.
+        """
+        for at in range(table, table + length, self._slice_bytes):
+            self._store.drop((id(self), at))
+            self._reserved.discard(at)
+            self._verdicts.pop(at, None)
+
     @property
     def dirty_bytes(self) -> int:
         """How much memory the slices with unwritten changes hold."""

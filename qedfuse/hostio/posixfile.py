@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import stat
 import time
 from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
 
 import trio
 
-from qedfuse.errors import HostError, ImageError, cannot_open
+from qedfuse.errors import HostError
 from qedfuse.hostio.arrivals import Arrivals, loop
+from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.util.text import printable
 from qedfuse.util.window import Window
@@ -43,17 +43,6 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _fallocate: Final = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-KINDS: Final = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFBLK: "a block device",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a symbolic link",
-}
-"""What the user is told a file is when it is not a regular one."""
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -97,23 +86,7 @@ class PosixFile:
             ImageError: It is not a regular file.
         """
         access = os.O_RDWR if writable else os.O_RDONLY
-        flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        try:
-            # O_PATH opens nothing, so looking at a device or a FIFO has no effect on it.
-            handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
-        except OSError as error:
-            raise cannot_open(path, error) from error
-        try:
-            kind = stat.S_IFMT(os.fstat(handle).st_mode)
-            if kind != stat.S_IFREG:
-                found = KINDS.get(kind, "a special file")
-                msg = f"{printable(path)}: found {found}, expected a regular file"
-                raise ImageError(msg)
-            fd = os.open(f"/proc/self/fd/{handle}", flags)
-        except OSError as error:
-            raise cannot_open(path, error) from error
-        finally:
-            os.close(handle)
+        fd = open_regular(path, access, dir_fd=dir_fd)
         return cls(fd, path, writable=writable)
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:

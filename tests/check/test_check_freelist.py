@@ -10,10 +10,10 @@ import pytest
 from qedfuse.check.findings import Code
 from qedfuse.check.inspector import inspect_image as inspector
 from qedfuse.check.walk import check_image
-from qedfuse.cli.check import ERRORS, LEAKS, SOUND, run_check
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.tools.check import check, repair
 from tests.support.disks import build_image, header_of, l2_entry_offset, pattern, put_entry
 from tests.support.freelists import listed, put_list
 from tests.support.hostfiles import MemoryFile
@@ -34,27 +34,27 @@ def image() -> bytearray:
     return content
 
 
-def test_what_the_command_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A good list in the summary, a bad one as an error that a repair takes away."""
+async def test_a_list_is_counted_and_a_bad_one_is_dropped(tmp_path: Path) -> None:
+    """A good list is no leak; a contradicted one is an error that a repair takes away."""
     path = tmp_path / "image.qed"
     content = image()
     path.write_bytes(content)
-    assert run_check(str(path), repair=False) == SOUND
-    assert "0 errors, 0 leaked clusters, 0 notes" in (said := capsys.readouterr().out)
-    assert said.endswith("; 4 free clusters in the list\n")
+    report = (await check(str(path))).after
+    assert (report.counts, report.listed_clusters) == ({}, 4)
 
     put_entry(content, l2_entry_offset(content, 9), 4 * CLUSTER)
     path.write_bytes(content)
-    assert run_check(str(path), repair=False) == ERRORS
-    said = capsys.readouterr().out
-    assert "error: free-list-contradicted: " in said
-    assert "found 16384, expected a cluster that the free list does not have" in said
+    report = (await check(str(path))).after
+    assert set(report.counts) == {Code.FREE_LIST_CONTRADICTED}
+    expected = "found 16384, expected a cluster that the free list does not have"
+    assert expected in report.findings[0].message
 
-    assert run_check(str(path), repair=True) == LEAKS
-    assert "free clusters in the list" not in capsys.readouterr().out
+    result = await repair(str(path), "all")
+    assert result.backup is None, "no table was changed"
     assert listed(path.read_bytes()) is None
-    assert run_check(str(path), repair=False) == LEAKS
-    capsys.readouterr()
+    assert result.after.counts == {}
+    assert result.after.listed_clusters is None
+    assert (await check(str(path))).after == result.after
 
 
 @pytest.mark.expect_log("leaked clusters found by the check: 4; nothing worse")

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.check import repair as repair_module
-from qedfuse.check.findings import CheckReport, Code
-from qedfuse.check.repair import LostRange, RepairReport, repair_image
+from qedfuse.check.findings import CheckReport, Code, LostRange
+from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.errors import NeedsCheckError

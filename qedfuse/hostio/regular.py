@@ -1,0 +1,54 @@
+"""Opening regular files, and nothing that only looks like one."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Final
+
+from qedfuse.errors import ImageError, cannot_open
+from qedfuse.util.text import printable
+
+KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
+"""What the user is told a file is when it is not a regular one."""
+
+
+def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
+    """Open a regular file without ever waiting for a FIFO or waking a device.
+
+    Args:
+        path: The file.
+        access: ``os.O_RDONLY`` or ``os.O_RDWR``.
+        dir_fd: The directory in which a relative path begins.
+
+    Returns:
+        A descriptor.
+
+    Raises:
+        HostError: It cannot be opened.
+        ImageError: It is not a regular file.
+    """
+    flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        # O_PATH opens nothing, so looking at a device or a FIFO has no effect on it.
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
+    except OSError as error:
+        raise cannot_open(path, error) from error
+    try:
+        kind = stat.S_IFMT(os.fstat(handle).st_mode)
+        if kind != stat.S_IFREG:
+            found = KINDS.get(kind, "a special file")
+            msg = f"{printable(path)}: found {found}, expected a regular file"
+            raise ImageError(msg)
+        return os.open(f"/proc/self/fd/{handle}", flags)
+    except OSError as error:
+        raise cannot_open(path, error) from error
+    finally:
+        os.close(handle)

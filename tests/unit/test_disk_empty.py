@@ -1,0 +1,107 @@
+"""Taking everything out of an image, and hiding a base in it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from qedfuse.errors import CorruptImageError, ReadOnlyError
+from qedfuse.ondisk.constants import ZERO
+from tests.support.disks import (
+    build_image,
+    difference,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    pattern,
+)
+from tests.support.hostfiles import MemoryFile, RecordingFile
+
+CLUSTER = 4096
+SPAN = 512 * CLUSTER
+SIZE = 2 * SPAN + 9 * CLUSTER + 512
+BASE = pattern(SIZE, 4)
+
+
+def same_as_base(chance: random.Random) -> bytearray:
+    """Make an overlay that has nothing that its base does not show as well."""
+    clusters: dict[int, bytes | int] = {}
+    for number in chance.sample(range(-(-SIZE // CLUSTER)), 60):
+        clusters[number] = BASE[number * CLUSTER :][:CLUSTER]
+    return build_image(SIZE, clusters, backing=b"base")
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_emptying_at_every_moment(seed: int) -> None:
+    """The base shows through more and more, and reads the same; power failures included."""
+    chance = random.Random(seed)
+    file = RecordingFile(same_as_base(chance))
+    async with opened(file) as disk:
+        await disk.empty()
+    assert len(file.content) == header_of(file.content).l1_end
+    assert not any(file.content[CLUSTER:])
+    for count, content in file.prefixes():
+        assert inspect_image(content).errors == (), count
+        assert difference(guest_bytes(content, BASE), BASE) is None, count
+        lost = file.power_loss(count, chance)
+        assert inspect_image(lost).errors == (), count
+        assert difference(guest_bytes(lost, BASE), BASE) is None, count
+
+
+async def test_zero_clusters_go_as_well() -> None:
+    """What hid the base does so no longer; the disk may be used on."""
+    image = build_image(SIZE, {0: ZERO, 3: b"x", 513: ZERO}, backing=b"base")
+    file = MemoryFile(image)
+    async with opened(file, [BASE]) as disk:
+        await disk.empty()
+        assert difference(await disk.read(0, SIZE), BASE) is None
+        await disk.write(CLUSTER, b"new")
+    expected = BASE[:CLUSTER] + b"new" + BASE[CLUSTER + 3 :]
+    assert difference(guest_bytes(file.content, BASE), expected) is None
+    assert inspect_image(file.content).leaks == 0
+    assert len(file.content) == header_of(file.content).l1_end + 2 * CLUSTER
+
+
+async def test_entries_past_the_end_stay() -> None:
+    """What lies past the disk's end is left to who grows the disk."""
+    image = build_image(SPAN + 2 * CLUSTER, {1: b"x", 513: b"y", 700: b"past"})
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.empty()
+    assert get_entry(file.content, l2_entry_offset(file.content, 700)) > ZERO
+    assert get_entry(file.content, l2_entry_offset(file.content, 513)) == 0
+    assert get_entry(file.content, header_of(file.content).l1_table_offset) == 0
+
+
+@pytest.mark.expect_log("found table entries that point to nowhere")
+@pytest.mark.expect_log("found 12289 (unaligned)")
+async def test_what_cannot_be_emptied() -> None:
+    """A bad entry, and a disk that is read-only."""
+    image = build_image(SIZE, {0: 3 * CLUSTER + 1})
+    async with opened(MemoryFile(image)) as disk:
+        with pytest.raises(CorruptImageError, match="unaligned"):
+            await disk.empty()
+    file = MemoryFile(image, writable=False)
+    async with opened(file) as disk:
+        with pytest.raises(ReadOnlyError):
+            await disk.empty()
+        with pytest.raises(ReadOnlyError):
+            await disk.hide(0, CLUSTER)
+        with pytest.raises(ReadOnlyError):
+            await disk.name_base(b"base", raw=True)
+    assert file.content == image
+
+
+async def test_hiding_more_than_the_base_shows() -> None:
+    """Clusters become zero clusters also where there is nothing to hide yet."""
+    file = MemoryFile(build_image(SIZE, {2: b"data"}))
+    async with opened(file) as disk:
+        await disk.hide(0, 4 * CLUSTER)
+        await disk.hide(2 * SPAN + 9 * CLUSTER, CLUSTER)
+    data = b"data".ljust(CLUSTER, b"\0")
+    expected = bytes(2 * CLUSTER) + data + bytes(CLUSTER) + BASE[4 * CLUSTER : -512] + bytes(512)
+    assert difference(guest_bytes(file.content, BASE), expected) is None
