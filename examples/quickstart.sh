@@ -117,7 +117,7 @@ trio.run(qedfuse.create_image, sys.argv[1], 1 << 30)' "$image"
     say "Unmounting"
     release
     say "Checking that the image is clean"
-    "$venv/bin/qedfuse" check "$image"
+    "$venv/bin/qedimg" check "$image"
     "$venv/bin/python" - "$image" <<'END'
 import sys
 from qedfuse.ondisk.header import HEADER_BYTES, parse_header

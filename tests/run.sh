@@ -8,7 +8,9 @@ cd "$root"
 
 install_packages "${runtime_needs[@]}" \
     qemu-img=qemu-utils sfdisk=fdisk mkfs.ext4=e2fsprogs losetup=mount mount=mount \
-    findmnt=util-linux setfacl=acl fio=fio setpriv=util-linux shellcheck=shellcheck
+    findmnt=util-linux setfacl=acl fio=fio setpriv=util-linux shellcheck=shellcheck \
+    mkfs.fat=dosfstools mcopy=mtools systemd-analyze=systemd \
+    groff=groff-base mandoc=mandoc zsh=zsh fish=fish
 install_project test
 check_fuse
 [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
@@ -20,6 +22,9 @@ read -r -a flags < <(pkg-config --cflags fuse3)
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" \
     -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
     qedfuse/mount/_extraops.c
+gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror \
+    -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    qedfuse/check/_sweep.c qedfuse/tools/_maplines.c
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" benchmarks/passthrough.c
 "$venv/bin/ruff" format --check .
 say "Types"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 USAGE: Final = """\
 usage: qedfuse SOURCE... MOUNTPOINT [OPTION...]
        qedfuse umount MOUNTPOINT [--timeout SECONDS]
-       qedfuse check [--repair] IMAGE
 
 Show QED disk images as flat raw files.
 
@@ -64,8 +63,7 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
   nosuid nodev noexec noatime sync dirsync and what else mount(8) brings
 
 "umount" unmounts and returns when everything is durable and the process has ended.
-"check" says what is wrong with an image's tables and ends with 0 (sound), 3 (leaked
-space only) or 13; with --repair it mends them and says what is lost.
+Everything else that can be done to an image is in qedimg (see: qedimg --help).
 
 Exit codes: 0 done; 1 usage; 2 the host's file system or kernel; 12 not a usable QED
 image; 13 corrupt; 14 unknown features; 15 needs a check; 16 in use; 17 backing file;
@@ -229,19 +227,6 @@ def _umount(words: Sequence[str]) -> int:
     return 0
 
 
-def _check(words: Sequence[str]) -> int:
-    """Run ``qedfuse check``."""
-    given, paths = _getopt(words, "h", ["repair", "help"])
-    if any(name in ("-h", "--help") for name, _value in given):
-        return _print(USAGE)
-    if len(paths) != 1:
-        msg = f"check: found {len(paths)} images, expected one (see: qedfuse --help)"
-        raise UsageError(msg)
-    from qedfuse.cli.check import run_check  # noqa: PLC0415  a quick start
-
-    return run_check(paths[0], repair=bool(given))
-
-
 def _timeout(value: str) -> float:
     """Read a number of seconds.
 
@@ -315,7 +300,6 @@ def _guarded(session: Callable[[], int], *, debug: bool) -> int:
 
 _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
     "umount": _umount,
-    "check": _check,
 }
 _ACTIONS: Final[Mapping[str, Callable[[Arguments], int]]] = {
     "mount": _mount,

@@ -331,3 +331,15 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "readahead": ("readahead", _readahead),
     "overlay": ("overlay", _path),
 }
+
+
+def known_words() -> dict[str, tuple[str, ...] | None]:
+    """Tell all words of our own and the kernel's: None for a word that stands alone.
+
+    For a word with a value the tuple has what it can be, and is empty if that is no choice.
+    """
+    return {
+        **dict.fromkeys((*_FLAGS, *KERNEL_WORDS)),
+        **{word: choices for table in (_CHOICES, _BACKING) for word, (_, choices) in table.items()},
+        **dict.fromkeys((*_VALUES, "backing_dir"), ()),
+    }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import CorruptImageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,11 +22,13 @@ class CompactResult:
         bytes_before: Length of the file before.
         bytes_after: Length of the file now.
         moved_clusters: How many clusters were moved.
+        free_clusters: How many are still free, because there was no room to move a table.
     """
 
     bytes_before: int
     bytes_after: int
     moved_clusters: int
+    free_clusters: int = 0
 
 
 async def compact(
@@ -36,6 +39,7 @@ async def compact(
     """Move the highest clusters of an image into its holes and cut off the end.
 
     The image is sound at any moment; what was moved before an interruption stays moved.
+    Bases are not looked at, and need not be there.
 
     Args:
         path: The image.
@@ -43,11 +47,18 @@ async def compact(
         progress: Called with the bytes moved so far and in all.
 
     Raises:
+        CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or the host refused.
     """
     wanted = replace(options or OpenOptions(), writable=True)
-    async with open_disk(path, wanted, inspector=inspect_image) as disk:
+    async with open_disk(path, wanted, inspector=inspect_image, with_bases=False) as disk:
         before = disk.fstat().st_size
-        moved = await disk.compact(progress)
-        after = disk.statistics().file_bytes
-    return CompactResult(before, after, moved)
+        moved = await disk.compact(progress, within_bound=False)
+        if disk.damaged:
+            msg = (
+                f"{disk.name}: not compacted: found damaged tables; repair them first: qedimg "
+                f"check -r all {disk.name}"
+            )
+            raise CorruptImageError(msg)
+        found = disk.statistics()
+    return CompactResult(before, found.file_bytes, moved, found.free_clusters or 0)

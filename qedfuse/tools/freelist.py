@@ -39,15 +39,17 @@ class FreeListInfo:
     problem: str = ""
 
 
-async def show(path: str) -> FreeListInfo:
+async def show(path: str, *, share: bool = False) -> FreeListInfo:
     """Look at the list of an image; whether a table entry contradicts it, the check tells.
+
+    With ``share`` it is read beside a program that writes to the image.
 
     Raises:
         QedError: The image cannot be opened, locked or read.
     """
     file = PosixFile.open(path)
     try:
-        lock_image(file.fd, LockMode.READ, file.name)
+        lock_image(file.fd, LockMode.SHARE if share else LockMode.READ, file.name)
         header = await read_header(file)
         if not header.free_list:
             return FreeListInfo(present=False)
@@ -80,7 +82,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
         QedError: The image cannot be opened for writing.
     """
     wanted = replace(options or OpenOptions(), writable=True, free_list="on")
-    async with open_disk(path, wanted, inspector=inspect_image):
+    async with open_disk(path, wanted, inspector=inspect_image, with_bases=False):
         pass
     return await show(path)
 
@@ -94,5 +96,5 @@ async def drop(path: str, options: OpenOptions | None = None) -> None:
         QedError: The image cannot be opened for writing.
     """
     unwanted = replace(options or OpenOptions(), writable=True, free_list="off")
-    async with open_disk(path, unwanted, inspector=inspect_image):
+    async with open_disk(path, unwanted, inspector=inspect_image, with_bases=False):
         pass

@@ -298,7 +298,7 @@ def test_worse_findings_refuse_a_writable_mount(image: Path, mnt: Path) -> None:
         file.write((1 << 40).to_bytes(8, "little"))
     before = image.read_bytes()
     line = refused(image, mnt, code=13)
-    for words in (str(image), "1 error", "nothing has been changed", "-o ro", "check --repair"):
+    for words in (str(image), "1 error", "nothing has been changed", "-o ro", "check -r all"):
         assert words in line
     with mounted(image, mnt, "-o", "ro") as directory, (directory / "vm.raw").open("rb") as disk:
         assert disk.read(65536) == b"\7" * 65536

@@ -59,7 +59,7 @@ def test_sample(directory: Path) -> None:
     shown, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, shown
     assert re.search(r"sample\.raw1 .* 512M 83 Linux", shown)
-    assert "0 errors, 0 leaked clusters" in shown
+    assert "sound: errors: 0, leaked clusters: 0" in shown
     assert "NEED_CHECK is clear" in shown
     if os.getuid() == 0:
         assert "Hello from inside a QED image." in shown

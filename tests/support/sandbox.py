@@ -1,12 +1,13 @@
 """Scripts that change the system, run where only they see the change.
 
 A script gets mounts and processes of its own: empty ``/srv``, ``/mnt``, ``/opt`` and
-``/run``, and copies of ``/etc``, ``/sbin`` and ``/usr/local/bin`` that vanish with it.
+``/run``, and copies of ``/etc``, ``/sbin`` and parts of ``/usr/local`` that vanish with it.
 Loop devices are the machine's; those that it leaves attached are detached.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ for place in /srv /mnt /opt /run; do
     mount -t tmpfs sandbox "$place"
 done
 mkdir -p /run/copies
-for place in /etc /usr/sbin /usr/local/bin; do
+for place in /etc /usr/sbin /usr/local/bin /usr/local/share; do
     copy=/run/copies/$(basename "$place")
     mkdir "$copy" "$copy.work"
     mount -t overlay -o "lowerdir=$place,upperdir=$copy,workdir=$copy.work" sandbox "$place"
@@ -56,20 +57,23 @@ _ENTRY: Final = """\
 #!{python}
 import sys
 sys.path.insert(0, {root!r})
-from qedfuse.cli.qedfuse import main
+from qedfuse.cli.{module} import main
 sys.exit(main())
 """
 
 
 def make_environment(directory: Path) -> Path:
-    """Make what an installation looks like to examples/install.sh: ``bin/qedfuse``.
+    """Make what an installation looks like to examples/install.sh: programs and pages.
 
     It runs this tree; a real environment takes pip and half a minute.
     """
-    program = directory / "bin" / "qedfuse"
-    program.parent.mkdir(parents=True)
-    program.write_text(_ENTRY.format(python=sys.executable, root=str(ROOT)), encoding="utf-8")
-    program.chmod(0o755)
+    (directory / "bin").mkdir(parents=True)
+    for name, module in (("qedfuse", "qedfuse"), ("qedimg", "qedimg.main")):
+        program = directory / "bin" / name
+        entry = _ENTRY.format(python=sys.executable, root=str(ROOT), module=module)
+        program.write_text(entry, encoding="utf-8")
+        program.chmod(0o755)
+    shutil.copytree(ROOT / "docs" / "share", directory / "share")
     return directory
 
 

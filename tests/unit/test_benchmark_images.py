@@ -10,9 +10,9 @@ import pytest
 from benchmarks import scale, soak
 from benchmarks.probe import stamp
 from benchmarks.sparse import AREA, GEOMETRY, build, choose
-from qedfuse.cli.check import run_check
 from qedfuse.disk.extents import Kind
 from qedfuse.disk.opening import open_disk
+from qedfuse.tools.check import check
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,11 +69,11 @@ async def test_image_holds_each_cluster_where_it_is_said_to(tmp_path: Path) -> N
     assert found == places
 
 
-def test_image_is_sound_and_small(tmp_path: Path) -> None:
+async def test_image_is_sound_and_small(tmp_path: Path) -> None:
     """No error, no leak; hardly more than the pages of its tables is on the host."""
     path = tmp_path / "sparse.qed"
     clusters, _offsets = build(path, 1 << 46, 3000)
-    assert run_check(str(path), repair=False) == 0
+    assert not (await check(str(path))).before.counts
     assert path.stat().st_size > 3000 * CLUSTER
     areas = len(np.unique(clusters // AREA))
     # The L1 table is written whole; an L2 table only where there are entries.

@@ -1,0 +1,63 @@
+"""``qedimg compact``: the shortest file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.cli.qedimg import arguments as common
+from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.progress import progress
+from qedfuse.cli.qedimg.running import run_async
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from qedfuse.tools.compact import CompactResult
+
+EXAMPLE: Final = "qedimg compact -p vm.qed"
+DESCRIPTION: Final = """\
+Move the highest clusters of an image into its free ones and cut off the end, until
+no cluster is free and the file is as short as it can be.  What clusters of zeros
+take is not looked at.  The image is sound at any moment; what was moved before an
+interruption stays moved."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument("image", metavar="IMAGE")
+    common.add_output(parser)
+    common.add_progress(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compact the image."""
+    with progress(arguments, "Compacting") as report:
+        result = run_async(_work, arguments, report)
+    if arguments.output == "json":
+        print_json(
+            {
+                "filename": arguments.image,
+                "format": "qed",
+                "file-size-before": result.bytes_before,
+                "file-size": result.bytes_after,
+                "clusters-moved": result.moved_clusters,
+                "free-clusters": result.free_clusters,
+            }
+        )
+        return 0
+    left = f", {result.free_clusters} clusters are still free" if result.free_clusters else ""
+    say(
+        arguments,
+        f"{printable(arguments.image)}: the file had {result.bytes_before} bytes and has "
+        f"{result.bytes_after}; {result.moved_clusters} clusters moved{left}",
+    )
+    return 0
+
+
+async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CompactResult:
+    """Do what the arguments say."""
+    from qedfuse.tools.compact import compact  # noqa: PLC0415  a quick --help
+
+    return await compact(arguments.image, progress=report)

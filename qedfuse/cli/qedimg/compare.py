@@ -1,0 +1,114 @@
+"""``qedimg compare``: whether two disks have the same content."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.cli.qedimg import arguments as common
+from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.progress import progress
+from qedfuse.cli.qedimg.running import run_async
+from qedfuse.cli.qedimg.streams import complain
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from qedfuse.tools.compare import Comparison
+
+EXAMPLE: Final = "qedimg compare disk.raw disk.qed"
+DESCRIPTION: Final = """\
+Compare the content of two disks: QED images with their chains, raw files, or block
+devices.  How they are stored does not matter, and where one disk is longer the rest has
+to be zeros.  The offset of the first byte that differs is told.
+
+-s also wants the same size, and data, zeros and holes in the same places."""
+
+SAME: Final = 0
+DIFFERENT: Final = 1
+FAILED: Final = 2
+UNREADABLE: Final = 4
+EXIT_CODES: Final = {
+    SAME: "the same",
+    DIFFERENT: "different",
+    FAILED: "a disk cannot be opened, or usage",
+    UNREADABLE: "a disk cannot be read",
+    70: "a bug",
+    130: "interrupted",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument("first", metavar="FIRST")
+    parser.add_argument("second", metavar="SECOND")
+    formats = ("auto", "raw", "qed")
+    parser.add_argument(
+        "-f", dest="first_format", choices=formats, default="auto", help="what FIRST is"
+    )
+    parser.add_argument(
+        "-F", dest="second_format", choices=formats, default="auto", help="what SECOND is"
+    )
+    parser.add_argument(
+        "-s", "--strict", action="store_true", help="size and allocation count as well"
+    )
+    common.add_output(parser)
+    common.add_share(parser)
+    common.add_backing(parser)
+    common.add_progress(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare."""
+    with progress(arguments, "Comparing") as report:
+        result = run_async(_work, arguments, report)
+    if isinstance(result, str):
+        complain(result)
+        return UNREADABLE
+    if arguments.output == "json":
+        print_json(
+            {
+                "identical": result.identical,
+                "reason": result.reason,
+                "offset": result.offset,
+                "sizes": list(result.sizes),
+            }
+        )
+    else:
+        _print(arguments, result)
+    return SAME if result.identical else DIFFERENT
+
+
+async def _work(
+    arguments: argparse.Namespace, report: Callable[[int, int], None]
+) -> Comparison | str:
+    """Do what the arguments say; give the reason if a disk that was opened cannot be read."""
+    from qedfuse.errors import QedError  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.compare import compare  # noqa: PLC0415
+    from qedfuse.tools.sources import open_source  # noqa: PLC0415
+
+    options = common.open_options(arguments)
+    async with (
+        open_source(arguments.first, arguments.first_format, options) as first,
+        open_source(arguments.second, arguments.second_format, options) as second,
+    ):
+        try:
+            return await compare(first, second, strict=arguments.strict, progress=report)
+        except QedError as error:
+            return str(error)
+
+
+def _print(arguments: argparse.Namespace, result: Comparison) -> None:
+    """Print what qemu-img prints."""
+    shorter, longer = sorted(result.sizes)
+    differ_first = result.offset is not None and result.offset < shorter
+    if shorter != longer and not (arguments.strict or differ_first):
+        say(arguments, "Warning: Image size mismatch!")
+    if result.identical:
+        say(arguments, "Images are identical.")
+    elif result.reason == "size":
+        say(arguments, "Strict mode: Image size mismatch!")
+    elif result.reason == "allocation":
+        say(arguments, f"Strict mode: Offset {result.offset} block status mismatch!")
+    else:
+        say(arguments, f"Content mismatch at offset {result.offset}!")

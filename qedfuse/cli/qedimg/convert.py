@@ -1,0 +1,162 @@
+"""``qedimg convert``: a disk copied into another format, or a chain into one image."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.cli.qedimg import arguments as common
+from qedfuse.cli.qedimg.geometry import add_base, add_geometry, take_options
+from qedfuse.cli.qedimg.output import say
+from qedfuse.cli.qedimg.progress import progress
+from qedfuse.cli.qedimg.running import run_async
+from qedfuse.errors import UsageError
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    import argparse
+
+    from qedfuse.tools.convert import ConvertResult
+    from qedfuse.tools.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+EXAMPLE: Final = "qedimg convert -p disk.raw vm.qed"
+DESCRIPTION: Final = """\
+Copy the disk of SOURCE into a new file TARGET.  A source with backing files becomes
+one image, unless -B names the base that the new one is to have.  SOURCE is a QED
+image, a raw file or a block device, or - for raw content from standard input; TARGET
+is a file, or - for raw content to standard output.  Zeros take no space in TARGET.
+Other formats than raw and qed are made by qemu-img, if that is installed."""
+
+_MOST_STREAMS: Final = 16
+_OURS: Final = ("raw", "qed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("target", metavar="TARGET")
+    parser.add_argument(
+        "-f", dest="source_format", metavar="FORMAT", help="what SOURCE is: raw or qed"
+    )
+    parser.add_argument(
+        "-O", dest="format", metavar="FORMAT", default="qed", help="what TARGET is to be (qed)"
+    )
+    add_base(parser)
+    add_geometry(parser)
+    parser.add_argument(
+        "-S",
+        dest="sparse_size",
+        metavar="SIZE",
+        type=common.size,
+        default=4096,
+        help="write zeros as data in runs shorter than this; 0: always (4K)",
+    )
+    parser.add_argument(
+        "-m",
+        dest="streams",
+        metavar="N",
+        type=int,
+        default=4,
+        help="pieces that are under way at once, 1 to 16 (4)",
+    )
+    parser.add_argument(
+        "-n",
+        dest="into_existing",
+        action="store_true",
+        help="write into TARGET, which is there and at least as large",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="read TARGET back before it gets its name"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace TARGET if it is there and not in use"
+    )
+    parser.add_argument("-c", dest="compress", action="store_true", help="refused: see qemu-img")
+    common.add_share(parser)
+    common.add_backing(parser)
+    common.add_progress(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Copy the disk."""
+    from qedfuse.tools.convert import convert  # noqa: PLC0415  a quick --help
+
+    layout = _layout(arguments)
+    if layout.format == "qed" and not arguments.into_existing and not _qemu_opens(layout):
+        _log.warning(
+            "%s: QEMU opens no image with clusters of %d bytes and tables of %d",
+            printable(arguments.target),
+            layout.cluster_size,
+            layout.table_size,
+        )
+    with progress(arguments, "Converting") as report:
+
+        async def work() -> ConvertResult:
+            return await convert(
+                arguments.source,
+                arguments.target,
+                layout,
+                source_format=arguments.source_format or "auto",
+                into_existing=arguments.into_existing,
+                overwrite=arguments.force,
+                compare=arguments.compare,
+                streams=arguments.streams,
+                options=common.open_options(arguments),
+                progress=report,
+            )
+
+        result = run_async(work)
+    if arguments.verbose and result.file_bytes:
+        say(
+            arguments,
+            f"{printable(arguments.target)}: {result.size} bytes of disk, of which "
+            f"{result.data_bytes} are data; file of {result.file_bytes} bytes",
+        )
+    return 0
+
+
+def _layout(arguments: argparse.Namespace) -> Layout:
+    """Make one of what the command line says about the target.
+
+    Raises:
+        UsageError: It makes no sense.
+    """
+    from qedfuse.tools.layout import Layout  # noqa: PLC0415  a quick --help
+
+    if arguments.compress:
+        msg = "-c: QED has no compression; qemu-img convert -c makes a compressed qcow2 image"
+        raise UsageError(msg)
+    if arguments.source_format not in (None, *_OURS):
+        found = printable(arguments.source_format)
+        msg = f"-f: found {found}, expected raw or qed (qemu-img convert reads other formats)"
+        raise UsageError(msg)
+    if not 1 <= arguments.streams <= _MOST_STREAMS:
+        msg = f"-m: found {arguments.streams}, expected 1 to {_MOST_STREAMS}"
+        raise UsageError(msg)
+    foreign = ()
+    if arguments.format not in _OURS:
+        foreign, arguments.options = tuple(arguments.options), []
+    given = arguments.cluster_size or arguments.table_size or arguments.options
+    if arguments.format != "qed" and given:
+        msg = f"--cluster-size, --table-size, -o: found -O {printable(arguments.format)}, "
+        msg += "expected -O qed" if arguments.format == "raw" else "expected its options as -o"
+        raise UsageError(msg)
+    take_options(arguments)
+    return Layout(
+        arguments.format,
+        arguments.cluster_size,
+        arguments.table_size,
+        arguments.base,
+        arguments.base_format,
+        arguments.sparse_size,
+        foreign,
+    )
+
+
+def _qemu_opens(layout: Layout) -> bool:
+    """Tell whether QEMU takes the geometry: what it can address must be less than 2**64 bytes."""
+    entries = layout.cluster_size * layout.table_size // ENTRY_BYTES
+    return layout.table_size > 1 and entries**2 * layout.cluster_size < 1 << 64

@@ -1,0 +1,174 @@
+"""``qedimg dump``: the header or a table, entry by entry."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Final
+
+from qedfuse.cli.qedimg import arguments as common
+from qedfuse.cli.qedimg.output import print_json, say, table
+from qedfuse.cli.qedimg.running import run_async
+from qedfuse.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import AsyncGenerator
+
+    from qedfuse.tools.dump import EntryRange
+    from qedfuse.tools.rawheader import HeaderField, RawHeader
+
+EXAMPLE: Final = "qedimg dump l2 0 vm.qed"
+DESCRIPTION: Final = """\
+Show the fields of the header, the entries in use of the L1 table, or those of the L2 table
+that L1 entry N names, with a verdict on each: ok, zeros, reserved, unaligned, past the
+end, cut short, over metadata.  Neighbours that are stored as one are shown as a range.
+
+It works on broken images: that is what it is for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument("what", choices=("header", "l1", "l2"))
+    parser.add_argument("number", metavar="N", nargs="?", help="which L2 table: its L1 entry")
+    parser.add_argument("image", metavar="IMAGE")
+    common.add_output(parser)
+    common.add_share(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show it."""
+    run_async(_work, arguments, _number(arguments))
+    return 0
+
+
+def _number(arguments: argparse.Namespace) -> int:
+    """Read the number of an L2 table; only there one may and must be.
+
+    Raises:
+        UsageError: It is missing, superfluous, or no number.
+    """
+    text = arguments.number
+    if arguments.what != "l2":
+        if text is not None:
+            msg = f"dump {arguments.what}: found two operands, expected the image only"
+            raise UsageError(msg)
+        return 0
+    if text is None or not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+        found = "none" if text is None else text
+        msg = f"dump l2: number of an L1 entry: found {found}, expected one such as 0"
+        raise UsageError(msg)
+    return int(text)
+
+
+_DIGITS: Final = 18
+
+
+async def _work(arguments: argparse.Namespace, number: int) -> None:
+    from qedfuse.tools.dump import open_dump  # noqa: PLC0415  a quick --help
+
+    async with open_dump(arguments.image, share=arguments.force_share) as found:
+        if arguments.what == "header":
+            _show_header(arguments, found.header)
+        elif arguments.what == "l1":
+            await _show(arguments, {}, found.l1())
+        else:
+            about = {"l1-index": number, "table-offset": await found.table(number)}
+            await _show(arguments, about, found.l2(number))
+
+
+def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
+    """Show the fields, and what is wrong with them."""
+    problems = [str(error) for error in header.problems]
+    if arguments.output == "json":
+        fields = [
+            {
+                "name": item.name,
+                "offset": item.offset,
+                "length": item.length,
+                "value": item.value,
+                "meaning": _meaning(header, item),
+            }
+            for item in header.fields
+        ]
+        print_json({"filename": arguments.image, "fields": fields, "problems": problems})
+        return
+    rows: list[tuple[object, ...]] = [("Offset", "Field", "Raw", "Value", "Meaning")]
+    rows += [
+        (
+            item.offset,
+            item.name,
+            f"0x{item.value:0{2 * item.length}x}",
+            item.value,
+            _meaning(header, item),
+        )
+        for item in header.fields
+    ]
+    say(arguments, table(rows, right=(0, 3)))
+    for line in problems:
+        say(arguments, f"problem: {line}")
+
+
+def _meaning(header: RawHeader, item: HeaderField) -> str:
+    """Say what a value stands for where that is not plain."""
+    if item.name == "magic":
+        return "QED\\0"
+    if item.name.endswith("features"):
+        bits = header.bits(item.name)
+        return ", ".join([*bits.names, *(f"unknown bit {bit}" for bit in bits.unknown)])
+    return _UNITS.get(item.name, "bytes")
+
+
+_UNITS: Final = {"table_size": "clusters", "header_size": "clusters"}
+_COLUMNS: Final = "{:>10}  {:>10}  {:>18}  {:>18}  {:>18}  {}"
+
+
+async def _show(
+    arguments: argparse.Namespace, about: dict[str, Any], ranges: AsyncGenerator[EntryRange, None]
+) -> None:
+    """Show ranges of entries, each as soon as it is known."""
+    as_json = arguments.output == "json"
+    if as_json:
+        head = json.dumps({"filename": arguments.image, **about})
+        sys.stdout.write(f'{head[:-1]}, "entries": [')
+    else:
+        say(
+            arguments,
+            _COLUMNS.format("Entry", "Count", "File offset", "Guest offset", "Length", "Verdict"),
+        )
+    separator = "\n"
+    async with aclosing(ranges) as items:
+        async for item in items:
+            if as_json:
+                sys.stdout.write(separator + json.dumps(_as_json(item)))
+                separator = ",\n"
+            else:
+                say(arguments, _as_text(item))
+    if as_json:
+        sys.stdout.write("\n]}\n")
+
+
+def _as_json(item: EntryRange) -> dict[str, Any]:
+    """Give a range of entries for scripts."""
+    return {
+        "index": item.index,
+        "count": item.count,
+        "value": item.value,
+        "step": item.step,
+        "guest-start": item.guest_start,
+        "guest-length": item.guest_length,
+        "verdict": item.verdict,
+    }
+
+
+def _as_text(item: EntryRange) -> str:
+    """Give a range of entries as a line."""
+    return _COLUMNS.format(
+        item.index,
+        item.count,
+        f"0x{item.value:x}",
+        f"0x{item.guest_start:x}",
+        f"0x{item.guest_length:x}",
+        item.verdict,
+    )

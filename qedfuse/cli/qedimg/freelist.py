@@ -1,0 +1,88 @@
+"""``qedimg freelist``: the list of free clusters that an image may keep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from qedfuse.cli.qedimg import arguments as common
+from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.running import run_async
+from qedfuse.errors import UsageError
+from qedfuse.util.sizes import format_size
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    import argparse
+
+    from qedfuse.tools.freelist import FreeListInfo
+
+EXAMPLE: Final = "qedimg freelist on vm.qed"
+DESCRIPTION: Final = """\
+Show, keep or drop the list of free clusters in an image.  With a list, free space
+need not be looked for when the image is opened.  It is an extension of the format:
+QEMU refuses an image while it has one, and "off" makes it accept the image again.
+
+"on" finds what is free and lists it; without a free cluster there is no list."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument("action", choices=("show", "on", "off"))
+    parser.add_argument("image", metavar="IMAGE")
+    common.add_output(parser)
+    common.add_share(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show or change the list."""
+    if arguments.force_share and arguments.action != "show":
+        msg = f"-U: freelist {arguments.action} shares the image with nobody"
+        raise UsageError(msg)
+    info = run_async(_work, arguments)
+    if arguments.output == "json":
+        print_json(_as_json(arguments.image, info))
+    elif arguments.action == "on" and not info.present:
+        say(arguments, f"{printable(arguments.image)}: no cluster is free, so there is no list")
+    else:
+        say(arguments, f"{printable(arguments.image)}: {_describe(info)}")
+    return 0
+
+
+async def _work(arguments: argparse.Namespace) -> FreeListInfo:
+    """Do what the arguments say."""
+    from qedfuse.tools.freelist import drop, enable, show  # noqa: PLC0415  a quick --help
+
+    if arguments.action == "on":
+        return await enable(arguments.image)
+    if arguments.action == "off":
+        await drop(arguments.image)
+    return await show(arguments.image, share=arguments.force_share)
+
+
+def _describe(info: FreeListInfo) -> str:
+    """Say in a line what there is."""
+    if not info.present:
+        return "no list of free clusters"
+    if not info.valid:
+        return f"a list of free clusters that is not valid: {info.problem}"
+    return (
+        f"a list of {info.clusters} free clusters ({format_size(info.bytes)}) in {info.runs} "
+        f"runs, kept in {info.list_clusters} of them"
+    )
+
+
+def _as_json(path: str, info: FreeListInfo) -> dict[str, Any]:
+    """Give the same for scripts."""
+    value: dict[str, Any] = {"filename": path, "format": "qed", "present": info.present}
+    if info.present:
+        value |= {"valid": info.valid}
+    if info.valid:
+        value |= {
+            "runs": info.runs,
+            "free-clusters": info.clusters,
+            "free-bytes": info.bytes,
+            "list-clusters": info.list_clusters,
+        }
+    elif info.present:
+        value |= {"problem": info.problem}
+    return value

@@ -1,0 +1,87 @@
+"""The geometry of a new image and its base, by options of our own or by qemu-img's ``-o``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.cli.qedimg import arguments as common
+from qedfuse.errors import UsageError
+from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from qedfuse.util.sizes import parse_size
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    import argparse
+
+_NAMES: Final = {
+    "backing_file": "base",
+    "backing_fmt": "base_format",
+    "cluster_size": "cluster_size",
+    "table_size": "table_size",
+}
+
+
+def add_geometry(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cluster-size``, ``--table-size`` and ``-o``."""
+    parser.add_argument(
+        "--cluster-size",
+        metavar="SIZE",
+        type=common.size,
+        help="bytes in a cluster, a power of two from 4K to 64M (64K)",
+    )
+    parser.add_argument(
+        "--table-size",
+        metavar="N",
+        type=common.size,
+        help="clusters in a table: 1, 2, 4, 8 or 16 (4)",
+    )
+    parser.add_argument(
+        "-o",
+        dest="options",
+        metavar="KEY=VALUE[,...]",
+        action="append",
+        default=[],
+        help=f"the same as qemu-img has it: {', '.join(_NAMES)}",
+    )
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add ``-B`` and ``-F``."""
+    parser.add_argument(
+        "-B", "--base", metavar="BASE", help="make an overlay that holds what differs from BASE"
+    )
+    parser.add_argument(
+        "-F", "--base-format", choices=("raw", "qed"), help="what BASE is (a QED image tells)"
+    )
+
+
+def take_options(arguments: argparse.Namespace) -> None:
+    """Put what stands behind ``-o`` where the options of our own are, and fill in defaults.
+
+    Raises:
+        UsageError: A key is unknown, or something is given twice or without what it needs.
+    """
+    for text in arguments.options:
+        # qemu-img writes a comma within a value as two.
+        for item in text.replace(",,", "\0").split(","):
+            key, equals, value = item.replace("\0", ",").partition("=")
+            if not equals or not hasattr(arguments, _NAMES.get(key, "\0")):
+                found = printable(item)
+                keys = ", ".join(key for key, name in _NAMES.items() if hasattr(arguments, name))
+                msg = f"option -o: found {found}, expected KEY=VALUE with one of {keys}"
+                raise UsageError(msg)
+            if key == "backing_fmt" and value not in ("raw", "qed"):
+                msg = f"option backing_fmt: found {printable(value)}, expected raw or qed"
+                raise UsageError(msg)
+            if getattr(arguments, _NAMES[key]) is not None:
+                msg = f"option {key}: found it twice, expected it once"
+                raise UsageError(msg)
+            wanted = value if key.startswith("backing") else parse_size(value)
+            setattr(arguments, _NAMES[key], wanted)
+    if arguments.cluster_size is None:
+        arguments.cluster_size = DEFAULT_CLUSTER_SIZE
+    if arguments.table_size is None:
+        arguments.table_size = DEFAULT_TABLE_SIZE
+    if arguments.base is None and arguments.base_format:
+        msg = "-F: expected -B as well"
+        raise UsageError(msg)

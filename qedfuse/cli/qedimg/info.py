@@ -1,0 +1,86 @@
+"""``qedimg info``: what an image is, and whether anything is wrong with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from qedfuse.cli.qedimg import arguments as common
+from qedfuse.cli.qedimg.infojson import as_json
+from qedfuse.cli.qedimg.infotext import as_text
+from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.progress import progress
+from qedfuse.cli.qedimg.running import run_async
+from qedfuse.tools.info import describe
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from qedfuse.tools.chaininfo import Details
+    from qedfuse.tools.info import Format, ImageInfo
+
+EXAMPLE: Final = "qedimg info --output json vm.qed"
+DESCRIPTION: Final = """\
+Say what an image is: format, sizes, geometry, features, free list, backing file.
+It works on images that cannot be mounted as well, and says what is wrong with them.
+
+No other file is opened, whatever the image names, unless --backing-chain asks for it;
+then --backing and --backing-dir say which.  The JSON has qemu-img's keys, and in
+"safety" what a service needs to accept or refuse an image that a stranger made.
+
+How many clusters are data or zeros takes reading all tables, and so --allocation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("-f", dest="format", choices=("qed", "raw"), help="do not guess the format")
+    parser.add_argument(
+        "--backing-chain", action="store_true", help="describe the image's bases as well"
+    )
+    parser.add_argument(
+        "--allocation", action="store_true", help="count the clusters of data and of zeros"
+    )
+    common.add_output(parser)
+    common.add_share(parser)
+    common.add_backing(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Describe the image, or the chain."""
+    form: Format = arguments.format or "auto"
+    if arguments.backing_chain:
+        images = run_async(_chain, arguments, form)
+    else:
+        images = [describe(arguments.image, form, share=arguments.force_share)]
+    described = [(image, _details(arguments, image)) for image in images]
+    if arguments.output == "json":
+        values: list[dict[str, Any]] = [as_json(*item) for item in described]
+        print_json(values if arguments.backing_chain else values[0])
+    else:
+        say(arguments, "\n\n".join(as_text(*item) for item in described))
+    return 0
+
+
+async def _chain(arguments: argparse.Namespace, form: Format) -> list[ImageInfo]:
+    """Describe the chain."""
+    from qedfuse.tools.chaininfo import describe_chain  # noqa: PLC0415  a quick answer without it
+
+    return await describe_chain(arguments.image, form, common.open_options(arguments))
+
+
+def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
+    """Find out what takes longer, if there is anything to find out."""
+    if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
+        return None
+    with progress(arguments, "Counting") as report:
+        return run_async(_look_closer, arguments, image, report)
+
+
+async def _look_closer(
+    arguments: argparse.Namespace, image: ImageInfo, report: Callable[[int, int], None]
+) -> Details:
+    from qedfuse.tools.chaininfo import look_closer  # noqa: PLC0415  a quick answer without it
+
+    options = common.open_options(arguments)
+    return await look_closer(image, options, allocation=arguments.allocation, progress=report)

@@ -1,0 +1,107 @@
+"""What ``qedimg info`` prints for programs: qemu-img's keys, and ours below them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qedfuse.tools.chaininfo import Details
+    from qedfuse.tools.info import ImageInfo, QedInfo
+    from qedfuse.tools.rawheader import Bits
+
+
+def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
+    """Give an image's description, in qemu-img's order as far as it has the keys."""
+    value: dict[str, Any] = {}
+    qed = image.qed
+    backing = None if qed is None else qed.backing
+    if backing is not None and backing.is_raw:
+        value["backing-filename-format"] = "raw"
+    value["virtual-size"] = image.virtual_size
+    value["filename"] = image.path
+    if qed is not None:
+        value["cluster-size"] = qed.header.values.get("cluster_size")
+    value |= {"format": image.format, "actual-size": image.disk_usage}
+    if qed is not None:
+        data = _data(image, qed, details)
+        value["format-specific"] = {"type": "qed", "data": data}
+    if backing is not None:
+        value["full-backing-filename"] = backing.path
+        value["backing-filename"] = backing.name
+    value["dirty-flag"] = qed is not None and qed.need_check
+    if qed is not None:
+        value["safety"] = _safety(qed)
+        value["problems"] = [
+            {"code": item.code, "fatal": item.fatal, "message": item.message}
+            for item in qed.problems
+        ]
+    return value
+
+
+def _data(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, Any]:
+    """Give what only QED has."""
+    fields = qed.header.values
+    data: dict[str, Any] = {
+        "file-length": image.file_size,
+        "table-size": fields.get("table_size"),
+        "header-size": fields.get("header_size"),
+        "l1-table-offset": fields.get("l1_table_offset"),
+        "features": {
+            "incompatible": _bits(qed.header.bits("features")),
+            "compatible": _bits(qed.header.bits("compat_features")),
+            "autoclear": _bits(qed.header.bits("autoclear_features")),
+        },
+        "need-check": qed.need_check,
+        "free-list": _free_list(qed, details),
+        "l2-tables": qed.l2_tables,
+        "l2-tables-possible": qed.most_tables,
+    }
+    if qed.backing is not None:
+        data["resolved-backing-filename"] = qed.backing.resolved
+    if details is not None and details.allocation is not None:
+        counted = details.allocation
+        data["allocation"] = {
+            "l2-tables": counted.l2_tables,
+            "bad-tables": counted.bad_tables,
+            "data-clusters": counted.data,
+            "zero-clusters": counted.zero,
+        }
+    return data
+
+
+def _bits(bits: Bits) -> dict[str, Any]:
+    return {"value": bits.value, "names": list(bits.names), "unknown-bits": list(bits.unknown)}
+
+
+def _free_list(qed: QedInfo, details: Details | None) -> dict[str, Any]:
+    """Give what is known of the list of free clusters."""
+    if not qed.has_free_list:
+        return {"present": False}
+    found = None if details is None else details.free_list
+    if found is None:
+        return {"present": True}
+    value: dict[str, Any] = {"present": found.present, "valid": found.valid}
+    if found.valid:
+        value |= {
+            "runs": found.runs,
+            "free-clusters": found.clusters,
+            "free-bytes": found.bytes,
+            "list-clusters": found.list_clusters,
+        }
+    elif found.problem:
+        value["problem"] = found.problem
+    return value
+
+
+def _safety(qed: QedInfo) -> dict[str, Any]:
+    """Give what a service needs to accept or refuse the image of a stranger."""
+    backing, bits = qed.backing, qed.header.bits("features")
+    return {
+        "has-backing": qed.names_backing,
+        "absolute": backing is not None and backing.absolute,
+        "scheme": None if backing is None else backing.scheme,
+        "escapes-directory": qed.escapes,
+        "flags": [*bits.names, *bits.unknown],
+        "need-check": qed.need_check,
+        "safe-to-mount": qed.mountable and not qed.escapes,
+    }

@@ -1,0 +1,98 @@
+"""What ``qedimg info`` prints for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qedfuse.util.sizes import format_size
+from qedfuse.util.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.tools.backingname import BackingName
+    from qedfuse.tools.chaininfo import Details
+    from qedfuse.tools.info import ImageInfo, QedInfo
+    from qedfuse.tools.rawheader import Bits
+
+_FIELDS = {"features": "incompatible", "compat_features": "compatible",
+           "autoclear_features": "autoclear"}  # fmt: skip
+
+
+def as_text(image: ImageInfo, details: Details | None) -> str:
+    """Describe an image in lines that begin as qemu-img's do."""
+    return "\n".join(_lines(image, details))
+
+
+def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
+    yield f"image: {printable(image.path)}"
+    yield f"file format: {image.format}"
+    size = image.virtual_size
+    yield f"virtual size: {'unknown' if size is None else _both(size)}"
+    yield f"disk size: {format_size(image.disk_usage)}"
+    qed = image.qed
+    if qed is None:
+        return
+    fields = qed.header.values
+    if "cluster_size" in fields:
+        yield f"cluster_size: {fields['cluster_size']}"
+    if qed.backing is not None:
+        yield from _backing(qed.backing)
+    yield "Format specific information:"
+    yield from (f"    {line}" for line in _specific(image, qed, details))
+    if qed.problems:
+        yield "problems:"
+        yield from (f"    {item.message}" for item in qed.problems)
+
+
+def _both(size: int) -> str:
+    return f"{format_size(size)} ({size} bytes)"
+
+
+def _backing(backing: BackingName) -> Iterator[str]:
+    """Say what base is named, and where it is."""
+    more = "" if backing.path == backing.name else f" (actual path: {printable(backing.path)})"
+    yield f"backing file: {printable(backing.name)}{more}"
+    if backing.is_raw:
+        yield "backing file format: raw"
+
+
+def _specific(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterator[str]:
+    """Say what only QED has."""
+    yield f"file length: {_both(image.file_size)}"
+    for name, unit in (("table_size", "clusters"), ("header_size", "clusters")):
+        if name in qed.header.values:
+            yield f"{name.replace('_', ' ')}: {qed.header.values[name]} {unit}"
+    for name, title in _FIELDS.items():
+        bits = qed.header.bits(name)
+        if bits.value or name == "features":
+            yield f"{title} features: {_bits(bits)}"
+    yield f"need check: {'yes' if qed.need_check else 'no'}"
+    yield f"free list: {_free_list(qed, details)}"
+    possible = "" if qed.most_tables is None else f" of {qed.most_tables} possible"
+    count = "not counted" if qed.l2_tables is None else str(qed.l2_tables)
+    yield f"L2 tables: {count}{possible}"
+    if details is not None and details.allocation is not None:
+        yield f"data clusters: {details.allocation.data}"
+        yield f"zero clusters: {details.allocation.zero}"
+    if qed.backing is not None:
+        where = "outside of" if qed.backing.escapes else "inside"
+        yield f"resolved backing file: {printable(qed.backing.resolved)}"
+        yield f"backing file is {where} the image's directory"
+
+
+def _bits(bits: Bits) -> str:
+    """Name bits, and number those that have no name."""
+    words = [*bits.names, *(f"unknown bit {number}" for number in bits.unknown)]
+    return f"0x{bits.value:x}" + (f" ({', '.join(words)})" if words else "")
+
+
+def _free_list(qed: QedInfo, details: Details | None) -> str:
+    if not qed.has_free_list:
+        return "none"
+    found = None if details is None else details.free_list
+    if found is None:
+        return "present, not read"
+    if not found.valid:
+        return f"not valid: {found.problem}"
+    return f"{found.clusters} clusters ({format_size(found.bytes)}) in {found.runs} runs"

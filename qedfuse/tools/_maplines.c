@@ -1,0 +1,190 @@
+/* Writes the extents that a piece of an L2 table describes, as qemu-img's map does.
+ *
+ * Only for tables that are plainly right: at the first doubt it gives None and has changed
+ * nothing, so that somebody else can go on from there.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#define COLUMN 16       /* characters of a column of the table for people */
+#define MOST_DIGITS 20  /* of a number; of a hexadecimal one with its 0x */
+#define JSON_LINE 160   /* characters, numbers included */
+
+/* A range of the disk that is stored in one way; the value is that of its first entry. */
+struct extent {
+    uint64_t start, length, value;
+};
+
+struct style {
+    int json;
+    const char *name; /* what ends the lines for people */
+    size_t name_length;
+};
+
+static char *put(char *at, const char *text)
+{
+    size_t length = strlen(text);
+
+    memcpy(at, text, length);
+    return at + length;
+}
+
+static char *decimal(char *at, uint64_t number)
+{
+    char digits[MOST_DIGITS], *first = digits + MOST_DIGITS;
+
+    do {
+        *--first = (char)('0' + number % 10);
+        number /= 10;
+    } while (number);
+    size_t length = (size_t)(digits + MOST_DIGITS - first);
+    memcpy(at, first, length);
+    return at + length;
+}
+
+/* Write what printf makes of "%#-16x". */
+static char *column(char *at, uint64_t number)
+{
+    int digits = 1;
+    char *end = at;
+
+    if (number)
+        end = put(at, "0x");
+    while (digits < 16 && number >> 4 * digits)
+        digits++;
+    for (int place = digits - 1; place >= 0; place--)
+        *end++ = "0123456789abcdef"[number >> 4 * place & 15];
+    while (end < at + COLUMN)
+        *end++ = ' ';
+    return end;
+}
+
+static char *write_extent(char *at, const struct extent *extent, const struct style *style)
+{
+    if (style->json) {
+        at = put(at, ",\n{ \"start\": ");
+        at = decimal(at, extent->start);
+        at = put(at, ", \"length\": ");
+        at = decimal(at, extent->length);
+        if (extent->value > 1) {
+            at = put(at, ", \"depth\": 0, \"present\": true, \"zero\": false, \"data\": true, "
+                         "\"offset\": ");
+            at = decimal(at, extent->value);
+        } else if (extent->value)
+            at = put(at, ", \"depth\": 0, \"present\": true, \"zero\": true, \"data\": false");
+        else
+            at = put(at, ", \"depth\": 0, \"present\": false, \"zero\": true, \"data\": false");
+        return put(at, "}");
+    }
+    if (extent->value <= 1)
+        return at;
+    at = column(at, extent->start);
+    at = column(at, extent->length);
+    at = column(at, extent->value);
+    memcpy(at, style->name, style->name_length);
+    return at + style->name_length;
+}
+
+/* Tell whether data lie over one of some tables, which are in order. */
+static int over_table(const struct extent *data, const uint64_t *tables, size_t count,
+                      uint64_t table_bytes)
+{
+    size_t first = 0, last = count;
+
+    if (!count || data->value >= tables[count - 1] + table_bytes)
+        return 0;
+    while (first < last) { /* the first table that begins behind the data */
+        size_t middle = first + (last - first) / 2;
+        if (tables[middle] < data->value + data->length)
+            first = middle + 1;
+        else
+            last = middle;
+    }
+    return first && tables[first - 1] + table_bytes > data->value;
+}
+
+static PyObject *lines(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer entries, tables, pending, name;
+    unsigned long long size, low, high, table_bytes;
+    struct style style = {0};
+    PyObject *text = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*KKKy*Kw*py*", &entries, &size, &low, &high, &tables,
+                          &table_bytes, &pending, &style.json, &name))
+        return NULL;
+    if (pending.len != sizeof(struct extent)) {
+        PyErr_SetString(PyExc_ValueError, "pending: expected three numbers");
+        goto end;
+    }
+    const uint64_t *values = entries.buf;
+    size_t count = (size_t)entries.len / 8;
+    struct extent now;
+    memcpy(&now, pending.buf, sizeof now);
+    style.name = name.buf;
+    style.name_length = (size_t)name.len;
+    size_t longest = style.json ? JSON_LINE : 3 * MOST_DIGITS + style.name_length;
+    text = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * longest));
+    if (!text)
+        goto end;
+    char *at = PyBytes_AS_STRING(text);
+    int sure = 1;
+    for (size_t index = 0; sure && index < count;) {
+        uint64_t value = values[index], step = now.value > 1 ? size : 0;
+        uint64_t follows = now.value > 1 ? now.value + now.length : now.value;
+        size_t first = index;
+        while (now.length && index < count && values[index] == follows) {
+            follows += step;
+            index++;
+        }
+        if (index > first) { /* of a run it is enough to look at the last */
+            now.length += (index - first) * size;
+            sure = now.value <= 1 || values[index - 1] <= high;
+        } else if (value > 1 && (value & (size - 1) || value < low || value > high)) {
+            sure = 0;
+        } else {
+            uint64_t start = now.start + now.length;
+            if (now.length) {
+                sure = now.value <= 1 || !over_table(&now, tables.buf, (size_t)tables.len / 8,
+                                                     table_bytes);
+                at = write_extent(at, &now, &style);
+            }
+            now = (struct extent){start, size, value};
+            index++;
+        }
+    }
+    if (sure && now.value > 1)
+        sure = !over_table(&now, tables.buf, (size_t)tables.len / 8, table_bytes);
+    if (sure) {
+        memcpy(pending.buf, &now, sizeof now);
+        _PyBytes_Resize(&text, at - PyBytes_AS_STRING(text));
+    } else {
+        Py_SETREF(text, Py_NewRef(Py_None));
+    }
+end:
+    PyBuffer_Release(&entries);
+    PyBuffer_Release(&tables);
+    PyBuffer_Release(&pending);
+    PyBuffer_Release(&name);
+    return text;
+}
+
+static PyMethodDef methods[] = {
+    {"lines", lines, METH_VARARGS,
+     "lines(entries, cluster_size, low, high, tables, table_bytes, pending, json, name)\n"
+     "Write the extents that end within some entries; None if anything may be wrong.\n"
+     "What is pending, (start, length, value), is the one that goes on; it is changed."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_maplines", .m_size = -1, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__maplines(void)
+{
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,163 @@
+"""Checking the image at a path, mending it, and giving back the space that it leaks."""
+
+from __future__ import annotations
+
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.check.findings import RepairPlan
+from qedfuse.check.repair import plan_repair, repair_image
+from qedfuse.check.walk import check_image
+from qedfuse.disk.backing import read_header
+from qedfuse.disk.disk import Disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.disk.tablecache import make_store
+from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.tools.backup import Backup
+from qedfuse.tools.checkresult import CheckResult
+from qedfuse.util.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from typing import Literal
+
+    from qedfuse.ondisk.header import Header
+
+    Progress = Callable[[int, int], None]
+
+FREE_TO_WRITE: Final = 64 << 20
+"""Bytes that a repair writes without being forced to, however small the file is."""
+
+_SECTOR: Final = 512  # the unit of st_blocks, on every file system
+
+
+async def check(path: str, *, share: bool = False, progress: Progress | None = None) -> CheckResult:
+    """Check an image and change nothing; its base is not looked at.
+
+    Args:
+        path: The image.
+        share: Read beside a program that writes to it.
+        progress: Called with the number of tables read so far and in all.
+
+    Raises:
+        QedError: The image cannot be opened, locked or read.
+    """
+    async with _opened(path, LockMode.SHARE if share else LockMode.READ) as (file, header):
+        report = await check_image(file, header, progress)
+        return CheckResult.of_check(header, file.size(), report)
+
+
+async def plan(
+    path: str,
+    level: Literal["leaks", "all"],
+    *,
+    share: bool = False,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Find out what `repair` would do, and change nothing.
+
+    Raises:
+        QedError: As `check`.
+    """
+    async with _opened(path, LockMode.SHARE if share else LockMode.READ) as (file, header):
+        report = await check_image(file, header, progress)
+        if not report.table_errors or level != "all":
+            return CheckResult.of_check(header, file.size(), report, dry=True)
+        wanted = await plan_repair(file, header)
+        excess = wanted.written > _allowed(file)
+        return CheckResult.of_check(
+            header, file.size(), report, plan=wanted, dry=True, needs_force=excess
+        )
+
+
+async def repair(
+    path: str,
+    level: Literal["leaks", "all"],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Mend the tables of an image (``all``), and give back what it leaks.
+
+    Leaked space is only given back while no table is bad: a bad entry may be meant for
+    it.  Clusters move into the holes then, so that the file has none, and gets shorter.
+
+    Args:
+        path: The image; nobody else may have it open.
+        level: What to mend.
+        force: Repair also where that writes far more than the file has.
+        progress: Called with how much of the present step is done, and of how much.
+
+    Raises:
+        CorruptImageError: The repair would write far more than the file has.
+        QedError: The image cannot be opened or locked, or the host refused.  The image
+            is no worse than before.
+    """
+    async with _opened(path, LockMode.WRITE) as (file, header):
+        size = file.size()
+        before = after = await check_image(file, header, progress)
+        done, saved = RepairPlan(), None
+        if before.errors and level == "all":
+            if before.table_errors:
+                done = await plan_repair(file, header)
+                _refuse_excess(file, done, force=force)
+            with Backup(f"{path}.before-repair") as backup:
+                after = (await repair_image(file, header, backup.save)).after
+            saved = backup.path if backup.used else None
+        if not after.errors and (after.leaks or header.need_check):
+            await _reclaim(file, path, progress)
+            after = await check_image(file, await read_header(file))
+        return CheckResult(
+            before,
+            after,
+            header.geometry.clusters(header.image_size),
+            size,
+            file.size(),
+            done,
+            saved,
+        )
+
+
+def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:
+    """Refuse a repair by which a small file would fill the host.
+
+    A few bytes of a hostile image can ask for thousands of tables, or copies of clusters.
+    """
+    allowed = _allowed(file)
+    if wanted.written > allowed and not force:
+        msg = (
+            f"{file.name}: not repaired: found damage that takes {format_size(wanted.written)} to "
+            f"repair, expected at most {format_size(allowed)} for a file of its size (--force "
+            "does it all the same)"
+        )
+        raise CorruptImageError(msg)
+
+
+def _allowed(file: PosixFile) -> int:
+    """Tell how much a repair may write without being forced to, in bytes."""
+    return max(FREE_TO_WRITE, file.stat().st_blocks * _SECTOR)
+
+
+async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
+    """Give back what a sound image leaks, and clear NEED_CHECK; the base is not needed."""
+    header = await read_header(file)
+    options = OpenOptions(writable=True)
+    # The disk closes its descriptor; the lock stays as long as ours is there.
+    own = PosixFile(os.dup(file.fd), path, writable=True)
+    disk = Disk(own, header, [], options, make_store(options.cache_bytes), path)
+    async with disk.serving():
+        await disk.compact(progress, within_bound=False)
+
+
+@asynccontextmanager
+async def _opened(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
+    """Open and lock an image, and nothing that it refers to."""
+    file = PosixFile.open(path, writable=mode is LockMode.WRITE)
+    try:
+        lock_image(file.fd, mode, file.name)
+        yield file, await read_header(file)
+    finally:
+        file.close()

@@ -1,0 +1,425 @@
+"""``qedimg check`` beside ``qemu-img check``, and what it leaves of a damaged image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import trio
+
+from qedfuse.check.glance import glance
+from qedfuse.cli.qedimg.main import main
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.ondisk.constants import ZERO, Feature
+from qedfuse.ondisk.header import Header, build_header
+from qedfuse.tools import check as tool
+from tests.support import qemu
+from tests.support.disks import (
+    build_image,
+    get_entry,
+    guest_bytes,
+    l2_entry_offset,
+    pattern,
+    put_entry,
+)
+from tests.support.disks import header_of as header_in
+from tests.support.fakecommand import finish, start
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qedfuse.hostio.hostfile import Buffer
+
+CLUSTER: Final = 4096
+QEMU_KEYS: Final = (
+    "filename", "format", "check-errors", "total-clusters", "allocated-clusters",
+    "fragmented-clusters", "corruptions", "leaks",
+)  # fmt: skip
+
+
+def check(path: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
+    """Run the command with JSON; give its exit code and what it printed."""
+    code = main(["check", "--output", "json", *arguments, str(path)])
+    said = capsys.readouterr()
+    assert said.err == ""
+    return code, json.loads(said.out)
+
+
+def digest(path: Path) -> str:
+    """Sum up a file, its length included."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def random_image(path: Path, chance: random.Random) -> Header:
+    """Have QEMU write an image of any geometry, with some clusters here and there.
+
+    QEMU opens no image whose tables have one cluster.
+    """
+    cluster_size, table_size = 1 << chance.randrange(12, 22), 1 << chance.randrange(1, 5)
+    table_size = min(table_size, (1 << 24) // cluster_size)
+    span = cluster_size * (cluster_size * table_size // 8)
+    size = chance.randrange(1, min(3 * span, 1 << 36) // 512) * 512
+    qemu.create(path, size, cluster_size=cluster_size, table_size=table_size)
+    places = [chance.randrange(size // 512) * 512 for _ in range(chance.randrange(1, 9))]
+    writes = []
+    for place in places:
+        length = min(size - place, chance.choice([512, 4096, cluster_size, 5 * cluster_size]))
+        writes.append(f"write -P {chance.randrange(1, 256)} {place} {min(length, 1 << 21)}")
+    qemu.io(path, *writes)
+    return header(path)
+
+
+def header(path: Path) -> Header:
+    """Read the header of an image file."""
+    with path.open("rb") as file:
+        return header_in(file.read(64))
+
+
+def entries(path: Path, table: int, count: int) -> list[tuple[int, int]]:
+    """List the entries of a table that are in use: their places in the file, and values."""
+    with path.open("rb") as file:
+        file.seek(table)
+        raw = file.read(8 * count)
+    values = [(table + at, get_entry(raw, at)) for at in range(0, len(raw), 8)]
+    return [(place, value) for place, value in values if value]
+
+
+def set_entry(path: Path, place: int, value: int) -> None:
+    """Overwrite an entry."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(value.to_bytes(8, "little"))
+
+
+def damage(path: Path, chance: random.Random) -> None:
+    """Do something to an image that both programs see in the same way."""
+    head = header(path)
+    count = head.geometry.entries
+    tables = entries(path, head.l1_table_offset, count)
+    data = [pair for _place, table in tables for pair in entries(path, table, count)]
+    size, length = head.cluster_size, path.stat().st_size
+    for _ in range(chance.randrange(4)):
+        kind = chance.randrange(6)
+        place, value = chance.choice(data)
+        if kind == 0:
+            set_entry(path, place, 0)
+        elif kind == 1:
+            set_entry(path, place, chance.choice([length, 1 << 40, 1 << 62, (1 << 64) - size]))
+        elif kind == 2:
+            set_entry(path, place, value + chance.choice([8, 512]))
+        elif kind == 3:
+            set_entry(path, place, chance.choice(data)[1])
+        elif kind == 4:
+            os.truncate(path, max(path.stat().st_size, length) + size * chance.randrange(1, 9))
+        else:
+            set_entry(path, chance.choice(tables)[0], chance.choice([length + size, 1 << 45]))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_same_as_qemu(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any geometry, any damage: JSON field by field and the exit code; then a whole repair."""
+    chance = random.Random(seed)
+    path = tmp_path / "image.qed"
+    random_image(path, chance)
+    damage(path, chance)
+    before = digest(path)
+    theirs = qemu.check(path)
+    code, ours = check(path, capsys=capsys)
+    assert digest(path) == before
+    assert code == theirs.code
+    assert {key: ours[key] for key in QEMU_KEYS if key in ours} == {
+        key: theirs.data[key] for key in QEMU_KEYS if key in theirs.data
+    }
+    assert len(ours["findings"]) >= bool(code)
+    severities = {item["severity"] for item in ours["findings"]}
+    assert ("error" in severities, "leak" in severities) == (code == 2, "leaks" in ours)
+
+    planned_code, planned = check(path, "-r", "all", "--dry-run", capsys=capsys)
+    assert (planned_code, digest(path)) == (code, before)
+    repaired_code, repaired = check(path, "-r", "all", capsys=capsys)
+    assert repaired_code == 0
+    assert repaired.get("corruptions-fixed", 0) == ours.get("corruptions", 0)
+    assert repaired["repair"]["lost"] == planned["repair"]["lost"]
+    for key in ("entries-cleared", "clusters-copied", "bytes-written"):
+        assert repaired["repair"][key] == planned["repair"][key], key
+    clean = qemu.check(path)
+    assert (clean.code, clean.errors, clean.leaks) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_glance_says_the_same_as_the_check(
+    seed: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the extension finds sound comes out as from the walk; it is there, and is used."""
+    chance = random.Random(1000 + seed)
+    path = tmp_path / "image.qed"
+    random_image(path, chance)
+    assert glance(str(path)) is not None
+    quick = check(path, capsys=capsys)
+    monkeypatch.setattr("qedfuse.check.glance._sweep", None)
+    assert glance(str(path)) is None
+    assert quick == check(path, capsys=capsys)
+    assert quick[0] == 0
+
+
+@pytest.mark.parametrize("row", ["appended", "odd", "table-twice", "table-wild", "past-end"])
+def test_a_glance_does_not_judge(row: str, tmp_path: Path) -> None:
+    """Whatever is not plainly sound is left to the check."""
+    path = tmp_path / "image.qed"
+    content = build_image(40 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(9)})
+    path.write_bytes(content)
+    assert glance(str(path)) is not None
+    table = header_in(content).l1_table_offset
+    if row in ("appended", "odd"):
+        os.truncate(path, len(content) + (CLUSTER if row == "appended" else 1))
+    elif row == "table-twice":
+        set_entry(path, table + 8, get_entry(content, table))
+    elif row == "table-wild":
+        set_entry(path, table, (1 << 64) - CLUSTER)
+    else:
+        place = l2_entry_offset(content, 8)
+        set_entry(path, place, 0)
+        set_entry(path, place + 8 * 40, get_entry(content, place))
+    assert glance(str(path)) is None
+
+
+def test_leaks_are_given_back_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file gets as short as it can be, QEMU agrees, and nothing else has changed."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(20)}, table_size=2)
+    for number in (3, 4, 11):
+        put_entry(content, l2_entry_offset(content, number), 0)
+    content[16] |= Feature.NEED_CHECK
+    path.write_bytes(content + b"x" * 7 * CLUSTER)
+    before = guest_bytes(content)
+    assert check(path, capsys=capsys)[0] == 3
+    code, found = check(path, "-r", "leaks", capsys=capsys)
+    assert (code, found["leaks-fixed"], found.get("leaks")) == (0, 10, None)
+    after = path.read_bytes()
+    assert len(after) == found["repair"]["file-size"] == len(content) - 3 * CLUSTER
+    assert guest_bytes(after) == before
+    assert not header_in(after).need_check
+    assert qemu.check(path).code == 0
+
+
+def test_leaks_of_a_damaged_image_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What seems to be leaked may be what a bad entry was meant for."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)})
+    put_entry(content, l2_entry_offset(content, 2), 1 << 40)
+    path.write_bytes(content)
+    code, found = check(path, "-r", "leaks", capsys=capsys)
+    assert (code, found["corruptions"], found["leaks"]) == (2, 1, 1)
+    assert path.read_bytes() == content
+    assert main(["check", "-r", "leaks", str(path)]) == 2
+    assert "leaked space is not given back while there is damage" in capsys.readouterr().out
+
+
+def test_a_repair_keeps_the_old_tables_and_says_what_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words for people; the backup has the bytes that were there."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)}, table_size=2)
+    place = l2_entry_offset(content, 2)
+    put_entry(content, place, 1 << 40)
+    put_entry(content, place + 8, get_entry(content, place + 16))
+    path.write_bytes(content)
+    assert main(["check", "-r", "all", "--dry-run", str(path)]) == 2
+    assert f"would be lost: {CLUSTER} bytes of the disk at {2 * CLUSTER}" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["image.qed"]  # noqa: PTH208  names
+    assert main(["check", "-r", "all", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert f"\nlost: {CLUSTER} bytes of the disk at {2 * CLUSTER} (l2-out-of-file)\n" in said
+    assert "repaired: 1 entries cleared, 1 clusters copied" in said
+    backup = tmp_path / "image.qed.before-repair"
+    assert f"the tables as they were: {backup}\n" in said
+    for line in backup.read_text(encoding="ascii").splitlines():
+        offset, old = line.split()
+        assert content[int(offset) :].startswith(bytes.fromhex(old))
+    disk = guest_bytes(path.read_bytes())
+    for number in (0, 1, 3, 4):
+        part = disk[number * CLUSTER : (number + 1) * CLUSTER]
+        assert part == pattern(CLUSTER, 4 if number == 3 else number)
+    assert main(["check", "-q", str(path)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_small_file_does_not_fill_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table for each bad entry of a hostile overlay is refused, in one line, unless forced."""
+    path = tmp_path / "image.qed"
+    head = Header(65536, 4, 1, 1, 0, 0, 65536, 1 << 46, 64, 4)
+    with path.open("wb") as file:
+        file.truncate(head.l1_end)
+        file.write(build_header(head) + b"base")
+        file.seek(head.l1_table_offset)
+        file.write((1 << 50 | 1).to_bytes(8, "little") * 300)
+    before = digest(path)
+    assert main(["check", "-r", "all", str(path)]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "not repaired: found damage that takes 75 MiB to repair, expected at most 64" in said.err
+    assert digest(path) == before
+    _code, found = check(path, "-r", "all", "--dry-run", capsys=capsys)
+    assert found["repair"]["needs-force"]
+    code, found = check(path, "-r", "all", "--force", capsys=capsys)
+    assert (code, found["corruptions-fixed"]) == (0, 300)
+    # QEMU's check opens the base as well.
+    (tmp_path / "base").write_bytes(b"b")
+    assert qemu.check(path).code == 0
+
+
+def test_a_file_that_cannot_grow_any_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the repaired file would be longer than a file can be: one line, nothing changed."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER, {0: b"a", 1: b"b"}, table_size=16)
+    length = len(content)
+    put_entry(content, header_in(content).l1_table_offset, length)
+    path.write_bytes(content + bytes(100))
+    before = digest(path)
+    monkeypatch.setattr("qedfuse.check.rewrite.MAX_OFFSET", length + CLUSTER)
+    for words in ([], ["--dry-run"]):
+        assert main(["check", "-r", "all", *words, str(path)]) == 1
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert f"file size: found {length + 16 * CLUSTER}, expected at most" in said.err
+    assert digest(path) == before
+
+
+@pytest.mark.parametrize("moment", range(1, 15))
+def test_an_interrupted_repair_is_no_worse(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled at any write: what could be read still can, and a second repair ends well."""
+    path = tmp_path / "image.qed"
+    numbers = [*range(12), 600]
+    content = build_image(2 << 21, {n: pattern(CLUSTER, n) for n in numbers})
+    l1 = header_in(content).l1_table_offset
+    for number in (3, 5):
+        value = get_entry(content, l2_entry_offset(content, 0))
+        put_entry(content, l2_entry_offset(content, number), value)
+    put_entry(content, l2_entry_offset(content, 7), 1 << 45)
+    put_entry(content, l1 + 16, get_entry(content, l1))
+    path.write_bytes(content)
+    expected = {n: pattern(CLUSTER, 0 if n in (3, 5) else n) for n in numbers if n != 7}
+    writes = 0
+
+    async def interrupted() -> None:
+        with trio.CancelScope() as scope:
+            real = PosixFile.pwrite
+
+            async def pwrite(self: PosixFile, offset: int, *parts: Buffer) -> None:
+                nonlocal writes
+                writes += 1
+                if writes == moment:
+                    scope.cancel()
+                await trio.lowlevel.checkpoint_if_cancelled()
+                await real(self, offset, *parts)
+
+            monkeypatch.setattr(PosixFile, "pwrite", pwrite)
+            await tool.repair(str(path), "all")
+
+    def readable() -> bool:
+        disk = guest_bytes(path.read_bytes())
+        return all(disk[n * CLUSTER : (n + 1) * CLUSTER] == part for n, part in expected.items())
+
+    trio.run(interrupted)
+    monkeypatch.undo()
+    assert readable()
+    assert writes >= moment or moment > 9
+    result = trio.run(tool.repair, str(path), "all")
+    assert not result.after.counts
+    assert readable()
+
+
+def test_ctrl_c_during_a_check_changes_nothing(tmp_path: Path) -> None:
+    """The process ends with 130, without a word about it, and the image is as it was."""
+    path = tmp_path / "image.qed"
+    content = build_image(1 << 20, {0: b"a", 1: 1 << 40})
+    path.write_bytes(content)
+    script = """
+import os, signal, sys
+from qedfuse.check import walk
+from qedfuse.cli.qedimg.main import main
+real = walk._Walk.read_l2
+async def read_l2(self, progress):
+    os.kill(os.getpid(), signal.SIGINT)
+    await real(self, progress)
+walk._Walk.read_l2 = read_l2
+sys.exit(main(sys.argv[1:]))
+"""
+    code, output, complaint = finish(
+        start([sys.executable, "-c", script, "check", "-r", "all", str(path)])
+    )
+    assert (code, output) == (130, "")
+    assert complaint.count("\n") <= 1
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--dry-run IMAGE", "--dry-run: expected -r as well"),
+        ("--force IMAGE", "--force: expected -r as well"),
+        ("-U -r all IMAGE", "-U: a repair shares the image with nobody"),
+        ("-r most IMAGE", "invalid choice: 'most'"),
+        ("gone", "gone: cannot open: No such file or directory"),
+        (".", "found a directory, expected a regular file"),
+        ("text", "not a QED image"),
+        ("IMAGE IMAGE", "unrecognized arguments"),
+    ],
+)
+def test_mistakes_get_one_line(
+    words: str,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not completed: code 1, as qemu-img's."""
+    monkeypatch.chdir(tmp_path)
+    qemu.create("image.qed", 1 << 20)
+    (tmp_path / "text").write_text("no image" * 20, encoding="utf-8")
+    assert main(["check", *words.replace("IMAGE", "image.qed").split()]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert expected in said.err
+
+
+def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image in use is checked only with -U, and never repaired."""
+    path = tmp_path / "image.qed"
+    qemu.create(path, 1 << 20)
+    with qemu.hold(path):
+        assert main(["check", str(path)]) == 1
+        assert "in use" in capsys.readouterr().err
+        assert main(["check", "-U", str(path)]) == 0
+        assert main(["check", "-r", "all", str(path)]) == 1
+    capsys.readouterr()
+    with qemu.hold(path, read_only=True):
+        assert main(["check", str(path)]) == 0
+    assert "sound" in capsys.readouterr().out
+
+
+def test_an_overlay_is_checked_without_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name in a header opens nothing, in a check as in a repair."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER, {0: b"a", 1: 2}, table_size=2, backing=b"/dev/zero")
+    path.write_bytes(content)
+    code, found = check(path, "-r", "all", capsys=capsys)
+    assert (code, found["corruptions-fixed"]) == (0, 1)
+    assert get_entry(path.read_bytes(), l2_entry_offset(content, 1)) == ZERO

@@ -1,0 +1,261 @@
+"""``qedimg commit``: the overlay's data in its base, beside qemu-img."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import HostError
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.ondisk.constants import ZERO
+from qedfuse.tools.commit import commit
+from tests.support import qemu
+from tests.support.chains import content, draw_chain, draw_image, failing, kind
+from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER = 4096
+
+
+def draw(directory: Path, chance: random.Random) -> tuple[Path, Path]:
+    """Make an overlay over a chain; give it and its base."""
+    base = draw_chain(directory, chance, "base", chance.randrange(1, 4))
+    return draw_image(directory / "top.qed", chance, base), base
+
+
+def sound(path: Path) -> bool:
+    """Tell whether QEMU finds no error; what zeros have freed in a base it counts as leaks."""
+    return kind(path) == "raw" or qemu.check(path).code in {0, 3}
+
+
+def committed(top: bytes, base: bytes) -> bytes:
+    """Tell what a base has to hold afterwards."""
+    return top + base[len(top) :]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_into_the_base(seed: int, tmp_path: Path) -> None:
+    """The base holds what the overlay showed, as QEMU's does; the overlay holds nothing."""
+    chance = random.Random(seed)
+    place = tmp_path / "place"
+    place.mkdir()
+    top, base = draw(place, chance)
+    before, under = content(top), content(base)
+    expected = committed(before, under)
+    theirs = tmp_path / "theirs"
+    shutil.copytree(place, theirs)
+    assert main(["commit", "-q", str(top)]) == 0
+    assert content(base) == expected
+    assert content(top) == before
+    assert qemu.check(top).code == 0
+    assert sound(base)
+    if kind(base) == "qed":
+        assert main(["compact", "-q", str(base)]) == 0
+        assert qemu.check(base).code == 0
+    header = header_of(top.read_bytes())
+    assert top.stat().st_size == header.l1_end
+    assert not any(top.read_bytes()[header.l1_table_offset :])
+    assert header.has_backing
+    assert not header.need_check
+    assert {path.name for path in place.iterdir()} == {path.name for path in theirs.iterdir()}
+    assert content(base) == expected
+    words = ("qemu-img", "commit", "-q", "-f", "qed", theirs / "top.qed")
+    done = qemu.run(*words, codes=(0, 1))
+    if done.returncode:
+        # It cannot give an image that has a base itself a larger size.
+        assert "Operation not supported" in done.stderr
+        assert len(before) > len(under)
+        assert qemu.info(base).get("backing-filename")
+    else:
+        assert qemu.content(theirs / base.name, image_format=kind(base)) == expected
+    # It may be done again, and there is nothing left to do.
+    image = base.read_bytes()
+    assert main(["commit", "-q", str(top)]) == 0
+    assert base.read_bytes() == image
+
+
+@pytest.mark.parametrize("seed", range(100, 106))
+def test_the_overlay_may_be_kept(seed: int, tmp_path: Path) -> None:
+    """With -d it keeps every byte."""
+    top, base = draw(tmp_path, random.Random(seed))
+    image, expected = top.read_bytes(), committed(content(top), content(base))
+    assert main(["commit", "-d", "-q", str(top)]) == 0
+    assert top.read_bytes() == image
+    assert content(base) == expected
+    assert content(top) == expected[: len(content(top))]
+    assert sound(base)
+
+
+def test_zeros_free_what_the_base_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero clusters become free space in the base, or zero clusters that hide what is below."""
+    size, some = 64 * CLUSTER, dict.fromkeys(range(64), b"lowest")
+    (tmp_path / "low.qed").write_bytes(build_image(size, some, table_size=2))
+    base, top = tmp_path / "base.qed", tmp_path / "top.qed"
+    base.write_bytes(
+        build_image(size, dict.fromkeys(range(32), b"base"), table_size=2, backing=b"low.qed")
+    )
+    top.write_bytes(
+        build_image(
+            size,
+            {**dict.fromkeys(range(8, 40), ZERO), 50: b"top"},
+            table_size=2,
+            backing=b"base.qed",
+        )
+    )
+    before = content(top)
+    assert main(["commit", str(top)]) == 0
+    said = capsys.readouterr().out
+    assert f"{CLUSTER} bytes of data and {32 * CLUSTER} of zeros went into {base}" in said
+    image = base.read_bytes()
+    entries = [get_entry(image, l2_entry_offset(image, number)) for number in range(64)]
+    assert entries[8:40] == [ZERO] * 32
+    assert [number for number in range(64) if entries[number] > ZERO] == [*range(8), 50]
+    assert base.stat().st_blocks * 512 <= (1 + 2 + 2 + 9) * CLUSTER
+    assert content(top) == content(base) == before
+
+
+def test_zeros_are_holes_in_a_raw_base(tmp_path: Path) -> None:
+    """A raw base gives their space back, and grows without writing zeros."""
+    base, top = tmp_path / "base.raw", tmp_path / "top.qed"
+    base.write_bytes(b"b" * (1 << 20))
+    qemu.create(top, 64 << 20, backing="base.raw", backing_format="raw")
+    qemu.io(top, "write -z 0 512K", "write -z -u 8M 32M", "write -P 5 50M 64K")
+    before = content(top)
+    assert main(["commit", "-q", str(top)]) == 0
+    assert base.read_bytes() == before == content(top)
+    assert base.stat().st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.expect_log("refuses")
+def test_a_host_that_refuses(seed: int, tmp_path: Path, *, lasting: bool) -> None:
+    """Whichever change of a file fails, the overlay reads as before; a second try ends it."""
+    chance = random.Random(2000 + seed)
+    place, original = tmp_path / "place", tmp_path / "original"
+    original.mkdir()
+    draw(original, chance)
+    top, base = original / "top.qed", max(set(original.iterdir()) - {original / "top.qed"})
+    before, expected = content(top), committed(content(top), content(base))
+
+    async def work() -> None:
+        await commit(str(place / "top.qed"))
+
+    shutil.copytree(original, place)
+    with failing(0) as changes:
+        trio.run(work)
+    total, refused = changes.count, 0
+    for when in sorted({1, total - 1, total, *chance.sample(range(1, total + 1), min(10, total))}):
+        shutil.rmtree(place)
+        shutil.copytree(original, place)
+        with failing(when, lasting=lasting):
+            try:
+                trio.run(work)
+            except* HostError:
+                refused += 1
+        assert qemu.content(place / "top.qed") == before, when
+        assert qemu.check(place / "top.qed").errors == 0, when
+        assert sound(place / base.name), when
+        trio.run(work)
+        assert qemu.content(place / "top.qed") == before, when
+        assert qemu.content(place / base.name, image_format=kind(base)) == expected, when
+        assert sound(place / base.name), when
+    assert refused
+
+
+def test_the_base_is_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No table of the overlay changes before a datasync of the base covers all its changes."""
+    steps: list[tuple[str, str]] = []
+
+    def noting(name: str, method: Any) -> Any:  # noqa: ANN401  any method of a file
+        async def call(file: PosixFile, *arguments: Any) -> None:  # noqa: ANN401
+            await method(file, *arguments)
+            what = name if name != "pwrite" or arguments[0] else "header"
+            steps.append((os.path.basename(file.path), what))  # noqa: PTH119  no I/O
+
+        return call
+
+    for name in ("pwrite", "truncate", "datasync", "punch"):
+        monkeypatch.setattr(PosixFile, name, noting(name, getattr(PosixFile, name)))
+    for name in ("write_now", "grow_now"):
+        monkeypatch.setattr(PosixFile, name, lambda *_: False)
+    for seed in range(6):
+        place = tmp_path / str(seed)
+        place.mkdir()
+        top, base = draw(place, random.Random(3000 + seed))
+        steps.clear()
+        assert main(["commit", "-q", str(top)]) == 0
+        emptied = steps.index((top.name, "pwrite"))
+        assert steps[emptied - 1] == (top.name, "datasync")
+        ours = [step for step in steps[:emptied] if step[0] == base.name]
+        late = [step for step in steps[emptied:] if step[0] == base.name]
+        synced = max(at for at, step in enumerate(ours) if step[1] == "datasync")
+        assert {what for _, what in ours[synced + 1 :]} <= {"punch", "header"}
+        assert {what for _, what in late} <= {"punch", "truncate", "header", "datasync"}
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line and a code each, and no file changes."""
+    base, top, alone = tmp_path / "base.qed", tmp_path / "top.qed", tmp_path / "alone.qed"
+    qemu.create(base, 1 << 20)
+    qemu.create(top, 1 << 20, backing="base.qed")
+    qemu.create(alone, 1 << 20)
+    qemu.io(top, "write -P 1 0 64K")
+    files = {path: path.read_bytes() for path in (base, top, alone)}
+
+    def refused(*words: str | os.PathLike[str], code: int, text: str) -> None:
+        assert main(["commit", *(os.fspath(word) for word in words)]) == code
+        complaint = capsys.readouterr().err
+        assert complaint.count("\n") == 1
+        assert text in complaint
+        assert {path: path.read_bytes() for path in files} == files
+
+    refused(alone, code=17, text="found none, expected one to commit to")
+    refused("--backing", "none", top, code=17, text="refused")
+    with qemu.hold(base, read_only=True):
+        refused(top, code=16, text="in use")
+    with qemu.hold(top, read_only=True):
+        refused(top, code=16, text="in use")
+    qemu.run("qemu-img", "rebase", "-u", "-f", "qed", "-b", "top.qed", "-F", "qed", base)
+    files[base] = base.read_bytes()
+    refused(top, code=17, text="loop")
+    base.unlink()
+    del files[base]
+    refused(top, code=17, text="No such file")
+
+
+def test_where_bases_may_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file outside the image's directory is only written to if the user allows it."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "secret").write_bytes(b"s" * 4096)
+    (inside / "base").symlink_to(outside / "secret")
+    top = inside / "top.qed"
+    qemu.create(top, 4096, backing="base", backing_format="raw")
+    qemu.io(top, "write -P 1 512 512")
+    assert main(["commit", str(top)]) == 17
+    assert "backing_dir" in capsys.readouterr().err
+    assert (outside / "secret").read_bytes() == b"s" * 4096
+    assert main(["commit", "-q", "--backing-dir", str(outside), str(top)]) == 0
+    assert (outside / "secret").read_bytes() == b"s" * 512 + b"\1" * 512 + b"s" * 3072
+
+
+@pytest.mark.expect_log("found table entries that point to nowhere")
+def test_a_damaged_overlay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bad entry is told, and nothing is taken out of the overlay."""
+    base, top = tmp_path / "base.qed", tmp_path / "top.qed"
+    qemu.create(base, 1 << 20, cluster_size=CLUSTER, table_size=2)
+    image = build_image(1 << 20, {0: b"x", 9: 3 * CLUSTER + 1}, table_size=2, backing=b"base.qed")
+    top.write_bytes(image)
+    assert main(["commit", str(top)]) == 13
+    assert "unaligned" in capsys.readouterr().err
+    assert top.read_bytes() == image

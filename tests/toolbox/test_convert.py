@@ -1,0 +1,357 @@
+"""``qedimg convert`` beside ``qemu-img convert``: the same disks, sound images, nothing left."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.tools import convert as conversion
+from qedfuse.tools import verify as verifying
+from tests.support import chains, qemu
+from tests.support.devices import loop_device
+from tests.support.disks import header_of, l2_entry_offset, put_entry
+from tests.support.fakecommand import finish, start
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def names(directory: Path) -> set[str]:
+    """List a directory, hidden files included."""
+    return set(os.listdir(directory))  # noqa: PTH208  names, not paths
+
+
+def sound(path: Path, *, leaks: bool = False) -> None:
+    """Have QEMU look for errors and leaks, of which there must be none.
+
+    With ``leaks`` there may be clusters to use again, which QEMU calls leaks.
+    """
+    found = qemu.check(path)
+    assert found.errors == 0, found.text
+    assert leaks or found.code == 0, found.text
+
+
+def geometry(chance: random.Random) -> list[str]:
+    """Draw a geometry that QEMU can open."""
+    # What the tables of one image could address has to fit into 64 bits, or QEMU cannot.
+    cluster, table = 1 << chance.randrange(12, 21), 1 << chance.randrange(1, 5)
+    return ["--cluster-size", str(cluster), "--table-size", str(table)]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
+    """Any chain, into QED and into raw: sound, of the same content, and as short as it can be."""
+    chance = random.Random(seed)
+    top = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
+    form = chains.kind(top)
+    before = names(tmp_path)
+    streams = ["-m", str(chance.randrange(1, 5)), "--backing", "any"]
+    image, raw = tmp_path / "copy.qed", tmp_path / "copy.raw"
+    words = [*geometry(chance), *streams, "--compare"]
+    assert main(["convert", "-f", form, *words, str(top), str(image)]) == 0
+    assert main(["convert", "-f", form, "-O", "raw", *streams, str(top), str(raw)]) == 0
+    assert names(tmp_path) == before | {image.name, raw.name}
+    sound(image)
+    expected = chains.content(top)
+    assert raw.read_bytes() == expected
+    assert chains.content(image) == expected
+    header = header_of(image.read_bytes())
+    data = sum(
+        any(expected[at : at + header.cluster_size])
+        for at in range(0, len(expected), header.cluster_size)
+    )
+    spans = sum(
+        any(expected[at : at + header.geometry.table_span])
+        for at in range(0, len(expected), header.geometry.table_span)
+    )
+    tables = (1 + spans) * header.geometry.table_bytes
+    assert image.stat().st_size == header.cluster_size * (1 + data) + tables
+    theirs = qemu.convert(top, tmp_path / "theirs.raw", source_format=form)
+    assert raw.stat().st_blocks <= theirs.stat().st_blocks
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_an_overlay_holds_what_differs(seed: int, tmp_path: Path) -> None:
+    """Over any base, related or not, the new image reads as the source does."""
+    chance = random.Random(f"overlay {seed}")
+    source = chains.draw_chain(tmp_path, chance, "c", chance.randrange(2, 4))
+    if chance.random() < 0.5:
+        base = chains.draw_chain(tmp_path, chance, "b", chance.randrange(1, 3))
+    else:
+        base = next(path for path in tmp_path.iterdir() if path.stem == "c0")
+    new = tmp_path / "new.qed"
+    words = ["-B", base.name, "-F", chains.kind(base), *geometry(chance)]
+    assert main(["convert", *words, "--compare", str(source), str(new)]) == 0
+    sound(new)
+    assert chains.content(new) == chains.content(source)
+    assert qemu.info(new)["backing-filename"] == base.name
+    rest = new.with_name("rest.qed")
+    assert main(["convert", *words, str(base), str(rest)]) == 0
+    header = header_of(rest.read_bytes())
+    assert rest.stat().st_size == header.l1_end, "nothing differs from itself"
+
+
+def test_what_the_base_hides_needs_zero_clusters(tmp_path: Path) -> None:
+    """Zeros over data of the base take entries and no space."""
+    qemu.create(tmp_path / "base.qed", 1 << 20)
+    qemu.io(tmp_path / "base.qed", f"write -P 7 0 {1 << 20}")
+    source = tmp_path / "source.raw"
+    source.write_bytes(bytes([7]) * (1 << 19) + bytes(1 << 19))
+    new = tmp_path / "new.qed"
+    assert main(["convert", "-B", "base.qed", str(source), str(new)]) == 0
+    header = header_of(new.read_bytes())
+    assert new.stat().st_size == header.l1_end + header.geometry.table_bytes
+    assert chains.content(new) == source.read_bytes()
+    sound(new)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_writing_into_what_is_there(seed: int, tmp_path: Path) -> None:
+    """With -n the old content is gone as far as the source reaches, and kept past it."""
+    chance = random.Random(f"existing {seed}")
+    source = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 3))
+    form, wanted = chains.kind(source), chains.content(source)
+    size = len(wanted) + 512 * chance.choice([0, 1, 3000])
+    old = bytearray(chance.randbytes(4096) * (size // 4096 + 1))[:size]
+    raw, image = tmp_path / "old.raw", tmp_path / "old.qed"
+    raw.write_bytes(old)
+    assert main(["convert", "-f", "raw", *geometry(chance), str(raw), str(image)]) == 0
+    for target, found in ((raw, "raw"), (image, "qed")):
+        words = ["-f", form, "-n", "-O", found, "--compare", str(source), str(target)]
+        assert main(["convert", *words]) == 0
+        assert chains.content(target) == wanted + old[len(wanted) :]
+    sound(image, leaks=True)
+
+
+def test_devices(tmp_path: Path) -> None:
+    """A block device is a source, and with -n a target."""
+    chance = random.Random(5)
+    content = chance.randbytes(1 << 20) + bytes(1 << 20) + chance.randbytes(1 << 20)
+    raw, image, place = tmp_path / "a.raw", tmp_path / "a.qed", tmp_path / "b.raw"
+    raw.write_bytes(content)
+    place.write_bytes(b"x" * len(content))
+    with loop_device(raw) as device:
+        assert main(["convert", device, str(image)]) == 0
+    with loop_device(place) as device:
+        assert main(["convert", "-O", "raw", str(image), device]) == 1
+        assert main(["convert", "-n", "-O", "raw", str(image), device]) == 0
+    sound(image)
+    assert place.read_bytes() == content
+
+
+@pytest.mark.parametrize(("sparse", "holes"), [("0", 0), ("4k", 3), ("64k", 1), ("512", 4)])
+def test_sparse_sizes(sparse: str, holes: int, tmp_path: Path) -> None:
+    """Runs of zeros become holes from the length on that -S says."""
+    data, content, lengths = b"d" * 4096, b"", (512, 4096, 8192, 1 << 17)
+    for length in lengths:
+        content += data + bytes(length)
+    content += b"d" * (-len(content) % 4096)
+    raw, new = tmp_path / "a.raw", tmp_path / "new.raw"
+    raw.write_bytes(content)
+    assert main(["convert", "-S", sparse, "-f", "raw", "-O", "raw", str(raw), str(new)]) == 0
+    assert new.read_bytes() == content
+    missing = (len(content) - new.stat().st_blocks * 512) >> 12
+    assert (missing > 0) is (holes > 0), missing
+    assert (missing < 30) is (holes == 0), missing
+    image = tmp_path / "new.qed"
+    words = ["-S", sparse, "--cluster-size", "4k", "-f", "raw", str(raw), str(image)]
+    assert main(["convert", *words]) == 0
+    sound(image)
+    full = qemu.check(image).data["allocated-clusters"] * 4096 >= len(content)
+    assert full is (sparse == "0")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pipes(seed: int, tmp_path: Path) -> None:
+    """Raw content comes from a pipe of unknown length, and goes into one in full."""
+    chance = random.Random(f"pipe {seed}")
+    content = chance.randbytes(3 << 20) + bytes(5 << 20) + chance.randbytes(chance.randrange(9999))
+    program = [sys.executable, "-m", "qedfuse.cli.qedimg", "convert"]
+    image, fifo = tmp_path / "a.qed", tmp_path / "fifo"
+    words = [*program, *geometry(chance), "-", str(image)]
+    subprocess.run(words, input=content, check=True)
+    sound(image)
+    padded = content + bytes(-len(content) % 512)
+    assert qemu.content(image) == padded
+    words = [*program, "-O", "raw", str(image), "-"]
+    assert subprocess.run(words, capture_output=True, check=True).stdout == padded
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=(content,))
+    writer.start()
+    assert main(["convert", "-O", "raw", str(fifo), str(tmp_path / "b.raw")]) == 0
+    writer.join()
+    assert (tmp_path / "b.raw").read_bytes() == content
+    assert names(tmp_path) == {"a.qed", "b.raw", "fifo"}
+
+
+@pytest.mark.parametrize("words", ["fifo new", "-O raw a.raw fifo"])
+def test_ctrl_c_while_nobody_opens_the_other_end(words: str, tmp_path: Path) -> None:
+    """Waiting for the other end of a pipe can be ended like everything else."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    script = (
+        "import os, signal, sys\n"
+        "real = os.open\n"
+        "def opening(path, *arguments, **named):\n"
+        "    if path == 'fifo':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(path, *arguments, **named)\n"
+        "os.open = opening\n"
+        "from qedfuse.cli.qedimg.main import main\n"
+        "sys.exit(main(['convert', *sys.argv[1:]]))"
+    )
+    done = finish(start([sys.executable, "-c", script, *words.split()], directory=tmp_path))
+    assert (done[0], done[2]) == (130, "qedimg: interrupted\n")
+    assert names(tmp_path) == {"a.raw", "fifo"}
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vmdk", "vdi", "vpc"])
+def test_other_formats(form: str, tmp_path: Path) -> None:
+    """They are made by qemu-img, and nothing else remains."""
+    chance = random.Random(form)
+    source, new = chains.draw_image(tmp_path / "a.qed", chance), tmp_path / f"new.{form}"
+    assert main(["convert", "-O", form, str(source), str(new)]) == 0
+    assert qemu.compare(source, new, second_format=form)
+    assert qemu.info(new)["format"] == form
+    assert names(tmp_path) == {"a.qed", new.name}
+
+
+MISTAKES: Final = {
+    "exists": ("a.raw b.raw", "b.raw: exists already (--force"),
+    "itself": ("--force a.raw a.raw", "a.raw: target: found the source itself"),
+    "linked": ("--force a.raw link", "link: target: found the source itself"),
+    "base": ("--force top.qed base.qed", "base.qed: target: found a base of the source"),
+    "into-base": ("-n top.qed base.qed", "base.qed: target: found a base of the source"),
+    "no-directory": ("a.raw gone/x", "gone/x: cannot open: No such file"),
+    "no-source": ("gone x", "gone: cannot open: No such file"),
+    "directory": (". x", "found a directory"),
+    "into-directory": ("--force a.raw .", "found a directory, expected a new file"),
+    "format": ("-O bogus a.raw x", "format: found bogus, expected one of"),
+    "source-format": ("-f qcow2 a.raw x", "-f: found qcow2, expected raw or qed"),
+    "foreign": ("foreign x", "foreign: format: found qcow2, expected raw or qed (-f raw"),
+    "not-qed": ("-f qed a.raw x", "a.raw: not a QED image"),
+    "compress": ("-c a.raw x", "-c: QED has no compression"),
+    "streams": ("-m 17 a.raw x", "-m: found 17, expected 1 to 16"),
+    "cluster": ("--cluster-size 5000 a.raw x", "cluster size: found 5000"),
+    "geometry": ("-O raw --cluster-size 4k a.raw x", "expected -O qed"),
+    "too-large": ("--cluster-size 4k --table-size 2 huge.raw x", "image size: found 5368709120"),
+    "key": ("-o compat=1 a.raw x", "option -o: found compat=1"),
+    "raw-overlay": ("-O raw -B base.qed a.raw x", "-B: found format raw, expected qed"),
+    "small": ("-n huge.raw base.qed", "base.qed: size: found 1048576, expected at least"),
+    "raw-over-qed": ("-n -O raw a.raw base.qed", "base.qed: found a QED image, expected raw"),
+    "image-pipe": ("top.qed -", "-: a pipe: expected -O raw"),
+    "foreign-option": ("-O qcow2 -o nonsense=1 a.raw x", "x: qemu-img: "),
+}
+IN_BASE: Final = {
+    "missing": ("-B gone a.raw x", "x: backing file gone: cannot open"),
+    "no-format": ("-B b.raw a.raw x", "b.raw: found no QED magic, expected one, or -F raw"),
+}
+
+
+@pytest.mark.parametrize("row", [*MISTAKES, *(f"base {name}" for name in IN_BASE)])
+def test_mistakes_get_one_line_and_leave_nothing(
+    row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message says what was found; no file is made or changed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.raw", "b.raw"):
+        (tmp_path / name).write_bytes(b"x" * 5000)
+    (tmp_path / "link").symlink_to("a.raw")
+    (tmp_path / "foreign").write_bytes(b"QFI\xfb" + bytes(5000))
+    with (tmp_path / "huge.raw").open("wb") as file:
+        file.truncate(5 << 30)
+    qemu.create(tmp_path / "base.qed", 1 << 20)
+    qemu.create(tmp_path / "top.qed", 1 << 20, backing="base.qed")
+    before = {name: (tmp_path / name).stat() for name in names(tmp_path)}
+    base = row.startswith("base ")
+    words, expected = IN_BASE[row.removeprefix("base ")] if base else MISTAKES[row]
+    assert main(["convert", *words.split()]) in {1, 12, 17}
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert expected in said.err
+    assert said.err.startswith("qedimg: ")
+    assert said.err.count("\n") == 1
+    after = {name: (tmp_path / name).stat() for name in names(tmp_path)}
+    assert after.keys() == before.keys()
+    for name, info in after.items():
+        assert (info.st_ino, info.st_mtime_ns) == (before[name].st_ino, before[name].st_mtime_ns)
+
+
+def test_without_qemu_img(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs qemu-img says so."""
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    target = tmp_path / "x.qcow2"
+    assert main(["convert", "-O", "qcow2", str(tmp_path / "a.raw"), str(target)]) == 1
+    assert "format qcow2: expected qemu-img to be installed\n" in capsys.readouterr().err
+    assert names(tmp_path) == {"a.raw"}
+
+
+def test_comparing_notices_a_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is not the same never gets its name."""
+    (tmp_path / "a.raw").write_bytes(b"x" * (1 << 20))
+    real = verifying.verify
+
+    def spoil(name: str) -> None:
+        with (tmp_path / name).open("r+b") as file:
+            file.seek(777_777)
+            file.write(b"y")
+
+    async def spoilt(source: object, copy: object, name: str) -> None:
+        spoil(next(name for name in names(tmp_path) if name.startswith(".new")))
+        await real(source, copy, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(conversion, "verify", spoilt)
+    words = ["--compare", "-O", "raw", str(tmp_path / "a.raw"), str(tmp_path / "new.raw")]
+    assert main(["convert", *words]) == 1
+    assert "new.raw: content at 777777: found other bytes" in capsys.readouterr().err
+    assert names(tmp_path) == {"a.raw"}
+
+
+def test_a_bad_entry_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damage is not copied as zeros."""
+    image = qemu.create(tmp_path / "a.qed", 1 << 20)
+    qemu.io(image, "write -P 1 0 64k")
+    content = bytearray(image.read_bytes())
+    put_entry(content, l2_entry_offset(content, 0), 1 << 40)
+    image.write_bytes(content)
+    assert main(["convert", str(image), str(tmp_path / "new.qed")]) == 13
+    assert "L2 entry 0: found 1099511627776" in capsys.readouterr().err
+    assert names(tmp_path) == {"a.qed"}
+
+
+def test_large_clusters_and_disks_take_little_memory(tmp_path: Path) -> None:
+    """Neither 64 MiB clusters nor 64 TiB of nothing take more than 256 MiB."""
+    raw = tmp_path / "a.raw"
+    with raw.open("wb") as file:
+        for at in (0, 1 << 30, (1 << 34) - 5):
+            file.seek(at)
+            file.write(b"data!")
+    huge = qemu.create(tmp_path / "huge.qed", 1 << 46)
+    qemu.io(huge, f"write -P 3 {1 << 45} 64k")
+    script = (
+        "import resource, sys; from qedfuse.cli.qedimg.main import main\n"
+        "code = main(sys.argv[1:])\n"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    image = tmp_path / "wide.qed"
+    wide = ["--compare", "--cluster-size", "64M", "--table-size", "16", str(raw), str(image)]
+    for words in (wide, [str(huge), str(tmp_path / "copy.qed")]):
+        done = qemu.run(sys.executable, "-c", script, "convert", *words)
+        code, kib = map(int, done.stdout.split())
+        assert code == 0
+        assert kib < 256 << 10
+    # QEMU opens no image with such clusters.
+    assert main(["check", str(image)]) == 0
+    assert (tmp_path / "copy.qed").stat().st_size == huge.stat().st_size

@@ -1,0 +1,215 @@
+"""``qedimg dump``: entry by entry, right or wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.ondisk.constants import ZERO
+from qedfuse.ondisk.header import Header, build_header
+from tests.support import qemu
+from tests.support.disks import build_image, get_entry, put_entry
+from tests.toolbox import memory
+from tests.toolbox.chains import random_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER = 4096
+MIB = 1 << 20
+
+
+def dump(
+    *arguments: str | Path, capsys: pytest.CaptureFixture[str], code: int = 0
+) -> tuple[Any, str]:
+    """Run the command with JSON; give what it printed, and what it complained of."""
+    assert main(["dump", "--output", "json", *map(str, arguments)]) == code
+    said = capsys.readouterr()
+    assert bool(said.err) == bool(code), said.err
+    return json.loads(said.out) if not code else None, said.err
+
+
+def ranges(value: dict[str, Any]) -> list[tuple[int, int, int, str]]:
+    """Give the entries: index, count, value and verdict."""
+    return [
+        (item["index"], item["count"], item["value"], item["verdict"]) for item in value["entries"]
+    ]
+
+
+def expanded(value: dict[str, Any]) -> dict[int, int]:
+    """Give each entry that the ranges stand for."""
+    return {
+        item["index"] + number: item["value"] + number * item["step"]
+        for item in value["entries"]
+        for number in range(item["count"])
+    }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_entry(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What QEMU wrote is there, each entry, and nothing else; all of it is right."""
+    path = tmp_path / "disk.qed"
+    random_image(path, random.Random(seed))
+    content = path.read_bytes()
+    fields = {
+        item["name"]: item["value"] for item in dump("header", path, capsys=capsys)[0]["fields"]
+    }
+    count = fields["cluster_size"] * fields["table_size"] // 8
+    l1, _err = dump("l1", path, capsys=capsys)
+    tables = stored(content, fields["l1_table_offset"], count)
+    assert expanded(l1) == tables
+    for number, table in tables.items():
+        l2, _err = dump("l2", str(number), path, capsys=capsys)
+        assert expanded(l2) == stored(content, table, count)
+        assert (l2["l1-index"], l2["table-offset"]) == (number, table)
+        verdicts = {item["verdict"] for item in l2["entries"]}
+        assert verdicts <= {"ok", "zeros"}
+        for item in l2["entries"]:
+            start = number * count * fields["cluster_size"] + item["index"] * fields["cluster_size"]
+            assert item["guest-start"] == start
+            assert item["guest-length"] == item["count"] * fields["cluster_size"]
+
+
+def stored(content: bytes, table: int, count: int) -> dict[int, int]:
+    """Read a table: the entries in use by their numbers."""
+    values = np.frombuffer(content, "<u8", count, table)
+    return {at: int(values[at]) for at in np.flatnonzero(values).tolist()}
+
+
+def test_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each field, where it lies, its bytes, and what they mean."""
+    path = tmp_path / "disk.qed"
+    path.write_bytes(build_image(MIB, backing=b"base", compat=32))
+    value, _err = dump("header", path, capsys=capsys)
+    assert value["problems"] == []
+    fields = {item["name"]: item for item in value["fields"]}
+    assert len(fields) == 11
+    assert fields["features"]["meaning"] == "backing_file"
+    assert fields["compat_features"]["meaning"] == "unknown bit 5"
+    assert (fields["image_size"]["offset"], fields["image_size"]["value"]) == (48, MIB)
+    assert main(["dump", "header", str(path)]) == 0
+    assert "16  features                 0x0000000000000001" in capsys.readouterr().out
+
+
+def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is wrong with an entry is said, and neighbours alike are one range."""
+    good = dict.fromkeys((0, 1, 2, 9), b"x")
+    odd = {4: ZERO, 5: ZERO, 6: 4096 * 3 + 5, 7: 1 << 50, 8: CLUSTER, 11: (1 << 50) + CLUSTER}
+    image = build_image(4 * MIB, {**good, **odd}, header_size=2)
+    table = get_entry(image, 2 * CLUSTER)
+    length = len(image)
+    put_entry(image, 2 * CLUSTER + 8, 4097)
+    put_entry(image, 2 * CLUSTER + 16, 1 << 62)
+    put_entry(image, 2 * CLUSTER + 24, 2 * CLUSTER)
+    path = tmp_path / "disk.qed"
+    path.write_bytes(image + bytes(100))
+    put_entry(image, table + 8 * 12, length)
+    path.write_bytes(image + bytes(100))
+    assert ranges(dump("l1", path, capsys=capsys)[0]) == [
+        (0, 1, table, "ok"),
+        (1, 1, 4097, "reserved"),
+        (2, 1, 1 << 62, "past the end"),
+        (3, 1, 2 * CLUSTER, "over metadata"),
+    ]
+    first = table + CLUSTER
+    assert ranges(dump("l2", "0", path, capsys=capsys)[0]) == [
+        (0, 3, first, "ok"),
+        (4, 2, ZERO, "zeros"),
+        (6, 1, 4096 * 3 + 5, "reserved"),
+        (7, 1, 1 << 50, "past the end"),
+        (8, 1, CLUSTER, "over metadata"),
+        (9, 1, first + 3 * CLUSTER, "ok"),
+        (11, 1, (1 << 50) + CLUSTER, "past the end"),
+        (12, 1, length, "cut short"),
+    ]
+    assert main(["dump", "l2", "0", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["4", "2", "0x1", "0x4000", "0x2000", "zeros"]
+
+
+def test_unaligned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With larger clusters an offset can be wrong without a reserved bit."""
+    image = build_image(MIB, {0: b"x", 1: 0x11000}, cluster_size=1 << 16)
+    path = tmp_path / "disk.qed"
+    path.write_bytes(image)
+    found = ranges(dump("l2", "0", path, capsys=capsys)[0])
+    assert [item[3] for item in found] == ["ok", "unaligned"]
+
+
+def test_operands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number for an L2 table, and only there."""
+    path = tmp_path / "disk.qed"
+    path.write_bytes(build_image(MIB, {0: b"x"}))
+    assert "found none" in dump("l2", path, capsys=capsys, code=1)[1]
+    assert "found x" in dump("l2", "x", path, capsys=capsys, code=1)[1]
+    assert "no table" in dump("l2", "1", path, capsys=capsys, code=1)[1]
+    assert "0 to 511" in dump("l2", "512", path, capsys=capsys, code=1)[1]
+    assert "two operands" in dump("l1", "1", path, capsys=capsys, code=1)[1]
+    assert "what" in dump("l3", path, capsys=capsys, code=1)[1]
+
+
+def test_broken_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tables are shown as long as anybody can tell where they are."""
+    path = tmp_path / "disk.qed"
+    image = build_image(MIB, {0: b"x"})
+    image[48:56] = b"\xff" * 8
+    image[16] |= 64
+    path.write_bytes(image)
+    assert len(dump("header", path, capsys=capsys)[0]["problems"]) == 2
+    assert len(dump("l2", "0", path, capsys=capsys)[0]["entries"]) == 1
+    image[4:8] = (4097).to_bytes(4, "little")
+    path.write_bytes(image)
+    assert "cluster_size" in dump("l1", path, capsys=capsys, code=12)[1]
+    path.write_bytes(image[:30])
+    assert len(dump("header", path, capsys=capsys)[0]["fields"]) == 5
+    assert "truncated" in dump("l1", path, capsys=capsys, code=12)[1]
+    path.write_bytes(b"no image")
+    assert "not a QED image" in dump("header", path, capsys=capsys, code=12)[1]
+    assert "directory" in dump("header", tmp_path, capsys=capsys, code=12)[1]
+    assert "No such file" in dump("header", tmp_path / "none", capsys=capsys, code=1)[1]
+
+
+def test_random_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is in an image, it ends with one of a few codes and one line at most."""
+    chance = random.Random(12)
+    path = tmp_path / "random.qed"
+    good = build_image(MIB, {0: b"x", 5: ZERO})
+    for _ in range(200):
+        image = bytearray(good if chance.randrange(2) else b"QED\0" + chance.randbytes(9000))
+        for _ in range(chance.randrange(1, 9)):
+            image[chance.randrange(4, min(len(image), 9000))] = chance.randrange(256)
+        path.write_bytes(image[: chance.randrange(4, len(image) + 1)])
+        for words in (["header"], ["l1"], ["l2", "0"]):
+            code = main(["dump", *words, str(path)])
+            assert code in (0, 1, 12)
+            assert code == 0 or words != ["header"]
+            assert capsys.readouterr().err.count("\n") == bool(code)
+
+
+def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image in use is looked into only if that is asked for."""
+    path = qemu.create(tmp_path / "disk.qed", MIB)
+    with qemu.hold(path):
+        assert "in use" in dump("l1", path, capsys=capsys, code=16)[1]
+        assert dump("-U", "l1", path, capsys=capsys)[0]["entries"] == []
+
+
+def test_a_hostile_image_takes_little_memory(tmp_path: Path) -> None:
+    """A table of 1 GiB comes out as it is read."""
+    header = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 60)
+    path = tmp_path / "hostile.qed"
+    with path.open("wb") as file:
+        file.write(build_header(header))
+        file.seek(header.l1_table_offset + (1 << 29))
+        file.write(b"\7" * (1 << 20))
+        file.truncate(header.l1_end)
+    out, peak, _modules = memory.run("dump", "l1", path)
+    counts = [int(line.split()[1]) for line in out.splitlines()[1:]]
+    assert sum(counts) == 1 << 17
+    assert len(counts) <= 1 << 5
+    assert peak < 256 * MIB

@@ -1,0 +1,93 @@
+"""``qedimg freelist``: shown, kept and dropped, and what QEMU makes of it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from tests.support import qemu
+from tests.support.disks import build_image, l2_entry_offset, pattern, put_entry
+from tests.support.freelists import listed, put_list
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER = 4096
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give an image with three free clusters."""
+    content = build_image(1 << 20, {n: pattern(CLUSTER, n) for n in range(6)}, table_size=2)
+    for number in (1, 2, 4):
+        put_entry(content, l2_entry_offset(content, number), 0)
+    path = tmp_path / "disk.qed"
+    path.write_bytes(content)
+    return path
+
+
+def test_on_show_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """QEMU refuses the image while there is a list, and accepts it afterwards."""
+    assert main(["freelist", "show", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: no list of free clusters\n"
+    before = qemu.content(path)
+    assert main(["freelist", "on", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{path}: a list of 3 free clusters (12 KiB) in 2 runs, kept in 1 of them\n"
+    assert listed(path.read_bytes()) is not None
+    with pytest.raises(qemu.QemuError, match="Unsupported"):
+        qemu.info(path)
+    assert main(["freelist", "show", "--output", "json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "filename": str(path), "format": "qed", "present": True, "valid": True, "runs": 2,
+        "free-clusters": 3, "free-bytes": 3 * CLUSTER, "list-clusters": 1,
+    }  # fmt: skip
+    assert main(["freelist", "off", "--output", "json", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said) == {"filename": str(path), "format": "qed", "present": False}
+    assert qemu.content(path) == before
+
+
+def test_nothing_to_list(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a free cluster there is no list, and QEMU can open the image."""
+    assert main(["compact", "-q", str(path)]) == 0
+    assert main(["freelist", "on", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: no cluster is free, so there is no list\n"
+    assert qemu.check(path).code == 0
+
+
+def test_a_list_that_is_not_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shown as what it is; the reason is in the JSON too."""
+    content = bytearray(path.read_bytes())
+    put_list(content)
+    content.extend(bytes(CLUSTER))
+    path.write_bytes(content)
+    assert main(["freelist", "show", str(path)]) == 0
+    assert "that is not valid: " in (said := capsys.readouterr().out)
+    assert "file_bytes" in said
+    assert main(["freelist", "show", "--output", "json", str(path)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["present"], said["valid"]) == (True, False)
+    assert "file_bytes" in said["problem"]
+
+
+def test_beside_a_writer(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only looking at it can be done beside a program that writes."""
+    with qemu.hold(path):
+        assert main(["freelist", "show", str(path)]) == 16
+        assert main(["freelist", "show", "-U", str(path)]) == 0
+        assert main(["freelist", "on", str(path)]) == 16
+        assert main(["freelist", "on", "-U", str(path)]) == 1
+    assert "-U: freelist on shares the image with nobody" in capsys.readouterr().err
+
+
+def test_the_base_is_not_needed(path: Path) -> None:
+    """An overlay gets its list wherever its base is."""
+    qemu.run("qemu-img", "rebase", "-u", "-f", "qed", "-b", "/nowhere", "-F", "raw", path)
+    assert main(["freelist", "on", "-q", str(path)]) == 0
+    assert listed(path.read_bytes()) is not None
+    assert main(["freelist", "off", "-q", str(path)]) == 0
+    assert listed(path.read_bytes()) is None

@@ -1,0 +1,53 @@
+"""The help of the program and of each command that it lists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Final
+
+import pytest
+
+from qedfuse.cli.qedimg import main as program
+
+SCREEN_LINES: Final = 24
+SCREEN_COLUMNS: Final = 80
+
+
+def test_help_fits_a_screen() -> None:
+    """With the prompt below it; every command is on it."""
+    lines = program.usage().splitlines()
+    assert len(lines) < SCREEN_LINES
+    assert max(map(len, lines)) < SCREEN_COLUMNS
+    for name, summary in program.COMMANDS.items():
+        assert [line for line in lines if line.split()[:1] == [name] and summary in line]
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has a description, exit codes and an example, in lines that fit."""
+    assert program.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: qedimg {name} ")
+    assert max(map(len, text.splitlines())) < SCREEN_COLUMNS
+    assert re.search(rf"\n\nExample:\n  qedimg {name} \S", text)
+    assert "\n\nExit codes: 0 " in text
+    assert " ".join(program.command(name).DESCRIPTION.split()) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_example_can_be_typed(name: str) -> None:
+    """The command's own parser takes the example."""
+    words = shlex.split(program.command(name).EXAMPLE.split("|")[0])
+    assert words[:2] == ["qedimg", name]
+    parsed = vars(program.make_parser(name).parse(words[2:]))
+    assert not parsed["quiet"]
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_every_option_has_a_help(name: str) -> None:
+    """And it is a phrase: it begins small, and has no full stop."""
+    for action in program.make_parser(name)._actions:
+        if action.option_strings:
+            assert action.help, action.option_strings
+            assert not action.help.endswith("."), action.option_strings

@@ -1,0 +1,258 @@
+"""``qedimg info`` beside ``qemu-img info``, and what it says besides."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.ondisk.constants import ZERO, Feature
+from qedfuse.tools import info as tool
+from qedfuse.tools.backingname import judge_name
+from tests.support import qemu
+from tests.support.disks import build_image, l2_entry_offset, put_entry
+from tests.toolbox.chains import random_chain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER = 4096
+MIB = 1 << 20
+
+
+def info(
+    *arguments: str | Path, capsys: pytest.CaptureFixture[str], code: int = 0
+) -> tuple[Any, str]:
+    """Run the command with JSON; give what it printed, and what it complained of."""
+    assert main(["info", "--output", "json", *map(str, arguments)]) == code
+    said = capsys.readouterr()
+    return json.loads(said.out or "null"), said.err
+
+
+def human(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command for people."""
+    assert main(["info", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def problems(value: dict[str, Any]) -> list[str]:
+    """Give the words for what is wrong."""
+    return [item["code"] for item in value["problems"]]
+
+
+def common(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Compare what both say of an image, field by field."""
+    assert {key: ours.get(key) for key in theirs} == theirs
+    own = {"format-specific", "safety", "problems"} if theirs["format"] == "qed" else set()
+    assert ours.keys() - theirs.keys() == own
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_same_as_qemu(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any chain: each field that both have, of each image and of the whole chain."""
+    chain = random_chain(tmp_path, random.Random(seed))
+    for path in chain:
+        common(info(path, capsys=capsys)[0], qemu.info(path))
+        lines = human(path, capsys=capsys).splitlines()
+        theirs = qemu.run("qemu-img", "info", path).stdout.splitlines()
+        words = ("image:", "file format:", "cluster_size:", "backing file")
+        assert [line for line in lines if line.startswith(words)] == [
+            line for line in theirs if line.startswith(words)
+        ]
+    ours, _err = info("--backing-chain", chain[0], capsys=capsys)
+    found = qemu.run("qemu-img", "info", "--backing-chain", "--output=json", chain[0]).stdout
+    for one, other in zip(ours, json.loads(found), strict=True):
+        common(one, other)
+
+
+def test_qemu_has_the_same_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names of a base are those that QEMU prints, seen from anywhere."""
+    (tmp_path / "sub").mkdir()
+    base = qemu.create(tmp_path / "base.qed", MIB)
+    path = qemu.create(tmp_path / "sub" / "top.qed", backing="../base.qed")
+    value, _err = info(path, capsys=capsys)
+    common(value, qemu.info(path))
+    assert value["full-backing-filename"] == f"{tmp_path}/sub/../base.qed"
+    assert value["format-specific"]["data"]["resolved-backing-filename"] == str(base)
+    assert value["safety"]["escapes-directory"] is True
+    assert value["safety"]["safe-to-mount"] is False
+
+
+def test_no_base_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an image names need not exist, nor be allowed, unless the chain is asked for."""
+    path = tmp_path / "top.qed"
+    path.write_bytes(build_image(MIB, backing=b"/no/such/file"))
+    value, err = info(path, capsys=capsys)
+    assert (value["backing-filename"], err) == ("/no/such/file", "")
+    assert (value["safety"]["absolute"], value["safety"]["escapes-directory"]) == (True, True)
+    assert "No such file" in info("--backing-chain", path, capsys=capsys, code=17)[1]
+
+
+def test_which_bases_may_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The chain is followed inside the directory, or where the user allows it."""
+    (tmp_path / "sub").mkdir()
+    qemu.create(tmp_path / "base.qed", MIB)
+    path = qemu.create(tmp_path / "sub" / "top.qed", backing="../base.qed")
+    assert "refused" in info("--backing-chain", path, capsys=capsys, code=17)[1]
+    for words in (("--backing", "any"), ("--backing-dir", str(tmp_path))):
+        chain, _err = info("--backing-chain", *words, path, capsys=capsys)
+        assert [item["virtual-size"] for item in chain] == [MIB, MIB]
+    refused = ("--backing", "none", "--backing-chain")
+    assert "backing=none" in info(*refused, path, capsys=capsys, code=17)[1]
+
+
+def test_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chain that comes back to itself is refused, and one without an end."""
+    for number in range(70):
+        name = f"{number + 1}.qed".encode()
+        (tmp_path / f"{number}.qed").write_bytes(build_image(MIB, backing=name))
+    (tmp_path / "a.qed").write_bytes(build_image(MIB, backing=b"b.qed"))
+    (tmp_path / "b.qed").write_bytes(build_image(MIB, backing=b"a.qed"))
+    assert "loop" in info("--backing-chain", tmp_path / "a.qed", capsys=capsys, code=17)[1]
+    assert "64 files" in info("--backing-chain", tmp_path / "0.qed", capsys=capsys, code=17)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (b"base.qed", ("dir/base.qed", False)),
+        (b"sub/./base.qed", ("dir/sub/base.qed", False)),
+        (b"../dir/base.qed", ("dir/base.qed", False)),
+        (b"../base.qed", ("base.qed", True)),
+        (b"sub/../../base.qed", ("base.qed", True)),
+        (b"link/base.qed", ("base.qed", True)),
+        (b"sub/../base.qed", ("dir/base.qed", False)),
+        (b"link/../dir/base.qed", ("../dir/base.qed", True)),
+        (b"sub/../../dir/base.qed", ("dir/base.qed", True)),
+        (b"..", ("", True)),
+        (b"", ("dir", True)),
+    ],
+)
+def test_where_a_name_leads(name: bytes, expected: tuple[str, bool], tmp_path: Path) -> None:
+    """Dots and links are followed, but only inside the directory."""
+    (tmp_path / "dir" / "sub").mkdir(parents=True)
+    (tmp_path / "dir" / "link").symlink_to("..")
+    judged = judge_name(name, str(tmp_path / "dir" / "top.qed"), raw_format=False)
+    where = os.path.normpath(tmp_path / expected[0])
+    assert (judged.resolved, judged.escapes) == (where, expected[1])
+
+
+def test_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What QEMU would take for a protocol is told, and never taken for a file."""
+    names = {b"json:{}": "json", b"nbd://host/x": "nbd", b":x": "", b"a/b:c": None, b"./b:c": None}
+    for name, scheme in names.items():
+        path = tmp_path / "top.qed"
+        path.write_bytes(build_image(MIB, backing=name))
+        value, _err = info(path, capsys=capsys)
+        safety = value["safety"]
+        assert safety["scheme"] == scheme
+        assert safety["safe-to-mount"] == (scheme is None)
+        assert ("backing-scheme" in problems(value)) == (scheme is not None)
+
+
+def test_needs_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image that was not closed cleanly says so; QEMU 7.2 does not."""
+    path = tmp_path / "dirty.qed"
+    path.write_bytes(build_image(MIB, features=Feature.NEED_CHECK, table_size=2))
+    value, _err = info(path, capsys=capsys)
+    assert value["dirty-flag"] is True
+    assert value["safety"]["need-check"] is True
+    assert problems(value) == ["need-check-set"]
+    assert "need check: yes" in human(path, capsys=capsys)
+    assert qemu.info(path)["dirty-flag"] is False
+
+
+def test_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bits are told by name and by number."""
+    path = tmp_path / "features.qed"
+    path.write_bytes(
+        build_image(MIB, features=1 << 9, compat=1 << 40, autoclear=3, backing=b"base")
+    )
+    value, _err = info(path, capsys=capsys)
+    features = value["format-specific"]["data"]["features"]
+    assert features == {
+        "incompatible": {"value": 513, "names": ["backing_file"], "unknown-bits": [9]},
+        "compatible": {"value": 1 << 40, "names": [], "unknown-bits": [40]},
+        "autoclear": {"value": 3, "names": [], "unknown-bits": [0, 1]},
+    }
+    assert value["safety"]["flags"] == ["backing_file", 9]
+    assert "0x201 (backing_file, unknown bit 9)" in human(path, capsys=capsys)
+
+
+def test_allocation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Clusters are counted if asked for; L2 tables always, and those that are none."""
+    path = tmp_path / "disk.qed"
+    image = build_image(8 * MIB, {0: b"x", 3: ZERO, 4: ZERO, 700: b"y", 1500: b"z"})
+    path.write_bytes(image)
+    value, _err = info(path, capsys=capsys)
+    data = value["format-specific"]["data"]
+    assert (data["l2-tables"], data["l2-tables-possible"]) == (3, 4)
+    assert "allocation" not in data
+    value, _err = info("--allocation", path, capsys=capsys)
+    assert value["format-specific"]["data"]["allocation"] == {
+        "l2-tables": 3, "bad-tables": 0, "data-clusters": 3, "zero-clusters": 2,
+    }  # fmt: skip
+    image[CLUSTER + 8 * 3 : CLUSTER + 8 * 4] = (1 << 40).to_bytes(8, "little")
+    path.write_bytes(image)
+    value, _err = info("--allocation", path, capsys=capsys)
+    assert value["format-specific"]["data"]["allocation"]["bad-tables"] == 1
+    assert problems(value) == ["l1-wild"]
+
+
+def test_a_free_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A list is read and judged, and QEMU's refusal of it is no reason to refuse it."""
+    content = build_image(MIB, dict.fromkeys(range(6), b"x"), table_size=2)
+    for number in (1, 2, 4):
+        put_entry(content, l2_entry_offset(content, number), 0)
+    path = tmp_path / "disk.qed"
+    path.write_bytes(content)
+    assert main(["freelist", "on", str(path), "-q"]) == 0
+    value, _err = info(path, capsys=capsys)
+    found = value["format-specific"]["data"]["free-list"]
+    assert (found["present"], found["valid"], found["free-clusters"]) == (True, True, 3)
+    assert problems(value) == []
+    assert "free list: 3 clusters" in human(path, capsys=capsys)
+    with path.open("r+b") as file:
+        file.seek(3600)
+        file.write(b"\xff")
+    found = info(path, capsys=capsys)[0]["format-specific"]["data"]["free-list"]
+    assert found["valid"] is False
+    assert "checksum" in found["problem"]
+
+
+def test_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Anything without a magic is raw; a foreign format is named; a directory is no file."""
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(b"x" * 1000)
+    assert info(raw, capsys=capsys)[0] == qemu.info(raw)
+    assert "magic" in info("-f", "qed", raw, capsys=capsys, code=12)[1]
+    foreign = qemu.create(tmp_path / "foreign.img", MIB, image_format="qcow2")
+    value, err = info(foreign, capsys=capsys, code=12)
+    assert value is None
+    assert "found a qcow image" in err
+    assert info("-f", "raw", foreign, capsys=capsys)[0]["format"] == "raw"
+    assert "directory" in info(tmp_path, capsys=capsys, code=12)[1]
+    assert "No such file" in info(tmp_path / "none", capsys=capsys, code=1)[1]
+
+
+def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image in use is not described unless that is asked for."""
+    path = qemu.create(tmp_path / "disk.qed", MIB)
+    with qemu.hold(path):
+        assert "in use" in info(path, capsys=capsys, code=16)[1]
+        assert info("-U", path, capsys=capsys)[0]["virtual-size"] == MIB
+
+
+def test_from_python(tmp_path: Path) -> None:
+    """The function gives the same, as data."""
+    path = tmp_path / "disk.qed"
+    path.write_bytes(build_image(MIB, {0: b"x"}))
+    found = tool.describe(str(path))
+    assert (found.format, found.virtual_size, found.file_size) == ("qed", MIB, 4 * CLUSTER)
+    assert found.qed is not None
+    assert found.qed.l2_tables == 1
+    assert found.qed.mountable

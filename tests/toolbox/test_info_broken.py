@@ -1,0 +1,146 @@
+"""``qedimg info`` on images that cannot be opened, and on those that are made to do harm."""
+
+from __future__ import annotations
+
+import json
+import random
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from qedfuse.ondisk.header import Header, build_header
+from qedfuse.tools.info import MAX_L1_BYTES
+from tests.support.disks import build_image
+from tests.toolbox import memory
+from tests.toolbox.test_info import human, info, problems
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+CLUSTER = 4096
+MIB = 1 << 20
+
+BROKEN: Final[Mapping[str, Mapping[str, int]]] = {
+    "bad-cluster-size": {"cluster_size": 4097},
+    "bad-table-size": {"table_size": 3},
+    "bad-header-size": {"header_size": 9},
+    "unknown-features": {"features": 1 << 63 | 1 << 17},
+    "bad-l1-table-offset": {"l1_table_offset": 1 << 50},
+    "bad-image-size": {"image_size": 513},
+    "bad-backing-filename-size": {
+        "features": 1,
+        "backing_filename_size": 5000,
+        "backing_filename_offset": 64,
+    },
+    "bad-backing-filename-offset": {
+        "features": 1,
+        "backing_filename_size": 20,
+        "backing_filename_offset": 4090,
+    },
+}
+
+
+@pytest.mark.parametrize("word", BROKEN)
+def test_headers_that_are_refused(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each field that is wrong is named, and all the others are told."""
+    path = tmp_path / "broken.qed"
+    fields = {
+        "cluster_size": CLUSTER, "table_size": 2, "header_size": 1, "features": 0,
+        "compat_features": 0, "autoclear_features": 0, "l1_table_offset": CLUSTER,
+        "image_size": MIB,
+    }  # fmt: skip
+    head = build_header(_header(**{**fields, **BROKEN[word]}))
+    path.write_bytes(head.ljust(3 * CLUSTER, b"\0"))
+    value, err = info(path, capsys=capsys)
+    assert err == ""
+    assert problems(value) == [word]
+    assert value["format"] == "qed"
+    assert value["safety"]["safe-to-mount"] is False
+    assert value["virtual-size"] == {**fields, **BROKEN[word]}["image_size"]
+    assert value["problems"][0]["message"] in human(path, capsys=capsys)
+    assert info("--backing-chain", path, capsys=capsys)[0] == [value]
+
+
+def test_everything_wrong_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All is told that can be told, not just the first thing."""
+    path = tmp_path / "broken.qed"
+    fields = {
+        "cluster_size": CLUSTER, "table_size": 2, "header_size": 77, "features": 1 << 20 | 1,
+        "compat_features": 4, "autoclear_features": 8, "l1_table_offset": 5, "image_size": 7,
+        "backing_filename_offset": 1, "backing_filename_size": 9999,
+    }  # fmt: skip
+    path.write_bytes(build_header(_header(**fields)))
+    found = problems(info(path, capsys=capsys)[0])
+    assert found[:4] == [
+        "unknown-features",
+        "bad-image-size",
+        "bad-l1-table-offset",
+        "bad-backing-filename-size",
+    ]
+    assert {"unknown-compat-bits", "unknown-autoclear-bits", "odd-tail"} <= set(found)
+
+
+def _header(**fields: int) -> Any:  # noqa: ANN401  what `build_header` takes for one
+    """Give the fields of a header that no `Header` would accept."""
+    return SimpleNamespace(**{"backing_filename_offset": 0, "backing_filename_size": 0, **fields})
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 40, 63])
+def test_a_truncated_header(
+    length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fields that are there are told."""
+    path = tmp_path / "short.qed"
+    path.write_bytes(build_image(MIB)[:length])
+    value, _err = info(path, capsys=capsys)
+    assert problems(value) == ["truncated-header"]
+    assert value["virtual-size"] == (MIB if length >= 56 else None)
+    assert value["cluster-size"] == (CLUSTER if length >= 8 else None)
+    assert "truncated header" in human(path, capsys=capsys)
+
+
+def test_random_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever follows the magic, it is described in one line for each thing that is wrong."""
+    chance = random.Random(11)
+    path = tmp_path / "random.qed"
+    good = build_image(MIB, {0: b"x"}, backing=b"base")
+    for _ in range(300):
+        image = bytearray(good if chance.randrange(2) else b"QED\0" + chance.randbytes(9000))
+        for _ in range(chance.randrange(1, 5)):
+            at = chance.randrange(4, 80)
+            image[at] = chance.choice([0, 1, 2, 255, chance.randrange(256)])
+        path.write_bytes(image[: chance.choice([len(image), chance.randrange(4, len(image))])])
+        value, err = info(path, capsys=capsys)
+        assert (value["format"], err) == ("qed", "")
+        assert all("\n" not in item["message"] for item in value["problems"])
+        human("--allocation", path, capsys=capsys)
+
+
+def test_names_cannot_forge_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a stranger wrote into an image is printed escaped."""
+    path = tmp_path / "top.qed"
+    path.write_bytes(build_image(MIB, backing=b"x\nfile format: raw\x1b[2J\xff"))
+    text = human(path, capsys=capsys)
+    assert "x\\nfile format: raw\\x1b[2J\\xff" in text
+    assert text.splitlines().count("file format: raw") == 0
+    assert "\x1b" not in text
+    assert info(path, capsys=capsys)[0]["backing-filename"].endswith("\udcff")
+
+
+def test_it_is_quick_and_small(tmp_path: Path) -> None:
+    """An L1 table of 1 GiB is not read, and neither numpy nor trio is loaded for an answer."""
+    header = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 60)
+    path = tmp_path / "hostile.qed"
+    with path.open("wb") as file:
+        file.write(build_header(header))
+        file.seek(header.l1_table_offset + (1 << 29))
+        file.write((1 << 40).to_bytes(8, "little") * (MAX_L1_BYTES // 8 + 10))
+        file.truncate(header.l1_end)
+    out, peak, modules = memory.run("info", "--output=json", path)
+    assert json.loads(out)["format-specific"]["data"]["l2-tables"] is None
+    assert not {"numpy", "trio"} & modules
+    assert peak < 64 * MIB

@@ -1,0 +1,251 @@
+"""Ctrl-C at any moment: no half-made image remains, and none that was changed is damaged.
+
+The program runs in a process of its own, in which one of its changes to files, the n-th,
+or one of its reports of progress brings SIGINT; and so do all that follow, as from a user
+who keeps pressing Ctrl-C.  So each moment can be found again, whatever the machine does.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import pytest
+
+from tests.support import qemu
+from tests.support.disks import get_entry, l2_entry_offset, put_entry
+from tests.support.fakecommand import finish, start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CLUSTER: Final = 4096
+CLUSTERS: Final = 300
+MOMENTS: Final = 5
+"""Interrupted runs of each command, for each kind of moment."""
+DONE, INTERRUPTED = 0, 130
+
+_SCRIPT: Final = """
+import os, signal, sys
+when, kind, total = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+del sys.argv[1:4]
+count = 0
+
+def moment():
+    global count
+    count += 1
+    if 0 < when <= count:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def counted(function):
+    def call(*arguments, **named):
+        if kind == "before":
+            moment()
+        try:
+            return function(*arguments, **named)
+        finally:
+            if kind != "before":
+                moment()
+    return call
+
+if kind == "report":
+    from qedfuse.cli.qedimg.progress import Meter
+    Meter.report = counted(Meter.report)
+else:
+    for name in (
+        "pwrite pwritev write writev fsync fdatasync ftruncate truncate posix_fallocate replace "
+        "rename link unlink remove copy_file_range sendfile splice"
+    ).split():
+        setattr(os, name, counted(getattr(os, name)))
+
+from qedfuse.cli.qedimg.main import main
+code = main()
+with open(total, "w") as file:
+    file.write(str(count))
+sys.exit(code)
+"""
+
+
+class Case(NamedTuple):
+    """A command and what it works on.
+
+    Attributes:
+        words: The command line; images are in the working directory.
+        prepare: Makes the images; gives what the disk ``reads`` holds.
+        reads: The image that must read the same before, in between and after.
+        made: The file that the command makes, if it does.
+        images: Those that must be sound, whenever it ends.
+        keeps: What the command may leave beside them, as a pattern.
+    """
+
+    words: str
+    prepare: Callable[[Path, random.Random], bytes]
+    reads: str
+    made: str = ""
+    images: tuple[str, ...] = ()
+    keeps: str = ""
+
+
+def fill(path: Path, disk: bytearray, chance: random.Random, share: float) -> None:
+    """Write to some clusters of an image through QEMU, and to the model."""
+    commands = []
+    for cluster in chance.sample(range(CLUSTERS), int(CLUSTERS * share)):
+        start_at, value = cluster * CLUSTER, chance.randrange(256)
+        commands.append(f"write -P {value} {start_at} {CLUSTER}")
+        disk[start_at : start_at + CLUSTER] = bytes([value]) * CLUSTER
+    for cluster in chance.sample(range(CLUSTERS), 8):
+        commands.append(f"write -z {cluster * CLUSTER} {CLUSTER}")
+        disk[cluster * CLUSTER : (cluster + 1) * CLUSTER] = bytes(CLUSTER)
+    qemu.io(path, *commands)
+
+
+def create(path: Path, base: str = "") -> Path:
+    """Make an image with small clusters, so that there is much to change in little space."""
+    return qemu.create(
+        path,
+        CLUSTERS * CLUSTER,
+        cluster_size=CLUSTER,
+        table_size=2,
+        backing=base or None,
+    )
+
+
+def chain(directory: Path, chance: random.Random) -> bytes:
+    """Make an overlay over a base, and another base of other content."""
+    disk = bytearray(CLUSTERS * CLUSTER)
+    fill(create(directory / "base.qed"), disk, chance, 0.6)
+    fill(create(directory / "top.qed", "base.qed"), disk, chance, 0.4)
+    fill(create(directory / "other.qed"), bytearray(disk), chance, 0.6)
+    return bytes(disk)
+
+
+def sparse(directory: Path, chance: random.Random) -> bytes:
+    """Make an image of which half of the clusters in the file are free."""
+    disk = bytearray(CLUSTERS * CLUSTER)
+    path = create(directory / "top.qed")
+    fill(path, disk, chance, 0.9)
+    image = bytearray(path.read_bytes())
+    for number in chance.sample(range(CLUSTERS), CLUSTERS // 2):
+        put_entry(image, l2_entry_offset(image, number), 0)
+        disk[number * CLUSTER : (number + 1) * CLUSTER] = bytes(CLUSTER)
+    path.write_bytes(image)
+    return bytes(disk)
+
+
+def blank(directory: Path, _chance: random.Random) -> bytes:
+    """Make an image of zeros."""
+    create(directory / "top.qed")
+    return bytes(CLUSTERS * CLUSTER)
+
+
+def damaged(directory: Path, chance: random.Random) -> bytes:
+    """Make an image with leaks and wild entries where the disk holds zeros."""
+    disk = sparse(directory, chance)
+    path = directory / "top.qed"
+    image = bytearray(path.read_bytes())
+    empty = [
+        number
+        for number in range(CLUSTERS)
+        if get_entry(image, l2_entry_offset(image, number)) == 0
+    ]
+    for number in chance.sample(empty, 20):
+        put_entry(image, l2_entry_offset(image, number), 1 << 40)
+    path.write_bytes(image)
+    return disk
+
+
+CASES: Final = {
+    "convert-qed": Case(
+        "convert -O qed top.qed new.qed", chain, "top.qed", "new.qed", ("top.qed", "base.qed")
+    ),
+    "convert-raw": Case(
+        "convert -O raw top.qed new.raw", chain, "top.qed", "new.raw", ("top.qed", "base.qed")
+    ),
+    "commit": Case("commit top.qed", chain, "top.qed", images=("top.qed", "base.qed")),
+    "rebase": Case(
+        "rebase -b other.qed -F qed top.qed", chain, "top.qed", images=("top.qed", "other.qed")
+    ),
+    "rebase-none": Case("rebase -b  top.qed", chain, "top.qed", images=("top.qed",)),
+    "create": Case(
+        f"create --preallocate full new.qed {CLUSTERS * CLUSTER}", blank, "top.qed", "new.qed"
+    ),
+    "check": Case("check -r all top.qed", damaged, "top.qed", keeps="top.qed.*"),
+    "compact": Case("compact top.qed", sparse, "top.qed", images=("top.qed",)),
+}
+
+
+def run(case: Case, directory: Path, when: int, kind: str) -> tuple[int, int]:
+    """Run the command, with a signal at a moment; give its exit code and how many moments."""
+    total = directory.parent / "total"
+    command = [sys.executable, "-c", _SCRIPT, str(when), kind, str(total), *case.words.split(" ")]
+    code, _output, complaint = finish(start(command, directory=directory))
+    assert "Traceback" not in complaint
+    assert code in {DONE, INTERRUPTED}, complaint
+    assert (complaint == "qedimg: interrupted\n") is (code == INTERRUPTED), complaint
+    return code, int(total.read_text())
+
+
+def content(path: Path, flat: Path) -> bytes:
+    """Read a disk by way of QEMU."""
+    if path.suffix == ".raw":
+        return path.read_bytes()
+    qemu.run("qemu-img", "convert", "-f", "qed", "-O", "raw", path, flat)
+    return flat.read_bytes()
+
+
+def judge(case: Case, directory: Path, disk: bytes, before: set[str], code: int) -> None:
+    """Look at everything that the command left."""
+    flat = directory.parent / "flat"
+    expected = before | ({case.made} if case.made and code == DONE else set())
+    if case.made and (directory / case.made).exists():
+        # The signal may have come after it got its name; then it is whole.
+        expected |= {case.made}
+    kept = {path.name for path in directory.glob(case.keeps)} if case.keeps else set()
+    assert {path.name for path in directory.iterdir()} - kept == expected - kept
+    for name in (*case.images, *([case.made] if case.made.endswith("qed") else [])):
+        if name in expected:
+            found = qemu.check(directory / name)
+            assert found.errors == 0, found.text
+            assert found.code in {0, 3}, found.text
+    assert content(directory / case.reads, flat) == disk
+    if case.made in expected:
+        assert content(directory / case.made, flat) == disk
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "report"])
+@pytest.mark.parametrize("name", CASES)
+def test_interrupted_at_any_moment(name: str, kind: str, tmp_path: Path) -> None:
+    """Nothing is half made or damaged, and the same command then gets it done."""
+    case = CASES[name]
+    chance = random.Random(f"{name} {kind}")
+    original = tmp_path / "original"
+    original.mkdir()
+    disk = case.prepare(original, chance)
+    before = {path.name for path in original.iterdir()}
+    place = tmp_path / "place"
+    shutil.copytree(original, place)
+    code, total = run(case, place, 0, kind)
+    assert code == DONE
+    assert total > 0
+    judge(case, place, disk, before, code)
+    last = total if total <= MOMENTS else max(total - 2, 1)
+    moments = {1, last, *chance.sample(range(1, total + 1), min(MOMENTS, total))}
+    interrupted = 0
+    for when in sorted(moments):
+        shutil.rmtree(place)
+        shutil.copytree(original, place)
+        code, _ = run(case, place, when, kind)
+        interrupted += code == INTERRUPTED
+        if code == DONE or name != "check":
+            judge(case, place, disk, before, code)
+        else:
+            # Some of it may be repaired, and nothing made worse.
+            worst = qemu.check(original / case.reads).errors
+            assert qemu.check(place / case.reads).errors <= worst
+        if code == INTERRUPTED and not (case.made and (place / case.made).exists()):
+            assert run(case, place, 0, kind)[0] == DONE
+            judge(case, place, disk, before, DONE)
+    assert interrupted > 0

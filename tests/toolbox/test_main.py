@@ -1,0 +1,301 @@
+"""The program around the subcommands: words in, one line and an exit code out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from qedfuse import errors
+from qedfuse.cli.qedimg import main as program
+from qedfuse.cli.qedimg.parsing import Parser
+from qedfuse.cli.qedimg.streams import BROKEN_PIPE
+from qedfuse.util.text import printable
+from tests.support.fakecommand import finish, install, qedimg, start, words
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+SCREEN_LINES, SCREEN_COLUMNS = 24, 80
+
+
+def failing(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    """Give a command that fails."""
+
+    def run(_arguments: argparse.Namespace) -> NoReturn:
+        raise error
+
+    return run
+
+
+def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command is on it; nothing scrolls away or wraps."""
+    assert program.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert len(lines) < SCREEN_LINES
+    assert max(map(len, lines)) < SCREEN_COLUMNS
+    assert [name for name in program.COMMANDS if f"\n  {name} " not in text] == []
+
+
+def test_no_command_is_a_failure_that_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that lost its arguments must not go on."""
+    assert program.main([]) == 1
+    assert "usage: qedimg COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [["fake", "--help"], ["help", "fake"], ["fake", "-h"]])
+def test_help_of_a_command(
+    form: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has an example and the exit codes, in lines that fit."""
+    install(monkeypatch, lambda _arguments: 5)
+    assert program.main(form) == 0
+    text = capsys.readouterr().out
+    assert "Example:\n  qedimg fake\n" in text
+    assert "16 in use" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) < SCREEN_COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("chek", "unknown command (did you mean check?)"),
+        ("maps", "unknown command (did you mean map?)"),
+        ("snapshot", "unknown command (see: qedimg --help)"),
+        ("-q", "found an option, expected a command before it (see: qedimg --help)"),
+        ("a\nb\udcff", "unknown command (see: qedimg --help)"),
+    ],
+)
+def test_unknown_command(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, with the nearest that there is."""
+    assert program.main([name, "x"]) == 1
+    assert capsys.readouterr().err == f"qedimg: {printable(name)}: {hint}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UsageError("x"), 1),
+        (errors.HostError("x"), 1),
+        (errors.NoSpaceError("x"), 1),
+        (errors.ReadOnlyError("x"), 1),
+        (errors.QedError("x"), 1),
+        (errors.NotQedError("x"), 12),
+        (errors.HeaderError("x", "f", 1, "2"), 12),
+        (errors.CorruptImageError("x"), 13),
+        (errors.UnsupportedError("x"), 14),
+        (errors.NeedsCheckError("x"), 15),
+        (errors.ImageInUseError("x"), 16),
+        (errors.BackingRefusedError("x"), 17),
+        (ExceptionGroup("g", [ValueError(), ExceptionGroup("h", [errors.ImageError("x")])]), 12),
+        (OSError(5, "Input/output error", "x"), 1),
+        (MemoryError(), 1),
+        (ValueError("x\nTraceback"), 70),
+        (KeyboardInterrupt(), 130),
+        (BaseExceptionGroup("g", [KeyboardInterrupt()]), 130),
+    ],
+    ids=repr,
+)
+def test_every_failure_is_one_line_and_a_code(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also what nobody thought of; never a traceback."""
+    install(monkeypatch, failing(error))
+    assert program.main(["fake"]) == code
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("qedimg: ")
+    assert complaint.count("\n") == 1
+
+
+def test_a_command_with_codes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error becomes FAILED, unless its own code is among them."""
+    codes = {0: "the same", 1: "different", 2: "failed", 16: "in use"}
+    install(monkeypatch, failing(errors.ImageError("x")), EXIT_CODES=codes, FAILED=2)
+    assert program.main(["fake"]) == 2
+    assert program.main(["fake", "--nonsense"]) == 2
+    install(monkeypatch, failing(errors.ImageInUseError("x")), EXIT_CODES=codes, FAILED=2)
+    assert program.main(["fake"]) == 16
+    install(monkeypatch, failing(errors.ImageInUseError("x")), EXIT_CODES={0: "sound"})
+    assert program.main(["fake"]) == 1
+
+
+def test_a_command_that_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is missing, it is said in one line."""
+    assert isinstance(program.COMMANDS, dict)
+    monkeypatch.setitem(program.COMMANDS, "nosuch", "is not there")
+    assert program.main(["nosuch"]) == 70
+    assert capsys.readouterr().err.startswith("qedimg: internal error: ModuleNotFoundError: ")
+
+
+def test_traceback_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug can be looked at where it happens."""
+    install(monkeypatch, failing(ValueError("x")))
+    monkeypatch.setenv("QEDIMG_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x"):
+        program.main(["fake"])
+
+
+def test_quiet_and_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command has both, but not at once."""
+    seen = []
+
+    def run(arguments: argparse.Namespace) -> int:
+        seen.append((arguments.quiet, arguments.verbose))
+        return 0
+
+    install(monkeypatch, run)
+    assert [program.main(["fake", *more]) for more in ([], ["-q"], ["-v"], ["-q", "-v"])] == [
+        *(0, 0, 0, 1)
+    ]
+    assert seen == [(False, False), (True, False), (False, True)]
+
+
+@pytest.mark.parametrize(("option", "seen"), [("-q", "EF"), ("", "EFW"), ("-v", "EFWI")])
+def test_log_goes_to_stderr(option: str, seen: str) -> None:
+    """Warnings as they come; -q keeps only errors, -v shows what is being done."""
+    run = """
+    import logging
+    for level in ("INFO", "WARNING", "ERROR"):
+        logging.getLogger("qedfuse").log(getattr(logging, level), level[0])
+    sys.stderr.write("F")
+    return 0
+    """
+    _code, output, complaint = finish(start(words(run, *filter(None, [option]))))
+    assert output == ""
+    assert {char for char in complaint.replace("qedimg: ", "") if char.isalpha()} == set(seen)
+
+
+def shape(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the kinds of arguments that there are."""
+    parser.add_argument("image")
+    parser.add_argument("more", nargs="*")
+    parser.add_argument("-b", "--base")
+    parser.add_argument("--shrink", action="store_true")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a.qed -1G", ("a.qed", ["-1G"], None, False)),
+        ("a.qed -1G --shrink", ("a.qed", ["-1G"], None, True)),
+        ("--shrink a.qed +1G", ("a.qed", ["+1G"], None, True)),
+        ("a.qed --shrink 1G", ("a.qed", ["1G"], None, True)),
+        ("-- -a.qed", ("-a.qed", [], None, False)),
+        ("--shrink -- -a.qed -1G", ("-a.qed", ["-1G"], None, True)),
+        ("-b x -- --shrink -b y", ("--shrink", ["-b", "y"], "x", False)),
+        ("a.qed -- -- -", ("a.qed", ["--", "-"], None, False)),
+        ("a.qed -b -1", ("a.qed", [], "-1", False)),
+        ("a.qed --base=-x", ("a.qed", [], "-x", False)),
+        ("- a", ("-", ["a"], None, False)),
+    ],
+)
+def test_words_as_they_are_meant(
+    line: str, expected: tuple[str, list[str], str | None, bool]
+) -> None:
+    """Options anywhere, negative sizes, and names that begin with a dash."""
+    parser = Parser(prog="qedimg fake", allow_abbrev=False)
+    shape(parser)
+    found = parser.parse(line.split(" "))
+    assert (found.image, found.more, found.base, found.shrink) == expected
+
+
+@pytest.mark.parametrize("line", ["a --nonsense", "a --bas x", "--shrink", "a --shrink=1", "-a"])
+def test_nonsense_is_refused(line: str) -> None:
+    """Abbreviations too: they would mean something else once there are more options."""
+    parser = Parser(prog="qedimg fake", allow_abbrev=False)
+    shape(parser)
+    with pytest.raises(errors.UsageError, match=r"\(see: qedimg fake --help\)$"):
+        parser.parse(line.split(" "))
+
+
+def test_a_bad_negative_number_is_named_as_it_was_typed() -> None:
+    """What marks it inside is not shown."""
+    parser = Parser(prog="qedimg fake", allow_abbrev=False)
+    parser.add_argument("size", type=int)
+    with pytest.raises(errors.UsageError, match="invalid int value: '-1x' "):
+        parser.parse(["-1x"])
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """A name in another encoding is printed escaped, whatever the terminal can show."""
+    name = os.fsencode(tmp_path) + b"/\xff\xe9\n"
+    for locale in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C.UTF-8"}):
+        code, output, complaint = qedimg(b"create", name, b"nonsense", environment=locale)
+        assert (code, output) == (1, "")
+        assert complaint.count("\n") == 1
+        run = "sys.stdout.write(os.fsdecode(b'\\xff') + chr(0x20ac) + '\\n'); return 0"
+        code, output, complaint = finish(start(words(run), environment=locale))
+        assert (code, complaint) == (0, "")
+        assert output.rstrip("\n").endswith(("\u20ac", "\\u20ac"))
+
+
+def test_a_full_disk_behind_stdout() -> None:
+    """What was not printed is no success, wherever it is noticed."""
+    for command in (words("print('x'); return 0"), words("print('x' * 99999); return 0")):
+        with Path("/dev/full").open("wb") as full:
+            code, _output, complaint = finish(start(command, stdout=full))
+        assert (code, complaint) == (1, "qedimg: standard output: No space left on device\n")
+
+
+def test_a_full_disk_does_not_hide_the_result() -> None:
+    """The code of a command that ended is more than that its last line was lost."""
+    with Path("/dev/full").open("wb") as full:
+        assert finish(start(words("print('damaged'); return 2"), stdout=full))[0] == 2
+
+
+def test_nobody_listens_to_complaints() -> None:
+    """The exit code tells all the same."""
+    with Path("/dev/full").open("wb") as full:
+        assert qedimg("nosuch", stderr=full)[0] == 1
+
+
+@pytest.mark.parametrize("text", ["'x'", "'x' * 999999"], ids=["at the end", "on the way"])
+def test_a_reader_that_leaves(text: str) -> None:
+    """Silence, and the exit code of other programs."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start(words(f"print({text}); return 0"), stdout=writing)
+    os.close(writing)
+    assert finish(process) == (BROKEN_PIPE, "", "")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_stream_that_is_closed(number: int, tmp_path: Path) -> None:
+    """No file that is opened takes its place, or an image would get what is printed."""
+    path = tmp_path / "image"
+    run = f"""
+    with open({str(path)!r}, "wb", buffering=0) as file:
+        assert file.fileno() > 2
+        os.write(file.fileno(), b"data")
+        sys.stdout.write("said")
+        sys.stdout.flush()
+    return 0
+    """
+    line = f'exec {number}>&-; exec "$@"'
+    code, _output, complaint = finish(start(["bash", "-c", line, "bash", *words(run)]))
+    assert path.read_bytes() == b"data"
+    assert code == (1 if number == 1 else 0)
+    assert complaint == ("qedimg: standard output: Bad file descriptor\n" if number == 1 else "")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Whoever asks for help or mistypes has not to wait for numpy and trio."""
+    script = """
+import sys
+from qedfuse.cli.qedimg.main import main
+main(["--help"]); main(["chek"]); main(["-V"])
+print(sorted({"numpy", "trio", "rich", "construct", "json", "logging"} & set(sys.modules)))
+"""
+    code, output, _complaint = finish(start([sys.executable, "-c", script]))
+    assert code == 0
+    assert output.splitlines()[-1] == "[]"

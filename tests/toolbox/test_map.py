@@ -1,0 +1,300 @@
+"""``qedimg map`` beside ``qemu-img map``: the same text, whatever the chain."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.extents import Kind
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import BackingPolicy, OpenOptions
+from qedfuse.errors import BackingRefusedError
+from qedfuse.ondisk.constants import ZERO
+from qedfuse.ondisk.header import Header, build_header
+from qedfuse.tools import quickmap
+from qedfuse.tools.mapping import MapEntry, map_image, open_map
+from tests.support import qemu
+from tests.support.disks import build_image, l2_entry_offset, put_entry
+from tests.toolbox import memory
+from tests.toolbox.chains import random_chain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER = 4096
+FORMS = ("human", "json")
+
+
+def mapped(
+    *arguments: str | Path, capsys: pytest.CaptureFixture[str], code: int = 0
+) -> tuple[str, str]:
+    """Run the command; give what it printed, and what it complained of."""
+    assert main(["map", *map(str, arguments)]) == code
+    said = capsys.readouterr()
+    assert bool(said.err) == bool(code), said.err
+    return said.out, said.err
+
+
+def by_qemu(*arguments: str | Path) -> str:
+    """Run QEMU's command."""
+    return qemu.run("qemu-img", "map", *map(str, arguments)).stdout
+
+
+@pytest.fixture(params=["quick", "thorough"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let a test map with the extension, as far as that goes, and without it."""
+    if request.param == "thorough":
+        monkeypatch.setattr(quickmap, "_lines", None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_same_as_qemu(
+    seed: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any chain, geometry, content and range: the same text, for people and for scripts."""
+    chance = random.Random(seed)
+    top = random_chain(tmp_path, chance)[0]
+    size = qemu.info(top)["virtual-size"]
+    ranges: list[tuple[str, ...]] = [()]
+    for _ in range(3):
+        start, length = chance.randrange(size + 1), chance.randrange(size + 1)
+        ranges.append((f"--start-offset={start}", f"--max-length={length}"))
+    asked = [(*options, f"--output={form}", str(top)) for options in ranges for form in FORMS]
+    expected = [by_qemu(*words) for words in asked]
+    assert [mapped(*words, capsys=capsys)[0] for words in asked] == expected
+    monkeypatch.setattr(quickmap, "_lines", None)
+    assert [mapped(*words, capsys=capsys)[0] for words in asked] == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_raw_file(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no image is mapped as it lies on the host, as QEMU does."""
+    chance = random.Random(seed)
+    path = tmp_path / "disk.raw"
+    with path.open("wb") as file:
+        file.truncate(chance.randrange(1 << 21))
+        for _ in range(4):
+            file.seek(chance.randrange(1 << 21))
+            file.write(b"data" * chance.randrange(1, 3000))
+    for output in FORMS:
+        words = ("-f", "raw", f"--output={output}", path)
+        assert mapped(*words, capsys=capsys)[0] == by_qemu(*words)
+        assert mapped(*words[2:], capsys=capsys)[0] == by_qemu(*words)
+
+
+@pytest.mark.parametrize("start", ["1M", "7M"])
+def test_nothing_to_tell(start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A range without a byte gives one entry that says nothing: so does QEMU."""
+    path = qemu.create(tmp_path / "disk.qed", 1 << 20)
+    words = ("--output=json", f"--start-offset={start}", path)
+    out, _err = mapped(*words, capsys=capsys)
+    assert out == by_qemu(*words)
+    assert len(json.loads(out)) == 1
+    assert mapped("-q", *words, capsys=capsys)[0] == out
+    assert mapped("-q", path, capsys=capsys)[0] == ""
+
+
+def test_pieces_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run over many pieces of many tables is one extent, a hole between them too."""
+    size, geometry = 1 << 36, Header(4096, 16, 1, 0, 0, 0, 4096, 1 << 36).geometry
+    tables = 3
+    clusters = tables * geometry.entries
+    header = Header(4096, 16, 1, 0, 0, 0, 4096, size)
+    first = 4096 + geometry.table_bytes * (1 + tables)
+    path = tmp_path / "disk.qed"
+    with path.open("wb") as file:
+        file.write(build_header(header))
+        for number in range(tables):
+            table = 4096 + geometry.table_bytes * (1 + number)
+            file.seek(4096 + 8 * (number + (number == 2) * 500))
+            file.write(table.to_bytes(8, "little"))
+            file.seek(table)
+            for index in range(geometry.entries):
+                value = first + (number * geometry.entries + index) * 4096
+                file.write(value.to_bytes(8, "little"))
+        file.truncate(first + clusters * 4096)
+    found = trio.run(map_image, str(path))
+    assert mapped("--output=json", path, capsys=capsys)[0] == by_qemu("--output=json", path)
+    span = geometry.table_span
+    data = [entry for entry in found if entry.data]
+    assert [(entry.start, entry.length) for entry in data] == [(0, 2 * span), (502 * span, span)]
+    assert [entry.length for entry in found if not entry.present] == [500 * span, size - 503 * span]
+
+
+@pytest.mark.usefixtures("way")
+def test_each_cluster_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tables in which no entry follows the one before it, more of them than are read at once."""
+    chance = random.Random(5)
+    count = 3 * 8192 + 77
+    header = Header(4096, 16, 1, 0, 0, 0, 4096, count * CLUSTER)
+    geometry = header.geometry
+    tables = header.geometry.l1_used(header.image_size)
+    first = 4096 + geometry.table_bytes * (1 + tables)
+    places = list(range(count))
+    chance.shuffle(places)
+    values = [chance.choice([0, ZERO, first + place * CLUSTER]) for place in places]
+    path = tmp_path / "disk.qed"
+    with path.open("wb") as file:
+        file.write(build_header(header))
+        file.seek(4096)
+        for number in range(tables):
+            table = 4096 + geometry.table_bytes * (1 + number)
+            file.write(table.to_bytes(8, "little"))
+        file.seek(4096 + geometry.table_bytes)
+        file.write(b"".join(value.to_bytes(8, "little") for value in values))
+        file.truncate(first + count * CLUSTER)
+    for words in (("--output=json", path), (path,)):
+        assert mapped(*words, capsys=capsys)[0] == by_qemu(*words)
+
+
+def bad_image(path: Path) -> Path:
+    """Make an image with data, an entry that points nowhere, and data again."""
+    image = build_image(
+        16 * CLUSTER, {2: b"x" * CLUSTER, 3: 1 << 40, 4: 12345, 5: ZERO, 6: b"x" * CLUSTER}
+    )
+    path.write_bytes(image)
+    return path
+
+
+@pytest.mark.usefixtures("way")
+def test_bad_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can be told is told; nobody is told that he knows what he cannot know."""
+    path = bad_image(tmp_path / "bad.qed")
+    out, err = mapped("--output=json", path, capsys=capsys, code=13)
+    entries: list[dict[str, Any]] = json.loads(out)
+    unknown = [item for item in entries if item["present"] and not item["zero"] | item["data"]]
+    assert [item["start"] for item in unknown] == [3 * CLUSTER, 4 * CLUSTER]
+    assert sum(item["length"] for item in entries) == 16 * CLUSTER
+    assert sum(item["data"] for item in entries) == 2
+    assert "2 extents" in err
+    assert err.count("\n") == 1
+    assert len(mapped(path, capsys=capsys, code=13)[0].splitlines()) == 3
+    mapped("--max-length", str(3 * CLUSTER), path, capsys=capsys)
+
+
+def damaged_image(path: Path, chance: random.Random) -> None:
+    """Make an image of several tables with some of whatever can be wrong with entries."""
+    chosen = [number for number in range(1500) if chance.random() < 1 / 3]
+    clusters: dict[int, bytes | int] = dict.fromkeys(chosen, b"x")
+    clusters |= {chance.randrange(1500): ZERO for _ in range(40)}
+    image = build_image(1500 * CLUSTER, clusters)
+    wrong = [7, 4097, CLUSTER, 3 * CLUSTER, len(image), 1 << 40, 1 << 63, (1 << 64) - CLUSTER]
+    for _ in range(chance.randrange(4)):
+        number = chance.choice(sorted(clusters))
+        put_entry(image, l2_entry_offset(image, number), chance.choice(wrong))
+    if not chance.randrange(3):
+        put_entry(image, CLUSTER + 8 * chance.randrange(3), chance.choice(wrong))
+    path.write_bytes(image[: len(image) - chance.choice([0, 0, CLUSTER, 20_000])])
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_damage_is_seen_as_by_a_reader(
+    seed: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ways tell the same, and what they call data is what a disk would read."""
+    path = tmp_path / "damaged.qed"
+    damaged_image(path, random.Random(seed))
+    found = trio.run(map_image, str(path))
+    code = 13 if any(entry.bad for entry in found) else 0
+    texts = [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
+    monkeypatch.setattr(quickmap, "_lines", None)
+    assert texts == [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
+    trio.run(_compare_with_disk, str(path), path.stat().st_size, found)
+
+
+async def _compare_with_disk(path: str, size: int, found: list[MapEntry]) -> None:
+    """Ask a disk about each cluster; ``size`` is the file's in bytes."""
+    async with open_disk(path) as disk:
+        for entry in found:
+            for start in range(entry.start, entry.start + entry.length, CLUSTER):
+                extent = (await disk.extents(start, CLUSTER))[0]
+                assert (extent.kind is Kind.BAD) == entry.bad
+                assert (extent.kind is Kind.DATA) == entry.data
+                if entry.data:
+                    assert entry.offset is not None
+                    assert extent.file_offset == entry.offset + start - entry.start < size
+
+
+async def test_from_python(tmp_path: Path) -> None:
+    """The same, entry by entry, for who calls the function."""
+    path = bad_image(tmp_path / "bad.qed")
+    found = await map_image(str(path), start=5 * CLUSTER, length=CLUSTER + 1)
+    assert found == [
+        MapEntry(5 * CLUSTER, CLUSTER, 0, present=True, zero=True, data=False, offset=None),
+        MapEntry(6 * CLUSTER, 1, 0, present=True, zero=False, data=True, offset=found[1].offset),
+    ]
+    async with open_map(str(path)) as opened:
+        assert (opened.size, opened.files) == (16 * CLUSTER, [str(path)])
+
+
+async def test_the_policy_holds(tmp_path: Path) -> None:
+    """A base elsewhere is looked at if the caller says so."""
+    (tmp_path / "inside").mkdir()
+    base = qemu.create(tmp_path / "base.qed", 1 << 20)
+    path = qemu.create(tmp_path / "inside" / "top.qed", backing=base)
+    with pytest.raises(BackingRefusedError):
+        await map_image(str(path))
+    options = OpenOptions(backing=BackingPolicy(mode="any"))
+    assert [entry.depth for entry in await map_image(str(path), options=options)] == [1]
+
+
+def test_bases_are_confined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without leave it is refused, with the code for backing files."""
+    (tmp_path / "inside").mkdir()
+    base = qemu.create(tmp_path / "base.qed", 1 << 20)
+    path = qemu.create(tmp_path / "inside" / "top.qed", backing=base)
+    assert "refused" in mapped(path, capsys=capsys, code=17)[1]
+    out, _err = mapped("--backing", "any", "--output=json", path, capsys=capsys)
+    assert out == by_qemu("--output=json", path)
+
+
+def test_what_cannot_be_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and a code that tells what it was."""
+    foreign = qemu.create(tmp_path / "foreign.img", 1 << 20, image_format="qcow2")
+    assert "qcow" in mapped(foreign, capsys=capsys, code=12)[1]
+    assert "magic" in mapped("-f", "qed", foreign, capsys=capsys, code=12)[1]
+    assert "directory" in mapped(tmp_path, capsys=capsys, code=12)[1]
+    assert "No such file" in mapped(tmp_path / "none", capsys=capsys, code=1)[1]
+    (path := tmp_path / "new.qed").write_bytes(build_image(1 << 20, features=1 << 17))
+    assert "bit 17" in mapped(path, capsys=capsys, code=14)[1]
+
+
+def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who does not ask for it does not get a torn map."""
+    path = qemu.create(tmp_path / "disk.qed", 1 << 20)
+    with qemu.hold(path):
+        assert "in use" in mapped(path, capsys=capsys, code=16)[1]
+        assert mapped("-U", "--output=json", path, capsys=capsys)[0].startswith("[{")
+
+
+def test_a_hostile_image_takes_little_memory(tmp_path: Path) -> None:
+    """Tables of 1 GiB that are holes are not read into memory."""
+    header = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 60)
+    geometry = header.geometry
+    path = tmp_path / "hostile.qed"
+    with path.open("wb") as file:
+        file.write(build_header(header))
+        for number in range(2):
+            file.seek(header.l1_table_offset + 8 * number * 100)
+            table = header.l1_end + number * geometry.table_bytes
+            file.write(table.to_bytes(8, "little"))
+            file.seek(table + geometry.table_bytes // 2)
+            file.write((ZERO).to_bytes(8, "little") * 100)
+        file.truncate(header.l1_end + 2 * geometry.table_bytes)
+    out, peak, _modules = memory.run("map", "--output=json", path)
+    extents = json.loads(out)
+    assert [item["length"] for item in extents if item["present"]] == [100 << 26] * 2
+    assert sum(item["length"] for item in extents) == 1 << 60
+    assert peak < 256 << 20

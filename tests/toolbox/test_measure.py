@@ -1,0 +1,88 @@
+"""``qedimg measure`` beside what ``qedimg convert`` makes."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from tests.support import chains, qemu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def measured(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, int]:
+    """Measure; give what is required, and what is when all is written to."""
+    assert main(["measure", "--output", "json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"required", "fully-allocated"}
+    return found["required"], found["fully-allocated"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_as_long_as_what_is_made(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the byte, for any chain and geometry, empty, copied and full."""
+    chance = random.Random(seed)
+    source = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
+    cluster, table = 1 << chance.randrange(12, 21), 1 << chance.randrange(1, 5)
+    words = ["--cluster-size", str(cluster), "--table-size", str(table)]
+    words += ["-S", chance.choice(["4k", "0", "1M"])]
+    form, new = ["-f", chains.kind(source)], tmp_path / "new.qed"
+    required, full = measured(capsys, *words, *form, str(source))
+    assert main(["convert", *words, *form, str(source), str(new)]) == 0
+    assert new.stat().st_size == required
+    size = qemu.info(new)["virtual-size"]
+    for start in range(0, size, 1 << 20):
+        qemu.io(new, f"write -P 1 {start} {min(1 << 20, size - start)}")
+    assert new.stat().st_size == full
+    empty = qemu.create(tmp_path / "empty.qed", size, cluster_size=cluster, table_size=table)
+    assert measured(capsys, *words, "--size", str(size)) == (empty.stat().st_size, full)
+
+
+def test_over_a_base_and_raw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the base has is not counted; raw content needs its data and no tables."""
+    monkeypatch.chdir(tmp_path)
+    base = qemu.create(tmp_path / "base.qed", 1 << 20)
+    qemu.io(base, "write -P 1 0 512k")
+    top = qemu.create(tmp_path / "top.qed", 1 << 20, backing="base.qed")
+    qemu.io(top, "write -P 2 128k 64k")
+    required, full = measured(capsys, "-B", "base.qed", str(top))
+    assert required == (1 + 4 + 4 + 1) << 16
+    assert full == (1 + 4 + 4 + 16) << 16
+    assert measured(capsys, "-O", "raw", str(top)) == (512 << 10, 1 << 20)
+    assert measured(capsys, "-O", "raw", "--size", "1M") == (0, 1 << 20)
+    assert main(["measure", str(top)]) == 0
+    assert capsys.readouterr().out == "required size: 1114112\nfully allocated size: 1638400\n"
+
+
+MISTAKES: Final = {
+    "neither": ("", "SOURCE, --size: found neither, expected one"),
+    "both": ("--size 1M a.raw", "SOURCE, --size: found both, expected one"),
+    "missing": ("gone", "gone: cannot open: No such file"),
+    "format": ("-O qcow2 a.raw", "-O: found qcow2, expected raw or qed"),
+    "cluster": ("--cluster-size 5000 a.raw", "cluster size: found 5000"),
+    "too-large": ("--size 65T", "image size: found 71468255805440"),
+}
+
+
+@pytest.mark.parametrize("row", MISTAKES)
+def test_mistakes_get_one_line(
+    row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message says what was found."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    words, expected = MISTAKES[row]
+    assert main(["measure", *words.split()]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert expected in said.err
+    assert said.err.count("\n") == 1

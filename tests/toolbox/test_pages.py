@@ -1,0 +1,147 @@
+"""The man pages and completions in ``docs/share/`` say what the programs know."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.cli.pages import programs, roff, tree
+from qedfuse.cli.qedfuse import USAGE, parse_arguments
+from qedfuse.mount.options import parse_options
+from tests.support.sandbox import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHARE: Final = ROOT / "docs" / "share"
+PAGES: Final = ("man/man1/qedimg.1", "man/man8/qedfuse.8")
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    """Give all files as they should be."""
+    return tree.files()
+
+
+def test_what_is_shipped_is_up_to_date(made: dict[str, str]) -> None:
+    """If this fails: ``python -m qedfuse.cli.pages``."""
+    shipped = {
+        str(path.relative_to(SHARE)): path.read_text(encoding="utf-8")
+        for path in SHARE.rglob("*")
+        if path.is_file()
+    }
+    assert shipped.keys() == made.keys()
+    assert [name for name, text in made.items() if shipped[name] != text] == []
+
+
+def test_everything_is_installed(made: dict[str, str]) -> None:
+    """The build takes each file to the place where it is looked for."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    places = settings["tool"]["setuptools"]["data-files"]
+    assert all(patterns == [f"docs/{place}/*"] for place, patterns in places.items())
+    assert {f"share/{name}".rpartition("/")[0] for name in made} == places.keys()
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["groff", "-man", "-Tutf8", "-ww", "-z"],
+        # Whether another page is installed, and what year it is, is no matter of ours.
+        ["mandoc", "-Tlint", "-Wstyle"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_pages_are_sound_roff(command: list[str], page: str) -> None:
+    """Neither formatter has anything to complain of."""
+    done = subprocess.run([*command, SHARE / page], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def rendered(path: Path) -> str:
+    """Format a page as man(1) does, without bold letters, as one line."""
+    done = subprocess.run(
+        ["mandoc", "-Tascii", "-O", "width=200", path], capture_output=True, text=True, check=True
+    )
+    return " ".join(re.sub(".\b", "", done.stdout).split())
+
+
+def test_qedimg_page_tells_everything(made: dict[str, str], tmp_path: Path) -> None:
+    """All commands, options, examples and exit codes are on it, as they are typed."""
+    page = tmp_path / "qedimg.1"
+    page.write_text(made[PAGES[0]], encoding="utf-8")
+    text = rendered(page)
+    for command in programs.qedimg().commands:
+        assert f"qedimg {command.name} [OPTION...] " in text
+        assert " ".join(command.description.split()) in text
+        assert f"Example: {' '.join(command.example.split())}" in text
+        for option in command.options:
+            assert ", ".join(option.flags) in text
+            assert " ".join(option.help.split()) in text
+        for code, meaning in command.exit_codes.items():
+            assert f"{code} {meaning}" in text
+
+
+def test_qedfuse_page_tells_everything(made: dict[str, str], tmp_path: Path) -> None:
+    """All options, words behind ``-o`` and exit codes are on it."""
+    page = tmp_path / "qedfuse.8"
+    page.write_text(made[PAGES[1]], encoding="utf-8")
+    text = rendered(page)
+    for words, meaning in programs.option_words():
+        assert f"{words} {meaning}" in text
+    told = re.findall(r"\w+", " ".join(words for words, _ in programs.option_words()))
+    told += ["nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"]
+    assert set(programs.mount_words()) - set(told) == {"nodiratime", "relatime"}
+    for code, meaning in programs.exit_codes():
+        assert f"{code} {meaning}" in text
+    flags = [flag for option in programs.qedfuse().commands[0].options for flag in option.flags]
+    assert set(flags) <= set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", USAGE))
+    assert [flag for flag in flags if flag not in text] == []
+
+
+def test_known_words_are_words() -> None:
+    """Each word for ``-o`` is accepted by itself or with one of its values."""
+    numbers = {"umask": "077", "commit": "5", "overlay": "x", "backing_dir": "x"}
+    for word, choices in programs.mount_words().items():
+        value = "" if choices is None else f"={(*choices, numbers.get(word, '65536'))[0]}"
+        if word == "poll":
+            value = "=off"
+        parse_options([word + value])
+
+
+def test_flags_of_qedfuse_are_flags() -> None:
+    """Each option that the help lists is taken, with a value exactly if it has one."""
+    for option in programs.qedfuse().commands[0].options:
+        for flag in option.flags:
+            words = [flag] if option.value is None else [flag, "value"]
+            assert parse_arguments([*words, "a", "b"]).paths == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"back\slash", "-dash--", "'quote'", '"double"', ".dot", "a ^ b ~ c ` d", r"\fB \(aq \n"],
+)
+def test_text_survives_roff(text: str, tmp_path: Path) -> None:
+    """What roff would act on is shown as it is, at the beginning of a line as well."""
+    page = tmp_path / "page.1"
+    lines = ['.TH X 1 2026-01-01 "x"', ".SH NAME", r"x \- y", ".SH TEXT"]
+    lines += [*roff.example(text), ".SH END", ".TP", roff.bold(text), "x"]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert rendered(page).count(text) == 2
+
+
+def test_paragraphs() -> None:
+    """Sentences have lines of their own, examples stay as they are, back quotes mark words."""
+    text = "One `-x`\nline.  Two; see mount(8).\n\n    as  it is\n\nLast."
+    assert list(roff.paragraphs(text)) == [
+        r"One \fB\-x\fR line.",
+        r"Two;" + r" see \fBmount\fR(8).",
+        ".PP",
+        *(".RS 4", ".EX", "as  it is", ".EE", ".RE"),
+        ".PP",
+        "Last.",
+    ]

@@ -1,0 +1,215 @@
+"""How far a command is, as the user sees it: on a terminal, in a log, on SIGUSR1."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pty
+import re
+import signal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.cli.qedimg import progress as module
+from qedfuse.cli.qedimg.progress import Meter, progress
+from tests.support.fakecommand import finish, start, words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def arguments(*, quiet: bool = False, wanted: bool = False) -> argparse.Namespace:
+    """Give what the command line says."""
+    return argparse.Namespace(quiet=quiet, progress=wanted)
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def steps(report: Callable[[int, int], None], total: int) -> None:
+    """Report every step of some work."""
+    for done in range(total + 1):
+        report(done, total)
+
+
+def test_nothing_in_a_log(capfd: pytest.CaptureFixture[str]) -> None:
+    """A pipe gets no progress that nobody asked for."""
+    with progress(arguments(), "Working") as report:
+        steps(report, 1000)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_percentages_in_a_log(capfd: pytest.CaptureFixture[str]) -> None:
+    """With -p; each percentage once, however often it is reported."""
+    with progress(arguments(wanted=True), "Working") as report:
+        steps(report, 5000)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "Working: 0.0 %"
+    assert lines[-1] == "Working: 100.0 %"
+    assert len(lines) == 101
+
+
+def test_quiet_wins(capfd: pytest.CaptureFixture[str]) -> None:
+    """-q says nothing but errors."""
+    with progress(arguments(wanted=True, quiet=True), "Working") as report:
+        steps(report, 100)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "percent"), [(0, 0, 0.0), (5, 0, 0.0), (1, 3, 100 / 3), (7, 5, 100.0)]
+)
+def test_odd_reports(done: int, total: int, percent: float) -> None:
+    """Nothing to do, and more done than there was."""
+    meter = Meter("Working", bar=False, lines=False)
+    meter.report(done, total)
+    assert meter.percent == percent
+
+
+def test_usr1(capfd: pytest.CaptureFixture[str]) -> None:
+    """A line for each signal, also with -q: it was asked for."""
+    with progress(arguments(quiet=True), "Working") as report:
+        signal.raise_signal(signal.SIGUSR1)
+        report(1, 8)
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+    assert capfd.readouterr().err == "Working: 0.0 %\n" + 2 * "Working: 12.5 %\n"
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_usr1_to_a_process_that_waits() -> None:
+    """It answers while the work is in the host's kernel and reports nothing."""
+    run = """
+    import trio
+    async def work():
+        with progress(arguments, "Working") as report:
+            report(1, 4)
+            os.write(1, b"ready\\n")
+            await trio.to_thread.run_sync(os.read, 0, 1)
+            report(4, 4)
+        return 0
+    return run_async(work)
+    """
+    reading, writing = os.pipe()
+    process = start(words(run), stdin=reading)
+    os.close(reading)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"ready\n"
+    for _ in range(3):
+        process.send_signal(signal.SIGUSR1)
+        assert process.stderr.readline() == b"Working: 25.0 %\n"
+    os.close(writing)
+    assert finish(process) == (0, "", "")
+
+
+def test_nobody_reads_the_progress() -> None:
+    """The work goes on."""
+    run = """
+    with progress(arguments, "Working") as report:
+        for done in range(101):
+            report(done, 100)
+            os.kill(os.getpid(), signal.SIGUSR1)
+    print("done")
+    return 0
+    """
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start(words(run, "-p"), stderr=writing)
+    os.close(writing)
+    assert finish(process) == (0, "done\n", "")
+
+
+def on_terminal(run: str, *options: str) -> tuple[int, str, str]:
+    """Run ``fake`` with stderr on a terminal; give exit code, output, what the terminal got."""
+    master, slave = pty.openpty()
+    process = start(words(run, *options), {"TERM": "xterm", "COLUMNS": "80"}, stderr=slave)
+    os.close(slave)
+    shown = bytearray()
+    try:
+        while piece := os.read(master, 65536):
+            shown += piece
+    except OSError:  # the end of a terminal
+        pass
+    os.close(master)
+    code, output, _ = finish(process)
+    return code, output, shown.decode()
+
+
+def plain(shown: str) -> str:
+    """Take colours and cursor movements out."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+WORK = """
+    clock = [1000.0]
+    time.monotonic = lambda: clock[0]
+    with progress(arguments, "Working [hard]") as report:
+        for done in range(0, 101):
+            clock[0] += %s
+            report(done, 100)
+            if done == 50:
+                os.kill(os.getpid(), signal.SIGUSR1)
+    print("done")
+    return 0
+"""
+
+
+def test_bar_on_a_terminal() -> None:
+    """Where the work takes longer than a second; it is gone when the work is done."""
+    code, output, shown = on_terminal(WORK % 0.05)
+    assert (code, output) == (0, "done\n")
+    assert "Working [hard]" in plain(shown)
+    assert "━" in shown
+    assert re.search(r"\b100%|\b9\d%", plain(shown))
+    # The answer to the signal has a line for itself.
+    assert "\r\x1b[2KWorking [hard]: 50.0 %\r\n" in shown
+    # The cursor is back, and the last thing that happens is that the line is erased.
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    assert shown.rindex("\x1b[2K") > shown.rindex("━")
+
+
+@pytest.mark.parametrize(("options", "bar"), [((), False), (("-p",), True), (("-p", "-q"), False)])
+def test_no_bar_for_quick_work(options: tuple[str, ...], bar: bool) -> None:  # noqa: FBT001
+    """Unless it is asked for."""
+    code, output, shown = on_terminal(WORK % 0.0001, *options)
+    assert (code, output) == (0, "done\n")
+    assert ("━" in shown) is bar
+    assert "Working [hard]: 50.0 %" in shown
+
+
+def test_bar_and_interrupt() -> None:
+    """The cursor comes back, and the complaint stands on a line of its own."""
+    run = """
+    import trio
+    async def work():
+        with progress(arguments, "Working") as report:
+            report(1, 2)
+            os.kill(os.getpid(), signal.SIGINT)
+            await trio.sleep_forever()
+    return run_async(work)
+    """
+    code, output, shown = on_terminal(run, "-p")
+    assert (code, output) == (130, "")
+    assert plain(shown).endswith("qedimg: interrupted\r\n")
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_bar_moves_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work may report each cluster; the terminal gets ten changes a second."""
+    clock = Clock(monkeypatch)
+    drawn = []
+    meter = Meter("Working", bar=True, lines=False)
+    monkeypatch.setattr(meter, "_draw", lambda: drawn.append(clock.now))
+    for step in range(10000):
+        clock.now = 1000 + step / 1000
+        meter.report(step, 10000)
+    assert len(drawn) == 90
+    assert drawn[0] == 1001

@@ -1,0 +1,303 @@
+"""``qedimg rebase``: the same content over another base, beside qemu-img."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import HostError
+from qedfuse.ondisk.constants import ZERO, Feature
+from qedfuse.tools.rebase import rebase
+from tests.support import qemu
+from tests.support.chains import content, draw_chain, draw_image, failing, kind
+from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset, pattern
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER: Final = 4096
+
+
+def files(directory: Path, *without: Path) -> dict[str, bytes]:
+    """Read all files of a directory but some."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path not in without}
+
+
+def draw(directory: Path, chance: random.Random) -> tuple[Path, Path | None]:
+    """Make an overlay, and what may become its base: of another chain, of its own, or none."""
+    base = draw_chain(directory, chance, "old", chance.randrange(1, 4))
+    top = draw_image(directory / "top.qed", chance, base)
+    which = chance.random()
+    if which < 0.2:
+        return top, None
+    if which < 0.5:
+        return top, chance.choice(sorted(set(directory.iterdir()) - {top}))
+    return top, draw_chain(directory, chance, "new", chance.randrange(1, 3))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_content_stays(seed: int, tmp_path: Path) -> None:
+    """QEMU and we read what was there before; nothing but the overlay has changed."""
+    chance = random.Random(seed)
+    place = tmp_path / "place"
+    place.mkdir()
+    top, base = draw(place, chance)
+    before, others = content(top), files(place, top)
+    theirs = tmp_path / "theirs"
+    shutil.copytree(place, theirs)
+    words = ["-b", base.name if base else ""]
+    if base is not None:
+        words += ["-F", kind(base)]
+    assert main(["rebase", "-q", *words, str(top)]) == 0
+    assert qemu.check(top).code == 0
+    assert content(top) == before
+    assert files(place, top) == others
+    header = header_of(top.read_bytes())
+    assert not header.need_check
+    assert header.has_backing == (base is not None)
+    assert header.backing_is_raw == (base is not None and kind(base) == "raw")
+    qemu.run("qemu-img", "rebase", "-f", "qed", *words, theirs / "top.qed")
+    assert qemu.info(top).get("backing-filename") == qemu.info(theirs / "top.qed").get(
+        "backing-filename"
+    )
+    # QEMU's commonest case is a chain that ends up the same.
+    assert qemu.content(theirs / "top.qed") == before
+    assert top.stat().st_size <= (theirs / "top.qed").stat().st_size
+
+
+def test_nothing_is_taken_over_that_both_show(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base that is a copy of the old one costs no cluster; zeros cost none but a table."""
+    data = pattern(32 * CLUSTER, 3)
+    base = {number: data[number * CLUSTER :][:CLUSTER] for number in range(32)}
+    (tmp_path / "one.qed").write_bytes(build_image(1 << 20, base, table_size=2))
+    (tmp_path / "two.qed").write_bytes(
+        build_image(1 << 20, {**base, 40: b"only here"}, cluster_size=2 * CLUSTER, table_size=2)
+    )
+    top = tmp_path / "top.qed"
+    qemu.create(top, 1 << 20, cluster_size=CLUSTER, table_size=2, backing="one.qed")
+    shutil.copy(tmp_path / "one.qed", tmp_path / "copy.qed")
+    length = top.stat().st_size
+    assert main(["rebase", "-b", "copy.qed", str(top)]) == 0
+    assert capsys.readouterr().out == (
+        f"{top}: has the base copy.qed; 0 bytes of the old one taken over as data, 0 as zeros\n"
+    )
+    assert top.stat().st_size == length
+    before = content(top)
+    (tmp_path / "two.qed").write_bytes(
+        build_image(1 << 20, {**base, 200: b"only here"}, table_size=2)
+    )
+    assert main(["rebase", "-b", "two.qed", str(top)]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"0 bytes of the old one taken over as data, {CLUSTER} as zeros\n")
+    assert top.stat().st_size == length + 2 * CLUSTER
+    assert content(top) == before
+
+
+def test_clusters_longer_than_a_piece(tmp_path: Path) -> None:
+    """Clusters of 4 MiB are compared piece by piece, and taken over whole."""
+    size, cluster = 22 << 20, 4 << 20
+    (tmp_path / "old.raw").write_bytes(bytes(6 << 20) + b"o" * (4 << 20) + b"s" * (8 << 20))
+    new = bytearray((tmp_path / "old.raw").read_bytes())
+    new[3 << 20] = 1
+    new[(11 << 20) + 5] = 2
+    (tmp_path / "new.raw").write_bytes(new + b"past the old end")
+    top = qemu.create(
+        tmp_path / "top.qed",
+        size,
+        cluster_size=cluster,
+        table_size=2,
+        backing="old.raw",
+        backing_format="raw",
+    )
+    before = content(top)
+    assert main(["rebase", "-q", "-b", "new.raw", "-F", "raw", str(top)]) == 0
+    assert content(top) == before
+    assert qemu.check(top).code == 0
+    image = top.read_bytes()
+    entries = [get_entry(image, l2_entry_offset(image, number)) for number in range(6)]
+    assert [min(entry, 2) for entry in entries] == [ZERO, 0, 2, 0, 2, 0]
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.expect_log("refuses")
+def test_a_host_that_refuses(seed: int, tmp_path: Path, *, lasting: bool) -> None:
+    """Whichever change of a file fails, the disk reads as before and has no damage."""
+    chance = random.Random(1000 + seed)
+    place = tmp_path / "place"
+    place.mkdir()
+    top, base = draw(place, chance)
+    before, original = content(top), top.read_bytes()
+    name = base.name if base else None
+    if base is not None and seed % 2:
+        # A name that needs a sector of its own.
+        name = "./" * 300 + base.name
+
+    async def work() -> None:
+        await rebase(str(top), name, backing_format=base and kind(base))  # type: ignore[arg-type]
+
+    with failing(0) as changes:
+        trio.run(work)
+    assert content(top) == before
+    total, refused = changes.count, 0
+    for when in sorted({1, total - 1, total, *chance.sample(range(1, total + 1), min(10, total))}):
+        top.write_bytes(original)
+        with failing(when, lasting=lasting):
+            try:
+                trio.run(work)
+            except* HostError:
+                refused += 1
+        assert qemu.content(top) == before, when
+        assert qemu.check(top).errors == 0, when
+    assert refused
+
+
+def named(path: Path) -> tuple[str | None, int]:
+    """Give the base that QEMU finds, and the feature bits."""
+    return qemu.info(path).get("backing-filename"), header_of(path.read_bytes()).features
+
+
+@pytest.mark.parametrize("length", [1, 40, 447, 448, 449, 1000, 1023])
+@pytest.mark.parametrize("old", [5, 448, 449, 1023])
+def test_names_of_any_length(length: int, old: int, tmp_path: Path) -> None:
+    """With -u the name alone changes, wherever there is room for it."""
+    top = tmp_path / "top.qed"
+    content_before = build_image(1 << 20, {3: b"x"}, table_size=2, backing=b"o" * old)
+    top.write_bytes(content_before)
+    for name, base_format in (
+        (b"n" * length, "raw"),
+        (b"m" * length, "qed"),
+        (b"n" * length, "raw"),
+    ):
+        assert (
+            main(["rebase", "-q", "-u", "-F", base_format, "-b", os.fsdecode(name), str(top)]) == 0
+        )
+        bits = Feature.BACKING_FILE
+        if base_format == "raw":
+            bits |= Feature.BACKING_FORMAT_NO_PROBE
+        assert named(top) == (os.fsdecode(name), bits)
+        assert top.read_bytes()[CLUSTER:] == content_before[CLUSTER:]
+    assert main(["rebase", "-q", "-u", "-b", "", str(top)]) == 0
+    assert named(top) == (None, 0)
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("new", [b"n" * 20, b"n" * 448, b"n" * 449, b""])
+@pytest.mark.parametrize("old", [b"o" * 20, b"o" * 600, b""])
+@pytest.mark.expect_log("refuses")
+def test_the_name_is_the_old_or_the_new_one(
+    old: bytes, new: bytes, tmp_path: Path, *, lasting: bool
+) -> None:
+    """Whichever change of the file fails."""
+    top = tmp_path / "top.qed"
+    image = build_image(1 << 20, {3: b"x"}, table_size=2, autoclear=1, backing=old)
+
+    async def work() -> None:
+        await rebase(str(top), os.fsdecode(new), backing_format="raw", unsafe=True)
+
+    top.write_bytes(image)
+    with failing(0) as changes:
+        trio.run(work)
+    done = named(top)
+    found = set()
+    for when in range(1, changes.count + 1):
+        top.write_bytes(image)
+        with failing(when, lasting=lasting), pytest.raises((HostError, BaseExceptionGroup)):
+            trio.run(work)
+        found.add(named(top))
+    assert found <= {done, (os.fsdecode(old) or None, header_of(image).features)}
+
+
+def test_unknown_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compatible ones stay, autoclear ones go, and incompatible ones stop it."""
+    (tmp_path / "base.raw").write_bytes(b"b" * 9000)
+    top = tmp_path / "top.qed"
+    top.write_bytes(build_image(1 << 20, {0: b"x"}, table_size=2, compat=1 << 40, autoclear=1 << 5))
+    before = qemu.content(top)
+    assert main(["rebase", "-q", "-F", "raw", "-b", "base.raw", str(top)]) == 0
+    header = header_of(top.read_bytes())
+    assert header.compat_features == 1 << 40
+    assert header.autoclear_features == 0
+    assert qemu.content(top) == before
+    top.write_bytes(build_image(1 << 20, {0: b"x"}, features=1 << 9))
+    image = top.read_bytes()
+    assert main(["rebase", "-q", "-F", "raw", "-b", "base.raw", str(top)]) == 14
+    assert top.read_bytes() == image
+    assert "unknown incompatible bits" in capsys.readouterr().err
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line and a code each, and the image stays as it was."""
+    top, loop = tmp_path / "top.qed", tmp_path / "loop.qed"
+    (tmp_path / "base.raw").write_bytes(b"b" * 9000)
+    (tmp_path / "bad.qed").write_bytes(b"QED\0" + bytes(60))
+    (tmp_path / "q.qcow2").write_bytes(b"QFI\xfb" + bytes(600))
+    qemu.create(top, 1 << 20)
+    qemu.create(loop, 1 << 20, backing="top.qed")
+    image = top.read_bytes()
+    for words, code, text in (
+        (["-b", "top.qed"], 17, "loop"),
+        (["-b", "loop.qed", "-F", "qed"], 17, "loop"),
+        (["-b", "base.raw"], 1, "-F raw"),
+        (["-b", "base.raw", "-F", "qed"], 17, "expected a QED image"),
+        (["-b", "q.qcow2"], 17, "qcow"),
+        (["-b", "bad.qed"], 12, "cluster_size"),
+        (["-b", "missing"], 17, "No such file"),
+        (["-u", "-b", "missing"], 1, "-F raw"),
+        (["-b", "nbd:host"], 1, "plain path"),
+        (["-u", "-F", "raw", "-b", "n" * 1024], 1, "1023"),
+        (["-b", str(tmp_path)], 17, "a directory"),
+    ):
+        assert main(["rebase", *words, str(top)]) == code, words
+        complaint = capsys.readouterr().err
+        assert complaint.count("\n") == 1
+        assert text in complaint
+        assert top.read_bytes() == image
+    with qemu.hold(top):
+        assert main(["rebase", "-b", "", str(top)]) == 16
+    with qemu.hold(tmp_path / "base.raw", image_format="raw"):
+        assert main(["rebase", "-b", "base.raw", "-F", "raw", str(top)]) == 16
+
+
+def test_where_bases_may_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The new base is wherever the user says; the old one must be where bases may be."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    top = inside / "top.qed"
+    for name in ("old.raw", "new.raw"):
+        (outside / name).write_bytes(pattern(50_000, len(name)))
+    (outside / "new.raw").write_bytes(pattern(70_000, 2))
+    qemu.create(top, 1 << 20, backing="../outside/old.raw", backing_format="raw")
+    before = qemu.content(top)
+    words = ["rebase", "-q", "-F", "raw", "-b", "../outside/new.raw", str(top)]
+    assert main(words) == 17
+    assert "backing_dir" in capsys.readouterr().err
+    assert main([*words, "--backing-dir", str(outside)]) == 0
+    assert qemu.content(top) == before
+    assert main(["rebase", "-q", "-b", "", "--backing", "any", str(top)]) == 0
+    assert qemu.content(top) == before
+
+
+@pytest.mark.expect_log("found 12289 (unaligned)")
+def test_a_damaged_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot be read cannot be kept: the image still names the old base."""
+    old = build_image(1 << 20, {0: b"x", 9: 3 * CLUSTER + 1}, table_size=2)
+    (tmp_path / "old.qed").write_bytes(old)
+    top = tmp_path / "top.qed"
+    top.write_bytes(build_image(1 << 20, {1: b"y"}, table_size=2, backing=b"old.qed"))
+    assert main(["rebase", "-q", "-b", "", str(top)]) == 13
+    assert "unaligned" in capsys.readouterr().err
+    assert named(top)[0] == "old.qed"
+    # With -u nobody looks at it.
+    (tmp_path / "old.qed").unlink()
+    assert main(["rebase", "-q", "-u", "-b", "", str(top)]) == 0
+    assert named(top)[0] is None

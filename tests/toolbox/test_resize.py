@@ -1,0 +1,307 @@
+"""``qedimg resize``: beside ``qemu-img resize`` where that can do it, and shrinking."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from tests.crash.test_barriers import without_barrier
+from tests.support import qemu
+from tests.support.disks import (
+    build_image,
+    difference,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+)
+from tests.support.film import Film
+from tests.support.hostfiles import SECTOR, MemoryFile, RecordingFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+CLUSTER: Final = 4096
+SPAN: Final = 512 * CLUSTER
+
+
+def random_disk(path: Path, chance: random.Random, backing: Path | None = None) -> int:
+    """Have QEMU write an image of any geometry; give its size."""
+    cluster_size, table_size = 1 << chance.randrange(12, 20), 1 << chance.randrange(1, 5)
+    size = chance.randrange(1, 1 << 13) * 512
+    qemu.create(path, size, cluster_size=cluster_size, table_size=table_size, backing=backing)
+    for _ in range(chance.randrange(1, 6)):
+        start = chance.randrange(size // 512) * 512
+        length = min(size - start, chance.choice([512, 4096, 40960, 1 << 20]))
+        qemu.io(path, f"write -P {chance.randrange(1, 256)} {start} {length}")
+    return size
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_growing_as_qemu_does(seed: int, tmp_path: Path) -> None:
+    """The same size and content as qemu-img's, said in each of the ways."""
+    chance = random.Random(seed)
+    ours, theirs = tmp_path / "ours.qed", tmp_path / "theirs.qed"
+    size = random_disk(ours, chance)
+    theirs.write_bytes(ours.read_bytes())
+    more = chance.randrange(1 << 13) * 512
+    words = chance.choice([f"+{more}", str(size + more)])
+    assert main(["resize", "-q", str(ours), words]) == 0
+    qemu.run("qemu-img", "resize", "-q", "-f", "qed", theirs, words)
+    assert qemu.info(ours)["virtual-size"] == qemu.info(theirs)["virtual-size"] == size + more
+    assert qemu.compare(ours, theirs, second_format="qed")
+    assert qemu.check(ours).code == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_overlay_shorter_than_its_base(seed: int, tmp_path: Path) -> None:
+    """What appears reads as zeros in both programs; the base's data does not come up."""
+    chance = random.Random(100 + seed)
+    base, top = tmp_path / "base.qed", tmp_path / "top.qed"
+    random_disk(base, chance)
+    qemu.io(base, f"write -P 9 0 {qemu.info(base)['virtual-size']}")
+    size = random_disk(top, chance, base)
+    before = qemu.content(top)
+    more = chance.randrange(1, 1 << 13) * 512
+    assert main(["resize", "-q", str(top), f"+{more}"]) == 0
+    assert difference(qemu.content(top), before + bytes(more)) is None
+    assert len(before) == size
+    assert qemu.check(top).code == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_shrinking_and_growing_again(seed: int, tmp_path: Path) -> None:
+    """What was cut off is gone for good: by our growing, and by QEMU's."""
+    chance = random.Random(200 + seed)
+    base, path = tmp_path / "base.qed", tmp_path / "disk.qed"
+    overlay = chance.random() < 0.5
+    if overlay:
+        random_disk(base, chance)
+    size = random_disk(path, chance, base if overlay else None)
+    before = qemu.content(path)
+    less = chance.randrange(size // 512 + 1) * 512
+    assert main(["resize", "-q", "--shrink", "--force", str(path), f"-{less}"]) == 0
+    assert qemu.content(path) == before[: size - less]
+    found = qemu.check(path)
+    assert found.errors == 0
+    assert main(["compact", "-q", str(path)]) == 0
+    assert qemu.check(path).code == 0
+    if overlay:
+        # QEMU's growing shows the base.
+        assert main(["resize", "-q", str(path), str(size)]) == 0
+    else:
+        qemu.run("qemu-img", "resize", "-q", "-f", "qed", path, str(size))
+    assert difference(qemu.content(path), before[: size - less] + bytes(less)) is None
+    assert qemu.check(path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("IMAGE -1M", "expected at least 4194304 (--shrink lets the disk become smaller)"),
+        ("IMAGE 1M", "expected at least 4194304 (--shrink lets the disk become smaller)"),
+        ("--shrink IMAGE 1M", "found data at 2097152, past the new end at 1048576, expected none"),
+        ("--shrink --force IMAGE -5M", "size: found -1048576, expected at least 0"),
+        ("IMAGE +1000", "size: found 4195304, expected a multiple of 512 up to 70368744177664"),
+        ("--shrink --force IMAGE 1000", "size: found 1000, expected a multiple of 512"),
+        ("IMAGE 65T", "expected a multiple of 512 up to 70368744177664"),
+        ("IMAGE big", "size: found 'big', expected a number of bytes"),
+        ("IMAGE ++1", "size: found '+1', expected a number of bytes"),
+    ],
+)
+def test_refusals_change_nothing(
+    words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, and the file as it was."""
+    path = tmp_path / "disk.qed"
+    qemu.create(path, 4 << 20)
+    qemu.io(path, "write -P 7 2M 64K")
+    before = path.read_bytes()
+    assert main(["resize", *words.replace("IMAGE", str(path)).split()]) == 1
+    said = capsys.readouterr().err
+    assert expected in said
+    assert said.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+def test_shrinking_to_what_is_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without force as long as nothing is lost; zeros around the new end are nothing."""
+    path = tmp_path / "disk.qed"
+    qemu.create(path, 8 << 20)
+    qemu.io(path, "write -P 7 2M 32K", "write -z 3M 64K")
+    end = (2 << 20) + (32 << 10)
+    assert main(["resize", "-q", "--shrink", str(path), str(end - 512)]) == 1
+    assert f"found data at {2 << 20}, past" not in (said := capsys.readouterr().err)
+    assert f"past the new end at {end - 512}" in said
+    assert main(["resize", "--shrink", str(path), str(end)]) == 0
+    assert f"had {8 << 20} bytes, has {end}" in capsys.readouterr().out
+    qemu.io(path, "read -P 7 2M 32K")
+    assert qemu.check(path).code == 0
+
+
+def test_a_missing_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An overlay is not made larger without knowing what its base would show."""
+    (tmp_path / "images").mkdir()
+    path, base = tmp_path / "images" / "top.qed", tmp_path / "base"
+    create = ["create", "-q", "-F", "raw"]
+    assert main([*create, "-u", "-b", "gone", str(path), "1M"]) == 0
+    assert main(["resize", str(path), "2M"]) == 17
+    assert "gone: cannot open" in capsys.readouterr().err
+    base.write_bytes(b"b" * (2 << 20))
+    assert main([*create, "--force", "-b", str(base), str(path), "1M"]) == 0
+    assert main(["resize", str(path), "2M"]) == 17
+    assert "refused" in capsys.readouterr().err
+    assert main(["resize", "-q", "--backing", "any", str(path), "2M"]) == 0
+    assert qemu.content(path) == b"b" * (1 << 20) + bytes(1 << 20)
+
+
+def test_data_past_the_end_takes_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Old data past the end of the disk is neither shown nor dropped without being told."""
+    path = tmp_path / "disk.qed"
+    image = build_image(CLUSTER, {0: b"a", 3: b"old", 600: b"older"}, table_size=2)
+    path.write_bytes(image)
+    assert main(["resize", str(path), "4M"]) == 13
+    assert "past the end of the disk at 4096, expected none: the image takes" in (
+        capsys.readouterr().err
+    )
+    assert path.read_bytes() == image
+    assert main(["resize", "-q", "--force", str(path), "4M"]) == 0
+    assert qemu.content(path) == b"a".ljust(4 << 20, b"\0")
+    assert qemu.check(path).errors == 0
+
+
+@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize("size", [0, CLUSTER, 2 * CLUSTER + 512, SPAN, SPAN + CLUSTER])
+async def test_each_moment_of_shrinking_is_sound(size: int, *, based: bool) -> None:
+    """A crash leaves the old size, with zeros for what is gone already, or the new one."""
+    base = pattern(3 * SPAN, 5) if based else b""
+    numbers = (0, 1, 2, 511, 513, 1030)
+    image = build_image(
+        3 * SPAN, {n: pattern(CLUSTER, n) for n in numbers}, backing=b"base" if based else b""
+    )
+    before = guest_bytes(image, base)
+    file = RecordingFile(image)
+    async with opened(file, [base] if based else []) as disk:
+        await disk.shrink(size, force=True)
+        assert disk.size == size
+    sizes = set()
+    for _, content in file.prefixes():
+        header = header_of(content)
+        sizes.add(header.image_size)
+        assert inspect_image(content).errors == ()
+        after = guest_bytes(content, base)
+        assert after[:size] == before[:size]
+        for number in numbers:
+            part = slice(max(size, number * CLUSTER), (number + 1) * CLUSTER)
+            assert after[part] == before[part] or not any(after[part]), number
+    assert sizes == {3 * SPAN, size}
+    end = header_of(file.content)
+    used = end.geometry.l1_used(size)
+    l1 = [get_entry(file.content, end.l1_table_offset + 8 * n) for n in range(512)]
+    assert not any(l1[used:])
+    assert not end.need_check
+
+
+async def test_clusters_are_used_again_after_shrinking() -> None:
+    """The space of dropped tables and data serves what is written later."""
+    image = build_image(3 * SPAN, {n: pattern(CLUSTER, n) for n in range(0, 1500, 100)})
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.shrink(0, force=True)
+        await disk.flush()
+        await disk.resize(3 * SPAN)
+        for number in range(0, 1500, 100):
+            await disk.write(number * CLUSTER, pattern(CLUSTER, number + 1))
+    assert len(file.content) <= len(image)
+    assert inspect_image(file.content).errors == ()
+    after = guest_bytes(file.content)
+    for number in range(0, 1500, 100):
+        part = after[number * CLUSTER : (number + 1) * CLUSTER]
+        assert part == pattern(CLUSTER, number + 1)
+
+
+@pytest.mark.expect_log("found 1 references to clusters that have another owner")
+async def test_a_cluster_with_two_owners_is_not_given_back() -> None:
+    """Dropping one of two references leaves the other one its data."""
+    image = build_image(2 * SPAN, {0: pattern(CLUSTER, 1), 600: b"x"})
+    put_entry(image, l2_entry_offset(image, 601), get_entry(image, l2_entry_offset(image, 0)))
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.shrink(SPAN, force=True)
+        await disk.write(CLUSTER, pattern(CLUSTER, 2))
+        assert await disk.read(0, CLUSTER) == pattern(CLUSTER, 1)
+
+
+async def states_of_shrinking(image: bytearray, base: bytes, size: int) -> set[bytes]:
+    """Shrink a disk, and give what a power loss may leave: any of the last writes, or none."""
+    chance, states = random.Random(size), set()
+    file = RecordingFile(image)
+    async with opened(file, [base] if base else []) as disk:
+        await disk.shrink(size, force=True)
+    film = Film(file)
+    for moment in film.moments():
+        moment.develop()
+        for choice in itertools.islice(moment.choices(chance), 20):
+            states.add(bytes(film.contents.content(moment.state(choice))))
+    return states
+
+
+def tail(disk: bytes, size: int) -> NDArray[np.uint8]:
+    """Give the sectors of a disk from an offset on."""
+    return np.frombuffer(disk, np.uint8)[size:].reshape(-1, SECTOR)
+
+
+def old_data(content: bytes, base: bytes, size: int, full: int) -> bool:
+    """Tell whether old data came up if the disk was given its old size, and nothing else."""
+    grown = bytearray(content)
+    grown[48:56] = full.to_bytes(8, "little")
+    new, below = tail(guest_bytes(grown, base), size), tail(base.ljust(full, b"\0"), size)
+    return not bool(((new == below).all(axis=1) | ~new.any(axis=1)).all())
+
+
+DISK: Final = 4 * SPAN
+NUMBERS: Final = (0, 1, 2, 3, 510, 511, 513, 600, 1030, 1031, 1540)
+
+
+@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize("size", [0, CLUSTER + 512, SPAN - CLUSTER, 2 * SPAN + 512])
+async def test_power_loss_during_shrinking(size: int, *, based: bool) -> None:
+    """What stays of the disk has its data; of what goes, each sector has it or is zeros.
+
+    Once the disk is smaller, no old data is left to come up again.
+    """
+    base = pattern(DISK, 5) if based else b""
+    clusters = {n: pattern(CLUSTER, n) for n in NUMBERS}
+    image = build_image(DISK, clusters, backing=b"base" if based else b"")
+    before, sizes = guest_bytes(image, base), set()
+    for content in await states_of_shrinking(image, base, size):
+        assert inspect_image(content).errors == ()
+        sizes.add(header_of(content).image_size)
+        after = guest_bytes(content, base)
+        assert after[:size] == before[:size]
+        new, old = tail(after, size), tail(before[: len(after)], size)
+        assert ((new == old).all(axis=1) | ~new.any(axis=1)).all()
+        assert len(after) == DISK or not old_data(content, base, size, DISK)
+    assert sizes == {DISK, size}
+
+
+async def test_entries_must_be_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the barrier before the new size, a power loss leaves old data past the end."""
+    image = build_image(DISK, {n: pattern(CLUSTER, n) for n in NUMBERS})
+    without_barrier("Resizing.shrink")(monkeypatch)
+    states = await states_of_shrinking(image, b"", SPAN)
+    assert any(
+        header_of(content).image_size == SPAN and old_data(content, b"", SPAN, DISK)
+        for content in states
+    )

@@ -1,0 +1,265 @@
+"""Signals: the first one cancels what runs, and nothing stops it from putting things away."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from qedfuse.cli import qedimg
+from qedfuse.cli.qedimg import main as program
+from qedfuse.cli.qedimg.running import SIGNALS, orderly, run_async
+from qedfuse.errors import ImageError
+from tests.support.fakecommand import finish, install, start, words
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+FAILURE = ImageError("half written")
+
+signals = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+
+
+def kill(number: int) -> None:
+    """Send this process a signal, which has arrived on return."""
+    signal.raise_signal(number)
+
+
+def test_result_comes_back() -> None:
+    """With the arguments passed on."""
+
+    async def add(left: int, right: int) -> int:
+        await trio.lowlevel.checkpoint()
+        return left + right
+
+    assert run_async(add, 1, 2) == 3
+    with orderly():
+        assert run_async(add, 3, 4) == 7
+        assert run_async(add, 5, 6) == 11
+
+
+def test_errors_come_back_as_they_are() -> None:
+    """Not in a group, as from a nursery."""
+
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise FAILURE
+
+    with pytest.raises(ImageError, match="half written"):
+        run_async(fail)
+
+
+@signals
+def test_signal_cancels(number: int) -> None:
+    """What is put away, shielded, is put away to the end, although signals keep coming."""
+    done = []
+
+    async def work() -> None:
+        try:
+            kill(number)
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                for _ in range(5):
+                    kill(number)
+                    await trio.lowlevel.checkpoint()
+                done.append("put away")
+
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with pytest.raises(KeyboardInterrupt):
+        run_async(work)
+    assert done == ["put away"]
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_signal_counts_although_the_work_got_done() -> None:
+    """What would follow the work is not begun."""
+
+    async def work() -> int:
+        kill(signal.SIGINT)
+        return 1
+
+    with pytest.raises(KeyboardInterrupt):
+        run_async(work)
+
+
+def test_a_failure_is_told_also_after_a_signal() -> None:
+    """What went wrong while things were put away matters more."""
+
+    async def work() -> None:
+        try:
+            kill(signal.SIGINT)
+            await trio.sleep_forever()
+        finally:
+            raise FAILURE
+
+    with pytest.raises(ImageError, match="half written"):
+        run_async(work)
+
+
+@signals
+def test_plain_code_is_interrupted_once(number: int) -> None:
+    """Its `finally` is not interrupted in turn, nor is what it runs there."""
+    done = []
+
+    async def tidy() -> None:
+        await trio.lowlevel.checkpoint()
+        done.append("tidied")
+
+    with orderly():
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                kill(number)
+        finally:
+            kill(number)
+            done.append("finally")
+    assert done == ["finally"]
+    with pytest.raises(KeyboardInterrupt), orderly():
+        kill(number)
+    assert done == ["finally"]
+    run_async(tidy)
+    assert done == ["finally", "tidied"]
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """As under nohup, or for what a shell starts in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with orderly():
+            kill(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the program without a traceback; there is nothing to put away yet."""
+    seen = []
+
+    def stand_in() -> int:
+        seen.append(signal.getsignal(signal.SIGINT))
+        return 7
+
+    monkeypatch.setattr(program, "main", stand_in)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert qedimg.program() == 7
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_DFL]
+
+
+def test_usr1_without_progress_does_no_harm() -> None:
+    """It would end a program that has no handler."""
+    with orderly():
+        kill(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_interrupt_where_nobody_can_catch_it(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a destructor; it shows no traceback, and what runs next is cancelled."""
+
+    class Late:
+        def __del__(self) -> None:
+            kill(signal.SIGINT)
+
+    async def work() -> None:
+        await trio.sleep_forever()
+
+    with orderly():
+        late = Late()
+        del late
+        with pytest.raises(KeyboardInterrupt):
+            run_async(work)
+    assert capfd.readouterr() == ("", "")
+
+
+@signals
+def test_exit_code(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """130 and one line, whether the command runs trio or not."""
+
+    async def work() -> int:
+        kill(number)
+        await trio.sleep(3600)
+        return 0
+
+    def plain(_arguments: argparse.Namespace) -> int:
+        kill(number)
+        return 0
+
+    def on_trio(_arguments: argparse.Namespace) -> int:
+        return run_async(work)
+
+    def importing(_arguments: argparse.Namespace) -> int:
+        try:
+            kill(number)
+        except KeyboardInterrupt as error:
+            raise ImportError from error
+        return 0
+
+    runs: list[Callable[[argparse.Namespace], int]] = [plain, on_trio, importing]
+    for run in runs:
+        install(monkeypatch, run)
+        assert program.main(["fake"]) == 130
+        assert capsys.readouterr().err == "qedimg: interrupted\n"
+
+
+BLOCKED = """
+    import trio
+    async def work():
+        try:
+            os.write(1, b"ready\\n")
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                os.write(1, b"cancelled\\n")
+                # Until the test has sent more signals.
+                await trio.to_thread.run_sync(os.read, 0, 1)
+                os.write(1, b"put away\\n")
+    return run_async(work)
+"""
+
+
+@signals
+def test_signals_to_a_process(number: int) -> None:
+    """From outside, while it waits; the second and third come while it puts things away."""
+    reading, writing = os.pipe()
+    process = start(words(BLOCKED), stdin=reading)
+    os.close(reading)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
+    assert process.stdout.readline() == b"cancelled\n"
+    for again in (number, *SIGNALS):
+        process.send_signal(again)
+    os.write(writing, b"x")
+    os.close(writing)
+    assert finish(process) == (130, "put away\n", "qedimg: interrupted\n")
+
+
+def test_signal_while_threads_work() -> None:
+    """A thread in the host's kernel does not keep the loop from hearing of it."""
+    run = """
+    import functools, trio
+    async def work():
+        async with trio.open_nursery() as nursery:
+            read = functools.partial(trio.to_thread.run_sync, abandon_on_cancel=True)
+            nursery.start_soon(read, os.read, 0, 1)
+            os.write(1, b"ready\\n")
+    return run_async(work)
+    """
+    reading, writing = os.pipe()
+    process = start(words(run), stdin=reading)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (130, "", "qedimg: interrupted\n")
+    os.close(reading)
+    os.close(writing)

@@ -1,0 +1,160 @@
+"""Disks that are only read: any chain, raw files and devices, and what is none of them."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from qedfuse.disk.extents import Extent, Kind
+from qedfuse.disk.options import BackingPolicy, OpenOptions
+from qedfuse.errors import HostError, ImageError, ImageInUseError, UsageError
+from qedfuse.tools.pieces import Piece, pieces
+from qedfuse.tools.sources import open_source
+from tests.support import chains, qemu
+from tests.support.devices import loop_device
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Literal
+
+    from qedfuse.tools.sources import Source
+
+ANY = OpenOptions(backing=BackingPolicy("any"))
+
+
+def look(path: Path | str, form: Literal["auto", "raw", "qed"] = "auto") -> Source:
+    """Open and close a disk."""
+
+    async def work() -> Source:
+        async with open_source(str(path), form, ANY) as source:
+            return source
+
+    return trio.run(work)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_extents_tell_the_content(seed: int, tmp_path: Path) -> None:
+    """They cover each range in order; data is where they say, and the rest is zeros."""
+    chance = random.Random(seed)
+    top = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
+    expected = chains.content(top)
+
+    async def work() -> None:
+        async with open_source(str(top), "auto", ANY) as source:
+            assert source.size == len(expected)
+            assert source.format == chains.kind(top)
+            for _ in range(10):
+                start = chance.randrange(source.size)
+                length = chance.randrange(1, source.size + 9999)
+                end = min(start + length, source.size)
+                assert await source.read(start, length) == expected[start:end]
+                at = start
+                for extent in await source.extents(start, length):
+                    assert extent.start == at
+                    at = extent.end
+                    judge(source, extent)
+                assert at == end
+
+    def judge(source: Source, extent: Extent) -> None:
+        wanted = expected[extent.start : extent.end]
+        if extent.kind is Kind.DATA:
+            with open(source.descriptor(extent.depth), "rb", closefd=False) as file:
+                file.seek(extent.file_offset)
+                assert file.read(extent.length) == wanted
+        else:
+            assert not any(wanted)
+
+    trio.run(work)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pieces_hold_all_data(seed: int, tmp_path: Path) -> None:
+    """They are whole units, in order, within their limits; what is in none is zeros."""
+    chance = random.Random(seed)
+    top = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
+    expected = chains.content(top)
+    unit = 1 << chance.randrange(12, 20)
+    longest = unit << chance.randrange(4)
+
+    async def work() -> list[Piece]:
+        async with open_source(str(top), "auto", ANY) as source:
+            return [piece async for piece in pieces(source, unit, longest)]
+
+    at = 0
+    for piece in trio.run(work):
+        assert piece.start >= at
+        assert not any(expected[at : piece.start])
+        at = piece.start + piece.length
+        assert piece.start % unit == 0
+        assert at % unit == 0 or at == len(expected)
+        assert piece.start // longest == (at - 1) // longest
+        for part in piece.parts:
+            assert 0 <= part.at < part.at + part.length <= piece.length
+    assert not any(expected[at:])
+
+
+def test_a_raw_base_has_holes(tmp_path: Path) -> None:
+    """Nobody has to read what a sparse base lacks."""
+    raw = tmp_path / "a.raw"
+    with raw.open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 39)
+        file.write(b"x" * 4096)
+    top = qemu.create(tmp_path / "a.qed", backing="a.raw", backing_format="raw")
+
+    async def work() -> list[Extent]:
+        async with open_source(str(top)) as source:
+            return await source.extents(0, source.size)
+
+    data = [extent for extent in trio.run(work) if extent.kind is Kind.DATA]
+    assert [(extent.start, extent.length, extent.depth) for extent in data] == [(1 << 39, 4096, 1)]
+
+
+def test_a_device(tmp_path: Path) -> None:
+    """It is raw, and as long as it is."""
+    (tmp_path / "a").write_bytes(b"x" * (1 << 20))
+    with loop_device(tmp_path / "a") as device:
+        assert (look(device).size, look(device).format) == (1 << 20, "raw")
+
+
+def test_formats(tmp_path: Path) -> None:
+    """Foreign images are refused by name, unless they are said to be raw."""
+    for form, name in (("qcow2", "qcow2"), ("vmdk", "VMDK"), ("vdi", "VDI"), ("vhdx", "VHDX")):
+        path = qemu.create(tmp_path / form, 1 << 20, image_format=form)
+        with pytest.raises(UsageError, match=rf"{form}: format: found {name}, expected raw or qed"):
+            look(path)
+        assert look(path, "raw").size == path.stat().st_size
+    image = qemu.create(tmp_path / "a.qed", 1 << 20)
+    assert look(image).format == "qed"
+    assert look(image, "raw").size == image.stat().st_size
+    with pytest.raises(ImageError, match="not a QED image"):
+        look(tmp_path / "vdi", "qed")
+
+
+def test_what_is_no_disk(tmp_path: Path) -> None:
+    """Neither a directory nor a missing file is waited for or read."""
+    with pytest.raises(ImageError, match="found a directory, expected a file or a block device"):
+        look(tmp_path)
+    with pytest.raises(HostError, match="cannot open: No such file"):
+        look(tmp_path / "gone")
+    with pytest.raises(ImageError, match="found a character device"):
+        look("/dev/zero")
+
+
+@pytest.mark.parametrize("form", ["raw", "qed"])
+def test_what_is_written_to_is_refused(form: str, tmp_path: Path) -> None:
+    """A writer has the disk for itself, unless we are told to read beside it."""
+    path = qemu.create(tmp_path / "a", 1 << 20, image_format=form)
+    share = OpenOptions(force_share=True)
+
+    async def work(options: OpenOptions) -> int:
+        async with open_source(str(path), "auto", options) as source:
+            return source.size
+
+    with qemu.hold(path, image_format=form):
+        with pytest.raises(ImageInUseError):
+            trio.run(work, OpenOptions())
+        assert trio.run(work, share) == 1 << 20

@@ -1,0 +1,165 @@
+"""The arithmetic of the toolbox's benchmarks, and the images that they are made on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from benchmarks.launch import launch
+from benchmarks.servers import run
+from benchmarks.sparse import build
+from benchmarks.speed import turns
+from benchmarks.toolbox import map_lines, same_maps
+from benchmarks.toolfiles import CLUSTER, LONGEST, OVERLAYS, Files, runs
+from benchmarks.tooltasks import MEMORY, MIB, TASKS, Outcome, as_json, markdown
+from qedfuse.cli.qedimg.main import COMMANDS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHECK = next(task for task in TASKS if task.name == "check")
+CREATE = next(task for task in TASKS if task.name == "create")
+
+
+def outcome(us: list[float], peer: list[float], memory: float = 0) -> Outcome:
+    """Give what came out of a check."""
+    return Outcome(CHECK, {"us": us, "peer": peer}, {"us": [memory]})
+
+
+def test_ratio_is_of_medians() -> None:
+    """More than one means faster; one round that went wrong does not move it."""
+    found = outcome([1, 50, 1], [2, 2, 0.1])
+    assert found.ratio("peer") == 2
+    assert found.ratio("default") is None
+    assert (found.missed(), found.verdict()) == ([], "met")
+
+
+def test_missed_targets_are_named() -> None:
+    """Speed, whole seconds and memory, each by itself."""
+    assert outcome([2], [1]).missed() == ["0.50 of qemu-img, expected 1"]
+    assert outcome([1], [1], MEMORY).missed() == ["256 MiB, expected less than 256"]
+    assert Outcome(CREATE, {"us": [0.31]}).missed() == ["0.31 s, expected 0.3"]
+    assert Outcome(CREATE, {"us": [0.29]}).missed() == []
+    assert outcome([2], [1]).verdict() == "missed"
+    assert Outcome(CHECK, failures=["it broke"]).verdict() == "failed"
+
+
+def test_table_has_a_row_for_each_task() -> None:
+    """Medians with their spread, ratios, and how qemu-img was run."""
+    rows = [outcome([1, 2, 4], [4, 4, 4], 9 * MIB), Outcome(CREATE, failures=["us: it broke"])]
+    text = markdown(rows, {"processor": "slow"})
+    assert "- processor: slow\n" in text
+    assert "| 2 (1 to 4) | 4 (4 to 4) | 2.00 | 1 |  |  | 9 | met |" in text
+    assert re.search(r"\| 0\.3 s \|.*\| failed \|\n", text)
+    assert "- check: `qemu-img check -f qed {source}`\n" in text
+    assert text.endswith("- create: us: it broke\n")
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {10}
+
+
+def test_data_has_every_figure() -> None:
+    """For whoever wants to draw them."""
+    data = as_json([outcome([1, 2], [3, 4])], {"processor": "slow"})
+    assert data["tasks"][0]["seconds"] == {"us": [1, 2], "peer": [3, 4]}
+    assert data["tasks"][0]["ratios"]["peer"] == pytest.approx(3.5 / 1.5)
+    assert data["tasks"][0]["name"] == "check"
+
+
+def test_tasks_are_of_commands_that_exist() -> None:
+    """Each can be asked for alone, and what it makes is compared with something."""
+    assert len({task.name for task in TASKS}) == len(TASKS)
+    for task in TASKS:
+        assert task.us.split()[0] in COMMANDS
+        assert task.peer.split()[:1] in ([], task.us.split()[:1])
+        assert bool(task.target) == ("{target}" in task.us)
+        assert bool(task.source) == ("{source}" in task.us)
+        assert task.expected or "convert" not in task.name
+
+
+def test_copies_are_compared_at_like_terms() -> None:
+    """The target is for the peer that brings its copy to the host's disk, as we do."""
+    copies = [task for task in TASKS if task.name.startswith("convert")]
+    assert len(copies) == 3
+    for task in copies:
+        assert "-t writeback" in task.peer
+        assert task.default == task.peer.replace("-t writeback ", "")
+
+
+def test_maps_are_compared_extent_by_extent() -> None:
+    """The layout of the lines does not matter, the extents do."""
+    lines = ['[{ "start": 0, "length": 4},\n', '{"length": 8, "start": 4}]\n']
+    assert list(map_lines(lines)) == [{"start": 0, "length": 4}, {"start": 4, "length": 8}]
+    assert list(map_lines(["[]\n"])) == []
+    show = (sys.executable, "-c", "import sys; print(sys.argv[1])")
+    same_maps((*show, "".join(lines)), (*show, "".join(lines).replace(" ", "")))
+    with pytest.raises(ValueError, match=r"found .*'length': 8.*, expected None"):
+        same_maps((*show, "".join(lines)), (*show, lines[0]))
+    with pytest.raises(ValueError, match=r"found None, expected .*'length': 8"):
+        same_maps((*show, lines[0]), (*show, "".join(lines)))
+
+
+def test_launch_measures_the_program_alone() -> None:
+    """Not what the one had that started it; the exit code comes back."""
+    ballast = bytearray(64 * MIB)
+    ballast[::4096] = b"x" * (len(ballast) // 4096)
+    command = (sys.executable, "-m", "benchmarks.launch")
+    small = subprocess.run([*command, "true"], capture_output=True, text=True, check=True)
+    _seconds, _busy, memory, code = map(float, small.stdout.split())
+    assert memory < 48 * MIB
+    assert code == 0
+    script = "import sys; x = b'x' * (50 << 20); sys.exit(3)"
+    seconds, busy, memory, code = launch([sys.executable, "-c", script])
+    assert memory > 50 * MIB
+    assert code == 3
+    assert min(seconds, busy) > 0
+
+
+def test_everybody_takes_a_turn() -> None:
+    """Also two, who change places."""
+    assert turns(["us", "peer"], 3) == [["us", "peer"], ["peer", "us"], ["us", "peer"]]
+
+
+@pytest.mark.parametrize("run_length", [1, 7, 16])
+def test_runs_follow_each_other_in_the_file(tmp_path: Path, run_length: int) -> None:
+    """Within a run, the next cluster of the disk is the next one of the file."""
+    wanted = 1 << 14
+    _clusters, offsets = build(tmp_path / "x.qed", 1 << 30, wanted, run=run_length)
+    assert len(np.unique(offsets)) == wanted
+    assert offsets.max() - offsets.min() == (wanted - 1) * CLUSTER
+    together = np.count_nonzero(np.diff(offsets) == CLUSTER) + 1
+    assert together >= wanted - wanted // run_length
+    assert together <= wanted - wanted // run_length + 20
+    run("qemu-img", "check", "-q", "-f", "qed", str(tmp_path / "x.qed"))
+
+
+def test_disk_is_cut_into_runs() -> None:
+    """From end to end, without gaps."""
+    end = 0
+    for start, length in runs(1000, np.random.default_rng(1)):
+        assert start == end
+        assert 1 <= length <= LONGEST
+        end += length
+    assert end == 1000
+
+
+def test_disks_read_as_the_flat_files(tmp_path: Path) -> None:
+    """QEMU reads from the image and from the chain what the flat files hold."""
+    files = Files(tmp_path, 200 * CLUSTER, 1 << 30)
+    for name in ("mixed", "chain"):
+        image, flat = files.path(f"{name}.qed"), files.path(f"{name}.raw")
+        run("qemu-img", "compare", "-f", "qed", "-F", "raw", str(image), str(flat))
+    assert files.path("mixed.raw").read_bytes() != files.path("chain.raw").read_bytes()
+    assert len(list(tmp_path.glob("*.qed"))) == 1 + OVERLAYS
+
+
+def test_replacing_a_task_keeps_the_table_whole() -> None:
+    """A task without a peer has empty cells, not fewer."""
+    lonely = replace(outcome([1], [1]), task=CHECK._replace(peer="", ratio=None))
+    lonely.seconds.pop("peer")
+    rows = [line for line in markdown([lonely], {}).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {10}
