@@ -5,45 +5,59 @@
 #   examples/install.sh --link VENV  only the links, to a virtual environment that is there
 #   examples/install.sh --uninstall  takes the links and /opt/qedfuse away
 #
-# The links: /usr/local/bin/qedfuse, /sbin/mount.qedfuse and /sbin/mount.fuse.qedfuse.
+# The links: qedfuse and qedimg in /usr/local/bin, mount.qedfuse and mount.fuse.qedfuse in /sbin,
+# man pages and the completions of bash, zsh and fish in /usr/local/share.
 # mount(8) looks for its helpers in /sbin only and runs them with a PATH of its own, so a
 # program in a virtual environment is not found without them.
-# PREFIX, BINDIR and SBINDIR in the environment choose other places.
+# PREFIX, BINDIR, SBINDIR and DATADIR in the environment choose other places.
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 prefix=${PREFIX:-/opt/qedfuse}
+data=${DATADIR:-/usr/local/share}
+# Each link, and what it leads to in the environment.
 links=(
-    "${BINDIR:-/usr/local/bin}/qedfuse"
-    "${SBINDIR:-/sbin}/mount.qedfuse"
-    "${SBINDIR:-/sbin}/mount.fuse.qedfuse"
+    "${BINDIR:-/usr/local/bin}/qedfuse=bin/qedfuse"
+    "${BINDIR:-/usr/local/bin}/qedimg=bin/qedimg"
+    "${SBINDIR:-/sbin}/mount.qedfuse=bin/qedfuse"
+    "${SBINDIR:-/sbin}/mount.fuse.qedfuse=bin/qedfuse"
 )
+for page in man/man1/qedimg.1 man/man8/qedfuse.8 \
+    bash-completion/completions/{qedfuse,qedimg} \
+    zsh/site-functions/_{qedfuse,qedimg} \
+    fish/vendor_completions.d/{qedfuse,qedimg}.fish; do
+    links+=("$data/$page=share/$page")
+done
 
-# is_ours LINK: did this script make it?  Only then may it be replaced or removed.
+# is_ours LINK=TARGET: did this script make it?  Only then may it be replaced or removed.
 is_ours() {
-    [ -L "$1" ] && case $(readlink "$1") in */bin/qedfuse) ;; *) false ;; esac
+    [ -L "${1%=*}" ] && case $(readlink "${1%=*}") in */"${1##*=}") ;; *) false ;; esac
 }
 
 make_links() {
-    local link
-    for link in "${links[@]}"; do
-        [ ! -e "$link" ] && [ ! -L "$link" ] || is_ours "$link" ||
+    local pair link target
+    for pair in "${links[@]}"; do
+        link=${pair%=*}
+        [ ! -e "$link" ] && [ ! -L "$link" ] || is_ours "$pair" ||
             die "$link: found a file that is not ours, expected nothing or our link"
     done
-    for link in "${links[@]}"; do
+    for pair in "${links[@]}"; do
+        link=${pair%=*} target=$1/${pair##*=}
+        # An environment that was installed with "pip install -e" has no pages.
+        [ -e "$target" ] || continue
         mkdir -p "$(dirname "$link")"
-        ln -sfn "$1/bin/qedfuse" "$link"
-        say "$link -> $1/bin/qedfuse"
+        ln -sfn "$target" "$link"
+        say "$link -> $target"
     done
 }
 
 uninstall() {
-    local link
-    for link in "${links[@]}"; do
-        if is_ours "$link"; then
-            rm "$link"
-            say "Removed $link"
+    local pair
+    for pair in "${links[@]}"; do
+        if is_ours "$pair"; then
+            rm "${pair%=*}"
+            say "Removed ${pair%=*}"
         fi
     done
     if [ -e "$prefix/.made-for" ]; then

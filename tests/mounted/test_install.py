@@ -64,7 +64,8 @@ def test_uninstall_takes_away_what_was_installed(environment: Path) -> None:
     """Nothing is left, and what is not ours stays; both can be said twice."""
     run_in_sandbox(
         f"""
-        before=$(ls -l /usr/sbin /usr/local/bin)
+        listed() {{ ls -l /usr/sbin /usr/local/bin; find /usr/local/share ! -type d; }}
+        before=$(listed)
         {INSTALL} --link "$1"
         {INSTALL} --link "$1"
         qedfuse --version
@@ -73,10 +74,33 @@ def test_uninstall_takes_away_what_was_installed(environment: Path) -> None:
         {INSTALL} --uninstall
         test -d /opt/qedfuse
         test -x "$1/bin/qedfuse"
-        test "$before" = "$(ls -l /usr/sbin /usr/local/bin)"
+        test "$before" = "$(listed)"
         """,
         environment,
     )
+
+
+def test_pages_and_completions_are_where_they_are_looked_for(environment: Path) -> None:
+    """The man pages are found, and each shell finds the completion of both programs."""
+    shown = run_in_sandbox(
+        f"""
+        {INSTALL} --link "$1" >&2
+        unset MANPATH
+        cd /usr/local/share
+        for page in man/man1/qedimg.1 man/man8/qedfuse.8; do
+            groff -man -Tascii -P-cbou "$page" | grep -A 1 NAME
+        done
+        bash -c '. bash-completion/completions/qedimg; complete -p qedimg'
+        zsh -fc 'autoload -Uz compinit; compinit -u -D; echo "$_comps[qedfuse] $_comps[qedimg]"'
+        fish --no-config -c 'source fish/vendor_completions.d/qedimg.fish; complete -C"qedimg ch"'
+        """,
+        environment,
+    )
+    assert "qedimg - make, inspect" in shown
+    assert "qedfuse - show QED disk images" in shown
+    assert "complete -F _qedimg qedimg" in shown
+    assert "_qedfuse _qedimg" in shown
+    assert "check\tlook for damage" in shown
 
 
 def test_files_of_others_are_not_replaced(environment: Path) -> None:

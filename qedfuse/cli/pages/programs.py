@@ -1,0 +1,112 @@
+"""The two programs as the model has them: qedimg by its parsers, qedfuse by its help."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from qedfuse.cli.pages.model import (
+    Command,
+    Operand,
+    Option,
+    Program,
+    Value,
+    operands_of,
+    options_of,
+)
+from qedfuse.cli.qedfuse import USAGE
+from qedfuse.cli.qedimg import main as qedimg_main
+from qedfuse.mount.options import known_words
+
+_HELP: Final = "show this help message and exit"
+
+
+def qedimg() -> Program:
+    """Describe ``qedimg``."""
+    commands = []
+    for name, summary in qedimg_main.COMMANDS.items():
+        module = qedimg_main.command(name)
+        parser = qedimg_main.make_parser(name)
+        codes = qedimg_main.exit_codes(name)
+        commands.append(
+            Command(
+                name=name,
+                summary=summary,
+                options=tuple(item for item in options_of(parser) if item.help != _HELP),
+                operands=operands_of(parser),
+                description=module.DESCRIPTION,
+                example=module.EXAMPLE,
+                exit_codes={} if codes is qedimg_main.EXIT_CODES else codes,
+            )
+        )
+    return Program("qedimg", tuple(commands))
+
+
+def qedfuse() -> Program:
+    """Describe ``qedfuse``."""
+    image = Operand(Value.named("SOURCE"), repeats=True, help=_operand_help("SOURCE"))
+    place = Operand(Value.named("MOUNTPOINT"), help=_operand_help("MOUNTPOINT"))
+    mount = Command("", "show disk images as raw files", _mount_options(), (image, place))
+    umount = Command(
+        "umount",
+        "unmount, and wait until everything is durable",
+        (Option(("--timeout",), "wait no longer than this", Value("SECONDS")),),
+        (place,),
+    )
+    return Program("qedfuse", (mount, umount))
+
+
+def option_words() -> list[tuple[str, str]]:
+    """List what stands behind ``qedfuse -o``: each line's words, and what they mean."""
+    found: list[tuple[str, str]] = []
+    for line in _paragraphs()[4].splitlines():
+        words, _, meaning = line.strip().partition("  ")
+        if line.startswith("   "):  # the line before goes on
+            found[-1] = (found[-1][0], f"{found[-1][1]} {line.strip()}")
+        elif meaning:
+            found.append((words, meaning.strip()))
+    return found
+
+
+def exit_codes() -> list[tuple[int, str]]:
+    """List ``qedfuse``'s exit codes."""
+    text = " ".join(USAGE.split("Exit codes:")[1].split()).rstrip(".")
+    return [
+        (int(code), meaning) for code, _, meaning in (i.partition(" ") for i in text.split("; "))
+    ]
+
+
+def mount_words() -> dict[str, tuple[str, ...] | None]:
+    """List all words for ``-o``: None for a word alone, else what its value can be."""
+    return dict(sorted(known_words().items()))
+
+
+def _paragraphs() -> list[str]:
+    """Cut the help where it has empty lines."""
+    return USAGE.split("\n\n")
+
+
+def _operand_help(name: str) -> str:
+    """Find what the help says of an operand."""
+    text = _paragraphs()[2]
+    found = re.search(rf"^{name} +(.*(?:\n +.*)*)", text, re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
+
+
+def _mount_options() -> tuple[Option, ...]:
+    """Read the options of a mount out of the help."""
+    options = []
+    for line in _paragraphs()[3].splitlines():
+        names, _, meaning = line.strip().partition("  ")
+        flags = []
+        value = None
+        for name in names.split(", "):
+            flag, _, what = name.partition(" ")
+            flags.append(flag)
+            if flag == "-o":
+                value = Value(what, "mount-options")
+                meaning = "options of the mount, between commas; may be given again"
+            elif what:
+                value = Value.named(what)
+        options.append(Option(tuple(flags), meaning.strip(), value, repeats="-o" in flags))
+    return tuple(options)

@@ -1,0 +1,30 @@
+"""All files that are made, and where below ``docs/share/`` they have their places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qedfuse.cli.pages import bash, fish, man, programs, zsh
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def files() -> dict[str, str]:
+    """Make the text of each file."""
+    made = {"man/man1/qedimg.1": man.qedimg_page(), "man/man8/qedfuse.8": man.qedfuse_page()}
+    for program in (programs.qedimg(), programs.qedfuse()):
+        made |= {
+            f"bash-completion/completions/{program.name}": bash.script(program),
+            f"zsh/site-functions/_{program.name}": zsh.script(program),
+            f"fish/vendor_completions.d/{program.name}.fish": fish.script(program),
+        }
+    return made
+
+
+def write(directory: Path) -> None:
+    """Write them below a directory."""
+    for name, text in files().items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
