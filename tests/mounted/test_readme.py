@@ -1,4 +1,4 @@
-"""The recipes of the README, and the repair, work exactly as they are written."""
+"""The recipes of the README, the repair and the toolbox work exactly as they are written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REPAIR: Final = "When an image is damaged"
+TOOLBOX: Final = "The toolbox"
 
 SHOWN: Final = {
     "Use the file systems in an image": "hello.txt",
@@ -25,7 +26,8 @@ SHOWN: Final = {
     "Try something out in an overlay": "changed",
     "Get files out of a damaged image": "hello.txt",
     "From Python": "",
-    REPAIR: "damaged.qed: 0 errors",
+    REPAIR: "damaged.qed: sound",
+    TOOLBOX: "try.qed: sound",
 }
 """For each recipe what its output holds if it did its work."""
 
@@ -35,6 +37,7 @@ AFTERWARDS: Final = {
         cmp rescued.raw "$3"
     """,
     "From Python": "grep -q changed vm.qed",
+    TOOLBOX: 'cmp try.raw "$3"',
 }
 """For some recipes what must be true when they have ended."""
 
@@ -53,7 +56,7 @@ def recipes() -> dict[str, list[tuple[str, str]]]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     chapters = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     found = dict(part.split("\n", 1) for part in chapters["Recipes"].split("\n### ")[1:])
-    found[REPAIR] = chapters[REPAIR]
+    found |= {name: chapters[name] for name in (REPAIR, TOOLBOX)}
     blocks = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     return {name: blocks.findall(body) for name, body in found.items()}
 
