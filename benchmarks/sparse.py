@@ -8,7 +8,8 @@ A guest fills its disk here and there.  So the disk is cut into areas of 32 MiB,
 as one page of table entries describes; some of the areas, anywhere on the disk, are half
 full (more of them where that is not enough), and the others are empty.  The clusters lie
 in the file in no order at all, which is the worst that can happen to whoever looks for
-neighbours.  The tables lie in front of the data, in no order either.
+neighbours, or in runs of some length that lie in no order.  The tables lie in front of the
+data, in no order either.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def choose(disk_clusters: int, wanted: int, random: np.random.Generator) -> NDAr
 
 
 def build(
-    path: Path, disk_bytes: int, wanted: int, seed: int = 1
+    path: Path, disk_bytes: int, wanted: int, seed: int = 1, run: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Make an image; give its allocated clusters by their numbers, and their file offsets.
 
@@ -68,6 +69,7 @@ def build(
         disk_bytes: Size of the disk.
         wanted: How many clusters of it are allocated.
         seed: Another one makes another image of the same size.
+        run: How many clusters follow each other in the file as they do on the disk.
 
     Raises:
         ValueError: The disk has fewer clusters than are wanted.
@@ -80,7 +82,9 @@ def build(
     l2_start = l1_offset + GEOMETRY.table_bytes
     tables = l2_start + random.permutation(len(owners)) * GEOMETRY.table_bytes
     data_start = l2_start + len(owners) * GEOMETRY.table_bytes
-    offsets = data_start + random.permutation(wanted) * GEOMETRY.cluster_size
+    runs = random.permutation(-(-wanted // run))
+    places = (runs[:, None] * run + np.arange(run)).ravel()
+    offsets = data_start + places[places < wanted] * GEOMETRY.cluster_size
     header = Header(
         cluster_size=GEOMETRY.cluster_size,
         table_size=GEOMETRY.table_size,

@@ -29,7 +29,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, get_args
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar, get_args
 
 from benchmarks.cells import Cell, Fio
 from benchmarks.contest import Contestant, Place
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 ROUNDS, SECONDS, SIZE_MIB = 5, 2.0, 1024
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_SIZE_MIB = 3, 0.4, 256
 ROOT: Final = Path(__file__).resolve().parents[1]
+
+T = TypeVar("T")
 
 
 def compile_limit(directory: Path) -> str:
@@ -64,7 +66,7 @@ def takes_part(cell: Cell) -> list[Who]:
     return [who for who in get_args(Who) if who != "single" or cell.stage == "chain"]
 
 
-def turns(everybody: Sequence[Who], rounds: int) -> list[list[Who]]:
+def turns(everybody: Sequence[T], rounds: int) -> list[list[T]]:
     """Give the order of each round: whoever was first is the last in the next one."""
     orders = []
     for number_ in range(rounds):

@@ -1,0 +1,239 @@
+"""How fast the commands of qedimg are, beside qemu-img's, and how much memory they take.
+
+    benchmarks/toolbox.sh                     every task, in about twenty minutes
+    benchmarks/toolbox.sh --quick             smaller disks and three rounds
+    benchmarks/toolbox.sh --tasks convert     the tasks whose names contain that
+
+"us" is qedimg, "peer" is qemu-img doing the same, "default" is qemu-img as it is without
+options where that is something less: its `convert` does not bring the copy to the host's
+disk, unless a cache mode such as ``-t writeback`` is asked for.  Ours does, always.  They
+take turns, in another order each round.  Times are of whole processes, from their start to
+their end; sources are in the host's page cache, unless it is said that they are not.  What
+counts is the ratio of two medians, more than one meaning that qedimg is faster.  After the
+last round what was made is compared with what it should be.
+
+Ends with 0 also where targets are missed, for that depends on the machine; with 1 when a
+measurement failed or a byte was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
+
+from benchmarks.images import cool, settle, warm
+from benchmarks.report import facts, number
+from benchmarks.servers import BenchmarkError, run
+from benchmarks.speed import turns
+from benchmarks.toolfiles import Files
+from benchmarks.tooltasks import MIB, TASKS, Outcome, Task, as_json, markdown
+from qedfuse.util.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+ROUNDS, SIZE, LARGE = 5, "2G", "1T"
+QUICK_ROUNDS, QUICK_SIZE, QUICK_LARGE = 3, "256M", "128G"
+ROOT: Final = Path(__file__).resolve().parents[1]
+LIMIT_SECONDS: Final = 1800.0
+
+
+class Bench:
+    """Measures tasks on files."""
+
+    def __init__(self, files: Files, qedimg: Sequence[str]) -> None:
+        self._files = files
+        self._programs = {"us": list(qedimg), "peer": ["qemu-img"], "default": ["qemu-img"]}
+
+    def compete(self, task: Task, rounds: int) -> Outcome:
+        """Let all take turns, then look at what they made."""
+        outcome = Outcome(task)
+        wanted = {"us": task.us, "peer": task.peer, "default": task.default}
+        commands = {who: self._command(task, who, words) for who, words in wanted.items() if words}
+        if task.expected:
+            # Images without data are in the page cache, as far as there is any of them.
+            warm(self._files.path(task.source))
+        for order in turns(list(commands), rounds):
+            for who in order:
+                self._measure(outcome, who, commands[who])
+        try:
+            self._verify(task, commands)
+        except (BenchmarkError, ValueError) as error:
+            outcome.failures.append(str(error))
+        finally:
+            for who in commands:
+                self._target(task, who).unlink(missing_ok=True)
+        return outcome
+
+    def _target(self, task: Task, who: str) -> Path:
+        return self._files.directory / f"{task.name}-{who}.{task.target or 'none'}"
+
+    def _command(self, task: Task, who: str, words: str) -> list[str]:
+        source = self._files.path(task.source) if task.source else Path()
+        places = {
+            "source": source,
+            "target": self._target(task, who),
+            "directory": self._files.directory,
+        }
+        return [*self._programs[who], *(word.format(**places) for word in words.split())]
+
+    def _measure(self, outcome: Outcome, who: str, command: Sequence[str]) -> None:
+        target = self._target(outcome.task, who)
+        target.unlink(missing_ok=True)
+        if outcome.task.cold:
+            cool(self._files.path(outcome.task.source))
+        try:
+            launcher = (sys.executable, "-m", "benchmarks.launch")
+            said = run(*launcher, *command, seconds=LIMIT_SECONDS).split()
+        except BenchmarkError as error:
+            outcome.failures.append(f"{who}: {error}")
+            return
+        seconds, _busy, memory, code = map(float, said)
+        if code and (who == "us" or code != outcome.task.peer_code):
+            outcome.failures.append(f"{who}: {shlex.join(command)}: exit code {code:.0f}")
+            return
+        outcome.seconds.setdefault(who, []).append(seconds)
+        outcome.memory.setdefault(who, []).append(memory)
+        if target.exists():
+            # Nobody pays for what another one left in the host's page cache.
+            settle(target)
+
+    def _verify(self, task: Task, commands: Mapping[str, Sequence[str]]) -> None:
+        """Compare what was made with what it should be.
+
+        Raises:
+            BenchmarkError: It is something else.
+            ValueError: The maps differ.
+        """
+        if task.name == "map-json":
+            same_maps(commands["us"], commands["peer"])
+        if not task.target:
+            return
+        for who in commands:
+            target = self._target(task, who)
+            if not target.exists():
+                continue
+            if task.target == "qed":
+                run("qemu-img", "check", "-q", "-f", "qed", str(target), seconds=LIMIT_SECONDS)
+            if task.expected:
+                expected = str(self._files.path(task.expected))
+                forms = ("-f", task.target, "-F", "raw")
+                run(*("qemu-img", "compare", "-q", *forms, str(target), expected), seconds=300)
+
+
+def map_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Give the extents of a JSON map, of which each line holds one."""
+    for line in lines:
+        text = line.strip().removeprefix("[").removesuffix("]").rstrip(",")
+        if text:
+            yield json.loads(text)
+
+
+def same_maps(ours: Sequence[str], theirs: Sequence[str]) -> None:
+    """Compare two JSON maps extent by extent, without holding either in memory.
+
+    Raises:
+        ValueError: They differ.
+    """
+    with (
+        subprocess.Popen(ours, stdout=subprocess.PIPE, text=True) as us,
+        subprocess.Popen(theirs, stdout=subprocess.PIPE, text=True) as peer,
+    ):
+        assert us.stdout is not None
+        assert peer.stdout is not None
+        for one, other in zip_longest(map_lines(us.stdout), map_lines(peer.stdout)):
+            if one != other:
+                us.kill()
+                peer.kill()
+                msg = f"map: found {one}, expected {other}"
+                raise ValueError(msg)
+
+
+def _line(outcome: Outcome, seconds: float) -> str:
+    """Say in one line what came out."""
+    parts = [f"{who} {number(median(found))} s" for who, found in outcome.seconds.items()]
+    parts += [
+        f"us/{who} {ratio:.2f}" for who in ("peer", "default") if (ratio := outcome.ratio(who))
+    ]
+    parts.append(f"{max(outcome.memory.get('us', [0])) / MIB:.0f} MiB")
+    parts += [f"MISSED: {what}" for what in outcome.missed()]
+    parts += [f"FAILED: {what}" for what in outcome.failures]
+    return f"{outcome.task.name}: {'  '.join(parts)}  ({seconds:.0f} s)"
+
+
+def program() -> list[str]:
+    """Give the command to measure: QEDIMG, or the one of this checkout."""
+    if "QEDIMG" in os.environ:
+        return shlex.split(os.environ["QEDIMG"])
+    installed = Path(sys.executable).with_name("qedimg")
+    if installed.exists():
+        return [str(installed)]
+    return [sys.executable, "-m", "qedfuse.cli.qedimg"]
+
+
+def main() -> None:
+    """Read the arguments, measure, and show what came out."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/toolbox.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tasks", metavar="REGEX", default="", help="only tasks with such names")
+    parser.add_argument("--quick", action="store_true", help="small disks, three rounds")
+    parser.add_argument("--rounds", type=int, help=f"of each task ({ROUNDS})")
+    parser.add_argument("--size", help=f"of a disk with data ({SIZE})")
+    parser.add_argument("--large", help=f"of a full disk without data ({LARGE})")
+    parser.add_argument("--dir", type=Path, default=ROOT, help="where 20 GiB are free")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    arguments = parser.parse_args()
+    tasks = [task for task in TASKS if re.search(arguments.tasks, task.name)]
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    size = arguments.size or (QUICK_SIZE if arguments.quick else SIZE)
+    large = arguments.large or (QUICK_LARGE if arguments.quick else LARGE)
+    # Those who install a program have it compiled; here the first round does it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    outcomes = []
+    directory = Path(tempfile.mkdtemp(prefix="qedfuse-toolbox-", dir=arguments.dir))
+    try:
+        settings = f"{rounds} rounds, disks of {size}, full disks of {large}"
+        about = facts(directory, program()[0], settings)
+        about["versions"] = ", ".join(
+            run(*command, "--version").splitlines()[0] for command in (program(), ["qemu-img"])
+        )
+        bench = Bench(Files(directory, parse_size(size), parse_size(large)), program())
+        for task in tasks:
+            began = time.monotonic()
+            outcomes.append(bench.compete(task, rounds))
+            print(_line(outcomes[-1], time.monotonic() - began), flush=True)
+    except (BenchmarkError, OSError, ValueError) as error:
+        sys.exit(f"toolbox.sh: {error}")
+    except KeyboardInterrupt:
+        sys.exit("toolbox.sh: interrupted")
+    finally:
+        shutil.rmtree(directory)
+    table = markdown(outcomes, about)
+    print("\n" + table)
+    if arguments.markdown:
+        arguments.markdown.write_text(table, encoding="utf-8")
+    if arguments.json:
+        text = json.dumps(as_json(outcomes, about), indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    if any(outcome.failures for outcome in outcomes):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

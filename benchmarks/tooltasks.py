@@ -1,0 +1,185 @@
+"""What the toolbox is measured at, what came out of it, and how that is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from benchmarks.report import number, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+MIB: Final = 1 << 20
+MEMORY: Final = 256 * MIB
+"""Bytes that a command of ours may take up."""
+COLUMNS: Final = (
+    *("task", "qedimg, s", "qemu-img, s", "ratio", "target"),
+    *("without options, s", "ratio", "most MiB"),
+)
+
+
+class Task(NamedTuple):
+    """Something that both can do.
+
+    In the commands, ``{source}`` and ``{target}`` are paths; a target is made anew.
+
+    Attributes:
+        name: By which it is asked for.
+        title: For the table.
+        us: Arguments of qedimg.
+        peer: Arguments of qemu-img; empty where it has nothing like it.
+        default: Arguments of qemu-img without options, where they are not the same.
+        source: The file that is read, if any.
+        target: The end of the name of the file that is made, if any.
+        expected: The flat file that says what the target must read as.
+        ratio: How many times as fast as ``peer`` we should be.
+        seconds: The longest we should take.
+        cold: Whether the source is taken out of the host's page cache each time.
+        peer_code: What qemu-img may end with besides 0.
+    """
+
+    name: str
+    title: str
+    us: str
+    peer: str = ""
+    default: str = ""
+    source: str = ""
+    target: str = ""
+    expected: str = ""
+    ratio: float | None = None
+    seconds: float | None = None
+    peer_code: int = 0
+    cold: bool = False
+
+
+def _convert(name: str, title: str, source: str, target: str) -> Task:
+    """Give a task that copies a disk."""
+    form, goal = ("raw" if end.endswith("raw") else "qed" for end in (source, target))
+    plain = f"convert -f {form} -O {goal} {{source}} {{target}}"
+    return Task(
+        *(name, title, plain, f"convert -t writeback -f {form} -O {goal} {{source}} {{target}}"),
+        default=plain,
+        source=source,
+        target=target,
+        expected=f"{Path(source).stem}.raw",
+        ratio=1.2,
+    )
+
+
+_LEAKS: Final = 3
+"""QEMU counts too many clusters of files as large as 4 GiB, and takes those for leaked."""
+
+TASKS: Final = (
+    Task("check", "check, full disk", "check {source}", "check -f qed {source}",
+         source="full.qed", ratio=1.0, peer_code=_LEAKS),
+    Task("check-scattered", "check, full disk, no cluster beside its neighbour",
+         "check {source}", "check -f qed {source}", source="scattered.qed", ratio=1.0,
+         peer_code=_LEAKS),
+    Task("check-cold", "check, full disk, its tables not in the host's page cache",
+         "check {source}", "check -f qed {source}", source="full.qed", ratio=1.0,
+         peer_code=_LEAKS, cold=True),
+    Task("map", "map, full disk", "map {source}", "map -f qed {source}",
+         source="full.qed", ratio=1.0),
+    Task("map-json", "map --output json, full disk", "map --output json {source}",
+         "map -f qed --output json {source}", source="full.qed", ratio=1.0),
+    Task("map-scattered", "map, full disk, no cluster beside its neighbour",
+         "map {source}", "map -f qed {source}", source="scattered.qed", ratio=1.0),
+    _convert("convert-raw-qed", "convert raw to QED", "mixed.raw", "qed"),
+    _convert("convert-qed-raw", "convert QED to raw", "mixed.qed", "raw"),
+    _convert("convert-chain", "convert a chain of 4 to one QED", "chain.qed", "qed"),
+    Task("info", "info, whole process", "info {source}", "info -f qed {source}",
+         source="mixed.qed", seconds=0.3),
+    Task("info-full", "info of the full disk, whole process", "info {source}",
+         "info -f qed {source}", source="full.qed", seconds=0.3),
+    Task("create", "create a disk of 64 TiB, whole process", "create {target} 64T",
+         "create -f qed {target} 64T", target="qed", seconds=0.3),
+    Task("measure", "measure raw for QED", "measure {source}", source="mixed.raw"),
+    Task("compare", "compare raw and QED", "compare {source} {directory}/mixed.raw",
+         "compare {source} {directory}/mixed.raw", source="mixed.qed"),
+)  # fmt: skip
+"""What is measured, and the targets."""
+
+
+@dataclass
+class Outcome:
+    """What came out of a task: seconds and bytes of memory of each round, by who."""
+
+    task: Task
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, list[float]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def ratio(self, other: str) -> float | None:
+        """Give how many times as fast as another one we are."""
+        ours, theirs = self.seconds.get("us"), self.seconds.get(other)
+        return median(theirs) / median(ours) if ours and theirs else None
+
+    def missed(self) -> list[str]:
+        """Say which targets are missed, and by what."""
+        found = []
+        ratio, ours = self.ratio("peer"), self.seconds.get("us")
+        if self.task.ratio is not None and ratio is not None and ratio < self.task.ratio:
+            found.append(f"{ratio:.2f} of qemu-img, expected {self.task.ratio:g}")
+        if self.task.seconds is not None and ours and median(ours) > self.task.seconds:
+            found.append(f"{median(ours):.2f} s, expected {self.task.seconds:g}")
+        most = max(self.memory.get("us", [0]))
+        if most >= MEMORY:
+            found.append(f"{most / MIB:.0f} MiB, expected less than {MEMORY / MIB:.0f}")
+        return found
+
+    def verdict(self) -> str:
+        """Say in one word what became of the targets."""
+        if self.failures:
+            return "failed"
+        return "missed" if self.missed() else "met"
+
+
+def markdown(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> str:
+    """Write the table, with what it was measured on above and the notes below."""
+    lines = [f"- {name}: {fact}" for name, fact in about.items()]
+    lines += [
+        "",
+        f"| {' | '.join(COLUMNS)} | |",
+        f"|{' --- |' * (len(COLUMNS) + 1)}",
+    ]
+    notes = []
+    for outcome in outcomes:
+        task = outcome.task
+        ratios = [outcome.ratio(who) for who in ("peer", "default")]
+        shown = [
+            spread(outcome.seconds[who]) if outcome.seconds.get(who) else ""
+            for who in ("us", "peer", "default")
+        ]
+        first, second = (f"{ratio:.2f}" if ratio is not None else "" for ratio in ratios)
+        target = f"{task.ratio:g}" if task.ratio is not None else ""
+        if task.seconds is not None:
+            target = f"{task.seconds:g} s"
+        memory = number(max(outcome.memory.get("us", [0])) / MIB)
+        row = [task.title, shown[0], shown[1], first, target, shown[2], second, memory]
+        lines.append(f"| {' | '.join([*row, outcome.verdict()])} |")
+        notes += [f"- {task.name}: {what}" for what in (*outcome.failures, *outcome.missed())]
+    lines += ["", "With options, qemu-img runs as follows; and as qedimg does, without them:", ""]
+    lines += [f"- {outcome.task.name}: `qemu-img {outcome.task.peer}`" for outcome in outcomes
+              if outcome.task.peer]  # fmt: skip
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
+
+
+def as_json(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> dict[str, Any]:
+    """Give everything as data, with each single figure."""
+    return {
+        "facts": dict(about),
+        "tasks": [
+            {
+                **outcome.task._asdict(),
+                "seconds": outcome.seconds,
+                "memory": outcome.memory,
+                "ratios": {who: outcome.ratio(who) for who in ("peer", "default")},
+                "missed": outcome.missed(),
+                "failures": outcome.failures,
+            }
+            for outcome in outcomes
+        ],
+    }
