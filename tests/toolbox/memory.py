@@ -32,5 +32,6 @@ def run(*words: str | Path) -> tuple[str, int, set[str]]:
     command = [sys.executable, "-c", _SCRIPT, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    peak, *modules = done.stderr.split()
+    # A warning may come first.
+    peak, *modules = done.stderr.splitlines()[-1].split()
     return done.stdout, int(peak) * 1024, set(modules)
