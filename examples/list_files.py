@@ -5,7 +5,8 @@
 
 Nothing is mounted and no privileges are needed: `qedfuse.open` gives the disk as a binary
 file, backing files included, and dissect (pip install dissect.volume dissect.fat
-dissect.extfs) reads partition tables and file systems out of any such file.
+dissect.extfs; its licence is the AGPL) reads partition tables and file systems out of any
+such file.
 """
 
 from __future__ import annotations
