@@ -51,7 +51,7 @@ async def compare(
     Args:
         first: One disk.
         second: The other.
-        strict: They must have the same size, and the same data, zeros and holes.
+        strict: They must have the same size, and data in the same places.
         progress: Called with the bytes compared so far and in all.
 
     Raises:
@@ -115,17 +115,25 @@ def _data(extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:
 
 
 def _stored_apart(one: list[Extent], other: list[Extent]) -> int | None:
-    """Find the first offset that is data in one list and zeros or nothing in the other, or so."""
+    """Find the first offset that is data in one list and zeros or nothing in the other.
+
+    Zeros and nothing are the same here: what is nothing in an image is zeros in an overlay.
+    """
     ends = {extent.end: None for extent in (*one, *other)}
     places = [iter(one), iter(other)]
     current = [next(place, None) for place in places]
     start = min((extent.start for extent in current if extent), default=0)
     for end in sorted(ends):
         here, there = current
-        if (here is None) != (there is None) or (here and there and here.kind is not there.kind):
+        if _has_data(here) is not _has_data(there):
             return start
         start = end
         for side, extent in enumerate(current):
             if extent is not None and extent.end <= end:
                 current[side] = next(places[side], None)
     return None
+
+
+def _has_data(extent: Extent | None) -> bool:
+    """Tell whether there is more than zeros without a place; None is past the end."""
+    return extent is not None and extent.kind in {Kind.DATA, Kind.BAD}

@@ -104,6 +104,17 @@ def test_strict(tmp_path: Path, capsys: Captured) -> None:
     )
 
 
+def test_an_overlay_that_holds_nothing_is_like_its_base(tmp_path: Path, capsys: Captured) -> None:
+    """What is not there in the base shows as zeros through the overlay."""
+    base, top = tmp_path / "base.qed", tmp_path / "top.qed"
+    base.write_bytes(build_image(1 << 20, {1: b"a", 5: 1, 9: b"q"}))
+    top.write_bytes(build_image(1 << 20, {}, backing=b"base.qed"))
+    assert ours(capsys, "-s", base, top) == (0, "Images are identical.\n")
+    top.write_bytes(build_image(1 << 20, {3: bytes(4096)}, backing=b"base.qed"))
+    code, said = ours(capsys, "-s", base, top)
+    assert (code, said) == (1, "Strict mode: Offset 12288 block status mismatch!\n")
+
+
 def test_a_difference_before_another_allocation_is_told_first(
     tmp_path: Path, capsys: Captured
 ) -> None:

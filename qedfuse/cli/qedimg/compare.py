@@ -22,7 +22,7 @@ Compare the content of two disks: QED images with their chains, raw files, or bl
 devices.  How they are stored does not matter, and where one disk is longer the rest has
 to be zeros.  The offset of the first byte that differs is told.
 
--s also wants the same size, and data, zeros and holes in the same places."""
+-s also wants the same size, and data in the same places, be it zeros or not."""
 
 SAME: Final = 0
 DIFFERENT: Final = 1
