@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
 from qedfuse.disk.extents import Kind
+from qedfuse.tools.crew import Crew, reporting
+from qedfuse.tools.pieces import Cutter, fill
+from qedfuse.tools.steps import steps
+from qedfuse.tools.units import same_units
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from qedfuse.disk.extents import Extent
+    from qedfuse.tools.crew import Turn
+    from qedfuse.tools.pieces import Piece
     from qedfuse.tools.sources import Source
 
     Progress = Callable[[int, int], None]
-    Buffer = bytes | bytearray
 
-_STEP: Final = 1 << 29
-"""Bytes of a disk whose extents are asked for at once."""
+_PIECE: Final = 1 << 20
+"""Bytes that are compared at once; two of them fit into a processor's cache."""
 
-_PIECE: Final = 1 << 21
-"""Bytes that are read at once."""
+_UNIT: Final = 4096
+"""Bytes; pieces begin and end at multiples of it."""
+
+_THREADS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,57 +70,68 @@ async def compare(
     sizes = first.size, second.size
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
-    whole = max(sizes)
-    for start in range(0, whole, _STEP):
-        end = min(start + _STEP, whole)
-        one, other = [await _extents(source, start, end) for source in (first, second)]
-        apart = _stored_apart(one, other) if strict else None
-        for begin, stop in _data([*one, *other]):
-            if apart is not None and begin > apart:
-                break
-            if progress is not None:
-                progress(begin, whole)
-            here = [await _read(source, begin, stop) for source in (first, second)]
-            if here[0] != here[1]:
-                offset = begin + first_difference(*here)
-                if apart is None or offset < apart:
-                    return Comparison(identical=False, reason="content", offset=offset, sizes=sizes)
-        if apart is not None:
-            return Comparison(identical=False, reason="allocation", offset=apart, sizes=sizes)
-    if progress is not None:
-        progress(whole, whole)
+    # Whatever one has past the end of the other is in a step of the longer one.
+    longer, shorter = (first, second) if first.size >= second.size else (second, first)
+    search = _Search(longer, shorter)
+    crew = Crew([search.hand() for _ in range(_THREADS)])
+    cutter = Cutter(longer, _UNIT, _PIECE, base=shorter)
+    report = (lambda: progress(search.done, longer.size)) if progress else None
+    async with reporting(report), aclosing(steps(longer, _UNIT, shorter)) as work:
+        async for step in work:
+            apart = _stored_apart(step.extents, step.below) if strict else None
+            await crew.work(search.until(apart, cutter.cut(step)))
+            if search.found is not None and (apart is None or search.found < apart):
+                return Comparison(
+                    identical=False, reason="content", offset=search.found, sizes=sizes
+                )
+            if apart is not None:
+                return Comparison(identical=False, reason="allocation", offset=apart, sizes=sizes)
+            search.done = step.end
     return Comparison(identical=True, reason=None, offset=None, sizes=sizes)
 
 
-def first_difference(one: Buffer, other: Buffer) -> int:
-    """Give the index of the first byte that differs between two buffers of one length."""
-    unlike = np.frombuffer(one, np.uint8) != np.frombuffer(other, np.uint8)
-    return int(unlike.argmax())
+class _Search:
+    """Looks for the first difference, in several threads.
 
+    Attributes:
+        found: Offset of the first difference so far, if there is any.
+        done: Offset up to which the disks have been looked at.
+    """
 
-async def _extents(source: Source, start: int, end: int) -> list[Extent]:
-    """Tell how a range is stored, as far as the disk goes."""
-    length = min(end, source.size) - start
-    return await source.extents(start, length) if length > 0 else []
+    def __init__(self, one: Source, other: Source) -> None:
+        """Search two disks."""
+        self._names = one.name, other.name
+        self._finding = threading.Lock()
+        self.found: int | None = None
+        self.done = 0
 
+    def until(self, limit: int | None, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Give pieces in order up to the first difference, or to those after a limit."""
+        for piece in pieces:
+            if self.found is not None or (limit is not None and piece.start > limit):
+                return
+            self.done = piece.start
+            yield piece
 
-async def _read(source: Source, start: int, end: int) -> Buffer:
-    """Read a range; past the disk's end there are zeros."""
-    length = min(end, source.size) - start
-    data = await source.read(start, length) if length > 0 else b""
-    return data if len(data) == end - start else bytes(data).ljust(end - start, b"\0")
+    def hand(self) -> Callable[[Piece, Turn], None]:
+        """Give a function that compares one piece after the other, in a worker thread."""
+        buffers = np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)
 
+        def look(piece: Piece, _turn: Turn) -> None:
+            one, other = (buffer[: piece.length] for buffer in buffers)
+            fill(one, piece.parts, self._names[0])
+            fill(other, piece.base, self._names[1])
+            same = same_units(one, other, _UNIT)
+            if same.all():
+                return
+            at = int(same.argmin()) * _UNIT
+            unlike = one[at : at + _UNIT] != other[at : at + _UNIT]
+            offset = piece.start + at + int(unlike.argmax())
+            with self._finding:
+                # Pieces are begun in order, so none that is not yet begun comes before.
+                self.found = offset if self.found is None else min(self.found, offset)
 
-def _data(extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:
-    """Give the ranges that any of the extents has data in, in order and in pieces."""
-    at = 0
-    for extent in sorted(extents, key=lambda extent: extent.start):
-        if extent.kind in {Kind.DATA, Kind.BAD}:
-            at = max(at, extent.start)
-            while at < extent.end:
-                stop = min(extent.end, at + _PIECE)
-                yield at, stop
-                at = stop
+        return look
 
 
 def _stored_apart(one: list[Extent], other: list[Extent]) -> int | None:
@@ -136,4 +156,4 @@ def _stored_apart(one: list[Extent], other: list[Extent]) -> int | None:
 
 def _has_data(extent: Extent | None) -> bool:
     """Tell whether there is more than zeros without a place; None is past the end."""
-    return extent is not None and extent.kind in {Kind.DATA, Kind.BAD}
+    return extent is not None and extent.kind is Kind.DATA

@@ -8,8 +8,6 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError, cannot_open
 from qedfuse.hostio.locking import LockMode, lock_image
@@ -30,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import Literal
 
-    from qedfuse.tools.copying import Target
     from qedfuse.tools.sources import Source
+    from qedfuse.tools.targets import Target
 
     Progress = Callable[[int, int], None]
 
@@ -63,6 +61,7 @@ async def convert(
     into_existing: bool = False,
     overwrite: bool = False,
     compare: bool = False,
+    durable: bool = True,
     streams: int = DEFAULT_STREAMS,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
@@ -77,6 +76,8 @@ async def convert(
         into_existing: Write into a file, image or device that is there.
         overwrite: Replace a file that is there.
         compare: Read both back before the copy counts as complete.
+        durable: Have the copy on the host's disk before it counts as complete.  An image
+            that is written into is made durable in any case.
         streams: How many pieces may be under way at once, 1 to 16.
         options: How to open the source.
         progress: Called with the bytes of the disk that are done, and how many it has.
@@ -86,7 +87,8 @@ async def convert(
         QedError: The source cannot be read, or the target cannot be made.
     """
     layout = layout or Layout()
-    work = _Work(target_path, layout, streams, options or OpenOptions(), progress, compare=compare)
+    work = _Work(target_path, layout, streams, options or OpenOptions(), progress)
+    work.compare, work.durable = compare, durable
     async with AsyncExitStack() as stack:
         if is_stream(source_path):
             if source_format == "qed" or layout.backing is not None or compare or into_existing:
@@ -117,8 +119,6 @@ class _Work:
         streams: int,
         options: OpenOptions,
         progress: Progress | None,
-        *,
-        compare: bool,
     ) -> None:
         self.path = path
         self.name = printable(path)
@@ -126,7 +126,8 @@ class _Work:
         self.streams = streams
         self.options = options
         self.progress = progress
-        self.compare = compare
+        self.compare = False
+        self.durable = True
         self.source: Source | None = None
         self.pipe = (-1, "")
         self.raw_pipe = False
@@ -150,11 +151,19 @@ class _Work:
     async def copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:
         """Copy everything; give the size of the disk and the bytes written as data."""
         sparse = self.layout.sparse_size
+        kept = self.layout.format in {"raw", "qed"}  # else qemu-img reads it right away
         if self.source is None:
             return await copy_stream(
                 *self.pipe, target, sparse_size=sparse, raw=self.raw_pipe, progress=self.progress
             )
-        copy = Copy(self.source, target, base=base, sparse_size=sparse, progress=self.progress)
+        copy = Copy(
+            self.source,
+            target,
+            base=base,
+            sparse_size=sparse,
+            durable=self.durable and kept,
+            progress=self.progress,
+        )
         await copy.run(self.streams)
         return self.source.size, copy.data_bytes
 
@@ -176,6 +185,9 @@ class _Work:
             msg = f"{self.name}: an existing file: expected -O raw or -O qed, and no -B"
             raise UsageError(msg)
         if self.layout.format == "qed":
+            from qedfuse.check.inspector import inspect_image  # noqa: PLC0415  takes a while
+            from qedfuse.disk.opening import open_disk  # noqa: PLC0415
+
             options = replace(self.options, writable=True, force_share=False)
             async with open_disk(self.path, options, inspector=inspect_image) as disk:
                 self._check_room(source, disk.size)
@@ -190,7 +202,7 @@ class _Work:
                 lock_image(fd, LockMode.WRITE, self.name)
                 length = os.lseek(fd, 0, os.SEEK_END)
                 self._check_room(source, length)
-                size, data = await self.copy(OverwrittenTarget(fd, self.name))
+                size, data = await self.copy(OverwrittenTarget(fd, self.name, durable=self.durable))
             finally:
                 os.close(fd)
         if self.compare:
@@ -221,7 +233,7 @@ class _Work:
                     size, data = await self.copy(target, base)
                 if self.compare and self.source is not None:
                     await self._verify(self.source, new.path, layout.format)
-            new.commit()
+            new.commit(durable=self.durable)
         return ConvertResult(size, os.stat(self.path).st_size, data)  # noqa: PTH116
 
     @asynccontextmanager

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qedfuse.tools.copying import OldTarget
-from qedfuse.tools.pieces import runs
+from qedfuse.tools.targets import OldTarget
+from qedfuse.tools.units import runs
 
 if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
-    from qedfuse.tools.pieces import Mask
+    from qedfuse.tools.units import Mask
 
 
 class DiskTarget(OldTarget):

@@ -55,15 +55,18 @@ class NewFile:
         if self._there:
             os.unlink(self.path)  # noqa: PTH108
 
-    def commit(self) -> None:
-        """Make the file durable and give it its name.
+    def commit(self, *, durable: bool = True) -> None:
+        """Give the file its name, once everything in it is on the host's disk.
+
+        Without ``durable`` the host may lose it, or some of it, when its power fails soon.
 
         Raises:
             UsageError: There is a file of that name now.
             HostError: The host refused.
         """
         try:
-            self._sync(self.path)
+            if durable:
+                self._sync(self.path)
             if self._overwrite:
                 if os.path.exists(self._final):  # noqa: PTH110
                     os.chmod(self.path, os.stat(self._final).st_mode & 0o7777)  # noqa: PTH101, PTH116
@@ -72,7 +75,8 @@ class NewFile:
                 os.link(self.path, self._final)
                 os.unlink(self.path)  # noqa: PTH108
             self._there = False
-            self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
+            if durable:
+                self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
             msg = f"{printable(self._final)}: exists already (--force replaces it)"
             raise UsageError(msg) from error

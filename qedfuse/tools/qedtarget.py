@@ -13,14 +13,15 @@ from qedfuse.errors import HostError, UsageError
 from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, UNALLOCATED, ZERO
 from qedfuse.ondisk.header import build_header
 from qedfuse.ondisk.table import SLICE_BYTES
-from qedfuse.tools.copying import NewTarget, Write, write_all
-from qedfuse.tools.pieces import PIECE, runs
+from qedfuse.tools.pieces import PIECE
+from qedfuse.tools.targets import NewTarget, Write, write_all
+from qedfuse.tools.units import runs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.ondisk.header import Header
-    from qedfuse.tools.pieces import Mask
+    from qedfuse.tools.units import Mask
 
 _BIG_ENDIAN: Final = sys.byteorder == "big"
 

@@ -10,11 +10,12 @@ import trio
 
 from qedfuse.errors import HostError
 from qedfuse.hostio.posixfile import fallocate
-from qedfuse.tools.copying import NewTarget, OldTarget, Write, write_all
-from qedfuse.tools.pieces import PIECE, runs
+from qedfuse.tools.pieces import PIECE
+from qedfuse.tools.targets import NewTarget, OldTarget, Write, write_all
+from qedfuse.tools.units import runs
 
 if TYPE_CHECKING:
-    from qedfuse.tools.pieces import Mask
+    from qedfuse.tools.units import Mask
 
 _UNIT: Final = 4096
 _LEAST_UNIT: Final = 512
@@ -98,8 +99,9 @@ class OverwrittenTarget(OldTarget):
 
     unit = _UNIT
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, descriptor: int, name: str, *, durable: bool = True) -> None:
         """Write over an open file that is at least as long as the disk."""
+        self._durable = durable
         self.descriptor = descriptor
         self.name = name
         self._at = 0
@@ -121,6 +123,8 @@ class OverwrittenTarget(OldTarget):
     async def complete(self, size: int) -> None:
         """Clear the rest of the disk, and have everything on the host's disk."""
         await self._clear(self._at, size)
+        if not self._durable:
+            return
         try:
             await trio.to_thread.run_sync(os.fsync, self.descriptor)
         except OSError as error:

@@ -7,13 +7,11 @@ import os
 import stat
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from qedfuse.disk.extents import Extent, Kind, joined
-from qedfuse.disk.layer import RawLayer
-from qedfuse.disk.opening import open_disk
+from qedfuse.disk.extents import Extent, Kind
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.hostio.locking import LockMode, lock_image
@@ -23,9 +21,6 @@ from qedfuse.util.text import printable
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import Literal
-
-    from qedfuse.disk.disk import Disk
-    from qedfuse.hostio.posixfile import PosixFile
 
 
 class Source(Protocol):
@@ -47,14 +42,6 @@ class Source(Protocol):
         """Tell how a range is stored, all of it and in order; clipped at the disk's end.
 
         Raises:
-            HostError: The host cannot read a file.
-        """
-
-    async def read(self, start: int, length: int) -> bytes | bytearray:
-        """Read a range; short only where the disk ends.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
             HostError: The host cannot read a file.
         """
 
@@ -88,28 +75,6 @@ class RawSource:
         except OSError as error:
             raise HostError.from_os(error, self.name, "seek") from error
 
-    async def read(self, start: int, length: int) -> bytes | bytearray:
-        """Read the bytes."""
-        length = max(0, min(length, self.size - start))
-        try:
-            return await trio.to_thread.run_sync(self._read, start, length)
-        except OSError as error:
-            raise HostError.from_os(error, self.name, "read") from error
-
-    def _read(self, start: int, length: int) -> bytes | bytearray:
-        """Read in a worker thread, however little the host gives at a time."""
-        data = os.pread(self._fd, length, start)
-        if len(data) == length:
-            return data
-        parts = bytearray(data)
-        while data and len(parts) < length:
-            data = os.pread(self._fd, length - len(parts), start + len(parts))
-            parts += data
-        if len(parts) < length:
-            msg = f"{self.name}: found {start + len(parts)} bytes, expected {self.size}"
-            raise HostError(msg)
-        return parts
-
     def descriptor(self, _depth: int, /) -> int:
         """Give the only file there is."""
         return self._fd
@@ -117,53 +82,6 @@ class RawSource:
     def files(self) -> list[os.stat_result]:
         """Give the attributes of the file."""
         return [os.fstat(self._fd)]
-
-
-class QedSource:
-    """A QED image and its bases, locked for reading."""
-
-    format: Literal["raw", "qed"] = "qed"
-
-    def __init__(self, disk: Disk, path: str) -> None:
-        """Read through an open disk."""
-        self.disk = disk
-        self.path = path
-        self.name = printable(path)
-        self.size = disk.size
-
-    async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell how the chain stores a range, holes of raw bases included."""
-        found = await self.disk.extents(start, length)
-        raw = {
-            depth
-            for depth, layer in enumerate(self.disk.chain.layers)
-            if isinstance(layer, RawLayer)
-        }
-        if not raw:
-            return found
-        result: list[Extent] = []
-        try:
-            for extent in found:
-                if extent.kind is Kind.DATA and extent.depth in raw:
-                    fd = self.descriptor(extent.depth)
-                    result += data_and_holes(fd, extent.start, extent.end, extent)
-                else:
-                    result.append(extent)
-        except OSError as error:
-            raise HostError.from_os(error, self.name, "seek in a base") from error
-        return joined(result)
-
-    async def read(self, start: int, length: int) -> bytes | bytearray:
-        """Read through the chain."""
-        return await self.disk.read(start, length)
-
-    def descriptor(self, depth: int) -> int:
-        """Give the file of a layer."""
-        return cast("PosixFile", self.disk.chain.layers[depth].file).fd
-
-    def files(self) -> list[os.stat_result]:
-        """Give the attributes of the image and of its bases."""
-        return [layer.file.stat() for layer in self.disk.chain.layers]
 
 
 def data_and_holes(fd: int, start: int, end: int, whole: Extent) -> list[Extent]:
@@ -219,6 +137,10 @@ async def open_source(
     if format == "auto":
         format = probe(path)  # noqa: A001
     if format == "qed":
+        # What only a QED image needs takes a while to load.
+        from qedfuse.disk.opening import open_disk  # noqa: PLC0415
+        from qedfuse.tools.qedsource import QedSource  # noqa: PLC0415
+
         async with open_disk(path, replace(options, writable=False)) as disk:
             yield QedSource(disk, path)
         return

@@ -10,13 +10,14 @@ import numpy as np
 import trio
 
 from qedfuse.errors import HostError, UsageError, cannot_open
-from qedfuse.tools.copying import NewTarget, complete, judge, write_all
 from qedfuse.tools.probing import judge_start
+from qedfuse.tools.targets import NewTarget, complete, write_all
+from qedfuse.tools.units import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qedfuse.tools.copying import Target
+    from qedfuse.tools.targets import Target
 
     Progress = Callable[[int, int], None]
 

@@ -349,3 +349,27 @@ def test_large_clusters_and_disks_take_little_memory(tmp_path: Path) -> None:
     # QEMU opens no image with such clusters.
     assert main(["check", str(image)]) == 0
     assert (tmp_path / "copy.qed").stat().st_size == huge.stat().st_size
+
+
+@pytest.mark.parametrize("words", [[], ["-t", "writeback"], ["-t", "unsafe"]])
+def test_what_is_on_the_disk_when_it_ends(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file before it gets its name, then the name; with ``unsafe`` whenever it comes to it."""
+    (tmp_path / "a.raw").write_bytes(b"x" * (1 << 20))
+    synced = []
+    real = os.fsync
+
+    def watched(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115  a name
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    assert main(["convert", *words, str(tmp_path / "a.raw"), str(tmp_path / "new.qed")]) == 0
+    assert chains.content(tmp_path / "new.qed") == b"x" * (1 << 20)
+    if "unsafe" in words:
+        assert not synced
+    else:
+        first, second = synced
+        assert first.startswith(f"{tmp_path}/.new.qed.")
+        assert second == str(tmp_path)

@@ -32,6 +32,7 @@ Other formats than raw and qed are made by qemu-img, if that is installed."""
 
 _MOST_STREAMS: Final = 16
 _OURS: Final = ("raw", "qed")
+_CACHES: Final = ("writeback", "unsafe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write into TARGET, which is there and at least as large",
     )
     parser.add_argument(
+        "-t",
+        dest="cache",
+        metavar="CACHE",
+        choices=_CACHES,
+        default="writeback",
+        help="writeback: TARGET is on the host's disk when this ends; unsafe, as qemu-img "
+        "does: whenever the host gets round to it (writeback)",
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="read TARGET back before it gets its name"
     )
     parser.add_argument(
@@ -103,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
                 into_existing=arguments.into_existing,
                 overwrite=arguments.force,
                 compare=arguments.compare,
+                durable=arguments.cache != "unsafe",
                 streams=arguments.streams,
                 options=common.open_options(arguments),
                 progress=report,

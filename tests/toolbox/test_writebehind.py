@@ -1,0 +1,91 @@
+"""Files written past the page cache: what has left it, and what did not reach the disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.errors import HostError
+from qedfuse.hostio import writebehind
+from qedfuse.hostio.writebehind import WriteBehind
+from tests.support.devices import file_system, loop_device
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIB = 1 << 20
+
+
+def cached(fd: int, offset: int) -> bool:
+    """Tell whether the page at an offset is in the page cache, without bringing it there."""
+    try:
+        return os.preadv(fd, [bytearray(4096)], offset, os.RWF_NOWAIT) == 4096
+    except BlockingIOError:
+        return False
+
+
+def test_only_the_last_of_it_stays_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all of it has been written."""
+    monkeypatch.setattr(writebehind, "_KEPT", 4 * MIB)
+    image = tmp_path / "host.img"
+    with image.open("wb") as file:
+        file.truncate(128 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    (tmp_path / "host").mkdir()
+    with loop_device(image) as device, file_system(device, tmp_path / "host") as host:
+        fd = os.open(host / "file", os.O_RDWR | os.O_CREAT)
+        try:
+            behind = WriteBehind(fd, "file")
+            for number in range(16):
+                os.pwrite(fd, bytes([number + 1]) * MIB, number * MIB)
+                behind.wrote(number * MIB, MIB)
+            assert [cached(fd, number * MIB) for number in range(16)] == [False] * 12 + [True] * 4
+            for number in range(16):
+                assert os.pread(fd, MIB, number * MIB) == bytes([number + 1]) * MIB
+        finally:
+            os.close(fd)
+
+
+def write_much(fd: int, behind: WriteBehind) -> None:
+    """Write more than there is room for."""
+    for number in range(32):
+        os.pwrite(fd, b"x" * MIB, number * MIB)
+        behind.wrote(number * MIB, MIB)
+
+
+def test_what_does_not_reach_the_disk_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says it once: an fsync later on would succeed."""
+    monkeypatch.setattr(writebehind, "_KEPT", 2 * MIB)
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", small], check=True)
+    try:
+        with (small / "disk").open("wb") as file:
+            file.truncate(64 * MIB)
+        with loop_device(small / "disk") as device:
+            fd = os.open(device, os.O_RDWR)
+            try:
+                behind = WriteBehind(fd, "disk")
+                with pytest.raises(HostError, match=r"^disk: write: "):
+                    write_much(fd, behind)
+            finally:
+                os.close(fd)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_pipes_are_left_alone() -> None:
+    """There is nothing to be had of them early."""
+    reader, writer = os.pipe()
+    try:
+        WriteBehind(writer, "pipe").wrote(0, 4096)
+    finally:
+        os.close(reader)
+        os.close(writer)
