@@ -162,4 +162,4 @@ def test_replacing_a_task_keeps_the_table_whole() -> None:
     lonely = replace(outcome([1], [1]), task=CHECK._replace(peer="", ratio=None))
     lonely.seconds.pop("peer")
     rows = [line for line in markdown([lonely], {}).splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {10}
+    assert {line.count("|") for line in rows} == {8}
