@@ -19,8 +19,8 @@ from qedfuse.ondisk.constants import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,
     HEADER_BYTES,
-    MAGIC,
 )
+from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.header import Header, build_header, parse_header
 from qedfuse.tools.newfile import NewFile
 from qedfuse.util.text import printable
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from typing import Literal
 
     Progress = Callable[[int, int], None]
-
-_MAGIC: Final = MAGIC.to_bytes(4, "little")
 
 _PIECE: Final = 1 << 28
 """Bytes that are given a place between two reports of progress."""
@@ -172,7 +170,7 @@ def _look_at_base(
             os.close(fd)
         if wanted == "raw":
             return size, "raw"
-        if start.startswith(_MAGIC):
+        if is_qed(start):
             header = parse_header(start, shown)
             header.check_fits(size, shown)
             return header.image_size, "qed"

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qedfuse.errors import HostError, ImageError, UsageError, cannot_open
 from qedfuse.hostio.regular import KINDS
-from qedfuse.ondisk.constants import MAGIC
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_luks, is_qed
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from typing import Literal
-
-_QED: Final = MAGIC.to_bytes(4, "little")
-_FOREIGN: Final = {
-    b"QFI\xfb": "qcow2",
-    b"KDMV": "VMDK",
-    b"vhdx": "VHDX",
-    b"cone": "VPC",
-    b"LUKS": "LUKS",
-}
-_VDI_OFFSET: Final = 0x40
-_VDI_MAGIC: Final = b"\x7f\x10\xda\xbe"
-_PROBED: Final = 512
-"""Bytes from the beginning of a file that tell its format."""
 
 
 def probe(path: str) -> Literal["raw", "qed"]:
@@ -38,7 +25,7 @@ def probe(path: str) -> Literal["raw", "qed"]:
     """
     fd = open_raw(path, os.O_RDONLY)
     try:
-        start = os.pread(fd, _PROBED, 0)
+        start = os.pread(fd, SIGNATURE_BYTES, 0)
     except OSError as error:
         raise HostError.from_os(error, printable(path), "read") from error
     finally:
@@ -52,15 +39,13 @@ def judge_start(start: bytes | bytearray | memoryview, name: str) -> Literal["ra
     Raises:
         UsageError: It is an image of a foreign format.
     """
-    first = bytes(start[:4])
-    if first == _QED:
+    start = bytes(start[:SIGNATURE_BYTES])
+    if is_qed(start):
         return "qed"
-    foreign = _FOREIGN.get(first)
-    if bytes(start[_VDI_OFFSET : _VDI_OFFSET + 4]) == _VDI_MAGIC:
-        foreign = "VDI"
-    if foreign:
+    found = "LUKS" if is_luks(start) else foreign(start)
+    if found is not None:
         msg = (
-            f"{name}: format: found {foreign}, expected raw or qed (-f raw takes the bytes as "
+            f"{name}: format: found {found}, expected raw or qed (-f raw takes the bytes as "
             "they are; qemu-img convert reads it)"
         )
         raise UsageError(msg)

@@ -233,7 +233,7 @@ def test_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     foreign = qemu.create(tmp_path / "foreign.img", MIB, image_format="qcow2")
     value, err = info(foreign, capsys=capsys, code=12)
     assert value is None
-    assert "found a qcow image" in err
+    assert "found a qcow2 image" in err
     assert info("-f", "raw", foreign, capsys=capsys)[0]["format"] == "raw"
     assert "directory" in info(tmp_path, capsys=capsys, code=12)[1]
     assert "No such file" in info(tmp_path / "none", capsys=capsys, code=1)[1]
