@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import trio
 
-from qedfuse.disk.allocator import GROWTH_BYTES
+from qedfuse.disk.filelength import GROWTH_BYTES
 from qedfuse.disk.options import OpenOptions
 from tests.support.disks import (
     build_image,
@@ -201,7 +201,7 @@ async def test_what_is_left_to_the_long_way() -> None:
         assert not disk.write_now(12 * CLUSTER, b"x")
         disk._parts.requests._dirty_budget = 1 << 20
         end = disk.statistics().file_bytes
-        async with disk._parts.allocator._grow_lock:
+        async with disk._parts.allocator._length.lock:
             done = [disk.write_now(number * CLUSTER, b"x") for number in range(20, 400)]
             assert not all(done), "growing waits for who cuts"
         file.at_hand = False
