@@ -13,13 +13,13 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError, cannot_open
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import KINDS
+from qedfuse.hostio.regular import KINDS, open_raw
 from qedfuse.tools.copying import Copy
 from qedfuse.tools.disktarget import DiskTarget
 from qedfuse.tools.foreign import foreign_image
 from qedfuse.tools.layout import Layout, open_new_base, qed_target
 from qedfuse.tools.newfile import NewFile
-from qedfuse.tools.probing import open_raw, probe
+from qedfuse.tools.probing import probe
 from qedfuse.tools.rawtarget import OverwrittenTarget, RawTarget, StreamTarget
 from qedfuse.tools.sources import open_source
 from qedfuse.tools.streaming import copy_stream, is_stream, open_stream
