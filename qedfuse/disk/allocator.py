@@ -1,4 +1,4 @@
-"""Which clusters of the file are free, and how long the file is.
+"""Which clusters of the file are free, and how long the file has to be.
 
 Clusters that are free are handed out before the file grows, the lowest first.  The file
 never needs to be longer than its *bound*: header, L1 table, an L2 table for each part of
@@ -12,11 +12,8 @@ tables could have (see docs/space.md for the proof):
 
 where a *place* is room for a table (`FreeMap`).
 
-Only the allocator changes the file's length.  It grows the file in steps, ahead of the
-data: a write into a new cluster then never extends the file itself, so that growing
-(which must never shorten the file by accident) has one place and one lock, and costs
-one system call for many clusters.  What was grown too far is cut off again when the
-image is quiet (`trim`).
+Only the allocator has the file's length changed (`FileLength`).  What was grown too far
+is cut off again when the image is quiet (`trim`).
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+from qedfuse.disk.filelength import FileLength
 from qedfuse.disk.freemap import BLOCK, FreeMap
 from qedfuse.errors import NoSpaceError
 from qedfuse.ondisk.constants import MAX_OFFSET
@@ -34,13 +32,6 @@ if TYPE_CHECKING:
 
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
-
-GROWTH_BYTES: Final = 1 << 20
-"""How far the file is grown ahead of what is needed, at least."""
-MOST_GROWTH_BYTES: Final = 1 << 24
-"""The same, at most.  It takes no space on the host before it is used."""
-_GROWTH_SHARE: Final = 16
-"""Between them it is this part of the file."""
 
 MAX_FREE: Final = 1 << 28
 """Most free clusters that are noted at opening: 16 TiB in clusters of 64 KiB.  Of a sparse
@@ -99,11 +90,8 @@ class Allocator:
         self._geometry = geometry = header.geometry
         self.cluster_bits = self._bits = geometry.cluster_bits
         self._missing_tables = missing_tables
-        size = file.size()
-        self.end = geometry.floor(size)
-        self._file_end = self.end
-        self._has_tail = self.end != size
-        self._used_end = self.end
+        self._length = FileLength(file, geometry)
+        self.end = self._used_end = self._length.end
         self.anchor = header.l1_end >> self._bits
         self.free = self.make_map()
         self.unpunched = self.make_map()
@@ -114,7 +102,6 @@ class Allocator:
         self.find_room: Callable[[], Awaitable[bool]] = _no_room
         self._witnesses: FreeMap | None = None
         self.shrunk = False
-        self._grow_lock = trio.Lock()
         self.set_size(header)
 
     def set_size(self, header: Header) -> None:
@@ -147,7 +134,7 @@ class Allocator:
             return None
         first, count = found
         run = self._run(first, count)
-        if count < clusters or not self._grow_now(run.end):
+        if count < clusters or not self._length.grow_now(run.end, self.bound):
             if run.offset < self.end:
                 self.free.add(first, count)
             return None
@@ -277,7 +264,7 @@ class Allocator:
         self.claim(first, count)
         try:
             # It may have been given back because the file could not grow over it.
-            await self._grow(run.end)
+            await self._length.grow(run.end, self.bound)
         except BaseException:
             self.release(run)
             raise
@@ -289,40 +276,6 @@ class Allocator:
         offset = first << self._bits
         blank = offset >= max(self.end, self._used_end)
         return Run(offset, count << self._bits, blank=blank)
-
-    async def _grow(self, end: int) -> None:
-        """Make the file at least ``end`` bytes long."""
-        if end <= self._file_end:
-            return
-        async with self._grow_lock:
-            if end <= self._file_end:
-                return
-            if self._has_tail:
-                # Bytes behind the last whole cluster belong to nobody, but would show
-                # up in a new cluster.  A crash could lose the cut and keep the growth,
-                # but not once an entry refers to that cluster: both come before the
-                # first datasync of the round that writes the entry.
-                await self._file.truncate(self._file_end)
-                self._has_tail = False
-            target = self._target(end)
-            if not self._file.grow_now(target):
-                await self._file.truncate(target)
-            self._file_end = target
-
-    def _grow_now(self, end: int) -> bool:
-        """Do what `_grow` does, if that needs no waiting; tell whether it is done."""
-        if end > self._file_end:
-            target = self._target(end)
-            waiting = self._has_tail or self._grow_lock.locked() or target > MAX_OFFSET
-            if waiting or not self._file.grow_now(target):
-                return False
-            self._file_end = target
-        return True
-
-    def _target(self, end: int) -> int:
-        """Choose the file's length if it has to reach up to ``end``."""
-        step = max(GROWTH_BYTES, min(MOST_GROWTH_BYTES, end // _GROWTH_SHARE))
-        return max(end, min(self._geometry.ceil(end + step), self.bound))
 
     def release(self, run: Run) -> None:
         """Take back clusters that no table refers to, or ever did since they were given out."""
@@ -368,28 +321,21 @@ class Allocator:
     async def trim(self) -> bool:
         """Cut off the end of the file that is not in use, if there is one; tell if there was.
 
-        A crash may lose the cut.
-
-        What is grown from there on is blank.  For the reason why no datasync is needed
-        see `_grow`.
+        A crash may lose the cut.  What is grown from there on is blank.
         """
-        async with self._grow_lock:
+        length = self._length
+        async with length.lock:
             # An odd tail is left alone while nothing is given up and nothing is added.
-            if self._file_end <= self.end or (self._has_tail and not self.shrunk):
+            if length.end <= self.end or (length.has_tail and not self.shrunk):
                 self.shrunk = False
                 return False
-            # Whoever allocates while the cut is under way finds the file too short and
-            # waits for the lock to grow it again.
-            before, self._file_end = self._file_end, self.end
             self.shrunk = False
             try:
-                await self._file.truncate(self._file_end)
+                await length.cut(self.end)
             except BaseException:
-                self._file_end = before
                 self.shrunk = True
                 raise
-            self._has_tail = False
-            self._used_end = self._file_end
+            self._used_end = length.end
             return True
 
     # What the scan finds out

@@ -21,7 +21,8 @@ from qedfuse.errors import (
 )
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.ondisk.constants import HEADER_BYTES, MAGIC
+from qedfuse.ondisk.constants import HEADER_BYTES
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
 from qedfuse.ondisk.header import Header, parse_header
 from qedfuse.util.text import printable
 
@@ -33,15 +34,6 @@ if TYPE_CHECKING:
 
 MAX_DEPTH: Final = 64
 """Longest chain of backing files that is followed."""
-
-_QED_MAGIC: Final = MAGIC.to_bytes(4, "little")
-_FOREIGN: Final = {
-    b"QFI\xfb": "a qcow image",
-    b"KDMV": "a VMDK image",
-    b"COWD": "a VMDK image",
-    b"vhdxfile": "a VHDX image",
-    b"conectix": "a VHD image",
-}
 
 
 async def read_header(file: HostFile) -> Header:
@@ -183,17 +175,15 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
         return policy.format == "qed"
     if header.backing_is_raw:
         return False
-    start = bytes(await base.pread(0, 8))
-    if start.startswith(_QED_MAGIC):
-        return True
-    for magic, what in _FOREIGN.items():
-        if start.startswith(magic):
-            msg = (
-                f"{image}: backing file {base.name}: found {what}, expected QED or raw "
-                "(-o backing_format=raw takes its bytes as they are)"
-            )
-            raise BackingError(msg)
-    return False
+    start = await base.pread(0, SIGNATURE_BYTES)
+    found = foreign(start)
+    if found is not None:
+        msg = (
+            f"{image}: backing file {base.name}: found a {found} image, expected QED or raw "
+            "(-o backing_format=raw takes its bytes as they are)"
+        )
+        raise BackingError(msg)
+    return is_qed(start)
 
 
 def _identity(file: PosixFile) -> tuple[int, int]:

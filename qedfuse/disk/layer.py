@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from qedfuse.disk.extents import Extent, Kind
+from qedfuse.disk.room import Room
 from qedfuse.disk.tablecache import L1, L2, SliceStore, TableCache
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_KEYS: Final = 4096
 """Slices whose place is remembered; they are found again in less than a microsecond."""
+_NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
 
 
 class Layer(Protocol):
@@ -67,7 +69,7 @@ class QedLayer:
         self.header = header
         self.geometry = header.geometry
         self.tables = TableCache(file, header.geometry, store, self.judge)
-        self._l2_tables: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._l2_tables = _NO_TABLES
         # Indices of L1 entries in use past the disk's end, left by a resize that broke off.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # Where the file ended when we opened it.  No entry that was in the file then
@@ -176,69 +178,35 @@ class QedLayer:
     def judge(self, level: int, entries: array[int]) -> bytes | None:
         """Mark the entries just read that must not be used; None if all are good."""
         values = np.frombuffer(entries, np.uint64)
-        length = self.geometry.cluster_size if level == L2 else self.geometry.table_bytes
         used = values > ZERO if level == L2 else values != UNALLOCATED
         places = values[used]
         if not len(places):
             return None
-        if self._all_good(level, np.sort(places)):
+        room = self._room(level)
+        if room.holds_all(np.sort(places)):
             if level == L2 and self.witness is not None:
                 self.witness(places)
             return None
-        bad = (values & np.uint64(self.geometry.cluster_mask)) != 0
-        bad |= values < self.header.header_end
-        end = self._end
-        if level == L2 and not self.file.writable:
-            # A cluster that the file cuts short still has bytes worth reading.
-            bad |= values >= end
-        else:
-            bad |= values > max(0, end - length)
-        l1_start = self.header.l1_table_offset
-        bad |= (values < self.header.l1_end) & (values > max(0, l1_start - length))
-        if level == L2 and len(self._l2_tables):
-            before = np.searchsorted(self._l2_tables, values, "right") - 1
-            table = self._l2_tables[before]
-            bad |= (before >= 0) & (values - table < self.geometry.table_bytes)
-        bad &= used
+        bad = used & ~room.holds(values)
         if level == L2 and self.witness is not None:
             self.witness(values[used & ~bad])
         self.damaged = self.damaged or bool(bad.any())
         return bad.astype(np.uint8).tobytes() if bad.any() else None
 
-    def _all_good(self, level: int, ordered: NDArray[np.uint64]) -> bool:
-        """Tell whether entries in use, sorted, are all good; False may also mean unknown.
-
-        A table is read far more often than an entry is bad, and of sorted entries that is
-        known several times as fast: mostly by the first and the last of them.
-        """
-        length = self.geometry.cluster_size if level == L2 else self.geometry.table_bytes
-        if level == L2 and not self.file.writable:
-            length = 1  # see `judge`
-        first, last = int(ordered[0]), int(ordered[-1])
-        if first < max(self.header.header_end, self.header.l1_end) or last > self._end - length:
-            return False
-        if int(np.bitwise_or.reduce(ordered)) & self.geometry.cluster_mask:
-            return False
-        tables = self._l2_tables
-        if level != L2 or not len(tables):
-            return True
-        span = np.uint64(self.geometry.table_bytes)
-        among = ordered[: int(ordered.searchsorted(tables[-1] + span))]
-        before = tables.searchsorted(among, "right")
-        return not bool(((before > 0) & (among - tables[before - 1] < span)).any())
+    def _room(self, level: int) -> Room:
+        """Tell where the entries of a level may point to."""
+        return Room(
+            self.header,
+            self._end,
+            self._l2_tables if level == L2 else _NO_TABLES,
+            self.geometry.cluster_size if level == L2 else self.geometry.table_bytes,
+            # A cluster that the file cuts short still has bytes worth reading.
+            cut=level == L2 and not self.file.writable,
+        )
 
     def _reason(self, what: str, value: int) -> str:
         """Say what is wrong with an entry that `judge` marked."""
-        if self.geometry.in_cluster(value):
-            found = "unaligned"
-            expected = f"a multiple of {self.geometry.cluster_size}"
-        elif value >= self._end:
-            found = "outside the file"
-            expected = f"an offset inside its {self._end} bytes"
-        else:
-            found = "over the header or a table, or cut short"
-            expected = "a place of its own inside the file"
-        return f"{self.file.name}: {what}: found {value} ({found}), expected {expected}"
+        return f"{self.file.name}: {what}: {self._room(L1).why_not(value)}"
 
     async def table_at(self, l1_index: int) -> tuple[int, str]:
         """Give the file offset of an L2 table, 0 if there is none, and what is bad about it."""

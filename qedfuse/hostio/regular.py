@@ -1,4 +1,4 @@
-"""Opening regular files, and nothing that only looks like one."""
+"""Opening files, and nothing that only looks like one."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
         HostError: It cannot be opened.
         ImageError: It is not a regular file.
     """
+    return _open(path, access, dir_fd, {stat.S_IFREG: "a regular file"})
+
+
+def open_raw(path: str, access: int) -> int:
+    """Open what a raw disk can be: a regular file or a block device.
+
+    Raises:
+        HostError: It cannot be opened.
+        ImageError: It is something else.
+    """
+    expected = {stat.S_IFREG: "a file", stat.S_IFBLK: "a block device"}
+    return _open(path, access, None, expected)
+
+
+def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) -> int:
+    """Open a file of one of the kinds that are expected, and called so in messages."""
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
         # O_PATH opens nothing, so looking at a device or a FIFO has no effect on it.
@@ -43,9 +59,9 @@ def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
         raise cannot_open(path, error) from error
     try:
         kind = stat.S_IFMT(os.fstat(handle).st_mode)
-        if kind != stat.S_IFREG:
+        if kind not in expected:
             found = KINDS.get(kind, "a special file")
-            msg = f"{printable(path)}: found {found}, expected a regular file"
+            msg = f"{printable(path)}: found {found}, expected {' or '.join(expected.values())}"
             raise ImageError(msg)
         return os.open(f"/proc/self/fd/{handle}", flags)
     except OSError as error:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import MountpointError, NotQedError, cannot_open
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_MAGIC: Final = b"QED\0"
 _SUFFIX: Final = ".qed"
 
 
@@ -77,14 +77,14 @@ def _images_in(directory: str) -> list[str]:
         names = sorted(os.listdir(directory))  # noqa: PTH208  names, not paths
     except OSError as error:
         raise cannot_open(directory, error) from error
-    images = [path for name in names if _is_qed(path := os.path.join(directory, name))]  # noqa: PTH118
+    images = [path for name in names if _is_image(path := os.path.join(directory, name))]  # noqa: PTH118
     if not images:
         msg = f"{printable(directory)}: found no QED image in the directory, expected at least one"
         raise NotQedError(msg)
     return images
 
 
-def _is_qed(path: str) -> bool:
+def _is_image(path: str) -> bool:
     """Tell whether a file begins like an image; what cannot be read is none."""
     try:
         # Opening a FIFO or a device could wait or have effects, so look before.
@@ -94,7 +94,7 @@ def _is_qed(path: str) -> bool:
     except OSError:
         return False
     try:
-        return os.pread(fd, len(_MAGIC), 0) == _MAGIC
+        return is_qed(os.pread(fd, SIGNATURE_BYTES, 0))
     except OSError:
         return False
     finally:

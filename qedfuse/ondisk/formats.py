@@ -1,22 +1,25 @@
-"""Which format a file has, by its first bytes."""
+"""Which format a file has, by its first bytes: the one place that knows any but our own."""
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 from qedfuse.ondisk.constants import MAGIC
 
-SIGNATURE_BYTES: Final = 8
+SIGNATURE_BYTES: Final = 0x44
 """How many of a file's first bytes tell."""
 
 _QED: Final = MAGIC.to_bytes(4, "little")
-_FOREIGN: Final = {
-    b"QFI\xfb": "a qcow image",
-    b"KDMV": "a VMDK image",
-    b"COWD": "a VMDK image",
-    b"vhdxfile": "a VHDX image",
-    b"conectix": "a VHD image",
-}
+_FOREIGN: Final = (
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"KDMV", "VMDK"),
+    (0, b"COWD", "VMDK"),
+    (0, b"vhdxfile", "VHDX"),
+    (0, b"conectix", "VHD"),
+    (0x40, b"\x7f\x10\xda\xbe", "VDI"),
+)
+"""Where in the file, what is there, and what that says."""
+_LUKS: Final = b"LUKS\xba\xbe"
 
 
 def is_qed(start: bytes | bytearray) -> bool:
@@ -24,13 +27,15 @@ def is_qed(start: bytes | bytearray) -> bool:
     return start.startswith(_QED)
 
 
+def is_luks(start: bytes | bytearray) -> bool:
+    """Tell whether what starts like this is encrypted by LUKS.
+
+    To QEMU that is an image format.  A raw disk that a guest has encrypted looks the same,
+    so this is none of those that `foreign` names.
+    """
+    return start.startswith(_LUKS)
+
+
 def foreign(start: bytes | bytearray) -> str | None:
     """Name the format of a file that is neither QED nor raw; None if it is one of those."""
-    return next((what for magic, what in _FOREIGN.items() if start.startswith(magic)), None)
-
-
-def guess(start: bytes | bytearray) -> Literal["qed", "raw"] | None:
-    """Guess a format; None for a foreign one."""
-    if is_qed(start):
-        return "qed"
-    return None if foreign(start) else "raw"
+    return next((name for at, magic, name in _FOREIGN if start.startswith(magic, at)), None)

@@ -26,6 +26,7 @@ from qedfuse.ondisk.constants import (
     SECTOR,
     Feature,
 )
+from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.geometry import Geometry
 
 LAYOUT: Final[Any] = Struct(
@@ -149,7 +150,7 @@ def parse_header(data: bytes, name: str) -> Header:
         UnsupportedError: Unknown incompatible feature bits are set.
     """
     if len(data) < HEADER_BYTES:
-        if data[:4] != MAGIC.to_bytes(4, "little"):
+        if not is_qed(data):
             msg = f"{name}: not a QED image: found {len(data)} bytes, expected a header of 64"
             raise NotQedError(msg)
         msg = f"{name}: truncated header: found {len(data)} bytes, expected 64"

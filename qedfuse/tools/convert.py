@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import stat
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import UsageError, cannot_open
+from qedfuse.errors import UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import KINDS
+from qedfuse.hostio.regular import open_raw
 from qedfuse.tools.copying import Copy
 from qedfuse.tools.disktarget import DiskTarget
 from qedfuse.tools.foreign import foreign_image
 from qedfuse.tools.layout import Layout, open_new_base, qed_target
 from qedfuse.tools.newfile import NewFile
-from qedfuse.tools.probing import open_raw, probe
+from qedfuse.tools.oldfile import hold_old
+from qedfuse.tools.probing import probe
 from qedfuse.tools.rawtarget import OverwrittenTarget, RawTarget, StreamTarget
 from qedfuse.tools.sources import open_source
 from qedfuse.tools.streaming import copy_stream, is_stream, open_stream
@@ -222,7 +222,7 @@ class _Work:
             msg = f"{self.name}: -B: found format {layout.format}, expected qed"
             raise UsageError(msg)
         with ExitStack() as stack:
-            hold_old(self.path, stack, overwrite=overwrite)
+            hold_old(self.path, stack, overwrite=overwrite, in_place=True)
             new = stack.enter_context(NewFile(self.path, overwrite=overwrite))
             if layout.format not in {"raw", "qed"}:
                 size, data = await self._through_qemu(new)
@@ -269,29 +269,3 @@ class _Work:
             options = replace(options, backing=replace(options.backing, trusted=base))
         async with open_source(path, "raw" if found == "raw" else "qed", options) as copy:
             await verify(source, copy, self.name)
-
-
-def hold_old(path: str, stack: ExitStack, *, overwrite: bool) -> None:
-    """Lock the file that is about to be replaced, if there is one, until ``stack`` ends.
-
-    Raises:
-        UsageError: It is not to be replaced, or not a file.
-        ImageInUseError: Somebody has it open as an image.
-    """
-    if not os.path.lexists(path):
-        return
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
-    except OSError as error:
-        raise cannot_open(path, error) from error
-    if not stat.S_ISREG(mode):
-        found = KINDS.get(stat.S_IFMT(mode), "a special file")
-        hint = " (-n writes into it)" if stat.S_ISBLK(mode) else ""
-        msg = f"{printable(path)}: found {found}, expected a new file{hint}"
-        raise UsageError(msg)
-    if not overwrite:
-        msg = f"{printable(path)}: exists already (--force replaces it, -n writes into it)"
-        raise UsageError(msg)
-    fd = open_raw(path, os.O_RDONLY)
-    stack.callback(os.close, fd)
-    lock_image(fd, LockMode.WRITE, printable(path))

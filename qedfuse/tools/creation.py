@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.newheader import new_header
 from qedfuse.errors import BackingError, HostError, QedError, UsageError
-from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import (
     DEFAULT_CLUSTER_SIZE,
     DEFAULT_TABLE_SIZE,
     HEADER_BYTES,
-    MAGIC,
 )
+from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.header import Header, build_header, parse_header
 from qedfuse.tools.newfile import NewFile
+from qedfuse.tools.oldfile import hold_old
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from typing import Literal
 
     Progress = Callable[[int, int], None]
-
-_MAGIC: Final = MAGIC.to_bytes(4, "little")
 
 _PIECE: Final = 1 << 28
 """Bytes that are given a place between two reports of progress."""
@@ -102,7 +100,7 @@ def create(
         size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"
     )
     with ExitStack() as stack:
-        _hold_old(path, stack, overwrite=overwrite)
+        hold_old(path, stack, overwrite=overwrite)
         new = stack.enter_context(NewFile(path, overwrite=overwrite))
         try:
             _write_empty(new.path, header, os.fsencode(backing or ""))
@@ -131,24 +129,6 @@ def _write_empty(path: str, header: Header, backing: bytes) -> None:
         raise HostError.from_os(error, printable(path), "cannot make") from error
 
 
-def _hold_old(path: str, stack: ExitStack, *, overwrite: bool) -> None:
-    """Lock the file that is about to be replaced, if there is one, until ``stack`` ends.
-
-    Raises:
-        UsageError: It is not to be replaced.
-        ImageError: It is not a regular file.
-        ImageInUseError: Somebody has it open as an image.
-    """
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        msg = f"{printable(path)}: exists already (--force replaces it)"
-        raise UsageError(msg)
-    fd = open_regular(path, os.O_RDONLY)
-    stack.callback(os.close, fd)
-    lock_image(fd, LockMode.WRITE, printable(path))
-
-
 def _look_at_base(
     image: str, name: str, wanted: Literal["raw", "qed"] | None
 ) -> tuple[int, Literal["raw", "qed"]]:
@@ -172,7 +152,7 @@ def _look_at_base(
             os.close(fd)
         if wanted == "raw":
             return size, "raw"
-        if start.startswith(_MAGIC):
+        if is_qed(start):
             header = parse_header(start, shown)
             header.check_fits(size, shown)
             return header.image_size, "qed"

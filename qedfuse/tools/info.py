@@ -16,7 +16,6 @@ from qedfuse.errors import HostError, NotQedError, QedError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import (
-    HEADER_BYTES,
     MAX_OFFSET,
     SECTOR,
     UNALLOCATED,
@@ -156,13 +155,13 @@ def describe_open(fd: int, path: str, image_format: Format = "auto") -> ImageInf
     """
     name = printable(path)
     status = os.fstat(fd)
-    start = os.pread(fd, HEADER_BYTES, 0)
+    start = os.pread(fd, SIGNATURE_BYTES, 0)  # more than a header
     usage = status.st_blocks * 512
     qed = image_format == "qed" or (image_format == "auto" and is_qed(start))
     if image_format == "auto":
-        found = foreign(start[:SIGNATURE_BYTES])
+        found = foreign(start)
         if found is not None:
-            msg = f"{name}: found {found}, expected QED or raw"
+            msg = f"{name}: found a {found} image, expected QED or raw"
             raise NotQedError(msg)
     if not qed:
         size = -(-status.st_size // SECTOR) * SECTOR

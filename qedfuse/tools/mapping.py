@@ -240,7 +240,7 @@ async def open_map(
         start = await file.pread(0, SIGNATURE_BYTES)
         found = foreign(start)
         if image_format == "auto" and found is not None:
-            msg = f"{file.name}: found {found}, expected QED or raw"
+            msg = f"{file.name}: found a {found} image, expected QED or raw"
             raise NotQedError(msg)
         if image_format == "qed" or (image_format == "auto" and is_qed(start)):
             header = await read_header(file)

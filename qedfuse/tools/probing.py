@@ -1,31 +1,17 @@
-"""What a file is: opened whatever it is called, and its format told by its first bytes."""
+"""Which format the source of a copy has, told by its first bytes."""
 
 from __future__ import annotations
 
 import os
-import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from qedfuse.errors import HostError, ImageError, UsageError, cannot_open
-from qedfuse.hostio.regular import KINDS
-from qedfuse.ondisk.constants import MAGIC
+from qedfuse.errors import HostError, UsageError
+from qedfuse.hostio.regular import open_raw
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_luks, is_qed
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from typing import Literal
-
-_QED: Final = MAGIC.to_bytes(4, "little")
-_FOREIGN: Final = {
-    b"QFI\xfb": "qcow2",
-    b"KDMV": "VMDK",
-    b"vhdx": "VHDX",
-    b"cone": "VPC",
-    b"LUKS": "LUKS",
-}
-_VDI_OFFSET: Final = 0x40
-_VDI_MAGIC: Final = b"\x7f\x10\xda\xbe"
-_PROBED: Final = 512
-"""Bytes from the beginning of a file that tell its format."""
 
 
 def probe(path: str) -> Literal["raw", "qed"]:
@@ -38,7 +24,7 @@ def probe(path: str) -> Literal["raw", "qed"]:
     """
     fd = open_raw(path, os.O_RDONLY)
     try:
-        start = os.pread(fd, _PROBED, 0)
+        start = os.pread(fd, SIGNATURE_BYTES, 0)
     except OSError as error:
         raise HostError.from_os(error, printable(path), "read") from error
     finally:
@@ -52,42 +38,14 @@ def judge_start(start: bytes | bytearray | memoryview, name: str) -> Literal["ra
     Raises:
         UsageError: It is an image of a foreign format.
     """
-    first = bytes(start[:4])
-    if first == _QED:
+    start = bytes(start[:SIGNATURE_BYTES])
+    if is_qed(start):
         return "qed"
-    foreign = _FOREIGN.get(first)
-    if bytes(start[_VDI_OFFSET : _VDI_OFFSET + 4]) == _VDI_MAGIC:
-        foreign = "VDI"
-    if foreign:
+    found = "LUKS" if is_luks(start) else foreign(start)
+    if found is not None:
         msg = (
-            f"{name}: format: found {foreign}, expected raw or qed (-f raw takes the bytes as "
+            f"{name}: format: found {found}, expected raw or qed (-f raw takes the bytes as "
             "they are; qemu-img convert reads it)"
         )
         raise UsageError(msg)
     return "raw"
-
-
-def open_raw(path: str, access: int) -> int:
-    """Open a regular file or a block device, and nothing that only looks like one.
-
-    Raises:
-        HostError: It cannot be opened.
-        ImageError: It is something else.
-    """
-    flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    try:
-        # O_PATH opens nothing, so looking at a FIFO has no effect on it.
-        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError as error:
-        raise cannot_open(path, error) from error
-    try:
-        kind = stat.S_IFMT(os.fstat(handle).st_mode)
-        if kind not in {stat.S_IFREG, stat.S_IFBLK}:
-            found = KINDS.get(kind, "a special file")
-            msg = f"{printable(path)}: found {found}, expected a file or a block device"
-            raise ImageError(msg)
-        return os.open(f"/proc/self/fd/{handle}", flags)
-    except OSError as error:
-        raise cannot_open(path, error) from error
-    finally:
-        os.close(handle)

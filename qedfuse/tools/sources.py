@@ -15,7 +15,8 @@ from qedfuse.disk.extents import Extent, Kind
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.tools.probing import open_raw, probe
+from qedfuse.hostio.regular import open_raw
+from qedfuse.tools.probing import probe
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:

@@ -184,11 +184,11 @@ BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]
     "compaction: quarantine": (no_quarantine, "compaction", "holds|owners"),
     "compaction: punch after durable": (early_punch, "compaction", "holds zeros"),
     "grace": (no_grace, "slow host", ""),
-    "autoclear": (without_barrier("Disk._before_change"), "autoclear", "autoclear"),
+    "autoclear": (without_barrier("Gate.before_change"), "autoclear", "autoclear"),
     "resize, before": (without_barrier("Resizing.resize"), "grow", "show"),
     "resize, after": (without_barrier("Resizing._set_size"), "grow", "was grown"),
     "free list, list before bit": (without_barrier("SavedList.save", 1, 2), "free list", "free"),
-    "free list, dropped first": (without_barrier("Disk._before_change"), "free list", "free"),
+    "free list, dropped first": (without_barrier("Gate.before_change"), "free list", "free"),
 }
 
 

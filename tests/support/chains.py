@@ -16,13 +16,16 @@ from tests.support import qemu
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 MOST_BYTES: Final = 6 << 20
-"""Largest disk of a chain."""
+"""Largest disk of a chain whose content is going to be read."""
+_LONGEST: Final = 1 << 21
+"""Longest write, so that large clusters do not make large files."""
+_LARGEST_TABLE: Final = 1 << 24
 
-_UNITS: Final = (512, 4096, 65536, 300 * 512)
+_UNITS: Final = (512, 4096, 65536, 300 * 512, 1 << 20)
 
 
 def draw_size(chance: random.Random) -> int:
@@ -30,54 +33,85 @@ def draw_size(chance: random.Random) -> int:
     return 512 * chance.randrange(MOST_BYTES // 8 // 512, MOST_BYTES // 512)
 
 
-def fill(path: Path, size: int, chance: random.Random, image_format: str = "qed") -> None:
-    """Have QEMU write bytes, zeros as data and zeros as zero clusters to a disk."""
+def draw_any_size(chance: random.Random) -> int:
+    """Draw the size of a disk that may be tiny or mostly empty, and need not be whole sectors."""
+    small = chance.choice((0, 1, 511, 4096)) + chance.randrange(1 << 22)
+    return chance.choice((small, chance.randrange(1, 1 << 28)))
+
+
+def _fill(
+    path: Path, size: int, chance: random.Random, image_format: str = "qed", unit: int = 512
+) -> None:
+    """Have QEMU write bytes, zeros as data and zeros as zero clusters to a disk.
+
+    Only whole sectors are written to; ``unit`` is a length that matters to the image.
+    """
+    size -= size % 512
     commands = []
-    for _ in range(chance.randrange(3, 14)):
-        unit = chance.choice(_UNITS)
-        start = chance.randrange(size // unit) * unit
-        length = min(size - start, unit * chance.randrange(1, 12))
+    for _ in range(chance.randrange(14) if size else 0):
+        unit = chance.choice((*_UNITS, unit))
+        start = chance.randrange(max(1, size // unit)) * unit % chance.choice((size, 1 << 22))
+        length = min(size - start, unit * chance.randrange(1, 12), _LONGEST)
         what = chance.choice((f"-P {chance.randrange(1, 256)}", "-P 7", "-P 0", "-z", "-z -u"))
         commands.append(f"write {what} {start} {length}")
-    qemu.io(path, *commands, image_format=image_format)
+    if commands:
+        qemu.io(path, *commands, image_format=image_format)
 
 
-def draw_raw(path: Path, chance: random.Random) -> Path:
-    """Make a raw file with holes in it."""
-    size = draw_size(chance)
+def draw_raw(
+    path: Path, chance: random.Random, size_of: Callable[[random.Random], int] = draw_size
+) -> Path:
+    """Make a raw file with holes in it, and with data at odd places."""
+    size = size_of(chance)
     with path.open("wb") as file:
         file.truncate(size)
-    fill(path, size, chance, "raw")
+    _fill(path, size, chance, "raw")
+    with path.open("r+b") as file:
+        for _ in range(chance.randrange(4)):
+            at = chance.randrange(size + 1)
+            file.seek(at)
+            file.write(chance.randbytes(min(size - at, chance.choice((1, 4096, 100_000)))))
     return path
 
 
 def draw_image(
-    path: Path, chance: random.Random, backing: Path | None = None, size: int | None = None
+    path: Path,
+    chance: random.Random,
+    backing: Path | None = None,
+    size_of: Callable[[random.Random], int] = draw_size,
 ) -> Path:
     """Make an image, of some geometry, and perhaps over a base in the same directory."""
-    size = size or draw_size(chance)
+    size = -(-size_of(chance) // 512) * 512
+    cluster_size = 1 << chance.randrange(12, 22)
+    # It cannot open what it makes with tables of one cluster, until they hold something.
+    table_size = min(1 << chance.randrange(1, 5), _LARGEST_TABLE // cluster_size)
     qemu.create(
         path,
         size,
-        # It cannot open what it makes with tables of one cluster, until they hold something.
-        cluster_size=1 << chance.randrange(12, 21),
-        table_size=1 << chance.randrange(1, 5),
+        cluster_size=cluster_size,
+        table_size=table_size,
         backing=backing and backing.name,
         backing_format=kind(backing) if backing else "qed",
     )
-    fill(path, size, chance)
+    _fill(path, size, chance, unit=cluster_size)
     return path
 
 
-def draw_chain(directory: Path, chance: random.Random, prefix: str, depth: int) -> Path:
+def draw_chain(
+    directory: Path,
+    chance: random.Random,
+    prefix: str,
+    depth: int,
+    size_of: Callable[[random.Random], int] = draw_size,
+) -> Path:
     """Make ``depth`` images over each other, the lowest raw now and then; give the top."""
     top = None
     for level in range(depth):
         name = directory / f"{prefix}{level}"
-        if level == 0 and chance.random() < 0.3:
-            top = draw_raw(name.with_suffix(".raw"), chance)
+        if level == 0 and chance.random() < 0.4:
+            top = draw_raw(name.with_suffix(".raw"), chance, size_of)
         else:
-            top = draw_image(name.with_suffix(".qed"), chance, top)
+            top = draw_image(name.with_suffix(".qed"), chance, top, size_of)
     assert top is not None
     return top
 

@@ -46,6 +46,24 @@ def geometry(chance: random.Random) -> list[str]:
     return ["--cluster-size", str(cluster), "--table-size", str(table)]
 
 
+def stored(path: Path) -> int:
+    """Count the bytes of a file that do not lie in holes.
+
+    Its blocks tell less: where they lie takes up blocks too, once the host has decided that.
+    """
+    count = at = 0
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while at < size:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            count += at - start
+    return count
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
     """Any chain, into QED and into raw: sound, of the same content, and as short as it can be."""
@@ -75,7 +93,7 @@ def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
     tables = (1 + spans) * header.geometry.table_bytes
     assert image.stat().st_size == header.cluster_size * (1 + data) + tables
     theirs = qemu.convert(top, tmp_path / "theirs.raw", source_format=form)
-    assert raw.stat().st_blocks <= theirs.stat().st_blocks
+    assert stored(raw) <= stored(theirs)
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -13,9 +13,9 @@ from qedfuse.cli.qedimg.main import main
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.ondisk.header import Header, build_header
 from tests.support import qemu
+from tests.support.chains import draw_any_size, draw_image
 from tests.support.disks import build_image, get_entry, put_entry
 from tests.toolbox import memory
-from tests.toolbox.chains import random_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,7 @@ def expanded(value: dict[str, Any]) -> dict[int, int]:
 def test_every_entry(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What QEMU wrote is there, each entry, and nothing else; all of it is right."""
     path = tmp_path / "disk.qed"
-    random_image(path, random.Random(seed))
+    draw_image(path, random.Random(seed), size_of=draw_any_size)
     content = path.read_bytes()
     fields = {
         item["name"]: item["value"] for item in dump("header", path, capsys=capsys)[0]["fields"]

@@ -19,9 +19,9 @@ from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools import quickmap
 from qedfuse.tools.mapping import MapEntry, map_image, open_map
 from tests.support import qemu
+from tests.support.chains import draw_any_size, draw_chain
 from tests.support.disks import build_image, l2_entry_offset, put_entry
 from tests.toolbox import memory
-from tests.toolbox.chains import random_chain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +62,7 @@ def test_the_same_as_qemu(
 ) -> None:
     """Any chain, geometry, content and range: the same text, for people and for scripts."""
     chance = random.Random(seed)
-    top = random_chain(tmp_path, chance)[0]
+    top = draw_chain(tmp_path, chance, "image", chance.randrange(1, 5), draw_any_size)
     size = qemu.info(top)["virtual-size"]
     ranges: list[tuple[str, ...]] = [()]
     for _ in range(3):

@@ -128,6 +128,9 @@ def test_formats(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=rf"{form}: format: found {name}, expected raw or qed"):
             look(path)
         assert look(path, "raw").size == path.stat().st_size
+    (tmp_path / "luks").write_bytes(b"LUKS\xba\xbe\0\2" + bytes(4088))
+    with pytest.raises(UsageError, match=r"luks: format: found LUKS, expected raw or qed"):
+        look(tmp_path / "luks")
     image = qemu.create(tmp_path / "a.qed", 1 << 20)
     assert look(image).format == "qed"
     assert look(image, "raw").size == image.stat().st_size

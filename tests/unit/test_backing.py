@@ -323,7 +323,14 @@ async def test_longest_chain(place: Place) -> None:
 
 @pytest.mark.parametrize(
     ("magic", "what"),
-    [(b"QFI\xfb\0\0\0\3", "qcow"), (b"KDMV", "VMDK"), (b"vhdxfile", "VHDX"), (b"conectix", "VHD")],
+    [
+        (b"QFI\xfb\0\0\0\3", "a qcow2 image"),
+        (b"KDMV", "a VMDK image"),
+        (b"COWD", "a VMDK image"),
+        (b"vhdxfile", "a VHDX image"),
+        (b"conectix", "a VHD image"),
+        (bytes(0x40) + b"\x7f\x10\xda\xbe", "a VDI image"),
+    ],
 )
 async def test_base_of_another_format(place: Place, magic: bytes, what: str) -> None:
     """Refused by what it is; taken as bytes only where the user or the header says so."""

@@ -371,10 +371,10 @@ async def test_zeros_over_what_a_discard_gives_up_meanwhile() -> None:
     file = FailingFile(MemoryFile(full(10)))
     async with opened(file, options=replace(WRITABLE, detect_zeroes="on")) as disk:
         await disk.scanned()
-        extents = await disk._layer.lookup(0, 10 * CLUSTER)
+        extents = await disk._parts.layer.lookup(0, 10 * CLUSTER)
         assert len(extents) == 1
-        await disk._discards.discard(0, CLUSTER)
-        await disk._requests.blank(0, 10 * CLUSTER)
+        await disk._parts.discards.discard(0, CLUSTER)
+        await disk._parts.requests.blank(0, 10 * CLUSTER)
         assert not any(await disk.read(0, 10 * CLUSTER))
 
 
@@ -396,7 +396,7 @@ async def test_zeros_that_are_written(
     file = MemoryFile(full(10, backing=b"base"))
     async with opened(file, [BASE], replace(WRITABLE, detect_zeroes=mode)) as disk:
         await disk.write(0, bytes(60 * CLUSTER))
-        assert [extent.kind for extent in await disk._layer.lookup(0, 60 * CLUSTER)] == kinds
+        assert [extent.kind for extent in await disk._parts.layer.lookup(0, 60 * CLUSTER)] == kinds
         assert await disk.read(0, 60 * CLUSTER) == bytes(60 * CLUSTER)
 
 

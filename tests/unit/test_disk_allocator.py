@@ -7,7 +7,8 @@ from typing import Final
 import pytest
 import trio
 
-from qedfuse.disk.allocator import GROWTH_BYTES, Allocator, Run
+from qedfuse.disk.allocator import Allocator, Run
+from qedfuse.disk.filelength import GROWTH_BYTES
 from qedfuse.errors import HostError, NoSpaceError
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.ondisk.header import Header

@@ -67,7 +67,7 @@ async def test_bits_that_cannot_be_cleared_stop_all_changes(action: str) -> None
         else:
             with pytest.raises(ReadOnlyError):
                 await disk.write(0, b"y")
-            disk._closed = True
+            disk._lifecycle._closed = True
     assert recording.content.count(b"x") == 0
 
 

@@ -64,7 +64,7 @@ def with_list(leaked: int = 20, **options: int) -> bytearray:
 
 def free_of(disk: Disk) -> list[tuple[int, int]]:
     """List what a disk takes for free."""
-    return list(disk._allocator.free.runs())
+    return list(disk._parts.allocator.free.runs())
 
 
 def check_true(content: bytes | bytearray) -> None:
@@ -267,7 +267,7 @@ async def test_a_table_entry_that_contradicts_the_list(changes: str) -> None:
         assert free_of(disk) == truth
         assert listed(file.content) is None
         # What was handed out from the list may have had an owner: the next open checks.
-        assert disk._layer.damaged == changed
+        assert disk._parts.layer.damaged == changed
     assert inspect_image(file.content).errors == ()
     assert header_of(file.content).need_check == changed
     assert (listed(file.content) is None) == changed
@@ -287,18 +287,18 @@ def test_runs_of_any_length_are_adopted_as_they_are(seed: int) -> None:
     async def adopt() -> None:
         async with opened(MemoryFile(image(table_size=chance.choice((1, 2, 8))))) as disk:
             await disk.scanned()
-            disk._allocator.free.remove(0, 1 << 12)
-            unpunched = disk._allocator.unpunched.count
+            disk._parts.allocator.free.remove(0, 1 << 12)
+            unpunched = disk._parts.allocator.unpunched.count
             made_up = FreeList(np.array(runs, np.uint64), np.empty(0, np.uint64))
-            await disk._saved_list._adopt(made_up)
+            await disk._parts.saved_list._adopt(made_up)
             assert free_of(disk) == runs
-            assert disk._allocator.unpunched.count == unpunched
-            one_by_one = FreeMap(disk._allocator.free.table, disk._allocator.anchor)
+            assert disk._parts.allocator.unpunched.count == unpunched
+            one_by_one = FreeMap(disk._parts.allocator.free.table, disk._parts.allocator.anchor)
             for run in runs:
                 one_by_one.add(*run)
-            assert disk._allocator.free.places == one_by_one.places
+            assert disk._parts.allocator.free.places == one_by_one.places
             # They are not in this file: let the close find none of them.
-            disk._allocator.free.remove(0, at)
+            disk._parts.allocator.free.remove(0, at)
 
     trio.run(adopt)
 
@@ -315,9 +315,9 @@ async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() 
                 await disk.discard((100 + n) * CLUSTER, CLUSTER)
                 await disk.flush()
         for offset in range(0, len(file.content), CLUSTER):
-            disk._store.drop((id(disk._layer.tables), offset))
+            disk._parts.store.drop((id(disk._parts.layer.tables), offset))
         assert await disk.read(101 * CLUSTER, CLUSTER) == pattern(CLUSTER, 1)
-        assert disk._saved_list._listed is not None
+        assert disk._parts.saved_list._listed is not None
     check_true(file.content)
 
 
@@ -422,7 +422,7 @@ async def test_a_full_host_costs_the_list_only() -> None:
     async with opened(file) as disk:
         await disk.discard(0, CLUSTER)
         await disk.flush()
-        await disk._needcheck.clear()
+        await disk._parts.needcheck.clear()
         await disk.flush()
         file.fail("write", 1, 28)
     assert listed(inner.content) is None

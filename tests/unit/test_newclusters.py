@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import trio
 
-from qedfuse.disk.allocator import GROWTH_BYTES
+from qedfuse.disk.filelength import GROWTH_BYTES
 from qedfuse.disk.options import OpenOptions
 from tests.support.disks import (
     build_image,
@@ -122,8 +122,8 @@ async def test_an_odd_tail_is_cut_off_first() -> None:
         await disk.scanned()
         await disk.write(500 * CLUSTER, b"x")
         await disk.allocate(500 * CLUSTER, CLUSTER)
-        disk._layer.tables._reserved.add(disk._layer.at_hand(0).offset)  # type: ignore[union-attr]
-        await disk._needcheck._live.change(lambda header: header.with_need_check(value=True))
+        disk._parts.layer.tables._reserved.add(disk._parts.layer.at_hand(0).offset)  # type: ignore[union-attr]
+        await disk._parts.needcheck._live.change(lambda header: header.with_need_check(value=True))
         assert not disk.write_now(9 * CLUSTER, b"x")
         await disk.write(9 * CLUSTER, b"x")
         assert disk.write_now(10 * CLUSTER, b"x")
@@ -191,17 +191,17 @@ async def test_what_is_left_to_the_long_way() -> None:
         assert not disk.write_now(9 * CLUSTER, b"x"), "NEED_CHECK is not set, no room for the table"
         await make_ready(disk)
         assert not disk.write_now(701 * CLUSTER, b"x"), "no room for this part of the table"
-        async with disk._requests.allocating.hold(9 * CLUSTER, 10 * CLUSTER):
+        async with disk._parts.requests.allocating.hold(9 * CLUSTER, 10 * CLUSTER):
             assert not disk.write_now(8 * CLUSTER, b"x" * 2 * CLUSTER)
             assert disk.write_now(10 * CLUSTER, b"x")
-        async with disk._requests.allocating.hold(4 * CLUSTER, 5 * CLUSTER):
+        async with disk._parts.requests.allocating.hold(4 * CLUSTER, 5 * CLUSTER):
             assert not disk.write_now(0, b"x" * 5 * CLUSTER), "the last part is somebody else's"
         assert not disk.write_now(SIZE - 1, b"xx")
-        disk._requests._dirty_budget = 0
+        disk._parts.requests._dirty_budget = 0
         assert not disk.write_now(12 * CLUSTER, b"x")
-        disk._requests._dirty_budget = 1 << 20
+        disk._parts.requests._dirty_budget = 1 << 20
         end = disk.statistics().file_bytes
-        async with disk._allocator._grow_lock:
+        async with disk._parts.allocator._length.lock:
             done = [disk.write_now(number * CLUSTER, b"x") for number in range(20, 400)]
             assert not all(done), "growing waits for who cuts"
         file.at_hand = False
@@ -214,9 +214,9 @@ async def test_no_cluster_is_used_while_it_is_being_punched() -> None:
     file = image(dict.fromkeys(range(300), b"s" * CLUSTER))
     async with opened(file) as disk:
         await make_ready(disk)
-        disk._reclaim._being_punched = 1
+        disk._parts.reclaim._being_punched = 1
         assert not disk.write_now(400 * CLUSTER, b"x")
-        disk._reclaim._being_punched = 0
+        disk._parts.reclaim._being_punched = 0
         assert disk.write_now(400 * CLUSTER, b"x")
         # So much in quarantine is worth a flush.
         await disk.discard(0, 290 * CLUSTER)

@@ -136,9 +136,9 @@ async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
         assert all(disk.read_now(at * SLICE, 1) is not None for at in range(40))
         await disk.discard(0, 10 * SLICE)
         await disk.flush()
-        tables = list(disk._layer.l2_tables)
+        tables = list(disk._parts.layer.l2_tables)
         await disk.compact()
-        assert list(disk._layer.l2_tables) != tables, "the case is none"
+        assert list(disk._parts.layer.l2_tables) != tables, "the case is none"
         for at in range(10, 40):
             assert disk.write_now(at * SLICE, b"x") or await disk.write(at * SLICE, b"x")
             got = disk.read_now(at * SLICE + 1, 99)
@@ -177,14 +177,14 @@ async def test_seeking_over_many_tables_that_are_not_there() -> None:
     async with opened(file) as disk:
         await touch(disk)
         looks = 0
-        at_hand_of = disk._layer.at_hand
+        at_hand_of = disk._parts.layer.at_hand
 
         def counting(number: int) -> object:
             nonlocal looks
             looks += 1
             return at_hand_of(number)
 
-        with patch.object(disk._layer, "at_hand", counting):
+        with patch.object(disk._parts.layer, "at_hand", counting):
             assert disk.seek_now(200 * SLICE + 5, data=True) == 500 * SLICE + 3 * CLUSTER
             assert looks == 2
             assert disk.seek_now(501 * SLICE, data=True) == size

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-O", dest="format", metavar="FORMAT", default="qed", help="what TARGET is to be (qed)"
     )
-    add_base(parser)
+    add_base(parser, "-B", "that holds what differs from BASE")
     add_geometry(parser)
     parser.add_argument(
         "-S",
@@ -155,7 +155,7 @@ def _layout(arguments: argparse.Namespace) -> Layout:
         msg = f"--cluster-size, --table-size, -o: found -O {printable(arguments.format)}, "
         msg += "expected -O qed" if arguments.format == "raw" else "expected its options as -o"
         raise UsageError(msg)
-    take_options(arguments)
+    take_options(arguments, "-B")
     return Layout(
         arguments.format,
         arguments.cluster_size,

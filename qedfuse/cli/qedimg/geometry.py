@@ -21,8 +21,8 @@ _NAMES: Final = {
 }
 
 
-def add_geometry(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cluster-size``, ``--table-size`` and ``-o``."""
+def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Add ``--cluster-size``, ``--table-size`` and ``-o``, which takes ``more`` keys as well."""
     parser.add_argument(
         "--cluster-size",
         metavar="SIZE",
@@ -41,47 +41,50 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE[,...]",
         action="append",
         default=[],
-        help=f"the same as qemu-img has it: {', '.join(_NAMES)}",
+        help=f"the same as qemu-img has it: {', '.join((*_NAMES, *more))}",
     )
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Add ``-B`` and ``-F``."""
-    parser.add_argument(
-        "-B", "--base", metavar="BASE", help="make an overlay that holds what differs from BASE"
-    )
+def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
+    """Add ``-F`` and, as ``flag``, the base that it tells about."""
+    parser.add_argument(flag, "--base", metavar="BASE", help=f"make an overlay {meaning}")
     parser.add_argument(
         "-F", "--base-format", choices=("raw", "qed"), help="what BASE is (a QED image tells)"
     )
 
 
-def take_options(arguments: argparse.Namespace) -> None:
+def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> None:
     """Put what stands behind ``-o`` where the options of our own are, and fill in defaults.
+
+    Args:
+        arguments: What the command line says.
+        base_flag: The option that names a base.
+        more: Keys, and options of our own, that hold sizes besides those of the geometry.
 
     Raises:
         UsageError: A key is unknown, or something is given twice or without what it needs.
     """
+    names = _NAMES | {name: name for name in more}
     for text in arguments.options:
         # qemu-img writes a comma within a value as two.
         for item in text.replace(",,", "\0").split(","):
             key, equals, value = item.replace("\0", ",").partition("=")
-            if not equals or not hasattr(arguments, _NAMES.get(key, "\0")):
-                found = printable(item)
-                keys = ", ".join(key for key, name in _NAMES.items() if hasattr(arguments, name))
+            if not equals or key not in names:
+                found, keys = printable(item), ", ".join(names)
                 msg = f"option -o: found {found}, expected KEY=VALUE with one of {keys}"
                 raise UsageError(msg)
             if key == "backing_fmt" and value not in ("raw", "qed"):
                 msg = f"option backing_fmt: found {printable(value)}, expected raw or qed"
                 raise UsageError(msg)
-            if getattr(arguments, _NAMES[key]) is not None:
+            if getattr(arguments, names[key]) is not None:
                 msg = f"option {key}: found it twice, expected it once"
                 raise UsageError(msg)
             wanted = value if key.startswith("backing") else parse_size(value)
-            setattr(arguments, _NAMES[key], wanted)
+            setattr(arguments, names[key], wanted)
     if arguments.cluster_size is None:
         arguments.cluster_size = DEFAULT_CLUSTER_SIZE
     if arguments.table_size is None:
         arguments.table_size = DEFAULT_TABLE_SIZE
     if arguments.base is None and arguments.base_format:
-        msg = "-F: expected -B as well"
+        msg = f"-F: expected {base_flag} as well"
         raise UsageError(msg)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-O", dest="format", metavar="FORMAT", default="qed", help="raw or qed (qed)"
     )
-    add_base(parser)
+    add_base(parser, "-B", "that holds what differs from BASE")
     add_geometry(parser)
     parser.add_argument(
         "-S",
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, and print it."""
     from qedfuse.tools.layout import Layout  # noqa: PLC0415  a quick --help
 
-    take_options(arguments)
+    take_options(arguments, "-B")
     layout = Layout(
         arguments.format,
         arguments.cluster_size,

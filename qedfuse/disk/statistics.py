@@ -1,0 +1,46 @@
+"""What can be told of a disk while it is in use, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qedfuse.disk.commit import CommitStatistics
+    from qedfuse.disk.parts import Parts
+    from qedfuse.util.lru import LRUStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatistics:
+    """What a disk holds in memory and has done so far.
+
+    Attributes:
+        tables: The tables in memory.
+        commit: What was written back.
+        file_bytes: Where the last cluster in use ends.
+        bound_bytes: The length that the file never needs to exceed.
+        free_clusters: Clusters below the last one in use that are free; None while that
+            is not known yet.
+        quarantined_clusters: Clusters that lost their reference and are not free yet.
+    """
+
+    tables: LRUStatistics
+    commit: CommitStatistics
+    file_bytes: int
+    bound_bytes: int
+    free_clusters: int | None
+    quarantined_clusters: int
+
+
+def collect_statistics(parts: Parts) -> DiskStatistics:
+    """Ask the parts of a disk."""
+    allocator = parts.allocator
+    return DiskStatistics(
+        tables=parts.store.statistics(),
+        commit=parts.commit.statistics(),
+        file_bytes=allocator.end,
+        bound_bytes=allocator.bound,
+        free_clusters=allocator.free.count if allocator.known else None,
+        quarantined_clusters=parts.quarantine.count,
+    )
