@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_raw
+from qedfuse.tools.baseloop import refuse_loop
 from qedfuse.tools.copying import Copy
 from qedfuse.tools.disktarget import DiskTarget
 from qedfuse.tools.foreign import foreign_image
 from qedfuse.tools.layout import Layout, open_new_base, qed_target
 from qedfuse.tools.newfile import NewFile
 from qedfuse.tools.oldfile import hold_old
+from qedfuse.tools.pipe import is_stream, open_stream
 from qedfuse.tools.probing import probe
 from qedfuse.tools.rawtarget import OverwrittenTarget, RawTarget, StreamTarget
 from qedfuse.tools.sources import open_source
-from qedfuse.tools.streaming import copy_stream, is_stream, open_stream
+from qedfuse.tools.streaming import copy_stream
 from qedfuse.tools.verify import verify
 from qedfuse.util.text import printable
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import Literal
 
+    from qedfuse.tools.pipe import Stream
     from qedfuse.tools.sources import Source
     from qedfuse.tools.targets import Target
 
@@ -96,7 +99,7 @@ async def convert(
                 raise UsageError(msg)
             work.raw_pipe = source_format == "raw"
             work.pipe = await open_stream(source_path, os.O_RDONLY)
-            stack.callback(os.close, work.pipe[0])
+            stack.callback(work.pipe.close)
         else:
             work.source = await stack.enter_async_context(
                 open_source(source_path, source_format, work.options)
@@ -129,7 +132,7 @@ class _Work:
         self.compare = False
         self.durable = True
         self.source: Source | None = None
-        self.pipe = (-1, "")
+        self.pipe: Stream | None = None
         self.raw_pipe = False
 
     def refuse_itself(self, source: Source) -> None:
@@ -152,12 +155,13 @@ class _Work:
         """Copy everything; give the size of the disk and the bytes written as data."""
         sparse = self.layout.sparse_size
         kept = self.layout.format in {"raw", "qed"}  # else qemu-img reads it right away
-        if self.source is None:
+        if self.pipe is not None:
             return await copy_stream(
-                *self.pipe, target, sparse_size=sparse, raw=self.raw_pipe, progress=self.progress
+                self.pipe, target, sparse_size=sparse, raw=self.raw_pipe, progress=self.progress
             )
+        source = cast("Source", self.source)  # one of them is there
         copy = Copy(
-            self.source,
+            source,
             target,
             base=base,
             sparse_size=sparse,
@@ -165,18 +169,16 @@ class _Work:
             progress=self.progress,
         )
         await copy.run(self.streams)
-        return self.source.size, copy.data_bytes
+        return source.size, copy.data_bytes
 
     async def into_pipe(self) -> ConvertResult:
         """Write raw content to a pipe."""
         if self.layout.format != "raw" or self.compare:
             msg = f"{self.name}: a pipe: expected -O raw, and nothing to read back"
             raise UsageError(msg)
-        descriptor, name = await open_stream(self.path, os.O_WRONLY)
-        try:
-            size, data = await self.copy(StreamTarget(descriptor, name))
-        finally:
-            os.close(descriptor)
+        stream = await open_stream(self.path, os.O_WRONLY)
+        with closing(stream):
+            size, data = await self.copy(StreamTarget(stream))
         return ConvertResult(size, 0, data)
 
     async def into_existing(self, source: Source) -> ConvertResult:
@@ -221,6 +223,8 @@ class _Work:
         if layout.backing is not None and layout.format != "qed":
             msg = f"{self.name}: -B: found format {layout.format}, expected qed"
             raise UsageError(msg)
+        if layout.backing is not None:
+            refuse_loop(self.path, layout.backing)
         with ExitStack() as stack:
             hold_old(self.path, stack, overwrite=overwrite, in_place=True)
             new = stack.enter_context(NewFile(self.path, overwrite=overwrite))

@@ -21,6 +21,7 @@ from qedfuse.ondisk.constants import (
 )
 from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.header import Header, build_header, parse_header
+from qedfuse.tools.baseloop import refuse_loop
 from qedfuse.tools.newfile import NewFile
 from qedfuse.tools.oldfile import hold_old
 from qedfuse.util.text import printable
@@ -134,16 +135,15 @@ def _look_at_base(
 ) -> tuple[int, Literal["raw", "qed"]]:
     """Open a base for reading, only to learn its size in bytes and its format.
 
-    Nothing is locked: it may be in use.  What it is based on itself is not looked at.
+    Nothing is locked: it may be in use.  What it is based on itself is not opened but to
+    find out whether it is the image.
 
     Raises:
         BackingError: It is missing, the image itself, or not what it is said to be.
     """
     path = os.path.join(os.path.dirname(image), name)  # noqa: PTH118, PTH120  no I/O
     about, shown = f"{printable(image)}: backing file", printable(path)
-    if _same(path, image):
-        msg = f"{about} {shown}: found the image itself"
-        raise BackingError(msg)
+    refuse_loop(image, name)
     try:
         fd = open_regular(path, os.O_RDONLY)
         try:
@@ -165,15 +165,6 @@ def _look_at_base(
     expected = "a QED image" if wanted else "a format: -F raw takes its bytes as they are"
     msg = f"{about} {shown}: found no QED magic, expected {expected}"
     raise BackingError(msg)
-
-
-def _same(first: str, second: str) -> bool:
-    """Tell whether two names lead to one file, which need not be there yet."""
-    return os.path.realpath(first) == os.path.realpath(second) or (
-        os.path.exists(first)  # noqa: PTH110
-        and os.path.exists(second)  # noqa: PTH110
-        and os.path.samefile(first, second)  # noqa: PTH121
-    )
 
 
 async def preallocate(path: str, progress: Progress | None = None) -> None:

@@ -15,6 +15,7 @@ from qedfuse.tools.targets import NewTarget, OldTarget, Write, write_all
 from qedfuse.tools.units import runs
 
 if TYPE_CHECKING:
+    from qedfuse.tools.pipe import Stream
     from qedfuse.tools.units import Mask
 
 _UNIT: Final = 4096
@@ -57,16 +58,16 @@ class StreamTarget(OldTarget):
 
     unit = _UNIT
 
-    def __init__(self, descriptor: int, name: str) -> None:
-        """Write to an open pipe."""
-        self.descriptor = descriptor
-        self.name = name
+    def __init__(self, stream: Stream) -> None:
+        """Write to an open stream."""
+        self._stream = stream
         self._at = 0
 
     async def take(self, start: int, view: memoryview, data: Mask) -> None:  # noqa: ARG002
         """Write what comes before the piece, and the piece."""
         await self._skip(start)
-        await self._write(view)
+        await self._stream.write(view)
+        self._at = start + len(view)
 
     async def complete(self, size: int) -> None:
         """Write the zeros at the end of the disk."""
@@ -75,23 +76,9 @@ class StreamTarget(OldTarget):
     async def _skip(self, end: int) -> None:
         """Write zeros up to an offset."""
         while self._at < end:
-            await self._write(_ZEROS[: end - self._at])
-
-    async def _write(self, view: memoryview) -> None:
-        """Write everything, waiting for the reader in between."""
-        self._at += len(view)
-        while view:
-            try:
-                count = os.write(self.descriptor, view)
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self.descriptor)
-            except OSError as error:
-                if error.errno == errno.EPIPE:
-                    raise BrokenPipeError from error
-                raise HostError.from_os(error, self.name, "write") from error
-            else:
-                view = view[count:]
-                await trio.lowlevel.checkpoint()
+            zeros = _ZEROS[: end - self._at]
+            await self._stream.write(zeros)
+            self._at += len(zeros)
 
 
 class OverwrittenTarget(OldTarget):

@@ -138,12 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     own_process = argv is None
     if own_process:
         make_streams()
+    words = sys.argv[1:] if argv is None else argv
     try:
         with orderly(last=own_process) as interruption:
-            code = _guarded(sys.argv[1:] if argv is None else argv, interruption)
+            code = _guarded(words, interruption)
     except KeyboardInterrupt:  # it came after the work was done
         code = _INTERRUPTED
-    return finish_output(code)
+    return finish_output(code, _failed(words[0] if words else ""))
 
 
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
@@ -226,9 +227,12 @@ def _code(name: str, error: BaseException) -> int:
     module = sys.modules.get(f"{_HOME}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)
     wanted = error.exit_code if isinstance(error, QedError) else _FAILED
-    if wanted >= _FIRST_CODE and wanted in codes:
-        return wanted
-    failed: int = getattr(module, "FAILED", _FAILED)
+    return wanted if wanted >= _FIRST_CODE and wanted in codes else _failed(name)
+
+
+def _failed(name: str) -> int:
+    """Give the exit code of a subcommand for any failure that has none of its own."""
+    failed: int = getattr(sys.modules.get(f"{_HOME}.{name}"), "FAILED", _FAILED)
     return failed
 
 

@@ -19,14 +19,14 @@ def make_streams() -> None:
     """Make streams of what the program was started with.
 
     Where a stream is closed, the next file that is opened would become it, and an image
-    would be written to whenever something is printed.  What stands in for it cannot be
-    written to either, so that lost output is noticed.
+    would be written to whenever something is printed.  What stands in for it can be read
+    or written to as little, so that lost output is noticed.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDONLY)
+            opened = os.open(os.devnull, os.O_RDONLY if number else os.O_WRONLY)
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
@@ -49,15 +49,15 @@ def complain(message: str) -> None:
         _forget(sys.stderr)
 
 
-def finish_output(code: int) -> int:
-    """Bring what was printed to where it goes; give the exit code, another if that failed."""
+def finish_output(code: int, failed: int = _FAILED) -> int:
+    """Bring what was printed to where it goes; give the exit code, ``failed`` if it cannot be."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         _forget(sys.stdout)
         return code or BROKEN_PIPE
     except OSError as error:
-        return output_failed(error, code or _FAILED)
+        return output_failed(error, code or failed)
     return code
 
 

@@ -1,0 +1,101 @@
+"""``-`` as a disk: whatever the standard streams are attached to, and whether they wait or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROGRAM = (sys.executable, "-m", "qedfuse.cli.qedimg")
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Give a raw disk."""
+    path = tmp_path / "a.raw"
+    path.write_bytes(os.urandom(3 << 19) + bytes(3 << 20) + os.urandom(512))
+    return path
+
+
+@pytest.mark.parametrize("flags", [os.O_APPEND, 0])
+def test_a_file_is_written_where_it_is(flags: int, raw: Path, tmp_path: Path) -> None:
+    """After what others have written, not over it."""
+    out = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT | flags)
+    try:
+        os.write(out, b"header\n")
+        command = [*PROGRAM, "convert", "-O", "raw", str(raw), "-"]
+        subprocess.run(command, stdout=out, check=True)
+        os.write(out, b"trailer\n")
+    finally:
+        os.close(out)
+    assert (tmp_path / "out").read_bytes() == b"header\n" + raw.read_bytes() + b"trailer\n"
+
+
+def test_a_file_is_read_from_where_it_is(raw: Path, tmp_path: Path) -> None:
+    """What others have read is not part of the disk."""
+    with raw.open("rb", buffering=0) as file:
+        file.seek(512)
+        command = [*PROGRAM, "convert", "-O", "raw", "-", str(tmp_path / "new.raw")]
+        subprocess.run(command, stdin=file, check=True)
+    assert (tmp_path / "new.raw").read_bytes() == raw.read_bytes()[512:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("way", ["reading", "writing"])
+def test_waiting_for_a_socket_can_be_ended(
+    way: str, number: signal.Signals, raw: Path, tmp_path: Path
+) -> None:
+    """As for a pipe, though a socket cannot be opened once more."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        if way == "reading":
+            words = ["-", str(tmp_path / "new.qed")]
+            ours.sendall(bytes(100_000))
+        else:
+            words = ["-O", "raw", str(raw), "-"]
+        end = theirs.fileno()
+        process = subprocess.Popen(
+            [*PROGRAM, "convert", *words], stdin=end, stdout=end, stderr=subprocess.PIPE
+        )
+        if way == "reading":
+            # The temporary file is made before anything is read.
+            while os.listdir(tmp_path) == ["a.raw"]:  # noqa: PTH208  names
+                assert process.poll() is None
+        else:
+            assert ours.recv(1)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == b"qedimg: interrupted\n"
+    assert os.listdir(tmp_path) == ["a.raw"]  # noqa: PTH208  names
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "code"),
+    [
+        ("convert -O raw RAW -", 1, 1),
+        ("convert -O raw - NEW", 0, 1),
+        ("compare RAW RAW", 1, 2),
+        ("info -f raw RAW", 1, 1),
+    ],
+)
+def test_closed_streams_are_no_success(
+    words: str, closed: int, code: int, raw: Path, tmp_path: Path
+) -> None:
+    """Nor do they mean anything else that an exit code says."""
+    places = {"RAW": str(raw), "NEW": str(tmp_path / "new.raw")}
+    command = [*PROGRAM, *(places.get(word, word) for word in words.split())]
+    shell = ["sh", "-c", f'exec "$@" {closed}{"<" if not closed else ">"}&-', "sh", *command]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert b"Bad file descriptor" in done.stderr
+    assert os.listdir(tmp_path) == ["a.raw"]  # noqa: PTH208  names
