@@ -159,8 +159,8 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
     base.close()
     msg = (
         f"{image.name}: backing file {shown}: refused: found {printable(real)}, expected a file "
-        f"inside {printable(allowed[0])} (allow it with -o backing_dir="
-        f"{printable(os.path.dirname(real))} or -o backing=any)"  # noqa: PTH120
+        f"inside {printable(allowed[0])} (allow it with backing_dir="
+        f"{printable(os.path.dirname(real))} or backing=any)"  # noqa: PTH120
     )
     raise BackingRefusedError(msg)
 

@@ -42,9 +42,10 @@ async def foreign_image(
         raise UsageError(msg)
     await _refuse_unknown(program, path, wanted)
     directory, name = os.path.split(path)
+    start = os.fsdecode(os.fsencode(name)[:200])  # a name has at most 255 bytes
     try:
         # Some formats store the name of the file in it; so it has the right one already.
-        place = tempfile.mkdtemp(prefix=f".{name[:200]}.", suffix=".part", dir=directory or ".")
+        place = tempfile.mkdtemp(prefix=f".{start}.", suffix=".part", dir=directory or ".")
     except OSError as error:
         raise cannot_open(path, error) from error
     try:

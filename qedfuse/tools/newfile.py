@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
-from typing import TYPE_CHECKING, Self
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.errors import HostError, UsageError, cannot_open
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+_LONGEST: Final = 200
+"""Bytes of the final name that are in the temporary one; a name has at most 255."""
+
+_NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class NewFile:
@@ -21,12 +28,17 @@ class NewFile:
     """
 
     def __init__(self, path: str, *, overwrite: bool = False) -> None:
-        """Prepare to make ``path``; an existing file is replaced only with ``overwrite``."""
-        directory, name = os.path.split(path)
-        self._final = path
+        """Prepare to make ``path``; an existing file is replaced only with ``overwrite``.
+
+        Of a symbolic link what it leads to is replaced, as programs do that write into it.
+        """
+        self._final = os.path.realpath(path) if overwrite and os.path.islink(path) else path  # noqa: PTH114  a name, not a Path
+        self._name = printable(path)
         self._overwrite = overwrite
         self._there = False
-        self.path = os.path.join(directory, f".{name}.{secrets.token_hex(3)}.part")  # noqa: PTH118
+        directory, name = os.path.split(self._final)
+        start = os.fsdecode(os.fsencode(name)[:_LONGEST])
+        self.path = os.path.join(directory, f".{start}.{secrets.token_hex(3)}.part")  # noqa: PTH118
 
     def __enter__(self) -> Self:
         """Make the temporary file.
@@ -36,10 +48,11 @@ class NewFile:
             HostError: The host refused.
         """
         if os.path.lexists(self._final) and not self._overwrite:
-            msg = f"{printable(self._final)}: exists already (--force replaces it)"
-            raise UsageError(msg)
+            raise self._exists()
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+            # What replaces a file may be for as few eyes as that is.
+            mode = 0o600 if os.path.lexists(self._final) else 0o644
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
             raise cannot_open(self._final, error) from error
         self._there = True
@@ -69,19 +82,38 @@ class NewFile:
                 self._sync(self.path)
             if self._overwrite:
                 if os.path.exists(self._final):  # noqa: PTH110
-                    os.chmod(self.path, os.stat(self._final).st_mode & 0o7777)  # noqa: PTH101, PTH116
+                    _take_after(self._final, self.path)
                 os.replace(self.path, self._final)  # noqa: PTH105
             else:
-                os.link(self.path, self._final)
-                os.unlink(self.path)  # noqa: PTH108
+                self._take_name()
             self._there = False
             if durable:
                 self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
-            msg = f"{printable(self._final)}: exists already (--force replaces it)"
-            raise UsageError(msg) from error
+            raise self._exists() from error
         except OSError as error:
-            raise HostError.from_os(error, printable(self._final), "cannot make") from error
+            raise HostError.from_os(error, self._name, "cannot make") from error
+
+    def _exists(self) -> UsageError:
+        """Say that the name is taken."""
+        return UsageError(f"{self._name}: exists already (--force replaces it)")
+
+    def _take_name(self) -> None:
+        """Take the final name unless somebody else has it.
+
+        Raises:
+            OSError: It is taken, or the host refused.
+        """
+        try:
+            os.link(self.path, self._final)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # FAT has one name for each file.  An empty file holds the place meanwhile.
+            os.close(os.open(self._final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            os.replace(self.path, self._final)  # noqa: PTH105
+        else:
+            os.unlink(self.path)  # noqa: PTH108
 
     @staticmethod
     def _sync(path: str) -> None:
@@ -91,3 +123,21 @@ class NewFile:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _take_after(old: str, new: str) -> None:
+    """Give a new file the owner, the mode and the attributes of the one that it replaces.
+
+    Access control lists are such attributes.  Only root may give a file away; what cannot
+    be had is left as it is.
+    """
+    there = os.stat(old)  # noqa: PTH116  a name, not a Path
+    with suppress(OSError):
+        os.chown(new, -1, there.st_gid)
+    with suppress(OSError):
+        os.chown(new, there.st_uid, -1)
+    os.chmod(new, there.st_mode & 0o7777)  # noqa: PTH101
+    with suppress(OSError):
+        for name in os.listxattr(old):
+            with suppress(OSError):
+                os.setxattr(new, name, os.getxattr(old, name))

@@ -159,8 +159,8 @@ async def test_outside_the_directory(place: Place, way: str) -> None:
         path,
         f"found {target}",
         f"expected a file inside {place.images}",
-        f"-o backing_dir={place.other}",
-        "-o backing=any",
+        f"allow it with backing_dir={place.other}",
+        " or backing=any",
     )
     outside = pattern(SIZE, 6)
     assert await read(path, BackingPolicy(directories=(str(place.other),))) == outside

@@ -1,0 +1,116 @@
+"""Files that get their name when they are complete: whatever the host, and whatever was there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import UsageError
+from qedfuse.tools.newfile import NewFile
+from tests.support import qemu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def names(directory: Path) -> set[str]:
+    """List a directory, hidden files included."""
+    return set(os.listdir(directory))  # noqa: PTH208  names, not paths
+
+
+def without_links(*_: object) -> None:
+    """Refuse as FAT does."""
+    raise OSError(errno.EPERM, "no links here")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_somebody_elses_file_is_never_replaced(
+    *, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that appeared in between; also where a file has one name only."""
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
+    with NewFile(str(tmp_path / "a")) as new:
+        (tmp_path / "a").write_bytes(b"theirs")
+        with pytest.raises(UsageError, match="a: exists already"):
+            new.commit()
+    assert (tmp_path / "a").read_bytes() == b"theirs"
+    with NewFile(str(tmp_path / "b")) as new:
+        with open(new.path, "wb") as file:  # noqa: PTH123  a name, not a Path
+            file.write(b"ours")
+        new.commit()
+    assert (tmp_path / "b").read_bytes() == b"ours"
+    assert names(tmp_path) == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\N{EURO SIGN}" * 85], ids=["ascii", "euro"])
+@pytest.mark.parametrize(
+    "words", ["create IMAGE 1M", "convert RAW IMAGE", "convert -O qcow2 RAW IMAGE"]
+)
+def test_any_name_will_do_that_the_host_takes(name: str, words: str, tmp_path: Path) -> None:
+    """The temporary name is no longer than that."""
+    (tmp_path / "raw").write_bytes(b"x" * 512)
+    places = {"IMAGE": str(tmp_path / name), "RAW": str(tmp_path / "raw")}
+    assert main([places.get(word, word) for word in [*words.split(), "-q"]]) == 0
+    assert names(tmp_path) == {name, "raw"}
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    """The link stays; only with --force, of course."""
+    place = tmp_path / "place"
+    place.mkdir()
+    old, link = place / "old.qed", tmp_path / "link.qed"
+    old.write_bytes(b"old")
+    link.symlink_to("place/old.qed")
+    assert main(["create", "-q", str(link), "1M"]) == 1
+    assert old.read_bytes() == b"old"
+    assert main(["create", "-q", "--force", str(link), "1M"]) == 0
+    assert link.is_symlink()
+    assert qemu.check(old).code == 0
+    assert names(place) == {"old.qed"}
+    assert names(tmp_path) == {"link.qed", "place"}
+
+
+def test_who_could_use_the_old_file_can_use_the_new_one(tmp_path: Path) -> None:
+    """Owner, mode and attributes are taken over; meanwhile nobody else sees the content."""
+    path = tmp_path / "a.qed"
+    path.write_bytes(b"old")
+    os.chown(path, 1234, 2345)
+    path.chmod(0o640)
+    os.setxattr(path, "user.comment", b"mine")
+    with NewFile(str(path), overwrite=True) as new:
+        assert stat.S_IMODE(os.stat(new.path).st_mode) == 0o600  # noqa: PTH116  a name
+        new.commit()
+    info = path.stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (1234, 2345, 0o640)
+    assert os.getxattr(path, "user.comment") == b"mine"
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("command", ["create", "convert"])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_an_image_does_not_become_its_own_base(
+    command: str, depth: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Replacing the lowest base by an overlay over the chain would lose it all."""
+    base = qemu.create(tmp_path / "0.qed", 1 << 20)
+    qemu.io(base, "write -P 7 0 64k")
+    for number in range(1, depth + 1):
+        qemu.create(tmp_path / f"{number}.qed", backing=f"{number - 1}.qed")
+    before = base.read_bytes()
+    (tmp_path / "raw").write_bytes(b"x" * 512)
+    words = {
+        "create": ["create", "--force", "-b", f"{depth}.qed", str(base)],
+        "convert": ["convert", "--force", "-B", f"{depth}.qed", str(tmp_path / "raw"), str(base)],
+    }
+    assert main(words[command]) == 17
+    said = capsys.readouterr().err
+    assert "0.qed: found the image itself" in said
+    assert (f"by way of {depth}.qed" in said) is (depth > 0)
+    assert said.count("\n") == 1
+    assert base.read_bytes() == before
