@@ -72,6 +72,11 @@ class Batch:
         """Tell how many extents there are."""
         return len(self.starts)
 
+    @property
+    def end(self) -> int:
+        """Where the last one ends."""
+        return int(self.starts[-1] + self.lengths[-1])
+
     def entries(self) -> Iterator[MapEntry]:
         """Give the extents one by one."""
         columns = (self.starts, self.lengths, self.depths, self.kinds, self.offsets)
@@ -127,19 +132,19 @@ class Map:
         end = self.size if length is None else min(self.size, start + length)
         kept: Batch | None = None
         while start < end:
-            await trio.lowlevel.checkpoint()
-            batch, start = await self._piece(start, end)
+            batch = await self.piece(start, end)
+            start = batch.end
             if kept is not None:
-                batch = _after(kept, batch)
-            batch = _joined(batch)
+                batch = _joined(_after(kept, batch))
             kept = batch.part(slice(-1, None))
             if len(batch) > 1:
                 yield batch.part(slice(None, -1))
         if kept is not None:
             yield kept
 
-    async def _piece(self, start: int, end: int) -> tuple[Batch, int]:
+    async def piece(self, start: int, end: int) -> Batch:
         """Ask layer after layer how it stores a range, or the beginning of it."""
+        await trio.lowlevel.checkpoint()
         runs = await self._layers[0].read(start, end)
         depths = np.zeros(len(runs.starts), np.int64)
         size = self.size
@@ -157,7 +162,7 @@ class Map:
             below = await layer.read(first, stop)
             runs, depths = _laid_over(runs, depths, below, depth, short=below.end < stop)
         lengths = np.diff(runs.starts, append=runs.end)
-        return Batch(runs.starts, lengths, depths, runs.kinds, runs.offsets), runs.end
+        return _joined(Batch(runs.starts, lengths, depths, runs.kinds, runs.offsets))
 
 
 def _laid_over(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from qedfuse.disk.extents import Extent, Kind, joined
-from qedfuse.disk.layer import RawLayer
-from qedfuse.errors import HostError
-from qedfuse.tools.sources import data_and_holes
+from qedfuse.disk.extents import Extent, Kind
+from qedfuse.tools.mapping import Map
+from qedfuse.tools.runs import ABSENT, BAD, DATA, HOLE, ZEROS
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.hostio.posixfile import PosixFile
 
+_KINDS: Final = {ABSENT: Kind.UNALLOCATED, ZEROS: Kind.ZERO, HOLE: Kind.ZERO, DATA: Kind.DATA}
+
 
 class QedSource:
     """A QED image and its bases, locked for reading."""
@@ -25,37 +26,34 @@ class QedSource:
 
     def __init__(self, disk: Disk, path: str) -> None:
         """Read through an open disk."""
-        self.disk = disk
+        self._disk = disk
+        self._map = Map(list(disk.chain.layers))
         self.path = path
         self.name = printable(path)
         self.size = disk.size
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell how the chain stores a range, holes of raw bases included."""
-        found = await self.disk.extents(start, length)
-        raw = {
-            depth
-            for depth, layer in enumerate(self.disk.chain.layers)
-            if isinstance(layer, RawLayer)
-        }
-        if not raw:
-            return found
+        """Tell how the chain stores a range or the beginning of it, holes of raw bases included."""
+        end = min(start + length, self.size)
+        if start >= end:
+            return []
+        batch = await self._map.piece(start, end)
+        columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
         result: list[Extent] = []
-        try:
-            for extent in found:
-                if extent.kind is Kind.DATA and extent.depth in raw:
-                    fd = self.descriptor(extent.depth)
-                    result += data_and_holes(fd, extent.start, extent.end, extent)
-                else:
-                    result.append(extent)
-        except OSError as error:
-            raise HostError.from_os(error, self.name, "seek in a base") from error
-        return joined(result)
+        for at, count, depth, kind, offset in zip(
+            *(column.tolist() for column in columns), strict=True
+        ):
+            if kind == BAD:
+                # Why it is bad is not told of thousands at a time.
+                result += await self._disk.extents(at, count)
+            else:
+                result.append(Extent(_KINDS[kind], at, count, offset, depth))
+        return result
 
     def descriptor(self, depth: int) -> int:
         """Give the file of a layer."""
-        return cast("PosixFile", self.disk.chain.layers[depth].file).fd
+        return cast("PosixFile", self._disk.chain.layers[depth].file).fd
 
     def files(self) -> list[os.stat_result]:
         """Give the attributes of the image and of its bases."""
-        return [layer.file.stat() for layer in self.disk.chain.layers]
+        return [layer.file.stat() for layer in self._disk.chain.layers]

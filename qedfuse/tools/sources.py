@@ -7,7 +7,7 @@ import os
 import stat
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -22,6 +22,10 @@ from qedfuse.util.text import printable
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import Literal
+
+
+_MOST: Final = 1 << 14
+"""Extents of a raw file that are told at once."""
 
 
 class Source(Protocol):
@@ -40,7 +44,10 @@ class Source(Protocol):
     path: str
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell how a range is stored, all of it and in order; clipped at the disk's end.
+        """Tell how a range is stored, or the beginning of it, in order.
+
+        So that nobody gets millions at once it may be anything but nothing; which is told
+        of what lies past the disk's end.
 
         Raises:
             HostError: The host cannot read a file.
@@ -69,12 +76,21 @@ class RawSource:
         """Tell data from holes."""
         await trio.lowlevel.checkpoint()
         end = min(start + length, self.size)
+        result: list[Extent] = []
+        at = start
         try:
-            return data_and_holes(
-                self._fd, start, end, Extent(Kind.DATA, start, end - start, start)
-            )
+            while at < end and len(result) < _MOST:
+                data = _seek(self._fd, at, os.SEEK_DATA, end)
+                if data > at:
+                    result.append(Extent(Kind.ZERO, at, data - at))
+                if data < end:
+                    at = _seek(self._fd, data, os.SEEK_HOLE, end)
+                    result.append(Extent(Kind.DATA, data, at - data, data))
+                else:
+                    at = end
         except OSError as error:
             raise HostError.from_os(error, self.name, "seek") from error
+        return result
 
     def descriptor(self, _depth: int, /) -> int:
         """Give the only file there is."""
@@ -83,26 +99,6 @@ class RawSource:
     def files(self) -> list[os.stat_result]:
         """Give the attributes of the file."""
         return [os.fstat(self._fd)]
-
-
-def data_and_holes(fd: int, start: int, end: int, whole: Extent) -> list[Extent]:
-    """Cut an extent whose guest offsets are file offsets where the file has holes.
-
-    Raises:
-        OSError: The host cannot tell.
-    """
-    result: list[Extent] = []
-    at = start
-    while at < end:
-        data = _seek(fd, at, os.SEEK_DATA, end)
-        if data > at:
-            result.append(whole._replace(kind=Kind.ZERO, start=at, length=data - at, file_offset=0))
-        if data < end:
-            at = _seek(fd, data, os.SEEK_HOLE, end)
-            result.append(whole._replace(start=data, length=at - data, file_offset=data))
-        else:
-            at = end
-    return result
 
 
 def _seek(fd: int, at: int, whence: int, end: int) -> int:

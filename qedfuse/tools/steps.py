@@ -13,13 +13,11 @@ if TYPE_CHECKING:
     from qedfuse.disk.extents import Extent
     from qedfuse.tools.sources import Source
 
-_FIRST_STEP: Final = 1 << 28
-_LEAST_STEP: Final = 1 << 24
-_MOST_STEP: Final = 1 << 40
-_FEW: Final = 1 << 10
+_ENOUGH: Final = 1 << 28
+"""Bytes of the disk in a step, at least, unless it is stored in many pieces."""
+
 _MANY: Final = 1 << 14
-"""Bytes of the disk whose extents are asked for at a time, and the extents in an answer below
-which it is doubled or above which it is halved."""
+"""Extents that are enough for a step, however little of the disk they are."""
 
 
 class Step(NamedTuple):
@@ -52,27 +50,39 @@ async def steps(
         CorruptImageError: A table entry of either disk is bad.
         HostError: The host cannot read a file.
     """
-    at, length, size = 0, max(_FIRST_STEP, unit), source.size
+    at, size = 0, source.size
     while at < size:
-        end = min(at + length, size)
-        extents = await source.extents(at, end - at)
+        extents = await _next(source, at, size, unit)
+        end = extents[-1].end
         below: list[Extent] = []
         if other is not None and at < other.size:
-            below = await other.extents(at, end - at)
+            below = await _next(other, at, end, unit)
+            if below[-1].end < other.size:
+                end = min(end, below[-1].end)
         bad = [extent for extent in (*extents, *below) if extent.kind is Kind.BAD]
-        if bad:
-            worst = min(bad, key=lambda extent: extent.start)
-            good = worst.start - worst.start % unit
-            if good > at:
-                yield Step(at, good, _before(good, extents), _before(good, below))
+        worst = min(bad, key=lambda extent: extent.start, default=None)
+        if worst is not None:
+            end = min(end, worst.start)
+        if end < size:
+            end -= end % unit
+        if end > at:
+            yield Step(at, end, _before(end, extents), _before(end, below))
+        elif worst is not None:
             raise CorruptImageError(worst.reason)
-        yield Step(at, end, extents, below)
         at = end
-        count = len(extents) + len(below)
-        if count < _FEW:
-            length = min(length * 2, _MOST_STEP)
-        elif count > _MANY:
-            length = max(length // 2, _LEAST_STEP, unit)
+
+
+async def _next(source: Source, start: int, end: int, unit: int) -> list[Extent]:
+    """Ask for enough extents for a step, at least of a whole unit or up to the disk's end."""
+    found: list[Extent] = []
+    at, end = start, min(end, source.size)
+    while at < end:
+        found += await source.extents(at, end - at)
+        at = found[-1].end
+        covered = at - start
+        if covered - covered % unit and (covered >= _ENOUGH or len(found) >= _MANY):
+            break
+    return found
 
 
 def _before(end: int, extents: list[Extent]) -> list[Extent]:

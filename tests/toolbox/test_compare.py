@@ -136,6 +136,10 @@ def test_large_holes_cost_nothing(tmp_path: Path, capsys: Captured) -> None:
         qemu.io(path, f"write -P {5 + number} {(64 << 40) - 4096} 4096")
     assert ours(capsys, paths[0], paths[0])[0] == 0
     assert ours(capsys, *paths) == (1, f"Content mismatch at offset {(64 << 40) - 4096}!\n")
+    largest = str(tmp_path / "largest.qed")
+    wide = ["--cluster-size", "64M", "--table-size", "16"]
+    assert main(["create", "-q", *wide, largest, str((1 << 63) - 512)]) == 0
+    assert ours(capsys, largest, largest) == (0, "Images are identical.\n")
 
 
 def test_mistakes(tmp_path: Path, capsys: Captured) -> None:

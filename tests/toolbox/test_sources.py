@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import trio
@@ -11,9 +11,10 @@ import trio
 from qedfuse.disk.extents import Extent, Kind
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import HostError, ImageError, ImageInUseError, UsageError
+from qedfuse.tools import steps as stepping
 from qedfuse.tools.pieces import Cutter, Piece
 from qedfuse.tools.sources import open_source
-from qedfuse.tools.steps import steps
+from qedfuse.tools.steps import Step, steps
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
 
@@ -162,3 +163,51 @@ def test_what_is_written_to_is_refused(form: str, tmp_path: Path) -> None:
         with pytest.raises(ImageInUseError):
             trio.run(work, OpenOptions())
         assert trio.run(work, share) == 1 << 20
+
+
+class Hesitant:
+    """A source that tells little at a time."""
+
+    def __init__(self, source: Source, chance: random.Random) -> None:
+        self.source = source
+        self.chance = chance
+        self.size = source.size
+
+    async def extents(self, start: int, length: int) -> list[Extent]:
+        """Tell at least a byte."""
+        return await self.source.extents(start, self.chance.randrange(1, length + 1))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_steps_are_of_whole_units(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cover the disk, however much each source tells at a time."""
+    chance = random.Random(f"steps {seed}")
+    monkeypatch.setattr(stepping, "_ENOUGH", 1 << chance.randrange(30))
+    monkeypatch.setattr(stepping, "_MANY", 1 << chance.randrange(15))
+    paths = [chains.draw_chain(tmp_path, chance, name, chance.randrange(1, 3)) for name in "ab"]
+    contents = [chains.content(path) for path in paths]
+    unit = 1 << chance.randrange(9, 20)
+
+    async def work() -> list[Step]:
+        async with (
+            open_source(str(paths[0]), "auto", ANY) as one,
+            open_source(str(paths[1]), "auto", ANY) as other,
+        ):
+            pair = [cast("Source", Hesitant(source, chance)) for source in (one, other)]
+            return [step async for step in steps(pair[0], unit, pair[1])]
+
+    at = 0
+    for step in trio.run(work):
+        assert (step.start, step.start % unit) == (at, 0)
+        assert step.end > at
+        for extents, content in zip((step.extents, step.below), contents, strict=True):
+            place = at
+            for extent in extents:
+                assert extent.start == place
+                place = extent.end
+                assert extent.kind is Kind.DATA or not any(content[extent.start : place])
+            assert place == max(at, min(step.end, len(content)))
+        at = step.end
+    assert at == len(contents[0])
