@@ -245,11 +245,19 @@ class QedLayer:
 
         None if that part of the L1 table is not in memory.
         """
+        index = self.no_table_before(l1_index)
+        known = index >= self.geometry.l1_used(self.header.image_size) or self.tables.cached(
+            self.header.l1_table_offset, index
+        )
+        return index if known else None
+
+    def no_table_before(self, l1_index: int) -> int:
+        """Find the first L1 entry at or past an index that is in use or not in memory."""
         end, step = self.geometry.l1_used(self.header.image_size), self.tables.slice_entries
         while l1_index < end:
             part = self.tables.cached(self.header.l1_table_offset, l1_index)
             if part is None:
-                return None
+                return l1_index
             used = np.frombuffer(part.entries, np.uint64)[l1_index % step :] != UNALLOCATED
             first = int(used.argmax())
             if used[first]:

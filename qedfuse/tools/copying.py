@@ -128,8 +128,7 @@ class Copy:
             writes = target.place(piece.start, part.data, data, hide)
             if target.descriptor >= 0:
                 write_all(target.descriptor, writes, target.name)
-            self.data_bytes += int(data.sum()) * target.unit
-            self._done = piece.start + piece.length
+            self._count(piece, data)
             turn.end()
             if behind is not None:
                 for offset, parts in writes:
@@ -141,7 +140,13 @@ class Copy:
         """Copy one piece to where most of the work is the target's, and in order."""
         data, _ = await trio.to_thread.run_sync(self._look, piece, content, below)
         await target.take(piece.start, content.data, data)
-        self.data_bytes += int(data.sum()) * target.unit
+        self._count(piece, data)
+
+    def _count(self, piece: Piece, data: Mask) -> None:
+        """Keep account of a piece that is done; the disk may end within its last unit."""
+        unit = self._target.unit
+        past_end = len(data) * unit - piece.length if data[-1] else 0
+        self.data_bytes += int(data.sum()) * unit - past_end
         self._done = piece.start + piece.length
 
     def _look(self, piece: Piece, content: Bytes, below: Bytes) -> tuple[Mask, Mask]:

@@ -88,6 +88,9 @@ def create(
         ImageInUseError: Somebody has the old file open.
         HostError: The host refused, or is full; nothing is left behind.
     """
+    if backing == "":
+        msg = f"{printable(path)}: backing file: found an empty name, expected one, or none at all"
+        raise UsageError(msg)
     if backing is not None and not unsafe:
         found, backing_format = _look_at_base(path, backing, backing_format)
         size = found if size is None else size

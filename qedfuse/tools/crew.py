@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import trio
@@ -57,9 +58,12 @@ class Crew(Generic[T]):
 
         A cancellation takes effect when each thread is done with the item it has.
         """
-        async with open_scope() as nursery:
-            for hand in self._hands:
-                nursery.start_soon(trio.to_thread.run_sync, self._serve, hand, items)
+        for first in items:
+            # Large disks have long ranges with nothing to do.
+            left = chain((first,), items)
+            async with open_scope() as nursery:
+                for hand in self._hands:
+                    nursery.start_soon(trio.to_thread.run_sync, self._serve, hand, left)
 
     def _serve(self, hand: Callable[[T, Turn], None], items: Iterator[T]) -> None:
         """Take one item after the other, in a worker thread."""

@@ -88,7 +88,10 @@ class NewFile:
                 self._take_name()
             self._there = False
             if durable:
-                self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
+                # A directory that may not be read cannot be told to be durable.  The file
+                # is complete all the same, and its name on its way to the disk.
+                with suppress(PermissionError):
+                    self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
             raise self._exists() from error
         except OSError as error:

@@ -75,12 +75,15 @@ class QuickMap:
         left = geometry.clusters(self.size)
         for table in self._tables:
             count = min(left, geometry.entries)
-            for raw in self._pieces(table, count):
+            # The clusters of a table that is not there are one like the other.
+            rest = count - 1 if table == UNALLOCATED else 0
+            for raw in self._pieces(table, count - rest):
                 text = self._write(raw, pending, ending, as_json=as_json)
                 if text is None:
                     return
                 yield text
                 self.reached = pending[0]
+            pending[1] += rest * geometry.cluster_size
             left -= count
         # The last cluster may be more than the disk has; a piece that is not data ends it.
         pending[1] = self.size - pending[0]

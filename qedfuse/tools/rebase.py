@@ -29,6 +29,7 @@ from qedfuse.disk.tablecache import make_store
 from qedfuse.errors import BackingError, UsageError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import Feature
+from qedfuse.tools.baseloop import refuse_loop
 from qedfuse.tools.ownextents import own_extents, pieces
 from qedfuse.util.text import printable
 
@@ -78,7 +79,7 @@ async def rebase(
         backing: The base, by a name that is absolute or begins at the image's directory;
             None or empty for none.
         backing_format: What the base is; may be left out if it is QED and looked at.
-        unsafe: Change the name and nothing else; neither base is looked at.
+        unsafe: Change the name and nothing else; neither base need be there.
         options: How to open it; it is opened for writing in any case.  The new base is
             trusted, as the user names it himself.
         progress: Called with the bytes of the disk that are done, and how many it has.
@@ -95,6 +96,8 @@ async def rebase(
     if unsafe:
         if backing is not None and backing_format is None:
             raise UsageError(_no_format(path, backing))
+        if backing is not None:
+            refuse_loop(path, backing)
         async with open_disk(path, wanted, inspector=inspect_image, with_bases=False) as disk:
             await disk.name_base(name, raw=backing_format == "raw")
         return RebaseResult(backing, backing_format if backing else None)

@@ -85,9 +85,8 @@ class QedRuns:
             if reason:
                 runs = _single(at, BAD, stop)
             elif not table:
-                following = layer.next_table_at_hand(l1_index)
-                if following is not None:
-                    stop = min(end, max(stop, following * geometry.table_span))
+                following = layer.no_table_before(l1_index)
+                stop = min(end, max(stop, following * geometry.table_span))
                 runs = _single(at, ABSENT, stop)
             else:
                 runs = await self._in_table(table, at, stop)

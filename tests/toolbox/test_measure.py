@@ -61,6 +61,16 @@ def test_over_a_base_and_raw(
     assert measured(capsys, "-O", "raw", "--size", "1M") == (0, 1 << 20)
     assert main(["measure", str(top)]) == 0
     assert capsys.readouterr().out == "required size: 1114112\nfully allocated size: 1638400\n"
+    assert main(["measure", "-q", str(top)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_disk_that_ends_within_a_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the bytes that it has are counted."""
+    (tmp_path / "a.raw").write_bytes(bytes(8192) + b"x" * 691_808)
+    assert measured(capsys, "-O", "raw", str(tmp_path / "a.raw")) == (691_808, 700_000)
+    assert main(["convert", "-v", str(tmp_path / "a.raw"), str(tmp_path / "a.qed")]) == 0
+    assert "700000 bytes of disk, of which 700000 are data" in capsys.readouterr().out
 
 
 MISTAKES: Final = {

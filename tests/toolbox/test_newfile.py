@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,3 +116,17 @@ def test_an_image_does_not_become_its_own_base(
     assert (f"by way of {depth}.qed" in said) is (depth > 0)
     assert said.count("\n") == 1
     assert base.read_bytes() == before
+
+
+def test_a_directory_that_may_not_be_read(tmp_path: Path) -> None:
+    """It cannot be told to be durable; that the file was made is said all the same."""
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(0o300)
+    # Root obeys no modes, unless it gives that power away.
+    without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    command = [*without, sys.executable, "-m", "qedfuse.cli.qedimg"]
+    command += ["create", "-q", str(place / "a.qed"), "1M"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert qemu.check(place / "a.qed").code == 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.geometry import add_base, add_geometry, take_options
-from qedfuse.cli.qedimg.output import print_json
+from qedfuse.cli.qedimg.output import print_json, say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output == "json":
         print_json({"required": found.required, "fully-allocated": found.fully_allocated})
     else:
-        print(f"required size: {found.required}")
-        print(f"fully allocated size: {found.fully_allocated}")
+        say(arguments, f"required size: {found.required}")
+        say(arguments, f"fully allocated size: {found.fully_allocated}")
     return 0
 
 
