@@ -19,6 +19,7 @@ from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.ondisk.table import runs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Literal
 
     from qedfuse.disk.chain import Chain
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.reclaim import Reclaim
     from qedfuse.disk.requests import Requests
     from qedfuse.disk.tablecache import Slice
+
+    Progress = Callable[[int, int], None]
 
 _PIECE: Final = 1024
 """Clusters that are given up before other tasks get a turn."""
@@ -80,30 +83,31 @@ class Discards:
         if last < end:
             await self._requests.blank(last, end)
 
-    async def drop(self, start: int, end: int) -> None:
+    async def drop(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Give up whole clusters that have a place, and leave all others as they are.
 
         Unlike `discard` it makes no tables to hide a base where that shows already, and
         also serves past the disk's end.  Both are guest offsets at cluster boundaries.
+        ``progress`` is called with the bytes of the range that are done, and all of them.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host refused.  In both cases a part may have been dropped.
         """
         if start < end:
-            await self._give_up(start, end, data=True, hide=False)
+            await self._give_up(start, end, data=True, hide=False, progress=progress)
 
-    async def clear(self, start: int, end: int) -> None:
+    async def clear(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Make every cluster unallocated, also those of zeros: what is below shows everywhere.
 
-        Both are guest offsets at cluster boundaries.
+        Both are guest offsets at cluster boundaries; ``progress`` is called as by `drop`.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host refused.  In both cases a part may have been cleared.
         """
         if start < end:
-            await self._give_up(start, end, data=True, hide=False, clear=True)
+            await self._give_up(start, end, data=True, hide=False, clear=True, progress=progress)
 
     async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
         """Write bytes; whole clusters of zeros take no space (``detect_zeroes``).
@@ -130,7 +134,14 @@ class Discards:
                     await self._requests.blank(extent.start, extent.end)
 
     async def _give_up(
-        self, start: int, end: int, *, data: bool, hide: bool = True, clear: bool = False
+        self,
+        start: int,
+        end: int,
+        *,
+        data: bool,
+        hide: bool = True,
+        clear: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         """Give up whole clusters: with ``data`` those with a place, with ``hide`` all others.
 
@@ -139,6 +150,7 @@ class Discards:
         geometry = self._layer.geometry
         step = self._layer.tables.slice_entries << geometry.cluster_bits
         piece = min(step, _PIECE << geometry.cluster_bits)
+        begin = start
         while start < end:
             table, reason = await self._layer.table_at(geometry.l1_index(start))
             if reason:
@@ -151,6 +163,8 @@ class Discards:
             else:
                 stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
             start = stop
+            if progress is not None:
+                progress(start - begin, end - begin)
             await trio.lowlevel.checkpoint()
 
     @property

@@ -282,12 +282,15 @@ class Disk:
         await self._gate.before_change()
         await self._parts.resizing.resize(size, force=force)
 
-    async def shrink(self, size: int, *, force: bool = False) -> None:
+    async def shrink(
+        self, size: int, *, force: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> None:
         """Make the disk shorter; no other request may be under way.
 
         Args:
             size: Bytes, a multiple of 512.
             force: Also where the part that goes holds data of this image, which is lost.
+            progress: Called with how much is done of how much, in any unit.
 
         Raises:
             UsageError: It would grow, or data would be lost.
@@ -299,7 +302,7 @@ class Disk:
             await self._parts.resizing.refuse_data(size)
         await self._gate.before_change()
         await self._parts.scan.run()
-        await self._parts.resizing.shrink(size)
+        await self._parts.resizing.shrink(size, progress)
 
     async def hide(self, start: int, length: int) -> None:
         """Make zero clusters of the unallocated ones in a range, whatever the base shows there.
@@ -315,10 +318,11 @@ class Disk:
         await self._gate.before_change()
         await self._requests.set_zero(start, geometry.ceil(min(start + length, self.size)))
 
-    async def empty(self) -> None:
+    async def empty(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make all clusters unallocated, so that the base shows everywhere, durably.
 
-        No other request may be under way.
+        No other request may be under way; ``progress`` is called with how much is done of
+        how much, in any unit.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -327,7 +331,7 @@ class Disk:
         """
         await self._gate.before_change()
         await self._parts.scan.run()
-        await self._parts.resizing.empty()
+        await self._parts.resizing.empty(progress)
 
     async def name_base(self, name: bytes, *, raw: bool) -> None:
         """Write another base's name into the image, or none; `chain` remains the old one.

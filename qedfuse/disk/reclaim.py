@@ -92,6 +92,12 @@ class Reclaim:
         return self._quarantine.count > 0 or allocator.shrunk or unpunched
 
     @property
+    def waiting(self) -> int:
+        """How many clusters are not given back yet, as far as known."""
+        allocator = self._allocator
+        return self._quarantine.count + (allocator.unpunched.count if self._can_punch else 0)
+
+    @property
     def _can_punch(self) -> bool:
         return self.punching and self._file.can_punch
 

@@ -23,8 +23,11 @@ from qedfuse.disk.extents import Kind
 from qedfuse.disk.tablecache import L1
 from qedfuse.errors import CorruptImageError, UsageError
 from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, UNALLOCATED
+from qedfuse.util.reporting import reporting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.chain import Chain
     from qedfuse.disk.commit import Commit
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.needcheck import NeedCheck
     from qedfuse.disk.reclaim import Reclaim
     from qedfuse.disk.requests import Requests
+
+    Progress = Callable[[int, int], None]
 
 _STEP: Final = 1 << 20
 """Bytes that are looked at together."""
@@ -143,8 +148,10 @@ class Resizing:
         if past < min(size, reaches):
             await self._requests.set_zero(past, geometry.ceil(min(size, reaches)))
 
-    async def shrink(self, size: int) -> None:
+    async def shrink(self, size: int, progress: Progress | None = None) -> None:
         """Give the disk a smaller size that `check` has let through.
+
+        ``progress`` is called with how much is done of how much, in any unit.
 
         Raises:
             CorruptImageError: A table entry for the part that goes is bad.
@@ -157,27 +164,37 @@ class Resizing:
             last = await self._first_in_use(size, min(old, geometry.ceil(size)))
             if last is not None:
                 await self._requests.blank(last.start, last.end)
-            await self._discards.drop(geometry.ceil(size), geometry.ceil(old))
-            await self._commit.barrier()
-            if size < old:
-                await self._set_size(size)
-            await self._drop_tables(geometry.l1_used(size))
-            await self._commit.flush()
+            await self._discards.drop(geometry.ceil(size), geometry.ceil(old), _half(progress))
+            async with reporting(self._giving_back(progress)):
+                await self._commit.barrier()
+                if size < old:
+                    await self._set_size(size)
+                await self._drop_tables(geometry.l1_used(size))
+                await self._commit.flush()
 
-    async def empty(self) -> None:
+    async def empty(self, progress: Progress | None = None) -> None:
         """Take everything out of the image, so that it shows its base and nothing else.
 
-        Tables go last, as they do when the disk shrinks.
+        Tables go last, as they do when the disk shrinks; ``progress`` is called as there.
 
         Raises:
             CorruptImageError: A table entry is bad.
             HostError: The host refused; a part may have been taken out.
         """
         async with self.lock:
-            await self._discards.clear(0, self._layer.geometry.ceil(self._layer.size))
-            await self._commit.barrier()
-            await self._drop_tables(0)
-            await self._commit.flush()
+            end = self._layer.geometry.ceil(self._layer.size)
+            await self._discards.clear(0, end, _half(progress))
+            async with reporting(self._giving_back(progress)):
+                await self._commit.barrier()
+                await self._drop_tables(0)
+                await self._commit.flush()
+
+    def _giving_back(self, progress: Progress | None) -> Callable[[], None] | None:
+        """Report the second half of the work: clusters go back to the host."""
+        if progress is None:
+            return None
+        most = max(1, self._reclaim.waiting)
+        return lambda: progress(2 * most - min(most, self._reclaim.waiting), 2 * most)
 
     async def refuse_data(self, size: int) -> None:
         """Refuse to lose data that this image itself holds past ``size``.
@@ -247,3 +264,8 @@ class Resizing:
             layer.drop_table(l1_index, table)
             self._reclaim.retire(table, layer.geometry.table_bytes, part.offset)
             self._commit.note_write()
+
+
+def _half(progress: Progress | None) -> Progress | None:
+    """Report what is the first half of some work."""
+    return None if progress is None else lambda done, whole: progress(done, 2 * whole)

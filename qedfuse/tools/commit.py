@@ -88,7 +88,7 @@ async def commit(
         path: The overlay.
         keep: Leave the overlay as it is.
         options: How to open it and the bases; both files are locked for writing.
-        progress: Called with the bytes of the disk that are done, and how many it has.
+        progress: Called with how much is done of how much, in any unit.
 
     Raises:
         BackingError: The image has no base, or one that cannot be used.
@@ -106,15 +106,22 @@ async def commit(
             old_size = base.size
             if overlay.size > base.size:
                 await base.grow(overlay.size)
-            copied, zeroes = await _copy(overlay, base, progress)
+            copied, zeroes = await _copy(overlay, base, progress if keep else _half(progress))
             await base.flush()
             if not keep:
-                await overlay.empty()
+                await overlay.empty(_half(progress, second=True))
                 after = overlay.statistics().file_bytes
             size, name, free = base.size, base.name, base.free_clusters
         if progress is not None:
             progress(overlay.size, overlay.size)
     return CommitResult(name, copied, zeroes, old_size, size, before, after, free)
+
+
+def _half(progress: Progress | None, *, second: bool = False) -> Progress | None:
+    """Report what is half of the work; the other half is to empty the overlay."""
+    if progress is None:
+        return None
+    return lambda done, whole: progress(done + (whole if second else 0), 2 * whole)
 
 
 async def _copy(overlay: Disk, base: _Base, progress: Progress | None) -> tuple[int, int]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from qedfuse.disk.extents import Kind
-from qedfuse.tools.crew import Crew, reporting
+from qedfuse.tools.crew import Crew
 from qedfuse.tools.pieces import Cutter, fill
 from qedfuse.tools.steps import steps
 from qedfuse.tools.units import same_units
+from qedfuse.util.reporting import reporting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,11 +14,12 @@ import numpy as np
 import trio
 
 from qedfuse.hostio.writebehind import WriteBehind
-from qedfuse.tools.crew import Crew, reporting
+from qedfuse.tools.crew import Crew
 from qedfuse.tools.pieces import Cutter, fill
 from qedfuse.tools.steps import steps
 from qedfuse.tools.targets import NewTarget, complete, write_all
 from qedfuse.tools.units import judge
+from qedfuse.util.reporting import reporting
 
 if TYPE_CHECKING:
     from collections.abc import Callable

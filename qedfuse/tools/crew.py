@@ -7,21 +7,17 @@ stays with the work.  Where order matters an item waits for its turn.
 from __future__ import annotations
 
 import threading
-from contextlib import asynccontextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
 
 from qedfuse.util.scope import open_scope
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
-
-_INTERVAL: Final = 0.1
-"""Seconds between two reports of progress."""
 
 
 class Turn:
@@ -80,22 +76,3 @@ class Crew(Generic[T]):
             finally:
                 # Nobody must wait for what has failed.
                 turn.end()
-
-
-@asynccontextmanager
-async def reporting(report: Callable[[], None] | None) -> AsyncIterator[None]:
-    """Call a function again and again while the block runs, and at its end if all went well."""
-    if report is None:
-        yield
-        return
-
-    async def repeat() -> None:
-        while True:
-            report()
-            await trio.sleep(_INTERVAL)
-
-    async with open_scope() as nursery:
-        nursery.start_soon(repeat)
-        yield
-        nursery.cancel_scope.cancel()
-    report()

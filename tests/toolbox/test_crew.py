@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from qedfuse.tools.crew import Crew, Turn, reporting
+from qedfuse.tools.crew import Crew, Turn
+from qedfuse.util.reporting import reporting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
