@@ -19,6 +19,7 @@ from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.ondisk.table import runs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Literal
 
     from qedfuse.disk.chain import Chain
@@ -80,18 +81,19 @@ class Discards:
         if last < end:
             await self._requests.blank(last, end)
 
-    async def drop(self, start: int, end: int) -> None:
+    async def drop(self, start: int, end: int, progress: Callable[[int], None]) -> None:
         """Give up whole clusters that have a place, and leave all others as they are.
 
         Unlike `discard` it makes no tables to hide a base where that shows already, and
-        also serves past the disk's end.  Both are guest offsets at cluster boundaries.
+        also serves past the disk's end.  Both are guest offsets at cluster boundaries;
+        ``progress`` is told up to which one all has been dropped.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host refused.  In both cases a part may have been dropped.
         """
         if start < end:
-            await self._give_up(start, end, data=True, hide=False)
+            await self._give_up(start, end, data=True, hide=False, progress=progress)
 
     async def clear(self, start: int, end: int) -> None:
         """Make every cluster unallocated, also those of zeros: what is below shows everywhere.
@@ -130,7 +132,14 @@ class Discards:
                     await self._requests.blank(extent.start, extent.end)
 
     async def _give_up(
-        self, start: int, end: int, *, data: bool, hide: bool = True, clear: bool = False
+        self,
+        start: int,
+        end: int,
+        *,
+        data: bool,
+        hide: bool = True,
+        clear: bool = False,
+        progress: Callable[[int], None] = lambda _at: None,
     ) -> None:
         """Give up whole clusters: with ``data`` those with a place, with ``hide`` all others.
 
@@ -151,6 +160,7 @@ class Discards:
             else:
                 stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
             start = stop
+            progress(start)
             await trio.lowlevel.checkpoint()
 
     @property

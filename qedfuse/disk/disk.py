@@ -382,12 +382,19 @@ class Disk:
         await self._scan.run()
         return await self._compaction.run(progress, within_bound=within_bound)
 
-    async def resize(self, size: int, *, force: bool = False) -> None:
+    async def resize(
+        self,
+        size: int,
+        *,
+        force: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.
 
         Args:
             size: Bytes.
             force: Drop what table entries past the old end refer to.
+            progress: Called with the bytes of the disk dropped so far and in all.
 
         Raises:
             UsageError: The disk would shrink, or the tables cannot address that much.
@@ -396,14 +403,21 @@ class Disk:
         """
         self._resizing.check(size)
         await self._before_change()
-        await self._resizing.resize(size, force=force)
+        await self._resizing.resize(size, force=force, progress=progress)
 
-    async def shrink(self, size: int, *, force: bool = False) -> None:
+    async def shrink(
+        self,
+        size: int,
+        *,
+        force: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Make the disk shorter; no other request may be under way.
 
         Args:
             size: Bytes, a multiple of 512.
             force: Also where the part that goes holds data of this image, which is lost.
+            progress: Called with the bytes of the disk given up so far and in all.
 
         Raises:
             UsageError: It would grow, or data would be lost.
@@ -415,7 +429,7 @@ class Disk:
             await self._resizing.refuse_data(size)
         await self._before_change()
         await self._scan.run()
-        await self._resizing.shrink(size)
+        await self._resizing.shrink(size, progress)
 
     async def hide(self, start: int, length: int) -> None:
         """Make zero clusters of the unallocated ones in a range, whatever the base shows there.

@@ -25,6 +25,8 @@ from qedfuse.errors import CorruptImageError, UsageError
 from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, UNALLOCATED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.chain import Chain
     from qedfuse.disk.commit import Commit
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.needcheck import NeedCheck
     from qedfuse.disk.reclaim import Reclaim
     from qedfuse.disk.requests import Requests
+
+    Progress = Callable[[int, int], None]
+    """Told how many bytes of the disk have been given up, and how many go in all."""
 
 _STEP: Final = 1 << 20
 """Bytes that are looked at together."""
@@ -93,10 +98,13 @@ class Resizing:
             msg = f"{name}: size: found {size}, expected a multiple of {SECTOR} up to {most}"
             raise UsageError(msg)
 
-    async def resize(self, size: int, *, force: bool = False) -> None:
+    async def resize(
+        self, size: int, *, force: bool = False, progress: Progress | None = None
+    ) -> None:
         """Give the disk a larger size that `check` has let through.
 
-        With ``force`` what entries past the end refer to is dropped.
+        With ``force`` what entries past the end refer to is dropped, and ``progress`` is
+        told of it.
 
         Raises:
             CorruptImageError: Table entries past the end are in use.
@@ -105,7 +113,7 @@ class Resizing:
         async with self.lock:
             if size <= self._layer.size:
                 return
-            await self._blank_past_end(size, force=force)
+            await self._blank_past_end(size, progress, force=force)
             # What hides the base and old bytes must be durable before the new size is.
             await self._commit.barrier()
             await self._set_size(size)
@@ -117,7 +125,7 @@ class Resizing:
         self._allocator.set_size(self._live.value)
         await self._commit.barrier()
 
-    async def _blank_past_end(self, size: int, *, force: bool) -> None:
+    async def _blank_past_end(self, size: int, progress: Progress | None, *, force: bool) -> None:
         """Make the range from the disk's end to ``size`` read as zeros once it belongs to it.
 
         The last cluster may hold bytes past the end, and a base that is longer than the
@@ -129,7 +137,7 @@ class Resizing:
         if past < size:
             extent = await self._first_in_use(past, size)
             if extent is not None and force and extent.kind is Kind.DATA:
-                await self._discards.drop(past, geometry.ceil(size))
+                await self._drop(past, geometry.ceil(size), progress)
             elif extent is not None:
                 cure = "must be repaired" if extent.kind is Kind.BAD else "takes force to drop them"
                 msg = (
@@ -143,7 +151,12 @@ class Resizing:
         if past < min(size, reaches):
             await self._requests.set_zero(past, geometry.ceil(min(size, reaches)))
 
-    async def shrink(self, size: int) -> None:
+    async def _drop(self, start: int, end: int, progress: Progress | None) -> None:
+        """Give up the clusters between two boundaries that have a place."""
+        report = progress or _silent
+        await self._discards.drop(start, end, lambda at: report(at - start, end - start))
+
+    async def shrink(self, size: int, progress: Progress | None = None) -> None:
         """Give the disk a smaller size that `check` has let through.
 
         Raises:
@@ -157,7 +170,7 @@ class Resizing:
             last = await self._first_in_use(size, min(old, geometry.ceil(size)))
             if last is not None:
                 await self._requests.blank(last.start, last.end)
-            await self._discards.drop(geometry.ceil(size), geometry.ceil(old))
+            await self._drop(geometry.ceil(size), geometry.ceil(old), progress)
             await self._commit.barrier()
             if size < old:
                 await self._set_size(size)
@@ -247,3 +260,7 @@ class Resizing:
             layer.drop_table(l1_index, table)
             self._reclaim.retire(table, layer.geometry.table_bytes, part.offset)
             self._commit.note_write()
+
+
+def _silent(_done: int, _whole: int) -> None:
+    """Tell nobody how far it is."""

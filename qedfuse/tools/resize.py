@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ async def resize(
     shrink: bool = False,
     force: bool = False,
     options: OpenOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ResizeResult:
     """Give the disk of an image ``size`` bytes, a multiple of 512.
 
@@ -50,6 +55,8 @@ async def resize(
         shrink: Let the disk become smaller.
         force: Lose what the image holds past the end, the new one or the old.
         options: How to open it; it is opened for writing in any case.
+        progress: Called with the bytes of the disk given up so far and in all; growing
+            gives up only what ``force`` drops.
 
     Raises:
         UsageError: The disk would shrink without leave, or lose data, or the size is not
@@ -70,9 +77,9 @@ async def resize(
                     "lets the disk become smaller)"
                 )
                 raise UsageError(msg)
-            await disk.shrink(target, force=force)
+            await disk.shrink(target, force=force, progress=progress)
         elif target > before:
-            await disk.resize(target, force=force)
+            await disk.resize(target, force=force, progress=progress)
         await disk.flush()
         statistics = disk.statistics()
     return ResizeResult(

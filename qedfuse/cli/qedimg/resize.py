@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import say
+from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from qedfuse.tools.resize import ResizeResult
 
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lose what the image holds past the new end, or past the old one",
     )
     common.add_backing(parser)
+    common.add_progress(parser)
 
 
 def _change(text: str) -> tuple[int, bool]:
@@ -52,7 +55,8 @@ def _change(text: str) -> tuple[int, bool]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Change the size."""
-    result = run_async(_work, arguments)
+    with progress(arguments, "Resizing") as report:
+        result = run_async(_work, arguments, report)
     text = f"{printable(arguments.image)}: had {result.size_before} bytes, has {result.size}"
     if result.size < result.size_before:
         text += f"; the file had {result.bytes_before} bytes and has {result.bytes_after}"
@@ -62,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(arguments: argparse.Namespace) -> ResizeResult:
+async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> ResizeResult:
     """Do what the arguments say."""
     from qedfuse.tools.resize import resize  # noqa: PLC0415  a quick --help
 
@@ -74,4 +78,5 @@ async def _work(arguments: argparse.Namespace) -> ResizeResult:
         shrink=arguments.shrink,
         force=arguments.force,
         options=common.open_options(arguments, writable=True),
+        progress=report,
     )
