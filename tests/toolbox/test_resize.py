@@ -181,6 +181,24 @@ def test_data_past_the_end_takes_force(tmp_path: Path, capsys: pytest.CaptureFix
     assert qemu.check(path).errors == 0
 
 
+def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With -p; of what goes, not of what stays, and also where growing drops something."""
+    path = tmp_path / "disk.qed"
+    clusters = {n: bytes([n % 255 + 1]) for n in range(0, 4 * 1024, 3)}
+    path.write_bytes(build_image(4 * SPAN, clusters))
+    shrink = ["resize", "-q", "--shrink", "--force", str(path), str(2 * SPAN)]
+    assert main(shrink) == 0
+    assert capfd.readouterr().err == ""
+    path.write_bytes(build_image(4 * SPAN, clusters))
+    shrink[1] = "-p"
+    assert main(shrink) == 0
+    assert capfd.readouterr().err.splitlines() == ["Resizing: 50.0 %", "Resizing: 100.0 %"]
+    path.write_bytes(build_image(SPAN, {600: b"old"}))
+    assert main(["resize", "-p", "--force", str(path), str(2 * SPAN)]) == 0
+    assert capfd.readouterr().err.splitlines() == ["Resizing: 100.0 %"]
+    assert guest_bytes(bytearray(path.read_bytes())) == bytes(2 * SPAN)
+
+
 @pytest.mark.parametrize("based", [False, True])
 @pytest.mark.parametrize("size", [0, CLUSTER, 2 * CLUSTER + 512, SPAN, SPAN + CLUSTER])
 async def test_each_moment_of_shrinking_is_sound(size: int, *, based: bool) -> None:
