@@ -266,19 +266,12 @@ class Disk:
         await self._parts.scan.run()
         return await self._parts.compaction.run(progress, within_bound=within_bound)
 
-    async def resize(
-        self,
-        size: int,
-        *,
-        force: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    async def resize(self, size: int, *, force: bool = False) -> None:
         """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.
 
         Args:
             size: Bytes.
             force: Drop what table entries past the old end refer to.
-            progress: Called with the bytes of the disk dropped so far and in all.
 
         Raises:
             UsageError: The disk would shrink, or the tables cannot address that much.

@@ -98,13 +98,10 @@ class Resizing:
             msg = f"{name}: size: found {size}, expected a multiple of {SECTOR} up to {most}"
             raise UsageError(msg)
 
-    async def resize(
-        self, size: int, *, force: bool = False, progress: Progress | None = None
-    ) -> None:
+    async def resize(self, size: int, *, force: bool = False) -> None:
         """Give the disk a larger size that `check` has let through.
 
-        With ``force`` what entries past the end refer to is dropped, and ``progress`` is
-        told of it.
+        With ``force`` what entries past the end refer to is dropped.
 
         Raises:
             CorruptImageError: Table entries past the end are in use.
@@ -113,7 +110,7 @@ class Resizing:
         async with self.lock:
             if size <= self._layer.size:
                 return
-            await self._blank_past_end(size, progress, force=force)
+            await self._blank_past_end(size, force=force)
             # What hides the base and old bytes must be durable before the new size is.
             await self._commit.barrier()
             await self._set_size(size)
@@ -125,7 +122,7 @@ class Resizing:
         self._allocator.set_size(self._live.value)
         await self._commit.barrier()
 
-    async def _blank_past_end(self, size: int, progress: Progress | None, *, force: bool) -> None:
+    async def _blank_past_end(self, size: int, *, force: bool) -> None:
         """Make the range from the disk's end to ``size`` read as zeros once it belongs to it.
 
         The last cluster may hold bytes past the end, and a base that is longer than the
@@ -137,7 +134,7 @@ class Resizing:
         if past < size:
             extent = await self._first_in_use(past, size)
             if extent is not None and force and extent.kind is Kind.DATA:
-                await self._drop(past, geometry.ceil(size), progress)
+                await self._discards.drop(past, geometry.ceil(size))
             elif extent is not None:
                 cure = "must be repaired" if extent.kind is Kind.BAD else "takes force to drop them"
                 msg = (

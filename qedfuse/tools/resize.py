@@ -78,7 +78,7 @@ async def resize(
                 raise UsageError(msg)
             await disk.shrink(target, force=force, progress=progress)
         elif target > before:
-            await disk.resize(target, force=force, progress=progress)
+            await disk.resize(target, force=force)
         await disk.flush()
         statistics = disk.statistics()
     return ResizeResult(
