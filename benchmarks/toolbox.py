@@ -37,7 +37,7 @@ from benchmarks.report import facts, number
 from benchmarks.servers import BenchmarkError, run
 from benchmarks.speed import turns
 from benchmarks.toolfiles import Files
-from benchmarks.tooltasks import MIB, TASKS, Outcome, Task, as_json, markdown
+from benchmarks.tooltasks import LEAKS, LONG, MIB, TASKS, Outcome, Task, as_json, markdown
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -125,11 +125,26 @@ class Bench:
             if not target.exists():
                 continue
             if task.target == "qed":
-                run("qemu-img", "check", "-q", "-f", "qed", str(target), seconds=LIMIT_SECONDS)
+                check(target)
             if task.expected:
                 expected = str(self._files.path(task.expected))
                 forms = ("-f", task.target, "-F", "raw")
                 run(*("qemu-img", "compare", "-q", *forms, str(target), expected), seconds=300)
+
+
+def check(image: Path) -> None:
+    """Have QEMU check an image.
+
+    Raises:
+        BenchmarkError: It found an error, or leaks in a file that is not too long for it.
+    """
+    done = subprocess.run(
+        ["qemu-img", "check", "-q", "-f", "qed", str(image)], capture_output=True, check=False
+    )
+    known = image.stat().st_size >= LONG and done.returncode == LEAKS
+    if done.returncode and not known:
+        msg = f"{image.name}: qemu-img check ended with {done.returncode}: {done.stderr!r}"
+        raise BenchmarkError(msg)
 
 
 def map_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:

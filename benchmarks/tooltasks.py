@@ -66,18 +66,19 @@ def _convert(name: str, title: str, source: str, target: str, cache: str = "writ
     )
 
 
-_LEAKS: Final = 3
-"""QEMU counts too many clusters of files as large as 4 GiB, and takes those for leaked."""
+LEAKS: Final = 3
+LONG: Final = 4 << 30
+"""QEMU counts too many clusters of files of that many bytes, and takes those for leaked."""
 
 TASKS: Final = (
     Task("check", "check, full disk", "check {source}", "check -f qed {source}",
-         source="full.qed", ratio=1.0, peer_code=_LEAKS),
+         source="full.qed", ratio=1.0, peer_code=LEAKS),
     Task("check-scattered", "check, full disk, no cluster beside its neighbour",
          "check {source}", "check -f qed {source}", source="scattered.qed", ratio=1.0,
-         peer_code=_LEAKS),
+         peer_code=LEAKS),
     Task("check-cold", "check, full disk, its tables not in the host's page cache",
          "check {source}", "check -f qed {source}", source="full.qed", ratio=1.0,
-         peer_code=_LEAKS, cold=True),
+         peer_code=LEAKS, cold=True),
     Task("map", "map, full disk", "map {source}", "map -f qed {source}",
          source="full.qed", ratio=1.0),
     Task("map-json", "map --output json, full disk", "map --output json {source}",
