@@ -104,7 +104,7 @@ async def repair(
             if before.table_errors:
                 done = await plan_repair(file, header)
                 _refuse_excess(file, done, force=force)
-            with Backup(f"{path}.before-repair") as backup:
+            with Backup(f"{path}.before-repair", file.stat()) as backup:
                 after = (await repair_image(file, header, backup.save)).after
             saved = backup.path if backup.used else None
         if not after.errors and (after.leaks or header.need_check):
