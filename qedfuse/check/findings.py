@@ -154,6 +154,17 @@ class CheckReport:
         return self.counts.get(Code.LEAKED_CLUSTERS, 0)
 
     @property
+    def doubtful(self) -> bool:
+        """Whether the tables seem not to be those of the image.
+
+        One flipped bit in the header makes other bytes look like tables: then nearly
+        everything in the file seems to be leaked, and the guest's data seems to be bad
+        entries.
+        """
+        suspicious = not self.allocated_clusters or Code.MOSTLY_LEAKED in self.counts
+        return suspicious and bool(self.errors or self.leaks)
+
+    @property
     def worst(self) -> Severity | None:
         """The severity of the worst finding; None if there is none at all."""
         return max((code.severity for code in self.counts), default=None)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import Literal
 
+    from qedfuse.check.findings import CheckReport
     from qedfuse.ondisk.header import Header
 
     Progress = Callable[[int, int], None]
@@ -64,12 +65,12 @@ async def plan(
     """
     async with _opened(path, LockMode.SHARE if share else LockMode.READ) as (file, header):
         report = await check_image(file, header, progress)
-        if not report.table_errors or level != "all":
-            return CheckResult.of_check(header, file.size(), report, dry=True)
-        wanted = await plan_repair(file, header)
-        excess = wanted.written > _allowed(file)
+        wanted = RepairPlan()
+        if report.table_errors and level == "all":
+            wanted = await plan_repair(file, header)
+        risky = wanted.written > _allowed(file) or _is_risky(report, level)
         return CheckResult.of_check(
-            header, file.size(), report, plan=wanted, dry=True, needs_force=excess
+            header, file.size(), report, plan=wanted, dry=True, needs_force=risky
         )
 
 
@@ -88,17 +89,20 @@ async def repair(
     Args:
         path: The image; nobody else may have it open.
         level: What to mend.
-        force: Repair also where that writes far more than the file has.
+        force: Repair also where that writes far more than the file has, and where the
+            tables seem not to be the image's.
         progress: Called with how much of the present step is done, and of how much.
 
     Raises:
-        CorruptImageError: The repair would write far more than the file has.
+        CorruptImageError: It would have to be forced.  Nothing has been changed.
         QedError: The image cannot be opened or locked, or the host refused.  The image
             is no worse than before.
     """
     async with _opened(path, LockMode.WRITE) as (file, header):
         size = file.size()
         before = after = await check_image(file, header, progress)
+        if _is_risky(before, level) and not force:
+            raise CorruptImageError(_doubt(file, before))
         done, saved = RepairPlan(), None
         if before.errors and level == "all":
             if before.table_errors:
@@ -119,6 +123,20 @@ async def repair(
             done,
             saved,
         )
+
+
+def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
+    """Tell whether something would be changed that seems not to be a table, or not leaked."""
+    return report.doubtful and (level == "all" or not report.errors)
+
+
+def _doubt(file: PosixFile, report: CheckReport) -> str:
+    """Say why a repair is not done without being forced."""
+    return (
+        f"{file.name}: not repaired: found {report.leaks} clusters leaked and "
+        f"{report.allocated_clusters} in use, expected more in use: what is damaged may be the "
+        "header, and the tables elsewhere (--force repairs all the same)"
+    )
 
 
 def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:

@@ -31,7 +31,11 @@ that, so that the file ends with none.  An image with worse damage is left alone
 -r all repairs first: a cluster with several owners is copied for each, and an
 entry that points nowhere is cleared.  The tables as they were are saved beside
 the image, in IMAGE.before-repair, and the ranges of the disk that are lost or
-in doubt are listed.  A repair that is interrupted can be run again."""
+in doubt are listed.  A repair that is interrupted can be run again.
+
+An image of which nothing is in use, or in which far more is leaked than in use, is
+repaired only with --force, by -r leaks and by -r all: one wrong bit in the header
+looks like that, and the repair would write over data."""
 
 SOUND: Final = 0
 FAILED: Final = 1
@@ -39,7 +43,7 @@ ERRORS: Final = 2
 LEAKS: Final = 3
 EXIT_CODES: Final = {
     SOUND: "sound, or completely repaired",
-    FAILED: "not completed",
+    FAILED: "not completed, or refused without --force",
     ERRORS: "damage remains",
     LEAKS: "leaked space remains, and nothing worse",
     70: "a bug",
@@ -63,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="repair also where that writes far more than the file has",
+        help="repair also where that writes far more than the file has, or where hardly "
+        "anything seems to be in use",
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -181,17 +186,18 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         text = f"lost: {lost.length} bytes of the disk at {lost.start} ({lost.code.value})"
         say(arguments, f"would be {text}" if result.dry else text)
     if done.cleared or done.copied:
-        force = ", which takes --force" if result.needs_force else ""
         say(
             arguments,
             f"{would}repaired: {done.cleared} entries cleared, {done.copied} clusters copied, "
-            f"about {format_size(done.written)} written{force}",
+            f"about {format_size(done.written)} written",
         )
     if result.backup is not None:
         say(arguments, f"the tables as they were: {printable(result.backup)}")
     if result.dry:
         if result.before.leaks and (arguments.repair == "all" or not result.before.errors):
             say(arguments, f"would be given back: {result.before.leaks} leaked clusters")
+        if result.needs_force:
+            say(arguments, "this takes --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
         say(
             arguments,
