@@ -207,12 +207,14 @@ class RepairPlan:
         copied: Clusters that would get a copy of their own.
         cleared: Entries that would be cleared.
         written: Bytes that would be written, about.
+        end: Length that the file would have, in bytes; 0 if nothing is planned.
     """
 
     lost: tuple[LostRange, ...] = ()
     copied: int = 0
     cleared: int = 0
     written: int = 0
+    end: int = 0
 
 
 @dataclass(slots=True)

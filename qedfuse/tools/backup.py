@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 from qedfuse.errors import HostError
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
+
+FIRST: Final = b"qedimg-check-backup 1"
+LAST: Final = b"complete"
 
 
 class Backup:
-    """A file of old bytes: one line for each piece, its file offset and the bytes in hex.
+    """A text file of old bytes: all that a repair is going to change, before it begins.
 
-    The file is made when there is something to save, and never written over.  Only who may
-    read the image may read it.
+    The first line is `FIRST`.  Each line after it is one piece: its file offset, its bytes
+    as they were, and as they are to be, in hex.  The last line is "complete", with the
+    number of pieces, and the image's length before and after the repair.
+
+    The file is made when there is something to save, and never written over; one that is
+    not complete is removed.  Only who may read the image may read it.
 
     Attributes:
         path: Its name.
+        complete: Whether everything is saved, and durable.
     """
 
     def __init__(self, path: str, image: os.stat_result) -> None:
         """Save to ``path``, or to a name like it if that is taken; ``image`` is the image's."""
         self.path = path
+        self.complete = False
         self._image = image
         self._file: BinaryIO | None = None
+        self._pieces = 0
 
     def __enter__(self) -> Self:
         """Use the backup in a ``with`` block, which closes it."""
@@ -39,28 +50,46 @@ class Backup:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the file, if there is one."""
+        """Close the file, and remove it unless it is complete."""
         if self._file is not None:
-            self._file.close()
+            # What is still buffered is not worth an error now.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            if not self.complete:
+                os.unlink(self.path)  # noqa: PTH108  a name, not a Path
 
-    @property
-    def used(self) -> bool:
-        """Whether anything was saved."""
-        return self._file is not None
-
-    def save(self, offset: int, old: bytes) -> None:
-        """Save bytes that are about to be changed; they are durable when this returns.
+    def save(self, offset: int, old: bytes, new: bytes) -> None:
+        """Save bytes that are going to be changed.
 
         Raises:
             HostError: They cannot be saved.
         """
-        try:
+        with self._told():
             if self._file is None:
                 self._file = self._create()
+                self._file.write(FIRST + b"\n")
+            self._file.write(b"%d %s %s\n" % (offset, old.hex().encode(), new.hex().encode()))
+            self._pieces += 1
+
+    def finish(self, before: int, after: int) -> None:
+        """Make the file durable, with its name; the lengths are the image's, in bytes.
+
+        Raises:
+            HostError: It cannot be made so.
+        """
+        with self._told():
+            if self._file is not None:
+                self._file.write(b"%s %d %d %d\n" % (LAST, self._pieces, before, after))
+                self._file.flush()
+                os.fsync(self._file.fileno())
                 sync_directory(self.path)
-            self._file.write(b"%d %s\n" % (offset, old.hex().encode()))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+                self.complete = True
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what could not be done."""
+        try:
+            yield
         except OSError as error:
             raise HostError.from_os(error, printable(self.path), "cannot save tables") from error
 
@@ -80,6 +109,7 @@ class Backup:
             like(fd, self._image)
         except OSError:
             file.close()
+            os.unlink(self.path)  # noqa: PTH108
             raise
         return file
 

@@ -105,12 +105,13 @@ async def repair(
             raise CorruptImageError(_doubt(file, before))
         done, saved = RepairPlan(), None
         if before.errors and level == "all":
-            if before.table_errors:
-                done = await plan_repair(file, header)
-                _refuse_excess(file, done, force=force)
             with Backup(f"{path}.before-repair", file.stat()) as backup:
-                after = (await repair_image(file, header, backup.save)).after
-            saved = backup.path if backup.used else None
+                done = await plan_repair(file, header, backup.save)
+                _refuse_excess(file, done, force=force)
+                backup.finish(size, done.end)
+            # All of it is durable: only now the image may change.
+            saved = backup.path
+            after = (await repair_image(file, header)).after
         if not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
             after = await check_image(file, await read_header(file))

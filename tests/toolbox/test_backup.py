@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from qedfuse.cli.qedimg.main import main
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.tools import backup as module
 from tests.support.disks import build_image, l2_entry_offset, pattern, put_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from qedfuse.hostio.hostfile import Buffer
 
 CLUSTER = 4096
 
@@ -98,3 +102,62 @@ def test_its_name_is_durable(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["check", "-q", "-r", "all", str(path)]) in (0, 3)
     assert str(path.parent) in synced
     assert f"{path}.before-repair" in synced
+
+
+def test_what_cannot_be_saved_is_not_changed(
+    tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, code 1, and not a byte of the image: its name leaves no room for another."""
+    long = path.rename(tmp_path / f"{'x' * 245}.qed")
+    before = long.read_bytes()
+    assert main(["check", "-r", "all", str(long)]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "cannot save tables: File name too long" in said.err
+    assert long.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [long]
+
+
+@pytest.mark.parametrize("action", ["write", "fsync"])
+def test_a_backup_that_fails_half_way_is_removed(
+    action: str, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether in a write or in an fsync: nothing has been changed, and nothing is left."""
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if action == "write":
+        monkeypatch.setattr(module, "like", fail)
+    else:
+        monkeypatch.setattr(os, "fsync", fail)
+    assert main(["check", "-q", "-r", "all", str(path)]) == 1
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_is_saved_before_anything_is_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first write to the image the backup is complete and durable, its name as well."""
+    backup = path.with_name("image.qed.before-repair")
+    synced: list[str] = []
+    seen: list[tuple[bytes, list[str]]] = []
+    real_fsync, real_pwrite = os.fsync, PosixFile.pwrite
+
+    def fsync(fd: int) -> None:
+        real_fsync(fd)
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115  a name
+
+    async def pwrite(self: PosixFile, offset: int, *parts: Buffer) -> None:
+        seen.append((backup.read_bytes(), synced.copy()))
+        await real_pwrite(self, offset, *parts)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(PosixFile, "pwrite", pwrite)
+    assert main(["check", "-q", "-r", "all", str(path)]) in (0, 3)
+    found, durable = seen[0]
+    assert found == backup.read_bytes()
+    assert found.splitlines()[-1].startswith(b"complete 2 ")
+    assert durable == [str(backup), str(path.parent)]

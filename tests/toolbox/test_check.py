@@ -243,8 +243,8 @@ def test_a_repair_keeps_the_old_tables_and_says_what_is_lost(
     assert "repaired: 1 entries cleared, 1 clusters copied" in said
     backup = tmp_path / "image.qed.before-repair"
     assert f"the tables as they were: {backup}\n" in said
-    for line in backup.read_text(encoding="ascii").splitlines():
-        offset, old = line.split()
+    for line in backup.read_text(encoding="ascii").splitlines()[1:-1]:
+        offset, old, _new = line.split()
         assert content[int(offset) :].startswith(bytes.fromhex(old))
     disk = guest_bytes(path.read_bytes())
     for number in (0, 1, 3, 4):
