@@ -154,6 +154,17 @@ class CheckReport:
         return self.counts.get(Code.LEAKED_CLUSTERS, 0)
 
     @property
+    def doubtful(self) -> bool:
+        """Whether the tables seem not to be those of the image.
+
+        One flipped bit in the header makes other bytes look like tables: then nearly
+        everything in the file seems to be leaked, and the guest's data seems to be bad
+        entries.
+        """
+        suspicious = not self.allocated_clusters or Code.MOSTLY_LEAKED in self.counts
+        return suspicious and bool(self.errors or self.leaks)
+
+    @property
     def worst(self) -> Severity | None:
         """The severity of the worst finding; None if there is none at all."""
         return max((code.severity for code in self.counts), default=None)
@@ -196,12 +207,14 @@ class RepairPlan:
         copied: Clusters that would get a copy of their own.
         cleared: Entries that would be cleared.
         written: Bytes that would be written, about.
+        end: Length that the file would have, in bytes; 0 if nothing is planned.
     """
 
     lost: tuple[LostRange, ...] = ()
     copied: int = 0
     cleared: int = 0
     written: int = 0
+    end: int = 0
 
 
 @dataclass(slots=True)

@@ -42,9 +42,8 @@ from qedfuse.disk.references import References
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.check.entries import Mask, Values
+    from qedfuse.check.rewrite import Save
     from qedfuse.check.tables import Indices
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
@@ -70,28 +69,25 @@ class RepairReport:
     after: CheckReport
 
 
-async def repair_image(
-    file: HostFile, header: Header, backup: Callable[[int, bytes], None] | None = None
-) -> RepairReport:
+async def repair_image(file: HostFile, header: Header) -> RepairReport:
     """Repair the tables of an image that is open for writing and locked.
 
     Crash-safe: NEED_CHECK is set first and cleared last, copies are durable before the
     entries that point to them.  A repair that was interrupted can be run again; it then
     no longer knows what the end of the file had cut off.  Without errors there is
     nothing to do but to clear NEED_CHECK and to drop a bad list of free clusters.
+    Nothing is saved: `plan_repair` does that, before anything is changed.
 
     Args:
         file: The image.
         header: Its header.
-        backup: Called with the file offset and the old bytes before any part of a
-            table is changed.
 
     Raises:
         HostError: The host refused; NEED_CHECK stays set.
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
     sound = header.with_need_check(value=False)
-    rewriter = Rewriter(file, header, backup)
+    rewriter = Rewriter(file, header)
     # What cannot be checked is found out before anything is changed.
     before = await check_image(file, sound)
     if not before.table_errors:
@@ -107,17 +103,23 @@ async def repair_image(
     return RepairReport(tuple(repair.lost), repair.copied, repair.cleared, after)
 
 
-async def plan_repair(file: HostFile, header: Header) -> RepairPlan:
-    """Find out what `repair_image` would do to an image with bad tables; change nothing.
+async def plan_repair(file: HostFile, header: Header, save: Save | None = None) -> RepairPlan:
+    """Find out what `repair_image` would do to an image with errors; change nothing.
+
+    Args:
+        file: The image.
+        header: Its header.
+        save: Called for each piece that would be changed, with its file offset, its bytes
+            as they are, and as they would be.  What lies past the end is no such piece.
 
     Raises:
         HostError: The host cannot read the file, or could not hold the repaired one.
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
-    draft = Draft(file, header)
+    draft = Draft(file, header, save)
     repair = _Repair(file, header, draft)
     await repair.run()
-    return RepairPlan(tuple(repair.lost), repair.copied, repair.cleared, draft.written)
+    return RepairPlan(tuple(repair.lost), repair.copied, repair.cleared, draft.written, draft.end)
 
 
 class _Repair:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.freelist import erase_descriptor
+from qedfuse.disk.freelist import erase_descriptor, name_in_the_way
 from qedfuse.errors import NoSpaceError
-from qedfuse.ondisk.constants import ENTRY_BYTES, MAX_OFFSET
+from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET
+from qedfuse.ondisk.freelist import DESCRIPTOR_BYTES, DESCRIPTOR_OFFSET
 from qedfuse.ondisk.header import build_header
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
-    Backup = Callable[[int, bytes], None]
+    Save = Callable[[int, bytes, bytes], None]
 
 _STEP_BYTES: Final = 1 << 20
 
@@ -34,11 +35,10 @@ class Rewriter:
 
     writes = True
 
-    def __init__(self, file: HostFile, header: Header, backup: Backup | None) -> None:
-        """Prepare to change ``file``; ``backup`` gets the old bytes before they go."""
+    def __init__(self, file: HostFile, header: Header) -> None:
+        """Prepare to change ``file``."""
         self._file = file
         self._header = header
-        self._backup = backup or (lambda _offset, _old: None)
         self.end = self._place(header.geometry.ceil(file.size()))
 
     async def mark(self, *, need_check: bool) -> None:
@@ -47,11 +47,15 @@ class Rewriter:
         A list of free clusters is dropped at the same time: it is not kept up to date.
         """
         await self._file.datasync()
-        header = self._header.with_need_check(value=need_check).without_stale_autoclear()
-        await self._file.pwrite(0, build_header(header.with_free_list(value=False)))
+        await self._file.pwrite(0, self._marked(need_check=need_check))
         await self._file.datasync()
         if self._header.free_list:
             await erase_descriptor(self._file, self._header)
+
+    def _marked(self, *, need_check: bool) -> bytes:
+        """Build the header with NEED_CHECK set or cleared."""
+        header = self._header.with_need_check(value=need_check).without_stale_autoclear()
+        return build_header(header.with_free_list(value=False))
 
     async def extend(self, end: int) -> None:
         """Make the file at least ``end`` bytes long; what is added reads as zeros."""
@@ -99,9 +103,8 @@ class Rewriter:
                 offset + begin * ENTRY_BYTES, _bytes(old[begin:end]), _bytes(new[begin:end])
             )
 
-    async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
+    async def overwrite(self, offset: int, _old: bytes, new: bytes) -> None:
         """Write a piece of a table, after everything before is durable."""
-        self._backup(offset, old)
         await self._file.datasync()
         await self._file.pwrite(offset, new)
 
@@ -124,7 +127,7 @@ class Rewriter:
 
 
 class Draft(Rewriter):
-    """Writes nothing: adds up what a repair would write.
+    """Writes nothing: adds up what a repair would write, and has saved what it would change.
 
     Attributes:
         written: Bytes so far, without the holes of what would be copied.
@@ -132,14 +135,21 @@ class Draft(Rewriter):
 
     writes = False
 
-    def __init__(self, file: HostFile, header: Header) -> None:
-        """Draft a repair of ``file``."""
-        super().__init__(file, header, None)
+    def __init__(self, file: HostFile, header: Header, save: Save | None = None) -> None:
+        """Draft a repair of ``file``; ``save`` gets what each piece is and is to be."""
+        super().__init__(file, header)
         self.written = 0
         self._last_copy = (0, 0, 0)
+        self._size = file.size()
+        self._save = save or (lambda _offset, _old, _new: None)
 
-    async def mark(self, *, need_check: bool) -> None:
-        """Leave the header as it is."""
+    async def mark(self, *, need_check: bool) -> None:  # noqa: ARG002  it is cleared in the end
+        """Save the header, and the descriptor of a list of free clusters, which is erased."""
+        old = bytes(await self._file.pread(0, HEADER_BYTES))
+        self._save(0, old, self._marked(need_check=False))
+        if self._header.free_list and not name_in_the_way(self._header):
+            old = bytes(await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES))
+            self._save(DESCRIPTOR_OFFSET, old, bytes(len(old)))
 
     async def extend(self, end: int) -> None:
         """Note that the file would be longer."""
@@ -163,9 +173,11 @@ class Draft(Rewriter):
         """Count entries."""
         self.written += count * ENTRY_BYTES if value else 0
 
-    async def overwrite(self, _offset: int, _old: bytes, new: bytes) -> None:
-        """Count a piece of a table."""
+    async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
+        """Save and count a piece of a table; a new one has nothing that could be saved."""
         self.written += len(new)
+        if offset < self._size:
+            self._save(offset, old, new)
 
     async def _data_bytes(self, start: int, end: int) -> int:
         """Count the bytes of a range of the file that are no holes."""

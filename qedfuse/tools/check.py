@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.findings import RepairPlan
@@ -18,12 +19,14 @@ from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.tools.backup import Backup
 from qedfuse.tools.checkresult import CheckResult
+from qedfuse.tools.undo import undo_repair
 from qedfuse.util.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import Literal
 
+    from qedfuse.check.findings import CheckReport
     from qedfuse.ondisk.header import Header
 
     Progress = Callable[[int, int], None]
@@ -64,12 +67,18 @@ async def plan(
     """
     async with _opened(path, LockMode.SHARE if share else LockMode.READ) as (file, header):
         report = await check_image(file, header, progress)
-        if not report.table_errors or level != "all":
-            return CheckResult.of_check(header, file.size(), report, dry=True)
-        wanted = await plan_repair(file, header)
-        excess = wanted.written > _allowed(file)
+        wanted = RepairPlan()
+        if report.table_errors and level == "all":
+            wanted = await plan_repair(file, header)
+        risky = wanted.written > _allowed(file) or _is_risky(report, level)
         return CheckResult.of_check(
-            header, file.size(), report, plan=wanted, dry=True, needs_force=excess
+            header,
+            file.size(),
+            report,
+            plan=wanted,
+            dry=True,
+            needs_force=risky,
+            leaks_kept=_keeps_leaks(path, level, report),
         )
 
 
@@ -80,34 +89,45 @@ async def repair(
     force: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Mend the tables of an image (``all``), and give back what it leaks.
+    """Mend the tables of an image (``all``), or give back what it leaks.
 
     Leaked space is only given back while no table is bad: a bad entry may be meant for
-    it.  Clusters move into the holes then, so that the file has none, and gets shorter.
+    it.  Nor does the run that mends give any back, or another with ``all`` as long as the
+    backup is there: what the entries named that were cleared is leaked then, and is all
+    that is left of the data.  Where space is given back, clusters move into the holes, so
+    that the file has none, and gets shorter.
 
     Args:
         path: The image; nobody else may have it open.
         level: What to mend.
-        force: Repair also where that writes far more than the file has.
+        force: Repair also where that writes far more than the file has, and where the
+            tables seem not to be the image's.
         progress: Called with how much of the present step is done, and of how much.
 
     Raises:
-        CorruptImageError: The repair would write far more than the file has.
+        CorruptImageError: It would have to be forced.  Nothing has been changed.
         QedError: The image cannot be opened or locked, or the host refused.  The image
             is no worse than before.
     """
     async with _opened(path, LockMode.WRITE) as (file, header):
         size = file.size()
         before = after = await check_image(file, header, progress)
+        if _is_risky(before, level) and not force:
+            raise CorruptImageError(_doubt(file, before))
         done, saved = RepairPlan(), None
+        keeps = _keeps_leaks(path, level, before)
         if before.errors and level == "all":
-            if before.table_errors:
-                done = await plan_repair(file, header)
+            with Backup(_backup_of(path), file.stat()) as backup:
+                done = await plan_repair(file, header, backup.save)
                 _refuse_excess(file, done, force=force)
-            with Backup(f"{path}.before-repair") as backup:
-                after = (await repair_image(file, header, backup.save)).after
-            saved = backup.path if backup.used else None
-        if not after.errors and (after.leaks or header.need_check):
+                backup.finish(size, done.end)
+            # All of it is durable: only now the image may change.
+            saved = backup.path
+            after = (await repair_image(file, header)).after
+        elif keeps and header.need_check:
+            # An interrupted repair that had no entry left to change.
+            after = (await repair_image(file, header)).after
+        if not keeps and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
             after = await check_image(file, await read_header(file))
         return CheckResult(
@@ -118,7 +138,55 @@ async def repair(
             file.size(),
             done,
             saved,
+            leaks_kept=keeps and after.leaks > 0,
         )
+
+
+async def undo(path: str, saved: str, *, progress: Progress | None = None) -> CheckResult:
+    """Put back what a repair has changed, and check the image again.
+
+    Args:
+        path: The image; nobody else may have it open.
+        saved: The backup that the repair made.
+        progress: Called with the number of tables read so far and in all.
+
+    Raises:
+        CorruptImageError: Something else has changed the image since.  It is as it was.
+        QedError: The image or the backup cannot be used, or the host refused.
+    """
+    async with _opened(path, LockMode.WRITE) as (file, _header):
+        size = file.size()
+        count = await undo_repair(file, saved)
+        header = await read_header(file)
+        result = CheckResult.of_check(
+            header, file.size(), await check_image(file, header, progress), undone=count
+        )
+        return replace(result, bytes_before=size)
+
+
+def _backup_of(path: str) -> str:
+    """Give the name of the first backup of an image."""
+    return f"{path}.before-repair"
+
+
+def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
+    """Tell whether leaks may be what a repair has cut off, this one or an interrupted one."""
+    there = os.path.lexists(_backup_of(path))
+    return level == "all" and (report.errors > 0 or there)
+
+
+def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
+    """Tell whether something would be changed that seems not to be a table, or not leaked."""
+    return report.doubtful and (level == "all" or not report.errors)
+
+
+def _doubt(file: PosixFile, report: CheckReport) -> str:
+    """Say why a repair is not done without being forced."""
+    return (
+        f"{file.name}: not repaired: found {report.leaks} clusters leaked and "
+        f"{report.allocated_clusters} in use, expected more in use: what is damaged may be the "
+        "header, and the tables elsewhere (--force repairs all the same)"
+    )
 
 
 def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:

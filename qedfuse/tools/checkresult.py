@@ -28,6 +28,8 @@ class CheckResult:
         backup: The file with the old tables, if any was changed.
         dry: Whether the plan was only made.
         needs_force: Whether the plan is refused unless it is forced.
+        leaks_kept: Whether leaks are left, or would be, since a repair may have made them.
+        undone: How many pieces were put back, if a repair was undone.
     """
 
     before: CheckReport
@@ -39,6 +41,8 @@ class CheckResult:
     backup: str | None = None
     dry: bool = False
     needs_force: bool = False
+    leaks_kept: bool = False
+    undone: int = 0
 
     @classmethod
     def of_check(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
-from qedfuse.check.repair import RepairReport, repair_image
+from qedfuse.check.repair import RepairReport, plan_repair, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.backing import read_header
 from qedfuse.disk.references import References
@@ -275,11 +275,15 @@ async def test_repair_saves_what_it_is_going_to_change() -> None:
     put_entry(content, l2_entry_offset(content, 3), 2)
     put_entry(content, l1_entry(content, 2), 8)
     damaged = bytes(content)
-    saved: list[tuple[int, bytes]] = []
+    saved: list[tuple[int, bytes, bytes]] = []
     file = MemoryFile(content)
-    await repair_image(file, await read_header(file), lambda *piece: saved.append(piece))
+    header = await read_header(file)
+    await plan_repair(file, header, lambda *piece: saved.append(piece))
+    assert file.content == damaged
+    await repair_image(file, header)
     restored = bytearray(file.content)
-    for offset, old in saved:
+    for offset, old, new in saved:
+        assert file.content[offset : offset + len(new)] == new
         restored[offset : offset + len(old)] = old
     assert restored[: len(damaged)] == damaged
 

@@ -73,7 +73,7 @@ def test_damage_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["compact", str(path)]) == 13
     assert "repair them first: qedimg check -r all" in capsys.readouterr().err
     assert path.read_bytes() == content
-    assert main(["check", "-q", "-r", "all", str(path)]) == 0
+    assert main(["check", "-q", "-r", "all", str(path)]) == 3
     assert main(["compact", "-q", str(path)]) == 0
 
 

@@ -28,10 +28,20 @@ Only the image itself is read, never its base.
 -r leaks gives leaked space back to the host.  Clusters move into the gaps for
 that, so that the file ends with none.  An image with worse damage is left alone.
 
--r all repairs first: a cluster with several owners is copied for each, and an
-entry that points nowhere is cleared.  The tables as they were are saved beside
-the image, in IMAGE.before-repair, and the ranges of the disk that are lost or
-in doubt are listed.  A repair that is interrupted can be run again."""
+-r all repairs: a cluster with several owners is copied for each, and an entry
+that points nowhere is cleared.  The ranges of the disk that are lost or in doubt
+are listed.  What a repair changes is saved beside the image first, as it was, in
+IMAGE.before-repair; --undo puts it back, as long as nothing else has changed the
+image.  A repair that is interrupted can be run again.
+
+A run that repairs gives no space back, and ends with 3 if there is leaked space: what
+a cleared entry named is leaked now, and may be your data.  Look at the disk, but
+read-only, since a mount for writing uses leaked space.  Once you are content, give it
+back with -r leaks; -r all does so only without damage and IMAGE.before-repair.
+
+An image of which nothing is in use, or in which far more is leaked than in use, is
+repaired only with --force, by -r leaks and by -r all: one wrong bit in the header
+looks like that, and the repair would write over data."""
 
 SOUND: Final = 0
 FAILED: Final = 1
@@ -39,9 +49,9 @@ ERRORS: Final = 2
 LEAKS: Final = 3
 EXIT_CODES: Final = {
     SOUND: "sound, or completely repaired",
-    FAILED: "not completed",
+    FAILED: "not completed, or refused without --force",
     ERRORS: "damage remains",
-    LEAKS: "leaked space remains, and nothing worse",
+    LEAKS: "leaked space remains, and nothing worse, also after a repair",
     70: "a bug",
     130: "interrupted",
 }
@@ -55,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-r",
         "--repair",
         choices=("leaks", "all"),
-        help="give back leaked space, or repair damage as well",
+        help="give back leaked space, or repair damage",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what -r would do, and change nothing"
@@ -63,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="repair also where that writes far more than the file has",
+        help="repair also where that writes far more than the file has, or where hardly "
+        "anything seems to be in use",
+    )
+    parser.add_argument(
+        "--undo", metavar="FILE", help="put back what a repair has changed, from its backup"
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -78,6 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(msg)
     if arguments.force_share and arguments.repair and not arguments.dry_run:
         msg = "-U: a repair shares the image with nobody"
+        raise UsageError(msg)
+    if arguments.undo is not None and (arguments.repair or arguments.force_share):
+        msg = "--undo: expected no -r and no -U with it (see: qedimg check --help)"
         raise UsageError(msg)
     result = _glance(arguments)
     if result is None:
@@ -94,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _glance(arguments: argparse.Namespace) -> CheckResult | None:
     """Look whether the image is plainly sound; None if there is more to say or to do."""
-    if arguments.repair is not None:
+    if arguments.repair is not None or arguments.undo is not None:
         return None
     found = glance(arguments.image, share=arguments.force_share)
     return found and CheckResult.of_check(*found)
@@ -102,9 +119,11 @@ def _glance(arguments: argparse.Namespace) -> CheckResult | None:
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CheckResult:
     """Do what the arguments say."""
-    from qedfuse.tools.check import check, plan, repair  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.check import check, plan, repair, undo  # noqa: PLC0415  a quick --help
 
     path, level, share = arguments.image, arguments.repair, arguments.force_share
+    if arguments.undo is not None:
+        return await undo(path, arguments.undo, progress=report)
     if level is None:
         return await check(path, share=share, progress=report)
     if arguments.dry_run:
@@ -146,6 +165,13 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
                 for item in result.lost
             ],
             "backup": result.backup,
+            "leaks-kept": result.leaks_kept,
+            "file-size-before": result.bytes_before,
+            "file-size": result.bytes_after,
+        }
+    if result.undone:
+        value["undo"] = {
+            "pieces": result.undone,
             "file-size-before": result.bytes_before,
             "file-size": result.bytes_after,
         }
@@ -170,6 +196,12 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
         say(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
     if arguments.repair:
         _print_repair(arguments, result)
+    if result.undone:
+        say(
+            arguments,
+            f"put back: {result.undone} pieces; the file had {result.bytes_before} bytes and has "
+            f"{result.bytes_after}",
+        )
     _print_summary(arguments, result)
 
 
@@ -181,24 +213,39 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         text = f"lost: {lost.length} bytes of the disk at {lost.start} ({lost.code.value})"
         say(arguments, f"would be {text}" if result.dry else text)
     if done.cleared or done.copied:
-        force = ", which takes --force" if result.needs_force else ""
         say(
             arguments,
             f"{would}repaired: {done.cleared} entries cleared, {done.copied} clusters copied, "
-            f"about {format_size(done.written)} written{force}",
+            f"about {format_size(done.written)} written",
         )
     if result.backup is not None:
         say(arguments, f"the tables as they were: {printable(result.backup)}")
     if result.dry:
-        if result.before.leaks and (arguments.repair == "all" or not result.before.errors):
+        if result.before.leaks and not result.before.errors and not result.leaks_kept:
             say(arguments, f"would be given back: {result.before.leaks} leaked clusters")
+        if result.needs_force:
+            say(arguments, "this takes --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
+        given = "" if result.leaks_kept else f"given back: {result.leaks_fixed} leaked clusters; "
         say(
             arguments,
-            f"given back: {result.leaks_fixed} leaked clusters; the file had "
-            f"{result.bytes_before} bytes and has {result.bytes_after}",
+            f"{given}the file had {result.bytes_before} bytes and has {result.bytes_after}",
         )
-    if result.before.leaks and result.after.errors and not result.dry:
+    _print_kept(arguments, result)
+
+
+def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
+    """Print why leaked space is not given back, and how it will be."""
+    if result.leaks_kept:
+        name = printable(arguments.image)
+        force = " --force" if result.after.doubtful and not result.after.errors else ""
+        stays = "would stay" if result.dry else "stays"
+        say(
+            arguments,
+            f"leaked space {stays}, as it may be what a bad entry named; to give it back, "
+            f"once you are content with the repair: qedimg check -r leaks{force} {name}",
+        )
+    elif result.before.leaks and result.after.errors and not result.dry:
         say(arguments, "leaked space is not given back while there is damage (see: -r all)")
 
 

@@ -50,9 +50,10 @@ complete -c qedimg -n '__qedimg_is info' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is info' -F
 
 complete -c qedimg -n '__qedimg_is check' -s f -x -a 'qed' -d 'the only format there is'
-complete -c qedimg -n '__qedimg_is check' -s r -l repair -x -a 'leaks all' -d 'give back leaked space, or repair damage as well'
+complete -c qedimg -n '__qedimg_is check' -s r -l repair -x -a 'leaks all' -d 'give back leaked space, or repair damage'
 complete -c qedimg -n '__qedimg_is check' -l dry-run -d 'say what -r would do, and change nothing'
-complete -c qedimg -n '__qedimg_is check' -l force -d 'repair also where that writes far more than the file has'
+complete -c qedimg -n '__qedimg_is check' -l force -d 'repair also where that writes far more than the file has, or where hardly anything seems to be in use'
+complete -c qedimg -n '__qedimg_is check' -l undo -r -F -d 'put back what a repair has changed, from its backup'
 complete -c qedimg -n '__qedimg_is check' -l output -x -a 'human json' -d 'text for people, or JSON with the keys that qemu-img has (human)'
 complete -c qedimg -n '__qedimg_is check' -s U -l force-share -d 'read beside a program that writes to the image; what is read may be torn'
 complete -c qedimg -n '__qedimg_is check' -s p -l progress -d 'show the progress also where stderr is no terminal'

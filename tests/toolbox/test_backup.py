@@ -1,0 +1,163 @@
+"""What a repair saves beside the image: who may read it, and that it is there for good."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.tools import backup as module
+from tests.support.disks import build_image, l2_entry_offset, pattern, put_entry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from qedfuse.hostio.hostfile import Buffer
+
+CLUSTER = 4096
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give an image with a wild entry."""
+    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)}, table_size=2)
+    put_entry(content, l2_entry_offset(content, 2), 1 << 40)
+    image = tmp_path / "image.qed"
+    image.write_bytes(content)
+    return image
+
+
+@pytest.fixture
+def loose() -> Iterator[None]:
+    """Forbid nothing in the modes of new files."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("loose")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_who_may_not_read_the_image_may_not_read_the_backup(
+    mode: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the image's mode and owner, and less at the moment in which it is made."""
+    path.chmod(mode)
+    first: list[int] = []
+    real = module.like
+
+    def like(fd: int, image: os.stat_result) -> None:
+        first.append(os.fstat(fd).st_mode & 0o777)
+        real(fd, image)
+
+    monkeypatch.setattr(module, "like", like)
+    assert main(["check", "-q", "-r", "all", str(path)]) in (0, 3)
+    found = path.with_name("image.qed.before-repair").stat()
+    assert found.st_mode & 0o7777 == mode
+    assert (found.st_uid, found.st_gid) == (path.stat().st_uid, path.stat().st_gid)
+    assert first == [0o600]
+
+
+def test_a_group_that_it_cannot_have_gets_no_access(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the owner cannot be set, the group's bits would be for another group."""
+    made = path.with_name("made")
+    path.chmod(0o660)
+
+    def refuse(_fd: int, _uid: int, _gid: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    stat = path.stat()
+    other = os.stat_result((*stat[:5], stat.st_gid + 1, *stat[6:]))
+    with made.open("wb") as file:
+        module.like(file.fileno(), other)
+    assert made.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_name_that_leads_elsewhere_is_not_followed(path: Path, tmp_path: Path) -> None:
+    """A symbolic link in the backup's place is a name that is taken."""
+    target = tmp_path / "elsewhere"
+    path.with_name("image.qed.before-repair").symlink_to(target)
+    assert main(["check", "-q", "-r", "all", str(path)]) in (0, 3)
+    assert not target.exists()
+    assert path.with_name("image.qed.before-repair.2").stat().st_size
+
+
+def test_its_name_is_durable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both the file and its directory are synced."""
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115  a name
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main(["check", "-q", "-r", "all", str(path)]) in (0, 3)
+    assert str(path.parent) in synced
+    assert f"{path}.before-repair" in synced
+
+
+def test_what_cannot_be_saved_is_not_changed(
+    tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, code 1, and not a byte of the image: its name leaves no room for another."""
+    long = path.rename(tmp_path / f"{'x' * 245}.qed")
+    before = long.read_bytes()
+    assert main(["check", "-r", "all", str(long)]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "cannot save tables: File name too long" in said.err
+    assert long.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [long]
+
+
+@pytest.mark.parametrize("action", ["write", "fsync"])
+def test_a_backup_that_fails_half_way_is_removed(
+    action: str, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether in a write or in an fsync: nothing has been changed, and nothing is left."""
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if action == "write":
+        monkeypatch.setattr(module, "like", fail)
+    else:
+        monkeypatch.setattr(os, "fsync", fail)
+    assert main(["check", "-q", "-r", "all", str(path)]) == 1
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_is_saved_before_anything_is_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first write to the image the backup is complete and durable, its name as well."""
+    backup = path.with_name("image.qed.before-repair")
+    synced: list[str] = []
+    seen: list[tuple[bytes, list[str]]] = []
+    real_fsync, real_pwrite = os.fsync, PosixFile.pwrite
+
+    def fsync(fd: int) -> None:
+        real_fsync(fd)
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115  a name
+
+    async def pwrite(self: PosixFile, offset: int, *parts: Buffer) -> None:
+        seen.append((backup.read_bytes(), synced.copy()))
+        await real_pwrite(self, offset, *parts)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(PosixFile, "pwrite", pwrite)
+    assert main(["check", "-q", "-r", "all", str(path)]) in (0, 3)
+    found, durable = seen[0]
+    assert found == backup.read_bytes()
+    assert found.splitlines()[-1].startswith(b"complete 2 ")
+    assert durable == [str(backup), str(path.parent)]

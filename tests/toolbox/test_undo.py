@@ -1,0 +1,251 @@
+"""A repair loses nothing for good: what it cuts off stays, and it can be taken back."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import QedError
+from qedfuse.ondisk.constants import Feature
+from qedfuse.tools.undo import undo_repair
+from tests.check.test_repair_keeps_data import damaged
+from tests.support import qemu
+from tests.support.disks import (
+    build_image,
+    get_entry,
+    guest_bytes,
+    header_of,
+    l2_entry_offset,
+    pattern,
+    put_entry,
+)
+from tests.support.freelists import put_list
+from tests.support.hostfiles import RecordingFile
+from tests.support.sandbox import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qedfuse.hostio.hostfile import Buffer
+
+CLUSTER: Final = 4096
+ENTRIES: Final = 2 * CLUSTER // 8
+
+
+def two_tables() -> bytearray:
+    """Build an image of two full tables with 300 clusters each."""
+    numbers = [*range(300), *range(ENTRIES, ENTRIES + 300)]
+    return build_image(
+        2 * ENTRIES * CLUSTER, {n: pattern(CLUSTER, n) for n in numbers}, table_size=2
+    )
+
+
+def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a cleared L1 entry named stays in the file until -r leaks; --undo brings it back."""
+    path, backup = tmp_path / "image.qed", tmp_path / "image.qed.before-repair"
+    content = two_tables()
+    place = header_of(content).l1_table_offset + 8
+    content[place + 4] ^= 1
+    path.write_bytes(content)
+    assert main(["check", "-r", "all", "--dry-run", str(path)]) == 2
+    assert "leaked space would stay" in capsys.readouterr().out
+
+    assert main(["check", "-r", "all", str(path)]) == 3
+    said = capsys.readouterr().out
+    assert "leaked space stays, as it may be what a bad entry named" in said
+    assert f"qedimg check -r leaks {path}\n" in said
+    after = path.read_bytes()
+    assert after[header_of(content).l1_end :] == content[header_of(content).l1_end :]
+    assert get_entry(after, place) == 0
+    # Once more is not to be content with it.
+    assert main(["check", "--output", "json", "-r", "all", str(path)]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["repair"]["leaks-kept"] is True
+    assert found["leaks"] == 302
+    assert path.read_bytes() == after
+
+    assert main(["check", "--undo", str(backup), str(path)]) == 2
+    assert "put back: 2 pieces; the file had" in capsys.readouterr().out
+    assert path.read_bytes() == content
+    path.write_bytes(after)
+    assert main(["check", "-q", "-r", "leaks", str(path)]) == 0
+    assert path.stat().st_size == len(content) - 302 * CLUSTER
+    assert guest_bytes(path.read_bytes()) == guest_bytes(after)
+    assert main(["check", "--undo", str(backup), str(path)]) == 1
+    assert "nothing is put back: file size: found" in capsys.readouterr().err
+    assert main(["check", "-q", str(path)]) == 0
+
+
+def test_leaks_beside_a_repaired_entry_stay_as_with_qemu(tmp_path: Path) -> None:
+    """One bit of one L2 entry: its cluster is leaked, and not given back."""
+    path = tmp_path / "image.qed"
+    content = two_tables()
+    content[l2_entry_offset(content, 5) + 5] ^= 1
+    path.write_bytes(content)
+    assert main(["check", "-q", "-r", "all", str(path)]) == 3
+    assert path.stat().st_size == len(content)
+    assert qemu.check(path).leaks == 1
+
+
+def saved_and_repaired(tmp_path: Path, content: bytes | bytearray) -> tuple[Path, Path]:
+    """Repair an image with the command; give the image and the backup."""
+    path = tmp_path / "image.qed"
+    path.write_bytes(content)
+    assert main(["check", "-q", "-r", "all", "--force", str(path)]) in (0, 3)
+    return path, tmp_path / "image.qed.before-repair"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_repair_can_be_taken_back(seed: int, tmp_path: Path) -> None:
+    """Random damage, with and without a base: afterwards every byte is as before."""
+    content = damaged(random.Random(seed), b"base.raw" if seed % 2 else b"")
+    path, backup = saved_and_repaired(tmp_path, content)
+    if not backup.exists():
+        return  # no error
+    main(["check", "-q", "--undo", str(backup), str(path)])
+    assert path.read_bytes() == content
+    assert main(["check", "-q", "--undo", str(backup), str(path)]) == main(
+        ["check", "-q", str(path)]
+    )
+    assert path.read_bytes() == content
+
+
+def test_the_header_and_a_dropped_list_come_back(tmp_path: Path) -> None:
+    """Feature bits, autoclear bits and the descriptor of the list are saved as well."""
+    content = two_tables()
+    put_entry(content, l2_entry_offset(content, 299), 0)
+    put_list(content)
+    struct.pack_into("<Q", content, 32, 1 << 40)
+    put_entry(content, l2_entry_offset(content, 3), 1 << 50)
+    assert header_of(content).free_list
+    path, backup = saved_and_repaired(tmp_path, content)
+    assert not header_of(path.read_bytes()).free_list
+    assert main(["check", "-q", "--undo", str(backup), str(path)]) == 2
+    assert path.read_bytes() == content
+
+
+def undo_in_memory(content: bytes | bytearray, backup: Path) -> RecordingFile:
+    """Take a repair back in memory."""
+
+    async def work() -> RecordingFile:
+        file = RecordingFile(content)
+        await undo_repair(file, str(backup))
+        return file
+
+    return trio.run(work)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_undo_that_a_crash_interrupts_can_be_run_again(seed: int, tmp_path: Path) -> None:
+    """After any change, and any power failure: NEED_CHECK is set, and the end is the same."""
+    chance = random.Random(seed)
+    content = damaged(chance)
+    path, backup = saved_and_repaired(tmp_path, content)
+    if not backup.exists():
+        return
+    repaired = path.read_bytes()
+    file = undo_in_memory(repaired, backup)
+    assert file.content == content
+    states = [bytearray(state) for _number, state in file.prefixes()]
+    states += [file.power_loss(count, chance) for count in range(len(file.changes) + 1)]
+    for state in states:
+        assert header_of(state).need_check or state in (content, repaired)
+        assert undo_in_memory(state, backup).content == content
+
+
+def test_what_has_changed_since_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, and without a write: another entry, another image, a damaged backup."""
+    content = two_tables()
+    put_entry(content, l2_entry_offset(content, 3), 1 << 50)
+    put_entry(content, l2_entry_offset(content, 8), 1 << 50)
+    path, backup = saved_and_repaired(tmp_path, content)
+    repaired, lines = bytearray(path.read_bytes()), backup.read_bytes().splitlines(keepends=True)
+
+    def refused(image: Buffer, saved: bytes, expected: str) -> None:
+        path.write_bytes(image)
+        backup.write_bytes(saved)
+        assert main(["check", "--undo", str(backup), str(path)]) == 1
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert expected in said.err
+        assert path.read_bytes() == image
+
+    written = repaired.copy()
+    put_entry(written, l2_entry_offset(content, 5), 7 * CLUSTER)
+    refused(written, b"".join(lines), "it is not as the repair has left it")
+    larger = repaired.copy()
+    struct.pack_into("<Q", larger, 48, CLUSTER)
+    refused(larger, b"".join(lines), "header: found another, expected that of the backup")
+    refused(repaired + bytes(CLUSTER), b"".join(lines), "file size: found")
+    first, rest = lines[0], lines[1:]
+    for saved in (
+        lines[:-1],
+        [*lines[:-2], lines[-1]],
+        [first, b"8 00\n", *rest],
+        [first, b"\xff \xff \xff\n"],
+        [first, b"\n", *rest],
+        [first],
+    ):
+        refused(repaired, b"".join(saved), "incomplete or damaged backup")
+    refused(repaired, b"".join(lines[1:]), "expected the backup of a repair")
+
+
+def test_a_backup_is_of_no_use_for_another_image(tmp_path: Path) -> None:
+    """Another header, or the same with other tables."""
+    content = two_tables()
+    put_entry(content, l2_entry_offset(content, 3), 1 << 50)
+    _path, backup = saved_and_repaired(tmp_path, content)
+    other = build_image(2 * ENTRIES * CLUSTER, {3: b"x"}, table_size=2)
+    with pytest.raises(QedError, match="nothing is put back"):
+        undo_in_memory(other, backup)
+
+
+@pytest.mark.parametrize("words", [["-r", "all"], ["-U"]])
+def test_undo_goes_with_no_repair(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line."""
+    assert main(["check", *words, "--undo", "file", str(tmp_path / "image.qed")]) == 1
+    assert capsys.readouterr().err.count("--undo: expected no -r and no -U with it") == 1
+
+
+def test_a_repair_that_was_killed_is_not_taken_for_none(tmp_path: Path) -> None:
+    """Run again after its last change but before NEED_CHECK is cleared, it keeps the leaks."""
+    path, backup = tmp_path / "image.qed", tmp_path / "image.qed.before-repair"
+    content = two_tables()
+    put_entry(content, header_of(content).l1_table_offset + 8, 0)
+    content[16] |= Feature.NEED_CHECK
+    path.write_bytes(content)
+    backup.write_bytes(b"")
+    assert main(["check", "-q", "-r", "all", str(path)]) == 3
+    assert path.stat().st_size == len(content)
+    assert not header_of(path.read_bytes()).need_check
+    backup.unlink()
+    assert main(["check", "-q", "-r", "all", str(path)]) == 0
+    assert path.stat().st_size < len(content)
+
+
+@pytest.mark.skipif(shutil.which("xxd") is None, reason="no xxd")
+def test_the_documented_format_is_enough(tmp_path: Path) -> None:
+    """The script in docs/repair.md takes a repair back without qedimg."""
+    content = two_tables()
+    put_entry(content, l2_entry_offset(content, 3), 1 << 50)
+    put_entry(content, l2_entry_offset(content, 8), get_entry(content, l2_entry_offset(content, 9)))
+    path, backup = saved_and_repaired(tmp_path, content)
+    assert path.stat().st_size > len(content)
+    script = (ROOT / "docs/repair.md").read_text(encoding="utf-8").split("```sh\n")[2]
+    script = script.split("```")[0].replace("LENGTH_BEFORE", str(len(content)))
+    backup.rename(tmp_path / "damaged.qed.before-repair")
+    path.rename(tmp_path / "damaged.qed")
+    subprocess.run(["sh", "-euc", script], check=True, cwd=tmp_path)
+    assert (tmp_path / "damaged.qed").read_bytes() == content
