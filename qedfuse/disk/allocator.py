@@ -93,7 +93,7 @@ class Allocator:
         self._length = FileLength(file, geometry)
         self.end = self._used_end = self._length.end
         self.anchor = header.l1_end >> self._bits
-        self.free = self.make_map()
+        self.free = FreeMap(geometry.table_size, self.anchor)
         self.unpunched = self.make_map()
         self.doubtful = self.make_map()
         self.known = False
@@ -300,7 +300,7 @@ class Allocator:
 
     def make_map(self) -> FreeMap:
         """Make an empty map of the file's clusters, with blocks where those of ``free`` are."""
-        return FreeMap(self._geometry.table_size, self.anchor)
+        return FreeMap(self._geometry.table_size, self.anchor, counted=False)
 
     def lower_end(self) -> None:
         """Take the free clusters at the end for not part of the file any more."""
@@ -343,6 +343,11 @@ class Allocator:
     def watch(self, witnesses: FreeMap | None) -> None:
         """Have each cluster noted that changes its state from now on."""
         self._witnesses = witnesses
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to know which clusters change their state."""
+        return self._witnesses is not None
 
     def witness(self, first: int, count: int) -> None:
         """Note that a run changed its state: what the scan reads about it says nothing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import trio
 
 from qedfuse.disk.extents import Kind
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 _PIECE: Final = 1024
 """Clusters that are given up before other tasks get a turn."""
+
+_FEW: Final = 64
+"""Up to so many clusters are looked at one by one; numpy takes its time to begin."""
 
 
 class Discards:
@@ -179,12 +183,7 @@ class Discards:
         requests, geometry = self._requests, self._layer.geometry
         async with requests.allocating.hold(start, end):
             shown = await self._shown(start, end) if hide else []
-            extents = await self._layer.lookup(start, end - start)
-            for extent in extents:
-                if extent.kind is Kind.BAD:
-                    self._chain.report(extent)
-                    raise CorruptImageError(extent.reason)
-            kinds = {extent.kind for extent in extents}
+            kinds = await self._kinds(start, end)
             if not (shown or (data and Kind.DATA in kinds) or (clear and Kind.ZERO in kinds)):
                 return
             async with self._needcheck.changing():
@@ -203,18 +202,54 @@ class Discards:
                 self._commit.note_write()
                 part.pins -= 1
 
+    async def _kinds(self, start: int, end: int) -> set[Kind]:
+        """Tell which kinds of clusters there are in a range whose entries lie in one slice.
+
+        Raises:
+            CorruptImageError: One of the entries is bad.
+        """
+        layer, geometry = self._layer, self._layer.geometry
+        clusters, index = geometry.clusters(end - start), geometry.l2_index(start)
+        table, _ = await layer.table_at(geometry.l1_index(start))
+        if clusters > _FEW and table:
+            part = layer.tables.cached(table, index)
+            if part is None:
+                part = await layer.tables.load(table, index, L2)
+            if part.bad is None:
+                # Extents would be as many as clusters where these are scattered.
+                first = index % layer.tables.slice_entries
+                values = np.frombuffer(part.entries, np.uint64)[first : first + clusters]
+                found = ((Kind.DATA, values > ZERO), (Kind.ZERO, values == ZERO))
+                return {kind for kind, where in found if where.any()}
+        extents = await layer.lookup(start, end - start)
+        for extent in extents:
+            if extent.kind is Kind.BAD:
+                self._chain.report(extent)
+                raise CorruptImageError(extent.reason)
+        return {extent.kind for extent in extents}
+
     def _drop(self, part: Slice, start: int, end: int, *, clear: bool) -> None:
         """Take the reference to each data cluster out of a slice; ``clear`` hides no base."""
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
-        covered = 0 if clear else max(0, min(end, self._reach) - start)
-        reach = geometry.clusters(covered) + first
+        hidden = 0 if clear else geometry.clusters(max(0, min(end, self._reach) - start))
+        if last - first > _FEW:
+            values = np.array(part.entries[first:last], np.uint64)
+            held = values > ZERO
+            offsets = values[held]
+            # Zero clusters that were there already stay, unless all go.
+            values[slice(None) if clear else held] = UNALLOCATED
+            values[:hidden][held[:hidden]] = ZERO
+            tables.put(part, first, values)
+            self._reclaim.retire_all(offsets, part.offset)
+            return
+        reach = first + hidden
         for index, count, value in list(runs(part.entries, first, last, geometry.cluster_size)):
             if value > ZERO:
-                hidden = max(0, min(count, reach - index))
-                tables.fill(part, index, hidden, ZERO)
-                tables.fill(part, index + hidden, count - hidden, UNALLOCATED)
+                below = max(0, min(count, reach - index))
+                tables.fill(part, index, below, ZERO)
+                tables.fill(part, index + below, count - below, UNALLOCATED)
                 self._reclaim.retire(value, count << geometry.cluster_bits, part.offset)
             elif clear and value == ZERO:
                 tables.fill(part, index, count, UNALLOCATED)

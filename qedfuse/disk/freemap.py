@@ -11,10 +11,15 @@ has as many places as tables fit into it; a run ends at the border of a block.
 from __future__ import annotations
 
 import heapq
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 BLOCK: Final = 4096
 """Clusters in a block; a multiple of the largest table."""
@@ -27,17 +32,21 @@ class FreeMap:
 
     Attributes:
         count: How many clusters are free.
-        places: How many tables fit into them.
+        places: How many tables fit into them; 0 if that is not counted.
         table: Clusters in a table, a power of two up to 16.
         shift: A block begins at each cluster n for which n + shift is a multiple of
             `BLOCK`, and so does a table if they are laid side by side from ``anchor`` on.
     """
 
-    def __init__(self, table: int = 1, anchor: int = 0) -> None:
-        """Know of no free cluster."""
+    def __init__(self, table: int = 1, anchor: int = 0, *, counted: bool = True) -> None:
+        """Know of no free cluster; ``counted`` says whether somebody asks for the places.
+
+        In scattered clusters counting them is most of the work.
+        """
         self.table = table
         self.count = 0
         self.places = 0
+        self._counted = counted
         self.shift = -anchor % table
         self._blocks: dict[int, int] = {}
         # Blocks with a free cluster, the lowest on top; some are listed that have none.
@@ -46,7 +55,8 @@ class FreeMap:
     def _put(self, block: int, old: int, new: int) -> None:
         """Replace a block's bits and keep the counters right."""
         self.count += new.bit_count() - old.bit_count()
-        self.places += self._places(new, old ^ new) - self._places(old, old ^ new)
+        if self._counted:
+            self.places += self._places(new, old ^ new) - self._places(old, old ^ new)
         if new:
             if not old:
                 heapq.heappush(self._heap, block)
@@ -98,6 +108,19 @@ class FreeMap:
         for block, mask in self._parts(first, count):
             old = self._blocks.get(block, 0)
             self._put(block, old, old | mask)
+
+    def add_many(self, clusters: NDArray[np.uint64]) -> None:
+        """Note clusters as free, in any order; the more at once, the less for each."""
+        places = np.sort(clusters) + np.uint64(self.shift)
+        blocks, starts = np.unique(places // BLOCK, return_index=True)
+        flags = np.zeros(BLOCK, np.uint8)
+        bounds = pairwise([*starts.tolist(), len(places)])
+        for block, (first, last) in zip(blocks.tolist(), bounds, strict=True):
+            inside = places[first:last] % BLOCK
+            flags[inside] = 1
+            bits = int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
+            flags[inside] = 0
+            self.add_block(block, bits)
 
     def add_block(self, block: int, bits: int) -> None:
         """Note the clusters of a block as free whose bits are set."""

@@ -9,13 +9,20 @@ it is durable and all requests that began before have ended.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from qedfuse.disk.freemap import FreeMap
     from qedfuse.disk.grace import Grace, Turn
+
+_LOOSE: Final = 1 << 18
+"""Scattered clusters that are put into the map together: 2 MiB of numbers."""
 
 
 class _Batch:
@@ -37,17 +44,20 @@ class Quarantine:
         self._grace = grace
         self._make_map = make_map
         self._fresh = make_map()
+        # What has come as well, but is not in the map yet.
+        self._loose: list[NDArray[np.uint64]] = []
+        self._loose_count = 0
         self._batches: deque[_Batch] = deque()
 
     @property
     def count(self) -> int:
         """How many clusters are in quarantine."""
-        return self._fresh.count + sum(batch.clusters.count for batch in self._batches)
+        return self.fresh + sum(batch.clusters.count for batch in self._batches)
 
     @property
     def fresh(self) -> int:
         """How many clusters have come since the last commit round began."""
-        return self._fresh.count
+        return self._fresh.count + self._loose_count
 
     def retire(self, first: int, count: int) -> None:
         """Take in clusters in the same moment in which a table in memory drops them.
@@ -57,8 +67,27 @@ class Quarantine:
         """
         self._fresh.add(first, count)
 
+    def retire_many(self, clusters: NDArray[np.uint64]) -> None:
+        """Take in clusters that lie anywhere, as `retire` does.
+
+        Those of one table may be scattered over all blocks of the map.  So they are
+        collected until there are many for each block.
+        """
+        self._loose.append(clusters)
+        self._loose_count += len(clusters)
+        if self._loose_count >= _LOOSE:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Put into the map what is not in it yet."""
+        if self._loose:
+            self._fresh.add_many(np.concatenate(self._loose))
+            self._loose.clear()
+            self._loose_count = 0
+
     def seal(self) -> None:
         """Note that a commit round has taken the tables as they are now."""
+        self._collect()
         if self._fresh.count:
             self._batches.append(_Batch(self._fresh, self._grace.turn()))
             self._fresh = self._make_map()

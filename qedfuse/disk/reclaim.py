@@ -8,8 +8,10 @@ needs them.
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import trio
 
 from qedfuse.disk.freemap import BLOCK
@@ -17,6 +19,8 @@ from qedfuse.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from numpy.typing import NDArray
 
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.commit import Commit
@@ -31,6 +35,9 @@ PUNCHES: Final = 256
 
 _AT_ONCE: Final = 64
 """Of them so many go to a worker thread together."""
+
+_SCATTERED: Final = 64
+"""Runs from which on clusters are not put into quarantine one run after the other."""
 
 _WORTH_SHARE: Final = 16
 _WORTH_BYTES: Final = (1 << 20, 1 << 26)
@@ -81,6 +88,17 @@ class Reclaim:
         self._quarantine.retire(first, count)
         self._allocator.witness(first, count)
         self.on_retire(first, count, dropped_by)
+
+    def retire_all(self, offsets: NDArray[np.uint64], dropped_by: int) -> None:
+        """Do as `retire` does with clusters at file offsets, in the order of their entries."""
+        if not len(offsets):
+            return
+        starts = np.flatnonzero(offsets[1:] - offsets[:-1] != 1 << self._bits) + 1
+        if len(starts) >= _SCATTERED and not self._allocator.watched:
+            self._quarantine.retire_many(offsets >> np.uint64(self._bits))
+            return
+        for first, last in pairwise([0, *starts.tolist(), len(offsets)]):
+            self.retire(int(offsets[first]), (last - first) << self._bits, dropped_by)
 
     @property
     def pending(self) -> bool:

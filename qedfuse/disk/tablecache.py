@@ -11,6 +11,8 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+import numpy as np
+
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import SLICE_BYTES, decode, encode
@@ -19,6 +21,8 @@ from qedfuse.util.singleflight import SingleFlight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.geometry import Geometry
@@ -36,7 +40,7 @@ class Slice:
     Attributes:
         offset: File offset of the slice's first entry.
         level: `L1` or `L2`.
-        entries: The entries; change them through `TableCache.set` only.
+        entries: The entries; change them through `TableCache.set` and the like only.
         bad: One byte per entry, non-zero where the entry must not be used; None if
             all are good.
         pins: How many hold on to this slice: write-backs, and whoever is about to
@@ -199,6 +203,15 @@ class TableCache:
         if count:
             part.entries[first : first + count] = array("Q", (value,)) * count
             part.touch(first, first + count)
+            self._dirty[part.offset] = part
+
+    def put(self, part: Slice, first: int, values: NDArray[np.uint64]) -> None:
+        """Change the entries from ``first`` on to these values, as `set` does."""
+        entries = np.frombuffer(part.entries, np.uint64)[first : first + len(values)]
+        changed = np.flatnonzero(entries != values)
+        if len(changed):
+            entries[:] = values
+            part.touch(first + int(changed[0]), first + int(changed[-1]) + 1)
             self._dirty[part.offset] = part
 
     def let_go(self, part: Slice) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import pytest
 import trio
 
+from qedfuse.disk import quarantine
 from qedfuse.disk.create import create_image
 from qedfuse.disk.extents import Kind
 from qedfuse.disk.opening import open_disk
@@ -522,3 +524,48 @@ async def test_discards_in_steps_within_the_table_cache() -> None:
         assert disk.statistics().file_bytes == used + free * CLUSTER
         assert not any(await disk.read(0, size))
     assert inspect_image(file.content).errors == ()
+
+
+@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize("how", ["discard", "empty", "shrink"])
+@pytest.mark.parametrize("known", [False, True])
+async def test_many_clusters_in_no_order(
+    how: Literal["discard", "empty", "shrink"],
+    *,
+    based: bool,
+    known: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are given up a table at a time, and all come out of quarantine in the end."""
+    monkeypatch.setattr(quarantine, "_LOOSE", 300)
+    chance, count = random.Random(3), 1200
+    numbers = chance.sample(range(count), count)
+    clusters: dict[int, bytes | int] = {n: pattern(CLUSTER, n) for n in numbers if n % 7}
+    clusters |= {n: ZERO for n in numbers if n % 14 == 0}
+    base = pattern(700 * CLUSTER, 5) if based else b""
+    image = build_image(count * CLUSTER, clusters, backing=b"base" if based else b"")
+    before = guest_bytes(image, base)
+    first, last = (0, count) if how == "empty" else (9, count)
+    expected = bytearray(before)
+    expected[first * CLUSTER :] = bytes(len(before) - first * CLUSTER)
+    if how == "empty" and based:
+        expected[: len(base)] = base
+    file = MemoryFile(image)
+    async with opened(file, [base] if based else []) as disk:
+        if known:
+            await disk.scanned()
+        if how == "discard":
+            await disk.discard(first * CLUSTER, (last - first) * CLUSTER)
+        elif how == "empty":
+            await disk.empty()
+        else:
+            await disk.shrink(first * CLUSTER, force=True)
+            del expected[first * CLUSTER :]
+        assert await disk.read(0, disk.size) == expected
+        free = await freed(disk)
+        statistics = disk.statistics()
+        used = len({n for n in clusters if n < first and clusters[n] != ZERO})
+        tables = 0 if how == "empty" else 1 if how == "shrink" else 3
+        assert statistics.file_bytes == (2 + used + tables + free) * CLUSTER
+    assert inspect_image(file.content).errors == ()
+    assert guest_bytes(file.content, base) == expected

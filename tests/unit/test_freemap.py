@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from qedfuse.disk.freemap import BLOCK, FreeMap
@@ -51,7 +52,7 @@ class Model:
         count = min(self.size - first, self.choice.choice((1, 2, 5, 17, 300, 6000)))
         some = set(range(first, first + count))
         parts = block_runs(self.free, self.map.shift)
-        match self.choice.randrange(6):
+        match self.choice.randrange(7):
             case 0 | 1:
                 self.map.add(first, count)
                 self.free |= some
@@ -68,6 +69,10 @@ class Model:
                     assert 0 < taken[1] <= min(count, length)
                     self.free -= set(range(lowest, lowest + taken[1]))
             case 4:
+                many = self.choice.choices(range(self.size), k=count)
+                self.map.add_many(np.array(many, np.uint64))
+                self.free |= set(many)
+            case 5:
                 odd = [start for start, length in parts if length % self.table]
                 assert self.map.take_rest() == min(odd, default=None)
                 self.free -= {min(odd, default=-1)}
