@@ -13,6 +13,7 @@ import numpy as np
 import trio
 from trio.testing import MockClock
 
+from qedfuse.disk import discard, quarantine, reclaim
 from qedfuse.disk.scan import Scan
 from qedfuse.errors import QedError
 from tests.crash.cases import CLUSTER, PER_CLUSTER, Case
@@ -139,8 +140,16 @@ class Workload:
 
     def play(self, seed: int) -> None:
         """Carry the case out, to the end; ``seed`` decides which task runs first."""
-        # Without the first, that depends on where objects lie in memory as well.
-        with patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True):
+        # In half of the runs clusters are given up as if there were many.
+        together = random.Random(f"{self.case.name} {seed} together").random() < 0.5
+        few, loose = (0, 3) if together else (discard._FEW, quarantine._LOOSE)
+        # Without the last, that depends on where objects lie in memory as well.
+        with (
+            patch.object(discard, "_FEW", new=few),
+            patch.object(reclaim, "_SCATTERED", new=few),
+            patch.object(quarantine, "_LOOSE", new=loose),
+            patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True),
+        ):
             trio._core._run._r.seed(seed)
             trio.run(self.run, clock=MockClock(autojump_threshold=0))
 
