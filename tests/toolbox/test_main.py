@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -299,3 +302,27 @@ print(sorted({"numpy", "trio", "rich", "construct", "json", "logging"} & set(sys
     code, output, _complaint = finish(start([sys.executable, "-c", script]))
     assert code == 0
     assert output.splitlines()[-1] == "[]"
+
+
+@pytest.mark.expect_log("a.qed: datasync: Input/output error")
+def test_a_failure_that_was_logged_is_not_told_twice(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log's line says more: what follows from it."""
+    path = tmp_path / "a.qed"
+    assert program.main(["create", "-q", str(path), "1M"]) == 0
+
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    shown = io.StringIO()
+    handler = logging.StreamHandler(shown)
+    logging.getLogger().addHandler(handler)
+    try:
+        assert program.main(["resize", str(path), "2M"]) == 1
+    finally:
+        logging.getLogger().removeHandler(handler)
+    said = shown.getvalue() + capfd.readouterr().err
+    assert said.count("datasync: Input/output error") == 1
+    assert "the disk is read-only from now on" in said

@@ -10,7 +10,6 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import qedfuse
-from qedfuse.cli.qedimg.output import set_up_logging
 from qedfuse.cli.qedimg.parsing import Parser
 from qedfuse.cli.qedimg.running import Interruption, orderly
 from qedfuse.cli.qedimg.streams import (
@@ -182,6 +181,8 @@ def _run(name: str, words: Sequence[str]) -> int:
         arguments = parser.parse(words)
     except SystemExit as end:  # --help has been printed
         return int(end.code or 0)
+    from qedfuse.cli.qedimg.log import set_up_logging  # noqa: PLC0415  a quick --help
+
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
     return command(name).run(arguments)
 
@@ -208,7 +209,11 @@ def _reason(error: BaseException) -> BaseException:
 def _explain(name: str, error: BaseException) -> int:
     """Print one line about a failure; give the exit code."""
     if isinstance(error, QedError):
-        return _complain(str(error), _code(name, error))
+        code = _code(name, error)
+        # Nothing is loaded here: that may be what failed.
+        log = sys.modules.get(f"{_HOME}.log")
+        said = log is not None and log.was_said(str(error))
+        return code if said else _complain(str(error), code)
     if isinstance(error, OSError) and error.filename is None:
         return output_failed(error, _code(name, error))
     if isinstance(error, OSError):

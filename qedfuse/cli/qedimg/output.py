@@ -23,16 +23,6 @@ def print_json(value: Any) -> None:  # noqa: ANN401  whatever JSON can say
     sys.stdout.write(json.dumps(value, indent=4, ensure_ascii=True) + "\n")
 
 
-def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Show what the library logs: its warnings, and more or less of it as the user wishes."""
-    import logging  # noqa: PLC0415  a quick --help
-
-    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(format="qedimg: %(message)s", level=level, stream=sys.stderr)
-    # Nobody may be listening any more.
-    logging.raiseExceptions = False
-
-
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
     """Lay out rows in columns; the first row is the heading, ``right`` the numeric columns."""
     texts = [[str(value) for value in row] for row in rows]
