@@ -28,14 +28,16 @@ then counts as leaked, until a writable open scans the tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qedfuse.check.entries import Layout, read_table
-from qedfuse.check.findings import CheckReport, Code, LostRange, RepairPlan
+from qedfuse.check.findings import Code, RepairPlan
+from qedfuse.check.losses import Losses
+from qedfuse.check.outside import BAD_FOR_GOOD, Outside
 from qedfuse.check.rewrite import Draft, Rewriter
-from qedfuse.check.tables import check_number, named_tables, overlapping
+from qedfuse.check.tables import Changes, check_number, named_tables, overlapping
 from qedfuse.check.walk import check_image
 from qedfuse.disk.l2tables import claim_tables
 from qedfuse.disk.references import References
@@ -43,13 +45,11 @@ from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
     from qedfuse.check.entries import Mask, Values
+    from qedfuse.check.findings import CheckReport, LostRange
     from qedfuse.check.rewrite import Save
     from qedfuse.check.tables import Indices
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
-
-MAX_LOST: Final = 100_000
-"""Ranges that are told apart; the last one grows to cover what is lost beyond that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,11 @@ class RepairReport:
 async def repair_image(file: HostFile, header: Header) -> RepairReport:
     """Repair the tables of an image that is open for writing and locked.
 
-    Crash-safe: NEED_CHECK is set first and cleared last, copies are durable before the
-    entries that point to them.  A repair that was interrupted can be run again; it then
-    no longer knows what the end of the file had cut off.  Without errors there is
-    nothing to do but to clear NEED_CHECK and to drop a bad list of free clusters.
+    Crash-safe: NEED_CHECK is set first and cleared last, what points past the end of the
+    file is given up before the file grows (see `qedfuse.check.outside`), and copies are
+    durable before the entries that point to them.  A repair that was interrupted can be
+    run again; it then no longer knows what the end of the file had cut off.  Without errors
+    there is nothing to do but to clear NEED_CHECK and to drop a bad list of free clusters.
     Nothing is saved: `plan_repair` does that, before anything is changed.
 
     Args:
@@ -100,7 +101,7 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     after = await check_image(file, sound.with_free_list(value=False))
     if not after.errors:
         await rewriter.mark(need_check=False)
-    return RepairReport(tuple(repair.lost), repair.copied, repair.cleared, after)
+    return RepairReport(tuple(repair.losses.ranges), repair.copied, repair.losses.cleared, after)
 
 
 async def plan_repair(file: HostFile, header: Header, save: Save | None = None) -> RepairPlan:
@@ -119,7 +120,8 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
     draft = Draft(file, header, save)
     repair = _Repair(file, header, draft)
     await repair.run()
-    return RepairPlan(tuple(repair.lost), repair.copied, repair.cleared, draft.written, draft.end)
+    lost, cleared = tuple(repair.losses.ranges), repair.losses.cleared
+    return RepairPlan(lost, repair.copied, cleared, draft.written, draft.end)
 
 
 class _Repair:
@@ -139,20 +141,27 @@ class _Repair:
         self._tables: list[tuple[int, int, int]] = []
         self._left = np.empty(0, np.uint64)  # where tables were that have moved, sorted
         self._l1_bad: list[int] = []
+        self._l1_outside: dict[int, int] = {}
         self._l1_changes: dict[int, int] = {}
         # Zeros hide what the base has; without a base, nothing is as good.
         self._empty = ZERO if header.has_backing else UNALLOCATED
-        self.lost: list[LostRange] = []
+        self.losses = Losses(header.image_size)
         self.copied = 0
-        self.cleared = 0
 
     async def run(self) -> None:
-        """Repair; new things become durable first, then L2 entries, then L1 entries."""
+        """Repair; what points past the end goes first, then the file may become longer.
+
+        New things become durable then, then L2 entries, then L1 entries.
+        """
         await self.rewriter.mark(need_check=True)
-        await self.rewriter.extend(self._whole)
         indices, tables = await self._find_tables()
+        move = await self._find_moves(tables)
+        outside = Outside(self._file, self._layout, self.rewriter, self.losses)
+        places = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
+        await outside.give_up(self._l1_outside, sorted(places), self._empty)
         await self._complete_tables(indices, tables)
-        await self._separate_tables(indices, tables)
+        await self.rewriter.extend(self._whole)
+        await self._separate_tables(indices, tables, move)
         await self._replace_bad_tables()
         await self._claim_metadata()
         for index, table, source in self._tables:
@@ -180,11 +189,19 @@ class _Repair:
         span = self._geometry.table_span
         for place in np.flatnonzero(mask).tolist():
             check_number(self._file, len(self._l1_bad) + 1)
-            self._l1_bad.append(first + place)
-            self._lose((first + place) * span, span, code)
+            self._l1_bad.append(index := first + place)
+            if code is Code.L1_OUT_OF_FILE:
+                zeros = self._empty != UNALLOCATED and not self._beyond(index)
+                self._l1_outside[index] = BAD_FOR_GOOD if zeros else UNALLOCATED
+            self.losses.note((first + place) * span, span, code)
 
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
-        """Give the tables that run past the end of the file the rest of their entries."""
+        """Give the tables that run past the end of the file the rest of their entries.
+
+        The entries are written, and durable, before the file gets any longer than they
+        make it: an interrupted repair leaves a table that is still cut short, and not one
+        in which the base shows, or one with an entry of which half has been there.
+        """
         geometry = self._geometry
         # Half an entry is no entry.
         cut = self._size - self._size % ENTRY_BYTES
@@ -194,35 +211,40 @@ class _Repair:
         for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
             missing = max(0, cut - table) // ENTRY_BYTES * geometry.cluster_size
             start = index * geometry.table_span + missing
-            self._lose(start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0)
+            self.losses.note(start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0)
         end = int(tables[-1]) + geometry.table_bytes
-        await self.rewriter.extend(end)
         if cut < self._size:
             old = bytes(await self._file.pread(cut, self._size - cut))
-            await self.rewriter.overwrite(cut, old, bytes(len(old)))
+            half = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
+            await self.rewriter.overwrite(cut, old, half)
         await self.rewriter.fill(cut, (end - cut) // ENTRY_BYTES, self._empty)
+        await self.rewriter.settle()
+        await self.rewriter.extend(end)
 
-    async def _separate_tables(self, indices: Indices, tables: Values) -> None:
-        """Give each L1 entry a table that is nothing else, neither table nor data."""
+    async def _find_moves(self, tables: Values) -> Mask:
+        """Tell which tables cannot stay where they are, being something else as well."""
         shared = await overlapping(tables, self._geometry.table_bytes)
         self._layout.tables = tables[~shared]
         under = await self._under_data(tables)
-        move = shared | under[np.searchsorted(self._layout.tables, tables, "right") - 1] & ~shared
-        for index, table, moves in zip(
-            indices.tolist(), tables.tolist(), move.tolist(), strict=True
-        ):
+        self._left = self._layout.tables[under]
+        return shared | under[np.searchsorted(self._layout.tables, tables, "right") - 1] & ~shared
+
+    async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
+        """Give each L1 entry a table that is nothing else, neither table nor data."""
+        places = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
+        for index, table, moves in places:
             if not moves:
                 self._tables.append((index, table, table))
             elif self._beyond(index):
                 self._l1_changes[index] = UNALLOCATED
-                self.cleared += 1
+                self.losses.cleared += 1
             else:
                 copy = await self.rewriter.copy(table, self._geometry.table_bytes)
                 self._tables.append((index, copy, copy if self.rewriter.writes else table))
                 self._l1_changes[index] = copy
         self._tables.sort()
-        self._left = self._layout.tables[under]
-        self._layout.tables = self._layout.tables[~under]
+        moved = np.isin(self._layout.tables, self._left)
+        self._layout.tables = self._layout.tables[~moved]
 
     async def _under_data(self, tables: Values) -> Mask:
         """Tell over which of the layout's tables an entry of any table has its data."""
@@ -262,8 +284,9 @@ class _Repair:
         for code, mask in self._layout.judge_clusters(values):
             good &= ~mask
             fixed[mask] = self._empty
-            for place in np.flatnonzero(mask).tolist():
-                self._lose(start + place * size, size, code)
+            # What points past the end was noted when it was given up.
+            for place in np.flatnonzero(mask).tolist() if code is not Code.L2_OUT_OF_FILE else ():
+                self.losses.note(start + place * size, size, code)
         where = np.flatnonzero(good)
         taken = self._references.claim(values[where] >> np.uint64(self._geometry.cluster_bits))
         for place in where[taken].tolist():
@@ -272,7 +295,7 @@ class _Repair:
                 self.copied += 1
             else:
                 fixed[place] = UNALLOCATED
-                self.cleared += 1
+                self.losses.cleared += 1
         self._report_doubts(start, values, good)
         return fixed
 
@@ -284,36 +307,17 @@ class _Repair:
             cut = geometry.floor(self._size)
             for place in np.flatnonzero(good & (values == cut)).tolist():
                 begin = start + place * size + self._size - cut
-                self._lose(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
+                self.losses.note(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
         over = Layout(self._header, self._whole, self._left).table_under(values) >= 0
         for place in np.flatnonzero(good & over).tolist():
-            self._lose(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
+            self.losses.note(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
 
     async def _write_l1(self) -> None:
         """Change the L1 table, now that all tables it will point to are right."""
         if not self._l1_changes:
             return
-        changed = np.array(sorted(self._l1_changes), np.int64)
+        changes = Changes(self._l1_changes)
         start = self._header.l1_table_offset
         async for first, values in read_table(self._file, self._header, start):
-            fixed = values.copy()
-            begin, end = np.searchsorted(changed, [first, first + len(values)])
-            for index in changed[begin:end].tolist():
-                fixed[index - first] = self._l1_changes[index]
+            fixed = changes.applied(first, values)
             await self.rewriter.replace(start + first * ENTRY_BYTES, values, fixed)
-
-    def _lose(self, start: int, length: int, code: Code, cleared: int = 1) -> None:
-        """Note a range of the disk that had to be given up; neighbours are joined."""
-        self.cleared += cleared
-        length = max(0, min(length, self._header.image_size - start))
-        if not length:
-            return
-        last = self.lost[-1] if self.lost else None
-        if last is not None and last.code is code and last.start + last.length == start:
-            self.lost[-1] = LostRange(last.start, last.length + length, code)
-        elif last is not None and len(self.lost) >= MAX_LOST:
-            begin = min(last.start, start)
-            end = max(last.start + last.length, start + length)
-            self.lost[-1] = LostRange(begin, end - begin, last.code)
-        else:
-            self.lost.append(LostRange(start, length, code))

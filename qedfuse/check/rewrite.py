@@ -40,6 +40,8 @@ class Rewriter:
         self._file = file
         self._header = header
         self.end = self._place(header.geometry.ceil(file.size()))
+        self._avoided = np.empty(0, np.uint64)
+        self._unsettled = False
 
     async def mark(self, *, need_check: bool) -> None:
         """Set or clear NEED_CHECK, durably, after everything before is durable.
@@ -90,6 +92,7 @@ class Rewriter:
         at_once = _STEP_BYTES // ENTRY_BYTES
         piece = value.to_bytes(ENTRY_BYTES, "little") * min(at_once, count)
         while count > 0 and value:
+            self._unsettled = True
             await self._file.pwrite(start, piece[: count * ENTRY_BYTES])
             start += len(piece)
             count -= at_once
@@ -108,9 +111,29 @@ class Rewriter:
         await self._file.datasync()
         await self._file.pwrite(offset, new)
 
+    async def clear(self, offset: int, new: Values) -> None:
+        """Write entries that refer to nothing, so that nothing has to be durable before."""
+        self._unsettled = True
+        await self._file.pwrite(offset, _bytes(new))
+
+    async def settle(self) -> None:
+        """Make durable what was cleared or filled, before the file gets longer."""
+        if self._unsettled:
+            await self._file.datasync()
+            self._unsettled = False
+
+    def avoid(self, clusters: Values) -> None:
+        """Never put anything new into some clusters past the end: their file offsets, sorted."""
+        self._avoided = clusters
+
     def _append(self, length: int) -> int:
         """Choose the file offset of something new of so many bytes."""
         target = self.end
+        while True:
+            place = int(np.searchsorted(self._avoided, target))
+            if place == len(self._avoided) or self._avoided[place] >= target + length:
+                break
+            target = int(self._avoided[place]) + self._header.cluster_size
         self.end = self._place(target + length)
         return target
 
@@ -172,6 +195,10 @@ class Draft(Rewriter):
     async def fill(self, _start: int, count: int, value: int) -> None:
         """Count entries."""
         self.written += count * ENTRY_BYTES if value else 0
+
+    async def clear(self, _offset: int, new: Values) -> None:
+        """Count entries.  They stay as they are, and are saved with what else changes there."""
+        self.written += len(new) * ENTRY_BYTES
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
         """Save and count a piece of a table; a new one has nothing that could be saved."""

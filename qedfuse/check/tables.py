@@ -66,6 +66,22 @@ async def named_tables(
     return np.concatenate(indices), np.concatenate(tables)
 
 
+class Changes:
+    """New values for some entries of a table, to be put into its slices one by one."""
+
+    def __init__(self, entries: dict[int, int]) -> None:
+        """Take the new values by index."""
+        self._indices = np.array(sorted(entries), np.int64)
+        self._values = np.array([entries[index] for index in self._indices.tolist()], np.uint64)
+
+    def applied(self, first: int, values: Values) -> Values:
+        """Give a slice that begins at index ``first`` with the new values."""
+        begin, end = np.searchsorted(self._indices, [first, first + len(values)])
+        fixed = values.copy()
+        fixed[self._indices[begin:end] - first] = self._values[begin:end]
+        return fixed
+
+
 def check_number(file: HostFile, count: int) -> None:
     """Refuse an image with more L1 entries than there is memory for."""
     if count > MAX_TABLES:

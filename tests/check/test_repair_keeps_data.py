@@ -11,7 +11,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.check import repair as repair_module
+from qedfuse.check import losses
 from qedfuse.check.findings import CheckReport, Code, LostRange
 from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
@@ -190,7 +190,7 @@ async def test_lost_ranges_are_bounded_and_cover_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where there are too many ranges, the last one says too much rather than too little."""
-    monkeypatch.setattr(repair_module, "MAX_LOST", 3)
+    monkeypatch.setattr(losses, "MAX_LOST", 3)
     content = build_image(SIZE, dict.fromkeys(range(0, 1000, 2), 3))
     lost = (await repair(content)).lost
     assert len(lost) == 3
@@ -210,7 +210,8 @@ def damaged(chance: random.Random, backing: bytes = b"") -> bytearray:
     tables = [get_entry(content, place) for place in places]
     entries = [l2_entry_offset(content, number) for number in numbers]
     inside = [get_entry(content, entry) for entry in entries]
-    wild = [8, CLUSTER, len(content) - CLUSTER, 1 << 50]
+    end = len(content)
+    wild = [8, CLUSTER, end - CLUSTER, end, end + CLUSTER, 1 << 50]
     for _ in range(3):
         put_entry(content, chance.choice(entries), chance.choice([*inside, *tables, *wild]))
     put_entry(content, chance.choice(places), chance.choice([*inside, *tables, *wild]))

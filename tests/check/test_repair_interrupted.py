@@ -1,0 +1,216 @@
+"""A repair that is killed at any write: what points past the end shows nobody's data, ever.
+
+A repair makes the file longer, and so could make such an entry valid.  After every change,
+and after power failures, the image is looked at as it is, repaired once more, and taken
+back by way of what was saved.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from qedfuse.check.repair import RepairReport, plan_repair, repair_image
+from qedfuse.disk.backing import read_header
+from qedfuse.tools.backup import Backup
+from qedfuse.tools.undo import undo_repair
+from tests.check.test_repair_keeps_data import (
+    BASE,
+    CLUSTER,
+    SIZE,
+    SPAN,
+    cluster,
+    l1_entry,
+    lossless,
+    move_table_to_the_end,
+    readable,
+    repair,
+)
+from tests.support.disks import (
+    build_image,
+    get_entry,
+    guest_bytes,
+    header_of,
+    l2_entry_offset,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import MemoryFile, RecordingFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+Damage = tuple[bytearray, set[int]]
+"""An image, and the guest clusters whose entries point past its end."""
+
+ENTRIES: Final = SPAN // CLUSTER
+
+
+def image(backing: bytes) -> bytearray:
+    """Build an image of two tables."""
+    numbers = (*range(12), 100, 101, 102, 103, 600, 601)
+    return build_image(
+        SIZE, {number: pattern(CLUSTER, number) for number in numbers}, backing=backing
+    )
+
+
+def share(content: bytearray, number: int, other: int) -> None:
+    """Have two guest clusters share one of the file, so that a copy has to be made."""
+    value = get_entry(content, l2_entry_offset(content, other))
+    put_entry(content, l2_entry_offset(content, number), value)
+
+
+def point_past(content: bytearray, numbers: range | tuple[int, ...], skip: int = 0) -> set[int]:
+    """Have the entries of guest clusters point past the end, one behind the other."""
+    end = -(-len(content) // CLUSTER) * CLUSTER
+    for place, number in enumerate(numbers, skip):
+        put_entry(content, l2_entry_offset(content, number), end + place * CLUSTER)
+    return set(numbers)
+
+
+def wild_clusters(backing: bytes) -> Damage:
+    """Have wild entries point to where shared clusters are going to be copied."""
+    content = image(backing)
+    share(content, 4, 0)
+    share(content, 5, 1)
+    return content, point_past(content, (100, 101))
+
+
+def wild_clusters_and_a_tail(backing: bytes) -> Damage:
+    """Do the same, and have the last cluster cut short."""
+    content, _ = wild_clusters(backing)
+    del content[-100:]
+    return content, point_past(content, (100, 101))
+
+
+def wild_table(backing: bytes) -> Damage:
+    """Have an L1 entry point to where a copy of data is going to be."""
+    content = image(backing)
+    share(content, 4, 0)
+    share(content, 5, 1)
+    put_entry(content, l1_entry(content, 1), len(content) + CLUSTER)
+    put_entry(content, l1_entry(content, 2), len(content))
+    return content, set(range(ENTRIES, 3 * ENTRIES))
+
+
+def only_a_wild_table(backing: bytes) -> Damage:
+    """Have an L1 entry point to where the first new table would be."""
+    content = image(backing)
+    put_entry(content, l1_entry(content, 2), len(content))
+    return content, set(range(2 * ENTRIES, 3 * ENTRIES))
+
+
+def table_over_data(backing: bytes) -> Damage:
+    """Have wild entries in a table that must not be written to; they name its copy's place."""
+    content = image(backing)
+    put_entry(content, l2_entry_offset(content, 600), get_entry(content, l1_entry(content, 0)))
+    share(content, 4, 0)
+    return content, point_past(content, (100, 101, 103)) | point_past(content, (102,), 1)
+
+
+def one_table_twice(backing: bytes) -> Damage:
+    """Two L1 entries name one table with wild entries."""
+    content = image(backing)
+    put_entry(content, l1_entry(content, 3), get_entry(content, l1_entry(content, 0)))
+    lost = point_past(content, range(100, 104))
+    return content, lost | {3 * ENTRIES + number for number in lost}
+
+
+def table_cut_short(backing: bytes) -> Damage:
+    """Cut the file within a table's entry; other entries point behind it."""
+    content = image(backing)
+    table = move_table_to_the_end(content)
+    del content[table + 8 * 300 + 3 :]
+    share(content, 4, 0)
+    return content, point_past(content, (100, 101)) | set(range(300, ENTRIES))
+
+
+KINDS: Final[dict[str, Callable[[bytes], Damage]]] = {
+    "clusters": wild_clusters,
+    "tail": wild_clusters_and_a_tail,
+    "table": wild_table,
+    "only-table": only_a_wild_table,
+    "over-data": table_over_data,
+    "twice": one_table_twice,
+    "cut-short": table_cut_short,
+}
+
+
+def recorded(content: bytearray) -> tuple[RecordingFile, RepairReport]:
+    """Repair an image and keep every change."""
+
+    async def work() -> tuple[RecordingFile, RepairReport]:
+        file = RecordingFile(content)
+        return file, await repair_image(file, await read_header(file))
+
+    return trio.run(work)
+
+
+def shows_nothing_else(state: bytearray, damage: set[int]) -> None:
+    """Assert that an entry that is good now although it was wild leads to zeros."""
+    header = header_of(state)
+    for number in damage:
+        table = get_entry(state, header.l1_table_offset + 8 * (number // ENTRIES))
+        if table % CLUSTER or not header.l1_end <= table <= len(state) - CLUSTER:
+            continue
+        value = get_entry(state, table + 8 * (number % ENTRIES))
+        if value % CLUSTER == 0:
+            assert not any(state[value : value + CLUSTER]) or not value, number
+
+
+@pytest.mark.parametrize("backing", [b"", b"base.raw"], ids=["alone", "overlay"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_points_past_the_end_never_shows_other_data(kind: str, backing: bytes) -> None:
+    """Whatever a crash leaves: zeros after the next repair, and the rest reads as before."""
+    content, wild = KINDS[kind](backing)
+    base = BASE if backing else b""
+    before = readable(content, base)
+    file, result = recorded(content)
+    reported = {
+        number
+        for item in result.lost
+        for number in range(item.start // CLUSTER, -(-(item.start + item.length) // CLUSTER))
+    }
+    assert wild <= reported
+    chance = random.Random(kind)
+    states = [bytearray(state) for _number, state in file.prefixes()]
+    for count in range(len(file.changes) + 1):
+        states += [file.power_loss(count, chance) for _ in range(4)]
+    for state in states:
+        assert len(state) >= len(content)
+        shows_nothing_else(state, wild)
+        again = trio.run(repair, state)
+        after = guest_bytes(state, base)
+        for number in wild:
+            assert not any(cluster(after, number)), number
+        lossless(state, RepairReport(result.lost + again.lost, 0, 0, again.after), before, base)
+
+
+@pytest.mark.parametrize("backing", [b"", b"base.raw"], ids=["alone", "overlay"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_repair_can_be_taken_back(kind: str, backing: bytes, tmp_path: Path) -> None:
+    """After every change, what was saved makes the image what it was, byte for byte."""
+    content, _wild = KINDS[kind](backing)
+
+    attributes = tmp_path.stat()
+
+    async def save() -> str:
+        file = MemoryFile(content, writable=False)
+        with Backup(str(tmp_path / "saved"), attributes) as backup:
+            done = await plan_repair(file, await read_header(file), backup.save)
+            backup.finish(len(content), done.end)
+            return backup.path
+
+    async def take_back(state: bytearray) -> bytearray:
+        image = MemoryFile(state)
+        await undo_repair(image, saved)
+        return image.content
+
+    saved = trio.run(save)
+    file, _ = recorded(content)
+    for _number, state in file.prefixes():
+        assert trio.run(take_back, bytearray(state)) == content
