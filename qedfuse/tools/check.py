@@ -14,7 +14,7 @@ from qedfuse.disk.backing import read_header
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.disk.tablecache import make_store
-from qedfuse.errors import CorruptImageError
+from qedfuse.errors import CorruptImageError, NoSpaceError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.tools.backup import Backup
@@ -120,6 +120,7 @@ async def repair(
             with Backup(_backup_of(path), file.stat()) as backup:
                 done = await plan_repair(file, header, backup.save)
                 _refuse_excess(file, done, force=force)
+                _refuse_without_room(file, done)
                 backup.finish(size, done.end)
             # All of it is durable: only now the image may change.
             saved = backup.path
@@ -202,6 +203,23 @@ def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:
             "does it all the same)"
         )
         raise CorruptImageError(msg)
+
+
+def _refuse_without_room(file: PosixFile, wanted: RepairPlan) -> None:
+    """Refuse a repair that would fill the host, and leave it full when it fails.
+
+    Raises:
+        NoSpaceError: There is not enough room for the copies.
+    """
+    host = os.fstatvfs(file.fd)
+    room = host.f_bavail * host.f_frsize
+    needed = min(wanted.written, max(0, wanted.end - file.size()))
+    if needed > room:
+        msg = (
+            f"{file.name}: not repaired: found {format_size(room)} free on the host, expected "
+            f"{format_size(needed)} for copies of what has several owners"
+        )
+        raise NoSpaceError(msg)
 
 
 def _allowed(file: PosixFile) -> int:

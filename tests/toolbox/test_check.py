@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -437,3 +438,33 @@ def test_an_overlay_is_checked_without_its_base(
     code, found = check(path, "-r", "all", capsys=capsys)
     assert (code, found["corruptions-fixed"]) == (0, 1)
     assert get_entry(path.read_bytes(), l2_entry_offset(content, 1)) == ZERO
+
+
+def test_a_host_without_room_for_the_copies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is changed, and nothing of the little room there is taken."""
+    place = tmp_path / "host"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", place], check=True)
+    try:
+        path = place / "image.qed"
+        content = build_image(4 << 20, dict.fromkeys(range(300), b"x"))
+        for number in range(150, 300):
+            first = get_entry(content, l2_entry_offset(content, number - 150))
+            put_entry(content, l2_entry_offset(content, number), first)
+        path.write_bytes(content)
+        ballast = (place / "ballast").open("wb")
+        with ballast:
+            ballast.write(bytes((3 << 20) - len(content) - (300 << 10)))
+        assert main(["check", "-q", "-r", "all", str(path)]) == 1
+        said = capsys.readouterr().err
+        assert "not repaired: found 2" in said
+        assert " KiB free on the host, expected 600 KiB for copies" in said
+        assert said.count("\n") == 1
+        assert path.read_bytes() == content
+        assert sorted(os.listdir(place)) == ["ballast", "image.qed"]  # noqa: PTH208  names
+        (place / "ballast").unlink()
+        assert main(["check", "-q", "-r", "all", str(path)]) == 3
+    finally:
+        subprocess.run(["umount", place], check=True)
