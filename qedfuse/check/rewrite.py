@@ -196,9 +196,8 @@ class Draft(Rewriter):
         """Count entries."""
         self.written += count * ENTRY_BYTES if value else 0
 
-    async def clear(self, _offset: int, new: Values) -> None:
-        """Count entries.  They stay as they are, and are saved with what else changes there."""
-        self.written += len(new) * ENTRY_BYTES
+    async def clear(self, _offset: int, _new: Values) -> None:
+        """Leave entries as they are; they are counted and saved when their slice is repaired."""
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
         """Save and count a piece of a table; a new one has nothing that could be saved."""
