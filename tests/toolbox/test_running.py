@@ -76,15 +76,23 @@ def test_signal_cancels(number: int) -> None:
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
-def test_a_signal_counts_although_the_work_got_done() -> None:
-    """What would follow the work is not begun."""
+def test_a_signal_when_the_work_is_done_ends_what_follows() -> None:
+    """Nobody is told that something was interrupted that is there, whole."""
+    begun = []
 
     async def work() -> int:
         kill(signal.SIGINT)
         return 1
 
-    with pytest.raises(KeyboardInterrupt):
-        run_async(work)
+    async def more() -> None:
+        await trio.lowlevel.checkpoint()
+        begun.append("more")
+
+    with orderly():
+        assert run_async(work) == 1
+        with pytest.raises(KeyboardInterrupt):
+            run_async(more)
+    assert not begun
 
 
 def test_a_failure_is_told_also_after_a_signal() -> None:

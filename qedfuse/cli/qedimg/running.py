@@ -58,8 +58,9 @@ class Interruption:
             results = trio.run(self._cancellable, function, args)
         finally:
             self._deferred = False
-        if self.came or not results:
+        if not results:
             raise KeyboardInterrupt
+        # A signal that came when everything was done has nothing left to end.
         return results[0]
 
     async def _cancellable(
