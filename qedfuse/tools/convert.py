@@ -154,7 +154,9 @@ class _Work:
     async def copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:
         """Copy everything; give the size of the disk and the bytes written as data."""
         sparse = self.layout.sparse_size
-        kept = self.layout.format in {"raw", "qed"}  # else qemu-img reads it right away
+        sends: Literal["and waits", "on"] | None = "and waits" if self.durable else "on"
+        if self.layout.format not in {"raw", "qed"}:
+            sends = None  # qemu-img reads it right away
         if self.pipe is not None:
             return await copy_stream(
                 self.pipe, target, sparse_size=sparse, raw=self.raw_pipe, progress=self.progress
@@ -165,7 +167,7 @@ class _Work:
             target,
             base=base,
             sparse_size=sparse,
-            durable=self.durable and kept,
+            sends=sends,
             progress=self.progress,
         )
         await copy.run(self.streams)

@@ -23,6 +23,7 @@ from qedfuse.util.reporting import reporting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Literal
 
     from qedfuse.tools.crew import Turn
     from qedfuse.tools.pieces import Piece
@@ -50,7 +51,7 @@ class Copy:
         *,
         base: Source | None = None,
         sparse_size: int = 4096,
-        durable: bool = True,
+        sends: Literal["and waits", "on"] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Prepare to copy.
@@ -61,14 +62,15 @@ class Copy:
             base: What the target shows of itself.
             sparse_size: Bytes; shorter runs of zeros are written as data, and all zeros if
                 it is 0.
-            durable: An fsync is to follow; have the host write to its disk all the time.
+            sends: Have the host write a new target to its disk all the time: in
+                expectation of an fsync, or as far as it can keep up.
             progress: Called with the bytes of the disk that are done, and how many it has.
         """
         self._source = source
         self._target = target
         self._base = base
         self._least = sparse_size
-        self._durable = durable
+        self._sends = sends
         self._progress = progress
         self.data_bytes = 0
         self._done = 0
@@ -90,8 +92,9 @@ class Copy:
                 memory = self._length * (1 if self._base is None else 2)
                 count = max(1, min(streams, _MEMORY // memory))
                 behind = None
-                if self._durable and target.descriptor >= 0:
-                    behind = WriteBehind(target.descriptor, target.name)
+                if self._sends and target.descriptor >= 0:
+                    waits = self._sends == "and waits"
+                    behind = WriteBehind(target.descriptor, target.name, waits=waits)
                 crew = Crew([self._hand(target, behind) for _ in range(count)])
                 async for step in work:
                     await crew.work(cutter.cut(step))

@@ -51,6 +51,25 @@ def test_only_the_last_of_it_stays_in_the_page_cache(
             os.close(fd)
 
 
+def test_a_slow_disk_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By somebody who does not wait for it: what it has not got stays in memory."""
+    monkeypatch.setattr(writebehind, "_KEPT", 4 * MIB)
+    monkeypatch.setattr(writebehind, "_FAST", 1 << 60)
+    image = tmp_path / "host.img"
+    with image.open("wb") as file:
+        file.truncate(128 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    with loop_device(image) as device, file_system(device, tmp_path / "host") as host:
+        fd = os.open(host / "file", os.O_RDWR | os.O_CREAT)
+        try:
+            behind = WriteBehind(fd, "file", waits=False)
+            write_much(fd, behind)
+            assert all(cached(fd, number * MIB) for number in range(1, 32))
+            assert os.pread(fd, 32 * MIB, 0) == b"x" * (32 * MIB)
+        finally:
+            os.close(fd)
+
+
 def write_much(fd: int, behind: WriteBehind) -> None:
     """Write more than there is room for."""
     for number in range(32):
