@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import trio
 
+from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.check.walk import check_image
+from qedfuse.disk.backing import read_header
 from qedfuse.disk.references import References
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE
 from qedfuse.ondisk.header import Header, build_header
+from tests.support.disks import build_image, header_of, l2_entry_offset, put_entry
+from tests.support.hostfiles import MemoryFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,3 +166,18 @@ def test_claims_meet_at_any_bit() -> None:
             for n in range(first, first + count)
         ]
         assert free == sorted(set(range(size)) - owned)
+
+
+@pytest.mark.parametrize("backing", [b"", b"base"])
+@pytest.mark.parametrize("value", [(1 << 63) - 4096, 1 << 63, (1 << 63) - 1, (1 << 64) - 4096])
+async def test_entries_at_the_end_of_what_an_offset_can_be(value: int, backing: bytes) -> None:
+    """They are found and cleared like any other that points outside, in either table."""
+    content = build_image(1 << 22, {0: b"a", 1: b"b", 600: b"c"}, backing=backing)
+    put_entry(content, l2_entry_offset(content, 1), value)
+    put_entry(content, header_of(content).l1_table_offset + 8, value)
+    file = MemoryFile(content)
+    header = await read_header(file)
+    assert (await check_image(file, header)).errors == 2
+    plan = await plan_repair(file, header)
+    report = await repair_image(file, header)
+    assert (report.cleared, report.lost, report.after.errors) == (2, plan.lost, 0)
