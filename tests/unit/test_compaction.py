@@ -28,7 +28,7 @@ from tests.support.disks import (
     pattern,
     put_entry,
 )
-from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
+from tests.support.hostfiles import Change, FailingFile, MemoryFile, RecordingFile, Sync
 
 CLUSTER: Final = 4096
 
@@ -136,6 +136,51 @@ async def test_tables_that_nothing_has_room_for(monkeypatch: pytest.MonkeyPatch)
     assert packed == 1
     await assert_minimal(file.content)
     assert difference(guest_bytes(file.content), expected) is None
+
+
+class MeasuredFile(MemoryFile):
+    """A file that knows how long it has been."""
+
+    longest = 0
+
+    def change(self, change: Change) -> None:
+        """Change the file."""
+        super().change(change)
+        self.longest = max(self.longest, len(self.content))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("table_size", [2, 4, 16])
+async def test_how_far_tables_that_are_packed_lead_past_the_bound(
+    table_size: int, *, allowed: bool
+) -> None:
+    """Not past it with -o compact; the tool takes what all tables take, and one more."""
+    span, tables = table_size * 512, 3
+    clusters: dict[int, bytes | int] = {n: b"%d" % n for n in range(tables * span)}
+    image = build_image(tables * span * CLUSTER, clusters, table_size=table_size)
+    # The last table comes to the end of the file, where it has to leave.
+    l1_entry = header_of(image).l1_table_offset + 8 * (tables - 1)
+    table, length = get_entry(image, l1_entry), table_size * CLUSTER
+    for number in range((tables - 1) * span, tables * span):
+        entry = l2_entry_offset(image, number)
+        put_entry(image, entry, get_entry(image, entry) - length)
+    put_entry(image, l1_entry, len(image) - length)
+    image[table:] = image[table + length :] + image[table : table + length]
+    # A full disk, but for some clusters one by one where all tables are going to lie.
+    for number in range(0, 2 * table_size, 2):
+        put_entry(image, l2_entry_offset(image, number), 0)
+    header = header_of(image)
+    bound = header.geometry.bound(header.header_end, header.image_size)
+    assert len(image) == bound
+    file = MeasuredFile(image)
+    async with opened(file) as disk:
+        await disk.compact(within_bound=not allowed)
+    if allowed:
+        assert bound < file.longest <= bound + (tables + 1) * length
+        await assert_minimal(file.content)
+        assert len(file.content) == bound - length
+    else:
+        assert file.longest <= bound
 
 
 async def test_zero_clusters_bases_and_a_second_time() -> None:
