@@ -11,8 +11,9 @@ The names are imported when they are first used, so that ``import qedfuse`` cost
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+# Said as type checkers understand it: the module typing is the largest that would be loaded
+# here, and before the commands can see to it Ctrl-C shows a traceback.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from qedfuse.api import DiskFile, open  # noqa: A004  a module's open, like gzip.open
@@ -54,6 +55,8 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
         if home is None:
             msg = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(msg)
+        from importlib import import_module  # noqa: PLC0415  a quick start
+
         value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
         return value
 

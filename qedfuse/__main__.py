@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from qedfuse.cli.qedfuse import main
+from qedfuse.cli.starting import mount_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(mount_program())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import qedfuse
+from qedfuse.cli.starting import end_orderly
 from qedfuse.errors import QedError, UsageError
 from qedfuse.util.text import printable
 
@@ -173,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     helper = os.path.basename(program) in _HELPERS  # noqa: PTH119
     debug = False
     try:
+        if argv is None:
+            end_orderly()
         if words and words[0] in _COMMANDS and not helper:
             return _COMMANDS[words[0]](words[1:])
         arguments = parse_arguments(words, helper=helper)

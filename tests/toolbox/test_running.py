@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from qedfuse.cli import qedimg
+from qedfuse.cli import qedimg, starting
 from qedfuse.cli.qedimg import main as program
 from qedfuse.cli.qedimg.running import SIGNALS, orderly, run_async
 from qedfuse.errors import ImageError
@@ -159,6 +162,50 @@ def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [signal.SIG_DFL]
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["qedfuse.cli.qedimg.program", "qedfuse.cli.starting.mount_program"],
+)
+def test_interrupt_at_any_moment_of_the_start(program: str) -> None:
+    """From the first line on that is ours, no moment shows a traceback."""
+    home, name = program.rsplit(".", 1)
+    script = (
+        "import os, sys; from qedfuse.cli.starting import end_quietly; end_quietly(); "
+        f"os.write(1, b'.'); from {home} import {name}; sys.exit({name}())"
+    )
+    chance, codes = random.Random(11), set()
+    for _ in range(24):
+        process = start([sys.executable, "-c", script, "--help"])
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"."
+        time.sleep(chance.uniform(0, 0.12))
+        process.send_signal(signal.SIGINT)
+        code, _output, complaint = finish(process)
+        assert complaint in {"", "qedimg: interrupted\n"}
+        codes.add(code)
+    assert codes <= {0, 130, -signal.SIGINT}
+    assert -signal.SIGINT in codes
+
+
+def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own handler is back while it runs, and not before and after that."""
+    seen = []
+
+    def stand_in(_words: object) -> int:
+        seen.append(signal.getsignal(signal.SIGINT))
+        return 7
+
+    monkeypatch.setattr(sys, "argv", ["qedfuse", "umount", "x"])
+    monkeypatch.setattr("qedfuse.cli.qedfuse._COMMANDS", {"umount": stand_in})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert starting.mount_program() == 7
+        seen.append(signal.getsignal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.default_int_handler, signal.SIG_DFL]
 
 
 def test_usr1_without_progress_does_no_harm() -> None:
