@@ -130,7 +130,7 @@ async def repair(
             after = (await repair_image(file, header)).after
         if not keeps and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
-            after = await check_image(file, await read_header(file))
+            after = await check_image(file, await read_header(file), progress)
         return CheckResult(
             before,
             after,

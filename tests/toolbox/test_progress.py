@@ -211,5 +211,27 @@ def test_bar_moves_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(10000):
         clock.now = 1000 + step / 1000
         meter.report(step, 10000)
+    meter.close()
     assert len(drawn) == 90
     assert drawn[0] == 1001
+
+
+def test_bar_without_a_report() -> None:
+    """What takes long before there is anything to report has a bar as well."""
+    run = """
+    with progress(arguments, "Working") as report:
+        time.sleep(1.4)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        report(0, 0)
+        time.sleep(0.2)
+        report(1, 2)
+    return 0
+    """
+    code, output, shown = on_terminal(run)
+    assert (code, output) == (0, "")
+    assert "━" in shown
+    assert "Working: 0.0 %" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    assert shown.rindex("\x1b[2K") > shown.rindex("━")
+    code, output, shown = on_terminal(run, "-q")
+    assert "━" not in shown

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
 from qedfuse.util.sizes import format_size
@@ -38,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.force_share and arguments.action != "show":
         msg = f"-U: freelist {arguments.action} shares the image with nobody"
         raise UsageError(msg)
-    info = run_async(_work, arguments)
+    with progress(arguments, "Scanning"):  # nothing counts how far it is
+        info = run_async(_work, arguments)
     if arguments.output == "json":
         print_json(_as_json(arguments.image, info))
     elif arguments.action == "on" and not info.present:

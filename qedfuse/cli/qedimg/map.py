@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.cli.qedimg import arguments as common
+from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import CorruptImageError
 from qedfuse.tools.quickmap import open_quick
@@ -14,6 +15,7 @@ from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
 EXAMPLE: Final = "qedimg map --output json --start-offset 1G --max-length 64M vm.qed"
 DESCRIPTION: Final = """\
@@ -46,13 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_output(parser)
     common.add_share(parser)
     common.add_backing(parser)
+    common.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """List the extents."""
-    listed = _list_quickly(arguments)
-    if not listed.all:
-        run_async(_list_rest, arguments, listed)
+    # On a terminal the list itself shows that something is going on.
+    with progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as report:
+        listed = _list_quickly(arguments, report)
+        if not listed.all:
+            run_async(_list_rest, arguments, listed, report)
     return 0
 
 
@@ -65,7 +70,7 @@ class _Listed(NamedTuple):
     all: bool = False
 
 
-def _list_quickly(arguments: argparse.Namespace) -> _Listed:
+def _list_quickly(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> _Listed:
     """List what can be listed without loading much."""
     nothing = _Listed(begun=False, any=False, end=arguments.start_offset)
     part = arguments.start_offset or arguments.max_length is not None
@@ -81,6 +86,7 @@ def _list_quickly(arguments: argparse.Namespace) -> _Listed:
             # In JSON a comma is in front of each line, also of the first.
             sys.stdout.write(text if written or not as_json else text.removeprefix(",\n"))
             written = written or bool(text)
+            report(found.reached, found.size)
         if found.reached < found.size:
             return _Listed(begun=True, any=written, end=found.reached)
     if as_json:
@@ -93,7 +99,9 @@ def _is_silent(arguments: argparse.Namespace) -> bool:
     return bool(arguments.quiet) and arguments.output == "human"
 
 
-async def _list_rest(arguments: argparse.Namespace, listed: _Listed) -> None:
+async def _list_rest(
+    arguments: argparse.Namespace, listed: _Listed, report: Callable[[int, int], None]
+) -> None:
     """List what has not been listed yet."""
     from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  a quick start
     from qedfuse.tools.mapping import open_map  # noqa: PLC0415
@@ -105,11 +113,15 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed) -> None:
         write = (lambda _text: 0) if _is_silent(arguments) else sys.stdout.write
         if not listed.begun:
             write(HEADS[arguments.output])
-        bad = 0
+        bad, start = 0, listed.end
+        end = found.size
+        if arguments.max_length is not None:
+            end = min(end, start + arguments.max_length)
         async with aclosing(found.batches(listed.end, arguments.max_length)) as batches:
             async for batch in batches:
                 write(text.body(batch))
                 bad += batch.count_bad()
+                report(int(batch.starts[-1] + batch.lengths[-1]) - start, end - start)
         write(text.tail(arguments.start_offset))
     if bad:
         msg = (

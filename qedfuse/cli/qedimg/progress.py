@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
@@ -25,7 +26,12 @@ _ERASE_LINE: Final = "\r\x1b[2K"
 
 
 class Meter:
-    """Shows how much is done."""
+    """Shows how much is done.
+
+    What comes before the first report, or between two, may take long as well: an image that
+    was not closed cleanly is checked, one with little free space known is scanned.  So a
+    thread sees to it that there is a bar in time.
+    """
 
     def __init__(self, what: str, *, bar: bool, lines: bool, patience: float = _PATIENCE) -> None:
         """Show a ``bar`` after ``patience`` seconds, or ``lines`` of percentages, or neither."""
@@ -37,6 +43,12 @@ class Meter:
         self._next = time.monotonic() + patience
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._drawing = threading.Lock()
+        self._closed = threading.Event()
+        self._starter: threading.Thread | None = None
+        if bar and patience > 0:
+            self._starter = threading.Thread(target=self._start_late, args=(patience,), daemon=True)
+            self._starter.start()
 
     def report(self, done: int, total: int) -> None:
         """Take note of how much of how much is done, in any unit."""
@@ -69,17 +81,34 @@ class Meter:
 
     def close(self) -> None:
         """Take the bar away."""
+        self._closed.set()
+        if self._starter is not None:
+            self._starter.join()
         if self._progress is not None:
             with suppress(OSError):  # the terminal is gone
                 self._progress.stop()
 
     def _draw(self) -> None:
         """Show the bar, or move it."""
-        with suppress(OSError):  # the terminal is gone, and a signal says so
+        # A report does not wait for the thread; there is going to be another one.
+        if not self._drawing.acquire(blocking=False):
+            return
+        try:
+            if self._closed.is_set():
+                return
             if self._progress is None or self._task is None:
                 self._start()
             else:
-                self._progress.update(self._task, completed=self._done, total=self._total)
+                self._progress.update(self._task, completed=self._done, total=self._total or None)
+        except OSError:  # the terminal is gone, and a signal says so
+            pass
+        finally:
+            self._drawing.release()
+
+    def _start_late(self, patience: float) -> None:
+        """Show the bar, whether or not there was a report."""
+        if not self._closed.wait(patience) and self._progress is None:
+            self._draw()
 
     def _start(self) -> None:
         """Show the bar; rich is loaded only now, because it takes its time."""
@@ -109,14 +138,19 @@ class Meter:
 
 
 @contextmanager
-def progress(arguments: argparse.Namespace, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far the work in the block is; gives the function to tell it to."""
+def progress(
+    arguments: argparse.Namespace, what: str, *, bar: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+    """Show how far the work in the block is; gives the function to tell it to.
+
+    Without ``bar`` there is none on a terminal either.
+    """
     quiet: bool = arguments.quiet
     wanted: bool = getattr(arguments, "progress", False)
     terminal = sys.stderr.isatty()
     meter = Meter(
         what,
-        bar=terminal and not quiet,
+        bar=terminal and bar and not quiet,
         lines=wanted and not terminal and not quiet,
         patience=0.0 if wanted else _PATIENCE,
     )

@@ -85,6 +85,7 @@ complete -c qedimg -n '__qedimg_is map' -s U -l force-share -d 'read beside a pr
 complete -c qedimg -n '__qedimg_is map' -l backing -x -a 'confined any none' -d 'use backing files only from the directory of the image that names them, from anywhere, or not at all (confined)'
 complete -c qedimg -n '__qedimg_is map' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is map' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
+complete -c qedimg -n '__qedimg_is map' -s p -l progress -d 'show the progress also where stderr is no terminal'
 complete -c qedimg -n '__qedimg_is map' -s q -l quiet -d 'say nothing but errors'
 complete -c qedimg -n '__qedimg_is map' -s v -l verbose -d 'say what is being done'
 complete -c qedimg -n '__qedimg_is map' -s h -l help -d 'show help'
