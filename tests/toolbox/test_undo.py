@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import struct
 import subprocess
 from typing import TYPE_CHECKING, Final
@@ -235,7 +234,6 @@ def test_a_repair_that_was_killed_is_not_taken_for_none(tmp_path: Path) -> None:
     assert path.stat().st_size < len(content)
 
 
-@pytest.mark.skipif(shutil.which("xxd") is None, reason="no xxd")
 def test_the_documented_format_is_enough(tmp_path: Path) -> None:
     """The script in docs/repair.md takes a repair back without qedimg."""
     content = two_tables()
