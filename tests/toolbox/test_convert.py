@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 import pytest
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.tools import convert as conversion
+from qedfuse.tools import copying
 from qedfuse.tools import verify as verifying
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
 from tests.support.disks import header_of, l2_entry_offset, put_entry
 from tests.support.fakecommand import finish, start
 from tests.toolbox import memory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def names(directory: Path) -> set[str]:
@@ -232,14 +232,60 @@ def test_ctrl_c_while_nobody_opens_the_other_end(words: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("form", ["qcow2", "vmdk", "vdi", "vpc"])
-def test_other_formats(form: str, tmp_path: Path) -> None:
-    """They are made by qemu-img, and nothing else remains."""
+def test_other_formats(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made by qemu-img, and nothing else remains, whatever the name looks like to it."""
     chance = random.Random(form)
-    source, new = chains.draw_image(tmp_path / "a.qed", chance), tmp_path / f"new.{form}"
-    assert main(["convert", "-O", form, str(source), str(new)]) == 0
-    assert qemu.compare(source, new, second_format=form)
-    assert qemu.info(new)["format"] == form
-    assert names(tmp_path) == {"a.qed", new.name}
+    source = chains.draw_image(tmp_path / "a.qed", chance)
+    monkeypatch.chdir(tmp_path)
+    for directory in ("a:b", "-c", str(tmp_path / "d")):
+        Path(directory).mkdir()
+        new = f"{directory}/new.{form}"
+        assert main(["convert", "-O", form, "--", "a.qed", new]) == 0
+        assert qemu.compare(source, tmp_path / new, second_format=form)
+        assert qemu.info(tmp_path / new)["format"] == form
+        assert names(Path(directory)) == {f"new.{form}"}
+
+
+def test_an_option_that_qemu_img_refuses_fails_before_the_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits an hour for "invalid parameter"."""
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    copies: list[object] = []
+
+    async def run(copy: object, _streams: int) -> None:
+        copies.append(copy)
+
+    monkeypatch.setattr(copying.Copy, "run", run)
+    source, new = str(tmp_path / "a.raw"), str(tmp_path / "x")
+    assert main(["convert", "-O", "qcow2", "-o", "nonsense=1", source, new]) == 1
+    assert "Invalid parameter" in capsys.readouterr().err
+    assert not copies
+    assert main(["convert", "-O", "qcow2", source, new]) == 0
+    assert copies
+
+
+@pytest.mark.parametrize("formats", ["Supported formats: qcow2 raw", "no list at all"])
+def test_the_text_of_qemu_img_does_not_matter(
+    formats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its versions list formats in different ways; only exit status and files count."""
+    real = shutil.which("qemu-img")
+    wrapper = tmp_path / "bin" / "qemu-img"
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        f'case " $* " in *" --help "*) echo "{formats}"; exit 0;; esac\n'
+        f'{real} "$@" >/dev/null || {{ echo "something new" >&2; exit 1; }}\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    source = chains.draw_image(tmp_path / "a.qed", random.Random(3))
+    new = tmp_path / "new.qcow2"
+    assert main(["convert", "-O", "qcow2", str(source), str(new)]) == 0
+    assert main(["convert", "-O", "bogus", str(source), str(tmp_path / "x")]) == 1
+    monkeypatch.undo()
+    assert qemu.compare(source, new, second_format="qcow2")
 
 
 MISTAKES: Final = {
@@ -252,7 +298,8 @@ MISTAKES: Final = {
     "no-source": ("gone x", "gone: cannot open: No such file"),
     "directory": (". x", "found a directory"),
     "into-directory": ("--force a.raw .", "found a directory, expected a new file"),
-    "format": ("-O bogus a.raw x", "format: found bogus, expected one of"),
+    "format": ("-O bogus a.raw x", "x: format: found bogus, expected one that qemu-img makes (Un"),
+    "read-only-format": ("-O bochs a.raw x", "x: format: found bochs, expected one that qemu-img"),
     "source-format": ("-f qcow2 a.raw x", "-f: found qcow2, expected raw or qed"),
     "foreign": ("foreign x", "foreign: format: found qcow2, expected raw or qed (-f raw"),
     "not-qed": ("-f qed a.raw x", "a.raw: not a QED image"),
@@ -266,7 +313,12 @@ MISTAKES: Final = {
     "small": ("-n huge.raw base.qed", "base.qed: size: found 1048576, expected at least"),
     "raw-over-qed": ("-n -O raw a.raw base.qed", "base.qed: found a QED image, expected raw"),
     "image-pipe": ("top.qed -", "-: a pipe: expected -O raw"),
-    "foreign-option": ("-O qcow2 -o nonsense=1 a.raw x", "x: qemu-img: "),
+    "foreign-option": ("-O qcow2 -o nonsense=1 a.raw x", "x: qemu-img: Invalid parameter 'non"),
+    "foreign-help": ("-O qcow2 -o help a.raw x", "x: -o help: found that qemu-img makes none,"),
+    "foreign-extents": (
+        "-O vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=ide a.raw x",
+        "x: -o subformat=twoGbMaxExtentFlat,adapter_type=ide: found that qemu-img makes 2 files",
+    ),
 }
 IN_BASE: Final = {
     "missing": ("-B gone a.raw x", "x: backing file gone: cannot open"),
