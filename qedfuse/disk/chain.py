@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.extents import Extent, Kind, joined
@@ -13,10 +12,6 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.flatten import Below
     from qedfuse.disk.layer import Layer
-
-log = logging.getLogger(__name__)
-
-_MAX_REPORTED = 100
 
 _FLAT_BYTES = 1 << 22
 """Longest range that is looked up in `Below`: longer ones are mostly holes, or are read once."""
@@ -29,7 +24,6 @@ class Chain:
         """Stack layers that are open already; ``below`` is what shows through the first."""
         self.layers = layers
         self.below = below
-        self._reported: set[str] = set()
 
     @property
     def has_base(self) -> bool:
@@ -112,7 +106,6 @@ class Chain:
                 if count < extent.length:
                     self._cut_short(extent, count)
             elif extent.kind is Kind.BAD:
-                self.report(extent)
                 raise CorruptImageError(extent.reason)
         return buffer
 
@@ -123,12 +116,6 @@ class Chain:
             f"{count} bytes, expected {extent.length}"
         )
         raise HostError(msg)
-
-    def report(self, extent: Extent) -> None:
-        """Log a bad entry, once, and not more of them than a log can bear."""
-        if extent.reason not in self._reported and len(self._reported) < _MAX_REPORTED:
-            self._reported.add(extent.reason)
-            log.warning("%s", extent.reason)
 
     def close(self) -> None:
         """Let all files go, the base last."""

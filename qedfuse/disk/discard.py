@@ -224,7 +224,6 @@ class Discards:
         extents = await layer.lookup(start, end - start)
         for extent in extents:
             if extent.kind is Kind.BAD:
-                self._chain.report(extent)
                 raise CorruptImageError(extent.reason)
         return {extent.kind for extent in extents}
 

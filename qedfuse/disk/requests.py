@@ -84,7 +84,6 @@ class Requests:
     async def _in_place(self, extent: Extent, data: memoryview) -> None:
         """Overwrite what is there already."""
         if extent.kind is Kind.BAD:
-            self._chain.report(extent)
             raise CorruptImageError(extent.reason)
         await self._layer.file.pwrite(extent.file_offset, data)
         self._commit.note_write()

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, 
 import pyfuse3
 from pyfuse3 import FUSEError
 
-from qedfuse.errors import NoSpaceError, QedError
+from qedfuse.errors import QedError
+from qedfuse.mount.errorlog import RequestErrorLog
 from qedfuse.mount.view import Attributes, View
 from qedfuse.ondisk.constants import SECTOR
 
@@ -49,9 +50,6 @@ _INODE: Final = ~_FLAGS
 _ABOUT_NS: Final = 1_000_000_000
 """Nanoseconds by which the times of disk and image may differ."""
 
-_MOST_COMPLAINTS: Final = 100
-"""Different complaints that are logged in the life of a mount: a bad image has many."""
-
 
 def _answered(
     method: Callable[Concatenate[Operations, P], Awaitable[T]],
@@ -72,18 +70,19 @@ def _answered(
                 _log.debug("%s: %s", method.__name__, error)
             raise
         except QedError as error:
-            self.complain(error)
+            self.errors.error(_inode_of(args), error)
             raise FUSEError(error.errno) from error
         except Exception as error:
-            raise _internal(method) from error
+            self.errors.bug(_inode_of(args), method.__name__.lstrip("_"), error)
+            raise FUSEError(errno.EIO) from error
 
     return answered
 
 
-def _internal(method: Callable[..., object]) -> FUSEError:
-    """Log the bug that is being handled, and make an answer of it."""
-    _log.exception("internal error in %s", method.__name__.lstrip("_"))
-    return FUSEError(errno.EIO)
+def _inode_of(args: Sequence[object]) -> int:
+    """Return the inode that a request is about; the root where it names none."""
+    first = args[0] if args else None
+    return first & _INODE if isinstance(first, int) else pyfuse3.ROOT_INODE
 
 
 def _shown(args: Sequence[object]) -> str:
@@ -99,6 +98,7 @@ class Operations(pyfuse3.Operations):
 
     Attributes:
         views: The disks, by inode.
+        errors: The log of requests that failed.
     """
 
     supports_dot_lookup = False
@@ -107,6 +107,7 @@ class Operations(pyfuse3.Operations):
         """Show the disks as files of a directory, or the only one as the mountpoint itself."""
         super().__init__()
         self.views = {view.inode: view for view in views}
+        self.errors = RequestErrorLog(self.views)
         self.debug = _log.isEnabledFor(logging.DEBUG)
         # On a file as mountpoint the kernel would keep the size 0 that it starts with.
         self.enable_writeback_cache = directory and not (options.read_only or options.direct_io)
@@ -123,21 +124,11 @@ class Operations(pyfuse3.Operations):
         # allow_root is unknown to the kernel: everybody is let in and turned away here.
         only = options.allow_root and not options.allow_other
         self._admitted = frozenset((0, os.getuid())) if only else None
-        self._complaints: set[str] = set()
 
     @property
     def opened(self) -> int:
         """How many handles are open in all."""
         return sum(view.opened for view in self.views.values())
-
-    def complain(self, error: QedError) -> None:
-        """Log what a request failed with, each complaint once."""
-        message = str(error)
-        if isinstance(error, NoSpaceError) and "the disk ends" in message:
-            return  # the caller's mistake, not the image's
-        if message not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
-            self._complaints.add(message)
-            _log.error("%s", message)
 
     def admit(self, uid: int) -> None:
         """Turn away whom allow_root does not let in."""
@@ -257,7 +248,8 @@ class Operations(pyfuse3.Operations):
             try:
                 found = view.disk.read_now(off, size)
             except Exception as error:
-                raise _internal(self.read) from error
+                self.errors.bug(view.inode, "read", error)
+                raise FUSEError(errno.EIO) from error
             if found is not None:
                 # pyfuse3 takes any buffer, whatever its type hints say.
                 return found  # type: ignore[return-value]
@@ -270,7 +262,8 @@ class Operations(pyfuse3.Operations):
             try:
                 written = view.disk.write_now(off, buf)
             except Exception as error:
-                raise _internal(self.write) from error
+                self.errors.bug(view.inode, "write", error)
+                raise FUSEError(errno.EIO) from error
             if written:
                 return len(buf)
         return await self._write(fh, off, buf)

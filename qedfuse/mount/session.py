@@ -193,6 +193,7 @@ class _Session:
             _log.warning("%s: option readahead: %s", printable(mountpoint), untuned)
         keeper = SizeKeeper(mountpoint, entry.device)
         async with open_scope() as nursery:
+            nursery.start_soon(operations.errors.run)
             if operations.enable_writeback_cache:
                 operations.size_lost = keeper.lost
                 operations.write_back = laundering.launder_all

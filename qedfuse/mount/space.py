@@ -108,10 +108,10 @@ class SpaceRequests:
         except FUSEError as error:
             request.error(error.errno)
         except QedError as error:
-            self._operations.complain(error)
+            self._operations.errors.error(inode, error)
             request.error(error.errno)
-        except Exception:  # noqa: BLE001  the kernel must get an answer
-            _log.exception("internal error in %s", operation)
+        except Exception as error:  # noqa: BLE001  the kernel must get an answer
+            self._operations.errors.bug(inode, operation, error)
             request.error(errno.EIO)
 
     async def _allocate(self, view: View, mode: int, start: int, length: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import pyfuse3
 import pytest
+import trio
 
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pyfuse3 import RequestContext
+    from trio.testing import MockClock
 
     from qedfuse.disk.disk import Disk
 
@@ -162,6 +164,75 @@ async def test_a_bug_is_answered_with_eio_and_logged_with_its_trace(
     assert caught.value.errno == errno.EIO
     assert caplog.records[0].levelno == logging.ERROR
     assert caplog.records[0].exc_info is not None
+
+
+class NamedBroken(Broken):
+    """A broken disk whose error can be changed."""
+
+    name = "/vm.qed"
+
+    def fail(self, message: str) -> None:
+        """Fail with ``message`` from now on."""
+        self._error = CorruptImageError(message)
+
+
+async def test_errors_are_rate_limited_for_each_disk(
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: MockClock,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A hundred lines a disk, then a line a minute that has the number and the last error."""
+    request.node.add_marker(pytest.mark.expect_log("vm.qed"))
+    disks = [NamedBroken(ValueError()), NamedBroken(ValueError())]
+    views = [View(cast("Disk", disk), b"vm.raw", 2 + at, "/") for at, disk in enumerate(disks)]
+    handlers = Operations(views, MountOptions(), directory=True)
+
+    def logged() -> list[str]:
+        texts = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return texts
+
+    async def fail(which: int, first: int, last: int) -> None:
+        for number in range(first, last):
+            disks[which].fail(f"/vm.qed: entry {number}")
+            with pytest.raises(pyfuse3.FUSEError):
+                await handlers.read(2 + which, 0, 512)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(handlers.errors.run)
+        await fail(0, 0, 150)
+        assert logged() == [f"/vm.qed: entry {number}" for number in range(100)]
+        # Other disks have their own hundred.
+        await fail(1, 0, 1)
+        assert logged() == ["/vm.qed: entry 0"]
+        await trio.sleep(59)
+        assert logged() == []
+        await trio.sleep(2)
+        more = "/vm.qed: {} not logged one by one, the last: /vm.qed: entry {}"
+        assert logged() == [more.format("50 more errors", 149)]
+        # Repeats are counted as well, and nothing is logged while nothing fails.
+        await trio.sleep(1000)
+        assert logged() == []
+        await fail(0, 7, 8)
+        await trio.sleep(61)
+        assert logged() == [more.format("1 more error", 7)]
+        # What the minute's line has not told yet is told when the mount ends.
+        await fail(0, 500, 502)
+        nursery.cancel_scope.cancel()
+    assert logged() == [more.format("2 more errors", 501)]
+    assert autojump_clock.autojump_threshold == 0
+
+
+async def test_bugs_are_rate_limited_too(
+    caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    """A bug that each request meets has one traceback, whatever way the request takes."""
+    request.node.add_marker(pytest.mark.expect_log("internal error in read"))
+    handlers = operations(Broken(ZeroDivisionError()))
+    for _ in range(3):
+        with pytest.raises(pyfuse3.FUSEError):
+            await handlers.read(2, 0, 512)
+    assert len(caplog.records) == 1
 
 
 async def test_a_failed_disk_is_reported_by_flush() -> None:
