@@ -29,6 +29,7 @@ from qedfuse.mount import extraops
 from qedfuse.mount.attach import attach
 from qedfuse.mount.handshake import shake_hands
 from qedfuse.mount.laundering import Laundering
+from qedfuse.mount.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, find_mount
 from qedfuse.mount.naming import Source, find_sources
 from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
@@ -78,7 +79,9 @@ class MountRequest:
 
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """Mount, call ``ready`` when the disks can be used, serve until the end; give an exit code."""
-    session = _Session(request, ready)
+    # Before trio starts threads: they inherit it.
+    unprotected = None if request.fake else protect_from_memory_pressure()
+    session = _Session(request, ready, unprotected)
     failure: QedError | None = None
     crash: BaseException | None = None
     try:
@@ -99,9 +102,12 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
 class _Session:
     """The parts of one mount that must be taken down again."""
 
-    def __init__(self, request: MountRequest, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, request: MountRequest, ready: Callable[[], None], unprotected: str | None
+    ) -> None:
         self._request = request
         self._ready = ready
+        self._unprotected = unprotected
         self._note: NoteKeeper | None = None
         self._stopper = Stopper()
         self._is_ready = False
@@ -209,6 +215,10 @@ class _Session:
             if untuned is not None and self._request.options.readahead is None:
                 # For the log: an ordinary user need not hear this at every mount.
                 _log.info("%s: %s", printable(mountpoint), untuned)
+            if self._unprotected is not None and not self._request.options.read_only:
+                # Root can do something about it.
+                level = logging.INFO if os.geteuid() else logging.WARNING
+                _log.log(level, "%s: %s", printable(mountpoint), self._unprotected)
             await pyfuse3.main(min_tasks=_TASKS)
             notify_systemd("STOPPING=1")
             nursery.cancel_scope.cancel()

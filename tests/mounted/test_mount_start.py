@@ -20,11 +20,15 @@ from qedfuse.mount.runtime import directories
 from tests.support import qemu
 from tests.support.mounted import (
     COMMAND,
+    IO_FLUSHER,
+    UNPROTECTED,
     FrontMount,
     clean_up,
     environment,
     front,
+    io_flusher_flags,
     is_mounted,
+    may_be_io_flusher,
     mounted,
     qedfuse,
     refused,
@@ -466,3 +470,22 @@ def test_an_ordinary_user_is_told_that_reading_ahead_stays_short(user_place: Pat
     done = as_user(*COMMAND, image, mnt, "-o", "readahead=64K")
     assert (done.returncode, done.stderr, read_ahead(mnt)) == (0, "", 64)
     assert as_user(*COMMAND, "umount", mnt).returncode == 0
+
+
+def test_a_server_is_protected_while_memory_is_short_or_says_so_once(
+    image: Path, tmp_path: Path
+) -> None:
+    """All its threads have the flag, or the log of a writable mount has one line about it."""
+    permitted = may_be_io_flusher()
+    told: list[str] = []
+    for options, lines in ((("-r",), 0), ((), 0 if permitted else 1)):
+        with front(*options, image, tmp_path / "mnt") as mount:
+            (mount.mountpoint / "vm.raw").read_bytes()
+            flags = io_flusher_flags(mount.process.pid)
+            assert qedfuse("umount", mount.mountpoint).returncode == 0
+            code, log = mount.finish()
+        assert set(flags.values()) == {IO_FLUSHER if permitted else 0}
+        assert (code, log.count("unmounted"), len(mount.unprotected)) == (0, 1, lines)
+        told += mount.unprotected
+    prefix = f"qedfuse: {tmp_path / 'mnt'}: {UNPROTECTED}: "
+    assert [line.startswith(prefix) for line in told] == [True] * (not permitted)

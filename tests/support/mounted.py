@@ -83,34 +83,79 @@ def mounted(source: StrPath, mountpoint: StrPath, *options: StrPath) -> Iterator
         clean_up(place)
 
 
+UNPROTECTED: Final = "not protected while memory is short"
+"""What a line of the log says where CAP_SYS_RESOURCE is missing, as in most containers."""
+
+IO_FLUSHER: Final = 0x0018_0000
+"""PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of linux/sched.h: what PR_SET_IO_FLUSHER sets."""
+
+_CAP_SYS_RESOURCE: Final = 24
+
+
+def may_be_io_flusher() -> bool:
+    """Tell whether this process may use PR_SET_IO_FLUSHER: it has CAP_SYS_RESOURCE."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    capabilities = int(status.partition("\nCapEff:")[2].split()[0], 16)
+    return bool(capabilities >> _CAP_SYS_RESOURCE & 1)
+
+
+def io_flusher_flags(pid: int) -> dict[str, int]:
+    """Give the flags of `IO_FLUSHER` that each thread of a process has, by the thread's number."""
+    flags = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        fields = (task / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        flags[task.name] = int(fields[6]) & IO_FLUSHER
+    return flags
+
+
 class FrontMount:
     """A mount whose process stays in front, so that a test can look at its end.
 
     Attributes:
         process: The process.
         mountpoint: Where it has mounted.
+        unprotected: Lines of its log with `UNPROTECTED`.  They depend on the machine, so
+            `read_line` and `finish` leave them out.
     """
 
     def __init__(self, process: subprocess.Popen[str], mountpoint: Path) -> None:
         """Wrap a process that has mounted already."""
         self.process = process
         self.mountpoint = mountpoint
+        self.unprotected: list[str] = []
+        self._received = ""
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         self.process.send_signal(number)
 
     def read_line(self) -> str:
-        """Wait for the next line of its log."""
+        """Wait for the next line of its log; an empty one if the log has ended."""
+        while True:
+            line, newline, rest = self._received.partition("\n")
+            if not newline and (more := self._receive()):
+                self._received += more
+                continue
+            self._received = rest
+            if UNPROTECTED not in line:
+                return line + newline
+            self.unprotected.append(line)
+
+    def _receive(self) -> str:
+        """Wait for more of its log."""
         assert self.process.stderr is not None
         ready, _, _ = select.select([self.process.stderr], [], [], TIMEOUT)
         assert ready, "no line in the log"
-        return self.process.stderr.readline()
+        return os.read(self.process.stderr.fileno(), 1 << 16).decode(errors="backslashreplace")
 
     def finish(self) -> tuple[int, str]:
         """Wait for the end; give the exit code and the rest of the log."""
         _out, log = self.process.communicate(timeout=TIMEOUT)
-        return self.process.returncode, log
+        log = self._received + log
+        self._received = ""
+        lines = log.splitlines(keepends=True)
+        self.unprotected += [line.rstrip("\n") for line in lines if UNPROTECTED in line]
+        return self.process.returncode, "".join(x for x in lines if UNPROTECTED not in x)
 
 
 @contextmanager
