@@ -11,7 +11,7 @@
 
 #define COLUMN 16       /* characters of a column of the table for people */
 #define MOST_DIGITS 20  /* of a number; of a hexadecimal one with its 0x */
-#define JSON_LINE 160   /* characters, numbers included */
+#define JSON_LINE 192   /* characters, numbers included */
 
 /* A range of the disk that is stored in one way; the value is that of its first entry. */
 struct extent {
@@ -71,12 +71,14 @@ static char *write_extent(char *at, const struct extent *extent, const struct st
         at = decimal(at, extent->length);
         if (extent->value > 1) {
             at = put(at, ", \"depth\": 0, \"present\": true, \"zero\": false, \"data\": true, "
-                         "\"offset\": ");
+                         "\"compressed\": false, \"offset\": ");
             at = decimal(at, extent->value);
         } else if (extent->value)
-            at = put(at, ", \"depth\": 0, \"present\": true, \"zero\": true, \"data\": false");
+            at = put(at, ", \"depth\": 0, \"present\": true, \"zero\": true, \"data\": false, "
+                         "\"compressed\": false");
         else
-            at = put(at, ", \"depth\": 0, \"present\": false, \"zero\": true, \"data\": false");
+            at = put(at, ", \"depth\": 0, \"present\": false, \"zero\": true, \"data\": false, "
+                         "\"compressed\": false");
         return put(at, "}");
     }
     if (extent->value <= 1)

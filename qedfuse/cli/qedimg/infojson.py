@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qedfuse.ondisk.constants import SECTOR
+
 if TYPE_CHECKING:
     from qedfuse.tools.chaininfo import Details
     from qedfuse.tools.info import ImageInfo, QedInfo
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
     """Give an image's description, in qemu-img's order as far as it has the keys."""
-    value: dict[str, Any] = {}
+    value: dict[str, Any] = {"children": [{"name": "file", "info": _file(image)}]}
     qed = image.qed
     backing = None if qed is None else qed.backing
     if backing is not None and backing.is_raw:
@@ -36,6 +38,19 @@ def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
             for item in qed.problems
         ]
     return value
+
+
+def _file(image: ImageInfo) -> dict[str, Any]:
+    """Give what qemu-img has from version 8.0 on of the file that an image is in."""
+    return {
+        "children": [],
+        "virtual-size": -(-image.file_size // SECTOR) * SECTOR,
+        "filename": image.path,
+        "format": "file",
+        "actual-size": image.disk_usage,
+        "format-specific": {"type": "file", "data": {}},
+        "dirty-flag": False,
+    }
 
 
 def _data(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, Any]:

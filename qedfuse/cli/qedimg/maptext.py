@@ -50,7 +50,7 @@ class HumanWriter:
 
 
 class JsonWriter:
-    """Writes JSON as qemu-img does, byte for byte."""
+    """Writes JSON as qemu-img does from version 8.2 on, byte for byte."""
 
     def __init__(self, *, goes_on: bool) -> None:
         """Write all extents, or with ``goes_on`` those after others."""
@@ -86,6 +86,7 @@ def _json_line(depth: int, kind: int) -> str:
         "present": kind != ABSENT,
         "zero": kind in (ABSENT, ZEROS, HOLE),
         "data": kind == DATA,
+        "compressed": False,
     }
     flags = ", ".join(f'"{word}": {str(value).lower()}' for word, value in words.items())
     offset = ', "offset": %d' if kind in (DATA, HOLE) else ""
