@@ -28,7 +28,7 @@ from qedfuse.errors import NoSpaceError
 from qedfuse.ondisk.constants import MAX_OFFSET
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable
 
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
@@ -293,10 +293,13 @@ class Allocator:
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
 
-    def adopt_block(self, block: int, bits: int) -> None:
-        """Take note of clusters of one block of the map that were found to be free."""
+    def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
+        """Add clusters of one block of the map that the scan found to be free.
+
+        Those in ``holes`` take up no space on the host.
+        """
         self.free.add_block(block, bits)
-        self.doubtful.add_block(block, bits)
+        self.doubtful.add_block(block, bits & ~holes)
 
     def make_map(self) -> FreeMap:
         """Make an empty map of the file's clusters, with blocks where those of ``free`` are."""
@@ -353,13 +356,3 @@ class Allocator:
         """Note that a run changed its state: what the scan reads about it says nothing."""
         if self._witnesses is not None:
             self._witnesses.add(first, count)
-
-    def adopt(self, runs: Iterable[tuple[int, int]], *, punched: bool = False) -> None:
-        """Take note of runs that were found to be free, in clusters: the first, how many.
-
-        ``punched`` says that they take up no space on the host.
-        """
-        for first, count in runs:
-            self.free.add(first, count)
-            if not punched:
-                self.doubtful.add(first, count)

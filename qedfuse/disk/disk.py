@@ -8,7 +8,7 @@ async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qedfuse.disk.basename import change_base_name
 from qedfuse.disk.lifecycle import Lifecycle
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from qedfuse.disk.tablecache import SliceStore
     from qedfuse.hostio.hostfile import Buffer, HostFile
     from qedfuse.ondisk.header import Header
-
-_SHORT_TABLES: Final = 8 << 20
-"""Bytes of L2 tables that are scanned while the opener waits: those of 64 GiB of data."""
 
 
 class Disk:
@@ -225,13 +222,13 @@ class Disk:
 
     @property
     def short_to_scan(self) -> bool:
-        """Whether the tables are so few that the scan is a matter of some milliseconds."""
-        tables = len(self._layer.l2_tables) * self.header.geometry.table_bytes
-        return self._file.writable and tables <= _SHORT_TABLES
+        """Whether a scan is under way that is a matter of some milliseconds."""
+        scan = self._parts.scan
+        return self._file.writable and scan.is_short and not scan.is_postponed
 
     async def scanned(self) -> None:
         """Return when the free space of the file is known, or never will be."""
-        await self._parts.reclaim.ready.wait()
+        await self._parts.scan.run()
 
     async def flush(self) -> None:
         """Return when every write that has ended survives power loss (D1).

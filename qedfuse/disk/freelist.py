@@ -58,10 +58,12 @@ class FreeList:
     Attributes:
         runs: The runs, ascending: first cluster, and how many.
         places: The clusters that hold the list, ascending.
+        descriptor: The sector that describes it.
     """
 
     runs: Runs
     places: Values
+    descriptor: bytes
 
     @property
     def clusters(self) -> int:
@@ -121,7 +123,8 @@ class _Reader:
             refuse("runs", "another checksum", "that of the descriptor")
         self._judge_runs(runs, descriptor)
         await self._judge_tables(runs)
-        found = FreeList(runs, np.array(places, np.uint64) >> np.uint64(self._bits))
+        places_held = np.array(places, np.uint64) >> np.uint64(self._bits)
+        found = FreeList(runs, places_held, bytes(sector))
         listed = found.holds(found.places)
         if not listed.all():
             stray = places[int(np.argmin(listed))]

@@ -15,7 +15,7 @@ from qedfuse.ondisk.table import SLICE_BYTES, decode, runs
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -77,8 +77,6 @@ class QedLayer:
         self._end_at_open = file.size()
         # Where in memory the slices that were used lately are, by their number.
         self._keys: dict[int, tuple[int, int]] = {}
-        # Shown the L2 entries that were just read and found good.
-        self.witness: Callable[[NDArray[np.uint64]], None] | None = None
         # Whether a bad entry was seen while writing: see `NeedCheck.clear`.
         self.damaged = False
 
@@ -184,12 +182,8 @@ class QedLayer:
             return None
         room = self._room(level)
         if room.holds_all(np.sort(places)):
-            if level == L2 and self.witness is not None:
-                self.witness(places)
             return None
         bad = used & ~room.holds(values)
-        if level == L2 and self.witness is not None:
-            self.witness(values[used & ~bad])
         self.damaged = self.damaged or bool(bad.any())
         return bad.astype(np.uint8).tobytes() if bad.any() else None
 

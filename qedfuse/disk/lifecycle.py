@@ -65,8 +65,7 @@ class Lifecycle:
                 await parts.gate.before_change()
             nursery.start_soon(parts.commit.run)
             nursery.start_soon(parts.needcheck.run)
-            nursery.start_soon(parts.scan.run)
-            nursery.start_soon(parts.saved_list.watch)
+            nursery.start_soon(parts.scan.run_when_due)
         self._started = True
 
     async def close(self) -> None:
@@ -110,7 +109,7 @@ class Lifecycle:
         """
         parts = self._parts
         await parts.commit.flush()
-        needed = parts.quarantine.count or parts.saved_list.wanted
+        needed = parts.quarantine.count or parts.saved_list.needs_scan
         if needed and not parts.reclaim.ready.is_set():
             await parts.scan.run()
         if parts.reclaim.pending:

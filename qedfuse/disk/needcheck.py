@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.commit import Commit
     from qedfuse.disk.layer import QedLayer
     from qedfuse.disk.liveheader import LiveHeader
+    from qedfuse.disk.scan import Scan
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,18 @@ class NeedCheck:
         live: LiveHeader,
         commit: Commit,
         allocator: Allocator,
+        scan: Scan,
         delay: float,
     ) -> None:
-        """Watch over an image; clear the bit ``delay`` seconds after the last change."""
+        """Watch over an image; clear the bit ``delay`` seconds after the last change.
+
+        ``scan`` is told before the first change.
+        """
         self._layer = layer
         self._live = live
         self._commit = commit
         self._allocator = allocator
+        self._scan = scan
         self._delay = delay
         self._under_way = 0
         self._last_change = trio.current_time()
@@ -56,6 +62,7 @@ class NeedCheck:
             # A bit that is still being written by somebody else, or could not be, does
             # not protect our change yet.
             if not self.is_set:
+                await self._scan.before_table_change()
                 await self._live.change(lambda header: header.with_need_check(value=True))
                 self._commit.note_write()
             yield

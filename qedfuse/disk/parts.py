@@ -63,7 +63,12 @@ class Parts:
         self.reclaim.before_change = self.gate.before_change
         self.scan = Scan(self.layer, self.allocator, self.reclaim)
         self.needcheck = NeedCheck(
-            self.layer, self.live, self.commit, self.allocator, options.needcheck_seconds
+            self.layer,
+            self.live,
+            self.commit,
+            self.allocator,
+            self.scan,
+            options.needcheck_seconds,
         )
         self.requests = Requests(
             self.chain,

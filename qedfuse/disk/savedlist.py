@@ -4,10 +4,14 @@ While the image is open for writing the list lives in memory, in the allocator. 
 it is invalid from before the first change on, so that a crash never leaves a list that
 is believed and no longer true; then the next open scans.  A clean close writes it again.
 
-    opening          read and judge the list; good: its runs are free, and no scan is needed
+    opening          read and judge the list; good: the scan waits until it is needed
     first change     clear the bit -> datasync, then anything may change
+    tables change    scan: what the tables do not refer to is free, whatever the list says
     close            all tables durable, NEED_CHECK clear ->
                      list and descriptor -> datasync -> set the bit -> datasync
+
+A session that gives no cluster a place and takes none away needs no scan: its list is as
+true as it was, so the descriptor is written back as it was.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ from qedfuse.disk.freelist import (
     refuse_taken_place,
     write_list,
 )
-from qedfuse.disk.freemap import BLOCK, FreeMap
+from qedfuse.disk.freemap import BLOCK
 from qedfuse.errors import CorruptImageError, HostError, QedError
+from qedfuse.ondisk.freelist import DESCRIPTOR_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.commit import Commit
     from qedfuse.disk.freelist import FreeList
+    from qedfuse.disk.freemap import FreeMap
     from qedfuse.disk.layer import QedLayer
     from qedfuse.disk.liveheader import LiveHeader
     from qedfuse.disk.options import OpenOptions
@@ -77,10 +83,8 @@ class SavedList:
         self._scan = scan
         self._option = options.free_list
         self._before_change = before_change
-        self._bits = allocator.cluster_bits
         self._listed: FreeList | None = None
         self._on_disk = live.value.free_list
-        self._contradicted = trio.Event()
         self.wanted = self._option == "on" or (self._option == "keep" and self._on_disk)
 
     async def open(self) -> None:
@@ -97,32 +101,22 @@ class SavedList:
             return
         self.wanted = self.wanted and not name_in_the_way(header)
         try:
-            await self._adopt(await read_list(self._file, header, self._layer.l2_tables))
+            listed = await read_list(self._file, header, self._layer.l2_tables)
         except (CorruptImageError, HostError) as error:
             log.warning("%s: the list is dropped, and the tables are scanned instead", error)
         else:
             if self._option != "off":
+                await self._postpone_scan(listed)
                 return
         await self._before_change()
 
-    async def _adopt(self, listed: FreeList) -> None:
-        """Tell the allocator what is free."""
-        free = self._allocator.free
-        first = listed.runs[:, 0].astype(np.int64) + free.shift
-        last = first + listed.runs[:, 1].astype(np.int64)
-        # A run at a time takes three microseconds; a block at a time less, if it has several.
-        within = first // BLOCK == (last - 1) // BLOCK
-        self._allocator.adopt(listed.runs[~within].tolist(), punched=True)
-        first, last = first[within], last[within]
-        edges = np.flatnonzero(np.diff(first // BLOCK, prepend=-1)).tolist()
-        for begin, end in itertools.pairwise([*edges, len(first)]):
-            block = int(first[begin]) // BLOCK
-            free.add_block(block, _bits(first[begin:end] % BLOCK, last[begin:end] - block * BLOCK))
-            await trio.lowlevel.checkpoint()
+    async def _postpone_scan(self, listed: FreeList) -> None:
+        """Keep a good list for the scan, which waits until it is needed."""
         self._listed = listed
-        self._layer.witness = self.notice
-        self._allocator.known = True
-        self._reclaim.settle()
+        clusters, holding_list = self._allocator.make_map(), self._allocator.make_map()
+        holding_list.add_many(listed.places)
+        await _fill(clusters, listed.runs)
+        self._scan.postpone(clusters, holding_list)
 
     async def forget(self) -> None:
         """Wipe what is left of the list, now that the bit is durably clear.
@@ -134,57 +128,13 @@ class SavedList:
             await erase_descriptor(self._file, self._live.value)
             self._commit.note_write()
             self._on_disk = False
-            if self._listed is not None:
-                # The clusters that held the list take up space on the host.
-                for place in self._listed.places.tolist():
-                    self._allocator.unpunched.add(place, 1)
-
-    # While the disk is in use
-
-    def contradicts(self, entries: NDArray[np.uint64]) -> bool:
-        """Tell whether L2 entries from the file refer to a listed cluster not yet handed out."""
-        if self._listed is None:
-            return False
-        clusters = entries >> np.uint64(self._bits)
-        again = clusters[self._listed.holds(clusters)].tolist()
-        return any(not self._scan.witnessed.holds(cluster, 1) for cluster in again)
-
-    def notice(self, entries: NDArray[np.uint64]) -> None:
-        """Look at L2 entries that were read from the file, and withdraw a list that is wrong."""
-        if self._listed is None or not self.contradicts(entries):
-            return
-        withdrawn = FreeMap()
-        for first, count in self._listed.runs.tolist():
-            withdrawn.add(first, count)
-        for first, count in self._scan.witnessed.runs():
-            withdrawn.remove(first, count)
-        for first, count in withdrawn.runs():
-            self._allocator.free.remove(first, count)
-            self._allocator.unpunched.remove(first, count)
-            self._allocator.doubtful.remove(first, count)
-        if self._scan.witnessed.count:
-            # What was handed out already may have had an owner: only a check can tell.
-            self._layer.damaged = True
-        log.error(
-            "%s: free list: found a table entry for a cluster that is listed as free, expected "
-            "none: the list is dropped, and the tables are scanned instead",
-            self._file.name,
-        )
-        self._listed = None
-        self._allocator.known = False
-        self._reclaim.ready = trio.Event()
-        self._contradicted.set()
-
-    async def watch(self) -> None:
-        """Wait for a contradiction; then drop the list and scan: a background task."""
-        await self._contradicted.wait()
-        try:
-            await self._before_change()
-        except QedError as error:
-            log.error("%s (while dropping the free list)", error)  # noqa: TRY400
-        await self._scan.run()
 
     # At the end
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether a list can only be written once the scan has ended."""
+        return self.wanted and not self._scan.is_postponed
 
     async def save(self) -> None:
         """Write the list and set the bit; everything else must be durable and at rest.
@@ -195,17 +145,20 @@ class SavedList:
         Raises:
             HostError: A datasync failed, or the header could not be written.
         """
-        if self._contradicted.is_set() and self._on_disk:
-            await self._before_change()
         if not self.wanted or self._on_disk or not self._at_rest():
             return
-        runs = self._runs()
-        if runs is None:
+        again = self._listed if self._scan.is_postponed else None
+        runs = None if again else self._runs()
+        if not again and runs is None:
             return
         await self._before_change()
         try:
             await refuse_taken_place(self._file, self._live.value)
-            await write_list(self._file, self._live.value, runs)
+            if again:
+                # Nothing but the descriptor: only a scan knows which clusters are free.
+                await self._file.pwrite(DESCRIPTOR_OFFSET, again.descriptor)
+            elif runs is not None:
+                await write_list(self._file, self._live.value, runs)
         except QedError as error:
             log.warning("%s (while writing the free list, which is left out)", error)
             return
@@ -215,31 +168,47 @@ class SavedList:
         await self._commit.barrier()
 
     def _at_rest(self) -> bool:
-        """Tell whether all free clusters are known, and the image is clean and cut to length.
+        """Tell whether the image is clean, and cut to length.
 
         What is not listed is leaked until the next scan, so a list is complete or not
         written at all.
         """
         return (
-            self._allocator.known
-            and self._file.size() == self._allocator.end
-            and self._reclaim.untrusted_end == 0
+            self._file.size() == self._allocator.end
             and self._live.settled
             and not self._live.value.need_check
             and not self._layer.damaged
-            and self._allocator.free.count < MAX_FREE
             and not self._commit.dirty_tables
         )
 
     def _runs(self) -> Runs | None:
-        """Collect the free runs; None if there are none, or too many."""
-        found = list(itertools.islice(self._allocator.free.runs(), MAX_RUNS + 1))
+        """Collect the free runs; None if not all are known, or there are none, or too many."""
+        allocator = self._allocator
+        if not allocator.known or self._reclaim.untrusted_end or allocator.free.count >= MAX_FREE:
+            return None
+        found = list(itertools.islice(allocator.free.runs(), MAX_RUNS + 1))
         if len(found) > MAX_RUNS:
             log.info(
                 "%s: free list: found more than %d runs: not written", self._file.name, MAX_RUNS
             )
             return None
         return np.array(found, np.uint64) if found else None
+
+
+async def _fill(clusters: FreeMap, runs: Runs) -> None:
+    """Add runs of clusters to a map."""
+    first = runs[:, 0].astype(np.int64) + clusters.shift
+    last = first + runs[:, 1].astype(np.int64)
+    # A run at a time takes three microseconds; a block at a time less, if it has several.
+    within = first // BLOCK == (last - 1) // BLOCK
+    for start, count in runs[~within].tolist():
+        clusters.add(start, count)
+    first, last = first[within], last[within]
+    edges = np.flatnonzero(np.diff(first // BLOCK, prepend=-1)).tolist()
+    for begin, end in itertools.pairwise([*edges, len(first)]):
+        block = int(first[begin]) // BLOCK
+        clusters.add_block(block, _bits(first[begin:end] % BLOCK, last[begin:end] - block * BLOCK))
+        await trio.lowlevel.checkpoint()
 
 
 def _bits(first: NDArray[np.int64], last: NDArray[np.int64]) -> int:

@@ -7,6 +7,11 @@ The tables change while they are read.  That does no harm: each cluster that is 
 out, put into quarantine or given back meanwhile is noted as seen by those who do it
 (`Allocator.witness`), so only what nobody referred to at the beginning, and nobody has
 touched since, is left over in the end.
+
+Where a free list says what is free, the scan is postponed until a table is going to be
+changed, and then decides which of the listed clusters are free.  Checksums do not make a
+list true: a cluster that some table refers to must not be handed out, cut off or punched
+because a stranger's image lists it.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.disk.allocator import Allocator
+    from qedfuse.disk.freemap import FreeMap
     from qedfuse.disk.layer import QedLayer
     from qedfuse.disk.reclaim import Reclaim
 
@@ -42,6 +48,9 @@ _MANY: Final = 1 << 18
 It would take seconds at each close.  That the file as a whole is no larger than what is in
 use says nearly as much.
 """
+
+_SHORT_SCAN_BYTES: Final = 8 << 20
+"""Bytes of L2 tables whose scan a caller may wait for: those of 64 GiB of data."""
 
 
 class Scan:
@@ -65,6 +74,9 @@ class Scan:
         self._walked = -1
         self._wild = False
         self._running = trio.Lock()
+        self._due = trio.Event()
+        self._due.set()
+        self._listed = self._holding_list = allocator.make_map()
 
     def begin(self) -> None:
         """Note what there is to scan; from here on changes are watched."""
@@ -75,12 +87,50 @@ class Scan:
         self._allocator.watch(self.witnessed)
         self._reclaim.on_retire = self._retired
 
+    def postpone(self, listed: FreeMap, holding_list: FreeMap) -> None:
+        """Put the scan off until `before_table_change`.
+
+        Args:
+            listed: The clusters that a list says are free.  Nothing is done with them
+                before the scan has found them to be.
+            holding_list: Those of them that hold the list; the others are holes of the
+                host's file.
+        """
+        self._listed, self._holding_list = listed, holding_list
+        self._due = trio.Event()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a scan takes some milliseconds at most."""
+        return len(self._layer.l2_tables) * self._layer.geometry.table_bytes <= _SHORT_SCAN_BYTES
+
+    @property
+    def is_postponed(self) -> bool:
+        """Whether nobody has needed the scan yet."""
+        return not self._due.is_set()
+
+    async def before_table_change(self) -> None:
+        """Start a postponed scan; return at its end if it is a short one.
+
+        While a longer one is under way the file grows, within its bound.
+        """
+        if self._listed.count and not self._reclaim.ready.is_set():
+            self._due.set()
+            if self.is_short:
+                await self.run()
+
+    async def run_when_due(self) -> None:
+        """Scan, unless nobody needs it: a background task."""
+        await self._due.wait()
+        await self.run()
+
     async def run(self) -> None:
         """Walk the tables and tell the allocator what is free.
 
         Whoever calls it while it is running waits for its end.  It may be run again, from
         the beginning, after it was cancelled.
         """
+        self._due.set()
         async with self._running:
             if not self._reclaim.ready.is_set():
                 await self._run()
@@ -167,19 +217,7 @@ class Scan:
         """Tell the allocator what nobody referred to."""
         layer, allocator, bits = self._layer, self._allocator, self._allocator.cluster_bits
         if self._duplicates or self._wild:
-            # What seems to be free may belong to an entry that points elsewhere by mistake,
-            # and a check may find it.
-            self._reclaim.untrusted_end = self._end
-            what = "table entries that point to nowhere"
-            if self._duplicates:
-                what = f"{self._duplicates} references to clusters that have another owner"
-            layer.damaged = True
-            log.error(
-                "%s: found %s, expected none: the image must be repaired; until then no space is "
-                "used again that was in use when it was opened",
-                layer.file.name,
-                what,
-            )
+            self._distrust()
             return
         last = self._seen.clusters
         if allocator.end == self._end:
@@ -187,6 +225,7 @@ class Scan:
             last = max(self._seen.end(), self.witnessed.end())
             allocator.shrink(last << bits)
         shift = allocator.free.shift
+        listed_in_use = 0
         for block in range(-(-(last + shift) // BLOCK)):
             first = block * BLOCK - shift
             # The file may have been cut meanwhile.
@@ -198,15 +237,42 @@ class Scan:
                 inside &= -1 << shift
             # No await between asking who changed since and telling: who changes a cluster
             # from then on finds it told already.
-            found = inside & ~self._seen.owned(first, BLOCK) & ~self.witnessed.bits(block)
+            owned, listed = self._seen.owned(first, BLOCK), self._listed.bits(block)
+            found = inside & ~owned & ~self.witnessed.bits(block)
             if found:
-                allocator.adopt_block(block, found)
+                allocator.adopt_block(block, found, listed & ~self._holding_list.bits(block))
+            listed_in_use += (listed & owned & ~self.witnessed.bits(block)).bit_count()
             if allocator.free.count >= MAX_FREE:
                 break
             await trio.lowlevel.checkpoint()
+        if listed_in_use:
+            log.error(
+                "%s: free list: found %d clusters listed as free that table entries refer to, "
+                "expected none: the list is dropped, and the tables are believed",
+                layer.file.name,
+                listed_in_use,
+            )
         if allocator.free.count > _MANY and self._is_sparse():
             allocator.doubtful = allocator.make_map()
         log.debug("%s: free clusters: %d", layer.file.name, allocator.free.count)
+
+    def _distrust(self) -> None:
+        """Leave alone what the image held when it was opened, since its tables are damaged.
+
+        What seems to be free may belong to an entry that points elsewhere by mistake, and
+        a check may find it.
+        """
+        self._reclaim.untrusted_end = self._end
+        what = "table entries that point to nowhere"
+        if self._duplicates:
+            what = f"{self._duplicates} references to clusters that have another owner"
+        self._layer.damaged = True
+        log.error(
+            "%s: found %s, expected none: the image must be repaired; until then no space is "
+            "used again that was in use when it was opened",
+            self._layer.file.name,
+            what,
+        )
 
     def _is_sparse(self) -> bool:
         """Tell whether the file takes up no more space than what is in use in it."""

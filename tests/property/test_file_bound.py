@@ -70,7 +70,7 @@ class Image:
             used |= set(range(table, table + self.header.table_size))
         for cluster in range(self.header.l1_end // CLUSTER, allocator.end // CLUSTER):
             if cluster not in used:
-                allocator.adopt([(cluster, 1)])
+                allocator.give_back(cluster, 1)
         allocator.lower_end()
 
     async def write(self, *guests: int) -> None:

@@ -13,13 +13,13 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.disk import savedlist
-from qedfuse.disk.freelist import FreeList
+from qedfuse.disk import savedlist, scan
 from qedfuse.disk.freemap import FreeMap
 from qedfuse.errors import HostError, ReadOnlyError, UsageError
 from tests.support.disks import (
     WRITABLE,
     build_image,
+    difference,
     get_entry,
     guest_bytes,
     header_of,
@@ -103,24 +103,55 @@ async def test_the_bit_comes_after_a_datasync_that_covers_the_list() -> None:
     assert not header_of(before).need_check
 
 
-async def test_an_adopted_list_needs_no_scan() -> None:
-    """The free clusters are known at once, and what is listed is used first."""
+async def test_a_list_spares_the_scan_until_a_table_changes() -> None:
+    """Reads and writes in place read no table for it; the first new cluster is a listed one."""
     content = with_list()
     runs = leaked_runs(content)
     file = MemoryFile(content)
     async with opened(file) as disk:
-        assert disk.statistics().free_clusters == 20
-        assert free_of(disk) == runs
+        await disk.write(0, pattern(CLUSTER, 3))
+        await settle()
+        assert disk.statistics().free_clusters is None
         reads = file.counts["read"]
-        await disk.scanned()
+        await settle()
         assert file.counts["read"] == reads
         await disk.write(100 * CLUSTER, pattern(CLUSTER, 7))
+        assert disk.statistics().free_clusters == 19
         await disk.flush()
         assert get_entry(file.content, l2_entry_offset(file.content, 100)) == runs[0][0] * CLUSTER
         assert listed(file.content) is None
     # Kept, since the image had one.
     assert listed(file.content) == runs[1:]
     check_true(file.content)
+
+
+async def test_writes_in_place_bring_the_same_list_back_without_a_scan() -> None:
+    """True or not, it is as true as before: only the descriptor and the bit are written."""
+    for content in (with_list(), with_false_list()):
+        file = RecordingFile(content)
+        async with opened(file) as disk:
+            await disk.write(0, pattern(CLUSTER, 3))
+        assert listed(file.content) == listed(content)
+        places = get_entry(content, l2_entry_offset(content, 0))
+        written = [change.offset for change in file.changes if isinstance(change, Write)]
+        assert written == [0, DESCRIPTOR, places, DESCRIPTOR, 0]
+
+
+async def test_a_long_scan_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file grows until it has ended, and then listed clusters are used."""
+    monkeypatch.setattr(scan, "_SHORT_SCAN_BYTES", 0)
+    content = with_list()
+    runs = leaked_runs(content)
+    file = MemoryFile(content)
+    async with opened(file) as disk:
+        await disk.write(100 * CLUSTER, pattern(CLUSTER, 7))
+        await settle()
+        await disk.write(101 * CLUSTER, pattern(CLUSTER, 8))
+        await disk.flush()
+        assert get_entry(file.content, l2_entry_offset(file.content, 100)) == len(content)
+        assert get_entry(file.content, l2_entry_offset(file.content, 101)) == runs[0][0] * CLUSTER
+    check_true(file.content)
+    assert listed(file.content) == runs[1:]
 
 
 @pytest.mark.parametrize("options", [WRITABLE, ON])
@@ -176,6 +207,7 @@ async def test_off_drops_the_list_and_gives_its_clusters_back() -> None:
     file = MemoryFile(content)
     async with opened(file, options=OFF) as disk:
         assert listed(file.content) is None
+        await disk.scanned()
         assert free_of(disk) == leaked_runs(content)
     assert not any(file.content[DESCRIPTOR : DESCRIPTOR + 512])
     place = leaked_runs(content)[0][0] * CLUSTER
@@ -237,44 +269,48 @@ async def test_need_check_beside_a_list_drops_it() -> None:
     check_true(file.content)
 
 
-@pytest.mark.expect_log("a table entry for a cluster that is listed as free")
-@pytest.mark.parametrize("changes", ["none", "write", "write and discard"])
-async def test_a_table_entry_that_contradicts_the_list(changes: str) -> None:
-    """What is left of the list is withdrawn, and a scan finds what is really free."""
-    content = build_image(2 * SPAN * CLUSTER, {n: pattern(CLUSTER, n) for n in (0, 1, 2, SPAN)})
-    content.extend(bytes(5 * CLUSTER))
-    put_entry(content, l2_entry_offset(content, SPAN + 1), len(content) - 2 * CLUSTER)
-    put_entry(content, l2_entry_offset(content, SPAN + 2), len(content) - CLUSTER)
-    truth = leaked_runs(content)
-    first, count = truth[0]
-    put_list(content, [(first, count + 1)], [first])
+UNREAD: Final = 2 * SPAN
+"""First guest cluster of a table that is not read before the damage would be done."""
+
+
+def with_false_list() -> bytearray:
+    """Build an image whose list, with right checksums, names seven clusters that are in use.
+
+    They belong to guest clusters from ``UNREAD + 1`` on, and lie directly before the last
+    cluster of the file, which belongs to guest cluster 1.  Before them lies a free one.
+    """
+    numbers = (0, *range(UNREAD, UNREAD + 8), 1)
+    content = build_image(3 * SPAN * CLUSTER, {n: pattern(CLUSTER, n) for n in numbers})
+    first = get_entry(content, l2_entry_offset(content, UNREAD)) // CLUSTER
+    put_entry(content, l2_entry_offset(content, UNREAD), 0)
+    put_list(content, [(first, 8)], [first])
+    assert (first + 9) * CLUSTER == len(content)
+    return content
+
+
+@pytest.mark.expect_log("found 7 clusters listed as free that table entries refer to")
+@pytest.mark.parametrize("act", ["write", "discard", "discard and write", "compact"])
+async def test_a_false_list_costs_nobody_a_byte(act: str) -> None:
+    """What it names is not handed out, cut off or punched before the tables say the same."""
+    content = with_false_list()
+    expected = bytearray(guest_bytes(content))
     file = MemoryFile(content)
-    changed = changes != "none"
-    async with opened(file) as disk:
-        if changed:
-            await disk.write(3 * CLUSTER, pattern(CLUSTER, 5))
+    async with opened(file, options=replace(WRITABLE, compact=act == "compact")) as disk:
+        if "discard" in act:
+            await disk.discard(CLUSTER, CLUSTER)
+            expected[CLUSTER : 2 * CLUSTER] = bytes(CLUSTER)
             await disk.flush()
-            assert disk.statistics().free_clusters == count
-        if changes == "write":
-            truth = [(first + 1, count - 1)]
-        elif changed:
-            await disk.discard(3 * CLUSTER, CLUSTER)
+        if act != "discard":
+            for n in range(10, 30):
+                await disk.write(n * CLUSTER, pattern(CLUSTER, n))
+                expected[n * CLUSTER : (n + 1) * CLUSTER] = pattern(CLUSTER, n)
             await disk.flush()
-        assert await disk.read(SPAN * CLUSTER, CLUSTER) == pattern(CLUSTER, SPAN)
-        assert disk.statistics().free_clusters is None
-        await disk.scanned()
-        await settle()
-        assert free_of(disk) == truth
-        assert listed(file.content) is None
-        # What was handed out from the list may have had an owner: the next open checks.
-        assert disk._parts.layer.damaged == changed
-    assert inspect_image(file.content).errors == ()
-    assert header_of(file.content).need_check == changed
-    assert (listed(file.content) is None) == changed
+    assert difference(guest_bytes(file.content), expected) is None
+    check_true(file.content)
 
 
 @given(st.integers(0, 1 << 32))
-def test_runs_of_any_length_are_adopted_as_they_are(seed: int) -> None:
+def test_a_map_of_runs_of_any_length(seed: int) -> None:
     """Within a block of the map and across several, whatever the blocks are aligned to."""
     chance = random.Random(seed)
     runs, at = [], 20
@@ -283,24 +319,13 @@ def test_runs_of_any_length_are_adopted_as_they_are(seed: int) -> None:
         count = chance.choice((1, 1, 2, 5, 300, 4096, 9000))
         runs.append((at, count))
         at += count
-
-    async def adopt() -> None:
-        async with opened(MemoryFile(image(table_size=chance.choice((1, 2, 8))))) as disk:
-            await disk.scanned()
-            disk._parts.allocator.free.remove(0, 1 << 12)
-            unpunched = disk._parts.allocator.unpunched.count
-            made_up = FreeList(np.array(runs, np.uint64), np.empty(0, np.uint64))
-            await disk._parts.saved_list._adopt(made_up)
-            assert free_of(disk) == runs
-            assert disk._parts.allocator.unpunched.count == unpunched
-            one_by_one = FreeMap(disk._parts.allocator.free.table, disk._parts.allocator.anchor)
-            for run in runs:
-                one_by_one.add(*run)
-            assert disk._parts.allocator.free.places == one_by_one.places
-            # They are not in this file: let the close find none of them.
-            disk._parts.allocator.free.remove(0, at)
-
-    trio.run(adopt)
+    clusters = FreeMap(chance.choice((1, 2, 8)), chance.randrange(20))
+    trio.run(savedlist._fill, clusters, np.array(runs, np.uint64))
+    one_by_one = FreeMap(clusters.table, -clusters.shift % clusters.table)
+    for run in runs:
+        one_by_one.add(*run)
+    assert list(clusters.runs()) == runs
+    assert clusters.places == one_by_one.places
 
 
 async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() -> None:
@@ -317,7 +342,6 @@ async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() 
         for offset in range(0, len(file.content), CLUSTER):
             disk._parts.store.drop((id(disk._parts.layer.tables), offset))
         assert await disk.read(101 * CLUSTER, CLUSTER) == pattern(CLUSTER, 1)
-        assert disk._parts.saved_list._listed is not None
     check_true(file.content)
 
 
