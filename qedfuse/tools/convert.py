@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Final, cast
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.newfile import NewFile
+from qedfuse.hostio.oldfile import hold_old
 from qedfuse.hostio.regular import open_raw
 from qedfuse.tools.baseloop import refuse_loop
 from qedfuse.tools.copying import Copy
 from qedfuse.tools.disktarget import DiskTarget
 from qedfuse.tools.foreign import foreign_image
 from qedfuse.tools.layout import Layout, open_new_base, qed_target
-from qedfuse.tools.newfile import NewFile
-from qedfuse.tools.oldfile import hold_old
 from qedfuse.tools.pipe import is_stream, open_stream
 from qedfuse.tools.probing import probe
 from qedfuse.tools.rawtarget import OverwrittenTarget, RawTarget, StreamTarget

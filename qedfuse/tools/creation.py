@@ -7,12 +7,12 @@ makes images by the dozen does not want to wait for an event loop to be loaded.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.disk.create import make_image
 from qedfuse.disk.newheader import new_header
-from qedfuse.errors import BackingError, HostError, QedError, UsageError
+from qedfuse.errors import BackingError, QedError, UsageError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import (
     DEFAULT_CLUSTER_SIZE,
@@ -20,10 +20,8 @@ from qedfuse.ondisk.constants import (
     HEADER_BYTES,
 )
 from qedfuse.ondisk.formats import is_qed
-from qedfuse.ondisk.header import Header, build_header, parse_header
+from qedfuse.ondisk.header import parse_header
 from qedfuse.tools.baseloop import refuse_loop
-from qedfuse.tools.newfile import NewFile
-from qedfuse.tools.oldfile import hold_old
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -103,34 +101,8 @@ def create(
     header = new_header(
         size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"
     )
-    with ExitStack() as stack:
-        hold_old(path, stack, overwrite=overwrite)
-        new = stack.enter_context(NewFile(path, overwrite=overwrite))
-        try:
-            _write_empty(new.path, header, os.fsencode(backing or ""))
-            if fill is not None:
-                fill(new.path)
-        except HostError as error:
-            # The user has never heard of the other name.
-            text = str(error).replace(printable(new.path), printable(path))
-            raise type(error)(text, error.errno) from error
-        new.commit()
+    make_image(path, header, backing, overwrite=overwrite, fill=fill)
     return Creation(path, header.image_size, cluster_size, table_size, backing, backing_format)
-
-
-def _write_empty(path: str, header: Header, backing: bytes) -> None:
-    """Write an image without any data over an empty file.
-
-    Raises:
-        HostError: The host refused.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        with os.fdopen(fd, "r+b") as file:
-            file.write(build_header(header) + backing)
-            file.truncate(header.l1_end)
-    except OSError as error:
-        raise HostError.from_os(error, printable(path), "cannot make") from error
 
 
 def _look_at_base(

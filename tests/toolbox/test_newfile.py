@@ -13,7 +13,7 @@ import pytest
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import UsageError
-from qedfuse.tools.newfile import NewFile
+from qedfuse.hostio.newfile import NewFile
 from tests.support import qemu
 
 if TYPE_CHECKING:

@@ -27,14 +27,16 @@ class NewFile:
         path: The temporary name; an empty file is there when the block begins.
     """
 
-    def __init__(self, path: str, *, overwrite: bool = False) -> None:
+    def __init__(self, path: str, *, overwrite: bool = False, mode: int = 0o644) -> None:
         """Prepare to make ``path``; an existing file is replaced only with ``overwrite``.
 
+        ``mode`` is the permissions of a file where there was none, less the umask.
         Of a symbolic link what it leads to is replaced, as programs do that write into it.
         """
         self._final = os.path.realpath(path) if overwrite and os.path.islink(path) else path  # noqa: PTH114  a name, not a Path
         self._name = printable(path)
         self._overwrite = overwrite
+        self._mode = mode
         self._there = False
         directory, name = os.path.split(self._final)
         start = os.fsdecode(os.fsencode(name)[:_LONGEST])
@@ -51,7 +53,7 @@ class NewFile:
             raise self._exists()
         try:
             # What replaces a file may be for as few eyes as that is.
-            mode = 0o600 if os.path.lexists(self._final) else 0o644
+            mode = 0o600 if os.path.lexists(self._final) else self._mode
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
             raise cannot_open(self._final, error) from error
