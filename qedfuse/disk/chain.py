@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.extents import Extent, Kind, joined
-from qedfuse.errors import CorruptImageError, HostError
+from qedfuse.errors import BackingError, CorruptImageError, HostError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,10 +20,20 @@ _FLAT_BYTES = 1 << 22
 class Chain:
     """Layers from the image itself (depth 0) down to the last base."""
 
-    def __init__(self, layers: Sequence[Layer], below: Below | None = None) -> None:
-        """Stack layers that are open already; ``below`` is what shows through the first."""
+    def __init__(
+        self, layers: Sequence[Layer], below: Below | None = None, *, lacks_base: bool = False
+    ) -> None:
+        """Stack layers that are open already.
+
+        Args:
+            layers: The image itself, then its bases.
+            below: What shows through the image itself.
+            lacks_base: The image has a base that was not opened, so what it would show
+                cannot be read.
+        """
         self.layers = layers
         self.below = below
+        self.lacks_base = lacks_base
 
     @property
     def has_base(self) -> bool:
@@ -83,6 +93,7 @@ class Chain:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
+            BackingError: A base that was not opened would show through.
             HostError: The host cannot read a file.
         """
         if not length:
@@ -107,6 +118,12 @@ class Chain:
                     self._cut_short(extent, count)
             elif extent.kind is Kind.BAD:
                 raise CorruptImageError(extent.reason)
+            elif extent.kind is Kind.UNALLOCATED and self.lacks_base:
+                msg = (
+                    f"{self.layers[0].file.name}: read: found a base to read from at "
+                    f"{extent.start}, and the image opened without it"
+                )
+                raise BackingError(msg)
         return buffer
 
     def _cut_short(self, extent: Extent, count: int) -> None:

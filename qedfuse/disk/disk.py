@@ -15,7 +15,7 @@ from qedfuse.disk.lifecycle import Lifecycle
 from qedfuse.disk.parts import Parts
 from qedfuse.disk.seek import next_data, next_hole
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
-from qedfuse.errors import NoSpaceError
+from qedfuse.errors import BackingError, NoSpaceError
 
 if TYPE_CHECKING:
     import os
@@ -65,7 +65,11 @@ class Disk:
         self._requests = parts.requests
         self._shortcut = parts.shortcut
         self._discards = parts.discards
-        self._plain_writes = file.writable and options.detect_zeroes == "off"
+        # An image whose base was left out can be worked on as a file, not as a disk.
+        self._lacks_base = parts.chain.lacks_base
+        self._plain_writes = (
+            file.writable and options.detect_zeroes == "off" and not self._lacks_base
+        )
 
     def serving(self) -> AbstractAsyncContextManager[None]:
         """Start the disk; close it cleanly at the end of the ``async with`` block.
@@ -155,6 +159,7 @@ class Disk:
         Raises:
             NoSpaceError: The disk ends at or before ``start``, or the host is full.
             ReadOnlyError: The disk is open read-only, or became so.
+            BackingError: The disk was opened without its base.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host refused.
         """
@@ -165,6 +170,7 @@ class Disk:
             msg = f"{self.name}: write at {start}: the disk ends at {self.size}"
             raise NoSpaceError(msg)
         view = view[: self.size - start]
+        self._refuse_without_base("write")
         await self._gate.before_change()
         if self._options.detect_zeroes == "off":
             await self._requests.write(start, view)
@@ -182,6 +188,7 @@ class Disk:
         """
         if start >= self.size:
             return
+        self._refuse_without_base("discard")
         await self._gate.before_change()
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
@@ -190,6 +197,16 @@ class Disk:
                 await stack.enter_async_context(self._parts.resizing.lock)
             end = min(start + length, self.size)
             await self._discards.discard(start, end, free=self._options.discard)
+
+    def _refuse_without_base(self, what: str) -> None:
+        """Refuse a change of content where the base, which was left out, would show through.
+
+        Raises:
+            BackingError: The image has a base, and was opened without it.
+        """
+        if self._lacks_base:
+            msg = f"{self.name}: {what}: found the image opened without its base, expected with it"
+            raise BackingError(msg)
 
     async def allocate(self, start: int, length: int) -> None:
         """Give each cluster of a range a place in the file, and room on the host.
@@ -201,6 +218,7 @@ class Disk:
         """
         end = min(start + length, self.size)
         if start < end:
+            self._refuse_without_base("allocate")
             await self._gate.before_change()
             await self._requests.allocate(start, end)
 
@@ -276,6 +294,7 @@ class Disk:
             CorruptImageError: Table entries past the end are in use.
         """
         self._parts.resizing.check(size)
+        self._refuse_without_base("resize")
         await self._gate.before_change()
         await self._parts.resizing.resize(size, force=force)
 
@@ -295,6 +314,7 @@ class Disk:
             CorruptImageError: A table entry for the part that goes is bad.
         """
         self._parts.resizing.check(size, shrink=True)
+        self._refuse_without_base("resize")
         if not force:
             await self._parts.resizing.refuse_data(size)
         await self._gate.before_change()

@@ -39,8 +39,9 @@ async def open_disk(
         options: How to open it; read-only by default.
         inspector: Called before a writable open of an image that needs a check; it runs
             the check and raises to refuse the image.
-        with_bases: Whether the disk shows its bases; who only moves things about within
-            the file, and reads and writes nothing, can do without.
+        with_bases: Whether the disk shows its bases.  Without them an image that has one
+            can be looked at and worked on as a file (compacted, emptied, given another
+            base); what its base would show cannot be read, and nothing can be written.
 
     Raises:
         QedError: The image or a base cannot be opened, locked or trusted.

@@ -51,7 +51,11 @@ class Parts:
         self.store = store
         self.layer = QedLayer(file, header, store)
         layers = [self.layer, *bases]
-        self.chain = Chain(layers, Below(layers, self.layer, store) if bases else None)
+        self.chain = Chain(
+            layers,
+            Below(layers, self.layer, store) if bases else None,
+            lacks_base=header.has_backing and not bases,
+        )
         self.live = LiveHeader(file, header)
         self.commit = Commit(file, self.layer.tables, options.commit_seconds)
         self.gate = Gate(file, self.live, self.commit)

@@ -55,6 +55,7 @@ class Shortcut:
         self._layer = layer
         self._commit = commit
         self._below = chain.below
+        self._lacks_base = chain.lacks_base
         self._files = [one.file for one in chain.layers]
         self._file = layer.file
         self._write = layer.file.write_now
@@ -240,6 +241,8 @@ class Shortcut:
             value = entries[number & self._slice_mask]
             depth = 0
             if value <= ZERO:
+                if value != ZERO and self._lacks_base:
+                    return None
                 depth = -1
                 if value != ZERO and self._below is not None:
                     codes = codes or self._below.cached(first >> self._slice_bits)

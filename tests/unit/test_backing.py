@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +23,11 @@ from qedfuse.errors import (
 )
 from qedfuse.ondisk.constants import Feature
 from tests.support.disks import build_image, pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from qedfuse.disk.disk import Disk
 
 CLUSTER = 4096
 SIZE = 4 * CLUSTER
@@ -415,3 +421,37 @@ async def test_image_itself_missing(place: Place) -> None:
     """That is no matter of backing files."""
     with pytest.raises(HostError, match=r"nothing\.qed: cannot open"):
         await read(str(place.images / "nothing.qed"))
+
+
+CHANGES: dict[str, Callable[[Disk], Awaitable[object]]] = {
+    "write": lambda disk: disk.write(512, b"x" * 512),
+    "write whole": lambda disk: disk.write(0, pattern(CLUSTER, 3)),
+    "discard": lambda disk: disk.discard(CLUSTER, CLUSTER),
+    "allocate": lambda disk: disk.allocate(0, CLUSTER),
+    "grow": lambda disk: disk.resize(SIZE + CLUSTER),
+    "shrink": lambda disk: disk.shrink(SIZE - CLUSTER, force=True),
+}
+"""What changes the content of a disk."""
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+async def test_a_disk_without_its_base_changes_no_content(
+    tmp_path: Path, change: Callable[[Disk], Awaitable[object]]
+) -> None:
+    """What the base shows would be lost without a word: zeros around a write, for one."""
+    base, top = tmp_path / "base.qed", tmp_path / "top.qed"
+    base.write_bytes(build_image(SIZE, {0: pattern(CLUSTER, 1), 1: pattern(CLUSTER, 2)}))
+    content = build_image(SIZE, {1: pattern(CLUSTER, 3)}, backing=b"base.qed")
+    top.write_bytes(content)
+    async with open_disk(str(top), OpenOptions(writable=True), with_bases=False) as disk:
+        assert await disk.read(CLUSTER, CLUSTER) == pattern(CLUSTER, 3)
+        assert disk.read_now(0, 512) is None
+        with pytest.raises(BackingError, match="found a base to read from at 0"):
+            await disk.read(0, 512)
+        assert not disk.write_now(CLUSTER, b"x")
+        with pytest.raises(BackingError, match="found the image opened without its base"):
+            await change(disk)
+        await disk.compact()
+    assert top.read_bytes() == content
+    async with open_disk(str(top)) as disk:
+        assert await disk.read(0, CLUSTER) == pattern(CLUSTER, 1)
