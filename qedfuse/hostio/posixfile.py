@@ -32,6 +32,14 @@ MOST_INLINE_BYTES: Final = 1 << 20
 """The same as long as the host takes the longer ones at once.  When its memory is full of
 data that waits for the disk, it makes writers wait."""
 _AT_ONCE_SECONDS: Final = 1e-3
+_THROTTLED_SECONDS: Final = 8e-3
+"""A short write that takes longer was made to wait by the kernel: its shortest pause for
+those who dirty pages faster than the disk takes them is 10 ms."""
+_MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
+"""Most that may have been written since the last datasync for the next one to be inline."""
+_MAX_CHANGING_THREADS: Final = 4
+"""Worker threads that change one file concurrently: the kernel lets one at a time pass, and
+the other threads are for reads."""
 
 _NOWAIT: Final = os.RWF_NOWAIT
 _TRY_AGAIN: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
@@ -62,6 +70,11 @@ class PosixFile:
 
     What is in the host's page cache is read in the event loop (``RWF_NOWAIT``); what is
     not goes to a worker thread, so that other requests go on.
+
+    The event loop changes the file inline only while no worker thread does.  The kernel
+    holds the inode's lock during a change, also while it throttles the thread that makes
+    it, and the loop would wait for that lock.  For the same reason short writes go to a
+    thread as long as the kernel throttles them.
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -76,6 +89,12 @@ class PosixFile:
         self._arrivals = Arrivals()
         self._syncs = Window(_AT_ONCE_SECONDS)
         self._at_once = Window(_AT_ONCE_SECONDS, hopeful=True)
+        # Why the event loop must not change the file: calls that do so in worker threads, or
+        # wait for one, and one more while the kernel throttles short writes.
+        self._blockers = 0
+        self._is_throttled = False
+        self._threads = trio.Semaphore(_MAX_CHANGING_THREADS)
+        self._unsynced = 0  # bytes written since the last datasync began
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
@@ -152,7 +171,9 @@ class PosixFile:
 
     def is_short(self, length: int) -> bool:
         """Tell whether a write of so many bytes need not go to a thread."""
-        return length <= INLINE_BYTES or (length <= MOST_INLINE_BYTES and self._at_once.seconds > 0)
+        return not self._blockers and (
+            length <= INLINE_BYTES or (length <= MOST_INLINE_BYTES and self._at_once.seconds > 0)
+        )
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Write what is short enough to be copied to the page cache in the event loop."""
@@ -169,23 +190,27 @@ class PosixFile:
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
         length = sum(map(len, parts))
-        since = time.perf_counter()
         if self.is_short(length):
             try:
-                self._write_all(offset, parts)
+                seconds = self._write_all(offset, parts)
             except OSError as error:
                 raise self._failed(error, "write") from error
         else:
-            await self._in_thread("write", self._write_all, offset, parts)
-        self._took(length, time.perf_counter() - since)
+            seconds = await self._change_in_thread("write", self._write_all, offset, parts)
+        self._took(length, seconds)
 
     def _took(self, length: int, seconds: float) -> None:
         """Learn how long a write took."""
+        self._unsynced += length
         if length > INLINE_BYTES:
             self._at_once.came(seconds, slept=False)
+        elif (seconds > _THROTTLED_SECONDS) is not self._is_throttled:
+            self._is_throttled = not self._is_throttled
+            self._blockers += 1 if self._is_throttled else -1
 
-    def _write_all(self, offset: int, parts: tuple[Buffer, ...]) -> None:
-        """Write every byte, however little the host takes at a time."""
+    def _write_all(self, offset: int, parts: tuple[Buffer, ...]) -> float:
+        """Write every byte, however little the host takes at a time; give the seconds it took."""
+        since = time.perf_counter()
         left = [memoryview(part).cast("B") for part in parts if len(part)]
         while left:
             count = os.pwritev(self.fd, left[:_MAX_PARTS], offset)
@@ -194,11 +219,14 @@ class PosixFile:
                 count -= len(left.pop(0))
             if left and count:
                 left[0] = left[0][count:]
+        return time.perf_counter() - since
 
     async def datasync(self) -> None:
         """Make everything written so far, and the file's length, survive power loss."""
         since = time.perf_counter()
-        if self._syncs.seconds and not loop.is_wanted():
+        is_little = self._unsynced <= _MAX_INLINE_DATASYNC_BYTES
+        self._unsynced = 0
+        if self._syncs.seconds and is_little and not self._blockers and not loop.is_wanted():
             # It has been faster lately than a thread could be called, and nobody has to
             # wait for us meanwhile.
             try:
@@ -212,6 +240,8 @@ class PosixFile:
 
     def grow_now(self, size: int) -> bool:
         """Make the file longer: a matter of some microseconds, as nothing is cut off."""
+        if self._blockers:
+            return False
         try:
             os.ftruncate(self.fd, size)
         except OSError:
@@ -220,7 +250,7 @@ class PosixFile:
 
     async def truncate(self, size: int) -> None:
         """Set the file's length; what is added reads as zeros."""
-        await self._in_thread("truncate", os.ftruncate, self.fd, size)
+        await self._change_in_thread("truncate", os.ftruncate, self.fd, size)
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
         """Give the space of ranges back to the host; afterwards they read as zeros."""
@@ -235,7 +265,7 @@ class PosixFile:
     async def _fallocate(self, action: str, mode: int, *ranges: tuple[int, int]) -> bool:
         """Call fallocate(2), which Python lacks; tell whether the file system knows the mode."""
         try:
-            await self._in_thread(action, self._fallocate_all, mode, ranges)
+            await self._change_in_thread(action, self._fallocate_all, mode, ranges)
         except HostError as error:
             if error.errno in _UNSUPPORTED:
                 return False
@@ -249,18 +279,21 @@ class PosixFile:
 
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins; None if only holes follow."""
-        return self._seek(offset, os.SEEK_DATA)
+        return await self._seek(offset, os.SEEK_DATA)
 
     async def next_hole(self, offset: int) -> int | None:
         """Find where the first hole at or past ``offset`` begins; the file's end is one."""
-        return self._seek(offset, os.SEEK_HOLE)
+        return await self._seek(offset, os.SEEK_HOLE)
 
-    def _seek(self, offset: int, whence: int) -> int | None:
+    async def _seek(self, offset: int, whence: int) -> int | None:
         """Call lseek(2); None if what is looked for does not come any more."""
         if offset > MAX_OFFSET:
             return None
         try:
-            return os.lseek(self.fd, offset, whence)
+            if not self._blockers:
+                return os.lseek(self.fd, offset, whence)
+            # Some file systems take the inode's lock for it.
+            return await trio.to_thread.run_sync(os.lseek, self.fd, offset, whence)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return None
@@ -285,6 +318,17 @@ class PosixFile:
 
     def _failed(self, error: OSError, action: str) -> HostError:
         return HostError.from_os(error, self.name, action)
+
+    async def _change_in_thread(
+        self, action: str, function: Callable[[*Args], T], *args: *Args
+    ) -> T:
+        """Do what `_in_thread` does with a call that changes the file."""
+        self._blockers += 1
+        try:
+            async with self._threads:
+                return await self._in_thread(action, function, *args)
+        finally:
+            self._blockers -= 1
 
     async def _in_thread(self, action: str, function: Callable[[*Args], T], *args: *Args) -> T:
         """Run a system call that may wait for the disk, without stopping other requests."""

@@ -257,6 +257,13 @@ class RecordingFile(MemoryFile):
         self.change(Sync(len(self.changes) - began))
         await self._leave()
 
+    async def next_data(self, offset: int) -> int | None:
+        """Look for data, and perhaps take long over it."""
+        await self._linger()
+        found = await super().next_data(offset)
+        await self._linger()
+        return found
+
     async def _enter(self, action: Action) -> None:
         """Begin a call, and perhaps take long over it."""
         await super()._enter(action)
