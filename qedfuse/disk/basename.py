@@ -45,7 +45,8 @@ async def change_base_name(
     ``raw`` forbids to guess the format of the base.
 
     Raises:
-        HostError: The host refused; the header names the old base, or the new one.
+        HostError: The host refused; the header names the old base, or if it refuses to
+            take that back as well, the new one.
     """
     # What the image shows over its new base must not be younger than the name.
     await commit.flush()
@@ -69,8 +70,7 @@ async def change_base_name(
             backing_filename_size=len(name),
         )
 
-    await live.change(edit, behind=behind)
-    await commit.barrier()
+    await live.change(edit, behind=behind, barrier=commit.barrier)
 
 
 def _free_place(header: Header) -> int:

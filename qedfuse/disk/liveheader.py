@@ -1,4 +1,10 @@
-"""The header of an open image: one value in memory, the same 64 bytes in the file."""
+"""The header of an open image: one value in memory, the same 64 bytes in the file.
+
+A change of the header is there when it was written, or where the caller asks for that,
+when it is durable; until then, and if it fails, memory holds what was there before.  So
+what was reported as failed never comes back with the next write of the header.  The file
+is unknown after a failure, because part of the write, or all of it, may be there.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from qedfuse.ondisk.constants import HEADER_BYTES, SECTOR
 from qedfuse.ondisk.header import build_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
@@ -21,8 +28,8 @@ class LiveHeader:
     A header is smaller than a sector, which a disk writes whole or not at all.
 
     Attributes:
-        value: The header as it is, or is about to be.
-        settled: Whether the file is known to hold ``value``: no write of it is under
+        value: The header after the last change that did not fail.
+        settled: Whether the file is known to hold ``value``: no change of it is under
             way, and the last one did not fail.
     """
 
@@ -30,7 +37,9 @@ class LiveHeader:
         """Hold the header that was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
-        self._behind = b""
+        # What belongs behind ``value`` in its sector, if a change that failed may have
+        # written something else there.
+        self._due_behind = b""
         self.value = header
         self.settled = True
 
@@ -39,29 +48,43 @@ class LiveHeader:
         edit: Callable[[Header], Header],
         only_if: Callable[[], bool] = lambda: True,
         behind: bytes = b"",
+        barrier: Callable[[], Awaitable[None]] | None = None,
     ) -> bool:
         """Write the header that ``edit`` makes of the present one, unless it is the same.
 
-        The value changes before the write begins, so that whoever asks while it is
-        under way sees the new one, and that it is not settled; he waits for the lock if
-        either does not suit him.  After a failed write the next change writes again,
-        also if it changes nothing.  ``only_if`` is asked in the same moment as the value
-        changes; the change is dropped if it says no.  ``behind`` is written in the same
-        write, right behind the header; it must end within the sector.
+        Whoever asks while the change is under way sees the old value, and that it is not
+        settled; he waits for the lock if either does not suit him.  After a failure the
+        next change writes again, also if it changes nothing.
+
+        Args:
+            edit: Makes the new header of the old one.
+            only_if: Asked in the same moment as the write begins; the change is dropped
+                if it says no.
+            behind: Written in the same write, right behind the header; it must end
+                within the sector.
+            barrier: Awaited after the write; makes it durable.  Without it the change
+                counts as done once it is written, and is durable after the next datasync.
 
         Returns:
-            Whether the header is now as asked.  Not durable before the next datasync.
+            Whether the header is now as asked.
+
+        Raises:
+            HostError: The host refused; the header is as it was.
         """
         async with self._lock:
             if not only_if():
                 return False
             new = edit(self.value)
             if new != self.value or behind or not self.settled:
-                self.value = new
+                if behind and not self._due_behind:
+                    before = await self._file.pread(HEADER_BYTES, SECTOR - HEADER_BYTES)
+                    self._due_behind = bytes(before)
                 self.settled = False
-                # What has not been written remains due: the header may refer to it.
-                behind = self._behind = behind or self._behind
-                await self._file.pwrite(0, build_header(new) + behind)
+                written = behind or self._due_behind
+                await self._file.pwrite(0, build_header(new) + written)
+                if barrier is not None:
+                    await barrier()
+                self._due_behind = b""
+                self.value = new
                 self.settled = True
-                self._behind = b""
             return True

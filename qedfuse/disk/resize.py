@@ -116,11 +116,14 @@ class Resizing:
             await self._set_size(size)
 
     async def _set_size(self, size: int) -> None:
-        """Put the size into the header, durably."""
-        await self._live.change(lambda header: header.with_size(size))
+        """Put the size into the header, durably; the disk has it from then on.
+
+        Raises:
+            HostError: The host refused; the disk has its old size.
+        """
+        await self._live.change(lambda header: header.with_size(size), barrier=self._commit.barrier)
         self._layer.header = self._live.value
         self._allocator.set_size(self._live.value)
-        await self._commit.barrier()
 
     async def _blank_past_end(self, size: int, *, force: bool) -> None:
         """Make the range from the disk's end to ``size`` read as zeros once it belongs to it.

@@ -186,7 +186,7 @@ BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]
     "grace": (no_grace, "slow host", ""),
     "autoclear": (without_barrier("Gate.before_change"), "autoclear", "autoclear"),
     "resize, before": (without_barrier("Resizing.resize"), "grow", "show"),
-    "resize, after": (without_barrier("Resizing._set_size"), "grow", "was grown"),
+    "resize, after": (without_barrier("LiveHeader.change"), "grow", "was grown"),
     "free list, list before bit": (without_barrier("SavedList.save", 1, 2), "free list", "free"),
     "free list, dropped first": (without_barrier("Gate.before_change"), "free list", "free"),
 }
