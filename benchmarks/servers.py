@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from qedfuse.mount.mounttable import find_mount
+
 Who: TypeAlias = Literal["us", "peer", "limit", "single"]
 """``single`` is qedfuse too, on one image with the content of a chain."""
 
@@ -200,14 +202,11 @@ def _peer_command(image: Path, mountpoint: Path) -> list[str]:
 
 def _mounted_at(path: Path) -> int | None:
     """Give the device of what is mounted exactly there, as in st_dev, or None."""
-    wanted = str(path).replace(" ", "\\040")
-    found = None
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        words = line.split()
-        if words[4] == wanted:
-            major, minor = words[2].split(":")
-            found = os.makedev(int(major), int(minor))
-    return found
+    entry = find_mount(str(path))
+    if entry is None:
+        return None
+    major, minor = entry.device.split(":")
+    return os.makedev(int(major), int(minor))
 
 
 def _raise_read_ahead(device: int) -> None:

@@ -37,6 +37,7 @@ from benchmarks.images import Images
 from benchmarks.report import Outcome, as_json, facts, markdown, number, plot
 from benchmarks.servers import BenchmarkError, Programs, Who, run
 from benchmarks.table import CELLS, chosen
+from qedfuse.mount.mounttable import read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -229,8 +230,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[Outcome], dict[str, st
 
 def _remove(directory: Path) -> None:
     """Delete everything, unless something is mounted there still."""
-    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
-    if f" {directory}/" in mounts:
+    if any(mount.path.startswith(f"{directory}/") for mount in read_mounts()):
         print(f"run.sh: left behind, because it is in use: {directory}", file=sys.stderr)
         return
     with suppress(subprocess.SubprocessError):

@@ -212,14 +212,14 @@ def _holds(directory: Path, place: str, byte: int) -> bool:
 def _read(path: Path) -> str:
     """Read a small file of /proc; what it was about may have gone meanwhile."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
+        return os.fsdecode(path.read_bytes())
     except OSError:
         return ""
 
 
 def _locks(table: str) -> Iterator[tuple[str, int, float]]:
     """List the locks of one descriptor: place, first byte, last byte."""
-    for line in table.splitlines():
+    for line in table.split("\n"):
         # lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2146329 100 100
         if line.startswith("lock:"):
             place, first, last = line.split()[-3:]

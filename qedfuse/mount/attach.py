@@ -25,11 +25,21 @@ _STDERR: Final = 2
 _MAX_CHATTER: Final = 4096
 
 
+class _RawOption(str):
+    """An option in the bytes of a file name, where pyfuse3 takes only ASCII."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:  # noqa: ARG002  str's
+        """Return the bytes of the file name, whatever encoding pyfuse3 asks for."""
+        return os.fsencode(str(self))  # of itself it would call this method
+
+
 def kernel_options(options: MountOptions, source: str) -> set[str]:
     """Build libfuse's options: what the mount table shows, and what the kernel enforces."""
     words = {
-        # libfuse takes ASCII only here; the escapes are those of our messages.
-        f"fsname={escape_value(printable(source).encode('ascii', 'backslashreplace').decode())}",
+        # As it is, since mount(8) looks for it in the mount table, which escapes it itself.
+        _RawOption(f"fsname={escape_value(source)}"),
         "subtype=qedfuse",
         "default_permissions",
         # Files named by an image must not gain powers, so these are not up to the user.
@@ -91,7 +101,7 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
 
         def chatter() -> str:
             text = os.pread(file.fileno(), _MAX_CHATTER, 0).decode(errors="backslashreplace")
-            return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+            return "; ".join(line.strip() for line in text.split("\n") if line.strip())
 
         try:
             yield chatter

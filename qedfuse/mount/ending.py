@@ -8,7 +8,8 @@ import select
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import MountpointError, QedError
-from qedfuse.mount.mountpoint import FUSE_TYPE, MountEntry, find_mount, resolve
+from qedfuse.mount.mountpoint import resolve
+from qedfuse.mount.mounttable import FUSE_TYPE, MountEntry, find_mount
 from qedfuse.mount.runtime import MountNote, find_note, process_start, read_note
 from qedfuse.mount.unmount import BusyError, unmount
 from qedfuse.util.text import printable

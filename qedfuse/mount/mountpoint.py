@@ -1,77 +1,21 @@
-"""The place of the mount: is it fit, may we, and what the kernel's mount table says of it."""
+"""The place of the mount: is it fit, and may we mount there."""
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from qedfuse.errors import MountpointError, PrivilegeError
+from qedfuse.mount.mounttable import FUSE_TYPE, find_mount
 from qedfuse.util.text import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-FUSE_TYPE: Final = "fuse.qedfuse"
-"""The type that the mount table shows."""
 
 FUSE_DEVICE: Final = "/dev/fuse"
 FUSE_CONF: Final = "/etc/fuse.conf"
 _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-
-
-@dataclass(frozen=True, slots=True)
-class MountEntry:
-    """One line of the kernel's mount table.
-
-    Attributes:
-        device: ``MAJOR:MINOR``, which no other mount has at the same time.
-        path: Where it is.
-        fstype: Its type; ours is `FUSE_TYPE`.
-        owner: The user who mounted it, where FUSE tells; 0 otherwise.
-    """
-
-    device: str
-    path: str
-    fstype: str
-    owner: int
-
-
-def _unescape(field: str) -> str:
-    r"""Undo the mount table's escapes: a space is written ``\040``."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
-
-
-def parse_mounts(table: str) -> Iterator[MountEntry]:
-    """Read the text of ``/proc/self/mountinfo``."""
-    for line in table.splitlines():
-        # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0
-        front, _, back = line.partition(" - ")
-        fields, tail = front.split(" "), back.split(" ")
-        if len(fields) > 4 and len(tail) > 2:  # noqa: PLR2004  the fields that are used
-            owner = re.search(r"(?:^|,)user_id=([0-9]+)", tail[2])
-            yield MountEntry(
-                fields[2], _unescape(fields[4]), _unescape(tail[0]), int(owner[1]) if owner else 0
-            )
-
-
-def find_mount(mountpoint: str) -> MountEntry | None:
-    """Find what is mounted on a path; of several, the last, which covers the others.
-
-    It asks the mount table and never the mount: that would wait for the process that
-    serves it, and fails where that is dead or belongs to another user.
-    """
-    raw = Path("/proc/self/mountinfo").read_bytes()
-    found = None
-    for entry in parse_mounts(os.fsdecode(raw)):
-        if entry.path == mountpoint:
-            found = entry
-    return found
 
 
 def resolve(mountpoint: str) -> str:

@@ -30,7 +30,8 @@ from qedfuse.mount.attach import attach
 from qedfuse.mount.handshake import shake_hands
 from qedfuse.mount.laundering import Laundering
 from qedfuse.mount.memorypressure import protect_from_memory_pressure
-from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, find_mount
+from qedfuse.mount.mountpoint import check_mountpoint, check_privileges
+from qedfuse.mount.mounttable import find_mount
 from qedfuse.mount.naming import Source, find_sources
 from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
 from qedfuse.mount.operations import Operations

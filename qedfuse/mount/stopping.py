@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 
 from qedfuse.errors import QedError
-from qedfuse.mount.mountpoint import find_mount
+from qedfuse.mount.mounttable import find_mount
 from qedfuse.mount.unmount import BusyError, sync_mount, unmount
 from qedfuse.util.text import printable
 

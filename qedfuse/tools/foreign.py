@@ -123,6 +123,6 @@ async def _run(command: list[str], image: str) -> str | None:
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if done.returncode == 0:
         return None
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    lines = done.stderr.decode(errors="replace").strip().split("\n")
     said = next((line for line in lines if "warning:" not in line), "no reason given")
     return printable(said.removeprefix(f"{_PROGRAM}: ").replace(f"{image}: ", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tomllib
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,14 @@ from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+ODD_NAMES = [
+    "bücher.qed",
+    "a b,c#d.qed",
+    "tab\tnewline\nbackslash\\\\134.qed",
+    "\u2028\x85\x0c\x0b\x1c\r.qed",
+]
+"""Names of images that mount(8), libfuse or Python could take for something else."""
 
 INSTALL = f"{ROOT}/examples/install.sh"
 
@@ -39,6 +48,33 @@ def test_mount_finds_the_helper(environment: Path, tmp_path: Path, fstype: str) 
         image,
     )
     assert f"{image} fuse.qedfuse" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, os.fsdecode(b"\xfc, \\\xfc.qed")])
+def test_fstab_knows_an_image_by_its_name(environment: Path, tmp_path: Path, name: str) -> None:
+    """With any name: mount -a twice mounts once, and both ways of umount(8) find the mount."""
+    image = qemu.create(tmp_path / "vm.qed", 1 << 20).rename(tmp_path / name)
+    shown = run_in_sandbox(
+        f"""
+        {INSTALL} --link "$1" >&2
+        escaped=$(printf %s. "$2" | sed -z 's/\\\\/\\\\134/g; s/ /\\\\040/g; s/\\t/\\\\011/g;
+            s/\\n/\\\\012/g; s/#/\\\\043/g')
+        printf '%s /mnt fuse.qedfuse ro 0 0\\n' "${{escaped%.}}" >/run/fstab
+        for by in "$2" /mnt; do
+            mount -a -T /run/fstab
+            mount -a -T /run/fstab
+            test "$(grep -c ' /mnt .* - fuse.qedfuse ' /proc/self/mountinfo)" = 1
+            test "$(wc -c </mnt/*.raw)" = 1048576
+            LC_ALL=C.UTF-8 findmnt --noheadings --output SOURCE --types fuse.qedfuse /mnt
+            umount "$by"
+            ! grep ' /mnt .* - fuse.qedfuse ' /proc/self/mountinfo
+        done
+        """,
+        environment,
+        image,
+    )
+    if name.isprintable():
+        assert shown.split("\n")[-3:-1] == [str(image)] * 2
 
 
 def test_a_mount_that_fails_is_a_failed_mount(environment: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.mount.mountpoint import FUSE_TYPE, find_mount
+from qedfuse.mount.mounttable import FUSE_TYPE, find_mount
 from qedfuse.mount.runtime import directories
 from tests.support import qemu
 from tests.support.mounted import (
@@ -154,6 +154,17 @@ def read_ahead(mountpoint: Path) -> int:
     entry = find_mount(str(mountpoint))
     assert entry is not None
     return int(Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb").read_text())
+
+
+ANY_NAME = "a b\u2028\u2029\x85\x0c\x0b\x1c\x1d\x1e\r\t\n\\134#, é" + os.fsdecode(b"\xff")
+"""Characters at which Python ends a line, or that the mount table escapes, and no text."""
+
+
+def test_any_name_can_be_a_mountpoint(image: Path, tmp_path: Path) -> None:
+    """Whatever is in the name, the mount is found again in the mount table."""
+    with mounted(image, tmp_path / ANY_NAME) as directory:
+        assert (directory / "vm.raw").stat().st_size == SIZE
+        assert "in use" in refused(image, directory, code=18)
 
 
 # Refused
@@ -405,6 +416,24 @@ def as_user(*words: str | Path) -> subprocess.CompletedProcess[str]:
         env=environment() | {"HOME": "/"},
         check=False,
     )
+
+
+def test_an_ordinary_user_mounts_any_name(user_place: Path) -> None:
+    """fusermount3 gets the names of image and mountpoint as they are, and so does the kernel."""
+    image = (user_place / "vm.qed").rename(user_place / f"{ANY_NAME}.qed")
+    mnt = user_place / "mnt" / ANY_NAME
+    mnt.mkdir()
+    os.chown(mnt, NOBODY, NOBODY)
+    try:
+        done = as_user(*COMMAND, image, mnt)
+        assert (done.returncode, done.stderr) == (0, "")
+        entry = find_mount(str(mnt))
+        assert entry is not None
+        assert entry.source == str(image)
+        done = as_user(*COMMAND, "umount", mnt)
+        assert (done.returncode, done.stderr) == (0, "")
+    finally:
+        clean_up(mnt)
 
 
 def test_an_ordinary_user_mounts_and_unmounts(user_place: Path) -> None:

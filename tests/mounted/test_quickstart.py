@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from qedfuse.mount.mountpoint import parse_mounts
+from qedfuse.mount.mounttable import read_mounts
 from tests.support import qemu
 
 ROOT: Final = Path(__file__).parents[2]
@@ -39,8 +39,7 @@ def start(directory: Path, *arguments: str | Path) -> subprocess.Popen[str]:
 def assert_nothing_left(directory: Path) -> None:
     """Assert that neither files nor mounts nor loop devices are left."""
     assert list(directory.iterdir()) == []
-    table = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
-    assert not [mount for mount in parse_mounts(table) if mount.path.startswith(str(directory))]
+    assert not [mount for mount in read_mounts() if mount.path.startswith(str(directory))]
     loops = subprocess.run(["losetup", "--list"], capture_output=True, text=True, check=True)
     assert str(directory) not in loops.stdout
 

@@ -9,10 +9,14 @@ import pytest
 
 from qedfuse.errors import MountpointError, PrivilegeError
 from qedfuse.mount import mountpoint
-from qedfuse.mount.mountpoint import MountEntry, check_mountpoint, check_privileges, parse_mounts
+from qedfuse.mount.mountpoint import check_mountpoint, check_privileges
+from qedfuse.mount.mounttable import MountEntry, parse_mounts
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+ODD = ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\x1d", "\x1e", "\r", "\xa0", "\x1f"]
+"""Characters at which Python ends a line or a word, and the kernel does not."""
 
 TABLE = r"""
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -25,9 +29,18 @@ broken
 def test_the_mount_table_is_read() -> None:
     """Escapes are undone, the owner is found, broken lines are passed over."""
     assert list(parse_mounts(TABLE)) == [
-        MountEntry("8:1", "/", "ext4", 0),
-        MountEntry("0:42", "/mnt/a b", "fuse.qedfuse", 1000),
-        MountEntry("0:43", "/mnt/c", "fuse.qedfuse", 0),
+        MountEntry(22, 1, "8:1", "/", "ext4", "/dev/sda1", 0),
+        MountEntry(40, 22, "0:42", "/mnt/a b", "fuse.qedfuse", "/x,y.qed", 1000),
+        MountEntry(41, 22, "0:43", "/mnt/c", "fuse.qedfuse", "x", 0),
+    ]
+
+
+@pytest.mark.parametrize("char", ODD)
+def test_any_character_can_be_in_a_name_of_the_mount_table(char: str) -> None:
+    """Only the newline ends a line and only the space ends a field, as the kernel writes them."""
+    line = f"40 22 0:42 / /mnt/a{char}b rw - fuse.qedfuse /{char}.qed rw,user_id=7\n"
+    assert list(parse_mounts(line * 2)) == 2 * [
+        MountEntry(40, 22, "0:42", f"/mnt/a{char}b", "fuse.qedfuse", f"/{char}.qed", 7)
     ]
 
 

@@ -114,7 +114,7 @@ def test_what_libfuse_is_told() -> None:
     """Powers are taken away whatever the user says; names are made safe."""
     options = parse_options(["ro,allow_root,noatime,dev,suid"])
     assert kernel_options(options, "/a,b\\ü\n.qed") == {
-        "fsname=/a\\,b\\\\\\\\\\\\xfc\\\\n.qed",
+        "fsname=/a\\,b\\\\ü\n.qed",
         "subtype=qedfuse",
         "default_permissions",
         "nosuid",
