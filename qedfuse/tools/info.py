@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 Format: TypeAlias = Literal["auto", "qed", "raw"]
 
 MAX_L1_BYTES: Final = 8 << 20
-"""Bytes of an L1 table that are read; the default one has 256 KiB."""
+"""Bytes of an L1 table that are looked at, zeros not counted; the default one has 256 KiB."""
 
 
 _NAME_FIELDS: Final = frozenset({"backing_filename_offset", "backing_filename_size"})
+
+_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
+"""Problems with the L1 table: parts of the disk cannot be read, or not be written to safely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,13 @@ class QedInfo:
     def mountable(self) -> bool:
         """Whether nothing about the file itself is in the way of a mount, read-only at least."""
         return not any(problem.fatal for problem in self.problems)
+
+    @property
+    def sound(self) -> bool:
+        """Whether all L1 entries were read, and none is wrong: L2 tables are not looked at."""
+        return self.l2_tables is not None and not any(
+            problem.code in _DAMAGE for problem in self.problems
+        )
 
     @property
     def need_check(self) -> bool:
@@ -201,39 +211,63 @@ def _word(error: QedError) -> str:
 def _look_at_l1(
     fd: int, header: Header | None, file_size: int, name: str
 ) -> tuple[int | None, list[Problem]]:
-    """Count the L1 entries in use, and say how many of them cannot be right."""
+    """Count the L1 entries in use, and say how many of them cannot be right.
+
+    Returns:
+        The count, None if not all of the table was read; and what is wrong.
+    """
     if header is None or header.l1_table_offset > MAX_OFFSET:
         return None, []
-    geometry = header.geometry
     used = wild = 0
+    tables: list[int] = []
     position, end, left = header.l1_table_offset, header.l1_end, MAX_L1_BYTES
     end = min(end, file_size)
     while position < end:
         position = _next_data(fd, position, header.l1_table_offset)
-        if position >= end:
+        if position >= end or left <= 0:
             break
-        if left <= 0:
-            return None, []
         raw = os.pread(fd, min(SLICE_BYTES, end - position), position)
         if not raw:
             break
+        position += SLICE_BYTES
+        if raw.count(0) == len(raw):
+            continue
+        left -= SLICE_BYTES
         entries = decode(raw[: len(raw) & -8])
         found = [value for value in entries if value != UNALLOCATED]
+        good = [value for value in found if header.may_hold_table(value, file_size)]
         used += len(found)
-        wild += sum(
-            bool(value & geometry.cluster_mask)
-            or not header.header_end <= value <= file_size - geometry.table_bytes
-            for value in found
+        wild += len(found) - len(good)
+        tables += good
+    problems = list(_l1_problems(wild, _overlapping(tables, header), file_size, name))
+    return None if position < end else used, problems
+
+
+def _overlapping(tables: list[int], header: Header) -> int:
+    """Count the tables that share clusters with one before them in the file."""
+    found, end = 0, 0
+    for table in sorted(tables):
+        if table < end:
+            found += 1
+        else:
+            end = table + header.geometry.table_bytes
+    return found
+
+
+def _l1_problems(wild: int, overlapping: int, file_size: int, name: str) -> Iterator[Problem]:
+    """Say how many L1 entries cannot be right; a mount refuses only what they describe."""
+    if wild:
+        msg = (
+            f"{name}: L1 table: found {wild} entries that point to no table, expected offsets of "
+            f"whole tables inside the file of {file_size} bytes, past the header and the L1 table"
         )
-        position += SLICE_BYTES
-        left -= SLICE_BYTES
-    if not wild:
-        return used, []
-    msg = (
-        f"{name}: L1 table: found {wild} entries that point to no table, expected offsets of whole "
-        f"tables inside the file of {file_size} bytes"
-    )
-    return used, [Problem("l1-wild", msg, fatal=False)]
+        yield Problem("l1-wild", msg, fatal=False)
+    if overlapping:
+        msg = (
+            f"{name}: L1 table: found {overlapping} tables that share clusters with another, "
+            "expected each to have its clusters for itself"
+        )
+        yield Problem("table-overlap", msg, fatal=False)
 
 
 def _next_data(fd: int, position: int, start: int) -> int:

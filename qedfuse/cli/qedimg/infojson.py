@@ -118,5 +118,5 @@ def _safety(qed: QedInfo) -> dict[str, Any]:
         "escapes-directory": qed.escapes,
         "flags": [*bits.names, *bits.unknown],
         "need-check": qed.need_check,
-        "safe-to-mount": qed.mountable and not qed.escapes,
+        "safe-to-mount": qed.mountable and qed.sound and not qed.escapes,
     }
