@@ -72,6 +72,31 @@ def names(directory: Path) -> list[str]:
 # In the background
 
 
+def test_the_server_is_forked_from_a_single_thread(image: Path, mnt: Path) -> None:
+    """A fork beside threads may leave the child a lock that nobody gives back."""
+    script = (
+        "import os, sys\n"
+        "fork = os.fork\n"
+        "def count_and_fork():\n"
+        "    print(len(os.listdir('/proc/self/task')), flush=True)\n"
+        "    return fork()\n"
+        "os.fork = count_and_fork\n"
+        "from qedfuse.cli.qedfuse import main\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, image, mnt],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    assert done.stdout == "1\n"
+    # What Python 3.12 and later say of it.
+    assert "multi-threaded" not in done.stderr
+    assert is_mounted(mnt)
+
+
 def test_the_command_returns_when_the_disk_can_be_used(
     image: Path, mnt: Path, tmp_path: Path
 ) -> None:

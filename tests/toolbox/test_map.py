@@ -22,6 +22,7 @@ from qedfuse.tools.mapping import MapEntry, map_image, open_map
 from tests.support import qemu
 from tests.support.chains import draw_any_size, draw_chain
 from tests.support.disks import build_image, l2_entry_offset, put_entry
+from tests.support.text import assert_same_lines
 from tests.toolbox import memory
 
 if TYPE_CHECKING:
@@ -74,9 +75,11 @@ def test_the_same_as_qemu(
         ranges.append((f"--start-offset={start}", f"--max-length={length}"))
     asked = [(*options, f"--output={form}", str(top)) for options in ranges for form in FORMS]
     expected = [by_qemu(*words) for words in asked]
-    assert [mapped(*words, capsys=capsys)[0] for words in asked] == expected
+    for words, text in zip(asked, expected, strict=True):
+        assert_same_lines(mapped(*words, capsys=capsys)[0], text)
     monkeypatch.setattr(quickmap, "_lines", None)
-    assert [mapped(*words, capsys=capsys)[0] for words in asked] == expected
+    for words, text in zip(asked, expected, strict=True):
+        assert_same_lines(mapped(*words, capsys=capsys)[0], text)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -91,8 +94,8 @@ def test_a_raw_file(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str
             file.write(b"data" * chance.randrange(1, 3000))
     for output in FORMS:
         words = ("-f", "raw", f"--output={output}", path)
-        assert mapped(*words, capsys=capsys)[0] == by_qemu(*words)
-        assert mapped(*words[2:], capsys=capsys)[0] == by_qemu(*words)
+        assert_same_lines(mapped(*words, capsys=capsys)[0], by_qemu(*words))
+        assert_same_lines(mapped(*words[2:], capsys=capsys)[0], by_qemu(*words))
 
 
 @pytest.mark.parametrize("start", ["1M", "7M"])
@@ -101,7 +104,7 @@ def test_nothing_to_tell(start: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     path = qemu.create(tmp_path / "disk.qed", 1 << 20)
     words = ("--output=json", f"--start-offset={start}", path)
     out, _err = mapped(*words, capsys=capsys)
-    assert out == by_qemu(*words)
+    assert_same_lines(out, by_qemu(*words))
     assert len(json.loads(out)) == 1
     assert mapped("-q", *words, capsys=capsys)[0] == out
     assert mapped("-q", path, capsys=capsys)[0] == ""
@@ -127,7 +130,9 @@ def test_pieces_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
                 file.write(value.to_bytes(8, "little"))
         file.truncate(first + clusters * 4096)
     found = trio.run(map_image, str(path))
-    assert mapped("--output=json", path, capsys=capsys)[0] == by_qemu("--output=json", path)
+    assert_same_lines(
+        mapped("--output=json", path, capsys=capsys)[0], by_qemu("--output=json", path)
+    )
     span = geometry.table_span
     data = [entry for entry in found if entry.data]
     assert [(entry.start, entry.length) for entry in data] == [(0, 2 * span), (502 * span, span)]
@@ -157,7 +162,7 @@ def test_each_cluster_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         file.write(b"".join(value.to_bytes(8, "little") for value in values))
         file.truncate(first + count * CLUSTER)
     for words in (("--output=json", path), (path,)):
-        assert mapped(*words, capsys=capsys)[0] == by_qemu(*words)
+        assert_same_lines(mapped(*words, capsys=capsys)[0], by_qemu(*words))
 
 
 def bad_image(path: Path) -> Path:
@@ -261,7 +266,7 @@ def test_bases_are_confined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path = qemu.create(tmp_path / "inside" / "top.qed", backing=base)
     assert "refused" in mapped(path, capsys=capsys, code=17)[1]
     out, _err = mapped("--backing", "any", "--output=json", path, capsys=capsys)
-    assert out == by_qemu("--output=json", path)
+    assert_same_lines(out, by_qemu("--output=json", path))
 
 
 def test_what_cannot_be_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -251,7 +251,10 @@ threading.Thread(target=work).start()
 
 def test_forked_child_is_told() -> None:
     """A child cannot use its parent's portal, ends without hanging, and closes nothing."""
+    # From Python 3.12 on a program that forks beside a thread, as this one does, is warned.
     body = """
+import warnings
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 child = os.fork()
 if not child:
     try:
