@@ -46,11 +46,7 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
             os.statvfs(mountpoint)  # unlike the attributes, this is never remembered
         except OSError as error:
             raise _unusable(mountpoint, error) from error
-        msg = (
-            f"mountpoint {shown}: in use: found another qedfuse mount "
-            f"(end it with: qedfuse umount {shown})"
-        )
-        raise MountpointError(msg)
+        raise in_use(mountpoint)
     if stat.S_ISDIR(mode):
         return True
     if not stat.S_ISREG(mode):
@@ -60,6 +56,15 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
         msg = f"mountpoint {shown}: found a file for {disks} disks, expected a directory"
         raise MountpointError(msg)
     return False
+
+
+def in_use(mountpoint: str) -> MountpointError:
+    """Make the error for a path on which another qedfuse has mounted."""
+    shown = printable(mountpoint)
+    return MountpointError(
+        f"mountpoint {shown}: in use: found another qedfuse mount "
+        f"(end it with: qedfuse umount {shown})"
+    )
 
 
 def _unusable(mountpoint: str, error: OSError) -> MountpointError:

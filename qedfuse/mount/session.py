@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 import trio
 
-from qedfuse.errors import FuseError, QedError, UsageError
+from qedfuse.errors import QedError, UsageError
 from qedfuse.mount import extraops
 from qedfuse.mount.attach import attach
+from qedfuse.mount.claim import claim_name, claimed, find_new_mount, refuse_to_cover
 from qedfuse.mount.handshake import shake_hands
 from qedfuse.mount.laundering import Laundering
 from qedfuse.mount.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.mountpoint import check_mountpoint, check_privileges
-from qedfuse.mount.mounttable import find_mount
+from qedfuse.mount.mounttable import find_mount, read_mounts
 from qedfuse.mount.naming import Source, find_sources
 from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
 from qedfuse.mount.operations import Operations
@@ -51,6 +52,7 @@ from qedfuse.util.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qedfuse.mount.mounttable import MountEntry
     from qedfuse.mount.options import MountOptions
 
 _log = logging.getLogger(__name__)
@@ -142,6 +144,7 @@ class _Session:
         if options.overlay is not None and len(sources) != 1:
             msg = f"option overlay: found {len(sources)} images, expected one"
             raise UsageError(msg)
+        claim = claim_name(request.mountpoint)
         directory = check_mountpoint(request.mountpoint, len(sources))
         if not request.fake:
             check_privileges(for_others=options.allow_other or options.allow_root)
@@ -150,7 +153,7 @@ class _Session:
             if request.fake:
                 return
             operations = Operations(views, options, directory=directory)
-            await self._attach_and_serve(operations)
+            await self._attach_and_serve(operations, claim)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 
     async def _open(
@@ -165,16 +168,23 @@ class _Session:
             views.append(View(disk, source.name, inode, host_place(source.path, options)))
         return views
 
-    async def _attach_and_serve(self, operations: Operations) -> None:
+    async def _attach_and_serve(self, operations: Operations, claim: bytes | None) -> None:
         """Mount, serve until the mount is gone, and close the connection."""
         request = self._request
         mountpoint = request.mountpoint
-        connection = attach(operations, mountpoint, request.options, request.sources[0])
+        async with claimed(claim):
+            # Opening the images took its time.
+            check_mountpoint(mountpoint, len(operations.views))
+            before = read_mounts()
+            connection = attach(operations, mountpoint, request.options, request.sources[0])
+        entry = None
         laundering = Laundering(connection)
         try:
+            entry = find_new_mount(mountpoint, before, connection)
+            refuse_to_cover(entry)
             with scheduled(request.options.poll_seconds):
                 await shake_hands(connection, readahead_bytes(request.options.readahead))
-                await self._serve(operations, laundering)
+                await self._serve(operations, laundering, entry)
         finally:
             extraops.end()
             for view in operations.views.values():
@@ -182,17 +192,15 @@ class _Session:
             laundering.stop()
             pyfuse3.close(unmount=False)
             laundering.wait()
-            if not self._is_ready:
+            if entry is not None and not self._is_ready:
                 # Nobody has seen the mount yet, so nothing is lost by taking it away.
-                _take_back(mountpoint)
+                _take_back(entry)
 
-    async def _serve(self, operations: Operations, laundering: Laundering) -> None:
+    async def _serve(
+        self, operations: Operations, laundering: Laundering, entry: MountEntry
+    ) -> None:
         """Say that the mount is ready and answer requests until it is gone."""
         mountpoint = self._request.mountpoint
-        entry = find_mount(mountpoint)
-        if entry is None:
-            msg = f"{printable(mountpoint)}: found no mount after mounting"
-            raise FuseError(msg)
         self._leave_note(entry.device)
         untuned = set_readahead(entry.device, self._request.options.readahead)
         if untuned is not None and self._request.options.readahead is not None:
@@ -261,9 +269,12 @@ def _tell_of_space(view: View) -> None:
             pyfuse3.invalidate_inode(view.inode, attr_only=True)
 
 
-def _take_back(mountpoint: str) -> None:
-    """Remove a mount that never became ready."""
+def _take_back(mount: MountEntry) -> None:
+    """Remove a mount that never became ready, unless another one covers it by now."""
+    now = find_mount(mount.path)
+    if now is None or now.number != mount.number:
+        return
     try:
-        unmount(mountpoint, lazy=True)
+        unmount(mount.path, lazy=True)
     except QedError as error:
         _log.warning("%s", error)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
-import struct
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,7 @@ import pytest
 
 from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
-from tests.support.mounted import front, is_mounted, mounted, qedfuse, refused
+from tests.support.mounted import front, is_locked, is_mounted, mounted, qedfuse, refused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,14 +36,6 @@ def put(disk: Path, data: bytes) -> None:
     """Write to the start of a disk."""
     with disk.open("r+b") as file:
         file.write(data)
-
-
-def is_locked(image: Path) -> bool:
-    """Tell whether somebody holds a lock on the image."""
-    with image.open("rb") as file:
-        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        found: int = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0]
-        return found != fcntl.F_UNLCK
 
 
 def test_umount_ends_everything_cleanly(image: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
+import struct
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -58,6 +60,14 @@ def refused(*words: StrPath, code: int) -> str:
 def is_mounted(mountpoint: StrPath) -> bool:
     """Ask the mount table, which never waits for anybody."""
     return find_mount(os.path.realpath(mountpoint)) is not None
+
+
+def is_locked(image: Path) -> bool:
+    """Tell whether somebody holds a lock on the image."""
+    with image.open("rb") as file:
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        found: int = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0]
+        return found != fcntl.F_UNLCK
 
 
 def clean_up(mountpoint: StrPath) -> None:

@@ -1,0 +1,122 @@
+"""Two qedfuse that want one mountpoint at the same time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.errors import FuseError, MountpointError
+from qedfuse.mount import claim
+from qedfuse.mount.claim import claim_name, claimed, find_new_mount, refuse_to_cover
+from qedfuse.mount.mounttable import MountEntry, read_mounts
+from tests.support import qemu
+from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, is_locked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from trio.testing import MockClock
+
+
+@pytest.fixture
+def mnt(tmp_path: Path) -> Iterator[Path]:
+    """Give an empty directory; what is mounted there in the end is taken away."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    yield path
+    clean_up(path)
+
+
+def hold(mountpoint: Path) -> socket.socket:
+    """Take the claim of a mountpoint."""
+    name = claim_name(str(mountpoint))
+    assert name is not None
+    taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        taken.bind(name)
+    except OSError:
+        taken.close()
+        raise
+    return taken
+
+
+def start(image: Path, mountpoint: Path) -> subprocess.Popen[str]:
+    """Start a mount in the background and return when it has looked at the mountpoint."""
+    process = subprocess.Popen(
+        [*COMMAND, image, mountpoint],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    end = time.monotonic() + TIMEOUT
+    while not is_locked(image):  # images are opened after the first look at the mountpoint
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the image is not opened"
+        time.sleep(0.01)
+    return process
+
+
+def test_of_two_at_once_one_mounts_and_the_other_is_refused(tmp_path: Path, mnt: Path) -> None:
+    """Both have found the mountpoint free; it is reached by two paths."""
+    (tmp_path / "other").symlink_to(tmp_path)
+    images = [qemu.create(tmp_path / f"{name}.qed", 1 << 20) for name in "ab"]
+    with hold(mnt):
+        processes = [start(images[0], mnt), start(images[1], tmp_path / "other" / "mnt")]
+    said = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 18], said
+    winner = codes.index(0)
+    assert os.listdir(mnt) == [f"{'ab'[winner]}.raw"]  # noqa: PTH208  the names
+    assert said[winner] == ""
+    assert said[1 - winner] == (
+        f"qedfuse: mountpoint {mnt}: in use: found another qedfuse mount "
+        f"(end it with: qedfuse umount {mnt})\n"
+    )
+    assert [entry.source for entry in read_mounts() if entry.path == str(mnt)] == [
+        str(images[winner])
+    ]
+
+
+async def test_a_claim_that_stays_taken_is_not_waited_for_without_end(
+    mnt: Path, autojump_clock: MockClock
+) -> None:
+    """Any user could take it."""
+    before = autojump_clock.current_time()
+    with hold(mnt):
+        async with claimed(claim_name(str(mnt))):
+            assert 4 < autojump_clock.current_time() - before < 6
+    # And it is free again for the next.
+    async with claimed(claim_name(str(mnt))):
+        with pytest.raises(OSError, match="in use"):
+            hold(mnt)
+    hold(mnt).close()
+    assert claim_name(str(mnt / "none")) is None
+
+
+def test_the_mount_table_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount is known from another at the same place, and never stays on one of qedfuse."""
+    below = MountEntry(7, 1, "0:50", "/m", "fuse.qedfuse", "/a.qed", 0)
+    ours = MountEntry(8, 7, "0:51", "/m", "fuse.qedfuse", "/b.qed", 0)
+    above = MountEntry(9, 8, "0:52", "/m", "fuse.qedfuse", "/c.qed", 0)
+    monkeypatch.setattr(claim, "read_mounts", lambda: [below, ours, above])
+    monkeypatch.setattr(claim, "_device", lambda _connection: "0:51")
+    assert find_new_mount("/m", [below], 0) == ours
+    with pytest.raises(FuseError, match="found no mount after mounting"):
+        find_new_mount("/m", [below, ours], 0)
+    monkeypatch.setattr(claim, "_device", lambda _connection: None)
+    assert find_new_mount("/m", [below, ours], 0) == above
+    refuse_to_cover(below)
+    with pytest.raises(MountpointError, match="/m: in use"):
+        refuse_to_cover(ours)
+    # Other file systems may lie below, and ours elsewhere.
+    other = [MountEntry(7, 1, "0:50", "/m", "fuse.bindfs", "/x", 0)]
+    monkeypatch.setattr(claim, "read_mounts", lambda: other)
+    refuse_to_cover(ours)
