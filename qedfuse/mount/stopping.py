@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -21,6 +22,8 @@ from qedfuse.mount.unmount import BusyError, sync_mount, unmount
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qedfuse.mount.operations import Operations
 
 _log = logging.getLogger(__name__)
@@ -104,12 +107,13 @@ class Stopper:
                     return
             except BusyError:
                 if not told:
-                    await self._flush()
+                    durable = await self._flush()
                     _log.warning(
-                        "%s: %s: still in use: everything is durable now; it goes on until the "
+                        "%s: %s: still in use: %s; it goes on until the "
                         "last close; a second signal ends it by force",
                         printable(mountpoint),
                         why,
+                        "everything is durable now" if durable else "not everything is durable",
                     )
             except QedError as error:
                 if not told:
@@ -118,20 +122,38 @@ class Stopper:
             with trio.move_on_after(_RETRY_SECONDS):
                 await self._idle.wait()
 
-    async def _flush(self) -> None:
-        """Bring in what the kernel holds back, and make everything durable."""
+    async def _flush(self) -> bool:
+        """Bring in what the kernel holds back, and make everything durable.
+
+        What fails for one disk is logged, and the others are made durable all the same.
+
+        Returns:
+            Whether nothing failed.
+        """
         assert self._mount is not None  # noqa: S101
         operations, mountpoint, _device = self._mount
-        try:
+        durable = True
+
+        @contextmanager
+        def failing() -> Iterator[None]:
+            nonlocal durable
+            try:
+                yield
+            except (OSError, QedError) as error:
+                durable = False
+                _log.error("%s: cannot make everything durable: %s", printable(mountpoint), error)
+
+        with failing():
             if self._is_ours():
                 await trio.to_thread.run_sync(sync_mount, mountpoint, abandon_on_cancel=True)
-            for view in operations.views.values():
+        for view in operations.views.values():
+            with failing():
                 if operations.write_back is not None and view.writers:
                     # What the kernel was told above it does, but it need not wait for it.
                     await operations.write_back(view)
+            with failing():
                 await view.disk.flush()
-        except (OSError, QedError) as error:
-            _log.error("%s: cannot make everything durable: %s", printable(mountpoint), error)
+        return durable
 
     async def _force(self) -> None:
         """Take the mount away from whoever uses it."""
