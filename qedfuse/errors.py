@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import errno as errnos
 import os
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from qedfuse.util.text import printable
 
@@ -36,6 +36,16 @@ class QedError(Exception):
 
     errno: int = errnos.EIO
     exit_code: ClassVar[int] = 32
+
+    def again(self) -> Self:
+        """Return an exception that says the same and has not been raised yet.
+
+        For errors that are kept and raised many times: an exception object collects a
+        traceback each time, and shows one task where another one was.
+        """
+        copy = type(self).__new__(type(self), *self.args)
+        copy.__dict__.update(self.__dict__)
+        return copy
 
 
 class UsageError(QedError):

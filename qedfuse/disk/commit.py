@@ -140,7 +140,7 @@ class Commit:
                     await self._round()
                     mine.error = None
                 except QedError as error:
-                    mine.error = error
+                    mine.error = error.again()
                 except BaseException as error:
                     # KeyboardInterrupt, no thread to be had, a bug: what the round had
                     # taken is neither in the file nor dirty any more.
@@ -153,12 +153,12 @@ class Commit:
         else:
             await mine.done.wait()
         if mine.error is not None:
-            raise mine.error
+            raise mine.error.again()
 
     def _check(self) -> None:
         """Raise the error that ended all writing, if there was one."""
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.again()
 
     async def _round(self) -> None:
         """Make durable what is there now."""
@@ -196,7 +196,7 @@ class Commit:
         except HostError as error:
             # The kernel may have dropped the pages it could not write and will report
             # success the next time, so there is no trying again.
-            self.failure = error
+            self.failure = error.again()
             log.error("%s: the disk is read-only from now on", error)  # noqa: TRY400  no traceback
             self._give_back(writes)
             raise

@@ -82,7 +82,7 @@ class Lifecycle:
         with trio.CancelScope(shield=True):
             try:
                 if parts.commit.failure is not None:
-                    raise parts.commit.failure
+                    raise parts.commit.failure.again()
                 # An image that was refused by `start` is left as it was found.
                 if parts.file.writable and self._started:
                     if parts.options.compact:

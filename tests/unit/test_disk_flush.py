@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from qedfuse.errors import HostError, NoSpaceError, ReadOnlyError
+from qedfuse.errors import HeaderError, HostError, NeedsCheckError, NoSpaceError, ReadOnlyError
 from tests.support.disks import (
     WRITABLE,
     build_image,
@@ -18,12 +20,13 @@ from tests.support.disks import (
     opened,
     settle,
 )
-from tests.support.hostfiles import FailingFile, RecordingFile, Sync, Write
+from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync, Write
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
 
     from qedfuse.disk.disk import Disk
+    from qedfuse.errors import QedError
 
 CLUSTER = 4096
 SPAN = 512 * CLUSTER
@@ -298,3 +301,56 @@ async def test_closing_beside_the_background_flush(autojump_clock: MockClock) ->
                 await gate.reached.wait()
                 await trio.sleep(5)
     assert autojump_clock.current_time() >= 5
+
+
+@pytest.mark.expect_log("the disk is read-only from now on")
+async def test_each_failed_flush_raises_an_error_of_its_own() -> None:
+    """Raised again, an exception would collect a traceback for every flush of the disk's life."""
+    inner = MemoryFile(build_image(SIZE, {0: b"x"}))
+    file = FailingFile(inner)
+    raised: list[HostError] = []
+    manager = opened(file)
+    disk = await manager.__aenter__()
+
+    async def flush() -> None:
+        try:
+            await disk.flush()
+        except HostError as error:
+            raised.append(error)
+
+    await disk.write(0, b"y")
+    file.fail("datasync")
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(flush)
+    for _ in range(5):
+        await flush()
+    with pytest.raises(HostError) as caught:
+        await manager.__aexit__(None, None, None)
+    raised.append(caught.value)
+    assert len({id(error) for error in raised}) == 11
+    assert {(str(error), error.errno, type(error)) for error in raised} == {
+        ("image: datasync: Input/output error", errno.EIO, HostError)
+    }
+    lengths = [len(traceback.extract_tb(error.__traceback__)) for error in raised[5:10]]
+    assert len(set(lengths)) == 1, lengths
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HostError("host", errno.ENOSPC),
+        HeaderError("image", "features", 1, "0"),
+        NeedsCheckError("check"),
+        NoSpaceError("full"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_can_be_raised_again(error: QedError) -> None:
+    """A copy says and is the same, and has no traceback yet."""
+    with pytest.raises(type(error)):
+        raise error
+    again = error.again()
+    assert (type(again), str(again), again.args) == (type(error), str(error), error.args)
+    assert (again.errno, vars(again)) == (error.errno, vars(error))
+    assert again.__traceback__ is None
