@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 # struct fuse_notify_inval_inode_out.
 _INVALIDATE: Final = struct.Struct("=IiQQqq")
 _NOTIFY_INVAL_INODE: Final = 2
+"""A length of 0 reaches to the last page that the kernel has."""
 
 _TRIES: Final = 1000
 _TRY_SECONDS: Final = 0.001
@@ -46,14 +47,21 @@ class Laundering:
         self._incoming = select.poll()
         self._incoming.register(connection, select.POLLIN)
 
-    async def launder(self, view: View, start: int, end: int) -> bool:
+    async def launder(self, view: View, start: int, end: int | None = None) -> bool:
         """Have the kernel write back and forget what it caches of a range.
+
+        Args:
+            view: The disk.
+            start: Guest offset.
+            end: Guest offset; None for the end of what the kernel caches, which can lie past
+                the end of the disk while the disk is growing.
 
         Returns:
             Whether all of it has reached the disk.  If not, the range may hold anything.
         """
+        length = 0 if end is None else end - start
         message = _INVALIDATE.pack(
-            _INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, start, end - start
+            _INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, start, length
         )
         async with self._turn:
             number = await self._ask(message)
@@ -62,7 +70,7 @@ class Laundering:
 
     async def launder_all(self, view: View) -> bool:
         """Do the same for a whole disk."""
-        return await self.launder(view, 0, view.disk.size)
+        return await self.launder(view, 0)
 
     async def _ask(self, message: bytes) -> int:
         """Have a message passed to the kernel; give the error number that comes back."""

@@ -126,6 +126,11 @@ class Operations(pyfuse3.Operations):
         self._admitted = frozenset((0, os.getuid())) if only else None
 
     @property
+    def growable(self) -> bool:
+        """Whether writes past the end and truncate(2) make a disk larger."""
+        return self._options.growable
+
+    @property
     def opened(self) -> int:
         """How many handles are open in all."""
         return sum(view.opened for view in self.views.values())

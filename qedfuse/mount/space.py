@@ -20,6 +20,7 @@ from qedfuse.ondisk.constants import SECTOR
 if TYPE_CHECKING:
     import trio
 
+    from qedfuse.disk.disk import Disk
     from qedfuse.mount._extraops import Request
     from qedfuse.mount.laundering import Laundering
     from qedfuse.mount.operations import Operations
@@ -135,39 +136,49 @@ class SpaceRequests:
             await disk.discard(start, length)
 
     async def _seek(self, view: View, whence: int, start: int) -> int:
-        """Answer lseek(2)."""
+        """Answer lseek(2).
+
+        While the kernel may hold dirty pages, it writes back the range that is going to be
+        reported as a hole, and the tables are looked at again.
+        """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
             raise FUSEError(errno.EINVAL)
-        if not 0 <= start < view.disk.size:
+        if start < 0:
             raise FUSEError(errno.ENXIO)
-        if whence == os.SEEK_HOLE and not self._may_be_dirty(view):
-            return await view.disk.next_hole(start)
-        return await self._seek_beside_writer(view, whence, start)
-
-    async def _seek_beside_writer(self, view: View, whence: int, start: int) -> int:
-        """Do so while the kernel may keep data back that would be in a hole."""
         disk = view.disk
-        while True:
-            data = await disk.next_data(start)
-            hole = start
-            if whence == os.SEEK_HOLE:
-                hole = await disk.next_hole(start)
-                data = await disk.next_data(hole)
-            # What we are about to call a hole reaches from here to there.
-            end = disk.size if data is None else data
-            if hole == end or not self._may_be_dirty(view):
+        gap = await _find_gap(disk, whence, start)
+        while self._may_be_dirty(view):
+            hole, end = gap
+            if end is None and not self._operations.growable:
+                end = disk.size
+            # On a growable disk the kernel may hold data past the end that we know of, and
+            # only the kernel knows where that data ends: the range then has no end.
+            if end is not None and hole >= end:
                 break
             if not await self._laundering.launder(view, hole, end):
-                # Zeros that are told as data cost space, data told as a hole is lost.
-                hole, data = disk.size, start
+                return self._assume_data(view, whence, start)
+            before, gap = gap, await _find_gap(disk, whence, start)
+            if gap == before:
                 break
-            if await disk.next_data(hole) == data:
-                break
-        if whence == os.SEEK_HOLE:
-            return hole
-        if data is None:
+        hole, data = gap
+        found = hole if whence == os.SEEK_HOLE else data
+        if found is None or start >= disk.size:
             raise FUSEError(errno.ENXIO)
-        return data
+        return found
+
+    def _assume_data(self, view: View, whence: int, start: int) -> int:
+        """Answer lseek(2) when dirty pages cannot be written back: everything is data.
+
+        Zeros that are reported as data cost space in a copy; data reported as a hole is lost.
+        Where nobody knows the end of the data, the answer is an error, so that a copy fails.
+        """
+        size = view.disk.size
+        growable = self._operations.growable
+        if start < size:
+            return start if whence == os.SEEK_DATA else size
+        if whence == os.SEEK_DATA and growable:
+            return start
+        raise FUSEError(errno.EIO if growable else errno.ENXIO)
 
     def _may_be_dirty(self, view: View) -> bool:
         """Tell whether the kernel may have data of a disk that we have not been given.
@@ -175,3 +186,11 @@ class SpaceRequests:
         It gives us all when the last handle that may write is released.
         """
         return self._operations.enable_writeback_cache and view.writers > 0
+
+
+async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | None]:
+    """Find the hole that lseek(2) asks about: its start, and where data follows, if any does."""
+    hole = start
+    if whence == os.SEEK_HOLE and start < disk.size:
+        hole = await disk.next_hole(start)
+    return hole, await disk.next_data(hole)

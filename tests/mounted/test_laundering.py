@@ -153,3 +153,64 @@ def test_pages_that_are_mapped(image: Path, tmp_path: Path) -> None:
         assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 2 * MIB
         pages[MIB] = 1
         assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == MIB
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Iterator[Path]:
+    """Mount an image of 1 MiB that may grow; give the disk."""
+    image = qemu.create(tmp_path / "grow.qed", MIB)
+    with mounted(image, tmp_path / "mnt", "-o", "growable") as place:
+        yield place / "grow.raw"
+    assert qemu.check(image).errors == 0
+
+
+def test_data_past_the_end_that_only_the_kernel_knows(growing: Path, tmp_path: Path) -> None:
+    """Holes are asked of the kernel up to the end that it knows, also from there on."""
+    with growing.open("r+b", buffering=0) as file:
+        fd = file.fileno()
+        os.pwrite(fd, b"G" * 512, 2 * MIB - 512)
+        assert os.lseek(fd, 0, os.SEEK_DATA) == 2 * MIB - 65536
+        os.pwrite(fd, b"H" * 512, 3 * MIB)
+        assert os.lseek(fd, 2 * MIB, os.SEEK_DATA) == 3 * MIB, "from past the server's end"
+        os.pwrite(fd, b"I" * 512, 5 * MIB)
+        assert os.lseek(fd, 4 * MIB, os.SEEK_HOLE) == 4 * MIB, "a hole past the server's end"
+        os.pwrite(fd, b"J" * 65536, 6 * MIB)
+        os.pwrite(fd, b"K" * 65536, 6 * MIB + 65536)
+        assert os.lseek(fd, 6 * MIB, os.SEEK_HOLE) == 6 * MIB + 2 * 65536, "data as well"
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            os.lseek(fd, 64 * MIB, os.SEEK_DATA)
+        assert caught.value.errno == errno.ENXIO
+        os.pwrite(fd, b"L" * 512, 8 * MIB)
+        copy = tmp_path / "copy"
+        subprocess.run(["cp", "--sparse=auto", growing, copy], check=True)
+        assert copy.read_bytes() == growing.read_bytes()
+        assert copy.stat().st_blocks * 512 < 2 * MIB
+
+
+def test_a_full_disk_that_grows_has_its_hole_at_its_new_end(growing: Path) -> None:
+    """Where the data reaches the server's end, it may go on behind that."""
+    with growing.open("r+b", buffering=0) as file:
+        file.write(b"a" * MIB)
+        os.fsync(file.fileno())
+        file.write(b"b" * MIB)
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 2 * MIB
+
+
+def test_without_the_helper_growth_is_data_or_an_error(tmp_path: Path) -> None:
+    """A copy is complete or fails."""
+    image = qemu.create(tmp_path / "grow.qed", MIB)
+    with front(image, "-o", "growable", tmp_path / "mnt") as mount:
+        path = mount.mountpoint / "grow.raw"
+        with path.open("r+b", buffering=0) as file:
+            file.write(b"x")
+            assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 65536
+            (helper,) = helpers(mount.process.pid)
+            os.kill(helper, signal.SIGKILL)
+            os.pwrite(file.fileno(), b"G" * 512, 2 * MIB)
+            assert os.lseek(file.fileno(), MIB, os.SEEK_DATA) == MIB
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                os.lseek(file.fileno(), MIB, os.SEEK_HOLE)
+            assert caught.value.errno == errno.EIO
+        assert "a helper process has failed" in mount.read_line()
+        mount.signal(signal.SIGTERM)
+        assert mount.finish()[0] == 0
