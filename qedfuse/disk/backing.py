@@ -195,5 +195,5 @@ def _is_same_file(file: PosixFile, path: str) -> bool:
     """Tell whether a path leads to the file that is open."""
     try:
         return os.path.samestat(file.stat(), os.stat(path))  # noqa: PTH116
-    except OSError:
+    except (OSError, HostError):
         return False

@@ -12,7 +12,7 @@ import trio
 
 from qedfuse.errors import HostError
 from qedfuse.hostio.arrivals import Arrivals, loop
-from qedfuse.hostio.regular import open_regular
+from qedfuse.hostio.regular import open_regular, status_of
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.util.text import printable
 from qedfuse.util.window import Window
@@ -303,12 +303,20 @@ class PosixFile:
             raise self._failed(error, "seek") from error
 
     def size(self) -> int:
-        """Give the file's length now."""
+        """Give the file's length now.
+
+        Raises:
+            HostError: The host refused.
+        """
         return self.stat().st_size
 
     def stat(self) -> os.stat_result:
-        """Give the file's attributes now."""
-        return os.fstat(self.fd)
+        """Give the file's attributes now.
+
+        Raises:
+            HostError: The host refused.
+        """
+        return status_of(self.fd, self.name)
 
     def close(self) -> None:
         """Let the file go, and with it every lock taken through it."""

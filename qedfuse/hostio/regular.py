@@ -6,7 +6,7 @@ import os
 import stat
 from typing import Final
 
-from qedfuse.errors import ImageError, cannot_open
+from qedfuse.errors import HostError, ImageError, cannot_open
 from qedfuse.util.text import printable
 
 KINDS: Final = {
@@ -68,3 +68,27 @@ def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) 
         raise cannot_open(path, error) from error
     finally:
         os.close(handle)
+
+
+def status_of(file: int | str, name: str) -> os.stat_result:
+    """Give the attributes of an open file, or of the file at a path; ``name`` is for messages.
+
+    Raises:
+        HostError: The host refused.
+    """
+    try:
+        return os.stat(file)  # noqa: PTH116  a name or a descriptor, not a Path
+    except OSError as error:
+        raise HostError.from_os(error, name, "stat") from error
+
+
+def length_of(fd: int, name: str) -> int:
+    """Give the bytes of an open file or block device; ``name`` is for messages.
+
+    Raises:
+        HostError: The host refused.
+    """
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    except OSError as error:
+        raise HostError.from_os(error, name, "seek") from error

@@ -12,7 +12,7 @@ from qedfuse.errors import UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.newfile import NewFile
 from qedfuse.hostio.oldfile import hold_old
-from qedfuse.hostio.regular import open_raw
+from qedfuse.hostio.regular import length_of, open_raw, status_of
 from qedfuse.tools.baseloop import refuse_loop
 from qedfuse.tools.copying import Copy
 from qedfuse.tools.disktarget import DiskTarget
@@ -204,7 +204,7 @@ class _Work:
             fd = open_raw(self.path, os.O_RDWR)
             try:
                 lock_image(fd, LockMode.WRITE, self.name)
-                length = os.lseek(fd, 0, os.SEEK_END)
+                length = length_of(fd, self.name)
                 self._check_room(source, length)
                 size, data = await self.copy(OverwrittenTarget(fd, self.name, durable=self.durable))
             finally:
@@ -240,7 +240,7 @@ class _Work:
                 if self.compare and self.source is not None:
                     await self._verify(self.source, new.path, layout.format)
             new.commit(durable=self.durable)
-        return ConvertResult(size, os.stat(self.path).st_size, data)  # noqa: PTH116
+        return ConvertResult(size, status_of(self.path, self.name).st_size, data)
 
     @asynccontextmanager
     async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:

@@ -18,7 +18,7 @@ from qedfuse.tools.crew import Crew
 from qedfuse.tools.pieces import Cutter, fill
 from qedfuse.tools.steps import steps
 from qedfuse.tools.targets import NewTarget, complete, write_all
-from qedfuse.tools.units import judge
+from qedfuse.tools.units import judge, marked_bytes
 from qedfuse.util.reporting import reporting
 
 if TYPE_CHECKING:
@@ -147,10 +147,8 @@ class Copy:
         self._count(piece, data)
 
     def _count(self, piece: Piece, data: Mask) -> None:
-        """Keep account of a piece that is done; the disk may end within its last unit."""
-        unit = self._target.unit
-        past_end = len(data) * unit - piece.length if data[-1] else 0
-        self.data_bytes += int(data.sum()) * unit - past_end
+        """Keep account of a piece that is done."""
+        self.data_bytes += marked_bytes(data, self._target.unit, piece.length)
         self._done = piece.start + piece.length
 
     def _look(self, piece: Piece, content: Bytes, below: Bytes) -> tuple[Mask, Mask]:

@@ -15,7 +15,7 @@ from qedfuse.disk.extents import Extent, Kind
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import open_raw
+from qedfuse.hostio.regular import length_of, open_raw, status_of
 from qedfuse.tools.probing import probe
 from qedfuse.util.text import printable
 
@@ -70,7 +70,7 @@ class RawSource:
         self._fd = fd
         self.path = path
         self.name = printable(path)
-        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.size = length_of(fd, self.name)
 
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Tell data from holes."""
@@ -98,7 +98,7 @@ class RawSource:
 
     def files(self) -> list[os.stat_result]:
         """Give the attributes of the file."""
-        return [os.fstat(self._fd)]
+        return [status_of(self._fd, self.name)]
 
 
 def _seek(fd: int, at: int, whence: int, end: int) -> int:
@@ -143,7 +143,7 @@ async def open_source(
         return
     fd = open_raw(path, os.O_RDONLY)
     try:
-        if options.lock and stat.S_ISREG(os.fstat(fd).st_mode):
+        if options.lock and stat.S_ISREG(status_of(fd, printable(path)).st_mode):
             mode = LockMode.SHARE if options.force_share else LockMode.READ
             lock_image(fd, mode, printable(path))
         yield RawSource(fd, path)

@@ -10,7 +10,7 @@ import trio
 from qedfuse.errors import UsageError
 from qedfuse.tools.probing import judge_start
 from qedfuse.tools.targets import NewTarget, complete, write_all
-from qedfuse.tools.units import judge
+from qedfuse.tools.units import judge, marked_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +69,7 @@ async def copy_stream(
             else:
                 await target.take(size, content.data, data)
             size += count
-            data_bytes += int(data.sum()) * target.unit
+            data_bytes += marked_bytes(data, target.unit, count)
             if progress is not None:
                 progress(size, size)
         if count < len(buffer):

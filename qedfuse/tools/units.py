@@ -61,6 +61,12 @@ def judge(content: Bytes, unit: int, least: int, below: Bytes | None = None) -> 
     return ~zero, np.zeros(len(zero), np.bool_)
 
 
+def marked_bytes(mask: Mask, unit: int, length: int) -> int:
+    """Count the bytes of the marked units of ``length`` bytes, which may end within the last."""
+    past_end = len(mask) * unit - length if len(mask) and mask[-1] else 0
+    return int(mask.sum()) * unit - past_end
+
+
 def runs(mask: Mask) -> list[tuple[int, int]]:
     """Give the ranges of indices, end excluded, in which a mask is true."""
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import trio
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.tools import convert as conversion
 from qedfuse.tools import copying
 from qedfuse.tools import verify as verifying
+from qedfuse.tools.layout import Layout
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
 from tests.support.disks import header_of, l2_entry_offset, put_entry
@@ -208,6 +210,24 @@ def test_pipes(seed: int, tmp_path: Path) -> None:
     writer.join()
     assert (tmp_path / "b.raw").read_bytes() == content
     assert names(tmp_path) == {"a.qed", "b.raw", "fifo"}
+
+
+@pytest.mark.parametrize("form", ["raw", "qed"])
+@pytest.mark.parametrize("length", [1, 66_000, 1 << 17, (1 << 20) + 7])
+def test_a_pipe_counts_as_the_same_file_does(tmp_path: Path, form: str, length: int) -> None:
+    """Of a last unit that the content does not fill only the content is data."""
+    content = bytes(1 << 20) + random.Random(length).randbytes(length)
+    raw, fifo = tmp_path / "a.raw", tmp_path / "fifo"
+    raw.write_bytes(content)
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=(content,))
+    writer.start()
+    layout = Layout(form)
+    piped = trio.run(conversion.convert, str(fifo), str(tmp_path / "b"), layout)
+    writer.join()
+    copied = trio.run(conversion.convert, str(raw), str(tmp_path / "c"), layout)
+    assert piped.data_bytes == copied.data_bytes
+    assert piped.data_bytes == length
 
 
 @pytest.mark.parametrize("words", ["fifo new", "-O raw a.raw fifo"])

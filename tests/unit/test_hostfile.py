@@ -12,6 +12,7 @@ import pytest
 
 from qedfuse.errors import HostError, ImageError, NoSpaceError
 from qedfuse.hostio.posixfile import INLINE_BYTES, PosixFile
+from qedfuse.hostio.regular import length_of, status_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -246,3 +247,19 @@ def test_close_twice(file: PosixFile) -> None:
     file.close()
     os.fstat(other)
     os.close(other)
+
+
+def test_attributes_of_a_file_that_the_host_refuses(tmp_path: Path) -> None:
+    """Size and attributes are asked of the host like everything else: a line, no OSError."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    file = PosixFile.open(str(path))
+    os.close(file.fd)
+    for ask in (file.size, file.stat):
+        with pytest.raises(HostError, match=r"file: stat: Bad file descriptor$"):
+            ask()
+    with pytest.raises(HostError, match=r"^disk: seek: Bad file descriptor$"):
+        length_of(file.fd, "disk")
+    with pytest.raises(HostError, match=r"^disk: stat: No such file or directory$"):
+        status_of(str(tmp_path / "gone"), "disk")
+    file.fd = -1
