@@ -47,7 +47,10 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
                          free what they had)
   freelist=on            keep a list of free space in the image between mounts (off);
                          QEMU refuses the image while it has one (as it was)
-  compact                make the image as short as it can be when the mount ends
+  compact=full           make the image as short as it can be when the mount ends (auto:
+                         as far as a second allows, if the mount changed it; off)
+  compact_size=SIZE      how much compact=auto may move (64M)
+  compact_time=SECONDS   how long compact=auto may take (1)
   snapshot               drop all writes when the mount ends
   overlay=FILE           send all writes to this QED overlay, made if missing
   backing=confined       use backing files only from the directory of the image that

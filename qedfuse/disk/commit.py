@@ -81,6 +81,11 @@ class Commit:
         """Whether a table in memory differs from the file, or may."""
         return self._tables.dirty_bytes > 0 or self._running is not None
 
+    @property
+    def has_changed_tables(self) -> bool:
+        """Whether any table was changed since the image was opened."""
+        return self._table_writes > 0 or self.dirty_tables
+
     async def barrier(self) -> None:
         """Make a change of the file durable that was made just now, and all before it.
 

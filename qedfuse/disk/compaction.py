@@ -4,23 +4,26 @@ The file then is as long as what is in use in it: the *target*.  As many cluster
 lie past the target as there are holes before it, so every data cluster past it finds a
 hole, whichever is the lowest.  Tables come first, because they need neighbouring holes.
 
-Each step is an ordinary change: the copy is written, a commit round makes it durable
-before the entry that points to it, and the old place goes through the quarantine.  So
-the image is sound at any moment, and what was moved before an interruption stays moved.
-Nothing else may be done with the disk meanwhile, because writes in place do not look
-whether a cluster is on its way.
+A compaction that is bounded has a higher target: the cluster from which on no more is in
+use than may be moved.  Whether it gets there or ends before, because its time is over or
+somebody stopped it, what was moved was the highest, and the end of the file is cut off
+as far as that.
+
+How a cluster is moved, and why that is safe, `qedfuse.disk.moving` tells.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+import trio
 
-from qedfuse.disk.tablecache import L1, L2
-from qedfuse.ondisk.constants import ENTRY_BYTES, ZERO
-from qedfuse.ondisk.table import runs
+from qedfuse.disk.owners import find_owners
+from qedfuse.disk.tablecache import L1
+from qedfuse.errors import CorruptImageError
+from qedfuse.ondisk.constants import ENTRY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -30,59 +33,78 @@ if TYPE_CHECKING:
     from qedfuse.disk.allocator import Allocator
     from qedfuse.disk.commit import Commit
     from qedfuse.disk.layer import QedLayer
-    from qedfuse.disk.needcheck import NeedCheck
+    from qedfuse.disk.moving import Mover
     from qedfuse.disk.reclaim import Reclaim
-    from qedfuse.disk.requests import Requests
-    from qedfuse.disk.tablecache import Slice
 
     Progress = Callable[[int, int], None]
     """Told how many bytes have been moved, and how many are to be moved in all."""
 
 log = logging.getLogger(__name__)
 
-_STEP: Final = 1 << 20
-"""Bytes that are copied at once."""
+_BATCH_BYTES: Final = 1 << 26
+_QUICK_BATCH_BYTES: Final = 1 << 23
+"""Data that is moved between two commit rounds, at most; the second if there are limits."""
 
-_BATCH: Final = 1 << 26
-"""Bytes that are moved between two commit rounds, about."""
+_MAX_OWNERS: Final = 1 << 20
+"""Most clusters whose owners are looked for in one pass over the tables: 32 MiB of numbers."""
 
 _MAX_TABLES: Final = 1 << 20
 """Most tables that are kept in mind: 2 PiB in clusters of 64 KiB."""
 
 
+class Limits(NamedTuple):
+    """How much one compaction may do.
+
+    Attributes:
+        bytes: How much it may move.
+        seconds: How long it may take; a system call under way is waited for.
+    """
+
+    bytes: int
+    seconds: float
+
+
 class Compaction:
-    """Makes the file of an open image as short as it can be."""
+    """Makes the file of an open image shorter, as far as it may."""
 
     def __init__(
         self,
         layer: QedLayer,
         allocator: Allocator,
-        requests: Requests,
+        mover: Mover,
         commit: Commit,
-        needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
-        """Move clusters of ``layer``, whose free clusters are known."""
+        """Have ``mover`` move clusters of ``layer``."""
         self._layer = layer
         self._allocator = allocator
-        self._requests = requests
+        self._mover = mover
         self._commit = commit
-        self._needcheck = needcheck
         self._reclaim = reclaim
         self._bits = allocator.cluster_bits
         self._table = layer.geometry.table_size
+        self._scope: trio.CancelScope | None = None
+        self._stopped = False
         self._moved = 0
         self._total = 0
-        self._within_bound = True
-        self._progress: Progress = lambda _done, _total: None
+        self._progress: Progress = _silent
 
-    async def run(self, progress: Progress | None = None, *, within_bound: bool = True) -> int:
-        """Move what has to be moved; return how many clusters that were.
+    async def run(
+        self,
+        progress: Progress | None = None,
+        *,
+        within_bound: bool = True,
+        limits: Limits | None = None,
+    ) -> int:
+        """Move what has to be moved, the highest first; return how many clusters that were.
+
+        No other request may be under way.
 
         Args:
             progress: Told how many bytes have been moved, and how many are to be.
             within_bound: Whether the file must not exceed its bound for a moment, even
                 if something stays free for that.
+            limits: How much may be moved, and how long that may take.
 
         Raises:
             HostError: The host refused; the image is sound, and less compact than it could be.
@@ -93,32 +115,62 @@ class Compaction:
         if len(self._layer.l2_tables) > _MAX_TABLES:
             log.warning("%s: not compacted: too many L2 tables", self._layer.file.name)
             return 0
-        self._progress = progress or self._progress
-        self._within_bound = within_bound
         self._moved = 0
+        self._progress = progress or _silent
         # What is about to be cut off need not be punched first.
         self._reclaim.punching = False
         try:
             await self._commit.flush()
-            if self._allocator.free.count:
-                self._total = await self._count_past(self._target())
-                await self._move_tables()
-                await self._move_data(self._target())
+            with trio.CancelScope() as self._scope:
+                if limits is not None:
+                    self._scope.deadline = trio.current_time() + limits.seconds
+                if self._stopped:
+                    self._scope.cancel()
+                await self._shorten(limits, within_bound=within_bound)
+        except CorruptImageError as error:
+            # Of two owners only one would get the copy.
+            log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
+            self._layer.damaged = True
         finally:
+            self._scope = None
             self._reclaim.punching = True
+            self._progress = _silent
         return self._moved
 
-    def _target(self) -> int:
-        """Give the cluster at which the file can end."""
-        used = (self._allocator.end >> self._bits) - self._allocator.free.count
-        return max(used, self._allocator.anchor)
+    def stop(self) -> None:
+        """End the compaction that is under way, and let no other one begin.
 
-    async def _count_past(self, target: int) -> int:
+        What has been moved stays moved.
+        """
+        self._stopped = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def _shorten(self, limits: Limits | None, *, within_bound: bool) -> None:
+        """Move the highest clusters, as many as the limits allow."""
+        allocator = self._allocator
+        most = None if limits is None else limits.bytes >> self._bits
+        self._total = self._used_from(self._target(most))
+        while allocator.free.count:
+            before = self._moved
+            left = _MAX_OWNERS if most is None else min(_MAX_OWNERS, most - before)
+            target = await self._move_tables(left, most, within_bound=within_bound)
+            await self._move_data(target, quick=most is not None)
+            if self._moved == before:
+                break
+
+    def _target(self, most: int | None = None) -> int:
+        """Give the cluster at which the file can end if up to ``most`` clusters are moved."""
+        end, free = self._allocator.end >> self._bits, self._allocator.free
+        target = max(end - free.count, self._allocator.anchor)
+        return target if most is None else max(target, free.tail_start(end, max(0, most)))
+
+    def _used_from(self, target: int) -> int:
         """Count the clusters in use from a cluster on."""
         end = self._allocator.end >> self._bits
-        return end - target - self._allocator.free.holds(target, end - target)
+        return max(0, end - target - self._allocator.free.holds(target, end - target))
 
-    def _report(self, clusters: int) -> None:
+    def _note(self, clusters: int) -> None:
         """Note that clusters were moved."""
         self._moved += clusters
         # Clusters that had to make room for a table are moved twice.
@@ -152,22 +204,44 @@ class Compaction:
                 found[int(entries[place]) >> self._bits] = first + place
         return found
 
-    async def _move_tables(self) -> None:
-        """Bring all tables before the target."""
+    def _ends_of_tables(self) -> int:
+        """Give the first cluster behind the last L2 table."""
+        tables = self._layer.l2_tables
+        return (int(tables[-1]) >> self._bits) + self._table if len(tables) else 0
+
+    async def _move_tables(self, left: int, most: int | None, *, within_bound: bool) -> int:
+        """Bring the tables before the target that ``left`` clusters allow; return the target.
+
+        It is a higher one where a table has to stay.
+        """
+        target = self._target(left)
+        if most is not None and target > self._target():
+            target = self._behind_table(target)
+        if self._ends_of_tables() <= target:
+            return target
         tables = await self._tables()
         for table in sorted(tables, reverse=True):
-            target = self._target()
             if table + self._table <= target:
-                return
+                break
             free = self._allocator.free
             place = free.find_place() or free.find_run(self._table)
             if place is None or place + self._table > target:
-                await self._pack_tables()
-                return
+                await self._pack_tables(most, within_bound=within_bound)
+                break
             self._allocator.claim(place, self._table)
-            await self._move_table(tables[table], table, place)
+            await self._mover.move_table(tables[table], table, place)
+            self._note(self._table)
+        return max(target, self._ends_of_tables())
 
-    async def _pack_tables(self) -> None:
+    def _behind_table(self, cluster: int) -> int:
+        """Give a cluster, or the first one behind the table that it lies in."""
+        tables = self._layer.l2_tables
+        number = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
+        if number < 0:
+            return cluster
+        return max(cluster, (int(tables[number]) >> self._bits) + self._table)
+
+    async def _pack_tables(self, most: int | None, *, within_bound: bool) -> None:
         """Lay all tables side by side behind the L1 table.
 
         That works where free clusters are scattered so that no table fits between them.
@@ -180,8 +254,10 @@ class Compaction:
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
         fits = end + (last - first) + size <= bound
-        if last > self._target() or (self._within_bound and not fits):
-            log.info("%s: compacted as far as there was room", self._layer.file.name)
+        # Each table may have to move, and as much data may be in its way.
+        affordable = most is None or self._moved + 2 * (last - first) <= most
+        if last > self._target() or (within_bound and not fits) or not affordable:
+            log.debug("%s: compacted as far as there was room", self._layer.file.name)
             return
         await self._move_data(first, last)
         for want in range(first, last, size):
@@ -191,121 +267,41 @@ class Compaction:
             table = min((at for at in tables if want < at < want + size), default=None)
             if table is not None:
                 run = await allocator.extend_table()
-                tables[run.offset >> self._bits] = tables.pop(table)
-                await self._move_table(
-                    tables[run.offset >> self._bits], table, run.offset >> self._bits
-                )
-                table = run.offset >> self._bits
+                place = run.offset >> self._bits
+                await self._mover.move_table(tables[table], table, place)
+                self._note(size)
+                tables[place] = tables.pop(table)
+                table = place
             else:
                 table = max(tables)
             allocator.claim(want, size)
-            await self._move_table(tables[table], table, want)
+            await self._mover.move_table(tables[table], table, want)
+            self._note(size)
             tables[want] = tables.pop(table)
-
-    async def _move_table(self, l1_index: int, table: int, place: int) -> None:
-        """Move one L2 table, by clusters; ``place`` is taken already."""
-        layer = self._layer
-        old, new, length = table << self._bits, place << self._bits, layer.geometry.table_bytes
-        taken = True
-        try:
-            await self._copy(old, new, length)
-            async with self._needcheck.changing():
-                part = await self._requests.writable_slice(
-                    layer.header.l1_table_offset, l1_index, L1
-                )
-                # No await from here on: the entry, what is known of the table, and the
-                # quarantine change in one step.
-                layer.tables.set(part, l1_index % layer.tables.slice_entries, new)
-                part.pins -= 1
-                taken = False
-                layer.move_table(old, new)
-                self._reclaim.retire(old, length, part.offset)
-                self._commit.note_write()
-        finally:
-            if taken:
-                self._allocator.give_back(place, self._table)
-        self._report(self._table)
-        await self._commit.flush()
 
     # Data
 
-    async def _move_data(self, first: int, last: int | None = None) -> None:
-        """Move data clusters from ``first`` on into the lowest holes.
+    async def _move_data(self, first: int, last: int | None = None, *, quick: bool = False) -> None:
+        """Move data clusters from ``first`` on into the lowest holes, the highest first.
 
-        With ``last`` only those before it, and to where ``last`` or what follows is.
+        With ``last`` only those before it, and to where ``last`` or what follows is.  With
+        ``quick``, where no table lies from ``first`` on, tables are looked at only until all
+        owners are found, and there are more commit rounds.
         """
-        layer = self._layer
         end = self._allocator.end if last is None else last << self._bits
-        waiting = 0
-        for table in await self._tables():
-            for index in range(0, layer.geometry.entries, layer.tables.slice_entries):
-                if await self._is_hole(table << self._bits, index):
-                    continue
-                part = await layer.tables.load(table << self._bits, index, L2)
-                values = np.array(part.entries, np.uint64)
-                where = (values > ZERO) & (values >= first << self._bits) & (values < end)
-                if where.any():
-                    waiting += await self._move_entries(table, index, where, last)
-                if waiting << self._bits >= _BATCH:
-                    await self._commit.flush()
-                    waiting = 0
-        await self._commit.flush()
+        count = self._used_from(first)
+        if not count:
+            return
+        owners = await find_owners(self._layer, first << self._bits, end, count if quick else None)
+        step = max(1, (_QUICK_BATCH_BYTES if quick else _BATCH_BYTES) >> self._bits)
+        # The clusters of a batch move in the order of the guest's offsets, so that
+        # neighbours stay neighbours.
+        for stop in range(len(owners.entries), 0, -step):
+            await self._mover.move_data(
+                owners.entries[max(0, stop - step) : stop], last, self._note
+            )
+            await self._commit.flush()
 
-    async def _move_entries(
-        self, table: int, index: int, where: NDArray[np.bool_], above: int | None
-    ) -> int:
-        """Move the clusters of the marked entries of one slice; tell how many that were."""
-        moved, size = 0, self._layer.geometry.cluster_size
-        edges = np.flatnonzero(np.diff(where, prepend=False, append=False)).tolist()
-        async with self._needcheck.changing():
-            part = await self._requests.writable_slice(table << self._bits, index, L2)
-            try:
-                for start, end in zip(edges[::2], edges[1::2], strict=True):
-                    for at, count, value in list(runs(part.entries, start, end, size)):
-                        moved += await self._move_run(part, at, count, value, above)
-            finally:
-                part.pins -= 1
-        return moved
 
-    async def _move_run(
-        self, part: Slice, at: int, count: int, value: int, above: int | None
-    ) -> int:
-        """Move neighbouring clusters, the first at file offset ``value``; tell how many."""
-        tables, size = self._layer.tables, self._layer.geometry.cluster_size
-        moved = 0
-        while moved < count:
-            run = await self._allocator.take(count - moved, above)
-            if run is None or (above is None and run.offset > value):
-                if run is not None:
-                    self._allocator.release(run)
-                break
-            try:
-                await self._copy(value, run.offset, run.length)
-            except BaseException:
-                self._allocator.release(run)
-                raise
-            # No await from here on, as above.
-            clusters = run.length >> self._bits
-            for step in range(clusters):
-                tables.set(part, at + moved + step, run.offset + step * size)
-            self._reclaim.retire(value, run.length, part.offset)
-            self._commit.note_write()
-            self._report(clusters)
-            moved, value = moved + clusters, value + run.length
-        return moved
-
-    async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file, holes as holes: a table of 1 GiB can be one."""
-        file, at = self._layer.file, 0
-        while at < length:
-            data = await file.next_data(source + at)
-            hole = (length if data is None else min(length, data - source)) - at
-            if hole > 0 and file.can_punch:
-                await file.punch((target + at, hole))
-            # The first try may have told that the host cannot.
-            if hole > 0 and file.can_punch:
-                at += hole
-            else:
-                part = await file.pread(source + at, min(_STEP, length - at))
-                await file.pwrite(target + at, part)
-                at += len(part)
+def _silent(_done: int, _total: int) -> None:
+    """Tell nobody."""

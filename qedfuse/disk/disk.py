@@ -52,7 +52,7 @@ class Disk:
         self.path = path
         self.name = file.name
         parts = self._parts = Parts(file, header, bases, options, store)
-        self._lifecycle = Lifecycle(parts, self.compact)
+        self._lifecycle = Lifecycle(parts)
         # What each request needs is at hand; the rest is asked of the parts.
         self._file = file
         self._options = options
@@ -280,6 +280,18 @@ class Disk:
         await self._gate.before_change()
         await self._parts.scan.run()
         return await self._parts.compaction.run(progress, within_bound=within_bound)
+
+    async def tidy(self) -> None:
+        """Compact now as the options want it at the close, where nothing is left to do then.
+
+        For callers that want to know what the close leaves.  No other request may be under
+        way.  What the host refuses is logged.
+        """
+        await self._lifecycle.compaction.run()
+
+    def stop_compacting(self) -> None:
+        """End the compaction that a close has begun, or is about to; the image is sound."""
+        self._parts.compaction.stop()
 
     async def resize(self, size: int, *, force: bool = False) -> None:
         """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.

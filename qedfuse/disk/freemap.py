@@ -225,6 +225,24 @@ class FreeMap:
             position = block * BLOCK
         return found
 
+    def tail_start(self, end: int, used: int) -> int:
+        """Give the lowest cluster from which up to ``end`` at most ``used`` are not free.
+
+        0 if there are no more than that in all.
+        """
+        position, left = end + self.shift, used
+        while position > self.shift:
+            block, place = divmod(position - 1, BLOCK)
+            taken = ~self._blocks.get(block, 0) & ((1 << (place + 1)) - 1)
+            count = taken.bit_count()
+            if count > left:
+                for _ in range(count - left - 1):
+                    taken &= taken - 1
+                return self._cluster(block, _lowest_bit(taken) + 1)
+            left -= count
+            position = block * BLOCK
+        return 0
+
     def end(self) -> int:
         """Give the number past the last free cluster."""
         if not self._blocks:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
-from qedfuse.errors import HostError
+from qedfuse.disk.autocompact import AutoCompaction
 from qedfuse.util.scope import open_scope
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from qedfuse.disk.parts import Parts
 
-log = logging.getLogger(__name__)
-
 
 class Lifecycle:
-    """Starts the parts of a disk, and brings them to rest."""
+    """Starts the parts of a disk, and brings them to rest.
 
-    def __init__(self, parts: Parts, compact: Callable[[], Awaitable[object]]) -> None:
-        """Look after ``parts``; ``compact`` makes the file short, where that is asked for."""
+    Attributes:
+        compaction: What makes the file shorter before it is closed.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        """Look after ``parts``."""
         self._parts = parts
-        self._compact = compact
+        self.compaction = AutoCompaction(parts)
         self._started = False
         self._closed = False
 
@@ -37,16 +38,18 @@ class Lifecycle:
             CorruptImageError: The image cannot be written to without damage.
             HostError: As `close`.
         """
+        in_order = False
         try:
             async with open_scope() as nursery:
                 await self.start(nursery)
                 try:
                     yield
+                    in_order = True
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
             # The background tasks have ended: closing has the disk to itself.
-            await self.close()
+            await self.close(compact=in_order)
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Read what must be known first, and start the background tasks.
@@ -68,8 +71,12 @@ class Lifecycle:
             nursery.start_soon(parts.scan.run_when_due)
         self._started = True
 
-    async def close(self) -> None:
+    async def close(self, *, compact: bool = True) -> None:
         """Make everything durable, clear NEED_CHECK, and let the files and locks go.
+
+        Args:
+            compact: Whether to compact first, if the options say so.  Unlike the rest
+                that can be cancelled.
 
         Raises:
             HostError: Something written before could not be made durable (D7).  The
@@ -79,27 +86,35 @@ class Lifecycle:
             return
         self._closed = True
         parts = self._parts
+        # An image that was refused by `start` is left as it was found.
+        writable = parts.file.writable and self._started
+        try:
+            if compact and writable and parts.commit.failure is None:
+                await self.compaction.run()
+        except Exception:
+            # A bug: nobody knows what the tables in memory are worth now.
+            parts.chain.close()
+            raise
+        except BaseException:
+            await self._finish(writable=writable)
+            raise
+        await self._finish(writable=writable)
+
+    async def _finish(self, *, writable: bool) -> None:
+        """Close what is at rest; raise as `close` does."""
+        parts = self._parts
         with trio.CancelScope(shield=True):
             try:
                 if parts.commit.failure is not None:
                     raise parts.commit.failure.again()
-                # An image that was refused by `start` is left as it was found.
-                if parts.file.writable and self._started:
-                    if parts.options.compact:
-                        await self._compact_at_close()
+                if writable:
                     await self._give_space_back()
                     await parts.needcheck.clear()
                     await parts.commit.flush()
+                    self.compaction.report()
                     await parts.saved_list.save()
             finally:
                 parts.chain.close()
-
-    async def _compact_at_close(self) -> None:
-        """Compact; what the host refuses costs space and nothing else."""
-        try:
-            await self._compact()
-        except HostError as error:
-            log.warning("%s (while compacting)", error)
 
     async def _give_space_back(self) -> None:
         """Cut off and punch out what is free, as far as that is known.

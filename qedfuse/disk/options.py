@@ -8,6 +8,8 @@ from typing import Final, Literal
 DEFAULT_CACHE_BYTES: Final = 32 << 20
 DEFAULT_COMMIT_SECONDS: Final = 5.0
 DEFAULT_NEEDCHECK_SECONDS: Final = 5.0
+DEFAULT_COMPACT_BYTES: Final = 64 << 20
+DEFAULT_COMPACT_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,12 @@ class OpenOptions:
             no new cluster (``on``), or give up theirs as well (``unmap``).
         free_list: Whether the image keeps a list of its free clusters when it is closed;
             ``keep``: if it had one when it was opened.
-        compact: Whether the file is made as short as it can be when it is closed.
+        compact: Whether the highest clusters move into free ones when the image is closed:
+            as far as the two limits allow (``auto``), all of them (``full``), or none
+            (``off``).  ``auto`` leaves an image alone whose tables did not change, that
+            keeps a list of its free clusters, or that is open without ``discard``.
+        compact_bytes: How much ``auto`` may move.
+        compact_seconds: How long ``auto`` may take, about; it ends where it is then.
     """
 
     writable: bool = False
@@ -58,4 +65,6 @@ class OpenOptions:
     discard: bool = True
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     free_list: Literal["keep", "on", "off"] = "keep"
-    compact: bool = False
+    compact: Literal["auto", "off", "full"] = "auto"
+    compact_bytes: int = DEFAULT_COMPACT_BYTES
+    compact_seconds: float = DEFAULT_COMPACT_SECONDS

@@ -17,6 +17,7 @@ from qedfuse.disk.gate import Gate
 from qedfuse.disk.grace import Grace
 from qedfuse.disk.layer import QedLayer
 from qedfuse.disk.liveheader import LiveHeader
+from qedfuse.disk.moving import Mover
 from qedfuse.disk.needcheck import NeedCheck
 from qedfuse.disk.quarantine import Quarantine
 from qedfuse.disk.reclaim import Reclaim
@@ -100,9 +101,10 @@ class Parts:
             self.gate.before_change,
         )
         self.gate.saved_list = self.saved_list
-        self.compaction = Compaction(
+        mover = Mover(
             self.layer, self.allocator, self.requests, self.commit, self.needcheck, self.reclaim
         )
+        self.compaction = Compaction(self.layer, self.allocator, mover, self.commit, self.reclaim)
         self.resizing = Resizing(
             self.chain,
             self.layer,

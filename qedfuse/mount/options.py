@@ -13,7 +13,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qedfuse.disk.options import DEFAULT_CACHE_BYTES, DEFAULT_COMMIT_SECONDS, BackingPolicy
+from qedfuse.disk.options import (
+    DEFAULT_CACHE_BYTES,
+    DEFAULT_COMMIT_SECONDS,
+    DEFAULT_COMPACT_BYTES,
+    DEFAULT_COMPACT_SECONDS,
+    BackingPolicy,
+)
 from qedfuse.errors import UsageError
 from qedfuse.util.sizes import parse_size
 from qedfuse.util.text import printable
@@ -46,7 +52,7 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 request may be is agreed with the kernel when the mount begins."""
 
 _MAX_ID: Final = (1 << 32) - 2  # the last one means "unchanged" to chown(2)
-_MAX_COMMIT_SECONDS: Final = 3600.0
+_MAX_SECONDS: Final = 3600.0
 _MAX_POLL_MICROSECONDS: Final = 10_000
 _MIN_CACHE_BYTES: Final = 64 << 10
 _MAX_READAHEAD_BYTES: Final = 1 << 30
@@ -72,7 +78,9 @@ class MountOptions:
         discard: Discards give clusters up.
         detect_zeroes: What becomes of zeros that are written (`OpenOptions`).
         free_list: Whether images keep a list of their free space (`OpenOptions`).
-        compact: The files are made as short as they can be when the mount ends.
+        compact: How far the files are compacted when the mount ends (`OpenOptions`).
+        compact_bytes: How much ``auto`` may move in each of them.
+        compact_seconds: How long ``auto`` may take for all of them together.
         poll_seconds: Longest time for which the next request is polled for; None for
             what suits the machine.
         readahead: How far the kernel reads ahead (`qedfuse.mount.readahead`).
@@ -96,7 +104,9 @@ class MountOptions:
     discard: bool = True
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     free_list: Literal["keep", "on", "off"] = "keep"
-    compact: bool = False
+    compact: Literal["auto", "off", "full"] = "auto"
+    compact_bytes: int = DEFAULT_COMPACT_BYTES
+    compact_seconds: float = DEFAULT_COMPACT_SECONDS
     poll_seconds: float | None = None
     readahead: Readahead = None
     snapshot: bool = False
@@ -201,13 +211,14 @@ def _consistent(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
     """
     written = options.snapshot or options.overlay is not None
     writer = "snapshot" if options.snapshot else "overlay"
+    reads_only = options.read_only or options.force_share
     contradictions = (
         (options.force_share and explicit_rw, "rw", "force_share"),
         (options.snapshot and options.overlay is not None, "snapshot", "overlay"),
         (written and options.force_share, writer, "force_share"),
         (written and options.read_only, "ro", writer),
-        (options.compact and options.read_only, "compact", "ro"),
-        (options.growable and (options.read_only or options.force_share), "growable", "ro"),
+        (options.compact == "full" and reads_only, "compact", "ro"),
+        (options.growable and reads_only, "growable", "ro"),
         # The source is the overlay's base, and these two speak of bases.
         (written and options.backing.format is not None, "backing_format", writer),
         (written and options.backing.mode == "none", "backing=none", writer),
@@ -218,7 +229,7 @@ def _consistent(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
         if wrong:
             msg = f"options {first} and {second}: exclude each other"
             raise UsageError(msg)
-    return replace(options, read_only=options.read_only or options.force_share)
+    return replace(options, read_only=reads_only)
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -251,8 +262,8 @@ def _umask(name: str, value: str) -> int:
 def _seconds(name: str, value: str) -> float:
     """Read a time."""
     short_enough = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value)
-    if not short_enough or not 0 < (seconds := float(value)) <= _MAX_COMMIT_SECONDS:
-        found, most = printable(value), int(_MAX_COMMIT_SECONDS)
+    if not short_enough or not 0 < (seconds := float(value)) <= _MAX_SECONDS:
+        found, most = printable(value), int(_MAX_SECONDS)
         msg = f"option {name}: found {found}, expected seconds, more than 0, up to {most}"
         raise UsageError(msg)
     return seconds
@@ -300,7 +311,7 @@ def _path(_name: str, value: str) -> str:
     return value
 
 
-_FLAGS: Final[Mapping[str, Mapping[str, bool]]] = {
+_FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
     "ro": {"read_only": True},
     "rw": {"read_only": False},
     "allow_other": {"allow_other": True},
@@ -310,10 +321,11 @@ _FLAGS: Final[Mapping[str, Mapping[str, bool]]] = {
     "growable": {"growable": True},
     "discard": {"discard": True},
     "nodiscard": {"discard": False},
-    "compact": {"compact": True},
+    "compact": {"compact": "full"},
     "snapshot": {"snapshot": True},
 }
 _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "compact": ("compact", ("auto", "off", "full")),
     "detect_zeroes": ("detect_zeroes", ("off", "on", "unmap")),
     "freelist": ("free_list", ("on", "off")),
 }
@@ -326,6 +338,8 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "gid": ("gid", _id),
     "umask": ("umask", _umask),
     "commit": ("commit_seconds", _seconds),
+    "compact_size": ("compact_bytes", _size),
+    "compact_time": ("compact_seconds", _seconds),
     "cache_size": ("cache_bytes", _cache),
     "poll": ("poll_seconds", _poll),
     "readahead": ("readahead", _readahead),

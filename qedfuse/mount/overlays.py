@@ -40,6 +40,8 @@ def disk_options(options: MountOptions) -> OpenOptions:
         detect_zeroes=options.detect_zeroes,
         free_list=options.free_list,
         compact=options.compact,
+        compact_bytes=options.compact_bytes,
+        compact_seconds=options.compact_seconds,
     )
 
 
@@ -92,7 +94,9 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(place, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        async with open_disk(overlay, _over(path, options), inspector=inspect_image) as disk:
+        # It is gone when it is closed: nobody will ask how short it was.
+        opening = replace(_over(path, options), compact="off")
+        async with open_disk(overlay, opening, inspector=inspect_image) as disk:
             # Open files outlive their names: even a crash leaves nothing behind.
             shutil.rmtree(place, ignore_errors=True)
             yield disk

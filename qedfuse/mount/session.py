@@ -50,8 +50,9 @@ from qedfuse.util.scope import open_scope
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from qedfuse.disk.disk import Disk
     from qedfuse.mount.mounttable import MountEntry
     from qedfuse.mount.options import MountOptions
 
@@ -131,13 +132,13 @@ class _Session:
         async with open_scope() as nursery:
             # From here on a signal ends things in order, also a check that takes long.
             await nursery.start(self._stopper.run, nursery.cancel_scope)
-            await self._open_and_serve()
+            await self._open_and_serve(nursery)
             nursery.cancel_scope.cancel()
         if self._stopper.interrupted:
             msg = f"{printable(self._request.mountpoint)}: not mounted: interrupted"
             raise InterruptedMountError(msg)
 
-    async def _open_and_serve(self) -> None:
+    async def _open_and_serve(self, nursery: trio.Nursery) -> None:
         """Open the disks, serve them, and close them whatever happens."""
         request, options = self._request, self._request.options
         sources = find_sources(request.sources)
@@ -154,6 +155,11 @@ class _Session:
                 return
             operations = Operations(views, options, directory=directory)
             await self._attach_and_serve(operations, claim)
+            opened = [view.disk for view in views]
+            self._stopper.closing(opened)
+            if options.compact == "auto":
+                # Each keeps to the time by itself; they are closed one after the other.
+                nursery.start_soon(_stop_compacting, opened, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 
     async def _open(
@@ -253,6 +259,13 @@ class _Session:
         self._is_ready = True
         self._ready()
         notify_systemd("READY=1")
+
+
+async def _stop_compacting(disks: Sequence[Disk], seconds: float) -> None:
+    """End the compaction of all disks after some seconds."""
+    await trio.sleep(seconds)
+    for disk in disks:
+        disk.stop_compacting()
 
 
 def _after_flush(view: View, trim: Trimmer) -> None:

@@ -4,6 +4,10 @@ The first signal unmounts.  While a loop device or a program has a disk open the
 refuses that, and taking it away would turn the file system on it into I/O errors; so
 everything is made durable at once, and the disk is served until the last close.  The
 second signal takes it away all the same.
+
+Once the mount is gone and the disks are being closed, a signal ends what may still take
+long, which is compaction, and nothing else: a mount that is being ended twice is ended
+in order.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from qedfuse.mount.unmount import BusyError, sync_mount, unmount
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from qedfuse.disk.disk import Disk
     from qedfuse.mount.operations import Operations
 
 _log = logging.getLogger(__name__)
@@ -53,6 +58,11 @@ class Stopper:
         self.interrupted = False
         self._mount: tuple[Operations, str, str] | None = None
         self._idle = trio.Event()
+        self._closing: Sequence[Disk] | None = None
+
+    def closing(self, disks: Sequence[Disk]) -> None:
+        """Note that the mount is gone, so that from now on a signal hurries its disks' close."""
+        self._closing = disks
 
     def mounted(self, operations: Operations, mountpoint: str, device: str) -> None:
         """Note that the mount is there, so that from now on a signal unmounts it."""
@@ -76,7 +86,10 @@ class Stopper:
                 number = 0
                 async for signum in signals:
                     number += 1
-                    if self._mount is None:
+                    if self._closing is not None:
+                        for disk in self._closing:
+                            disk.stop_compacting()
+                    elif self._mount is None:
                         self.interrupted = True
                         scope.cancel()
                     elif number == 1:

@@ -230,7 +230,7 @@ def _allowed(file: PosixFile) -> int:
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
     """Give back what a sound image leaks, and clear NEED_CHECK; the base is not needed."""
     header = await read_header(file)
-    options = OpenOptions(writable=True)
+    options = OpenOptions(writable=True, compact="off")
     # The disk closes its descriptor; the lock stays as long as ours is there.
     own = PosixFile(os.dup(file.fd), path, writable=True)
     disk = Disk(own, header, [], options, make_store(options.cache_bytes), path)

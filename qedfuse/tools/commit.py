@@ -61,8 +61,9 @@ class CommitResult:
         size: Size of the base's disk now.
         bytes_before: Length of the overlay's file before.
         bytes_after: Length of the overlay's file now.
-        free_clusters: How many clusters of a QED base are free now, as far as known; they
-            take up no space on the host.
+        free_clusters: How many clusters of a QED base are free now, as far as known,
+            because moving others there takes longer than the options allow; they take up
+            no space on the host.
     """
 
     base: str
@@ -108,6 +109,7 @@ async def commit(
                 await base.grow(overlay.size)
             copied, zeroes = await _copy(overlay, base, progress if keep else _half(progress))
             await base.flush()
+            await base.tidy()
             if not keep:
                 await overlay.empty(_half(progress, second=True))
                 after = overlay.statistics().file_bytes
@@ -176,6 +178,9 @@ class _Base(Protocol):
     async def flush(self) -> None:
         """Make everything durable."""
 
+    async def tidy(self) -> None:
+        """Move what is in use to where something became free, as far as that is quick."""
+
 
 class _QedBase:
     """A base that is an image itself, with bases of its own."""
@@ -203,6 +208,9 @@ class _QedBase:
 
     async def flush(self) -> None:
         await self._disk.flush()
+
+    async def tidy(self) -> None:
+        await self._disk.tidy()
 
 
 class _RawBase:
@@ -234,6 +242,9 @@ class _RawBase:
 
     async def flush(self) -> None:
         await self._file.datasync()
+
+    async def tidy(self) -> None:
+        pass
 
 
 @asynccontextmanager

@@ -50,7 +50,8 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    wanted = replace(options or OpenOptions(), writable=True)
+    # What is left then is left because there is no room to move it.
+    wanted = replace(options or OpenOptions(), writable=True, compact="off")
     async with open_disk(path, wanted, inspector=inspect_image, with_bases=False) as disk:
         before = disk.fstat().st_size
         moved = await disk.compact(progress, within_bound=False)

@@ -23,8 +23,9 @@ class ResizeResult:
         size: The disk's size now.
         bytes_before: Length of the file before.
         bytes_after: Length of the file now.
-        free_clusters: Clusters in the midst of the file that are free, as far as known;
-            they take up no space on the host.
+        free_clusters: Clusters in the midst of the file that are free, as far as known,
+            because moving others there takes longer than the options allow; they take up
+            no space on the host.
     """
 
     size_before: int
@@ -80,6 +81,7 @@ async def resize(
         elif target > before:
             await disk.resize(target, force=force)
         await disk.flush()
+        await disk.tidy()
         statistics = disk.statistics()
     return ResizeResult(
         before, target, bytes_before, statistics.file_bytes, statistics.free_clusters or 0

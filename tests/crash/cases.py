@@ -160,7 +160,7 @@ CASES: Final = (
         held_in=900,
         leaked=20,
         slow=0.1,
-        options=replace(OPTIONS, compact=True, free_list="on"),
+        options=replace(OPTIONS, compact="full", free_list="on"),
     ),
     Case(
         "compaction that moves tables",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -30,8 +30,13 @@ if TYPE_CHECKING:
     from qedfuse.disk.tablecache import SliceStore
     from qedfuse.hostio.hostfile import HostFile
 
-WRITABLE: Final = OpenOptions(writable=True, commit_seconds=3600.0, needcheck_seconds=3600.0)
-"""Options under which nothing happens by itself within a test."""
+WRITABLE: Final = OpenOptions(
+    writable=True, commit_seconds=3600.0, needcheck_seconds=3600.0, compact_seconds=3600.0
+)
+"""Options under which nothing happens by itself within a test, until the disk is closed."""
+
+UNCOMPACTED: Final = replace(WRITABLE, compact="off")
+"""The same where a close leaves free clusters where they are."""
 
 _MAGIC_BYTES: Final = MAGIC.to_bytes(4, "little")
 

@@ -58,7 +58,7 @@ def test_into_the_base(seed: int, tmp_path: Path) -> None:
     assert qemu.check(top).code == 0
     assert sound(base)
     if kind(base) == "qed":
-        assert main(["compact", "-q", str(base)]) == 0
+        # What zeros have freed has been filled.
         assert qemu.check(base).code == 0
     header = header_of(top.read_bytes())
     assert top.stat().st_size == header.l1_end
@@ -204,7 +204,8 @@ def test_the_base_is_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ours = [step for step in steps[:emptied] if step[0] == base.name]
         late = [step for step in steps[emptied:] if step[0] == base.name]
         synced = max(at for at, step in enumerate(ours) if step[1] == "datasync")
-        assert {what for _, what in ours[synced + 1 :]} <= {"punch", "header"}
+        # What a crash may lose of the base is space that goes back to the host.
+        assert {what for _, what in ours[synced + 1 :]} <= {"punch", "truncate", "header"}
         assert {what for _, what in late} <= {"punch", "truncate", "header", "datasync"}
 
 

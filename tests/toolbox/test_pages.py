@@ -105,7 +105,13 @@ def test_qedfuse_page_tells_everything(made: dict[str, str], tmp_path: Path) -> 
 
 def test_known_words_are_words() -> None:
     """Each word for ``-o`` is accepted by itself or with one of its values."""
-    numbers = {"umask": "077", "commit": "5", "overlay": "x", "backing_dir": "x"}
+    numbers = {
+        "umask": "077",
+        "commit": "5",
+        "compact_time": "1",
+        "overlay": "x",
+        "backing_dir": "x",
+    }
     for word, choices in programs.mount_words().items():
         value = "" if choices is None else f"={(*choices, numbers.get(word, '65536'))[0]}"
         if word == "poll":

@@ -16,6 +16,7 @@ from qedfuse.ondisk.constants import ZERO
 from qedfuse.tools.compact import CompactResult, compact
 from tests.support import qemu
 from tests.support.disks import (
+    UNCOMPACTED,
     WRITABLE,
     build_image,
     difference,
@@ -54,7 +55,7 @@ class Grown:
             self.pool += [table * span + place for place in places]
         for _ in range(choice.randrange(1, 4)):
             file = MemoryFile(self.content)
-            async with opened(file) as disk:
+            async with opened(file, options=UNCOMPACTED) as disk:
                 await disk.scanned()
                 for number in choice.sample(self.pool, choice.randrange(len(self.pool) + 1)):
                     if choice.random() < 0.6:
@@ -93,7 +94,7 @@ async def test_the_file_becomes_as_short_as_it_can_be(seed: int) -> None:
     bound = header.geometry.bound(header.header_end, header.image_size)
     file = RecordingFile(grown.content)
     steps: list[tuple[int, int]] = []
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         moved = await disk.compact(lambda done, total: steps.append((done, total)))
         for number in grown.pool:
             got = await disk.read(number * CLUSTER, CLUSTER)
@@ -114,10 +115,10 @@ async def test_tables_that_nothing_has_room_for(monkeypatch: pytest.MonkeyPatch)
     packed = 0
     pack = Compaction._pack_tables
 
-    async def counted(self: Compaction) -> None:
+    async def counted(self: Compaction, most: int | None, *, within_bound: bool) -> None:
         nonlocal packed
         packed += 1
-        await pack(self)
+        await pack(self, most, within_bound=within_bound)
 
     monkeypatch.setattr(Compaction, "_pack_tables", counted)
     span = 4 * 512
@@ -131,7 +132,7 @@ async def test_tables_that_nothing_has_room_for(monkeypatch: pytest.MonkeyPatch)
             put_entry(image, l2_entry_offset(image, table * span + number), 0)
     expected = guest_bytes(image)
     file = MemoryFile(image)
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         await disk.compact()
     assert packed == 1
     await assert_minimal(file.content)
@@ -173,7 +174,7 @@ async def test_how_far_tables_that_are_packed_lead_past_the_bound(
     bound = header.geometry.bound(header.header_end, header.image_size)
     assert len(image) == bound
     file = MeasuredFile(image)
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         await disk.compact(within_bound=not allowed)
     if allowed:
         assert bound < file.longest <= bound + (tables + 1) * length
@@ -193,7 +194,7 @@ async def test_zero_clusters_bases_and_a_second_time() -> None:
     base = pattern(40 * CLUSTER, 99)
     expected = guest_bytes(image, base)
     file = RecordingFile(image)
-    async with opened(file, [base]) as disk:
+    async with opened(file, [base], UNCOMPACTED) as disk:
         assert await disk.compact() == 3
         before = len(file.changes)
         assert await disk.compact() == 0
@@ -207,7 +208,7 @@ async def test_compacting_when_the_disk_is_closed() -> None:
     image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
     put_entry(image, l2_entry_offset(image, 1), 0)
     file = MemoryFile(image)
-    async with opened(file, options=replace(WRITABLE, compact=True)) as disk:
+    async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
         await disk.discard(4 * CLUSTER, 3 * CLUSTER)
     await assert_minimal(file.content)
     assert len(file.content) == len(image) - 4 * CLUSTER
@@ -221,7 +222,7 @@ async def test_a_host_that_refuses(action: str, nth: int) -> None:
     await grown.live()
     inner = MemoryFile(grown.content)
     file = FailingFile(inner)
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         await disk.scanned()
         file.fail(action, nth)  # type: ignore[arg-type]
         try:
@@ -240,7 +241,7 @@ async def test_a_host_that_refuses_at_the_end() -> None:
     put_entry(image, l2_entry_offset(image, 1), 0)
     inner = MemoryFile(image)
     file = FailingFile(inner)
-    async with opened(file, options=replace(WRITABLE, compact=True)) as disk:
+    async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
         await disk.scanned()
         await disk.read(0, 1)
         file.fail("read", 1)
@@ -256,7 +257,7 @@ async def test_a_damaged_image_is_left_alone() -> None:
     put_entry(image, l2_entry_offset(image, 1), 0)
     put_entry(image, l2_entry_offset(image, 3), len(image) + CLUSTER)
     file = MemoryFile(image)
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         assert await disk.compact() == 0
     assert get_entry(file.content, l2_entry_offset(file.content, 11)) == get_entry(
         image, l2_entry_offset(image, 11)
@@ -269,7 +270,7 @@ async def test_interrupted_after_any_write(seed: int) -> None:
     grown = Grown(random.Random(seed))
     await grown.live()
     file = RecordingFile(grown.content)
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         await disk.compact()
     for count, content in file.prefixes():
         found = inspect_image(content)

@@ -18,6 +18,7 @@ from qedfuse.errors import CorruptImageError, HostError, NoSpaceError, ReadOnlyE
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.ondisk.geometry import Geometry
 from tests.support.disks import (
+    UNCOMPACTED,
     WRITABLE,
     build_image,
     difference,
@@ -124,7 +125,7 @@ async def test_freed_clusters_go_back_to_the_host() -> None:
     """In the middle they are punched out, at the end cut off, at the flush and not before."""
     file = RecordingFile(full(10))
     length = file.size()
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         await disk.scanned()
         first = get_entry(file.content, l2_entry_offset(file.content, 2))
         await disk.discard(2 * CLUSTER, 3 * CLUSTER)

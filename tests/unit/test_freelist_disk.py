@@ -17,6 +17,7 @@ from qedfuse.disk import savedlist, scan
 from qedfuse.disk.freemap import FreeMap
 from qedfuse.errors import HostError, ReadOnlyError, UsageError
 from tests.support.disks import (
+    UNCOMPACTED,
     WRITABLE,
     build_image,
     difference,
@@ -295,7 +296,9 @@ async def test_a_false_list_costs_nobody_a_byte(act: str) -> None:
     content = with_false_list()
     expected = bytearray(guest_bytes(content))
     file = MemoryFile(content)
-    async with opened(file, options=replace(WRITABLE, compact=act == "compact")) as disk:
+    async with opened(
+        file, options=replace(WRITABLE, compact="full" if act == "compact" else "auto")
+    ) as disk:
         if "discard" in act:
             await disk.discard(CLUSTER, CLUSTER)
             expected[CLUSTER : 2 * CLUSTER] = bytes(CLUSTER)
@@ -373,7 +376,7 @@ async def test_a_name_over_the_descriptor_is_not_wiped() -> None:
     content.extend(bytes(CLUSTER))
     set_bit(content)
     file = MemoryFile(content)
-    async with opened(file, [b""]) as disk:
+    async with opened(file, [b""], UNCOMPACTED) as disk:
         await disk.write(0, b"x" * CLUSTER)
         await disk.write(CLUSTER, b"x" * CLUSTER)
         await disk.discard(0, CLUSTER)

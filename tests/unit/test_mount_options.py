@@ -38,11 +38,21 @@ def test_every_option_of_ours() -> None:
     assert parse_options(["allow_root,snapshot"]) == MountOptions(allow_root=True, snapshot=True)
     assert parse_options(["overlay=o.qed"]).overlay == "o.qed"
     assert parse_options(["nodiscard,detect_zeroes=unmap,freelist=on,compact"]) == MountOptions(
-        discard=False, detect_zeroes="unmap", free_list="on", compact=True
+        discard=False, detect_zeroes="unmap", free_list="on", compact="full"
     )
     assert parse_options(["discard,detect_zeroes=off,freelist=off"]) == MountOptions(
         free_list="off"
     )
+
+
+def test_compaction_is_automatic_unless_it_is_asked_for() -> None:
+    """The bare word means all of it; the limits are for what is automatic."""
+    assert parse_options([]).compact == "auto"
+    assert parse_options(["compact"]) == parse_options(["compact=full"])
+    assert parse_options(["compact", "compact=off"]).compact == "off"
+    limited = parse_options(["compact_size=2M,compact_time=0.5"])
+    assert (limited.compact_bytes, limited.compact_seconds) == (2 << 20, 0.5)
+    assert parse_options(["ro,compact=auto"]).read_only
 
 
 def test_read_ahead_is_a_size_or_the_kernels() -> None:
@@ -91,6 +101,13 @@ def test_words_for_others_are_dropped_and_words_for_the_kernel_kept() -> None:
         ("detect_zeroes=yes", "option detect_zeroes: found yes, expected off or on or unmap"),
         ("freelist=keep", "option freelist: found keep, expected on or off"),
         ("ro,compact", "options compact and ro: exclude each other"),
+        ("force_share,compact=full", "options compact and ro: exclude each other"),
+        ("compact=yes", "option compact: found yes, expected auto or off or full"),
+        ("compact_size", "option compact_size: found no value, expected compact_size=VALUE"),
+        (
+            "compact_time=0",
+            "option compact_time: found 0, expected seconds, more than 0, up to 3600",
+        ),
         ("uid", "option uid: found no value, expected uid=VALUE"),
         ("uid=", "option uid=: found no value, expected uid=VALUE"),
         ("backing_dir", "option backing_dir: found no value, expected backing_dir=VALUE"),

@@ -9,6 +9,7 @@ import trio
 
 from qedfuse.disk.scan import Scan
 from tests.support.disks import (
+    UNCOMPACTED,
     build_image,
     difference,
     get_entry,
@@ -39,7 +40,7 @@ def leaky(*lost: int, count: int = 10, tail: int = 0) -> bytearray:
 async def test_leaks_are_free_space() -> None:
     """They are used before the file grows, and an unmount gives the rest to the host."""
     file = MemoryFile(leaky(2, 3, 5, 7))
-    async with opened(file) as disk:
+    async with opened(file, options=UNCOMPACTED) as disk:
         await disk.scanned()
         assert disk.statistics().free_clusters == 4
         end = disk.statistics().file_bytes

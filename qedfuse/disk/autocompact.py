@@ -1,0 +1,87 @@
+"""Automatic compaction: what becomes of free clusters when a disk is closed.
+
+QEMU has no notion of a free cluster within a file: its check counts one as leaked, and its
+driver never uses it again.  So a close moves the highest clusters into the free ones, as
+far as that is a matter of a moment, and says what is left.
+
+It happens at a close and not whenever the disk is idle, because it needs the disk for
+itself: a write in place takes no lock, and would be lost in a cluster that is just being
+copied.  Besides, a guest could have the host copy its clusters again and again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from qedfuse.disk.compaction import Limits
+from qedfuse.errors import QedError
+
+if TYPE_CHECKING:
+    from qedfuse.disk.parts import Parts
+
+log = logging.getLogger(__name__)
+
+
+class AutoCompaction:
+    """Compacts one disk when it is closed, as its options say."""
+
+    def __init__(self, parts: Parts) -> None:
+        """Look after the disk that consists of ``parts``."""
+        self._parts = parts
+        self._done = False
+
+    async def run(self) -> None:
+        """Compact as the options say; what the host refuses costs space and nothing else.
+
+        No other request may be under way.
+        """
+        parts, options = self._parts, self._parts.options
+        try:
+            if options.compact == "full":
+                await parts.gate.before_change()
+                await parts.scan.run()
+                await parts.compaction.run()
+            elif options.compact == "auto" and self._is_due():
+                await self._run_within_limits()
+        except QedError as error:
+            if parts.commit.failure is None:
+                log.warning("%s (while compacting)", error)
+
+    async def _run_within_limits(self) -> None:
+        """Compact as far as the limits allow, if the free clusters are known."""
+        parts, options = self._parts, self._parts.options
+        if parts.quarantine.count and not parts.reclaim.ready.is_set():
+            # The close would wait for it in any case.
+            await parts.scan.run()
+        if parts.allocator.known and not parts.layer.damaged:
+            self._done = True
+            limits = Limits(options.compact_bytes, options.compact_seconds)
+            await parts.compaction.run(limits=limits)
+
+    def _is_due(self) -> bool:
+        """Tell whether automatic compaction has a reason."""
+        parts = self._parts
+        return (
+            parts.options.discard
+            # A list of the free clusters would have nothing to name.
+            and not parts.saved_list.wanted
+            # Reading an image does not rewrite it, however many clusters others leaked.
+            and parts.commit.has_changed_tables
+        )
+
+    def report(self) -> None:
+        """Log what automatic compaction has left, once the file has its final length."""
+        parts = self._parts
+        left = parts.allocator.free.count
+        if self._done and left:
+            name = parts.file.name
+            log.info(
+                "%s: %d free clusters (%d bytes) are left within the file, which QEMU's check "
+                "counts as leaked: more had to be moved than compact_size and compact_time "
+                "allow; to finish: qedimg compact %s",
+                name,
+                left,
+                left << parts.allocator.cluster_bits,
+                name,
+            )
