@@ -208,12 +208,17 @@ def _print(text: str) -> int:
 
 def _complain(message: str, code: int) -> int:
     """Print why it failed, on one line; give the exit code."""
+    _print_message(message)
+    return code
+
+
+def _print_message(message: str) -> None:
+    """Print one line for the user; if nobody listens, the exit code still tells."""
     try:
         sys.stderr.write(f"qedfuse: {message}\n")
         sys.stderr.flush()
-    except OSError:  # nobody listens; the exit code still tells
+    except OSError:
         pass
-    return code
 
 
 def _umount(words: Sequence[str]) -> int:
@@ -229,7 +234,7 @@ def _umount(words: Sequence[str]) -> int:
         raise UsageError(msg)
     from qedfuse.mount.ending import unmount_and_wait  # noqa: PLC0415  a quick start
 
-    unmount_and_wait(paths[0], seconds)
+    unmount_and_wait(paths[0], seconds, _print_message)
     return 0
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import MountpointError, QedError
+from qedfuse.mount.copies import describe_copies
 from qedfuse.mount.mountpoint import resolve
 from qedfuse.mount.mounttable import FUSE_TYPE, MountEntry, find_mount
 from qedfuse.mount.runtime import MountNote, find_note, process_start, read_note
@@ -15,9 +17,14 @@ from qedfuse.mount.unmount import BusyError, unmount
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _MILLISECONDS: Final = 1000
+_MOMENT_SECONDS: Final = 1.0
+"""When to look for copies of a mount whose process has not ended."""
+_LONG_SECONDS: Final = 10.0
+"""When to report a process that has not ended for a reason that cannot be seen."""
 
 
 class UnmountFailedError(QedError):
@@ -29,14 +36,18 @@ class UnmountFailedError(QedError):
             self.exit_code = exit_code  # type: ignore[misc]
 
 
-def unmount_and_wait(path: str, seconds: float | None = None) -> None:
+def unmount_and_wait(
+    path: str, seconds: float | None = None, report: Callable[[str], None] = lambda _line: None
+) -> None:
     """Unmount and wait until everything is durable, unlocked and closed.
 
-    Nothing is ever killed: a process that takes long is writing.
+    Nothing is ever killed: a process that takes long is writing, or the mount has a copy
+    elsewhere.
 
     Args:
         path: The mountpoint.
         seconds: How long to wait for the process; None for as long as it takes.
+        report: Called with a line that says what is being waited for, if that takes long.
 
     Raises:
         MountpointError: It is not a mount of ours, or it is in use.
@@ -58,9 +69,12 @@ def unmount_and_wait(path: str, seconds: float | None = None) -> None:
         if found is None:
             msg = f"{shown}: unmounted, but found no note of its process: it may still be writing"
             raise UnmountFailedError(msg)
-        if process is not None and not _ended(process, seconds):
-            msg = f"{shown}: unmounted, but process {found[1].pid} has not ended in {seconds:g} s"
-            raise UnmountFailedError(msg)
+        if process is not None:
+            ending = _Ending(process, found[1].pid, entry.device)
+            if not ending.wait(seconds, lambda line: report(f"{shown}: {line}")):
+                line = ending.describe(describe_copies(entry.device))
+                msg = f"{shown}: {line} (waited {seconds:g} s)"
+                raise UnmountFailedError(msg)
     finally:
         if process is not None:
             os.close(process)
@@ -96,11 +110,44 @@ def _open_process(note: MountNote) -> int | None:
     return fd
 
 
-def _ended(process: int, seconds: float | None) -> bool:
-    """Wait for the end of a process."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else seconds * _MILLISECONDS))
+class _Ending:
+    """The process of a mount that has been unmounted, on its way to its end."""
+
+    def __init__(self, process: int, pid: int, device: str) -> None:
+        """Watch the process ``pid`` by its descriptor; it served the file system ``device``."""
+        self._process = process
+        self._pid = pid
+        self._device = device
+
+    def wait(self, seconds: float | None, report: Callable[[str], None]) -> bool:
+        """Return whether the process has ended in ``seconds``; None is for ever.
+
+        ``report`` is called once if the wait is long, and early where the reason is seen.
+        """
+        start = time.monotonic()
+        reported = False
+        for moment in (_MOMENT_SECONDS, _LONG_SECONDS):
+            if seconds is not None and seconds <= moment:
+                break
+            if self._has_ended(start + moment - time.monotonic()):
+                return True
+            copies = describe_copies(self._device)
+            if not reported and (copies is not None or moment == _LONG_SECONDS):
+                report(self.describe(copies))
+                reported = True
+        return self._has_ended(None if seconds is None else start + seconds - time.monotonic())
+
+    def _has_ended(self, seconds: float | None) -> bool:
+        """Wait for the end for up to ``seconds``; return False if it has not come."""
+        poll = select.poll()
+        poll.register(self._process, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else max(0.0, seconds) * _MILLISECONDS))
+
+    def describe(self, copies: str | None) -> str:
+        """Say on one line why the process goes on."""
+        if copies is None:
+            return f"unmounted, but process {self._pid} has not ended"
+        return f"unmounted here, but {copies}; process {self._pid} goes on until that is unmounted"
 
 
 def _report(shown: str, entry: MountEntry, path: Path) -> None:

@@ -20,13 +20,15 @@ class MountEntry:
     """One line of the mount table.
 
     Attributes:
-        number: The mount, unique in the mount namespace as long as the mount is attached.
+        number: The mount; no other mount of any mount namespace has the number meanwhile.
         parent: The number of the mount on which this one is mounted.
         device: ``MAJOR:MINOR`` of the file system, which no other has at the same time.
         path: The mountpoint, from the root directory of the process whose table it is.
         fstype: The type of the file system; that of qedfuse is `FUSE_TYPE`.
         source: What is mounted, as mount(8) knows it.
         owner: The user who mounted it, where FUSE says so; 0 otherwise.
+        peers: The number of the group whose members are unmounted together (``shared`` or
+            ``master`` in mount_namespaces(7)); 0 for none.
     """
 
     number: int
@@ -36,6 +38,7 @@ class MountEntry:
     fstype: str
     source: str
     owner: int
+    peers: int = 0
 
 
 def _unescape(field: str) -> str:
@@ -55,9 +58,11 @@ def parse_mounts(table: str) -> Iterator[MountEntry]:
         fields, tail = front.split(" "), back.split(" ")
         if len(fields) > 4 and len(tail) > 2:  # noqa: PLR2004  the fields that are used
             owner = re.search(r"(?:^|,)user_id=([0-9]+)", tail[2])
+            peers = re.search(r" (?:shared|master):([0-9]+)", front)
             yield MountEntry(
                 *(int(fields[0]), int(fields[1]), fields[2], _unescape(fields[4])),
                 *(_unescape(tail[0]), _unescape(tail[1]), int(owner[1]) if owner else 0),
+                int(peers[1]) if peers else 0,
             )
 
 

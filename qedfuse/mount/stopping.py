@@ -21,6 +21,7 @@ import pyfuse3
 import trio
 
 from qedfuse.errors import QedError
+from qedfuse.mount.copies import describe_copies
 from qedfuse.mount.mounttable import find_mount
 from qedfuse.mount.unmount import BusyError, sync_mount, unmount
 from qedfuse.util.text import printable
@@ -114,6 +115,7 @@ class Stopper:
                 if self._is_ours():
                     # In a thread: the kernel sends us its dirty pages before it agrees.
                     await trio.to_thread.run_sync(unmount, mountpoint, abandon_on_cancel=True)
+                    await self._tell_of_copies(why)
                     return
                 if not operations.opened:  # somebody has detached it already
                     pyfuse3.terminate()
@@ -134,6 +136,19 @@ class Stopper:
             told = True
             with trio.move_on_after(_RETRY_SECONDS):
                 await self._idle.wait()
+
+    async def _tell_of_copies(self, why: str) -> None:
+        """Log why the mount goes on after it has been unmounted, unless it ends soon."""
+        assert self._mount is not None  # noqa: S101
+        _operations, mountpoint, device = self._mount
+        await trio.sleep(_RETRY_SECONDS)
+        copies = await trio.to_thread.run_sync(describe_copies, device, abandon_on_cancel=True)
+        if copies is not None:
+            _log.warning(
+                "%s: %s: unmounted here, but %s; it goes on until that is unmounted; a second "
+                "signal ends it by force",
+                *(printable(mountpoint), why, copies),
+            )
 
     async def _flush(self) -> bool:
         """Bring in what the kernel holds back, and make everything durable.

@@ -29,7 +29,7 @@ broken
 def test_the_mount_table_is_read() -> None:
     """Escapes are undone, the owner is found, broken lines are passed over."""
     assert list(parse_mounts(TABLE)) == [
-        MountEntry(22, 1, "8:1", "/", "ext4", "/dev/sda1", 0),
+        MountEntry(22, 1, "8:1", "/", "ext4", "/dev/sda1", 0, 1),
         MountEntry(40, 22, "0:42", "/mnt/a b", "fuse.qedfuse", "/x,y.qed", 1000),
         MountEntry(41, 22, "0:43", "/mnt/c", "fuse.qedfuse", "x", 0),
     ]

@@ -1,0 +1,114 @@
+"""Unmounting a file system that is mounted elsewhere as well."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.mount.ending import UnmountFailedError, unmount_and_wait
+from qedfuse.mount.mounttable import read_mounts
+from tests.support import qemu
+from tests.support.mounted import clean_up, front, is_mounted, qedfuse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an empty image."""
+    return qemu.create(tmp_path / "vm.qed", 1 << 20)
+
+
+@contextmanager
+def other_namespace(propagation: str = "private") -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process with a mount namespace of its own, in which all mounts have copies."""
+    process = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", propagation, "sh", "-c", "echo; exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"\n"  # it has its namespace
+        yield process
+
+
+def test_the_other_namespace_is_named_at_once_and_at_the_timeout(
+    image: Path, tmp_path: Path
+) -> None:
+    """Process, name and mountpoint; the wait ends with the copy."""
+    lines: list[str] = []
+    with front(image, tmp_path / "mnt") as mount, other_namespace() as other:
+        copy = f"at {mount.mountpoint} for process {other.pid} (cat)"
+        line = (
+            f"{mount.mountpoint}: unmounted here, but still mounted {copy}; "
+            f"process {mount.process.pid} goes on until that is unmounted"
+        )
+        with pytest.raises(UnmountFailedError) as caught:
+            unmount_and_wait(str(mount.mountpoint), 1.5, lines.append)
+        assert lines == [line]
+        assert str(caught.value) == f"{line} (waited 1.5 s)"
+        assert not is_mounted(mount.mountpoint)
+        other.communicate()
+        assert mount.finish()[0] == 0
+
+
+def test_a_bind_mount_is_named_and_umount_returns_when_it_has_gone(
+    image: Path, tmp_path: Path
+) -> None:
+    """In the same namespace no process is named, and no mount that goes away with it."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "bind").touch()
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        subprocess.run(["umount", shared / "bind"], check=True)
+
+    subprocess.run(["mount", "--bind", shared, shared], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", shared], check=True)
+        with other_namespace("unchanged") as other, front(image, tmp_path / "mnt") as mount:
+            disk = mount.mountpoint / "vm.raw"
+            subprocess.run(["mount", "--bind", disk, shared / "bind"], check=True)
+            assert [entry.path for entry in read_mounts(other.pid)].count(f"{shared}/bind") == 1
+            unmount_and_wait(str(mount.mountpoint), None, report)
+            assert mount.finish()[0] == 0
+            other.communicate()
+    finally:
+        clean_up(shared / "bind")
+        clean_up(shared)
+    line = f"{mount.mountpoint}: unmounted here, but still mounted at {shared}/bind; "
+    assert lines == [line + f"process {mount.process.pid} goes on until that is unmounted"]
+
+
+def test_a_signal_says_so_in_the_log_and_a_second_one_ends_it(image: Path, tmp_path: Path) -> None:
+    """The server tells the same to whoever reads its log."""
+    with front(image, tmp_path / "mnt") as mount, other_namespace() as other:
+        mount.signal(signal.SIGTERM)
+        line = mount.read_line()
+        assert f"still mounted at {mount.mountpoint} for process {other.pid} (cat)" in line
+        mount.signal(signal.SIGTERM)
+        assert mount.finish()[0] == 0
+        other.communicate()
+    assert qemu.check(image).code == 0
+
+
+def test_the_command_prints_it(image: Path, tmp_path: Path) -> None:
+    """With a timeout below the moment only the last line comes."""
+    with front(image, tmp_path / "mnt") as mount, other_namespace() as other:
+        done = qedfuse("umount", mount.mountpoint, "--timeout", "0.1")
+        assert done.returncode == 32
+        assert done.stderr.count("\n") == 1
+        assert f"for process {other.pid} (cat)" in done.stderr
+        other.communicate()
+        assert mount.finish()[0] == 0
+        assert os.path.exists(mount.mountpoint)  # noqa: PTH110
