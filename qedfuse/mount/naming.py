@@ -24,10 +24,12 @@ class Source:
     Attributes:
         path: The image, as an absolute path: the process that serves it runs in ``/``.
         name: Its name in the mount.
+        is_named: Whether the user named the image, and not only its directory.
     """
 
     path: str
     name: bytes
+    is_named: bool = True
 
 
 def view_name(path: str) -> bytes:
@@ -53,9 +55,9 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
     images: dict[bytes, Source] = {}
     for path in paths:
         absolute = os.path.abspath(path)  # noqa: PTH100  must not resolve links
-        found = _images_in(absolute) if os.path.isdir(absolute) else [absolute]  # noqa: PTH112
-        for image in found:
-            source = Source(image, view_name(image))
+        is_directory = os.path.isdir(absolute)  # noqa: PTH112
+        for image in _images_in(absolute) if is_directory else [absolute]:
+            source = Source(image, view_name(image), is_named=not is_directory)
             other = images.setdefault(source.name, source)
             if other is not source:
                 msg = (

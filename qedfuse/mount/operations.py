@@ -236,7 +236,7 @@ class Operations(pyfuse3.Operations):
         self.admit(ctx.uid)
         view = self.view(inode)
         writer = flags & os.O_ACCMODE != os.O_RDONLY
-        if self._options.read_only and writer:
+        if writer and (self._options.read_only or view.read_only):
             raise FUSEError(errno.EROFS)
         view.opened += 1
         view.writers += writer

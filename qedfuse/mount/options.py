@@ -121,6 +121,10 @@ class MountOptions:
             self, overlay=overlay, backing=replace(self.backing, directories=directories)
         )
 
+    def reading(self) -> MountOptions:
+        """Return the options for a disk of the mount that is read-only."""
+        return replace(self, read_only=True, growable=False, compact="off")
+
 
 def split_options(text: str) -> list[str]:
     r"""Cut at commas, but not at ``\,``; the backslashes that protect something go."""

@@ -38,6 +38,7 @@ from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
 from qedfuse.mount.operations import Operations
 from qedfuse.mount.overlays import host_place, open_source
 from qedfuse.mount.readahead import readahead_bytes, set_readahead
+from qedfuse.mount.roles import find_read_only
 from qedfuse.mount.runtime import MountNote, NoteKeeper, process_start
 from qedfuse.mount.scheduler import scheduled
 from qedfuse.mount.sizes import SizeKeeper
@@ -169,9 +170,12 @@ class _Session:
         options = self._request.options
         views = []
         first = pyfuse3.ROOT_INODE + 1 if directory else pyfuse3.ROOT_INODE
+        read_only = find_read_only(sources, options)
         for inode, source in enumerate(sources, first):
-            disk = await disks.enter_async_context(open_source(source.path, options))
-            views.append(View(disk, source.name, inode, host_place(source.path, options)))
+            wanted = options.reading() if source in read_only else options
+            disk = await disks.enter_async_context(open_source(source.path, wanted))
+            place = host_place(source.path, options)
+            views.append(View(disk, source.name, inode, place, read_only=source in read_only))
         return views
 
     async def _attach_and_serve(self, operations: Operations, claim: bytes | None) -> None:

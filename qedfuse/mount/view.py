@@ -38,6 +38,7 @@ class View:
         writing: How many writes are under way.
         blocks: What the image takes up on the host as far as the kernel knows; -1 if it is
             going to ask.
+        read_only: Whether the disk is read-only beside others that can be written to.
         overrun: A write that the kernel had cached went past the end; nobody knows yet.
     """
 
@@ -45,6 +46,7 @@ class View:
     name: bytes
     inode: int
     place: str
+    read_only: bool = False
     opened: int = 0
     writers: int = 0
     writing: int = 0
@@ -70,7 +72,8 @@ class Attributes:
     def of_disk(self, view: View) -> pyfuse3.EntryAttributes:
         """Describe a disk: its own size; space and times of the image file."""
         image = view.disk.fstat()
-        entry = self._entry(view.inode, self.file_mode, image)
+        mode = self.file_mode & ~0o222 if view.read_only else self.file_mode
+        entry = self._entry(view.inode, mode, image)
         entry.st_size = view.disk.size
         view.blocks = entry.st_blocks = image.st_blocks
         entry.st_nlink = 1

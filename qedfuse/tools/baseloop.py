@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Final
 
-from qedfuse.errors import BackingError, QedError
-from qedfuse.hostio.regular import open_regular
-from qedfuse.ondisk.constants import HEADER_BYTES
-from qedfuse.ondisk.formats import is_qed
-from qedfuse.ondisk.header import parse_header
+from qedfuse.disk.basepaths import base_paths
+from qedfuse.errors import BackingError
 from qedfuse.util.text import printable
-
-_MOST: Final = 64
-"""Bases that a chain may have."""
 
 
 def refuse_loop(image: str, backing: str) -> None:
@@ -31,36 +24,15 @@ def refuse_loop(image: str, backing: str) -> None:
     """
     about = f"{printable(image)}: backing file"
     path = os.path.join(os.path.dirname(image), backing)  # noqa: PTH118, PTH120  no I/O
-    for depth in range(_MOST):
-        if _same(path, image):
-            by_way = "" if not depth else f" by way of {printable(backing)}"
-            msg = f"{about} {printable(path)}: found the image itself{by_way}"
+    if _same(path, image):
+        msg = f"{about} {printable(path)}: found the image itself"
+        raise BackingError(msg)
+    for below in base_paths(path):
+        if _same(below, image):
+            msg = (
+                f"{about} {printable(below)}: found the image itself by way of {printable(backing)}"
+            )
             raise BackingError(msg)
-        name = _base_of(path)
-        if not name:
-            return
-        path = os.path.join(os.path.dirname(path), name)  # noqa: PTH118, PTH120  no I/O
-
-
-def _base_of(path: str) -> str:
-    """Give the name of an image's base; an empty one if it has none, or is no image."""
-    try:
-        fd = open_regular(path, os.O_RDONLY)
-    except (OSError, QedError):
-        return ""
-    try:
-        start = os.pread(fd, HEADER_BYTES, 0)
-        if not is_qed(start):
-            return ""
-        header = parse_header(start, path)
-        if not header.has_backing:
-            return ""
-        raw = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
-        return os.fsdecode(raw) if b"\0" not in raw else ""
-    except (OSError, QedError):
-        return ""
-    finally:
-        os.close(fd)
 
 
 def _same(first: str, second: str) -> bool:

@@ -43,9 +43,9 @@ def test_a_directory_stands_for_its_images(tmp_path: Path) -> None:
     (tmp_path / "f.qed").symlink_to("nowhere")
     (tmp_path / "g.qed").symlink_to("b.qed")
     assert find_sources([str(tmp_path)]) == [
-        Source(f"{tmp_path}/a.img", b"a.img.raw"),
-        Source(f"{tmp_path}/b.qed", b"b.raw"),
-        Source(f"{tmp_path}/g.qed", b"g.raw"),
+        Source(f"{tmp_path}/a.img", b"a.img.raw", is_named=False),
+        Source(f"{tmp_path}/b.qed", b"b.raw", is_named=False),
+        Source(f"{tmp_path}/g.qed", b"g.raw", is_named=False),
     ]
 
 

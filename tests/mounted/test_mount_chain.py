@@ -1,0 +1,127 @@
+"""Mounting images together with their bases."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import qemu
+from tests.support.mounted import clean_up, front, mounted, qedfuse, refused
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Give a directory with a chain of three and an image by itself, opened in any order."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    qemu.create(directory / "zz-golden.qed", SIZE)
+    qemu.io(directory / "zz-golden.qed", "write -P 1 0 64k")
+    qemu.create(directory / "m-middle.qed", SIZE, backing="zz-golden.qed", backing_format="qed")
+    qemu.io(directory / "m-middle.qed", "write -P 2 64k 64k")
+    # Before and behind its base in the order of names.
+    for name in ("a-top.qed", "n-top.qed"):
+        qemu.create(directory / name, SIZE, backing="m-middle.qed", backing_format="qed")
+    qemu.create(directory / "single.qed", SIZE)
+    return directory
+
+
+def test_bases_are_read_only_beside_their_overlays(images: Path, tmp_path: Path) -> None:
+    """The overlays can be written to, nothing of the chain changes, and the log says so."""
+    golden, middle = images / "zz-golden.qed", images / "m-middle.qed"
+    before = [golden.read_bytes(), middle.read_bytes()]
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    done = qedfuse(images, mnt)
+    try:
+        assert done.returncode == 0, done.stderr
+        tops = f"{images}/a-top.qed, {images}/n-top.qed"
+        all_above = f"{images}/a-top.qed, {middle}, {images}/n-top.qed"
+        assert sorted(done.stderr.split("\n")[:-1]) == [
+            f"qedfuse: {middle}: read-only, because it is a backing file of {tops}",
+            f"qedfuse: {golden}: read-only, because it is a backing file of {all_above}",
+        ]
+        for name in ("a-top", "n-top", "single"):
+            with (mnt / f"{name}.raw").open("r+b") as disk:
+                disk.seek(SIZE // 2)
+                disk.write(b"new" * 100)
+        for name in ("zz-golden", "m-middle"):
+            base = mnt / f"{name}.raw"
+            assert stat.S_IMODE(base.stat().st_mode) == 0o400
+            with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+                base.open("r+b")
+            with pytest.raises(OSError):  # noqa: PT011  EROFS or EPERM
+                os.truncate(base, 2 * SIZE)
+        data = (mnt / "n-top.raw").read_bytes()
+        assert data[:131072] == b"\1" * 65536 + b"\2" * 65536
+        assert (mnt / "m-middle.raw").read_bytes()[:131072] == data[:131072]
+        assert (mnt / "zz-golden.raw").read_bytes()[:131072] == b"\1" * 65536 + bytes(65536)
+        assert qedfuse("umount", mnt).returncode == 0
+    finally:
+        clean_up(mnt)
+    assert [golden.read_bytes(), middle.read_bytes()] == before
+    assert qemu.check(images / "a-top.qed").code == 0
+
+
+def test_a_base_that_the_user_names_is_refused_beside_its_overlay(
+    images: Path, tmp_path: Path
+) -> None:
+    """Both for writing cannot be; read-only they can, in any order, and without the overlays."""
+    golden, top = images / "zz-golden.qed", images / "a-top.qed"
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    for words in ((golden, top), (top, golden)):
+        line = refused(*words, mnt, code=16)
+        assert line == (
+            f"{golden}: in use: found a backing file of {top}, which is to be written to as "
+            "well (name only the overlays, or mount all read-only with -r)"
+        )
+    for allowed in ((golden, top, mnt, "-r"), (images, mnt, "-r"), (top, mnt), (golden, mnt)):
+        done = qedfuse(*allowed)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert qedfuse("umount", mnt).returncode == 0
+
+
+def test_one_image_by_two_names_is_refused(images: Path, tmp_path: Path) -> None:
+    """Not by the words that another program has it."""
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    (images / "other.qed").symlink_to("single.qed")
+    line = refused(images, mnt, code=16)
+    assert f"{images}/single.qed: in use: found the same file as {images}/other.qed" in line
+    with mounted(images, mnt, "-r") as directory:
+        assert len(list(directory.iterdir())) == 6
+
+
+def test_snapshots_of_a_directory_write_to_none_of_it(images: Path, tmp_path: Path) -> None:
+    """With -o snapshot each image is a base itself, and each disk can be written to."""
+    with mounted(images, tmp_path / "mnt", "-o", "snapshot") as directory:
+        for disk in directory.iterdir():
+            with disk.open("r+b") as file:
+                file.write(b"gone")
+
+
+def test_a_base_is_found_by_the_file_and_not_by_its_name(images: Path, tmp_path: Path) -> None:
+    """By a link, and by way of an image that is not mounted itself."""
+    away = tmp_path / "away"
+    away.mkdir()
+    (images / "m-middle.qed").rename(away / "m-middle.qed")
+    (away / "link.qed").symlink_to(images / "zz-golden.qed")
+    words = ["-f", "qed", "-u", "-F", "qed"]
+    qemu.run("qemu-img", "rebase", *words, "-b", "link.qed", away / "m-middle.qed")
+    for name in ("a-top.qed", "n-top.qed"):
+        qemu.run("qemu-img", "rebase", *words, "-b", "../away/m-middle.qed", images / name)
+    option = f"backing_dir={away},backing_dir={images}"
+    with front("-o", option, images, tmp_path / "mnt") as mount:
+        assert "zz-golden.qed: read-only" in mount.read_line()
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        assert mount.finish()[0] == 0
