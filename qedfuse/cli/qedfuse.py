@@ -257,8 +257,10 @@ def _timeout(value: str) -> float:
 def _mount(arguments: Arguments) -> int:
     """Run the mount that the command line describes."""
     from qedfuse.mount.logs import log_to_stderr, log_to_syslog  # noqa: PLC0415
-    from qedfuse.mount.options import parse_options  # noqa: PLC0415
+    from qedfuse.mount.options import parse_options, wants_remount  # noqa: PLC0415
 
+    if wants_remount(arguments.options):
+        return _remount(arguments)
     if len(arguments.paths) < 2:  # noqa: PLR2004  a source and a mountpoint
         msg = "expected SOURCE... and MOUNTPOINT (see: qedfuse --help)"
         raise UsageError(msg)
@@ -277,7 +279,8 @@ def _mount(arguments: Arguments) -> int:
         # Imported in the process that serves: pyfuse3 must not be there before the fork.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
-        request = MountRequest(sources, mountpoint, options, pidfile or None, arguments.fake)
+        words = tuple(arguments.options)
+        request = MountRequest(sources, mountpoint, options, pidfile or None, arguments.fake, words)
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
 
     if arguments.foreground or arguments.fake:
@@ -293,6 +296,18 @@ def _mount(arguments: Arguments) -> int:
         return serve(ready_and_quiet)
 
     return run_in_background(serve_quietly)
+
+
+def _remount(arguments: Arguments) -> int:
+    """Change the mount that the command line names last; mount(8) names its source too."""
+    from qedfuse.mount.remount import remount  # noqa: PLC0415  a quick start
+
+    if not arguments.paths:
+        msg = "remount: found no mountpoint (see: qedfuse --help)"
+        raise UsageError(msg)
+    mountpoint = os.path.realpath(arguments.paths[-1])
+    remount(mountpoint, arguments.options, fake=arguments.fake)
+    return 0
 
 
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import MountpointError, QedError
 from qedfuse.mount.copies import describe_copies
 from qedfuse.mount.mountpoint import resolve
-from qedfuse.mount.mounttable import FUSE_TYPE, MountEntry, find_mount
+from qedfuse.mount.mounttable import MountEntry, find_mount, find_ours
 from qedfuse.mount.runtime import MountNote, find_note, process_start, read_note
 from qedfuse.mount.unmount import BusyError, unmount
 from qedfuse.util.text import printable
@@ -55,13 +55,7 @@ def unmount_and_wait(
     """
     mountpoint = resolve(path)
     shown = printable(mountpoint)
-    entry = find_mount(mountpoint)
-    if entry is None:
-        msg = f"{shown}: found no mount, expected one of qedfuse"
-        raise MountpointError(msg)
-    if entry.fstype != FUSE_TYPE:
-        msg = f"{shown}: found a mount of type {printable(entry.fstype)}, expected {FUSE_TYPE}"
-        raise MountpointError(msg)
+    entry = find_ours(mountpoint)
     found = find_note(entry.device, entry.owner)
     process = None if found is None else _open_process(found[1])
     try:

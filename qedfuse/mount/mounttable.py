@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.errors import MountpointError
+from qedfuse.util.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -87,3 +90,20 @@ def find_mount(mountpoint: str) -> MountEntry | None:
         if entry.path == mountpoint:
             found = entry
     return found
+
+
+def find_ours(mountpoint: str) -> MountEntry:
+    """Find the mount of qedfuse on a path.
+
+    Raises:
+        MountpointError: There is none, or another file system covers it.
+    """
+    shown = printable(mountpoint)
+    entry = find_mount(mountpoint)
+    if entry is None:
+        msg = f"{shown}: found no mount, expected one of qedfuse"
+        raise MountpointError(msg)
+    if entry.fstype != FUSE_TYPE:
+        msg = f"{shown}: found a mount of type {printable(entry.fstype)}, expected {FUSE_TYPE}"
+        raise MountpointError(msg)
+    return entry

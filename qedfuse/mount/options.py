@@ -41,6 +41,7 @@ _DROPPED: Final = frozenset(
         *("norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
         *("silent", "loud", "mand", "nomand", "iversion", "noiversion"),
         *("default_permissions", "kernel_cache", "big_writes"),
+        *("symfollow", "nosymfollow"),  # there are no symbolic links in the mount
     }
 )
 """Words meant for mount(8) or systemd, and those of libfuse that ask for what is so anyway."""
@@ -145,6 +146,11 @@ def split_options(text: str) -> list[str]:
     if escaped:
         words[-1] += "\\"
     return [word for word in words if word]
+
+
+def wants_remount(texts: Iterable[str]) -> bool:
+    """Return whether ``-o`` asks for a change of a mount that is there."""
+    return any("remount" in split_options(text) for text in texts)
 
 
 def escape_value(text: str) -> str:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +37,7 @@ class MountNote:
         sources: The images in it.
         failure: What went wrong at the end, if something did.
         exit_code: The exit code that goes with it.
+        options: What stood behind each ``-o``.
     """
 
     pid: int
@@ -45,6 +46,7 @@ class MountNote:
     sources: tuple[str, ...]
     failure: str | None = None
     exit_code: int = 0
+    options: tuple[str, ...] = ()
 
 
 def process_start(pid: int) -> int | None:
@@ -135,12 +137,7 @@ class NoteKeeper:
             if failure is None:
                 os.unlink(self._name, dir_fd=self._directory)
             else:
-                note = self._note
-                self._write(
-                    MountNote(
-                        note.pid, note.started, note.mountpoint, note.sources, failure, exit_code
-                    )
-                )
+                self._write(replace(self._note, failure=failure, exit_code=exit_code))
         except (OSError, HostError):
             pass  # the mount is gone either way, and nobody can be told here
         finally:
@@ -201,6 +198,8 @@ def _read(directory: int, name: str, user: int) -> MountNote | None:
             data = json.loads(file.read(_MAX_NOTE))
             if not (isinstance(data["pid"], int) and isinstance(data["started"], int)):
                 return None
-            return MountNote(**{**data, "sources": tuple(data["sources"])})
+            # The process may be one of an earlier version, which kept no options.
+            lists = {"sources": data["sources"], "options": data.get("options", ())}
+            return MountNote(**{**data, **{name: tuple(words) for name, words in lists.items()}})
         except (ValueError, TypeError, KeyError):
             return None

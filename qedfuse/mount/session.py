@@ -73,6 +73,7 @@ class MountRequest:
         options: How.
         pidfile: File that says who serves the mount, once it is ready; absolute.
         fake: Do everything but mount.
+        words: What stood behind each ``-o``, for a remount to compare with.
     """
 
     sources: tuple[str, ...]
@@ -80,6 +81,7 @@ class MountRequest:
     options: MountOptions
     pidfile: str | None = None
     fake: bool = False
+    words: tuple[str, ...] = ()
 
 
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
@@ -246,7 +248,10 @@ class _Session:
         """Make the process findable; a mount that is not findable still works."""
         pid = os.getpid()
         request = self._request
-        note = MountNote(pid, process_start(pid) or 0, request.mountpoint, request.sources)
+        note = MountNote(
+            *(pid, process_start(pid) or 0, request.mountpoint, request.sources),
+            options=request.words,
+        )
         try:
             self._note = NoteKeeper(device, note)
         except QedError as error:

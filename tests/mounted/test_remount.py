@@ -1,0 +1,107 @@
+"""``mount -o remount``, and other options of mount(8) that are not ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import qemu
+from tests.support.mounted import mounted, qedfuse, refused
+from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an empty image."""
+    return qemu.create(tmp_path / "vm.qed", SIZE)
+
+
+def test_a_disk_becomes_read_only_and_writable_again(image: Path, tmp_path: Path) -> None:
+    """The kernel refuses writes meanwhile; what was written before is in the image."""
+    with mounted(image, tmp_path / "mnt", "-o", "growable,cache_size=1M") as mnt:
+        disk = mnt / "vm.raw"
+        with disk.open("r+b") as file:
+            file.write(b"before")
+        for option, is_writable in (
+            ("remount,ro", False),
+            ("remount,ro,growable", False),
+            ("remount,rw", True),
+            ("remount,rw,noexec,nosymfollow,noatime,user_id=0,group_id=0", True),
+        ):
+            done = qedfuse("-o", option, image, mnt)
+            assert (done.returncode, done.stderr) == (0, "")
+            flags = os.statvfs(mnt).f_flag
+            assert bool(flags & os.ST_RDONLY) is not is_writable
+            assert flags & (os.ST_NOSUID | os.ST_NODEV) == os.ST_NOSUID | os.ST_NODEV
+            if is_writable:
+                disk.open("r+b").close()
+            else:
+                with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+                    disk.open("r+b")
+            assert disk.read_bytes()[:6] == b"before"
+        assert os.statvfs(mnt).f_flag & (os.ST_NOEXEC | os.ST_NOATIME)
+    assert qemu.content(image)[:6] == b"before"
+
+
+def test_what_cannot_be_changed_is_refused(image: Path, tmp_path: Path) -> None:
+    """One line says what, and what to do; nothing is changed."""
+    with mounted(image, tmp_path / "mnt") as mnt:
+        line = refused("-o", "remount,growable", mnt, code=1)
+        assert line == (
+            f"{mnt}: option growable: cannot be changed by remount (unmount, and mount again)"
+        )
+        assert "option frob: unknown" in refused("-o", "remount,frob", mnt, code=1)
+        with (mnt / "vm.raw").open("r+b"):
+            line = refused("-o", "remount,ro", mnt, code=18)
+            assert "cannot remount: in use: a disk is open for writing" in line
+        assert not os.statvfs(mnt).f_flag & os.ST_RDONLY
+    with mounted(image, tmp_path / "mnt", "-r") as mnt:
+        line = refused("-o", "remount,rw", mnt, code=1)
+        assert line == (
+            f"{mnt}: option rw: found images that are open read-only (unmount, and mount again "
+            "with rw)"
+        )
+        assert os.statvfs(mnt).f_flag & os.ST_RDONLY
+        assert qedfuse("-o", "remount,ro,noexec", mnt).returncode == 0
+    assert "found no mount" in refused("-o", "remount,ro", mnt, code=18)
+    assert "expected fuse.qedfuse" in refused("-o", "remount,ro", "/proc", code=18)
+
+
+def test_mount_remounts_with_and_without_fstab(image: Path, tmp_path: Path) -> None:
+    """mount(8) hands over its own options and those of the mount table."""
+    environment = make_environment(tmp_path / "environment")
+    shown = run_in_sandbox(
+        f"""
+        {ROOT}/examples/install.sh --link "$1" >/dev/null 2>&1
+        state() {{ grep ' /mnt .* - fuse.qedfuse ' /proc/self/mountinfo | cut -d ' ' -f 6,10; }}
+        echo "$2 /mnt fuse.qedfuse rw,growable,nosymfollow,nofail 0 0" >/run/fstab
+        mount -T /run/fstab /mnt
+        state
+        mount -T /run/fstab -o remount,ro /mnt
+        state
+        mount -o remount,rw /mnt
+        state
+        ! mount -o remount,rw,commit=7 /mnt
+        state
+        qedfuse umount /mnt
+        """,
+        environment,
+        image,
+    )
+    plain = "nosuid,nodev,relatime"
+    options = "user_id=0,group_id=0,default_permissions"
+    lines = shown.split("\n")
+    assert lines[0] == f"rw,{plain} rw,{options}"
+    assert lines[1].startswith("ro,nosuid,nodev,")
+    assert lines[1].endswith(f" ro,{options}")
+    assert lines[2].startswith("rw,nosuid,nodev,")
+    assert lines[3].startswith("qedfuse: /mnt: option commit=7: cannot be changed by remount")
+    assert lines[4] == lines[2]
