@@ -3,10 +3,10 @@
 The kernel opens the conversation by telling what it can do; libfuse picks from that, and
 asks for ``FUSE_ATOMIC_O_TRUNC`` wherever it is offered.  With it, opening a file with
 O_TRUNC makes the kernel set the file's size to 0 on its own.  A disk cannot be cut to
-nothing, so the open is to be ignored, but with the write-back cache the kernel does not
-believe sizes from us any more: it would see an empty file, and worse, it would fill up
-with zeros the page around each small write.  Without that feature the kernel sends a
-truncation, and takes the size in our answer.
+nothing, but with the write-back cache the kernel does not believe sizes from us any more:
+it would see an empty file, and worse, it would fill up with zeros the page around each
+small write.  Without that feature the kernel sends a truncation after the open, which can
+be refused (`qedfuse.mount.truncation`), and takes the size in our answer.
 
 The answer lacks three figures.  The kernel sends reads and writes that nobody waits for
 in person (read-ahead, write-back, asynchronous O_DIRECT) in the background, and has 12 of

@@ -30,6 +30,7 @@ _INVALIDATE: Final = struct.Struct("=IiQQqq")
 _NOTIFY_INVAL_INODE: Final = 2
 """A length of 0 reaches to the last page that the kernel has."""
 
+_FORGET_SECONDS: Final = 0.25
 _TRIES: Final = 1000
 _TRY_SECONDS: Final = 0.001
 _END_SECONDS: Final = 5.0
@@ -44,6 +45,7 @@ class Laundering:
         self._turn = trio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: trio.socket.SocketType | None = None
+        self._unread = 0
         self._incoming = select.poll()
         self._incoming.register(connection, select.POLLIN)
 
@@ -72,20 +74,47 @@ class Laundering:
         """Do the same for a whole disk."""
         return await self.launder(view, 0)
 
-    async def _ask(self, message: bytes) -> int:
-        """Have a message passed to the kernel; give the error number that comes back."""
+    async def forget_soon(self, view: View) -> bool:
+        """Have the kernel drop all pages that it caches of a disk, within a fraction of a second.
+
+        Returns:
+            False if the kernel did not do so in that time, or cannot be asked.  It can still
+            be at it then.  While the kernel waits for the answer to a truncation, it cannot
+            drop dirty pages.
+        """
+        message = _INVALIDATE.pack(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, 0, 0)
+        with trio.move_on_after(_FORGET_SECONDS):
+            async with self._turn:
+                return await self._ask(message, abandon=True) in {0, errno.ENOENT}
+        return False
+
+    async def _ask(self, message: bytes, *, abandon: bool = False) -> int:
+        """Have a message passed to the kernel; give the error number that comes back.
+
+        Args:
+            message: The message.
+            abandon: If the task is cancelled, leave the answer for the next caller to skip.
+                Otherwise the process is told to end.
+        """
         try:
             if self._process is None:
-                self._process, self._socket = await trio.to_thread.run_sync(self._start)
+                with trio.CancelScope(shield=True):
+                    self._process, self._socket = await trio.to_thread.run_sync(self._start)
             if self._socket is None:
                 return errno.ENOTCONN
+            while self._unread:
+                answer = await self._socket.recv(launderer.ERROR.size)
+                self._unread -= 1
             await self._socket.send(message)
+            self._unread += 1
             answer = await self._socket.recv(launderer.ERROR.size)
+            self._unread -= 1
         except OSError as error:
             answer = b""
             _log.debug("launderer: %s", error)
         except trio.Cancelled:
-            self.stop()
+            if not abandon:
+                self.stop()
             raise
         if len(answer) < launderer.ERROR.size:
             _log.warning("a helper process has failed: holes in disks in use are told as data")

@@ -19,6 +19,7 @@ from pyfuse3 import FUSEError
 
 from qedfuse.errors import QedError
 from qedfuse.mount.errorlog import RequestErrorLog
+from qedfuse.mount.truncation import Truncation
 from qedfuse.mount.view import Attributes, View
 from qedfuse.ondisk.constants import SECTOR
 
@@ -103,21 +104,41 @@ class Operations(pyfuse3.Operations):
 
     supports_dot_lookup = False
 
-    def __init__(self, views: list[View], options: MountOptions, *, directory: bool) -> None:
-        """Show the disks as files of a directory, or the only one as the mountpoint itself."""
+    def __init__(
+        self,
+        views: list[View],
+        options: MountOptions,
+        forget_pages: Callable[[View], Awaitable[bool]],
+        *,
+        directory: bool,
+    ) -> None:
+        """Show the disks as files of a directory, or the only one as the mountpoint itself.
+
+        Args:
+            views: The disks.
+            options: The mount's.
+            forget_pages: Has the kernel drop what it caches of a disk (`Truncation`).
+            directory: Whether the mountpoint is a directory.
+        """
         super().__init__()
         self.views = {view.inode: view for view in views}
         self.errors = RequestErrorLog(self.views)
         self.debug = _log.isEnabledFor(logging.DEBUG)
-        # On a file as mountpoint the kernel would keep the size 0 that it starts with.
-        self.enable_writeback_cache = directory and not (options.read_only or options.direct_io)
+        # On a file as mountpoint the kernel would keep the size 0 that it starts with;
+        # `qedfuse.mount.truncation` says why not with truncate=zero.
+        self.enable_writeback_cache = (
+            directory
+            and not (options.read_only or options.direct_io)
+            and options.truncate == "refuse"
+        )
         self.released: Callable[[], None] = lambda: None
         """Called when the last open handle has gone."""
         self.size_lost: Callable[[View], None] = lambda _view: None
-        """Called when the kernel may think that a disk is longer than it is."""
+        """Called when the kernel may not know how long a disk is."""
         self.write_back: Callable[[View], Awaitable[object]] | None = None
         """Has the kernel send all that it keeps back of a disk."""
         self._options = options
+        self._truncation = Truncation(options, forget_pages)
         self._directory = directory
         self._by_name = {view.name: view for view in views}
         self._attributes = Attributes(options)
@@ -183,10 +204,10 @@ class Operations(pyfuse3.Operations):
         inode: int,
         attr: EntryAttributes,
         fields: SetattrFields,
-        fh: int | None,
+        fh: int | None,  # noqa: ARG002  pyfuse3's
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """Set times, grow a disk; refuse everything else that would change something."""
+        """Set times, grow or empty a disk; refuse everything else that would change something."""
         self.admit(ctx.uid)
         if self._is_root(inode):
             raise FUSEError(errno.EPERM)
@@ -198,35 +219,27 @@ class Operations(pyfuse3.Operations):
             or (fields.update_gid and attr.st_gid != now.st_gid)
         ):
             raise FUSEError(errno.EPERM)
+        keeps_size = True
         if fields.update_size:
-            await self._set_size(view, attr.st_size, by_handle=fh is not None)
+            keeps_size = await self._truncation.set_size(view, attr.st_size)
         if fields.update_atime or fields.update_mtime:
             _set_times(
                 view,
                 attr.st_atime_ns if fields.update_atime else now.st_atime_ns,
                 attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns,
             )
-        return self._attributes.of_disk(view)
+        answer = self._attributes.of_disk(view)
+        if not keeps_size:
+            answer.st_size = 0
+            answer.attr_timeout = 0
+            self.size_lost(view)
+        return answer
 
     async def grow(self, view: View, size: int) -> None:
         """Make a disk larger, if that is allowed."""
         if not self._options.growable:
             raise FUSEError(errno.ENOSPC)
         await view.disk.resize(size)
-
-    async def _set_size(self, view: View, size: int, *, by_handle: bool) -> None:
-        """Answer truncate(2): a disk can only grow, and only with ``growable``.
-
-        Opening with O_TRUNC arrives as a truncation to 0 without a handle, right behind
-        the open (see `qedfuse.mount.handshake`).  It is ignored, as on a block device:
-        the answer tells the kernel the size that the disk still has.
-        """
-        disk = view.disk
-        if size == disk.size or (size == 0 and not by_handle):
-            return
-        if size < disk.size or not self._options.growable:
-            raise FUSEError(errno.EPERM)
-        await disk.resize(size)
 
     # Data
 

@@ -74,6 +74,8 @@ class MountOptions:
         backing: Which backing files may be used.
         force_share: Read-only, beside a program that writes to the image.
         growable: The disk may be made larger through the mount.
+        truncate: What a truncation to 0 does, an open with O_TRUNC included: it is refused,
+            or fills the disk with zeros.
         commit_seconds: Longest time that changed tables stay in memory only.
         cache_bytes: Memory for tables, for each image.
         discard: Discards give clusters up.
@@ -100,6 +102,7 @@ class MountOptions:
     backing: BackingPolicy = BackingPolicy()  # noqa: RUF009  frozen
     force_share: bool = False
     growable: bool = False
+    truncate: Literal["refuse", "zero"] = "refuse"
     commit_seconds: float = DEFAULT_COMMIT_SECONDS
     cache_bytes: int = DEFAULT_CACHE_BYTES
     discard: bool = True
@@ -229,6 +232,7 @@ def _consistent(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
         (written and options.read_only, "ro", writer),
         (options.compact == "full" and reads_only, "compact", "ro"),
         (options.growable and reads_only, "growable", "ro"),
+        (options.truncate == "zero" and reads_only, "truncate=zero", "ro"),
         # The source is the overlay's base, and these two speak of bases.
         (written and options.backing.format is not None, "backing_format", writer),
         (written and options.backing.mode == "none", "backing=none", writer),
@@ -338,6 +342,7 @@ _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "compact": ("compact", ("auto", "off", "full")),
     "detect_zeroes": ("detect_zeroes", ("off", "on", "unmap")),
     "freelist": ("free_list", ("on", "off")),
+    "truncate": ("truncate", ("refuse", "zero")),
 }
 _BACKING: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "backing": ("mode", ("confined", "any", "none")),

@@ -156,8 +156,7 @@ class _Session:
             views = await self._open(disks, sources, directory=directory)
             if request.fake:
                 return
-            operations = Operations(views, options, directory=directory)
-            await self._attach_and_serve(operations, claim)
+            await self._attach_and_serve(views, claim, directory=directory)
             opened = [view.disk for view in views]
             self._stopper.closing(opened)
             if options.compact == "auto":
@@ -180,13 +179,20 @@ class _Session:
             views.append(View(disk, source.name, inode, place, read_only=source in read_only))
         return views
 
-    async def _attach_and_serve(self, operations: Operations, claim: bytes | None) -> None:
+    async def _attach_and_serve(
+        self, views: list[View], claim: bytes | None, *, directory: bool
+    ) -> None:
         """Mount, serve until the mount is gone, and close the connection."""
         request = self._request
         mountpoint = request.mountpoint
+
+        async def forget_pages(view: View) -> bool:
+            return await laundering.forget_soon(view)
+
+        operations = Operations(views, request.options, forget_pages, directory=directory)
         async with claimed(claim):
             # Opening the images took its time.
-            check_mountpoint(mountpoint, len(operations.views))
+            check_mountpoint(mountpoint, len(views))
             before = read_mounts()
             connection = attach(operations, mountpoint, request.options, request.sources[0])
         entry = None
@@ -199,7 +205,7 @@ class _Session:
                 await self._serve(operations, laundering, entry)
         finally:
             extraops.end()
-            for view in operations.views.values():
+            for view in views:
                 view.disk.when_flushed(lambda: None)
             laundering.stop()
             pyfuse3.close(unmount=False)
@@ -222,8 +228,9 @@ class _Session:
         async with open_scope() as nursery:
             nursery.start_soon(operations.errors.run)
             if operations.enable_writeback_cache:
-                operations.size_lost = keeper.lost
                 operations.write_back = laundering.launder_all
+            if operations.enable_writeback_cache or self._request.options.truncate == "zero":
+                operations.size_lost = keeper.lost
                 nursery.start_soon(keeper.run)
             trim = Trimmer()
             for view in operations.views.values():

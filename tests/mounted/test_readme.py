@@ -23,6 +23,7 @@ SHOWN: Final = {
     "Look at a disk without touching it": "Filesystem UUID",
     "Mount from /etc/fstab": "fuse.qedfuse",
     "Give freed space back": "trimmed",
+    "Restore a backup": "restored",
     "Try something out in an overlay": "changed",
     "Get files out of a damaged image": "hello.txt",
     "From Python": "",
@@ -32,6 +33,14 @@ SHOWN: Final = {
 """For each recipe what its output holds if it did its work."""
 
 AFTERWARDS: Final = {
+    "Restore a backup": """
+        cmp backup.raw "$3"
+        mkdir -p again
+        qedfuse -r vm.qed again
+        cmp again/vm.raw "$3"
+        qedfuse umount again
+        echo restored
+    """,
     "Get files out of a damaged image": """
         grep -q 'Hello from the guest' recovered/hello.txt
         cmp rescued.raw "$3"
@@ -45,6 +54,7 @@ CHANGED: Final = (
     "Use the file systems in an image",
     "Mount from /etc/fstab",
     "Give freed space back",
+    "Restore a backup",
     "From Python",
     REPAIR,
 )

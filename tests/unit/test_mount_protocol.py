@@ -54,10 +54,15 @@ class Broken:
         """Do nothing."""
 
 
+async def forget_pages(_view: View) -> bool:
+    """Have nothing cached."""
+    return True
+
+
 def operations(disk: object, options: MountOptions | None = None) -> Operations:
     """Make the handlers for one disk, as inode 2 of a directory."""
     view = View(cast("Disk", disk), b"vm.raw", 2, "/")
-    return Operations([view], options or MountOptions(), directory=True)
+    return Operations([view], options or MountOptions(), forget_pages, directory=True)
 
 
 class Context:
@@ -185,7 +190,7 @@ async def test_errors_are_rate_limited_for_each_disk(
     request.node.add_marker(pytest.mark.expect_log("vm.qed"))
     disks = [NamedBroken(ValueError()), NamedBroken(ValueError())]
     views = [View(cast("Disk", disk), b"vm.raw", 2 + at, "/") for at, disk in enumerate(disks)]
-    handlers = Operations(views, MountOptions(), directory=True)
+    handlers = Operations(views, MountOptions(), forget_pages, directory=True)
 
     def logged() -> list[str]:
         texts = [record.getMessage() for record in caplog.records]
