@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.disk.backingpath import backing_path, has_protocol
 from qedfuse.disk.layer import QedLayer, RawLayer
 from qedfuse.errors import (
     BackingError,
@@ -62,7 +63,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
     if b"\0" in raw:
         msg = f"{file.name}: backing file name: found a NUL byte in {printable(raw)}"
         raise BackingRefusedError(msg)
-    if b":" in raw.split(b"/", 1)[0]:
+    if has_protocol(raw):
         msg = (
             f"{file.name}: backing file {printable(raw)}: found a protocol, expected a plain "
             "path (a file whose name has a colon is written ./NAME)"
@@ -96,7 +97,7 @@ async def open_bases(
         while header.has_backing:
             if name is None:
                 name = await read_backing_name(file, header)
-            path = os.path.join(os.path.dirname(path), name)  # noqa: PTH118, PTH120  no I/O
+            path = backing_path(path, name, options.backing.working_directory)
             base = open_base(path, file, options.backing, trusted)
             trusted = name = None
             _check_new(base, file.name, seen)

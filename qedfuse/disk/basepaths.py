@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.backing import MAX_DEPTH
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.errors import QedError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
@@ -16,18 +17,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def base_paths(image: str) -> Iterator[str]:
+def base_paths(image: str, directory: str = "") -> Iterator[str]:
     """List the paths of the bases of an image, from the first down.
 
     Only names are followed, as far as they lead to images: whether the bases may be used,
     or are there at all, is not asked.  A loop is followed `MAX_DEPTH` files far.
+    Names after ``file:`` begin at ``directory``; empty is the working directory.
     """
     path = image
     for _ in range(MAX_DEPTH + 1):
         name, is_last = _base_of(path)
         if not name:
             return
-        path = os.path.join(os.path.dirname(path), name)  # noqa: PTH118, PTH120  no I/O
+        path = backing_path(path, name, directory)
         yield path
         if is_last:
             return

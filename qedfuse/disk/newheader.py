@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from qedfuse.disk.backingpath import has_protocol
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import (
     HEADER_BYTES,
@@ -26,7 +27,7 @@ def backing_name(backing: str | None) -> bytes:
         UsageError: It is too long, or not a path.
     """
     name = os.fsencode(backing or "")
-    if len(name) > MAX_BACKING_NAME or b":" in name.split(b"/", 1)[0] or b"\0" in name:
+    if len(name) > MAX_BACKING_NAME or has_protocol(name) or b"\0" in name:
         msg = (
             f"backing file {printable(name)}: expected a plain path of at most "
             f"{MAX_BACKING_NAME} bytes (a file whose name has a colon is written ./NAME)"

@@ -22,12 +22,15 @@ class BackingPolicy:
         directories: Further directories that a base may lie in.
         format: What every base is taken for, whatever its magic says.
         trusted: A file that the user named himself, allowed as the first base.
+        working_directory: Where names after ``file:`` begin; empty for the working
+            directory that the process has when it opens them.
     """
 
     mode: Literal["confined", "any", "none"] = "confined"
     directories: tuple[str, ...] = ()
     format: Literal["raw", "qed"] | None = None
     trusted: str | None = None
+    working_directory: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,9 +121,12 @@ class MountOptions:
         """Make the paths independent of the working directory."""
         directories = tuple(map(os.path.abspath, self.backing.directories))
         overlay = None if self.overlay is None else os.path.abspath(self.overlay)  # noqa: PTH100
-        return replace(
-            self, overlay=overlay, backing=replace(self.backing, directories=directories)
-        )
+        try:
+            working = os.getcwd()  # noqa: PTH109
+        except OSError:  # it has been removed; names that need it are not found
+            working = "/"
+        backing = replace(self.backing, directories=directories, working_directory=working)
+        return replace(self, overlay=overlay, backing=backing)
 
     def reading(self) -> MountOptions:
         """Return the options for a disk of the mount that is read-only."""

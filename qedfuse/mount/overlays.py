@@ -8,11 +8,11 @@ import shutil
 import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.backing import read_backing_name, read_header
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.disk.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
@@ -108,7 +108,7 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
 async def _open_overlay(path: str, overlay: str, options: MountOptions) -> AsyncIterator[Disk]:
     """Open the overlay that the user named; make it if it is missing."""
     if os.path.lexists(overlay):  # noqa: ASYNC240  before anything is served
-        await _check_base(overlay, path)
+        await _check_base(overlay, path, options)
     else:
         await _make_overlay(overlay, path, options)
     async with open_disk(overlay, _over(path, options), inspector=inspect_image) as disk:
@@ -139,7 +139,7 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
         )
 
 
-async def _check_base(overlay: str, source: str) -> None:
+async def _check_base(overlay: str, source: str, options: MountOptions) -> None:
     """Make sure that an overlay that is there already is one of this source.
 
     Raises:
@@ -155,13 +155,13 @@ async def _check_base(overlay: str, source: str) -> None:
         name = await read_backing_name(file, header)
     finally:
         file.close()
-    base = Path(overlay).parent / name
+    base = backing_path(overlay, name, options.backing.working_directory)
     try:
         expected = os.stat(source)  # noqa: PTH116
     except OSError as error:
         raise cannot_open(source, error) from error
     try:
-        found = base.stat()
+        found = os.stat(base)  # noqa: PTH116
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         msg = f"overlay {file.name}: backing file {printable(base)}: {reason}"

@@ -33,10 +33,12 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
     """
     if options.read_only or options.snapshot or options.overlay is not None:
         return set()  # nothing is opened for writing but what the mount itself makes
+    if options.backing.mode == "none":
+        return set()  # an image that has a base is refused
     files = _files(sources)
     overlays: dict[Source, list[Source]] = {}
     for source in sources:
-        for path in base_paths(source.path) if options.backing.mode != "none" else ():
+        for path in base_paths(source.path, options.backing.working_directory):
             base = files.get(_identity(path))
             if base is not None and base is not source:
                 overlays.setdefault(base, []).append(source)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from qedfuse.disk.backingpath import backing_path, has_protocol
+
 
 @dataclass(frozen=True, slots=True)
 class BackingName:
@@ -17,12 +19,13 @@ class BackingName:
     Attributes:
         name: As it is stored.
         path: Where it leads, seen from where the program runs, as QEMU makes it up: the
-            directory of the image, as it was named, and the name.
+            directory of the image, as it was named, and the name; with a protocol the name.
         resolved: The same as an absolute path, without dots; without links too, if it is
             inside the image's directory.
         is_raw: Whether the image says that it is raw.
         absolute: Whether it is an absolute path.
-        scheme: What stands before a colon, as in ``nbd:`` or ``json:``; None in a plain path.
+        scheme: What stands before a colon, as in ``nbd:`` or ``json:``; None in a path, be it
+            a plain one or one after ``file:``.
         escapes: Whether it leads out of the image's directory.
     """
 
@@ -38,15 +41,21 @@ class BackingName:
 def judge_name(raw: bytes, image: str, *, raw_format: bool) -> BackingName:
     """Judge the name that the header of ``image`` has."""
     name = os.fsdecode(raw)
-    before, colon, _after = name.split("/", 1)[0].partition(":")
-    scheme = before if colon else None
-    absolute = name.startswith("/")
+    scheme = name.partition(":")[0] if has_protocol(raw) else None
+    absolute = name.removeprefix("file:").startswith("/")
     if scheme is not None or "\0" in name:
         return BackingName(name, name, name, raw_format, absolute, scheme, escapes=True)
     beside = image[: image.rfind("/") + 1]
-    path = name if absolute else beside + name
+    path = place = name
+    if name.startswith("file:"):
+        try:
+            place = os.path.join(os.getcwd(), backing_path(image, name))  # noqa: PTH109, PTH118
+        except OSError:  # the working directory has been removed
+            return BackingName(name, name, name, raw_format, absolute, scheme, escapes=True)
+    elif not absolute:
+        path = beside + name
     directory = os.path.realpath(beside or ".")
-    resolved, escapes = _resolve(name, directory)
+    resolved, escapes = _resolve(place, directory)
     return BackingName(name, path, resolved, raw_format, absolute, scheme, escapes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.disk.basepaths import base_paths
 from qedfuse.errors import BackingError
 from qedfuse.util.text import printable
@@ -23,7 +24,7 @@ def refuse_loop(image: str, backing: str) -> None:
         BackingError: It is among them.
     """
     about = f"{printable(image)}: backing file"
-    path = os.path.join(os.path.dirname(image), backing)  # noqa: PTH118, PTH120  no I/O
+    path = backing_path(image, backing)
     if _same(path, image):
         msg = f"{about} {printable(path)}: found the image itself"
         raise BackingError(msg)

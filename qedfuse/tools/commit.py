@@ -18,13 +18,13 @@ what this is for, but other overlays over it are spoilt.
 
 from __future__ import annotations
 
-import os
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.backing import open_bases, read_backing_name, read_header
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.disk.extents import Kind
 from qedfuse.disk.layer import RawLayer
 from qedfuse.disk.opening import open_disk
@@ -37,6 +37,7 @@ from qedfuse.tools.ownextents import own_extents, pieces
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import AsyncIterator, Callable
 
     from qedfuse.disk.disk import Disk
@@ -292,7 +293,7 @@ async def _find_base(overlay: Disk, options: OpenOptions) -> tuple[str, os.stat_
     finally:
         file.close()
     try:
-        path = os.path.join(os.path.dirname(overlay.path), name)  # noqa: PTH118, PTH120  no I/O
+        path = backing_path(overlay.path, name)
         return path, bases[0].file.stat(), isinstance(bases[0], RawLayer)
     finally:
         for layer in bases:

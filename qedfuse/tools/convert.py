@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, cast
 
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
@@ -271,7 +272,7 @@ class _Work:
         """Compare what was made with the source."""
         options = replace(self.options, force_share=True)
         if self.layout.backing is not None:
-            base = os.path.join(os.path.dirname(self.path), self.layout.backing)  # noqa: PTH118, PTH120
+            base = backing_path(self.path, self.layout.backing)
             options = replace(options, backing=replace(options.backing, trusted=base))
         async with open_source(path, "raw" if found == "raw" else "qed", options) as copy:
             await verify(source, copy, self.name)

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.disk.create import make_image
 from qedfuse.disk.newheader import new_header
 from qedfuse.errors import BackingError, QedError, UsageError
@@ -116,7 +117,7 @@ def _look_at_base(
     Raises:
         BackingError: It is missing, the image itself, or not what it is said to be.
     """
-    path = os.path.join(os.path.dirname(image), name)  # noqa: PTH118, PTH120  no I/O
+    path = backing_path(image, name)
     about, shown = f"{printable(image)}: backing file", printable(path)
     refuse_loop(image, name)
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.disk.newheader import backing_name, new_header
 from qedfuse.errors import BackingError, QedError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
@@ -76,7 +76,7 @@ async def open_new_base(image: str, layout: Layout, options: OpenOptions) -> Asy
     Raises:
         BackingError: It cannot be used, or its format has to be given.
     """
-    path = os.path.join(os.path.dirname(image), layout.backing or "")  # noqa: PTH118, PTH120  no I/O
+    path = backing_path(image, layout.backing or "")
     about = f"{printable(image)}: backing file"
     try:
         found = probe(path) if layout.backing_format != "raw" else "raw"

@@ -18,6 +18,7 @@ import trio
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.backing import open_bases
+from qedfuse.disk.backingpath import backing_path
 from qedfuse.disk.chain import Chain
 from qedfuse.disk.extents import Kind
 from qedfuse.disk.layer import RawLayer
@@ -136,7 +137,7 @@ async def _new_chain(
     if backing_format == "raw":
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
-    base = os.path.join(os.path.dirname(disk.path), backing)  # noqa: PTH118, PTH120  no I/O
+    base = backing_path(disk.path, backing)
     # What -F says is about this base; what the user says about all bases was about the
     # old ones.
     policy = replace(options.backing, trusted=base, format=None)

@@ -227,7 +227,6 @@ async def test_trusted_base(place: Place) -> None:
         "nbd:localhost:10809",
         "nbd://localhost/disk",
         "http://localhost/disk",
-        "file:base.img",
         "fat:/etc",
         ":",
     ],

@@ -1,0 +1,130 @@
+"""Backing names written ``file:NAME``, beside qemu-img."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.backingpath import backing_path, has_protocol
+from tests.support import qemu
+from tests.support.mounted import mounted, qedfuse, refused
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Be in a directory with bases, and with another directory below that has others."""
+    (tmp_path / "sub").mkdir()
+    for directory, number in ((tmp_path, 1), (tmp_path / "sub", 2)):
+        for name in ("base.qed", "co:lon.qed"):
+            qemu.create(f"{directory}/{name}", SIZE)
+            qemu.io(f"{directory}/{name}", f"write -P {number} 0 64k")
+        (directory / "base.raw").write_bytes(bytes([number]) * SIZE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "base_format"),
+    [
+        ("top.qed", "file:./base.qed", "qed"),
+        ("sub/top.qed", "file:base.raw", "raw"),
+        ("sub/top.qed", "file:co:lon.qed", "qed"),
+        ("top.qed", "file://{place}/sub/base.raw", "raw"),
+    ],
+)
+def test_as_qemu_img_takes_them(
+    place: Path, image: str, name: str, base_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name after file: begins at the working directory, wherever the image is."""
+    name = name.format(place=place)
+    options = ["-b", name, "-F", base_format]
+    theirs = image.replace("top", "theirs")
+    qemu.run("qemu-img", "create", "-q", "-f", "qed", *options, theirs)
+    assert main(["create", "-q", *options, image]) == 0
+    anywhere = ["--backing", "any"]
+    for path in (image, theirs):
+        qemu.run("qemu-io", "-f", "qed", "-c", "write -P 7 64k 64k", path)
+        capsys.readouterr()
+        assert main(["map", "--output", "json", *anywhere, path]) == 0
+        ours = json.loads(capsys.readouterr().out)
+        keys = ("start", "length", "depth", "zero", "data")
+        done = qemu.run("qemu-img", "map", "-f", "qed", "--output", "json", path)
+        expected = [tuple(part[key] for key in keys) for part in json.loads(done.stdout)]
+        assert [tuple(part[key] for key in keys) for part in ours] == expected
+        assert main(["info", "--output", "json", path]) == 0
+        ours = json.loads(capsys.readouterr().out)
+        said = json.loads(qemu.run("qemu-img", "info", "--output", "json", path).stdout)
+        for key in ("backing-filename", "full-backing-filename"):
+            assert ours[key] == said[key] == name
+        assert ours["safety"]["scheme"] is None
+        assert main(["convert", "-q", "-O", "raw", *anywhere, path, "flat.raw", "--force"]) == 0
+        assert (place / "flat.raw").read_bytes() == qemu.content(path)
+
+
+def test_such_a_name_can_be_given_to_every_command(place: Path) -> None:
+    """It is stored as it is."""
+    assert main(["create", "-q", "-b", "base.qed", "top.qed"]) == 0
+    for words in (
+        ["rebase", "-q", "-b", "file:base.qed", "top.qed"],
+        ["rebase", "-q", "-u", "-F", "qed", "-b", "file:base.qed", "top.qed"],
+        ["convert", "-q", "-O", "qed", "-B", "file:base.qed", "base.raw", "copy.qed"],
+    ):
+        assert main(words) == 0
+        assert qemu.info(words[-1])["backing-filename"] == "file:base.qed"
+    assert qemu.content("copy.qed") == (place / "base.raw").read_bytes()
+    before = qemu.content("copy.qed")
+    assert main(["commit", "-q", "copy.qed"]) == 0
+    assert qemu.content("base.qed") == before
+    assert main(["create", "-q", "-b", "file:top.qed", "-F", "qed", "top.qed", "--force"]) == 17
+
+
+@pytest.mark.parametrize("name", ["file:/etc/passwd", "file:../outside.raw", "file:sub/../../out"])
+def test_it_is_confined_like_any_other(
+    place: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What follows the prefix is a stranger's path."""
+    for out in ("outside.raw", "out"):
+        (place.parent / out).write_bytes(b"secret" * 1000)
+    qemu.create("top.qed", SIZE)
+    words = ["-u", "-F", "raw", "-b", name, "top.qed"]
+    qemu.run("qemu-img", "rebase", "-f", "qed", *words)
+    (place / "mnt").mkdir()
+    assert "refused: found" in refused(f"{place}/top.qed", place / "mnt", code=17)
+    assert main(["map", "-q", "top.qed"]) == 17
+    capsys.readouterr()
+    assert main(["info", "--output", "json", "top.qed"]) == 0
+    assert json.loads(capsys.readouterr().out)["safety"]["escapes-directory"]
+
+
+def test_mount_reads_them_from_where_it_is_started(place: Path) -> None:
+    """The process goes elsewhere before it opens anything."""
+    qemu.run("qemu-img", "create", "-q", "-f", "qed", "-b", "file:base.raw", "-F", "raw", "top.qed")
+    with mounted("top.qed", place / "mnt") as directory:
+        assert (directory / "top.raw").read_bytes() == b"\1" * SIZE
+    with mounted("top.qed", place / "mnt", "-o", "overlay=over.qed") as directory:
+        (directory / "top.raw").open("r+b").close()
+    done = qedfuse(place / "top.qed", place / "mnt", cwd="/")
+    assert done.returncode == 17
+    assert "top.qed: backing file /base.raw: cannot open" in done.stderr
+
+
+def test_the_rule_itself() -> None:
+    """Only this protocol is a path, and only at the start of the name."""
+    assert not has_protocol(b"file:x:y")
+    assert not has_protocol(b"./nbd:x")
+    assert has_protocol(b"files:x")
+    assert has_protocol(b"nbd:x")
+    assert backing_path("d/top.qed", "base") == "d/base"
+    assert backing_path("d/top.qed", "/base") == "/base"
+    assert backing_path("d/top.qed", "file:base") == "base"
+    assert backing_path("d/top.qed", "file:base", "/w") == os.path.join("/w", "base")  # noqa: PTH118
+    assert backing_path("d/top.qed", "file:file:x") == "file:x"
