@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from qedfuse.errors import HostError, QedError
+from qedfuse.util.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -208,6 +209,7 @@ class Commit:
 
     async def _write(self, writes: list[WriteBack], otherwise: Sequence[WriteBack] = ()) -> None:
         """Write table pieces; if one fails, it, the rest and ``otherwise`` stay dirty."""
+        pace = Pace()
         for place, write in enumerate(writes):
             try:
                 self._table_writes += 1
@@ -216,6 +218,7 @@ class Commit:
                 self._give_back([*writes[place:], *otherwise])
                 raise
             self._tables.give_back(write, written=True)
+            await pace.step()
 
     def _give_back(self, writes: Sequence[WriteBack]) -> None:
         for write in writes:

@@ -18,6 +18,7 @@ from qedfuse.disk.zeroes import zero_runs
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.ondisk.table import runs
+from qedfuse.util.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,10 +133,12 @@ class Discards:
     async def _blank_data(self, start: int, end: int) -> None:
         """Write zeros over what has a place in the file, and leave it there."""
         step = _PIECE << self._layer.geometry.cluster_bits
+        pace = Pace()
         for at in range(start, end, step):
             for extent in await self._layer.lookup(at, min(step, end - at)):
                 if extent.kind is Kind.DATA:
-                    await self._requests.blank(extent.start, extent.end)
+                    await self._requests.blank(extent.start, extent.end, pace)
+            await trio.lowlevel.checkpoint()
 
     async def _give_up(
         self,

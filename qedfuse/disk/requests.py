@@ -17,6 +17,7 @@ from qedfuse.disk.extents import Extent, Kind
 from qedfuse.disk.tablecache import L1, L2
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
+from qedfuse.util.pace import Pace
 from qedfuse.util.rangelock import RangeLock
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _COPY_BYTES: Final = 1 << 20
 
 _ALLOCATE_BYTES: Final = 1 << 26
 """How much is given a place in one step when no data is written, in bytes."""
+_ALLOCATE_CLUSTERS: Final = 1024
+"""The same in clusters, at most: so many scattered ones are looked up in a millisecond."""
 
 
 class Requests:
@@ -250,22 +253,30 @@ class Requests:
             HostError: The host refused; parts may have a place now.
         """
         geometry = self._layer.geometry
-        step = max(_ALLOCATE_BYTES, geometry.cluster_size)
+        most = min(_ALLOCATE_BYTES, _ALLOCATE_CLUSTERS * geometry.cluster_size)
+        step = max(most, geometry.cluster_size)
+        pace = Pace()
         for at in range(geometry.floor(start), end, step):
             stop = min(end, at + step)
             for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
                 if extent.kind is not Kind.DATA:
                     await self._allocate(extent.start, extent.end, memoryview(b""))
+                    await pace.step()
             turn = self._grace.enter()
             try:
                 for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
                     if extent.kind is Kind.DATA:
                         await self._layer.file.reserve(extent.file_offset, extent.length)
+                        await pace.step()
             finally:
                 self._grace.leave(turn)
 
-    async def blank(self, start: int, end: int) -> None:
-        """Write zeros over a range, where it does not read as zeros anyway."""
+    async def blank(self, start: int, end: int, pace: Pace | None = None) -> None:
+        """Write zeros over a range, where it does not read as zeros anyway.
+
+        ``pace`` is that of the work of which this is a part.
+        """
+        pace = pace or Pace()
         zeros = memoryview(bytes(min(end - start, _COPY_BYTES)))
         for extent in await self._layer.lookup(start, end - start):
             if extent.kind is Kind.UNALLOCATED and self._chain.has_base:
@@ -276,6 +287,7 @@ class Requests:
             if shown:
                 for at in range(extent.start, extent.end, _COPY_BYTES):
                     await self.write(at, zeros[: extent.end - at])
+                    await pace.step()
 
     async def set_zero(self, start: int, end: int) -> None:
         """Turn unallocated clusters from ``start`` to ``end`` into zero clusters.
@@ -299,6 +311,7 @@ class Requests:
                 self._commit.note_write()
                 start += (stop - at) * geometry.cluster_size
                 await self.wait_for_tables()
+                await trio.lowlevel.checkpoint()
 
     def is_free(self, start: int, end: int) -> bool:
         """Tell whether clusters may be allocated at once, from ``start`` to ``end``.

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 _STEP: Final = 1 << 20
 """Bytes that are looked at together."""
 
+_LOOK_CLUSTERS: Final = 1024
+"""Clusters of a table that are looked up before other tasks get a turn."""
+
 
 class Resizing:
     """Gives a disk a new size.
@@ -227,8 +230,12 @@ class Resizing:
 
     async def _first_in_use(self, start: int, end: int) -> Extent | None:
         """Find the first range from ``start`` to ``end`` that has a place, or a bad entry."""
-        step = self._layer.geometry.table_span
+        geometry = self._layer.geometry
         while start < end:
+            # Of a table with scattered clusters all extents would be too much at once.
+            table, reason = await self._layer.table_at(geometry.l1_index(start))
+            step = min(geometry.table_span, _LOOK_CLUSTERS * geometry.cluster_size)
+            step = step if table or reason else geometry.table_span
             stop = min(end, start - start % step + step)
             for extent in await self._layer.lookup(start, stop - start):
                 if extent.kind in (Kind.DATA, Kind.BAD):
