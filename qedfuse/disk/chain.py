@@ -65,11 +65,30 @@ class Chain:
         result.sort(key=lambda extent: extent.start)
         return joined(result)
 
+    async def stored(self, start: int, length: int) -> list[Extent]:
+        """Return how a range is stored, without what no layer has."""
+        result, _missing = await self._descend(start, start + length, 0)
+        result.sort(key=lambda extent: extent.start)
+        return joined(result)
+
     async def _walk(self, start: int, end: int) -> list[Extent]:
         """Tell how a range shows through the top image, by asking layer after layer."""
+        result, missing = await self._descend(start, end, 1)
+        bottom = len(self.layers) - 1
+        result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in missing]
+        return result
+
+    async def _descend(
+        self, start: int, end: int, depth: int
+    ) -> tuple[list[Extent], list[tuple[int, int]]]:
+        """Ask layer after layer from ``depth`` down, each for what those above do not have.
+
+        Returns:
+            The extents, in no order, and the ranges that no layer has.
+        """
         result: list[Extent] = []
         wanted = [(start, end)]
-        for level, layer in enumerate(self.layers[1:], 1):
+        for level, layer in enumerate(self.layers[depth:], depth):
             missing: list[tuple[int, int]] = []
             for first, last in wanted:
                 # A layer shorter than the one above it reads as zeros past its end.
@@ -84,9 +103,7 @@ class Chain:
                     else:
                         result.append(extent._replace(depth=level))
             wanted = missing
-        bottom = len(self.layers) - 1
-        result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in wanted]
-        return result
+        return result, wanted
 
     async def read(self, start: int, length: int, depth: int = 0) -> bytes | bytearray:
         """Read a range, looking from ``depth`` downwards.

@@ -224,7 +224,10 @@ class _Work:
         """Make a new file."""
         layout = self.layout
         if layout.backing is not None and layout.format != "qed":
-            msg = f"{self.name}: -B: found format {layout.format}, expected qed"
+            msg = (
+                f"{self.name}: -B: found format {layout.format}, expected qed (qemu-img convert "
+                "-B makes overlays of other formats)"
+            )
             raise UsageError(msg)
         if layout.backing is not None:
             refuse_loop(self.path, layout.backing)

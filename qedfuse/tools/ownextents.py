@@ -19,7 +19,12 @@ _CLUSTERS: Final = 1 << 14
 
 def pieces(disk: Disk) -> range:
     """Give the guest offsets where the pieces of a disk begin."""
-    return range(0, disk.size, _CLUSTERS * disk.header.geometry.cluster_size)
+    return piece_starts(disk.size, disk.header.geometry.cluster_size)
+
+
+def piece_starts(size: int, cluster_size: int) -> range:
+    """Return the offsets where the pieces of a disk of ``size`` bytes begin."""
+    return range(0, size, _CLUSTERS * cluster_size)
 
 
 async def own_extents(disk: Disk, start: int) -> list[Extent]:

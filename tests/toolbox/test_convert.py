@@ -330,6 +330,10 @@ MISTAKES: Final = {
     "too-large": ("--cluster-size 4k --table-size 2 huge.raw x", "image size: found 5368709120"),
     "key": ("-o compat=1 a.raw x", "option -o: found compat=1"),
     "raw-overlay": ("-O raw -B base.qed a.raw x", "-B: found format raw, expected qed"),
+    "foreign-overlay": ("-O qcow2 -B base.qed a.raw x", "-B: found format qcow2, expected qed"),
+    "foreign-base": ("-O qcow2 -o backing_file=base.qed a.raw x", "-B: found format qcow2"),
+    "no-value": ("-o backing_file= a.raw x", "option backing_file: found no value"),
+    "two-bases": ("-B base.qed -o backing_file=gone a.raw x", "backing_file: found it twice"),
     "small": ("-n huge.raw base.qed", "base.qed: size: found 1048576, expected at least"),
     "raw-over-qed": ("-n -O raw a.raw base.qed", "base.qed: found a QED image, expected raw"),
     "image-pipe": ("top.qed -", "-: a pipe: expected -O raw"),
@@ -344,6 +348,25 @@ IN_BASE: Final = {
     "missing": ("-B gone a.raw x", "x: backing file gone: cannot open"),
     "no-format": ("-B b.raw a.raw x", "b.raw: found no QED magic, expected one, or -F raw"),
 }
+
+
+def test_the_base_as_an_option_of_the_format(tmp_path: Path) -> None:
+    """-o backing_file and backing_fmt are -B and -F, as in qemu-img; both may be given."""
+    base = qemu.create(tmp_path / "base.qed", 1 << 20)
+    qemu.io(base, "write -P 1 0 512k")
+    source = qemu.create(tmp_path / "source.qed", 1 << 20, backing="base.qed")
+    qemu.io(source, "write -P 2 64k 64k")
+    option = "backing_file=base.qed,backing_fmt=qed"
+    theirs = tmp_path / "theirs.qed"
+    qemu.run("qemu-img", "convert", "-O", "qed", "-o", option, source, theirs)
+    for more in ([], ["-B", "base.qed", "-F", "qed"]):
+        new = tmp_path / f"new{len(more)}.qed"
+        assert main(["convert", "-q", *more, "-o", option, str(source), str(new)]) == 0
+        for key in ("backing-filename", "full-backing-filename", "virtual-size"):
+            ours, expected = qemu.info(new)[key], qemu.info(theirs)[key]
+            assert str(ours).replace(new.name, "") == str(expected).replace(theirs.name, "")
+        assert qemu.content(new) == qemu.content(theirs) == qemu.content(source)
+        assert new.stat().st_blocks <= theirs.stat().st_blocks
 
 
 @pytest.mark.parametrize("row", [*MISTAKES, *(f"base {name}" for name in IN_BASE)])

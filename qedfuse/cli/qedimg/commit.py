@@ -22,6 +22,9 @@ Write what an overlay holds into its base, which may be QED or raw, and empty th
 overlay.  A base that is smaller grows.  At any moment the overlay reads over its
 base as it did before; the same command finishes what was interrupted.
 
+With -b all that lies over BASE, a lower file of the chain, goes into it.  The overlay
+is kept then, and the images between it and BASE are worthless afterwards.
+
 Other overlays over the same base read differently afterwards: there should be none."""
 
 
@@ -29,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the subcommand takes."""
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("-f", dest="format", choices=("qed",), help="the only format there is")
+    parser.add_argument(
+        "-b",
+        "--base",
+        metavar="BASE",
+        help="commit to this file of the chain, and not to the next; implies -d",
+    )
     parser.add_argument(
         "-d", "--keep", action="store_true", help="leave the overlay as it is, to be thrown away"
     )
@@ -48,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         text += f", which had {result.size_before} bytes and has {result.size}"
     if result.free_clusters:
         text += f", {result.free_clusters} clusters in it are free (see: qedimg compact)"
-    if not arguments.keep:
+    if result.between:
+        text += "; the images between them must not be used any more"
+    if not arguments.keep and arguments.base is None:
         text += f"; the overlay's file had {result.bytes_before} bytes and has {result.bytes_after}"
     say(arguments, text)
     return 0
@@ -60,6 +71,7 @@ async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None
 
     return await commit(
         arguments.image,
+        base=arguments.base,
         keep=arguments.keep,
         options=common.open_options(arguments, writable=True),
         progress=report,

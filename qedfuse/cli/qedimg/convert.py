@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.geometry import add_base, add_geometry, take_options
+from qedfuse.cli.qedimg.geometry import add_base, add_geometry, find_base, take_options
 from qedfuse.cli.qedimg.output import say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
@@ -150,6 +150,7 @@ def _layout(arguments: argparse.Namespace) -> Layout:
     foreign = ()
     if arguments.format not in _OURS:
         foreign, arguments.options = tuple(arguments.options), []
+        arguments.base = arguments.base or find_base(foreign)  # which is going to be refused
     given = arguments.cluster_size or arguments.table_size or arguments.options
     if arguments.format != "qed" and given:
         msg = f"--cluster-size, --table-size, -o: found -O {printable(arguments.format)}, "

@@ -12,6 +12,7 @@ from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable, Iterator
 
 _NAMES: Final = {
     "backing_file": "base",
@@ -53,6 +54,19 @@ def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
     )
 
 
+def _items(options: Iterable[str]) -> Iterator[str]:
+    """Split what stands behind each ``-o``; qemu-img writes a comma within a value as two."""
+    for text in options:
+        for item in text.replace(",,", "\0").split(","):
+            yield item.replace("\0", ",")
+
+
+def find_base(options: Iterable[str]) -> str | None:
+    """Return the base that ``-o`` names in the words of any format; None for none."""
+    names = [item.partition("=")[2] for item in _items(options) if item.startswith("backing_file=")]
+    return names[-1] if names else None
+
+
 def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> None:
     """Put what stands behind ``-o`` where the options of our own are, and fill in defaults.
 
@@ -65,22 +79,23 @@ def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> N
         UsageError: A key is unknown, or something is given twice or without what it needs.
     """
     names = _NAMES | {name: name for name in more}
-    for text in arguments.options:
-        # qemu-img writes a comma within a value as two.
-        for item in text.replace(",,", "\0").split(","):
-            key, equals, value = item.replace("\0", ",").partition("=")
-            if not equals or key not in names:
-                found, keys = printable(item), ", ".join(names)
-                msg = f"option -o: found {found}, expected KEY=VALUE with one of {keys}"
-                raise UsageError(msg)
-            if key == "backing_fmt" and value not in ("raw", "qed"):
-                msg = f"option backing_fmt: found {printable(value)}, expected raw or qed"
-                raise UsageError(msg)
-            if getattr(arguments, names[key]) is not None:
-                msg = f"option {key}: found it twice, expected it once"
-                raise UsageError(msg)
-            wanted = value if key.startswith("backing") else parse_size(value)
-            setattr(arguments, names[key], wanted)
+    for item in _items(arguments.options):
+        key, equals, value = item.partition("=")
+        if not equals or key not in names:
+            found, keys = printable(item), ", ".join(names)
+            msg = f"option -o: found {found}, expected KEY=VALUE with one of {keys}"
+            raise UsageError(msg)
+        if key == "backing_fmt" and value not in ("raw", "qed"):
+            msg = f"option backing_fmt: found {printable(value)}, expected raw or qed"
+            raise UsageError(msg)
+        if not value:
+            msg = f"option {key}: found no value, expected {key}=VALUE"
+            raise UsageError(msg)
+        wanted = value if key.startswith("backing") else parse_size(value)
+        if getattr(arguments, names[key]) not in (None, wanted):
+            msg = f"option {key}: found it twice, expected it once"
+            raise UsageError(msg)
+        setattr(arguments, names[key], wanted)
     if arguments.cluster_size is None:
         arguments.cluster_size = DEFAULT_CLUSTER_SIZE
     if arguments.table_size is None:

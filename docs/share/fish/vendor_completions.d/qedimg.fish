@@ -175,6 +175,7 @@ complete -c qedimg -n '__qedimg_is rebase' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is rebase' -F
 
 complete -c qedimg -n '__qedimg_is commit' -s f -x -a 'qed' -d 'the only format there is'
+complete -c qedimg -n '__qedimg_is commit' -s b -l base -r -F -d 'commit to this file of the chain, and not to the next; implies -d'
 complete -c qedimg -n '__qedimg_is commit' -s d -l keep -d 'leave the overlay as it is, to be thrown away'
 complete -c qedimg -n '__qedimg_is commit' -l backing -x -a 'confined any none' -d 'use backing files only from the directory of the image that names them, from anywhere, or not at all (confined)'
 complete -c qedimg -n '__qedimg_is commit' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
