@@ -84,9 +84,10 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
 def _explain(mountpoint: str, said: str) -> QedError:
     """Choose the class of error by what libfuse or fusermount3 said."""
     kind: type[QedError] = FuseError
-    if "ermission denied" in said or "not permitted" in said or "only allowed if" in said:
+    reason = said.replace(mountpoint, "")  # a name may have any word in it
+    if "ermission denied" in reason or "not permitted" in reason or "only allowed if" in reason:
         kind = PrivilegeError
-    elif "ountpoint" in said or "ransport endpoint" in said:
+    elif "ountpoint" in reason or "ransport endpoint" in reason:
         kind = MountpointError
     return kind(f"{printable(mountpoint)}: cannot mount: {printable(said)}")
 

@@ -46,8 +46,8 @@ _NEGATIONS: Final = {
     "diratime": "nodiratime",
 }
 _ALWAYS: Final = ("nosuid", "nodev")
-_FROM_TABLE: Final = ("user_id", "group_id", "blksize", "allow_other")
-"""What mount(8) copies from the mount table, where the options have other names."""
+_FROM_TABLE: Final = ("user_id", "group_id", "blksize")
+"""What mount(8) copies from the mount table and is no option of ours."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -110,6 +110,8 @@ def _check(shown: str, before: tuple[str, ...], flags: set[str], others: list[st
         )
         raise UsageError(msg)
     for word in others:
+        if word == "allow_other" and old.allow_root:
+            continue  # from the mount table: the kernel knows allow_root by this name
         if parse_options([*before, escape_value(word)]) != old:
             msg = (
                 f"{shown}: option {printable(word)}: cannot be changed by remount (unmount, and "

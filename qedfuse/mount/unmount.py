@@ -57,14 +57,13 @@ def _by_helper(mountpoint: str, *, lazy: bool) -> None:
         [program, "-u", *(["-z"] if lazy else []), "--", mountpoint],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
-        errors="backslashreplace",
         env={**os.environ, "LC_ALL": "C"},
         check=False,
     )
     if done.returncode != 0:
-        said = " ".join(done.stderr.split())
-        number = errno.EBUSY if "busy" in said else errno.EPERM if "permitted" in said else 0
+        said = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
+        reason = said.replace(mountpoint, "")  # a name may have any word in it
+        number = errno.EBUSY if "busy" in reason else errno.EPERM if "permitted" in reason else 0
         raise _error(mountpoint, number, said or f"exit code {done.returncode}")
 
 

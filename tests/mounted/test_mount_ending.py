@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qedfuse.errors import FuseError
+from qedfuse.mount.unmount import _by_helper as unmount_by_helper
 from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
 from tests.support.mounted import front, is_locked, is_mounted, mounted, qedfuse, refused
@@ -172,3 +174,13 @@ def test_umount_returns_when_the_process_is_gone(image: Path, tmp_path: Path) ->
         with mounted(image, tmp_path / "mnt") as directory:
             put(directory / "vm.raw", bytes([number]) * 200000)
         qemu.io(image, f"read -P {number} 0 200000", f"write -P {number} 1M 64k")
+
+
+def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
+    """What fusermount3 says has the name in it."""
+    place = tmp_path / "busy\u2028not permitted"
+    place.mkdir()
+    with pytest.raises(FuseError) as caught:
+        unmount_by_helper(str(place), lazy=False)
+    assert type(caught.value) is FuseError
+    assert "busy\\u2028not permitted" in str(caught.value)

@@ -58,6 +58,7 @@ def test_what_cannot_be_changed_is_refused(image: Path, tmp_path: Path) -> None:
         assert line == (
             f"{mnt}: option growable: cannot be changed by remount (unmount, and mount again)"
         )
+        assert "option allow_other: cannot be" in refused("-o", "remount,allow_other", mnt, code=1)
         assert "option frob: unknown" in refused("-o", "remount,frob", mnt, code=1)
         with (mnt / "vm.raw").open("r+b"):
             line = refused("-o", "remount,ro", mnt, code=18)
@@ -82,7 +83,7 @@ def test_mount_remounts_with_and_without_fstab(image: Path, tmp_path: Path) -> N
         f"""
         {ROOT}/examples/install.sh --link "$1" >/dev/null 2>&1
         state() {{ grep ' /mnt .* - fuse.qedfuse ' /proc/self/mountinfo | cut -d ' ' -f 6,10; }}
-        echo "$2 /mnt fuse.qedfuse rw,growable,nosymfollow,nofail 0 0" >/run/fstab
+        echo "$2 /mnt fuse.qedfuse rw,growable,allow_root,nosymfollow,nofail 0 0" >/run/fstab
         mount -T /run/fstab /mnt
         state
         mount -T /run/fstab -o remount,ro /mnt
@@ -97,7 +98,7 @@ def test_mount_remounts_with_and_without_fstab(image: Path, tmp_path: Path) -> N
         image,
     )
     plain = "nosuid,nodev,relatime"
-    options = "user_id=0,group_id=0,default_permissions"
+    options = "user_id=0,group_id=0,default_permissions,allow_other"
     lines = shown.split("\n")
     assert lines[0] == f"rw,{plain} rw,{options}"
     assert lines[1].startswith("ro,nosuid,nodev,")

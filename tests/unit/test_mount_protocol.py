@@ -145,6 +145,12 @@ def test_what_libfuse_says_becomes_an_error(said: str, kind: type[Exception]) ->
     assert str(error) == f"/mnt: cannot mount: {said}"
 
 
+def test_words_in_a_name_are_not_what_libfuse_says() -> None:
+    """A mountpoint may be called like a reason."""
+    name = "/Permission denied/mountpoint"
+    assert type(_explain(name, f"fuse: {name}: Invalid argument")) is FuseError
+
+
 async def test_an_expected_failure_is_answered_and_logged_once(
     caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
