@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 ODD_NAMES = [
     "bücher.qed",
-    "a b,c#d.qed",
-    "tab\tnewline\nbackslash\\\\134.qed",
-    "\u2028\x85\x0c\x0b\x1c\r.qed",
+    "a b,c#d\ttab\nnewline\\\\134.qed",
+    "\u2028\x85\x0c\x0b\x1c\r" + os.fsdecode(b"\xfc, \\\xfc.qed"),
 ]
 """Names of images that mount(8), libfuse or Python could take for something else."""
 
@@ -50,7 +49,7 @@ def test_mount_finds_the_helper(environment: Path, tmp_path: Path, fstype: str) 
     assert f"{image} fuse.qedfuse" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("name", [*ODD_NAMES, os.fsdecode(b"\xfc, \\\xfc.qed")])
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_fstab_knows_an_image_by_its_name(environment: Path, tmp_path: Path, name: str) -> None:
     """With any name: mount -a twice mounts once, and both ways of umount(8) find the mount."""
     image = qemu.create(tmp_path / "vm.qed", 1 << 20).rename(tmp_path / name)
