@@ -70,6 +70,10 @@ def in_use(mountpoint: str) -> MountpointError:
 def _unusable(mountpoint: str, error: OSError) -> MountpointError:
     """Explain a mountpoint that cannot even be looked at."""
     shown = printable(mountpoint)
+    if error.errno == errno.EACCES:
+        entry = find_mount(mountpoint)
+        if entry is not None and entry.fstype == FUSE_TYPE:  # another user's
+            return in_use(mountpoint)
     if error.errno == errno.ENOTCONN:
         return MountpointError(
             f"mountpoint {shown}: found a stale mount: the process that served it has ended "

@@ -455,6 +455,8 @@ def test_an_ordinary_user_mounts_any_name(user_place: Path) -> None:
         entry = find_mount(str(mnt))
         assert entry is not None
         assert entry.source == str(image)
+        # Root may not even look at it.
+        assert "in use: found another qedfuse mount" in refused(image, mnt, code=18)
         done = as_user(*COMMAND, "umount", mnt)
         assert (done.returncode, done.stderr) == (0, "")
     finally:
