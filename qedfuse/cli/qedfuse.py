@@ -258,7 +258,7 @@ def _timeout(value: str) -> float:
 
 def _mount(arguments: Arguments) -> int:
     """Run the mount that the command line describes."""
-    from qedfuse.mount.logs import log_to_stderr, log_to_syslog  # noqa: PLC0415
+    from qedfuse.mount.logs import log_to, log_to_stderr, system_log  # noqa: PLC0415
     from qedfuse.mount.options import parse_options, wants_remount  # noqa: PLC0415
 
     if wants_remount(arguments.options):
@@ -291,8 +291,10 @@ def _mount(arguments: Arguments) -> int:
     from qedfuse.mount.daemon import run_in_background  # noqa: PLC0415
 
     def serve_quietly(ready: Callable[[], None]) -> int:
+        quiet = system_log()
+
         def ready_and_quiet() -> None:
-            log_to_syslog()
+            log_to(quiet)
             ready()
 
         return serve(ready_and_quiet)

@@ -378,6 +378,22 @@ class Disk:
         """Give the attributes of the image file."""
         return self._file.stat()
 
+    def statvfs(self) -> os.statvfs_result:
+        """Describe the host's file system that takes the writes.
+
+        Raises:
+            OSError: It cannot be asked.
+        """
+        return self._file.statvfs()
+
+    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Set the times of the image file, in nanoseconds since 1970.
+
+        Raises:
+            OSError: The file belongs to another user.
+        """
+        self._file.set_times(atime_ns, mtime_ns)
+
     def statistics(self) -> DiskStatistics:
         """Tell what the disk holds in memory and has done."""
         return collect_statistics(self._parts)

@@ -76,5 +76,19 @@ class HostFile(Protocol):
     def stat(self) -> os.stat_result:
         """Give the file's attributes now."""
 
+    def statvfs(self) -> os.statvfs_result:
+        """Describe the host's file system that holds the file.
+
+        Raises:
+            OSError: It cannot be asked.
+        """
+
+    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Set the file's times, in nanoseconds since 1970.
+
+        Raises:
+            OSError: The file belongs to another user.
+        """
+
     def close(self) -> None:
         """Let the file go, and with it every lock taken through it."""

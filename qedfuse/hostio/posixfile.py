@@ -318,6 +318,22 @@ class PosixFile:
         """
         return status_of(self.fd, self.name)
 
+    def statvfs(self) -> os.statvfs_result:
+        """Describe the host's file system that holds the file.
+
+        Raises:
+            OSError: It cannot be asked.
+        """
+        return os.fstatvfs(self.fd)
+
+    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Set the file's times, in nanoseconds since 1970.
+
+        Raises:
+            OSError: The file belongs to another user.
+        """
+        os.utime(self.fd, ns=(atime_ns, mtime_ns))
+
     def close(self) -> None:
         """Let the file go, and with it every lock taken through it."""
         if self.fd >= 0:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import MountpointError, QedError
 from qedfuse.mount.copies import describe_copies
-from qedfuse.mount.mountpoint import resolve
+from qedfuse.mount.mountpoint import is_below, resolve
 from qedfuse.mount.mounttable import MountEntry, find_mount, find_ours
-from qedfuse.mount.runtime import MountNote, find_note, process_start, read_note
+from qedfuse.mount.runtime import MountNote, directories, find_note, process_start, read_note
 from qedfuse.mount.unmount import BusyError, unmount
 from qedfuse.util.text import printable
 
@@ -60,6 +60,12 @@ def unmount_and_wait(
     process = None if found is None else _open_process(found[1])
     try:
         _take_away(mountpoint, entry)
+        if found is None and _hides_notes(mountpoint, entry.owner):
+            # Only now can the note be seen; a process that has ended well has removed it.
+            found = find_note(entry.device, entry.owner)
+            if found is None:
+                return
+            process = _open_process(found[1])
         if found is None:
             msg = f"{shown}: unmounted, but found no note of its process: it may still be writing"
             raise UnmountFailedError(msg)
@@ -73,6 +79,11 @@ def unmount_and_wait(
         if process is not None:
             os.close(process)
     _report(shown, entry, found[0])
+
+
+def _hides_notes(mountpoint: str, owner: int) -> bool:
+    """Tell whether the notes of a user's mounts may lie under a mountpoint."""
+    return any(is_below(resolve(str(path)), mountpoint) for path in directories(owner))
 
 
 def _take_away(mountpoint: str, entry: MountEntry) -> None:

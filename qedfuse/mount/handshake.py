@@ -33,6 +33,7 @@ import trio
 
 from qedfuse.errors import FuseError
 from qedfuse.mount.mountpoint import FUSE_DEVICE
+from qedfuse.util.descriptors import open_descriptors
 from qedfuse.util.scope import open_scope
 
 # struct fuse_in_header (40 bytes) and the first fields of struct fuse_init_in: major,
@@ -58,15 +59,11 @@ TIME_STEP: Final = 100_000_000
 
 def fuse_descriptors() -> set[int]:
     """List the descriptors of this process that are connections to the kernel's FUSE."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115
-        except OSError:  # the descriptor of the listing itself
-            continue
-        if target == FUSE_DEVICE:
-            found.add(int(name))
-    return found
+    return {
+        number
+        for number in open_descriptors()
+        if os.readlink(f"/proc/self/fd/{number}") == FUSE_DEVICE  # noqa: PTH115
+    }
 
 
 def decline(message: bytes, unwanted: int) -> bytes:

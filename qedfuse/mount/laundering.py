@@ -1,7 +1,7 @@
 """Having the kernel write back the data of a range that it keeps to itself.
 
-The work is done by another process (`qedfuse.mount.launderer` says why), which is started
-when it is first needed and ends with the session.
+The work is done by another process (`qedfuse.mount.launderer` says why), which is forked
+before the mount exists and ends with the session.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import logging
 import select
 import socket
 import struct
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -20,6 +18,7 @@ import trio
 from qedfuse.mount import launderer
 
 if TYPE_CHECKING:
+    from qedfuse.mount.launderer import Launderer
     from qedfuse.mount.view import View
 
 _log = logging.getLogger(__name__)
@@ -33,17 +32,20 @@ _NOTIFY_INVAL_INODE: Final = 2
 _FORGET_SECONDS: Final = 0.25
 _TRIES: Final = 1000
 _TRY_SECONDS: Final = 0.001
-_END_SECONDS: Final = 5.0
 
 
 class Laundering:
     """Talks to the process that does the work."""
 
-    def __init__(self, connection: int) -> None:
-        """Work on the connection to the kernel with the descriptor ``connection``."""
+    def __init__(self, connection: int, process: Launderer | None) -> None:
+        """Work on the connection to the kernel with the descriptor ``connection``.
+
+        Without a process nothing can be laundered.
+        """
         self._connection = connection
+        self._launderer = process
+        self._failed = False
         self._turn = trio.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
         self._socket: trio.socket.SocketType | None = None
         self._unread = 0
         self._incoming = select.poll()
@@ -96,12 +98,12 @@ class Laundering:
             abandon: If the task is cancelled, leave the answer for the next caller to skip.
                 Otherwise the process is told to end.
         """
+        if self._launderer is None or self._failed:
+            return errno.ENOTCONN
         try:
-            if self._process is None:
-                with trio.CancelScope(shield=True):
-                    self._process, self._socket = await trio.to_thread.run_sync(self._start)
             if self._socket is None:
-                return errno.ENOTCONN
+                socket.send_fds(self._launderer.socket, [b"c"], [self._connection])
+                self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
             while self._unread:
                 answer = await self._socket.recv(launderer.ERROR.size)
                 self._unread -= 1
@@ -112,6 +114,8 @@ class Laundering:
         except OSError as error:
             answer = b""
             _log.debug("launderer: %s", error)
+        except trio.ClosedResourceError:  # the session ends, while somebody still waits
+            return errno.ENOTCONN
         except trio.Cancelled:
             if not abandon:
                 self.stop()
@@ -121,30 +125,6 @@ class Laundering:
             self.stop()
             return errno.ENOTCONN
         return int(launderer.ERROR.unpack(answer)[0])
-
-    def _start(self) -> tuple[subprocess.Popen[bytes], trio.socket.SocketType]:
-        """Start the process.
-
-        Raises:
-            OSError: The host refuses.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                process = subprocess.Popen(  # noqa: S603  ourselves
-                    [sys.executable, "-I", "-S", launderer.__file__, str(self._connection)],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    cwd="/",
-                    pass_fds=[self._connection],
-                    # A Ctrl-C is for the server; it ends this one in order.
-                    start_new_session=True,
-                )
-            except OSError:
-                ours.close()
-                raise
-        return process, trio.socket.from_stdlib_socket(ours)
 
     async def _arrived(self, view: View) -> bool:
         """Wait until no write is on its way to the disk.
@@ -161,15 +141,13 @@ class Laundering:
 
     def stop(self) -> None:
         """Tell the process to end, before the connection is closed."""
+        self._failed = True
         if self._socket is not None:
             self._socket.close()
-            self._socket = None
+        if self._launderer is not None:
+            self._launderer.stop()
 
     def wait(self) -> None:
         """See the process end, after the connection has been closed."""
-        if self._process is not None:
-            try:
-                self._process.wait(_END_SECONDS)
-            except subprocess.TimeoutExpired:
-                _log.warning("helper process %d does not end", self._process.pid)
-            self._process = None
+        if self._launderer is not None and not self._launderer.wait():
+            _log.warning("helper process %d does not end", self._launderer.pid)

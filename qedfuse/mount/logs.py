@@ -6,6 +6,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import traceback
 from typing import Final
 
 from qedfuse.util.text import printable
@@ -13,7 +14,39 @@ from qedfuse.util.text import printable
 _SYSLOG: Final = "/dev/log"
 
 
-class _LineFormatter(logging.Formatter):
+class _TracebackFormatter(logging.Formatter):
+    """Formats tracebacks without the text of the source lines.
+
+    The source files may lie under the mountpoint of the process itself, which must not
+    wait for its own answer.
+    """
+
+    def formatException(self, ei: logging._SysExcInfoType) -> str:  # noqa: N802  logging's name
+        """Format an exception, with file, line and function of each frame."""
+        if ei[1] is None:
+            return super().formatException(ei)
+        exception = traceback.TracebackException.from_exception(
+            ei[1], lookup_lines=False, compact=True
+        )
+        _remove_source_lines(exception, set())
+        return "".join(exception.format()).rstrip("\n")
+
+
+def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]) -> None:
+    """Keep the traceback module from reading source files, for all exceptions of a chain."""
+    if id(exception) in seen:
+        return
+    seen.add(id(exception))
+    exception.stack = traceback.StackSummary.from_list(
+        [(frame.filename, frame.lineno or 0, frame.name, "") for frame in exception.stack]
+    )
+    related = (exception.__cause__, exception.__context__, *(exception.exceptions or ()))
+    for other in related:
+        if other is not None:
+            _remove_source_lines(other, seen)
+
+
+class _LineFormatter(_TracebackFormatter):
     """Gives each message one line; only a traceback, which is for us, may follow."""
 
     def __init__(self, *, tracebacks: bool) -> None:
@@ -46,26 +79,34 @@ def log_to_stderr(*, debug: bool = False) -> None:
     """Show messages on stderr; with ``debug``, every request and tracebacks too."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter(tracebacks=debug))
-    _install(handler)
+    log_to(handler)
     logging.getLogger("qedfuse").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
-def log_to_syslog() -> None:
-    """Send messages to the system's log from now on; nowhere where there is none."""
-    handler: logging.Handler
+def system_log(path: str = _SYSLOG) -> logging.Handler:
+    """Connect to the system's log; where there is none, the handler drops everything.
+
+    The directory of the socket is looked up once: while a mount is served, its path may
+    lead through the mount.  A log daemon that is restarted is found in the same directory.
+
+    Args:
+        path: The socket.
+    """
     try:
+        directory, name = os.path.split(os.path.realpath(path))
+        handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         handler = logging.handlers.SysLogHandler(
-            _SYSLOG, facility=logging.handlers.SysLogHandler.LOG_DAEMON
+            f"/proc/self/fd/{handle}/{name}", facility=logging.handlers.SysLogHandler.LOG_DAEMON
         )
-        handler.ident = f"qedfuse[{os.getpid()}]: "
-        # With tracebacks: the log is the place for them.
-        handler.setFormatter(logging.Formatter("%(message)s"))
     except OSError:  # no log daemon, as in most containers
-        handler = logging.NullHandler()
-    _install(handler)
+        return logging.NullHandler()
+    handler.ident = f"qedfuse[{os.getpid()}]: "
+    # With tracebacks: the log is the place for them.
+    handler.setFormatter(_TracebackFormatter("%(message)s"))
+    return handler
 
 
-def _install(handler: logging.Handler) -> None:
+def log_to(handler: logging.Handler) -> None:
     """Make a handler the only one."""
     root = logging.getLogger()
     for old in list(root.handlers):

@@ -15,12 +15,21 @@ from qedfuse.util.text import printable
 
 FUSE_DEVICE: Final = "/dev/fuse"
 FUSE_CONF: Final = "/etc/fuse.conf"
+_KERNEL_TREES: Final = ("/proc", "/sys")
+_NEEDED: Final = (FUSE_DEVICE, *_KERNEL_TREES)
+"""What the server looks up while it serves, so that no mount of its own may cover it.  A
+mount on / would not even be seen, and unmounting / makes the system's root read-only."""
 _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def resolve(mountpoint: str) -> str:
     """Make a path absolute and free of links, as the mount table has it."""
     return os.path.realpath(mountpoint)
+
+
+def is_below(path: str, mountpoint: str) -> bool:
+    """Tell whether a path leads through a mountpoint; both absolute and free of links."""
+    return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
 
 
 def check_mountpoint(mountpoint: str, disks: int) -> bool:
@@ -30,9 +39,14 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
 
     Raises:
         MountpointError: It is missing, stale, in use by another qedfuse, of a wrong
-            kind, or a file for more than one disk.
+            kind, a file for more than one disk, or a place that the server needs itself.
     """
     shown = printable(mountpoint)
+    if any(is_below(path, mountpoint) for path in _NEEDED) or any(
+        is_below(mountpoint, tree) for tree in _KERNEL_TREES
+    ):
+        msg = f"mountpoint {shown}: found a directory of the system, expected another one"
+        raise MountpointError(msg)
     try:
         mode = os.stat(mountpoint).st_mode  # noqa: PTH116
     except FileNotFoundError:

@@ -1,51 +1,132 @@
-"""Telling others that the disk is ready: a pid file, and systemd's notification socket."""
+"""Telling others that the disk is ready: a pid file, and systemd's notification socket.
+
+Both are found before the mount exists and used after that.  By then their paths may lead
+through the mount, and the serving process must never wait for an answer of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
-from pathlib import Path
+from typing import Final
 
 from qedfuse.errors import HostError
 from qedfuse.util.text import printable
 
+_CANNOT_WRITE: Final = "cannot write the pid file"
+_PID_BYTES: Final = 32
+"""No process number is longer."""
 
-def notify_systemd(state: str) -> None:
-    """Send a line such as ``READY=1`` to the service manager, if one waits for it.
 
-    A manager that does not listen any more is no reason to fail.
+class ServiceManager:
+    """The service manager that waits for news of this process, if one does."""
+
+    def __init__(self) -> None:
+        """Connect to the socket that ``NOTIFY_SOCKET`` names.
+
+        A manager that does not listen is no reason to fail.
+        """
+        self._socket: socket.socket | None = None
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        if not address.startswith(("/", "@")):
+            return
+        if address.startswith("@"):  # the way to write an abstract name, which begins with NUL
+            address = "\0" + address[1:]
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(os.fsencode(address))
+        except OSError:
+            connection.close()
+        else:
+            self._socket = connection
+
+    def notify(self, state: str) -> None:
+        """Send a line such as ``READY=1``; nothing happens if nobody listens."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.send(state.encode())
+
+    def close(self) -> None:
+        """Disconnect."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+class PidFile:
+    """The file that says which process serves the mount.
+
+    Attributes:
+        path: The file, absolute and free of links.
     """
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    if address.startswith("@"):  # the way to write an abstract name, which begins with NUL
-        address = "\0" + address[1:]
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notice,
-    ):
-        notice.connect(os.fsencode(address))
-        notice.send(state.encode())
+
+    def __init__(self, path: str) -> None:
+        """Open the directory of the file; the file itself stays as it is.
+
+        Raises:
+            HostError: The directory cannot be opened, or the file is a directory.
+        """
+        self.path = os.path.realpath(path)
+        self._shown = printable(path)
+        directory, self._name = os.path.split(self.path)
+        flags = os.O_PATH | os.O_CLOEXEC
+        try:
+            mode = _mode(path)
+            if mode is not None and stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            # A pipe, a FIFO or a device is opened through its own descriptor: a link of
+            # /proc to a pipe has no directory.
+            self._is_special = mode is not None and not stat.S_ISREG(mode)
+            self._handle = os.open(
+                path if self._is_special else directory,
+                flags if self._is_special else flags | os.O_DIRECTORY,
+            )
+        except OSError as error:
+            raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
+
+    def write(self) -> None:
+        """Write this process's number, as a line of its own.
+
+        Raises:
+            HostError: The file cannot be written.
+        """
+        try:
+            with open(self._open(), "wb", buffering=0) as file:  # noqa: PTH123  a descriptor
+                file.write(b"%d\n" % os.getpid())
+        except OSError as error:
+            raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
+
+    def _open(self) -> int:
+        """Open the file for writing."""
+        if self._is_special:
+            return os.open(f"/proc/self/fd/{self._handle}", os.O_WRONLY | os.O_CLOEXEC)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(self._name, flags, 0o666, dir_fd=self._handle)
+
+    def remove(self) -> None:
+        """Remove the file if it is still about this process; a special file is left alone."""
+        if self._is_special:
+            return
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.suppress(OSError, ValueError):
+            fd = os.open(self._name, flags, dir_fd=self._handle)
+            with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
+                if stat.S_ISREG(os.fstat(fd).st_mode) and int(file.read(_PID_BYTES)) == os.getpid():
+                    os.unlink(self._name, dir_fd=self._handle)
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
 
-def write_pidfile(path: str) -> None:
-    """Write our process number, as a line of its own.
-
-    Raises:
-        HostError: The file cannot be written.
-    """
+def _mode(path: str) -> int | None:
+    """Give a file's type and permissions; None if there is no file."""
     try:
-        Path(path).write_text(f"{os.getpid()}\n", encoding="ascii")
-    except OSError as error:
-        raise HostError.from_os(error, printable(path), "cannot write the pid file") from error
-
-
-def remove_pidfile(path: str) -> None:
-    """Remove the file, if it is still about us; a pipe in its place is left alone."""
-    with contextlib.suppress(OSError, ValueError):
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, encoding="ascii") as file:  # noqa: PTH123  a descriptor
-            if stat.S_ISREG(os.fstat(fd).st_mode) and int(file.read(32)) == os.getpid():
-                os.unlink(path)  # noqa: PTH108
+        return os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
+    except FileNotFoundError:
+        return None

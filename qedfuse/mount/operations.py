@@ -379,7 +379,7 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def statfs(self, ctx: RequestContext) -> StatvfsData:  # noqa: ARG002
         """Describe the host's file system that takes the writes."""
-        host = os.statvfs(next(iter(self.views.values())).place)
+        host = next(iter(self.views.values())).disk.statvfs()
         answer = pyfuse3.StatvfsData()
         for name in (
             "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail",
@@ -405,9 +405,7 @@ def _set_times(view: View, atime_ns: int, mtime_ns: int) -> None:
         if max(abs(image.st_atime_ns - atime_ns), abs(image.st_mtime_ns - mtime_ns)) < _ABOUT_NS:
             # The kernel tells before each fsync when it was written to; the host knows.
             return
-        found = os.stat(view.disk.path)  # noqa: PTH116
-        if (image.st_dev, image.st_ino) == (found.st_dev, found.st_ino):
-            os.utime(view.disk.path, ns=(atime_ns, mtime_ns))
+        view.disk.set_times(atime_ns, mtime_ns)
     except OSError as error:
-        # The file may be renamed or another user's.  Nothing depends on its times.
+        # The file may be another user's.  Nothing depends on its times.
         _log.debug("%s: cannot set times: %s", view.disk.name, error)

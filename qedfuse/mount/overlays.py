@@ -54,13 +54,6 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
     return _open_itself(path, options)
 
 
-def host_place(path: str, options: MountOptions) -> str:
-    """Name a directory of the host's file system that takes the writes."""
-    if options.snapshot:
-        return _snapshot_directory()
-    return os.path.dirname(options.overlay or path)  # noqa: PTH120
-
-
 def _snapshot_directory() -> str:
     """Choose where snapshots go: they may become large, and /tmp is often in memory."""
     named = os.environ.get("TMPDIR")

@@ -91,20 +91,32 @@ def _open_directory(path: Path, user: int, *, make: bool) -> int:
 
 
 class NoteKeeper:
-    """Writes the note of one mount and takes it away at the end."""
+    """Writes the note of one mount and takes it away at the end.
 
-    def __init__(self, device: str, note: MountNote) -> None:
-        """Write the note.
+    The directory is opened before the mount exists: later its path may lead through the
+    mount.
+    """
+
+    def __init__(self) -> None:
+        """Open the directory of the notes, and remove those of processes that were killed.
 
         Raises:
-            HostError: It cannot be written anywhere.
-            PrivilegeError: Its directory is not safe.
+            HostError: There is no directory for it and none can be made.
+            PrivilegeError: The directory is not safe.
         """
-        self._name = f"{device}.{note.pid}"
-        self._note = note
+        self._written: tuple[str, MountNote] | None = None
         self._directory = self._choose()
         _sweep(self._directory)
-        self._write(note)
+
+    def write(self, device: str, note: MountNote) -> None:
+        """Write the note of the mount with the number ``device``.
+
+        Raises:
+            HostError: It cannot be written.
+        """
+        name = f"{device}.{note.pid}"
+        self._write(name, note)
+        self._written = (name, note)
 
     @staticmethod
     def _choose() -> int:
@@ -118,26 +130,29 @@ class NoteKeeper:
                 failure = error
         raise HostError.from_os(failure or OSError(), str(path), "cannot keep the mount's note")
 
-    def _write(self, note: MountNote) -> None:
+    def _write(self, name: str, note: MountNote) -> None:
         """Put the note into its file, which readers see whole or not at all."""
         text = json.dumps(asdict(note)).encode()
-        new = self._name + ".new"
+        new = name + ".new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(new, flags, 0o600, dir_fd=self._directory)
             with open(fd, "wb") as file:  # noqa: PTH123
                 file.write(text)
-            os.rename(new, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.rename(new, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
-            raise HostError.from_os(error, self._name, "cannot keep the mount's note") from error
+            raise HostError.from_os(error, name, "cannot keep the mount's note") from error
 
     def finish(self, failure: str | None, exit_code: int) -> None:
-        """Remove the note, or leave in it what went wrong."""
+        """Remove the note if there is one, or leave in it what went wrong."""
         try:
+            if self._written is None:
+                return
+            name, note = self._written
             if failure is None:
-                os.unlink(self._name, dir_fd=self._directory)
+                os.unlink(name, dir_fd=self._directory)
             else:
-                self._write(replace(self._note, failure=failure, exit_code=exit_code))
+                self._write(name, replace(note, failure=failure, exit_code=exit_code))
         except (OSError, HostError):
             pass  # the mount is gone either way, and nobody can be told here
         finally:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -29,14 +29,15 @@ from qedfuse.mount import extraops
 from qedfuse.mount.attach import attach
 from qedfuse.mount.claim import claim_name, claimed, find_new_mount, refuse_to_cover
 from qedfuse.mount.handshake import shake_hands
+from qedfuse.mount.launderer import Launderer
 from qedfuse.mount.laundering import Laundering
 from qedfuse.mount.memorypressure import protect_from_memory_pressure
-from qedfuse.mount.mountpoint import check_mountpoint, check_privileges
+from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, is_below
 from qedfuse.mount.mounttable import find_mount, read_mounts
 from qedfuse.mount.naming import Source, find_sources
-from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
+from qedfuse.mount.notify import PidFile, ServiceManager
 from qedfuse.mount.operations import Operations
-from qedfuse.mount.overlays import host_place, open_source
+from qedfuse.mount.overlays import open_source
 from qedfuse.mount.readahead import readahead_bytes, set_readahead
 from qedfuse.mount.roles import find_read_only
 from qedfuse.mount.runtime import MountNote, NoteKeeper, process_start
@@ -52,6 +53,7 @@ from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from qedfuse.disk.disk import Disk
     from qedfuse.mount.mounttable import MountEntry
@@ -86,43 +88,69 @@ class MountRequest:
 
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """Mount, call ``ready`` when the disks can be used, serve until the end; give an exit code."""
-    # Before trio starts threads: they inherit it.
+    # Before trio starts threads: they inherit it, and so does the helper process.
     unprotected = None if request.fake else protect_from_memory_pressure()
-    session = _Session(request, ready, unprotected)
     failure: QedError | None = None
     crash: BaseException | None = None
-    try:
-        trio.run(session.run)
-    except QedError as error:
-        failure = error
-        _log.error("%s", error)
-    except BaseException as error:
-        crash = error
-        raise
-    finally:
-        told = failure or crash
-        code = failure.exit_code if failure is not None else 70
-        session.finish(None if told is None else str(told) or type(told).__name__, code)
+    with _forked_launderer(request) as launderer:
+        session = _Session(request, ready, unprotected, launderer)
+        try:
+            trio.run(session.run)
+        except QedError as error:
+            failure = error
+            _log.error("%s", error)
+        except BaseException as error:
+            crash = error
+            raise
+        finally:
+            told = failure or crash
+            code = failure.exit_code if failure is not None else 70
+            session.finish(None if told is None else str(told) or type(told).__name__, code)
     return 0 if failure is None else failure.exit_code
+
+
+def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer | None]:
+    """Start the helper process of a mount for which the kernel may keep data back."""
+    if request.fake or request.options.read_only:
+        return nullcontext()
+    try:
+        return Launderer()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        _log.warning("no helper process: holes in disks in use are told as data: %s", reason)
+        return nullcontext()
 
 
 class _Session:
     """The parts of one mount that must be taken down again."""
 
     def __init__(
-        self, request: MountRequest, ready: Callable[[], None], unprotected: str | None
+        self,
+        request: MountRequest,
+        ready: Callable[[], None],
+        unprotected: str | None,
+        launderer: Launderer | None,
     ) -> None:
         self._request = request
         self._ready = ready
         self._unprotected = unprotected
+        self._launderer = launderer
+        # What others look at.  Its paths are resolved before there is a mount: after that
+        # they may lead through it, and this process would wait for its own answer.
+        self._manager: ServiceManager | None = None
+        self._pidfile: PidFile | None = None
         self._note: NoteKeeper | None = None
         self._stopper = Stopper()
         self._is_ready = False
 
     def finish(self, failure: str | None, exit_code: int) -> None:
         """Take back what others look at: the pid file and the note."""
-        if self._request.pidfile is not None and self._is_ready:
-            remove_pidfile(self._request.pidfile)
+        if self._manager is not None:
+            self._manager.close()
+        if self._pidfile is not None:
+            if self._is_ready:
+                self._pidfile.remove()
+            self._pidfile.close()
         if self._note is not None:
             self._note.finish(failure, exit_code)
 
@@ -156,6 +184,7 @@ class _Session:
             views = await self._open(disks, sources, directory=directory)
             if request.fake:
                 return
+            self._find_watchers()
             await self._attach_and_serve(views, claim, directory=directory)
             opened = [view.disk for view in views]
             self._stopper.closing(opened)
@@ -175,9 +204,28 @@ class _Session:
         for inode, source in enumerate(sources, first):
             wanted = options.reading() if source in read_only else options
             disk = await disks.enter_async_context(open_source(source.path, wanted))
-            place = host_place(source.path, options)
-            views.append(View(disk, source.name, inode, place, read_only=source in read_only))
+            views.append(View(disk, source.name, inode, read_only=source in read_only))
         return views
+
+    def _find_watchers(self) -> None:
+        """Find the places where others learn of the mount, before there is one.
+
+        Raises:
+            HostError: The pid file has no directory.
+        """
+        request = self._request
+        self._manager = ServiceManager()
+        try:
+            self._note = NoteKeeper()
+        except QedError as error:
+            _log.warning("%s: qedfuse umount will not find this mount's process", error)
+        if request.pidfile is not None:
+            self._pidfile = PidFile(request.pidfile)
+            if is_below(self._pidfile.path, request.mountpoint):
+                _log.warning(
+                    "the pid file %s lies under the mountpoint, which hides it",
+                    printable(self._pidfile.path),
+                )
 
     async def _attach_and_serve(
         self, views: list[View], claim: bytes | None, *, directory: bool
@@ -196,7 +244,7 @@ class _Session:
             before = read_mounts()
             connection = attach(operations, mountpoint, request.options, request.sources[0])
         entry = None
-        laundering = Laundering(connection)
+        laundering = Laundering(connection, self._launderer)
         try:
             entry = find_new_mount(mountpoint, before, connection)
             refuse_to_cover(entry)
@@ -248,11 +296,13 @@ class _Session:
                 level = logging.INFO if os.geteuid() else logging.WARNING
                 _log.log(level, "%s: %s", printable(mountpoint), self._unprotected)
             await pyfuse3.main(min_tasks=_TASKS)
-            notify_systemd("STOPPING=1")
+            self._notify("STOPPING=1")
             nursery.cancel_scope.cancel()
 
     def _leave_note(self, device: str) -> None:
         """Make the process findable; a mount that is not findable still works."""
+        if self._note is None:
+            return
         pid = os.getpid()
         request = self._request
         note = MountNote(
@@ -260,7 +310,7 @@ class _Session:
             options=request.words,
         )
         try:
-            self._note = NoteKeeper(device, note)
+            self._note.write(device, note)
         except QedError as error:
             _log.warning("%s: qedfuse umount will not find this mount's process", error)
 
@@ -270,11 +320,16 @@ class _Session:
         Raises:
             HostError: The pid file cannot be written.
         """
-        if self._request.pidfile is not None:
-            write_pidfile(self._request.pidfile)
+        if self._pidfile is not None:
+            self._pidfile.write()
         self._is_ready = True
         self._ready()
-        notify_systemd("READY=1")
+        self._notify("READY=1")
+
+    def _notify(self, state: str) -> None:
+        """Tell the service manager."""
+        if self._manager is not None:
+            self._manager.notify(state)
 
 
 async def _stop_compacting(disks: Sequence[Disk], seconds: float) -> None:

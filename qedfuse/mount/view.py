@@ -32,7 +32,6 @@ class View:
         disk: What is in it.
         name: What it is called in the root directory.
         inode: Its number.
-        place: A path on the host's file system that takes its writes, for statfs(2).
         opened: How many handles are open.
         writers: How many of them may write.
         writing: How many writes are under way.
@@ -45,7 +44,6 @@ class View:
     disk: Disk
     name: bytes
     inode: int
-    place: str
     read_only: bool = False
     opened: int = 0
     writers: int = 0

@@ -132,9 +132,9 @@ def test_without_the_helper_everything_is_data(image: Path, tmp_path: Path) -> N
         assert mount.finish()[0] == 0
 
 
-def test_a_reader_needs_no_helper(image: Path, tmp_path: Path) -> None:
+def test_a_mount_that_nobody_writes_to_has_no_helper(image: Path, tmp_path: Path) -> None:
     """What nobody writes to, the kernel has nothing of."""
-    with front(image, tmp_path / "mnt") as mount:
+    with front("-r", image, tmp_path / "mnt") as mount:
         with (mount.mountpoint / "vm.raw").open("rb") as file:
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 0
         assert helpers(mount.process.pid) == []

@@ -213,6 +213,13 @@ class MemoryFile:
         """Give made-up attributes with the length of now."""
         return os.stat_result((0o100644, 1, 1, 1, 0, 0, len(self.content), 0, 0, 0))
 
+    def statvfs(self) -> os.statvfs_result:
+        """Describe a file system that is made up, too."""
+        return os.statvfs_result((4096, 4096, 1, 1, 1, 1, 1, 1, 0, 255))
+
+    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Forget the times."""
+
     def close(self) -> None:
         """Refuse all calls from now on."""
         self.closed = True
@@ -507,6 +514,14 @@ class FailingFile:
     def stat(self) -> os.stat_result:
         """Give the attributes of ``inner``."""
         return self.inner.stat()
+
+    def statvfs(self) -> os.statvfs_result:
+        """Describe the file system of ``inner``."""
+        return self.inner.statvfs()
+
+    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Set the times of ``inner``."""
+        self.inner.set_times(atime_ns, mtime_ns)
 
     def close(self) -> None:
         """Close ``inner``."""

@@ -61,7 +61,7 @@ async def forget_pages(_view: View) -> bool:
 
 def operations(disk: object, options: MountOptions | None = None) -> Operations:
     """Make the handlers for one disk, as inode 2 of a directory."""
-    view = View(cast("Disk", disk), b"vm.raw", 2, "/")
+    view = View(cast("Disk", disk), b"vm.raw", 2)
     return Operations([view], options or MountOptions(), forget_pages, directory=True)
 
 
@@ -195,7 +195,7 @@ async def test_errors_are_rate_limited_for_each_disk(
     """A hundred lines a disk, then a line a minute that has the number and the last error."""
     request.node.add_marker(pytest.mark.expect_log("vm.qed"))
     disks = [NamedBroken(ValueError()), NamedBroken(ValueError())]
-    views = [View(cast("Disk", disk), b"vm.raw", 2 + at, "/") for at, disk in enumerate(disks)]
+    views = [View(cast("Disk", disk), b"vm.raw", 2 + at) for at, disk in enumerate(disks)]
     handlers = Operations(views, MountOptions(), forget_pages, directory=True)
 
     def logged() -> list[str]:

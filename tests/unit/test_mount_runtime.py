@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount import runtime
-from qedfuse.mount.notify import notify_systemd, remove_pidfile, write_pidfile
+from qedfuse.mount.notify import PidFile, ServiceManager
 from qedfuse.mount.runtime import MountNote, NoteKeeper, find_note, process_start, read_note
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ def own_note(started: int | None = None) -> MountNote:
     return MountNote(os.getpid(), start, "/mnt", ("/vm.qed",))
 
 
+def keep_note() -> NoteKeeper:
+    """Write a note about this process."""
+    keeper = NoteKeeper()
+    keeper.write(DEVICE, own_note())
+    return keeper
+
+
 def test_processes_have_a_start() -> None:
     """A process that is there has one, any other none."""
     start = process_start(os.getpid())
@@ -46,7 +54,7 @@ def test_processes_have_a_start() -> None:
 
 def test_a_note_is_found_until_the_end(place: Path) -> None:
     """It says what it was made with, and a good end removes it."""
-    keeper = NoteKeeper(DEVICE, own_note())
+    keeper = keep_note()
     assert place.stat().st_mode & 0o777 == 0o700
     found = find_note(DEVICE, USER)
     assert found is not None
@@ -59,7 +67,7 @@ def test_a_note_is_found_until_the_end(place: Path) -> None:
 
 def test_a_failure_stays_in_the_note() -> None:
     """Whoever waited for the process learns why and how it ended."""
-    keeper = NoteKeeper(DEVICE, own_note())
+    keeper = keep_note()
     keeper.finish("the host is full", 2)
     found = find_note(DEVICE, USER)
     assert found is not None
@@ -68,7 +76,7 @@ def test_a_failure_stays_in_the_note() -> None:
 
 def test_the_latest_note_counts(place: Path) -> None:
     """A device number is given away again before its last process has ended."""
-    NoteKeeper(DEVICE, own_note())
+    keep_note()
     text = (place / f"{DEVICE}.{os.getpid()}").read_text()
     older = json.loads(text) | {"mountpoint": "/older", "started": 1}
     (place / f"{DEVICE}.1").write_text(json.dumps(older))
@@ -82,7 +90,7 @@ def test_notes_of_killed_processes_are_swept(place: Path) -> None:
     place.mkdir(mode=0o700)
     dead = {"pid": os.getpid(), "started": 1, "mountpoint": "", "sources": []}
     (place / "0:7.3").write_text(json.dumps(dead))
-    NoteKeeper(DEVICE, own_note())
+    keep_note()
     assert not (place / "0:7.3").exists()
 
 
@@ -91,7 +99,7 @@ def test_unsafe_directories_are_refused(place: Path) -> None:
     place.mkdir()
     place.chmod(0o777)
     with pytest.raises(PrivilegeError, match="others can write"):
-        NoteKeeper(DEVICE, own_note())
+        keep_note()
     assert find_note(DEVICE, USER) is None
 
 
@@ -101,7 +109,7 @@ def test_links_are_not_followed(place: Path, tmp_path: Path) -> None:
     other.mkdir(mode=0o700)
     place.symlink_to(other)
     with pytest.raises(HostError):
-        NoteKeeper(DEVICE, own_note())
+        keep_note()
     place.unlink()
     place.mkdir(mode=0o700)
     (tmp_path / "note").write_text('{"pid":1,"started":1,"mountpoint":"","sources":[]}')
@@ -117,19 +125,64 @@ def test_broken_notes_are_passed_over(place: Path, text: str) -> None:
     assert find_note(DEVICE, USER) is None
 
 
+def test_a_note_survives_what_hides_its_directory(place: Path, tmp_path: Path) -> None:
+    """The directory is looked up once, by the constructor."""
+    keeper = NoteKeeper()
+    place.rename(tmp_path / "elsewhere")
+    keeper.write(DEVICE, own_note())
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == [f"{DEVICE}.{os.getpid()}"]
+    keeper.finish(None, 0)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_pid_files(tmp_path: Path) -> None:
     """The file holds our number and is removed only while it is about us."""
     path = tmp_path / "pid"
-    write_pidfile(str(path))
-    assert path.read_text() == f"{os.getpid()}\n"
-    remove_pidfile(str(path))
-    assert not path.exists()
-    path.write_text("1\n")
-    remove_pidfile(str(path))
-    assert path.exists()
-    remove_pidfile(str(tmp_path / "none"))
-    with pytest.raises(HostError, match="cannot write the pid file"):
-        write_pidfile(str(tmp_path / "none" / "pid"))
+    with closing(PidFile(str(path))) as file:
+        assert not path.exists(), "the disk cannot be used yet"
+        file.write()
+        assert path.read_text() == f"{os.getpid()}\n"
+        file.remove()
+        assert not path.exists()
+        file.remove()
+        path.write_text("1\n")
+        file.remove()
+        assert path.exists()
+        path.unlink()
+        path.symlink_to(tmp_path / "other")
+        with pytest.raises(HostError, match="cannot write the pid file"):
+            file.write()
+    for name in ("none/pid", "."):
+        with pytest.raises(HostError, match="cannot write the pid file"):
+            PidFile(str(tmp_path / name))
+
+
+def test_a_pid_file_survives_what_hides_its_directory(tmp_path: Path) -> None:
+    """The directory is looked up once, links included."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run/pid")
+    with closing(PidFile(str(tmp_path / "link"))) as file:
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        file.write()
+        assert (tmp_path / "elsewhere" / "pid").read_text() == f"{os.getpid()}\n"
+        file.remove()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_pid_file_may_be_a_pipe(tmp_path: Path) -> None:
+    """With a name or without; it is not removed."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reading, writing = os.pipe()
+    named = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for name, end in ((str(fifo), named), (f"/proc/self/fd/{writing}", reading)):
+        with closing(PidFile(name)) as file:
+            file.write()
+            assert os.read(end, 100) == b"%d\n" % os.getpid()
+            file.remove()
+    assert fifo.exists()
+    for fd in (reading, writing, named):
+        os.close(fd)
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -138,13 +191,20 @@ def test_systemd_is_notified(
     monkeypatch: pytest.MonkeyPatch,
     abstract: bool,  # noqa: FBT001
 ) -> None:
-    """The line arrives at both kinds of socket."""
+    """The line arrives at both kinds of socket, whatever hides the path meanwhile."""
     name = f"@{tmp_path}" if abstract else str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(name.replace("@", "\0", 1))
-        monkeypatch.setenv("NOTIFY_SOCKET", name)
-        notify_systemd("READY=1")
-        assert manager.recv(100) == b"READY=1"
-    notify_systemd("STOPPING=1")  # nobody listens any more
+    monkeypatch.setenv("NOTIFY_SOCKET", name)
+    with closing(ServiceManager()) as nobody:
+        nobody.notify("READY=1")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name.replace("@", "\0", 1))
+        manager = ServiceManager()
+        if not abstract:
+            (tmp_path / "notify").unlink()
+        manager.notify("READY=1")
+        assert listener.recv(100) == b"READY=1"
+    with closing(manager):
+        manager.notify("STOPPING=1")  # nobody listens any more
     monkeypatch.delenv("NOTIFY_SOCKET")
-    notify_systemd("READY=1")
+    with closing(ServiceManager()) as nobody:
+        nobody.notify("READY=1")

@@ -1,0 +1,47 @@
+"""The descriptors of this process: which are open, and closing those that it does not need."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+STANDARD = (0, 1, 2)
+"""Standard input, output and error."""
+
+
+def open_descriptors() -> set[int]:
+    """List the open descriptors of this process.
+
+    Raises:
+        OSError: /proc is not mounted.
+    """
+    names = os.listdir("/proc/self/fd")  # noqa: PTH208  numbers, not paths
+    found = set()
+    for number in map(int, names):
+        with suppress(OSError):  # the descriptor of the listing itself
+            os.fstat(number)
+            found.add(number)
+    return found
+
+
+def close_descriptors(descriptors: Iterable[int]) -> None:
+    """Close descriptors; those that are closed already are passed over."""
+    for descriptor in descriptors:
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+def discard_standard_streams() -> None:
+    """Replace standard input, output and error by /dev/null.
+
+    A terminal is let go of by that, and so is a pipe whose reader waits for its end.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in STANDARD:
+        os.dup2(null, number)
+    if null not in STANDARD:
+        os.close(null)

@@ -1,0 +1,47 @@
+"""Asking the helper process to have data written back, and what its end means."""
+
+from __future__ import annotations
+
+import os
+import socket
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from qedfuse.mount.launderer import ERROR, Launderer
+from qedfuse.mount.laundering import Laundering
+
+if TYPE_CHECKING:
+    from qedfuse.mount.view import View
+
+
+def view() -> View:
+    """Give what is asked about."""
+    disk = SimpleNamespace(size=1 << 20)
+    return cast("View", SimpleNamespace(inode=2, disk=disk, writing=0))
+
+
+async def test_the_session_may_end_while_somebody_waits() -> None:
+    """Who waits learns that nothing is known of the range; it is no bug."""
+    connection, _other = socket.socketpair()
+    process = Launderer.__new__(Launderer)
+    process.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    laundering = Laundering(connection.fileno(), process)
+    answers = []
+
+    async def ask() -> None:
+        answers.append(await laundering.launder_all(view()))
+
+    with connection, _other, theirs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await wait_all_tasks_blocked()
+            byte, (passed,), _flags, _address = socket.recv_fds(theirs, 1, 1)
+            os.close(passed)
+            assert byte
+            assert len(theirs.recv(64)) > ERROR.size
+            laundering.stop()
+        assert answers == [False]
+        assert await laundering.launder_all(view()) is False
