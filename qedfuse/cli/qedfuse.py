@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import qedfuse
 from qedfuse.cli.starting import end_orderly
-from qedfuse.errors import QedError, UsageError
+from qedfuse.cli.streams import forget, make_streams
+from qedfuse.errors import HostError, QedError, UsageError
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     program, *words = sys.argv if argv is None else ["qedfuse", *argv]
     helper = os.path.basename(program) in _HELPERS  # noqa: PTH119
     debug = False
+    if argv is None:
+        make_streams()
     try:
         if argv is None:
             end_orderly()
@@ -191,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; Python must not try to flush it once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        forget(sys.stdout)  # whoever read our output has gone
         return 0
     except Exception as error:  # the last resort: one line in place of a traceback
         if debug:
@@ -203,8 +205,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print(text: str) -> int:
     """Print what was asked for."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget(sys.stdout)
+        return _complain(f"standard output: {error.strerror}", HostError.exit_code)
     return 0
 
 

@@ -16,9 +16,9 @@ from qedfuse.cli.qedimg.streams import (
     BROKEN_PIPE,
     complain,
     finish_output,
-    make_streams,
     output_failed,
 )
+from qedfuse.cli.streams import make_streams
 from qedfuse.errors import QedError, UsageError
 from qedfuse.util.text import printable
 
