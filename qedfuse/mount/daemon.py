@@ -12,6 +12,13 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.util.descriptors import (
+    STANDARD,
+    close_descriptors,
+    discard_standard_streams,
+    open_descriptors,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -66,9 +73,14 @@ def _be_child(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # A working directory would keep its file system from being unmounted.
         os.chdir("/")
+        inherited = open_descriptors() - {*STANDARD, writing}
 
         def ready() -> None:
-            _leave_terminal()
+            # The caller may wait for the end of a pipe, or for a lock, that this process
+            # holds by a descriptor which it knows nothing of.  Until here a source or a pid
+            # file may be named by its descriptor.
+            discard_standard_streams()
+            close_descriptors(inherited)
             os.write(writing, _READY)
             os.close(writing)
 
@@ -77,15 +89,6 @@ def _be_child(
         sys.stderr.flush()
     finally:
         os._exit(code)
-
-
-def _leave_terminal() -> None:
-    """Let go of the terminal, or of whatever pipe waits for the end of our output."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
-    if null > 2:  # noqa: PLR2004  unless it became one of them
-        os.close(null)
 
 
 def _wait(child: int, reading: int) -> int:
