@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -97,7 +96,8 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Collect what C code and its children print on descriptor 2, as one line."""
     sys.stderr.flush()
     kept = os.dup(_STDERR)
-    with tempfile.TemporaryFile() as file:
+    # In memory: there may be no place for temporary files.
+    with open(os.memfd_create("qedfuse-stderr"), "rb") as file:  # noqa: PTH123  a descriptor
         os.dup2(file.fileno(), _STDERR)
 
         def chatter() -> str:
