@@ -171,3 +171,11 @@ class FuseError(QedError):
 def cannot_open(path: str, error: OSError) -> HostError:
     """Turn a failed open(2) of a file that the user named into one line about it."""
     return HostError.from_os(error, printable(path), "cannot open")
+
+
+def proc_missing() -> HostError:
+    """Explain a file of /proc/self that is not there."""
+    return HostError(
+        "/proc: found no proc file system, expected one (as root: mount -t proc proc /proc)",
+        errnos.ENOENT,
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import qedfuse
 from qedfuse.cli.starting import end_orderly
 from qedfuse.cli.streams import forget, make_streams
+from qedfuse.cli.workingdirectory import REMOVED, asked_for_removed
 from qedfuse.errors import HostError, QedError, UsageError
 from qedfuse.util.text import printable
 
@@ -199,8 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last resort: one line in place of a traceback
         if debug:
             raise
-        kind = type(error).__name__
-        return _complain(f"internal error: {kind}: {printable(str(error))} (see: -d)", _BUG)
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print one line about an exception that no error of ours is; give the exit code."""
+    if asked_for_removed(error):
+        return _complain(REMOVED, HostError.exit_code)
+    kind = type(error).__name__
+    return _complain(f"internal error: {kind}: {printable(str(error))} (see: -d)", _BUG)
 
 
 def _print(text: str) -> int:

@@ -6,7 +6,7 @@ import os
 import stat
 from typing import Final
 
-from qedfuse.errors import HostError, ImageError, cannot_open
+from qedfuse.errors import HostError, ImageError, cannot_open, proc_missing
 from qedfuse.util.text import printable
 
 KINDS: Final = {
@@ -64,6 +64,8 @@ def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) 
             msg = f"{printable(path)}: found {found}, expected {' or '.join(expected.values())}"
             raise ImageError(msg)
         return os.open(f"/proc/self/fd/{handle}", flags)
+    except FileNotFoundError as error:
+        raise proc_missing() from error
     except OSError as error:
         raise cannot_open(path, error) from error
     finally:

@@ -38,7 +38,11 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
     Returns:
         The exit code for the caller's process: 0 only if the disk can be used.
+
+    Raises:
+        HostError: /proc is not mounted.
     """
+    inherited = open_descriptors() - set(STANDARD)
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -47,7 +51,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _be_child(serve, writing, mask)
+        _be_child(serve, writing, mask, inherited)
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(writing)
@@ -61,11 +65,15 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
 
 def _be_child(
-    serve: Callable[[Callable[[], None]], int], writing: int, mask: Iterable[int]
+    serve: Callable[[Callable[[], None]], int],
+    writing: int,
+    mask: Iterable[int],
+    inherited: Iterable[int],
 ) -> None:
     """Serve and exit; never returns, since the caller's code belongs to the parent.
 
-    ``mask`` are the signals that are to be blocked from here on.
+    ``mask`` are the signals that are to be blocked from here on, and ``inherited`` the
+    descriptors of the caller.
     """
     code = 70
     try:
@@ -73,7 +81,6 @@ def _be_child(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # A working directory would keep its file system from being unmounted.
         os.chdir("/")
-        inherited = open_descriptors() - {*STANDARD, writing}
 
         def ready() -> None:
             # The caller may wait for the end of a pipe, or for a lock, that this process

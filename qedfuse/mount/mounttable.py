@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import MountpointError
+from qedfuse.errors import MountpointError, proc_missing
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -74,9 +74,16 @@ def read_mounts(process: int | None = None) -> list[MountEntry]:
 
     Raises:
         OSError: There is no such process, or the caller may not look at it.
+        HostError: /proc is not mounted.
     """
     directory = "self" if process is None else str(process)
-    return list(parse_mounts(os.fsdecode(Path(f"/proc/{directory}/mountinfo").read_bytes())))
+    try:
+        table = Path(f"/proc/{directory}/mountinfo").read_bytes()
+    except FileNotFoundError as error:
+        if process is None:
+            raise proc_missing() from error
+        raise
+    return list(parse_mounts(os.fsdecode(table)))
 
 
 def find_mount(mountpoint: str) -> MountEntry | None:

@@ -6,6 +6,8 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from qedfuse.errors import proc_missing
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -17,9 +19,12 @@ def open_descriptors() -> set[int]:
     """List the open descriptors of this process.
 
     Raises:
-        OSError: /proc is not mounted.
+        HostError: /proc is not mounted.
     """
-    names = os.listdir("/proc/self/fd")  # noqa: PTH208  numbers, not paths
+    try:
+        names = os.listdir("/proc/self/fd")  # noqa: PTH208  numbers, not paths
+    except FileNotFoundError as error:
+        raise proc_missing() from error
     found = set()
     for number in map(int, names):
         with suppress(OSError):  # the descriptor of the listing itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -19,6 +20,7 @@ from qedfuse.cli.qedimg.streams import (
     output_failed,
 )
 from qedfuse.cli.streams import make_streams
+from qedfuse.cli.workingdirectory import REMOVED, asked_for_removed, is_removed
 from qedfuse.errors import QedError, UsageError
 from qedfuse.util.text import printable
 
@@ -210,20 +212,29 @@ def _explain(name: str, error: BaseException) -> int:
     """Print one line about a failure; give the exit code."""
     if isinstance(error, QedError):
         code = _code(name, error)
+        if error.errno == errno.ENOENT and is_removed():
+            return _complain(f"{error} ({REMOVED})", code)
         # Nothing is loaded here: that may be what failed.
         log = sys.modules.get(f"{_HOME}.log")
         said = log is not None and log.was_said(str(error))
         return code if said else _complain(str(error), code)
-    if isinstance(error, OSError) and error.filename is None:
-        return output_failed(error, _code(name, error))
     if isinstance(error, OSError):
-        return _complain(f"{error.filename}: {error.strerror}", _code(name, error))
+        return _explain_refusal(error, _code(name, error))
     if isinstance(error, MemoryError):
         return _complain("there is not enough memory", _code(name, error))
     if "QEDIMG_TRACEBACK" in os.environ:
         raise error
     what = f"{type(error).__name__}: {error}"
     return _complain(f"internal error: {what} (QEDIMG_TRACEBACK=1 shows where)", _BUG)
+
+
+def _explain_refusal(error: OSError, code: int) -> int:
+    """Print one line about what the host refused; give the exit code."""
+    if asked_for_removed(error):
+        return _complain(REMOVED, code)
+    if error.filename is None:
+        return output_failed(error, code)
+    return _complain(f"{error.filename}: {error.strerror}", code)
 
 
 def _code(name: str, error: BaseException) -> int:

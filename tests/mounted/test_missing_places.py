@@ -1,0 +1,66 @@
+"""A working directory that has been removed, and a system without /proc."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from tests.support.sandbox import make_environment, run_in_sandbox
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PREPARE: Final = """
+    PATH=$1/bin:$PATH
+    mkdir /srv/m /srv/gone
+    image=/srv/images/a.qed
+    qedimg create -q "$image" 1M
+    fails() {
+        code=0
+        "${@:2}" 2>&1 || code=$?
+        test "$code" = "$1" || { echo "$*: exit code $code"; exit 1; }
+    }
+"""
+REMOVED: Final = "the working directory has been removed: expected absolute names"
+
+
+def test_a_removed_working_directory(tmp_path: Path) -> None:
+    """Absolute names work; of a relative one is said why it does not, in one line."""
+    environment = make_environment(tmp_path / "environment")
+    script = """
+        cd /srv/gone
+        rmdir /srv/gone
+        qedfuse "$image" /srv/m -o overlay=/srv/images/top.qed --pidfile /srv/images/pid
+        ls /srv/m
+        qedfuse umount /srv/m
+        qedimg check -q "$image"
+        qedimg create -q -b a.qed /srv/images/b.qed
+        fails 2 qedfuse "$image" m
+        fails 2 qedfuse a.qed /srv/m
+        fails 2 qedfuse -f "$image" /srv/m -o overlay=top.qed
+        fails 2 qedfuse "$image" /srv/m --pidfile pid
+        fails 2 qedfuse umount m
+        fails 1 qedimg info a.qed
+        fails 1 qedimg create -b "$image" b.qed
+        if findmnt /srv/m; then exit 1; fi
+    """
+    lines = run_in_sandbox(PREPARE + script, environment).splitlines()
+    assert lines[0] == "a.raw"
+    assert lines[1:6] == [f"qedfuse: {REMOVED}"] * 5
+    assert lines[6] == f"qedimg: a.qed: cannot open: No such file or directory ({REMOVED})"
+    assert lines[7:] == [f"qedimg: {REMOVED}"]
+
+
+def test_a_system_without_proc(tmp_path: Path) -> None:
+    """Each command says what is missing, in one line."""
+    environment = make_environment(tmp_path / "environment")
+    script = """
+        mount -t tmpfs sandbox /proc
+        fails 2 qedfuse "$image" /srv/m
+        fails 2 qedfuse -f "$image" /srv/m
+        fails 2 qedfuse umount /srv/m
+        fails 1 qedimg info "$image"
+        fails 1 qedimg convert -O raw "$image" /srv/images/a.raw
+    """
+    missing = "/proc: found no proc file system, expected one (as root: mount -t proc proc /proc)"
+    lines = run_in_sandbox(PREPARE + script, environment).splitlines()
+    assert lines == [f"qedfuse: {missing}"] * 3 + [f"qedimg: {missing}"] * 2
