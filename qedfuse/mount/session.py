@@ -36,6 +36,7 @@ from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, is_belo
 from qedfuse.mount.mounttable import find_mount, read_mounts
 from qedfuse.mount.naming import Source, find_sources
 from qedfuse.mount.notify import PidFile, ServiceManager
+from qedfuse.mount.openfiles import explained_limit, raise_open_file_limit
 from qedfuse.mount.operations import Operations
 from qedfuse.mount.overlays import open_source
 from qedfuse.mount.readahead import readahead_bytes, set_readahead
@@ -172,6 +173,7 @@ class _Session:
     async def _open_and_serve(self, nursery: trio.Nursery) -> None:
         """Open the disks, serve them, and close them whatever happens."""
         request, options = self._request, self._request.options
+        raise_open_file_limit()
         sources = find_sources(request.sources)
         if options.overlay is not None and len(sources) != 1:
             msg = f"option overlay: found {len(sources)} images, expected one"
@@ -181,7 +183,8 @@ class _Session:
         if not request.fake:
             check_privileges(for_others=options.allow_other or options.allow_root)
         async with AsyncExitStack() as disks:
-            views = await self._open(disks, sources, directory=directory)
+            with explained_limit(len(sources)):
+                views = await self._open(disks, sources, directory=directory)
             if request.fake:
                 return
             self._find_watchers()

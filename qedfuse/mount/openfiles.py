@@ -1,0 +1,60 @@
+"""The limit on open files: raised as far as the user may, and explained where it is too low."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import HostError, QedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OTHER_FILES: Final = 32
+"""Open files that the server may need besides images: the connection, sockets, directories."""
+
+_REMEDY: Final = "(see: ulimit -Hn; for a service: LimitNOFILE=)"
+
+
+def raise_open_file_limit() -> None:
+    """Raise the soft limit on open files to the hard one, where the kernel lets us."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # a hard limit above fs.nr_open, which has been lowered
+        return
+
+
+@contextmanager
+def explained_limit(images: int) -> Iterator[None]:
+    """Open ``images`` images in the block; say so if the limit on open files is too low.
+
+    Raises:
+        HostError: It is; the message has what is needed at least, and the limit.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = images + OTHER_FILES
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        msg = f"{images} images: found a limit of {limit} open files, expected {needed} {_REMEDY}"
+        raise HostError(msg, errno.EMFILE)
+    try:
+        yield
+    except QedError as error:
+        if not _is_limit(error):
+            raise
+        msg = (
+            f"{error}: found a limit of {limit} open files, expected more than {needed} for "
+            f"{images} images and their backing files {_REMEDY}"
+        )
+        raise HostError(msg, errno.EMFILE) from error
+
+
+def _is_limit(error: BaseException | None) -> bool:
+    """Tell whether an exception goes back to too many open files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            return True
+        error = error.__cause__
+    return False

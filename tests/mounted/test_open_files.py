@@ -1,0 +1,86 @@
+"""Many images, and few open files that the user may have."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.mount.openfiles import OTHER_FILES
+from tests.support import qemu
+from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+IMAGES: Final = 60
+FEW: Final = IMAGES + OTHER_FILES - 1
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Give a directory of images."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    first = qemu.create(directory / "0.qed", 1 << 20)
+    for number in range(1, IMAGES):
+        shutil.copyfile(first, directory / f"{number}.qed")
+    return directory
+
+
+@pytest.fixture
+def mnt(tmp_path: Path) -> Iterator[Path]:
+    """Give an empty directory to mount on; what is left there is taken away."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    yield path
+    clean_up(path)
+
+
+def run(limit: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a shell with a limit on open files."""
+    return subprocess.run(
+        ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash", *COMMAND, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment(),
+        check=False,
+    )
+
+
+def test_the_soft_limit_is_raised(images: Path, mnt: Path) -> None:
+    """The hard limit is what counts."""
+    done = run(f"-Sn {IMAGES // 2}", images, mnt)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list(mnt.iterdir())) == IMAGES
+    assert run("-Sn 32", "umount", mnt).returncode == 0
+
+
+def test_a_hard_limit_that_is_too_low_is_told(images: Path, mnt: Path) -> None:
+    """In one line, with what is there and what is needed."""
+    done = run(f"-n {FEW}", images, mnt)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"qedfuse: {IMAGES} images: found a limit of {FEW} open files, expected {FEW + 1} "
+        "(see: ulimit -Hn; for a service: LimitNOFILE=)\n"
+    )
+
+
+def test_backing_files_count_as_well(images: Path, tmp_path: Path, mnt: Path) -> None:
+    """How many there are is known only when they are opened."""
+    overlays = tmp_path / "overlays"
+    overlays.mkdir()
+    base = images / "0.qed"
+    first = qemu.create(overlays / "0.qed", 1 << 20, backing=base)
+    for number in range(1, IMAGES):
+        shutil.copyfile(first, overlays / f"{number}.qed")
+    done = run(f"-n {FEW + 1}", overlays, mnt, "-o", f"backing_dir={images}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"Too many open files: found a limit of {FEW + 1} open files" in line
+    assert f"expected more than {FEW + 1} for {IMAGES} images" in line
