@@ -235,10 +235,18 @@ class Operations(pyfuse3.Operations):
             self.size_lost(view)
         return answer
 
-    async def grow(self, view: View, size: int) -> None:
-        """Make a disk larger, if that is allowed."""
+    async def grow(self, view: View, end: int) -> None:
+        """Make a disk larger, so that it reaches to ``end`` at least, if that is allowed.
+
+        Raises:
+            FUSEError: ENOSPC, it is not allowed; EFBIG, the tables cannot address that much.
+            QedError: The disk could not be changed.
+        """
         if not self._options.growable:
             raise FUSEError(errno.ENOSPC)
+        size = -(-end // SECTOR) * SECTOR
+        if size > view.disk.header.geometry.max_image_size:
+            raise FUSEError(errno.EFBIG)
         await view.disk.resize(size)
 
     # Data
@@ -316,7 +324,7 @@ class Operations(pyfuse3.Operations):
         delayed write is short; only an error is told to the writer, by fsync or close.
         """
         if self._options.growable and view.disk.writable:
-            await view.disk.resize(-(-end // SECTOR) * SECTOR)
+            await self.grow(view, end)
         elif self.enable_writeback_cache and not direct:
             view.overrun = view.overrun or start < view.disk.size
             self.size_lost(view)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+import pyfuse3
 from pyfuse3 import FUSEError
 
 from qedfuse.errors import QedError
-from qedfuse.ondisk.constants import SECTOR
 
 if TYPE_CHECKING:
     import trio
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # linux/falloc.h
+_ALLOCATE: Final = 0
 _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
 _ZERO_RANGE: Final = 0x10
@@ -119,6 +121,7 @@ class SpaceRequests:
         """Answer fallocate(2)."""
         disk = view.disk
         if mode not in {
+            _ALLOCATE,
             _PUNCH_HOLE | _KEEP_SIZE,
             _ZERO_RANGE | _KEEP_SIZE,
             _ZERO_RANGE,
@@ -127,13 +130,28 @@ class SpaceRequests:
             raise FUSEError(errno.EOPNOTSUPP)
         if not disk.writable:
             raise FUSEError(errno.EROFS)
-        end = start + length
-        if mode == _ZERO_RANGE and end > disk.size:
-            await self._operations.grow(view, -(-end // SECTOR) * SECTOR)
-        if mode == _KEEP_SIZE:
-            await disk.allocate(start, length)
-        else:
-            await disk.discard(start, length)
+        end, size = start + length, disk.size
+        if mode == _KEEP_SIZE and end > size:
+            # An image has no clusters past the end of its disk.
+            raise FUSEError(errno.EOPNOTSUPP if self._operations.growable else errno.ENOSPC)
+        carry_out = disk.allocate if mode in {_ALLOCATE, _KEEP_SIZE} else disk.discard
+        if end <= size or mode & _KEEP_SIZE:
+            await carry_out(start, length)
+            return
+        if not self._operations.growable:
+            raise FUSEError(errno.ENOSPC)
+        if mode == _ALLOCATE and start < size:
+            # If the host has no room even for this, the disk keeps its size.
+            await disk.allocate(start, size - start)
+        await self._operations.grow(view, end)
+        try:
+            await carry_out(start, length)
+        except QedError:
+            # The disk stays larger, and the kernel learns of it only from an answer.
+            self._operations.size_lost(view)
+            with suppress(OSError):
+                pyfuse3.invalidate_inode(view.inode, attr_only=True)
+            raise
 
     async def _seek(self, view: View, whence: int, start: int) -> int:
         """Answer lseek(2).

@@ -62,7 +62,8 @@ class Truncation:
             give the size 0, which expires at once.
 
         Raises:
-            FUSEError: EPERM, the options do not allow it.
+            FUSEError: EPERM, the options do not allow it; EFBIG, the tables cannot address
+                that much.
             QedError: The disk could not be changed; a part of it may be empty.
         """
         disk = view.disk
@@ -72,6 +73,8 @@ class Truncation:
             return await self._empty(view)
         if size < disk.size or not self._options.growable:
             raise FUSEError(errno.EPERM)
+        if size > disk.header.geometry.max_image_size:
+            raise FUSEError(errno.EFBIG)
         await disk.resize(size)
         return True
 

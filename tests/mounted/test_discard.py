@@ -111,7 +111,7 @@ def test_what_the_kernel_has_cached_does_not_come_back(disk: Path) -> None:
         assert file.read(10) == b"new" + bytes(7)
 
 
-@pytest.mark.parametrize("mode", [0, 8, 0x20, 0x40])
+@pytest.mark.parametrize("mode", [8, 0x20, 0x40])
 def test_other_modes_are_refused(mode: int, disk: Path) -> None:
     """With the error that means "not here" to those who have another way."""
     with disk.open("r+b") as file, pytest.raises(OSError) as caught:  # noqa: PT011
@@ -123,10 +123,12 @@ def test_the_end_of_the_disk(disk: Path, image: Path) -> None:
     """What lies behind it is left out; the disk becomes no longer."""
     with disk.open("r+b") as file:
         fallocate(file.fileno(), PUNCH, 3 * MIB, 1 << 40)
-        fallocate(file.fileno(), KEEP_SIZE, 60 * MIB, 1 << 40)
-        with pytest.raises(OSError) as caught:  # noqa: PT011
-            fallocate(file.fileno(), ZERO_RANGE, 63 * MIB, 2 * MIB)
-        assert caught.value.errno == errno.ENOSPC
+        fallocate(file.fileno(), KEEP_SIZE, 60 * MIB, 4 * MIB)
+        for mode in (ZERO_RANGE, KEEP_SIZE, 0):
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                fallocate(file.fileno(), mode, 50 * MIB, 15 * MIB)
+            assert caught.value.errno == errno.ENOSPC
+    assert blocks(image) < 9 * MIB, "nothing for a request that fails"
     assert disk.stat().st_size == 64 * MIB
     assert blocks(image) >= 4 * MIB, "space for the last 4 MiB has been set aside"
 
@@ -137,6 +139,57 @@ def test_zeroing_past_the_end_grows_a_growable_disk(image: Path, tmp_path: Path)
         run("fallocate", "-z", "-o", "63MiB", "-l", "2MiB", place / "vm.raw")
         assert (place / "vm.raw").stat().st_size == 65 * MIB
     assert header_of(image.read_bytes()[:64]).image_size == 65 * MIB
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "direct_io")])
+def test_space_is_set_aside(options: tuple[str, ...], image: Path, tmp_path: Path) -> None:
+    """By fallocate -l and posix_fallocate(3): room on the host, and the content stays."""
+    with mounted(image, tmp_path / "mnt", *options) as place:
+        path = place / "vm.raw"
+        with path.open("r+b", buffering=0) as file:
+            file.seek(MIB)
+            file.write(b"\xa5" * 100)
+            run("fallocate", "-l", "4MiB", path)
+            os.posix_fallocate(file.fileno(), 32 * MIB + 1, 4 * MIB)
+            os.fsync(file.fileno())
+            assert blocks(image) >= 8 * MIB
+            assert path.stat().st_size == 64 * MIB
+            file.seek(0)
+            expected = bytes(MIB) + b"\xa5" * 100 + bytes(35 * MIB)
+            assert difference(file.read(len(expected)), expected) is None
+    assert qemu.check(image).errors == 0
+
+
+@pytest.mark.parametrize("options", ["growable", "growable,direct_io"])
+def test_setting_space_aside_past_the_end_grows_a_growable_disk(
+    options: str, image: Path, tmp_path: Path
+) -> None:
+    """As with any file; what KEEP_SIZE asks for cannot be done."""
+    with mounted(image, tmp_path / "mnt", "-o", options) as place:
+        path = place / "vm.raw"
+        with path.open("r+b", buffering=0) as file:
+            file.seek(64 * MIB - 5)
+            file.write(b"12345")
+            for mode, length, number in (
+                (KEEP_SIZE, 2 * MIB, errno.EOPNOTSUPP),
+                (0, 1 << 60, errno.EFBIG),
+                (ZERO_RANGE, 1 << 60, errno.EFBIG),
+            ):
+                with pytest.raises(OSError) as caught:  # noqa: PT011
+                    fallocate(file.fileno(), mode, 63 * MIB, length)
+                assert caught.value.errno == number
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                os.ftruncate(file.fileno(), 1 << 60)
+            assert caught.value.errno == errno.EFBIG
+            assert path.stat().st_size == 64 * MIB
+            run("fallocate", "-o", "63MiB", "-l", "3MiB", path)
+            assert path.stat().st_size == 66 * MIB
+            os.fsync(file.fileno())
+            assert blocks(image) >= 3 * MIB
+            file.seek(63 * MIB)
+            assert file.read() == bytes(MIB - 5) + b"12345" + bytes(2 * MIB)
+    assert header_of(image.read_bytes()[:64]).image_size == 66 * MIB
+    assert qemu.check(image).errors == 0
 
 
 def test_a_read_only_disk_keeps_everything(image: Path, tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import mmap
 import os
 import random
 import subprocess
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from tests.support import qemu
-from tests.support.disks import Findings, guest_bytes, inspect_image
+from tests.support.disks import Findings, guest_bytes, header_of, inspect_image
 from tests.support.mounted import mounted
 
 if TYPE_CHECKING:
@@ -166,3 +167,27 @@ def test_unmount_of_a_full_host(kind: str, tmp_path: Path) -> None:
         found = guest_bytes(image.read_bytes())
     end = user.next * BLOCK
     assert found[:end] == bytes(user.content[:end])
+
+
+def test_space_that_the_host_does_not_have(tmp_path: Path) -> None:
+    """For fallocate -l: it fails, the size that is shown is the disk's, and the disk goes on."""
+    with host("tmpfs", tmp_path) as place:
+        image = qemu.create(place / "disk.qed", DISK // 4)
+        with mounted(image, tmp_path / "mnt", "-o", "growable") as directory:
+            disk = directory / "disk.raw"
+            for _ in range(2):
+                done = subprocess.run(
+                    ["fallocate", "-l", str(DISK), disk], capture_output=True, check=False
+                )
+                assert done.returncode != 0
+                assert os.strerror(errno.ENOSPC).encode() in done.stderr
+            assert header_of(image.read_bytes()[:64]).image_size == DISK
+            deadline = time.monotonic() + 10
+            while disk.stat().st_size != DISK and time.monotonic() < deadline:
+                os.sched_yield()
+            assert disk.stat().st_size == DISK
+            with disk.open("r+b") as file:
+                file.write(b"on")
+                os.fsync(file.fileno())
+            assert disk.read_bytes()[:3] == b"on\0"
+        assert qemu.check(image).errors == 0
