@@ -44,9 +44,12 @@ T = TypeVar("T")
 
 _DIRECT: Final = 1 << 62
 _WRITER: Final = 1 << 61
-_FLAGS: Final = _DIRECT | _WRITER
-_INODE: Final = ~_FLAGS
-"""The bits of a handle that say O_DIRECT and not O_RDONLY; the rest of it is the inode."""
+_SYNCED: Final = 1 << 60
+_FLAGS: Final = _DIRECT | _WRITER | _SYNCED
+"""The bits of a handle that say O_DIRECT, not O_RDONLY, and that each write is to be durable
+when it ends; the rest of it is the inode."""
+_INODE: Final = ~(_FLAGS & ~_SYNCED)
+"""What `read` and `write` look up: with `_SYNCED` set they find no disk, and wait."""
 
 _ABOUT_NS: Final = 1_000_000_000
 """Nanoseconds by which the times of disk and image may differ."""
@@ -265,6 +268,10 @@ class Operations(pyfuse3.Operations):
         direct = self._options.direct_io
         handle = inode | _DIRECT if flags & os.O_DIRECT and not direct else inode
         handle |= _WRITER if writer else 0
+        if direct and writer and (flags & os.O_DSYNC or "sync" in self._options.kernel_words):
+            # Of writes past its cache the kernel leaves O_DSYNC and O_SYNC to the server;
+            # of all others it sends an fsync behind each.
+            handle |= _SYNCED
         return pyfuse3.FileInfo(fh=handle, direct_io=direct, keep_cache=exclusive and not direct)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -309,6 +316,8 @@ class Operations(pyfuse3.Operations):
             if end > view.disk.size:
                 await self._write_past_end(view, off, end, direct=bool(fh & _DIRECT))
             written = await view.disk.write(off, buf)
+            if fh & _SYNCED:
+                await view.disk.flush()
         finally:
             view.writing -= 1
         if written < len(buf) and fh & _DIRECT:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import signal
 import stat
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import qemu
-from tests.support.mounted import mounted
+from tests.support.mounted import front, mounted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -251,3 +252,32 @@ def test_owner_and_mode_follow_the_options(image: Path, tmp_path: Path) -> None:
         found = (directory / "vm.raw").stat()
         assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12, 34, 0o640)
         assert stat.S_IMODE(directory.stat().st_mode) == 0o550
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ("rw", os.O_DSYNC),
+        ("rw", os.O_DSYNC | os.O_DIRECT),
+        ("direct_io", os.O_DSYNC),
+        ("direct_io", os.O_SYNC),
+        ("direct_io,sync", 0),
+    ],
+)
+def test_a_synchronous_write_is_durable(options: str, flags: int, tmp_path: Path) -> None:
+    """O_DSYNC, O_SYNC and the option sync: the write has survived a kill when it returns."""
+    image = qemu.create(tmp_path / "vm.qed", SIZE)
+    with (
+        front(image, "-o", f"commit=3600,{options}", tmp_path / "mnt") as mount,
+        mmap.mmap(-1, 4096) as page,
+    ):
+        page[:] = b"d" * 4096
+        fd = os.open(mount.mountpoint / "vm.raw", os.O_RDWR | flags)
+        try:
+            assert os.pwritev(fd, [page], 1 << 20) == 4096
+            mount.signal(signal.SIGKILL)
+            assert mount.finish()[0] == -signal.SIGKILL
+        finally:
+            with suppress(OSError):
+                os.close(fd)
+    assert qemu.content(image)[1 << 20 :][:4097] == b"d" * 4096 + b"\0"
