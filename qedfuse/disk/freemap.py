@@ -49,8 +49,9 @@ class FreeMap:
         self._counted = counted
         self.shift = -anchor % table
         self._blocks: dict[int, int] = {}
-        # Blocks with a free cluster, the lowest on top; some are listed that have none.
+        # Blocks with a free cluster, the lowest on top, each once; some have none any more.
         self._heap: list[int] = []
+        self._in_heap: set[int] = set()
 
     def _put(self, block: int, old: int, new: int) -> None:
         """Replace a block's bits and keep the counters right."""
@@ -58,8 +59,9 @@ class FreeMap:
         if self._counted:
             self.places += self._places(new, old ^ new) - self._places(old, old ^ new)
         if new:
-            if not old:
+            if not old and block not in self._in_heap:
                 heapq.heappush(self._heap, block)
+                self._in_heap.add(block)
             # Of a block that is wholly free there is one integer in all.
             self._blocks[block] = _FULL if new == _FULL else new
         else:
@@ -158,7 +160,7 @@ class FreeMap:
     def lowest(self) -> int | None:
         """Give the lowest free cluster."""
         while self._heap and self._heap[0] not in self._blocks:
-            heapq.heappop(self._heap)
+            self._in_heap.discard(heapq.heappop(self._heap))
         if not self._heap:
             return None
         block = self._heap[0]

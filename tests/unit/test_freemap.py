@@ -123,6 +123,21 @@ def test_a_block_without_free_clusters_costs_nothing() -> None:
     assert free._heap == []
 
 
+def test_a_block_that_comes_and_goes_is_kept_once() -> None:
+    """Memory depends on the blocks, not on how often they were free."""
+    free = FreeMap(1)
+    free.add(0, 1)
+    for _ in range(1000):
+        free.add(BLOCK, 3)
+        free.remove(BLOCK, 3)
+    assert len(free._heap) == len(free._in_heap) == 2
+    assert free.take(1) == (0, 1)
+    assert free.lowest() is None
+    free.add(BLOCK, 3)
+    assert free.take(9) == (BLOCK, 3)
+    assert (free.lowest(), free._heap, free._in_heap) == (None, [], set())
+
+
 def test_taking_from_somewhere_on() -> None:
     """The lowest run at or past a cluster, whatever lies before."""
     free = FreeMap(4)
