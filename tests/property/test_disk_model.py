@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -461,12 +462,9 @@ async def test_any_geometry(
     size = geometry.max_image_size
     start = min(int(fraction * size), size - length) if fraction < 1 else size - length
     data: Any = pattern(length, cluster_bits)
-    descriptor = os.memfd_create("image")
-    path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    try:
-        await create_image(
-            path, size, cluster_size=1 << cluster_bits, table_size=table_size, overwrite=True
-        )
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/image.qed"
+        await create_image(path, size, cluster_size=1 << cluster_bits, table_size=table_size)
         options = OpenOptions(writable=True, lock=False)
         async with open_disk(path, options) as disk:
             assert await disk.write(start, data) == length
@@ -475,5 +473,3 @@ async def test_any_geometry(
         async with open_disk(path) as disk:
             low = max(0, start - SECTOR)
             assert await disk.read(low, start - low + length) == bytes(start - low) + data
-    finally:
-        os.close(descriptor)
