@@ -96,7 +96,7 @@ class Dump:
         """
         header = self.header.header
         if header is None:
-            raise self.header.problems[-1]
+            raise self.header.problems[-1].again()
         if header.l1_end > MAX_OFFSET:
             found, expected = header.l1_table_offset, "a table that a file can hold"
             raise HeaderError(self.name, "l1_table_offset", found, expected)

@@ -274,8 +274,10 @@ UNREAD: Final = 2 * SPAN
 """First guest cluster of a table that is not read before the damage would be done."""
 
 
-def with_false_list() -> bytearray:
+def with_false_list(place: int = 0) -> bytearray:
     """Build an image whose list, with right checksums, names seven clusters that are in use.
+
+    ``place`` is where the list lies itself: 0 is a free cluster, the others are in use.
 
     They belong to guest clusters from ``UNREAD + 1`` on, and lie directly before the last
     cluster of the file, which belongs to guest cluster 1.  Before them lies a free one.
@@ -284,16 +286,17 @@ def with_false_list() -> bytearray:
     content = build_image(3 * SPAN * CLUSTER, {n: pattern(CLUSTER, n) for n in numbers})
     first = get_entry(content, l2_entry_offset(content, UNREAD)) // CLUSTER
     put_entry(content, l2_entry_offset(content, UNREAD), 0)
-    put_list(content, [(first, 8)], [first])
+    put_list(content, [(first, 8)], [first + place])
     assert (first + 9) * CLUSTER == len(content)
     return content
 
 
 @pytest.mark.expect_log("found 7 clusters listed as free that table entries refer to")
+@pytest.mark.parametrize("place", [0, 3])
 @pytest.mark.parametrize("act", ["write", "discard", "discard and write", "compact"])
-async def test_a_false_list_costs_nobody_a_byte(act: str) -> None:
+async def test_a_false_list_costs_nobody_a_byte(act: str, place: int) -> None:
     """What it names is not handed out, cut off or punched before the tables say the same."""
-    content = with_false_list()
+    content = with_false_list(place)
     expected = bytearray(guest_bytes(content))
     file = MemoryFile(content)
     async with opened(
