@@ -129,6 +129,19 @@ def content(path: Path) -> bytes:
     return found
 
 
+def assert_like_qemus(found: bytes, expected: bytes, under: bytes, *, has_base: bool) -> None:
+    """Compare a base to which qemu-img has committed with what it has to hold.
+
+    ``under`` is what it held before.  If it has a base itself, qemu-img's writes into a part
+    of a zero cluster bring back what that hid.
+    """
+    assert len(found) == len(expected)
+    for at in range(0, len(found), 512):
+        if found[at : at + 512] != expected[at : at + 512]:
+            assert has_base
+            assert not any(under[at : at + 512] + expected[at : at + 512])
+
+
 async def _read(path: Path) -> bytes:
     """Read a disk in pieces of an odd length."""
     options = OpenOptions(backing=BackingPolicy("any"))
