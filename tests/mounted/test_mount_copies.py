@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qedfuse.mount import ending
 from qedfuse.mount.ending import UnmountFailedError, unmount_and_wait
 from qedfuse.mount.mounttable import read_mounts
 from tests.support import qemu
@@ -112,3 +113,25 @@ def test_the_command_prints_it(image: Path, tmp_path: Path) -> None:
         other.communicate()
         assert mount.finish()[0] == 0
         assert os.path.exists(mount.mountpoint)  # noqa: PTH110
+
+
+def test_a_reason_that_cannot_be_seen_is_reported_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Later, and without a place; the wait goes on until the process ends."""
+    for name in ("_MOMENT_SECONDS", "_LONG_SECONDS"):
+        monkeypatch.setattr(ending, name, 0.0)
+    lines: list[str] = []
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+
+        def report(line: str) -> None:
+            lines.append(line)
+            process.communicate()
+
+        descriptor = os.pidfd_open(process.pid)
+        try:
+            # No file system has this number.
+            assert ending._Ending(descriptor, process.pid, "9999:9999").wait(None, report)
+        finally:
+            os.close(descriptor)
+    assert lines == [f"unmounted, but process {process.pid} has not ended"]
