@@ -29,7 +29,7 @@ sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' ;
     esac >/dev/null 2>&1
 }
 
-# What the project itself needs, as WHAT=PACKAGE (of Debian 12).
+# What the project itself needs, as WHAT=PACKAGE (of Debian 12 and 13).
 # pyfuse3 has no binary package on PyPI, so pip builds it: compiler, headers, pkg-config.
 runtime_needs=(
     "$python=python3" python-venv=python3-venv python-headers=python3-dev

@@ -16,7 +16,7 @@ check_fuse
 [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
 
 say "Lint"
-shellcheck --external-sources examples/*.sh benchmarks/*.sh tests/run.sh tests/vm/*.sh tests/vm/init .ci/run
+shellcheck --external-sources examples/*.sh benchmarks/*.sh tests/*.sh tests/vm/*.sh tests/vm/init .ci/run
 "$venv/bin/ruff" check .
 read -r -a flags < <(pkg-config --cflags fuse3)
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" \

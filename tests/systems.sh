@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# Runs quickstart and the whole suite on bare Debian systems:
+#   tests/systems.sh [-d DIR] [bookworm|trixie]... [-- ARGUMENT...]
+#
+# As root, on a Debian.  Without a name: Debian 12 (bookworm) and Debian 13 (trixie).  Each
+# system is a directory with a minimal Debian, Python and pip, with this machine's kernel,
+# /dev/fuse and loop devices.  It gets a copy of what git tracks here, changes included, and
+# runs examples/quickstart.sh and tests/run.sh; ARGUMENTs go on to pytest.
+#
+# DIR keeps the minimal systems (300 MB each) for the next time, and a system in which
+# something has failed (2 GB); without it everything is in a temporary directory and goes.
+# Registries and proxies are those of this machine: apt's sources with the name of the
+# release replaced, apt's Acquire options, /etc/pip.conf, proxy and PIP_ variables.
+#
+# Exit code: 0 if everything has passed on each system, 1 if not.
+set -eu
+# shellcheck source=examples/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
+
+known=(bookworm trixie)
+place='' temporary=''
+systems=() arguments=()
+
+usage() {
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+}
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage ;;
+        -d)
+            [ $# -gt 1 ] || die "-d: expected a directory"
+            place=$2
+            shift
+            ;;
+        --)
+            shift
+            arguments=("$@")
+            break
+            ;;
+        bookworm | trixie) systems+=("$1") ;;
+        *) die "found $1, expected one of: ${known[*]}" ;;
+    esac
+    shift
+done
+[ ${#systems[@]} -gt 0 ] || systems=("${known[@]}")
+[ "$(id -u)" = 0 ] || die "expected to be run as root: it makes systems and enters them"
+
+# Removes what does not stay, at every exit.  All mounts are in namespaces that have ended.
+clean_up() {
+    local code=$?
+    trap - EXIT
+    [ -z "$temporary" ] || rm -rf --one-file-system "$temporary"
+    exit "$code"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# Prints the codename of this machine's Debian, or nothing.
+own_codename() (
+    # shellcheck source=/dev/null
+    . /etc/os-release
+    [ "${ID:-}" != debian ] || printf '%s\n' "${VERSION_CODENAME:-}"
+)
+
+# mirror CODENAME: prints where this machine's apt gets that release from, or nothing.
+mirror() {
+    # shellcheck disable=SC2016  # for apt-get, not for the shell
+    apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI)' \
+        'Created-By: Packages' 2>/dev/null |
+        awk -v codename="$1" '$1 == codename && $2 == "main" { print $3; exit }'
+}
+
+# use_registries ROOT SYSTEM: a system's apt and pip use what this machine's use.
+use_registries() {
+    local to=$1 system=$2 from file
+    from=$(own_codename)
+    if [ -n "$from" ] && [ -n "$(mirror "$from")" ]; then
+        rm -f "$to/etc/apt/sources.list"
+        for file in /etc/apt/sources.list /etc/apt/sources.list.d/debian.sources; do
+            [ ! -e "$file" ] || sed "s/\b$from\b/$system/g" "$file" >"$to$file"
+        done
+    fi
+    # Not the files: they may name programs that are not there.
+    apt-config dump | grep '^Acquire::' | grep -v IndexTargets >"$to/etc/apt/apt.conf.d/90machine" ||
+        true
+    cp -aT /etc/apt/auth.conf.d "$to/etc/apt/auth.conf.d" 2>/dev/null || true
+    for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
+        [ ! -e "$file" ] || cp -L "$file" "$to$file"
+    done
+}
+
+# make_base SYSTEM: makes the minimal system, if it is not there.
+make_base() {
+    local base=$place/$1.base log=$place/$1.log own url
+    [ ! -e "$base/.complete" ] || return 0
+    say "$1: making a minimal system in $base"
+    rm -rf --one-file-system "$base"
+    own=$(own_codename)
+    url=$([ -z "$own" ] || mirror "$own")
+    if ! {
+        debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip \
+            "$1" "$base" ${url:+"$url"} && use_registries "$base" "$1"
+    } >"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        die "$1: debootstrap failed (all of it: $log)"
+    fi
+    rm -f "$log"
+    touch "$base/.complete"
+}
+
+# enter ROOT COMMAND...: runs a command in a system.
+# What it has mounted and started ends with it, whatever happens.
+enter() {
+    local to=$1 name pass=()
+    shift
+    for name in $(compgen -e); do
+        case $name in
+            PIP_FIND_LINKS) [ -e "${!name}" ] || pass+=("$name=${!name}") ;; # a directory is not there
+            CI | TERM | LANG | PIP_* | *_proxy | *_PROXY) pass+=("$name=${!name}") ;;
+        esac
+    done
+    # shellcheck disable=SC2016  # expanded inside
+    unshare --mount --pid --fork --kill-child --propagation private sh -euc '
+        to=$1
+        shift
+        mount -t proc proc "$to/proc"
+        mount --rbind /sys "$to/sys"
+        mount --rbind /dev "$to/dev"
+        mount -t tmpfs tmpfs "$to/run"
+        exec chroot "$to" env -i "$@"' sh "$to" \
+        HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+        "${pass[@]}" "$@" </dev/null
+}
+
+# detach_loops ROOT: detaches what a test that was killed has left attached.
+detach_loops() {
+    local device file
+    losetup --list --noheadings --output NAME,BACK-FILE | while read -r device file; do
+        case $file in
+            "$1"/*) losetup --detach "$device" ;;
+        esac
+    done
+}
+
+# make_system SYSTEM ROOT: makes a system with a copy of this tree in /src.
+make_system() {
+    local changes
+    make_base "$1"
+    rm -rf --one-file-system "$2"
+    cp -a "$place/$1.base" "$2"
+    mkdir "$2/src"
+    # A commit of the changes that no branch has; nothing if there are none.
+    changes=$(git_here -c user.name=tests -c user.email=tests stash create)
+    git_here archive "${changes:-HEAD}" | tar -x -C "$2/src"
+}
+
+# try_system ROOT: does everything pass?
+try_system() {
+    # shellcheck disable=SC2016  # expanded inside
+    enter "$1" sh -euc '
+        cd /src
+        examples/quickstart.sh
+        exec tests/run.sh "$@"' sh ${arguments[@]+"${arguments[@]}"}
+}
+
+# versions ROOT: prints what the system consists of, as far as it matters here.
+versions() {
+    # shellcheck disable=SC2016  # expanded inside
+    enter "$1" sh -c '
+        printf "Debian %s, %s" "$(cat /etc/debian_version)" "$(python3 --version)"
+        dpkg-query --show --showformat ", \${Package} \${source:Upstream-Version}" \
+            libfuse3-dev qemu-utils e2fsprogs util-linux 2>/dev/null || true'
+}
+
+# Runs git on this tree, whoever it belongs to.
+git_here() {
+    git -c safe.directory="$root" -C "$root" "$@"
+}
+
+install_packages debootstrap=debootstrap git=git unshare=util-linux losetup=mount
+check_fuse
+if [ -n "$place" ]; then
+    mkdir -p "$place"
+else
+    temporary=$(mktemp -d)
+    place=$temporary
+fi
+place=$(cd "$place" && pwd -P)
+untracked=$(git_here ls-files --others --exclude-standard)
+[ -z "$untracked" ] || say "Not tracked by git, and so not tried: ${untracked//$'\n'/ }"
+
+failed=0 summary=()
+for system in "${systems[@]}"; do
+    to=$place/$system
+    make_system "$system" "$to"
+    say "$system: quickstart and the suite"
+    result=passed
+    try_system "$to" || result=FAILED
+    summary+=("$system: $result ($(versions "$to"))")
+    detach_loops "$to"
+    if [ "$result" = passed ]; then
+        rm -rf --one-file-system "$to"
+    else
+        failed=1
+        [ -n "$temporary" ] || say "$system: left for a look: $to"
+    fi
+done
+printf '%s\n' "${summary[@]}"
+[ "$failed" = 0 ]
