@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SIZE = 3 << 20
 
 
-# QEMU 7.2 makes images whose tables are one cluster long, and then refuses to open them.
+# QEMU makes images whose tables are one cluster long, and then refuses to open them.
 @pytest.mark.parametrize(("cluster_size", "table_size"), [(4096, 2), (65536, 4), (1 << 20, 16)])
 def test_qemu_reads_what_a_program_wrote(
     tmp_path: Path, cluster_size: int, table_size: int

@@ -178,7 +178,7 @@ def test_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_needs_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image that was not closed cleanly says so; QEMU 7.2 does not."""
+    """An image that was not closed cleanly says so; QEMU does not."""
     path = tmp_path / "dirty.qed"
     path.write_bytes(build_image(MIB, features=Feature.NEED_CHECK, table_size=2))
     value, _err = info(path, capsys=capsys)
