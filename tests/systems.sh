@@ -18,7 +18,7 @@ set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 
 known=(bookworm trixie)
-place='' temporary=''
+place='' temporary='' to='' inside=''
 systems=() arguments=()
 
 usage() {
@@ -47,10 +47,15 @@ done
 [ ${#systems[@]} -gt 0 ] || systems=("${known[@]}")
 [ "$(id -u)" = 0 ] || die "expected to be run as root: it makes systems and enters them"
 
-# Removes what does not stay, at every exit.  All mounts are in namespaces that have ended.
+# Ends what runs, and removes what does not stay, at every exit.
 clean_up() {
     local code=$?
     trap - EXIT
+    trap '' INT TERM
+    # unshare(1) heeds nothing else.  Its child is killed with it, and with that, as the first
+    # process of its namespace, all others; then the mounts are gone.
+    [ -z "$inside" ] || { kill -KILL "$inside" && wait "$inside"; } 2>/dev/null || true
+    [ -z "$to" ] || detach_loops "$to"
     [ -z "$temporary" ] || rm -rf --one-file-system "$temporary"
     exit "$code"
 }
@@ -112,9 +117,11 @@ make_base() {
 }
 
 # enter ROOT COMMAND...: runs a command in a system.
-# What it has mounted and started ends with it, whatever happens.
+# What it has mounted and started ends with it, whatever happens.  It runs in the background,
+# so that a signal to this script has its effect at once.
 enter() {
-    local to=$1 name pass=()
+    local name pass=() code=0
+    local -r directory=$1
     shift
     for name in $(compgen -e); do
         case $name in
@@ -124,15 +131,20 @@ enter() {
     done
     # shellcheck disable=SC2016  # expanded inside
     unshare --mount --pid --fork --kill-child --propagation private sh -euc '
-        to=$1
+        directory=$1
         shift
-        mount -t proc proc "$to/proc"
-        mount --rbind /sys "$to/sys"
-        mount --rbind /dev "$to/dev"
-        mount -t tmpfs tmpfs "$to/run"
-        exec chroot "$to" env -i "$@"' sh "$to" \
+        mount -t proc proc "$directory/proc"
+        mount --rbind /sys "$directory/sys"
+        mount --rbind /dev "$directory/dev"
+        mount -t tmpfs tmpfs "$directory/run"
+        # A shell has its background ignore them.
+        exec chroot "$directory" env -i --default-signal=INT,QUIT "$@"' sh "$directory" \
         HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-        "${pass[@]}" "$@" </dev/null
+        "${pass[@]}" "$@" </dev/null &
+    inside=$!
+    wait "$inside" || code=$?
+    inside=''
+    return "$code"
 }
 
 # detach_loops ROOT: detaches what a test that was killed has left attached.
