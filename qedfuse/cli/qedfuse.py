@@ -274,7 +274,12 @@ def _timeout(value: str) -> float:
 
 def _mount(arguments: Arguments) -> int:
     """Run the mount that the command line describes."""
-    from qedfuse.mount.logs import log_to, log_to_stderr, system_log  # noqa: PLC0415
+    from qedfuse.mount.logs import (  # noqa: PLC0415
+        log_to,
+        log_to_stderr,
+        log_what_nobody_catches,
+        system_log,
+    )
     from qedfuse.mount.options import parse_options, wants_remount  # noqa: PLC0415
 
     if wants_remount(arguments.options):
@@ -298,6 +303,7 @@ def _mount(arguments: Arguments) -> int:
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
         words = tuple(arguments.options)
+        log_what_nobody_catches()
         request = MountRequest(sources, mountpoint, options, pidfile or None, arguments.fake, words)
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from contextlib import suppress
 from typing import Final
 
 import pyfuse3
@@ -59,11 +60,12 @@ TIME_STEP: Final = 100_000_000
 
 def fuse_descriptors() -> set[int]:
     """List the descriptors of this process that are connections to the kernel's FUSE."""
-    return {
-        number
-        for number in open_descriptors()
-        if os.readlink(f"/proc/self/fd/{number}") == FUSE_DEVICE  # noqa: PTH115
-    }
+    found = set()
+    for number in open_descriptors():
+        with suppress(OSError):  # a thread has closed it meanwhile
+            if os.readlink(f"/proc/self/fd/{number}") == FUSE_DEVICE:  # noqa: PTH115
+                found.add(number)
+    return found
 
 
 def decline(message: bytes, unwanted: int) -> bytes:

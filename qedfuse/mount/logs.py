@@ -6,10 +6,14 @@ import logging
 import logging.handlers
 import os
 import sys
+import threading
 import traceback
-from typing import Final
+import warnings
+from typing import Final, TextIO
 
 from qedfuse.util.text import printable
+
+_log = logging.getLogger(__name__)
 
 _SYSLOG: Final = "/dev/log"
 
@@ -104,6 +108,38 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
     # With tracebacks: the log is the place for them.
     handler.setFormatter(_TracebackFormatter("%(message)s"))
     return handler
+
+
+def log_what_nobody_catches() -> None:
+    """Log warnings of Python and exceptions that nobody can catch, one line for each.
+
+    Python itself would read the source file for them, as for tracebacks.
+    """
+    sys.unraisablehook = _log_unraisable
+    threading.excepthook = _log_thread_end
+    warnings.showwarning = _log_warning
+
+
+def _log_unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Log an exception from a place such as a destructor."""
+    _log.error("internal error: %s", lost.err_msg or "exception ignored", exc_info=lost.exc_value)
+
+
+def _log_thread_end(lost: threading.ExceptHookArgs) -> None:
+    """Log an exception that has ended a thread."""
+    _log.error("internal error: a thread has ended", exc_info=lost.exc_value)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,  # noqa: ARG001  the signature of warnings.showwarning
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    """Log a warning of Python's own."""
+    _log.warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
 
 
 def log_to(handler: logging.Handler) -> None:

@@ -468,7 +468,9 @@ def test_an_ordinary_user_mounts_and_unmounts(user_place: Path) -> None:
     image, mnt = user_place / "vm.qed", user_place / "mnt"
     done = as_user(*COMMAND, image, mnt)
     assert (done.returncode, done.stderr) == (0, "")
-    done = as_user("dd", "if=/dev/zero", f"of={mnt}/vm.raw", "bs=1M", "count=1", "status=none")
+    done = as_user(
+        "dd", "if=/dev/zero", f"of={mnt}/vm.raw", "bs=1M", "count=1", "conv=notrunc", "status=none"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     with pytest.raises(PermissionError):
         list(mnt.iterdir())

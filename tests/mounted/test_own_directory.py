@@ -35,6 +35,10 @@ environment = {
     "NOTIFY_SOCKET": real + "/notify",
 }
 
+if os.geteuid() != 0:
+    environment["XDG_RUNTIME_DIR"] = real
+notes = environment["XDG_RUNTIME_DIR"] if os.geteuid() != 0 else "/run"
+
 
 def run(*arguments):
     subprocess.run([*command, *arguments], env=environment, check=True, timeout=50)
@@ -65,7 +69,7 @@ size = os.stat(disk).st_size
 assert size == 16 << 20
 if is_directory:
     assert os.listdir(mountpoint) == ["vm.raw"]
-    no = {errno.EPERM, errno.EROFS}
+    no = {errno.EPERM, errno.EROFS, errno.EACCES}
     refused(no, os.rename, disk, mountpoint + "/other")
     refused(no, os.unlink, disk)
     refused(no, os.mkdir, mountpoint + "/new")
@@ -131,8 +135,8 @@ ended.register(process, select.POLLIN)
 assert ended.poll(50000)
 assert manager.recv(100) == b"STOPPING=1"
 refused({errno.ENOENT}, os.stat, real + "/pid")
-notes = [open("/run/qedfuse/" + name).read() for name in os.listdir("/run/qedfuse")]
-assert notes == [], notes
+left = [open(f"{notes}/qedfuse/{name}").read() for name in os.listdir(notes + "/qedfuse")]
+assert left == [], left
 print("ended well")
 """
 
@@ -172,3 +176,30 @@ def test_a_mount_may_cover_what_its_server_uses(
     kept = options != "ro" and "snapshot" not in options
     qemu.io(changed, f"read -P {5 if kept else 0} 0 64k")
     qemu.io(changed, f"read -P {6 if kept else 0} 12M 64k")
+
+
+USER: Final = """
+    mknod -m 666 /run/fuse c 10 229
+    mount --bind /run/fuse /dev/fuse
+    chmod 755 /srv
+    mkdir /srv/d
+    cp "$2" /srv/d/vm.qed
+    chown -R 65534:65534 /srv/d
+    # The capability lets him search directories: the interpreter may lie in root's home.
+    setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search \
+        --ambient-caps=+dac_read_search "$4" "$3" "$1" /srv/d/vm.qed /srv/d signal rw \
+        "$4" -m qedfuse
+    qemu-img check -q /srv/d/vm.qed
+    qemu-io -r -f qed -c "read -P 6 12M 64k" /srv/d/vm.qed
+"""
+
+
+def test_an_ordinary_user_covers_what_his_server_uses(tmp_path: Path) -> None:
+    """Also the directory of the notes, and what fusermount3 is started with."""
+    image = qemu.create(tmp_path / "vm.qed", SIZE)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    program.chmod(0o644)
+    printed = run_in_sandbox(USER, TREE, image, program, Path(sys.executable))
+    assert "ended well\n" in printed, printed
+    assert "read 65536/65536 bytes" in printed

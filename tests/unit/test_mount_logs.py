@@ -5,7 +5,9 @@ from __future__ import annotations
 import linecache
 import logging
 import socket
-from typing import TYPE_CHECKING, NoReturn
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import pytest
 
@@ -83,3 +85,36 @@ def test_tracebacks_read_no_source_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "ZeroDivisionError: " in text
     assert "ValueError: near" in text
     assert "raise " not in text
+
+
+UNCAUGHT: Final = """
+import threading, warnings
+from qedfuse.mount.logs import log_to_stderr, log_what_nobody_catches
+
+class Bad:
+    def __del__(self):
+        raise ValueError("destructor")
+
+def fail():
+    raise KeyError("thread")
+
+log_to_stderr()
+log_what_nobody_catches()
+warnings.warn("careful", RuntimeWarning)
+Bad()
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+"""
+
+
+def test_what_nobody_catches_is_logged_in_a_line() -> None:
+    """Python itself would show source lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNCAUGHT], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr.splitlines() == [
+        "qedfuse: <string>:14: RuntimeWarning: careful",
+        "qedfuse: internal error: exception ignored: ValueError: destructor (<string>:7)",
+        "qedfuse: internal error: a thread has ended: KeyError: 'thread' (<string>:10)",
+    ]

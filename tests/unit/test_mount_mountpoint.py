@@ -9,7 +9,7 @@ import pytest
 
 from qedfuse.errors import MountpointError, PrivilegeError
 from qedfuse.mount import mountpoint
-from qedfuse.mount.mountpoint import check_mountpoint, check_privileges
+from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, is_below
 from qedfuse.mount.mounttable import MountEntry, parse_mounts
 
 if TYPE_CHECKING:
@@ -132,3 +132,19 @@ def test_allow_other_needs_a_line_in_the_configuration(
     else:
         with pytest.raises(PrivilegeError, match="user_allow_other"):
             check_privileges(for_others=True, user=1000)
+
+
+@pytest.mark.parametrize("path", ["/", "/dev", "/proc", "/proc/self", "/sys", "/sys/class"])
+def test_what_the_server_needs_is_no_mountpoint(path: str) -> None:
+    """It would wait for itself; and unmounting / makes the system's root read-only."""
+    with pytest.raises(MountpointError, match="found a directory of the system"):
+        check_mountpoint(path, 1)
+
+
+def test_what_leads_through_a_mountpoint() -> None:
+    """The mountpoint itself, and what is below it, not what only begins like it."""
+    assert is_below("/a/b", "/a/b")
+    assert is_below("/a/b/c", "/a/b")
+    assert is_below("/a", "/")
+    assert not is_below("/a/bc", "/a/b")
+    assert not is_below("/a", "/a/b")
