@@ -32,12 +32,10 @@ def test_a_removed_working_directory(tmp_path: Path) -> None:
         qedfuse "$image" /srv/m -o overlay=/srv/images/top.qed --pidfile /srv/images/pid
         ls /srv/m
         qedfuse umount /srv/m
-        qedimg check -q "$image"
         qedimg create -q -b a.qed /srv/images/b.qed
         fails 2 qedfuse "$image" m
         fails 2 qedfuse a.qed /srv/m
         fails 2 qedfuse -f "$image" /srv/m -o overlay=top.qed
-        fails 2 qedfuse "$image" /srv/m --pidfile pid
         fails 2 qedfuse umount m
         fails 1 qedimg info a.qed
         fails 1 qedimg create -b "$image" b.qed
@@ -45,9 +43,9 @@ def test_a_removed_working_directory(tmp_path: Path) -> None:
     """
     lines = run_in_sandbox(PREPARE + script, environment).splitlines()
     assert lines[0] == "a.raw"
-    assert lines[1:6] == [f"qedfuse: {REMOVED}"] * 5
-    assert lines[6] == f"qedimg: a.qed: cannot open: No such file or directory ({REMOVED})"
-    assert lines[7:] == [f"qedimg: {REMOVED}"]
+    assert lines[1:5] == [f"qedfuse: {REMOVED}"] * 4
+    assert lines[5] == f"qedimg: a.qed: cannot open: No such file or directory ({REMOVED})"
+    assert lines[6:] == [f"qedimg: {REMOVED}"]
 
 
 def test_a_system_without_proc(tmp_path: Path) -> None:
@@ -59,8 +57,7 @@ def test_a_system_without_proc(tmp_path: Path) -> None:
         fails 2 qedfuse -f "$image" /srv/m
         fails 2 qedfuse umount /srv/m
         fails 1 qedimg info "$image"
-        fails 1 qedimg convert -O raw "$image" /srv/images/a.raw
     """
     missing = "/proc: found no proc file system, expected one (as root: mount -t proc proc /proc)"
     lines = run_in_sandbox(PREPARE + script, environment).splitlines()
-    assert lines == [f"qedfuse: {missing}"] * 3 + [f"qedimg: {missing}"] * 2
+    assert lines == [f"qedfuse: {missing}"] * 3 + [f"qedimg: {missing}"]
