@@ -31,24 +31,24 @@ class AutoCompaction:
         self._parts = parts
         self._done = False
 
-    async def run(self) -> None:
+    async def run(self, *, within_bound: bool = True) -> None:
         """Compact as the options say; what the host refuses costs space and nothing else.
 
-        No other request may be under way.
+        No other request may be under way.  See `Compaction.run` for ``within_bound``.
         """
         parts, options = self._parts, self._parts.options
         try:
             if options.compact == "full":
                 await parts.gate.before_change()
                 await parts.scan.run()
-                await parts.compaction.run()
+                await parts.compaction.run(within_bound=within_bound)
             elif options.compact == "auto" and self._is_due():
-                await self._run_within_limits()
+                await self._run_within_limits(within_bound=within_bound)
         except QedError as error:
             if parts.commit.failure is None:
                 log.warning("%s (while compacting)", error)
 
-    async def _run_within_limits(self) -> None:
+    async def _run_within_limits(self, *, within_bound: bool) -> None:
         """Compact as far as the limits allow, if the free clusters are known."""
         parts, options = self._parts, self._parts.options
         if parts.quarantine.count and not parts.reclaim.ready.is_set():
@@ -57,7 +57,7 @@ class AutoCompaction:
         if parts.allocator.known and not parts.layer.damaged:
             self._done = True
             limits = Limits(options.compact_bytes, options.compact_seconds)
-            await parts.compaction.run(limits=limits)
+            await parts.compaction.run(limits=limits, within_bound=within_bound)
 
     def _is_due(self) -> bool:
         """Tell whether automatic compaction has a reason."""

@@ -284,10 +284,11 @@ class Disk:
     async def tidy(self) -> None:
         """Compact now as the options want it at the close, where nothing is left to do then.
 
-        For callers that want to know what the close leaves.  No other request may be under
-        way.  What the host refuses is logged.
+        For commands that say what they leave: no guest can set it off, so the file may
+        exceed its bound for a moment.  No other request may be under way.  What the host
+        refuses is logged.
         """
-        await self._lifecycle.compaction.run()
+        await self._lifecycle.compaction.run(within_bound=False)
 
     def stop_compacting(self) -> None:
         """End the compaction that a close has begun, or is about to; the image is sound."""

@@ -39,6 +39,8 @@ class Case:
         scan_after: Seconds for which the scan for free space does not get to read a table.
         compacts: Whether the disk is compacted between uses.
         crashed: Whether the same was done before, and ended in a power failure.
+
+    All but those that say otherwise are compacted automatically when they are closed.
     """
 
     name: str
@@ -62,6 +64,16 @@ class Case:
     compacts: bool = False
     crashed: bool = False
     options: OpenOptions = OPTIONS
+
+    @property
+    def tidy(self) -> bool:
+        """Whether nothing is leaked when the disk has been closed."""
+        options = self.options
+        unlimited = (options.compact_bytes, options.compact_seconds) == (
+            OPTIONS.compact_bytes,
+            OPTIONS.compact_seconds,
+        )
+        return unlimited and options.discard and options.free_list != "on"
 
     @property
     def size(self) -> int:
@@ -186,6 +198,39 @@ CASES: Final = (
         rounds=8,
         opens=2,
         compacts=True,
+    ),
+    Case(
+        "automatic compaction within limits",
+        actions="wwddzf",
+        rounds=12,
+        opens=4,
+        held=60,
+        leaked=20,
+        options=replace(OPTIONS, compact_bytes=3 * CLUSTER),
+    ),
+    Case(
+        "automatic compaction on a slow host",
+        table_size=2,
+        spans=3.1,
+        actions="wwdDf",
+        rounds=8,
+        opens=3,
+        held=80,
+        held_in=300,
+        slow=0.2,
+        options=replace(OPTIONS, compact_seconds=4.0),
+    ),
+    Case(
+        "automatic compaction of tables",
+        table_size=4,
+        spans=4.01,
+        held=90,
+        held_in=300,
+        leaked=0,
+        tasks=2,
+        actions="wwDf",
+        rounds=8,
+        opens=2,
     ),
     Case("no discard", actions="wwdddfrs", options=replace(OPTIONS, discard=False)),
 )

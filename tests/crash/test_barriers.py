@@ -169,6 +169,8 @@ def early_punch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Commit, "_round", punching)
 
 
+AUTO: Final = "automatic compaction within limits"
+
 BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]] = {
     "datasync before L2": (without_datasync(1), "discards", "holds"),
     "datasync before L1": (without_datasync(2), "new tables", ""),
@@ -183,6 +185,9 @@ BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]
     "compaction: copy before entry": (without_datasync(1), "compaction", "holds"),
     "compaction: quarantine": (no_quarantine, "compaction", "holds|owners"),
     "compaction: punch after durable": (early_punch, "compaction", "holds zeros"),
+    "automatic compaction: copy before entry": (without_datasync(1), AUTO, "holds"),
+    "automatic compaction: quarantine": (no_quarantine, AUTO, "holds|owners"),
+    "automatic compaction: punch after durable": (early_punch, AUTO, "holds zeros"),
     "grace": (no_grace, "slow host", ""),
     "autoclear": (without_barrier("Gate.before_change"), "autoclear", "autoclear"),
     "resize, before": (without_barrier("Resizing.resize"), "grow", "show"),

@@ -13,7 +13,7 @@ import numpy as np
 import trio
 from trio.testing import MockClock
 
-from qedfuse.disk import discard, quarantine, reclaim
+from qedfuse.disk import compaction, discard, quarantine, reclaim
 from qedfuse.disk.scan import Scan
 from qedfuse.errors import QedError
 from tests.crash.cases import CLUSTER, PER_CLUSTER, Case
@@ -143,11 +143,14 @@ class Workload:
         # In half of the runs clusters are given up as if there were many.
         together = random.Random(f"{self.case.name} {seed} together").random() < 0.5
         few, loose = (0, 3) if together else (discard._FEW, quarantine._LOOSE)
+        # In the other half compaction has many commit rounds.
+        batch = compaction._QUICK_BATCH_BYTES if together else 3 * CLUSTER
         # Without the last, that depends on where objects lie in memory as well.
         with (
             patch.object(discard, "_FEW", new=few),
             patch.object(reclaim, "_SCATTERED", new=few),
             patch.object(quarantine, "_LOOSE", new=loose),
+            patch.object(compaction, "_QUICK_BATCH_BYTES", new=batch),
             patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True),
         ):
             trio._core._run._r.seed(seed)

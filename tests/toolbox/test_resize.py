@@ -93,9 +93,7 @@ def test_shrinking_and_growing_again(seed: int, tmp_path: Path) -> None:
     less = chance.randrange(size // 512 + 1) * 512
     assert main(["resize", "-q", "--shrink", "--force", str(path), f"-{less}"]) == 0
     assert qemu.content(path) == before[: size - less]
-    found = qemu.check(path)
-    assert found.errors == 0
-    assert main(["compact", "-q", str(path)]) == 0
+    # What became free within the file has been filled.
     assert qemu.check(path).code == 0
     if overlay:
         # QEMU's growing shows the base.

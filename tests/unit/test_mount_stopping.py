@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
 import trio
 
+from qedfuse.disk import compaction
 from qedfuse.errors import HostError
 from qedfuse.mount import stopping
 from qedfuse.mount.stopping import Stopper
 from qedfuse.mount.unmount import BusyError
-from tests.support.disks import build_image, opened, pattern
+from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
+from tests.unit.test_autocompact import GIVEN_UP, full, give_up
 
 if TYPE_CHECKING:
     from qedfuse.mount.operations import Operations
@@ -78,3 +81,35 @@ async def test_not_durable(
         with pytest.raises(HostError):
             await failing.__aexit__(None, None, None)
     assert "everything is durable now" not in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_the_compaction(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the mount is gone: what was moved is cut off, and the close goes on."""
+    monkeypatch.setattr(compaction, "_QUICK_BATCH_BYTES", CLUSTER)
+    inner = MemoryFile(full())
+    file = FailingFile(inner)
+    async with trio.open_nursery() as nursery:
+        stopper = Stopper()
+        await nursery.start(stopper.run, nursery.cancel_scope)
+        async with opened(file) as disk:
+            await give_up(disk)
+            await disk.flush()
+            stopper.closing([disk])
+            gate = file.hold("write", 7)
+
+            async def send() -> None:
+                await gate.reached.wait()
+                signal.raise_signal(number)
+                await trio.testing.wait_all_tasks_blocked()
+                gate.open()
+
+            nursery.start_soon(send)
+        nursery.cancel_scope.cancel()
+    assert not stopper.interrupted
+    assert inner.closed
+    found = inspect_image(inner.content)
+    assert found.errors == ()
+    assert 0 < found.leaks < len(GIVEN_UP)

@@ -1,0 +1,142 @@
+"""QEMU's check after an ordinary day: a mount that was used leaves no leaked cluster."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.hostio.posixfile import fallocate
+from tests.support import qemu
+from tests.support.devices import file_system, loop_device, run
+from tests.support.disks import difference
+from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, mounted, qedfuse
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIB: Final = 1 << 20
+PUNCH: Final = 3
+IN_TIME: Final = "compact_time=600"
+"""However slow the machine is; what takes longer than a second is tested elsewhere."""
+
+
+@pytest.mark.parametrize(("option", "code"), [(IN_TIME, 0), ("compact=off", 3)])
+def test_an_ordinary_day(option: str, code: int, tmp_path: Path) -> None:
+    """A file system is made, files come and go, fstrim runs: QEMU's check ends with 0."""
+    image = qemu.create(tmp_path / "vm.qed", 96 * MIB)
+    chance = random.Random(5)
+    kept = {}
+    with (
+        mounted(image, tmp_path / "mnt", "-o", option) as place,
+        loop_device(place / "vm.raw") as device,
+    ):
+        run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
+        with file_system(device, tmp_path / "day") as directory:
+            for number in range(24):
+                content = chance.randbytes(chance.randrange(1, 2 * MIB))
+                path = directory / f"file{number}"
+                path.write_bytes(content)
+                kept[number] = content
+                if number % 3 == 2:
+                    run("sync", "-f", directory)
+                    for gone in chance.sample(sorted(kept), 2):
+                        (directory / f"file{gone}").unlink()
+                        del kept[gone]
+                    run("fstrim", directory)
+    found = qemu.check(image)
+    assert (found.errors, found.code) == (0, code), found.text
+    with (
+        mounted(image, tmp_path / "mnt", "-r") as place,
+        loop_device(place / "vm.raw", "--read-only") as device,
+    ):
+        run("e2fsck", "-fn", device)
+        run("mount", "-o", "ro,noload", device, tmp_path / "day")
+        try:
+            for number, content in kept.items():
+                assert (tmp_path / "day" / f"file{number}").read_bytes() == content
+        finally:
+            run("umount", tmp_path / "day")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_sessions(seed: int, tmp_path: Path) -> None:
+    """Of an image of any geometry, whatever is written and discarded."""
+    chance = random.Random(seed)
+    cluster_size = chance.choice((4096, 16384, 65536))
+    table_size = chance.choice((2, 4, 16))
+    size = 12 * MIB
+    image = qemu.create(tmp_path / "vm.qed", size, cluster_size=cluster_size, table_size=table_size)
+    model = bytearray(size)
+    for _ in range(2):
+        with mounted(image, tmp_path / "mnt", "-o", IN_TIME) as place:
+            descriptor = os.open(place / "vm.raw", os.O_RDWR)
+            try:
+                for _ in range(60):
+                    start = chance.randrange(size // 4096) * 4096
+                    length = min(chance.choice((4096, 65536, 300_000, MIB)), size - start)
+                    if chance.random() < 0.6:
+                        model[start : start + length] = chance.randbytes(length)
+                        os.pwrite(descriptor, model[start : start + length], start)
+                    else:
+                        model[start : start + length] = bytes(length)
+                        fallocate(descriptor, PUNCH, start, length)
+                    if chance.random() < 0.1:
+                        os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        assert qemu.check(image).code == 0, qemu.check(image).text
+        assert difference(qemu.content(image), model) is None
+
+
+def used(image: Path, place: Path) -> None:
+    """Fill 32 clusters of a mounted disk, and give up every third of the first half."""
+    with (place / f"{image.stem}.raw").open("r+b") as file:
+        file.write(b"\xa5" * 2 * MIB)
+        os.fsync(file.fileno())
+        for number in range(0, 16, 3):
+            fallocate(file.fileno(), PUNCH, number * 65536, 65536)
+
+
+def test_what_is_left_is_said(tmp_path: Path) -> None:
+    """The log names as many clusters as QEMU's check, and the command that finishes."""
+    image = qemu.create(tmp_path / "vm.qed", 8 * MIB)
+    place = tmp_path / "mnt"
+    place.mkdir()
+    options = f"{IN_TIME},compact_size=192K"
+    process = subprocess.Popen(
+        [*COMMAND, image, place, "-f", "-o", options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        while not (place / "vm.raw").exists():
+            assert process.poll() is None
+        used(image, place)
+        assert qedfuse("umount", place).returncode == 0
+        assert process.wait(TIMEOUT) == 0
+    finally:
+        clean_up(place)
+        process.kill()
+        shown = process.communicate()[1]
+    assert f"{image}: 3 free clusters (196608 bytes) are left within the file" in shown
+    assert f"to finish: qedimg compact {image}" in shown
+    found = qemu.check(image)
+    assert (found.code, found.leaks) == (3, 3)
+    assert main(["compact", "-q", str(image)]) == 0
+    assert qemu.check(image).code == 0
+
+
+def test_images_of_a_mount_share_the_time(tmp_path: Path) -> None:
+    """When it is over none of them is compacted any further; all are closed."""
+    images = [qemu.create(tmp_path / f"{name}.qed", 8 * MIB) for name in "ab"]
+    with mounted(tmp_path, tmp_path / "mnt", "-o", "compact_time=0.000001") as place:
+        for image in images:
+            used(image, place)
+    for image in images:
+        assert (qemu.check(image).errors, qemu.check(image).leaks) == (0, 6)
