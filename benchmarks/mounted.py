@@ -99,8 +99,9 @@ class Mounted:
         start_seconds: What the command took until it returned.
     """
 
-    def __init__(self, qedfuse: str, image: Path, mountpoint: Path) -> None:
+    def __init__(self, qedfuse: str, image: Path, mountpoint: Path, *options: str) -> None:
         """Prepare; ``mountpoint`` is made, and taken away at the end."""
+        self._options = options
         self._qedfuse = qedfuse
         self._image = image
         self._mountpoint = mountpoint
@@ -118,7 +119,7 @@ class Mounted:
         pidfile = self._mountpoint.with_suffix(".pid")
         command = (self._qedfuse, str(self._image), str(self._mountpoint))
         began = time.monotonic()
-        run(*command, "--pidfile", str(pidfile))
+        run(*command, *self._options, "--pidfile", str(pidfile))
         self.start_seconds = time.monotonic() - began
         self.pid = int(pidfile.read_text(encoding="ascii"))
         return self

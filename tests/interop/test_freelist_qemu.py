@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.disk import Disk
 
-KEEP: Final = OpenOptions(writable=True)
+KEEP: Final = OpenOptions(writable=True, compact="off")
 ON: Final = OpenOptions(writable=True, free_list="on")
 CLUSTER: Final = 65536
 SIZE: Final = 8 << 20

@@ -1,0 +1,180 @@
+"""How long an unmount takes, and what QEMU's check finds afterwards, with and without compaction.
+
+    python -m benchmarks.unmount [--dir DIRECTORY]
+
+Each image is mounted by the command and used; the clock runs from ``qedfuse umount`` until
+the process has gone, once with each value of ``compact``:
+
+    day         1 GiB: ext4 is made, files of 600 MiB come, every other one goes, fstrim
+    half full   20 GiB, half allocated, of which 500 MiB are discarded in runs of any length
+    full        1 TiB, all of it allocated, of which 100 clusters are discarded one by one
+    cold        the same, with the tables out of the host's page cache
+
+Clusters that are neither moved nor read are holes (`benchmarks.sparse`); the last GiB of
+the file of "half full", which is what moves, is data.  "left" is what `qedimg check` finds
+leaked, without those that QEMU's count makes up in files from 4 GiB on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from benchmarks.ext4 import FileSystem
+from benchmarks.images import cool, settle
+from benchmarks.mounted import Mounted, program
+from benchmarks.report import facts, number
+from benchmarks.scale import ROOT
+from benchmarks.servers import BenchmarkError, run
+from benchmarks.sparse import GEOMETRY, build
+from qedfuse.hostio.posixfile import fallocate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+PUNCH: Final = 3
+MODES: Final = ("off", "auto", "full")
+
+
+class Scenario(NamedTuple):
+    """An image, what is done to it while it is mounted, and whether its tables are cold."""
+
+    name: str
+    make: Callable[[Path], None]
+    use: Callable[[Path, Path], None]
+    cold: bool = False
+
+
+def make_empty(path: Path) -> None:
+    """Make an image of 1 GiB."""
+    run(str(Path(program()).with_name("qedimg")), "create", "-q", str(path), "1G")
+
+
+def spend_a_day(disk: Path, directory: Path) -> None:
+    """Make a file system, and write, delete and trim on it."""
+    chance = random.Random(1)
+    files = FileSystem(disk, directory / "root", direct=False, read_only=False)
+    files.root.mkdir(exist_ok=True)
+    try:
+        files.make()
+        paths = [files.root / str(n) for n in range(200)]
+        for path in paths:
+            path.write_bytes(chance.randbytes(3 * MIB))
+        run("sync", "-f", str(files.root))
+        for path in paths[::2]:
+            path.unlink()
+        run("fstrim", str(files.root))
+    finally:
+        files.detach()
+
+
+def make_half_full(path: Path) -> None:
+    """Make an image of 20 GiB that is half full; the end of its file is data."""
+    _, offsets = build(path, 20 * GIB, 10 * GIB // GEOMETRY.cluster_size, run=64)
+    end = int(offsets.max()) + GEOMETRY.cluster_size
+    with path.open("r+b", buffering=0) as file:
+        for at in range(end - GIB, end, MIB):
+            os.pwrite(file.fileno(), random.Random(at).randbytes(MIB), at)
+    settle(path)
+
+
+def discard_runs(disk: Path, _directory: Path) -> None:
+    """Discard 500 MiB, a few clusters here and there."""
+    chance = random.Random(2)
+    left = 500 * MIB
+    with disk.open("r+b", buffering=0) as file:
+        while left > 0:
+            start = os.lseek(file.fileno(), chance.randrange(19 * GIB), os.SEEK_DATA)
+            length = chance.choice((1, 4, 16, 64)) * GEOMETRY.cluster_size
+            fallocate(file.fileno(), PUNCH, start - start % GEOMETRY.cluster_size, length)
+            left -= length
+        os.fsync(file.fileno())
+
+
+def make_full(path: Path) -> None:
+    """Make an image of 1 TiB that is full."""
+    build(path, 1024 * GIB, 1024 * GIB // GEOMETRY.cluster_size)
+    settle(path)
+
+
+def discard_some(disk: Path, _directory: Path) -> None:
+    """Discard 100 clusters, anywhere."""
+    chance = random.Random(3)
+    with disk.open("r+b", buffering=0) as file:
+        for _ in range(100):
+            at = chance.randrange(1024 * GIB // GEOMETRY.cluster_size) * GEOMETRY.cluster_size
+            fallocate(file.fileno(), PUNCH, at, GEOMETRY.cluster_size)
+        os.fsync(file.fileno())
+
+
+SCENARIOS: Final = (
+    Scenario("day", make_empty, spend_a_day),
+    Scenario("half full", make_half_full, discard_runs),
+    Scenario("full", make_full, discard_some),
+    Scenario("cold", make_full, discard_some, cold=True),
+)
+
+
+def leaked(path: Path) -> int:
+    """Give how many clusters of an image are leaked.
+
+    Raises:
+        BenchmarkError: The image is damaged.
+    """
+    command = str(Path(program()).with_name("qedimg"))
+    words = f"{command} check --output json {path} || [ $? = 3 ]"
+    found = json.loads(run("sh", "-c", words, seconds=300))
+    if found.get("corruptions"):
+        msg = f"{path}: damaged"
+        raise BenchmarkError(msg)
+    return int(found.get("leaks", 0))
+
+
+def measure(scenario: Scenario, mode: str, directory: Path) -> tuple[float, int]:
+    """Use an image once; give the seconds that the unmount took, and the clusters leaked."""
+    path = directory / "vm.qed"
+    path.unlink(missing_ok=True)
+    scenario.make(path)
+    with Mounted(program(), path, directory / "mnt", "-o", f"compact={mode}") as mounted:
+        scenario.use(mounted.disk, directory)
+        settle(path)
+        if scenario.cold:
+            cool(path)
+        seconds = mounted.stop()
+    return seconds, leaked(path)
+
+
+def main() -> None:
+    """Read the arguments, measure, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, default=ROOT, help="where 4 GiB are free")
+    directory = parser.parse_args().dir
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    rows = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="qedfuse-unmount-", dir=directory) as name:
+            about = facts(Path(name), program(), "each once")
+            for scenario in SCENARIOS:
+                found = [measure(scenario, mode, Path(name)) for mode in MODES]
+                cells = [f"{number(seconds)} s, {left:,} left" for seconds, left in found]
+                rows.append(f"| {scenario.name} | {' | '.join(cells)} |")
+                print(rows[-1], file=sys.stderr)
+    except (BenchmarkError, OSError) as error:
+        sys.exit(f"unmount: {error}")
+    print("".join(f"- {name}: {fact}\n" for name, fact in about.items()))
+    print(f"| image | {' | '.join(f'`compact={mode}`' for mode in MODES)} |")
+    print("\n".join(["|" + " --- |" * (1 + len(MODES)), *rows]))
+
+
+if __name__ == "__main__":
+    main()
