@@ -172,7 +172,8 @@ class FrontMount:
 def front(*words: StrPath) -> Iterator[FrontMount]:
     """Mount in front; the last word that is not an option is the mountpoint, as in ``words``."""
     mountpoint = Path(words[-1])
-    mountpoint.mkdir(exist_ok=True)
+    if not mountpoint.exists():
+        mountpoint.mkdir()
     reading, writing = os.pipe()
     process = subprocess.Popen(
         # The pid file is a pipe: its end tells that the disk is ready.
