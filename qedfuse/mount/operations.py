@@ -341,20 +341,24 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def flush(self, fh: int) -> None:
         """Tell the one who closes a file what went wrong with writes that were delayed."""
-        self._report(self.view(fh))
+        self._report(fh)
 
     @_answered
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001  pyfuse3's
         """Make everything written so far durable."""
         view = self.view(fh)
         await view.disk.flush()
-        self._report(view)
+        self._report(fh)
 
-    def _report(self, view: View) -> None:
-        """Fail if writes were lost that their writer believes in."""
+    def _report(self, fh: int) -> None:
+        """Fail if writes were lost that their writer believes in.
+
+        A write past the end is reported once, and not to a handle that cannot have written.
+        """
+        view = self.view(fh)
         if view.disk.failure is not None:
             raise FUSEError(errno.EIO)
-        if view.overrun:
+        if view.overrun and fh & _WRITER:
             view.overrun = False
             raise FUSEError(errno.ENOSPC)
 

@@ -12,7 +12,7 @@ from tests.support.mounted import TREE, environment
 _SECONDS: Final = 40
 _FIRST: Final = 10
 """The seed with which it begins: this case finds growth that lseek(2) does not know of."""
-_HANG_SECONDS: Final = 300
+_HANG_SECONDS: Final = 400
 
 
 def test_a_share_of_the_fuzzer() -> None:

@@ -138,6 +138,17 @@ def test_writes_behind_the_end_fail_at_fsync_or_close_with_the_cache(disk: Path)
     assert disk.read_bytes()[-200:] == b"\7" * 100 + b"x" * 100
 
 
+@pytest.mark.parametrize("disk", ["directory"], indirect=True)
+def test_a_reader_does_not_take_the_error_that_is_meant_for_the_writer(disk: Path) -> None:
+    """Its close makes the kernel send the write that goes past the end."""
+    with opened(disk) as fd:
+        os.pwrite(fd, b"x" * 4096, SIZE - 100)
+        os.close(os.open(disk, os.O_RDONLY))
+        with fails(errno.ENOSPC):
+            os.fsync(fd)
+    assert settled_size(disk) == SIZE
+
+
 def test_a_disk_cannot_be_overfilled(disk: Path, tmp_path: Path) -> None:
     """Writing more than fits says so, and all that fits is there."""
     source = tmp_path / "source"
