@@ -29,7 +29,7 @@ _INVALIDATE: Final = struct.Struct("=IiQQqq")
 _NOTIFY_INVAL_INODE: Final = 2
 """A length of 0 reaches to the last page that the kernel has."""
 
-_FORGET_SECONDS: Final = 0.25
+_FORGET_SECONDS: Final = 1.0
 _TRIES: Final = 1000
 _TRY_SECONDS: Final = 0.001
 
@@ -77,7 +77,7 @@ class Laundering:
         return await self.launder(view, 0)
 
     async def forget_soon(self, view: View) -> bool:
-        """Have the kernel drop all pages that it caches of a disk, within a fraction of a second.
+        """Have the kernel drop all pages that it caches of a disk, within about a second.
 
         Returns:
             False if the kernel did not do so in that time, or cannot be asked.  It can still

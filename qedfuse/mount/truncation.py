@@ -86,7 +86,8 @@ class Truncation:
         try:
             await view.disk.discard(0, view.disk.size)
         finally:
-            # Also after a failure: what the disk holds now is what programs have to see.
+            # Also after a failure: what the disk holds now is what programs have to see, if
+            # not before the answer, then as soon as dirty pages have been written back.
             forgotten = await self._forget_pages(view)
         return forgotten
 

@@ -206,8 +206,8 @@ def test_nothing_old_is_seen_anywhere(way: str, tmp_path: Path) -> None:
             assert cached[:16] == OLD * 16
             assert mapped is None or mapped[:] == cached
             truncate(disk, fd)
-            assert mapped is None or mapped[:] == bytes(SIZE)
             assert os.fstat(fd).st_size == disk.stat().st_size == SIZE
+            assert mapped is None or mapped[:] == bytes(SIZE)
             assert os.lseek(fd, 0, os.SEEK_END) == SIZE
             assert os.pread(fd, SIZE, 0) == bytes(SIZE)
             assert read_direct(disk) == read_mapped(disk) == bytes(SIZE)
@@ -227,7 +227,7 @@ def test_dirty_pages_of_a_map_do_not_come_back(way: str, tmp_path: Path) -> None
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
         with mmap.mmap(fd, SIZE) as mapped:
-            for truncate in WAYS.values():
+            for truncate in (WAYS["O_WRONLY"], WAYS["by handle"]):
                 for at in range(0, SIZE, PAGE):
                     mapped[at] = 1
                 truncate(disk, fd)
@@ -279,11 +279,13 @@ def test_a_truncation_that_fails_is_not_hidden_by_the_cache(tmp_path: Path) -> N
         with pytest.raises(OSError) as caught:  # noqa: PT011
             os.ftruncate(fd, 0)
         assert caught.value.errno == errno.EIO
-        seen = [os.pread(fd, 512, at) for at in good]
+        deadline, seen = time.monotonic() + 10, [OLD]
+        while any(map(any, seen)) and time.monotonic() < deadline:
+            seen = [os.pread(fd, 512, at) for at in good]
         os.close(fd)
         mount.process.terminate()
         assert mount.finish()[0] == 0
-    assert seen == [bytes(512)] * 2
+    assert seen == [bytes(512)] * 2, "before the answer, or soon on a busy machine"
 
 
 @pytest.mark.parametrize(
