@@ -202,6 +202,36 @@ async def test_the_list_is_invalid_before_the_first_change(change: str) -> None:
     assert listed(file.content)
 
 
+@pytest.mark.parametrize("together", [False, True])
+async def test_the_bound_holds_while_a_long_scan_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, *, together: bool
+) -> None:
+    """Where the file may not grow any more, a write waits for the clusters that the scan finds."""
+    monkeypatch.setattr(scan, "_SHORT_SCAN_BYTES", 0)
+    clusters, data, leaked = 60, 22, 20
+    numbers = range(data + leaked)
+    content = build_image(clusters * CLUSTER, {n: pattern(CLUSTER, n) for n in numbers})
+    for number in numbers[1 : 2 * leaked : 2]:
+        put_entry(content, l2_entry_offset(content, number), 0)
+    put_list(content)
+    expected = b"".join(pattern(CLUSTER, n + 1) for n in range(clusters))
+    file = MemoryFile(content)
+    async with opened(file) as disk:
+        bound = disk.statistics().bound_bytes
+        assert len(content) < bound < len(content) + leaked * CLUSTER
+        if together:
+            async with trio.open_nursery() as nursery:
+                for n in range(clusters):
+                    nursery.start_soon(disk.write, n * CLUSTER, pattern(CLUSTER, n + 1))
+        else:
+            await disk.write(0, expected)
+        assert await disk.read(0, disk.size) == expected
+        await disk.flush()
+        assert len(file.content) <= bound
+    check_true(file.content)
+    assert guest_bytes(file.content) == expected
+
+
 async def test_off_drops_the_list_and_gives_its_clusters_back() -> None:
     """Older programs can open the image again; where the list was, there is a hole."""
     content = with_list()
