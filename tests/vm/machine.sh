@@ -138,7 +138,7 @@ boot_machine() {
     done < <(exec timeout --kill-after 5 "${limit:-1800}" qemu-system-x86_64 \
         -accel "${VM_ACCEL:-tcg,thread=multi}" -cpu max -m "${memory:-1500}" -smp 2 \
         -kernel "$place/kernel" -initrd "$place/initrd" \
-        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/bin/sh -- -c \"$first\"" \
+        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 no_timer_check init=/bin/sh -- -c \"$first\"" \
         -drive "file=$run/disk.qcow2,if=none,id=system,discard=unmap" \
         -device "virtio-blk-pci,drive=system" \
         -drive "file=$run/tree.tar,format=raw,if=none,id=tree,readonly=on" \
