@@ -12,7 +12,7 @@ import trio
 from qedfuse.errors import HostError, NoSpaceError, ReadOnlyError
 from tests.crash.cases import Case
 from tests.crash.workloads import Workload
-from tests.support.disks import WRITABLE, header_of, inspect_image
+from tests.support.disks import UNCOMPACTED, WRITABLE, header_of, inspect_image
 from tests.support.explorer import Explorer
 from tests.support.hostfiles import SECTOR, FailingFile, RecordingFile
 
@@ -40,7 +40,7 @@ ALONE: Final = Case(
 )
 """One task and nothing in the background: who fails is who is told."""
 
-PLAIN: Final = replace(ALONE, name="plain", options=replace(WRITABLE, compact="off"))
+PLAIN: Final = replace(ALONE, name="plain", options=UNCOMPACTED)
 """The same without the compaction at the end, whose failures cost space and are logged."""
 
 TOGETHER: Final = replace(ALONE, name="together", depth=0, grows=0, tasks=3, rounds=14)
