@@ -400,8 +400,9 @@ def test_without_the_extension(image: Path, tmp_path: Path) -> None:
             "not built when qedfuse was installed\n"
         )
         path = mountpoint / "vm.raw"
-        path.write_bytes(b"x")
         with path.open("r+b") as file:
+            file.write(b"x")
+            file.flush()
             with pytest.raises(OSError) as caught:  # noqa: PT011
                 fallocate(file.fileno(), PUNCH, 0, MIB)
             assert caught.value.errno == errno.EOPNOTSUPP
