@@ -139,8 +139,8 @@ def test_words_of_a_mount(complete: Complete) -> None:
 
 def test_words_of_a_mount_behind_a_comma(complete: Complete) -> None:
     """A second word is completed as the first is."""
-    words = {word.rpartition(",")[2] for word in complete("qedfuse -o ro,comp")}
-    assert words == {"compact"}
+    words = {word.rpartition(",")[2] for word in complete("qedfuse -o ro,grow")}
+    assert words == {"growable"}
 
 
 @pytest.mark.parametrize("line", ["qedimg create -b vm.qed x.qed 1", "qedimg create --table-size "])
