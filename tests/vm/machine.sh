@@ -47,7 +47,10 @@ copy_configuration() {
 # make_base: debootstrap, packages, and a Python environment with what the project needs.
 make_base() {
     local digest
-    digest=$(printf '%s\n' "${machine_packages[@]}" | cat - "$root/pyproject.toml" | sha256sum)
+    digest=$({
+        printf '%s\n' "${machine_packages[@]}"
+        sed -n '/^requires/p; /^dependencies/,/^\]/p; /^test = /,/^\]/p' "$root/pyproject.toml"
+    } | sha256sum)
     [ "$digest" = "$(cat "$place/base.digest" 2>/dev/null)" ] && return
     say "Making the machine (some minutes; once)"
     rm -rf "$base" "$place/base.digest"
@@ -64,7 +67,8 @@ make_base() {
             -o Dpkg::Options::=--force-confold "${machine_packages[@]}"
         in_base sh -euc '
             python3 -m venv /opt/venv
-            /opt/venv/bin/pip install -q setuptools wheel "/src[test]"
+            /opt/venv/bin/pip install -q --upgrade setuptools wheel
+            /opt/venv/bin/pip install -q "/src[test]"
             apt-get clean
             rm -rf /root/.cache /src'
     } >>"$place/log" 2>&1 || die "making the machine failed: see $place/log"
