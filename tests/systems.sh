@@ -133,6 +133,7 @@ enter() {
     unshare --mount --pid --fork --kill-child --propagation private sh -euc '
         directory=$1
         shift
+        mount --bind "$directory" "$directory" # so that "/" is a mount, as everywhere
         mount -t proc proc "$directory/proc"
         mount --rbind /sys "$directory/sys"
         mount --rbind /dev "$directory/dev"
