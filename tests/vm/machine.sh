@@ -69,6 +69,8 @@ make_base() {
             python3 -m venv /opt/venv
             /opt/venv/bin/pip install -q --upgrade setuptools wheel
             /opt/venv/bin/pip install -q "/src[test]"
+            # Only what it needs stays: each run brings its own tree along.
+            /opt/venv/bin/pip uninstall -q -y qedfuse
             apt-get clean
             rm -rf /root/.cache /src'
     } >>"$place/log" 2>&1 || die "making the machine failed: see $place/log"
