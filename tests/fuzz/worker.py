@@ -104,8 +104,14 @@ class Worker:
         data = self._data(length)
         number = self._model.begin(start, data)
         done = os.pwrite(self._fds[which], data, start)
-        assert done == length, f"wrote {done} of {length} bytes at {start}"
+        self._check_written(done, start, length)
         self._model.end(number)
+
+    def _check_written(self, done: int, start: int, length: int) -> None:
+        """Expect that all has been written, or that the server was killed before the rest."""
+        if done != length and self.dead:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        assert done == length, f"wrote {done} of {length} bytes at {start}"
 
     def _write_direct(self, start: int, length: int) -> None:
         """Write with O_DIRECT, whole pages."""
@@ -124,7 +130,7 @@ class Worker:
             number = self._model.begin(start, data)
             with memoryview(buffer)[:length] as view:
                 done = os.pwritev(self._fds[1], [view], start)
-            assert done == length, f"wrote {done} of {length} bytes at {start}"
+            self._check_written(done, start, length)
             self._model.end(number)
 
     def _write_synced(self, start: int, length: int) -> None:
