@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 from typing import TYPE_CHECKING
 
 import trio
@@ -56,7 +57,7 @@ class SizeKeeper:
                     _log.debug("%s: cannot correct the size: %s", view.disk.name, error)
 
     def _correct(self, path: bytes, size: int) -> None:
-        """Truncate a file of the mount to the size that it has.
+        """Make the kernel take the size that a file of the mount has.
 
         Raises:
             OSError: It cannot be reached.
@@ -65,7 +66,13 @@ class SizeKeeper:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             # The mount may be hidden or gone by now, and another file be in its place.
-            if os.fstat(fd).st_dev == self._device:
+            found = os.fstat(fd)
+            if found.st_dev == self._device and found.st_size == size:
+                # Without the write-back cache the kernel takes the size from any answer that
+                # changes attributes.  A truncation would make it ignore the size in answers
+                # to others meanwhile.
+                os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode))  # noqa: PTH101
+            elif found.st_dev == self._device:
                 # Dirty pages behind the end vanish with the truncation.  They have to
                 # fail first, or nobody would ever tell their writer.
                 with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ def run_watched(seed: int, directory: Path) -> None:
         AssertionError: It has found something.
     """
     sys.stderr.flush()
+    faulthandler.enable()
     faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True)
     try:
         run_case(seed, directory)
