@@ -45,7 +45,7 @@ from qedfuse.mount.runtime import MountNote, NoteKeeper, process_start
 from qedfuse.mount.scheduler import scheduled
 from qedfuse.mount.sizes import SizeKeeper
 from qedfuse.mount.space import SpaceRequests
-from qedfuse.mount.stopping import InterruptedMountError, Stopper
+from qedfuse.mount.stopping import InterruptedMountError, Shutdown, Stopper, ignore_signals
 from qedfuse.mount.trimming import Trimmer
 from qedfuse.mount.unmount import unmount
 from qedfuse.mount.view import View
@@ -107,6 +107,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
             told = failure or crash
             code = failure.exit_code if failure is not None else 70
             session.finish(None if told is None else str(told) or type(told).__name__, code)
+            ignore_signals()
     return 0 if failure is None else failure.exit_code
 
 
@@ -169,6 +170,8 @@ class _Session:
         if self._stopper.interrupted:
             msg = f"{printable(self._request.mountpoint)}: not mounted: interrupted"
             raise InterruptedMountError(msg)
+        if self._stopper.failure is not None:
+            raise self._stopper.failure
 
     async def _open_and_serve(self, nursery: trio.Nursery) -> None:
         """Open the disks, serve them, and close them whatever happens."""
@@ -188,9 +191,8 @@ class _Session:
             if request.fake:
                 return
             self._find_watchers()
-            await self._attach_and_serve(views, claim, directory=directory)
             opened = [view.disk for view in views]
-            self._stopper.closing(opened)
+            await self._attach_and_serve(views, claim, directory=directory)
             if options.compact == "auto":
                 # Each keeps to the time by itself; they are closed one after the other.
                 nursery.start_soon(_stop_compacting, opened, options.compact_seconds)
@@ -289,16 +291,18 @@ class _Session:
             missing = extraops.serve(SpaceRequests(operations, nursery, laundering))
             if missing is not None:
                 _log.warning("without fallocate and lseek: discards free nothing: %s", missing)
-            self._stopper.mounted(operations, mountpoint, entry.device)
-            self._tell_ready()
-            if untuned is not None and self._request.options.readahead is None:
-                # For the log: an ordinary user need not hear this at every mount.
-                _log.info("%s: %s", printable(mountpoint), untuned)
-            if self._unprotected is not None and not self._request.options.read_only:
-                # Root can do something about it.
-                level = logging.INFO if os.geteuid() else logging.WARNING
-                _log.log(level, "%s: %s", printable(mountpoint), self._unprotected)
-            await pyfuse3.main(min_tasks=_TASKS)
+            shutdown = Shutdown(operations, mountpoint, entry.device, nursery)
+            disks = [view.disk for view in operations.views.values()]
+            with self._stopper.serving(shutdown, disks):
+                self._tell_ready()
+                if untuned is not None and self._request.options.readahead is None:
+                    # For the log: an ordinary user need not hear this at every mount.
+                    _log.info("%s: %s", printable(mountpoint), untuned)
+                if self._unprotected is not None and not self._request.options.read_only:
+                    # Root can do something about it.
+                    level = logging.INFO if os.geteuid() else logging.WARNING
+                    _log.log(level, "%s: %s", printable(mountpoint), self._unprotected)
+                await pyfuse3.main(min_tasks=_TASKS)
             self._notify("STOPPING=1")
             nursery.cancel_scope.cancel()
 

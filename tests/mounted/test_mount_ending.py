@@ -122,6 +122,96 @@ def test_a_second_signal_ends_a_busy_mount_and_keeps_what_was_written(
     assert qemu.content(image)[:70000] == b"x" * 70000
 
 
+HELD_FLUSH = """
+import sys, threading
+import qedfuse.mount.session  # before pyfuse3: the extension is loaded first
+import pyfuse3
+from qedfuse.mount import stopping
+
+flushing, closed = threading.Event(), threading.Event()
+close, unmount = pyfuse3.close, stopping.unmount
+
+def hold(mountpoint):
+    flushing.set()
+    assert closed.wait(20)
+    print("the flush returns", file=sys.stderr)
+
+def unmount_later(mountpoint, **how):
+    assert flushing.wait(20)
+    unmount(mountpoint, **how)
+
+def close_and_release(**how):
+    close(**how)
+    closed.set()
+
+stopping.sync_mount, stopping.unmount, pyfuse3.close = hold, unmount_later, close_and_release
+"""
+
+
+def test_a_signal_that_is_acted_on_when_the_mount_ends_does_no_harm(
+    image: Path, tmp_path: Path
+) -> None:
+    """What the second signal has started ends with the mount: libfuse has no session any more."""
+    with front(image, tmp_path / "mnt", prelude=HELD_FLUSH) as mount:
+        put(mount.mountpoint / "vm.raw", b"x" * (4 << 20))
+        mount.signal(signal.SIGTERM)
+        mount.signal(signal.SIGHUP)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert "the flush returns\n" in log
+    assert not need_check(image)
+    assert qemu.content(image)[: 4 << 20] == b"x" * (4 << 20)
+
+
+LATE_SIGNALS = """
+import atexit, logging, os, signal
+
+class Late(logging.Handler):
+    def emit(self, record):
+        if "the images are closed" in record.getMessage():
+            os.write(2, b"late\\n")
+            os.kill(os.getpid(), signal.{name})
+
+logging.getLogger("qedfuse.mount.session").addHandler(Late())
+logging.getLogger("qedfuse.mount.session").setLevel(logging.INFO)
+atexit.register(lambda: (os.write(2, b"later\\n"), os.kill(os.getpid(), signal.{name})))
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_after_the_end_changes_nothing(
+    image: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """When the images are closed the exit code is 0, whatever comes then."""
+    prelude = LATE_SIGNALS.format(name=number.name)
+    with front(image, tmp_path / "mnt", prelude=prelude) as mount:
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert [line for line in log.split() if line.startswith("late")] == ["late", "later"]
+
+
+def test_an_end_by_force_that_loses_data_is_a_failure(image: Path, tmp_path: Path) -> None:
+    """If the time for it ends before everything is durable, the exit code and the log say so."""
+    prelude = (
+        "import qedfuse.mount.session; from qedfuse.mount import stopping\n"
+        "stopping._FORCED_SYNC_SECONDS = 0"
+    )
+    with front(image, tmp_path / "mnt", prelude=prelude) as mount:
+        disk = os.open(mount.mountpoint / "vm.raw", os.O_RDWR)
+        os.write(disk, b"x" * 70000)
+        mount.signal(signal.SIGTERM)
+        assert "still in use" in mount.read_line()
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.close(disk)
+        assert code == 2, log
+        assert f"{mount.mountpoint}: ended by force before everything was durable\n" in log
+        assert not is_mounted(mount.mountpoint)
+    assert qemu.check(image).code == 0
+
+
 def test_a_working_directory_delays_the_end(image: Path, tmp_path: Path) -> None:
     """Somebody's working directory keeps the mount, and leaving it is noticed."""
     with front(image, tmp_path / "mnt") as mount:

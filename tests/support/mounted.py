@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 StrPath: TypeAlias = str | os.PathLike[str]
 
 COMMAND: Final = (sys.executable, "-m", "qedfuse")
+_RUN: Final = """
+import sys
+from qedfuse.cli.starting import mount_program
+sys.exit(mount_program())
+"""
 TREE: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 30.0
 """Seconds after which a command that does not end is taken to hang."""
@@ -171,15 +176,21 @@ class FrontMount:
 
 
 @contextmanager
-def front(*words: StrPath) -> Iterator[FrontMount]:
-    """Mount in front; the last word that is not an option is the mountpoint, as in ``words``."""
+def front(*words: StrPath, prelude: str = "") -> Iterator[FrontMount]:
+    """Mount in front; the last word that is not an option is the mountpoint, as in ``words``.
+
+    ``prelude`` is Python code that the process runs before the command.
+    """
+    command = COMMAND
+    if prelude:
+        command = (sys.executable, "-c", f"{prelude}\n{_RUN}")
     mountpoint = Path(words[-1])
     if not mountpoint.exists():
         mountpoint.mkdir()
     reading, writing = os.pipe()
     process = subprocess.Popen(
         # The pid file is a pipe: its end tells that the disk is ready.
-        [*COMMAND, "-f", "--pidfile", f"/proc/self/fd/{writing}", *(os.fspath(x) for x in words)],
+        [*command, "-f", "--pidfile", f"/proc/self/fd/{writing}", *(os.fspath(x) for x in words)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

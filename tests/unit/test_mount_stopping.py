@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
+import pyfuse3
 import pytest
 import trio
 
 from qedfuse.disk import compaction
 from qedfuse.errors import HostError
 from qedfuse.mount import stopping
-from qedfuse.mount.stopping import Stopper
+from qedfuse.mount.stopping import SIGNALS, Shutdown, Stopper
 from qedfuse.mount.unmount import BusyError
 from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
 from tests.unit.test_autocompact import GIVEN_UP, full, give_up
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qedfuse.mount.operations import Operations
 
 CLUSTER = 4096
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Restore the handlers that `Stopper.run` replaces until the process exits."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def operations_of(*disks: object) -> Operations:
+    """Stand in for the requests of a mount of some disks that are open for writing."""
+    views = {number: SimpleNamespace(disk=disk, writers=1) for number, disk in enumerate(disks)}
+    served = SimpleNamespace(views=views, write_back=None, opened=1, released=None)
+    return cast("Operations", served)
 
 
 async def end_while_in_use(monkeypatch: pytest.MonkeyPatch, *disks: object) -> None:
@@ -34,15 +55,13 @@ async def end_while_in_use(monkeypatch: pytest.MonkeyPatch, *disks: object) -> N
 
     monkeypatch.setattr(stopping, "unmount", unmount)
     monkeypatch.setattr(stopping, "sync_mount", lambda _mountpoint: None)
-    monkeypatch.setattr(Stopper, "_is_ours", lambda _self: True)
-    views = {number: SimpleNamespace(disk=disk, writers=1) for number, disk in enumerate(disks)}
-    stopper = Stopper()
-    operations = SimpleNamespace(views=views, write_back=None, opened=1, released=None)
-    stopper.mounted(cast("Operations", operations), "/mnt", "0:99")
+    monkeypatch.setattr(Shutdown, "_is_ours", lambda _self: True)
+    monkeypatch.setattr(stopping, "describe_copies", lambda _device: None)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stopper._unmount_when_idle, "SIGTERM")
+        shutdown = Shutdown(operations_of(*disks), "/mnt", "0:99", nursery)
+        shutdown.receive("SIGTERM")
         await trio.testing.wait_all_tasks_blocked()
-        stopper._wake()
+        shutdown._wake()
     assert not busy
 
 
@@ -113,3 +132,53 @@ async def test_a_signal_ends_the_compaction(
     found = inspect_image(inner.content)
     assert found.errors == ()
     assert 0 < found.leaks < len(GIVEN_UP)
+
+
+@pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")
+@pytest.mark.expect_log("SIGTERM: cannot find its other mounts: [Errno 24] Too many open files")
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_lack_of_descriptors_does_not_end_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mount table is read again when there may be descriptors; then it is unmounted."""
+    lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+    entry = SimpleNamespace(device="0:99")
+    unmounted: list[str] = []
+
+    def find_mount(_mountpoint: str) -> object:
+        if not unmounted and lack:
+            raise lack.pop()
+        return entry
+
+    def fail(_device: str) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(stopping, "find_mount", find_mount)
+    monkeypatch.setattr(stopping, "unmount", unmounted.append)
+    monkeypatch.setattr(stopping, "describe_copies", fail)
+    async with trio.open_nursery() as nursery:
+        Shutdown(operations_of(), "/mnt", "0:99", nursery).receive("SIGTERM")
+    assert unmounted == ["/mnt"]
+    assert not lack
+
+
+@pytest.mark.expect_log("second signal: ended while in use")
+@pytest.mark.expect_log("/mnt: ended by force before everything was durable")
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_forced_end_that_is_not_durable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush that does not end within its time makes the end a failure of the host."""
+    terminated: list[bool] = []
+
+    async def never_flush() -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(stopping, "find_mount", lambda _mountpoint: None)
+    monkeypatch.setattr(pyfuse3, "terminate", lambda: terminated.append(True))
+    async with trio.open_nursery() as nursery:
+        shutdown = Shutdown(
+            operations_of(SimpleNamespace(flush=never_flush)), "/mnt", "0:99", nursery
+        )
+        shutdown._signals = 1
+        shutdown.receive("SIGTERM")
+    assert terminated
+    assert isinstance(shutdown.failure, HostError)

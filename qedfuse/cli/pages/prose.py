@@ -81,7 +81,8 @@ Run by mount(8), `-f` does everything but mount, and `-s` drops options that are
 
 QEDFUSE_SIGNALS: Final = """\
 `SIGTERM` and `SIGINT` make everything durable at once and unmount; a disk that is in use
-is served until its last close.  A second one does not wait for that.
+is served until its last close.  A second one does not wait for that: after 10 seconds the
+mount ends also if not everything is durable; then the log says so and the exit code is 2.
 """
 
 QEDFUSE_EXAMPLES: Final = """\
