@@ -53,7 +53,8 @@ async def create_image(
     Raises:
         UsageError: A size is out of its range, the name is too long, or the file is there.
         ImageError: What is there is not a regular file.
-        ImageInUseError: Somebody has the old file open.
+        ImageInUseError: Somebody has the old file open, or has put another one there
+            meanwhile.
         HostError: The file cannot be made; an old one is as it was.
     """
     # Loaded late: who makes images by `make_image` does not wait for an event loop to load.
@@ -89,12 +90,13 @@ def make_image(
     Raises:
         UsageError: The file is there.
         ImageError: What is there is not a regular file.
-        ImageInUseError: Somebody has the old file open.
+        ImageInUseError: Somebody has the old file open, or has put another one there
+            meanwhile.
         HostError: The host refused, or is full; nothing is left behind.
     """
     with ExitStack() as stack:
-        hold_old(path, stack, overwrite=overwrite)
-        new = stack.enter_context(NewFile(path, overwrite=overwrite, mode=mode))
+        old = hold_old(path, stack, overwrite=overwrite)
+        new = stack.enter_context(NewFile(path, mode=mode, old=old, overwrite=overwrite))
         try:
             _write_empty(new.path, header, os.fsencode(backing or ""))
             if fill is not None:

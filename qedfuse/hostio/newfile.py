@@ -8,7 +8,7 @@ import secrets
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
-from qedfuse.errors import HostError, UsageError, cannot_open
+from qedfuse.errors import HostError, ImageInUseError, QedError, UsageError, cannot_open
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -27,14 +27,24 @@ class NewFile:
         path: The temporary name; an empty file is there when the block begins.
     """
 
-    def __init__(self, path: str, *, overwrite: bool = False, mode: int = 0o644) -> None:
-        """Prepare to make ``path``; an existing file is replaced only with ``overwrite``.
+    def __init__(
+        self, path: str, *, mode: int = 0o644, old: int | None = None, overwrite: bool = False
+    ) -> None:
+        """Prepare to make ``path``; no other file than ``old`` is replaced.
 
-        ``mode`` is the permissions of a file where there was none, less the umask.
-        Of a symbolic link what it leads to is replaced, as programs do that write into it.
+        Args:
+            path: The final name.  If it is a symbolic link to ``old``, what it leads to is
+                replaced, as programs do that write into it.
+            mode: Permissions of a file where there was none, less the umask.
+            old: Descriptor of the file to replace, as `hold_old` returns it; it must
+                stay open.  Its owner, permissions and attributes are copied.
+            overwrite: Whether the user has agreed to replace a file.  Chooses between two
+                messages, and nothing else.
         """
-        self._final = os.path.realpath(path) if overwrite and os.path.islink(path) else path  # noqa: PTH114  a name, not a Path
+        follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
+        self._final = os.path.realpath(path) if follows else path
         self._name = printable(path)
+        self._old = old
         self._overwrite = overwrite
         self._mode = mode
         self._there = False
@@ -47,13 +57,14 @@ class NewFile:
 
         Raises:
             UsageError: There is a file of the final name, and it is not to be replaced.
+            ImageInUseError: As `commit`.
             HostError: The host refused.
         """
-        if os.path.lexists(self._final) and not self._overwrite:
-            raise self._exists()
+        if self._old is None and os.path.lexists(self._final):
+            raise self._taken()
         try:
-            # What replaces a file may be for as few eyes as that is.
-            mode = 0o600 if os.path.lexists(self._final) else self._mode
+            # The replaced file may be private.
+            mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
             raise cannot_open(self._final, error) from error
@@ -76,15 +87,17 @@ class NewFile:
         Without ``durable`` the host may lose it, or some of it, when its power fails soon.
 
         Raises:
-            UsageError: There is a file of that name now.
+            UsageError: A file of that name has appeared.
+            ImageInUseError: The same, where the user has agreed to replace a file: another
+                one than the caller has locked, so it may be in use.
             HostError: The host refused.
         """
         try:
+            if self._old is not None:
+                _copy_attributes(self._old, self.path)
             if durable:
                 self._sync(self.path)
-            if self._overwrite:
-                if os.path.exists(self._final):  # noqa: PTH110
-                    _take_after(self._final, self.path)
+            if self._old is not None and self._is_at_name(self._old):
                 os.replace(self.path, self._final)  # noqa: PTH105
             else:
                 self._take_name()
@@ -95,12 +108,25 @@ class NewFile:
                 with suppress(PermissionError):
                     self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
-            raise self._exists() from error
+            raise self._taken() from error
         except OSError as error:
             raise HostError.from_os(error, self._name, "cannot make") from error
 
-    def _exists(self) -> UsageError:
-        """Say that the name is taken."""
+    def _is_at_name(self, old: int) -> bool:
+        """Tell whether the final name still leads to the file that is open as ``old``."""
+        try:
+            found = os.lstat(self._final)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(old))
+
+    def _taken(self) -> QedError:
+        """Make the error for a file of the final name that must not be replaced."""
+        if self._overwrite:
+            return ImageInUseError(
+                f"{self._name}: found a file that another process has put there meanwhile, "
+                "expected the file, or none, that was there at the start: not replaced"
+            )
         return UsageError(f"{self._name}: exists already (--force replaces it)")
 
     def _take_name(self) -> None:
@@ -130,13 +156,13 @@ class NewFile:
             os.close(fd)
 
 
-def _take_after(old: str, new: str) -> None:
+def _copy_attributes(old: int, new: str) -> None:
     """Give a new file the owner, the mode and the attributes of the one that it replaces.
 
     Access control lists are such attributes.  Only root may give a file away; what cannot
     be had is left as it is.
     """
-    there = os.stat(old)  # noqa: PTH116  a name, not a Path
+    there = os.fstat(old)
     with suppress(OSError):
         os.chown(new, -1, there.st_gid)
     with suppress(OSError):

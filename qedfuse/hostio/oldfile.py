@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
 
-def hold_old(path: str, stack: ExitStack, *, overwrite: bool, in_place: bool = False) -> None:
-    """Lock the file that is about to be replaced, if there is one, until ``stack`` ends.
+def hold_old(path: str, stack: ExitStack, *, overwrite: bool, in_place: bool = False) -> int | None:
+    """Lock the file that is about to be replaced until ``stack`` ends; return its descriptor.
+
+    Returns None if there is no such file.
 
     Args:
         path: Its name.
@@ -30,7 +32,7 @@ def hold_old(path: str, stack: ExitStack, *, overwrite: bool, in_place: bool = F
         ImageInUseError: Somebody has it open as an image.
     """
     if not os.path.lexists(path):
-        return
+        return None
     if in_place:
         _refuse_special(path)
     if not overwrite:
@@ -40,6 +42,7 @@ def hold_old(path: str, stack: ExitStack, *, overwrite: bool, in_place: bool = F
     fd = open_regular(path, os.O_RDONLY)
     stack.callback(os.close, fd)
     lock_image(fd, LockMode.WRITE, printable(path))
+    return fd
 
 
 def _refuse_special(path: str) -> None:

@@ -88,6 +88,8 @@ async def convert(
 
     Raises:
         UsageError: What was asked for makes no sense.
+        ImageInUseError: Somebody has the old file open, or has put another one there
+            meanwhile.
         QedError: The source cannot be read, or the target cannot be made.
     """
     layout = layout or Layout()
@@ -232,8 +234,8 @@ class _Work:
         if layout.backing is not None:
             refuse_loop(self.path, layout.backing)
         with ExitStack() as stack:
-            hold_old(self.path, stack, overwrite=overwrite, in_place=True)
-            new = stack.enter_context(NewFile(self.path, overwrite=overwrite))
+            old = hold_old(self.path, stack, overwrite=overwrite, in_place=True)
+            new = stack.enter_context(NewFile(self.path, old=old, overwrite=overwrite))
             if layout.format not in {"raw", "qed"}:
                 size, data = await self._through_qemu(new)
             else:

@@ -84,7 +84,8 @@ def create(
     Raises:
         UsageError: A size or the geometry makes no sense, or the file is there.
         BackingError: The base is missing or not what it is said to be.
-        ImageInUseError: Somebody has the old file open.
+        ImageInUseError: Somebody has the old file open, or has put another one there
+            meanwhile.
         HostError: The host refused, or is full; nothing is left behind.
     """
     if backing == "":

@@ -7,16 +7,23 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.errors import UsageError
+from qedfuse.errors import ImageInUseError, UsageError
 from qedfuse.hostio.newfile import NewFile
+from qedfuse.hostio.oldfile import hold_old
+from qedfuse.tools.convert import convert
+from qedfuse.tools.creation import create
 from tests.support import qemu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -48,6 +55,54 @@ def test_somebody_elses_file_is_never_replaced(
         new.commit()
     assert (tmp_path / "b").read_bytes() == b"ours"
     assert names(tmp_path) == {"a", "b"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("command", ["create", "convert"])
+@pytest.mark.parametrize("at_start", ["nothing", "a file", "a link"])
+def test_force_replaces_only_what_was_there_at_the_start(
+    *, at_start: str, command: str, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that another process puts there meanwhile was never locked, so it may be in use."""
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
+    raw, path, theirs = tmp_path / "raw", tmp_path / "a.qed", tmp_path / "theirs"
+    place = tmp_path / "place.qed" if at_start == "a link" else path
+    raw.write_bytes(b"x" * 512)
+    theirs.write_bytes(b"theirs")
+    if at_start != "nothing":
+        place.write_bytes(b"old")
+    if at_start == "a link":
+        path.symlink_to("place.qed")
+    moves: list[Path] = []
+
+    def meanwhile(*_: object) -> None:
+        if not moves:
+            moves.append(theirs.rename(place))
+
+    make: dict[str, Callable[[], object]] = {
+        "create": partial(create, str(path), 1 << 20, overwrite=True, fill=meanwhile),
+        "convert": partial(
+            trio.run, partial(convert, str(raw), str(path), overwrite=True, progress=meanwhile)
+        ),
+    }
+    with pytest.raises(ImageInUseError, match="qed: found a file that another process") as caught:
+        make[command]()
+    assert "\n" not in str(caught.value)
+    assert moves
+    assert place.read_bytes() == b"theirs"
+    assert names(tmp_path) == {"raw", "a.qed", place.name}
+
+
+def test_force_where_the_old_file_is_removed_meanwhile(tmp_path: Path) -> None:
+    """The name is free, so the new file takes it, with the permissions of the old one."""
+    path = tmp_path / "a.qed"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    create(str(path), 1 << 20, overwrite=True, fill=lambda _name: path.unlink())
+    assert qemu.check(path).code == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert names(tmp_path) == {"a.qed"}
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "\N{EURO SIGN}" * 85], ids=["ascii", "euro"])
@@ -85,7 +140,9 @@ def test_who_could_use_the_old_file_can_use_the_new_one(tmp_path: Path) -> None:
     os.chown(path, 1234, 2345)
     path.chmod(0o640)
     os.setxattr(path, "user.comment", b"mine")
-    with NewFile(str(path), overwrite=True) as new:
+    with ExitStack() as stack:
+        old = hold_old(str(path), stack, overwrite=True)
+        new = stack.enter_context(NewFile(str(path), old=old, overwrite=True))
         assert stat.S_IMODE(os.stat(new.path).st_mode) == 0o600  # noqa: PTH116  a name
         new.commit()
     info = path.stat()
