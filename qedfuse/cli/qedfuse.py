@@ -277,6 +277,7 @@ def _mount(arguments: Arguments) -> int:
     from qedfuse.mount.logs import (  # noqa: PLC0415
         log_to,
         log_to_stderr,
+        log_to_stderr_without_waiting,
         log_what_nobody_catches,
         system_log,
     )
@@ -307,8 +308,14 @@ def _mount(arguments: Arguments) -> int:
         request = MountRequest(sources, mountpoint, options, pidfile or None, arguments.fake, words)
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
 
+    def ready_in_front() -> None:
+        if arguments.debug:  # a user who asked for every request waits for the reader
+            _log.debug("ready")
+        else:
+            log_to_stderr_without_waiting()
+
     if arguments.foreground or arguments.fake:
-        return serve(lambda: _log.debug("ready"))
+        return serve(ready_in_front)
 
     from qedfuse.mount.daemon import run_in_background  # noqa: PLC0415
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import sys
 import threading
@@ -11,6 +10,7 @@ import traceback
 import warnings
 from typing import Final, TextIO
 
+from qedfuse.mount.logsinks import StderrHandler, SystemLogHandler
 from qedfuse.util.text import printable
 
 _log = logging.getLogger(__name__)
@@ -87,6 +87,16 @@ def log_to_stderr(*, debug: bool = False) -> None:
     logging.getLogger("qedfuse").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
+def log_to_stderr_without_waiting() -> None:
+    """Show messages on stderr as far as its reader takes them; the others are counted.
+
+    For the time in which disks are served: a reader that is stopped must not stop them.
+    """
+    handler = StderrHandler(sys.stderr.fileno())
+    handler.setFormatter(_LineFormatter(tracebacks=False))
+    log_to(handler)
+
+
 def system_log(path: str = _SYSLOG) -> logging.Handler:
     """Connect to the system's log; where there is none, the handler drops everything.
 
@@ -99,12 +109,9 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
     try:
         directory, name = os.path.split(os.path.realpath(path))
         handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        handler = logging.handlers.SysLogHandler(
-            f"/proc/self/fd/{handle}/{name}", facility=logging.handlers.SysLogHandler.LOG_DAEMON
-        )
     except OSError:  # no log daemon, as in most containers
         return logging.NullHandler()
-    handler.ident = f"qedfuse[{os.getpid()}]: "
+    handler = SystemLogHandler(f"/proc/self/fd/{handle}/{name}")
     # With tracebacks: the log is the place for them.
     handler.setFormatter(_TracebackFormatter("%(message)s"))
     return handler

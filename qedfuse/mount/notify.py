@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import stat
+import threading
 from typing import Final
 
 from qedfuse.errors import HostError
@@ -30,6 +31,7 @@ class ServiceManager:
         A manager that does not listen is no reason to fail.
         """
         self._socket: socket.socket | None = None
+        self._sender: threading.Thread | None = None
         address = os.environ.get("NOTIFY_SOCKET", "")
         if not address.startswith(("/", "@")):
             return
@@ -44,16 +46,39 @@ class ServiceManager:
             self._socket = connection
 
     def notify(self, state: str) -> None:
-        """Send a line such as ``READY=1``; nothing happens if nobody listens."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.send(state.encode())
+        """Send a line such as ``READY=1``; nothing happens if nobody listens.
+
+        The caller never waits: a manager that is stopped must not stop the disks.  It may
+        be only slow, though, and then a thread waits for it.
+        """
+        if self._socket is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._sender is None:
+                try:
+                    self._socket.send(state.encode(), socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    pass
+                else:
+                    return
+            self._sender = threading.Thread(
+                target=_send_after, args=(self._sender, self._socket.dup(), state), daemon=True
+            )
+            self._sender.start()
 
     def close(self) -> None:
         """Disconnect."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
+    """Send a line when the lines before it have been sent, however long that takes."""
+    if earlier is not None:
+        earlier.join()
+    with connection, contextlib.suppress(OSError):
+        connection.send(state.encode())
 
 
 class PidFile:

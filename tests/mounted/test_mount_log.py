@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.disks import build_image, l2_entry_offset, put_entry
-from tests.support.mounted import front
+from tests.support.mounted import TIMEOUT, front
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,3 +43,32 @@ def test_each_error_is_logged_once_and_the_rest_is_counted(tmp_path: Path) -> No
         f"qedfuse: {path}: 50 more errors not logged one by one, the last: {path}: L1 entry 0: "
         "L2 entry 149: found"
     )
+
+
+def test_a_stopped_reader_of_the_log_does_not_stop_the_disk(tmp_path: Path) -> None:
+    """A mount in front whose standard error is full goes on, and says later what is missing."""
+    path = tmp_path / "bad.qed"
+    image = build_image(512 * CLUSTER, dict.fromkeys(range(2), b"x"))
+    put_entry(image, l2_entry_offset(image, 0), 1 << 40)
+    path.write_bytes(image)
+    with front("-o", "ro,direct_io", path, tmp_path / "mnt") as mount:
+        pipe = os.open(f"/proc/{mount.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(pipe, b"." * 4095 + b"\n")
+        os.close(pipe)
+        # Nothing but the end of the server ends a read that it does not answer.
+        watchdog = threading.Timer(TIMEOUT, mount.process.kill)
+        watchdog.start()
+        disk = os.open(mount.mountpoint / "bad.raw", os.O_RDONLY)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pread(disk, CLUSTER, 0)
+        assert os.pread(disk, 1, CLUSTER) == b"x"
+        os.close(disk)
+        watchdog.cancel()
+        assert mount.read_line() == "." * 4095 + "\n"
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+    assert code == 0, log
+    assert "1 message was dropped here" in log
+    assert "the images are closed" in log

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import pytest
 
 from qedfuse.mount.logs import system_log
+from qedfuse.mount.logsinks import StderrHandler
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,3 +121,85 @@ def test_what_nobody_catches_is_logged_in_a_line() -> None:
         "qedfuse: internal error: exception ignored: ValueError: destructor (<string>:7)",
         "qedfuse: internal error: a thread has ended: KeyError: 'thread' (<string>:10)",
     ]
+
+
+def fill(writer: int) -> None:
+    """Write to a pipe until it takes nothing more."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
+def test_a_log_daemon_that_does_not_read_is_not_waited_for(
+    tmp_path: Path, kind: socket.SocketKind
+) -> None:
+    """What it does not take is counted, and the number is logged when it reads again."""
+    number = 4000  # more than any queue takes
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
+        listener.bind(str(tmp_path / "log"))
+        if kind == socket.SOCK_STREAM:
+            listener.listen()
+        handler = system_log(str(tmp_path / "log"))
+        stack.callback(handler.close)
+        for _ in range(number):
+            handler.handle(record())
+        if kind == socket.SOCK_STREAM:
+            listener, _address = listener.accept()
+            stack.enter_context(listener)
+        listener.settimeout(0)
+        waiting = receive_all(listener)
+        assert 0 < waiting.count("it failed") < number
+        handler.handle(record())
+        dropped, message = receive_all(listener).split("\0")[:2]
+        expected = f"{number - waiting.count('it failed')} messages were dropped here"
+        assert expected in dropped
+        assert message.endswith(": it failed")
+        handler.handle(record())
+        assert receive_all(listener).count("\0") == 1
+
+
+def receive_all(listener: socket.socket) -> str:
+    """Take all messages that wait."""
+    received = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            received.append(listener.recv(1 << 20).decode())
+    return "".join(received)
+
+
+def test_a_log_daemon_that_is_there_later_gets_the_number(tmp_path: Path) -> None:
+    """What was logged while it was not there counts as dropped."""
+    handler = system_log(str(tmp_path / "log"))
+    handler.handle(record())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "log"))
+        handler.close()
+        assert "1 message was dropped here" in receive(listener)
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for() -> None:
+    """Standard error of a mount in front: a pager that is stopped must not stop the disks."""
+    reader, writer = os.pipe()
+    filler = os.open(f"/proc/self/fd/{writer}", os.O_WRONLY | os.O_NONBLOCK)
+    handler = StderrHandler(writer)
+    try:
+        fill(filler)
+        handler.handle(record())
+        handler.handle(record())
+        os.read(reader, 1 << 20)
+        handler.handle(record())
+        assert os.get_blocking(writer)  # others share it
+        report, message = os.read(reader, 1 << 20).decode().splitlines()
+        assert report.startswith("2 messages were dropped here")
+        assert message == "it failed"
+        fill(filler)
+        os.close(reader)
+        reader = -1
+        handler.handle(record())  # a broken pipe
+    finally:
+        handler.close()
+        for descriptor in (reader, writer, filler):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

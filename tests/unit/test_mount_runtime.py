@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -208,3 +208,25 @@ def test_systemd_is_notified(
     monkeypatch.delenv("NOTIFY_SOCKET")
     with closing(ServiceManager()) as nobody:
         nobody.notify("READY=1")
+
+
+def test_a_service_manager_that_is_slow_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines arrive in their order once it reads: a lost READY would end the service."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        with closing(ServiceManager()) as manager:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+                other.connect(str(tmp_path / "notify"))
+                other.settimeout(0)
+                with suppress(BlockingIOError):
+                    while True:
+                        other.send(b"WATCHDOG=1")
+            manager.notify("READY=1")
+            manager.notify("STOPPING=1")
+        received = [b""]
+        while received[-1] != b"STOPPING=1":
+            received.append(listener.recv(100))
+    assert received[-3:] == [b"WATCHDOG=1", b"READY=1", b"STOPPING=1"]

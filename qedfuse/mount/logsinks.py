@@ -1,0 +1,147 @@
+"""Log handlers that never wait for the reader of the log.
+
+The event loop logs, and while it waits no disk is served.  The reader of the log may even
+wait for one of the disks, when it keeps its files there.  So a message that the reader does
+not take now is dropped and counted, and the number is logged before the next message.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+from abc import abstractmethod
+from logging.handlers import SysLogHandler
+from typing import Final
+
+_PIECE_BYTES: Final = select.PIPE_BUF
+"""What a pipe or a socket takes without waiting once poll(2) reports that it is writable."""
+
+
+class DroppingHandler(logging.Handler):
+    """Sends messages without waiting, and counts those that it had to drop."""
+
+    def __init__(self) -> None:
+        """Begin with nothing dropped."""
+        super().__init__()
+        self._dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a message, or drop it."""
+        try:
+            self._report_dropped()
+            if self._dropped or not self.try_send(record):
+                self._dropped += 1
+        except Exception:  # noqa: BLE001  as in every handler: a bug here must not fail a request
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Report what has been dropped if the reader takes messages again."""
+        self.acquire()
+        try:
+            self._report_dropped()
+        finally:
+            self.release()
+        super().close()
+
+    def _report_dropped(self) -> None:
+        """Send the number of messages that were dropped since the last report."""
+        if self._dropped:
+            messages = "message was" if self._dropped == 1 else "messages were"
+            text = f"{self._dropped} {messages} dropped here: the reader of the log was too slow"
+            report = logging.LogRecord(__name__, logging.WARNING, "", 0, text, (), None)
+            if self.try_send(report):
+                self._dropped = 0
+
+    @abstractmethod
+    def try_send(self, record: logging.LogRecord) -> bool:
+        """Format and send a message; return False if it was not sent, or not all of it."""
+
+
+class StderrHandler(DroppingHandler):
+    """Writes a line for each message to standard error, as far as that takes it."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Write to ``descriptor``, which stays open."""
+        super().__init__()
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def try_send(self, record: logging.LogRecord) -> bool:
+        """Write in pieces that a writable pipe takes at once; see `DroppingHandler`."""
+        data = (self.format(record) + "\n").encode(errors="backslashreplace")
+        try:
+            while data:
+                # O_NONBLOCK would also change the terminal for the shell that shares it.
+                if not self._poll.poll(0):
+                    return False
+                data = data[os.write(self._descriptor, data[:_PIECE_BYTES]) :]
+        except OSError:
+            return False
+        return True
+
+
+class SystemLogHandler(DroppingHandler):
+    """Sends messages to the socket of a log daemon."""
+
+    def __init__(self, path: str) -> None:
+        """Send to the socket at ``path``; the first message connects to it."""
+        super().__init__()
+        self._path = path
+        self._identity = f"qedfuse[{os.getpid()}]: "
+        self._socket: socket.socket | None = None
+
+    def close(self) -> None:
+        """Disconnect as well."""
+        super().close()
+        self._disconnect()
+
+    def try_send(self, record: logging.LogRecord) -> bool:
+        """Send to the daemon, also if that has been started anew; see `DroppingHandler`."""
+        name = SysLogHandler.priority_map.get(record.levelname, "warning")
+        priority = SysLogHandler.LOG_DAEMON << 3 | SysLogHandler.priority_names[name]
+        text = f"<{priority}>{self._identity}{self.format(record)}\0"
+        data = text.encode(errors="backslashreplace")
+        return self._try_send_once(data) or (self._socket is None and self._try_send_once(data))
+
+    def _try_send_once(self, data: bytes) -> bool:
+        """Send over the connection, or a new one; disconnect if it is broken."""
+        try:
+            if self._socket is None:
+                self._socket = _connect(self._path)
+            if self._socket.send(data) == len(data):
+                return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        self._disconnect()
+        return False
+
+    def _disconnect(self) -> None:
+        """Close the connection; the next message makes a new one."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def _connect(path: str) -> socket.socket:
+    """Connect to the socket of a log daemon; the connection never blocks.
+
+    Raises:
+        OSError: Nobody listens there.
+    """
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+        connection = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            connection.close()
+            if error.errno != errno.EPROTOTYPE:
+                raise
+        else:
+            return connection
+    raise OSError(errno.EPROTOTYPE, os.strerror(errno.EPROTOTYPE), path)
