@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -56,6 +56,8 @@ def kernel_options(options: MountOptions, source: str) -> set[str]:
 def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
     """Mount; return the descriptor of the connection, which belongs to pyfuse3.
 
+    After an error nothing is mounted.
+
     Raises:
         PrivilegeError: The user may not.
         MountpointError: The kernel does not take the mountpoint.
@@ -63,21 +65,25 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
     """
     before = fuse_descriptors()
     failure = None
-    with _captured_stderr() as chatter:
-        try:
-            pyfuse3.init(operations, mountpoint, kernel_options(options, source))
-        except RuntimeError as error:
-            failure = error
-        said = chatter()
-    if failure is not None:
-        raise _explain(mountpoint, said or str(failure)) from failure
-    if said:
-        sys.stderr.write(f"qedfuse: {printable(said)}\n")
-    new = fuse_descriptors() - before
-    if len(new) != 1:
-        msg = f"{printable(mountpoint)}: found {len(new)} connections after mounting, expected 1"
-        raise FuseError(msg)
-    return new.pop()
+    with ExitStack() as undo:
+        with _captured_stderr() as chatter:
+            try:
+                pyfuse3.init(operations, mountpoint, kernel_options(options, source))
+                undo.callback(pyfuse3.close)  # unmounts
+            except RuntimeError as error:
+                failure = error
+            said = chatter()
+        if failure is not None:
+            raise _explain(mountpoint, said or str(failure)) from failure
+        if said:
+            with suppress(OSError):  # nobody listens
+                sys.stderr.write(f"qedfuse: {printable(said)}\n")
+        new = fuse_descriptors() - before
+        if len(new) != 1:
+            msg = f"{printable(mountpoint)}: found {len(new)} connections, expected a new one"
+            raise FuseError(msg)
+        undo.pop_all()
+        return new.pop()
 
 
 def _explain(mountpoint: str, said: str) -> QedError:

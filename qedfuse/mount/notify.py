@@ -18,6 +18,7 @@ from qedfuse.errors import HostError
 from qedfuse.util.text import printable
 
 _CANNOT_WRITE: Final = "cannot write the pid file"
+_NOT_REPLACEABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 _PID_BYTES: Final = 32
 """No process number is longer."""
 
@@ -89,12 +90,13 @@ class PidFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Open the directory of the file; the file itself stays as it is.
+        """Open the directory of the file; the file itself stays as it is until `write`.
 
         Raises:
             HostError: The directory cannot be opened, or the file is a directory.
         """
         self.path = os.path.realpath(path)
+        self._is_written = False
         self._shown = printable(path)
         directory, self._name = os.path.split(self.path)
         flags = os.O_PATH | os.O_CLOEXEC
@@ -115,25 +117,62 @@ class PidFile:
     def write(self) -> None:
         """Write this process's number, as a line of its own.
 
+        It never waits for a reader.  Readers of a regular file see the old content or the
+        new, and after a failure the old.
+
         Raises:
             HostError: The file cannot be written.
         """
         try:
-            with open(self._open(), "wb", buffering=0) as file:  # noqa: PTH123  a descriptor
-                file.write(b"%d\n" % os.getpid())
+            if self._is_special:
+                self._write_to(f"/proc/self/fd/{self._handle}", None)
+            else:
+                self._replace()
         except OSError as error:
+            if error.errno == errno.ENXIO and stat.S_ISFIFO(os.fstat(self._handle).st_mode):
+                msg = f"{self._shown}: {_CANNOT_WRITE}: found a FIFO that nobody reads"
+                raise HostError(msg, errno.ENXIO) from error
             raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
+        self._is_written = True
 
-    def _open(self) -> int:
-        """Open the file for writing."""
-        if self._is_special:
-            return os.open(f"/proc/self/fd/{self._handle}", os.O_WRONLY | os.O_CLOEXEC)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(self._name, flags, 0o666, dir_fd=self._handle)
+    def _replace(self) -> None:
+        """Write a new file and give it the name."""
+        directory = self._handle
+        new = f".qedfuse.{os.urandom(8).hex()}"
+        try:
+            self._write_to(new, directory, os.O_CREAT | os.O_EXCL)
+            os.rename(new, self._name, src_dir_fd=directory, dst_dir_fd=directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=directory)
+            if error.errno not in _NOT_REPLACEABLE:
+                raise
+            # The user may have been given only the file, also as a mount of its own.
+            try:
+                self._write_to(self._name, directory)
+            except FileNotFoundError:
+                raise error from None
+
+    @staticmethod
+    def _write_to(name: str, directory: int | None, flags: int = 0) -> None:
+        """Write the line over what is at the start of a file, and cut off the rest."""
+        flags |= os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        if directory is not None:
+            flags |= os.O_NOFOLLOW
+        fd = os.open(name, flags, 0o666, dir_fd=directory)
+        with open(fd, "wb", buffering=0) as file:  # noqa: PTH123  a descriptor
+            line = b"%d\n" % os.getpid()
+            if file.write(line) != len(line):
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                file.truncate(len(line))
 
     def remove(self) -> None:
-        """Remove the file if it is still about this process; a special file is left alone."""
-        if self._is_special:
+        """Remove the file if `write` has written it and it is still about this process.
+
+        A special file is left alone.
+        """
+        if self._is_special or not self._is_written:
             return
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         with contextlib.suppress(OSError, ValueError):

@@ -150,8 +150,7 @@ class _Session:
         if self._manager is not None:
             self._manager.close()
         if self._pidfile is not None:
-            if self._is_ready:
-                self._pidfile.remove()
+            self._pidfile.remove()
             self._pidfile.close()
         if self._note is not None:
             self._note.finish(failure, exit_code)
@@ -261,7 +260,8 @@ class _Session:
             for view in views:
                 view.disk.when_flushed(lambda: None)
             laundering.stop()
-            pyfuse3.close(unmount=False)
+            # Without an entry libfuse has to take the mount away, which `_take_back` cannot.
+            pyfuse3.close(unmount=entry is None)
             laundering.wait()
             if entry is not None and not self._is_ready:
                 # Nobody has seen the mount yet, so nothing is lost by taking it away.
@@ -326,11 +326,12 @@ class _Session:
 
         Raises:
             HostError: The pid file cannot be written.
+            QedError: Nobody waits for it any more.
         """
         if self._pidfile is not None:
             self._pidfile.write()
-        self._is_ready = True
         self._ready()
+        self._is_ready = True
         self._notify("READY=1")
 
     def _notify(self, state: str) -> None:

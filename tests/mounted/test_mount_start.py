@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,14 @@ from tests.support import qemu
 from tests.support.mounted import (
     COMMAND,
     IO_FLUSHER,
+    TIMEOUT,
     UNPROTECTED,
     FrontMount,
     clean_up,
     environment,
     front,
     io_flusher_flags,
+    is_locked,
     is_mounted,
     may_be_io_flusher,
     mounted,
@@ -214,6 +217,77 @@ def test_refusals_before_the_mount_leave_no_trace(image: Path, mnt: Path, tmp_pa
     assert "found 2 images" in refused(image, other, mnt, "-o", "overlay=/x", code=1)
     assert not is_mounted(mnt)
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        # The first call is before libfuse mounts.
+        "calls = iter([set, fail]); attach.fuse_descriptors = lambda: next(calls)()",
+        "session.find_new_mount = fail",
+        "session.set_readahead = fail",
+    ],
+)
+def test_a_failure_right_after_the_mount_takes_it_back(
+    image: Path, mnt: Path, failure: str
+) -> None:
+    """Wherever the error comes from, no dead mountpoint is left."""
+    prelude = f"""
+import os
+from qedfuse.mount import session, attach
+
+def fail(*args):
+    os.write(1, b"reached")
+    raise OSError(24, "Too many open files")
+
+{failure}
+"""
+    done = qedfuse(image, mnt, prelude=prelude)
+    assert done.stdout == "reached"
+    assert done.returncode == 70, done
+    assert not is_mounted(mnt)
+    assert not is_locked(image)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_no_mount_is_left_when_the_command_is_ended_before_it_returns(
+    image: Path, mnt: Path, tmp_path: Path, name: str
+) -> None:
+    """Nobody knows of a mount whose command did not return, as under ``timeout 30``."""
+    prelude = f"""
+import os, select, signal
+from qedfuse.mount import daemon
+discard = daemon.discard_standard_streams
+
+def signal_the_command():
+    parent = os.pidfd_open(os.getppid())
+    os.write(1, b"%d" % os.getpid())
+    os.kill(os.getppid(), signal.{name})
+    if signal.{name} == signal.SIGKILL:
+        select.select([parent], [], [])
+    discard()
+
+daemon.discard_standard_streams = signal_the_command
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+    pidfile = tmp_path / "pid"
+    done = qedfuse(image, mnt, "--pidfile", pidfile, prelude=prelude)
+    assert done.returncode == (-9 if name == "SIGKILL" else 130)
+    with suppress(ProcessLookupError):
+        server = os.pidfd_open(int(done.stdout))
+        assert select.select([server], [], [], TIMEOUT)[0]
+        os.close(server)
+    assert not is_mounted(mnt)
+    assert not is_locked(image)
+    assert not pidfile.exists()
+
+
+def test_a_fifo_as_pid_file_is_never_waited_for(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """Without a reader the mount is refused, and taken back."""
+    os.mkfifo(tmp_path / "fifo")
+    line = refused(image, mnt, "--pidfile", tmp_path / "fifo", code=2)
+    assert "found a FIFO that nobody reads" in line
+    assert not is_mounted(mnt)
 
 
 def test_a_mountpoint_in_use_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:

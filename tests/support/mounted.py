@@ -31,15 +31,25 @@ TIMEOUT: Final = 30.0
 """Seconds after which a command that does not end is taken to hang."""
 
 
+def _command(prelude: str) -> tuple[str, ...]:
+    """Give the command, which runs Python code first if there is some."""
+    return (sys.executable, "-c", f"{prelude}\n{_RUN}") if prelude else COMMAND
+
+
 def environment() -> dict[str, str]:
     """Give the environment in which the command is this tree's."""
     return {**os.environ, "PYTHONPATH": str(TREE), "PYTHONWARNINGS": "error"}
 
 
-def qedfuse(*words: StrPath, cwd: StrPath | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, or until it has gone to the background."""
+def qedfuse(
+    *words: StrPath, cwd: StrPath | None = None, prelude: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, or until it has gone to the background.
+
+    ``prelude`` is Python code that the process runs before the command.
+    """
     return subprocess.run(
-        [*COMMAND, *(os.fspath(word) for word in words)],
+        [*_command(prelude), *(os.fspath(word) for word in words)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -181,16 +191,19 @@ def front(*words: StrPath, prelude: str = "") -> Iterator[FrontMount]:
 
     ``prelude`` is Python code that the process runs before the command.
     """
-    command = COMMAND
-    if prelude:
-        command = (sys.executable, "-c", f"{prelude}\n{_RUN}")
     mountpoint = Path(words[-1])
     if not mountpoint.exists():
         mountpoint.mkdir()
     reading, writing = os.pipe()
     process = subprocess.Popen(
         # The pid file is a pipe: its end tells that the disk is ready.
-        [*command, "-f", "--pidfile", f"/proc/self/fd/{writing}", *(os.fspath(x) for x in words)],
+        [
+            *_command(prelude),
+            "-f",
+            "--pidfile",
+            f"/proc/self/fd/{writing}",
+            *(os.fspath(x) for x in words),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
 PROGRAM = """
-import os, signal, sys
+import os, select, signal, sys
+{prelude}
 from qedfuse.mount.daemon import run_in_background
 
 def serve(ready):
@@ -18,10 +20,10 @@ sys.exit(run_in_background(serve))
 """
 
 
-def run(body: str) -> tuple[int, str]:
+def run(body: str, prelude: str = "") -> tuple[int, str]:
     """Run ``serve`` with this body; give the parent's exit code and what both printed."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(body=body)],
+        [sys.executable, "-c", PROGRAM.format(body=body, prelude=prelude)],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -56,10 +58,40 @@ def test_an_exception_is_a_failure() -> None:
     assert code == 70
 
 
-def test_an_interrupt_ends_the_child_too() -> None:
-    """Ctrl-C reaches the parent only; the child must not go on alone."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_child_too(name: str) -> None:
+    """Signals reach the parent only; the child is told, and has ended when the parent returns."""
     body = (
         "signal.signal(signal.SIGTERM, lambda *_: (sys.stderr.write('told'), os._exit(0)));"
-        "os.kill(os.getppid(), signal.SIGINT); signal.pause()"
+        f"os.kill(os.getppid(), signal.{name}); signal.pause()"
     )
     assert run(body) == (130, "told")
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """What nohup(1) starts goes on without the terminal."""
+    body = "os.kill(os.getppid(), signal.SIGHUP); ready(); return 0"
+    assert run(body, "signal.signal(signal.SIGHUP, signal.SIG_IGN)") == (0, "")
+
+
+def test_a_second_signal_ends_the_parent_at_once() -> None:
+    """A child that does not end when it is told to keeps nobody waiting."""
+    body = (
+        "parent = os.getppid(); end = os.pidfd_open(parent);"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]);"
+        "os.kill(parent, signal.SIGTERM); signal.sigwait([signal.SIGTERM]);"
+        "os.kill(parent, signal.SIGHUP); select.select([end], [], [])"
+    )
+    assert run(body)[0] == -signal.SIGHUP
+
+
+def test_a_child_that_nobody_waits_for_fails() -> None:
+    """When the parent was killed, being ready is an error: nobody knows of the mount."""
+    body = (
+        "parent = os.pidfd_open(os.getppid()); os.kill(os.getppid(), signal.SIGKILL);"
+        "select.select([parent], [], []); report = os.dup(1)\n"
+        "    try: ready()\n"
+        "    except QedError as error: os.write(report, str(error).encode())"
+    )
+    prelude = "from qedfuse.errors import QedError; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    assert run(body, prelude) == (-9, "the command that waited for the mount has ended")

@@ -1,0 +1,138 @@
+"""The pid file: it never hangs, and a reader never sees a part of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import stat
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.errors import HostError
+from qedfuse.mount.notify import PidFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LINE = b"%d\n" % os.getpid()
+
+
+@pytest.fixture
+def pidfile(tmp_path: Path) -> Path:
+    """Name a pid file in a directory of its own."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "pid"
+
+
+def test_a_fifo_that_nobody_reads_is_refused(pidfile: Path) -> None:
+    """Waiting for a reader would stop the server with all its disks."""
+    os.mkfifo(pidfile)
+    file = PidFile(str(pidfile))
+    with pytest.raises(HostError) as caught:
+        file.write()
+    assert str(caught.value) == (
+        f"{pidfile}: cannot write the pid file: found a FIFO that nobody reads"
+    )
+    file.close()
+
+
+def test_a_full_fifo_is_refused(pidfile: Path) -> None:
+    """Nor does it wait for a reader that does not read."""
+    os.mkfifo(pidfile)
+    reader = os.open(pidfile, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pidfile, os.O_WRONLY | os.O_NONBLOCK)
+    os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)))
+    file = PidFile(str(pidfile))
+    with pytest.raises(HostError, match="Resource temporarily unavailable"):
+        file.write()
+    for number in (reader, writer):
+        os.close(number)
+    file.close()
+
+
+def test_a_fifo_with_a_reader_gets_the_number(pidfile: Path) -> None:
+    """And stays when the mount ends."""
+    os.mkfifo(pidfile)
+    reader = os.open(pidfile, os.O_RDONLY | os.O_NONBLOCK)
+    file = PidFile(str(pidfile))
+    file.write()
+    assert os.read(reader, 100) == LINE
+    os.close(reader)
+    file.remove()
+    file.close()
+    assert stat.S_ISFIFO(pidfile.stat().st_mode)
+
+
+def test_a_reader_sees_the_old_content_or_the_new(pidfile: Path) -> None:
+    """An existing file is replaced, not emptied and written to."""
+    pidfile.write_bytes(b"12345678\n")
+    file = PidFile(str(pidfile))
+    with pidfile.open("rb") as old:
+        file.write()
+        assert old.read() == b"12345678\n"
+    assert pidfile.read_bytes() == LINE
+    assert list(pidfile.parent.iterdir()) == [pidfile]
+    file.remove()
+    file.close()
+    assert not list(pidfile.parent.iterdir())
+
+
+@pytest.fixture
+def full(pidfile: Path) -> Iterator[None]:
+    """Refuse to let any file have a byte, as a full file system does."""
+    assert pidfile.parent.is_dir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("full")
+def test_a_failure_leaves_no_file(pidfile: Path) -> None:
+    """Nobody finds an empty pid file of a mount that was never made."""
+    file = PidFile(str(pidfile))
+    with pytest.raises(HostError, match="cannot write the pid file: File too large"):
+        file.write()
+    assert not list(pidfile.parent.iterdir())
+    file.remove()
+    file.close()
+
+
+def test_a_failure_leaves_an_old_file_as_it_was(
+    pidfile: Path, request: pytest.FixtureRequest
+) -> None:
+    """It may be another process's, and about that it is still right."""
+    pidfile.write_bytes(LINE)
+    request.getfixturevalue("full")
+    file = PidFile(str(pidfile))
+    with pytest.raises(HostError):
+        file.write()
+    file.remove()
+    file.close()
+    assert pidfile.read_bytes() == LINE
+
+
+def test_a_file_in_a_directory_of_somebody_else_can_be_written_to() -> None:
+    """Who may write to the file and not to its directory has it written in place."""
+    with tempfile.TemporaryDirectory() as name:
+        pidfile = Path(name) / "pid"
+        pidfile.write_bytes(b"12345678901234567890\n")
+        pidfile.chmod(0o666)
+        Path(name).chmod(0o555)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                if os.getuid() == 0:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                PidFile(str(pidfile)).write()
+                code = 0 if pidfile.read_bytes() == b"%d\n" % os.getpid() else 2
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        Path(name).chmod(0o755)
