@@ -30,20 +30,34 @@ class AutoCompaction:
         """Look after the disk that consists of ``parts``."""
         self._parts = parts
         self._done = False
+        self._table_writes: int | None = None
+        """How many pieces of tables had been written when the last run ended."""
 
     async def run(self, *, within_bound: bool = True) -> None:
         """Compact as the options say; what the host refuses costs space and nothing else.
 
+        Does nothing if no table has changed since the last run, which has done what the
+        limits allow: what it has left is what was reported.
+
         No other request may be under way.  See `Compaction.run` for ``within_bound``.
         """
         parts, options = self._parts, self._parts.options
+        if not self._is_due() or self._is_up_to_date():
+            return
         try:
+            if parts.commit.dirty_tables:
+                # An error that nobody expects, from here on, must not lose what the guest
+                # has written.  A barrier, because a flush would punch what is cut off later.
+                await parts.commit.barrier()
             if options.compact == "full":
                 await parts.gate.before_change()
                 await parts.scan.run()
                 await parts.compaction.run(within_bound=within_bound)
-            elif options.compact == "auto" and self._is_due():
+            else:
                 await self._run_within_limits(within_bound=within_bound)
+            # A table that was moved last may be dirty still.
+            await parts.commit.flush()
+            self._table_writes = parts.commit.statistics().table_writes
         except QedError as error:
             if parts.commit.failure is None:
                 log.warning("%s (while compacting)", error)
@@ -59,9 +73,16 @@ class AutoCompaction:
             limits = Limits(options.compact_bytes, options.compact_seconds)
             await parts.compaction.run(limits=limits, within_bound=within_bound)
 
+    def _is_up_to_date(self) -> bool:
+        """Tell whether the last run ended well, and no table has changed since."""
+        commit = self._parts.commit
+        return not commit.dirty_tables and self._table_writes == commit.statistics().table_writes
+
     def _is_due(self) -> bool:
-        """Tell whether automatic compaction has a reason."""
+        """Tell whether the options ask for compaction, and automatic one has a reason."""
         parts = self._parts
+        if parts.options.compact != "auto":
+            return parts.options.compact == "full"
         return (
             parts.options.discard
             # A list of the free clusters would have nothing to name.

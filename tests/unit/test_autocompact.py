@@ -8,6 +8,7 @@ import random
 import re
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -37,6 +38,8 @@ from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
 from tests.unit.test_compaction import Grown, assert_minimal
 
 if TYPE_CHECKING:
+    from typing import Literal
+
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.options import OpenOptions
     from tests.support.hostfiles import Action
@@ -491,6 +494,35 @@ async def test_cancelled_while_it_compacts() -> None:
     assert difference(guest_bytes(inner.content), emptied(image)) is None
 
 
+@pytest.mark.parametrize("compact", ["auto", "full"])
+async def test_a_bug_in_the_compaction_loses_no_data(
+    compact: Literal["auto", "full"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written before the close is in the image; NEED_CHECK stays."""
+    image = full()
+    file = MemoryFile(image)
+
+    async def bug(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        msg = "a bug"
+        raise RuntimeError(msg)
+
+    async def session() -> None:
+        async with opened(file, options=replace(WRITABLE, compact=compact)) as disk:
+            await give_up(disk)
+            await disk.write((HELD + 10) * CLUSTER, b"new" * 100)
+            # The first thing that a compaction needs, if it is not there yet.
+            monkeypatch.setattr(disk._parts.reclaim, "ready", trio.Event())
+            monkeypatch.setattr(disk._parts, "scan", SimpleNamespace(run=bug))
+
+    with pytest.RaisesGroup(RuntimeError, flatten_subgroups=True, allow_unwrapped=True):
+        await session()
+    assert file.closed
+    assert guest_bytes(file.content)[(HELD + 10) * CLUSTER :].startswith(b"new" * 100)
+    assert header_of(file.content).need_check
+    assert inspect_image(file.content).errors == ()
+
+
 async def test_tidying_before_the_close() -> None:
     """Who wants to say what is left does not wait for the close."""
     file = MemoryFile(full())
@@ -500,6 +532,28 @@ async def test_tidying_before_the_close() -> None:
         assert disk.statistics().free_clusters == 0
         assert disk.statistics().file_bytes == len(full()) - len(GIVEN_UP) * CLUSTER
     await assert_minimal(file.content)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_a_close_leaves_what_tidying_reported(*, changed: bool) -> None:
+    """One run does what the limits allow; the close makes a second one only if tables changed."""
+    file = MemoryFile(full())
+    async with opened(file, options=replace(WRITABLE, compact_bytes=4 * CLUSTER)) as disk:
+        await give_up(disk)
+        await disk.tidy()
+        statistics = disk.statistics()
+        assert statistics.free_clusters == len(GIVEN_UP) - 4
+        assert statistics.file_bytes == len(full()) - 4 * CLUSTER
+        # A write in place changes no table.
+        await disk.write((HELD - 10) * CLUSTER, b"x")
+        if changed:
+            await disk.discard((HELD - 10) * CLUSTER, CLUSTER)
+    left = inspect_image(file.content).leaks
+    if changed:
+        assert left < statistics.free_clusters
+    else:
+        assert left == statistics.free_clusters
+        assert len(file.content) == statistics.file_bytes
 
 
 async def test_a_progress_callback_is_for_one_compaction() -> None:
