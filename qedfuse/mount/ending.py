@@ -6,11 +6,13 @@ import contextlib
 import os
 import select
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import MountpointError, QedError
+from qedfuse.mount.bounded import Deadline, call_in_child
 from qedfuse.mount.copies import describe_copies
-from qedfuse.mount.mountpoint import is_below, resolve
+from qedfuse.mount.mountpoint import is_below, resolve, resolve_mounted
 from qedfuse.mount.mounttable import MountEntry, find_mount, find_ours
 from qedfuse.mount.runtime import MountNote, directories, find_note, process_start, read_note
 from qedfuse.mount.unmount import BusyError, unmount
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MILLISECONDS: Final = 1000
+_MIN_ATTEMPT_SECONDS: Final = 2.0
+"""Shortest time for the unmount itself, which takes some milliseconds."""
 _MOMENT_SECONDS: Final = 1.0
 """When to look for copies of a mount whose process has not ended."""
 _LONG_SECONDS: Final = 10.0
@@ -46,20 +50,35 @@ def unmount_and_wait(
 
     Args:
         path: The mountpoint.
-        seconds: How long to wait for the process; None for as long as it takes.
+        seconds: How long all that may take; None for as long as it takes.
         report: Called with a line that says what is being waited for, if that takes long.
 
     Raises:
         MountpointError: It is not a mount of ours, or it is in use.
-        UnmountFailedError: The process failed at the end, or has not ended in time.
+        UnmountFailedError: The process failed at the end, or does not answer or has not
+            ended in time.
     """
-    mountpoint = resolve(path)
+    deadline = Deadline(seconds)
+    # A timeout of 0 unmounts and does not wait for the process.
+    attempt = Deadline(None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS))
+    waited = "" if seconds is None else f" (waited {seconds:g} s)"
+    try:
+        mountpoint, entry, found = call_in_child(partial(_find, path), attempt.remaining())
+    except TimeoutError:
+        msg = f"{printable(path)}: not unmounted: a path to it does not answer{waited}"
+        raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
-    entry = find_ours(mountpoint)
-    found = find_note(entry.device, entry.owner)
     process = None if found is None else _open_process(found[1])
     try:
-        _take_away(mountpoint, entry)
+        try:
+            call_in_child(partial(_take_away, mountpoint, entry), attempt.remaining())
+        except TimeoutError:
+            if _is_mounted(mountpoint, entry):
+                server = (
+                    "the process that serves it" if found is None else f"process {found[1].pid}"
+                )
+                msg = f"{shown}: not unmounted: {server} does not answer{waited}"
+                raise UnmountFailedError(msg) from None
         if found is None and _hides_notes(mountpoint, entry.owner):
             # Only now can the note be seen; a process that has ended well has removed it.
             found = find_note(entry.device, entry.owner)
@@ -70,15 +89,27 @@ def unmount_and_wait(
             msg = f"{shown}: unmounted, but found no note of its process: it may still be writing"
             raise UnmountFailedError(msg)
         if process is not None:
-            ending = _Ending(process, found[1].pid, entry.device)
-            if not ending.wait(seconds, lambda line: report(f"{shown}: {line}")):
-                line = ending.describe(describe_copies(entry.device))
-                msg = f"{shown}: {line} (waited {seconds:g} s)"
+            ending = _Ending(process, found[1].pid, entry)
+            if not ending.wait(deadline.remaining(), lambda line: report(f"{shown}: {line}")):
+                msg = f"{shown}: {ending.describe()}{waited}"
                 raise UnmountFailedError(msg)
     finally:
         if process is not None:
             os.close(process)
     _report(shown, entry, found[0])
+
+
+def _find(path: str) -> tuple[str, MountEntry, tuple[Path, MountNote] | None]:
+    """Return the mountpoint that a path leads to, the mount, and the note of its process."""
+    mountpoint = resolve_mounted(path)
+    entry = find_ours(mountpoint)
+    return mountpoint, entry, find_note(entry.device, entry.owner)
+
+
+def _is_mounted(mountpoint: str, entry: MountEntry) -> bool:
+    """Return whether a mount is still there."""
+    now = find_mount(mountpoint)
+    return now is not None and now.device == entry.device
 
 
 def _hides_notes(mountpoint: str, owner: int) -> bool:
@@ -97,8 +128,7 @@ def _take_away(mountpoint: str, entry: MountEntry) -> None:
         )
         raise MountpointError(msg) from error
     except QedError:
-        now = find_mount(mountpoint)
-        if now is not None and now.device == entry.device:
+        if _is_mounted(mountpoint, entry):
             raise
 
 
@@ -118,11 +148,11 @@ def _open_process(note: MountNote) -> int | None:
 class _Ending:
     """The process of a mount that has been unmounted, on its way to its end."""
 
-    def __init__(self, process: int, pid: int, device: str) -> None:
-        """Watch the process ``pid`` by its descriptor; it served the file system ``device``."""
+    def __init__(self, process: int, pid: int, entry: MountEntry) -> None:
+        """Watch the process ``pid`` by its descriptor; it served the mount ``entry``."""
         self._process = process
         self._pid = pid
-        self._device = device
+        self._entry = entry
 
     def wait(self, seconds: float | None, report: Callable[[str], None]) -> bool:
         """Return whether the process has ended in ``seconds``; None is for ever.
@@ -136,9 +166,8 @@ class _Ending:
                 break
             if self._has_ended(start + moment - time.monotonic()):
                 return True
-            copies = describe_copies(self._device)
-            if not reported and (copies is not None or moment == _LONG_SECONDS):
-                report(self.describe(copies))
+            if not reported and (moment == _LONG_SECONDS or self._copies() is not None):
+                report(self.describe())
                 reported = True
         return self._has_ended(None if seconds is None else start + seconds - time.monotonic())
 
@@ -148,11 +177,23 @@ class _Ending:
         poll.register(self._process, select.POLLIN)
         return bool(poll.poll(None if seconds is None else max(0.0, seconds) * _MILLISECONDS))
 
-    def describe(self, copies: str | None) -> str:
+    def describe(self) -> str:
         """Say on one line why the process goes on."""
+        copies = self._copies()
         if copies is None:
-            return f"unmounted, but process {self._pid} has not ended"
+            return (
+                f"unmounted, but process {self._pid} has not ended: it writes, does not run, or "
+                "the mount has a copy in a mount namespace that cannot be seen (SIGTERM twice "
+                "to the process ends it)"
+            )
         return f"unmounted here, but {copies}; process {self._pid} goes on until that is unmounted"
+
+    def _copies(self) -> str | None:
+        """Say where else the file system is mounted; None if that cannot be seen."""
+        found = find_note(self._entry.device, self._entry.owner)
+        if found is not None and found[1].pid != self._pid:
+            return None  # the file system has gone, and a new one has its number
+        return describe_copies(self._entry.device, self._entry)
 
 
 def _report(shown: str, entry: MountEntry, path: Path) -> None:

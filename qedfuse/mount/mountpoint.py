@@ -19,12 +19,35 @@ _KERNEL_TREES: Final = ("/proc", "/sys")
 _NEEDED: Final = (FUSE_DEVICE, *_KERNEL_TREES)
 """What the server looks up while it serves, so that no mount of its own may cover it.  A
 mount on / would not even be seen, and unmounting / makes the system's root read-only."""
+_MAX_LINKS: Final = 40
+"""As many links in a row as the kernel follows (MAXSYMLINKS)."""
 _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def resolve(mountpoint: str) -> str:
     """Make a path absolute and free of links, as the mount table has it."""
     return os.path.realpath(mountpoint)
+
+
+def resolve_mounted(path: str) -> str:
+    """Resolve a path without asking what is mounted on it, whose server may not answer.
+
+    Only the directories that lead to it are asked.  A path that is no mountpoint is returned
+    as far as it can be resolved.
+    """
+    for _ in range(_MAX_LINKS):
+        directory, name = os.path.split(path.rstrip("/"))
+        if name in ("", ".", ".."):
+            return resolve(path)
+        path = os.path.join(os.path.realpath(directory), name)  # noqa: PTH118
+        if find_mount(path) is not None:
+            return path
+        try:
+            target = os.readlink(path)  # noqa: PTH115
+        except OSError:
+            return path
+        path = os.path.join(os.path.dirname(path), target)  # noqa: PTH118, PTH120
+    return path
 
 
 def is_below(path: str, mountpoint: str) -> bool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from qedfuse.mount import ending
+from qedfuse.mount.copies import find_copies
 from qedfuse.mount.ending import UnmountFailedError, unmount_and_wait
-from qedfuse.mount.mounttable import read_mounts
+from qedfuse.mount.mounttable import FUSE_TYPE, MountEntry, find_ours, read_mounts
 from tests.support import qemu
 from tests.support.mounted import clean_up, front, is_mounted, qedfuse
 
@@ -22,6 +25,17 @@ if TYPE_CHECKING:
 
 _SEPARATE: Final = "mount --make-rprivate / 2>/dev/null; "
 """Keeps what is unmounted here mounted there; the root of a chroot is no mount, and fails."""
+
+_CHROOTED_PARENT: Final = """
+import os, sys
+child = os.fork()
+if child == 0:
+    os.read(0, 1)
+    os._exit(0)
+os.chroot(sys.argv[1])
+print(child, flush=True)
+os.waitpid(child, 0)
+"""
 
 
 @pytest.fixture
@@ -134,7 +148,50 @@ def test_a_reason_that_cannot_be_seen_is_reported_as_well(
         descriptor = os.pidfd_open(process.pid)
         try:
             # No file system has this number.
-            assert ending._Ending(descriptor, process.pid, "9999:9999").wait(None, report)
+            entry = MountEntry(1, 1, "9999:9999", "/mnt", FUSE_TYPE, "/vm.qed", 0)
+            assert ending._Ending(descriptor, process.pid, entry).wait(None, report)
         finally:
             os.close(descriptor)
-    assert lines == [f"unmounted, but process {process.pid} has not ended"]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"unmounted, but process {process.pid} has not ended: it writes, ")
+    assert "a copy in a mount namespace that cannot be seen (SIGTERM twice" in lines[0]
+
+
+def test_a_copy_is_found_where_the_first_process_sees_nothing_of_it(
+    image: Path, tmp_path: Path
+) -> None:
+    """A mount table shows only what is below the root of its process, so all are asked."""
+    place = tmp_path / "chroot"
+    place.mkdir()
+    command = f"{_SEPARATE} exec {sys.executable} -c '{_CHROOTED_PARENT}' {place}"
+    with front(image, tmp_path / "mnt") as mount:
+        device = find_ours(str(mount.mountpoint)).device
+        with subprocess.Popen(
+            ["unshare", "--mount", "--propagation=unchanged", "sh", "-c", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as parent:
+            assert parent.stdout is not None
+            child = int(parent.stdout.readline())
+            assert all(entry.device != device for entry in read_mounts(parent.pid))
+            copies = [copy for copy in find_copies(device) if copy.pid in (child, parent.pid)]
+            parent.communicate()
+    assert [(copy.path, copy.pid) for copy in copies] == [(str(mount.mountpoint), child)]
+
+
+def test_a_new_mount_with_the_same_number_is_no_copy(image: Path, tmp_path: Path) -> None:
+    """The kernel gives the number away while the old process is still closing its images."""
+    with front(image, tmp_path / "mnt") as mount, subprocess.Popen(["cat"], stdin=-1) as old:
+        entry = find_ours(str(mount.mountpoint))
+        descriptor = os.pidfd_open(old.pid)
+        try:
+            # The note says whose it is now, and of another user's mount the table does.
+            assert "still mounted" not in ending._Ending(descriptor, old.pid, entry).describe()
+            other = replace(entry, source="/other.qed")
+            assert find_copies(entry.device)
+            assert not find_copies(entry.device, other)
+            itself = ending._Ending(descriptor, mount.process.pid, entry)
+            assert f"still mounted at {mount.mountpoint}; " in itself.describe()
+        finally:
+            os.close(descriptor)
+        old.communicate()

@@ -6,15 +6,18 @@ import errno
 import os
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 from qedfuse.errors import FuseError
+from qedfuse.mount.bounded import call_in_child
+from qedfuse.mount.ending import UnmountFailedError
 from qedfuse.mount.unmount import _by_helper as unmount_by_helper
 from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
 from tests.support.mounted import front, is_locked, is_mounted, mounted, qedfuse, refused
+from tests.support.sandbox import make_environment, run_in_sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -274,3 +277,60 @@ def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
         unmount_by_helper(str(place), lazy=False)
     assert type(caught.value) is FuseError
     assert "busy\\u2028not permitted" in str(caught.value)
+
+
+def test_umount_with_a_timeout_ends_although_the_process_is_stopped(
+    image: Path, tmp_path: Path
+) -> None:
+    """Neither the path of the mount nor the unmount itself is waited for any longer."""
+    environment = make_environment(tmp_path / "environment")
+    shown = run_in_sandbox(
+        """
+        export PATH="$2/bin:$PATH"
+        mkdir /srv/disk
+        ln -s disk /srv/link
+        qedfuse --pidfile /run/pid "$1" /srv/disk
+        server=$(cat /run/pid)
+        kill -STOP "$server"
+        # The watchdog lets the process go on, and the unmount succeed.
+        (sleep 20; kill -CONT "$server") & watchdog=$!
+        code=0
+        qedfuse umount /srv/link --timeout 0.2 2>&1 || code=$?
+        kill "$watchdog"
+        echo "$code $server"
+        kill -CONT "$server"
+        tail --pid "$server" -f /dev/null & tail=$!
+        qedfuse umount /srv/disk 2>/dev/null || true
+        wait "$tail"
+        """,
+        image,
+        environment,
+    )
+    line, outcome = shown.splitlines()
+    code, server = outcome.split()
+    assert code == "32"
+    assert f"process {server} " in line
+    assert line.startswith("qedfuse: /srv/disk: ")
+    assert line.endswith(" (waited 0.2 s)")
+    assert not need_check(image)
+
+
+def test_a_call_that_blocks_is_left_behind() -> None:
+    """What a child returns or raises arrives; what does not come in time is a timeout."""
+    assert call_in_child(lambda: ("result", 1), None) == ("result", 1)
+    with pytest.raises(UnmountFailedError) as caught:
+        call_in_child(_fail, 30)
+    assert (str(caught.value), caught.value.exit_code) == ("it failed", 16)
+    with pytest.raises(FileNotFoundError):
+        call_in_child(lambda: os.stat("/nonexistent"), None)  # noqa: PTH116
+    reading, writing = os.pipe()
+    with pytest.raises(TimeoutError):
+        call_in_child(lambda: os.read(reading, 1), 0.01)
+    os.close(reading)
+    os.close(writing)
+
+
+def _fail() -> NoReturn:
+    """Raise an error that has attributes of its own."""
+    message = "it failed"
+    raise UnmountFailedError(message, 16)

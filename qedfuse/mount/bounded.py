@@ -1,0 +1,113 @@
+"""Calling a function that may block in the kernel, for a limited time.
+
+A system call that waits for the server of a FUSE mount cannot always be interrupted, not
+even by SIGKILL, and a process does not end before all its threads have.  So the call is
+made in a child process, which the caller leaves behind if the time is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+_READ_BYTES: Final = 1 << 16
+_MILLISECONDS: Final = 1000
+
+
+class Deadline:
+    """A point in time, or none."""
+
+    def __init__(self, seconds: float | None) -> None:
+        """Set the deadline ``seconds`` from now; None is never."""
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left, 0 if it is over; None for no deadline."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
+    """Call a function in a child process; return what it returns.
+
+    The result is copied between the processes, so it must be plain data.  The caller must
+    have no threads.
+
+    Args:
+        function: What to call.
+        seconds: How long to wait for it; None for as long as it takes.
+
+    Raises:
+        TimeoutError: It has not returned in time.  The child is killed, as far as the kernel
+            lets it; what it was doing may still happen.
+        Exception: What the function raised, without its traceback.
+        RuntimeError: The child ended without a result.
+    """
+    deadline = Deadline(seconds)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _run(function, writing)
+    os.close(writing)
+    try:
+        reply = _receive(reading, deadline)
+    except BaseException:
+        # Not waited for: if it blocks in the kernel, it ends when the server answers.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(reading)
+    os.waitpid(child, 0)
+    if not reply:
+        msg = "a child process ended without a result"
+        raise RuntimeError(msg)
+    kind, value, attributes = pickle.loads(reply)  # noqa: S301  from our own child
+    if kind is None:
+        result: T = value
+        return result
+    error = kind.__new__(kind, *value)
+    error.__dict__.update(attributes)
+    raise error
+
+
+def _run(function: Callable[[], object], writing: int) -> NoReturn:
+    """Call the function, send what became of it, and exit."""
+    try:
+        reply: tuple[Any, ...]
+        try:
+            reply = (None, function(), {})
+        except Exception as error:  # noqa: BLE001  it is raised again in the parent
+            reply = (type(error), error.args, error.__dict__)
+        with open(writing, "wb") as pipe:
+            pipe.write(pickle.dumps(reply))
+    finally:
+        os._exit(0)
+
+
+def _receive(reading: int, deadline: Deadline) -> bytes:
+    """Read to the end of a pipe.
+
+    Raises:
+        TimeoutError: The end has not come in time.
+    """
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    received = b""
+    while True:
+        remaining = deadline.remaining()
+        if not poll.poll(None if remaining is None else remaining * _MILLISECONDS):
+            raise TimeoutError
+        part = os.read(reading, _READ_BYTES)
+        if not part:
+            return received
+        received += part
