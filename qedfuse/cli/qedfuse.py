@@ -281,7 +281,11 @@ def _mount(arguments: Arguments) -> int:
         log_what_nobody_catches,
         system_log,
     )
-    from qedfuse.mount.options import parse_options, wants_remount  # noqa: PLC0415
+    from qedfuse.mount.options import (  # noqa: PLC0415
+        absolute_words,
+        parse_options,
+        wants_remount,
+    )
 
     if wants_remount(arguments.options):
         return _remount(arguments)
@@ -294,6 +298,7 @@ def _mount(arguments: Arguments) -> int:
     # Nobody else's working directory is ours later, so names are made absolute now.
     sources = tuple(os.path.abspath(path) for path in arguments.paths[:-1])  # noqa: PTH100
     mountpoint = os.path.realpath(arguments.paths[-1])
+    words = absolute_words(arguments.options)
     pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
 
     def serve(ready: Callable[[], None]) -> int:
@@ -303,7 +308,6 @@ def _mount(arguments: Arguments) -> int:
         # Imported in the process that serves: pyfuse3 must not be there before the fork.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
-        words = tuple(arguments.options)
         log_what_nobody_catches()
         request = MountRequest(sources, mountpoint, options, pidfile or None, arguments.fake, words)
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
@@ -339,7 +343,7 @@ def _remount(arguments: Arguments) -> int:
         msg = "remount: found no mountpoint (see: qedfuse --help)"
         raise UsageError(msg)
     mountpoint = os.path.realpath(arguments.paths[-1])
-    remount(mountpoint, arguments.options, fake=arguments.fake)
+    remount(mountpoint, arguments.options, fake=arguments.fake, sloppy=arguments.sloppy)
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qedfuse.disk.options import (
@@ -51,6 +51,9 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 )
 """The same with a value.  We name the source and the type ourselves; how long a read
 request may be is agreed with the kernel when the mount begins."""
+
+_PATHS: Final = ("overlay", "backing_dir")
+"""Words whose value is a path."""
 
 _MAX_ID: Final = (1 << 32) - 2  # the last one means "unchanged" to chown(2)
 _MAX_SECONDS: Final = 3600.0
@@ -154,6 +157,19 @@ def split_options(text: str) -> list[str]:
     return [word for word in words if word]
 
 
+def absolute_words(texts: Iterable[str]) -> tuple[str, ...]:
+    """Split options into words whose paths do not depend on the working directory.
+
+    Each is escaped, so that `parse_options` takes it.
+    """
+    absolute = []
+    for word in (word for text in texts for word in split_options(text)):
+        name, _, value = word.partition("=")
+        is_path = name in _PATHS and value
+        absolute.append(escape_value(f"{name}={os.path.abspath(value)}" if is_path else word))  # noqa: PTH100
+    return tuple(absolute)
+
+
 def wants_remount(texts: Iterable[str]) -> bool:
     """Return whether ``-o`` asks for a change of a mount that is there."""
     return any("remount" in split_options(text) for text in texts)
@@ -175,31 +191,75 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
         UsageError: A word is unknown, lacks or has a value against the rules, or two
             contradict each other.
     """
-    fields: dict[str, Any] = {}
-    backing: dict[str, Any] = {}
-    directories: list[str] = []
-    kernel: dict[str, None] = {}
-    for word in (word for text in texts for word in split_options(text)):
+    found = _read((word for text in texts for word in split_options(text)), sloppy=sloppy)
+    backing = found.backing
+    if found.directories:
+        backing["directories"] = tuple(found.directories)
+    options = MountOptions(
+        **found.fields, backing=BackingPolicy(**backing), kernel_words=tuple(found.kernel)
+    )
+    return _consistent(options, explicit_rw=found.fields.get("read_only") is False)
+
+
+def is_in_effect(word: str, options: MountOptions, *, sloppy: bool = False) -> bool:
+    """Return whether ``options`` already are what a word asks for; others do not matter.
+
+    Paths are compared as they stand; see `absolute_words`.
+
+    Raises:
+        UsageError: The word is unknown, or lacks or has a value against the rules.
+    """
+    found = _read((word,), sloppy=sloppy)
+    return (
+        all(getattr(options, name) == value for name, value in found.fields.items())
+        and all(getattr(options.backing, name) == value for name, value in found.backing.items())
+        and set(found.directories) <= set(options.backing.directories)
+        and set(found.kernel) <= set(options.kernel_words)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What words set, without the defaults.
+
+    Attributes:
+        fields: Attributes of `MountOptions`.
+        backing: Attributes of `BackingPolicy`.
+        directories: The directories of ``backing_dir``.
+        kernel: Words for the kernel, in order.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    backing: dict[str, Any] = field(default_factory=dict)
+    directories: list[str] = field(default_factory=list)
+    kernel: dict[str, None] = field(default_factory=dict)
+
+
+def _read(words: Iterable[str], *, sloppy: bool) -> _Words:
+    """Read words; a later one overrides an earlier one.
+
+    Raises:
+        UsageError: A word is unknown, or lacks or has a value against the rules.
+    """
+    found = _Words()
+    for word in words:
         name, equals, value = word.partition("=")
         if name in _FLAGS and not equals:
-            fields.update(_FLAGS[name])
+            found.fields.update(_FLAGS[name])
         elif name in KERNEL_WORDS and not equals:
-            kernel[name] = None
+            found.kernel[name] = None
         elif name == "backing_dir" and value:
-            directories.append(value)
+            found.directories.append(value)
         elif name in _BACKING and value:
-            backing[_BACKING[name][0]] = _choice(name, value, _BACKING[name][1])
+            found.backing[_BACKING[name][0]] = _choice(name, value, _BACKING[name][1])
         elif name in _CHOICES and value:
-            fields[_CHOICES[name][0]] = _choice(name, value, _CHOICES[name][1])
+            found.fields[_CHOICES[name][0]] = _choice(name, value, _CHOICES[name][1])
         elif name in _VALUES and value:
-            field, read = _VALUES[name]
-            fields[field] = read(name, value)
+            attribute, read = _VALUES[name]
+            found.fields[attribute] = read(name, value)
         elif not (sloppy or _is_dropped(name, equals)):
             raise UsageError(_complaint(name, word))
-    if directories:
-        backing["directories"] = tuple(directories)
-    options = MountOptions(**fields, backing=BackingPolicy(**backing), kernel_words=tuple(kernel))
-    return _consistent(options, explicit_rw=fields.get("read_only") is False)
+    return found
 
 
 def _is_dropped(name: str, equals: str) -> bool:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError, UsageError
 from qedfuse.mount.mounttable import find_ours
-from qedfuse.mount.options import escape_value, parse_options, split_options
+from qedfuse.mount.options import absolute_words, is_in_effect, parse_options, split_options
 from qedfuse.mount.runtime import find_note
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from qedfuse.mount.options import MountOptions
 
 _MS_REMOUNT: Final = 1 << 5
 _READ_ONLY: Final = 1
@@ -52,13 +54,16 @@ _FROM_TABLE: Final = ("user_id", "group_id", "blksize")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def remount(mountpoint: str, texts: Iterable[str], *, fake: bool = False) -> None:
+def remount(
+    mountpoint: str, texts: Iterable[str], *, fake: bool = False, sloppy: bool = False
+) -> None:
     """Change a mount of qedfuse as far as the kernel can do it alone.
 
     Args:
         mountpoint: Where it is; absolute and free of links.
         texts: What stood behind each ``-o``.
         fake: Check everything and change nothing.
+        sloppy: Drop unknown words, as mount(8)'s ``-s`` wants.
 
     Raises:
         MountpointError: There is no such mount, or a disk in it is open for writing.
@@ -72,8 +77,8 @@ def remount(mountpoint: str, texts: Iterable[str], *, fake: bool = False) -> Non
     if found is None:
         msg = f"{shown}: found no note of its process, so nothing can be remounted"
         raise MountpointError(msg)
-    flags, others = _sort(texts)
-    _check(shown, found[1].options, flags, others)
+    flags, others = _sort(absolute_words(texts))
+    _check(shown, parse_options(found[1].options, sloppy=True), flags, others, sloppy=sloppy)
     if fake:
         return
     number = sum(_FLAGS[word] for word in flags)
@@ -96,13 +101,14 @@ def _sort(texts: Iterable[str]) -> tuple[set[str], list[str]]:
     return flags, others
 
 
-def _check(shown: str, before: tuple[str, ...], flags: set[str], others: list[str]) -> None:
+def _check(
+    shown: str, old: MountOptions, flags: set[str], others: list[str], *, sloppy: bool
+) -> None:
     """Refuse what the kernel cannot change without the server.
 
     Raises:
         UsageError: There is something.
     """
-    old = parse_options(before, sloppy=True)
     if old.read_only and "ro" not in flags:
         msg = (
             f"{shown}: option rw: found images that are open read-only (unmount, and mount "
@@ -112,7 +118,7 @@ def _check(shown: str, before: tuple[str, ...], flags: set[str], others: list[st
     for word in others:
         if word == "allow_other" and old.allow_root:
             continue  # from the mount table: the kernel knows allow_root by this name
-        if parse_options([*before, escape_value(word)]) != old:
+        if not is_in_effect(word, old, sloppy=sloppy):
             msg = (
                 f"{shown}: option {printable(word)}: cannot be changed by remount (unmount, and "
                 "mount again)"

@@ -37,7 +37,7 @@ class MountNote:
         sources: The images in it.
         failure: What went wrong at the end, if something did.
         exit_code: The exit code that goes with it.
-        options: What stood behind each ``-o``.
+        options: The words of all ``-o``, with absolute paths.
     """
 
     pid: int

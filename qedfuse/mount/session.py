@@ -76,7 +76,7 @@ class MountRequest:
         options: How.
         pidfile: File that says who serves the mount, once it is ready; absolute.
         fake: Do everything but mount.
-        words: What stood behind each ``-o``, for a remount to compare with.
+        words: The words of all ``-o`` with absolute paths, for a remount to compare with.
     """
 
     sources: tuple[str, ...]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import qemu
-from tests.support.mounted import mounted, qedfuse, refused
+from tests.support.mounted import environment, mounted, qedfuse, refused
 from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
 
 if TYPE_CHECKING:
@@ -74,6 +75,49 @@ def test_what_cannot_be_changed_is_refused(image: Path, tmp_path: Path) -> None:
         assert qedfuse("-o", "remount,ro,noexec", mnt).returncode == 0
     assert "found no mount" in refused("-o", "remount,ro", mnt, code=18)
     assert "expected fuse.qedfuse" in refused("-o", "remount,ro", "/proc", code=18)
+
+
+def test_options_that_stay_as_they_are_can_be_named(image: Path, tmp_path: Path) -> None:
+    """Each is compared alone with what was asked for, and a path by what it names."""
+    bases = tmp_path / "bases"
+    mnt = tmp_path / "mnt"
+    for directory in (bases, mnt):
+        directory.mkdir()
+    program = (make_environment(tmp_path / "environment") / "bin" / "mount.qedfuse", tmp_path)
+    program[0].symlink_to("qedfuse")
+    options = "overlay=over.qed,backing_dir=bases,frob,cache_size=1M,noexec"
+    try:
+        assert run(*program, image, mnt, "-s", "-o", options) == (0, "")
+        for option, line in (
+            (f"ro,overlay={tmp_path}/over.qed", ""),
+            ("ro,overlay=over.qed,default_permissions,noauto", ""),
+            (f"ro,backing_dir={bases},backing=confined,cache_size=1024K,commit=5,noexec", ""),
+            (f"rw,{options.replace(',frob', '')}", ""),
+            ("ro,backing_dir=mnt", f"backing_dir={mnt}: cannot be changed"),
+            (f"ro,overlay={mnt}", f"overlay={mnt}: cannot be changed"),
+            ("ro,backing=any", "backing=any: cannot be changed"),
+            ("ro,frob", "frob: unknown"),
+        ):
+            code, error = run(*program, image, mnt, "-o", f"remount,{option}")
+            assert code == bool(line), error
+            assert line in error
+        assert run(*program, image, mnt, "-s", "-o", "remount,ro,frob") == (0, "")
+    finally:
+        assert qedfuse("umount", mnt).returncode == 0
+
+
+def run(program: Path, directory: Path, *words: str | Path) -> tuple[int, str]:
+    """Run the program in a directory; give its exit code and what it says."""
+    done = subprocess.run(
+        [program, *words],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(),
+        check=False,
+    )
+    return done.returncode, done.stderr
 
 
 def test_mount_remounts_with_and_without_fstab(image: Path, tmp_path: Path) -> None:
