@@ -75,8 +75,9 @@ async def test_host_calls_between_turns(work: str) -> None:
         await disk.flush()
         most, calls = await longest(file, WORK[work](disk))
     assert calls >= len(SCATTERED)
-    # Beside the writes that are counted as steps there are the tables'.
-    assert most <= 2 * MAX_STEPS
+    # Two turns of ours may come together, as trio draws who is first; beside the writes that
+    # are counted as steps there are the tables'.
+    assert most <= 3 * MAX_STEPS
 
 
 async def test_looking_through_tables() -> None:
@@ -108,4 +109,4 @@ async def test_hiding_a_longer_base() -> None:
         await disk.scanned()
         most, calls = await longest(file, disk.resize(size))
     assert calls >= tables
-    assert most <= 2 * MAX_STEPS
+    assert most <= 3 * MAX_STEPS  # as above
