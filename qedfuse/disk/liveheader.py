@@ -2,16 +2,23 @@
 
 A change of the header is there when it was written, or where the caller asks for that,
 when it is durable; until then, and if it fails, memory holds what was there before.  So
-what was reported as failed never comes back with the next write of the header.  The file
-is unknown after a failure, because part of the write, or all of it, may be there.
+what was reported as failed never comes back with the next write of the header.
+
+After a failure part of the write, or all of it, may be in the file.  So the old header is
+written back immediately, and again with the next change.  If the disk has become read-only
+there is no next change; then the first of the two keeps a size that was refused from
+showing at the next open.  Which of the two headers a power failure leaves nobody knows
+then, because a datasync has failed; either is safe.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
 
+from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import HEADER_BYTES, SECTOR
 from qedfuse.ondisk.header import build_header
 
@@ -81,10 +88,19 @@ class LiveHeader:
                     self._due_behind = bytes(before)
                 self.settled = False
                 written = behind or self._due_behind
-                await self._file.pwrite(0, build_header(new) + written)
-                if barrier is not None:
-                    await barrier()
+                try:
+                    await self._file.pwrite(0, build_header(new) + written)
+                    if barrier is not None:
+                        await barrier()
+                except BaseException:
+                    await self._write_back()
+                    raise
                 self._due_behind = b""
                 self.value = new
                 self.settled = True
             return True
+
+    async def _write_back(self) -> None:
+        """Write the header in memory over a change that failed, if the host lets us."""
+        with trio.CancelScope(shield=True), suppress(HostError):
+            await self._file.pwrite(0, build_header(self.value) + self._due_behind)

@@ -8,7 +8,7 @@ import pytest
 
 from qedfuse.errors import HostError
 from tests.support.disks import build_image, guest_bytes, header_of, opened, pattern
-from tests.support.hostfiles import FailingFile, MemoryFile
+from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Write
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -80,6 +80,41 @@ async def test_what_failed_is_taken_back(change: str, written: int) -> None:
             assert in_header(inner.content) != before
     assert failures, "no write failed"
     assert guest_bytes(inner.content)[7 * CLUSTER : 8 * CLUSTER] == pattern(CLUSTER, 7)
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "NEED_CHECK"])
+@pytest.mark.expect_log("the disk is read-only from now on")
+async def test_what_could_not_be_made_durable_is_not_there_at_the_next_open(change: str) -> None:
+    """Whichever datasync fails; the disk is read-only then, so nothing else puts it right."""
+    content = build_image(SIZE, {0: pattern(CLUSTER, 1)}, backing=b"the base")
+    taken_back = nth = began = 0
+    inner, before, failed = RecordingFile(content), in_header(content), True
+    while failed:
+        nth += 1
+        inner = RecordingFile(content)
+        file = FailingFile(inner)
+        disk = None
+        try:
+            async with opened(file, [b"base"]) as disk:
+                await disk.write(5 * CLUSTER, pattern(CLUSTER, 5))
+                await disk.flush()
+                before, began = in_header(inner.content), len(inner.changes)
+                file.fail("datasync", nth, lasting=True)
+                await CHANGES[change](disk)
+                file.heal()
+            failed = False
+        except HostError:
+            assert disk is not None
+            assert header_of(inner.content) == disk.header
+            assert disk.header.need_check
+            if disk.size == SIZE:
+                assert in_header(inner.content) == before
+                taken_back += sum(
+                    isinstance(item, Write) and item.offset == 0 for item in inner.changes[began:]
+                )
+    assert in_header(inner.content) != before
+    # The change and what took it back.
+    assert taken_back == 2
 
 
 @pytest.mark.parametrize("change", ["size", "short name"])
