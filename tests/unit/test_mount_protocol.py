@@ -14,6 +14,7 @@ import trio
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
+from qedfuse.mount import handshake
 from qedfuse.mount.attach import _explain, kernel_options
 from qedfuse.mount.handshake import amend, decline
 from qedfuse.mount.operations import Operations
@@ -113,6 +114,12 @@ def test_an_answer_that_refuses_is_passed_on() -> None:
     """An error, and the answer to a kernel too old or too new, have no such fields."""
     for answer in (struct.pack("=IiQ", 16, -errno.EPROTO, 2), ANSWER[:24]):
         assert amend(answer, 0) == answer
+
+
+def test_descriptors_that_threads_close_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may be closed between the listing of the descriptors and the look at each."""
+    monkeypatch.setattr(handshake, "open_descriptors", lambda: {-1})
+    assert handshake.fuse_descriptors() == set()
 
 
 def test_what_libfuse_is_told() -> None:
