@@ -184,6 +184,8 @@ class Compaction:
         start, entries = self._layer.header.l1_table_offset, self._layer.geometry.entries
         step = self._layer.tables.slice_entries
         for index in range(0, entries, step):
+            # A table of 1 GiB has 16,384 slices, of which a look at none has to wait.
+            await trio.lowlevel.checkpoint()
             if not await self._is_hole(start, index):
                 part = await self._layer.tables.load(start, index, L1)
                 yield index, np.array(part.entries, np.uint64)

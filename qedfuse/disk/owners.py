@@ -67,6 +67,8 @@ async def find_owners(layer: QedLayer, low: int, high: int, expected: int | None
         if expected is not None and count >= expected:
             break
         for offset in range(table, table + length, step):
+            # A deadline may end the pass here, and other tasks get a turn.
+            await trio.lowlevel.checkpoint()
             if not await _is_held(layer, offset, step):
                 continue
             values = await _read(layer, table, offset, step, judged=expected is None)
@@ -75,8 +77,6 @@ async def find_owners(layer: QedLayer, low: int, high: int, expected: int | None
                 clusters.append(values[where])
                 entries.append(np.uint64(offset) + where.astype(np.uint64) * np.uint64(ENTRY_BYTES))
                 count += len(where)
-            # A deadline may end the pass here, and other tasks get a turn.
-            await trio.lowlevel.checkpoint()
     return _in_order(layer, clusters, entries)
 
 

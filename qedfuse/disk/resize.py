@@ -250,6 +250,7 @@ class Resizing:
         start, index = layer.header.l1_table_offset, first - first % step
         # Everything has been written back, so what the file has no data for is empty.
         while (data := await layer.file.next_data(start + index * ENTRY_BYTES)) is not None:
+            await trio.lowlevel.checkpoint()
             index = max(index, (data - start) // ENTRY_BYTES // step * step)
             if index >= layer.geometry.entries:
                 break

@@ -6,6 +6,7 @@ import errno
 import logging
 import random
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from qedfuse.disk import compaction
 from qedfuse.disk.freemap import BLOCK, FreeMap
 from qedfuse.disk.owners import find_owners
 from qedfuse.errors import CorruptImageError, HostError
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.ondisk.table import SLICE_BYTES
 from tests.support.disks import (
     UNCOMPACTED,
     WRITABLE,
@@ -568,6 +571,64 @@ async def test_a_progress_callback_is_for_one_compaction() -> None:
         await disk.discard(3 * CLUSTER, CLUSTER)
         assert await disk.compact() == 1
     assert told == []
+
+
+class TurnFile(MemoryFile):
+    """A file that answers without waiting, as a real one does from the host's cache.
+
+    Attributes:
+        turns: How often other tasks have run.
+        looks: How often the host was asked about a place of the file, by turn.
+    """
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        """Begin with ``content``."""
+        super().__init__(content)
+        self.turns = 0
+        self.looks: Counter[int] = Counter()
+
+    async def _enter(self, action: Action) -> None:
+        """Begin a call, without a turn for others."""
+        self.counts[action] += 1
+
+    async def next_data(self, offset: int) -> int | None:
+        """Find where data begins."""
+        self.looks[self.turns] += 1
+        return await super().next_data(offset)
+
+    async def count_turns(self) -> None:
+        """Count the turns of other tasks."""
+        while True:
+            self.turns += 1
+            await trio.lowlevel.checkpoint()
+
+
+def sliced() -> bytearray:
+    """Make an image whose tables have 16 slices, all but one of them holes."""
+    size, table = 1 << 16, 16 * SLICE_BYTES
+    last = table // ENTRY_BYTES - 1
+    return build_image((last + 1) * size, {last: b"x"}, cluster_size=size, table_size=16)
+
+
+@pytest.mark.parametrize("walk", ["L1 table", "owners"])
+async def test_a_deadline_is_seen_at_each_slice_of_a_large_table(walk: str) -> None:
+    """Also where the slice is a hole, which nothing has to wait for."""
+    file = TurnFile(sliced())
+    async with opened(file, options=UNCOMPACTED) as disk:
+        await disk.scanned()
+        layer = disk._parts.layer
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.count_turns)
+            file.looks.clear()
+            if walk == "L1 table":
+                assert len(await disk._parts.compaction._tables()) == 1
+            else:
+                owners = await find_owners(layer, layer.geometry.cluster_size, len(file.content))
+                assert len(owners.clusters) == 1
+            nursery.cancel_scope.cancel()
+    assert sum(file.looks.values()) >= 15
+    # Two where the scheduler takes this task last, and then first.
+    assert max(file.looks.values()) <= 2
 
 
 @pytest.mark.parametrize("anchor", [0, 3])
