@@ -387,13 +387,13 @@ class Disk:
         """
         return self._file.statvfs()
 
-    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+    async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the times of the image file, in nanoseconds since 1970.
 
         Raises:
             OSError: The file belongs to another user.
         """
-        self._file.set_times(atime_ns, mtime_ns)
+        await self._file.set_times(atime_ns, mtime_ns)
 
     def statistics(self) -> DiskStatistics:
         """Tell what the disk holds in memory and has done."""

@@ -83,7 +83,7 @@ class HostFile(Protocol):
             OSError: It cannot be asked.
         """
 
-    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+    async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the file's times, in nanoseconds since 1970.
 
         Raises:

@@ -6,12 +6,14 @@ import ctypes
 import errno
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
 
 import trio
 
 from qedfuse.errors import HostError
 from qedfuse.hostio.arrivals import Arrivals, loop
+from qedfuse.hostio.inodelock import InodeLock
 from qedfuse.hostio.regular import open_regular, status_of
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.util.text import printable
@@ -33,13 +35,10 @@ MOST_INLINE_BYTES: Final = 1 << 20
 data that waits for the disk, it makes writers wait."""
 _AT_ONCE_SECONDS: Final = 1e-3
 _THROTTLED_SECONDS: Final = 8e-3
-"""A short write that takes longer was made to wait by the kernel: its shortest pause for
-those who dirty pages faster than the disk takes them is 10 ms."""
+"""A short write that takes longer may have been made to wait by the kernel: its shortest
+pause for those who dirty pages faster than the disk takes them is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
 """Most that may have been written since the last datasync for the next one to be inline."""
-_MAX_CHANGING_THREADS: Final = 4
-"""Worker threads that change one file concurrently: the kernel lets one at a time pass, and
-the other threads are for reads."""
 
 _NOWAIT: Final = os.RWF_NOWAIT
 _TRY_AGAIN: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
@@ -71,10 +70,8 @@ class PosixFile:
     What is in the host's page cache is read in the event loop (``RWF_NOWAIT``); what is
     not goes to a worker thread, so that other requests go on.
 
-    The event loop changes the file inline only while no worker thread does.  The kernel
-    holds the inode's lock during a change, also while it throttles the thread that makes
-    it, and the loop would wait for that lock.  For the same reason short writes go to a
-    thread as long as the kernel throttles them.
+    The event loop changes the file inline only while no worker thread does and the kernel
+    does not throttle short writes (`InodeLock`).
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -89,11 +86,7 @@ class PosixFile:
         self._arrivals = Arrivals()
         self._syncs = Window(_AT_ONCE_SECONDS)
         self._at_once = Window(_AT_ONCE_SECONDS, hopeful=True)
-        # Why the event loop must not change the file: calls that do so in worker threads, or
-        # wait for one, and one more while the kernel throttles short writes.
-        self._blockers = 0
-        self._is_throttled = False
-        self._threads = trio.Semaphore(_MAX_CHANGING_THREADS)
+        self._inode = InodeLock()
         self._unsynced = 0  # bytes written since the last datasync began
 
     @classmethod
@@ -171,9 +164,11 @@ class PosixFile:
 
     def is_short(self, length: int) -> bool:
         """Tell whether a write of so many bytes need not go to a thread."""
-        return not self._blockers and (
-            length <= INLINE_BYTES or (length <= MOST_INLINE_BYTES and self._at_once.seconds > 0)
-        )
+        return (not self._inode.holders or self._inode.is_free()) and self._is_quick(length)
+
+    def _is_quick(self, length: int) -> bool:
+        """Tell whether to copy so many bytes takes less than to call a thread."""
+        return length <= INLINE_BYTES or (length <= MOST_INLINE_BYTES and self._at_once.seconds > 0)
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Write what is short enough to be copied to the page cache in the event loop."""
@@ -190,13 +185,18 @@ class PosixFile:
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
         length = sum(map(len, parts))
-        if self.is_short(length):
+        is_quick = self._is_quick(length)
+        if is_quick and self._inode.holders:
+            await self._inode.wait_for_short()
+        if is_quick and self.is_short(length):
             try:
                 seconds = self._write_all(offset, parts)
             except OSError as error:
                 raise self._failed(error, "write") from error
         else:
-            seconds = await self._change_in_thread("write", self._write_all, offset, parts)
+            seconds = await self._change_in_thread(
+                "write", self._write_all, offset, parts, is_short=is_quick
+            )
         self._took(length, seconds)
 
     def _took(self, length: int, seconds: float) -> None:
@@ -204,9 +204,11 @@ class PosixFile:
         self._unsynced += length
         if length > INLINE_BYTES:
             self._at_once.came(seconds, slept=False)
-        elif (seconds > _THROTTLED_SECONDS) is not self._is_throttled:
-            self._is_throttled = not self._is_throttled
-            self._blockers += 1 if self._is_throttled else -1
+        if seconds <= _THROTTLED_SECONDS:
+            if self._inode.is_throttled:
+                self._inode.fast()
+        elif length <= INLINE_BYTES:
+            self._inode.slow(seconds)
 
     def _write_all(self, offset: int, parts: tuple[Buffer, ...]) -> float:
         """Write every byte, however little the host takes at a time; give the seconds it took."""
@@ -226,7 +228,7 @@ class PosixFile:
         since = time.perf_counter()
         is_little = self._unsynced <= _MAX_INLINE_DATASYNC_BYTES
         self._unsynced = 0
-        if self._syncs.seconds and is_little and not self._blockers and not loop.is_wanted():
+        if self._syncs.seconds and is_little and self._inode.is_free() and not loop.is_wanted():
             # It has been faster lately than a thread could be called, and nobody has to
             # wait for us meanwhile.
             try:
@@ -240,7 +242,7 @@ class PosixFile:
 
     def grow_now(self, size: int) -> bool:
         """Make the file longer: a matter of some microseconds, as nothing is cut off."""
-        if self._blockers:
+        if not self._inode.is_free():
             return False
         try:
             os.ftruncate(self.fd, size)
@@ -290,7 +292,7 @@ class PosixFile:
         if offset > MAX_OFFSET:
             return None
         try:
-            if not self._blockers:
+            if self._inode.is_free():
                 return os.lseek(self.fd, offset, whence)
             # Some file systems take the inode's lock for it.
             return await trio.to_thread.run_sync(os.lseek, self.fd, offset, whence)
@@ -326,13 +328,17 @@ class PosixFile:
         """
         return os.fstatvfs(self.fd)
 
-    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+    async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the file's times, in nanoseconds since 1970.
 
         Raises:
             OSError: The file belongs to another user.
         """
-        os.utime(self.fd, ns=(atime_ns, mtime_ns))
+        set_times = partial(os.utime, self.fd, ns=(atime_ns, mtime_ns))
+        if self._inode.is_free():
+            set_times()
+        else:
+            await self._inode.in_thread(set_times)
 
     def close(self) -> None:
         """Let the file go, and with it every lock taken through it."""
@@ -344,15 +350,17 @@ class PosixFile:
         return HostError.from_os(error, self.name, action)
 
     async def _change_in_thread(
-        self, action: str, function: Callable[[*Args], T], *args: *Args
+        self,
+        action: str,
+        function: Callable[[*Args], T],
+        *args: *Args,
+        is_short: bool = False,
     ) -> T:
         """Do what `_in_thread` does with a call that changes the file."""
-        self._blockers += 1
         try:
-            async with self._threads:
-                return await self._in_thread(action, function, *args)
-        finally:
-            self._blockers -= 1
+            return await self._inode.in_thread(function, *args, is_short=is_short)
+        except OSError as error:
+            raise self._failed(error, action) from error
 
     async def _in_thread(self, action: str, function: Callable[[*Args], T], *args: *Args) -> T:
         """Run a system call that may wait for the disk, without stopping other requests."""

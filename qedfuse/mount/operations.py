@@ -226,7 +226,7 @@ class Operations(pyfuse3.Operations):
         if fields.update_size:
             keeps_size = await self._truncation.set_size(view, attr.st_size)
         if fields.update_atime or fields.update_mtime:
-            _set_times(
+            await _set_times(
                 view,
                 attr.st_atime_ns if fields.update_atime else now.st_atime_ns,
                 attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns,
@@ -417,7 +417,7 @@ class Operations(pyfuse3.Operations):
     create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]
 
 
-def _set_times(view: View, atime_ns: int, mtime_ns: int) -> None:
+async def _set_times(view: View, atime_ns: int, mtime_ns: int) -> None:
     """Give the image file the times that `touch` or the kernel's cache set on the disk."""
     if not view.disk.writable:
         return
@@ -426,7 +426,7 @@ def _set_times(view: View, atime_ns: int, mtime_ns: int) -> None:
         if max(abs(image.st_atime_ns - atime_ns), abs(image.st_mtime_ns - mtime_ns)) < _ABOUT_NS:
             # The kernel tells before each fsync when it was written to; the host knows.
             return
-        view.disk.set_times(atime_ns, mtime_ns)
+        await view.disk.set_times(atime_ns, mtime_ns)
     except OSError as error:
         # The file may be another user's.  Nothing depends on its times.
         _log.debug("%s: cannot set times: %s", view.disk.name, error)

@@ -217,7 +217,7 @@ class MemoryFile:
         """Describe a file system that is made up, too."""
         return os.statvfs_result((4096, 4096, 1, 1, 1, 1, 1, 1, 0, 255))
 
-    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+    async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Forget the times."""
 
     def close(self) -> None:
@@ -519,9 +519,9 @@ class FailingFile:
         """Describe the file system of ``inner``."""
         return self.inner.statvfs()
 
-    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+    async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the times of ``inner``."""
-        self.inner.set_times(atime_ns, mtime_ns)
+        await self.inner.set_times(atime_ns, mtime_ns)
 
     def close(self) -> None:
         """Close ``inner``."""

@@ -8,15 +8,17 @@ import random
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
+import trio.testing
 
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
-from qedfuse.hostio import posixfile
+from qedfuse.hostio import inodelock, posixfile
 from qedfuse.hostio.posixfile import INLINE_BYTES, PosixFile
 from tests.support import qemu
 
@@ -48,22 +50,22 @@ class InodeLock:
         self.waits: list[str] = []
         self.inline: list[str] = []
         self.threads: list[str] = []
-        for name in ("pwrite", "pwritev", "ftruncate", "lseek"):
+        for name in ("pwrite", "pwritev", "ftruncate", "lseek", "utime"):
             monkeypatch.setattr(os, name, self._locked(name, getattr(os, name)))
         monkeypatch.setattr(posixfile, "fallocate", self._locked("fallocate", posixfile.fallocate))
 
     def _locked(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **keywords: object) -> object:
             if threading.get_ident() == self._loop:
                 if self._lock.locked():
                     self.waits.append(name)
                 self.inline.append(name)
-                return real(*arguments)
+                return real(*arguments, **keywords)
             with self._lock:
                 self.threads.append(name)
                 for _ in range(self.turns):
                     trio.from_thread.run(trio.lowlevel.cancel_shielded_checkpoint)
-                return real(*arguments)
+                return real(*arguments, **keywords)
 
         return call
 
@@ -103,12 +105,15 @@ async def test_nothing_is_changed_inline_while_a_thread_changes_the_file(
             assert not file.grow_now(1 << 21)
             nursery.start_soon(file.pwrite, 5 << 20, b"short")
             nursery.start_soon(file.next_data, 0)
-        assert (lock.waits, lock.inline, len(lock.threads)) == ([], [], 3)
+            nursery.start_soon(file.set_times, 1, 2)
+        assert (lock.waits, lock.inline, len(lock.threads)) == ([], [], 4)
         assert file.is_short(1)
         assert file.write_now(0, b"x")
         assert file.grow_now(6 << 20)
         assert await file.next_data(5 << 20) is not None
-        assert lock.inline == ["pwrite", "ftruncate", "lseek"]
+        await file.set_times(1, 2)
+        assert lock.inline == ["pwrite", "ftruncate", "lseek", "utime"]
+        assert (file.stat().st_atime_ns, file.stat().st_mtime_ns) == (1, 2)
         assert await file.pread(5 << 20, 5) == b"short"
 
 
@@ -141,40 +146,178 @@ async def test_threads_that_change_a_file_leave_others_for_reads(
         assert 0 < most <= 4
 
 
-async def test_short_writes_that_the_kernel_throttles_go_to_a_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("length", [4096, 2 * INLINE_BYTES])
+async def test_writers_do_not_keep_each_other_in_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    """Until one takes a short time there."""
-    now = 0.0
-    seconds = 0.0
-    threads: list[bool] = []
+    """After one long write each has at most one write in a thread, and all others are inline."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    writers = 8
+    with opened(tmp_path / "file") as file:
+        lock = InodeLock(monkeypatch)
+        is_over = False
 
-    def throttled(name: str) -> Callable[..., int]:
-        real: Callable[..., int] = getattr(os, name)
+        async def write() -> None:
+            left = 100
+            while left:
+                left -= is_over
+                if not file.write_now(0, bytes(length)):
+                    await file.pwrite(0, bytes(length))
+                await trio.lowlevel.checkpoint()
 
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.pwrite, 0, bytes(4 * INLINE_BYTES + 1))
+            for _ in range(writers):
+                nursery.start_soon(write)
+            while len(lock.threads) < writers // 2:
+                await trio.lowlevel.checkpoint()
+            is_over = True
+            before = len(lock.threads)
+        assert len(lock.threads) - before <= writers
+        assert len(lock.inline) >= writers * 99
+        assert lock.waits == []
+
+
+@pytest.mark.parametrize("event", ["cut", "throttled", "ended"])
+async def test_whoever_waits_for_short_writes_goes_on_when_others_take_the_lock(event: str) -> None:
+    """He does not wait until nobody writes in a thread any more, which might never be."""
+    lock = inodelock.InodeLock()
+    short, cut = threading.Event(), threading.Event()
+    woken: list[int] = []
+
+    async def wait() -> None:
+        await lock.wait_for_short()
+        woken.append(lock.holders)
+
+    async with trio.open_nursery() as nursery:
+        try:
+            nursery.start_soon(partial(lock.in_thread, short.wait, is_short=True))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not woken
+            if event == "cut":
+                nursery.start_soon(partial(lock.in_thread, cut.wait))
+            elif event == "throttled":
+                lock.slow(0.01)
+                lock.slow(0.01)
+            else:
+                short.set()
+            with trio.fail_after(10):
+                while not woken:
+                    await trio.lowlevel.checkpoint()
+            assert woken == [0 if event == "ended" else 2]
+        finally:
+            short.set()
+            cut.set()
+    lock.fast()
+    assert lock.is_free()
+
+
+class Throttle:
+    """Stands for a kernel that makes writers wait.
+
+    Attributes:
+        now: What the clock shows, in seconds.
+        seconds: How long each write takes.
+        threads: For each write, whether it was made in a thread.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replace the calls that write, and the clock."""
+        self.now = 0.0
+        self.seconds = 0.0001
+        self.threads: list[bool] = []
+        for name in ("pwrite", "pwritev"):
+            monkeypatch.setattr(os, name, self._throttled(getattr(os, name)))
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def _throttled(self, real: Callable[..., int]) -> Callable[..., int]:
         def call(*arguments: object) -> int:
-            nonlocal now
-            threads.append(threading.current_thread() is not threading.main_thread())
-            now += seconds
+            self.threads.append(threading.current_thread() is not threading.main_thread())
+            self.now += self.seconds
             return real(*arguments)
 
         return call
 
-    for name in ("pwrite", "pwritev"):
-        monkeypatch.setattr(os, name, throttled(name))
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    def show(self, file: PosixFile) -> None:
+        """Let a file learn that short writes are throttled."""
+        self.seconds = 0.02
+        for _ in range(2):
+            assert file.write_now(0, b"x")
+        assert not file.is_short(1)
+
+
+async def test_short_writes_that_the_kernel_throttles_go_to_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until one takes a short time there."""
+    throttle = Throttle(monkeypatch)
     with opened(tmp_path / "file") as file:
+        throttle.seconds = 0.02
         assert file.write_now(0, b"x")
-        seconds = 0.02
-        assert file.write_now(0, b"x"), "the first has to show it"
+        assert file.write_now(0, b"x"), "it takes two to show it"
         assert not file.write_now(0, b"x")
         assert not file.grow_now(1 << 20)
         for _ in range(3):
             await file.pwrite(0, b"x")
-        seconds = 0.0001
+        throttle.seconds = 0.0001
         await file.pwrite(0, b"x")
         assert file.write_now(0, b"x")
-        assert threads == [False, False, True, True, True, True, False]
+        assert throttle.threads == [False, False, True, True, True, True, False]
+
+
+async def test_one_slow_short_write_is_no_throttling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have waited for a processor; nor is another one that comes much later."""
+    throttle = Throttle(monkeypatch)
+    with opened(tmp_path / "file") as file:
+        for _ in range(3):
+            throttle.seconds = 0.02
+            assert file.write_now(0, b"x")
+            throttle.now += 1.1
+            assert file.is_short(1)
+        throttle.seconds = 2.0
+        await file.pwrite(0, b"x")
+        await file.pwrite(0, b"x")
+        assert not file.is_short(1), "the second began when the first had just ended"
+
+
+async def test_a_fast_long_write_ends_the_throttling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody makes short writes too."""
+    throttle = Throttle(monkeypatch)
+    with opened(tmp_path / "file") as file:
+        throttle.show(file)
+        throttle.seconds = 0.0001
+        assert not file.write_now(0, bytes(2 * INLINE_BYTES))
+        await file.pwrite(0, bytes(2 * INLINE_BYTES))
+        assert file.write_now(0, bytes(2 * INLINE_BYTES))
+        assert file.grow_now(1 << 20)
+        assert throttle.threads == [False, False, True, False]
+
+
+async def test_throttling_is_forgotten_after_a_second_without_a_slow_short_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever long writes take meanwhile."""
+    throttle = Throttle(monkeypatch)
+    with opened(tmp_path / "file") as file:
+        throttle.show(file)
+        for _ in range(4):
+            throttle.now += 0.9
+            assert not file.is_short(1)
+            assert not file.grow_now(1 << 20)
+            await file.pwrite(0, b"x")
+        throttle.seconds = 0.5
+        await file.pwrite(0, bytes(8 * INLINE_BYTES))
+        assert not file.is_short(1)
+        await file.pwrite(0, bytes(8 * INLINE_BYTES))
+        assert file.grow_now(3 << 20)
+        assert file.write_now(0, b"x")
+        assert throttle.threads == [False] * 2 + [True] * 6 + [False]
 
 
 async def test_a_datasync_with_much_to_write_back_is_not_made_inline(
