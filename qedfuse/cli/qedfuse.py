@@ -44,8 +44,8 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
   uid=N, gid=N           owner of the disk (the caller)
   umask=OCTAL            permissions taken from 0666 (077)
   growable               let truncate(1) and writes past the end make the disk larger
-  truncate=zero          fill the disk with zeros when a program truncates it to 0, as cp
-                         and > do when they open it; it keeps its size (refuse)
+  truncate=zero          fill what a program cuts off with zeros, as cp and > do with all of
+                         the disk when they open it; it keeps its size (refuse)
   discard, nodiscard     whether discards free space, or only write zeros (discard)
   detect_zeroes=on       take no new space for zeros that are written (off; unmap: and
                          free what they had)

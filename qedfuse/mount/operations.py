@@ -86,7 +86,7 @@ def _answered(
 def _inode_of(args: Sequence[object]) -> int:
     """Return the inode that a request is about; the root where it names none."""
     first = args[0] if args else None
-    return first & _INODE if isinstance(first, int) else pyfuse3.ROOT_INODE
+    return first & ~_FLAGS if isinstance(first, int) else pyfuse3.ROOT_INODE
 
 
 def _shown(args: Sequence[object]) -> str:
@@ -233,7 +233,7 @@ class Operations(pyfuse3.Operations):
             )
         answer = self._attributes.of_disk(view)
         if not keeps_size:
-            answer.st_size = 0
+            answer.st_size = attr.st_size
             answer.attr_timeout = 0
             self.size_lost(view)
         return answer

@@ -77,8 +77,8 @@ class MountOptions:
         backing: Which backing files may be used.
         force_share: Read-only, beside a program that writes to the image.
         growable: The disk may be made larger through the mount.
-        truncate: What a truncation to 0 does, an open with O_TRUNC included: it is refused,
-            or fills the disk with zeros.
+        truncate: What a truncation does, an open with O_TRUNC included: it is refused, or
+            fills what it cuts off with zeros.
         commit_seconds: Longest time that changed tables stay in memory only.
         cache_bytes: Memory for tables, for each image.
         discard: Discards give clusters up.

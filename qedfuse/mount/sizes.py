@@ -48,13 +48,16 @@ class SizeKeeper:
             while self._wrong:
                 _inode, view = self._wrong.popitem()
                 path = os.path.join(os.fsencode(self._directory), view.name)  # noqa: PTH118
+                view.correcting = view.disk.size
                 try:
                     # In a thread: what it asks of the kernel the kernel asks of us.
                     await trio.to_thread.run_sync(
-                        self._correct, path, view.disk.size, abandon_on_cancel=True
+                        self._correct, path, view.correcting, abandon_on_cancel=True
                     )
                 except OSError as error:
                     _log.debug("%s: cannot correct the size: %s", view.disk.name, error)
+                # Not after a cancellation: then the thread may still be at it.
+                view.correcting = -1
 
     def _correct(self, path: bytes, size: int) -> None:
         """Make the kernel take the size that a file of the mount has.

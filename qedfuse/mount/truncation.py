@@ -4,7 +4,9 @@ The kernel does not send O_TRUNC with the open request (see `qedfuse.mount.hands
 SETATTR request with the size 0 follows, as for truncate(2).  By default it is refused.  A
 program that was told that the file is empty leaves out the zeros that it copies, and old
 bytes would stay in their place.  With ``truncate=zero`` the disk is emptied, as by a discard
-of all of it, and keeps its size.
+of all of it, and keeps its size.  A truncation to a size between 0 and that of the disk
+empties what lies past it: cp(1) makes one for a source that ends in a hole, and all that was
+cut off reads as zeros, as in a file that is truncated and made longer again.
 
 The pages in the kernel's cache have to go as well.  While the kernel waits for the answer to
 SETATTR, it holds the lock of the inode and sends no dirty page (FUSE_NOWRITE in fs/fuse).
@@ -14,10 +16,10 @@ pages dirty.
 - Without dirty pages the kernel drops all pages before the answer, when it is asked to, and
   the answer gives the size that the disk still has.
 - With a dirty page the kernel cannot do that before the answer: it would have to write the
-  page back first.  Then the answer gives the size 0, for which the kernel drops all pages by
-  itself, the dirty ones without writing them back.  The attributes expire at once, so the
-  next request for the size or for data past it gets the real size, and `SizeKeeper` asks for
-  it at once in case nobody else does.
+  page back first.  Then the answer gives the size that was asked for, and the kernel drops
+  all pages past it by itself, the dirty ones without writing them back.  The attributes
+  expire at once, so the next request for the size or for data past it gets the real size,
+  and `SizeKeeper` asks for it at once in case nobody else does.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Truncation:
 
         Returns:
             Whether the answer to the kernel has to give the real size.  If not, it has to
-            give the size 0, which expires at once.
+            give ``size``, which expires at once.
 
         Raises:
             FUSEError: EPERM, the options do not allow it; EFBIG, the tables cannot address
@@ -69,8 +71,11 @@ class Truncation:
         disk = view.disk
         if size == disk.size:
             return True
-        if size == 0:
-            return await self._empty(view)
+        if size == view.correcting and size < disk.size:
+            # The disk has grown since `SizeKeeper` looked: nobody wants anything cut off.
+            raise FUSEError(errno.EPERM)
+        if size == 0 or (size < disk.size and self._options.truncate == "zero"):
+            return await self._empty_from(view, size)
         if size < disk.size or not self._options.growable:
             raise FUSEError(errno.EPERM)
         if size > disk.header.geometry.max_image_size:
@@ -78,13 +83,13 @@ class Truncation:
         await disk.resize(size)
         return True
 
-    async def _empty(self, view: View) -> bool:
-        """Make the whole disk read as zeros; see `set_size`."""
+    async def _empty_from(self, view: View, start: int) -> bool:
+        """Make a disk read as zeros from an offset on; see `set_size`."""
         if self._options.truncate == "refuse":
             self._explain(view)
             raise FUSEError(errno.EPERM)
         try:
-            await view.disk.discard(0, view.disk.size)
+            await view.disk.discard(start, view.disk.size - start)
         finally:
             # Also after a failure: what the disk holds now is what programs have to see, if
             # not before the answer, then as soon as dirty pages have been written back.

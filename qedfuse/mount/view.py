@@ -39,6 +39,7 @@ class View:
             going to ask.
         read_only: Whether the disk is read-only beside others that can be written to.
         overrun: A write that the kernel had cached went past the end; nobody knows yet.
+        correcting: The size to which `SizeKeeper` truncates the disk; -1 if it does not.
     """
 
     disk: Disk
@@ -50,6 +51,7 @@ class View:
     writing: int = 0
     blocks: int = -1
     overrun: bool = False
+    correcting: int = -1
 
 
 class Attributes:

@@ -220,15 +220,21 @@ class Case:
 
     def _resize(self, fd: int) -> None:
         """Truncate to any other size."""
-        size = self._model.size + SECTOR * self._chance.randrange(-100, 100)
+        old = self._model.size
+        size = max(SECTOR, old + SECTOR * self._chance.randrange(-100, 100))
+        cuts = size < old and self.plan.empties
+        number = self._model.begin(size, bytes(old - size)) if cuts else 0
         try:
-            os.ftruncate(fd, max(SECTOR, size))
+            os.ftruncate(fd, size)
         except PermissionError:
-            assert size < self._model.size or not self.plan.growable
+            assert not cuts
+            assert size < old or not self.plan.growable
         else:
-            assert size == self._model.size or self.plan.growable
-            assert size >= self._model.size
-            self._model.grow(size)
+            if cuts:
+                self._model.end(number)
+            else:
+                assert size == old or (size > old and self.plan.growable)
+                self._model.grow(size)
 
     def _copy(self, _fd: int) -> None:
         """Copy the disk as cp does, with all its holes."""

@@ -242,6 +242,40 @@ def test_dirty_pages_of_a_map_do_not_come_back(way: str, tmp_path: Path) -> None
     assert qemu.content(tmp_path / "vm.qed") == expected
 
 
+@pytest.mark.parametrize("way", ["cached", "growable", "file"])
+def test_a_smaller_size_empties_what_lies_past_it(way: str, tmp_path: Path) -> None:
+    """Also below dirty pages of a map, of which only those past the size are dropped."""
+    cut = (1 << 20) + 1000
+    with mount_full(tmp_path, way, "truncate=zero") as disk:
+        fd = os.open(disk, os.O_RDWR)
+        with mmap.mmap(fd, SIZE) as mapped:
+            for at in (0, cut - 1, cut, SIZE - 1):
+                mapped[at] = 1
+            os.ftruncate(fd, cut)
+            assert disk.stat().st_size == os.fstat(fd).st_size == SIZE
+            expected = b"\1" + OLD * (cut - 2) + b"\1" + bytes(SIZE - cut)
+            assert disk.read_bytes() == read_direct(disk) == expected
+            assert mapped[:] == expected
+        os.close(fd)
+    assert qemu.content(tmp_path / "vm.qed") == expected
+
+
+@pytest.mark.parametrize("way", ["cached", "growable_file"])
+def test_a_smaller_backup_is_restored_too(way: str, tmp_path: Path) -> None:
+    """If it ends in a hole, cp truncates the target to its size in the end."""
+    backup = tmp_path / "backup.raw"
+    with backup.open("wb") as file:
+        file.write(b"data" * 1000)
+        file.truncate(2 << 20)
+    with mount_full(tmp_path, way, "truncate=zero") as disk:
+        for name, command in COMMANDS.items():
+            with disk.open("r+b") as file:
+                file.write(OLD * SIZE)
+            assert run(command, backup, disk) == 0, name
+            assert disk.stat().st_size == SIZE
+            assert read_direct(disk) == backup.read_bytes() + bytes(SIZE - (2 << 20)), name
+
+
 def test_the_size_comes_back_without_being_asked_for(tmp_path: Path) -> None:
     """Also for a memory map, for which the kernel does not ask."""
     with mount_full(tmp_path, "cached", "truncate=zero") as disk:
@@ -322,11 +356,16 @@ def test_beside_a_model(mode: str, way: str, tmp_path: Path) -> None:
                     with pytest.raises(PermissionError):
                         truncate(disk, fd)
             elif what == "resize":
-                size = chance.choice([512, len(model) - 512, len(model), len(model) + 5120])
+                sizes = [512, start, len(model) - 512, len(model), len(model) + 5120]
+                size = chance.choice(sizes)
                 with suppress(PermissionError):
                     chance.choice([os.truncate, os.ftruncate])(fd, size)
-                    assert size == len(model) or ("growable" in way and size > len(model))
-                    model.extend(bytes(size - len(model)))
+                    if size < len(model):
+                        assert mode == "zero"
+                        model[size:] = bytes(len(model) - size)
+                    elif size > len(model):
+                        assert "growable" in way
+                        model.extend(bytes(size - len(model)))
             assert os.fstat(fd).st_size == disk.stat().st_size == len(model)
             assert os.pread(fd, length, start) == model[start : start + length]
         os.close(fd)

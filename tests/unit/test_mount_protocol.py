@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import struct
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import pyfuse3
 import pytest
@@ -19,6 +20,7 @@ from qedfuse.mount.attach import _explain, kernel_options
 from qedfuse.mount.handshake import amend, decline
 from qedfuse.mount.operations import Operations
 from qedfuse.mount.options import MountOptions, parse_options
+from qedfuse.mount.truncation import Truncation
 from qedfuse.mount.view import View
 from tests.support import qemu
 
@@ -192,6 +194,45 @@ class NamedBroken(Broken):
     def fail(self, message: str) -> None:
         """Fail with ``message`` from now on."""
         self._error = CorruptImageError(message)
+
+
+@pytest.mark.parametrize("flags", [0, os.O_DIRECT, os.O_DSYNC, os.O_SYNC | os.O_DIRECT])
+async def test_errors_are_counted_for_the_disk_whatever_the_handle(
+    flags: int, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    """With any flags of open(2); the summary names the disk and not the mount."""
+    request.node.add_marker(pytest.mark.expect_log("vm.qed"))
+    disk = NamedBroken(CorruptImageError("vm.qed: bad table"))
+    for options in (MountOptions(), MountOptions(direct_io=True)):
+        handlers = operations(disk, options)
+        opened = await handlers.open(2, os.O_RDWR | flags, context())
+        for _ in range(2):
+            with pytest.raises(pyfuse3.FUSEError):
+                await handlers.read(opened.fh, 0, 512)
+        caplog.clear()
+        handlers.errors._summarize()
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{disk.name}: 1 more error not logged one by one, the last: vm.qed: bad table"
+        ]
+
+
+class Shrunk:
+    """A disk of which nothing may be discarded."""
+
+    size = 8192
+
+    async def discard(self, start: int, length: int) -> NoReturn:
+        """Fail the test."""
+        pytest.fail(f"{length} bytes from {start} on are discarded")
+
+
+async def test_a_correction_of_the_size_never_empties_anything() -> None:
+    """The disk may have grown since the kernel was told its size by a truncation."""
+    view = View(cast("Disk", Shrunk()), b"vm.raw", 2, correcting=4096)
+    truncation = Truncation(MountOptions(growable=True, truncate="zero"), forget_pages)
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await truncation.set_size(view, 4096)
+    assert caught.value.errno == errno.EPERM
 
 
 async def test_errors_are_rate_limited_for_each_disk(
