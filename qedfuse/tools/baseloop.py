@@ -10,7 +10,7 @@ from qedfuse.errors import BackingError
 from qedfuse.util.text import printable
 
 
-def refuse_loop(image: str, backing: str) -> None:
+def refuse_loop(image: str, backing: str, directory: str = "") -> None:
     """Look for a file that is about to be replaced among the bases it is to have.
 
     Only names are followed, as far as they lead to files: whether the bases are any good
@@ -19,16 +19,17 @@ def refuse_loop(image: str, backing: str) -> None:
     Args:
         image: The file; it need not be there.
         backing: Its base, by a name that is absolute or begins at the image's directory.
+        directory: Where names after ``file:`` begin; empty is the working directory.
 
     Raises:
         BackingError: It is among them.
     """
     about = f"{printable(image)}: backing file"
-    path = backing_path(image, backing)
+    path = backing_path(image, backing, directory)
     if _same(path, image):
         msg = f"{about} {printable(path)}: found the image itself"
         raise BackingError(msg)
-    for below in base_paths(path):
+    for below in base_paths(path, directory):
         if _same(below, image):
             msg = (
                 f"{about} {printable(below)}: found the image itself by way of {printable(backing)}"

@@ -19,11 +19,10 @@ what this is for, but other overlays over it are spoilt.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.backing import open_bases, read_backing_name, read_header
-from qedfuse.disk.backingpath import backing_path
+from qedfuse.disk.backing import open_bases, read_header
 from qedfuse.disk.extents import Kind
 from qedfuse.disk.layer import RawLayer
 from qedfuse.disk.opening import open_disk
@@ -202,15 +201,14 @@ async def _find_base(overlay: Disk, options: OpenOptions) -> BasePlace:
         if not header.has_backing:
             msg = f"{overlay.name}: backing file: found none, expected one to commit to"
             raise BackingError(msg)
-        name = await read_backing_name(file, header)
         bases = await open_bases(
             overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
         )
     finally:
         file.close()
     try:
-        path = backing_path(overlay.path, name)
-        return BasePlace(path, bases[0].file.stat(), isinstance(bases[0], RawLayer), 1)
+        base = cast("PosixFile", bases[0].file)
+        return BasePlace(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
     finally:
         for layer in bases:
             layer.file.close()

@@ -118,7 +118,7 @@ async def open_upper_images(
     Args:
         path: The first image.
         base: A file of its chain, by a name that begins at the directory of the image
-            that names it, as qemu-img has it, or at the working directory.
+            that names it, as qemu-img has it, or at the working directory of ``options``.
         options: How to open the chain.
 
     Raises:
@@ -134,7 +134,7 @@ async def open_upper_images(
         top = QedLayer(file, header, store)
         await top.scan_l1()
         layers = await open_bases(path, file, header, options, store)
-        depth = _find(path, base, layers)
+        depth = _find(path, base, layers, options.backing.working_directory)
         found = cast("PosixFile", layers[depth - 1].file)
         is_raw = isinstance(layers[depth - 1], RawLayer)
         place = BasePlace(found.path, found.stat(), is_raw, depth)
@@ -149,8 +149,10 @@ async def open_upper_images(
         file.close()
 
 
-def _find(path: str, base: str, layers: Sequence[Layer]) -> int:
+def _find(path: str, base: str, layers: Sequence[Layer], directory: str) -> int:
     """Return the depth at which a file lies in a chain; the first image has depth 0.
+
+    ``directory`` is the working directory; empty for that of the process.
 
     Raises:
         BackingError: It is not in the chain.
@@ -158,7 +160,8 @@ def _find(path: str, base: str, layers: Sequence[Layer]) -> int:
     above = path
     for depth, layer in enumerate(layers, 1):
         file = cast("PosixFile", layer.file)
-        for name in (backing_path(above, base), base.removeprefix("file:")):
+        here = os.path.join(directory, base.removeprefix("file:"))  # noqa: PTH118  no I/O
+        for name in (backing_path(above, base, directory), here):
             if _is_file(name, file.stat()):
                 return depth
         above = file.path

@@ -232,7 +232,7 @@ class _Work:
             )
             raise UsageError(msg)
         if layout.backing is not None:
-            refuse_loop(self.path, layout.backing)
+            refuse_loop(self.path, layout.backing, self.options.backing.working_directory)
         with ExitStack() as stack:
             old = hold_old(self.path, stack, overwrite=overwrite, in_place=True)
             new = stack.enter_context(NewFile(self.path, old=old, overwrite=overwrite))
@@ -277,7 +277,8 @@ class _Work:
         """Compare what was made with the source."""
         options = replace(self.options, force_share=True)
         if self.layout.backing is not None:
-            base = backing_path(self.path, self.layout.backing)
+            directory = options.backing.working_directory
+            base = backing_path(self.path, self.layout.backing, directory)
             options = replace(options, backing=replace(options.backing, trusted=base))
         async with open_source(path, "raw" if found == "raw" else "qed", options) as copy:
             await verify(source, copy, self.name)

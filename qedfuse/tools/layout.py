@@ -76,7 +76,7 @@ async def open_new_base(image: str, layout: Layout, options: OpenOptions) -> Asy
     Raises:
         BackingError: It cannot be used, or its format has to be given.
     """
-    path = backing_path(image, layout.backing or "")
+    path = backing_path(image, layout.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"
     try:
         found = probe(path) if layout.backing_format != "raw" else "raw"

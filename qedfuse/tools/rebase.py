@@ -98,7 +98,7 @@ async def rebase(
         if backing is not None and backing_format is None:
             raise UsageError(_no_format(path, backing))
         if backing is not None:
-            refuse_loop(path, backing)
+            refuse_loop(path, backing, wanted.backing.working_directory)
         async with open_disk(path, wanted, inspector=inspect_image, with_bases=False) as disk:
             await disk.name_base(name, raw=backing_format == "raw")
         return RebaseResult(backing, backing_format if backing else None)
@@ -137,7 +137,7 @@ async def _new_chain(
     if backing_format == "raw":
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
-    base = backing_path(disk.path, backing)
+    base = backing_path(disk.path, backing, options.backing.working_directory)
     # What -F says is about this base; what the user says about all bases was about the
     # old ones.
     policy = replace(options.backing, trusted=base, format=None)

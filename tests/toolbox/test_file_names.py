@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.disk.backingpath import backing_path, has_protocol
+from qedfuse.disk.options import BackingPolicy, OpenOptions
+from qedfuse.errors import BackingError
+from qedfuse.tools.commit import commit
+from qedfuse.tools.convert import convert
+from qedfuse.tools.layout import Layout
+from qedfuse.tools.measure import measure
+from qedfuse.tools.rebase import rebase
 from tests.support import qemu
 from tests.support.mounted import mounted, qedfuse, refused
 
@@ -115,6 +124,54 @@ def test_mount_reads_them_from_where_it_is_started(place: Path) -> None:
     done = qedfuse(place / "top.qed", place / "mnt", cwd="/")
     assert done.returncode == 17
     assert "top.qed: backing file /base.raw: cannot open" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["commit", "commit lower", "rebase", "convert", "measure"])
+def test_programs_choose_where_such_names_begin(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the working directory of the process, which has other files of these names."""
+    policy = BackingPolicy(mode="any", working_directory=str(place))
+    options = OpenOptions(writable=True, backing=policy)
+    base, other = place / "base.raw", place / "sub" / "base.raw"
+    top = str(place / "top.qed")
+    qemu.run("qemu-img", "create", "-q", "-f", "qed", "-b", "file:base.raw", "-F", "raw", top)
+    qemu.io(top, "write -P 7 0 64k")
+    before = other.read_bytes()
+    monkeypatch.chdir(place / "sub")
+    base_layout = Layout(backing="file:base.raw", backing_format="raw")
+    new = str(place / "new.qed")
+    if command == "commit":
+        assert trio.run(partial(commit, top, options=options)).base == str(base)
+    elif command == "commit lower":
+        result = trio.run(partial(commit, top, base="file:base.raw", options=options))
+        assert result.base == str(base)
+    elif command == "rebase":
+        qemu.create(place / "other.qed", SIZE)
+        rebased = partial(rebase, top, "file:other.qed", backing_format="qed", options=options)
+        assert trio.run(rebased).copied_bytes == SIZE - (64 << 10)
+    elif command == "convert":
+        work = partial(convert, top, new, base_layout, compare=True, options=options)
+        assert trio.run(work).data_bytes == 64 << 10
+    else:
+        needs = trio.run(partial(measure, top, base_layout, image=new, options=options))
+        assert needs.required < SIZE
+    assert other.read_bytes() == before
+    if command.startswith("commit"):
+        assert base.read_bytes() == b"\7" * (64 << 10) + b"\1" * (SIZE - (64 << 10))
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_loop_is_found_by_such_names(
+    *, unsafe: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the working directory of the process has another file of that name."""
+    policy = BackingPolicy(mode="any", working_directory=str(place))
+    monkeypatch.chdir(place / "sub")
+    options = OpenOptions(backing=policy)
+    work = partial(rebase, str(place / "base.qed"), "file:base.qed", backing_format="qed")
+    with pytest.raises(BackingError):
+        trio.run(partial(work, unsafe=unsafe, options=options))
 
 
 def test_the_rule_itself() -> None:
