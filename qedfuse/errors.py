@@ -5,6 +5,7 @@
     ├── ReadOnlyError             EROFS     1  a write to a disk that is open read-only
     ├── HostError                 (host's)  2  the host's file system or kernel refused
     │   └── NoSpaceError          ENOSPC    2  no room: end of the disk, or the host is full
+    │       └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     ├── ImageError                EINVAL   12  the file is not a usable QED image
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
     │   ├── HeaderError           EINVAL   12  a header field is out of its range
@@ -86,6 +87,12 @@ class NoSpaceError(HostError):
 
     def __init__(self, message: str, errno: int = errnos.ENOSPC) -> None:
         super().__init__(message, errno)
+
+
+class PastEndError(NoSpaceError):
+    """A write begins at or past the end of the disk: the caller's mistake, nothing is full."""
+
+    errno = errnos.ENOSPC
 
 
 class ImageError(QedError):

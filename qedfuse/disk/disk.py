@@ -15,7 +15,7 @@ from qedfuse.disk.lifecycle import Lifecycle
 from qedfuse.disk.parts import Parts
 from qedfuse.disk.seek import next_data, next_hole
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
-from qedfuse.errors import BackingError, NoSpaceError
+from qedfuse.errors import BackingError, PastEndError
 
 if TYPE_CHECKING:
     import os
@@ -157,7 +157,8 @@ class Disk:
         """Write bytes; return how many, fewer only where the disk ends.
 
         Raises:
-            NoSpaceError: The disk ends at or before ``start``, or the host is full.
+            PastEndError: The disk ends at or before ``start``.
+            NoSpaceError: The host is full.
             ReadOnlyError: The disk is open read-only, or became so.
             BackingError: The disk was opened without its base.
             CorruptImageError: A table entry for part of the range is bad.
@@ -168,7 +169,7 @@ class Disk:
             return 0
         if start >= self.size:
             msg = f"{self.name}: write at {start}: the disk ends at {self.size}"
-            raise NoSpaceError(msg)
+            raise PastEndError(msg)
         view = view[: self.size - start]
         self._refuse_without_base("write")
         await self._gate.before_change()

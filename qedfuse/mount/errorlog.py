@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from qedfuse.errors import NoSpaceError, QedError
+from qedfuse.errors import PastEndError, QedError
 from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class RequestErrorLog:
 
     def error(self, inode: int, error: QedError) -> None:
         """Log what a request to the disk ``inode`` failed with."""
-        message = str(error)
-        if isinstance(error, NoSpaceError) and "the disk ends" in message:
+        if isinstance(error, PastEndError):
             return  # the caller's mistake, not the image's
+        message = str(error)
         if self._is_new(inode, message):
             _log.error("%s", message)
 

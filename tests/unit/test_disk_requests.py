@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from qedfuse.disk.extents import Kind
-from qedfuse.errors import HostError, NoSpaceError, ReadOnlyError
+from qedfuse.errors import HostError, NoSpaceError, PastEndError, ReadOnlyError
 from qedfuse.ondisk.constants import ZERO
 from tests.support.disks import (
     WRITABLE,
@@ -130,7 +130,7 @@ async def test_end_of_the_disk() -> None:
         assert await disk.read(size, 10) == b""
         assert await disk.read(1 << 62, 10) == b""
         assert await disk.write(size, b"") == 0
-        with pytest.raises(NoSpaceError, match=f"write at {size}: the disk ends at {size}"):
+        with pytest.raises(PastEndError, match=f"write at {size}: the disk ends at {size}"):
             await disk.write(size, b"x")
         assert await disk.extents(size, 10) == []
 
