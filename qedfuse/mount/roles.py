@@ -68,8 +68,7 @@ def _files(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
         if identity is not None and other is not source:
             msg = (
                 f"{printable(source.path)}: in use: found the same file as "
-                f"{printable(other.path)}, which is to be written to as well (name it once, "
-                "or mount all read-only with -r)"
+                f"{printable(other.path)} (name it once, or mount all read-only with -r)"
             )
             raise ImageInUseError(msg)
     files.pop(None, None)
