@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import time
@@ -14,7 +13,7 @@ from qedfuse.mount.bounded import Deadline, call_in_child
 from qedfuse.mount.copies import describe_copies
 from qedfuse.mount.mountpoint import is_below, resolve, resolve_mounted
 from qedfuse.mount.mounttable import MountEntry, find_mount, find_ours
-from qedfuse.mount.runtime import MountNote, directories, find_note, process_start, read_note
+from qedfuse.mount.runtime import MountNote, directories, find_note, process_start, take_note
 from qedfuse.mount.unmount import BusyError, unmount
 from qedfuse.util.text import printable
 
@@ -202,13 +201,11 @@ def _report(shown: str, entry: MountEntry, path: Path) -> None:
     Raises:
         UnmountFailedError: It left a note.
     """
-    note = read_note(path, entry.owner)
+    note = take_note(path, entry.owner)
     if note is None:
         return
-    with contextlib.suppress(OSError):
-        path.unlink()
     if note.failure is not None:
         msg = f"{shown}: unmounted, but its process failed: {printable(note.failure)}"
-        raise UnmountFailedError(msg, note.exit_code)
+        raise UnmountFailedError(msg, note.exit_code or None)
     msg = f"{shown}: unmounted, but its process had ended without closing the images cleanly"
     raise UnmountFailedError(msg)

@@ -24,6 +24,9 @@ from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.util.text import printable
 
 _MAX_NOTE: Final = 1 << 20
+_MAX_PID: Final = 1 << 22
+_MAX_TICKS: Final = (1 << 64) - 1
+_MAX_EXIT_CODE: Final = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +180,19 @@ def find_note(device: str, user: int) -> tuple[Path, MountNote] | None:
     return max(found, key=lambda pair: pair[1].started, default=None)
 
 
-def read_note(path: Path, user: int) -> MountNote | None:
-    """Read a note that was found before; None if it is gone."""
+def take_note(path: Path, user: int) -> MountNote | None:
+    """Read a note that was found before, and remove it; None if it is gone."""
     try:
         place = _open_directory(path.parent, user, make=False)
     except (OSError, PrivilegeError):
         return None
     try:
-        return _read(place, path.name, user)
+        note = _read(place, path.name, user)
+        if note is not None:
+            # By the descriptor: the user may put another directory in the place of this one.
+            with contextlib.suppress(OSError):
+                os.unlink(path.name, dir_fd=place)
+        return note
     finally:
         os.close(place)
 
@@ -210,11 +218,38 @@ def _read(directory: int, name: str, user: int) -> MountNote | None:
         if not stat.S_ISREG(found.st_mode) or found.st_uid != user:
             return None
         try:
-            data = json.loads(file.read(_MAX_NOTE))
-            if not (isinstance(data["pid"], int) and isinstance(data["started"], int)):
-                return None
-            # The process may be one of an earlier version, which kept no options.
-            lists = {"sources": data["sources"], "options": data.get("options", ())}
-            return MountNote(**{**data, **{name: tuple(words) for name, words in lists.items()}})
-        except (ValueError, TypeError, KeyError):
+            return _parse(file.read(_MAX_NOTE))
+        except (ValueError, TypeError, KeyError, RecursionError):
             return None
+
+
+def _parse(text: bytes) -> MountNote:
+    """Read the text of a note, which for root may be any user's.
+
+    Raises:
+        ValueError: It is not JSON.
+        TypeError: It is no object, or a field has a wrong type or an impossible value.
+        KeyError: A field is missing.
+        RecursionError: It is nested too deeply.
+    """
+    data = json.loads(text)
+    # The process may be one of an earlier version, which kept no options.
+    lists = {"sources": data["sources"], "options": data.get("options", [])}
+    note = MountNote(**{**data, **{name: tuple(words) for name, words in lists.items()}})
+    if not (
+        all(type(words) is list for words in lists.values())
+        and all(type(word) is str for words in lists.values() for word in words)
+        and type(note.mountpoint) is str
+        and type(note.failure) in (str, type(None))
+        and _is_number(note.pid, 1, _MAX_PID)
+        and _is_number(note.started, 0, _MAX_TICKS)
+        and _is_number(note.exit_code, 0, _MAX_EXIT_CODE)
+    ):
+        msg = "expected a note of a mount"
+        raise TypeError(msg)
+    return note
+
+
+def _is_number(value: object, least: int, most: int) -> bool:
+    """Return whether a value is a whole number, and no truth value, within bounds."""
+    return type(value) is int and least <= value <= most

@@ -13,7 +13,7 @@ import pytest
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount import runtime
 from qedfuse.mount.notify import PidFile, ServiceManager
-from qedfuse.mount.runtime import MountNote, NoteKeeper, find_note, process_start, read_note
+from qedfuse.mount.runtime import MountNote, NoteKeeper, find_note, process_start, take_note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +62,7 @@ def test_a_note_is_found_until_the_end(place: Path) -> None:
     assert find_note("0:4", USER) is None
     keeper.finish(None, 0)
     assert find_note(DEVICE, USER) is None
-    assert read_note(found[0], USER) is None
+    assert take_note(found[0], USER) is None
 
 
 def test_a_failure_stays_in_the_note() -> None:
@@ -117,12 +117,66 @@ def test_links_are_not_followed(place: Path, tmp_path: Path) -> None:
     assert find_note(DEVICE, USER) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": 1}', "\udcff", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"pid": 1}', "\udcff", "9" * 5000, "[" * 100_000, "null", "1"]
+)
 def test_broken_notes_are_passed_over(place: Path, text: str) -> None:
     """What makes no sense is no note."""
     place.mkdir(mode=0o700)
     (place / f"{DEVICE}.1").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert find_note(DEVICE, USER) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("pid", [0, -1, 1 << 80, 1.0, "1", True, None, []]),
+        ("started", [-1, 1 << 80, 1.0, "1", False, None]),
+        ("mountpoint", [1, None, ["/mnt"]]),
+        ("sources", ["/vm.qed", [1], [["a"]], None, {"a": 1}, 1]),
+        ("options", ["ro", [1], None, {"a": 1}]),
+        ("failure", [1, ["a"], True]),
+        ("exit_code", [-1, 256, "2", True, None]),
+        ("other", [1]),
+    ],
+)
+def test_a_note_with_a_wrong_field_is_passed_over(
+    place: Path, field: str, values: list[object]
+) -> None:
+    """Root reads the notes of all users."""
+    place.mkdir(mode=0o700)
+    right = {"pid": 1, "started": 1, "mountpoint": "/mnt", "sources": ["/vm.qed"], "options": []}
+    path = place / f"{DEVICE}.1"
+    path.write_text(json.dumps(right))
+    assert find_note(DEVICE, USER) is not None
+    for value in values:
+        path.write_text(json.dumps({**right, field: value}))
+        assert find_note(DEVICE, USER) is None, value
+
+
+def test_a_note_is_removed_from_the_directory_that_was_checked(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner may put a link in the place of the directory at any time."""
+    keep_note().finish("failed", 2)
+    name = f"{DEVICE}.{os.getpid()}"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / name).touch()
+    read = runtime._read
+
+    def read_and_swap(directory: int, name: str, user: int) -> MountNote | None:
+        note = read(directory, name, user)
+        place.rename(tmp_path / "moved")
+        place.symlink_to(other)
+        return note
+
+    monkeypatch.setattr(runtime, "_read", read_and_swap)
+    note = take_note(place / name, USER)
+    assert note is not None
+    assert (note.failure, note.exit_code) == ("failed", 2)
+    assert (other / name).exists()
+    assert not (tmp_path / "moved" / name).exists()
 
 
 def test_a_note_survives_what_hides_its_directory(place: Path, tmp_path: Path) -> None:
