@@ -14,6 +14,11 @@ def has_protocol(name: bytes) -> bool:
     return b":" in name.split(b"/", 1)[0] and not name.startswith(os.fsencode(_FILE))
 
 
+def lacks_path(name: bytes) -> bool:
+    """Return whether a name is the protocol for files and nothing else."""
+    return name == os.fsencode(_FILE)
+
+
 def backing_path(image: str, name: str, directory: str = "") -> str:
     """Return the path of the backing file that an image calls ``name``, without any I/O.
 

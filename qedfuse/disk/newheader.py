@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from qedfuse.disk.backingpath import has_protocol
+from qedfuse.disk.backingpath import has_protocol, lacks_path
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import (
     HEADER_BYTES,
@@ -24,9 +24,12 @@ def backing_name(backing: str | None) -> bytes:
     """Give the bytes of a base's name as an image stores them; none for no base.
 
     Raises:
-        UsageError: It is too long, or not a path.
+        UsageError: It is too long, not a path, or no name follows the protocol.
     """
     name = os.fsencode(backing or "")
+    if lacks_path(name):
+        msg = f"backing file {printable(name)}: found an empty name, expected one, or none at all"
+        raise UsageError(msg)
     if len(name) > MAX_BACKING_NAME or has_protocol(name) or b"\0" in name:
         msg = (
             f"backing file {printable(name)}: expected a plain path of at most "
