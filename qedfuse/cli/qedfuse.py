@@ -337,12 +337,13 @@ def _mount(arguments: Arguments) -> int:
 
 def _remount(arguments: Arguments) -> int:
     """Change the mount that the command line names last; mount(8) names its source too."""
-    from qedfuse.mount.remount import remount  # noqa: PLC0415  a quick start
+    from qedfuse.mount.mountpoint import resolve_mounted  # noqa: PLC0415  a quick start
+    from qedfuse.mount.remount import remount  # noqa: PLC0415
 
     if not arguments.paths:
         msg = "remount: found no mountpoint (see: qedfuse --help)"
         raise UsageError(msg)
-    mountpoint = os.path.realpath(arguments.paths[-1])
+    mountpoint = resolve_mounted(arguments.paths[-1])
     remount(mountpoint, arguments.options, fake=arguments.fake, sloppy=arguments.sloppy)
     return 0
 

@@ -279,10 +279,10 @@ def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
     assert "busy\\u2028not permitted" in str(caught.value)
 
 
-def test_umount_with_a_timeout_ends_although_the_process_is_stopped(
+def test_a_process_that_is_stopped_is_not_waited_for_without_end(
     image: Path, tmp_path: Path
 ) -> None:
-    """Neither the path of the mount nor the unmount itself is waited for any longer."""
+    """By umount with a timeout, and by a remount; both used to ask it for the mountpoint."""
     environment = make_environment(tmp_path / "environment")
     shown = run_in_sandbox(
         """
@@ -294,6 +294,8 @@ def test_umount_with_a_timeout_ends_although_the_process_is_stopped(
         kill -STOP "$server"
         # The watchdog lets the process go on, and the unmount succeed.
         (sleep 20; kill -CONT "$server") & watchdog=$!
+        ln -s qedfuse "$2/bin/mount.qedfuse"
+        mount.qedfuse none /srv/link -f -o remount,ro
         code=0
         qedfuse umount /srv/link --timeout 0.2 2>&1 || code=$?
         kill "$watchdog"
