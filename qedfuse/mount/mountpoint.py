@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -19,6 +20,9 @@ _KERNEL_TREES: Final = ("/proc", "/sys")
 _NEEDED: Final = (FUSE_DEVICE, *_KERNEL_TREES)
 """What the server looks up while it serves, so that no mount of its own may cover it.  A
 mount on / would not even be seen, and unmounting / makes the system's root read-only."""
+_LIBFUSE_NEEDS: Final = ("/bin/mount", "/etc/ld.so.cache", "/run/mount/utab")
+"""What libfuse needs after the kernel has mounted and before the server serves: from 3.17 on
+it runs mount(8), and waits for it, to bring the table of mount options up to date."""
 _MAX_LINKS: Final = 40
 """As many links in a row as the kernel follows (MAXSYMLINKS)."""
 _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
@@ -55,6 +59,14 @@ def is_below(path: str, mountpoint: str) -> bool:
     return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
 
 
+def _c_library() -> list[str]:
+    """Return the path of the C library, beside which programs of the system find theirs."""
+    maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
+    # 7f5c1a000000-7f5c1a026000 r--p 00000000 fe:00 131  /usr/lib/x86_64-linux-gnu/libc.so.6
+    names = (line.split(maxsplit=5)[-1] for line in maps)
+    return next(([name] for name in names if re.search(r"/libc[.-][^/]*so[^/]*$", name)), [])
+
+
 def check_mountpoint(mountpoint: str, disks: int) -> bool:
     """Refuse a path that cannot carry the mount; tell whether it is a directory.
 
@@ -65,7 +77,8 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
             kind, a file for more than one disk, or a place that the server needs itself.
     """
     shown = printable(mountpoint)
-    if any(is_below(path, mountpoint) for path in _NEEDED) or any(
+    needed = (*_NEEDED, *map(os.path.realpath, _LIBFUSE_NEEDS), *_c_library())
+    if any(is_below(path, mountpoint) for path in needed) or any(
         is_below(mountpoint, tree) for tree in _KERNEL_TREES
     ):
         msg = f"mountpoint {shown}: found a directory of the system, expected another one"

@@ -38,6 +38,7 @@ environment = {
 if os.geteuid() != 0:
     environment["XDG_RUNTIME_DIR"] = real
 notes = environment["XDG_RUNTIME_DIR"] if os.geteuid() != 0 else "/run"
+os.makedirs(notes + "/qedfuse", exist_ok=True)
 
 
 def run(*arguments):
@@ -150,10 +151,10 @@ print("ended well")
         ("..", "kernel", "direct_io,overlay={directory}/top.qed,detect_zeroes=unmap"),
         ("vm.qed", "umount", "nodiscard"),
         (".", "kernel", "ro"),
-        # The interpreter, its libraries and the package; the notes and the log's socket.
-        (sys.base_prefix, "signal", "growable,freelist=on,compact"),
+        # The interpreter and its libraries; the package; the notes.
+        (sys.prefix, "signal", "growable,freelist=on,compact"),
         (str(TREE), "busy", "detect_zeroes=on"),
-        ("/run", "umount", "snapshot"),
+        ("/run/qedfuse", "umount", "snapshot"),
     ],
 )
 def test_a_mount_may_cover_what_its_server_uses(

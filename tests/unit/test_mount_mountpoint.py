@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,6 @@ from qedfuse.errors import MountpointError, PrivilegeError
 from qedfuse.mount import mountpoint
 from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, is_below
 from qedfuse.mount.mounttable import MountEntry, parse_mounts
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ODD = ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\x1d", "\x1e", "\r", "\xa0", "\x1f"]
 """Characters at which Python ends a line or a word, and the kernel does not."""
@@ -134,11 +132,22 @@ def test_allow_other_needs_a_line_in_the_configuration(
             check_privileges(for_others=True, user=1000)
 
 
-@pytest.mark.parametrize("path", ["/", "/dev", "/proc", "/proc/self", "/sys", "/sys/class"])
-def test_what_the_server_needs_is_no_mountpoint(path: str) -> None:
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/dev", "/proc", "/proc/self", "/sys", "/sys/class", "/usr", "/usr/bin", "/etc", "/run"],
+)
+def test_what_the_server_or_libfuse_needs_is_no_mountpoint(path: str) -> None:
     """It would wait for itself; and unmounting / makes the system's root read-only."""
     with pytest.raises(MountpointError, match="found a directory of the system"):
         check_mountpoint(path, 1)
+
+
+def test_the_libraries_of_the_system_are_no_mountpoint() -> None:
+    """From libfuse 3.17 on mount(8) is started when the kernel has mounted already."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    (library,) = set(re.findall(r"/\S+/libc\.so\.6", maps))
+    with pytest.raises(MountpointError, match="found a directory of the system"):
+        check_mountpoint(str(Path(library).parent), 1)
 
 
 def test_what_leads_through_a_mountpoint() -> None:
