@@ -15,6 +15,13 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
+from qedfuse.util.descriptors import (
+    STANDARD,
+    close_descriptors,
+    discard_standard_streams,
+    open_descriptors,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -81,10 +88,16 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
 
 
 def _run(function: Callable[[], object], writing: int) -> NoReturn:
-    """Call the function, send what became of it, and exit."""
+    """Call the function, send what became of it, and exit.
+
+    A child that blocks in the kernel outlives the caller, and must not keep open what the
+    caller's caller waits for: the end of a pipe, or a lock.
+    """
     try:
         reply: tuple[Any, ...]
         try:
+            discard_standard_streams()
+            close_descriptors(open_descriptors() - {*STANDARD, writing})
             reply = (None, function(), {})
         except Exception as error:  # noqa: BLE001  it is raised again in the parent
             reply = (type(error), error.args, error.__dict__)

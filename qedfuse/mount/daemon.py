@@ -145,7 +145,8 @@ def _wait(child: int, reading: int) -> int:
     code = os.waitstatus_to_exitcode(status)
     if code > 0:
         return code  # it has printed the reason itself
-    how = "ended" if code == 0 else f"was killed by {signal.Signals(-code).name}"
+    names = [known.name for known in signal.Signals if known == -code]
+    how = "ended" if code == 0 else f"was killed by {(*names, f'signal {-code}')[0]}"
     sys.stderr.write(f"qedfuse: the process in the background {how} before the disk was ready\n")
     return _SILENT
 

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 from abc import abstractmethod
+from contextlib import suppress
 from logging.handlers import SysLogHandler
 from typing import Final
 
@@ -67,8 +68,23 @@ class StderrHandler(DroppingHandler):
         """Write to ``descriptor``, which stays open."""
         super().__init__()
         self._descriptor = descriptor
+        self._own = -1
+        if os.isatty(descriptor):
+            # A writable terminal may take less than a piece, and make the rest wait.  On an
+            # open file description of its own O_NONBLOCK changes nothing for the shell.
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            with suppress(OSError):
+                self._own = os.open(f"/proc/self/fd/{descriptor}", flags)
+                self._descriptor = self._own
         self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
+        self._poll.register(self._descriptor, select.POLLOUT)
+
+    def close(self) -> None:
+        """Close what was opened for a terminal as well."""
+        super().close()
+        if self._own >= 0:
+            os.close(self._own)
+            self._own = -1
 
     def try_send(self, record: logging.LogRecord) -> bool:
         """Write in pieces that a writable pipe takes at once; see `DroppingHandler`."""

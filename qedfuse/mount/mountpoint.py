@@ -20,7 +20,7 @@ _KERNEL_TREES: Final = ("/proc", "/sys")
 _NEEDED: Final = (FUSE_DEVICE, *_KERNEL_TREES)
 """What the server looks up while it serves, so that no mount of its own may cover it.  A
 mount on / would not even be seen, and unmounting / makes the system's root read-only."""
-_LIBFUSE_NEEDS: Final = ("/bin/mount", "/etc/ld.so.cache", "/run/mount/utab")
+_LIBFUSE_NEEDS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
 """What libfuse needs after the kernel has mounted and before the server serves: from 3.17 on
 it runs mount(8), and waits for it, to bring the table of mount options up to date."""
 _MAX_LINKS: Final = 40
@@ -63,8 +63,9 @@ def _c_library() -> list[str]:
     """Return the path of the C library, beside which programs of the system find theirs."""
     maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
     # 7f5c1a000000-7f5c1a026000 r--p 00000000 fe:00 131  /usr/lib/x86_64-linux-gnu/libc.so.6
-    names = (line.split(maxsplit=5)[-1] for line in maps)
-    return next(([name] for name in names if re.search(r"/libc[.-][^/]*so[^/]*$", name)), [])
+    names = (line.split(maxsplit=5)[-1] for line in maps if line)
+    found = (name for name in names if re.search(r"/(libc[.-]|ld-musl-)[^/]*so[^/]*$", name))
+    return list(found)[:1]
 
 
 def check_mountpoint(mountpoint: str, disks: int) -> bool:

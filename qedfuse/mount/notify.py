@@ -15,6 +15,7 @@ import threading
 from typing import Final
 
 from qedfuse.errors import HostError
+from qedfuse.util.descriptors import open_descriptors
 from qedfuse.util.text import printable
 
 _CANNOT_WRITE: Final = "cannot write the pid file"
@@ -54,7 +55,7 @@ class ServiceManager:
         """
         if self._socket is None:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
             if self._sender is None:
                 try:
                     self._socket.send(state.encode(), socket.MSG_DONTWAIT)
@@ -62,10 +63,11 @@ class ServiceManager:
                     pass
                 else:
                     return
-            self._sender = threading.Thread(
+            sender = threading.Thread(
                 target=_send_after, args=(self._sender, self._socket.dup(), state), daemon=True
             )
-            self._sender.start()
+            sender.start()
+            self._sender = sender
 
     def close(self) -> None:
         """Disconnect."""
@@ -101,12 +103,19 @@ class PidFile:
         directory, self._name = os.path.split(self.path)
         flags = os.O_PATH | os.O_CLOEXEC
         try:
-            mode = _mode(path)
-            if mode is not None and stat.S_ISDIR(mode):
+            found = _status(path)
+            if found is not None and stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             # A pipe, a FIFO or a device is opened through its own descriptor: a link of
-            # /proc to a pipe has no directory.
-            self._is_special = mode is not None and not stat.S_ISREG(mode)
+            # /proc to a pipe, or to a file that was removed, has no directory.
+            self._is_special = found is not None and not (
+                stat.S_ISREG(found.st_mode) and found.st_nlink
+            )
+            # Who has opened the file for this process, with a lock on it perhaps, means that
+            # file and not another one of its name.
+            self._is_open = found is not None and any(
+                os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
+            )
             self._handle = os.open(
                 path if self._is_special else directory,
                 flags if self._is_special else flags | os.O_DIRECTORY,
@@ -136,8 +145,11 @@ class PidFile:
         self._is_written = True
 
     def _replace(self) -> None:
-        """Write a new file and give it the name."""
+        """Write a new file and give it the name; write into the old one if that is open here."""
         directory = self._handle
+        if self._is_open:
+            self._write_to(self._name, directory)
+            return
         new = f".qedfuse.{os.urandom(8).hex()}"
         try:
             self._write_to(new, directory, os.O_CREAT | os.O_EXCL)
@@ -188,9 +200,9 @@ class PidFile:
             self._handle = -1
 
 
-def _mode(path: str) -> int | None:
-    """Give a file's type and permissions; None if there is no file."""
+def _status(path: str) -> os.stat_result | None:
+    """Return what stat(2) says of a file; None if there is no file."""
     try:
-        return os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
+        return os.stat(path)  # noqa: PTH116  a name, not a Path
     except FileNotFoundError:
         return None

@@ -294,6 +294,8 @@ class _Session:
             shutdown = Shutdown(operations, mountpoint, entry.device, nursery)
             disks = [view.disk for view in operations.views.values()]
             with self._stopper.serving(shutdown, disks):
+                # A signal that came before `serving` has cancelled this task by now.
+                await trio.lowlevel.checkpoint_if_cancelled()
                 self._tell_ready()
                 if untuned is not None and self._request.options.readahead is None:
                     # For the log: an ordinary user need not hear this at every mount.

@@ -54,7 +54,7 @@ class SizeKeeper:
                     await trio.to_thread.run_sync(
                         self._correct, path, view.correcting, abandon_on_cancel=True
                     )
-                except OSError as error:
+                except (OSError, RuntimeError) as error:  # the latter: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", view.disk.name, error)
                 # Not after a cancellation: then the thread may still be at it.
                 view.correcting = -1

@@ -94,8 +94,11 @@ class Stopper:
 
         From then on the process ignores the signals that this no longer acts on.
         """
-        early = _replace_handlers()
-        with trio.open_signal_receiver(*SIGNALS) as signals:
+        heeded = list(SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup(1) wants it
+            heeded.remove(signal.SIGHUP)
+        early = _replace_handlers(heeded)
+        with trio.open_signal_receiver(*heeded) as signals:
             for signum in early:
                 signal.raise_signal(signum)
             task_status.started()
@@ -110,14 +113,14 @@ class Stopper:
                     scope.cancel()
 
 
-def _replace_handlers() -> list[int]:
-    """Replace the handlers of `SIGNALS` by one that only adds the signal to the list returned.
+def _replace_handlers(heeded: list[signal.Signals]) -> list[int]:
+    """Replace the handlers of signals by one that only adds the signal to the list returned.
 
     trio restores the handlers that it has found, and raises again what it has not delivered.
     The default action would kill a process that has closed everything and only has to exit.
     """
     received: list[int] = []
-    for signum in SIGNALS:
+    for signum in heeded:
         signal.signal(signum, lambda number, _frame: received.append(number))
     return received
 

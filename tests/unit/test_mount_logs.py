@@ -203,3 +203,21 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for() -> None:
         for descriptor in (reader, writer, filler):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+
+def test_a_terminal_that_nobody_reads_is_not_waited_for() -> None:
+    """A terminal that counts as writable may take less than a line."""
+    reader, writer = os.openpty()
+    handler = StderrHandler(writer)
+    try:
+        for _ in range(20_000):
+            handler.handle(record())
+        assert os.get_blocking(writer)  # the shell shares it
+        text = ""
+        while "messages were dropped here" not in text:
+            text += os.read(reader, 1 << 16).decode()
+            handler.handle(record())
+    finally:
+        handler.close()
+        os.close(reader)
+        os.close(writer)

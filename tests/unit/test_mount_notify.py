@@ -136,3 +136,29 @@ def test_a_file_in_a_directory_of_somebody_else_can_be_written_to() -> None:
                 os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
         Path(name).chmod(0o755)
+
+
+@pytest.mark.parametrize("form", ["{path}", "/dev/fd/{descriptor}"])
+def test_a_file_that_is_open_here_is_written_in_place(pidfile: Path, form: str) -> None:
+    """A lock on it, or what a descriptor of it is read for, is meant for that very file."""
+    descriptor = os.open(pidfile, os.O_RDWR | os.O_CREAT)
+    before = os.fstat(descriptor)
+    file = PidFile(form.format(path=pidfile, descriptor=descriptor))
+    file.write()
+    assert os.pread(descriptor, 100, 0) == LINE
+    assert os.path.samestat(pidfile.stat(), before)
+    file.close()
+    os.close(descriptor)
+
+
+def test_a_file_that_was_removed_is_written_through_its_descriptor(pidfile: Path) -> None:
+    """Its name in /proc is the name of no file."""
+    descriptor = os.open(pidfile, os.O_RDWR | os.O_CREAT)
+    pidfile.unlink()
+    file = PidFile(f"/dev/fd/{descriptor}")
+    file.write()
+    assert os.pread(descriptor, 100, 0) == LINE
+    assert list(pidfile.parent.iterdir()) == []
+    file.remove()
+    file.close()
+    os.close(descriptor)

@@ -134,6 +134,24 @@ async def test_a_signal_ends_the_compaction(
     assert 0 < found.leaks < len(GIVEN_UP)
 
 
+async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As nohup(1) promises; the other signals count in any case."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        async with trio.open_nursery() as nursery:
+            stopper = Stopper()
+            await nursery.start(stopper.run, nursery.cancel_scope)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not nursery.cancel_scope.cancel_called
+            signal.raise_signal(signal.SIGTERM)
+            await trio.sleep(60)  # it is cancelled
+        assert nursery.cancel_scope.cancel_called
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")
 @pytest.mark.expect_log("SIGTERM: cannot find its other mounts: [Errno 24] Too many open files")
 @pytest.mark.usefixtures("autojump_clock")
