@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from qedfuse.errors import MountpointError, PrivilegeError
+from qedfuse.errors import MountpointError, PrivilegeError, proc_missing
 from qedfuse.mount.mounttable import FUSE_TYPE, find_mount
 from qedfuse.util.text import printable
 
@@ -60,8 +60,15 @@ def is_below(path: str, mountpoint: str) -> bool:
 
 
 def _c_library() -> list[str]:
-    """Return the path of the C library, beside which programs of the system find theirs."""
-    maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
+    """Return the path of the C library, beside which programs of the system find theirs.
+
+    Raises:
+        HostError: /proc is not mounted.
+    """
+    try:
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
+    except FileNotFoundError as error:
+        raise proc_missing() from error
     # 7f5c1a000000-7f5c1a026000 r--p 00000000 fe:00 131  /usr/lib/x86_64-linux-gnu/libc.so.6
     names = (line.split(maxsplit=5)[-1] for line in maps if line)
     found = (name for name in names if re.search(r"/(libc[.-]|ld-musl-)[^/]*so[^/]*$", name))

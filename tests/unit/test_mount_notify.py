@@ -7,6 +7,7 @@ import os
 import resource
 import stat
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,35 +82,35 @@ def test_a_reader_sees_the_old_content_or_the_new(pidfile: Path) -> None:
     assert not list(pidfile.parent.iterdir())
 
 
-@pytest.fixture
-def full(pidfile: Path) -> Iterator[None]:
-    """Refuse to let any file have a byte, as a full file system does."""
-    assert pidfile.parent.is_dir()
+@contextmanager
+def full() -> Iterator[None]:
+    """Refuse to let any file have a byte, as a full file system does.
+
+    Not for the whole test: what is printed about it may go to a file as well.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("full")
 def test_a_failure_leaves_no_file(pidfile: Path) -> None:
     """Nobody finds an empty pid file of a mount that was never made."""
     file = PidFile(str(pidfile))
-    with pytest.raises(HostError, match="cannot write the pid file: File too large"):
+    with pytest.raises(HostError, match="cannot write the pid file: File too large"), full():
         file.write()
     assert not list(pidfile.parent.iterdir())
     file.remove()
     file.close()
 
 
-def test_a_failure_leaves_an_old_file_as_it_was(
-    pidfile: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_failure_leaves_an_old_file_as_it_was(pidfile: Path) -> None:
     """It may be another process's, and about that it is still right."""
     pidfile.write_bytes(LINE)
-    request.getfixturevalue("full")
     file = PidFile(str(pidfile))
-    with pytest.raises(HostError):
+    with pytest.raises(HostError), full():
         file.write()
     file.remove()
     file.close()
