@@ -27,8 +27,8 @@ def libfuse(what: str) -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "qedfuse.mount._extraops",
-            ["qedfuse/mount/_extraops.c"],
+            "qedfuse.mount.fuse._extraops",
+            ["qedfuse/mount/fuse/_extraops.c"],
             extra_compile_args=["-std=gnu11", *libfuse("--cflags")],
             extra_link_args=[*libfuse("--libs"), "-ldl"],
             optional=True,
@@ -40,8 +40,8 @@ setup(
             optional=True,
         ),
         Extension(
-            "qedfuse.tools._maplines",
-            ["qedfuse/tools/_maplines.c"],
+            "qedfuse.tools.inspection._maplines",
+            ["qedfuse/tools/inspection/_maplines.c"],
             extra_compile_args=["-std=gnu11", "-O3"],
             optional=True,
         ),

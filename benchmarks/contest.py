@@ -24,7 +24,7 @@ class Place:
     seconds: float
 
 
-class Contestant:
+class Runner:
     """Takes part in a cell; `leave` has to be called whatever happened."""
 
     def __init__(self, who: Who, cell: Cell, place: Place) -> None:

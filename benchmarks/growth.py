@@ -34,7 +34,7 @@ import trio
 
 from benchmarks.plot import Line, draw
 from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.create import create_image
+from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.ondisk.geometry import Geometry

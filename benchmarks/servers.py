@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from qedfuse.mount.mounttable import find_mount
+from qedfuse.mount.system.mounttable import find_mount
 
 Who: TypeAlias = Literal["us", "peer", "limit", "single"]
 """``single`` is qedfuse too, on one image with the content of a chain."""

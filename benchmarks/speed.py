@@ -32,12 +32,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar, get_args
 
 from benchmarks.cells import Cell, Fio
-from benchmarks.contest import Contestant, Place
+from benchmarks.contest import Place, Runner
 from benchmarks.images import Images
 from benchmarks.report import Outcome, as_json, facts, markdown, number, plot
 from benchmarks.servers import BenchmarkError, Programs, Who, run
 from benchmarks.table import CELLS, chosen
-from qedfuse.mount.mounttable import read_mounts
+from qedfuse.mount.system.mounttable import read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,13 +79,13 @@ def turns(everybody: Sequence[T], rounds: int) -> list[list[T]]:
 def compete(cell: Cell, everybody: Sequence[Who], place: Place, rounds: int) -> Outcome:
     """Measure one cell; who fails comes back in the next round."""
     outcome = Outcome(cell)
-    contestants = {who: Contestant(who, cell, place) for who in everybody}
+    contestants = {who: Runner(who, cell, place) for who in everybody}
     try:
         for step, order in enumerate(turns(everybody, rounds), 1):
             for who in order:
                 if not _take_turn(contestants[who], outcome, last=step == rounds):
                     contestants[who].give_up()
-                    contestants[who] = Contestant(who, cell, place)
+                    contestants[who] = Runner(who, cell, place)
         for who, contestant in contestants.items():
             try:
                 contestant.leave()
@@ -99,7 +99,7 @@ def compete(cell: Cell, everybody: Sequence[Who], place: Place, rounds: int) -> 
     return outcome
 
 
-def _take_turn(contestant: Contestant, outcome: Outcome, *, last: bool) -> bool:
+def _take_turn(contestant: Runner, outcome: Outcome, *, last: bool) -> bool:
     """Measure once; False if that failed."""
     who = contestant.who
     try:

@@ -24,7 +24,7 @@ from dissect.volume.disk import Disk
 from dissect.volume.exceptions import DiskError
 
 import qedfuse
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from qedfuse.api import DiskFile, open  # noqa: A004  a module's open, like gzip.open
-    from qedfuse.disk.create import create_image
+    from qedfuse.disk.creation.create import create_image
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.opening import open_disk
     from qedfuse.disk.options import BackingPolicy, OpenOptions
@@ -42,7 +42,7 @@ _HOMES = {
     "DiskFile": "api",
     "OpenOptions": "disk.options",
     "QedError": "errors",
-    "create_image": "disk.create",
+    "create_image": "disk.creation.create",
     "open": "api",
     "open_disk": "disk.opening",
 }

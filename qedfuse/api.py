@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.text import printable
 from qedfuse.util.portal import Portal
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -29,7 +29,7 @@ import errno as errnos
 import os
 from typing import ClassVar, Self
 
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 
 class QedError(Exception):

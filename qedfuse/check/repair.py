@@ -34,13 +34,13 @@ import numpy as np
 
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import Code, RepairPlan
-from qedfuse.check.losses import Losses
-from qedfuse.check.outside import BAD_FOR_GOOD, Outside
-from qedfuse.check.rewrite import Draft, Rewriter
+from qedfuse.check.lostranges import LostRanges
+from qedfuse.check.outoffile import POISON_ENTRY, OutOfFile
+from qedfuse.check.rewrite import DryRun, Rewriter
 from qedfuse.check.tables import Changes, check_number, named_tables, overlapping
 from qedfuse.check.walk import check_image
-from qedfuse.disk.l2tables import claim_tables
-from qedfuse.disk.references import References
+from qedfuse.disk.space.l2tables import claim_tables
+from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     """Repair the tables of an image that is open for writing and locked.
 
     Crash-safe: NEED_CHECK is set first and cleared last, what points past the end of the
-    file is given up before the file grows (see `qedfuse.check.outside`), and copies are
+    file is given up before the file grows (see `qedfuse.check.outoffile`), and copies are
     durable before the entries that point to them.  A repair that was interrupted can be
     run again; it then no longer knows what the end of the file had cut off.  Without errors
     there is nothing to do but to clear NEED_CHECK and to drop a bad list of free clusters.
@@ -117,7 +117,7 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
         HostError: The host cannot read the file, or could not hold the repaired one.
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
-    draft = Draft(file, header, save)
+    draft = DryRun(file, header, save)
     repair = _Repair(file, header, draft)
     await repair.run()
     lost, cleared = tuple(repair.losses.ranges), repair.losses.cleared
@@ -136,7 +136,7 @@ class _Repair:
         self._whole = rewriter.end
         self._layout = Layout(header, self._whole, np.empty(0, np.uint64))
         # Copies lie past the old end of the file, where nothing else can point to.
-        self._references = References(header.geometry.clusters(self._size), file.name)
+        self._references = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # L1 index, file offset, and where to read it: a draft has no copies.
         self._tables: list[tuple[int, int, int]] = []
         self._left = np.empty(0, np.uint64)  # where tables were that have moved, sorted
@@ -145,7 +145,7 @@ class _Repair:
         self._l1_changes: dict[int, int] = {}
         # Zeros hide what the base has; without a base, nothing is as good.
         self._empty = ZERO if header.has_backing else UNALLOCATED
-        self.losses = Losses(header.image_size)
+        self.losses = LostRanges(header.image_size)
         self.copied = 0
 
     async def run(self) -> None:
@@ -156,7 +156,7 @@ class _Repair:
         await self.rewriter.mark(need_check=True)
         indices, tables = await self._find_tables()
         move = await self._find_moves(tables)
-        outside = Outside(self._file, self._layout, self.rewriter, self.losses)
+        outside = OutOfFile(self._file, self._layout, self.rewriter, self.losses)
         places = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
         await outside.give_up(self._l1_outside, sorted(places), self._empty)
         await self._complete_tables(indices, tables)
@@ -192,7 +192,7 @@ class _Repair:
             self._l1_bad.append(index := first + place)
             if code is Code.L1_OUT_OF_FILE:
                 zeros = self._empty != UNALLOCATED and not self._beyond(index)
-                self._l1_outside[index] = BAD_FOR_GOOD if zeros else UNALLOCATED
+                self._l1_outside[index] = POISON_ENTRY if zeros else UNALLOCATED
             self.losses.note((first + place) * span, span, code)
 
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:

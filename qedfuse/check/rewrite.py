@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.freelist import erase_descriptor, name_in_the_way
+from qedfuse.disk.space.freelist import erase_descriptor, name_in_the_way
 from qedfuse.errors import NoSpaceError
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET
 from qedfuse.ondisk.freelist import DESCRIPTOR_BYTES, DESCRIPTOR_OFFSET
@@ -30,7 +30,7 @@ class Rewriter:
 
     Attributes:
         end: The file's length in bytes, a whole number of clusters.
-        writes: Whether anything is written at all; see `Draft`.
+        writes: Whether anything is written at all; see `DryRun`.
     """
 
     writes = True
@@ -149,7 +149,7 @@ class Rewriter:
         return end
 
 
-class Draft(Rewriter):
+class DryRun(Rewriter):
     """Writes nothing: adds up what a repair would write, and has saved what it would change.
 
     Attributes:

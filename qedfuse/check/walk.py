@@ -9,11 +9,11 @@ import trio
 
 from qedfuse.check.entries import Layout, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
-from qedfuse.check.oddities import oddities
+from qedfuse.check.headernotes import header_notes
 from qedfuse.check.tables import named_tables, overlapping
-from qedfuse.disk.freelist import members, read_list
-from qedfuse.disk.l2tables import claim_tables, filled
-from qedfuse.disk.references import MAPPED_CLUSTERS, References
+from qedfuse.disk.space.freelist import members, read_list
+from qedfuse.disk.space.l2tables import claim_tables, filled
+from qedfuse.disk.space.ownerbitmap import MAPPED_CLUSTERS, OwnerBitmap
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.disk.freelist import FreeList
+    from qedfuse.disk.space.freelist import FreeList
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
@@ -73,14 +73,14 @@ class _Walk:
         self._layout = Layout(header, size, np.empty(0, np.uint64))
         self._clusters = size >> self._geometry.cluster_bits
         # A cluster that the end of the file cuts off counts too: an entry may point to it.
-        self._references = References(self._geometry.clusters(size), file.name)
+        self._references = OwnerBitmap(self._geometry.clusters(size), file.name)
         # L1 indices and file offsets of the tables to read.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._listed: FreeList | None = None
         # Clusters in the list that `_references` has not been told of.
         self._unclaimed = 0
         self._findings = Findings()
-        for oddity in oddities(header, size, file.name):
+        for oddity in header_notes(header, size, file.name):
             self._findings.add(oddity)
         self._allocated = 0
         self._fragmented = 0

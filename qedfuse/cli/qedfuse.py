@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import qedfuse
-from qedfuse.cli.starting import end_orderly
+from qedfuse.cli.starting import interruptible
 from qedfuse.cli.streams import forget, make_streams
 from qedfuse.cli.workingdirectory import REMOVED, asked_for_removed
 from qedfuse.errors import HostError, QedError, UsageError
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_streams()
     try:
         if argv is None:
-            end_orderly()
+            interruptible()
         if words and words[0] in _COMMANDS and not helper:
             return _COMMANDS[words[0]](words[1:])
         arguments = parse_arguments(words, helper=helper)
@@ -250,7 +250,7 @@ def _umount(words: Sequence[str]) -> int:
     if len(paths) != 1:
         msg = f"umount: found {len(paths)} mountpoints, expected one (see: qedfuse --help)"
         raise UsageError(msg)
-    from qedfuse.mount.ending import unmount_and_wait  # noqa: PLC0415  a quick start
+    from qedfuse.mount.commands.umount import unmount_and_wait  # noqa: PLC0415  a quick start
 
     unmount_and_wait(paths[0], seconds, _print_message)
     return 0
@@ -274,17 +274,17 @@ def _timeout(value: str) -> float:
 
 def _mount(arguments: Arguments) -> int:
     """Run the mount that the command line describes."""
-    from qedfuse.mount.logs import (  # noqa: PLC0415
+    from qedfuse.mount.options import (  # noqa: PLC0415
+        absolute_words,
+        parse_options,
+        wants_remount,
+    )
+    from qedfuse.mount.process.logs import (  # noqa: PLC0415
         log_to,
         log_to_stderr,
         log_to_stderr_without_waiting,
         log_what_nobody_catches,
         system_log,
-    )
-    from qedfuse.mount.options import (  # noqa: PLC0415
-        absolute_words,
-        parse_options,
-        wants_remount,
     )
 
     if wants_remount(arguments.options):
@@ -321,7 +321,7 @@ def _mount(arguments: Arguments) -> int:
     if arguments.foreground or arguments.fake:
         return serve(ready_in_front)
 
-    from qedfuse.mount.daemon import run_in_background  # noqa: PLC0415
+    from qedfuse.mount.process.daemon import run_in_background  # noqa: PLC0415
 
     def serve_quietly(ready: Callable[[], None]) -> int:
         quiet = system_log()
@@ -337,8 +337,8 @@ def _mount(arguments: Arguments) -> int:
 
 def _remount(arguments: Arguments) -> int:
     """Change the mount that the command line names last; mount(8) names its source too."""
-    from qedfuse.mount.mountpoint import resolve_mounted  # noqa: PLC0415  a quick start
-    from qedfuse.mount.remount import remount  # noqa: PLC0415
+    from qedfuse.mount.commands.remount import remount  # noqa: PLC0415
+    from qedfuse.mount.system.mountpoint import resolve_mounted  # noqa: PLC0415  a quick start
 
     if not arguments.paths:
         msg = "remount: found no mountpoint (see: qedfuse --help)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 
 
-def end_quietly() -> None:
+def sigint_default() -> None:
     """Have Ctrl-C end the process without a word, as long as modules are loaded.
 
     What is ignored from the start stays so.  What Python itself does before it comes to
@@ -19,7 +19,7 @@ def end_quietly() -> None:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
-def end_orderly() -> None:
+def interruptible() -> None:
     """Have Ctrl-C raise KeyboardInterrupt again, for who is ready to catch it."""
     if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
@@ -27,10 +27,10 @@ def end_orderly() -> None:
 
 def mount_program() -> int:
     """Run ``qedfuse`` as the program that the user started; give its exit code."""
-    end_quietly()
+    sigint_default()
     from qedfuse.cli.qedfuse import main  # noqa: PLC0415  the above has to be first
 
     code = main()
     # What is left is Python's own end.
-    end_quietly()
+    sigint_default()
     return code

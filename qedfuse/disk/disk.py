@@ -10,11 +10,11 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from qedfuse.disk.basename import change_base_name
+from qedfuse.disk.components import Components
 from qedfuse.disk.lifecycle import Lifecycle
-from qedfuse.disk.parts import Parts
-from qedfuse.disk.seek import next_data, next_hole
+from qedfuse.disk.lookup.seek import next_data, next_hole
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
+from qedfuse.disk.writeback.backingname import change_backing_name
 from qedfuse.errors import BackingError, PastEndError
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
-    from qedfuse.disk.chain import Chain
-    from qedfuse.disk.extents import Extent
-    from qedfuse.disk.layer import Layer
+    from qedfuse.disk.lookup.chain import Chain
+    from qedfuse.disk.lookup.extents import Extent
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import OpenOptions
-    from qedfuse.disk.tablecache import SliceStore
     from qedfuse.hostio.hostfile import Buffer, HostFile
     from qedfuse.ondisk.header import Header
 
@@ -51,22 +51,22 @@ class Disk:
         """Use files that are open, locked and checked; enter `serving` before anything else."""
         self.path = path
         self.name = file.name
-        parts = self._parts = Parts(file, header, bases, options, store)
-        self._lifecycle = Lifecycle(parts)
+        components = self._components = Components(file, header, bases, options, store)
+        self._lifecycle = Lifecycle(components)
         # What each request needs is at hand; the rest is asked of the parts.
         self._file = file
         self._options = options
-        self._layer = parts.layer
-        self._chain = parts.chain
-        self._live = parts.live
-        self._commit = parts.commit
-        self._gate = parts.gate
-        self._grace = parts.grace
-        self._requests = parts.requests
-        self._shortcut = parts.shortcut
-        self._discards = parts.discards
+        self._layer = components.layer
+        self._chain = components.chain
+        self._header_store = components.header_store
+        self._writeback = components.writeback
+        self._first_write_guard = components.first_write_guard
+        self._epochs = components.epochs
+        self._write_path = components.write_path
+        self._shortcut = components.fast_path
+        self._discards = components.discard
         # An image whose base was left out can be worked on as a file, not as a disk.
-        self._lacks_base = parts.chain.lacks_base
+        self._lacks_base = components.chain.lacks_base
         self._plain_writes = (
             file.writable and options.detect_zeroes == "off" and not self._lacks_base
         )
@@ -89,12 +89,12 @@ class Disk:
     @property
     def writable(self) -> bool:
         """Whether writes are accepted; a failed datasync ends that."""
-        return self._file.writable and self._commit.failure is None
+        return self._file.writable and self._writeback.failure is None
 
     @property
     def failure(self) -> str | None:
         """Why the disk went read-only, if it did."""
-        return None if self._commit.failure is None else str(self._commit.failure)
+        return None if self._writeback.failure is None else str(self._writeback.failure)
 
     @property
     def damaged(self) -> bool:
@@ -104,7 +104,7 @@ class Disk:
     @property
     def header(self) -> Header:
         """The header as it is now."""
-        return self._live.value
+        return self._header_store.value
 
     @property
     def chain(self) -> Chain:
@@ -116,19 +116,19 @@ class Disk:
         length = max(0, min(length, self.size - start))
         return await self._chain.extents(start, length) if length else []
 
-    def read_now(self, start: int, length: int) -> memoryview | None:
+    def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a range without waiting for anything; None if that cannot be: use `read`.
 
         What is returned holds until the next call.
         """
         return self._shortcut.read(start, length)
 
-    def write_now(self, start: int, data: Buffer) -> bool:
+    def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting for anything; if that cannot be, use `write`."""
         return (
             self._plain_writes
-            and self._gate.passed
-            and self._commit.failure is None
+            and self._first_write_guard.passed
+            and self._writeback.failure is None
             and self._shortcut.write(start, data)
         )
 
@@ -140,7 +140,7 @@ class Disk:
             HostError: The host cannot read a file.
         """
         length = max(0, min(length, self.size - start))
-        turn = self._grace.enter()
+        turn = self._epochs.enter()
         try:
             place = self._shortcut.place(start, length)
             if place is not None:
@@ -151,7 +151,7 @@ class Disk:
                     return data
             return await self._chain.read(start, length)
         finally:
-            self._grace.leave(turn)
+            self._epochs.leave(turn)
 
     async def write(self, start: int, data: Buffer) -> int:
         """Write bytes; return how many, fewer only where the disk ends.
@@ -172,9 +172,9 @@ class Disk:
             raise PastEndError(msg)
         view = view[: self.size - start]
         self._refuse_without_base("write")
-        await self._gate.before_change()
+        await self._first_write_guard.prepare_write()
         if self._options.detect_zeroes == "off":
-            await self._requests.write(start, view)
+            await self._write_path.write(start, view)
         else:
             await self._discards.write(start, view, self._options.detect_zeroes)
         return len(view)
@@ -190,12 +190,12 @@ class Disk:
         if start >= self.size:
             return
         self._refuse_without_base("discard")
-        await self._gate.before_change()
+        await self._first_write_guard.prepare_write()
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
                 # What lies behind the end in the last cluster counts as nothing, so the
                 # end must stay where it is.
-                await stack.enter_async_context(self._parts.resizing.lock)
+                await stack.enter_async_context(self._components.resize.lock)
             end = min(start + length, self.size)
             await self._discards.discard(start, end, free=self._options.discard)
 
@@ -220,10 +220,10 @@ class Disk:
         end = min(start + length, self.size)
         if start < end:
             self._refuse_without_base("allocate")
-            await self._gate.before_change()
-            await self._requests.allocate(start, end)
+            await self._first_write_guard.prepare_write()
+            await self._write_path.allocate(start, end)
 
-    def seek_now(self, start: int, *, data: bool) -> int | None:
+    def try_seek(self, start: int, *, data: bool) -> int | None:
         """Do `next_data` or `next_hole` without waiting; None if that cannot be: use those.
 
         Returns:
@@ -242,12 +242,12 @@ class Disk:
     @property
     def short_to_scan(self) -> bool:
         """Whether a scan is under way that is a matter of some milliseconds."""
-        scan = self._parts.scan
+        scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
 
-    async def scanned(self) -> None:
+    async def wait_scanned(self) -> None:
         """Return when the free space of the file is known, or never will be."""
-        await self._parts.scan.run()
+        await self._components.scan.run()
 
     async def flush(self) -> None:
         """Return when every write that has ended survives power loss (D1).
@@ -255,11 +255,11 @@ class Disk:
         Raises:
             HostError: The host could not do it.
         """
-        await self._commit.flush()
+        await self._writeback.flush()
 
     def when_flushed(self, call: Callable[[], None]) -> None:
         """Have ``call`` called at the end of each flush, those in the background included."""
-        self._commit.flushed = call
+        self._writeback.flushed = call
 
     async def compact(
         self, progress: Callable[[int, int], None] | None = None, *, within_bound: bool = True
@@ -278,9 +278,9 @@ class Disk:
             ReadOnlyError: The disk is open read-only, or became so.
             HostError: The host refused; the image is sound.
         """
-        await self._gate.before_change()
-        await self._parts.scan.run()
-        return await self._parts.compaction.run(progress, within_bound=within_bound)
+        await self._first_write_guard.prepare_write()
+        await self._components.scan.run()
+        return await self._components.compaction.run(progress, within_bound=within_bound)
 
     async def tidy(self) -> None:
         """Compact now as the options want it at the close, where nothing is left to do then.
@@ -293,7 +293,7 @@ class Disk:
 
     def stop_compacting(self) -> None:
         """End the compaction that a close has begun, or is about to; the image is sound."""
-        self._parts.compaction.stop()
+        self._components.compaction.stop()
 
     async def resize(self, size: int, *, force: bool = False) -> None:
         """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.
@@ -307,10 +307,10 @@ class Disk:
             ReadOnlyError: The disk is open read-only.
             CorruptImageError: Table entries past the end are in use.
         """
-        self._parts.resizing.check(size)
+        self._components.resize.check(size)
         self._refuse_without_base("resize")
-        await self._gate.before_change()
-        await self._parts.resizing.resize(size, force=force)
+        await self._first_write_guard.prepare_write()
+        await self._components.resize.resize(size, force=force)
 
     async def shrink(
         self, size: int, *, force: bool = False, progress: Callable[[int, int], None] | None = None
@@ -327,15 +327,15 @@ class Disk:
             ReadOnlyError: The disk is open read-only.
             CorruptImageError: A table entry for the part that goes is bad.
         """
-        self._parts.resizing.check(size, shrink=True)
+        self._components.resize.check(size, shrink=True)
         self._refuse_without_base("resize")
         if not force:
-            await self._parts.resizing.refuse_data(size)
-        await self._gate.before_change()
-        await self._parts.scan.run()
-        await self._parts.resizing.shrink(size, progress)
+            await self._components.resize.refuse_data(size)
+        await self._first_write_guard.prepare_write()
+        await self._components.scan.run()
+        await self._components.resize.shrink(size, progress)
 
-    async def hide(self, start: int, length: int) -> None:
+    async def write_zero_clusters(self, start: int, length: int) -> None:
         """Make zero clusters of the unallocated ones in a range, whatever the base shows there.
 
         `discard` does so only where the present base has data.  ``start`` and the range's
@@ -346,8 +346,8 @@ class Disk:
             HostError: The host refused.
         """
         geometry = self.header.geometry
-        await self._gate.before_change()
-        await self._requests.set_zero(start, geometry.ceil(min(start + length, self.size)))
+        await self._first_write_guard.prepare_write()
+        await self._write_path.set_zero(start, geometry.ceil(min(start + length, self.size)))
 
     async def empty(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make all clusters unallocated, so that the base shows everywhere, durably.
@@ -360,11 +360,11 @@ class Disk:
             CorruptImageError: A table entry is bad; a part may be empty.
             HostError: The host refused; a part may be empty.
         """
-        await self._gate.before_change()
-        await self._parts.scan.run()
-        await self._parts.resizing.empty(progress)
+        await self._first_write_guard.prepare_write()
+        await self._components.scan.run()
+        await self._components.resize.empty(progress)
 
-    async def name_base(self, name: bytes, *, raw: bool) -> None:
+    async def set_backing(self, name: bytes, *, raw: bool) -> None:
         """Write another base's name into the image, or none; `chain` remains the old one.
 
         Everything written before is durable before the name is, and that at the end.
@@ -373,8 +373,8 @@ class Disk:
             ReadOnlyError: The disk is open read-only, or became so.
             HostError: The host refused; the image names the old base, or the new one.
         """
-        await self._gate.before_change()
-        await change_base_name(self._file, self._live, self._commit, name, raw=raw)
+        await self._first_write_guard.prepare_write()
+        await change_backing_name(self._file, self._header_store, self._writeback, name, raw=raw)
 
     def fstat(self) -> os.stat_result:
         """Give the attributes of the image file."""
@@ -398,4 +398,4 @@ class Disk:
 
     def statistics(self) -> DiskStatistics:
         """Tell what the disk holds in memory and has done."""
-        return collect_statistics(self._parts)
+        return collect_statistics(self._components)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from qedfuse.disk.autocompact import AutoCompaction
+from qedfuse.disk.autocompaction import AutoCompaction
 from qedfuse.util.scope import open_scope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from qedfuse.disk.parts import Parts
+    from qedfuse.disk.components import Components
 
 
 class Lifecycle:
@@ -23,10 +23,10 @@ class Lifecycle:
         compaction: What makes the file shorter before it is closed.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        """Look after ``parts``."""
-        self._parts = parts
-        self.compaction = AutoCompaction(parts)
+    def __init__(self, components: Components) -> None:
+        """Look after ``components``."""
+        self._components = components
+        self.compaction = AutoCompaction(components)
         self._started = False
         self._closed = False
 
@@ -58,17 +58,17 @@ class Lifecycle:
             CorruptImageError: The image cannot be written to without damage.
             UsageError: A free list is asked for that the image has no room for.
         """
-        parts = self._parts
-        await parts.layer.scan_l1()
-        if parts.file.writable:
-            parts.scan.begin()
-            await parts.saved_list.open()
-            if parts.live.value.need_check:
+        components = self._components
+        await components.layer.scan_l1()
+        if components.file.writable:
+            components.scan.begin()
+            await components.persistent_free_list.open()
+            if components.header_store.value.need_check:
                 # The bit is going to be cleared, which is a change like any other.
-                await parts.gate.before_change()
-            nursery.start_soon(parts.commit.run)
-            nursery.start_soon(parts.needcheck.run)
-            nursery.start_soon(parts.scan.run_when_due)
+                await components.first_write_guard.prepare_write()
+            nursery.start_soon(components.writeback.run)
+            nursery.start_soon(components.needcheck.run)
+            nursery.start_soon(components.scan.run_when_due)
         self._started = True
 
     async def close(self, *, compact: bool = True) -> None:
@@ -85,15 +85,15 @@ class Lifecycle:
         if self._closed:
             return
         self._closed = True
-        parts = self._parts
+        components = self._components
         # An image that was refused by `start` is left as it was found.
-        writable = parts.file.writable and self._started
+        writable = components.file.writable and self._started
         try:
-            if compact and writable and parts.commit.failure is None:
+            if compact and writable and components.writeback.failure is None:
                 await self.compaction.run()
         except Exception:
             # A bug: nobody knows what the tables in memory are worth now.
-            parts.chain.close()
+            components.chain.close()
             raise
         except BaseException:
             await self._finish(writable=writable)
@@ -102,19 +102,19 @@ class Lifecycle:
 
     async def _finish(self, *, writable: bool) -> None:
         """Close what is at rest; raise as `close` does."""
-        parts = self._parts
+        components = self._components
         with trio.CancelScope(shield=True):
             try:
-                if parts.commit.failure is not None:
-                    raise parts.commit.failure.again()
+                if components.writeback.failure is not None:
+                    raise components.writeback.failure.again()
                 if writable:
                     await self._give_space_back()
-                    await parts.needcheck.clear()
-                    await parts.commit.flush()
+                    await components.needcheck.clear()
+                    await components.writeback.flush()
                     self.compaction.report()
-                    await parts.saved_list.save()
+                    await components.persistent_free_list.save()
             finally:
-                parts.chain.close()
+                components.chain.close()
 
     async def _give_space_back(self) -> None:
         """Cut off and punch out what is free, as far as that is known.
@@ -122,10 +122,10 @@ class Lifecycle:
         A disk that was not changed is not kept waiting for the scan, unless its free
         clusters are to be listed.
         """
-        parts = self._parts
-        await parts.commit.flush()
-        needed = parts.quarantine.count or parts.saved_list.needs_scan
-        if needed and not parts.reclaim.ready.is_set():
-            await parts.scan.run()
-        if parts.reclaim.pending:
-            await parts.reclaim.run(punches=None)
+        components = self._components
+        await components.writeback.flush()
+        needed = components.quarantine.count or components.persistent_free_list.needs_scan
+        if needed and not components.reclaim.ready.is_set():
+            await components.scan.run()
+        if components.reclaim.pending:
+            await components.reclaim.run(punches=None)

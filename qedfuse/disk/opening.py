@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
-from qedfuse.disk.backing import open_bases, read_header
 from qedfuse.disk.disk import Disk
+from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.disk.tablecache import make_store
 from qedfuse.errors import NeedsCheckError, UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -66,7 +66,7 @@ async def open_disk(
     async with disk.serving():
         if disk.short_to_scan:
             # Otherwise the first writes after each crash would make the file longer.
-            await disk.scanned()
+            await disk.wait_scanned()
         yield disk
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qedfuse.disk.commit import CommitStatistics
-    from qedfuse.disk.parts import Parts
+    from qedfuse.disk.components import Components
+    from qedfuse.disk.writeback.metadata import WritebackStatistics
     from qedfuse.util.lru import LRUStatistics
 
 
@@ -26,21 +26,21 @@ class DiskStatistics:
     """
 
     tables: LRUStatistics
-    commit: CommitStatistics
+    writeback: WritebackStatistics
     file_bytes: int
     bound_bytes: int
     free_clusters: int | None
     quarantined_clusters: int
 
 
-def collect_statistics(parts: Parts) -> DiskStatistics:
+def collect_statistics(components: Components) -> DiskStatistics:
     """Ask the parts of a disk."""
-    allocator = parts.allocator
+    allocator = components.allocator
     return DiskStatistics(
-        tables=parts.store.statistics(),
-        commit=parts.commit.statistics(),
+        tables=components.store.statistics(),
+        writeback=components.writeback.statistics(),
         file_bytes=allocator.end,
         bound_bytes=allocator.bound,
-        free_clusters=allocator.free.count if allocator.known else None,
-        quarantined_clusters=parts.quarantine.count,
+        free_clusters=allocator.free.count if allocator.scan_complete else None,
+        quarantined_clusters=components.quarantine.count,
     )

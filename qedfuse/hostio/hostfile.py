@@ -31,13 +31,13 @@ class HostFile(Protocol):
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view``; return how many bytes there were before the file ended."""
 
-    def read_now(self, offset: int, view: memoryview) -> bool:
+    def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` if that needs no waiting; if it is not filled, something is amiss."""
 
     def is_short(self, length: int) -> bool:
-        """Tell whether a write of so many bytes is short enough for `write_now`."""
+        """Tell whether a write of so many bytes is short enough for `try_write`."""
 
-    def write_now(self, offset: int, data: Buffer) -> bool:
+    def try_write(self, offset: int, data: Buffer) -> bool:
         """Write what is short enough not to wait for; if it was not all written, do it again."""
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
@@ -46,7 +46,7 @@ class HostFile(Protocol):
     async def datasync(self) -> None:
         """Make everything written so far, and the file's length, survive power loss."""
 
-    def grow_now(self, size: int) -> bool:
+    def try_grow(self, size: int) -> bool:
         """Make the file longer if that needs no waiting; if it is not, something is amiss."""
 
     async def truncate(self, size: int) -> None:

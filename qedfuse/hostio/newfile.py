@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.errors import HostError, ImageInUseError, QedError, UsageError, cannot_open
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -36,7 +36,7 @@ class NewFile:
             path: The final name.  If it is a symbolic link to ``old``, what it leads to is
                 replaced, as programs do that write into it.
             mode: Permissions of a file where there was none, less the umask.
-            old: Descriptor of the file to replace, as `hold_old` returns it; it must
+            old: Descriptor of the file to replace, as `lock_replaced_file` returns it; it must
                 stay open.  Its owner, permissions and attributes are copied.
             overwrite: Whether the user has agreed to replace a file.  Chooses between two
                 messages, and nothing else.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
 import trio
 
 from qedfuse.errors import HostError
-from qedfuse.hostio.arrivals import Arrivals, loop
 from qedfuse.hostio.inodelock import InodeLock
+from qedfuse.hostio.nowaitretry import NowaitRetry, loop
 from qedfuse.hostio.regular import open_regular, status_of
 from qedfuse.ondisk.constants import MAX_OFFSET
-from qedfuse.util.text import printable
-from qedfuse.util.window import Window
+from qedfuse.text import printable
+from qedfuse.util.adaptivepoll import AdaptivePoll
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,9 +83,9 @@ class PosixFile:
         self.can_punch = True
         self._can_reserve = True
         self._nowait = True
-        self._arrivals = Arrivals()
-        self._syncs = Window(_AT_ONCE_SECONDS)
-        self._at_once = Window(_AT_ONCE_SECONDS, hopeful=True)
+        self._arrivals = NowaitRetry()
+        self._syncs = AdaptivePoll(_AT_ONCE_SECONDS)
+        self._at_once = AdaptivePoll(_AT_ONCE_SECONDS, start_enabled=True)
         self._inode = InodeLock()
         self._unsynced = 0  # bytes written since the last datasync began
 
@@ -155,7 +155,7 @@ class PosixFile:
             done += count
         return done
 
-    def read_now(self, offset: int, view: memoryview) -> bool:
+    def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache; if it is not filled, something is amiss."""
         try:
             return os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view)
@@ -170,7 +170,7 @@ class PosixFile:
         """Tell whether to copy so many bytes takes less than to call a thread."""
         return length <= INLINE_BYTES or (length <= MOST_INLINE_BYTES and self._at_once.seconds > 0)
 
-    def write_now(self, offset: int, data: Buffer) -> bool:
+    def try_write(self, offset: int, data: Buffer) -> bool:
         """Write what is short enough to be copied to the page cache in the event loop."""
         if not self.is_short(len(data)):
             return False
@@ -240,7 +240,7 @@ class PosixFile:
             await self._in_thread("datasync", os.fdatasync, self.fd)
             self._syncs.came(time.perf_counter() - since, slept=True)
 
-    def grow_now(self, size: int) -> bool:
+    def try_grow(self, size: int) -> bool:
         """Make the file longer: a matter of some microseconds, as nothing is cut off."""
         if not self._inode.is_free():
             return False

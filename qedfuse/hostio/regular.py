@@ -7,7 +7,7 @@ import stat
 from typing import Final
 
 from qedfuse.errors import HostError, ImageError, cannot_open, proc_missing
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 KINDS: Final = {
     stat.S_IFDIR: "a directory",

@@ -1,4 +1,4 @@
 """The mount: one session between images, the kernel and the user."""
 
 # Before anything here imports pyfuse3.
-from qedfuse.mount import extraops as extraops
+from qedfuse.mount.fuse import extraops as extraops

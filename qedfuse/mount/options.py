@@ -21,13 +21,13 @@ from qedfuse.disk.options import (
     BackingPolicy,
 )
 from qedfuse.errors import UsageError
+from qedfuse.text import printable
 from qedfuse.util.sizes import parse_size
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from qedfuse.mount.readahead import Readahead
+    from qedfuse.mount.system.readahead import Readahead
 
 KERNEL_WORDS: Final = frozenset(
     {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync"}
@@ -89,7 +89,7 @@ class MountOptions:
         compact_seconds: How long ``auto`` may take for all of them together.
         poll_seconds: Longest time for which the next request is polled for; None for
             what suits the machine.
-        readahead: How far the kernel reads ahead (`qedfuse.mount.readahead`).
+        readahead: How far the kernel reads ahead (`qedfuse.mount.system.readahead`).
         snapshot: Writes are dropped when the mount ends.
         overlay: Writes go to this QED image, made if missing.
         kernel_words: Words for the kernel, from `KERNEL_WORDS`.

@@ -25,40 +25,40 @@ import pyfuse3
 import trio
 
 from qedfuse.errors import QedError, UsageError
-from qedfuse.mount import extraops
-from qedfuse.mount.attach import attach
-from qedfuse.mount.claim import claim_name, claimed, find_new_mount, refuse_to_cover
-from qedfuse.mount.handshake import shake_hands
-from qedfuse.mount.launderer import Launderer
-from qedfuse.mount.laundering import Laundering
-from qedfuse.mount.memorypressure import protect_from_memory_pressure
-from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, is_below
-from qedfuse.mount.mounttable import find_mount, read_mounts
-from qedfuse.mount.naming import Source, find_sources
-from qedfuse.mount.notify import PidFile, ServiceManager
-from qedfuse.mount.openfiles import explained_limit, raise_open_file_limit
-from qedfuse.mount.operations import Operations
-from qedfuse.mount.overlays import open_source
-from qedfuse.mount.readahead import readahead_bytes, set_readahead
-from qedfuse.mount.roles import find_read_only
-from qedfuse.mount.runtime import MountNote, NoteKeeper, process_start
-from qedfuse.mount.scheduler import scheduled
-from qedfuse.mount.sizes import SizeKeeper
-from qedfuse.mount.space import SpaceRequests
-from qedfuse.mount.stopping import InterruptedMountError, Shutdown, Stopper, ignore_signals
-from qedfuse.mount.trimming import Trimmer
-from qedfuse.mount.unmount import unmount
-from qedfuse.mount.view import View
+from qedfuse.mount.fuse import extraops
+from qedfuse.mount.fuse.attach import attach
+from qedfuse.mount.fuse.exporteddisk import ExportedDisk
+from qedfuse.mount.fuse.fallocate import SpaceRequests
+from qedfuse.mount.fuse.fuseinit import shake_hands
+from qedfuse.mount.fuse.launderer import Launderer
+from qedfuse.mount.fuse.laundering import Laundering
+from qedfuse.mount.fuse.operations import Operations
+from qedfuse.mount.fuse.scheduler import scheduled
+from qedfuse.mount.fuse.sizefixup import SizeFixup
+from qedfuse.mount.images.naming import Source, find_sources
+from qedfuse.mount.images.overlays import open_source
+from qedfuse.mount.images.roles import find_read_only
+from qedfuse.mount.process.notify import PidFile, ServiceManager
+from qedfuse.mount.shutdown import InterruptedMountError, Shutdown, Stopper, ignore_signals
+from qedfuse.mount.system.claim import claim_name, claimed, find_new_mount, refuse_to_cover
+from qedfuse.mount.system.heaptrimmer import HeapTrimmer
+from qedfuse.mount.system.memorypressure import protect_from_memory_pressure
+from qedfuse.mount.system.mountpoint import check_mountpoint, check_privileges, is_below
+from qedfuse.mount.system.mountrecord import MountRecord, MountRecordFile, process_start
+from qedfuse.mount.system.mounttable import find_mount, read_mounts
+from qedfuse.mount.system.openfiles import explained_limit, raise_open_file_limit
+from qedfuse.mount.system.readahead import readahead_bytes, set_readahead
+from qedfuse.mount.system.unmount import unmount
+from qedfuse.text import printable
 from qedfuse.util.scope import open_scope
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from qedfuse.disk.disk import Disk
-    from qedfuse.mount.mounttable import MountEntry
     from qedfuse.mount.options import MountOptions
+    from qedfuse.mount.system.mounttable import MountEntry
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class _Session:
         # they may lead through it, and this process would wait for its own answer.
         self._manager: ServiceManager | None = None
         self._pidfile: PidFile | None = None
-        self._note: NoteKeeper | None = None
+        self._note: MountRecordFile | None = None
         self._stopper = Stopper()
         self._is_ready = False
 
@@ -199,7 +199,7 @@ class _Session:
 
     async def _open(
         self, disks: AsyncExitStack, sources: list[Source], *, directory: bool
-    ) -> list[View]:
+    ) -> list[ExportedDisk]:
         """Open one disk for each source; the stack closes them."""
         options = self._request.options
         views = []
@@ -208,7 +208,7 @@ class _Session:
         for inode, source in enumerate(sources, first):
             wanted = options.reading() if source in read_only else options
             disk = await disks.enter_async_context(open_source(source.path, wanted))
-            views.append(View(disk, source.name, inode, read_only=source in read_only))
+            views.append(ExportedDisk(disk, source.name, inode, read_only=source in read_only))
         return views
 
     def _find_watchers(self) -> None:
@@ -220,7 +220,7 @@ class _Session:
         request = self._request
         self._manager = ServiceManager()
         try:
-            self._note = NoteKeeper()
+            self._note = MountRecordFile()
         except QedError as error:
             _log.warning("%s: qedfuse umount will not find this mount's process", error)
         if request.pidfile is not None:
@@ -232,13 +232,13 @@ class _Session:
                 )
 
     async def _attach_and_serve(
-        self, views: list[View], claim: bytes | None, *, directory: bool
+        self, views: list[ExportedDisk], claim: bytes | None, *, directory: bool
     ) -> None:
         """Mount, serve until the mount is gone, and close the connection."""
         request = self._request
         mountpoint = request.mountpoint
 
-        async def forget_pages(view: View) -> bool:
+        async def forget_pages(view: ExportedDisk) -> bool:
             return await laundering.forget_soon(view)
 
         operations = Operations(views, request.options, forget_pages, directory=directory)
@@ -277,7 +277,7 @@ class _Session:
         if untuned is not None and self._request.options.readahead is not None:
             # Whoever asked for it is still there to be told.
             _log.warning("%s: option readahead: %s", printable(mountpoint), untuned)
-        keeper = SizeKeeper(mountpoint, entry.device)
+        keeper = SizeFixup(mountpoint, entry.device)
         async with open_scope() as nursery:
             nursery.start_soon(operations.errors.run)
             if operations.enable_writeback_cache:
@@ -285,7 +285,7 @@ class _Session:
             if operations.enable_writeback_cache or self._request.options.truncate == "zero":
                 operations.size_lost = keeper.lost
                 nursery.start_soon(keeper.run)
-            trim = Trimmer()
+            trim = HeapTrimmer()
             for view in operations.views.values():
                 view.disk.when_flushed(partial(_after_flush, view, trim))
             missing = extraops.serve(SpaceRequests(operations, nursery, laundering))
@@ -314,7 +314,7 @@ class _Session:
             return
         pid = os.getpid()
         request = self._request
-        note = MountNote(
+        note = MountRecord(
             *(pid, process_start(pid) or 0, request.mountpoint, request.sources),
             options=request.words,
         )
@@ -349,13 +349,13 @@ async def _stop_compacting(disks: Sequence[Disk], seconds: float) -> None:
         disk.stop_compacting()
 
 
-def _after_flush(view: View, trim: Trimmer) -> None:
+def _after_flush(view: ExportedDisk, trim: HeapTrimmer) -> None:
     """Do what can wait until a flush has ended."""
     trim()
     _tell_of_space(view)
 
 
-def _tell_of_space(view: View) -> None:
+def _tell_of_space(view: ExportedDisk) -> None:
     """Have the kernel ask again if a disk takes up more or less of the host than it knows."""
     if view.blocks >= 0 and view.disk.fstat().st_blocks != view.blocks:
         view.blocks = -1

@@ -129,7 +129,7 @@ class Header:
     def may_hold_table(self, offset: int, file_size: int) -> bool:
         """Tell whether an L2 table may lie at a file offset, as far as other L2 tables allow.
 
-        For single entries, without numpy; `disk.room.Room` and `check.entries.Layout` judge
+        For single entries, without numpy; `disk.room.EntryRules` and `check.entries.Layout` judge
         whole slices by the same rule.
         """
         table_bytes = self.geometry.table_bytes

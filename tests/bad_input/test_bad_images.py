@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
-from qedfuse.disk.create import create_image
+from qedfuse.disk.creation.create import create_image
 from tests.support import qemu
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import trio
 
 from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.check.walk import check_image
-from qedfuse.disk.backing import read_header
-from qedfuse.disk.references import References
+from qedfuse.disk.lookup.backing import read_header
+from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE
 from qedfuse.ondisk.header import Header, build_header
@@ -31,9 +31,9 @@ WIDE_HEADER: Final = Header(1 << 12, 16, 1 << 31, 0, 0, 0, 1 << 43, 1 << 30)
 
 PROGRAM: Final = """
 import resource, sys, trio
-from qedfuse.disk.references import References
+from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.check.walk import check_image
-from qedfuse.disk.backing import read_header
+from qedfuse.disk.lookup.backing import read_header
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.posixfile import PosixFile
 
@@ -133,7 +133,7 @@ async def test_other_tasks_get_their_turns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clusters", [4001, 1 << 50], ids=["map", "sorted"])
 def test_leaked_runs_are_named(clusters: int) -> None:
     """The first runs without an owner, joined across the pieces in which they are looked for."""
-    references = References(clusters, "image")
+    references = OwnerBitmap(clusters, "image")
     assert references.free_runs(1000, 3) == [(0, 1000)]
     references.claim_range(0, 100)
     references.claim(np.array([103, 200, 199, 3000], np.uint64))
@@ -149,7 +149,7 @@ def test_claims_meet_at_any_bit() -> None:
     chance = random.Random(2)
     for _ in range(200):
         size = chance.randrange(1, 100)
-        references, owned = References(size, "image"), set[int]()
+        references, owned = OwnerBitmap(size, "image"), set[int]()
         for _ in range(4):
             first, last = sorted(chance.choices(range(size + 1), k=2))
             references.claim_range(first, last)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
 from qedfuse.check.repair import RepairReport, plan_repair, repair_image
 from qedfuse.check.walk import check_image
-from qedfuse.disk.backing import read_header
-from qedfuse.disk.references import References
+from qedfuse.disk.lookup.backing import read_header
+from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import Feature
@@ -302,7 +302,7 @@ def test_references_without_a_map_agree_with_a_map() -> None:
     import numpy as np  # noqa: PLC0415
 
     chance = random.Random(5)
-    small, huge = References(4000, "small"), References(1 << 50, "huge")
+    small, huge = OwnerBitmap(4000, "small"), OwnerBitmap(1 << 50, "huge")
     for _ in range(200):
         numbers = [chance.randrange(4000) for _ in range(chance.randrange(40))]
         clusters = np.array(numbers, np.uint64)
@@ -316,9 +316,9 @@ def test_too_many_references_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     """What cannot be checked in bounded memory is refused in words."""
     import numpy as np  # noqa: PLC0415
 
-    monkeypatch.setattr("qedfuse.disk.references.MAX_REFERENCES", 10)
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_REFERENCES", 10)
     with pytest.raises(NeedsCheckError, match="too large to check"):
-        References(1 << 50, "huge").claim(np.arange(11, dtype=np.uint64))
+        OwnerBitmap(1 << 50, "huge").claim(np.arange(11, dtype=np.uint64))
 
 
 def damage_at_random(content: bytearray, chance: random.Random) -> None:

@@ -14,9 +14,9 @@ import pytest
 import trio
 
 from qedfuse.check.repair import RepairReport, plan_repair, repair_image
-from qedfuse.disk.backing import read_header
-from qedfuse.tools.backup import Backup
-from qedfuse.tools.undo import undo_repair
+from qedfuse.disk.lookup.backing import read_header
+from qedfuse.tools.repair.backup import Backup
+from qedfuse.tools.repair.undo import undo_repair
 from tests.check.test_repair_keeps_data import (
     BASE,
     CLUSTER,

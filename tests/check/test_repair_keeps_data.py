@@ -11,11 +11,11 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.check import losses
+from qedfuse.check import lostranges
 from qedfuse.check.findings import CheckReport, Code, LostRange
 from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
-from qedfuse.disk.backing import read_header
+from qedfuse.disk.lookup.backing import read_header
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.header import Header, build_header
@@ -190,7 +190,7 @@ async def test_lost_ranges_are_bounded_and_cover_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where there are too many ranges, the last one says too much rather than too little."""
-    monkeypatch.setattr(losses, "MAX_LOST", 3)
+    monkeypatch.setattr(lostranges, "MAX_LOST", 3)
     content = build_image(SIZE, dict.fromkeys(range(0, 1000, 2), 3))
     lost = (await repair(content)).lost
     assert len(lost) == 3

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
-from qedfuse.disk.allocator import Allocator
-from qedfuse.disk.autocompact import AutoCompaction
-from qedfuse.disk.commit import Commit
-from qedfuse.disk.grace import Grace
-from qedfuse.disk.needcheck import NeedCheck
-from qedfuse.disk.reclaim import Reclaim
-from qedfuse.disk.scan import Scan
+from qedfuse.disk.autocompaction import AutoCompaction
+from qedfuse.disk.space.allocator import Allocator
+from qedfuse.disk.space.epochs import Epochs
+from qedfuse.disk.space.reclaim import Reclaim
+from qedfuse.disk.space.scan import Scan
+from qedfuse.disk.state.needcheck import NeedCheck
+from qedfuse.disk.writeback.metadata import MetadataWriteback
 from tests.crash.cases import CASES
 from tests.crash.workloads import carry_out
 from tests.support.explorer import Exploration, Explorer
@@ -24,8 +24,8 @@ from tests.support.explorer import Exploration, Explorer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from qedfuse.disk.allocator import Run
-    from qedfuse.disk.tablecache import WriteBack
+    from qedfuse.disk.lookup.tablecache import WriteBack
+    from qedfuse.disk.space.allocator import Run
 
 STATES: Final = 3000
 SEEDS: Final = 12
@@ -37,15 +37,15 @@ def without_datasync(nth: int) -> Callable[[pytest.MonkeyPatch], None]:
     """Leave out a datasync of the commit round: 1 before L2, 2 before L1, 3 at the end."""
 
     def sabotage(patch: pytest.MonkeyPatch) -> None:
-        in_round, sync = Commit._round, Commit._sync_or_give_back
+        in_round, sync = MetadataWriteback._cycle, MetadataWriteback._sync_or_give_back
         count = 0
 
-        async def counted_round(self: Commit) -> None:
+        async def counted_round(self: MetadataWriteback) -> None:
             nonlocal count
             count = 0
             await in_round(self)
 
-        async def leaky_sync(self: Commit, writes: Sequence[WriteBack]) -> None:
+        async def leaky_sync(self: MetadataWriteback, writes: Sequence[WriteBack]) -> None:
             nonlocal count
             count += 1
             # The second is the last if there is no L1 entry to write.
@@ -53,8 +53,8 @@ def without_datasync(nth: int) -> Callable[[pytest.MonkeyPatch], None]:
             if which != nth:
                 await sync(self, writes)
 
-        patch.setattr(Commit, "_round", counted_round)
-        patch.setattr(Commit, "_sync_or_give_back", leaky_sync)
+        patch.setattr(MetadataWriteback, "_cycle", counted_round)
+        patch.setattr(MetadataWriteback, "_sync_or_give_back", leaky_sync)
 
     return sabotage
 
@@ -63,10 +63,10 @@ def without_barrier(caller: str, nth: int = 1, of: int = 1) -> Callable[[pytest.
     """Leave out a barrier that a function waits for: the ``nth`` of the ``of`` that it has."""
 
     def sabotage(patch: pytest.MonkeyPatch) -> None:
-        barrier = Commit.barrier
+        barrier = MetadataWriteback.barrier
         seen = 0
 
-        async def leaky(self: Commit) -> None:
+        async def leaky(self: MetadataWriteback) -> None:
             nonlocal seen
             if sys._getframe(1).f_code.co_qualname == caller:
                 seen = seen % of + 1
@@ -75,7 +75,7 @@ def without_barrier(caller: str, nth: int = 1, of: int = 1) -> Callable[[pytest.
                     return
             await barrier(self)
 
-        patch.setattr(Commit, "barrier", leaky)
+        patch.setattr(MetadataWriteback, "barrier", leaky)
 
     return sabotage
 
@@ -94,10 +94,10 @@ def bit_cleared_early(patch: pytest.MonkeyPatch) -> None:
     """Clear NEED_CHECK without making everything durable first."""
 
     async def clear(self: NeedCheck) -> bool:
-        l2, l1 = self._commit._tables.take_dirty()
-        await self._commit._write(l2 + l1)
-        await self._live.change(lambda header: header.with_need_check(value=False))
-        self._commit.note_write()
+        l2, l1 = self._writeback._tables.take_dirty()
+        await self._writeback._write(l2 + l1)
+        await self._header_store.change(lambda header: header.with_need_check(value=False))
+        self._writeback.note_write()
         return True
 
     patch.setattr(NeedCheck, "clear", clear)
@@ -148,26 +148,26 @@ def taken_for_blank(patch: pytest.MonkeyPatch) -> None:
 def unwatched_scan(patch: pytest.MonkeyPatch) -> None:
     """Let the scan take for free what lost its reference while it ran: two guards prevent it."""
     patch.setattr(Scan, "_retired", lambda *_: None)
-    patch.setattr(Allocator, "witness", lambda *_: None)
+    patch.setattr(Allocator, "record_change", lambda *_: None)
 
 
 def no_grace(patch: pytest.MonkeyPatch) -> None:
     """Do not wait for requests that may still use a cluster."""
-    patch.setattr(Grace, "over", lambda *_: True)
+    patch.setattr(Epochs, "is_drained", lambda *_: True)
 
 
 def early_punch(patch: pytest.MonkeyPatch) -> None:
     """Punch clusters while the table on the disk still refers to them."""
-    in_round = Commit._round
+    in_round = MetadataWriteback._cycle
 
-    async def punching(self: Commit) -> None:
+    async def punching(self: MetadataWriteback) -> None:
         assert self.reclaim is not None
         bits = self.reclaim._bits
         for first, count in self.reclaim._quarantine._fresh.runs():
             await self._file.punch((first << bits, count << bits))
         await in_round(self)
 
-    patch.setattr(Commit, "_round", punching)
+    patch.setattr(MetadataWriteback, "_cycle", punching)
 
 
 AUTO: Final = "automatic compaction within limits"
@@ -201,17 +201,25 @@ BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]
     "automatic compaction: quarantine": (no_quarantine, AUTO, "holds|owners"),
     "automatic compaction: punch after durable": (early_punch, AUTO, "holds zeros"),
     "grace": (no_grace, "slow host", ""),
-    "autoclear": (without_barrier("Gate.before_change"), "autoclear", "autoclear"),
-    "resize, before": (without_barrier("Resizing.resize"), "grow", "show"),
-    "resize, after": (without_barrier("LiveHeader.change"), "grow", "was grown"),
-    "free list, list before bit": (without_barrier("SavedList.save", 1, 2), "free list", "free"),
-    "free list, dropped first": (without_barrier("Gate.before_change"), "free list", "free"),
+    "autoclear": (without_barrier("FirstWriteGuard.prepare_write"), "autoclear", "autoclear"),
+    "resize, before": (without_barrier("Resize.resize"), "grow", "show"),
+    "resize, after": (without_barrier("HeaderStore.change"), "grow", "was grown"),
+    "free list, list before bit": (
+        without_barrier("PersistentFreeList.save", 1, 2),
+        "free list",
+        "free",
+    ),
+    "free list, dropped first": (
+        without_barrier("FirstWriteGuard.prepare_write"),
+        "free list",
+        "free",
+    ),
 }
 
 
 SPARE: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]]] = {
     "discard: punch after durable": (early_punch_of_discards, "reuse"),
-    "free list, bit at the end": (without_barrier("SavedList.save", 2, 2), "free list"),
+    "free list, bit at the end": (without_barrier("PersistentFreeList.save", 2, 2), "free list"),
 }
 """What no state tells of: a discarded cluster may read as zeros before its discard is
 durable, and a list that a crash loses is only missed."""

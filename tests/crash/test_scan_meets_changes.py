@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from qedfuse.disk.scan import Scan
+from qedfuse.disk.space.scan import Scan
 from tests.support.disks import build_image, inspect_image, opened
 from tests.support.hostfiles import MemoryFile
 
@@ -34,7 +34,7 @@ async def test_scan_reads_entries_that_are_newer_than_itself(go: trio.Event) -> 
         await disk.discard(CLUSTER, CLUSTER)
         await disk.flush()
         go.set()
-        await disk.scanned()
+        await disk.wait_scanned()
         await disk.flush()
         assert disk.statistics().free_clusters == 1
     assert inspect_image(file.content).errors == ()
@@ -46,5 +46,5 @@ async def test_a_leak_at_the_end_that_the_file_has_grown_over(go: trio.Event) ->
     async with opened(file) as disk:
         await disk.write(5 * CLUSTER, b"x")
         go.set()
-        await disk.scanned()
+        await disk.wait_scanned()
         assert disk.statistics().free_clusters == 3

@@ -13,8 +13,10 @@ import numpy as np
 import trio
 from trio.testing import MockClock
 
-from qedfuse.disk import compaction, discard, quarantine, reclaim
-from qedfuse.disk.scan import Scan
+from qedfuse.disk.datapath import discard
+from qedfuse.disk.maintenance import compaction
+from qedfuse.disk.space import quarantine, reclaim
+from qedfuse.disk.space.scan import Scan
 from qedfuse.errors import QedError
 from tests.crash.cases import CLUSTER, PER_CLUSTER, Case
 from tests.support.disks import build_image, l2_entry_offset, opened, put_entry
@@ -124,7 +126,7 @@ class Workload:
         image = crashed(case, seed) if case.crashed else make_image(case)
         self.file = RecordingFile(image, pace=pace, slow=case.slow)
         # In half of the runs data is overwritten the short way, where that is possible.
-        self.file.at_hand = random.Random(f"{case.name} {seed} at hand").random() < 0.5
+        self.file.cached_slice = random.Random(f"{case.name} {seed} at hand").random() < 0.5
         self.host: HostFile = self.file
         self.may_fail = False
         self.errors: list[QedError] = []

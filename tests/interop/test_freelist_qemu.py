@@ -20,7 +20,7 @@ import pytest
 from qedfuse.check.inspector import inspect_image as inspector
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.tools import freelist
+from qedfuse.tools.editing import freelist
 from tests.support import qemu
 from tests.support.disks import difference, guest_bytes, header_of, inspect_image
 from tests.support.freelists import BIT, DESCRIPTOR, leaked_runs, listed, set_bit
@@ -110,7 +110,7 @@ class Shared:
     async def drain(self) -> None:
         """Fill what is free, so that there is nothing to list."""
         async with open_disk(str(self.path), KEEP, inspector=inspector) as disk:
-            await disk.scanned()
+            await disk.wait_scanned()
             while disk.statistics().free_clusters:
                 for number in range(SIZE // CLUSTER):
                     if not disk.statistics().free_clusters:

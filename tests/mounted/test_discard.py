@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.hostio.posixfile import fallocate
-from qedfuse.mount import extraops
+from qedfuse.mount.fuse import extraops
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.disks import difference, header_of

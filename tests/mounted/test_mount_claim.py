@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import FuseError, MountpointError
-from qedfuse.mount import claim
-from qedfuse.mount.claim import claim_name, claimed, find_new_mount, refuse_to_cover
-from qedfuse.mount.mounttable import MountEntry, read_mounts
+from qedfuse.mount.system import claim
+from qedfuse.mount.system.claim import claim_name, claimed, find_new_mount, refuse_to_cover
+from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from tests.support import qemu
 from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, is_locked
 

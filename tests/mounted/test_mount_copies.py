@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.mount import ending
-from qedfuse.mount.copies import find_copies
-from qedfuse.mount.ending import UnmountFailedError, unmount_and_wait
-from qedfuse.mount.mounttable import FUSE_TYPE, MountEntry, find_ours, read_mounts
+from qedfuse.mount.commands import umount
+from qedfuse.mount.commands.umount import UnmountFailedError, unmount_and_wait
+from qedfuse.mount.system.mountcopies import find_copies
+from qedfuse.mount.system.mounttable import FUSE_TYPE, MountEntry, find_ours, read_mounts
 from tests.support import qemu
 from tests.support.mounted import clean_up, front, is_mounted, qedfuse
 
@@ -137,7 +137,7 @@ def test_a_reason_that_cannot_be_seen_is_reported_as_well(
 ) -> None:
     """Later, and without a place; the wait goes on until the process ends."""
     for name in ("_MOMENT_SECONDS", "_LONG_SECONDS"):
-        monkeypatch.setattr(ending, name, 0.0)
+        monkeypatch.setattr(umount, name, 0.0)
     lines: list[str] = []
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
 
@@ -149,7 +149,7 @@ def test_a_reason_that_cannot_be_seen_is_reported_as_well(
         try:
             # No file system has this number.
             entry = MountEntry(1, 1, "9999:9999", "/mnt", FUSE_TYPE, "/vm.qed", 0)
-            assert ending._Ending(descriptor, process.pid, entry).wait(None, report)
+            assert umount._Ending(descriptor, process.pid, entry).wait(None, report)
         finally:
             os.close(descriptor)
     assert len(lines) == 1
@@ -186,11 +186,11 @@ def test_a_new_mount_with_the_same_number_is_no_copy(image: Path, tmp_path: Path
         descriptor = os.pidfd_open(old.pid)
         try:
             # The note says whose it is now, and of another user's mount the table does.
-            assert "still mounted" not in ending._Ending(descriptor, old.pid, entry).describe()
+            assert "still mounted" not in umount._Ending(descriptor, old.pid, entry).describe()
             other = replace(entry, source="/other.qed")
             assert find_copies(entry.device)
             assert not find_copies(entry.device, other)
-            itself = ending._Ending(descriptor, mount.process.pid, entry)
+            itself = umount._Ending(descriptor, mount.process.pid, entry)
             assert f"still mounted at {mount.mountpoint}; " in itself.describe()
         finally:
             os.close(descriptor)

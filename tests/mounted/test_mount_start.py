@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.mount.mounttable import FUSE_TYPE, find_mount
-from qedfuse.mount.runtime import directories
+from qedfuse.mount.system.mountrecord import directories
+from qedfuse.mount.system.mounttable import FUSE_TYPE, find_mount
 from tests.support import qemu
 from tests.support.mounted import (
     COMMAND,
@@ -234,7 +234,8 @@ def test_a_failure_right_after_the_mount_takes_it_back(
     """Wherever the error comes from, no dead mountpoint is left."""
     prelude = f"""
 import os
-from qedfuse.mount import session, attach
+from qedfuse.mount import session
+from qedfuse.mount.fuse import attach
 
 def fail(*args):
     os.write(1, b"reached")
@@ -256,7 +257,7 @@ def test_no_mount_is_left_when_the_command_is_ended_before_it_returns(
     """Nobody knows of a mount whose command did not return, as under ``timeout 30``."""
     prelude = f"""
 import os, select, signal
-from qedfuse.mount import daemon
+from qedfuse.mount.process import daemon
 discard = daemon.discard_standard_streams
 
 def signal_the_command():

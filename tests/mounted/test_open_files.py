@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.mount.openfiles import OTHER_FILES
+from qedfuse.mount.system.openfiles import OTHER_FILES
 from tests.support import qemu
 from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment
 

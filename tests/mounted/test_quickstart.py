@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from qedfuse.mount.mounttable import read_mounts
+from qedfuse.mount.system.mounttable import read_mounts
 from tests.support import qemu
 
 ROOT: Final = Path(__file__).parents[2]

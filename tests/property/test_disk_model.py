@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from qedfuse.disk.create import create_image
-from qedfuse.disk.extents import Kind
+from qedfuse.disk.creation.create import create_image
+from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.ondisk.constants import SECTOR, ZERO
@@ -171,17 +171,17 @@ class DiskMachine(RuleBasedStateMachine):
         return pattern(length, self.serial)
 
     @precondition(lambda self: len(self.model) > 0)
-    @rule(fraction=fractions, length=lengths, aligned=st.booleans(), at_hand=st.booleans())
-    def write(self, fraction: float, length: int, *, aligned: bool, at_hand: bool) -> None:
+    @rule(fraction=fractions, length=lengths, aligned=st.booleans(), cached_slice=st.booleans())
+    def write(self, fraction: float, length: int, *, aligned: bool, cached_slice: bool) -> None:
         """Write somewhere, perhaps over the end."""
         start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
         data = self.fresh(length)
         expected = min(length, len(self.model) - start)
 
         async def write() -> int:
-            self.file.at_hand = at_hand
-            at_once = self.disk.write_now(start, data)
-            self.file.at_hand = False
+            self.file.cached_slice = cached_slice
+            at_once = self.disk.try_write(start, data)
+            self.file.cached_slice = False
             return len(data) if at_once else await self.disk.write(start, data)
 
         assert self.loop.run(write) == expected
@@ -218,7 +218,7 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def discard_all(self) -> None:
         """Discard the whole disk: with the next flush nothing is left but tables."""
-        self.loop.run(self.disk.scanned)
+        self.loop.run(self.disk.wait_scanned)
         self.loop.run(self.disk.discard, 0, len(self.model))
         self.model[:] = bytes(len(self.model))
         self.loop.run(self.disk.flush)
@@ -240,9 +240,9 @@ class DiskMachine(RuleBasedStateMachine):
         async def read() -> None:
             assert difference(await self.disk.read(start, length), expected) is None
             # The tables are in memory now, but for those that the budget has no room for.
-            self.file.at_hand = True
-            at_once = self.disk.read_now(start, length)
-            self.file.at_hand = False
+            self.file.cached_slice = True
+            at_once = self.disk.try_read(start, length)
+            self.file.cached_slice = False
             assert at_once is None or difference(bytes(at_once), expected) is None
 
         self.loop.run(read)

@@ -13,7 +13,7 @@ from typing import Final
 
 import pytest
 
-from qedfuse.disk.allocator import Allocator
+from qedfuse.disk.space.allocator import Allocator
 from qedfuse.ondisk.header import Header
 from tests.support.hostfiles import MemoryFile
 
@@ -144,8 +144,8 @@ async def test_no_guest_and_no_crash_takes_the_file_past_its_bound(
     choice = random.Random(seed)
     if seed % 2:
         # Small blocks, so that these small images have borders between blocks.
-        monkeypatch.setattr("qedfuse.disk.freemap.BLOCK", 32)
-        monkeypatch.setattr("qedfuse.disk.allocator.BLOCK", 32)
+        monkeypatch.setattr("qedfuse.disk.space.freemap.BLOCK", 32)
+        monkeypatch.setattr("qedfuse.disk.space.allocator.BLOCK", 32)
     table_size = choice.choice((1, 2, 4, 16))
     image = Image(choice, table_size, choice.randrange(1, 9), choice.randrange(1, 20))
     for _ in range(100):

@@ -24,8 +24,8 @@ from qedfuse.errors import CorruptImageError, HeaderError
 from qedfuse.ondisk.constants import MAX_BACKING_NAME, SECTOR, Feature
 from qedfuse.ondisk.geometry import Geometry
 from qedfuse.ondisk.header import Header, build_header
-from qedfuse.tools.check import repair
-from qedfuse.tools.info import describe
+from qedfuse.tools.inspection.info import describe
+from qedfuse.tools.repair.imagecheck import repair
 from tests.support.disks import header_of, inspect_image, pattern
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ async def test_images_of_other_programs(
     if not damage or not len(image.content) % image.header.cluster_size:
         # Damage in an image that says that it is clean is found on the way.
         async with open_disk(str(path), WRITABLE, inspector=inspector) as disk:
-            await disk.scanned()
+            await disk.wait_scanned()
             await compare(disk, image, chance)
             await change(disk, image, chance)
             await compare(disk, image, chance)

@@ -177,7 +177,7 @@ def failing(when: int, *, lasting: bool = False) -> Iterator[Changes]:
         for name in ("pwrite", "truncate", "datasync", "punch"):
             patch.setattr(PosixFile, name, _asking(changes, getattr(PosixFile, name)))
         # What must not wait for anything is done by the calls above.
-        for name in ("write_now", "grow_now"):
+        for name in ("try_write", "try_grow"):
             patch.setattr(PosixFile, name, lambda *_: False)
         yield changes
 

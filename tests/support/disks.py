@@ -12,11 +12,11 @@ import numpy as np
 import trio
 import trio.testing
 
-from qedfuse.disk.backing import read_header
 from qedfuse.disk.disk import Disk
-from qedfuse.disk.layer import QedLayer, RawLayer
+from qedfuse.disk.lookup.backing import read_header
+from qedfuse.disk.lookup.layer import QedLayer, RawLayer
+from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.disk.tablecache import make_store
 from qedfuse.ondisk.constants import MAGIC, SECTOR, UNALLOCATED, ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
 from tests.support.hostfiles import MemoryFile
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.disk.layer import Layer
-    from qedfuse.disk.tablecache import SliceStore
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.hostio.hostfile import HostFile
 
 WRITABLE: Final = OpenOptions(
@@ -134,7 +134,7 @@ async def opened(
 async def base_layer(content: bytes | bytearray, depth: int, store: SliceStore) -> Layer:
     """Make one base of a chain."""
     file = MemoryFile(content, name=f"base{depth}", writable=False)
-    file.at_hand = True
+    file.cached_slice = True
     if not content.startswith(_MAGIC_BYTES):
         return RawLayer(file)
     layer = QedLayer(file, await read_header(file), store)

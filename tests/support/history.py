@@ -186,7 +186,7 @@ class History:
         event = self._change(first, count)
         event.number = self._numbered_from + len(self.changes)
         data = stamped(write_stamps(event.number, first, count))
-        if not self._open.write_now(first * SECTOR, data):
+        if not self._open.try_write(first * SECTOR, data):
             assert await self._open.write(first * SECTOR, data) == len(data)
         self._end(event)
 

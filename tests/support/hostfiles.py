@@ -97,7 +97,7 @@ class MemoryFile:
         self.name = name
         self.writable = writable
         self.can_punch = True
-        self.at_hand = False
+        self.cached_slice = False
         self.closed = False
         self.counts: Counter[Action] = Counter()
 
@@ -123,31 +123,31 @@ class MemoryFile:
         view[: len(data)] = data
         return len(data)
 
-    def read_now(self, offset: int, view: memoryview) -> bool:
+    def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view``, if that can be done at once and the file has that much."""
         data = self.content[offset : offset + len(view)]
-        if not self.at_hand or len(data) < len(view):
+        if not self.cached_slice or len(data) < len(view):
             return False
         view[:] = data
         return True
 
     def is_short(self, _length: int) -> bool:
         """Tell whether writes are done at once."""
-        return self.at_hand
+        return self.cached_slice
 
-    def grow_now(self, size: int) -> bool:
+    def try_grow(self, size: int) -> bool:
         """Grow, if that can be done at once."""
         assert size > len(self.content), "growing makes a file longer"
-        if self.at_hand:
+        if self.cached_slice:
             self.change(Truncate(size))
-        return self.at_hand
+        return self.cached_slice
 
-    def write_now(self, offset: int, data: Buffer) -> bool:
+    def try_write(self, offset: int, data: Buffer) -> bool:
         """Write, if that can be done at once."""
         assert self.writable, "write to a file that is open read-only"
-        if self.at_hand:
+        if self.cached_slice:
             self.change(Write(offset, bytes(data)))
-        return self.at_hand
+        return self.cached_slice
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
@@ -450,11 +450,11 @@ class FailingFile:
             self._raise(fault, "read")
         return await self.inner.pread_into(offset, view)
 
-    def read_now(self, *_: object) -> bool:
+    def try_read(self, *_: object) -> bool:
         """Do nothing: reads can wait and fail here."""
         return False
 
-    def grow_now(self, *_: object) -> bool:
+    def try_grow(self, *_: object) -> bool:
         """Do nothing: growing can wait and fail here."""
         return False
 
@@ -462,7 +462,7 @@ class FailingFile:
         """Say that none is: writes can wait and fail here."""
         return False
 
-    def write_now(self, *_: object) -> bool:
+    def try_write(self, *_: object) -> bool:
         """Do nothing: writes can wait and fail here."""
         return False
 

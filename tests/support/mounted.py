@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from qedfuse.mount.mounttable import find_mount
+from qedfuse.mount.system.mounttable import find_mount
 
 if TYPE_CHECKING:
     import signal

@@ -10,7 +10,7 @@ import pytest
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.tools import backup as module
+from qedfuse.tools.repair import backup as module
 from tests.support.disks import build_image, l2_entry_offset, pattern, put_entry
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import trio
 
+from qedfuse.check.fastcheck import fast_check
 from qedfuse.check.findings import Code
-from qedfuse.check.glance import glance
 from qedfuse.cli.qedimg.main import main
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
-from qedfuse.tools import check as tool
+from qedfuse.tools.repair import imagecheck as tool
 from tests.support import qemu
 from tests.support.disks import (
     build_image,
@@ -169,10 +169,10 @@ def test_a_glance_says_the_same_as_the_check(
     chance = random.Random(1000 + seed)
     path = tmp_path / "image.qed"
     random_image(path, chance)
-    assert glance(str(path)) is not None
+    assert fast_check(str(path)) is not None
     quick = check(path, capsys=capsys)
-    monkeypatch.setattr("qedfuse.check.glance._sweep", None)
-    assert glance(str(path)) is None
+    monkeypatch.setattr("qedfuse.check.fastcheck._sweep", None)
+    assert fast_check(str(path)) is None
     assert quick == check(path, capsys=capsys)
     assert quick[0] == 0
 
@@ -183,7 +183,7 @@ def test_a_glance_does_not_judge(row: str, tmp_path: Path) -> None:
     path = tmp_path / "image.qed"
     content = build_image(40 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(9)})
     path.write_bytes(content)
-    assert glance(str(path)) is not None
+    assert fast_check(str(path)) is not None
     table = header_in(content).l1_table_offset
     if row in ("appended", "odd"):
         os.truncate(path, len(content) + (CLUSTER if row == "appended" else 1))
@@ -195,7 +195,7 @@ def test_a_glance_does_not_judge(row: str, tmp_path: Path) -> None:
         place = l2_entry_offset(content, 8)
         set_entry(path, place, 0)
         set_entry(path, place + 8 * 40, get_entry(content, place))
-    assert glance(str(path)) is None
+    assert fast_check(str(path)) is None
 
 
 def test_leaks_are_given_back_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

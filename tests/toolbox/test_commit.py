@@ -14,7 +14,7 @@ from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import HostError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO
-from qedfuse.tools.commit import commit
+from qedfuse.tools.editing.commit import commit
 from tests.support import qemu
 from tests.support.chains import assert_like_qemus, content, draw_chain, draw_image, failing, kind
 from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset
@@ -186,7 +186,7 @@ def test_the_base_is_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     for name in ("pwrite", "truncate", "datasync", "punch"):
         monkeypatch.setattr(PosixFile, name, noting(name, getattr(PosixFile, name)))
-    for name in ("write_now", "grow_now"):
+    for name in ("try_write", "try_grow"):
         monkeypatch.setattr(PosixFile, name, lambda *_: False)
     for seed in range(6):
         place = tmp_path / str(seed)

@@ -14,7 +14,7 @@ from qedfuse.errors import HostError, ImageInUseError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO
-from qedfuse.tools.commit import commit
+from qedfuse.tools.editing.commit import commit
 from tests.support import qemu
 from tests.support.chains import assert_like_qemus, content, draw_chain, draw_image, failing, kind
 from tests.support.disks import build_image

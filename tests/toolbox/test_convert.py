@@ -15,10 +15,10 @@ import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.tools import convert as conversion
-from qedfuse.tools import copying
-from qedfuse.tools import verify as verifying
-from qedfuse.tools.layout import Layout
+from qedfuse.tools.copying import convert as conversion
+from qedfuse.tools.copying import parallelcopy
+from qedfuse.tools.copying import verify as verifying
+from qedfuse.tools.copying.imagespec import ImageSpec
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
 from tests.support.disks import header_of, l2_entry_offset, put_entry
@@ -222,7 +222,7 @@ def test_a_pipe_counts_as_the_same_file_does(tmp_path: Path, form: str, length: 
     os.mkfifo(fifo)
     writer = threading.Thread(target=fifo.write_bytes, args=(content,))
     writer.start()
-    layout = Layout(form)
+    layout = ImageSpec(form)
     piped = trio.run(conversion.convert, str(fifo), str(tmp_path / "b"), layout)
     writer.join()
     copied = trio.run(conversion.convert, str(raw), str(tmp_path / "c"), layout)
@@ -276,7 +276,7 @@ def test_an_option_that_qemu_img_refuses_fails_before_the_copy(
     async def run(copy: object, _streams: int) -> None:
         copies.append(copy)
 
-    monkeypatch.setattr(copying.Copy, "run", run)
+    monkeypatch.setattr(parallelcopy.Copy, "run", run)
     source, new = str(tmp_path / "a.raw"), str(tmp_path / "x")
     assert main(["convert", "-O", "qcow2", "-o", "nonsense=1", source, new]) == 1
     assert "Invalid parameter" in capsys.readouterr().err

@@ -11,14 +11,14 @@ import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.disk.backingpath import backing_path, has_protocol
+from qedfuse.disk.lookup.backingpath import backing_path, has_protocol
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingError
-from qedfuse.tools.commit import commit
-from qedfuse.tools.convert import convert
-from qedfuse.tools.layout import Layout
-from qedfuse.tools.measure import measure
-from qedfuse.tools.rebase import rebase
+from qedfuse.tools.copying.convert import convert
+from qedfuse.tools.copying.imagespec import ImageSpec
+from qedfuse.tools.copying.measure import measure
+from qedfuse.tools.editing.commit import commit
+from qedfuse.tools.editing.rebase import rebase
 from tests.support import qemu
 from tests.support.mounted import mounted, qedfuse, refused
 
@@ -139,7 +139,7 @@ def test_programs_choose_where_such_names_begin(
     qemu.io(top, "write -P 7 0 64k")
     before = other.read_bytes()
     monkeypatch.chdir(place / "sub")
-    base_layout = Layout(backing="file:base.raw", backing_format="raw")
+    base_layout = ImageSpec(backing="file:base.raw", backing_format="raw")
     new = str(place / "new.qed")
     if command == "commit":
         assert trio.run(partial(commit, top, options=options)).base == str(base)

@@ -11,8 +11,8 @@ import pytest
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.ondisk.constants import ZERO, Feature
-from qedfuse.tools import info as tool
-from qedfuse.tools.backingname import judge_name
+from qedfuse.tools.inspection import info as tool
+from qedfuse.tools.inspection.nameresolution import resolve_name
 from tests.support import qemu
 from tests.support.chains import draw_any_size, draw_chain
 from tests.support.disks import build_image, l2_entry_offset, put_entry
@@ -159,7 +159,7 @@ def test_where_a_name_leads(name: bytes, expected: tuple[str, bool], tmp_path: P
     """Dots and links are followed, but only inside the directory."""
     (tmp_path / "dir" / "sub").mkdir(parents=True)
     (tmp_path / "dir" / "link").symlink_to("..")
-    judged = judge_name(name, str(tmp_path / "dir" / "top.qed"), raw_format=False)
+    judged = resolve_name(name, str(tmp_path / "dir" / "top.qed"), raw_format=False)
     where = os.path.normpath(tmp_path / expected[0])
     assert (judged.resolved, judged.escapes) == (where, expected[1])
 

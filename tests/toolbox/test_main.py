@@ -16,7 +16,7 @@ from qedfuse import errors
 from qedfuse.cli.qedimg import main as program
 from qedfuse.cli.qedimg.parsing import Parser
 from qedfuse.cli.qedimg.streams import BROKEN_PIPE
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 from tests.support.fakecommand import finish, install, qedimg, start, words
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.disk.extents import Kind
+from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingRefusedError
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.ondisk.header import Header, build_header
-from qedfuse.tools import quickmap
-from qedfuse.tools.mapping import MapEntry, map_image, open_map
+from qedfuse.tools.inspection import fastmap
+from qedfuse.tools.source.mapping import MapEntry, map_image, open_map
 from tests.support import qemu
 from tests.support.chains import draw_any_size, draw_chain
 from tests.support.disks import build_image, l2_entry_offset, put_entry
@@ -54,7 +54,7 @@ def by_qemu(*arguments: str | Path) -> str:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let a test map with the extension, as far as that goes, and without it."""
     if request.param == "thorough":
-        monkeypatch.setattr(quickmap, "_lines", None)
+        monkeypatch.setattr(fastmap, "_lines", None)
     return str(request.param)
 
 
@@ -77,7 +77,7 @@ def test_the_same_as_qemu(
     expected = [by_qemu(*words) for words in asked]
     for words, text in zip(asked, expected, strict=True):
         assert_same_lines(mapped(*words, capsys=capsys)[0], text)
-    monkeypatch.setattr(quickmap, "_lines", None)
+    monkeypatch.setattr(fastmap, "_lines", None)
     for words, text in zip(asked, expected, strict=True):
         assert_same_lines(mapped(*words, capsys=capsys)[0], text)
 
@@ -218,7 +218,7 @@ def test_damage_is_seen_as_by_a_reader(
     found = trio.run(map_image, str(path))
     code = 13 if any(entry.bad for entry in found) else 0
     texts = [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
-    monkeypatch.setattr(quickmap, "_lines", None)
+    monkeypatch.setattr(fastmap, "_lines", None)
     assert texts == [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
     trio.run(_compare_with_disk, str(path), path.stat().st_size, found)
 

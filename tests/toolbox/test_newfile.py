@@ -17,9 +17,9 @@ import trio
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import ImageInUseError, UsageError
 from qedfuse.hostio.newfile import NewFile
-from qedfuse.hostio.oldfile import hold_old
-from qedfuse.tools.convert import convert
-from qedfuse.tools.creation import create
+from qedfuse.hostio.replacedfile import lock_replaced_file
+from qedfuse.tools.copying.convert import convert
+from qedfuse.tools.editing.creation import create
 from tests.support import qemu
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def test_who_could_use_the_old_file_can_use_the_new_one(tmp_path: Path) -> None:
     path.chmod(0o640)
     os.setxattr(path, "user.comment", b"mine")
     with ExitStack() as stack:
-        old = hold_old(str(path), stack, overwrite=True)
+        old = lock_replaced_file(str(path), stack, overwrite=True)
         new = stack.enter_context(NewFile(str(path), old=old, overwrite=True))
         assert stat.S_IMODE(os.stat(new.path).st_mode) == 0o600  # noqa: PTH116  a name
         new.commit()

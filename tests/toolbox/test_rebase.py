@@ -13,7 +13,7 @@ import trio
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ZERO, Feature
-from qedfuse.tools.rebase import rebase
+from qedfuse.tools.editing.rebase import rebase
 from tests.support import qemu
 from tests.support.chains import content, draw_chain, draw_image, failing, kind
 from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset, pattern

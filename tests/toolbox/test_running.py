@@ -14,7 +14,7 @@ import trio
 
 from qedfuse.cli import qedimg, starting
 from qedfuse.cli.qedimg import main as program
-from qedfuse.cli.qedimg.running import SIGNALS, orderly, run_async
+from qedfuse.cli.qedimg.running import SIGNALS, interruptible, run_async
 from qedfuse.errors import ImageError
 from tests.support.fakecommand import finish, install, start, words
 
@@ -40,7 +40,7 @@ def test_result_comes_back() -> None:
         return left + right
 
     assert run_async(add, 1, 2) == 3
-    with orderly():
+    with interruptible():
         assert run_async(add, 3, 4) == 7
         assert run_async(add, 5, 6) == 11
 
@@ -91,7 +91,7 @@ def test_a_signal_when_the_work_is_done_ends_what_follows() -> None:
         await trio.lowlevel.checkpoint()
         begun.append("more")
 
-    with orderly():
+    with interruptible():
         assert run_async(work) == 1
         with pytest.raises(KeyboardInterrupt):
             run_async(more)
@@ -121,7 +121,7 @@ def test_plain_code_is_interrupted_once(number: int) -> None:
         await trio.lowlevel.checkpoint()
         done.append("tidied")
 
-    with orderly():
+    with interruptible():
         try:
             with pytest.raises(KeyboardInterrupt):
                 kill(number)
@@ -129,7 +129,7 @@ def test_plain_code_is_interrupted_once(number: int) -> None:
             kill(number)
             done.append("finally")
     assert done == ["finally"]
-    with pytest.raises(KeyboardInterrupt), orderly():
+    with pytest.raises(KeyboardInterrupt), interruptible():
         kill(number)
     assert done == ["finally"]
     run_async(tidy)
@@ -140,7 +140,7 @@ def test_ignored_signals_stay_ignored() -> None:
     """As under nohup, or for what a shell starts in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with orderly():
+        with interruptible():
             kill(signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -172,7 +172,7 @@ def test_interrupt_at_any_moment_of_the_start(program: str) -> None:
     """From the first line on that is ours, no moment shows a traceback."""
     home, name = program.rsplit(".", 1)
     script = (
-        "import os, sys; from qedfuse.cli.starting import end_quietly; end_quietly(); "
+        "import os, sys; from qedfuse.cli.starting import sigint_default; sigint_default(); "
         f"os.write(1, b'.'); from {home} import {name}; sys.exit({name}())"
     )
     chance, codes = random.Random(11), set()
@@ -210,7 +210,7 @@ def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.Monk
 
 def test_usr1_without_progress_does_no_harm() -> None:
     """It would end a program that has no handler."""
-    with orderly():
+    with interruptible():
         kill(signal.SIGUSR1)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
@@ -225,7 +225,7 @@ def test_interrupt_where_nobody_can_catch_it(capfd: pytest.CaptureFixture[str]) 
     async def work() -> None:
         await trio.sleep_forever()
 
-    with orderly():
+    with interruptible():
         late = Late()
         del late
         with pytest.raises(KeyboardInterrupt):

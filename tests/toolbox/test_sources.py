@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast
 import pytest
 import trio
 
-from qedfuse.disk.extents import Extent, Kind
+from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import HostError, ImageError, ImageInUseError, UsageError
-from qedfuse.tools import steps as stepping
-from qedfuse.tools.pieces import Cutter, Piece
-from qedfuse.tools.sources import open_source
-from qedfuse.tools.steps import Step, steps
+from qedfuse.tools.source import extentbatches as stepping
+from qedfuse.tools.source.chunks import Chunker, Piece
+from qedfuse.tools.source.extentbatches import Step, steps
+from qedfuse.tools.source.source import open_source
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
-    from qedfuse.tools.sources import Source
+    from qedfuse.tools.source.source import Source
 
 ANY = OpenOptions(backing=BackingPolicy("any"))
 
@@ -82,7 +82,7 @@ def test_pieces_hold_all_data(seed: int, tmp_path: Path) -> None:
 
     async def work() -> list[Piece]:
         async with open_source(str(top), "auto", ANY) as source:
-            cutter = Cutter(source, unit, longest)
+            cutter = Chunker(source, unit, longest)
             return [piece async for step in steps(source, unit) for piece in cutter.cut(step)]
 
     at = 0

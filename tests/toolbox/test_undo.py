@@ -14,7 +14,7 @@ import trio
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import QedError
 from qedfuse.ondisk.constants import Feature
-from qedfuse.tools.undo import undo_repair
+from qedfuse.tools.repair.undo import undo_repair
 from tests.check.test_repair_keeps_data import damaged
 from tests.support import qemu
 from tests.support.disks import (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.disk.backing import MAX_DEPTH
+from qedfuse.disk.lookup.backing import MAX_DEPTH
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import (
@@ -444,10 +444,10 @@ async def test_a_disk_without_its_base_changes_no_content(
     top.write_bytes(content)
     async with open_disk(str(top), OpenOptions(writable=True), with_bases=False) as disk:
         assert await disk.read(CLUSTER, CLUSTER) == pattern(CLUSTER, 3)
-        assert disk.read_now(0, 512) is None
+        assert disk.try_read(0, 512) is None
         with pytest.raises(BackingError, match="found a base to read from at 0"):
             await disk.read(0, 512)
-        assert not disk.write_now(CLUSTER, b"x")
+        assert not disk.try_write(CLUSTER, b"x")
         with pytest.raises(BackingError, match="found the image opened without its base"):
             await change(disk)
         await disk.compact()

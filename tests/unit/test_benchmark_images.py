@@ -10,9 +10,9 @@ import pytest
 from benchmarks import scale, soak
 from benchmarks.probe import stamp
 from benchmarks.sparse import AREA, GEOMETRY, build, choose
-from qedfuse.disk.extents import Kind
+from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
-from qedfuse.tools.check import check
+from qedfuse.tools.repair.imagecheck import check
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,11 +9,11 @@ from typing import Final
 import pytest
 
 from qedfuse.check.walk import check_image
-from qedfuse.disk.backing import read_header
-from qedfuse.disk.compaction import Compaction
+from qedfuse.disk.lookup.backing import read_header
+from qedfuse.disk.maintenance.compaction import Compaction
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ZERO
-from qedfuse.tools.compact import CompactResult, compact
+from qedfuse.tools.editing.compact import CompactResult, compact
 from tests.support import qemu
 from tests.support.disks import (
     UNCOMPACTED,
@@ -56,7 +56,7 @@ class Grown:
         for _ in range(choice.randrange(1, 4)):
             file = MemoryFile(self.content)
             async with opened(file, options=UNCOMPACTED) as disk:
-                await disk.scanned()
+                await disk.wait_scanned()
                 for number in choice.sample(self.pool, choice.randrange(len(self.pool) + 1)):
                     if choice.random() < 0.6:
                         self.data[number] = bytes([choice.randrange(1, 256)]) * CLUSTER
@@ -223,7 +223,7 @@ async def test_a_host_that_refuses(action: str, nth: int) -> None:
     inner = MemoryFile(grown.content)
     file = FailingFile(inner)
     async with opened(file, options=UNCOMPACTED) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         file.fail(action, nth)  # type: ignore[arg-type]
         try:
             await disk.compact()
@@ -242,7 +242,7 @@ async def test_a_host_that_refuses_at_the_end() -> None:
     inner = MemoryFile(image)
     file = FailingFile(inner)
     async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         await disk.read(0, 1)
         file.fail("read", 1)
     assert not header_of(inner.content).need_check

@@ -89,9 +89,9 @@ async def test_what_cannot_be_emptied() -> None:
         with pytest.raises(ReadOnlyError):
             await disk.empty()
         with pytest.raises(ReadOnlyError):
-            await disk.hide(0, CLUSTER)
+            await disk.write_zero_clusters(0, CLUSTER)
         with pytest.raises(ReadOnlyError):
-            await disk.name_base(b"base", raw=True)
+            await disk.set_backing(b"base", raw=True)
     assert file.content == image
 
 
@@ -99,8 +99,8 @@ async def test_hiding_more_than_the_base_shows() -> None:
     """Clusters become zero clusters also where there is nothing to hide yet."""
     file = MemoryFile(build_image(SIZE, {2: b"data"}))
     async with opened(file) as disk:
-        await disk.hide(0, 4 * CLUSTER)
-        await disk.hide(2 * SPAN + 9 * CLUSTER, CLUSTER)
+        await disk.write_zero_clusters(0, 4 * CLUSTER)
+        await disk.write_zero_clusters(2 * SPAN + 9 * CLUSTER, CLUSTER)
     data = b"data".ljust(CLUSTER, b"\0")
     expected = bytes(2 * CLUSTER) + data + bytes(CLUSTER) + BASE[4 * CLUSTER : -512] + bytes(512)
     assert difference(guest_bytes(file.content, BASE), expected) is None

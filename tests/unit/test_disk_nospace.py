@@ -36,7 +36,7 @@ async def test_failed_data_write(number: int, short: int, *, based: bool) -> Non
     data = pattern(3 * CLUSTER, 1)
     start = 5 * CLUSTER + 100
     async with opened(file, [base] if based else []) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         await disk.write(2 * CLUSTER, b"x")  # the header is written once, here
         before[2 * CLUSTER : 2 * CLUSTER + 1] = b"x"
         file.fail("write", number=number, short=short)
@@ -67,7 +67,7 @@ async def test_failure_at_each_step_of_an_allocating_write(action: Action, nth: 
     start = SPAN - 300  # into two tables, one of them new
     data = pattern(900, 8)
     async with opened(file, [base]) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         file.fail(action, nth, errno.ENOSPC)
         try:
             await disk.write(start, data)
@@ -92,7 +92,7 @@ async def test_full_host_goes_on_serving() -> None:
     inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER}))
     file = FailingFile(inner)
     async with opened(file) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         await disk.write(CLUSTER, b"b")
         file.fail("truncate", None, errno.ENOSPC)
         room = await fill(file, disk.write)
@@ -125,7 +125,7 @@ async def test_read_that_fails_or_comes_short(size: int | None) -> None:
     inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER, 1: b"b" * CLUSTER, 3: b"c"}))
     file = FailingFile(inner)
     async with opened(file) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         assert await disk.read(0, 1) == b"a"
         if size is None:
             file.fail("read")

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.mount import extraops
+from qedfuse.mount.fuse import extraops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from qedfuse.mount._extraops import Request
-    from qedfuse.mount.extraops import Handler
+    from qedfuse.mount.fuse._extraops import Request
+    from qedfuse.mount.fuse.extraops import Handler
 
 pytestmark = pytest.mark.skipif(
     extraops._extension is None, reason=f"no extension: {extraops._why_not}"

@@ -15,9 +15,9 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.disk import freelist
-from qedfuse.disk.backing import read_header
-from qedfuse.disk.freelist import members, read_list, write_list
+from qedfuse.disk.lookup.backing import read_header
+from qedfuse.disk.space import freelist
+from qedfuse.disk.space.freelist import members, read_list, write_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.freelist import (
     DESCRIPTOR_OFFSET,
@@ -315,8 +315,8 @@ async def test_too_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 HOSTILE: Final = """
 import resource, sys, trio
 import numpy as np
-from qedfuse.disk.backing import read_header
-from qedfuse.disk.freelist import read_list
+from qedfuse.disk.lookup.backing import read_header
+from qedfuse.disk.space.freelist import read_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.posixfile import PosixFile
 

@@ -13,8 +13,9 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.disk import savedlist, scan
-from qedfuse.disk.freemap import FreeMap
+from qedfuse.disk.space import scan
+from qedfuse.disk.space.freemap import FreeMap
+from qedfuse.disk.state import persistentfreelist
 from qedfuse.errors import HostError, ReadOnlyError, UsageError
 from tests.support.disks import (
     UNCOMPACTED,
@@ -65,7 +66,7 @@ def with_list(leaked: int = 20, **options: int) -> bytearray:
 
 def free_of(disk: Disk) -> list[tuple[int, int]]:
     """List what a disk takes for free."""
-    return list(disk._parts.allocator.free.runs())
+    return list(disk._components.allocator.free.runs())
 
 
 def check_true(content: bytes | bytearray) -> None:
@@ -238,7 +239,7 @@ async def test_off_drops_the_list_and_gives_its_clusters_back() -> None:
     file = MemoryFile(content)
     async with opened(file, options=OFF) as disk:
         assert listed(file.content) is None
-        await disk.scanned()
+        await disk.wait_scanned()
         assert free_of(disk) == leaked_runs(content)
     assert not any(file.content[DESCRIPTOR : DESCRIPTOR + 512])
     place = leaked_runs(content)[0][0] * CLUSTER
@@ -268,7 +269,7 @@ async def test_a_broken_list_is_dropped_and_found_again_by_a_scan(kept: str) -> 
     options = replace(WRITABLE, free_list=kept)  # type: ignore[arg-type]
     async with opened(file, options=options) as disk:
         assert listed(file.content) is None
-        await disk.scanned()
+        await disk.wait_scanned()
         assert free_of(disk) == leaked_runs(content)
     assert listed(file.content) == leaked_runs(content)
     check_true(file.content)
@@ -283,7 +284,7 @@ async def test_a_list_that_the_host_cannot_read_is_dropped(nth: int) -> None:
     file = FailingFile(inner)
     file.fail("read", nth)
     async with opened(file) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         assert free_of(disk) == leaked_runs(content)
     assert listed(inner.content) == leaked_runs(content)
 
@@ -295,7 +296,7 @@ async def test_need_check_beside_a_list_drops_it() -> None:
     content[16] |= 2
     file = MemoryFile(content)
     async with opened(file) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         assert free_of(disk) == leaked_runs(content)
     check_true(file.content)
 
@@ -356,7 +357,7 @@ def test_a_map_of_runs_of_any_length(seed: int) -> None:
         runs.append((at, count))
         at += count
     clusters = FreeMap(chance.choice((1, 2, 8)), chance.randrange(20))
-    trio.run(savedlist._fill, clusters, np.array(runs, np.uint64))
+    trio.run(persistentfreelist._fill, clusters, np.array(runs, np.uint64))
     one_by_one = FreeMap(clusters.table, -clusters.shift % clusters.table)
     for run in runs:
         one_by_one.add(*run)
@@ -376,7 +377,7 @@ async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() 
                 await disk.discard((100 + n) * CLUSTER, CLUSTER)
                 await disk.flush()
         for offset in range(0, len(file.content), CLUSTER):
-            disk._parts.store.drop((id(disk._parts.layer.tables), offset))
+            disk._components.store.drop((id(disk._components.layer.tables), offset))
         assert await disk.read(101 * CLUSTER, CLUSTER) == pattern(CLUSTER, 1)
     check_true(file.content)
 
@@ -435,7 +436,7 @@ async def test_something_else_in_the_place_of_the_descriptor() -> None:
 
 async def test_more_runs_than_a_list_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """No list is written then: a scan is as quick."""
-    monkeypatch.setattr(savedlist, "MAX_RUNS", 19)
+    monkeypatch.setattr(persistentfreelist, "MAX_RUNS", 19)
     file = MemoryFile(image())
     async with opened(file, options=ON):
         pass
@@ -455,7 +456,7 @@ async def test_a_file_that_cannot_be_cut_gets_no_list() -> None:
         pass
     assert listed(inner.content) is None
     async with opened(MemoryFile(inner.content), options=ON) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         assert free_of(disk) == leaked_runs(image())
 
 
@@ -467,7 +468,7 @@ async def test_an_image_with_wild_entries_gets_no_list(*, changed: bool) -> None
     put_entry(content, l2_entry_offset(content, 300), 1 << 40)
     file = MemoryFile(content)
     async with opened(file, options=ON) as disk:
-        await disk.scanned()
+        await disk.wait_scanned()
         if changed:
             await disk.write(301 * CLUSTER, b"x")
     assert header_of(file.content).need_check == changed
@@ -482,7 +483,7 @@ async def test_a_full_host_costs_the_list_only() -> None:
     async with opened(file) as disk:
         await disk.discard(0, CLUSTER)
         await disk.flush()
-        await disk._parts.needcheck.clear()
+        await disk._components.needcheck.clear()
         await disk.flush()
         file.fail("write", 1, 28)
     assert listed(inner.content) is None

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from qedfuse.disk.freemap import BLOCK, FreeMap
+from qedfuse.disk.space.freemap import BLOCK, FreeMap
 
 SIZES = (100, 5000, 13_000)
 """Files in clusters: within one block of the map, and across several."""

@@ -1,4 +1,4 @@
-"""Imports point downwards only, so that each layer can be understood without those above."""
+"""Imports point downwards only, between the floors of the package and within each of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PACKAGE = Path(qedfuse.__file__).parent
+ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 
 MAY_IMPORT: Final = {
-    "util": {"errors"},
-    "errors": {"util"},
+    "util": set[str](),
     "ondisk": set[str](),
     "hostio": {"ondisk"},
     "disk": {"hostio", "ondisk"},
@@ -28,64 +28,99 @@ MAY_IMPORT: Final = {
     "cli": {"mount", "tools", "check", "disk", "hostio", "ondisk"},
     "__main__": {"cli"},
 }
-"""For each layer those that it may use, besides itself, ``errors`` and ``util``."""
+"""For each layer the layers that it may use, besides itself and ``FOR_ALL``."""
 
-FOR_ALL: Final = {"errors", "util"}
+FOR_ALL: Final = {"errors", "text", "util"}
 
 PURE: Final = {"trio", "pyfuse3", "os", "io", "asyncio", "threading", "subprocess"}
-"""What turning bytes into values has no use for."""
+"""Modules that code without I/O does not need."""
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+UPWARD: Final = {
+    ("disk.writeback.firstwrite", "disk.state.persistentfreelist"),
+    ("disk.writeback.metadata", "disk.space.reclaim"),
+    ("cli.qedfuse", "cli.starting"),
+    ("cli.starting", "cli.qedfuse"),
+}
 
 
-def layer_of(module: Path) -> str:
-    """Give the layer that a module belongs to; the package itself is ``qedfuse``."""
-    parts = module.relative_to(PACKAGE).with_suffix("").parts
-    return "qedfuse" if parts == ("__init__",) else parts[0]
+def drawn() -> list[str]:
+    """Read the picture of the floors in docs/architecture.md: all modules, the lowest first."""
+    picture = ARCHITECTURE.read_text("utf-8").partition("<!-- floors -->\n```text\n")[2]
+    modules = []
+    for line in reversed(picture.partition("```")[0].splitlines()):
+        floor, _, names = line.partition(":")
+        prefix = "" if floor.strip() == "qedfuse" else floor.strip() + "."
+        modules += [prefix + name for name in reversed(names.split())]
+    return modules
 
 
-def imported(module: Path) -> Iterator[str]:
+def name_of(path: Path) -> str:
+    """Give the dotted name of a module below ``qedfuse``; a package has its own name."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FLOORS: Final = drawn()
+MODULES: Final = {
+    name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if name_of(path) != "__init__"
+}
+
+
+def imported(path: Path) -> Iterator[str]:
     """List what a module imports, also inside functions and for type checkers."""
-    for node in ast.walk(ast.parse(module.read_bytes())):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}:{node.lineno}: imports are absolute here"
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
             assert node.module is not None
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def used_layers(module: Path) -> set[str]:
-    """Give the layers that a module uses; a bare ``qedfuse`` is none."""
-    names = (name.split(".") for name in imported(module))
-    return {name[1] for name in names if name[0] == "qedfuse" and len(name) > 1} - {"__version__"}
+def uses(path: Path) -> set[str]:
+    """Give the modules of qedfuse that a module imports; packages only for their own names."""
+    return {
+        name.removeprefix("qedfuse.")
+        for name in imported(path)
+        if name.removeprefix("qedfuse.") in MODULES and not is_package(name)
+    }
 
 
-@pytest.mark.parametrize(
-    "module",
-    [module for module in MODULES if layer_of(module) != "qedfuse"],
-    ids=lambda path: str(path.relative_to(PACKAGE)),
-)
-def test_imports_point_downwards(module: Path) -> None:
-    """A module uses its own layer and those below it; only the package hands out names of all."""
-    layer = layer_of(module)
-    assert used_layers(module) - {layer} - FOR_ALL - MAY_IMPORT[layer] == set()
+def is_package(name: str) -> bool:
+    """Tell whether a name is a package of qedfuse and no module."""
+    return MODULES[name.removeprefix("qedfuse.")].name == "__init__.py"
 
 
-def test_every_layer_is_known() -> None:
-    """A new part of the package is given its place here first."""
-    assert {layer_of(module) for module in MODULES} == {*MAY_IMPORT, "qedfuse"}
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_modules_below_it(name: str) -> None:
+    """No arrow of the picture points upwards, type-only imports included; so no cycle exists."""
+    if is_package(name):
+        return
+    allowed = set(FLOORS[: FLOORS.index(name)])
+    assert {used for used in uses(MODULES[name]) - allowed if (name, used) not in UPWARD} == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_layer_uses_the_layers_below_it(name: str) -> None:
+    """A layer may be understood, and used, without the layers beside and above it."""
+    layer = name.partition(".")[0]
+    used = {other.partition(".")[0] for other in uses(MODULES[name])}
+    assert used - {layer} - FOR_ALL - MAY_IMPORT.get(layer, set()) == set()
+
+
+def test_the_picture_shows_every_module_once() -> None:
+    """A new module is given its place in docs/architecture.md first."""
+    assert sorted(FLOORS) == sorted(name for name in MODULES if not is_package(name))
 
 
 def test_ondisk_is_pure() -> None:
     """The format is bytes to values: no I/O, no event loop."""
-    for module in (PACKAGE / "ondisk").glob("*.py"):
-        assert not {name.split(".")[0] for name in imported(module)} & PURE, module
+    for path in (PACKAGE / "ondisk").glob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & PURE, path
 
 
-def test_only_the_mount_knows_the_kernel() -> None:
+def test_only_the_mount_imports_pyfuse3() -> None:
     """Nothing below the mount needs pyfuse3, so tools and programs work without FUSE."""
-    for module in MODULES:
-        if "pyfuse3" in {name.split(".")[0] for name in imported(module)}:
-            assert layer_of(module) == "mount", module
+    for name, path in MODULES.items():
+        if "pyfuse3" in {used.split(".")[0] for used in imported(path)}:
+            assert name.startswith("mount."), name

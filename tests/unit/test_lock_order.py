@@ -67,25 +67,25 @@ class Watch:
 
     def watch(self, disk: Disk) -> None:
         """Watch all locks of a disk."""
-        parts = disk._parts
+        parts = disk._components
         for name, owner, attribute in (
-            ("Resizing.lock", parts.resizing, "lock"),
+            ("Resize.lock", parts.resize, "lock"),
             ("Scan._running", parts.scan, "_running"),
-            ("Requests._making_table", parts.requests, "_making_table"),
+            ("WritePath._making_table", parts.write_path, "_making_table"),
             ("Reclaim._lock", parts.reclaim, "_lock"),
-            ("Gate._first", parts.gate, "_first"),
+            ("FirstWriteGuard._first", parts.first_write_guard, "_first"),
             ("FileLength.lock", parts.allocator._length, "lock"),
-            ("LiveHeader._lock", parts.live, "_lock"),
+            ("HeaderStore._lock", parts.header_store, "_lock"),
         ):
             setattr(owner, attribute, WatchedLock(self, name, getattr(owner, attribute)))
-        hold = parts.requests.allocating.hold
+        hold = parts.write_path.allocating.hold
 
         @asynccontextmanager
         async def watched(start: int, end: int) -> AsyncIterator[None]:
-            async with self.holding("Requests.allocating"), hold(start, end):
+            async with self.holding("WritePath.allocating"), hold(start, end):
                 yield
 
-        parts.requests.allocating.hold = watched  # type: ignore[method-assign]
+        parts.write_path.allocating.hold = watched  # type: ignore[method-assign]
 
 
 class WatchedLock:
@@ -124,7 +124,7 @@ async def requests(disk: Disk, chance: random.Random) -> None:
             case 9:
                 await disk.discard(disk.size - CLUSTER - 512, CLUSTER + 512)
             case 10:
-                await disk._parts.needcheck.clear()
+                await disk._components.needcheck.clear()
             case _:
                 await disk.read(number * CLUSTER, CLUSTER)
 
@@ -145,13 +145,13 @@ async def play(
     async with opened(file, options=replace(WRITABLE, compact=compact)) as disk:
         watch.watch(disk)
         if not listed:
-            await disk.scanned()
+            await disk.wait_scanned()
         async with trio.open_nursery() as nursery:
             for _ in range(tasks):
                 nursery.start_soon(requests, disk, chance)
     assert inspect_image(file.content).errors == ()
-    free = disk._parts.allocator.free
-    for rest in (disk._parts.allocator.unpunched, disk._parts.allocator.doubtful):
+    free = disk._components.allocator.free
+    for rest in (disk._components.allocator.unpunched, disk._components.allocator.maybe_holes):
         assert all(free.holds(first, count) == count for first, count in rest.runs())
     return watch.edges
 
@@ -167,9 +167,9 @@ async def test_the_order_is_that_of_the_page() -> None:
     wrong = [edge for edge in edges if order.index(edge[0]) >= order.index(edge[1])]
     assert not wrong
     # The less obvious ones are there.
-    assert ("Requests.allocating", "Scan._running") in edges
-    assert ("Reclaim._lock", "Gate._first") in edges
-    assert ("Resizing.lock", "LiveHeader._lock") in edges
+    assert ("WritePath.allocating", "Scan._running") in edges
+    assert ("Reclaim._lock", "FirstWriteGuard._first") in edges
+    assert ("Resize.lock", "HeaderStore._lock") in edges
 
 
 async def test_a_wrong_order_is_found() -> None:

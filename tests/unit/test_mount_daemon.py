@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import os, select, signal, sys
 {prelude}
-from qedfuse.mount.daemon import run_in_background
+from qedfuse.mount.process.daemon import run_in_background
 
 def serve(ready):
     {body}

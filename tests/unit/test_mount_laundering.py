@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, cast
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.mount.launderer import ERROR, Launderer
-from qedfuse.mount.laundering import Laundering
+from qedfuse.mount.fuse.launderer import ERROR, Launderer
+from qedfuse.mount.fuse.laundering import Laundering
 
 if TYPE_CHECKING:
-    from qedfuse.mount.view import View
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 
-def view() -> View:
+def view() -> ExportedDisk:
     """Give what is asked about."""
     disk = SimpleNamespace(size=1 << 20)
-    return cast("View", SimpleNamespace(inode=2, disk=disk, writing=0))
+    return cast("ExportedDisk", SimpleNamespace(inode=2, disk=disk, writing=0))
 
 
 async def test_the_session_may_end_while_somebody_waits() -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import pytest
 
-from qedfuse.mount.logs import system_log
-from qedfuse.mount.logsinks import StderrHandler
+from qedfuse.mount.process.logs import system_log
+from qedfuse.mount.process.logsinks import StderrHandler
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,7 +92,7 @@ def test_tracebacks_read_no_source_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 UNCAUGHT: Final = """
 import threading, warnings
-from qedfuse.mount.logs import log_to_stderr, log_what_nobody_catches
+from qedfuse.mount.process.logs import log_to_stderr, log_what_nobody_catches
 
 class Bad:
     def __del__(self):

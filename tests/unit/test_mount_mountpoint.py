@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qedfuse.errors import MountpointError, PrivilegeError
-from qedfuse.mount import mountpoint
-from qedfuse.mount.mountpoint import check_mountpoint, check_privileges, is_below
-from qedfuse.mount.mounttable import MountEntry, parse_mounts
+from qedfuse.mount.system import mountpoint
+from qedfuse.mount.system.mountpoint import check_mountpoint, check_privileges, is_below
+from qedfuse.mount.system.mounttable import MountEntry, parse_mounts
 
 ODD = ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\x1d", "\x1e", "\r", "\xa0", "\x1f"]
 """Characters at which Python ends a line or a word, and the kernel does not."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import HostError, MountpointError, NotQedError
-from qedfuse.mount.naming import Source, find_sources, view_name
+from qedfuse.mount.images.naming import Source, find_sources, view_name
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.mount.readahead import DEFAULT_READAHEAD, readahead_bytes, set_readahead
+from qedfuse.mount.system.readahead import DEFAULT_READAHEAD, readahead_bytes, set_readahead
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qedfuse.mount.readahead import Readahead
+    from qedfuse.mount.system.readahead import Readahead
 
 DEVICE = "0:41"
 PAGE = os.sysconf("SC_PAGESIZE")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
-from qedfuse.hostio.arrivals import loop
-from qedfuse.mount.scheduler import (
+from qedfuse.hostio.nowaitretry import loop
+from qedfuse.mount.fuse.scheduler import (
     BURST,
     BURST_BESIDE_OTHERS,
-    Baton,
     Scheduler,
+    UnfairLock,
     default_poll_seconds,
     scheduled,
 )
@@ -53,7 +53,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 async def test_the_holder_gets_the_baton_back_before_who_waits() -> None:
     """Until it waits for something else: then the one who waits takes over."""
-    baton, order = Baton(), []
+    baton, order = UnfairLock(), []
 
     async def other() -> None:
         async with baton:
@@ -74,7 +74,7 @@ async def test_the_holder_gets_the_baton_back_before_who_waits() -> None:
 
 async def test_nobody_holds_the_baton_beside_another() -> None:
     """Whoever waits, works and is cancelled how he likes: one at a time, and never none."""
-    baton = Baton()
+    baton = UnfairLock()
     holders = most = served = 0
 
     async def work(number: int) -> None:
@@ -103,7 +103,7 @@ async def test_nobody_holds_the_baton_beside_another() -> None:
 
 async def test_a_cancelled_waiter_leaves_the_baton_to_the_next() -> None:
     """Its place in the queue goes with it."""
-    baton, got = Baton(), []
+    baton, got = UnfairLock(), []
 
     async def wait(name: str, scope: trio.CancelScope) -> None:
         with scope:

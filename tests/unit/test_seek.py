@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.disk.chain import Chain
-from qedfuse.disk.extents import Kind
+from qedfuse.disk.lookup.chain import Chain
+from qedfuse.disk.lookup.extents import Kind
 from qedfuse.ondisk.constants import ZERO
 from tests.support.disks import build_image, header_of, l2_entry_offset, opened, put_entry
 from tests.support.hostfiles import MemoryFile
 
 if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
-    from qedfuse.disk.extents import Extent
+    from qedfuse.disk.lookup.extents import Extent
 
 CLUSTER: Final = 4096
 TABLE: Final = CLUSTER // 8

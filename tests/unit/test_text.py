@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 
 @pytest.mark.parametrize("name", ["vm.qed", "a b.qed", "Grüße.qed", "C:\\disk.qed", "", "日本.qed"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qedfuse.cli.starting import end_quietly
+from qedfuse.cli.starting import sigint_default
 
 
 def program() -> int:
     """Run the program that the user started; give its exit code."""
-    end_quietly()
+    sigint_default()
     from qedfuse.cli.qedimg.main import main  # noqa: PLC0415  the above has to be first
 
     return main()

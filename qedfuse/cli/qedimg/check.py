@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from qedfuse.check.glance import glance
+from qedfuse.check.fastcheck import fast_check
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
-from qedfuse.tools.checkresult import CheckResult
+from qedfuse.text import printable
+from qedfuse.tools.repair.checkresult import CheckResult
 from qedfuse.util.sizes import format_size
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -113,13 +113,13 @@ def _glance(arguments: argparse.Namespace) -> CheckResult | None:
     """Look whether the image is plainly sound; None if there is more to say or to do."""
     if arguments.repair is not None or arguments.undo is not None:
         return None
-    found = glance(arguments.image, share=arguments.force_share)
+    found = fast_check(arguments.image, share=arguments.force_share)
     return found and CheckResult.of_check(*found)
 
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CheckResult:
     """Do what the arguments say."""
-    from qedfuse.tools.check import check, plan, repair, undo  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  a quick --help
 
     path, level, share = arguments.image, arguments.repair, arguments.force_share
     if arguments.undo is not None:

@@ -8,13 +8,13 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from qedfuse.tools.commit import CommitResult
+    from qedfuse.tools.editing.commit import CommitResult
 
 EXAMPLE: Final = "qedimg commit -p overlay.qed"
 DESCRIPTION: Final = """\
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CommitResult:
     """Do what the arguments say."""
-    from qedfuse.tools.commit import commit  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.commit import commit  # noqa: PLC0415  a quick --help
 
     return await commit(
         arguments.image,

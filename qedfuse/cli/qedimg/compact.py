@@ -8,13 +8,13 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from qedfuse.tools.compact import CompactResult
+    from qedfuse.tools.editing.compact import CompactResult
 
 EXAMPLE: Final = "qedimg compact -p vm.qed"
 DESCRIPTION: Final = """\
@@ -58,6 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CompactResult:
     """Do what the arguments say."""
-    from qedfuse.tools.compact import compact  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.compact import compact  # noqa: PLC0415  a quick --help
 
     return await compact(arguments.image, progress=report)

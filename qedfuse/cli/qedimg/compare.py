@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from qedfuse.tools.compare import Comparison
+    from qedfuse.tools.copying.compare import Comparison
 
 EXAMPLE: Final = "qedimg compare disk.raw disk.qed"
 DESCRIPTION: Final = """\
@@ -84,8 +84,8 @@ async def _work(
 ) -> Comparison | str:
     """Do what the arguments say; give the reason if a disk that was opened cannot be read."""
     from qedfuse.errors import QedError  # noqa: PLC0415  a quick --help
-    from qedfuse.tools.compare import compare  # noqa: PLC0415
-    from qedfuse.tools.sources import open_source  # noqa: PLC0415
+    from qedfuse.tools.copying.compare import compare  # noqa: PLC0415
+    from qedfuse.tools.source.source import open_source  # noqa: PLC0415
 
     options = common.open_options(arguments)
     async with (

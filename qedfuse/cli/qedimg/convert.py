@@ -12,13 +12,13 @@ from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import ENTRY_BYTES
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
 
-    from qedfuse.tools.convert import ConvertResult
-    from qedfuse.tools.layout import Layout
+    from qedfuse.tools.copying.convert import ConvertResult
+    from qedfuse.tools.copying.imagespec import ImageSpec
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Copy the disk."""
-    from qedfuse.tools.convert import convert  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.convert import convert  # noqa: PLC0415  a quick --help
 
     layout = _layout(arguments)
     if layout.format == "qed" and not arguments.into_existing and not _qemu_opens(layout):
@@ -129,13 +129,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _layout(arguments: argparse.Namespace) -> Layout:
+def _layout(arguments: argparse.Namespace) -> ImageSpec:
     """Make one of what the command line says about the target.
 
     Raises:
         UsageError: It makes no sense.
     """
-    from qedfuse.tools.layout import Layout  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  a quick --help
 
     if arguments.compress:
         msg = "-c: QED has no compression; qemu-img convert -c makes a compressed qcow2 image"
@@ -157,7 +157,7 @@ def _layout(arguments: argparse.Namespace) -> Layout:
         msg += "expected -O qed" if arguments.format == "raw" else "expected its options as -o"
         raise UsageError(msg)
     take_options(arguments, "-B")
-    return Layout(
+    return ImageSpec(
         arguments.format,
         arguments.cluster_size,
         arguments.table_size,
@@ -168,7 +168,7 @@ def _layout(arguments: argparse.Namespace) -> Layout:
     )
 
 
-def _qemu_opens(layout: Layout) -> bool:
+def _qemu_opens(layout: ImageSpec) -> bool:
     """Tell whether QEMU takes the geometry: what it can address must be less than 2**64 bytes."""
     entries = layout.cluster_size * layout.table_size // ENTRY_BYTES
     return layout.table_size > 1 and entries**2 * layout.cluster_size < 1 << 64

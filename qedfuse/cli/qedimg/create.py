@@ -12,8 +12,8 @@ from qedfuse.cli.qedimg.output import say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
-from qedfuse.tools.creation import create, preallocate
-from qedfuse.util.text import printable
+from qedfuse.text import printable
+from qedfuse.tools.editing.creation import create, preallocate
 
 if TYPE_CHECKING:
     import argparse

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncGenerator
 
-    from qedfuse.tools.dump import EntryRange
-    from qedfuse.tools.rawheader import HeaderField, RawHeader
+    from qedfuse.tools.inspection.dump import EntryRange
+    from qedfuse.tools.inspection.rawheader import HeaderField, RawHeader
 
 EXAMPLE: Final = "qedimg dump l2 0 vm.qed"
 DESCRIPTION: Final = """\
@@ -66,7 +66,7 @@ _DIGITS: Final = 18
 
 
 async def _work(arguments: argparse.Namespace, number: int) -> None:
-    from qedfuse.tools.dump import open_dump  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.inspection.dump import open_dump  # noqa: PLC0415  a quick --help
 
     async with open_dump(arguments.image, share=arguments.force_share) as found:
         if arguments.what == "header":

@@ -9,13 +9,13 @@ from qedfuse.cli.qedimg.output import print_json, say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
+from qedfuse.text import printable
 from qedfuse.util.sizes import format_size
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     import argparse
 
-    from qedfuse.tools.freelist import FreeListInfo
+    from qedfuse.tools.editing.freelist import FreeListInfo
 
 EXAMPLE: Final = "qedimg freelist on vm.qed"
 DESCRIPTION: Final = """\
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
     """Do what the arguments say."""
-    from qedfuse.tools.freelist import drop, enable, show  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.freelist import drop, enable, show  # noqa: PLC0415  a quick --help
 
     if arguments.action == "on":
         return await enable(arguments.image)

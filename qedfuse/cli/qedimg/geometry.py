@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from qedfuse.text import printable
 from qedfuse.util.sizes import parse_size
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     import argparse

@@ -10,14 +10,14 @@ from qedfuse.cli.qedimg.infotext import as_text
 from qedfuse.cli.qedimg.output import print_json, say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
-from qedfuse.tools.info import describe
+from qedfuse.tools.inspection.info import describe
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from qedfuse.tools.chaininfo import Details
-    from qedfuse.tools.info import Format, ImageInfo
+    from qedfuse.tools.inspection.chaininfo import Details
+    from qedfuse.tools.inspection.info import Format, ImageInfo
 
 EXAMPLE: Final = "qedimg info --output json vm.qed"
 DESCRIPTION: Final = """\
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _chain(arguments: argparse.Namespace, form: Format) -> list[ImageInfo]:
     """Describe the chain."""
-    from qedfuse.tools.chaininfo import describe_chain  # noqa: PLC0415  a quick answer without it
+    from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  a quick answer without it
 
     return await describe_chain(arguments.image, form, common.open_options(arguments))
 
@@ -80,7 +80,7 @@ def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
 async def _look_closer(
     arguments: argparse.Namespace, image: ImageInfo, report: Callable[[int, int], None]
 ) -> Details:
-    from qedfuse.tools.chaininfo import look_closer  # noqa: PLC0415  a quick answer without it
+    from qedfuse.tools.inspection.chaininfo import look_closer  # noqa: PLC0415  a quick answer without it
 
     options = common.open_options(arguments)
     return await look_closer(image, options, allocation=arguments.allocation, progress=report)

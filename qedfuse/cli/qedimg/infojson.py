@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from qedfuse.ondisk.constants import SECTOR
 
 if TYPE_CHECKING:
-    from qedfuse.tools.chaininfo import Details
-    from qedfuse.tools.info import ImageInfo, QedInfo
-    from qedfuse.tools.rawheader import Bits
+    from qedfuse.tools.inspection.chaininfo import Details
+    from qedfuse.tools.inspection.info import ImageInfo, QedInfo
+    from qedfuse.tools.inspection.rawheader import Bits
 
 
 def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:

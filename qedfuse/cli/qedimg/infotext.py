@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qedfuse.text import printable
 from qedfuse.util.sizes import format_size
-from qedfuse.util.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qedfuse.tools.backingname import BackingName
-    from qedfuse.tools.chaininfo import Details
-    from qedfuse.tools.info import ImageInfo, QedInfo
-    from qedfuse.tools.rawheader import Bits
+    from qedfuse.tools.inspection.chaininfo import Details
+    from qedfuse.tools.inspection.info import ImageInfo, QedInfo
+    from qedfuse.tools.inspection.nameresolution import BackingName
+    from qedfuse.tools.inspection.rawheader import Bits
 
 _FIELDS = {"features": "incompatible", "compat_features": "compatible",
            "autoclear_features": "autoclear"}  # fmt: skip

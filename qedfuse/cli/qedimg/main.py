@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import qedfuse
 from qedfuse.cli.qedimg.parsing import Parser
-from qedfuse.cli.qedimg.running import Interruption, orderly
+from qedfuse.cli.qedimg.running import Interruption, interruptible
 from qedfuse.cli.qedimg.streams import (
     BROKEN_PIPE,
     complain,
@@ -22,7 +22,7 @@ from qedfuse.cli.qedimg.streams import (
 from qedfuse.cli.streams import make_streams
 from qedfuse.cli.workingdirectory import REMOVED, asked_for_removed, is_removed
 from qedfuse.errors import QedError, UsageError
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_streams()
     words = sys.argv[1:] if argv is None else argv
     try:
-        with orderly(last=own_process) as interruption:
+        with interruptible(last=own_process) as interruption:
             code = _guarded(words, interruption)
     except KeyboardInterrupt:  # it came after the work was done
         code = _INTERRUPTED

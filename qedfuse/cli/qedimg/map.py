@@ -10,8 +10,8 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import CorruptImageError
-from qedfuse.tools.quickmap import open_quick
-from qedfuse.util.text import printable
+from qedfuse.text import printable
+from qedfuse.tools.inspection.fastmap import open_fast_map
 
 if TYPE_CHECKING:
     import argparse
@@ -77,7 +77,7 @@ def _list_quickly(arguments: argparse.Namespace, report: Callable[[int, int], No
     if part or arguments.format == "raw" or _is_silent(arguments):
         return nothing
     as_json = arguments.output == "json"
-    with open_quick(arguments.image, share=arguments.force_share) as found:
+    with open_fast_map(arguments.image, share=arguments.force_share) as found:
         if found is None:
             return nothing
         sys.stdout.write(HEADS[arguments.output])
@@ -104,7 +104,7 @@ async def _list_rest(
 ) -> None:
     """List what has not been listed yet."""
     from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  a quick start
-    from qedfuse.tools.mapping import open_map  # noqa: PLC0415
+    from qedfuse.tools.source.mapping import open_map  # noqa: PLC0415
 
     options = common.open_options(arguments)
     async with open_map(arguments.image, arguments.format or "auto", options) as found:

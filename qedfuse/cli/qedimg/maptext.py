@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from qedfuse.tools.runs import ABSENT, BAD, DATA, HOLE, ZEROS
+from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qedfuse.tools.mapping import Batch
+    from qedfuse.tools.source.mapping import Batch
 
 _ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
 
@@ -83,8 +83,8 @@ _KINDS: Final = 8
 def _json_line(depth: int, kind: int) -> str:
     """Give the pattern of a line."""
     words = {
-        "present": kind != ABSENT,
-        "zero": kind in (ABSENT, ZEROS, HOLE),
+        "present": kind != UNALLOCATED,
+        "zero": kind in (UNALLOCATED, ZEROS, HOLE),
         "data": kind == DATA,
         "compressed": False,
     }

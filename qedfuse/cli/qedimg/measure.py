@@ -14,8 +14,8 @@ from qedfuse.errors import UsageError
 if TYPE_CHECKING:
     import argparse
 
-    from qedfuse.tools.layout import Layout
-    from qedfuse.tools.measure import Measurement
+    from qedfuse.tools.copying.imagespec import ImageSpec
+    from qedfuse.tools.copying.measure import Measurement
 
 EXAMPLE: Final = "qedimg measure --cluster-size 1M disk.raw"
 DESCRIPTION: Final = """\
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, and print it."""
-    from qedfuse.tools.layout import Layout  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  a quick --help
 
     take_options(arguments, "-B")
-    layout = Layout(
+    layout = ImageSpec(
         arguments.format,
         arguments.cluster_size,
         arguments.table_size,
@@ -70,13 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(arguments: argparse.Namespace, layout: Layout) -> Measurement:
+def _measure(arguments: argparse.Namespace, layout: ImageSpec) -> Measurement:
     """Measure a new disk, or a copy.
 
     Raises:
         UsageError: Neither was named, or both.
     """
-    from qedfuse.tools.measure import measure, measure_empty  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.measure import measure, measure_empty  # noqa: PLC0415  a quick --help
 
     if (arguments.size is None) == (arguments.source is None):
         found = "neither" if arguments.size is None else "both"

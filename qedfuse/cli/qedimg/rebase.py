@@ -8,13 +8,13 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from qedfuse.tools.rebase import RebaseResult
+    from qedfuse.tools.editing.rebase import RebaseResult
 
 EXAMPLE: Final = "qedimg rebase -b other.qed -F qed overlay.qed"
 DESCRIPTION: Final = """\
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> RebaseResult:
     """Do what the arguments say."""
-    from qedfuse.tools.rebase import rebase  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.rebase import rebase  # noqa: PLC0415  a quick --help
 
     return await rebase(
         arguments.image,

@@ -9,13 +9,13 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from qedfuse.tools.resize import ResizeResult
+    from qedfuse.tools.editing.resize import ResizeResult
 
 EXAMPLE: Final = "qedimg resize vm.qed +10G"
 DESCRIPTION: Final = """\
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> ResizeResult:
     """Do what the arguments say."""
-    from qedfuse.tools.resize import resize  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.resize import resize  # noqa: PLC0415  a quick --help
 
     size, relative = arguments.size
     return await resize(

@@ -96,7 +96,7 @@ def _forget_interrupt(lost: sys.UnraisableHookArgs) -> None:
 
 
 @contextmanager
-def orderly(*, last: bool = False) -> Iterator[Interruption]:
+def interruptible(*, last: bool = False) -> Iterator[Interruption]:
     """Let signals end the block with a KeyboardInterrupt, once, or cancel what it runs.
 
     SIGUSR1 does no harm in the block, whether or not there is any progress to show.
@@ -134,5 +134,5 @@ def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
     """
     if _active:
         return _active[-1].run(function, args)
-    with orderly() as interruption:
+    with interruptible() as interruption:
         return interruption.run(function, args)

@@ -6,7 +6,7 @@ import sys
 from typing import Final
 
 from qedfuse.cli.streams import forget
-from qedfuse.util.text import printable
+from qedfuse.text import printable
 
 BROKEN_PIPE: Final = 141
 """What a shell shows for a program that SIGPIPE ended."""

@@ -1,0 +1,72 @@
+"""What is odd about a header although the image can be used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qedfuse.check.findings import Code, Finding
+from qedfuse.ondisk.constants import HEADER_BYTES, Feature
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.ondisk.header import Header
+
+
+def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]:
+    """Find what QEMU never writes, but opens all the same; ``file_size`` is in bytes."""
+    flagged = bool(header.features & Feature.BACKING_FILE)
+    name_offset = header.backing_filename_offset
+    compat, autoclear = header.compat_features, header.stale_autoclear
+    notes = (
+        (not header.header_size, Code.HEADER_SIZE_ZERO, "header_size", 0, "at least 1"),
+        (
+            header.has_backing and name_offset < HEADER_BYTES,
+            Code.NAME_IN_FIXED_HEADER,
+            "backing_filename_offset",
+            name_offset,
+            f"at least {HEADER_BYTES}",
+        ),
+        (
+            flagged and not header.has_backing,
+            Code.BACKING_NAME_EMPTY,
+            "backing_filename_size",
+            0,
+            "a name, since bit 0 of the features is set",
+        ),
+        (
+            header.backing_is_raw and not flagged,
+            Code.NO_PROBE_WITHOUT_BACKING,
+            "features",
+            "a raw backing file (bit 2) that there is not (bit 0)",
+            "both bits or neither",
+        ),
+        (
+            header.need_check,
+            Code.NEED_CHECK_SET,
+            "features",
+            "NEED_CHECK (bit 1), left by a crash",
+            "an image that was closed cleanly",
+        ),
+        (
+            compat != 0,
+            Code.UNKNOWN_COMPAT,
+            "compat_features",
+            f"unknown bits 0x{compat:x}, which are kept",
+            "none",
+        ),
+        (
+            autoclear != 0,
+            Code.UNKNOWN_AUTOCLEAR,
+            "autoclear_features",
+            f"unknown bits 0x{autoclear:x}, which the first change clears",
+            "none",
+        ),
+    )
+    for applies, code, field, found, expected in notes:
+        if applies:
+            text = f"{name}: header field {field}: found {found}, expected {expected}"
+            yield Finding(code, text)
+    if header.geometry.in_cluster(file_size):
+        text = f"{name}: file size: found {file_size}, expected a multiple of {header.cluster_size}"
+        yield Finding(Code.ODD_TAIL, text)

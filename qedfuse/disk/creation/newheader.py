@@ -1,0 +1,82 @@
+"""The header of a new image, from what was asked for."""
+
+from __future__ import annotations
+
+import os
+
+from qedfuse.disk.lookup.backingpath import has_protocol, lacks_path
+from qedfuse.errors import UsageError
+from qedfuse.ondisk.constants import (
+    HEADER_BYTES,
+    MAX_BACKING_NAME,
+    MAX_CLUSTER_SIZE,
+    MAX_TABLE_SIZE,
+    MIN_CLUSTER_SIZE,
+    MIN_TABLE_SIZE,
+    SECTOR,
+    Feature,
+)
+from qedfuse.ondisk.header import Header
+from qedfuse.text import printable
+
+
+def backing_name(backing: str | None) -> bytes:
+    """Give the bytes of a base's name as an image stores them; none for no base.
+
+    Raises:
+        UsageError: It is too long, not a path, or no name follows the protocol.
+    """
+    name = os.fsencode(backing or "")
+    if lacks_path(name):
+        msg = f"backing file {printable(name)}: found an empty name, expected one, or none at all"
+        raise UsageError(msg)
+    if len(name) > MAX_BACKING_NAME or has_protocol(name) or b"\0" in name:
+        msg = (
+            f"backing file {printable(name)}: expected a plain path of at most "
+            f"{MAX_BACKING_NAME} bytes (a file whose name has a colon is written ./NAME)"
+        )
+        raise UsageError(msg)
+    return name
+
+
+def new_header(
+    size: int, cluster_size: int, table_size: int, backing: str | None, *, backing_is_raw: bool
+) -> Header:
+    """Build the header of an empty image, after checking what was asked for.
+
+    Raises:
+        UsageError: A size is out of its range, or the name is too long or not a path.
+    """
+    for what, value, least, most in (
+        ("cluster size", cluster_size, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
+        ("table size", table_size, MIN_TABLE_SIZE, MAX_TABLE_SIZE),
+    ):
+        if not least <= value <= most or value & (value - 1):
+            msg = f"{what}: found {value}, expected a power of two from {least} to {most}"
+            raise UsageError(msg)
+    name = backing_name(backing)
+    features = 0
+    if backing is not None:
+        features = int(Feature.BACKING_FILE)
+        if backing_is_raw:
+            features |= int(Feature.BACKING_FORMAT_NO_PROBE)
+    header = Header(
+        cluster_size=cluster_size,
+        table_size=table_size,
+        header_size=1,
+        features=features,
+        compat_features=0,
+        autoclear_features=0,
+        l1_table_offset=cluster_size,
+        image_size=-(-size // SECTOR) * SECTOR,
+        backing_filename_offset=HEADER_BYTES if backing is not None else 0,
+        backing_filename_size=len(name),
+    )
+    most = header.geometry.max_image_size
+    if not 0 <= header.image_size <= most:
+        msg = (
+            f"image size: found {size}, expected 0 to {most} with clusters of {cluster_size} "
+            f"bytes and tables of {table_size}"
+        )
+        raise UsageError(msg)
+    return header

@@ -1,0 +1,1 @@
+"""Guest requests: the fast path, the write path and discard."""

@@ -1,0 +1,200 @@
+"""Opening the chain of backing files that an image names, and refusing to be led astray.
+
+A backing file name is the classic attack on image formats: it can name any file that
+the user may read.  So a base must lie inside the directory of the image that names it
+unless the user says otherwise; the place is judged on the file that was really opened,
+not on its name, so that symbolic links and renames cannot get past it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.disk.lookup.backingpath import backing_path, has_protocol
+from qedfuse.disk.lookup.layer import QedLayer, RawLayer
+from qedfuse.errors import (
+    BackingError,
+    BackingRefusedError,
+    CorruptImageError,
+    HostError,
+    ImageError,
+)
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.ondisk.constants import HEADER_BYTES
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
+from qedfuse.ondisk.header import Header, parse_header
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.disk.lookup.tablecache import SliceStore
+    from qedfuse.disk.options import BackingPolicy, OpenOptions
+    from qedfuse.hostio.hostfile import HostFile
+
+MAX_DEPTH: Final = 64
+"""Longest chain of backing files that is followed."""
+
+
+async def read_header(file: HostFile) -> Header:
+    """Read and check the header of an image, also against the file's length.
+
+    Raises:
+        ImageError: It is not a QED image that this version can open.
+    """
+    header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
+    header.check_fits(file.size(), file.name)
+    return header
+
+
+async def read_backing_name(file: HostFile, header: Header) -> str:
+    """Read the name of the backing file as it stands in the header area.
+
+    Raises:
+        ImageError: The file ends within the name.
+        BackingRefusedError: The name is not a plain path.
+    """
+    size = header.backing_filename_size
+    raw = bytes(await file.pread(header.backing_filename_offset, size))
+    if len(raw) < size:
+        msg = f"{file.name}: header field backing_filename_size: found {size}, expected {len(raw)}"
+        raise CorruptImageError(msg)
+    if b"\0" in raw:
+        msg = f"{file.name}: backing file name: found a NUL byte in {printable(raw)}"
+        raise BackingRefusedError(msg)
+    if has_protocol(raw):
+        msg = (
+            f"{file.name}: backing file {printable(raw)}: found a protocol, expected a plain "
+            "path (a file whose name has a colon is written ./NAME)"
+        )
+        raise BackingRefusedError(msg)
+    return os.fsdecode(raw)
+
+
+async def open_bases(
+    path: str,
+    file: PosixFile,
+    header: Header,
+    options: OpenOptions,
+    store: SliceStore,
+    *,
+    name: str | None = None,
+) -> list[Layer]:
+    """Open the chain below an image: the layers from depth 1 down, locked and read-only.
+
+    With ``name`` its base is looked for under this one, not the one that it stores.
+
+    Raises:
+        BackingError: A base is missing, refused, in a loop, too deep or of another format.
+        ImageError: A QED base is not one that this version can open.
+    """
+    layers: list[Layer] = []
+    seen = {_identity(file)}
+    trusted = options.backing.trusted
+    base: PosixFile | None = None
+    try:
+        while header.has_backing:
+            if name is None:
+                name = await read_backing_name(file, header)
+            path = backing_path(path, name, options.backing.working_directory)
+            base = open_base(path, file, options.backing, trusted)
+            trusted = name = None
+            _check_new(base, file.name, seen)
+            qed = await _is_qed(base, file.name, header, options.backing)
+            if options.lock:
+                lock_image(base.fd, LockMode.READ if qed else LockMode.BASE, base.name)
+            if not qed:
+                layers.append(RawLayer(base))
+                break
+            header = await read_header(base)
+            layer = QedLayer(base, header, store)
+            await layer.scan_l1()
+            layers.append(layer)
+            file, base = base, None
+    except BaseException:
+        if base is not None:
+            base.close()
+        for opened in layers:
+            opened.file.close()
+        raise
+    return layers
+
+
+def _check_new(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
+    """Note one more file of the chain; refuse loops, and chains without an end."""
+    identity = _identity(base)
+    if identity in seen:
+        msg = f"{image}: backing file {base.name}: found a loop in the chain"
+        raise BackingError(msg)
+    if len(seen) > MAX_DEPTH:
+        msg = f"{image}: backing file {base.name}: found a chain of more than {MAX_DEPTH} files"
+        raise BackingError(msg)
+    seen.add(identity)
+
+
+def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str | None) -> PosixFile:
+    """Open one backing file, if the policy lets ``image`` use it.
+
+    Raises:
+        BackingError: It is missing or not a regular file.
+        BackingRefusedError: The policy forbids it.
+    """
+    shown = printable(path)
+    if policy.mode == "none":
+        msg = f"{image.name}: backing file {shown}: refused by backing=none"
+        raise BackingRefusedError(msg)
+    try:
+        base = PosixFile.open(path)
+    except (HostError, ImageError) as error:
+        msg = f"{image.name}: backing file {error}"
+        raise BackingError(msg) from error
+    if policy.mode == "any" or (trusted is not None and _is_same_file(base, trusted)):
+        return base
+    directory = os.path.dirname(image.path) or "."  # noqa: PTH120
+    allowed = [os.path.realpath(place) for place in (directory, *policy.directories)]
+    # The kernel's own name for the file that is open: no link is left in it.
+    real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
+    if any(real.startswith(place.rstrip("/") + "/") for place in allowed):
+        return base
+    base.close()
+    msg = (
+        f"{image.name}: backing file {shown}: refused: found {printable(real)}, expected a file "
+        f"inside {printable(allowed[0])} (allow it with backing_dir="
+        f"{printable(os.path.dirname(real))} or backing=any)"  # noqa: PTH120
+    )
+    raise BackingRefusedError(msg)
+
+
+async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPolicy) -> bool:
+    """Decide what a base is: what the user says, what the header says, what its magic says.
+
+    A raw base is written by a guest, which can put any magic there; that is why a
+    header may forbid looking at it (NO_PROBE).
+    """
+    if policy.format is not None:
+        return policy.format == "qed"
+    if header.backing_is_raw:
+        return False
+    start = await base.pread(0, SIGNATURE_BYTES)
+    found = foreign(start)
+    if found is not None:
+        msg = (
+            f"{image}: backing file {base.name}: found a {found} image, expected QED or raw "
+            "(-o backing_format=raw takes its bytes as they are)"
+        )
+        raise BackingError(msg)
+    return is_qed(start)
+
+
+def _identity(file: PosixFile) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_same_file(file: PosixFile, path: str) -> bool:
+    """Tell whether a path leads to the file that is open."""
+    try:
+        return os.path.samestat(file.stat(), os.stat(path))  # noqa: PTH116
+    except (OSError, HostError):
+        return False

@@ -1,0 +1,1 @@
+"""Work on a whole open image: resizing and compaction."""

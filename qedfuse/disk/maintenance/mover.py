@@ -1,0 +1,179 @@
+"""Moving clusters within the file: copy, change the entry, retire the old place.
+
+Each move is an ordinary change: the copy is written, a commit round makes it durable
+before the entry that points to it, and the old place goes through the quarantine.  So
+the image is sound at any moment.  Nothing else may use the disk meanwhile, because
+writes in place do not look whether a cluster is on its way.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import trio
+
+from qedfuse.disk.lookup.tablecache import L1, L2
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.ondisk.table import runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from qedfuse.disk.datapath.writepath import WritePath
+    from qedfuse.disk.lookup.layer import QedLayer
+    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.reclaim import Reclaim
+    from qedfuse.disk.state.needcheck import NeedCheck
+    from qedfuse.disk.writeback.metadata import MetadataWriteback
+
+_COPY_BYTES: Final = 1 << 20
+"""Bytes that are copied with one read and one write."""
+
+
+class Mover:
+    """Moves data clusters and tables of one image."""
+
+    def __init__(
+        self,
+        layer: QedLayer,
+        allocator: Allocator,
+        write_path: WritePath,
+        writeback: MetadataWriteback,
+        needcheck: NeedCheck,
+        reclaim: Reclaim,
+    ) -> None:
+        """Move clusters of ``layer``."""
+        self._layer = layer
+        self._allocator = allocator
+        self._write_path = write_path
+        self._writeback = writeback
+        self._needcheck = needcheck
+        self._reclaim = reclaim
+        self._bits = allocator.cluster_bits
+
+    async def move_table(self, l1_index: int, table: int, place: int) -> None:
+        """Move one L2 table, by clusters; ``place`` is taken already."""
+        layer = self._layer
+        old, new, length = table << self._bits, place << self._bits, layer.geometry.table_bytes
+        taken = True
+        try:
+            await self._copy(old, new, length)
+            async with self._needcheck.changing():
+                part = await self._write_path.writable_slice(
+                    layer.header.l1_table_offset, l1_index, L1
+                )
+                # No await from here on: the entry, what is known of the table, and the
+                # quarantine change in one step.
+                layer.tables.set(part, l1_index % layer.tables.slice_entries, new)
+                part.pins -= 1
+                taken = False
+                layer.move_table(old, new)
+                self._reclaim.retire(old, length, part.offset)
+                self._writeback.note_write()
+        finally:
+            if taken:
+                self._allocator.give_back(place, layer.geometry.table_size)
+        await self._writeback.flush()
+
+    async def move_data(
+        self, entries: NDArray[np.uint64], above: int | None, moved: Callable[[int], None]
+    ) -> None:
+        """Move the clusters that L2 entries refer to.
+
+        Args:
+            entries: File offsets of the entries.
+            above: The cluster from which on they are moved; None for the lowest free
+                ones, and a cluster stays where it is if none is below it.
+            moved: Called with how many clusters have just been moved.
+
+        Raises:
+            HostError: The host refused; what was moved before stays moved.
+        """
+        ordered = np.sort(entries)
+        length = self._layer.tables.slice_entries * ENTRY_BYTES
+        tables = self._layer.l2_tables
+        owners = tables[np.searchsorted(tables, ordered, "right") - 1]
+        # Tables are cut into slices from their own beginning on.
+        starts = ordered - (ordered - owners) % np.uint64(length)
+        edges = np.flatnonzero(np.diff(starts)) + 1
+        for first, last in pairwise([0, *edges.tolist(), len(ordered)]):
+            if first < last:
+                table, offset = int(owners[first]), int(starts[first])
+                places = ((ordered[first:last] - np.uint64(offset)) // ENTRY_BYTES).tolist()
+                await self._move_entries(table, offset, places, above, moved)
+
+    async def _move_entries(
+        self,
+        table: int,
+        offset: int,
+        places: Sequence[int],
+        above: int | None,
+        moved: Callable[[int], None],
+    ) -> None:
+        """Move the clusters of the entries at ``places`` of the slice at a file offset."""
+        size = self._layer.geometry.cluster_size
+        edges = np.flatnonzero(np.diff(places) != 1) + 1
+        async with self._needcheck.changing():
+            part = await self._write_path.writable_slice(table, (offset - table) // ENTRY_BYTES, L2)
+            try:
+                for first, last in pairwise([0, *edges.tolist(), len(places)]):
+                    start, end = places[first], places[last - 1] + 1
+                    for at, count, value in list(runs(part.entries, start, end, size)):
+                        await self._move_run(part, at, count, value, above, moved)
+            finally:
+                part.pins -= 1
+
+    async def _move_run(
+        self,
+        part: Slice,
+        at: int,
+        count: int,
+        value: int,
+        above: int | None,
+        moved: Callable[[int], None],
+    ) -> None:
+        """Move neighbouring clusters, the first at file offset ``value``."""
+        tables, size = self._layer.tables, self._layer.geometry.cluster_size
+        done = 0
+        while done < count:
+            run = await self._allocator.take(count - done, above)
+            if run is None or (above is None and run.offset > value):
+                if run is not None:
+                    self._allocator.release(run)
+                break
+            try:
+                await self._copy(value, run.offset, run.length)
+            except BaseException:
+                self._allocator.release(run)
+                raise
+            # No await from here on, as above.
+            clusters = run.length >> self._bits
+            for step in range(clusters):
+                tables.set(part, at + done + step, run.offset + step * size)
+            self._reclaim.retire(value, run.length, part.offset)
+            self._writeback.note_write()
+            moved(clusters)
+            done, value = done + clusters, value + run.length
+
+    async def _copy(self, source: int, target: int, length: int) -> None:
+        """Copy bytes within the file, holes as holes: a table of 1 GiB can be one."""
+        file, at = self._layer.file, 0
+        while at < length:
+            # Neither a short read nor a short write waits: a deadline is seen here.
+            await trio.lowlevel.checkpoint()
+            data = await file.next_data(source + at)
+            hole = (length if data is None else min(length, data - source)) - at
+            if hole > 0 and file.can_punch:
+                await file.punch((target + at, hole))
+            # The first try may have told that the host cannot.
+            if hole > 0 and file.can_punch:
+                at += hole
+            else:
+                part = await file.pread(source + at, min(_COPY_BYTES, length - at))
+                await file.pwrite(target + at, part)
+                at += len(part)

@@ -1,0 +1,284 @@
+"""Giving the disk another size.
+
+Growing: what is added reads as zeros, whatever a base or the file holds there.  What
+makes it so is durable before the new size is.
+
+Shrinking: entries of the part that goes are dropped first, then the size changes, and
+only then the tables go that lie past the new end.  Each step is durable before the next.
+A crash before the second leaves a disk of the old size whose last part reads as zeros
+where it held data: what was to be lost is lost, and nothing is wrong.  The other way
+round a crash would leave entries past the end of the disk, and whoever made it larger
+again, by a program that does not look for them, would find old data there.  Tables go
+last, because without them an overlay would show its base's data in the meantime.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import trio
+
+from qedfuse.disk.lookup.extents import Kind
+from qedfuse.disk.lookup.tablecache import L1
+from qedfuse.errors import CorruptImageError, UsageError
+from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, UNALLOCATED
+from qedfuse.util.periodicprogress import periodic_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.disk.datapath.discard import Discard
+    from qedfuse.disk.datapath.writepath import WritePath
+    from qedfuse.disk.lookup.chain import Chain
+    from qedfuse.disk.lookup.extents import Extent
+    from qedfuse.disk.lookup.layer import QedLayer
+    from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.reclaim import Reclaim
+    from qedfuse.disk.state.needcheck import NeedCheck
+    from qedfuse.disk.writeback.headerstore import HeaderStore
+    from qedfuse.disk.writeback.metadata import MetadataWriteback
+
+    Progress = Callable[[int, int], None]
+
+_STEP: Final = 1 << 20
+"""Bytes that are looked at together."""
+
+_LOOK_CLUSTERS: Final = 1024
+"""Clusters of a table that are looked up before other tasks get a turn."""
+
+
+class Resize:
+    """Gives a disk a new size.
+
+    Attributes:
+        lock: Held while the size changes, and by whoever needs it to stay.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        layer: QedLayer,
+        write_path: WritePath,
+        writeback: MetadataWriteback,
+        header_store: HeaderStore,
+        allocator: Allocator,
+        discards: Discard,
+        needcheck: NeedCheck,
+        reclaim: Reclaim,
+    ) -> None:
+        """Work on ``layer``, the top of ``chain``."""
+        self._chain = chain
+        self._layer = layer
+        self._write_path = write_path
+        self._writeback = writeback
+        self._header_store = header_store
+        self._allocator = allocator
+        self._discards = discards
+        self._needcheck = needcheck
+        self._reclaim = reclaim
+        self.lock = trio.Lock()
+
+    def check(self, size: int, *, shrink: bool = False) -> None:
+        """Refuse a size that the disk cannot have.
+
+        Raises:
+            UsageError: It would shrink, or with ``shrink`` grow, or the tables cannot
+                address that much.
+        """
+        name, old, most = (
+            self._layer.file.name,
+            self._layer.size,
+            self._layer.geometry.max_image_size,
+        )
+        if shrink and size > old:
+            msg = f"{name}: size: found {size}, expected at most {old}: no growing"
+            raise UsageError(msg)
+        if size < old and not shrink:
+            msg = f"{name}: size: found {size}, expected at least {old}: no shrinking"
+            raise UsageError(msg)
+        if size % SECTOR or not 0 <= size <= most:
+            msg = f"{name}: size: found {size}, expected a multiple of {SECTOR} up to {most}"
+            raise UsageError(msg)
+
+    async def resize(self, size: int, *, force: bool = False) -> None:
+        """Give the disk a larger size that `check` has let through.
+
+        With ``force`` what entries past the end refer to is dropped.
+
+        Raises:
+            CorruptImageError: Table entries past the end are in use.
+            HostError: The host refused; the disk has its old size.
+        """
+        async with self.lock:
+            if size <= self._layer.size:
+                return
+            await self._blank_past_end(size, force=force)
+            # What hides the base and old bytes must be durable before the new size is.
+            await self._writeback.barrier()
+            await self._set_size(size)
+
+    async def _set_size(self, size: int) -> None:
+        """Put the size into the header, durably; the disk has it from then on.
+
+        Raises:
+            HostError: The host refused; the disk has its old size.
+        """
+        await self._header_store.change(
+            lambda header: header.with_size(size), barrier=self._writeback.barrier
+        )
+        self._layer.header = self._header_store.value
+        self._allocator.set_size(self._header_store.value)
+
+    async def _blank_past_end(self, size: int, *, force: bool) -> None:
+        """Make the range from the disk's end to ``size`` read as zeros once it belongs to it.
+
+        The last cluster may hold bytes past the end, and a base that is longer than the
+        disk would show through behind it.
+        """
+        geometry = self._layer.geometry
+        old, past = self._layer.size, geometry.ceil(self._layer.size)
+        reaches = max((base.size for base in self._chain.layers[1:]), default=0)
+        if past < size:
+            extent = await self._first_in_use(past, size)
+            if extent is not None and force and extent.kind is Kind.DATA:
+                await self._discards.drop(past, geometry.ceil(size))
+            elif extent is not None:
+                cure = "must be repaired" if extent.kind is Kind.BAD else "takes force to drop them"
+                msg = (
+                    f"{self._layer.file.name}: resize: found table entries for "
+                    f"{extent.start}, past the end of the disk at {old}, expected none: the "
+                    f"image {cure} first"
+                )
+                raise CorruptImageError(msg)
+        if old < past:
+            await self._write_path.blank(old, min(past, size))
+        if past < min(size, reaches):
+            await self._write_path.set_zero(past, geometry.ceil(min(size, reaches)))
+
+    async def shrink(self, size: int, progress: Progress | None = None) -> None:
+        """Give the disk a smaller size that `check` has let through.
+
+        ``progress`` is called with how much is done of how much, in any unit.
+
+        Raises:
+            CorruptImageError: A table entry for the part that goes is bad.
+            HostError: The host refused; the disk has its old size, or the new one.
+        """
+        geometry = self._layer.geometry
+        async with self.lock:
+            old = self._layer.size
+            # Bytes past the end in the last cluster would come back if the disk grew.
+            last = await self._first_in_use(size, min(old, geometry.ceil(size)))
+            if last is not None:
+                await self._write_path.blank(last.start, last.end)
+            await self._discards.drop(geometry.ceil(size), geometry.ceil(old), _half(progress))
+            async with periodic_progress(self._giving_back(progress)):
+                await self._writeback.barrier()
+                if size < old:
+                    await self._set_size(size)
+                await self._drop_tables(geometry.l1_used(size))
+                await self._writeback.flush()
+
+    async def empty(self, progress: Progress | None = None) -> None:
+        """Take everything out of the image, so that it shows its base and nothing else.
+
+        Tables go last, as they do when the disk shrinks; ``progress`` is called as there.
+
+        Raises:
+            CorruptImageError: A table entry is bad.
+            HostError: The host refused; a part may have been taken out.
+        """
+        async with self.lock:
+            end = self._layer.geometry.ceil(self._layer.size)
+            await self._discards.clear(0, end, _half(progress))
+            async with periodic_progress(self._giving_back(progress)):
+                await self._writeback.barrier()
+                await self._drop_tables(0)
+                await self._writeback.flush()
+
+    def _giving_back(self, progress: Progress | None) -> Callable[[], None] | None:
+        """Report the second half of the work: clusters go back to the host."""
+        if progress is None:
+            return None
+        most = max(1, self._reclaim.waiting)
+        return lambda: progress(2 * most - min(most, self._reclaim.waiting), 2 * most)
+
+    async def refuse_data(self, size: int) -> None:
+        """Refuse to lose data that this image itself holds past ``size``.
+
+        Zeros in the cluster in which the new end lies are no loss.
+
+        Raises:
+            UsageError: There is some.
+        """
+        geometry, found = self._layer.geometry, None
+        start, cluster_end = size, min(self._layer.size, geometry.ceil(size))
+        while found is None and start < cluster_end:
+            stop = min(start + _STEP, cluster_end)
+            extent = await self._first_in_use(start, stop)
+            if extent is not None and any(await self._chain.read(start, stop - start)):
+                found = start
+            start = stop
+        if found is None:
+            extent = await self._first_in_use(cluster_end, self._layer.size)
+            found = extent and extent.start
+        if found is not None:
+            msg = (
+                f"{self._layer.file.name}: size: found data at {found}, past the new end at "
+                f"{size}, expected none (--force drops it)"
+            )
+            raise UsageError(msg)
+
+    async def _first_in_use(self, start: int, end: int) -> Extent | None:
+        """Find the first range from ``start`` to ``end`` that has a place, or a bad entry."""
+        geometry = self._layer.geometry
+        while start < end:
+            # Of a table with scattered clusters all extents would be too much at once.
+            table, reason = await self._layer.table_at(geometry.l1_index(start))
+            step = min(geometry.table_span, _LOOK_CLUSTERS * geometry.cluster_size)
+            step = step if table or reason else geometry.table_span
+            stop = min(end, start - start % step + step)
+            for extent in await self._layer.lookup(start, stop - start):
+                if extent.kind in (Kind.DATA, Kind.BAD):
+                    return extent
+            start = stop
+            await trio.lowlevel.checkpoint()
+        return None
+
+    async def _drop_tables(self, first: int) -> None:
+        """Give up the tables of the L1 entries from ``first`` on, as far as they are empty."""
+        layer, step = self._layer, self._layer.tables.slice_entries
+        start, index = layer.header.l1_table_offset, first - first % step
+        # Everything has been written back, so what the file has no data for is empty.
+        while (data := await layer.file.next_data(start + index * ENTRY_BYTES)) is not None:
+            await trio.lowlevel.checkpoint()
+            index = max(index, (data - start) // ENTRY_BYTES // step * step)
+            if index >= layer.geometry.entries:
+                break
+            part = await layer.tables.load(start, index, L1)
+            found = np.flatnonzero(np.frombuffer(part.entries, np.uint64)) + index
+            for l1_index in found[found >= first].tolist():
+                await self._drop_table(l1_index)
+            index += step
+
+    async def _drop_table(self, l1_index: int) -> None:
+        """Give up one table; one with anything in it was there before, and stays."""
+        layer, span = self._layer, self._layer.geometry.table_span
+        table, reason = await layer.table_at(l1_index)
+        if reason or await self._first_in_use(l1_index * span, (l1_index + 1) * span):
+            return
+        async with self._needcheck.changing():
+            part = await self._write_path.writable_slice(layer.header.l1_table_offset, l1_index, L1)
+            # No await from here on: the entry, what is known of the table, and the
+            # quarantine change in one step.
+            layer.tables.set(part, l1_index % layer.tables.slice_entries, UNALLOCATED)
+            part.pins -= 1
+            layer.drop_table(l1_index, table)
+            self._reclaim.retire(table, layer.geometry.table_bytes, part.offset)
+            self._writeback.note_write()
+
+
+def _half(progress: Progress | None) -> Progress | None:
+    """Report what is the first half of some work."""
+    return None if progress is None else lambda done, whole: progress(done, 2 * whole)

@@ -1,0 +1,1 @@
+"""Free clusters: allocation, deferred reuse, reclamation, and the scan that finds them."""

@@ -1,0 +1,1 @@
+"""What the header says about the tables: NEED_CHECK and the persistent free list."""

@@ -1,0 +1,1 @@
+"""Ordered write-back of the header and the tables."""

@@ -1,0 +1,1 @@
+"""Commands on a mount that another process serves."""

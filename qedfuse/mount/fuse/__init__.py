@@ -1,0 +1,1 @@
+"""The FUSE protocol: requests of the kernel answered from a disk."""

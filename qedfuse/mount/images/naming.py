@@ -1,0 +1,103 @@
+"""What is to be mounted: sources made into images, and images given names in the mount."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import MountpointError, NotQedError, cannot_open
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_SUFFIX: Final = ".qed"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An image to be mounted.
+
+    Attributes:
+        path: The image, as an absolute path: the process that serves it runs in ``/``.
+        name: Its name in the mount.
+        is_named: Whether the user named the image, and not only its directory.
+    """
+
+    path: str
+    name: bytes
+    is_named: bool = True
+
+
+def view_name(path: str) -> bytes:
+    """Name the disk of an image: ``vm.qed`` becomes ``vm.raw``, ``x.img`` ``x.img.raw``.
+
+    Only the suffix that says "QED" is replaced, since the disk is not that any more;
+    any other suffix tells something else about the file and stays.
+    """
+    name = os.path.basename(path)  # noqa: PTH119  also for names that are not text
+    if name.endswith(_SUFFIX) and name != _SUFFIX:
+        name = name.removesuffix(_SUFFIX)
+    return os.fsencode(name + ".raw")
+
+
+def find_sources(paths: Iterable[str]) -> list[Source]:
+    """Turn what the user named into images; a directory stands for the images in it.
+
+    Raises:
+        HostError: A directory cannot be read.
+        NotQedError: A directory holds no image.
+        MountpointError: Two images would have one name.
+    """
+    images: dict[bytes, Source] = {}
+    for path in paths:
+        absolute = os.path.abspath(path)  # noqa: PTH100  must not resolve links
+        is_directory = os.path.isdir(absolute)  # noqa: PTH112
+        for image in _images_in(absolute) if is_directory else [absolute]:
+            source = Source(image, view_name(image), is_named=not is_directory)
+            other = images.setdefault(source.name, source)
+            if other is not source:
+                msg = (
+                    f"{printable(image)}: found the name {printable(source.name)} taken by "
+                    f"{printable(other.path)}, expected one name for each image"
+                )
+                raise MountpointError(msg)
+    return list(images.values())
+
+
+def _images_in(directory: str) -> list[str]:
+    """List the QED images of a directory, by their magic, in the order of their names.
+
+    Raises:
+        HostError: The directory cannot be read.
+        NotQedError: There is none.
+    """
+    try:
+        names = sorted(os.listdir(directory))  # noqa: PTH208  names, not paths
+    except OSError as error:
+        raise cannot_open(directory, error) from error
+    images = [path for name in names if _is_image(path := os.path.join(directory, name))]  # noqa: PTH118
+    if not images:
+        msg = f"{printable(directory)}: found no QED image in the directory, expected at least one"
+        raise NotQedError(msg)
+    return images
+
+
+def _is_image(path: str) -> bool:
+    """Tell whether a file begins like an image; what cannot be read is none."""
+    try:
+        # Opening a FIFO or a device could wait or have effects, so look before.
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            return False
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return is_qed(os.pread(fd, SIGNATURE_BYTES, 0))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

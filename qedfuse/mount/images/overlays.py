@@ -1,0 +1,167 @@
+"""Opening the disk that a mount shows: the source itself, or an overlay that takes its writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qedfuse.check.inspector import inspect_image
+from qedfuse.disk.creation.create import create_image
+from qedfuse.disk.lookup.backing import read_backing_name, read_header
+from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+    from qedfuse.disk.disk import Disk
+    from qedfuse.mount.options import MountOptions
+
+
+def disk_options(options: MountOptions) -> OpenOptions:
+    """Say how the disk is to be opened that the mount shows."""
+    return OpenOptions(
+        writable=not options.read_only,
+        force_share=options.force_share,
+        backing=options.backing,
+        cache_bytes=options.cache_bytes,
+        commit_seconds=options.commit_seconds,
+        discard=options.discard,
+        detect_zeroes=options.detect_zeroes,
+        free_list=options.free_list,
+        compact=options.compact,
+        compact_bytes=options.compact_bytes,
+        compact_seconds=options.compact_seconds,
+    )
+
+
+def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager[Disk]:
+    """Open what is to be seen of the image at ``path``, as the options want it."""
+    if options.snapshot:
+        return _open_snapshot(path, options)
+    if options.overlay is not None:
+        return _open_overlay(path, options.overlay, options)
+    return _open_itself(path, options)
+
+
+def _snapshot_directory() -> str:
+    """Choose where snapshots go: they may become large, and /tmp is often in memory."""
+    named = os.environ.get("TMPDIR")
+    return named if named and os.path.isdir(named) else "/var/tmp"  # noqa: PTH112, S108  mkdtemp
+
+
+@asynccontextmanager
+async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
+    """Open the image for the mount, with the remedy in the message where there is one."""
+    opened = False
+    try:
+        async with open_disk(path, disk_options(options), inspector=inspect_image) as disk:
+            opened = True
+            yield disk
+    except HostError as error:
+        forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if opened or options.read_only or not forbidden:
+            raise
+        msg = f"{error} for writing (-o ro needs read access only)"
+        raise HostError(msg, error.errno) from error
+
+
+@asynccontextmanager
+async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk]:
+    """Open a temporary overlay that nobody can find any more once it is open."""
+    directory = _snapshot_directory()
+    try:
+        place = tempfile.mkdtemp(prefix="qedfuse-", dir=directory)
+    except OSError as error:
+        raise HostError.from_os(error, printable(directory), "cannot make the snapshot") from error
+    overlay = os.path.join(place, "snapshot.qed")  # noqa: PTH118
+    try:
+        await _make_overlay(overlay, path, options)
+        # It is gone when it is closed: nobody will ask how short it was.
+        opening = replace(_over(path, options), compact="off")
+        async with open_disk(overlay, opening, inspector=inspect_image) as disk:
+            # Open files outlive their names: even a crash leaves nothing behind.
+            shutil.rmtree(place, ignore_errors=True)
+            yield disk
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@asynccontextmanager
+async def _open_overlay(path: str, overlay: str, options: MountOptions) -> AsyncIterator[Disk]:
+    """Open the overlay that the user named; make it if it is missing."""
+    if os.path.lexists(overlay):  # noqa: ASYNC240  before anything is served
+        await _check_base(overlay, path, options)
+    else:
+        await _make_overlay(overlay, path, options)
+    async with open_disk(overlay, _over(path, options), inspector=inspect_image) as disk:
+        yield disk
+
+
+def _over(source: str, options: MountOptions) -> OpenOptions:
+    """Let the source, which the user named himself, be the first base wherever it lies."""
+    opening = disk_options(options)
+    return replace(opening, backing=replace(opening.backing, trusted=source))
+
+
+async def _make_overlay(overlay: str, source: str, options: MountOptions) -> None:
+    """Make an empty overlay of a source, with the source's own geometry.
+
+    Raises:
+        QedError: The source is not a usable image, or the overlay cannot be made.
+    """
+    reading = replace(disk_options(options), writable=False)
+    async with open_disk(source, reading) as disk:
+        await create_image(
+            overlay,
+            disk.size,
+            cluster_size=disk.header.cluster_size,
+            table_size=disk.header.table_size,
+            backing=source,
+            mode=0o600,
+        )
+
+
+async def _check_base(overlay: str, source: str, options: MountOptions) -> None:
+    """Make sure that an overlay that is there already is one of this source.
+
+    Raises:
+        UsageError: It is not.
+        BackingError: Its base is missing.
+    """
+    file = PosixFile.open(overlay)
+    try:
+        header = await read_header(file)
+        if not header.has_backing:
+            msg = f"overlay {file.name}: found no backing file, expected {printable(source)}"
+            raise UsageError(msg)
+        name = await read_backing_name(file, header)
+    finally:
+        file.close()
+    base = backing_path(overlay, name, options.backing.working_directory)
+    try:
+        expected = os.stat(source)  # noqa: PTH116
+    except OSError as error:
+        raise cannot_open(source, error) from error
+    try:
+        found = os.stat(base)  # noqa: PTH116
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        msg = f"overlay {file.name}: backing file {printable(base)}: {reason}"
+        raise BackingError(msg) from error
+    if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
+        msg = (
+            f"overlay {file.name}: found backing file {printable(base)}, "
+            f"expected {printable(source)}"
+        )
+        raise UsageError(msg)

@@ -1,0 +1,1 @@
+"""The serving process: background, logs, readiness."""

@@ -1,0 +1,208 @@
+"""Telling others that the disk is ready: a pid file, and systemd's notification socket.
+
+Both are found before the mount exists and used after that.  By then their paths may lead
+through the mount, and the serving process must never wait for an answer of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import threading
+from typing import Final
+
+from qedfuse.errors import HostError
+from qedfuse.text import printable
+from qedfuse.util.descriptors import open_descriptors
+
+_CANNOT_WRITE: Final = "cannot write the pid file"
+_NOT_REPLACEABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+_PID_BYTES: Final = 32
+"""No process number is longer."""
+
+
+class ServiceManager:
+    """The service manager that waits for news of this process, if one does."""
+
+    def __init__(self) -> None:
+        """Connect to the socket that ``NOTIFY_SOCKET`` names.
+
+        A manager that does not listen is no reason to fail.
+        """
+        self._socket: socket.socket | None = None
+        self._sender: threading.Thread | None = None
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        if not address.startswith(("/", "@")):
+            return
+        if address.startswith("@"):  # the way to write an abstract name, which begins with NUL
+            address = "\0" + address[1:]
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(os.fsencode(address))
+        except OSError:
+            connection.close()
+        else:
+            self._socket = connection
+
+    def notify(self, state: str) -> None:
+        """Send a line such as ``READY=1``; nothing happens if nobody listens.
+
+        The caller never waits: a manager that is stopped must not stop the disks.  It may
+        be only slow, though, and then a thread waits for it.
+        """
+        if self._socket is None:
+            return
+        with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
+            if self._sender is None:
+                try:
+                    self._socket.send(state.encode(), socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    pass
+                else:
+                    return
+            sender = threading.Thread(
+                target=_send_after, args=(self._sender, self._socket.dup(), state), daemon=True
+            )
+            sender.start()
+            self._sender = sender
+
+    def close(self) -> None:
+        """Disconnect."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
+    """Send a line when the lines before it have been sent, however long that takes."""
+    if earlier is not None:
+        earlier.join()
+    with connection, contextlib.suppress(OSError):
+        connection.send(state.encode())
+
+
+class PidFile:
+    """The file that says which process serves the mount.
+
+    Attributes:
+        path: The file, absolute and free of links.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open the directory of the file; the file itself stays as it is until `write`.
+
+        Raises:
+            HostError: The directory cannot be opened, or the file is a directory.
+        """
+        self.path = os.path.realpath(path)
+        self._is_written = False
+        self._shown = printable(path)
+        directory, self._name = os.path.split(self.path)
+        flags = os.O_PATH | os.O_CLOEXEC
+        try:
+            found = _status(path)
+            if found is not None and stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            # A pipe, a FIFO or a device is opened through its own descriptor: a link of
+            # /proc to a pipe, or to a file that was removed, has no directory.
+            self._is_special = found is not None and not (
+                stat.S_ISREG(found.st_mode) and found.st_nlink
+            )
+            # Who has opened the file for this process, with a lock on it perhaps, means that
+            # file and not another one of its name.
+            self._is_open = found is not None and any(
+                os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
+            )
+            self._handle = os.open(
+                path if self._is_special else directory,
+                flags if self._is_special else flags | os.O_DIRECTORY,
+            )
+        except OSError as error:
+            raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
+
+    def write(self) -> None:
+        """Write this process's number, as a line of its own.
+
+        It never waits for a reader.  Readers of a regular file see the old content or the
+        new, and after a failure the old.
+
+        Raises:
+            HostError: The file cannot be written.
+        """
+        try:
+            if self._is_special:
+                self._write_to(f"/proc/self/fd/{self._handle}", None)
+            else:
+                self._replace()
+        except OSError as error:
+            if error.errno == errno.ENXIO and stat.S_ISFIFO(os.fstat(self._handle).st_mode):
+                msg = f"{self._shown}: {_CANNOT_WRITE}: found a FIFO that nobody reads"
+                raise HostError(msg, errno.ENXIO) from error
+            raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
+        self._is_written = True
+
+    def _replace(self) -> None:
+        """Write a new file and give it the name; write into the old one if that is open here."""
+        directory = self._handle
+        if self._is_open:
+            self._write_to(self._name, directory)
+            return
+        new = f".qedfuse.{os.urandom(8).hex()}"
+        try:
+            self._write_to(new, directory, os.O_CREAT | os.O_EXCL)
+            os.rename(new, self._name, src_dir_fd=directory, dst_dir_fd=directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=directory)
+            if error.errno not in _NOT_REPLACEABLE:
+                raise
+            # The user may have been given only the file, also as a mount of its own.
+            try:
+                self._write_to(self._name, directory)
+            except FileNotFoundError:
+                raise error from None
+
+    @staticmethod
+    def _write_to(name: str, directory: int | None, flags: int = 0) -> None:
+        """Write the line over what is at the start of a file, and cut off the rest."""
+        flags |= os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        if directory is not None:
+            flags |= os.O_NOFOLLOW
+        fd = os.open(name, flags, 0o666, dir_fd=directory)
+        with open(fd, "wb", buffering=0) as file:  # noqa: PTH123  a descriptor
+            line = b"%d\n" % os.getpid()
+            if file.write(line) != len(line):
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                file.truncate(len(line))
+
+    def remove(self) -> None:
+        """Remove the file if `write` has written it and it is still about this process.
+
+        A special file is left alone.
+        """
+        if self._is_special or not self._is_written:
+            return
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.suppress(OSError, ValueError):
+            fd = os.open(self._name, flags, dir_fd=self._handle)
+            with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
+                if stat.S_ISREG(os.fstat(fd).st_mode) and int(file.read(_PID_BYTES)) == os.getpid():
+                    os.unlink(self._name, dir_fd=self._handle)
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def _status(path: str) -> os.stat_result | None:
+    """Return what stat(2) says of a file; None if there is no file."""
+    try:
+        return os.stat(path)  # noqa: PTH116  a name, not a Path
+    except FileNotFoundError:
+        return None

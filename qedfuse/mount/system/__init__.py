@@ -1,0 +1,1 @@
+"""What the mount asks of the kernel and the process beside FUSE."""

@@ -1,0 +1,1 @@
+"""What several tools share: formats, pipes, block comparison, worker threads."""

@@ -1,0 +1,51 @@
+"""Which format the source of a copy has, told by its first bytes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from qedfuse.errors import HostError, UsageError
+from qedfuse.hostio.regular import open_raw
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_luks, is_qed
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+
+def probe(path: str) -> Literal["raw", "qed"]:
+    """Tell the format of a file by its first bytes.
+
+    Raises:
+        UsageError: It is an image of a foreign format.
+        HostError: It cannot be opened or read.
+        ImageError: It is neither a regular file nor a block device.
+    """
+    fd = open_raw(path, os.O_RDONLY)
+    try:
+        start = os.pread(fd, SIGNATURE_BYTES, 0)
+    except OSError as error:
+        raise HostError.from_os(error, printable(path), "read") from error
+    finally:
+        os.close(fd)
+    return judge_start(start, printable(path))
+
+
+def judge_start(start: bytes | bytearray | memoryview, name: str) -> Literal["raw", "qed"]:
+    """Tell the format of what begins with some bytes.
+
+    Raises:
+        UsageError: It is an image of a foreign format.
+    """
+    start = bytes(start[:SIGNATURE_BYTES])
+    if is_qed(start):
+        return "qed"
+    found = "LUKS" if is_luks(start) else foreign(start)
+    if found is not None:
+        msg = (
+            f"{name}: format: found {found}, expected raw or qed (-f raw takes the bytes as "
+            "they are; qemu-img convert reads it)"
+        )
+        raise UsageError(msg)
+    return "raw"

@@ -1,0 +1,1 @@
+"""Copying, comparing and measuring whole disks."""

@@ -1,0 +1,99 @@
+"""What a copy is to be, and the base that it is to have."""
+
+from __future__ import annotations
+
+import stat
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.disk.creation.newheader import backing_name, new_header
+from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.errors import BackingError, QedError
+from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from qedfuse.text import printable
+from qedfuse.tools.common.probing import probe
+from qedfuse.tools.source.source import open_source
+from qedfuse.tools.target.qedtarget import QedTarget
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from typing import Literal
+
+    from qedfuse.disk.options import OpenOptions
+    from qedfuse.tools.source.source import Source
+
+DEFAULT_SPARSE_SIZE: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """What the new file is to be.
+
+    Attributes:
+        format: ``raw``, ``qed`` or, by way of qemu-img, one of its formats.
+        cluster_size: Bytes in a cluster of a QED image.
+        table_size: Clusters in a table of a QED image.
+        backing: A base of the new QED image, by a name that is absolute or begins at the
+            image's directory; only what differs from it is written.
+        backing_format: What the base is; may be left out if it is QED.
+        sparse_size: Bytes; shorter runs of zeros are written as data, and all zeros if it
+            is 0.
+        foreign_options: What qemu-img is given with ``-o``.
+    """
+
+    format: str = "qed"
+    cluster_size: int = DEFAULT_CLUSTER_SIZE
+    table_size: int = DEFAULT_TABLE_SIZE
+    backing: str | None = None
+    backing_format: Literal["raw", "qed"] | None = None
+    sparse_size: int = DEFAULT_SPARSE_SIZE
+    foreign_options: tuple[str, ...] = ()
+
+
+def qed_target(
+    fd: int, name: str, layout: ImageSpec, source: Source | None, base: Source | None
+) -> QedTarget:
+    """Prepare to lay out an image.
+
+    Raises:
+        UsageError: The geometry makes no sense, or cannot hold the disk.
+    """
+    header = new_header(
+        0 if source is None else source.size,
+        layout.cluster_size,
+        layout.table_size,
+        layout.backing,
+        backing_is_raw=base is not None and base.format == "raw",
+    )
+    return QedTarget(fd, header, backing_name(layout.backing), name)
+
+
+@asynccontextmanager
+async def open_new_base(
+    image: str, layout: ImageSpec, options: OpenOptions
+) -> AsyncIterator[Source]:
+    """Open the base that a new image is to have.
+
+    Raises:
+        BackingError: It cannot be used, or its format has to be given.
+    """
+    path = backing_path(image, layout.backing or "", options.backing.working_directory)
+    about = f"{printable(image)}: backing file"
+    try:
+        found = probe(path) if layout.backing_format != "raw" else "raw"
+        if found != (layout.backing_format or "qed"):
+            expected = "a QED image" if layout.backing_format else "one, or -F raw"
+            msg = f"{printable(path)}: found no QED magic, expected {expected}"
+            raise BackingError(msg)
+        async with AsyncExitStack() as stack:
+            base = await stack.enter_async_context(open_source(path, found, options))
+            if not stat.S_ISREG(base.files()[0].st_mode):
+                msg = f"{printable(path)}: found a block device, expected a regular file"
+                raise BackingError(msg)
+            opened = stack.pop_all()
+    except QedError as error:
+        msg = f"{about} {error}"
+        raise BackingError(msg) from error
+    async with opened:
+        yield base

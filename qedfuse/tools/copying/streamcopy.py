@@ -1,0 +1,77 @@
+"""A disk copied from a raw stream, whose length nobody knows before its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from qedfuse.errors import UsageError
+from qedfuse.tools.common.blocks import judge, marked_bytes
+from qedfuse.tools.common.probing import judge_start
+from qedfuse.tools.target.target import ParallelTarget, complete, write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.tools.common.pipe import Stream
+    from qedfuse.tools.target.target import Target
+
+    Progress = Callable[[int, int], None]
+
+
+async def _fill(stream: Stream, view: memoryview) -> int:
+    """Fill a buffer; return how many bytes there were before the stream's end."""
+    done = 0
+    while done < len(view) and (count := await stream.read(view[done:])):
+        done += count
+    return done
+
+
+async def copy_stream(
+    stream: Stream,
+    target: Target,
+    *,
+    sparse_size: int,
+    raw: bool,
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Copy a raw stream to its end.
+
+    Args:
+        stream: Where from.
+        target: Where to.
+        sparse_size: As for `Copy`.
+        raw: Take the bytes as they are, even if they look like an image.
+        progress: Called with the bytes that came, twice: nobody knows how many there are.
+
+    Returns:
+        The bytes of the disk, and those that were written as data.
+
+    Raises:
+        UsageError: The stream is an image.
+        HostError: The host refused.
+    """
+    buffer = np.empty(max(target.longest, target.unit), np.uint8)
+    size = data_bytes = 0
+    while True:
+        count = await _fill(stream, buffer.data)
+        if not size and not raw and judge_start(buffer[:count].data, stream.name) != "raw":
+            msg = f"{stream.name}: found a QED image, expected raw content: an image needs a file"
+            raise UsageError(msg)
+        if count:
+            content = buffer[:count]
+            data, hide = await trio.to_thread.run_sync(judge, content, target.unit, sparse_size)
+            if isinstance(target, ParallelTarget):
+                writes = target.place(size, content.data, data, hide)
+                await trio.to_thread.run_sync(write_all, target.descriptor, writes, target.name)
+            else:
+                await target.take(size, content.data, data)
+            size += count
+            data_bytes += marked_bytes(data, target.unit, count)
+            if progress is not None:
+                progress(size, size)
+        if count < len(buffer):
+            await complete(target, size)
+            return size, data_bytes

@@ -1,0 +1,1 @@
+"""Changing one image: create, commit, rebase, resize, compact, free list."""

@@ -1,0 +1,181 @@
+"""What is committed to a base: an overlay by itself, or all images of a chain over a base."""
+
+from __future__ import annotations
+
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Protocol, cast
+
+from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.disk.lookup.chain import Chain
+from qedfuse.disk.lookup.extents import Kind
+from qedfuse.disk.lookup.layer import QedLayer, RawLayer
+from qedfuse.disk.lookup.tablecache import make_store
+from qedfuse.errors import BackingError, CorruptImageError
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.text import printable
+from qedfuse.tools.common.ownextents import own_extents, piece_starts, pieces
+from qedfuse.tools.editing.commitbase import BasePlace
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from qedfuse.disk.disk import Disk
+    from qedfuse.disk.lookup.extents import Extent
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.disk.options import OpenOptions
+    from qedfuse.hostio.hostfile import Buffer
+
+
+class CommitSource(Protocol):
+    """A disk in which some ranges are known and the others are the base's."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+
+    def pieces(self) -> range:
+        """Return the offsets at which the pieces of the disk begin."""
+
+    async def extents(self, start: int) -> list[Extent]:
+        """Return what is data and what is zeros in the piece that begins at ``start``.
+
+        Raises:
+            CorruptImageError: A table entry is bad.
+        """
+
+    async def read(self, start: int, length: int) -> Buffer:
+        """Read a range that is data."""
+
+
+class OverlayAlone:
+    """An image without its bases."""
+
+    def __init__(self, disk: Disk) -> None:
+        """Commit what ``disk`` holds itself."""
+        self._disk = disk
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self._disk.size
+
+    def pieces(self) -> range:
+        """Return the offsets at which the pieces of the disk begin."""
+        return pieces(self._disk)
+
+    async def extents(self, start: int) -> list[Extent]:
+        """Return how the image stores a piece."""
+        return await own_extents(self._disk, start)
+
+    async def read(self, start: int, length: int) -> Buffer:
+        """Read a range."""
+        return await self._disk.read(start, length)
+
+
+class UpperImages:
+    """The images of a chain that lie over a base."""
+
+    def __init__(self, chain: Chain, file: PosixFile) -> None:
+        """Commit what the images of ``chain`` hold together; ``file`` is the first."""
+        self._chain = chain
+        self._top = cast("QedLayer", chain.layers[0])
+        self.file_bytes = file.size()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the first image's disk."""
+        return self._top.size
+
+    def pieces(self) -> range:
+        """Return the offsets at which the pieces of the disk begin."""
+        return piece_starts(self.size, self._top.geometry.cluster_size)
+
+    async def extents(self, start: int) -> list[Extent]:
+        """Return what any of the images stores of a piece."""
+        length = min(self.pieces().step, self.size - start)
+        found = await self._chain.stored(start, length)
+        for extent in found:
+            if extent.kind is Kind.BAD:
+                raise CorruptImageError(extent.reason)
+        return found
+
+    async def read(self, start: int, length: int) -> Buffer:
+        """Read a range."""
+        return await self._chain.read(start, length)
+
+
+@asynccontextmanager
+async def open_upper_images(
+    path: str, base: str, options: OpenOptions
+) -> AsyncIterator[tuple[UpperImages, BasePlace]]:
+    """Open all images over a base, locked and read-only.
+
+    The base itself and what lies below it is opened to find it, and closed again.
+
+    Args:
+        path: The first image.
+        base: A file of its chain, by a name that begins at the directory of the image
+            that names it, as qemu-img has it, or at the working directory of ``options``.
+        options: How to open the chain.
+
+    Raises:
+        BackingError: There is no such file in the chain, or the chain cannot be used.
+        QedError: An image cannot be opened or locked.
+    """
+    file = PosixFile.open(path)
+    layers: list[Layer] = []
+    try:
+        if options.lock:
+            lock_image(file.fd, LockMode.READ, file.name)
+        header, store = await read_header(file), make_store(options.cache_bytes)
+        top = QedLayer(file, header, store)
+        await top.scan_l1()
+        layers = await open_bases(path, file, header, options, store)
+        depth = _find(path, base, layers, options.backing.working_directory)
+        found = cast("PosixFile", layers[depth - 1].file)
+        is_raw = isinstance(layers[depth - 1], RawLayer)
+        place = BasePlace(found.path, found.stat(), is_raw, depth)
+        # Their locks would keep the base from being opened for writing.
+        for layer in layers[depth - 1 :]:
+            layer.file.close()
+        del layers[depth - 1 :]
+        yield UpperImages(Chain([top, *layers]), file), place
+    finally:
+        for layer in layers:
+            layer.file.close()
+        file.close()
+
+
+def _find(path: str, base: str, layers: Sequence[Layer], directory: str) -> int:
+    """Return the depth at which a file lies in a chain; the first image has depth 0.
+
+    ``directory`` is the working directory; empty for that of the process.
+
+    Raises:
+        BackingError: It is not in the chain.
+    """
+    above = path
+    for depth, layer in enumerate(layers, 1):
+        file = cast("PosixFile", layer.file)
+        here = os.path.join(directory, base.removeprefix("file:"))  # noqa: PTH118  no I/O
+        for name in (backing_path(above, base, directory), here):
+            if _is_file(name, file.stat()):
+                return depth
+        above = file.path
+    chain = ", ".join(layer.file.name for layer in layers) or "none"
+    msg = (
+        f"{printable(path)}: backing file {printable(base)}: found no such file in the chain, "
+        f"expected one of: {chain}"
+    )
+    raise BackingError(msg)
+
+
+def _is_file(path: str, expected: os.stat_result) -> bool:
+    """Return whether a path leads to a file."""
+    try:
+        return os.path.samestat(os.stat(path), expected)  # noqa: PTH116
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""Describing an image without changing it."""

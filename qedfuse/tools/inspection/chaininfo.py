@@ -1,0 +1,103 @@
+"""What takes longer to find out about images: their chain, their tables, their free list."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.layer import RawLayer
+from qedfuse.disk.lookup.tablecache import make_store
+from qedfuse.disk.options import OpenOptions
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.tools.editing.freelist import show
+from qedfuse.tools.inspection.allocation import count_allocation
+from qedfuse.tools.inspection.info import describe, describe_open
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.tools.editing.freelist import FreeListInfo
+    from qedfuse.tools.inspection.allocation import Allocation
+    from qedfuse.tools.inspection.info import Format, ImageInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What is known of an image besides `ImageInfo`; None where it was not asked for."""
+
+    free_list: FreeListInfo | None = None
+    allocation: Allocation | None = None
+
+
+async def look_closer(
+    info: ImageInfo,
+    options: OpenOptions | None = None,
+    *,
+    allocation: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Details:
+    """Read the free list of an image if it has one, and count its clusters if asked to.
+
+    An image that would be refused is not looked into.
+
+    Raises:
+        QedError: The image cannot be read.
+    """
+    options = options or OpenOptions()
+    if info.qed is None or not info.qed.readable:
+        return Details()
+    counted = None
+    if allocation:
+        async with _opened(info.path, options) as file:
+            counted = await count_allocation(file, await read_header(file), progress)
+    listed = None
+    if info.qed.header.header is not None and info.qed.header.header.free_list:
+        listed = await show(info.path, share=options.force_share)
+    return Details(listed, counted)
+
+
+async def describe_chain(
+    path: str, image_format: Format = "auto", options: OpenOptions | None = None
+) -> list[ImageInfo]:
+    """Describe an image and everything below it, as far as the options let it be opened.
+
+    Raises:
+        BackingError: A base is missing, refused, in a loop, too deep or of another format.
+        QedError: The image or a base cannot be opened.
+    """
+    options = options or OpenOptions()
+    top = describe(path, image_format, share=options.force_share)
+    if top.qed is None or not top.qed.readable:
+        # What a header names that makes no sense is not followed.
+        return [top]
+    async with _opened(path, options) as file:
+        header = await read_header(file)
+        layers = await open_bases(path, file, header, options, make_store(0))
+        try:
+            return [top, *(_describe_layer(layer) for layer in layers)]
+        finally:
+            for layer in layers:
+                layer.file.close()
+
+
+def _describe_layer(layer: Layer) -> ImageInfo:
+    """Describe a base by the file that is open."""
+    file = cast("PosixFile", layer.file)
+    return describe_open(file.fd, file.path, "raw" if isinstance(layer, RawLayer) else "qed")
+
+
+@asynccontextmanager
+async def _opened(path: str, options: OpenOptions) -> AsyncIterator[PosixFile]:
+    """Open and lock an image for reading."""
+    file = PosixFile.open(path)
+    try:
+        if options.lock:
+            mode = LockMode.SHARE if options.force_share else LockMode.READ
+            lock_image(file.fd, mode, file.name)
+        yield file
+    finally:
+        file.close()

@@ -1,0 +1,174 @@
+"""The map of an image without a base, written as its tables are read.
+
+What `qedfuse.tools.source.mapping` needs, numpy and trio, takes longer to load than the tables of
+a full image of 1 TiB take to be read.  So a small extension writes the lines (`_maplines.c`)
+as long as everything is plainly right.  At the first doubt it says how far it got.  It is
+optional: where it could not be built everything is mapped in the longer way, with the same
+outcome.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from array import array
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import QedError
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.regular import open_regular
+from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, UNALLOCATED
+from qedfuse.ondisk.header import Header, parse_header
+from qedfuse.ondisk.table import SLICE_BYTES, decode
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Lines = Callable[[bytes, int, int, int, array[int], int, array[int], bool, bytes], bytes | None]
+
+_MOST_L1_BYTES: Final = 1 << 22
+_LONGEST_NAME: Final = 4096
+
+
+def _load() -> Lines | None:
+    """Load the extension; None if it was not built."""
+    try:
+        return importlib.import_module("qedfuse.tools.inspection._maplines").lines  # type: ignore[no-any-return]
+    except ImportError:
+        return None
+
+
+_lines = _load()
+
+
+class FastMap:
+    """An image whose header and L1 table are plainly right, and that has no base.
+
+    Attributes:
+        size: Bytes of the disk.
+        reached: How far `lines` got: what is before that is written.
+    """
+
+    def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:
+        """Map an open image; ``tables`` are its L1 entries, as many as the disk uses."""
+        self._fd = fd
+        self._header = header
+        self._tables = tables
+        self._sorted = array("Q", sorted(set(tables) - {UNALLOCATED}))
+        self._lines = lines
+        self._most = os.fstat(fd).st_size - header.cluster_size
+        self.size = header.image_size
+        self.reached = 0
+
+    def lines(self, *, as_json: bool, name: str) -> Iterator[str]:
+        """Write the extents up to the end, or up to a doubt; `reached` tells.
+
+        A line of JSON begins with the comma after the line before it.  ``name`` is what the
+        lines for people end with.
+        """
+        geometry = self._header.geometry
+        ending = f"{name}\n".encode()
+        pending = array("Q", (0, 0, UNALLOCATED))
+        left = geometry.clusters(self.size)
+        for table in self._tables:
+            count = min(left, geometry.entries)
+            # The clusters of a table that is not there are one like the other.
+            rest = count - 1 if table == UNALLOCATED else 0
+            for raw in self._pieces(table, count - rest):
+                text = self._write(raw, pending, ending, as_json=as_json)
+                if text is None:
+                    return
+                yield text
+                self.reached = pending[0]
+            pending[1] += rest * geometry.cluster_size
+            left -= count
+        # The last cluster may be more than the disk has; a piece that is not data ends it.
+        pending[1] = self.size - pending[0]
+        closing = array("Q", (UNALLOCATED if pending[2] else 1,)).tobytes()
+        text = self._write(closing, pending, ending, as_json=as_json)
+        if text is not None:
+            yield text
+            self.reached = self.size
+
+    def _pieces(self, table: int, count: int) -> Iterator[bytes]:
+        """Read a table piece by piece, as far as it describes the disk."""
+        left = count * ENTRY_BYTES
+        position = table
+        while left:
+            length = min(left, SLICE_BYTES)
+            if table == UNALLOCATED or self._is_hole(position, length):
+                yield bytes(length)
+            else:
+                yield os.pread(self._fd, length, position)
+            position += length
+            left -= length
+
+    def _is_hole(self, position: int, length: int) -> bool:
+        """Tell whether the host has nothing for a range of the file."""
+        try:
+            return os.lseek(self._fd, position, os.SEEK_DATA) >= position + length
+        except OSError:  # nothing but a hole is left, or the file system cannot tell
+            return False
+
+    def _write(
+        self, raw: bytes, pending: array[int], ending: bytes, *, as_json: bool
+    ) -> str | None:
+        """Write what some entries add; None at a doubt."""
+        header, geometry = self._header, self._header.geometry
+        low = max(header.header_end, header.l1_end)
+        text = self._lines(
+            raw,
+            geometry.cluster_size,
+            low,
+            self._most,
+            self._sorted,
+            geometry.table_bytes,
+            pending,
+            as_json,
+            ending,
+        )
+        return None if text is None else text.decode()
+
+
+@contextmanager
+def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]:
+    """Open an image if it is plainly right and has no base; None where somebody else must look.
+
+    With ``share`` it may be in use.
+    """
+    fd = -1
+    found = None
+    try:
+        # The tables are in the byte order of most machines.
+        if _lines is not None and sys.byteorder == "little":
+            fd = open_regular(path, os.O_RDONLY)
+            lock_image(fd, LockMode.SHARE if share else LockMode.READ, printable(path))
+            found = _look(fd, path, _lines)
+    except (OSError, QedError):
+        found = None
+    try:
+        yield found
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _look(fd: int, path: str, lines: Lines) -> FastMap | None:
+    """Look at an open image."""
+    name, size = printable(path), os.fstat(fd).st_size
+    header = parse_header(os.pread(fd, HEADER_BYTES, 0), name)
+    header.check_fits(size, name)
+    geometry = header.geometry
+    used = geometry.l1_used(header.image_size) * ENTRY_BYTES
+    if header.has_backing or used > _MOST_L1_BYTES or not used or len(name) > _LONGEST_NAME:
+        return None
+    tables = decode(os.pread(fd, used, header.l1_table_offset))
+    low, high = max(header.header_end, header.l1_end), size - geometry.table_bytes
+    plain = all(
+        table == UNALLOCATED or (low <= table <= high and not geometry.in_cluster(table))
+        for table in tables
+    )
+    return FastMap(fd, header, tables, lines) if plain else None

@@ -1,0 +1,1 @@
+"""Checking the image at a path, repairing it, and undoing a repair."""

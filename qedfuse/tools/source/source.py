@@ -1,0 +1,151 @@
+"""A disk that is only read: a QED image with its chain, a raw file, or a block device."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from qedfuse.disk.lookup.extents import Extent, Kind
+from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import HostError
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.regular import length_of, open_raw, status_of
+from qedfuse.text import printable
+from qedfuse.tools.common.probing import probe
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from typing import Literal
+
+
+_MOST: Final = 1 << 14
+"""Extents of a raw file that are told at once."""
+
+
+class Source(Protocol):
+    """A disk to read from.
+
+    Attributes:
+        size: Bytes of the disk.
+        format: ``raw`` or ``qed``.
+        name: What it is called in messages.
+        path: Its name for the host.
+    """
+
+    size: int
+    format: Literal["raw", "qed"]
+    name: str
+    path: str
+
+    async def extents(self, start: int, length: int) -> list[Extent]:
+        """Tell how a range is stored, or the beginning of it, in order.
+
+        So that nobody gets millions at once it may be anything but nothing; which is told
+        of what lies past the disk's end.
+
+        Raises:
+            HostError: The host cannot read a file.
+        """
+
+    def descriptor(self, depth: int, /) -> int:
+        """Give the file that the data extents of a ``depth`` lie in, open for reading."""
+
+    def files(self) -> list[os.stat_result]:
+        """Give the attributes of all files that the disk is made of."""
+
+
+class RawSource:
+    """The bytes of a file or a device as they are."""
+
+    format: Literal["raw", "qed"] = "raw"
+
+    def __init__(self, fd: int, path: str) -> None:
+        """Take an open file."""
+        self._fd = fd
+        self.path = path
+        self.name = printable(path)
+        self.size = length_of(fd, self.name)
+
+    async def extents(self, start: int, length: int) -> list[Extent]:
+        """Tell data from holes."""
+        await trio.lowlevel.checkpoint()
+        end = min(start + length, self.size)
+        result: list[Extent] = []
+        at = start
+        try:
+            while at < end and len(result) < _MOST:
+                data = _seek(self._fd, at, os.SEEK_DATA, end)
+                if data > at:
+                    result.append(Extent(Kind.ZERO, at, data - at))
+                if data < end:
+                    at = _seek(self._fd, data, os.SEEK_HOLE, end)
+                    result.append(Extent(Kind.DATA, data, at - data, data))
+                else:
+                    at = end
+        except OSError as error:
+            raise HostError.from_os(error, self.name, "seek") from error
+        return result
+
+    def descriptor(self, _depth: int, /) -> int:
+        """Give the only file there is."""
+        return self._fd
+
+    def files(self) -> list[os.stat_result]:
+        """Give the attributes of the file."""
+        return [status_of(self._fd, self.name)]
+
+
+def _seek(fd: int, at: int, whence: int, end: int) -> int:
+    """Call lseek(2); what does not come before ``end`` comes there."""
+    try:
+        return min(os.lseek(fd, at, whence), end)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return end
+        if error.errno in {errno.EINVAL, errno.EOPNOTSUPP}:  # a file that keeps no holes
+            return at if whence == os.SEEK_DATA else end
+        raise
+
+
+@asynccontextmanager
+async def open_source(
+    path: str,
+    format: Literal["auto", "raw", "qed"] = "auto",  # noqa: A002  the word of the trade
+    options: OpenOptions | None = None,
+) -> AsyncIterator[Source]:
+    """Open a disk for reading; close it at the end of the ``async with`` block.
+
+    Args:
+        path: A QED image, or a regular file or block device with raw content.
+        format: What it is; ``auto`` looks at its first bytes.
+        options: How to open it; it is opened read-only in any case.
+
+    Raises:
+        UsageError: It is an image of another format.
+        QedError: The image or a base cannot be opened, locked or trusted.
+    """
+    options = options or OpenOptions()
+    if format == "auto":
+        format = probe(path)  # noqa: A001
+    if format == "qed":
+        # What only a QED image needs takes a while to load.
+        from qedfuse.disk.opening import open_disk  # noqa: PLC0415
+        from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415
+
+        async with open_disk(path, replace(options, writable=False)) as disk:
+            yield QedSource(disk, path)
+        return
+    fd = open_raw(path, os.O_RDONLY)
+    try:
+        if options.lock and stat.S_ISREG(status_of(fd, printable(path)).st_mode):
+            mode = LockMode.SHARE if options.force_share else LockMode.READ
+            lock_image(fd, mode, printable(path))
+        yield RawSource(fd, path)
+    finally:
+        os.close(fd)

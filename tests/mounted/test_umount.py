@@ -1,0 +1,335 @@
+"""How a mount ends: unmounted, by signals, while busy, by force, by a crash."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from qedfuse.errors import FuseError
+from qedfuse.mount.commands.umount import UnmountFailedError
+from qedfuse.mount.system.boundedcall import call_in_child
+from qedfuse.mount.system.unmount import _by_helper as unmount_by_helper
+from qedfuse.ondisk.header import parse_header
+from tests.support import qemu
+from tests.support.mounted import front, is_locked, is_mounted, mounted, qedfuse, refused
+from tests.support.sandbox import make_environment, run_in_sandbox
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 8 << 20
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an empty image of 8 MiB."""
+    return qemu.create(tmp_path / "vm.qed", SIZE)
+
+
+def need_check(image: Path) -> bool:
+    """Tell whether NEED_CHECK is set in the file."""
+    return parse_header(image.read_bytes()[:64], "image").need_check
+
+
+def put(disk: Path, data: bytes) -> None:
+    """Write to the start of a disk."""
+    with disk.open("r+b") as file:
+        file.write(data)
+
+
+def test_umount_ends_everything_cleanly(image: Path, tmp_path: Path) -> None:
+    """After umount(8) the process ends with 0, NEED_CHECK is clear and the locks are gone."""
+    with front(image, tmp_path / "mnt") as mount:
+        put(mount.mountpoint / "vm.raw", b"x" * 70000)
+        assert is_locked(image)
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        assert mount.finish()[0] == 0
+    assert not need_check(image)
+    assert not is_locked(image)
+    assert qemu.check(image).code == 0
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_unmounts(image: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Each signal that asks for an end gets a clean one."""
+    with front(image, tmp_path / "mnt") as mount:
+        put(mount.mountpoint / "vm.raw", b"x" * 70000)
+        mount.signal(number)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert not is_mounted(mount.mountpoint)
+    assert not need_check(image)
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
+    image: Path, tmp_path: Path
+) -> None:
+    """A signal while a file is open makes everything durable; the last close ends the mount."""
+    with front(image, tmp_path / "mnt") as mount:
+        with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
+            disk.write(b"x" * 70000)
+            mount.signal(signal.SIGTERM)
+            assert "still in use" in mount.read_line()
+            # Flushed already: whoever reads the image itself sees what was written.
+            assert b"x" * 70000 in image.read_bytes()
+            disk.seek(100)
+            assert disk.write(b"y" * 100) == 100
+        code, log = mount.finish()
+        assert code == 0, log
+    assert not need_check(image)
+    assert qemu.content(image)[100:300] == b"y" * 100 + b"x" * 100
+
+
+def test_a_busy_loop_device_goes_on_until_it_is_detached(image: Path, tmp_path: Path) -> None:
+    """A signal under a loop device does not take its disk away."""
+    with front(image, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "vm.raw"
+        device = qemu.run("losetup", "--find", "--show", disk).stdout.strip()
+        try:
+            mount.signal(signal.SIGTERM)
+            assert "still in use" in mount.read_line()
+            qemu.run("mkfs.ext4", "-q", device)
+            qemu.run("fsck.ext4", "-f", "-n", device)
+        finally:
+            qemu.run("losetup", "--detach", device)
+        code, log = mount.finish()
+        assert code == 0, log
+    assert qemu.check(image).code == 0
+
+
+def test_a_second_signal_ends_a_busy_mount_and_keeps_what_was_written(
+    image: Path, tmp_path: Path
+) -> None:
+    """The second signal detaches the mount; the image is closed cleanly all the same."""
+    with front(image, tmp_path / "mnt") as mount:
+        disk = os.open(mount.mountpoint / "vm.raw", os.O_RDWR)
+        os.write(disk, b"x" * 70000)
+        mount.signal(signal.SIGTERM)
+        assert "still in use" in mount.read_line()
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert "I/O errors" in log
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.close(disk)
+        assert not is_mounted(mount.mountpoint)
+    assert not need_check(image)
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+HELD_FLUSH = """
+import sys, threading
+import qedfuse.mount.session  # before pyfuse3: the extension is loaded first
+import pyfuse3
+from qedfuse.mount import shutdown
+
+flushing, closed = threading.Event(), threading.Event()
+close, unmount = pyfuse3.close, shutdown.unmount
+
+def hold(mountpoint):
+    flushing.set()
+    assert closed.wait(20)
+    print("the flush returns", file=sys.stderr)
+
+def unmount_later(mountpoint, **how):
+    assert flushing.wait(20)
+    unmount(mountpoint, **how)
+
+def close_and_release(**how):
+    close(**how)
+    closed.set()
+
+shutdown.sync_mount, shutdown.unmount, pyfuse3.close = hold, unmount_later, close_and_release
+"""
+
+
+def test_a_signal_that_is_acted_on_when_the_mount_ends_does_no_harm(
+    image: Path, tmp_path: Path
+) -> None:
+    """What the second signal has started ends with the mount: libfuse has no session any more."""
+    with front(image, tmp_path / "mnt", prelude=HELD_FLUSH) as mount:
+        put(mount.mountpoint / "vm.raw", b"x" * (4 << 20))
+        mount.signal(signal.SIGTERM)
+        mount.signal(signal.SIGHUP)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert "the flush returns\n" in log
+    assert not need_check(image)
+    assert qemu.content(image)[: 4 << 20] == b"x" * (4 << 20)
+
+
+LATE_SIGNALS = """
+import atexit, logging, os, signal
+
+class Late(logging.Handler):
+    def emit(self, record):
+        if "the images are closed" in record.getMessage():
+            os.write(2, b"late\\n")
+            os.kill(os.getpid(), signal.{name})
+
+logging.getLogger("qedfuse.mount.session").addHandler(Late())
+logging.getLogger("qedfuse.mount.session").setLevel(logging.INFO)
+atexit.register(lambda: (os.write(2, b"later\\n"), os.kill(os.getpid(), signal.{name})))
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_after_the_end_changes_nothing(
+    image: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """When the images are closed the exit code is 0, whatever comes then."""
+    prelude = LATE_SIGNALS.format(name=number.name)
+    with front(image, tmp_path / "mnt", prelude=prelude) as mount:
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        code, log = mount.finish()
+        assert code == 0, log
+        assert [line for line in log.split() if line.startswith("late")] == ["late", "later"]
+
+
+def test_an_end_by_force_that_loses_data_is_a_failure(image: Path, tmp_path: Path) -> None:
+    """If the time for it ends before everything is durable, the exit code and the log say so."""
+    prelude = (
+        "import qedfuse.mount.session; from qedfuse.mount import shutdown\n"
+        "shutdown._FORCED_SYNC_SECONDS = 0"
+    )
+    with front(image, tmp_path / "mnt", prelude=prelude) as mount:
+        disk = os.open(mount.mountpoint / "vm.raw", os.O_RDWR)
+        os.write(disk, b"x" * 70000)
+        mount.signal(signal.SIGTERM)
+        assert "still in use" in mount.read_line()
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.close(disk)
+        assert code == 2, log
+        assert f"{mount.mountpoint}: ended by force before everything was durable\n" in log
+        assert not is_mounted(mount.mountpoint)
+    assert qemu.check(image).code == 0
+
+
+def test_a_working_directory_delays_the_end(image: Path, tmp_path: Path) -> None:
+    """Somebody's working directory keeps the mount, and leaving it is noticed."""
+    with front(image, tmp_path / "mnt") as mount:
+        with subprocess.Popen(["cat"], cwd=mount.mountpoint, stdin=subprocess.PIPE) as guest:
+            mount.signal(signal.SIGTERM)
+            assert "still in use" in mount.read_line()
+            guest.communicate()
+        assert mount.finish()[0] == 0
+
+
+def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) -> None:
+    """After kill -9 the mountpoint is dead, not empty, and both commands explain it."""
+    with front(image, tmp_path / "mnt") as mount:
+        with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
+            disk.write(b"x" * 70000)
+            os.fsync(disk.fileno())
+        mount.signal(signal.SIGKILL)
+        assert mount.finish()[0] == -signal.SIGKILL
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            list(mount.mountpoint.iterdir())
+        line = refused(image, mount.mountpoint, code=18)
+        assert "stale" in line
+        assert "fusermount3 -u" in line
+        done = qedfuse("umount", mount.mountpoint)
+        assert done.returncode == 32
+        assert "without closing the images cleanly" in done.stderr
+        assert not is_mounted(mount.mountpoint)
+    assert need_check(image)
+    assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+def test_umount_of_a_busy_mount_says_what_to_look_at(image: Path, tmp_path: Path) -> None:
+    """The command names the ways to find who is in the way, and changes nothing."""
+    with mounted(image, tmp_path / "mnt") as directory, (directory / "vm.raw").open("rb"):
+        done = qedfuse("umount", directory)
+        assert done.returncode == 18
+        assert "in use" in done.stderr
+        assert is_mounted(directory)
+
+
+def test_umount_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    """Neither a plain directory nor another file system is touched."""
+    assert "found no mount" in refused("umount", tmp_path, code=18)
+    assert "expected fuse.qedfuse" in refused("umount", "/proc", code=18)
+
+
+def test_umount_returns_when_the_process_is_gone(image: Path, tmp_path: Path) -> None:
+    """At once after it the image can be opened by QEMU for writing."""
+    for number in range(5):
+        with mounted(image, tmp_path / "mnt") as directory:
+            put(directory / "vm.raw", bytes([number]) * 200000)
+        qemu.io(image, f"read -P {number} 0 200000", f"write -P {number} 1M 64k")
+
+
+def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
+    """What fusermount3 says has the name in it."""
+    place = tmp_path / "busy\u2028not permitted"
+    place.mkdir()
+    with pytest.raises(FuseError) as caught:
+        unmount_by_helper(str(place), lazy=False)
+    assert type(caught.value) is FuseError
+    assert "busy\\u2028not permitted" in str(caught.value)
+
+
+def test_a_process_that_is_stopped_is_not_waited_for_without_end(
+    image: Path, tmp_path: Path
+) -> None:
+    """By umount with a timeout, and by a remount; both used to ask it for the mountpoint."""
+    environment = make_environment(tmp_path / "environment")
+    shown = run_in_sandbox(
+        """
+        export PATH="$2/bin:$PATH"
+        mkdir /srv/disk
+        ln -s disk /srv/link
+        qedfuse --pidfile /run/pid "$1" /srv/disk
+        server=$(cat /run/pid)
+        kill -STOP "$server"
+        # The watchdog lets the process go on, and the unmount succeed.
+        (sleep 20; kill -CONT "$server") & watchdog=$!
+        ln -s qedfuse "$2/bin/mount.qedfuse"
+        mount.qedfuse none /srv/link -f -o remount,ro
+        code=0
+        qedfuse umount /srv/link --timeout 0.2 2>&1 || code=$?
+        kill "$watchdog"
+        echo "$code $server"
+        kill -CONT "$server"
+        tail --pid "$server" -f /dev/null & tail=$!
+        qedfuse umount /srv/disk 2>/dev/null || true
+        wait "$tail"
+        """,
+        image,
+        environment,
+    )
+    line, outcome = shown.splitlines()
+    code, server = outcome.split()
+    assert code == "32"
+    assert f"process {server} " in line
+    assert line.startswith("qedfuse: /srv/disk: ")
+    assert line.endswith(" (waited 0.2 s)")
+    assert not need_check(image)
+
+
+def test_a_call_that_blocks_is_left_behind() -> None:
+    """What a child returns or raises arrives; what does not come in time is a timeout."""
+    assert call_in_child(lambda: ("result", 1), None) == ("result", 1)
+    with pytest.raises(UnmountFailedError) as caught:
+        call_in_child(_fail, 30)
+    assert (str(caught.value), caught.value.exit_code) == ("it failed", 16)
+    with pytest.raises(FileNotFoundError):
+        call_in_child(lambda: os.stat("/nonexistent"), None)  # noqa: PTH116
+    with pytest.raises(TimeoutError):
+        call_in_child(signal.pause, 0.01)
+
+
+def _fail() -> NoReturn:
+    """Raise an error that has attributes of its own."""
+    message = "it failed"
+    raise UnmountFailedError(message, 16)

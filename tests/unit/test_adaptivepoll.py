@@ -1,0 +1,252 @@
+"""Polling, as long as it pays: for requests from the kernel, and for the host's disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from qedfuse.errors import HostError
+from qedfuse.hostio.nowaitretry import LONGEST, NowaitRetry, loop
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.util.adaptivepoll import AdaptivePoll
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> None:
+    """What comes soon raises the trust, other things lower it; 0 is never."""
+    window = AdaptivePoll(1.0)
+    assert window.seconds == 0
+    window.came(1.0, slept=True)
+    assert window.seconds == 1
+    for _ in range(100):
+        window.came(0.5, slept=False)
+    late = 0
+    while window.seconds:
+        window.came(5.0, slept=True)
+        late += 1
+    assert 8 <= late <= 32
+    window.came(1.0, slept=True)
+    assert window.seconds == 1
+    window.came(10.0, slept=True)
+    assert window.seconds == 0, "something else is going on"
+    window.came(3.0, slept=True)
+    assert window.seconds == 0
+    assert AdaptivePoll(1.0, start_enabled=True).seconds == 1
+    never = AdaptivePoll(0.0, start_enabled=True)
+    never.came(0.0, slept=False)
+    assert never.seconds == 0
+
+
+class Host:
+    """A disk that takes ``seconds`` for each read; time goes on by a tenth of the longest try."""
+
+    def __init__(self, seconds: float) -> None:
+        """Start at 0."""
+        self.now = 0.0
+        self.since = 0.0
+        self.seconds = seconds
+        self.slept = self.tried = 0
+
+    def clock(self) -> float:
+        """Tell the time."""
+        return self.now
+
+    def ready(self) -> bool:
+        """Tell whether the data is there."""
+        assert loop.polled_reads == 1
+        self.tried += 1
+        self.now += LONGEST / 10
+        return self.now >= self.since + self.seconds
+
+    async def sleep(self) -> None:
+        """Wait for it in another way."""
+        assert loop.polled_reads == 0
+        self.slept += 1
+        self.now = max(self.now, self.since + self.seconds)
+
+    async def read(self, arrivals: NowaitRetry) -> None:
+        """Read once."""
+        self.since = self.now
+        await arrivals.wait(self.ready, self.sleep)
+
+
+async def test_a_fast_disk_is_polled_and_a_slow_one_is_not() -> None:
+    """And one that becomes fast again is polled again."""
+    host = Host(LONGEST / 2)
+    arrivals = NowaitRetry(host.clock)
+    for _ in range(50):
+        await host.read(arrivals)
+    tried = host.tried
+    assert (host.slept, tried // 50) == (0, 5)
+    async with trio.to_thread.current_default_thread_limiter():
+        await host.read(arrivals)
+        assert (host.slept, host.tried) == (1, tried), (
+            "a thread is at work and needs the loop asleep"
+        )
+    host.slept = 0
+    host.seconds = 20 * LONGEST
+    for _ in range(100):
+        await host.read(arrivals)
+    assert host.slept == 100
+    vain = host.tried - tried
+    assert vain <= 320, "it goes on polling for what does not come"
+    host.seconds = LONGEST / 2
+    for _ in range(10):
+        await host.read(arrivals)
+    assert host.slept <= 102
+
+
+async def test_others_run_while_a_read_is_polled_for() -> None:
+    """Each time before it is tried again."""
+    host, turns = Host(LONGEST / 2), 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        await host.read(NowaitRetry(host.clock))
+        nursery.cancel_scope.cancel()
+    assert 3 <= turns <= 7
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_reads_that_wait_together_are_tried_in_their_order(seed: int) -> None:
+    """Each comes, or is waited for in another way; nobody is forgotten, and one task tries."""
+    chance = random.Random(seed)
+    now = 0.0
+    ends: dict[int, float] = {}
+    ended: dict[int, str] = {}
+
+    async def read(number: int, seconds: float) -> None:
+        due = now + seconds
+
+        def ready() -> bool:
+            nonlocal now
+            older = list(ends)[: list(ends).index(number)]
+            assert all(one in ended or ends[one] <= now for one in older), "not its turn"
+            now += LONGEST / 50
+            if now >= due:
+                ended[number] = "came"
+            return now >= due
+
+        async def sleep() -> None:
+            assert now >= ends[number]
+            await trio.lowlevel.checkpoint()
+            ended[number] = "slept"
+
+        ends[number] = now + LONGEST
+        await NowaitRetry(lambda: now).wait(ready, sleep)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(40):
+            slow = chance.random() < 0.2
+            nursery.start_soon(read, number, LONGEST * (3 if slow else chance.random() / 2))
+            if chance.random() < 0.3:
+                await trio.lowlevel.checkpoint()
+    assert sorted(ended) == list(range(40))
+    assert len(set(ended.values())) == 2
+    assert loop.polled_reads == 0
+    await read(99, LONGEST / 2)
+    assert ended[99] == "came", "the queue works on"
+
+
+async def test_a_host_file_that_is_not_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read ends with all that is there, in whichever way it is waited for."""
+    content = os.urandom(300_000)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    real, refused = os.preadv, 0
+
+    def preadv(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
+        """Refuse the first tries of each read, as if the disk were slow."""
+        nonlocal refused
+        if flags == os.RWF_NOWAIT and refused < misses:
+            refused += 1
+            raise BlockingIOError(errno.EAGAIN, "not yet")
+        return real(fd, buffers, offset, flags)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    file = PosixFile.open(str(path))
+    try:
+        for misses in (0, 1, 5, 1 << 30):
+            refused = 0
+            assert await file.pread(1000, 5000) == content[1000:6000]
+            assert await file.pread(299_000, 5000) == content[299_000:]
+            view = memoryview(bytearray(50))
+            assert file.try_read(100, view) is (refused >= misses)
+            assert view == (content[100:150] if refused >= misses else bytes(50))
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_a_datasync_goes_to_a_thread_if_it_has_been_slow_or_somebody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, wanted: bool
+) -> None:
+    """Otherwise it is made at once."""
+    path = tmp_path / "file"
+    path.touch()
+    threads: list[bool] = []
+    now = 0.0
+    seconds = 1e-4
+
+    def fdatasync(_fd: int) -> None:
+        """Take some time."""
+        nonlocal now
+        threads.append(threading.current_thread() is not threading.main_thread())
+        now += seconds
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loop, "is_wanted", lambda: wanted)
+    file = PosixFile.open(str(path), writable=True)
+    try:
+        for _ in range(20):
+            await file.datasync()
+        assert threads == [True] + [wanted] * 19, "the first has to show how fast the host is"
+        seconds = 1.0
+        await file.datasync()
+        seconds = 1e-4
+        threads.clear()
+        for _ in range(3):
+            await file.datasync()
+        assert threads == [True, wanted, wanted]
+    finally:
+        file.close()
+
+
+async def test_a_datasync_that_fails_says_so_either_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread, and at once."""
+    path = tmp_path / "file"
+    path.touch()
+    file = PosixFile.open(str(path), writable=True)
+    try:
+        for quick in (False, True):
+            file._syncs = AdaptivePoll(10.0, start_enabled=quick)
+
+            def fdatasync(_fd: int) -> None:
+                raise OSError(errno.EIO, "broken")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fdatasync", fdatasync)
+                with pytest.raises(HostError, match="datasync"):
+                    await file.datasync()
+    finally:
+        file.close()

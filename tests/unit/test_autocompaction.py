@@ -1,0 +1,657 @@
+"""Automatic compaction: an image that was used and closed has no leak, as far as that is cheap."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import re
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pytest
+import trio
+from trio.testing import MockClock
+
+from qedfuse.disk.maintenance import compaction
+from qedfuse.disk.maintenance.reversemap import build_reverse_map
+from qedfuse.disk.space.freemap import BLOCK, FreeMap
+from qedfuse.errors import CorruptImageError, HostError
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.ondisk.table import SLICE_BYTES
+from tests.support.disks import (
+    UNCOMPACTED,
+    WRITABLE,
+    build_image,
+    difference,
+    get_entry,
+    guest_bytes,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
+from tests.unit.test_compaction import Grown, assert_minimal
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from qedfuse.disk.disk import Disk
+    from qedfuse.disk.options import OpenOptions
+    from tests.support.hostfiles import Action
+
+CLUSTER: Final = 4096
+HELD: Final = 60
+"""Clusters of the images here; every other one of the first half is given up."""
+GIVEN_UP: Final = tuple(range(0, HELD // 2, 2))
+
+
+def full() -> bytearray:
+    """Make an image whose clusters lie in the file as they do on the disk."""
+    return build_image(100 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(HELD)})
+
+
+def emptied(image: bytearray) -> bytes:
+    """Give what the disk holds once the clusters are given up."""
+    left = bytearray(guest_bytes(image))
+    for number in GIVEN_UP:
+        left[number * CLUSTER : (number + 1) * CLUSTER] = bytes(CLUSTER)
+    return bytes(left)
+
+
+async def give_up(disk: Disk) -> None:
+    """Make holes in the file."""
+    for number in GIVEN_UP:
+        await disk.discard(number * CLUSTER, CLUSTER)
+
+
+def reported(caplog: pytest.LogCaptureFixture) -> int | None:
+    """Give how many clusters the log says are left; None if it says nothing."""
+    found = re.search(r"(\d+) free clusters \((\d+) bytes\) are left", caplog.text)
+    if found is None:
+        return None
+    assert int(found[2]) == int(found[1]) * CLUSTER
+    return int(found[1])
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_an_ordinary_session_leaves_no_leak(seed: int) -> None:
+    """Whatever the shape of the image; it stays within its bound, and holds what it held."""
+    choice = random.Random(seed)
+    grown = Grown(choice)
+    await grown.live()
+    header = header_of(grown.content)
+    bound = header.geometry.bound(header.header_end, header.image_size)
+    file = LongestFile(grown.content)
+    async with opened(file) as disk:
+        number = choice.choice(grown.pool)
+        grown.data.pop(number, None)
+        await disk.write(number * CLUSTER, b"x" * CLUSTER)
+        await disk.discard(number * CLUSTER, CLUSTER)
+    grown.assert_holds(file.content)
+    assert not header_of(file.content).need_check
+    assert file.longest <= max(len(grown.content), bound)
+    await assert_minimal(file.content)
+
+
+class LongestFile(RecordingFile):
+    """A file that knows how long it has been, and what it is asked for."""
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        """Begin with ``content``."""
+        super().__init__(content)
+        self.longest = len(content)
+
+    def change(self, change: object) -> None:
+        """Make a change."""
+        super().change(change)  # type: ignore[arg-type]
+        self.longest = max(self.longest, len(self.content))
+
+
+@pytest.mark.parametrize("clusters", [0, 1, 4, 7, 14, 15])
+async def test_no_more_is_moved_than_the_limit_allows(
+    clusters: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The highest clusters move, so the file gets shorter by each; the log says what is left."""
+    caplog.set_level(logging.INFO)
+    image = full()
+    file = RecordingFile(image)
+    options = replace(WRITABLE, compact_bytes=clusters * CLUSTER + 17)
+    async with opened(file, options=options) as disk:
+        await give_up(disk)
+    found = inspect_image(file.content)
+    assert found.errors == ()
+    assert len(file.content) == len(image) - clusters * CLUSTER
+    assert found.leaks == len(GIVEN_UP) - clusters
+    assert reported(caplog) == (found.leaks or None)
+    assert ("qedimg compact image" in caplog.text) == bool(found.leaks)
+    assert difference(guest_bytes(file.content), emptied(image)) is None
+    # What stays free takes up no space.
+    assert not any(any(file.content[at : at + CLUSTER]) for at in found.leaked)
+    places = [get_entry(file.content, l2_entry_offset(file.content, at)) for at in range(HELD)]
+    for number in range(HELD - clusters, HELD):
+        assert places[number] < get_entry(image, l2_entry_offset(image, HELD // 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (WRITABLE, 0),
+        (UNCOMPACTED, len(GIVEN_UP)),
+        (replace(WRITABLE, free_list="on"), len(GIVEN_UP)),
+        (replace(WRITABLE, free_list="off"), 0),
+        (replace(WRITABLE, compact="full", compact_bytes=0), 0),
+    ],
+)
+async def test_which_options_compact(options: OpenOptions, left: int) -> None:
+    """A list of the free clusters is kept instead; the limits are for what is automatic."""
+    file = MemoryFile(full())
+    async with opened(file, options=options) as disk:
+        await give_up(disk)
+    assert inspect_image(file.content).leaks == left
+
+
+def leaky() -> bytearray:
+    """Make an image that another program has left with leaks."""
+    image = full()
+    for number in GIVEN_UP:
+        put_entry(image, l2_entry_offset(image, number), 0)
+    return image
+
+
+async def test_an_image_that_is_only_read_is_left_alone() -> None:
+    """However many leaks it has, and also where written clusters keep their place."""
+    file = RecordingFile(leaky())
+    async with opened(file) as disk:
+        await disk.wait_scanned()
+        await disk.read(0, HELD * CLUSTER)
+        await disk.write(CLUSTER, b"in place")
+    changed = [change for change in file.changes if not isinstance(change, Sync)]
+    assert all(getattr(change, "data", b"")[:8] in (b"in place", b"") for change in changed)
+    assert len(file.content) == len(leaky())
+
+
+async def test_leaks_of_others_go_with_the_first_change() -> None:
+    """A session that changes the tables leaves none."""
+    file = MemoryFile(leaky())
+    async with opened(file) as disk:
+        await disk.wait_scanned()
+        await disk.write(80 * CLUSTER, b"new")
+    await assert_minimal(file.content)
+
+
+async def test_nodiscard_moves_nothing() -> None:
+    """Who keeps clusters where they are keeps them."""
+    file = MemoryFile(leaky())
+    async with opened(file, options=replace(WRITABLE, discard=False)) as disk:
+        await disk.wait_scanned()
+        await disk.write(80 * CLUSTER, b"new")
+    assert inspect_image(file.content).leaks == len(GIVEN_UP) - 1
+
+
+async def test_without_holes_no_table_is_read() -> None:
+    """What a session without discards costs at its end does not depend on the tables."""
+    image = build_image(
+        5 * 512 * CLUSTER, {512 * table: pattern(CLUSTER, table) for table in range(5)}
+    )
+    counts = []
+    for options in (UNCOMPACTED, WRITABLE):
+        file = MemoryFile(image)
+        # Without a cache each table that is looked at is read.
+        async with opened(file, options=replace(options, cache_bytes=0)) as disk:
+            await disk.wait_scanned()
+            await disk.write(7 * CLUSTER, b"new")
+        counts.append(file.counts["read"])
+    assert counts[0] == counts[1]
+
+
+async def test_tables_are_read_until_all_owners_are_found() -> None:
+    """The last one first: there is what was allocated last."""
+    tables = 30
+    image = build_image(
+        tables * 512 * CLUSTER,
+        {512 * table + at: pattern(CLUSTER, table) for table in range(tables) for at in (0, 1)},
+    )
+    seen: list[int] = []
+
+    class Watched(MemoryFile):
+        async def pread(self, offset: int, length: int) -> bytes:
+            seen.append(offset)
+            return await super().pread(offset, length)
+
+    file = Watched(image)
+    async with opened(file) as disk:
+        await disk.wait_scanned()
+        await disk.discard(0, CLUSTER)
+        await disk.flush()
+        seen.clear()
+    l1 = header_of(image).l1_table_offset
+    offsets = {get_entry(image, l1 + 8 * table) for table in range(tables)}
+    assert len(offsets & set(seen)) == 1
+    await assert_minimal(file.content)
+
+
+async def test_tables_are_brought_down() -> None:
+    """A table that is the last thing in the file moves where it finds room for a table."""
+    span = 4 * 512
+    held: dict[int, bytes | int] = {at: pattern(CLUSTER, at) for at in range(20)}
+    image = build_image(3 * span * CLUSTER, held, table_size=4)
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.write(span * CLUSTER, b"a table and a cluster")
+        await disk.discard(4 * CLUSTER, 8 * CLUSTER)
+    await assert_minimal(file.content)
+    assert len(file.content) == len(image) + (5 - 8) * CLUSTER
+
+
+@pytest.mark.parametrize(("limit", "left"), [(64, 0), (11, 3)])
+async def test_a_table_that_finds_no_room(
+    limit: int, left: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where single clusters are free, making room for it counts as well: twice its length."""
+    caplog.set_level(logging.INFO)
+    span = 4 * 512
+    image = build_image(
+        3 * span * CLUSTER, {at: pattern(CLUSTER, at) for at in range(20)}, table_size=4
+    )
+    file = MemoryFile(image)
+    options = replace(WRITABLE, compact_bytes=limit * CLUSTER)
+    async with opened(file, options=options) as disk:
+        await disk.write(span * CLUSTER, b"first a table, then a cluster")
+        for number in (3, 7, 11, span):
+            await disk.discard(number * CLUSTER, CLUSTER)
+    found = inspect_image(file.content)
+    assert (found.errors, found.leaks) == ((), left)
+    assert reported(caplog) == (left or None)
+
+
+async def test_a_table_that_the_limit_cuts_in_two() -> None:
+    """It stays where it is: no more is moved than the limit allows."""
+    span = 4 * 512
+    held: dict[int, bytes | int] = {
+        at: pattern(CLUSTER, at) for at in (*range(20), *range(span, span + 8))
+    }
+    file = MemoryFile(build_image(3 * span * CLUSTER, held, table_size=4))
+    options = replace(WRITABLE, compact_bytes=(8 + 2) * CLUSTER)
+    async with opened(file, options=options) as disk:
+        await disk.discard(4 * CLUSTER, 12 * CLUSTER)
+    found = inspect_image(file.content)
+    assert (found.errors, found.leaks) == ((), 12 - 8)
+
+
+@pytest.mark.expect_log("found 1 references to clusters that have another owner")
+async def test_a_damaged_image_is_left_alone() -> None:
+    """It is for a repair to move anything there."""
+    image = leaky()
+    put_entry(image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, HELD - 1)))
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await disk.wait_scanned()
+        await disk.write(80 * CLUSTER, b"new")
+    for number in range(HELD):
+        offset = l2_entry_offset(image, number)
+        assert get_entry(file.content, offset) == get_entry(image, offset)
+
+
+@pytest.mark.parametrize("unaligned", [False, True])
+async def test_entries_that_a_sound_image_does_not_have(*, unaligned: bool) -> None:
+    """Two owners of a cluster, and an entry into the midst of one, are refused."""
+    image = full()
+    entry = l2_entry_offset(image, 3)
+    put_entry(image, entry, get_entry(image, l2_entry_offset(image, 50)) + 512 * unaligned)
+    async with opened(MemoryFile(image), options=replace(UNCOMPACTED, writable=False)) as disk:
+        layer = disk.chain.layers[0]
+        await layer.scan_l1()  # type: ignore[attr-defined]
+        text = "expected a multiple of 4096" if unaligned else "found two owners"
+        with pytest.raises(CorruptImageError, match=text):
+            await build_reverse_map(layer, len(image) // 2, len(image))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("action", ["read", "write", "reserve"])
+@pytest.mark.parametrize("nth", [1, 2, 9])
+@pytest.mark.expect_log("(while compacting)")
+async def test_a_host_that_refuses(action: Action, nth: int, number: int) -> None:
+    """The close succeeds: the image is clean, if longer than it could be."""
+    image = full()
+    inner = MemoryFile(image)
+    file = FailingFile(inner)
+    # Small batches, and no cache: there are as many calls as can fail.
+    options = replace(WRITABLE, cache_bytes=0)
+    if action == "reserve" and nth > 1:
+        nth = 1  # a table is reserved once
+    async with opened(file, options=options) as disk:
+        await give_up(disk)
+        await disk.flush()
+        if action == "reserve":
+            disk._components.layer.tables._reserved.clear()
+        file.fail(action, nth, number)
+    assert not header_of(inner.content).need_check
+    assert inspect_image(inner.content).errors == ()
+    assert difference(guest_bytes(inner.content), emptied(image)) is None
+
+
+@pytest.mark.expect_log("the disk is read-only from now on")
+async def test_a_datasync_that_fails() -> None:
+    """The close fails as it does without compaction, and NEED_CHECK stays."""
+    image = full()
+    inner = MemoryFile(image)
+    file = FailingFile(inner)
+
+    async def session() -> None:
+        async with opened(file) as disk:
+            await give_up(disk)
+            await disk.flush()
+            file.fail("datasync", 2)
+
+    with pytest.raises(HostError, match="datasync"):
+        await session()
+    assert header_of(inner.content).need_check
+    assert inspect_image(inner.content).errors == ()
+
+
+class SlowFile(MemoryFile):
+    """A file that takes a second for each write."""
+
+    async def pwrite(self, offset: int, *parts: bytes | bytearray | memoryview) -> None:
+        """Write, slowly."""
+        await trio.sleep(1)
+        await super().pwrite(offset, *parts)
+
+
+def test_the_time_is_limited(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow host only so much is moved as there is time for; the rest is logged."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(compaction, "_QUICK_BATCH_BYTES", CLUSTER)
+    image = full()
+    file = SlowFile(image)
+
+    async def main() -> float:
+        async with opened(file, options=replace(WRITABLE, compact_seconds=5.5)) as disk:
+            await give_up(disk)
+            await disk.flush()
+            began = trio.current_time()
+        return trio.current_time() - began
+
+    took = trio.run(main, clock=MockClock(autojump_threshold=0))
+    found = inspect_image(file.content)
+    assert found.errors == ()
+    # Writes of tables and of the header come after the copies.
+    assert 5 < took < 10
+    assert 0 < found.leaks < len(GIVEN_UP)
+    assert reported(caplog) == found.leaks
+    assert len(file.content) < len(image)
+    assert difference(guest_bytes(file.content), emptied(image)) is None
+    assert not header_of(file.content).need_check
+
+
+class StoppingFile(RecordingFile):
+    """A file that has the compaction stopped when a number of calls is over."""
+
+    disk: Disk | None = None
+    left = 1 << 30
+
+    async def _enter(self, action: Action) -> None:
+        """Begin a call."""
+        await super()._enter(action)
+        self.left -= self.disk is not None
+        if self.disk is not None and self.left < 0:
+            self.disk.stop_compacting()
+            self.disk = None
+
+
+@pytest.mark.parametrize("seed", [0, 11])
+@pytest.mark.parametrize("step", range(3))
+async def test_stopped_at_any_moment(step: int, seed: int) -> None:
+    """The image is clean, and holds everything; what was moved is cut off."""
+    stopped = 0
+    for calls in range(step, 400, 11):
+        grown = Grown(random.Random(seed))
+        await grown.live()
+        file = StoppingFile(grown.content)
+        file.left = calls
+        async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
+            await disk.wait_scanned()
+            file.disk = disk
+        grown.assert_holds(file.content)
+        found = inspect_image(file.content)
+        assert found.errors == (), calls
+        assert not header_of(file.content).need_check
+        if file.left >= 0:
+            assert found.leaks == 0
+            break
+        stopped += 1
+    assert stopped
+
+
+async def test_stopped_before_it_began() -> None:
+    """Nothing is moved then."""
+    image = full()
+    file = MemoryFile(image)
+    async with opened(file) as disk:
+        await give_up(disk)
+        disk.stop_compacting()
+    assert inspect_image(file.content).leaks == len(GIVEN_UP)
+    assert not header_of(file.content).need_check
+
+
+class EndedError(Exception):
+    """What a block may be left by."""
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_block_that_does_not_end_well(*, cancelled: bool) -> None:
+    """A program that fails or is cancelled wants to end: all is durable, and nothing moved."""
+    image = full()
+    file = MemoryFile(image)
+
+    async def session(scope: trio.CancelScope) -> None:
+        async with opened(file) as disk:
+            await give_up(disk)
+            if cancelled:
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+            raise EndedError
+
+    with trio.CancelScope() as scope, suppress(EndedError):
+        await session(scope)
+    assert scope.cancelled_caught == cancelled
+    assert file.closed
+    assert inspect_image(file.content).leaks == len(GIVEN_UP)
+    assert not header_of(file.content).need_check
+    assert difference(guest_bytes(file.content), emptied(image)) is None
+
+
+async def test_cancelled_while_it_compacts() -> None:
+    """A close that is cancelled gives up the rest of the compaction, and nothing else."""
+    image = full()
+    inner = MemoryFile(image)
+    file = FailingFile(inner)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery, opened(file) as disk:
+            await give_up(disk)
+            await disk.flush()
+            gate = file.hold("write", 3)
+
+            async def cancel() -> None:
+                await gate.reached.wait()
+                scope.cancel()
+                gate.open()
+
+            nursery.start_soon(cancel)
+    assert scope.cancelled_caught
+    assert inner.closed
+    found = inspect_image(inner.content)
+    assert found.errors == ()
+    assert 0 < found.leaks <= len(GIVEN_UP)
+    assert not header_of(inner.content).need_check
+    assert difference(guest_bytes(inner.content), emptied(image)) is None
+
+
+@pytest.mark.parametrize("compact", ["auto", "full"])
+async def test_a_bug_in_the_compaction_loses_no_data(
+    compact: Literal["auto", "full"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written before the close is in the image; NEED_CHECK stays."""
+    image = full()
+    file = MemoryFile(image)
+
+    async def bug(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        msg = "a bug"
+        raise RuntimeError(msg)
+
+    async def session() -> None:
+        async with opened(file, options=replace(WRITABLE, compact=compact)) as disk:
+            await give_up(disk)
+            await disk.write((HELD + 10) * CLUSTER, b"new" * 100)
+            # The first thing that a compaction needs, if it is not there yet.
+            monkeypatch.setattr(disk._components.reclaim, "ready", trio.Event())
+            monkeypatch.setattr(disk._components, "scan", SimpleNamespace(run=bug))
+
+    with pytest.RaisesGroup(RuntimeError, flatten_subgroups=True, allow_unwrapped=True):
+        await session()
+    assert file.closed
+    assert guest_bytes(file.content)[(HELD + 10) * CLUSTER :].startswith(b"new" * 100)
+    assert header_of(file.content).need_check
+    assert inspect_image(file.content).errors == ()
+
+
+async def test_tidying_before_the_close() -> None:
+    """Who wants to say what is left does not wait for the close."""
+    file = MemoryFile(full())
+    async with opened(file) as disk:
+        await give_up(disk)
+        await disk.tidy()
+        assert disk.statistics().free_clusters == 0
+        assert disk.statistics().file_bytes == len(full()) - len(GIVEN_UP) * CLUSTER
+    await assert_minimal(file.content)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_a_close_leaves_what_tidying_reported(*, changed: bool) -> None:
+    """One run does what the limits allow; the close makes a second one only if tables changed."""
+    file = MemoryFile(full())
+    async with opened(file, options=replace(WRITABLE, compact_bytes=4 * CLUSTER)) as disk:
+        await give_up(disk)
+        await disk.tidy()
+        statistics = disk.statistics()
+        assert statistics.free_clusters == len(GIVEN_UP) - 4
+        assert statistics.file_bytes == len(full()) - 4 * CLUSTER
+        # A write in place changes no table.
+        await disk.write((HELD - 10) * CLUSTER, b"x")
+        if changed:
+            await disk.discard((HELD - 10) * CLUSTER, CLUSTER)
+    left = inspect_image(file.content).leaks
+    if changed:
+        assert left < statistics.free_clusters
+    else:
+        assert left == statistics.free_clusters
+        assert len(file.content) == statistics.file_bytes
+
+
+async def test_a_progress_callback_is_for_one_compaction() -> None:
+    """A later one that nobody watches tells nobody."""
+    told: list[tuple[int, int]] = []
+    file = MemoryFile(full())
+    async with opened(file, options=UNCOMPACTED) as disk:
+        await disk.discard(0, CLUSTER)
+        await disk.compact(lambda done, total: told.append((done, total)))
+        assert told
+        told.clear()
+        await disk.discard(3 * CLUSTER, CLUSTER)
+        assert await disk.compact() == 1
+    assert told == []
+
+
+class TurnFile(MemoryFile):
+    """A file that answers without waiting, as a real one does from the host's cache.
+
+    Attributes:
+        turns: How often other tasks have run.
+        looks: How often the host was asked about a place of the file, by turn.
+    """
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        """Begin with ``content``."""
+        super().__init__(content)
+        self.turns = 0
+        self.looks: Counter[int] = Counter()
+
+    async def _enter(self, action: Action) -> None:
+        """Begin a call, without a turn for others."""
+        self.counts[action] += 1
+
+    async def next_data(self, offset: int) -> int | None:
+        """Find where data begins."""
+        self.looks[self.turns] += 1
+        return await super().next_data(offset)
+
+    async def count_turns(self) -> None:
+        """Count the turns of other tasks."""
+        while True:
+            self.turns += 1
+            await trio.lowlevel.checkpoint()
+
+
+def sliced() -> bytearray:
+    """Make an image whose tables have 16 slices, all but one of them holes."""
+    size, table = 1 << 16, 16 * SLICE_BYTES
+    last = table // ENTRY_BYTES - 1
+    return build_image((last + 1) * size, {last: b"x"}, cluster_size=size, table_size=16)
+
+
+@pytest.mark.parametrize("walk", ["L1 table", "owners"])
+async def test_a_deadline_is_seen_at_each_slice_of_a_large_table(walk: str) -> None:
+    """Also where the slice is a hole, which nothing has to wait for."""
+    file = TurnFile(sliced())
+    async with opened(file, options=UNCOMPACTED) as disk:
+        await disk.wait_scanned()
+        layer = disk._components.layer
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.count_turns)
+            file.looks.clear()
+            if walk == "L1 table":
+                assert len(await disk._components.compaction._tables()) == 1
+            else:
+                owners = await build_reverse_map(
+                    layer, layer.geometry.cluster_size, len(file.content)
+                )
+                assert len(owners.clusters) == 1
+            nursery.cancel_scope.cancel()
+    assert sum(file.looks.values()) >= 15
+    # Two where the scheduler takes this task last, and then first.
+    assert max(file.looks.values()) <= 2
+
+
+@pytest.mark.parametrize("anchor", [0, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_where_a_number_of_used_clusters_begins(seed: int, anchor: int) -> None:
+    """As counting one by one says, across blocks."""
+    choice = random.Random(seed)
+    end = 2 * BLOCK + 100
+    clusters = FreeMap(4, anchor)
+    flags = np.zeros(end, np.bool_)
+    for _ in range(choice.choice((1, 40, 3000))):
+        first = choice.randrange(end - 70)
+        count = choice.choice((1, 2, 70))
+        flags[first : first + count] = True
+        clusters.add(first, count)
+    for _ in range(40):
+        used = choice.choice((0, 1, 2, 5, 100, BLOCK, 2 * BLOCK, 3 * BLOCK))
+        limit = choice.randrange(end + 1)
+        expected = limit
+        left = used
+        while expected and (flags[expected - 1] or left):
+            left -= not flags[expected - 1]
+            expected -= 1
+        assert clusters.tail_start(limit, used) == expected

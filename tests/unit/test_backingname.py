@@ -1,0 +1,63 @@
+"""Changing the name of the base: the old one or the new one, whatever a crash leaves."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from qedfuse.disk.writeback.backingname import LONG_NAME_PLACES, SHORT_NAME
+from qedfuse.ondisk.constants import HEADER_BYTES, MAX_BACKING_NAME, SECTOR, Feature
+from qedfuse.ondisk.freelist import DESCRIPTOR_OFFSET
+from qedfuse.ondisk.header import parse_header
+from tests.support.disks import build_image, header_of, opened
+from tests.support.hostfiles import RecordingFile
+
+
+def name_in(image: bytes | bytearray) -> tuple[bytes, bool]:
+    """Read the name as any reader would, and whether the base is said to be raw."""
+    header = parse_header(bytes(image[:HEADER_BYTES]), "image")
+    start = header.backing_filename_offset if header.has_backing else 0
+    size = header.backing_filename_size if header.has_backing else 0
+    return bytes(image[start : start + size]), header.backing_is_raw
+
+
+def test_places() -> None:
+    """The longest name fits into each, apart from the header and the list's descriptor."""
+    assert HEADER_BYTES + SHORT_NAME == SECTOR == LONG_NAME_PLACES[0]
+    ends = [place + MAX_BACKING_NAME for place in LONG_NAME_PLACES]
+    assert all(end < place for end, place in zip(ends, LONG_NAME_PLACES[1:], strict=False))
+    assert ends[-1] < DESCRIPTOR_OFFSET
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_every_moment(seed: int) -> None:
+    """After each change, and whatever a power failure keeps of those not yet durable."""
+    chance = random.Random(seed)
+    lengths = (0, 1, 300, SHORT_NAME, SHORT_NAME + 1, 700, MAX_BACKING_NAME)
+    old = bytes(chance.choices(b"abc/", k=chance.choice(lengths)))
+    image = build_image(1 << 20, {0: b"data", 9: b"more"}, backing=old, compat=1 << 33)
+    if old:
+        # Other programs may put it anywhere in the header's cluster.
+        place = chance.choice((64, chance.randrange(64, 4096 - len(old) + 1)))
+        image[64 : 64 + len(old)] = bytes(len(old))
+        image[place : place + len(old)] = old
+        image[56:60] = place.to_bytes(4, "little")
+        assert name_in(image) == (old, False)
+    for _ in range(3):
+        new = bytes(chance.choices(b"xyz/", k=chance.choice(lengths)))
+        raw = chance.random() < 0.5
+        file = RecordingFile(image)
+        async with opened(file, [b"base"] if name_in(image)[0] else []) as disk:
+            await disk.set_backing(new, raw=raw)
+        allowed = {name_in(image), (new, raw and bool(new))}
+        for count, content in file.prefixes():
+            assert name_in(content) in allowed, count
+            for _ in range(8):
+                assert name_in(file.power_loss(count, chance)) in allowed, count
+        assert name_in(file.content) == (new, raw and bool(new))
+        header = header_of(file.content)
+        assert header.compat_features == 1 << 33
+        assert not header.features & Feature.NEED_CHECK
+        assert file.content[4096:] == image[4096:]
+        image = bytearray(file.content)

@@ -1,0 +1,112 @@
+"""Long requests whose every step is done at once: others get a turn all the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from qedfuse.ondisk.constants import ZERO
+from qedfuse.util.pace import MAX_STEPS
+from tests.support.disks import WRITABLE, build_image, opened
+from tests.support.hostfiles import MemoryFile
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from qedfuse.disk.disk import Disk
+    from tests.support.hostfiles import Action
+
+CLUSTER = 4096
+CLUSTERS = 2048
+SIZE = CLUSTERS * CLUSTER
+SCATTERED = dict.fromkeys(range(0, CLUSTERS, 2), b"x")
+
+
+class EagerFile(MemoryFile):
+    """A host file that is wholly in the page cache: no call ever lets others run."""
+
+    async def _enter(self, action: Action) -> None:
+        self.counts[action] += 1
+
+    async def reserve(self, offset: int, length: int) -> None:
+        """Count; there is room."""
+        del offset, length
+        self.counts["reserve"] += 1
+
+
+async def longest(file: MemoryFile, work: Awaitable[object]) -> tuple[int, int]:
+    """Do some work; give the most host calls between two turns of another task, and all."""
+    most, before, done = 0, file.counts.total(), False
+
+    async def other() -> None:
+        nonlocal most, before
+        while not done:
+            most = max(most, file.counts.total() - before)
+            before = file.counts.total()
+            await trio.lowlevel.checkpoint()
+
+    first = file.counts.total()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        await work
+        most = max(most, file.counts.total() - before)
+        done = True
+    return most, file.counts.total() - first
+
+
+WORK: dict[str, Callable[[Disk], Awaitable[object]]] = {
+    "nodiscard": lambda disk: disk.discard(0, SIZE),
+    "zeros that keep clusters": lambda disk: disk.write(0, bytes(SIZE)),
+    "allocate": lambda disk: disk.allocate(0, SIZE),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+async def test_host_calls_between_turns(work: str) -> None:
+    """They are few, whatever the number of clusters."""
+    file = EagerFile(build_image(SIZE, SCATTERED))
+    zeroes = "on" if work.startswith("zeros") else "off"
+    options = replace(WRITABLE, discard=False, detect_zeroes=zeroes)  # type: ignore[arg-type]
+    async with opened(file, options=options) as disk:
+        await disk.wait_scanned()
+        await disk.flush()
+        most, calls = await longest(file, WORK[work](disk))
+    assert calls >= len(SCATTERED)
+    # Two turns of ours may come together, as trio draws who is first; beside the writes that
+    # are counted as steps there are the tables'.
+    assert most <= 3 * MAX_STEPS
+
+
+async def test_looking_through_tables() -> None:
+    """Entries of all kinds side by side are many extents; not all at once."""
+    marks = dict.fromkeys(range(0, 8192, 2), ZERO)
+    file = EagerFile(build_image(8192 * CLUSTER, marks, table_size=16))
+    turns, done = 0, False
+
+    async def other() -> None:
+        nonlocal turns
+        while not done:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with opened(file) as disk:
+        await disk.wait_scanned()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            assert await disk._components.resize._first_in_use(0, disk.size) is None
+            done = True
+    assert turns >= 7
+
+
+async def test_hiding_a_longer_base() -> None:
+    """Others run while the tables are made that hide it, and while they are written."""
+    size, tables = 100 * 512 * CLUSTER, 100
+    file = EagerFile(build_image(CLUSTER, backing=b"base"))
+    async with opened(file, [build_image(size)]) as disk:
+        await disk.wait_scanned()
+        most, calls = await longest(file, disk.resize(size))
+    assert calls >= tables
+    assert most <= 3 * MAX_STEPS  # as above

@@ -1,0 +1,196 @@
+"""The short way of a request: what it takes, and what it leaves to the long way."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+from unittest.mock import patch
+
+import pytest
+
+from qedfuse.disk.options import OpenOptions
+from tests.support.disks import (
+    WRITABLE,
+    build_image,
+    difference,
+    get_entry,
+    guest_bytes,
+    l2_entry_offset,
+    opened,
+    pattern,
+    put_entry,
+)
+from tests.support.hostfiles import FailingFile, MemoryFile
+
+if TYPE_CHECKING:
+    from qedfuse.disk.disk import Disk
+
+CLUSTER: Final = 4096
+SLICE: Final = 512 * CLUSTER
+SIZE: Final = 2 * SLICE
+
+
+def cached_slice(content: bytes | bytearray) -> MemoryFile:
+    """Make a file whose bytes are all in memory."""
+    file = MemoryFile(content)
+    file.cached_slice = True
+    return file
+
+
+async def touch(disk: Disk) -> None:
+    """Have all tables in memory."""
+    await disk.read(0, disk.size)
+
+
+async def test_neighbours_in_the_file_are_one_request() -> None:
+    """And what lies apart, or nowhere, is put together."""
+    order = [0, 1, 2, 9, 8, 7, 20]
+    file = cached_slice(build_image(SIZE, {at: pattern(CLUSTER, at) for at in order}))
+    expected = guest_bytes(file.content)
+    async with opened(file) as disk:
+        assert disk.try_read(100, 50) is None, "no table is in memory yet"
+        await touch(disk)
+        for start, length in ((100, 50), (5, 3 * CLUSTER - 5), (6 * CLUSTER + 1, 16 * CLUSTER)):
+            got = disk.try_read(start, length)
+            assert got is not None
+            assert difference(bytes(got), expected[start:][:length]) is None
+        assert disk.try_read(SIZE - 10, 11) is None, "past the end"
+        assert disk.try_read(0, 2 << 20) is None, "too long"
+
+
+async def test_the_end_of_a_slice() -> None:
+    """A request over two slices goes the long way, be it one run in the file or not."""
+    clusters = {at: pattern(CLUSTER, at) for at in (510, 511, 512, 513)}
+    file = cached_slice(build_image(SIZE, clusters))
+    async with opened(file) as disk:
+        await touch(disk)
+        for count in (2, 3):
+            assert disk.try_read(510 * CLUSTER, count * CLUSTER) is None or count == 2
+            assert disk.try_write(510 * CLUSTER, b"x" * count * CLUSTER) is (count == 2)
+        got = disk.try_read(511 * CLUSTER + 5, CLUSTER - 5)
+        assert got is not None
+        assert bytes(got) == b"x" * (CLUSTER - 5)
+
+
+async def test_bad_entries_are_left_to_who_reports_them() -> None:
+    """A slice with one of them is not read at once at all."""
+    image = build_image(SIZE, {at: pattern(CLUSTER, at) for at in range(4)})
+    put_entry(image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, 0)) + 7)
+    file = cached_slice(image)
+    async with opened(file, options=OpenOptions()) as disk:
+        await disk.read(0, CLUSTER)
+        assert disk.try_read(0, CLUSTER) is None
+        assert disk.try_read(CLUSTER, CLUSTER) is None
+
+
+async def test_writes_in_place_are_made_durable_by_the_next_flush() -> None:
+    """They count as written."""
+    file = FailingFile(cached_slice(build_image(SIZE, {0: pattern(CLUSTER, 0)})))
+    file.try_write = file.inner.try_write  # type: ignore[assignment, method-assign]
+    async with opened(file) as disk:
+        await touch(disk)
+        before = file.calls["datasync"]
+        assert disk.try_write(100, b"new")
+        await disk.flush()
+        assert file.calls["datasync"] == before + 1
+        assert (await disk.read(98, 7))[2:5] == b"new"
+
+
+async def test_what_is_not_overwritten_at_once() -> None:
+    """New clusters and zeros at first, the end of the disk, and disks where more is to be done."""
+    clusters: dict[int, bytes | int] = {0: b"a", 1: 1, 5: b"b", 4: b"c", SIZE // CLUSTER - 1: b"d"}
+    image = build_image(SIZE, clusters)
+    for options in (WRITABLE, replace(WRITABLE, detect_zeroes="on"), OpenOptions()):
+        file = cached_slice(image)
+        file.writable = options.writable
+        async with opened(file, options=options) as disk:
+            await touch(disk)
+            content = bytes(file.content)
+            for start, length in (
+                (2 * CLUSTER, 5), (CLUSTER, 5), (SIZE - 5, 6), (SIZE, 1), (0, 0),
+            ):  # fmt: skip
+                assert not disk.try_write(start, b"x" * length)
+            assert file.content == content
+            assert disk.try_write(0, b"x") is (options is WRITABLE)
+
+
+async def test_not_before_the_first_change_is_announced() -> None:
+    """Where other programs' bits have to be cleared first, the first write does that."""
+    file = cached_slice(build_image(SIZE, {0: b"a"}, autoclear=0x30))
+    async with opened(file) as disk:
+        await touch(disk)
+        assert not disk.try_write(0, b"x")
+        await disk.write(0, b"x")
+        assert disk.try_write(1, b"y")
+        assert (await disk.read(0, 2)) == b"xy"
+
+
+async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
+    """Compaction moves them."""
+    file = cached_slice(
+        build_image(64 * SLICE, {512 * at: pattern(CLUSTER, at) for at in range(40)})
+    )
+    expected = guest_bytes(file.content)
+    async with opened(file) as disk:
+        await disk.wait_scanned()
+        await touch(disk)
+        assert all(disk.try_read(at * SLICE, 1) is not None for at in range(40))
+        await disk.discard(0, 10 * SLICE)
+        await disk.flush()
+        tables = list(disk._components.layer.l2_tables)
+        await disk.compact()
+        assert list(disk._components.layer.l2_tables) != tables, "the case is none"
+        for at in range(10, 40):
+            assert disk.try_write(at * SLICE, b"x") or await disk.write(at * SLICE, b"x")
+            got = disk.try_read(at * SLICE + 1, 99)
+            assert got is not None
+            assert bytes(got) == expected[at * SLICE + 1 :][:99]
+            assert (await disk.read(at * SLICE, 1)) == b"x"
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_seeking_at_once_finds_what_the_long_way_finds(seed: int) -> None:
+    """Data and holes, over slices that are full, empty, mixed or not there."""
+    chance = random.Random(seed)
+    size = 6 * SLICE - chance.randrange(8) * 512
+    clusters: dict[int, bytes | int] = {}
+    for table in range(6):
+        first = table * 512
+        kind = chance.choice(("full", "none", "mixed", "mixed"))
+        for at in range(first, min(first + 512, -(-size // CLUSTER))):
+            if kind == "full" or (kind == "mixed" and chance.random() < 0.02):
+                clusters[at] = 1 if chance.random() < 0.1 else b"x"
+    file = cached_slice(build_image(size, clusters))
+    async with opened(file) as disk:
+        assert not clusters or disk.try_seek(0, data=True) is None, "no table is in memory yet"
+        await touch(disk)
+        for _ in range(60):
+            start = chance.randrange(size)
+            found = await disk.next_data(start)
+            assert disk.try_seek(start, data=True) == (size if found is None else found)
+            assert disk.try_seek(start, data=False) == await disk.next_hole(start)
+
+
+async def test_seeking_over_many_tables_that_are_not_there() -> None:
+    """One look at the L1 table passes over them; a long search is left to the long way."""
+    size = 512 * SLICE
+    file = cached_slice(
+        build_image(size, {500 * 512 + 3: b"x", **{at * 512: 1 for at in range(100)}})
+    )
+    async with opened(file) as disk:
+        await touch(disk)
+        looks = 0
+        at_hand_of = disk._components.layer.cached_slice
+
+        def counting(number: int) -> object:
+            nonlocal looks
+            looks += 1
+            return at_hand_of(number)
+
+        with patch.object(disk._components.layer, "cached_slice", counting):
+            assert disk.try_seek(200 * SLICE + 5, data=True) == 500 * SLICE + 3 * CLUSTER
+            assert looks == 2
+            assert disk.try_seek(501 * SLICE, data=True) == size
+            assert disk.try_seek(200 * SLICE + 5, data=False) == 200 * SLICE + 5
+            assert disk.try_seek(0, data=True) is None, "that many zero clusters take too long"

@@ -1,0 +1,202 @@
+"""What a mount says when it is told to end while it is in use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pyfuse3
+import pytest
+import trio
+
+from qedfuse.disk.maintenance import compaction
+from qedfuse.errors import HostError
+from qedfuse.mount import shutdown
+from qedfuse.mount.shutdown import SIGNALS, Shutdown, Stopper
+from qedfuse.mount.system.unmount import BusyError
+from tests.support.disks import build_image, inspect_image, opened, pattern
+from tests.support.hostfiles import FailingFile, MemoryFile
+from tests.unit.test_autocompaction import GIVEN_UP, full, give_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.mount.fuse.operations import Operations
+
+CLUSTER = 4096
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Restore the handlers that `Stopper.run` replaces until the process exits."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def operations_of(*disks: object) -> Operations:
+    """Stand in for the requests of a mount of some disks that are open for writing."""
+    views = {number: SimpleNamespace(disk=disk, writers=1) for number, disk in enumerate(disks)}
+    served = SimpleNamespace(views=views, write_back=None, opened=1, released=None)
+    return cast("Operations", served)
+
+
+async def end_while_in_use(monkeypatch: pytest.MonkeyPatch, *disks: object) -> None:
+    """Tell a mount of some disks to end; it is in use at the first try, and not at the second."""
+    busy = [BusyError("in use")]
+
+    def unmount(_mountpoint: str) -> None:
+        if busy:
+            raise busy.pop()
+
+    monkeypatch.setattr(shutdown, "unmount", unmount)
+    monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
+    monkeypatch.setattr(Shutdown, "_is_ours", lambda _self: True)
+    monkeypatch.setattr(shutdown, "describe_copies", lambda _device: None)
+    async with trio.open_nursery() as nursery:
+        ending = Shutdown(operations_of(*disks), "/mnt", "0:99", nursery)
+        ending.receive("SIGTERM")
+        await trio.testing.wait_all_tasks_blocked()
+        ending._wake()
+    assert not busy
+
+
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; it goes on")
+async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so when it is true."""
+    file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
+    async with opened(file) as disk:
+        await disk.write(0, pattern(CLUSTER, 1))
+        assert file.counts["datasync"] == 0
+        await end_while_in_use(monkeypatch, disk)
+        assert file.counts["datasync"] == 1
+
+
+@pytest.mark.expect_log("cannot make everything durable: image: datasync: Input/output error")
+@pytest.mark.expect_log("SIGTERM: still in use: not everything is durable; it goes on")
+@pytest.mark.expect_log("the disk is read-only from now on")
+@pytest.mark.parametrize("failed", ["before", "now"])
+async def test_not_durable(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failed: str
+) -> None:
+    """A disk that failed, then or earlier, is never called durable; the others are flushed."""
+    inner = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
+    file, other = FailingFile(inner), MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
+    failing = opened(file)
+    async with opened(other) as second:
+        await second.write(0, pattern(CLUSTER, 1))
+        disk = await failing.__aenter__()
+        await disk.write(0, pattern(CLUSTER, 1))
+        file.fail("datasync")
+        if failed == "before":
+            with pytest.raises(HostError):
+                await disk.flush()
+        await end_while_in_use(monkeypatch, disk, second)
+        assert other.counts["datasync"] == 1
+        with pytest.raises(HostError):
+            await failing.__aexit__(None, None, None)
+    assert "everything is durable now" not in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_the_compaction(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the mount is gone: what was moved is cut off, and the close goes on."""
+    monkeypatch.setattr(compaction, "_QUICK_BATCH_BYTES", CLUSTER)
+    inner = MemoryFile(full())
+    file = FailingFile(inner)
+    async with trio.open_nursery() as nursery:
+        stopper = Stopper()
+        await nursery.start(stopper.run, nursery.cancel_scope)
+        async with opened(file) as disk:
+            await give_up(disk)
+            await disk.flush()
+            stopper.closing([disk])
+            gate = file.hold("write", 7)
+
+            async def send() -> None:
+                await gate.reached.wait()
+                signal.raise_signal(number)
+                await trio.testing.wait_all_tasks_blocked()
+                gate.open()
+
+            nursery.start_soon(send)
+        nursery.cancel_scope.cancel()
+    assert not stopper.interrupted
+    assert inner.closed
+    found = inspect_image(inner.content)
+    assert found.errors == ()
+    assert 0 < found.leaks < len(GIVEN_UP)
+
+
+async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As nohup(1) promises; the other signals count in any case."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        async with trio.open_nursery() as nursery:
+            stopper = Stopper()
+            await nursery.start(stopper.run, nursery.cancel_scope)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not nursery.cancel_scope.cancel_called
+            signal.raise_signal(signal.SIGTERM)
+            await trio.sleep(60)  # it is cancelled
+        assert nursery.cancel_scope.cancel_called
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")
+@pytest.mark.expect_log("SIGTERM: cannot find its other mounts: [Errno 24] Too many open files")
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_lack_of_descriptors_does_not_end_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mount table is read again when there may be descriptors; then it is unmounted."""
+    lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+    entry = SimpleNamespace(device="0:99")
+    unmounted: list[str] = []
+
+    def find_mount(_mountpoint: str) -> object:
+        if not unmounted and lack:
+            raise lack.pop()
+        return entry
+
+    def fail(_device: str) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(shutdown, "find_mount", find_mount)
+    monkeypatch.setattr(shutdown, "unmount", unmounted.append)
+    monkeypatch.setattr(shutdown, "describe_copies", fail)
+    async with trio.open_nursery() as nursery:
+        Shutdown(operations_of(), "/mnt", "0:99", nursery).receive("SIGTERM")
+    assert unmounted == ["/mnt"]
+    assert not lack
+
+
+@pytest.mark.expect_log("second signal: ended while in use")
+@pytest.mark.expect_log("/mnt: ended by force before everything was durable")
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_forced_end_that_is_not_durable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush that does not end within its time makes the end a failure of the host."""
+    terminated: list[bool] = []
+
+    async def never_flush() -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(shutdown, "find_mount", lambda _mountpoint: None)
+    monkeypatch.setattr(pyfuse3, "terminate", lambda: terminated.append(True))
+    async with trio.open_nursery() as nursery:
+        ending = Shutdown(
+            operations_of(SimpleNamespace(flush=never_flush)), "/mnt", "0:99", nursery
+        )
+        ending._signals = 1
+        ending.receive("SIGTERM")
+    assert terminated
+    assert isinstance(ending.failure, HostError)
