@@ -45,28 +45,28 @@ class Case:
 
     name: str
     table_size: int = 1
-    spans: float = 1.1
-    depth: int = 0
+    table_spans: float = 1.1
+    backing_depth: int = 0
     base_sectors: int = 0
-    grows: int = 0
+    grow_bytes: int = 0
     tail: bytes = b""
     autoclear: int = 0
-    held: int = 24
-    held_in: int = 0
+    allocated: int = 24
+    allocated_within: int = 0
     leaked: int = 8
     tasks: int = 3
-    places: int = 8
+    hot_spots: int = 8
     actions: str = "wwwwfrs"
-    rounds: int = 20
-    opens: int = 1
-    slow: float = 0.0
-    scan_after: float = 0.0
+    actions_per_task: int = 20
+    sessions: int = 1
+    linger_probability: float = 0.0
+    scan_delay_seconds: float = 0.0
     compacts: bool = False
-    crashed: bool = False
+    starts_crashed: bool = False
     options: OpenOptions = OPTIONS
 
     @property
-    def tidy(self) -> bool:
+    def leaves_no_leak(self) -> bool:
         """Whether nothing is leaked when the disk has been closed."""
         options = self.options
         unlimited = (options.compact_bytes, options.compact_seconds) == (
@@ -79,7 +79,7 @@ class Case:
     def size(self) -> int:
         """Bytes of the disk at the beginning; not a whole number of clusters."""
         span = self.table_size * CLUSTER // 8 * CLUSTER
-        return int(self.spans * span) // CLUSTER * CLUSTER + 3 * SECTOR
+        return int(self.table_spans * span) // CLUSTER * CLUSTER + 3 * SECTOR
 
 
 _REUSE: Final = "wwwwdddzffrs"
@@ -87,150 +87,187 @@ _REUSE: Final = "wwwwdddzffrs"
 CASES: Final = (
     Case("writes", table_size=2),
     Case("discards", actions="wwwdddzfrs"),
-    Case("reuse", table_size=2, actions=_REUSE, rounds=36, held=40, leaked=0),
+    Case("reuse", table_size=2, actions=_REUSE, actions_per_task=36, allocated=40, leaked=0),
     Case(
-        "slow host", actions="wwwwddrrff", rounds=36, tasks=8, slow=0.25, places=1, held=9, leaked=0
+        "slow host",
+        actions="wwwwddrrff",
+        actions_per_task=36,
+        tasks=8,
+        linger_probability=0.25,
+        hot_spots=1,
+        allocated=9,
+        leaked=0,
     ),
-    Case("late scan", actions=_REUSE, spans=2.1, rounds=30, held=60, scan_after=3.0),
+    Case(
+        "late scan",
+        actions=_REUSE,
+        table_spans=2.1,
+        actions_per_task=30,
+        allocated=60,
+        scan_delay_seconds=3.0,
+    ),
     Case(
         "late scan on a slow host",
         actions="wwdddrff",
-        rounds=24,
+        actions_per_task=24,
         tasks=8,
-        held=60,
+        allocated=60,
         leaked=0,
-        slow=0.3,
-        scan_after=3.0,
+        linger_probability=0.3,
+        scan_delay_seconds=3.0,
     ),
-    Case("base", depth=1, base_sectors=5000, actions=_REUSE),
-    Case("chain", depth=3, base_sectors=9001, table_size=2, actions=_REUSE, rounds=24),
+    Case("base", backing_depth=1, base_sectors=5000, actions=_REUSE),
+    Case(
+        "chain",
+        backing_depth=3,
+        base_sectors=9001,
+        table_size=2,
+        actions=_REUSE,
+        actions_per_task=24,
+    ),
     Case(
         "grow",
         table_size=2,
-        spans=0.5,
-        depth=1,
+        table_spans=0.5,
+        backing_depth=1,
         base_sectors=9000,
-        grows=5 << 20,
+        grow_bytes=5 << 20,
         actions="wwwdfrs",
     ),
     Case("tail", tail=stamped(base_stamps(99, 0, 5)), actions="wwwdfs"),
-    Case("new tables", spans=5.1, held_in=100, actions="wwwdddff", rounds=30),
-    Case("after a crash", table_size=2, actions=_REUSE, rounds=24, crashed=True),
-    Case("base after a crash", depth=1, base_sectors=5000, actions=_REUSE, crashed=True),
-    Case("autoclear", autoclear=0x30, actions="wwdfs", rounds=12),
+    Case(
+        "new tables", table_spans=5.1, allocated_within=100, actions="wwwdddff", actions_per_task=30
+    ),
+    Case("after a crash", table_size=2, actions=_REUSE, actions_per_task=24, starts_crashed=True),
+    Case(
+        "base after a crash",
+        backing_depth=1,
+        base_sectors=5000,
+        actions=_REUSE,
+        starts_crashed=True,
+    ),
+    Case("autoclear", autoclear=0x30, actions="wwdfs", actions_per_task=12),
     Case(
         "idle",
         actions="wdsssf",
-        rounds=24,
+        actions_per_task=24,
         tasks=2,
         options=replace(OPTIONS, commit_seconds=9.0, needcheck_seconds=1.0),
     ),
-    Case("large tables", table_size=4, spans=1.02, actions=_REUSE, rounds=24),
+    Case("large tables", table_size=4, table_spans=1.02, actions=_REUSE, actions_per_task=24),
     Case("small cache", actions=_REUSE, options=replace(OPTIONS, cache_bytes=0)),
     Case("zeroes", actions="wwzzzdfrs", options=replace(OPTIONS, detect_zeroes="unmap")),
     Case(
         "free list",
         table_size=2,
         actions="wwddzf",
-        rounds=8,
+        actions_per_task=8,
         tasks=2,
-        opens=4,
+        sessions=4,
         leaked=40,
         options=replace(OPTIONS, free_list="on"),
     ),
     Case(
         "free list after a crash",
         actions="wwddzf",
-        rounds=8,
-        opens=3,
-        crashed=True,
+        actions_per_task=8,
+        sessions=3,
+        starts_crashed=True,
         leaked=40,
         options=replace(OPTIONS, free_list="on"),
     ),
-    Case("compaction", actions="wwddzf", rounds=16, opens=2, held=50, leaked=20, compacts=True),
+    Case(
+        "compaction",
+        actions="wwddzf",
+        actions_per_task=16,
+        sessions=2,
+        allocated=50,
+        leaked=20,
+        compacts=True,
+    ),
     Case(
         "compaction of large tables",
         table_size=4,
-        spans=2.02,
-        depth=1,
+        table_spans=2.02,
+        backing_depth=1,
         base_sectors=5000,
         actions="wwddf",
-        rounds=12,
-        opens=2,
-        held=50,
+        actions_per_task=12,
+        sessions=2,
+        allocated=50,
         leaked=20,
         compacts=True,
     ),
     Case(
         "compaction at the end",
         table_size=2,
-        spans=3.1,
+        table_spans=3.1,
         actions="wwwddf",
-        rounds=16,
-        opens=2,
-        held=40,
-        held_in=900,
+        actions_per_task=16,
+        sessions=2,
+        allocated=40,
+        allocated_within=900,
         leaked=20,
-        slow=0.1,
+        linger_probability=0.1,
         options=replace(OPTIONS, compact="full", free_list="on"),
     ),
     Case(
         "compaction that moves tables",
-        spans=5.1,
-        held=120,
-        held_in=300,
+        table_spans=5.1,
+        allocated=120,
+        allocated_within=300,
         leaked=0,
         tasks=2,
         actions="wwDf",
-        rounds=8,
-        opens=2,
+        actions_per_task=8,
+        sessions=2,
         compacts=True,
     ),
     Case(
         "compaction that packs tables",
         table_size=4,
-        spans=4.01,
-        held=90,
-        held_in=300,
+        table_spans=4.01,
+        allocated=90,
+        allocated_within=300,
         leaked=0,
         tasks=2,
         actions="wwDf",
-        rounds=8,
-        opens=2,
+        actions_per_task=8,
+        sessions=2,
         compacts=True,
     ),
     Case(
         "automatic compaction within limits",
         actions="wwddzf",
-        rounds=12,
-        opens=4,
-        held=60,
+        actions_per_task=12,
+        sessions=4,
+        allocated=60,
         leaked=20,
         options=replace(OPTIONS, compact_bytes=3 * CLUSTER),
     ),
     Case(
         "automatic compaction on a slow host",
         table_size=2,
-        spans=3.1,
+        table_spans=3.1,
         actions="wwdDf",
-        rounds=8,
-        opens=3,
-        held=80,
-        held_in=300,
-        slow=0.2,
+        actions_per_task=8,
+        sessions=3,
+        allocated=80,
+        allocated_within=300,
+        linger_probability=0.2,
         options=replace(OPTIONS, compact_seconds=4.0),
     ),
     Case(
         "automatic compaction of tables",
         table_size=4,
-        spans=4.01,
-        held=90,
-        held_in=300,
+        table_spans=4.01,
+        allocated=90,
+        allocated_within=300,
         leaked=0,
         tasks=2,
         actions="wwDf",
-        rounds=8,
-        opens=2,
+        actions_per_task=8,
+        sessions=2,
     ),
     Case("no discard", actions="wwdddfrs", options=replace(OPTIONS, discard=False)),
 )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tests.crash.cases import CASES
-from tests.crash.workloads import carry_out
+from tests.crash.workloads import run_case
 from tests.support.explorer import Exploration, Explorer
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def explore(cases: list[Case], seed: int, states: int) -> int:
         scratch = Path(name)
         for number in itertools.count(seed):
             for case in cases:
-                workload = carry_out(case, number)
+                workload = run_case(case, number)
                 explorer = Explorer(
                     case.name, number, workload.history, workload.bases, scratch=scratch
                 )
@@ -83,20 +83,20 @@ def explore(cases: list[Case], seed: int, states: int) -> int:
 
 async def show(case: Case, seed: int, prefix: int, choice: int | None) -> int:
     """Look at one state again, and print what is wrong with it."""
-    workload = await trio.to_thread.run_sync(carry_out, case, seed)
+    workload = await trio.to_thread.run_sync(run_case, case, seed)
     explorer = Explorer(case.name, seed, workload.history, workload.bases)
-    moment = next(moment for moment in explorer.moments() if moment.count == prefix)
-    state = moment.prefix()
+    point = next(point for point in explorer.crash_points() if point.count == prefix)
+    state = point.prefix()
     if choice is not None:
-        moment.develop()
-        choices = moment.choices(explorer.random(prefix))
-        state = moment.state(next(itertools.islice(choices, choice, None)))
-    problems = await explorer.judge(state, moment)
+        point.develop()
+        choices = point.choices(explorer.random(prefix))
+        state = point.state(next(itertools.islice(choices, choice, None)))
+    problems = await explorer.judge(state, point)
     path = Path(tempfile.gettempdir()) / "crash-state.qed"
     path.write_bytes(explorer.content(state))
     for number, change in enumerate(workload.file.changes[max(0, prefix - 12) : prefix]):
         say(f"{max(0, prefix - 12) + number} {describe(change)}")
-    say(f"{path}: {state.length} bytes; not durable: sectors {moment.flying.tolist()}")
+    say(f"{path}: {state.length} bytes; not durable: sectors {point.not_durable.tolist()}")
     say("\n".join(problems) or "nothing wrong")
     return 1 if problems else 0
 

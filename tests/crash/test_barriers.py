@@ -18,7 +18,7 @@ from qedfuse.disk.space.scan import Scan
 from qedfuse.disk.state.needcheck import NeedCheck
 from qedfuse.disk.writeback.metadata import MetadataWriteback
 from tests.crash.cases import CASES
-from tests.crash.workloads import carry_out
+from tests.crash.workloads import run_case
 from tests.support.explorer import Exploration, Explorer
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]
 }
 
 
-SPARE: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]]] = {
+REDUNDANT_BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]]] = {
     "discard: punch after durable": (early_punch_of_discards, "reuse"),
     "free list, bit at the end": (without_barrier("PersistentFreeList.save", 2, 2), "free list"),
 }
@@ -232,7 +232,7 @@ def explore(name: str, sabotage: Callable[[pytest.MonkeyPatch], None]) -> Explor
     for seed in range(SEEDS):
         with pytest.MonkeyPatch.context() as patch:
             sabotage(patch)
-            workload = carry_out(case, seed, may_fail=True)
+            workload = run_case(case, seed, may_fail=True)
         explorer = Explorer(name, seed, workload.history, workload.bases)
         found.misread += [*workload.history.misread, *map(str, workload.errors)]
         found.add(trio.run(explorer.explore, STATES))
@@ -252,10 +252,10 @@ def test_barrier_is_needed(barrier: str) -> None:
     assert any(re.search(text, word) for word in words), f"{found}: {words}"
 
 
-@pytest.mark.parametrize("barrier", SPARE)
+@pytest.mark.parametrize("barrier", REDUNDANT_BARRIERS)
 def test_barrier_is_spare(barrier: str) -> None:
     """Without it nothing is found, so nobody should rely on it."""
-    sabotage, case = SPARE[barrier]
+    sabotage, case = REDUNDANT_BARRIERS[barrier]
     found = explore(case, sabotage)
     assert not found.violations, found.report()
     assert found.states > STATES

@@ -27,15 +27,15 @@ STATES: Final = 120
 
 ALONE: Final = Case(
     "alone",
-    spans=0.4,
-    depth=1,
+    table_spans=0.4,
+    backing_depth=1,
     base_sectors=1600,
-    grows=2 << 20,
+    grow_bytes=2 << 20,
     tasks=1,
     actions="wwwddzfrs",
-    rounds=24,
-    held=12,
-    places=4,
+    actions_per_task=24,
+    allocated=12,
+    hot_spots=4,
     options=WRITABLE,
 )
 """One task and nothing in the background: who fails is who is told."""
@@ -43,9 +43,16 @@ ALONE: Final = Case(
 PLAIN: Final = replace(ALONE, name="plain", options=UNCOMPACTED)
 """The same without the compaction at the end, whose failures cost space and are logged."""
 
-TOGETHER: Final = replace(ALONE, name="together", depth=0, grows=0, tasks=3, rounds=14)
+TOGETHER: Final = replace(
+    ALONE, name="together", backing_depth=0, grow_bytes=0, tasks=3, actions_per_task=14
+)
 LISTED: Final = replace(
-    ALONE, name="listed", leaked=30, depth=0, grows=0, options=replace(WRITABLE, free_list="on")
+    ALONE,
+    name="listed",
+    leaked=30,
+    backing_depth=0,
+    grow_bytes=0,
+    options=replace(WRITABLE, free_list="on"),
 )
 BACKGROUND: Final = replace(
     TOGETHER,

@@ -19,8 +19,8 @@ from qedfuse.disk.space import quarantine, reclaim
 from qedfuse.disk.space.scan import Scan
 from qedfuse.errors import QedError
 from tests.crash.cases import CLUSTER, PER_CLUSTER, Case
+from tests.support.crashrecording import CrashRecording
 from tests.support.disks import build_image, l2_entry_offset, opened, put_entry
-from tests.support.film import Film
 from tests.support.history import History, base_stamps, disk_stamps, stamped
 from tests.support.hostfiles import SECTOR, RecordingFile
 
@@ -41,11 +41,11 @@ _AGAIN: Final = 1000
 
 def make_bases(case: Case) -> tuple[list[bytearray], Stamps]:
     """Make the chain below the image, and what its disk holds: some of each layer's own."""
-    if not case.depth:
+    if not case.backing_depth:
         return [], np.zeros(0, np.uint64)
     numbers = base_stamps(1, 0, case.base_sectors)
     bases = [bytearray(stamped(numbers))]
-    for level in range(2, case.depth + 1):
+    for level in range(2, case.backing_depth + 1):
         own = {
             number: stamped(base_stamps(level, number * PER_CLUSTER, PER_CLUSTER))
             for number in range(level, 80, 7)
@@ -59,37 +59,39 @@ def make_bases(case: Case) -> tuple[list[bytearray], Stamps]:
 def make_image(case: Case) -> bytearray:
     """Make the image as it is at the beginning: clusters here and there, and some leaked."""
     chosen = random.Random(case.name)
-    places = chosen.sample(range(case.held_in or case.size // CLUSTER), case.held + case.leaked)
-    leaked = set(places[case.held :])
-    chosen.shuffle(places)
+    clusters = chosen.sample(
+        range(case.allocated_within or case.size // CLUSTER), case.allocated + case.leaked
+    )
+    leaked = set(clusters[case.allocated :])
+    chosen.shuffle(clusters)
     own = {
         number: stamped(
             base_stamps(_LEAKED if number in leaked else _OWN, number * PER_CLUSTER, PER_CLUSTER)
         )
-        for number in places
+        for number in clusters
     }
     image = build_image(
         case.size,
         own,
         table_size=case.table_size,
         autoclear=case.autoclear,
-        backing=b"base" if case.depth else b"",
+        backing=b"base" if case.backing_depth else b"",
     )
     for number in leaked:
         put_entry(image, l2_entry_offset(image, number), 0)
     return image + case.tail
 
 
-def crashed(case: Case, seed: int) -> bytes:
+def image_after_power_failure(case: Case, seed: int) -> bytes:
     """Make the image that a power failure leaves somewhere in a case."""
-    workload = carry_out(replace(case, crashed=False), seed)
+    workload = run_case(replace(case, starts_crashed=False), seed)
     chance = random.Random(f"crash {seed}")
-    film = Film(workload.file)
-    count = chance.randrange(len(film.steps) // 2, len(film.steps))
-    moment = next(moment for moment in film.moments() if moment.count == count)
-    moment.develop()
-    choices = list(itertools.islice(moment.choices(chance), 200))
-    return film.contents.content(moment.state(chance.choice(choices)))
+    recording = CrashRecording(workload.file)
+    count = chance.randrange(len(recording.steps) // 2, len(recording.steps))
+    point = next(point for point in recording.crash_points() if point.count == count)
+    point.develop()
+    choices = list(itertools.islice(point.choices(chance), 200))
+    return recording.contents.content(point.state(chance.choice(choices)))
 
 
 @contextmanager
@@ -122,23 +124,25 @@ class Workload:
         self.case = case
         self.bases, below = make_bases(case)
         self.random = random.Random(f"{case.name} {seed}")
-        pace = random.Random(f"{case.name} {seed} pace") if case.slow else None
-        image = crashed(case, seed) if case.crashed else make_image(case)
-        self.file = RecordingFile(image, pace=pace, slow=case.slow)
+        pace = random.Random(f"{case.name} {seed} pace") if case.linger_probability else None
+        image = image_after_power_failure(case, seed) if case.starts_crashed else make_image(case)
+        self.file = RecordingFile(image, pace=pace, linger_probability=case.linger_probability)
         # In half of the runs data is overwritten the short way, where that is possible.
-        self.file.cached_slice = random.Random(f"{case.name} {seed} at hand").random() < 0.5
+        self.file.in_page_cache = random.Random(f"{case.name} {seed} in page cache").random() < 0.5
         self.host: HostFile = self.file
         self.may_fail = False
         self.errors: list[QedError] = []
         self.clean = True
         self.last: Callable[[Disk], Awaitable[object]] = _nothing
-        self.history = History(self.file, below, _AGAIN if case.crashed else 0)
+        self.history = History(self.file, below, _AGAIN if case.starts_crashed else 0)
         # Few places, so that requests meet: in one cluster, across clusters and tables.
         span = case.table_size * CLUSTER // 8 * CLUSTER
         ends = [min(span, case.size) // CLUSTER - 2, case.size // CLUSTER - 4]
-        held = [self.random.randrange(case.held_in) for _ in range(case.held_in // 20)]
-        others = [self.random.randrange(case.size // CLUSTER) for _ in range(case.places)]
-        self.places = (ends + held + others)[: case.places + len(held)]
+        held = [
+            self.random.randrange(case.allocated_within) for _ in range(case.allocated_within // 20)
+        ]
+        others = [self.random.randrange(case.size // CLUSTER) for _ in range(case.hot_spots)]
+        self.hot_spots = (ends + held + others)[: case.hot_spots + len(held)]
 
     def play(self, seed: int) -> None:
         """Carry the case out, to the end; ``seed`` decides which task runs first."""
@@ -160,11 +164,11 @@ class Workload:
 
     async def run(self) -> None:
         """Open the disk as often as the case says, use it by several tasks, and close it."""
-        for number in range(self.case.opens):
+        for number in range(self.case.sessions):
             self.file.reopen()
             try:
-                with late_scan(self.case.scan_after):
-                    await self._use(grows=bool(self.case.grows) and not number)
+                with late_scan(self.case.scan_delay_seconds):
+                    await self._use(grows=bool(self.case.grow_bytes) and not number)
             except QedError as error:
                 self._failed(error)
                 self.clean = False
@@ -180,13 +184,13 @@ class Workload:
                     nursery.start_soon(self._task)
                 if grows:
                     await trio.sleep(2)
-                    await self._attempt(self.history.resize, self.case.size + self.case.grows)
+                    await self._attempt(self.history.resize, self.case.size + self.case.grow_bytes)
             if self.case.compacts:
                 await self._attempt(disk.compact)
             await self.last(disk)
 
     async def _task(self) -> None:
-        for _ in range(self.case.rounds):
+        for _ in range(self.case.actions_per_task):
             await self._attempt(self._act, self.random.choice(self.case.actions))
 
     async def _attempt(self, act: Callable[..., Awaitable[object]], *args: object) -> None:
@@ -213,12 +217,12 @@ class Workload:
         if action == "s":
             await trio.sleep(choice.choice((0.1, 1.0, 3.0, 5.0)))
             return
-        cluster = choice.choice(self.places) + choice.randrange(-3, 3)
+        cluster = choice.choice(self.hot_spots) + choice.randrange(-3, 3)
         first = cluster * PER_CLUSTER + choice.choice((0, 0, 0, 1, 3, 7))
         first = max(0, min(first, sectors - 1))
         count = min(choice.choice((1, 3, 8, 8, 16, 24)), sectors - first)
         if action == "D":
-            within = self.case.held_in or sectors // PER_CLUSTER
+            within = self.case.allocated_within or sectors // PER_CLUSTER
             await history.discard(choice.randrange(within // 2) * PER_CLUSTER, sectors // 32)
             return
         act = {"w": history.write, "d": history.discard, "z": history.write_zeros}
@@ -229,7 +233,7 @@ async def _nothing(_disk: Disk) -> None:
     """Do nothing before a disk is closed."""
 
 
-def carry_out(case: Case, seed: int, *, may_fail: bool = False) -> Workload:
+def run_case(case: Case, seed: int, *, may_fail: bool = False) -> Workload:
     """Carry out a case: what is left to chance, the order of tasks included, is in the seed."""
     workload = Workload(case, seed)
     workload.may_fail = may_fail

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import qemu
-from tests.support.disks import Findings, guest_bytes, header_of, inspect_image
+from tests.support.disks import Inspection, guest_bytes, header_of, inspect_image
 from tests.support.mounted import mounted
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def test_unmount_of_a_full_host(kind: str, tmp_path: Path) -> None:
             assert user.next * BLOCK > ROOM // 2
         assert qemu.check(image).errors == 0
         # (QEMU's own count of leaks is off by one with clusters this small.)
-        assert inspect_image(image.read_bytes()) == Findings(())
+        assert inspect_image(image.read_bytes()) == Inspection(())
         found = guest_bytes(image.read_bytes())
     end = user.next * BLOCK
     assert found[:end] == bytes(user.content[:end])

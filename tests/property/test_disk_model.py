@@ -41,8 +41,8 @@ from tests.support.disks import (
     pattern,
     sector_ceil,
 )
+from tests.support.eventloop import EventLoopThread, HeldContext
 from tests.support.hostfiles import MemoryFile
-from tests.support.loop import Held, Loop
 
 if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
@@ -69,8 +69,8 @@ class DiskMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         """Start a loop; the disk comes with `start`."""
         super().__init__()
-        self.loop = Loop()
-        self.held: Held | None = None
+        self.loop = EventLoopThread()
+        self.held: HeldContext | None = None
         self.serial = 0
 
     @initialize(
@@ -143,7 +143,7 @@ class DiskMachine(RuleBasedStateMachine):
     def open(self) -> None:
         """Open the disk on the present content."""
         self.file = MemoryFile(self.content)
-        self.held = Held(self.loop, opened(self.file, self.bases, self.options))
+        self.held = HeldContext(self.loop, opened(self.file, self.bases, self.options))
         self.disk: Disk = self.held.value
 
     def close(self) -> None:
@@ -171,17 +171,17 @@ class DiskMachine(RuleBasedStateMachine):
         return pattern(length, self.serial)
 
     @precondition(lambda self: len(self.model) > 0)
-    @rule(fraction=fractions, length=lengths, aligned=st.booleans(), cached_slice=st.booleans())
-    def write(self, fraction: float, length: int, *, aligned: bool, cached_slice: bool) -> None:
+    @rule(fraction=fractions, length=lengths, aligned=st.booleans(), in_page_cache=st.booleans())
+    def write(self, fraction: float, length: int, *, aligned: bool, in_page_cache: bool) -> None:
         """Write somewhere, perhaps over the end."""
         start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
         data = self.fresh(length)
         expected = min(length, len(self.model) - start)
 
         async def write() -> int:
-            self.file.cached_slice = cached_slice
+            self.file.in_page_cache = in_page_cache
             at_once = self.disk.try_write(start, data)
-            self.file.cached_slice = False
+            self.file.in_page_cache = False
             return len(data) if at_once else await self.disk.write(start, data)
 
         assert self.loop.run(write) == expected
@@ -240,9 +240,9 @@ class DiskMachine(RuleBasedStateMachine):
         async def read() -> None:
             assert difference(await self.disk.read(start, length), expected) is None
             # The tables are in memory now, but for those that the budget has no room for.
-            self.file.cached_slice = True
+            self.file.in_page_cache = True
             at_once = self.disk.try_read(start, length)
-            self.file.cached_slice = False
+            self.file.in_page_cache = False
             assert at_once is None or difference(bytes(at_once), expected) is None
 
         self.loop.run(read)

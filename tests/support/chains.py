@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-MOST_BYTES: Final = 6 << 20
+MAX_DISK_BYTES: Final = 6 << 20
 """Largest disk of a chain whose content is going to be read."""
-_LONGEST: Final = 1 << 21
+_MAX_WRITE_BYTES: Final = 1 << 21
 """Longest write, so that large clusters do not make large files."""
-_LARGEST_TABLE: Final = 1 << 24
+_MAX_TABLE_BYTES: Final = 1 << 24
 
-_UNITS: Final = (512, 4096, 65536, 300 * 512, 1 << 20)
+_WRITE_UNITS_BYTES: Final = (512, 4096, 65536, 300 * 512, 1 << 20)
 
 
 def draw_size(chance: random.Random) -> int:
     """Draw the size of a disk in bytes, a multiple of 512."""
-    return 512 * chance.randrange(MOST_BYTES // 8 // 512, MOST_BYTES // 512)
+    return 512 * chance.randrange(MAX_DISK_BYTES // 8 // 512, MAX_DISK_BYTES // 512)
 
 
 def draw_any_size(chance: random.Random) -> int:
@@ -49,9 +49,9 @@ def _fill(
     size -= size % 512
     commands = []
     for _ in range(chance.randrange(14) if size else 0):
-        unit = chance.choice((*_UNITS, unit))
+        unit = chance.choice((*_WRITE_UNITS_BYTES, unit))
         start = chance.randrange(max(1, size // unit)) * unit % chance.choice((size, 1 << 22))
-        length = min(size - start, unit * chance.randrange(1, 12), _LONGEST)
+        length = min(size - start, unit * chance.randrange(1, 12), _MAX_WRITE_BYTES)
         what = chance.choice((f"-P {chance.randrange(1, 256)}", "-P 7", "-P 0", "-z", "-z -u"))
         commands.append(f"write {what} {start} {length}")
     if commands:
@@ -84,7 +84,7 @@ def draw_image(
     size = -(-size_of(chance) // 512) * 512
     cluster_size = 1 << chance.randrange(12, 22)
     # It cannot open what it makes with tables of one cluster, until they hold something.
-    table_size = min(1 << chance.randrange(1, 5), _LARGEST_TABLE // cluster_size)
+    table_size = min(1 << chance.randrange(1, 5), _MAX_TABLE_BYTES // cluster_size)
     qemu.create(
         path,
         size,
@@ -150,7 +150,7 @@ async def _read(path: Path) -> bytes:
     return b"".join(parts)
 
 
-class Changes:
+class ChangeCounter:
     """Counts the changes that are made to host files, and fails one of them.
 
     Attributes:
@@ -170,9 +170,9 @@ class Changes:
 
 
 @contextmanager
-def failing(when: int, *, lasting: bool = False) -> Iterator[Changes]:
+def failing(when: int, *, lasting: bool = False) -> Iterator[ChangeCounter]:
     """Have the host refuse the change number ``when`` of any file inside the block."""
-    changes = Changes(when, lasting=lasting)
+    changes = ChangeCounter(when, lasting=lasting)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pwrite", "truncate", "datasync", "punch"):
             patch.setattr(PosixFile, name, _asking(changes, getattr(PosixFile, name)))
@@ -182,7 +182,7 @@ def failing(when: int, *, lasting: bool = False) -> Iterator[Changes]:
         yield changes
 
 
-def _asking(changes: Changes, method: Any) -> Any:  # noqa: ANN401  any method of a file
+def _asking(changes: ChangeCounter, method: Any) -> Any:  # noqa: ANN401  any method of a file
     """Put a failure in front of a method."""
 
     async def call(file: PosixFile, *arguments: Any) -> None:  # noqa: ANN401

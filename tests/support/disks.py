@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import trio
-import trio.testing
 
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.lookup.backing import read_header
@@ -134,7 +132,7 @@ async def opened(
 async def base_layer(content: bytes | bytearray, depth: int, store: SliceStore) -> Layer:
     """Make one base of a chain."""
     file = MemoryFile(content, name=f"base{depth}", writable=False)
-    file.cached_slice = True
+    file.in_page_cache = True
     if not content.startswith(_MAGIC_BYTES):
         return RawLayer(file)
     layer = QedLayer(file, await read_header(file), store)
@@ -143,7 +141,7 @@ async def base_layer(content: bytes | bytearray, depth: int, store: SliceStore) 
 
 
 @dataclass(frozen=True)
-class Findings:
+class Inspection:
     """What `inspect_image` found: each error in words, and where the leaked clusters are."""
 
     errors: tuple[str, ...]
@@ -155,20 +153,20 @@ class Findings:
         return len(self.leaked)
 
 
-def inspect_image(content: bytes | bytearray) -> Findings:
+def inspect_image(content: bytes | bytearray) -> Inspection:
     """Check an image in memory; small, and independent of the checker under test."""
     errors: list[str] = []
     try:
         header = header_of(content)
     except struct.error:
-        return Findings(("no header",))
+        return Inspection(("no header",))
     if content[:4] != _MAGIC_BYTES:
-        return Findings(("no magic",))
+        return Inspection(("no magic",))
     size, geometry = header.cluster_size, header.geometry
     length = len(content) // size * size
     owners = np.zeros(length // size, np.uint32)
     if header.l1_end > length:
-        return Findings(("the L1 table is not inside the file",))
+        return Inspection(("the L1 table is not inside the file",))
     owners[: header.l1_end // size] += 1
     for place in _entries(content, header.l1_table_offset, geometry.table_bytes, errors, "L1"):
         if place % size or place < header.header_end or place + geometry.table_bytes > length:
@@ -186,7 +184,7 @@ def inspect_image(content: bytes | bytearray) -> Findings:
     if owners.size and owners.max() > 1:
         shared = np.flatnonzero(owners > 1)[:5] * size
         errors.append(f"clusters with two owners at {shared.tolist()}")
-    return Findings(tuple(errors), tuple((np.flatnonzero(owners == 0) * size).tolist()))
+    return Inspection(tuple(errors), tuple((np.flatnonzero(owners == 0) * size).tolist()))
 
 
 def _entries(
@@ -260,8 +258,3 @@ def difference(got: bytes | bytearray, expected: bytes | bytearray) -> str | Non
 def sector_ceil(value: int) -> int:
     """Round up to whole sectors."""
     return -(-value // SECTOR) * SECTOR
-
-
-async def settle() -> None:
-    """Let every other task run until it waits for something."""
-    await trio.testing.wait_all_tasks_blocked()

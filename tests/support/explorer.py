@@ -4,7 +4,7 @@ Every prefix of the changes, which is what a killed process leaves; and for each
 before a datasync ends, when the most is at stake, what a power failure can leave.
 Where there are too many states, some are chosen, the same ones for the same seed.
 
-Every state is judged by `tests.support.judge`.  A sample is also handed to the check of
+Every state is judged by `tests.support.crashoracle`.  A sample is also handed to the check of
 the project, opened, repaired, written to, and shown to ``qemu-img check``.
 """
 
@@ -21,27 +21,27 @@ from qedfuse.check.repair import repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.lookup.backing import read_header
 from tests.support import qemu
+from tests.support.crashoracle import CrashOracle
+from tests.support.crashrecording import CrashRecording
 from tests.support.disks import WRITABLE, opened
-from tests.support.film import Film
 from tests.support.history import disk_stamps, stamped, stamps, write_stamps
 from tests.support.hostfiles import SECTOR, MemoryFile
-from tests.support.judge import Judge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from qedfuse.disk.disk import Disk
-    from tests.support.film import Moment, State
+    from tests.support.crashrecording import CrashPoint, State
     from tests.support.history import History, Stamps
 
-EVERY_CHECK: Final = 101
-EVERY_OPEN: Final = 499
-EVERY_QEMU: Final = 1499
+CHECK_EVERY_STATES: Final = 101
+OPEN_EVERY_STATES: Final = 499
+QEMU_EVERY_STATES: Final = 1499
 """One state in so many is handed to our check, opened and used, shown to QEMU's check."""
 
 
-class Place(NamedTuple):
+class StateId(NamedTuple):
     """Where to find a state again.
 
     ``choice`` counts the choices at the moment after ``prefix`` changes; None is the
@@ -71,7 +71,7 @@ class Exploration:
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    violations: dict[str, tuple[Place, str]] = field(default_factory=dict)
+    violations: dict[str, tuple[StateId, str]] = field(default_factory=dict)
     violated: int = 0
     misread: list[str] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ class Exploration:
         """How many different states were judged."""
         return self.counts["states"]
 
-    def note(self, place: Place, problems: list[str]) -> None:
+    def note(self, place: StateId, problems: list[str]) -> None:
         """Note what was found at one state."""
         if problems:
             self.violated += 1
@@ -127,14 +127,14 @@ class Explorer:
         self._history = history
         self._bases = bases
         self._scratch = scratch
-        self._film = Film(history.file)
-        self._judge = Judge(history, self._film.contents, self._film.initial.ids)
+        self._recording = CrashRecording(history.file)
+        self._oracle = CrashOracle(history, self._recording.contents, self._recording.initial.ids)
         self._seen: set[int] = set()
         self.found = Exploration()
 
-    def moments(self) -> Iterator[Moment]:
+    def crash_points(self) -> Iterator[CrashPoint]:
         """Show each moment of the recording."""
-        return self._film.moments()
+        return self._recording.crash_points()
 
     def random(self, count: int) -> random.Random:
         """Give the source of chance for the moment after ``count`` changes."""
@@ -142,7 +142,7 @@ class Explorer:
 
     async def explore(self, states: int) -> Exploration:
         """Look at all prefixes and at about ``states`` states more."""
-        steps = self._film.steps
+        steps = self._recording.steps
         # Right before a datasync ends the most is at stake; what is not durable after it
         # was changed while it was under way.
         last = [n for n, step in enumerate(steps) if step.durable is not None]
@@ -150,34 +150,34 @@ class Explorer:
         wanted = set(last)
         left = states
         ahead = len(wanted)
-        for moment in self._film.moments():
-            prefix = moment.prefix()
+        for point in self._recording.crash_points():
+            prefix = point.prefix()
             self.found.counts["prefixes"] += 1
-            await self._look(Place(self._name, self._seed, moment.count, None), prefix, moment)
-            if moment.count in wanted:
+            await self._look(StateId(self._name, self._seed, point.count, None), prefix, point)
+            if point.count in wanted:
                 before = self.found.states
-                await self._explore_moment(moment, left // ahead)
+                await self._explore_point(point, left // ahead)
                 left -= self.found.states - before
                 ahead -= 1
         return self.found
 
-    async def _explore_moment(self, moment: Moment, most: int) -> None:
+    async def _explore_point(self, point: CrashPoint, most: int) -> None:
         """Look at up to ``most`` states of one moment, or at all of them."""
-        moment.develop()
-        everything = moment.states
+        point.develop()
+        everything = point.states
         self.found.counts["moments"] += 1
-        choices = moment.choices(self.random(moment.count))
+        choices = point.choices(self.random(point.count))
         before = self.found.states
         # Some choices turn out to be the same state: more are drawn, but not for ever.
         for number, choice in enumerate(itertools.islice(choices, 2 * most + 1)):
             if self.found.states - before >= most:
                 return
-            place = Place(self._name, self._seed, moment.count, number)
-            await self._look(place, moment.state(choice), moment)
+            place = StateId(self._name, self._seed, point.count, number)
+            await self._look(place, point.state(choice), point)
         if everything <= most:
             self.found.counts["exhausted"] += 1
 
-    async def _look(self, place: Place, state: State, moment: Moment) -> None:
+    async def _look(self, place: StateId, state: State, point: CrashPoint) -> None:
         """Judge a state, unless the same was judged under the same promises."""
         promises = self._history.promises(place.prefix)
         key = hash((promises, state.length, state.ids.tobytes()))
@@ -185,37 +185,37 @@ class Explorer:
             return
         self._seen.add(key)
         self.found.counts["states"] += 1
-        self.found.note(place, await self.judge(state, moment, self.found.states))
+        self.found.note(place, await self.judge(state, point, self.found.states))
 
-    async def judge(self, state: State, moment: Moment, number: int = 0) -> list[str]:
+    async def judge(self, state: State, point: CrashPoint, number: int = 0) -> list[str]:
         """Judge a state; ``number`` decides who else does."""
-        problems = self._judge.problems(moment, state)
-        if number % EVERY_CHECK == 0:
+        problems = self._oracle.problems(point, state)
+        if number % CHECK_EVERY_STATES == 0:
             self.found.counts["checked"] += 1
             problems += await self._confirm(state)
-        if number % EVERY_OPEN == 0 and not problems:
+        if number % OPEN_EVERY_STATES == 0 and not problems:
             self.found.counts["opened"] += 1
             problems += await self._use(state)
         # QEMU cannot open images whose tables are one cluster long.
-        ask = self._scratch is not None and self._judge.header(state).table_size > 1
-        if ask and number % EVERY_QEMU == 0:
+        ask = self._scratch is not None and self._oracle.header(state).table_size > 1
+        if ask and number % QEMU_EVERY_STATES == 0:
             self.found.counts["qemu"] += 1
             problems += self._ask_qemu(state)
         return problems
 
     def content(self, state: State) -> bytes:
         """Give the bytes of a state."""
-        return self._film.contents.content(state)
+        return self._recording.contents.content(state)
 
     async def _confirm(self, state: State) -> list[str]:
         """See whether the project's check agrees with the judge on the tables."""
         file = MemoryFile(self.content(state), writable=False)
         report = await check_image(file, await read_header(file))
-        tables = self._judge.tables(state)
+        tables = self._oracle.tables(state)
         if bool(report.errors) != bool(tables.errors):
             return [f"the check finds {report.findings}, the judge {tables.errors}"]
         # What a list names is not leaked.
-        leaks = 0 if self._judge.header(state).free_list else tables.leaks
+        leaks = 0 if self._oracle.header(state).free_list else tables.leaks
         if not tables.errors and report.leaks != leaks:
             return [f"the check finds {report.leaks} leaks, the judge {leaks}"]
         return []
@@ -257,18 +257,18 @@ class Explorer:
         """See whether QEMU's check finds nothing worse than leaks."""
         assert self._scratch is not None
         path = self._scratch / "state.qed"
-        if self._judge.header(state).has_backing:
+        if self._oracle.header(state).has_backing:
             # It is opened, and not looked at.
             (self._scratch / "base").write_bytes(bytes(SECTOR))
         path.write_bytes(self.content(state))
-        if self._judge.header(state).free_list:
+        if self._oracle.header(state).free_list:
             try:
                 qemu.check(path)
             except qemu.QemuError:
                 return []
             return ["qemu-img check opens an image with a free list"]
         result = qemu.check(path)
-        expected = bool(self._judge.tables(state).errors)
+        expected = bool(self._oracle.tables(state).errors)
         if (result.errors > 0) != expected:
             return [f"qemu-img check: {result.text}"]
         return []

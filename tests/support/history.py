@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.ondisk.constants import ZERO
+from tests.support.crashrecording import MIXED, WORDS
 from tests.support.disks import header_of
-from tests.support.film import MIXED, WORDS
 from tests.support.hostfiles import SECTOR
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _entries(image: bytes | bytearray, offset: int, length: int) -> Iterator[tup
 
 
 @dataclass
-class Event:
+class Request:
     """A request: when it began and ended, in the order of requests and in host changes.
 
     Attributes:
@@ -119,7 +119,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Allowed:
+class AllowedContents:
     """What each sector of the disk may hold after a crash.
 
     Attributes:
@@ -149,14 +149,14 @@ class History:
         self._numbered_from = numbered_from
         self.file = file
         self.below = below
-        self.changes: list[Event] = []
-        self.flushes: list[Event] = []
-        self.resizes: list[Event] = []
+        self.changes: list[Request] = []
+        self.flushes: list[Request] = []
+        self.resizes: list[Request] = []
         self.misread: list[str] = []
         self.disk: Disk | None = None
         self._clock = 0
-        self._allowed: dict[int, Allowed] = {}
-        self._by_sector: dict[int, list[Event]] = {}
+        self._allowed: dict[int, AllowedContents] = {}
+        self._by_sector: dict[int, list[Request]] = {}
         self._first = disk_stamps(file.initial, below)
 
     @property
@@ -164,17 +164,17 @@ class History:
         assert self.disk is not None
         return self.disk
 
-    def _begin(self, events: list[Event]) -> Event:
+    def _begin(self, events: list[Request]) -> Request:
         self._clock += 1
-        event = Event(self._clock, len(self.file.changes))
+        event = Request(self._clock, len(self.file.changes))
         events.append(event)
         return event
 
-    def _end(self, event: Event) -> None:
+    def _end(self, event: Request) -> None:
         self._clock += 1
         event.ended, event.ended_at = self._clock, len(self.file.changes)
 
-    def _change(self, first: int, count: int) -> Event:
+    def _change(self, first: int, count: int) -> Request:
         event = self._begin(self.changes)
         event.first, event.last = first, first + count
         for sector in range(first, first + count):
@@ -260,7 +260,7 @@ class History:
         """Tell apart the moments at which different things had been promised."""
         return self.flushed(count), self.least_size(count)
 
-    def allowed(self, flushed: int) -> Allowed:
+    def allowed(self, flushed: int) -> AllowedContents:
         """Tell what each sector may hold once everything over by ``flushed`` is durable."""
         known = self._allowed.get(flushed)
         if known is None:
@@ -270,5 +270,5 @@ class History:
             numbers[: len(self._first)] = self._first[:, np.newaxis]
             for sector, choice in several.items():
                 numbers[sector] = choice + choice[:1] * (most - len(choice))
-            known = self._allowed[flushed] = Allowed(numbers)
+            known = self._allowed[flushed] = AllowedContents(numbers)
         return known

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SECTOR: Final = 512
 """What a disk writes whole or not at all, in bytes."""
 
-HOLE: Final = 4096
+BLOCK_BYTES: Final = 4096
 """The grain in which `MemoryFile` tells data from holes, in bytes."""
 
 Action: TypeAlias = Literal["read", "write", "datasync", "truncate", "punch", "reserve"]
@@ -97,7 +97,7 @@ class MemoryFile:
         self.name = name
         self.writable = writable
         self.can_punch = True
-        self.cached_slice = False
+        self.in_page_cache = False
         self.closed = False
         self.counts: Counter[Action] = Counter()
 
@@ -126,28 +126,28 @@ class MemoryFile:
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view``, if that can be done at once and the file has that much."""
         data = self.content[offset : offset + len(view)]
-        if not self.cached_slice or len(data) < len(view):
+        if not self.in_page_cache or len(data) < len(view):
             return False
         view[:] = data
         return True
 
     def is_short(self, _length: int) -> bool:
         """Tell whether writes are done at once."""
-        return self.cached_slice
+        return self.in_page_cache
 
     def try_grow(self, size: int) -> bool:
         """Grow, if that can be done at once."""
         assert size > len(self.content), "growing makes a file longer"
-        if self.cached_slice:
+        if self.in_page_cache:
             self.change(Truncate(size))
-        return self.cached_slice
+        return self.in_page_cache
 
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write, if that can be done at once."""
         assert self.writable, "write to a file that is open read-only"
-        if self.cached_slice:
+        if self.in_page_cache:
             self.change(Write(offset, bytes(data)))
-        return self.cached_slice
+        return self.in_page_cache
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write the parts one behind the other, as one write."""
@@ -190,7 +190,7 @@ class MemoryFile:
     async def next_data(self, offset: int) -> int | None:
         """Find where the first data at or past ``offset`` begins, by blocks of `HOLE`."""
         while offset < len(self.content):
-            end = offset - offset % HOLE + HOLE
+            end = offset - offset % BLOCK_BYTES + BLOCK_BYTES
             if any(self.content[offset:end]):
                 return offset
             offset = end
@@ -199,7 +199,7 @@ class MemoryFile:
     async def next_hole(self, offset: int) -> int | None:
         """Find where the first hole at or past ``offset`` begins, by blocks of `HOLE`."""
         while offset < len(self.content):
-            end = offset - offset % HOLE + HOLE
+            end = offset - offset % BLOCK_BYTES + BLOCK_BYTES
             if not any(self.content[offset:end]):
                 return offset
             offset = end
@@ -243,11 +243,14 @@ class RecordingFile(MemoryFile):
         name: str = "image",
         writable: bool = True,
         pace: random.Random | None = None,
-        slow: float = 0.25,
+        linger_probability: float = 0.25,
     ) -> None:
-        """Begin with ``content``, which counts as durable; ``slow`` is how often calls linger."""
+        """Start with ``content``, which counts as durable.
+
+        ``linger_probability`` is the share of calls that take long.
+        """
         super().__init__(content, name=name, writable=writable)
-        self._slow = slow
+        self._linger_probability = linger_probability
         self.initial = bytes(content)
         self.changes: list[Change] = []
         self._pace = pace
@@ -282,7 +285,7 @@ class RecordingFile(MemoryFile):
 
     async def _linger(self) -> None:
         """Take some time, now and then."""
-        if self._pace is not None and self._pace.random() < self._slow:
+        if self._pace is not None and self._pace.random() < self._linger_probability:
             await trio.sleep(self._pace.choice((0.0, 0.01, 0.3, 2.0)))
 
     def prefixes(self) -> Iterator[tuple[int, bytearray]]:
@@ -299,7 +302,7 @@ class RecordingFile(MemoryFile):
     def power_loss(self, count: int, choice: random.Random, keep: float = 0.5) -> bytearray:
         """Give one file that a power failure after ``count`` changes could have left.
 
-        `tests.support.film` makes many; here each sector of a write, and each change of
+        `tests.support.crashrecording` makes many; here each sector of a write, and each change of
         the length, is there or not with the chance ``keep``, but in their order.
         """
         done = self.changes[:count]
@@ -331,7 +334,7 @@ def _sectors(write: Write) -> Iterator[Write]:
 
 
 @dataclass(eq=False)
-class Gate:
+class HeldCall:
     """Holds up one call: the caller has ``reached`` it, and waits for `open`.
 
     Used in a ``with`` block, which opens it at the end whatever happens.
@@ -340,7 +343,7 @@ class Gate:
     reached: trio.Event = field(default_factory=trio.Event)
     _passed: trio.Event = field(default_factory=trio.Event)
 
-    def open(self) -> None:
+    def release(self) -> None:
         """Let the call go on."""
         self._passed.set()
 
@@ -350,7 +353,7 @@ class Gate:
 
     def __exit__(self, *_: object) -> None:
         """Let the call go on."""
-        self.open()
+        self.release()
 
     async def wait(self) -> None:
         """Hold the caller up until `open`; like a system call, not to be cancelled."""
@@ -384,7 +387,7 @@ class FailingFile:
         self.calls: Counter[Action] = Counter()
         self._faults: dict[tuple[Action, int], _Fault] = {}
         self._always: dict[Action, tuple[int, _Fault]] = {}
-        self._gates: dict[tuple[Action, int], Gate] = {}
+        self._held_calls: dict[tuple[Action, int], HeldCall] = {}
         self._below: dict[Action, int] = {}
 
     def fail(
@@ -417,17 +420,17 @@ class FailingFile:
         self._always.clear()
         self._below.clear()
 
-    def hold(self, action: Action, nth: int = 1) -> Gate:
+    def hold(self, action: Action, nth: int = 1) -> HeldCall:
         """Make the ``nth`` call from now on wait at a gate."""
-        gate = self._gates[action, self.calls[action] + nth] = Gate()
-        return gate
+        held = self._held_calls[action, self.calls[action] + nth] = HeldCall()
+        return held
 
     async def _enter(self, action: Action, offset: int = 0) -> _Fault | None:
         """Count a call, wait where it is to wait, and tell how it is to fail."""
         self.calls[action] += 1
         key = (action, self.calls[action])
-        if gate := self._gates.pop(key, None):
-            await gate.wait()
+        if held := self._held_calls.pop(key, None):
+            await held.wait()
         fault = self._faults.pop(key, None)
         since, always = self._always.get(action, (0, None))
         if self.calls[action] >= since:

@@ -12,6 +12,7 @@ import pytest
 from qedfuse.cli.qedimg.main import main
 from tests.crash.test_barriers import without_barrier
 from tests.support import qemu
+from tests.support.crashrecording import CrashRecording
 from tests.support.disks import (
     build_image,
     difference,
@@ -24,7 +25,6 @@ from tests.support.disks import (
     pattern,
     put_entry,
 )
-from tests.support.film import Film
 from tests.support.hostfiles import SECTOR, MemoryFile, RecordingFile
 
 if TYPE_CHECKING:
@@ -264,11 +264,11 @@ async def states_of_shrinking(image: bytearray, base: bytes, size: int) -> set[b
     file = RecordingFile(image)
     async with opened(file, [base] if base else []) as disk:
         await disk.shrink(size, force=True)
-    film = Film(file)
-    for moment in film.moments():
-        moment.develop()
-        for choice in itertools.islice(moment.choices(chance), 20):
-            states.add(bytes(film.contents.content(moment.state(choice))))
+    recording = CrashRecording(file)
+    for point in recording.crash_points():
+        point.develop()
+        for choice in itertools.islice(point.choices(chance), 20):
+            states.add(bytes(recording.contents.content(point.state(choice))))
     return states
 
 

@@ -6,13 +6,13 @@ from typing import Final
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.disk.space.allocator import Allocator, Run
 from qedfuse.disk.space.filelength import GROWTH_BYTES
 from qedfuse.errors import HostError, NoSpaceError
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.ondisk.header import Header
-from tests.support.disks import settle
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Truncate
 
 CLUSTER = 4096
@@ -101,12 +101,12 @@ async def test_allocating_while_the_file_is_cut() -> None:
         assert file.size() >= runs[-1].end
 
     async with trio.open_nursery() as nursery:
-        with file.hold("truncate") as gate:
+        with file.hold("truncate") as held:
             nursery.start_soon(allocator.truncate_tail)
-            await gate.reached.wait()
+            await held.reached.wait()
             nursery.start_soon(allocate)
             nursery.start_soon(allocate)
-            await settle()
+            await wait_all_tasks_blocked()
             assert runs == []
     assert sorted(run.offset for run in runs) == [CLUSTER, 3 * CLUSTER]
     assert not min(runs).blank

@@ -480,12 +480,12 @@ async def test_cancelled_while_it_compacts() -> None:
         async with trio.open_nursery() as nursery, opened(file) as disk:
             await give_up(disk)
             await disk.flush()
-            gate = file.hold("write", 3)
+            held = file.hold("write", 3)
 
             async def cancel() -> None:
-                await gate.reached.wait()
+                await held.reached.wait()
                 scope.cancel()
-                gate.open()
+                held.release()
 
             nursery.start_soon(cancel)
     assert scope.cancelled_caught

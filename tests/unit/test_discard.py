@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.lookup.extents import Kind
@@ -30,7 +31,6 @@ from tests.support.disks import (
     opened,
     pattern,
     put_entry,
-    settle,
 )
 from tests.support.hostfiles import FailingFile, MemoryFile, Punch, RecordingFile, Sync, Write
 
@@ -183,9 +183,9 @@ async def test_a_freed_cluster_is_not_used_while_somebody_reads_it() -> None:
             got.append(bytes(await disk.read(2 * CLUSTER, CLUSTER)))
 
         async with trio.open_nursery() as nursery:
-            with file.hold("read") as gate:
+            with file.hold("read") as held:
                 nursery.start_soon(read)
-                await gate.reached.wait()
+                await held.reached.wait()
                 await disk.discard(2 * CLUSTER, CLUSTER)
                 await disk.flush()
                 assert disk.statistics().quarantined_clusters == 1
@@ -203,9 +203,9 @@ async def test_a_freed_cluster_is_not_used_while_somebody_writes_to_it() -> None
         await disk.wait_scanned()
         await disk.write(3 * CLUSTER, b"z")
         async with trio.open_nursery() as nursery:
-            with file.hold("write") as gate:
+            with file.hold("write") as held:
                 nursery.start_soon(disk.write, 2 * CLUSTER, b"late" * 1024)
-                await gate.reached.wait()
+                await held.reached.wait()
                 await disk.discard(2 * CLUSTER, CLUSTER)
                 await disk.flush()
                 await disk.write(20 * CLUSTER, pattern(CLUSTER, 99))
@@ -270,11 +270,11 @@ async def test_a_discard_beside_a_write_into_the_same_new_cluster() -> None:
         await disk.wait_scanned()
         await disk.write(CLUSTER, b"b")
         async with trio.open_nursery() as nursery:
-            with file.hold("write") as gate:
+            with file.hold("write") as held:
                 nursery.start_soon(disk.write, 5 * CLUSTER, pattern(CLUSTER, 5))
-                await gate.reached.wait()
+                await held.reached.wait()
                 nursery.start_soon(disk.discard, 5 * CLUSTER, CLUSTER)
-                await settle()
+                await wait_all_tasks_blocked()
         assert await disk.read(5 * CLUSTER, CLUSTER) == bytes(CLUSTER)
         assert await freed(disk) == 0, "its cluster was the last one and is cut off"
 
@@ -287,9 +287,9 @@ async def test_a_discard_up_to_the_end_beside_a_resize() -> None:
     async with opened(file) as disk:
         await disk.wait_scanned()
         async with trio.open_nursery() as nursery:
-            with file.hold("read") as gate:
+            with file.hold("read") as held:
                 nursery.start_soon(disk.discard, 0, size)
-                await gate.reached.wait()
+                await held.reached.wait()
 
                 async def grow_and_write() -> None:
                     await disk.resize(20 * CLUSTER)
@@ -297,7 +297,7 @@ async def test_a_discard_up_to_the_end_beside_a_resize() -> None:
                     await disk.flush()
 
                 nursery.start_soon(grow_and_write)
-                await settle()
+                await wait_all_tasks_blocked()
         assert await disk.read(size, 18) == b"behind the old end"
         assert not any(await disk.read(0, size))
 
@@ -312,11 +312,11 @@ async def test_a_full_file_waits_for_what_is_being_punched() -> None:
         await disk.wait_scanned()
         await disk.discard(2 * CLUSTER, 3 * CLUSTER)
         async with trio.open_nursery() as nursery:
-            with file.hold("punch") as gate:
+            with file.hold("punch") as held:
                 nursery.start_soon(disk.flush)
-                await gate.reached.wait()
+                await held.reached.wait()
                 nursery.start_soon(disk.write, 2 * CLUSTER, pattern(3 * CLUSTER, 50))
-                await settle()
+                await wait_all_tasks_blocked()
                 assert inner.size() == length
         assert inner.size() == length
         assert await disk.read(2 * CLUSTER, 3 * CLUSTER) == pattern(3 * CLUSTER, 50)
@@ -336,16 +336,16 @@ async def test_space_on_its_way_back_is_waited_for(step: Literal["datasync", "pu
         end = disk.statistics().file_bytes
         await disk.discard(0, 500 * CLUSTER)
         async with trio.open_nursery() as nursery:
-            with file.hold(step) as gate:
+            with file.hold(step) as held:
                 # It makes room itself, if nobody else does.
                 if step == "datasync":
                     nursery.start_soon(disk.write, 1200 * CLUSTER, pattern(20 * CLUSTER, 1))
                 else:
                     nursery.start_soon(disk.flush)
-                await gate.reached.wait()
+                await held.reached.wait()
                 for number in range(13, 20):
                     nursery.start_soon(disk.write, number * 100 * CLUSTER, pattern(CLUSTER, number))
-                await settle()
+                await wait_all_tasks_blocked()
                 assert disk.statistics().file_bytes == end
         assert disk.statistics().file_bytes <= end
     assert inspect_image(inner.content).errors == ()

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.errors import HostError, ReadOnlyError, UnsupportedError
-from tests.support.disks import WRITABLE, build_image, header_of, opened, settle
+from tests.support.disks import WRITABLE, build_image, header_of, opened
 from tests.support.hostfiles import FailingFile, RecordingFile, Sync, Write
 
 CLUSTER = 4096
@@ -38,12 +39,12 @@ async def test_every_writer_waits_for_the_autoclear_bits() -> None:
     recording = RecordingFile(build_image(SIZE, {0: b"a", 1: b"b"}, autoclear=1))
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
-        with file.hold("datasync") as gate:
+        with file.hold("datasync") as held:
             nursery.start_soon(disk.write, 0, b"x")
-            await gate.reached.wait()
+            await held.reached.wait()
             nursery.start_soon(disk.write, CLUSTER, b"y")
             nursery.start_soon(disk.resize, 2 * SIZE)
-            await settle()
+            await wait_all_tasks_blocked()
             assert len(recording.changes) == 1, "only the header has been written"
     assert isinstance(recording.changes[1], Sync)
 

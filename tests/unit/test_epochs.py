@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.disk.space.epochs import Epochs
-from tests.support.disks import settle
 
 
 def test_a_turn_without_requests_is_over_at_once() -> None:
@@ -45,7 +45,7 @@ async def test_waiting_for_a_turn() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wait, 1)
         nursery.start_soon(wait, 2)
-        await settle()
+        await wait_all_tasks_blocked()
         assert ended == []
         epochs.leave(request)
     assert sorted(ended) == [1, 2]

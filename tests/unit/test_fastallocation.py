@@ -34,7 +34,7 @@ def image(clusters: dict[int, bytes | int] | None = None, **options: int | bytes
     """Make a file that answers at once; cluster 500 has data, so that there is a table."""
     content = build_image(SIZE, {500: b"there", **(clusters or {})}, **options)  # type: ignore[arg-type]
     file = RecordingFile(content)
-    file.cached_slice = True
+    file.in_page_cache = True
     return file
 
 
@@ -152,7 +152,7 @@ async def test_around_the_data_the_base_is_copied() -> None:
 async def test_what_the_base_has_past_the_end_is_not_copied(short: int) -> None:
     """When the disk grows it must not show; and a base that ends earlier is zeros from there."""
     file = MemoryFile(build_image(100 * 512, {0: b"a"}, backing=b"base"))
-    file.cached_slice = True
+    file.in_page_cache = True
     async with opened(file, [BASE if short == 100 * 512 else BASE[: short + 7]]) as disk:
         await disk.wait_scanned()
         await disk.write(CLUSTER, b"b")
@@ -206,7 +206,7 @@ async def test_what_is_left_to_the_long_way() -> None:
         async with disk._components.allocator._length.lock:
             done = [disk.try_write(number * CLUSTER, b"x") for number in range(20, 400)]
             assert not all(done), "growing waits for who cuts"
-        file.cached_slice = False
+        file.in_page_cache = False
         assert not disk.try_write(450 * CLUSTER, b"x")
         assert disk.statistics().file_bytes == end + sum(done) * CLUSTER
 

@@ -31,10 +31,10 @@ SLICE: Final = 512 * CLUSTER
 SIZE: Final = 2 * SLICE
 
 
-def cached_slice(content: bytes | bytearray) -> MemoryFile:
+def in_page_cache(content: bytes | bytearray) -> MemoryFile:
     """Make a file whose bytes are all in memory."""
     file = MemoryFile(content)
-    file.cached_slice = True
+    file.in_page_cache = True
     return file
 
 
@@ -46,7 +46,7 @@ async def touch(disk: Disk) -> None:
 async def test_neighbours_in_the_file_are_one_request() -> None:
     """And what lies apart, or nowhere, is put together."""
     order = [0, 1, 2, 9, 8, 7, 20]
-    file = cached_slice(build_image(SIZE, {at: pattern(CLUSTER, at) for at in order}))
+    file = in_page_cache(build_image(SIZE, {at: pattern(CLUSTER, at) for at in order}))
     expected = guest_bytes(file.content)
     async with opened(file) as disk:
         assert disk.try_read(100, 50) is None, "no table is in memory yet"
@@ -62,7 +62,7 @@ async def test_neighbours_in_the_file_are_one_request() -> None:
 async def test_the_end_of_a_slice() -> None:
     """A request over two slices goes the long way, be it one run in the file or not."""
     clusters = {at: pattern(CLUSTER, at) for at in (510, 511, 512, 513)}
-    file = cached_slice(build_image(SIZE, clusters))
+    file = in_page_cache(build_image(SIZE, clusters))
     async with opened(file) as disk:
         await touch(disk)
         for count in (2, 3):
@@ -77,7 +77,7 @@ async def test_bad_entries_are_left_to_who_reports_them() -> None:
     """A slice with one of them is not read at once at all."""
     image = build_image(SIZE, {at: pattern(CLUSTER, at) for at in range(4)})
     put_entry(image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, 0)) + 7)
-    file = cached_slice(image)
+    file = in_page_cache(image)
     async with opened(file, options=OpenOptions()) as disk:
         await disk.read(0, CLUSTER)
         assert disk.try_read(0, CLUSTER) is None
@@ -86,7 +86,7 @@ async def test_bad_entries_are_left_to_who_reports_them() -> None:
 
 async def test_writes_in_place_are_made_durable_by_the_next_flush() -> None:
     """They count as written."""
-    file = FailingFile(cached_slice(build_image(SIZE, {0: pattern(CLUSTER, 0)})))
+    file = FailingFile(in_page_cache(build_image(SIZE, {0: pattern(CLUSTER, 0)})))
     file.try_write = file.inner.try_write  # type: ignore[assignment, method-assign]
     async with opened(file) as disk:
         await touch(disk)
@@ -102,7 +102,7 @@ async def test_what_is_not_overwritten_at_once() -> None:
     clusters: dict[int, bytes | int] = {0: b"a", 1: 1, 5: b"b", 4: b"c", SIZE // CLUSTER - 1: b"d"}
     image = build_image(SIZE, clusters)
     for options in (WRITABLE, replace(WRITABLE, detect_zeroes="on"), OpenOptions()):
-        file = cached_slice(image)
+        file = in_page_cache(image)
         file.writable = options.writable
         async with opened(file, options=options) as disk:
             await touch(disk)
@@ -117,7 +117,7 @@ async def test_what_is_not_overwritten_at_once() -> None:
 
 async def test_not_before_the_first_change_is_announced() -> None:
     """Where other programs' bits have to be cleared first, the first write does that."""
-    file = cached_slice(build_image(SIZE, {0: b"a"}, autoclear=0x30))
+    file = in_page_cache(build_image(SIZE, {0: b"a"}, autoclear=0x30))
     async with opened(file) as disk:
         await touch(disk)
         assert not disk.try_write(0, b"x")
@@ -128,7 +128,7 @@ async def test_not_before_the_first_change_is_announced() -> None:
 
 async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
     """Compaction moves them."""
-    file = cached_slice(
+    file = in_page_cache(
         build_image(64 * SLICE, {512 * at: pattern(CLUSTER, at) for at in range(40)})
     )
     expected = guest_bytes(file.content)
@@ -161,7 +161,7 @@ async def test_seeking_at_once_finds_what_the_long_way_finds(seed: int) -> None:
         for at in range(first, min(first + 512, -(-size // CLUSTER))):
             if kind == "full" or (kind == "mixed" and chance.random() < 0.02):
                 clusters[at] = 1 if chance.random() < 0.1 else b"x"
-    file = cached_slice(build_image(size, clusters))
+    file = in_page_cache(build_image(size, clusters))
     async with opened(file) as disk:
         assert not clusters or disk.try_seek(0, data=True) is None, "no table is in memory yet"
         await touch(disk)
@@ -175,7 +175,7 @@ async def test_seeking_at_once_finds_what_the_long_way_finds(seed: int) -> None:
 async def test_seeking_over_many_tables_that_are_not_there() -> None:
     """One look at the L1 table passes over them; a long search is left to the long way."""
     size = 512 * SLICE
-    file = cached_slice(
+    file = in_page_cache(
         build_image(size, {500 * 512 + 3: b"x", **{at * 512: 1 for at in range(100)}})
     )
     async with opened(file) as disk:

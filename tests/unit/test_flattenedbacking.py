@@ -95,9 +95,9 @@ async def test_flat_or_not_is_the_same(seed: int) -> None:
 
 def _read_at_once(disk: Disk, file: MemoryFile, start: int, length: int, expected: bytes) -> bool:
     """Read without waiting, if that can be."""
-    file.cached_slice = True
+    file.in_page_cache = True
     got = disk.try_read(start, length)
-    file.cached_slice = False
+    file.in_page_cache = False
     assert got is None or difference(bytes(got), expected[start:][:length]) is None
     return got is not None
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.disk.space import scan
 from qedfuse.disk.space.freemap import FreeMap
@@ -30,7 +31,6 @@ from tests.support.disks import (
     opened,
     pattern,
     put_entry,
-    settle,
 )
 from tests.support.freelists import DESCRIPTOR, leaked_runs, listed, put_list, set_bit
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync, Write
@@ -112,10 +112,10 @@ async def test_a_list_spares_the_scan_until_a_table_changes() -> None:
     file = MemoryFile(content)
     async with opened(file) as disk:
         await disk.write(0, pattern(CLUSTER, 3))
-        await settle()
+        await wait_all_tasks_blocked()
         assert disk.statistics().free_clusters is None
         reads = file.counts["read"]
-        await settle()
+        await wait_all_tasks_blocked()
         assert file.counts["read"] == reads
         await disk.write(100 * CLUSTER, pattern(CLUSTER, 7))
         assert disk.statistics().free_clusters == 19
@@ -147,7 +147,7 @@ async def test_a_long_scan_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     file = MemoryFile(content)
     async with opened(file) as disk:
         await disk.write(100 * CLUSTER, pattern(CLUSTER, 7))
-        await settle()
+        await wait_all_tasks_blocked()
         await disk.write(101 * CLUSTER, pattern(CLUSTER, 8))
         await disk.flush()
         assert get_entry(file.content, l2_entry_offset(file.content, 100)) == len(content)
@@ -163,7 +163,7 @@ async def test_a_disk_that_is_not_changed_keeps_its_list(options: object) -> Non
     async with opened(file, options=options) as disk:  # type: ignore[arg-type]
         assert await disk.read(0, disk.size) == guest_bytes(file.initial)
         await disk.flush()
-        await settle()
+        await wait_all_tasks_blocked()
     assert file.changes == []
 
 

@@ -117,13 +117,13 @@ async def test_a_signal_ends_the_compaction(
             await give_up(disk)
             await disk.flush()
             stopper.closing([disk])
-            gate = file.hold("write", 7)
+            held = file.hold("write", 7)
 
             async def send() -> None:
-                await gate.reached.wait()
+                await held.reached.wait()
                 signal.raise_signal(number)
                 await trio.testing.wait_all_tasks_blocked()
-                gate.open()
+                held.release()
 
             nursery.start_soon(send)
         nursery.cancel_scope.cancel()

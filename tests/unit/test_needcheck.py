@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ZERO
-from tests.support.disks import WRITABLE, build_image, header_of, inspect_image, opened, settle
+from tests.support.disks import WRITABLE, build_image, header_of, inspect_image, opened
 from tests.support.hostfiles import FailingFile, RecordingFile, Sync, Truncate, Write, apply
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ async def test_not_cleared_while_a_write_is_under_way(autojump_clock: MockClock)
     file = FailingFile(recording)
     async with opened(file, options=BUSY) as disk, trio.open_nursery() as nursery:
         await disk.write(CLUSTER, b"first")
-        with file.hold("write") as gate:
+        with file.hold("write") as held:
             nursery.start_soon(disk.write, 2 * CLUSTER, b"slow")
-            await gate.reached.wait()
+            await held.reached.wait()
             await trio.sleep(50)
             assert in_file(recording)
         await trio.sleep(20)
@@ -119,14 +120,18 @@ async def test_change_that_comes_while_the_bit_is_cleared(autojump_clock: MockCl
         file = FailingFile(recording)
         async with opened(file, options=IDLE) as disk, trio.open_nursery() as nursery:
             await disk.write(CLUSTER, b"first")
-            gates = [file.hold("write", nth), file.hold("datasync", nth), file.hold("truncate")]
-            for gate in gates:
-                with gate:
+            held_calls = [
+                file.hold("write", nth),
+                file.hold("datasync", nth),
+                file.hold("truncate"),
+            ]
+            for held in held_calls:
+                with held:
                     with trio.move_on_after(60):
-                        await gate.reached.wait()
-                    number = gates.index(gate) + 2
+                        await held.reached.wait()
+                    number = held_calls.index(held) + 2
                     nursery.start_soon(disk.write, number * CLUSTER, b"met")
-                    await settle()
+                    await wait_all_tasks_blocked()
             await disk.flush()
             assert in_file(recording)
             await trio.sleep(60)
@@ -192,13 +197,13 @@ async def test_second_writer_waits_for_the_bit_of_the_first() -> None:
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
-        with file.hold("write") as gate:
+        with file.hold("write") as held:
             nursery.start_soon(disk.write, CLUSTER, b"first")
-            await gate.reached.wait()
+            await held.reached.wait()
             nursery.start_soon(disk.write, 2 * CLUSTER, b"second")
-            await settle()
+            await wait_all_tasks_blocked()
             nursery.start_soon(disk.flush)
-            await settle()
+            await wait_all_tasks_blocked()
             assert not [change for change in recording.changes if isinstance(change, Write)]
     assert all(bit_at_table_writes(recording))
 

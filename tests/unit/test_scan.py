@@ -102,9 +102,9 @@ async def test_changes_while_the_scan_is_under_way(*, read_first: bool) -> None:
     inner = MemoryFile(image)
     file = FailingFile(inner)
     expected = bytearray(guest_bytes(inner.content))
-    with file.hold("read", nth=4 if read_first else 3) as gate:
+    with file.hold("read", nth=4 if read_first else 3) as held:
         async with opened(file) as disk:
-            await gate.reached.wait()
+            await held.reached.wait()
             for at in (other + 1, other + 2, other + 9, other + 29):
                 await disk.discard(at * CLUSTER, CLUSTER)
                 expected[at * CLUSTER : (at + 1) * CLUSTER] = bytes(CLUSTER)
@@ -113,7 +113,7 @@ async def test_changes_while_the_scan_is_under_way(*, read_first: bool) -> None:
             expected[start : start + 4 * CLUSTER] = pattern(4 * CLUSTER, 77)
             await disk.flush()
             assert disk.statistics().free_clusters is None
-            gate.open()
+            held.release()
             await disk.wait_scanned()
             assert disk.statistics().free_clusters == 2
             await disk.flush()
@@ -137,12 +137,12 @@ async def test_one_of_two_owners_gives_up_while_the_scan_is_under_way(*, read_fi
     gives_up, keeps = (2, SPAN + 2) if read_first else (SPAN + 2, 2)
     inner = MemoryFile(image)
     file = FailingFile(inner)
-    with file.hold("read", nth=4 if read_first else 3) as gate:
+    with file.hold("read", nth=4 if read_first else 3) as held:
         async with opened(file) as disk:
-            await gate.reached.wait()
+            await held.reached.wait()
             await disk.discard(gives_up * CLUSTER, CLUSTER)
             await disk.flush()
-            gate.open()
+            held.release()
             await disk.wait_scanned()
             await disk.flush()
             await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
@@ -158,11 +158,11 @@ async def test_an_owner_in_a_table_to_come_gives_up_what_was_seen_with_another()
     shared = get_entry(image, l2_entry_offset(image, 2))
     put_entry(image, l2_entry_offset(image, 2 * SPAN), shared)
     file = FailingFile(MemoryFile(image))
-    with file.hold("read", nth=4) as gate:
+    with file.hold("read", nth=4) as held:
         async with opened(file) as disk:
-            await gate.reached.wait()  # the first table has been walked
+            await held.reached.wait()  # the first table has been walked
             await disk.discard(2 * SPAN * CLUSTER, CLUSTER)
-            gate.open()
+            held.release()
             await disk.wait_scanned()
             await disk.flush()
             await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
@@ -176,11 +176,11 @@ async def test_both_owners_give_up_before_the_scan_gets_there() -> None:
     shared = get_entry(image, l2_entry_offset(image, SPAN))
     put_entry(image, l2_entry_offset(image, SPAN + 2), shared)
     file = FailingFile(MemoryFile(image))
-    with file.hold("read", nth=3) as gate:
+    with file.hold("read", nth=3) as held:
         async with opened(file) as disk:
-            await gate.reached.wait()
+            await held.reached.wait()
             await disk.discard(SPAN * CLUSTER, 3 * CLUSTER)
-            gate.open()
+            held.release()
             await disk.wait_scanned()
             await disk.flush()
             assert disk.statistics().free_clusters == 0
@@ -193,13 +193,13 @@ async def test_a_full_file_waits_for_the_scan() -> None:
     put_entry(image, l2_entry_offset(image, 3), 0)
     inner = MemoryFile(image)
     file = FailingFile(inner)
-    with file.hold("read", nth=3) as gate:
+    with file.hold("read", nth=3) as held:
         async with opened(file) as disk, trio.open_nursery() as nursery:
-            await gate.reached.wait()
+            await held.reached.wait()
             nursery.start_soon(disk.write, 3 * CLUSTER, b"again")
             await trio.testing.wait_all_tasks_blocked()
             assert inner.size() == len(image)
-            gate.open()
+            held.release()
     assert len(inner.content) == len(image)
     assert inspect_image(inner.content).leaks == 0
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.hostio.nowaitretry import loop
 from qedfuse.mount.fuse.scheduler import (
@@ -17,7 +18,6 @@ from qedfuse.mount.fuse.scheduler import (
     default_poll_seconds,
     scheduled,
 )
-from tests.support.disks import settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,11 +62,11 @@ async def test_the_holder_gets_the_baton_back_before_who_waits() -> None:
     async with trio.open_nursery() as nursery:
         async with baton:
             nursery.start_soon(other)
-            await settle()
+            await wait_all_tasks_blocked()
         for number in range(3):
             async with baton:
                 order.append(str(number))
-        await settle()
+        await wait_all_tasks_blocked()
         async with baton:
             order.append("last")
     assert order == ["0", "1", "2", "other", "last"]
@@ -114,9 +114,9 @@ async def test_a_cancelled_waiter_leaves_the_baton_to_the_next() -> None:
     async with trio.open_nursery() as nursery, baton:
         for number, scope in enumerate(scopes):
             nursery.start_soon(wait, str(number), scope)
-        await settle()
+        await wait_all_tasks_blocked()
         scopes[1].cancel()
-        await settle()
+        await wait_all_tasks_blocked()
     assert sorted(got) == ["0", "2"]
 
 
@@ -181,7 +181,7 @@ async def test_the_next_request_is_polled_for_when_that_pays(pipe: tuple[int, in
     clock.step = 1e-6
     async with trio.open_nursery() as nursery:
         nursery.start_soon(scheduler.wait_readable, pipe[0])
-        await settle()
+        await wait_all_tasks_blocked()
         os.write(pipe[1], b"x")
     assert (scheduler.statistics.slept, scheduler.statistics.polled) == (1, 0)
     os.read(pipe[0], 1)
@@ -200,7 +200,7 @@ async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> N
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(scheduler.wait_readable, pipe[0])
-                await settle()
+                await wait_all_tasks_blocked()
                 os.write(pipe[1], b"x")
     finally:
         loop.polled_reads -= 1
@@ -217,7 +217,7 @@ async def test_no_polling_while_a_thread_is_at_work(pipe: tuple[int, int]) -> No
             try:
                 # With a clock that stands still it would poll for ever.
                 nursery.start_soon(scheduler.wait_readable, pipe[0])
-                await settle()
+                await wait_all_tasks_blocked()
                 os.write(pipe[1], b"x")
             finally:
                 trio.to_thread.current_default_thread_limiter().release()
@@ -242,7 +242,7 @@ async def test_the_end_reaches_who_waits_and_who_is_about_to(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait)
             if asleep:
-                await settle()
+                await wait_all_tasks_blocked()
             scheduler.notify_closing(pipe[0])
         await wait()
     assert len(ended) == 2

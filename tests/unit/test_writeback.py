@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.errors import HeaderError, HostError, NeedsCheckError, NoSpaceError, ReadOnlyError
 from tests.support.disks import (
@@ -18,7 +19,6 @@ from tests.support.disks import (
     header_of,
     inspect_image,
     opened,
-    settle,
 )
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync, Write
 
@@ -109,15 +109,15 @@ async def test_concurrent_flushes_share_a_round() -> None:
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
         await disk.write(0, b"first")
-        with file.hold("datasync") as gate:
+        with file.hold("datasync") as held:
             nursery.start_soon(disk.flush)
-            await gate.reached.wait()
+            await held.reached.wait()
             await disk.write(0, b"second")
             for _ in range(20):
                 nursery.start_soon(disk.flush)
-            await settle()
+            await wait_all_tasks_blocked()
             assert file.calls["datasync"] == 1
-        await settle()
+        await wait_all_tasks_blocked()
         assert file.calls["datasync"] == 2
         assert disk.statistics().writeback.cycles == 2
 
@@ -128,13 +128,13 @@ async def test_joined_round_with_nothing_left_to_do() -> None:
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
         await disk.write(0, b"first")
-        with file.hold("datasync") as gate:
+        with file.hold("datasync") as held:
             nursery.start_soon(disk.flush)
-            await gate.reached.wait()
+            await held.reached.wait()
             for _ in range(20):
                 nursery.start_soon(disk.flush)
-            await settle()
-        await settle()
+            await wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         assert file.calls["datasync"] == 1
     assert recording.closed
 
@@ -145,12 +145,12 @@ async def test_write_during_a_round_is_not_taken_for_durable() -> None:
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
         await disk.write(0, b"first")
-        with file.hold("datasync") as gate:
+        with file.hold("datasync") as held:
             nursery.start_soon(disk.flush)
-            await gate.reached.wait()
+            await held.reached.wait()
             await disk.write(512, b"second")
             await disk.write(SPAN + CLUSTER, b"third")
-        await settle()
+        await wait_all_tasks_blocked()
         await disk.flush()
         place = max(n for n, change in enumerate(recording.changes) if isinstance(change, Write))
         assert any(isinstance(change, Sync) for change in recording.changes[place:])
@@ -179,12 +179,12 @@ async def test_failed_datasync_ends_writing(nth: int) -> None:
             await disk.write(0, b"data")
             file.fail("datasync", nth)
             async with trio.open_nursery() as nursery:
-                with file.hold("datasync", nth) as gate:
+                with file.hold("datasync", nth) as held:
                     nursery.start_soon(flush_error, disk, errors)
-                    await gate.reached.wait()
+                    await held.reached.wait()
                     for _ in range(3):
                         nursery.start_soon(flush_error, disk, errors)
-                    await settle()
+                    await wait_all_tasks_blocked()
             assert len(errors) == 4
             assert not disk.writable
             assert disk.failure == "image: datasync: Input/output error"
@@ -210,14 +210,14 @@ async def test_joiners_of_a_failed_round_get_its_error() -> None:
         async with opened(file) as disk:
             await disk.write(0, b"x")
             async with trio.open_nursery() as nursery:
-                with file.hold("datasync") as gate:
+                with file.hold("datasync") as held:
                     nursery.start_soon(disk.flush)
-                    await gate.reached.wait()
+                    await held.reached.wait()
                     await disk.write(0, b"y")
                     file.fail("datasync")
                     for _ in range(5):
                         nursery.start_soon(flush_error, disk, errors)
-                    await settle()
+                    await wait_all_tasks_blocked()
             assert file.calls["datasync"] == 2
     assert len(errors) == 5
 
@@ -296,9 +296,9 @@ async def test_closing_beside_the_background_flush(autojump_clock: MockClock) ->
     async with opened(file, options=replace(WRITABLE, commit_seconds=1.0)) as disk:
         await disk.write(0, b"first")
         async with trio.open_nursery() as nursery:
-            with file.hold("datasync") as gate:
+            with file.hold("datasync") as held:
                 nursery.start_soon(disk.flush)
-                await gate.reached.wait()
+                await held.reached.wait()
                 await trio.sleep(5)
     assert autojump_clock.current_time() >= 5
 

@@ -9,7 +9,7 @@ import trio
 
 from tests.crash.cases import CASES, Case
 from tests.crash.conftest import EXPLORED
-from tests.crash.workloads import carry_out
+from tests.crash.workloads import run_case
 from tests.support.disks import header_of, inspect_image
 from tests.support.explorer import Exploration, Explorer
 
@@ -24,7 +24,7 @@ STATES: Final = 9_000
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_states(case: Case, seed: int, tmp_path: Path) -> None:
     """Whatever a crash leaves opens, is sound, and holds what was flushed."""
-    workload = carry_out(case, seed)
+    workload = run_case(case, seed)
     assert workload.history.misread == []
     explorer = Explorer(case.name, seed, workload.history, workload.bases, scratch=tmp_path)
     found = trio.run(explorer.explore, STATES)
@@ -35,5 +35,5 @@ def test_states(case: Case, seed: int, tmp_path: Path) -> None:
     assert left.errors == ()
     if case.compacts or case.options.compact == "full":
         assert left.leaks == 0, "nothing can be shorter"
-    if case.tidy:
+    if case.leaves_no_leak:
         assert left.leaks == 0, "a close leaves none that it has time for"

@@ -22,7 +22,7 @@ _PLACE: Final = 3584
 _LENGTH: Final = 512
 
 
-def list_problems(content: bytes, header: Header, owned: NDArray[np.bool_]) -> list[str]:
+def free_list_problems(content: bytes, header: Header, owned: NDArray[np.bool_]) -> list[str]:
     """Judge the list of an image that has the bit set.
 
     ``owned`` tells for each cluster of the file whether a table refers to it, or it

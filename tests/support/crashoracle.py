@@ -14,9 +14,9 @@ import numpy as np
 
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from tests.support.disks import header_of
+from tests.support.freelistoracle import free_list_problems
 from tests.support.history import describe
 from tests.support.hostfiles import SECTOR
-from tests.support.listjudge import list_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.ondisk.header import Header
-    from tests.support.film import Contents, Ids, Moment, State
+    from tests.support.crashrecording import CrashPoint, Ids, SectorContents, State
     from tests.support.history import History
 
     Places = NDArray[np.intp]
@@ -65,10 +65,10 @@ class Tables:
         return int((~self.owned).sum())
 
 
-class Judge:
+class CrashOracle:
     """Judges states of one recording."""
 
-    def __init__(self, history: History, contents: Contents, initial: Ids) -> None:
+    def __init__(self, history: History, contents: SectorContents, initial: Ids) -> None:
         """Judge by what a history promised; ``initial`` is how the file began."""
         self._history = history
         self._contents = contents
@@ -185,14 +185,14 @@ class Judge:
             np.flatnonzero(entries[:used] == UNALLOCATED),
         )
 
-    def problems(self, moment: Moment, state: State) -> list[str]:
+    def problems(self, point: CrashPoint, state: State) -> list[str]:
         """Judge a state that a moment can leave; an empty list is good."""
         tables = self.tables(state)
         if tables.errors:
             return list(tables.errors)
         header = self.header(state)
         problems = []
-        least = self._history.least_size(moment.count)
+        least = self._history.least_size(point.count)
         if header.image_size < least:
             return [f"the disk has {header.image_size} bytes, and was grown to {least}"]
         if state.length > self._bound:
@@ -204,25 +204,25 @@ class Judge:
                 problems.append("a change while autoclear bits may be set")
         if header.free_list:
             content = self._contents.content(state)
-            problems += list_problems(content, header, tables.owned)
-        problems += self._early(moment, state, tables)
+            problems += free_list_problems(content, header, tables.owned)
+        problems += self._early(point, state, tables)
         return problems + self._wrong_data(
-            self._history.flushed(moment.count), header, state, tables
+            self._history.flushed(point.count), header, state, tables
         )
 
-    def _early(self, moment: Moment, state: State, tables: Tables) -> list[str]:
+    def _early(self, point: CrashPoint, state: State, tables: Tables) -> list[str]:
         """Find what may be there although what must come first may not be (D2, D3)."""
-        flying = moment.flying[moment.flying < len(state.ids)]
-        if not len(flying):
+        not_durable = point.not_durable[point.not_durable < len(state.ids)]
+        if not len(not_durable):
             return []
         problems = []
         moving = np.zeros(len(state.ids), np.bool_)
-        moving[flying] = True
+        moving[not_durable] = True
         if not self.header(state).need_check and moving[tables.sectors].any():
             problems.append("tables change while NEED_CHECK may be clear")
         begin, end = self._l1
         if moving[begin:end].any():
-            before = self._entries_of(moment.durable[begin:end])
+            before = self._entries_of(point.durable[begin:end])
             now = self._entries_of(state.ids[begin:end])
             size = self._geometry.table_bytes
             problems += [

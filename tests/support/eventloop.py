@@ -16,7 +16,7 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 
-class Loop:
+class EventLoopThread:
     """Runs async functions one by one in a loop that goes on between them.
 
     hypothesis drives a state machine by plain calls, while a disk lives in a nursery.
@@ -45,10 +45,10 @@ class Loop:
         self._thread.join()
 
 
-class Held:
+class HeldContext:
     """Keeps an async context manager open between calls, in a task of its own."""
 
-    def __init__(self, loop: Loop, manager: AbstractAsyncContextManager[Any]) -> None:
+    def __init__(self, loop: EventLoopThread, manager: AbstractAsyncContextManager[Any]) -> None:
         """Enter ``manager``; what it gives is in ``value``."""
         self._loop = loop
         self._manager = manager

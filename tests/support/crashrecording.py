@@ -35,7 +35,7 @@ WORDS: Final = SECTOR // 8
 MIXED: Final = (1 << 64) - 1
 """Stands for a sector that does not hold one number."""
 
-EXHAUSTIVE: Final = 512
+MAX_EXHAUSTIVE_STATES: Final = 512
 """Up to this many states, all that a moment can leave are looked at."""
 
 
@@ -46,7 +46,7 @@ class State(NamedTuple):
     length: int
 
 
-class Contents:
+class SectorContents:
     """Every content that a sector ever had; number 0 is zeros."""
 
     def __init__(self) -> None:
@@ -97,12 +97,12 @@ class Step:
 _NONE: Final[Ids] = np.empty(0, np.int32)
 
 
-class Film:
+class CrashRecording:
     """A recording, as steps of sectors."""
 
-    def __init__(self, file: RecordingFile, contents: Contents | None = None) -> None:
+    def __init__(self, file: RecordingFile, contents: SectorContents | None = None) -> None:
         """Cut the recording of a file."""
-        self.contents = contents or Contents()
+        self.contents = contents or SectorContents()
         self._bytes = bytearray(file.initial)
         self._length = len(file.initial)
         ends = [len(file.initial)]
@@ -147,7 +147,7 @@ class Film:
         ids = [self.contents.number(held[n : n + SECTOR]) for n in range(0, len(held), SECTOR)]
         return Step(np.arange(first, last, dtype=np.int32), np.array(ids, np.int32), self._length)
 
-    def moments(self) -> Iterator[Moment]:
+    def crash_points(self) -> Iterator[CrashPoint]:
         """Show the recording after each number of changes."""
         durable, now = self.initial.ids.copy(), self.initial.ids.copy()
         done = 0
@@ -159,7 +159,7 @@ class Film:
                 for made in self.steps[done : step.durable or 0]:
                     durable[made.sectors] = made.ids
                 done = max(done, step.durable or 0)
-            yield Moment(
+            yield CrashPoint(
                 count,
                 durable,
                 now,
@@ -176,7 +176,7 @@ class Choice(NamedTuple):
     length: int
 
 
-class Moment:
+class CrashPoint:
     """The file after some changes, of which the latest are not durable.
 
     Attributes:
@@ -193,7 +193,7 @@ class Moment:
         now: Ids,
         lengths: Sequence[int],
         steps: Sequence[Step],
-        contents: Contents,
+        contents: SectorContents,
     ) -> None:
         """Wrap arrays that change when the film goes on."""
         self.count = count
@@ -203,7 +203,7 @@ class Moment:
         self._lengths = list(dict.fromkeys(reversed(lengths)))
         self._all_lengths = lengths
         self._steps = steps
-        self.flying: Ids = _NONE
+        self.not_durable: Ids = _NONE
 
     def prefix(self) -> State:
         """Give the file as whoever kills the process leaves it."""
@@ -230,7 +230,7 @@ class Moment:
             self._made.append((places, versions))
         counts = [len(versions) for versions in rows.values()]
         self._counts = np.array(counts, np.intp)
-        self.flying = np.array(list(rows), np.int32)
+        self.not_durable = np.array(list(rows), np.int32)
         self._versions = np.zeros((len(rows), max(counts, default=1)), np.int32)
         for row, known in enumerate(rows.values()):
             self._versions[row, : len(known)] = known
@@ -244,7 +244,7 @@ class Moment:
     def state(self, choice: Choice) -> State:
         """Give the file that a choice leaves."""
         ids = self.durable.copy()
-        ids[self.flying] = self._versions[self._rows, choice.versions]
+        ids[self.not_durable] = self._versions[self._rows, choice.versions]
         return State(ids[: -(-choice.length // SECTOR)], choice.length)
 
     def choices(self, random_: random.Random) -> Iterator[Choice]:
@@ -253,7 +253,7 @@ class Moment:
         Without end in the latter case; the same ones in the same order for the same
         ``random_``.
         """
-        if self.states <= EXHAUSTIVE:
+        if self.states <= MAX_EXHAUSTIVE_STATES:
             ranges = [range(count) for count in self._counts.tolist()]
             for versions in itertools.product(*ranges):
                 for length in self._lengths:
