@@ -21,6 +21,7 @@ from qedfuse.check.inspector import inspect_image as inspector
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.tools.editing import freelist
+from qedfuse.tools.inspection import freelistinfo
 from tests.support import qemu
 from tests.support.disks import difference, guest_bytes, header_of, inspect_image
 from tests.support.freelists import BIT, DESCRIPTOR, leaked_runs, listed, set_bit
@@ -242,7 +243,7 @@ async def test_a_program_that_takes_the_bit_away_and_puts_it_back(tmp_path: Path
     content = shared.file
     set_bit(content)
     shared.path.write_bytes(content)
-    info = await freelist.show(str(shared.path))
+    info = await freelistinfo.describe_free_list(str(shared.path))
     assert (info.present, info.valid) == (True, False)
     await shared.by_us(KEEP)
     await shared.is_refused()
@@ -275,16 +276,20 @@ async def test_show_enable_drop(tmp_path: Path) -> None:
     path = tmp_path / "image.qed"
     qemu.create(path, SIZE)
     qemu.io(path, "write -P 1 0 1M")
-    assert await freelist.show(str(path)) == freelist.FreeListInfo(present=False)
+    assert await freelistinfo.describe_free_list(str(path)) == freelistinfo.FreeListInfo(
+        present=False
+    )
     assert not (await freelist.enable(str(path))).present
     async with open_disk(str(path), KEEP) as disk:
         await disk.discard(0, 3 * CLUSTER)
         await disk.discard(5 * CLUSTER, CLUSTER)
     found = await freelist.enable(str(path))
-    assert found == freelist.FreeListInfo(
+    assert found == freelistinfo.FreeListInfo(
         present=True, valid=True, runs=2, clusters=4, bytes=4 * CLUSTER, list_clusters=1
     )
     assert await freelist.enable(str(path)) == found
     await freelist.drop(str(path))
-    assert await freelist.show(str(path)) == freelist.FreeListInfo(present=False)
+    assert await freelistinfo.describe_free_list(str(path)) == freelistinfo.FreeListInfo(
+        present=False
+    )
     assert qemu.check(path).leaks == 4

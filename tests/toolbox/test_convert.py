@@ -16,8 +16,8 @@ import trio
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.tools.copying import convert as conversion
-from qedfuse.tools.copying import parallelcopy
-from qedfuse.tools.copying import verify as verifying
+from qedfuse.tools.copying import diskcopy
+from qedfuse.tools.copying.compare import verify_copy
 from qedfuse.tools.copying.imagespec import ImageSpec
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
@@ -276,7 +276,7 @@ def test_an_option_that_qemu_img_refuses_fails_before_the_copy(
     async def run(copy: object, _streams: int) -> None:
         copies.append(copy)
 
-    monkeypatch.setattr(parallelcopy.Copy, "run", run)
+    monkeypatch.setattr(diskcopy.DiskCopy, "run", run)
     source, new = str(tmp_path / "a.raw"), str(tmp_path / "x")
     assert main(["convert", "-O", "qcow2", "-o", "nonsense=1", source, new]) == 1
     assert "Invalid parameter" in capsys.readouterr().err
@@ -415,7 +415,6 @@ def test_comparing_notices_a_difference(
 ) -> None:
     """A copy that is not the same never gets its name."""
     (tmp_path / "a.raw").write_bytes(b"x" * (1 << 20))
-    real = verifying.verify
 
     def spoil(name: str) -> None:
         with (tmp_path / name).open("r+b") as file:
@@ -424,9 +423,9 @@ def test_comparing_notices_a_difference(
 
     async def spoilt(source: object, copy: object, name: str) -> None:
         spoil(next(name for name in names(tmp_path) if name.startswith(".new")))
-        await real(source, copy, name)  # type: ignore[arg-type]
+        await verify_copy(source, copy, name)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conversion, "verify", spoilt)
+    monkeypatch.setattr(conversion, "verify_copy", spoilt)
     words = ["--compare", "-O", "raw", str(tmp_path / "a.raw"), str(tmp_path / "new.raw")]
     assert main(["convert", *words]) == 1
     assert "new.raw: content at 777777: found other bytes" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from qedfuse.errors import BackingRefusedError
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools.inspection import fastmap
-from qedfuse.tools.source.mapping import MapEntry, map_image, open_map
+from qedfuse.tools.inspection.mapping import MapEntry, map_image, open_map
 from tests.support import qemu
 from tests.support.chains import draw_any_size, draw_chain
 from tests.support.disks import build_image, l2_entry_offset, put_entry

@@ -19,7 +19,7 @@ from qedfuse.errors import ImageInUseError, UsageError
 from qedfuse.hostio.newfile import NewFile
 from qedfuse.hostio.replacedfile import lock_replaced_file
 from qedfuse.tools.copying.convert import convert
-from qedfuse.tools.editing.creation import create
+from qedfuse.tools.editing.create import create
 from tests.support import qemu
 
 if TYPE_CHECKING:

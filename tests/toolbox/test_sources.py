@@ -11,9 +11,9 @@ import trio
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import HostError, ImageError, ImageInUseError, UsageError
-from qedfuse.tools.source import extentbatches as stepping
-from qedfuse.tools.source.chunks import Chunker, Piece
-from qedfuse.tools.source.extentbatches import Step, steps
+from qedfuse.tools.source import extentbatches
+from qedfuse.tools.source.chunks import Chunk, Chunker
+from qedfuse.tools.source.extentbatches import ExtentBatch, extent_batches
 from qedfuse.tools.source.source import open_source
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
@@ -77,22 +77,26 @@ def test_pieces_hold_all_data(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     top = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
     expected = chains.content(top)
-    unit = 1 << chance.randrange(12, 20)
-    longest = unit << chance.randrange(4)
+    block_size = 1 << chance.randrange(12, 20)
+    max_chunk_bytes = block_size << chance.randrange(4)
 
-    async def work() -> list[Piece]:
+    async def work() -> list[Chunk]:
         async with open_source(str(top), "auto", ANY) as source:
-            cutter = Chunker(source, unit, longest)
-            return [piece async for step in steps(source, unit) for piece in cutter.cut(step)]
+            cutter = Chunker(source, block_size, max_chunk_bytes)
+            return [
+                piece
+                async for step in extent_batches(source, block_size)
+                for piece in cutter.cut(step)
+            ]
 
     at = 0
     for piece in trio.run(work):
         assert piece.start >= at
         assert not any(expected[at : piece.start])
         at = piece.start + piece.length
-        assert piece.start % unit == 0
-        assert at % unit == 0 or at == len(expected)
-        assert piece.start // longest == (at - 1) // longest
+        assert piece.start % block_size == 0
+        assert at % block_size == 0 or at == len(expected)
+        assert piece.start // max_chunk_bytes == (at - 1) // max_chunk_bytes
         for part in piece.parts:
             assert 0 <= part.at < part.at + part.length <= piece.length
     assert not any(expected[at:])
@@ -184,23 +188,23 @@ def test_steps_are_of_whole_units(
 ) -> None:
     """They cover the disk, however much each source tells at a time."""
     chance = random.Random(f"steps {seed}")
-    monkeypatch.setattr(stepping, "_ENOUGH", 1 << chance.randrange(30))
-    monkeypatch.setattr(stepping, "_MANY", 1 << chance.randrange(15))
+    monkeypatch.setattr(extentbatches, "_BATCH_BYTES", 1 << chance.randrange(30))
+    monkeypatch.setattr(extentbatches, "_BATCH_EXTENTS", 1 << chance.randrange(15))
     paths = [chains.draw_chain(tmp_path, chance, name, chance.randrange(1, 3)) for name in "ab"]
     contents = [chains.content(path) for path in paths]
-    unit = 1 << chance.randrange(9, 20)
+    block_size = 1 << chance.randrange(9, 20)
 
-    async def work() -> list[Step]:
+    async def work() -> list[ExtentBatch]:
         async with (
             open_source(str(paths[0]), "auto", ANY) as one,
             open_source(str(paths[1]), "auto", ANY) as other,
         ):
             pair = [cast("Source", Hesitant(source, chance)) for source in (one, other)]
-            return [step async for step in steps(pair[0], unit, pair[1])]
+            return [step async for step in extent_batches(pair[0], block_size, pair[1])]
 
     at = 0
     for step in trio.run(work):
-        assert (step.start, step.start % unit) == (at, 0)
+        assert (step.start, step.start % block_size) == (at, 0)
         assert step.end > at
         for extents, content in zip((step.extents, step.below), contents, strict=True):
             place = at

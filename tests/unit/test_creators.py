@@ -14,7 +14,7 @@ import qedfuse
 from qedfuse.errors import HostError, ImageError, ImageInUseError, UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.ondisk.header import parse_header
-from qedfuse.tools.editing.creation import create
+from qedfuse.tools.editing.create import create
 
 if TYPE_CHECKING:
     from collections.abc import Callable

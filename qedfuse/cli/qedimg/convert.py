@@ -30,7 +30,7 @@ image, a raw file or a block device, or - for raw content from standard input; T
 is a file, or - for raw content to standard output.  Zeros take no space in TARGET.
 Other formats than raw and qed are made by qemu-img, if that is installed."""
 
-_MOST_STREAMS: Final = 16
+_MAX_STREAMS: Final = 16
 _OURS: Final = ("raw", "qed")
 _CACHES: Final = ("writeback", "unsafe")
 
@@ -94,13 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Copy the disk."""
     from qedfuse.tools.copying.convert import convert  # noqa: PLC0415  a quick --help
 
-    layout = _layout(arguments)
-    if layout.format == "qed" and not arguments.into_existing and not _qemu_opens(layout):
+    spec = _spec(arguments)
+    if spec.format == "qed" and not arguments.into_existing and not _qemu_opens(spec):
         _log.warning(
             "%s: QEMU opens no image with clusters of %d bytes and tables of %d",
             printable(arguments.target),
-            layout.cluster_size,
-            layout.table_size,
+            spec.cluster_size,
+            spec.table_size,
         )
     with progress(arguments, "Converting") as report:
 
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             return await convert(
                 arguments.source,
                 arguments.target,
-                layout,
+                spec,
                 source_format=arguments.source_format or "auto",
                 into_existing=arguments.into_existing,
                 overwrite=arguments.force,
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _layout(arguments: argparse.Namespace) -> ImageSpec:
+def _spec(arguments: argparse.Namespace) -> ImageSpec:
     """Make one of what the command line says about the target.
 
     Raises:
@@ -144,8 +144,8 @@ def _layout(arguments: argparse.Namespace) -> ImageSpec:
         found = printable(arguments.source_format)
         msg = f"-f: found {found}, expected raw or qed (qemu-img convert reads other formats)"
         raise UsageError(msg)
-    if not 1 <= arguments.streams <= _MOST_STREAMS:
-        msg = f"-m: found {arguments.streams}, expected 1 to {_MOST_STREAMS}"
+    if not 1 <= arguments.streams <= _MAX_STREAMS:
+        msg = f"-m: found {arguments.streams}, expected 1 to {_MAX_STREAMS}"
         raise UsageError(msg)
     foreign = ()
     if arguments.format not in _OURS:
@@ -168,7 +168,7 @@ def _layout(arguments: argparse.Namespace) -> ImageSpec:
     )
 
 
-def _qemu_opens(layout: ImageSpec) -> bool:
+def _qemu_opens(spec: ImageSpec) -> bool:
     """Tell whether QEMU takes the geometry: what it can address must be less than 2**64 bytes."""
-    entries = layout.cluster_size * layout.table_size // ENTRY_BYTES
-    return layout.table_size > 1 and entries**2 * layout.cluster_size < 1 << 64
+    entries = spec.cluster_size * spec.table_size // ENTRY_BYTES
+    return spec.table_size > 1 and entries**2 * spec.cluster_size < 1 << 64

@@ -13,7 +13,7 @@ from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
 from qedfuse.text import printable
-from qedfuse.tools.editing.creation import create, preallocate
+from qedfuse.tools.editing.create import create, preallocate
 
 if TYPE_CHECKING:
     import argparse

@@ -15,7 +15,7 @@ from qedfuse.util.sizes import format_size
 if TYPE_CHECKING:
     import argparse
 
-    from qedfuse.tools.editing.freelist import FreeListInfo
+    from qedfuse.tools.inspection.freelistinfo import FreeListInfo
 
 EXAMPLE: Final = "qedimg freelist on vm.qed"
 DESCRIPTION: Final = """\
@@ -52,13 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
     """Do what the arguments say."""
-    from qedfuse.tools.editing.freelist import drop, enable, show  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.inspection.freelistinfo import describe_free_list  # noqa: PLC0415
 
     if arguments.action == "on":
         return await enable(arguments.image)
     if arguments.action == "off":
         await drop(arguments.image)
-    return await show(arguments.image, share=arguments.force_share)
+    return await describe_free_list(arguments.image, share=arguments.force_share)
 
 
 def _describe(info: FreeListInfo) -> str:

@@ -80,7 +80,7 @@ def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
 async def _look_closer(
     arguments: argparse.Namespace, image: ImageInfo, report: Callable[[int, int], None]
 ) -> Details:
-    from qedfuse.tools.inspection.chaininfo import look_closer  # noqa: PLC0415  a quick answer without it
+    from qedfuse.tools.inspection.chaininfo import read_details  # noqa: PLC0415  a quick answer without it
 
     options = common.open_options(arguments)
-    return await look_closer(image, options, allocation=arguments.allocation, progress=report)
+    return await read_details(image, options, allocation=arguments.allocation, progress=report)

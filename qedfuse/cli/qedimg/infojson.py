@@ -69,7 +69,7 @@ def _data(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, 
         "need-check": qed.need_check,
         "free-list": _free_list(qed, details),
         "l2-tables": qed.l2_tables,
-        "l2-tables-possible": qed.most_tables,
+        "l2-tables-possible": qed.max_l2_tables,
     }
     if qed.backing is not None:
         data["resolved-backing-filename"] = qed.backing.resolved

@@ -69,7 +69,7 @@ def _specific(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterat
             yield f"{title} features: {_bits(bits)}"
     yield f"need check: {'yes' if qed.need_check else 'no'}"
     yield f"free list: {_free_list(qed, details)}"
-    possible = "" if qed.most_tables is None else f" of {qed.most_tables} possible"
+    possible = "" if qed.max_l2_tables is None else f" of {qed.max_l2_tables} possible"
     count = "not counted" if qed.l2_tables is None else str(qed.l2_tables)
     yield f"L2 tables: {count}{possible}"
     if details is not None and details.allocation is not None:

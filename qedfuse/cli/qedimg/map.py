@@ -104,7 +104,7 @@ async def _list_rest(
 ) -> None:
     """List what has not been listed yet."""
     from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  a quick start
-    from qedfuse.tools.source.mapping import open_map  # noqa: PLC0415
+    from qedfuse.tools.inspection.mapping import open_map  # noqa: PLC0415
 
     options = common.open_options(arguments)
     async with open_map(arguments.image, arguments.format or "auto", options) as found:

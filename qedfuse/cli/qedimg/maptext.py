@@ -12,7 +12,7 @@ from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qedfuse.tools.source.mapping import Batch
+    from qedfuse.tools.source.chainruns import ChainRuns
 
 _ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
 
@@ -20,7 +20,7 @@ _ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
 class Writer(Protocol):
     """Turns extents into text."""
 
-    def body(self, batch: Batch) -> str:
+    def body(self, batch: ChainRuns) -> str:
         """Write some extents."""
 
     def tail(self, start: int) -> str:
@@ -34,7 +34,7 @@ class HumanWriter:
         """Write extents of files with these names, by their depth."""
         self._lines = [f"%#-16x%#-16x%#-16x{name.replace('%', '%%')}\n" for name in names]
 
-    def body(self, batch: Batch) -> str:
+    def body(self, batch: ChainRuns) -> str:
         """Write a line for each extent of data."""
         data = batch.kinds == DATA
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)[data]
@@ -57,7 +57,7 @@ class JsonWriter:
         self._lines: dict[int, str] = {}
         self._any = goes_on
 
-    def body(self, batch: Batch) -> str:
+    def body(self, batch: ChainRuns) -> str:
         """Write a line for each extent."""
         placed = (batch.kinds == DATA) | (batch.kinds == HOLE)
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)

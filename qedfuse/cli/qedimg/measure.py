@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  a quick --help
 
     take_options(arguments, "-B")
-    layout = ImageSpec(
+    spec = ImageSpec(
         arguments.format,
         arguments.cluster_size,
         arguments.table_size,
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.base_format,
         arguments.sparse_size,
     )
-    found = _measure(arguments, layout)
+    found = _measure(arguments, spec)
     if arguments.output == "json":
         print_json({"required": found.required, "fully-allocated": found.fully_allocated})
     else:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(arguments: argparse.Namespace, layout: ImageSpec) -> Measurement:
+def _measure(arguments: argparse.Namespace, spec: ImageSpec) -> Measurement:
     """Measure a new disk, or a copy.
 
     Raises:
@@ -83,13 +83,13 @@ def _measure(arguments: argparse.Namespace, layout: ImageSpec) -> Measurement:
         msg = f"SOURCE, --size: found {found}, expected one of them"
         raise UsageError(msg)
     if arguments.source is None:
-        return measure_empty(arguments.size, layout)
+        return measure_empty(arguments.size, spec)
     with progress(arguments, "Measuring") as report:
 
         async def work() -> Measurement:
             return await measure(
                 arguments.source,
-                layout,
+                spec,
                 source_format=arguments.source_format or "auto",
                 options=common.open_options(arguments),
                 progress=report,

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Mask = NDArray[np.bool_]
 
-_SAMPLES: Final = 4
+_SAMPLED_WORDS_PER_BLOCK: Final = 4
 """Words of a unit that are looked at before all of it is."""
 
 
-def zero_units(buffer: Bytes, unit: int) -> Mask:
+def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
     """Mark the units of a buffer that hold only zeros; the last one may be cut short."""
-    whole = len(buffer) // unit * unit
-    rows = buffer[:whole].view(np.uint64).reshape(-1, unit // 8)
+    whole = len(buffer) // block_size * block_size
+    rows = buffer[:whole].view(np.uint64).reshape(-1, block_size // 8)
     # Most data shows itself in a few words.  What does not is compared in full.
-    zero: Mask = np.logical_not(rows[:, :: unit // 8 // _SAMPLES].any(axis=1))
+    zero: Mask = np.logical_not(rows[:, :: block_size // 8 // _SAMPLED_WORDS_PER_BLOCK].any(axis=1))
     for row in np.flatnonzero(zero):
         zero[row] = not rows[row].any()
     if whole < len(buffer):
@@ -29,45 +29,51 @@ def zero_units(buffer: Bytes, unit: int) -> Mask:
     return zero
 
 
-def same_units(one: Bytes, other: Bytes, unit: int) -> Mask:
+def equal_blocks(one: Bytes, other: Bytes, block_size: int) -> Mask:
     """Mark the units in which two buffers are equal."""
-    whole = len(one) // unit * unit
-    first = one[:whole].view(np.uint64).reshape(-1, unit // 8)
-    second = other[:whole].view(np.uint64).reshape(-1, unit // 8)
+    whole = len(one) // block_size * block_size
+    first = one[:whole].view(np.uint64).reshape(-1, block_size // 8)
+    second = other[:whole].view(np.uint64).reshape(-1, block_size // 8)
     same: Mask = (first == second).all(axis=1)
     if whole < len(one):
         same = np.append(same, np.array_equal(one[whole:], other[whole:]))
     return same
 
 
-def judge(content: Bytes, unit: int, least: int, below: Bytes | None = None) -> tuple[Mask, Mask]:
+def classify(
+    content: Bytes, block_size: int, least: int, below: Bytes | None = None
+) -> tuple[Mask, Mask]:
     """Tell which units are to be written as data, and which are zeros that have to hide a base.
 
     Args:
         content: A piece of the disk.
-        unit: Bytes.
+        block_size: Bytes.
         least: Bytes; shorter runs of zeros are data, and all zeros are if it is 0.
         below: What the base has there.
     """
-    zero = zero_units(content, unit) if least else np.zeros(-(-len(content) // unit), np.bool_)
+    zero = (
+        zero_blocks(content, block_size)
+        if least
+        else np.zeros(-(-len(content) // block_size), np.bool_)
+    )
     if below is not None:
-        differs = ~same_units(content, below, unit)
+        differs = ~equal_blocks(content, below, block_size)
         return differs & ~zero, differs & zero
-    if least > unit:
-        for first, last in runs(zero):
+    if least > block_size:
+        for first, last in mask_ranges(zero):
             # A run that goes on in another piece may be long enough.
-            if first > 0 and last < len(zero) and (last - first) * unit < least:
+            if first > 0 and last < len(zero) and (last - first) * block_size < least:
                 zero[first:last] = False
     return ~zero, np.zeros(len(zero), np.bool_)
 
 
-def marked_bytes(mask: Mask, unit: int, length: int) -> int:
+def masked_bytes(mask: Mask, block_size: int, length: int) -> int:
     """Count the bytes of the marked units of ``length`` bytes, which may end within the last."""
-    past_end = len(mask) * unit - length if len(mask) and mask[-1] else 0
-    return int(mask.sum()) * unit - past_end
+    past_end = len(mask) * block_size - length if len(mask) and mask[-1] else 0
+    return int(mask.sum()) * block_size - past_end
 
 
-def runs(mask: Mask) -> list[tuple[int, int]]:
+def mask_ranges(mask: Mask) -> list[tuple[int, int]]:
     """Give the ranges of indices, end excluded, in which a mask is true."""
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from qedfuse.disk.lookup.extents import Kind
-from qedfuse.tools.common.blocks import same_units
+from qedfuse.errors import HostError
+from qedfuse.tools.common.blocks import equal_blocks
 from qedfuse.tools.common.workerpool import WorkerPool
-from qedfuse.tools.source.chunks import Chunker, fill
-from qedfuse.tools.source.extentbatches import steps
+from qedfuse.tools.source.chunks import Chunker, read_segments
+from qedfuse.tools.source.extentbatches import extent_batches
 from qedfuse.util.periodicprogress import periodic_progress
 
 if TYPE_CHECKING:
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.lookup.extents import Extent
     from qedfuse.tools.common.workerpool import Ticket
-    from qedfuse.tools.source.chunks import Piece
+    from qedfuse.tools.source.chunks import Chunk
     from qedfuse.tools.source.source import Source
 
     Progress = Callable[[int, int], None]
 
-_PIECE: Final = 1 << 20
+_COMPARE_CHUNK_BYTES: Final = 1 << 20
 """Bytes that are compared at once; two of them fit into a processor's cache."""
 
-_UNIT: Final = 4096
+_BLOCK_BYTES: Final = 4096
 """Bytes; pieces begin and end at multiples of it."""
 
 _THREADS: Final = 4
@@ -75,9 +76,12 @@ async def compare(
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search(longer, shorter)
     crew = WorkerPool([search.hand() for _ in range(_THREADS)])
-    cutter = Chunker(longer, _UNIT, _PIECE, base=shorter)
+    cutter = Chunker(longer, _BLOCK_BYTES, _COMPARE_CHUNK_BYTES, base=shorter)
     report = (lambda: progress(search.done, longer.size)) if progress else None
-    async with periodic_progress(report), aclosing(steps(longer, _UNIT, shorter)) as work:
+    async with (
+        periodic_progress(report),
+        aclosing(extent_batches(longer, _BLOCK_BYTES, shorter)) as work,
+    ):
         async for step in work:
             apart = _stored_apart(step.extents, step.below) if strict else None
             await crew.work(search.until(apart, cutter.cut(step)))
@@ -89,6 +93,20 @@ async def compare(
                 return Comparison(identical=False, reason="allocation", offset=apart, sizes=sizes)
             search.done = step.end
     return Comparison(identical=True, reason=None, offset=None, sizes=sizes)
+
+
+async def verify_copy(source: Source, copy: Source, name: str) -> None:
+    """Compare all of a disk with a copy that is at least as long.
+
+    Raises:
+        HostError: They differ; the message says where they do first.
+        QedError: One of them cannot be read.
+    """
+    found = await compare(source, copy)
+    # What the copy has past the disk's end was there before.
+    if found.offset is not None and found.offset < source.size:
+        msg = f"{name}: content at {found.offset}: found other bytes than in {source.name}"
+        raise HostError(msg)
 
 
 class _Search:
@@ -106,7 +124,7 @@ class _Search:
         self.found: int | None = None
         self.done = 0
 
-    def until(self, limit: int | None, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def until(self, limit: int | None, pieces: Iterator[Chunk]) -> Iterator[Chunk]:
         """Give pieces in order up to the first difference, or to those after a limit."""
         for piece in pieces:
             if self.found is not None or (limit is not None and piece.start > limit):
@@ -114,19 +132,19 @@ class _Search:
             self.done = piece.start
             yield piece
 
-    def hand(self) -> Callable[[Piece, Ticket], None]:
+    def hand(self) -> Callable[[Chunk, Ticket], None]:
         """Give a function that compares one piece after the other, in a worker thread."""
-        buffers = np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)
+        buffers = np.empty(_COMPARE_CHUNK_BYTES, np.uint8), np.empty(_COMPARE_CHUNK_BYTES, np.uint8)
 
-        def look(piece: Piece, _turn: Ticket) -> None:
+        def look(piece: Chunk, _turn: Ticket) -> None:
             one, other = (buffer[: piece.length] for buffer in buffers)
-            fill(one, piece.parts, self._names[0])
-            fill(other, piece.base, self._names[1])
-            same = same_units(one, other, _UNIT)
+            read_segments(one, piece.parts, self._names[0])
+            read_segments(other, piece.base, self._names[1])
+            same = equal_blocks(one, other, _BLOCK_BYTES)
             if same.all():
                 return
-            at = int(same.argmin()) * _UNIT
-            unlike = one[at : at + _UNIT] != other[at : at + _UNIT]
+            at = int(same.argmin()) * _BLOCK_BYTES
+            unlike = one[at : at + _BLOCK_BYTES] != other[at : at + _BLOCK_BYTES]
             offset = piece.start + at + int(unlike.argmax())
             with self._finding:
                 # Pieces are begun in order, so none that is not yet begun comes before.

@@ -15,17 +15,17 @@ from qedfuse.hostio.newfile import NewFile
 from qedfuse.hostio.regular import length_of, open_raw, status_of
 from qedfuse.hostio.replacedfile import lock_replaced_file
 from qedfuse.text import printable
-from qedfuse.tools.common.backingloop import refuse_loop
-from qedfuse.tools.common.foreign import foreign_image
+from qedfuse.tools.common.formatprobe import probe_format
+from qedfuse.tools.common.newbacking import refuse_backing_loop
 from qedfuse.tools.common.pipe import is_stream, open_stream
-from qedfuse.tools.common.probing import probe
+from qedfuse.tools.copying.compare import verify_copy
+from qedfuse.tools.copying.diskcopy import DiskCopy
+from qedfuse.tools.copying.foreignimage import foreign_image
 from qedfuse.tools.copying.imagespec import ImageSpec, open_new_base, qed_target
-from qedfuse.tools.copying.parallelcopy import Copy
 from qedfuse.tools.copying.streamcopy import copy_stream
-from qedfuse.tools.copying.verify import verify
 from qedfuse.tools.source.source import open_source
-from qedfuse.tools.target.disktarget import DiskTarget
-from qedfuse.tools.target.rawtarget import OverwrittenTarget, RawTarget, StreamTarget
+from qedfuse.tools.target.qedtarget import ExistingQedTarget
+from qedfuse.tools.target.rawtarget import ExistingRawTarget, NewRawTarget, StreamTarget
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 DEFAULT_STREAMS: Final = 4
-MOST_STREAMS: Final = 16
+MAX_STREAMS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ConvertResult:
 async def convert(
     source_path: str,
     target_path: str,
-    layout: ImageSpec | None = None,
+    spec: ImageSpec | None = None,
     *,
     source_format: Literal["auto", "raw", "qed"] = "auto",
     into_existing: bool = False,
@@ -75,7 +75,7 @@ async def convert(
     Args:
         source_path: A QED image, a raw file or device, or a pipe (``-``: standard input).
         target_path: The new file, or a pipe for raw content (``-``: standard output).
-        layout: What the new file is to be.
+        spec: What the new file is to be.
         source_format: What the source is.
         into_existing: Write into a file, image or device that is there.
         overwrite: Replace a file that is there.
@@ -92,12 +92,12 @@ async def convert(
             meanwhile.
         QedError: The source cannot be read, or the target cannot be made.
     """
-    layout = layout or ImageSpec()
-    work = _Work(target_path, layout, streams, options or OpenOptions(), progress)
+    spec = spec or ImageSpec()
+    work = _Work(target_path, spec, streams, options or OpenOptions(), progress)
     work.compare, work.durable = compare, durable
     async with AsyncExitStack() as stack:
         if is_stream(source_path):
-            if source_format == "qed" or layout.backing is not None or compare or into_existing:
+            if source_format == "qed" or spec.backing is not None or compare or into_existing:
                 msg = f"{printable(source_path)}: a pipe: expected raw content and a new file"
                 raise UsageError(msg)
             work.raw_pipe = source_format == "raw"
@@ -121,14 +121,14 @@ class _Work:
     def __init__(
         self,
         path: str,
-        layout: ImageSpec,
+        spec: ImageSpec,
         streams: int,
         options: OpenOptions,
         progress: Progress | None,
     ) -> None:
         self.path = path
         self.name = printable(path)
-        self.layout = layout
+        self.spec = spec
         self.streams = streams
         self.options = options
         self.progress = progress
@@ -156,16 +156,16 @@ class _Work:
 
     async def copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:
         """Copy everything; give the size of the disk and the bytes written as data."""
-        sparse = self.layout.sparse_size
+        sparse = self.spec.sparse_size
         sends: Literal["and waits", "on"] | None = "and waits" if self.durable else "on"
-        if self.layout.format not in {"raw", "qed"}:
+        if self.spec.format not in {"raw", "qed"}:
             sends = None  # qemu-img reads it right away
         if self.pipe is not None:
             return await copy_stream(
                 self.pipe, target, sparse_size=sparse, raw=self.raw_pipe, progress=self.progress
             )
         source = cast("Source", self.source)  # one of them is there
-        copy = Copy(
+        copy = DiskCopy(
             source,
             target,
             base=base,
@@ -178,7 +178,7 @@ class _Work:
 
     async def into_pipe(self) -> ConvertResult:
         """Write raw content to a pipe."""
-        if self.layout.format != "raw" or self.compare:
+        if self.spec.format != "raw" or self.compare:
             msg = f"{self.name}: a pipe: expected -O raw, and nothing to read back"
             raise UsageError(msg)
         stream = await open_stream(self.path, os.O_WRONLY)
@@ -188,20 +188,20 @@ class _Work:
 
     async def into_existing(self, source: Source) -> ConvertResult:
         """Write over the content of a file, an image or a device."""
-        if self.layout.backing is not None or self.layout.format not in {"raw", "qed"}:
+        if self.spec.backing is not None or self.spec.format not in {"raw", "qed"}:
             msg = f"{self.name}: an existing file: expected -O raw or -O qed, and no -B"
             raise UsageError(msg)
-        if self.layout.format == "qed":
+        if self.spec.format == "qed":
             from qedfuse.check.inspector import inspect_image  # noqa: PLC0415  takes a while
             from qedfuse.disk.opening import open_disk  # noqa: PLC0415
 
             options = replace(self.options, writable=True, force_share=False)
             async with open_disk(self.path, options, inspector=inspect_image) as disk:
                 self._check_room(source, disk.size)
-                size, data = await self.copy(DiskTarget(disk))
+                size, data = await self.copy(ExistingQedTarget(disk))
                 length = disk.fstat().st_size
         else:
-            if probe(self.path) == "qed":
+            if probe_format(self.path) == "qed":
                 msg = f"{self.name}: found a QED image, expected raw content (-O qed writes to it)"
                 raise UsageError(msg)
             fd = open_raw(self.path, os.O_RDWR)
@@ -209,11 +209,11 @@ class _Work:
                 lock_image(fd, LockMode.WRITE, self.name)
                 length = length_of(fd, self.name)
                 self._check_room(source, length)
-                size, data = await self.copy(OverwrittenTarget(fd, self.name, durable=self.durable))
+                size, data = await self.copy(ExistingRawTarget(fd, self.name, durable=self.durable))
             finally:
                 os.close(fd)
         if self.compare:
-            await self._verify(source, self.path, self.layout.format)
+            await self._verify(source, self.path, self.spec.format)
         return ConvertResult(size, length, data)
 
     def _check_room(self, source: Source, size: int) -> None:
@@ -224,19 +224,19 @@ class _Work:
 
     async def into_new(self, *, overwrite: bool) -> ConvertResult:
         """Make a new file."""
-        layout = self.layout
-        if layout.backing is not None and layout.format != "qed":
+        spec = self.spec
+        if spec.backing is not None and spec.format != "qed":
             msg = (
-                f"{self.name}: -B: found format {layout.format}, expected qed (qemu-img convert "
+                f"{self.name}: -B: found format {spec.format}, expected qed (qemu-img convert "
                 "-B makes overlays of other formats)"
             )
             raise UsageError(msg)
-        if layout.backing is not None:
-            refuse_loop(self.path, layout.backing, self.options.backing.working_directory)
+        if spec.backing is not None:
+            refuse_backing_loop(self.path, spec.backing, self.options.backing.working_directory)
         with ExitStack() as stack:
             old = lock_replaced_file(self.path, stack, overwrite=overwrite, in_place=True)
             new = stack.enter_context(NewFile(self.path, old=old, overwrite=overwrite))
-            if layout.format not in {"raw", "qed"}:
+            if spec.format not in {"raw", "qed"}:
                 size, data = await self._through_qemu(new)
             else:
                 fd = os.open(new.path, os.O_RDWR | os.O_CLOEXEC)
@@ -244,41 +244,39 @@ class _Work:
                 async with self._new_target(fd) as (target, base):
                     size, data = await self.copy(target, base)
                 if self.compare and self.source is not None:
-                    await self._verify(self.source, new.path, layout.format)
+                    await self._verify(self.source, new.path, spec.format)
             new.commit(durable=self.durable)
         return ConvertResult(size, status_of(self.path, self.name).st_size, data)
 
     @asynccontextmanager
     async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:
         """Prepare an empty file; open the base as well."""
-        layout = self.layout
-        if layout.format == "raw":
-            yield RawTarget(fd, self.name, layout.sparse_size), None
+        spec = self.spec
+        if spec.format == "raw":
+            yield NewRawTarget(fd, self.name, spec.sparse_size), None
             return
         async with AsyncExitStack() as stack:
             base = None
-            if layout.backing is not None:
-                base = await stack.enter_async_context(
-                    open_new_base(self.path, layout, self.options)
-                )
-            yield qed_target(fd, self.name, layout, self.source, base), base
+            if spec.backing is not None:
+                base = await stack.enter_async_context(open_new_base(self.path, spec, self.options))
+            yield qed_target(fd, self.name, spec, self.source, base), base
 
     async def _through_qemu(self, new: NewFile) -> tuple[int, int]:
         """Make a raw file on the way, and have qemu-img make the image of it."""
-        layout = self.layout
+        spec = self.spec
         if self.compare:
-            msg = f"{self.name}: --compare: found format {layout.format}, expected raw or qed"
+            msg = f"{self.name}: --compare: found format {spec.format}, expected raw or qed"
             raise UsageError(msg)
-        options = layout.foreign_options
-        async with foreign_image(self.path, new.path, layout.format, options) as fd:
-            return await self.copy(RawTarget(fd, self.name, layout.sparse_size))
+        options = spec.foreign_options
+        async with foreign_image(self.path, new.path, spec.format, options) as fd:
+            return await self.copy(NewRawTarget(fd, self.name, spec.sparse_size))
 
     async def _verify(self, source: Source, path: str, found: str) -> None:
         """Compare what was made with the source."""
         options = replace(self.options, force_share=True)
-        if self.layout.backing is not None:
+        if self.spec.backing is not None:
             directory = options.backing.working_directory
-            base = backing_path(self.path, self.layout.backing, directory)
+            base = backing_path(self.path, self.spec.backing, directory)
             options = replace(options, backing=replace(options.backing, trusted=base))
         async with open_source(path, "raw" if found == "raw" else "qed", options) as copy:
-            await verify(source, copy, self.name)
+            await verify_copy(source, copy, self.name)

@@ -12,9 +12,9 @@ from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.errors import BackingError, QedError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from qedfuse.text import printable
-from qedfuse.tools.common.probing import probe
+from qedfuse.tools.common.formatprobe import probe_format
 from qedfuse.tools.source.source import open_source
-from qedfuse.tools.target.qedtarget import QedTarget
+from qedfuse.tools.target.qedtarget import NewQedTarget
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,8 +52,8 @@ class ImageSpec:
 
 
 def qed_target(
-    fd: int, name: str, layout: ImageSpec, source: Source | None, base: Source | None
-) -> QedTarget:
+    fd: int, name: str, spec: ImageSpec, source: Source | None, base: Source | None
+) -> NewQedTarget:
     """Prepare to lay out an image.
 
     Raises:
@@ -61,29 +61,27 @@ def qed_target(
     """
     header = new_header(
         0 if source is None else source.size,
-        layout.cluster_size,
-        layout.table_size,
-        layout.backing,
+        spec.cluster_size,
+        spec.table_size,
+        spec.backing,
         backing_is_raw=base is not None and base.format == "raw",
     )
-    return QedTarget(fd, header, backing_name(layout.backing), name)
+    return NewQedTarget(fd, header, backing_name(spec.backing), name)
 
 
 @asynccontextmanager
-async def open_new_base(
-    image: str, layout: ImageSpec, options: OpenOptions
-) -> AsyncIterator[Source]:
+async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> AsyncIterator[Source]:
     """Open the base that a new image is to have.
 
     Raises:
         BackingError: It cannot be used, or its format has to be given.
     """
-    path = backing_path(image, layout.backing or "", options.backing.working_directory)
+    path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"
     try:
-        found = probe(path) if layout.backing_format != "raw" else "raw"
-        if found != (layout.backing_format or "qed"):
-            expected = "a QED image" if layout.backing_format else "one, or -F raw"
+        found = probe_format(path) if spec.backing_format != "raw" else "raw"
+        if found != (spec.backing_format or "qed"):
+            expected = "a QED image" if spec.backing_format else "one, or -F raw"
             msg = f"{printable(path)}: found no QED magic, expected {expected}"
             raise BackingError(msg)
         async with AsyncExitStack() as stack:

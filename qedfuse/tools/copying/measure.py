@@ -12,10 +12,10 @@ from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import SECTOR
 from qedfuse.text import printable
 from qedfuse.tools.copying.convert import DEFAULT_STREAMS
+from qedfuse.tools.copying.diskcopy import DiskCopy
 from qedfuse.tools.copying.imagespec import ImageSpec, open_new_base, qed_target
-from qedfuse.tools.copying.parallelcopy import Copy
 from qedfuse.tools.source.source import open_source
-from qedfuse.tools.target.rawtarget import RawTarget
+from qedfuse.tools.target.rawtarget import NewRawTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,18 +39,18 @@ class Measurement:
     fully_allocated: int
 
 
-def measure_empty(size: int, layout: ImageSpec) -> Measurement:
+def measure_empty(size: int, spec: ImageSpec) -> Measurement:
     """Tell what a new disk of ``size`` bytes needs.
 
     Raises:
         UsageError: The size or the geometry makes no sense.
     """
-    _check_format(layout)
-    if layout.format == "raw":
+    _check_format(spec)
+    if spec.format == "raw":
         size = -(-size // SECTOR) * SECTOR
         return Measurement(0, size)
     header = new_header(
-        size, layout.cluster_size, layout.table_size, layout.backing, backing_is_raw=False
+        size, spec.cluster_size, spec.table_size, spec.backing, backing_is_raw=False
     )
     most = header.geometry.bound(header.header_end, header.image_size)
     return Measurement(header.l1_end, most)
@@ -58,7 +58,7 @@ def measure_empty(size: int, layout: ImageSpec) -> Measurement:
 
 async def measure(
     path: str,
-    layout: ImageSpec,
+    spec: ImageSpec,
     *,
     source_format: Literal["auto", "raw", "qed"] = "auto",
     image: str = "",
@@ -69,7 +69,7 @@ async def measure(
 
     Args:
         path: A QED image, a raw file or a block device.
-        layout: What the copy is to be, ``raw`` or ``qed``.
+        spec: What the copy is to be, ``raw`` or ``qed``.
         source_format: What the source is.
         image: The name of the copy, where a relative name of its base begins.
         options: How to open the source.
@@ -79,29 +79,29 @@ async def measure(
         UsageError: The geometry makes no sense, or cannot hold the disk.
         QedError: The source cannot be read.
     """
-    _check_format(layout)
+    _check_format(spec)
     options = options or OpenOptions()
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(open_source(path, source_format, options))
         name = printable(path)
-        if layout.format == "raw":
-            raw = RawTarget(_NOWHERE, name, layout.sparse_size)
-            copy = Copy(source, raw, sparse_size=layout.sparse_size, progress=progress)
+        if spec.format == "raw":
+            raw = NewRawTarget(_NOWHERE, name, spec.sparse_size)
+            copy = DiskCopy(source, raw, sparse_size=spec.sparse_size, progress=progress)
             await copy.run(DEFAULT_STREAMS)
             return Measurement(copy.data_bytes, source.size)
         base = None
-        if layout.backing is not None:
-            base = await stack.enter_async_context(open_new_base(image, layout, options))
-        target = qed_target(_NOWHERE, name, layout, source, base)
-        copy = Copy(source, target, base=base, sparse_size=layout.sparse_size, progress=progress)
+        if spec.backing is not None:
+            base = await stack.enter_async_context(open_new_base(image, spec, options))
+        target = qed_target(_NOWHERE, name, spec, source, base)
+        copy = DiskCopy(source, target, base=base, sparse_size=spec.sparse_size, progress=progress)
         await copy.run(DEFAULT_STREAMS)
-        empty = measure_empty(source.size, layout)
+        empty = measure_empty(source.size, spec)
         return Measurement(target.end, empty.fully_allocated)
 
 
-def _check_format(layout: ImageSpec) -> None:
+def _check_format(spec: ImageSpec) -> None:
     """Refuse formats whose files are not made here."""
-    if layout.format not in {"raw", "qed"}:
-        found = printable(layout.format)
+    if spec.format not in {"raw", "qed"}:
+        found = printable(spec.format)
         msg = f"-O: found {found}, expected raw or qed (qemu-img measure knows some others)"
         raise UsageError(msg)

@@ -8,8 +8,8 @@ import numpy as np
 import trio
 
 from qedfuse.errors import UsageError
-from qedfuse.tools.common.blocks import judge, marked_bytes
-from qedfuse.tools.common.probing import judge_start
+from qedfuse.tools.common.blocks import classify, masked_bytes
+from qedfuse.tools.common.formatprobe import format_of
 from qedfuse.tools.target.target import ParallelTarget, complete, write_all
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ async def copy_stream(
     Args:
         stream: Where from.
         target: Where to.
-        sparse_size: As for `Copy`.
+        sparse_size: As for `DiskCopy`.
         raw: Take the bytes as they are, even if they look like an image.
         progress: Called with the bytes that came, twice: nobody knows how many there are.
 
@@ -53,23 +53,25 @@ async def copy_stream(
         UsageError: The stream is an image.
         HostError: The host refused.
     """
-    buffer = np.empty(max(target.longest, target.unit), np.uint8)
+    buffer = np.empty(max(target.max_chunk_bytes, target.block_size), np.uint8)
     size = data_bytes = 0
     while True:
         count = await _fill(stream, buffer.data)
-        if not size and not raw and judge_start(buffer[:count].data, stream.name) != "raw":
+        if not size and not raw and format_of(buffer[:count].data, stream.name) != "raw":
             msg = f"{stream.name}: found a QED image, expected raw content: an image needs a file"
             raise UsageError(msg)
         if count:
             content = buffer[:count]
-            data, hide = await trio.to_thread.run_sync(judge, content, target.unit, sparse_size)
+            data, hide = await trio.to_thread.run_sync(
+                classify, content, target.block_size, sparse_size
+            )
             if isinstance(target, ParallelTarget):
                 writes = target.place(size, content.data, data, hide)
                 await trio.to_thread.run_sync(write_all, target.descriptor, writes, target.name)
             else:
                 await target.take(size, content.data, data)
             size += count
-            data_bytes += marked_bytes(data, target.unit, count)
+            data_bytes += masked_bytes(data, target.block_size, count)
             if progress is not None:
                 progress(size, size)
         if count < len(buffer):

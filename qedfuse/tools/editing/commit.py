@@ -30,7 +30,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.tools.editing.commitbase import PIECE, BasePlace, check_same, open_base
+from qedfuse.tools.editing.commitbase import COPY_CHUNK_BYTES, BaseFile, check_same, open_base
 from qedfuse.tools.editing.commitsource import OverlayAlone, open_upper_images
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ async def commit(
 
 async def _commit(
     source: CommitSource,
-    place: BasePlace,
+    place: BaseFile,
     options: OpenOptions,
     progress: Progress | None,
     empty: Callable[[], Awaitable[None]] | None = None,
@@ -165,7 +165,7 @@ def _half(progress: Progress | None, *, second: bool = False) -> Progress | None
 async def _copy(source: CommitSource, base: Base, progress: Progress | None) -> tuple[int, int]:
     """Bring the base up to date; give how many bytes of data and of zeros that took."""
     copied = zeroes = 0
-    for start in source.pieces():
+    for start in source.batch_starts():
         if progress is not None:
             progress(start, source.size)
         for extent in await source.extents(start):
@@ -182,14 +182,14 @@ async def _copy_data(
     source: CommitSource, base: Base, extent: Extent, progress: Progress | None
 ) -> None:
     """Copy one extent."""
-    for at in range(extent.start, extent.end, PIECE):
-        length = min(PIECE, extent.end - at)
+    for at in range(extent.start, extent.end, COPY_CHUNK_BYTES):
+        length = min(COPY_CHUNK_BYTES, extent.end - at)
         await base.write(at, await source.read(at, length))
         if progress is not None:
             progress(at + length, source.size)
 
 
-async def _find_base(overlay: Disk, options: OpenOptions) -> BasePlace:
+async def _find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     """Find the base by reading the chain once.
 
     Nothing is locked: what is found is opened again for writing.
@@ -208,7 +208,7 @@ async def _find_base(overlay: Disk, options: OpenOptions) -> BasePlace:
         file.close()
     try:
         base = cast("PosixFile", bases[0].file)
-        return BasePlace(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
+        return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
     finally:
         for layer in bases:
             layer.file.close()

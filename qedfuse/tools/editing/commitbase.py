@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from qedfuse.disk.options import OpenOptions
     from qedfuse.hostio.hostfile import Buffer
 
-PIECE: Final = 1 << 20
+COPY_CHUNK_BYTES: Final = 1 << 20
 """Bytes that are copied at a time."""
 
 
 @dataclass(frozen=True, slots=True)
-class BasePlace:
+class BaseFile:
     """Where a base is, and which file that was when the chain was looked at.
 
     Attributes:
@@ -127,8 +127,8 @@ class _RawBase:
         if self._file.can_punch:
             return
         # The host has no holes: what it does not know to be one is written over.
-        zeros, end = bytes(min(PIECE, length)), start + length
-        for at in range(start, end, PIECE):
+        zeros, end = bytes(min(COPY_CHUNK_BYTES, length)), start + length
+        for at in range(start, end, COPY_CHUNK_BYTES):
             await self._file.pwrite(at, memoryview(zeros)[: end - at])
 
     async def flush(self) -> None:
@@ -139,7 +139,7 @@ class _RawBase:
 
 
 @asynccontextmanager
-async def open_base(place: BasePlace, options: OpenOptions) -> AsyncIterator[Base]:
+async def open_base(place: BaseFile, options: OpenOptions) -> AsyncIterator[Base]:
     """Open a base for writing, by the rules for any base.
 
     Raises:

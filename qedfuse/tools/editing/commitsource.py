@@ -16,8 +16,8 @@ from qedfuse.errors import BackingError, CorruptImageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.text import printable
-from qedfuse.tools.common.ownextents import own_extents, piece_starts, pieces
-from qedfuse.tools.editing.commitbase import BasePlace
+from qedfuse.tools.editing.commitbase import BaseFile
+from qedfuse.tools.editing.ownextents import batch_starts, batch_starts_of, own_extents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -36,7 +36,7 @@ class CommitSource(Protocol):
     def size(self) -> int:
         """Bytes of the disk."""
 
-    def pieces(self) -> range:
+    def batch_starts(self) -> range:
         """Return the offsets at which the pieces of the disk begin."""
 
     async def extents(self, start: int) -> list[Extent]:
@@ -62,9 +62,9 @@ class OverlayAlone:
         """Bytes of the disk."""
         return self._disk.size
 
-    def pieces(self) -> range:
+    def batch_starts(self) -> range:
         """Return the offsets at which the pieces of the disk begin."""
-        return pieces(self._disk)
+        return batch_starts(self._disk)
 
     async def extents(self, start: int) -> list[Extent]:
         """Return how the image stores a piece."""
@@ -89,13 +89,13 @@ class UpperImages:
         """Bytes of the first image's disk."""
         return self._top.size
 
-    def pieces(self) -> range:
+    def batch_starts(self) -> range:
         """Return the offsets at which the pieces of the disk begin."""
-        return piece_starts(self.size, self._top.geometry.cluster_size)
+        return batch_starts_of(self.size, self._top.geometry.cluster_size)
 
     async def extents(self, start: int) -> list[Extent]:
         """Return what any of the images stores of a piece."""
-        length = min(self.pieces().step, self.size - start)
+        length = min(self.batch_starts().step, self.size - start)
         found = await self._chain.stored(start, length)
         for extent in found:
             if extent.kind is Kind.BAD:
@@ -110,7 +110,7 @@ class UpperImages:
 @asynccontextmanager
 async def open_upper_images(
     path: str, base: str, options: OpenOptions
-) -> AsyncIterator[tuple[UpperImages, BasePlace]]:
+) -> AsyncIterator[tuple[UpperImages, BaseFile]]:
     """Open all images over a base, locked and read-only.
 
     The base itself and what lies below it is opened to find it, and closed again.
@@ -137,7 +137,7 @@ async def open_upper_images(
         depth = _find(path, base, layers, options.backing.working_directory)
         found = cast("PosixFile", layers[depth - 1].file)
         is_raw = isinstance(layers[depth - 1], RawLayer)
-        place = BasePlace(found.path, found.stat(), is_raw, depth)
+        place = BaseFile(found.path, found.stat(), is_raw, depth)
         # Their locks would keep the base from being opened for writing.
         for layer in layers[depth - 1 :]:
             layer.file.close()

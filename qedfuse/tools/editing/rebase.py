@@ -31,8 +31,8 @@ from qedfuse.errors import BackingError, UsageError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import Feature
 from qedfuse.text import printable
-from qedfuse.tools.common.backingloop import refuse_loop
-from qedfuse.tools.common.ownextents import own_extents, pieces
+from qedfuse.tools.common.newbacking import refuse_backing_loop
+from qedfuse.tools.editing.ownextents import batch_starts, own_extents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-PIECE: Final = 1 << 20
+_COMPARE_CHUNK_BYTES: Final = 1 << 20
 """Bytes that are compared at a time."""
 
 
@@ -98,7 +98,7 @@ async def rebase(
         if backing is not None and backing_format is None:
             raise UsageError(_no_format(path, backing))
         if backing is not None:
-            refuse_loop(path, backing, wanted.backing.working_directory)
+            refuse_backing_loop(path, backing, wanted.backing.working_directory)
         async with open_disk(path, wanted, inspector=inspect_image, with_bases=False) as disk:
             await disk.set_backing(name, raw=backing_format == "raw")
         return RebaseResult(backing, backing_format if backing else None)
@@ -192,7 +192,7 @@ class _Rebasing:
         self._new = new
         self._below = [Chain(chain.layers[1:]) for chain in (self._old, new) if chain.has_base]
         self._data_at = [-1] * len(self._below)
-        self._unit = max(PIECE, disk.header.geometry.cluster_size)
+        self._unit = max(_COMPARE_CHUNK_BYTES, disk.header.geometry.cluster_size)
         self.copied = 0
         self.zeroes = 0
 
@@ -203,7 +203,7 @@ class _Rebasing:
             CorruptImageError: A table entry of the image or of a base is bad.
             HostError: The host refused.
         """
-        for start in pieces(self._disk):
+        for start in batch_starts(self._disk):
             for extent in await own_extents(self._disk, start):
                 if progress is not None:
                     progress(extent.start, self._disk.size)
@@ -248,7 +248,7 @@ class _Rebasing:
     async def _compare(self, start: int, end: int) -> None:
         """Compare whole clusters, all unallocated, within one unit; take over what differs."""
         size = self._disk.header.geometry.cluster_size
-        if size > PIECE:
+        if size > _COMPARE_CHUNK_BYTES:
             await self._compare_cluster(start, end)
             return
         old = await self._old.read(start, end - start, depth=1)
@@ -279,8 +279,8 @@ class _Rebasing:
     async def _compare_cluster(self, start: int, end: int) -> None:
         """Compare one large cluster; memory is for a piece of it at a time."""
         different, zero = False, True
-        for at in range(start, end, PIECE):
-            length = min(PIECE, end - at)
+        for at in range(start, end, _COMPARE_CHUNK_BYTES):
+            length = min(_COMPARE_CHUNK_BYTES, end - at)
             old = await self._old.read(at, length, depth=1)
             new = await self._new.read(at, length, depth=1)
             different = different or old != new

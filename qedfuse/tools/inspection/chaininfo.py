@@ -12,16 +12,16 @@ from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.tools.editing.freelist import show
 from qedfuse.tools.inspection.allocation import count_allocation
+from qedfuse.tools.inspection.freelistinfo import describe_free_list
 from qedfuse.tools.inspection.info import describe, describe_open
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from qedfuse.disk.lookup.layer import Layer
-    from qedfuse.tools.editing.freelist import FreeListInfo
     from qedfuse.tools.inspection.allocation import Allocation
+    from qedfuse.tools.inspection.freelistinfo import FreeListInfo
     from qedfuse.tools.inspection.info import Format, ImageInfo
 
 
@@ -33,7 +33,7 @@ class Details:
     allocation: Allocation | None = None
 
 
-async def look_closer(
+async def read_details(
     info: ImageInfo,
     options: OpenOptions | None = None,
     *,
@@ -56,7 +56,7 @@ async def look_closer(
             counted = await count_allocation(file, await read_header(file), progress)
     listed = None
     if info.qed.header.header is not None and info.qed.header.header.free_list:
-        listed = await show(info.path, share=options.force_share)
+        listed = await describe_free_list(info.path, share=options.force_share)
     return Details(listed, counted)
 
 

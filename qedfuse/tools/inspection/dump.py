@@ -47,7 +47,7 @@ VERDICTS: Final = {
 }
 """What is said of entries that cannot be right."""
 
-_MOST_TABLES: Final = 1 << 16
+_MAX_KNOWN_TABLES: Final = 1 << 16
 """L2 tables that are known when entries of another are judged; 64 TiB have 32768."""
 
 
@@ -165,7 +165,7 @@ class Dump:
         found = [np.empty(0, np.uint64)]
         async for _first, values in read_table(self._file, header, header.l1_table_offset):
             found.append(values[values != UNALLOCATED])
-            if sum(map(len, found)) > _MOST_TABLES:
+            if sum(map(len, found)) > _MAX_KNOWN_TABLES:
                 break
         return np.sort(np.concatenate(found))
 

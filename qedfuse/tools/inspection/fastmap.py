@@ -1,10 +1,10 @@
-"""The map of an image without a base, written as its tables are read.
+"""The map of an image without a backing file, written while its tables are read.
 
-What `qedfuse.tools.source.mapping` needs, numpy and trio, takes longer to load than the tables of
-a full image of 1 TiB take to be read.  So a small extension writes the lines (`_maplines.c`)
-as long as everything is plainly right.  At the first doubt it says how far it got.  It is
-optional: where it could not be built everything is mapped in the longer way, with the same
-outcome.
+`qedfuse.tools.inspection.mapping` needs numpy and trio, which take longer to load than the
+tables of a full image of 1 TiB take to be read.  So a small C extension (`_maplines.c`)
+writes the lines as long as every entry is plainly valid.  At the first entry that is not, it
+reports how far it got, and the caller continues with `mapping`.  The extension is optional:
+without it everything is mapped by `mapping`, with the same output.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     Lines = Callable[[bytes, int, int, int, array[int], int, array[int], bool, bytes], bytes | None]
 
-_MOST_L1_BYTES: Final = 1 << 22
-_LONGEST_NAME: Final = 4096
+_MAX_L1_BYTES: Final = 1 << 22
+_MAX_NAME_CHARS: Final = 4096
 
 
 def _load() -> Lines | None:
@@ -163,7 +163,7 @@ def _look(fd: int, path: str, lines: Lines) -> FastMap | None:
     header.check_fits(size, name)
     geometry = header.geometry
     used = geometry.l1_used(header.image_size) * ENTRY_BYTES
-    if header.has_backing or used > _MOST_L1_BYTES or not used or len(name) > _LONGEST_NAME:
+    if header.has_backing or used > _MAX_L1_BYTES or not used or len(name) > _MAX_NAME_CHARS:
         return None
     tables = decode(os.pread(fd, used, header.l1_table_offset))
     low, high = max(header.header_end, header.l1_end), size - geometry.table_bytes

@@ -112,7 +112,7 @@ class QedInfo:
         return self.backing.escapes if self.backing is not None else False
 
     @property
-    def most_tables(self) -> int | None:
+    def max_l2_tables(self) -> int | None:
         """How many L2 tables the disk can use; None where the header makes no sense."""
         header = self.header.header
         return None if header is None else header.geometry.l1_used(header.image_size)

@@ -21,8 +21,8 @@ from qedfuse.ondisk.header import LAYOUT, Header, parse_header
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_MOST_PROBLEMS: Final = 16
-_UNJUDGED: Final = frozenset({"cluster_size", "table_size"})
+_MAX_PROBLEMS: Final = 16
+_GEOMETRY_FIELDS: Final = frozenset({"cluster_size", "table_size"})
 """Fields without which the others mean nothing."""
 
 
@@ -121,7 +121,7 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
     """
     fields = LAYOUT.parse(data)
     moved = False
-    for _ in range(_MOST_PROBLEMS):
+    for _ in range(_MAX_PROBLEMS):
         try:
             header = parse_header(LAYOUT.build(fields), name)
             if not moved:
@@ -131,7 +131,7 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
             fields.features &= KNOWN_FEATURES
         except HeaderError as error:
             yield error
-            if error.field in _UNJUDGED:
+            if error.field in _GEOMETRY_FIELDS:
                 return
             moved = moved or error.field == "l1_table_offset"
             _mend(fields, error.field)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-FREE_TO_WRITE: Final = 64 << 20
+_MAX_UNFORCED_BYTES: Final = 64 << 20
 """Bytes that a repair writes without being forced to, however small the file is."""
 
 _SECTOR: Final = 512  # the unit of st_blocks, on every file system
@@ -224,7 +224,7 @@ def _refuse_without_room(file: PosixFile, wanted: RepairPlan) -> None:
 
 def _allowed(file: PosixFile) -> int:
     """Tell how much a repair may write without being forced to, in bytes."""
-    return max(FREE_TO_WRITE, file.stat().st_blocks * _SECTOR)
+    return max(_MAX_UNFORCED_BYTES, file.stat().st_blocks * _SECTOR)
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:

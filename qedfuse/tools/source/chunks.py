@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from qedfuse.tools.common.blocks import Bytes
-    from qedfuse.tools.source.extentbatches import Step
+    from qedfuse.tools.source.extentbatches import ExtentBatch
     from qedfuse.tools.source.source import Source
 
-PIECE: Final = 4 << 20
+MAX_CHUNK_BYTES: Final = 4 << 20
 """Bytes that are read at a time: beside them what a piece costs itself is little."""
 
-_CLOSE: Final = 1 << 18
+_MAX_BRIDGED_HOLE_BYTES: Final = 1 << 18
 """Bytes; a hole that is not larger is looked at as if it were data, which costs less than a
 piece of its own on each side."""
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """Bytes of a file that belong into a piece: at ``at``, counted from its beginning."""
 
     descriptor: int
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     length: int
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A range of the disk to copy, whole units but for the disk's end.
 
     Attributes:
@@ -45,8 +45,8 @@ class Piece(NamedTuple):
 
     start: int
     length: int
-    parts: tuple[Part, ...]
-    base: tuple[Part, ...] = ()
+    parts: tuple[Segment, ...]
+    base: tuple[Segment, ...] = ()
 
 
 class Chunker:
@@ -55,8 +55,8 @@ class Chunker:
     def __init__(
         self,
         source: Source,
-        unit: int,
-        longest: int,
+        block_size: int,
+        max_chunk_bytes: int,
         *,
         base: Source | None = None,
         full: bool = False,
@@ -65,14 +65,14 @@ class Chunker:
 
         Args:
             source: The disk.
-            unit: Bytes; pieces begin and end at multiples of it.
-            longest: Bytes that a piece may have; pieces end at multiples of it, too.
+            block_size: Bytes; chunks begin and end at multiples of it.
+            max_chunk_bytes: Bytes that a chunk may have; pieces end at multiples of it, too.
             base: Another disk; where both have the same bytes of the same file there is
                 nothing to do.
             full: Also what is known to be zeros.
         """
-        self._unit = unit
-        self._longest = longest
+        self._unit = block_size
+        self._longest = max_chunk_bytes
         self._full = full
         self._beside = base is not None
         self._source = [(info.st_dev, info.st_ino) for info in source.files()]
@@ -80,7 +80,7 @@ class Chunker:
         self._of_source = [source.descriptor(depth) for depth in range(len(self._source))]
         self._of_base = [base.descriptor(depth) for depth in range(len(self._base))] if base else []
 
-    def cut(self, step: Step) -> Iterator[Piece]:
+    def cut(self, step: ExtentBatch) -> Iterator[Chunk]:
         """Give the pieces that have to be looked at, in order."""
         data = [extent for extent in step.extents if extent.kind is Kind.DATA]
         under = [extent for extent in step.below if extent.kind is Kind.DATA]
@@ -91,11 +91,11 @@ class Chunker:
         else:
             ranges = [(extent.start, extent.end) for extent in data]
         one, other = _Cursor(data, self._of_source), _Cursor(under, self._of_base)
-        for first, last in _in_units(ranges, self._unit, step.start, step.end):
+        for first, last in _aligned(ranges, self._unit, step.start, step.end):
             at = first
             while at < last:
                 stop = min(last, at - at % self._longest + self._longest)
-                yield Piece(at, stop - at, one.parts(at, stop), other.parts(at, stop))
+                yield Chunk(at, stop - at, one.parts(at, stop), other.parts(at, stop))
                 at = stop
 
     def _different(self, data: list[Extent], under: list[Extent]) -> list[tuple[int, int]]:
@@ -126,14 +126,14 @@ class Chunker:
         )
 
 
-def _in_units(
-    ranges: Iterable[tuple[int, int]], unit: int, start: int, end: int
+def _aligned(
+    ranges: Iterable[tuple[int, int]], block_size: int, start: int, end: int
 ) -> Iterable[tuple[int, int]]:
     """Widen ranges within a step to whole units, and join those that are close together."""
     first = last = start
     for left, right in ranges:
-        begin, stop = left - left % unit, min(right + -right % unit, end)
-        if begin > last + (_CLOSE if last > first else 0):
+        begin, stop = left - left % block_size, min(right + -right % block_size, end)
+        if begin > last + (_MAX_BRIDGED_HOLE_BYTES if last > first else 0):
             if last > first:
                 yield first, last
             first = begin
@@ -151,7 +151,7 @@ class _Cursor:
         self._descriptors = descriptors
         self._next = 0
 
-    def parts(self, start: int, end: int) -> tuple[Part, ...]:
+    def parts(self, start: int, end: int) -> tuple[Segment, ...]:
         """Give what lies within a range; later calls are about what comes later."""
         result = []
         while self._next < len(self._extents):
@@ -160,14 +160,14 @@ class _Cursor:
             if first < last:
                 offset = extent.file_offset + first - extent.start
                 descriptor = self._descriptors[extent.depth]
-                result.append(Part(descriptor, offset, first - start, last - first))
+                result.append(Segment(descriptor, offset, first - start, last - first))
             if extent.end > end:
                 break
             self._next += 1
         return tuple(result)
 
 
-def fill(buffer: Bytes, parts: Sequence[Part], name: str) -> None:
+def read_segments(buffer: Bytes, parts: Sequence[Segment], name: str) -> None:
     """Read the parts of a piece into a buffer, zeros between them; for a worker thread.
 
     Raises:
@@ -183,7 +183,7 @@ def fill(buffer: Bytes, parts: Sequence[Part], name: str) -> None:
     buffer[at:] = 0
 
 
-def _read(view: memoryview, part: Part, name: str) -> None:
+def _read(view: memoryview, part: Segment, name: str) -> None:
     """Read one part, however little the host gives at a time."""
     done = 0
     while done < part.length:

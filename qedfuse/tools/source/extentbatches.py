@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.extents import Extent
     from qedfuse.tools.source.source import Source
 
-_ENOUGH: Final = 1 << 28
+_BATCH_BYTES: Final = 1 << 28
 """Bytes of the disk in a step, at least, unless it is stored in many pieces."""
 
-_MANY: Final = 1 << 14
+_BATCH_EXTENTS: Final = 1 << 14
 """Extents that are enough for a step, however little of the disk they are."""
 
 
-class Step(NamedTuple):
+class ExtentBatch(NamedTuple):
     """A range of a disk.
 
     Attributes:
@@ -36,14 +36,14 @@ class Step(NamedTuple):
     below: list[Extent]
 
 
-async def steps(
-    source: Source, unit: int, other: Source | None = None
-) -> AsyncGenerator[Step, None]:
+async def extent_batches(
+    source: Source, block_size: int, other: Source | None = None
+) -> AsyncGenerator[ExtentBatch, None]:
     """Go through all of a disk; what comes before a bad entry is still given.
 
     Args:
         source: The disk.
-        unit: Bytes; steps begin and end at multiples of it, but for the disk's end.
+        block_size: Bytes; batches begin and end at multiples of it, but for the disk's end.
         other: Another disk that the ranges are looked up in.
 
     Raises:
@@ -52,11 +52,11 @@ async def steps(
     """
     at, size = 0, source.size
     while at < size:
-        extents = await _next(source, at, size, unit)
+        extents = await _next(source, at, size, block_size)
         end = extents[-1].end
         below: list[Extent] = []
         if other is not None and at < other.size:
-            below = await _next(other, at, end, unit)
+            below = await _next(other, at, end, block_size)
             if below[-1].end < other.size:
                 end = min(end, below[-1].end)
         bad = [extent for extent in (*extents, *below) if extent.kind is Kind.BAD]
@@ -64,15 +64,15 @@ async def steps(
         if worst is not None:
             end = min(end, worst.start)
         if end < size:
-            end -= end % unit
+            end -= end % block_size
         if end > at:
-            yield Step(at, end, _before(end, extents), _before(end, below))
+            yield ExtentBatch(at, end, _before(end, extents), _before(end, below))
         elif worst is not None:
             raise CorruptImageError(worst.reason)
         at = end
 
 
-async def _next(source: Source, start: int, end: int, unit: int) -> list[Extent]:
+async def _next(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
     """Ask for enough extents for a step, at least of a whole unit or up to the disk's end."""
     found: list[Extent] = []
     at, end = start, min(end, source.size)
@@ -80,7 +80,9 @@ async def _next(source: Source, start: int, end: int, unit: int) -> list[Extent]
         found += await source.extents(at, end - at)
         at = found[-1].end
         covered = at - start
-        if covered - covered % unit and (covered >= _ENOUGH or len(found) >= _MANY):
+        if covered - covered % block_size and (
+            covered >= _BATCH_BYTES or len(found) >= _BATCH_EXTENTS
+        ):
             break
     return found
 

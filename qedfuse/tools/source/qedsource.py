@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.text import printable
-from qedfuse.tools.source.mapping import Map
+from qedfuse.tools.source.chainruns import ChainRunReader
 from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class QedSource:
     def __init__(self, disk: Disk, path: str) -> None:
         """Read through an open disk."""
         self._disk = disk
-        self._map = Map(list(disk.chain.layers))
+        self._runs = ChainRunReader(list(disk.chain.layers))
         self.path = path
         self.name = printable(path)
         self.size = disk.size
@@ -37,7 +37,7 @@ class QedSource:
         end = min(start + length, self.size)
         if start >= end:
             return []
-        batch = await self._map.piece(start, end)
+        batch = await self._runs.read(start, end)
         columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
         result: list[Extent] = []
         for at, count, depth, kind, offset in zip(

@@ -34,11 +34,11 @@ HOLE: Final = 3
 BAD: Final = 4
 """An entry that points where it may not."""
 
-PIECE_BYTES: Final = 1 << 18
+_TABLE_READ_BYTES: Final = 1 << 18
 """Bytes of a table that are read at once."""
-PIECES: Final = 4
+_MAX_TABLE_READS_PER_CALL: Final = 4
 """Pieces that are read before what was found is given out."""
-MOST_RUNS: Final = 1 << 16
+_MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
 """Runs of a raw file that are given out at once."""
 
 
@@ -56,7 +56,7 @@ class Runs:
     end: int
 
 
-class QedRuns:
+class QedRunReader:
     """The runs of a QED image."""
 
     def __init__(self, layer: QedLayer) -> None:
@@ -76,7 +76,7 @@ class QedRuns:
         geometry, layer = self._geometry, self._layer
         found: list[Runs] = []
         at = start
-        for _ in range(PIECES):
+        for _ in range(_MAX_TABLE_READS_PER_CALL):
             if at >= end:
                 break
             l1_index = geometry.l1_index(at)
@@ -104,12 +104,12 @@ class QedRuns:
         table_end = table + last * ENTRY_BYTES
         if data is None or data >= table_end:
             return _single(start, UNALLOCATED, end)
-        if data - place >= PIECE_BYTES:
+        if data - place >= _TABLE_READ_BYTES:
             count = (data - place) // ENTRY_BYTES
             return _single(
                 start, UNALLOCATED, geometry.floor(start) + count * geometry.cluster_size
             )
-        raw = await self._layer.file.pread(place, min(PIECE_BYTES, table_end - place))
+        raw = await self._layer.file.pread(place, min(_TABLE_READ_BYTES, table_end - place))
         values = _entries(raw)
         stop = min(end, geometry.floor(start) + len(values) * geometry.cluster_size)
         return self._runs(values, start, stop)
@@ -151,7 +151,7 @@ class QedRuns:
         return None if verdict is None else np.frombuffer(verdict, np.bool_)
 
 
-class RawRuns:
+class RawRunReader:
     """The runs of a raw file: what the host stores, and its holes."""
 
     def __init__(self, layer: Layer) -> None:
@@ -166,7 +166,7 @@ class RawRuns:
         starts: list[int] = []
         kinds: list[int] = []
         at = start
-        while at < end and len(starts) < MOST_RUNS:
+        while at < end and len(starts) < _MAX_RAW_RUNS_PER_CALL:
             data = await self._file.next_data(at)
             if data is None or data > at:
                 starts.append(at)

@@ -17,14 +17,14 @@ from qedfuse.errors import HostError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import length_of, open_raw, status_of
 from qedfuse.text import printable
-from qedfuse.tools.common.probing import probe
+from qedfuse.tools.common.formatprobe import probe_format
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import Literal
 
 
-_MOST: Final = 1 << 14
+_MAX_EXTENTS_PER_CALL: Final = 1 << 14
 """Extents of a raw file that are told at once."""
 
 
@@ -79,7 +79,7 @@ class RawSource:
         result: list[Extent] = []
         at = start
         try:
-            while at < end and len(result) < _MOST:
+            while at < end and len(result) < _MAX_EXTENTS_PER_CALL:
                 data = _seek(self._fd, at, os.SEEK_DATA, end)
                 if data > at:
                     result.append(Extent(Kind.ZERO, at, data - at))
@@ -132,7 +132,7 @@ async def open_source(
     """
     options = options or OpenOptions()
     if format == "auto":
-        format = probe(path)  # noqa: A001
+        format = probe_format(path)  # noqa: A001
     if format == "qed":
         # What only a QED image needs takes a while to load.
         from qedfuse.disk.opening import open_disk  # noqa: PLC0415

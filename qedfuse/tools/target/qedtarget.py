@@ -13,20 +13,21 @@ from qedfuse.errors import HostError, UsageError
 from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, UNALLOCATED, ZERO
 from qedfuse.ondisk.header import build_header
 from qedfuse.ondisk.table import SLICE_BYTES
-from qedfuse.tools.common.blocks import runs
-from qedfuse.tools.source.chunks import PIECE
-from qedfuse.tools.target.target import ParallelTarget, Write, write_all
+from qedfuse.tools.common.blocks import mask_ranges
+from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
+from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, write_all
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from qedfuse.disk.disk import Disk
     from qedfuse.ondisk.header import Header
     from qedfuse.tools.common.blocks import Mask
 
 _BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
-class _Window:
+class _TableSlice:
     """The slice of a table that is being filled; slices are filled in ascending order."""
 
     def __init__(self, entries: int) -> None:
@@ -44,7 +45,7 @@ class _Window:
         return [Write(self.offset, [content.data.cast("B")])]
 
 
-class QedTarget(ParallelTarget):
+class NewQedTarget(ParallelTarget):
     """Lays an image out: the tables where they are first needed, the clusters between them.
 
     The header comes last.  Memory is for one slice of each level, whatever the geometry.
@@ -60,16 +61,16 @@ class QedTarget(ParallelTarget):
         """
         self.descriptor = descriptor
         self.name = name
-        self.unit = header.cluster_size
+        self.block_size = header.cluster_size
         self._header = header
         self._backing = backing
         # A piece lies within one slice of one table: all are powers of two.
-        self.longest = min(PIECE, header.geometry.table_span)
+        self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
         self._slice = min(SLICE_BYTES // ENTRY_BYTES, self._geometry.entries)
-        self._l1 = _Window(self._slice)
-        self._l2 = _Window(self._slice)
+        self._l1 = _TableSlice(self._slice)
+        self._l2 = _TableSlice(self._slice)
 
     def place(self, start: int, view: memoryview, data: Mask, hide: Mask) -> list[Write]:
         """Give the clusters of a piece their places, one behind the other."""
@@ -80,12 +81,12 @@ class QedTarget(ParallelTarget):
         first = (start >> self._geometry.cluster_bits) % self._slice
         part = self._l2.entries[first : first + len(data)]
         count = int(data.sum())
-        where, size = self.end, np.uint64(self.unit)
+        where, size = self.end, np.uint64(self.block_size)
         part[data] = np.uint64(where) + np.arange(count, dtype=np.uint64) * size
         part[hide] = ZERO
-        self.end += count * self.unit
-        found = runs(data)
-        parts = [view[one * self.unit : other * self.unit] for one, other in found]
+        self.end += count * self.block_size
+        found = mask_ranges(data)
+        parts = [view[one * self.block_size : other * self.block_size] for one, other in found]
         return [*writes, Write(where, parts)] if parts else writes
 
     def _check_size(self, size: int) -> None:
@@ -94,7 +95,7 @@ class QedTarget(ParallelTarget):
         if size > most:
             msg = (
                 f"{self.name}: image size: found {size} or more, expected at most {most} with "
-                f"clusters of {self.unit} bytes and tables of {self._header.table_size}"
+                f"clusters of {self.block_size} bytes and tables of {self._header.table_size}"
             )
             raise UsageError(msg)
 
@@ -133,3 +134,34 @@ class QedTarget(ParallelTarget):
             raise HostError.from_os(error, self.name, "truncate") from error
         writes.append(Write(0, [memoryview(header)]))
         write_all(self.descriptor, writes, self.name)
+
+
+class ExistingQedTarget(SequentialTarget):
+    """A disk; clusters of zeros are given up."""
+
+    def __init__(self, disk: Disk) -> None:
+        """Write to an open disk that is at least as long as the other."""
+        self._disk = disk
+        self.block_size = disk.header.cluster_size
+        self._at = 0
+
+    async def take(self, start: int, view: memoryview, data: Mask) -> None:
+        """Write the piece, and zeros before it."""
+        await self._clear(start)
+        for first, last in mask_ranges(data):
+            await self._clear(start + first * self.block_size)
+            part = view[first * self.block_size : last * self.block_size]
+            await self._disk.write(start + first * self.block_size, part)
+            self._at = start + first * self.block_size + len(part)
+        await self._clear(start + len(view))
+
+    async def _clear(self, end: int) -> None:
+        """Make everything up to an offset zeros that was not written."""
+        if self._at < end:
+            await self._disk.discard(self._at, end - self._at)
+            self._at = end
+
+    async def complete(self, size: int) -> None:
+        """Clear the rest of the disk that was copied, and make everything durable."""
+        await self._clear(size)
+        await self._disk.flush()

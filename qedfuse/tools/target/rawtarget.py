@@ -10,37 +10,42 @@ import trio
 
 from qedfuse.errors import HostError
 from qedfuse.hostio.posixfile import fallocate
-from qedfuse.tools.common.blocks import runs
-from qedfuse.tools.source.chunks import PIECE
+from qedfuse.tools.common.blocks import mask_ranges
+from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
 from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, write_all
 
 if TYPE_CHECKING:
     from qedfuse.tools.common.blocks import Mask
     from qedfuse.tools.common.pipe import Stream
 
-_UNIT: Final = 4096
-_LEAST_UNIT: Final = 512
+_BLOCK_BYTES: Final = 4096
+_MIN_BLOCK_BYTES: Final = 512
 _PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZEROS: Final = memoryview(bytes(1 << 20))
 _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}
 
 
-class RawTarget(ParallelTarget):
+class NewRawTarget(ParallelTarget):
     """A new file, with holes where there are zeros; it has no base to hide."""
 
-    longest = PIECE
+    max_chunk_bytes = MAX_CHUNK_BYTES
 
-    def __init__(self, descriptor: int, name: str, sparse_size: int = _UNIT) -> None:
+    def __init__(self, descriptor: int, name: str, sparse_size: int = _BLOCK_BYTES) -> None:
         """Write to an open, empty file; to none if ``descriptor`` is negative."""
         self.descriptor = descriptor
         self.name = name
-        self.unit = _UNIT if not _LEAST_UNIT <= sparse_size < _UNIT else _LEAST_UNIT
+        self.block_size = (
+            _BLOCK_BYTES if not _MIN_BLOCK_BYTES <= sparse_size < _BLOCK_BYTES else _MIN_BLOCK_BYTES
+        )
 
     def place(self, start: int, view: memoryview, data: Mask, hide: Mask) -> list[Write]:  # noqa: ARG002
         """Write what is data where it belongs."""
         return [
-            Write(start + first * self.unit, [view[first * self.unit : last * self.unit]])
-            for first, last in runs(data)
+            Write(
+                start + first * self.block_size,
+                [view[first * self.block_size : last * self.block_size]],
+            )
+            for first, last in mask_ranges(data)
         ]
 
     def finish(self, size: int) -> None:
@@ -56,7 +61,7 @@ class RawTarget(ParallelTarget):
 class StreamTarget(SequentialTarget):
     """A pipe, which takes every byte in order."""
 
-    unit = _UNIT
+    block_size = _BLOCK_BYTES
 
     def __init__(self, stream: Stream) -> None:
         """Write to an open stream."""
@@ -81,10 +86,10 @@ class StreamTarget(SequentialTarget):
             self._at += len(zeros)
 
 
-class OverwrittenTarget(SequentialTarget):
+class ExistingRawTarget(SequentialTarget):
     """A file or a device that is there already; what is zeros is given back to the host."""
 
-    unit = _UNIT
+    block_size = _BLOCK_BYTES
 
     def __init__(self, descriptor: int, name: str, *, durable: bool = True) -> None:
         """Write over an open file that is at least as long as the disk."""
@@ -98,12 +103,15 @@ class OverwrittenTarget(SequentialTarget):
         """Clear what comes before the piece, and what is zeros in it; write the rest."""
         await self._clear(self._at, start)
         self._at = start + len(view)
-        for first, last in runs(~data):
-            end = min(last * self.unit, len(view))
-            await self._clear(start + first * self.unit, start + end)
+        for first, last in mask_ranges(~data):
+            end = min(last * self.block_size, len(view))
+            await self._clear(start + first * self.block_size, start + end)
         writes = [
-            Write(start + first * self.unit, [view[first * self.unit : last * self.unit]])
-            for first, last in runs(data)
+            Write(
+                start + first * self.block_size,
+                [view[first * self.block_size : last * self.block_size]],
+            )
+            for first, last in mask_ranges(data)
         ]
         await trio.to_thread.run_sync(write_all, self.descriptor, writes, self.name)
 

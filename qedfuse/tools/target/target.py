@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 import trio
 
 from qedfuse.errors import HostError
-from qedfuse.tools.source.chunks import PIECE
+from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qedfuse.tools.common.blocks import Mask
 
-_PORTION: Final = 1 << 18
+_MAX_BYTES_PER_WRITE: Final = 1 << 18
 """Bytes that are written with one call.
 
 The host takes memory for all of them at once.  In a virtual machine large pieces of memory
@@ -41,8 +41,8 @@ class ParallelTarget(ABC):
         name: What it is called in messages.
     """
 
-    unit: int
-    longest: int
+    block_size: int
+    max_chunk_bytes: int
     descriptor: int
     name: str
 
@@ -81,8 +81,8 @@ class SequentialTarget(ABC):
         unit: Bytes; pieces are searched for zeros in units of it.
     """
 
-    unit: int
-    longest = PIECE
+    block_size: int
+    max_chunk_bytes = MAX_CHUNK_BYTES
 
     @abstractmethod
     async def take(self, start: int, view: memoryview, data: Mask) -> None:
@@ -140,9 +140,9 @@ def write_all(descriptor: int, writes: list[Write], name: str) -> None:
 
 
 def _portions(parts: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Gather and cut what is to be written into portions of `_PORTION` bytes, but for the last."""
+    """Split and join buffers into lists of at most `_MAX_BYTES_PER_WRITE` bytes."""
     portion: list[memoryview] = []
-    room = _PORTION
+    room = _MAX_BYTES_PER_WRITE
     for part in parts:
         left = part
         while left:
@@ -151,6 +151,6 @@ def _portions(parts: list[memoryview]) -> Iterator[list[memoryview]]:
             room -= len(portion[-1])
             if not room:
                 yield portion
-                portion, room = [], _PORTION
+                portion, room = [], _MAX_BYTES_PER_WRITE
     if portion:
         yield portion

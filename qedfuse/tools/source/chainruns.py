@@ -1,65 +1,34 @@
-"""Where everything on a disk lies, over the whole chain: what ``qemu-img map`` tells.
+"""How a whole chain stores a range of the disk, as arrays: the runs of each layer combined.
 
-The chain is asked piece by piece, as much as some pieces of tables describe at a time, so
-that a disk of any size takes little memory.  Everything is done on arrays.
+A layer shows through where the layers above it have nothing.  The chain is read range by
+range, each as long as a few slices of tables describe, so a disk of any size takes little
+memory.  All work is done on whole arrays.
 """
 
 from __future__ import annotations
 
-from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import trio
 
-from qedfuse.disk.lookup.backing import open_bases, read_header
-from qedfuse.disk.lookup.layer import QedLayer, RawLayer
-from qedfuse.disk.lookup.tablecache import make_store
-from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import NotQedError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
-from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS, QedRuns, RawRuns, Runs
+from qedfuse.disk.lookup.layer import QedLayer
+from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, QedRunReader, RawRunReader, Runs
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator
 
     from numpy.typing import NDArray
 
     from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.hostio.posixfile import PosixFile
 
     Array = NDArray[np.int64]
 
-Format: TypeAlias = Literal["auto", "qed", "raw"]
-
-
-@dataclass(frozen=True, slots=True)
-class MapEntry:
-    """A range of the disk that is stored in one way; offsets and lengths in bytes.
-
-    Attributes:
-        depth: How far down the chain; 0 is the image itself.
-        present: Whether a layer says what is there; else it is zeros because none does.
-        zero: Whether it reads as zeros without a look at the file.
-        data: Whether the file holds data for it.
-        offset: Where in the file of that layer; None if nowhere.
-        bad: Whether a table entry is wrong, so that nobody can tell what is there.
-    """
-
-    start: int
-    length: int
-    depth: int
-    present: bool
-    zero: bool
-    data: bool
-    offset: int | None
-    bad: bool = False
-
 
 @dataclass(slots=True)
-class Batch:
+class ChainRuns:
     """Neighbouring extents as arrays of one length; the kinds are those of `Runs`."""
 
     starts: Array
@@ -77,30 +46,13 @@ class Batch:
         """Where the last one ends."""
         return int(self.starts[-1] + self.lengths[-1])
 
-    def entries(self) -> Iterator[MapEntry]:
-        """Give the extents one by one."""
-        columns = (self.starts, self.lengths, self.depths, self.kinds, self.offsets)
-        for start, length, depth, kind, offset in zip(
-            *(column.tolist() for column in columns), strict=True
-        ):
-            yield MapEntry(
-                start,
-                length,
-                depth,
-                present=kind != UNALLOCATED,
-                zero=kind in (UNALLOCATED, ZEROS, HOLE),
-                data=kind == DATA,
-                offset=offset if kind in (DATA, HOLE) else None,
-                bad=kind == BAD,
-            )
-
     def count_bad(self) -> int:
         """Tell how many of them nobody can tell anything about."""
         return int((self.kinds == BAD).sum())
 
-    def part(self, which: slice) -> Batch:
+    def part(self, which: slice) -> ChainRuns:
         """Give some of the extents."""
-        return Batch(
+        return ChainRuns(
             self.starts[which],
             self.lengths[which],
             self.depths[which],
@@ -109,7 +61,7 @@ class Batch:
         )
 
 
-class Map:
+class ChainRunReader:
     """The chain of an image, open to be asked where things lie.
 
     Attributes:
@@ -120,19 +72,20 @@ class Map:
     def __init__(self, layers: list[Layer]) -> None:
         """Ask layers that are open."""
         self._layers = [
-            QedRuns(layer) if isinstance(layer, QedLayer) else RawRuns(layer) for layer in layers
+            QedRunReader(layer) if isinstance(layer, QedLayer) else RawRunReader(layer)
+            for layer in layers
         ]
         self.size = self._layers[0].size
         self.files = [cast("PosixFile", layer.file).path for layer in layers]
 
     async def batches(
         self, start: int = 0, length: int | None = None
-    ) -> AsyncGenerator[Batch, None]:
+    ) -> AsyncGenerator[ChainRuns, None]:
         """Give the extents of a range, in order, each as long as it can be."""
         end = self.size if length is None else min(self.size, start + length)
-        kept: Batch | None = None
+        kept: ChainRuns | None = None
         while start < end:
-            batch = await self.piece(start, end)
+            batch = await self.read(start, end)
             start = batch.end
             if kept is not None:
                 batch = _joined(_after(kept, batch))
@@ -142,7 +95,7 @@ class Map:
         if kept is not None:
             yield kept
 
-    async def piece(self, start: int, end: int) -> Batch:
+    async def read(self, start: int, end: int) -> ChainRuns:
         """Ask layer after layer how it stores a range, or the beginning of it."""
         await trio.lowlevel.checkpoint()
         runs = await self._layers[0].read(start, end)
@@ -162,7 +115,7 @@ class Map:
             below = await layer.read(first, stop)
             runs, depths = _laid_over(runs, depths, below, depth, short=below.end < stop)
         lengths = np.diff(runs.starts, append=runs.end)
-        return _joined(Batch(runs.starts, lengths, depths, runs.kinds, runs.offsets))
+        return _joined(ChainRuns(runs.starts, lengths, depths, runs.kinds, runs.offsets))
 
 
 def _laid_over(
@@ -193,9 +146,9 @@ def _within(runs: Runs, numbers: NDArray[np.intp], starts: Array) -> Array:
     return np.where(placed, starts - runs.starts[numbers], 0)
 
 
-def _after(first: Batch, second: Batch) -> Batch:
+def _after(first: ChainRuns, second: ChainRuns) -> ChainRuns:
     """Put one batch behind another."""
-    return Batch(
+    return ChainRuns(
         np.concatenate((first.starts, second.starts)),
         np.concatenate((first.lengths, second.lengths)),
         np.concatenate((first.depths, second.depths)),
@@ -204,7 +157,7 @@ def _after(first: Batch, second: Batch) -> Batch:
     )
 
 
-def _joined(batch: Batch) -> Batch:
+def _joined(batch: ChainRuns) -> ChainRuns:
     """Join neighbours that are stored as one."""
     same = (batch.kinds[1:] == batch.kinds[:-1]) & (batch.depths[1:] == batch.depths[:-1])
     placed = (batch.kinds == DATA) | (batch.kinds == HOLE)
@@ -216,70 +169,10 @@ def _joined(batch: Batch) -> Batch:
     first = np.concatenate(([0], np.flatnonzero(~same) + 1))
     starts = batch.starts[first]
     end = batch.starts[-1] + batch.lengths[-1]
-    return Batch(
+    return ChainRuns(
         starts,
         np.diff(starts, append=end),
         batch.depths[first],
         batch.kinds[first],
         batch.offsets[first],
     )
-
-
-@asynccontextmanager
-async def open_map(
-    path: str, image_format: Format = "auto", options: OpenOptions | None = None
-) -> AsyncIterator[Map]:
-    """Open an image and its chain for reading, to see where things lie.
-
-    Raises:
-        NotQedError: It is of a foreign format, or not QED though it was said to be.
-        QedError: The image or a base cannot be opened, locked or trusted.
-    """
-    options = options or OpenOptions()
-    file = PosixFile.open(path)
-    layers: list[Layer] = []
-    try:
-        if options.lock:
-            mode = LockMode.SHARE if options.force_share else LockMode.READ
-            lock_image(file.fd, mode, file.name)
-        start = await file.pread(0, SIGNATURE_BYTES)
-        found = foreign(start)
-        if image_format == "auto" and found is not None:
-            msg = f"{file.name}: found a {found} image, expected QED or raw"
-            raise NotQedError(msg)
-        if image_format == "qed" or (image_format == "auto" and is_qed(start)):
-            header = await read_header(file)
-            store = make_store(options.cache_bytes)
-            layer = QedLayer(file, header, store)
-            await layer.scan_l1()
-            layers = [layer, *await open_bases(path, file, header, options, store)]
-        else:
-            layers = [RawLayer(file)]
-        yield Map(layers)
-    finally:
-        for opened in layers[1:]:
-            opened.file.close()
-        file.close()
-
-
-async def map_image(
-    path: str,
-    image_format: Format = "auto",
-    options: OpenOptions | None = None,
-    *,
-    start: int = 0,
-    length: int | None = None,
-) -> list[MapEntry]:
-    """List the extents of a range of a disk; for disks that do not have millions of them.
-
-    Raises:
-        QedError: As `open_map`.
-    """
-    entries: list[MapEntry] = []
-    async with (
-        open_map(path, image_format, options) as found,
-        aclosing(found.batches(start, length)) as batches,
-    ):
-        async for batch in batches:
-            entries.extend(batch.entries())
-    return entries

@@ -14,10 +14,10 @@ import numpy as np
 import trio
 
 from qedfuse.hostio.writebehind import WriteBehind
-from qedfuse.tools.common.blocks import judge, marked_bytes
+from qedfuse.tools.common.blocks import classify, masked_bytes
 from qedfuse.tools.common.workerpool import WorkerPool
-from qedfuse.tools.source.chunks import Chunker, fill
-from qedfuse.tools.source.extentbatches import steps
+from qedfuse.tools.source.chunks import Chunker, read_segments
+from qedfuse.tools.source.extentbatches import extent_batches
 from qedfuse.tools.target.target import ParallelTarget, complete, write_all
 from qedfuse.util.periodicprogress import periodic_progress
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
     from qedfuse.tools.common.blocks import Bytes, Mask
     from qedfuse.tools.common.workerpool import Ticket
-    from qedfuse.tools.source.chunks import Piece
+    from qedfuse.tools.source.chunks import Chunk
     from qedfuse.tools.source.source import Source
     from qedfuse.tools.target.target import SequentialTarget, Target
 
     Progress = Callable[[int, int], None]
 
-_MEMORY: Final = 64 << 20
+_MAX_BUFFER_BYTES: Final = 64 << 20
 """Bytes that all pieces under way have together, however large the clusters are."""
 
 
-class Copy:
+class DiskCopy:
     """A copy under way.
 
     Attributes:
@@ -74,7 +74,7 @@ class Copy:
         self._progress = progress
         self.data_bytes = 0
         self._done = 0
-        self._length = max(target.longest, target.unit)
+        self._length = max(target.max_chunk_bytes, target.block_size)
 
     async def run(self, streams: int) -> None:
         """Copy everything, with up to so many pieces under way at once.
@@ -83,14 +83,16 @@ class Copy:
             QedError: The source cannot be read, or the target be written.
         """
         source, target = self._source, self._target
-        cutter = Chunker(source, target.unit, self._length, base=self._base, full=not self._least)
+        cutter = Chunker(
+            source, target.block_size, self._length, base=self._base, full=not self._least
+        )
         async with (
             periodic_progress(self._report if self._progress else None),
-            aclosing(steps(source, target.unit, self._base)) as work,
+            aclosing(extent_batches(source, target.block_size, self._base)) as work,
         ):
             if isinstance(target, ParallelTarget):
                 memory = self._length * (1 if self._base is None else 2)
-                count = max(1, min(streams, _MEMORY // memory))
+                count = max(1, min(streams, _MAX_BUFFER_BYTES // memory))
                 behind = None
                 if self._sends and target.descriptor >= 0:
                     waits = self._sends == "and waits"
@@ -121,11 +123,11 @@ class Copy:
 
     def _hand(
         self, target: ParallelTarget, behind: WriteBehind | None
-    ) -> Callable[[Piece, Ticket], None]:
+    ) -> Callable[[Chunk, Ticket], None]:
         """Give a function that copies one piece after the other, in a worker thread."""
         content, below = self._buffers()
 
-        def copy(piece: Piece, turn: Ticket) -> None:
+        def copy(piece: Chunk, turn: Ticket) -> None:
             part = content[: piece.length]
             data, hide = self._look(piece, part, below)
             # The host lets one thread at a time write to a file.  Those that wait here do
@@ -143,24 +145,24 @@ class Copy:
         return copy
 
     async def _put(
-        self, target: SequentialTarget, piece: Piece, content: Bytes, below: Bytes
+        self, target: SequentialTarget, piece: Chunk, content: Bytes, below: Bytes
     ) -> None:
         """Copy one piece to where most of the work is the target's, and in order."""
         data, _ = await trio.to_thread.run_sync(self._look, piece, content, below)
         await target.take(piece.start, content.data, data)
         self._count(piece, data)
 
-    def _count(self, piece: Piece, data: Mask) -> None:
+    def _count(self, piece: Chunk, data: Mask) -> None:
         """Keep account of a piece that is done."""
-        self.data_bytes += marked_bytes(data, self._target.unit, piece.length)
+        self.data_bytes += masked_bytes(data, self._target.block_size, piece.length)
         self._done = piece.start + piece.length
 
-    def _look(self, piece: Piece, content: Bytes, below: Bytes) -> tuple[Mask, Mask]:
+    def _look(self, piece: Chunk, content: Bytes, below: Bytes) -> tuple[Mask, Mask]:
         """Read a piece, in a worker thread; tell its data, and the zeros that hide a base."""
-        unit = self._target.unit
-        fill(content, piece.parts, self._source.name)
+        block_size = self._target.block_size
+        read_segments(content, piece.parts, self._source.name)
         if self._base is None:
-            return judge(content, unit, self._least)
+            return classify(content, block_size, self._least)
         below = below[: piece.length]
-        fill(below, piece.base, self._base.name)
-        return judge(content, unit, self._least, below)
+        read_segments(below, piece.base, self._base.name)
+        return classify(content, block_size, self._least, below)

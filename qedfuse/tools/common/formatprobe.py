@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
 
-def probe(path: str) -> Literal["raw", "qed"]:
+def probe_format(path: str) -> Literal["raw", "qed"]:
     """Tell the format of a file by its first bytes.
 
     Raises:
@@ -29,10 +29,10 @@ def probe(path: str) -> Literal["raw", "qed"]:
         raise HostError.from_os(error, printable(path), "read") from error
     finally:
         os.close(fd)
-    return judge_start(start, printable(path))
+    return format_of(start, printable(path))
 
 
-def judge_start(start: bytes | bytearray | memoryview, name: str) -> Literal["raw", "qed"]:
+def format_of(start: bytes | bytearray | memoryview, name: str) -> Literal["raw", "qed"]:
     """Tell the format of what begins with some bytes.
 
     Raises:

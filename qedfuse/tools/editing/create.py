@@ -23,7 +23,7 @@ from qedfuse.ondisk.constants import (
 from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.header import parse_header
 from qedfuse.text import printable
-from qedfuse.tools.common.backingloop import refuse_loop
+from qedfuse.tools.common.newbacking import refuse_backing_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-_PIECE: Final = 1 << 28
+_ALLOCATION_CHUNK_BYTES: Final = 1 << 28
 """Bytes that are given a place between two reports of progress."""
 
 
@@ -120,7 +120,7 @@ def _look_at_base(
     """
     path = backing_path(image, name)
     about, shown = f"{printable(image)}: backing file", printable(path)
-    refuse_loop(image, name)
+    refuse_backing_loop(image, name)
     try:
         fd = open_regular(path, os.O_RDONLY)
         try:
@@ -157,7 +157,7 @@ async def preallocate(path: str, progress: Progress | None = None) -> None:
     from qedfuse.disk.options import OpenOptions  # noqa: PLC0415
 
     async with open_disk(path, OpenOptions(writable=True)) as disk:
-        for at in range(0, disk.size, _PIECE):
+        for at in range(0, disk.size, _ALLOCATION_CHUNK_BYTES):
             if progress is not None:
                 progress(at, disk.size)
-            await disk.allocate(at, _PIECE)
+            await disk.allocate(at, _ALLOCATION_CHUNK_BYTES)

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.lookup.extents import Extent
 
-_CLUSTERS: Final = 1 << 14
+_CLUSTERS_PER_BATCH: Final = 1 << 14
 """Clusters in a piece: each may come out as an extent of its own."""
 
 
-def pieces(disk: Disk) -> range:
+def batch_starts(disk: Disk) -> range:
     """Give the guest offsets where the pieces of a disk begin."""
-    return piece_starts(disk.size, disk.header.geometry.cluster_size)
+    return batch_starts_of(disk.size, disk.header.geometry.cluster_size)
 
 
-def piece_starts(size: int, cluster_size: int) -> range:
+def batch_starts_of(size: int, cluster_size: int) -> range:
     """Return the offsets where the pieces of a disk of ``size`` bytes begin."""
-    return range(0, size, _CLUSTERS * cluster_size)
+    return range(0, size, _CLUSTERS_PER_BATCH * cluster_size)
 
 
 async def own_extents(disk: Disk, start: int) -> list[Extent]:
@@ -34,7 +34,7 @@ async def own_extents(disk: Disk, start: int) -> list[Extent]:
         CorruptImageError: A table entry is bad.
     """
     await trio.lowlevel.checkpoint()
-    length = min(pieces(disk).step, disk.size - start)
+    length = min(batch_starts(disk).step, disk.size - start)
     found = joined(await disk.chain.layers[0].lookup(start, length))
     for extent in found:
         if extent.kind is Kind.BAD:

@@ -10,7 +10,7 @@ from qedfuse.errors import BackingError
 from qedfuse.text import printable
 
 
-def refuse_loop(image: str, backing: str, directory: str = "") -> None:
+def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Look for a file that is about to be replaced among the bases it is to have.
 
     Only names are followed, as far as they lead to files: whether the bases are any good

@@ -1,0 +1,127 @@
+"""Where everything on a disk lies, over the whole chain: what ``qemu-img map`` lists."""
+
+from __future__ import annotations
+
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.layer import QedLayer, RawLayer
+from qedfuse.disk.lookup.tablecache import make_store
+from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import NotQedError
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
+from qedfuse.tools.source.chainruns import ChainRunReader
+from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.tools.source.chainruns import ChainRuns
+
+Format: TypeAlias = Literal["auto", "qed", "raw"]
+
+
+@dataclass(frozen=True, slots=True)
+class MapEntry:
+    """A range of the disk that is stored in one way; offsets and lengths in bytes.
+
+    Attributes:
+        depth: How far down the chain; 0 is the image itself.
+        present: Whether a layer says what is there; else it is zeros because none does.
+        zero: Whether it reads as zeros without a look at the file.
+        data: Whether the file holds data for it.
+        offset: Where in the file of that layer; None if nowhere.
+        bad: Whether a table entry is wrong, so that nobody can tell what is there.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    offset: int | None
+    bad: bool = False
+
+
+def map_entries(batch: ChainRuns) -> Iterator[MapEntry]:
+    """Yield the runs of a batch one by one."""
+    columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
+    for start, length, depth, kind, offset in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
+        yield MapEntry(
+            start,
+            length,
+            depth,
+            present=kind != UNALLOCATED,
+            zero=kind in (UNALLOCATED, ZEROS, HOLE),
+            data=kind == DATA,
+            offset=offset if kind in (DATA, HOLE) else None,
+            bad=kind == BAD,
+        )
+
+
+@asynccontextmanager
+async def open_map(
+    path: str, image_format: Format = "auto", options: OpenOptions | None = None
+) -> AsyncIterator[ChainRunReader]:
+    """Open an image and its chain for reading, to see where things lie.
+
+    Raises:
+        NotQedError: It is of a foreign format, or not QED though it was said to be.
+        QedError: The image or a base cannot be opened, locked or trusted.
+    """
+    options = options or OpenOptions()
+    file = PosixFile.open(path)
+    layers: list[Layer] = []
+    try:
+        if options.lock:
+            mode = LockMode.SHARE if options.force_share else LockMode.READ
+            lock_image(file.fd, mode, file.name)
+        start = await file.pread(0, SIGNATURE_BYTES)
+        found = foreign(start)
+        if image_format == "auto" and found is not None:
+            msg = f"{file.name}: found a {found} image, expected QED or raw"
+            raise NotQedError(msg)
+        if image_format == "qed" or (image_format == "auto" and is_qed(start)):
+            header = await read_header(file)
+            store = make_store(options.cache_bytes)
+            layer = QedLayer(file, header, store)
+            await layer.scan_l1()
+            layers = [layer, *await open_bases(path, file, header, options, store)]
+        else:
+            layers = [RawLayer(file)]
+        yield ChainRunReader(layers)
+    finally:
+        for opened in layers[1:]:
+            opened.file.close()
+        file.close()
+
+
+async def map_image(
+    path: str,
+    image_format: Format = "auto",
+    options: OpenOptions | None = None,
+    *,
+    start: int = 0,
+    length: int | None = None,
+) -> list[MapEntry]:
+    """List the extents of a range of a disk; for disks that do not have millions of them.
+
+    Raises:
+        QedError: As `open_map`.
+    """
+    entries: list[MapEntry] = []
+    async with (
+        open_map(path, image_format, options) as found,
+        aclosing(found.batches(start, length)) as batches,
+    ):
+        async for batch in batches:
+            entries.extend(map_entries(batch))
+    return entries
