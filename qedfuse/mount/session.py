@@ -38,15 +38,21 @@ from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.images.naming import Source, find_sources
 from qedfuse.mount.images.overlays import open_source
 from qedfuse.mount.images.roles import find_read_only
+from qedfuse.mount.process.heaptrimmer import HeapTrimmer
+from qedfuse.mount.process.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.process.notify import PidFile, ServiceManager
+from qedfuse.mount.process.openfiles import explained_limit, raise_open_file_limit
 from qedfuse.mount.shutdown import InterruptedMountError, Shutdown, Stopper, ignore_signals
-from qedfuse.mount.system.claim import claim_name, claimed, find_new_mount, refuse_to_cover
-from qedfuse.mount.system.heaptrimmer import HeapTrimmer
-from qedfuse.mount.system.memorypressure import protect_from_memory_pressure
-from qedfuse.mount.system.mountpoint import check_mountpoint, check_privileges, is_below
+from qedfuse.mount.system.mountpoint import check_mountpoint, check_not_mounted, is_below
+from qedfuse.mount.system.mountpointlock import (
+    find_new_mount,
+    mountpoint_lock_name,
+    mountpoint_locked,
+    refuse_to_cover,
+)
 from qedfuse.mount.system.mountrecord import MountRecord, MountRecordFile, process_start
 from qedfuse.mount.system.mounttable import find_mount, read_mounts
-from qedfuse.mount.system.openfiles import explained_limit, raise_open_file_limit
+from qedfuse.mount.system.privileges import check_privileges
 from qedfuse.mount.system.readahead import readahead_bytes, set_readahead
 from qedfuse.mount.system.unmount import unmount
 from qedfuse.text import printable
@@ -180,7 +186,7 @@ class _Session:
         if options.overlay is not None and len(sources) != 1:
             msg = f"option overlay: found {len(sources)} images, expected one"
             raise UsageError(msg)
-        claim = claim_name(request.mountpoint)
+        claim = mountpoint_lock_name(request.mountpoint)
         directory = check_mountpoint(request.mountpoint, len(sources))
         if not request.fake:
             check_privileges(for_others=options.allow_other or options.allow_root)
@@ -242,9 +248,9 @@ class _Session:
             return await laundering.forget_soon(view)
 
         operations = Operations(views, request.options, forget_pages, directory=directory)
-        async with claimed(claim):
-            # Opening the images took its time.
-            check_mountpoint(mountpoint, len(views))
+        async with mountpoint_locked(claim):
+            # Another qedfuse may have mounted while the images were opened.
+            check_not_mounted(mountpoint)
             before = read_mounts()
             connection = attach(operations, mountpoint, request.options, request.sources[0])
         entry = None
@@ -366,7 +372,7 @@ def _tell_of_space(view: ExportedDisk) -> None:
 def _take_back(mount: MountEntry) -> None:
     """Remove a mount that never became ready, unless another one covers it by now."""
     now = find_mount(mount.path)
-    if now is None or now.number != mount.number:
+    if now is None or now.mount_id != mount.mount_id:
         return
     try:
         unmount(mount.path, lazy=True)

@@ -15,7 +15,7 @@ import pytest
 from qedfuse.mount.commands import umount
 from qedfuse.mount.commands.umount import UnmountFailedError, unmount_and_wait
 from qedfuse.mount.system.mountcopies import find_copies
-from qedfuse.mount.system.mounttable import FUSE_TYPE, MountEntry, find_ours, read_mounts
+from qedfuse.mount.system.mounttable import FUSE_TYPE, MountEntry, find_qedfuse_mount, read_mounts
 from tests.support import qemu
 from tests.support.mounted import clean_up, front, is_mounted, qedfuse
 
@@ -165,7 +165,7 @@ def test_a_copy_is_found_where_the_first_process_sees_nothing_of_it(
     place.mkdir()
     command = f"{_SEPARATE} exec {sys.executable} -c '{_CHROOTED_PARENT}' {place}"
     with front(image, tmp_path / "mnt") as mount:
-        device = find_ours(str(mount.mountpoint)).device
+        device = find_qedfuse_mount(str(mount.mountpoint)).device
         with subprocess.Popen(
             ["unshare", "--mount", "--propagation=unchanged", "sh", "-c", command],
             stdin=subprocess.PIPE,
@@ -182,7 +182,7 @@ def test_a_copy_is_found_where_the_first_process_sees_nothing_of_it(
 def test_a_new_mount_with_the_same_number_is_no_copy(image: Path, tmp_path: Path) -> None:
     """The kernel gives the number away while the old process is still closing its images."""
     with front(image, tmp_path / "mnt") as mount, subprocess.Popen(["cat"], stdin=-1) as old:
-        entry = find_ours(str(mount.mountpoint))
+        entry = find_qedfuse_mount(str(mount.mountpoint))
         descriptor = os.pidfd_open(old.pid)
         try:
             # The note says whose it is now, and of another user's mount the table does.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.mount.system.mountrecord import directories
+from qedfuse.mount.system.mountrecord import record_directories
 from qedfuse.mount.system.mounttable import FUSE_TYPE, find_mount
 from tests.support import qemu
 from tests.support.mounted import (
@@ -494,7 +494,7 @@ def user_place() -> Iterator[Path]:
         yield path
         clean_up(path / "mnt")
     DEVICE.chmod(mode)
-    shutil.rmtree(directories(NOBODY)[-1], ignore_errors=True)
+    shutil.rmtree(record_directories(NOBODY)[-1], ignore_errors=True)
 
 
 # The capability lets him search directories: the interpreter may lie in root's home.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.mount.system.openfiles import OTHER_FILES
+from qedfuse.mount.process.openfiles import MAX_OTHER_FILES
 from tests.support import qemu
 from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 IMAGES: Final = 60
-FEW: Final = IMAGES + OTHER_FILES - 1
+FEW: Final = IMAGES + MAX_OTHER_FILES - 1
 
 
 @pytest.fixture

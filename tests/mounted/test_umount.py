@@ -13,7 +13,7 @@ import pytest
 from qedfuse.errors import FuseError
 from qedfuse.mount.commands.umount import UnmountFailedError
 from qedfuse.mount.system.boundedcall import call_in_child
-from qedfuse.mount.system.unmount import _by_helper as unmount_by_helper
+from qedfuse.mount.system.unmount import unmount_by_fusermount
 from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
 from tests.support.mounted import front, is_locked, is_mounted, mounted, qedfuse, refused
@@ -274,7 +274,7 @@ def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
     place = tmp_path / "busy\u2028not permitted"
     place.mkdir()
     with pytest.raises(FuseError) as caught:
-        unmount_by_helper(str(place), lazy=False)
+        unmount_by_fusermount(str(place), lazy=False)
     assert type(caught.value) is FuseError
     assert "busy\\u2028not permitted" in str(caught.value)
 

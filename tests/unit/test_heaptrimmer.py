@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qedfuse.mount.system import heaptrimmer
-from qedfuse.mount.system.heaptrimmer import SECONDS, HeapTrimmer
+from qedfuse.mount.process import heaptrimmer
+from qedfuse.mount.process.heaptrimmer import MIN_INTERVAL_SECONDS, HeapTrimmer
 
 if TYPE_CHECKING:
     import pytest
@@ -15,16 +15,16 @@ def test_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first time, and then when some time has gone by; nowhere if the C library cannot."""
     calls: list[int] = []
     now = 0.0
-    monkeypatch.setattr(heaptrimmer, "_trim", calls.append)
+    monkeypatch.setattr(heaptrimmer, "_malloc_trim", calls.append)
     trim = HeapTrimmer(lambda: now)
     for _ in range(3):
         trim()
     assert calls == [0]
-    now = SECONDS + 1
+    now = MIN_INTERVAL_SECONDS + 1
     trim()
     trim()
     assert calls == [0, 0]
-    monkeypatch.setattr(heaptrimmer, "_trim", None)
-    now = 10 * SECONDS
+    monkeypatch.setattr(heaptrimmer, "_malloc_trim", None)
+    now = 10 * MIN_INTERVAL_SECONDS
     trim()
     assert calls == [0, 0]

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 
-from qedfuse.mount.system.memorypressure import OOM_SCORE_ADJ
+from qedfuse.mount.process.memorypressure import OOM_SCORE_ADJ
 from tests.support.mounted import (
     IO_FLUSHER,
     TIMEOUT,
@@ -23,7 +23,7 @@ from tests.support.mounted import (
 _PROGRAM: Final = f"""
 import json, os, subprocess, sys, threading
 from pathlib import Path
-from qedfuse.mount.system.memorypressure import protect_from_memory_pressure
+from qedfuse.mount.process.memorypressure import protect_from_memory_pressure
 
 def flags(task):
     return int(Path(f"/proc/{{task}}/stat").read_text().rpartition(")")[2].split()[6])

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from qedfuse.errors import MountpointError, PrivilegeError
-from qedfuse.mount.system import mountpoint
-from qedfuse.mount.system.mountpoint import check_mountpoint, check_privileges, is_below
+from qedfuse.mount.system import privileges
+from qedfuse.mount.system.mountpoint import check_mountpoint, is_below
 from qedfuse.mount.system.mounttable import MountEntry, parse_mounts
+from qedfuse.mount.system.privileges import check_privileges
 
 ODD = ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\x1d", "\x1e", "\r", "\xa0", "\x1f"]
 """Characters at which Python ends a line or a word, and the kernel does not."""
@@ -66,7 +67,7 @@ def test_unfit_mountpoints(tmp_path: Path) -> None:
 
 def test_a_missing_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /dev/fuse nothing can be mounted, by nobody."""
-    monkeypatch.setattr(mountpoint, "FUSE_DEVICE", str(tmp_path / "fuse"))
+    monkeypatch.setattr(privileges, "FUSE_DEVICE", str(tmp_path / "fuse"))
     with pytest.raises(PrivilegeError, match="modprobe fuse"):
         check_privileges(for_others=False)
 
@@ -77,7 +78,7 @@ def test_a_forbidden_device_is_explained(tmp_path: Path, monkeypatch: pytest.Mon
     def deny(*_args: object) -> int:
         raise PermissionError(13, "denied")
 
-    monkeypatch.setattr(mountpoint, "FUSE_DEVICE", str(tmp_path / "fuse"))
+    monkeypatch.setattr(privileges, "FUSE_DEVICE", str(tmp_path / "fuse"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", deny)
         with pytest.raises(PrivilegeError, match="Permission denied"):
@@ -89,14 +90,14 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand in for a device that may be used."""
     path = tmp_path / "fuse"
     path.touch()
-    monkeypatch.setattr(mountpoint, "FUSE_DEVICE", str(path))
+    monkeypatch.setattr(privileges, "FUSE_DEVICE", str(path))
     return path
 
 
 @pytest.mark.usefixtures("device")
 def test_a_missing_helper_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ordinary user needs fusermount3; root does not."""
-    monkeypatch.setattr(mountpoint, "find_fusermount", lambda: None)
+    monkeypatch.setattr(privileges, "find_fusermount", lambda: None)
     with pytest.raises(PrivilegeError, match="fusermount3"):
         check_privileges(for_others=False, user=1000)
     check_privileges(for_others=False, user=0)
@@ -121,8 +122,8 @@ def test_allow_other_needs_a_line_in_the_configuration(
     """What fusermount3 would refuse is refused before, with the line that is missing."""
     path = tmp_path / "fuse.conf"
     path.write_text(conf)
-    monkeypatch.setattr(mountpoint, "FUSE_CONF", str(path))
-    monkeypatch.setattr(mountpoint, "find_fusermount", lambda: "/bin/fusermount3")
+    monkeypatch.setattr(privileges, "FUSE_CONF", str(path))
+    monkeypatch.setattr(privileges, "find_fusermount", lambda: "/bin/fusermount3")
     check_privileges(for_others=True, user=0)
     check_privileges(for_others=False, user=1000)
     if allowed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.mount.system.readahead import DEFAULT_READAHEAD, readahead_bytes, set_readahead
+from qedfuse.mount.system.readahead import DEFAULT_READAHEAD_BYTES, readahead_bytes, set_readahead
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ def setting(tmp_path: Path) -> Path:
 
 def test_lengths_are_whole_pages() -> None:
     """A length is never rounded to nothing; the kernel's own is none of ours."""
-    assert readahead_bytes(None) == DEFAULT_READAHEAD == 1 << 20
+    assert readahead_bytes(None) == DEFAULT_READAHEAD_BYTES == 1 << 20
     assert readahead_bytes("kernel") is None
     assert readahead_bytes(0) == 0
     assert readahead_bytes(1) == PAGE

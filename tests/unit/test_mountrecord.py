@@ -16,9 +16,9 @@ from qedfuse.mount.system import mountrecord
 from qedfuse.mount.system.mountrecord import (
     MountRecord,
     MountRecordFile,
-    find_note,
+    find_record,
     process_start,
-    take_note,
+    take_record,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ DEVICE = "0:42"
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep notes in a directory of the test's own."""
     path = tmp_path / "notes"
-    monkeypatch.setattr(mountrecord, "directories", lambda _user: [path])
+    monkeypatch.setattr(mountrecord, "record_directories", lambda _user: [path])
     return path
 
 
@@ -62,20 +62,20 @@ def test_a_note_is_found_until_the_end(place: Path) -> None:
     """It says what it was made with, and a good end removes it."""
     keeper = keep_note()
     assert place.stat().st_mode & 0o777 == 0o700
-    found = find_note(DEVICE, USER)
+    found = find_record(DEVICE, USER)
     assert found is not None
     assert found[1] == own_note()
-    assert find_note("0:4", USER) is None
+    assert find_record("0:4", USER) is None
     keeper.finish(None, 0)
-    assert find_note(DEVICE, USER) is None
-    assert take_note(found[0], USER) is None
+    assert find_record(DEVICE, USER) is None
+    assert take_record(found[0], USER) is None
 
 
 def test_a_failure_stays_in_the_note() -> None:
     """Whoever waited for the process learns why and how it ended."""
     keeper = keep_note()
     keeper.finish("the host is full", 2)
-    found = find_note(DEVICE, USER)
+    found = find_record(DEVICE, USER)
     assert found is not None
     assert (found[1].failure, found[1].exit_code) == ("the host is full", 2)
 
@@ -86,7 +86,7 @@ def test_the_latest_note_counts(place: Path) -> None:
     text = (place / f"{DEVICE}.{os.getpid()}").read_text()
     older = json.loads(text) | {"mountpoint": "/older", "started": 1}
     (place / f"{DEVICE}.1").write_text(json.dumps(older))
-    found = find_note(DEVICE, USER)
+    found = find_record(DEVICE, USER)
     assert found is not None
     assert found[1].mountpoint == "/mnt"
 
@@ -106,7 +106,7 @@ def test_unsafe_directories_are_refused(place: Path) -> None:
     place.chmod(0o777)
     with pytest.raises(PrivilegeError, match="others can write"):
         keep_note()
-    assert find_note(DEVICE, USER) is None
+    assert find_record(DEVICE, USER) is None
 
 
 def test_links_are_not_followed(place: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_links_are_not_followed(place: Path, tmp_path: Path) -> None:
     place.mkdir(mode=0o700)
     (tmp_path / "note").write_text('{"pid":1,"started":1,"mountpoint":"","sources":[]}')
     (place / f"{DEVICE}.1").symlink_to(tmp_path / "note")
-    assert find_note(DEVICE, USER) is None
+    assert find_record(DEVICE, USER) is None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_broken_notes_are_passed_over(place: Path, text: str) -> None:
     """What makes no sense is no note."""
     place.mkdir(mode=0o700)
     (place / f"{DEVICE}.1").write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert find_note(DEVICE, USER) is None
+    assert find_record(DEVICE, USER) is None
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_a_note_with_a_wrong_field_is_passed_over(
     right = {"pid": 1, "started": 1, "mountpoint": "/mnt", "sources": ["/vm.qed"], "options": []}
     path = place / f"{DEVICE}.1"
     path.write_text(json.dumps(right))
-    assert find_note(DEVICE, USER) is not None
+    assert find_record(DEVICE, USER) is not None
     for value in values:
         path.write_text(json.dumps({**right, field: value}))
-        assert find_note(DEVICE, USER) is None, value
+        assert find_record(DEVICE, USER) is None, value
 
 
 def test_a_note_is_removed_from_the_directory_that_was_checked(
@@ -178,7 +178,7 @@ def test_a_note_is_removed_from_the_directory_that_was_checked(
         return note
 
     monkeypatch.setattr(mountrecord, "_read", read_and_swap)
-    note = take_note(place / name, USER)
+    note = take_record(place / name, USER)
     assert note is not None
     assert (note.failure, note.exit_code) == ("failed", 2)
     assert (other / name).exists()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError, UsageError
 from qedfuse.mount.options import absolute_words, is_in_effect, parse_options, split_options
-from qedfuse.mount.system.mountrecord import find_note
-from qedfuse.mount.system.mounttable import find_ours
+from qedfuse.mount.system.mountrecord import find_record
+from qedfuse.mount.system.mounttable import find_qedfuse_mount
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def remount(
         PrivilegeError: The caller is not root.
         FuseError: The kernel refuses.
     """
-    entry = find_ours(mountpoint)
-    found = find_note(entry.device, entry.owner)
+    entry = find_qedfuse_mount(mountpoint)
+    found = find_record(entry.device, entry.owner)
     shown = printable(mountpoint)
     if found is None:
         msg = f"{shown}: found no note of its process, so nothing can be remounted"

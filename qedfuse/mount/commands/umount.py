@@ -14,12 +14,12 @@ from qedfuse.mount.system.mountcopies import describe_copies
 from qedfuse.mount.system.mountpoint import is_below, resolve, resolve_mounted
 from qedfuse.mount.system.mountrecord import (
     MountRecord,
-    directories,
-    find_note,
+    find_record,
     process_start,
-    take_note,
+    record_directories,
+    take_record,
 )
-from qedfuse.mount.system.mounttable import MountEntry, find_mount, find_ours
+from qedfuse.mount.system.mounttable import MountEntry, find_mount, find_qedfuse_mount
 from qedfuse.mount.system.unmount import BusyError, unmount
 from qedfuse.text import printable
 
@@ -86,7 +86,7 @@ def unmount_and_wait(
                 raise UnmountFailedError(msg) from None
         if found is None and _hides_notes(mountpoint, entry.owner):
             # Only now can the note be seen; a process that has ended well has removed it.
-            found = find_note(entry.device, entry.owner)
+            found = find_record(entry.device, entry.owner)
             if found is None:
                 return
             process = _open_process(found[1])
@@ -107,8 +107,8 @@ def unmount_and_wait(
 def _find(path: str) -> tuple[str, MountEntry, tuple[Path, MountRecord] | None]:
     """Return the mountpoint that a path leads to, the mount, and the note of its process."""
     mountpoint = resolve_mounted(path)
-    entry = find_ours(mountpoint)
-    return mountpoint, entry, find_note(entry.device, entry.owner)
+    entry = find_qedfuse_mount(mountpoint)
+    return mountpoint, entry, find_record(entry.device, entry.owner)
 
 
 def _is_mounted(mountpoint: str, entry: MountEntry) -> bool:
@@ -119,7 +119,7 @@ def _is_mounted(mountpoint: str, entry: MountEntry) -> bool:
 
 def _hides_notes(mountpoint: str, owner: int) -> bool:
     """Tell whether the notes of a user's mounts may lie under a mountpoint."""
-    return any(is_below(resolve(str(path)), mountpoint) for path in directories(owner))
+    return any(is_below(resolve(str(path)), mountpoint) for path in record_directories(owner))
 
 
 def _take_away(mountpoint: str, entry: MountEntry) -> None:
@@ -195,7 +195,7 @@ class _Ending:
 
     def _copies(self) -> str | None:
         """Say where else the file system is mounted; None if that cannot be seen."""
-        found = find_note(self._entry.device, self._entry.owner)
+        found = find_record(self._entry.device, self._entry.owner)
         if found is not None and found[1].pid != self._pid:
             return None  # the file system has gone, and a new one has its number
         return describe_copies(self._entry.device, self._entry)
@@ -207,7 +207,7 @@ def _report(shown: str, entry: MountEntry, path: Path) -> None:
     Raises:
         UnmountFailedError: It left a note.
     """
-    note = take_note(path, entry.owner)
+    note = take_record(path, entry.owner)
     if note is None:
         return
     if note.failure is not None:

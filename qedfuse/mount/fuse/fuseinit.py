@@ -33,7 +33,7 @@ import pyfuse3
 import trio
 
 from qedfuse.errors import FuseError
-from qedfuse.mount.system.mountpoint import FUSE_DEVICE
+from qedfuse.mount.system.privileges import FUSE_DEVICE
 from qedfuse.util.descriptors import open_descriptors
 from qedfuse.util.scope import open_scope
 

@@ -1,1 +1,1 @@
-"""What the mount asks of the kernel and the process beside FUSE."""
+"""Mounts as the host sees them: mount table, mountpoints, mount records, unmounting."""

@@ -1,8 +1,8 @@
-"""Calling a function that may block in the kernel, for a limited time.
+"""Calling a function that may block in the kernel, with a time limit.
 
 A system call that waits for the server of a FUSE mount cannot always be interrupted, not
-even by SIGKILL, and a process does not end before all its threads have.  So the call is
-made in a child process, which the caller leaves behind if the time is over.
+even by SIGKILL, and a process ends only when all its threads have ended.  Therefore the call
+is made in a child process, which the caller abandons when the time is over.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _READ_BYTES: Final = 1 << 16
-_MILLISECONDS: Final = 1000
+_MILLISECONDS_PER_SECOND: Final = 1000
 
 
 class Deadline:
-    """A point in time, or none."""
+    """The time at which to give up, or never."""
 
     def __init__(self, seconds: float | None) -> None:
-        """Set the deadline ``seconds`` from now; None is never."""
+        """Set the deadline to ``seconds`` from now; None is never."""
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def remaining(self) -> float | None:
-        """Return the seconds that are left, 0 if it is over; None for no deadline."""
+        """Return the seconds that are left, at least 0; None if there is no deadline."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
-    """Call a function in a child process; return what it returns.
+    """Call a function in a child process and return its result.
 
-    The result is copied between the processes, so it must be plain data.  The caller must
-    have no threads.
+    The result is pickled, so it must be plain data.  The calling process must have no
+    threads, because it forks.
 
     Args:
-        function: What to call.
-        seconds: How long to wait for it; None for as long as it takes.
+        function: The function.
+        seconds: How long to wait for the result; None for as long as it takes.
 
     Raises:
-        TimeoutError: It has not returned in time.  The child is killed, as far as the kernel
-            lets it; what it was doing may still happen.
-        Exception: What the function raised, without its traceback.
+        TimeoutError: The function has not returned in time.  The child gets SIGKILL; the
+            system call in which it blocks may still take effect.
+        Exception: The exception that the function raised, without its traceback.
         RuntimeError: The child ended without a result.
     """
     deadline = Deadline(seconds)
@@ -68,7 +68,8 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     try:
         reply = _receive(reading, deadline)
     except BaseException:
-        # Not waited for: if it blocks in the kernel, it ends when the server answers.
+        # The child is not waited for: if it blocks in the kernel, it ends only when the
+        # server answers.
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         raise
@@ -88,10 +89,10 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
 
 
 def _run(function: Callable[[], object], writing: int) -> NoReturn:
-    """Call the function, send what became of it, and exit.
+    """Call the function, send its result or exception to the pipe ``writing``, and exit.
 
-    A child that blocks in the kernel outlives the caller, and must not keep open what the
-    caller's caller waits for: the end of a pipe, or a lock.
+    A child that blocks in the kernel outlives the caller.  It must not keep open what the
+    caller's parent waits for, such as a pipe or a lock, so it closes all other descriptors.
     """
     try:
         reply: tuple[Any, ...]
@@ -108,17 +109,17 @@ def _run(function: Callable[[], object], writing: int) -> NoReturn:
 
 
 def _receive(reading: int, deadline: Deadline) -> bytes:
-    """Read to the end of a pipe.
+    """Read a pipe up to its end and return the content.
 
     Raises:
-        TimeoutError: The end has not come in time.
+        TimeoutError: The deadline was reached before the end.
     """
     poll = select.poll()
     poll.register(reading, select.POLLIN)
     received = b""
     while True:
         remaining = deadline.remaining()
-        if not poll.poll(None if remaining is None else remaining * _MILLISECONDS):
+        if not poll.poll(None if remaining is None else remaining * _MILLISECONDS_PER_SECOND):
             raise TimeoutError
         part = os.read(reading, _READ_BYTES)
         if not part:

@@ -1,7 +1,7 @@
-"""Where else a mount is mounted: bind mounts, and copies in other mount namespaces.
+"""Finding all mounts of one file system: bind mounts, and copies in other mount namespaces.
 
-A new mount namespace, as a container or a systemd service has it, begins with a copy of
-every mount.  A file system goes away only when its last mount does.
+A new mount namespace, such as that of a container or of a systemd service, begins with a
+copy of every mount.  A file system ends only when its last mount is unmounted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from qedfuse.text import printable
 
-_MAX_SHOWN: Final = 5
+_MAX_LISTED_COPIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class MountCopy:
 
     Attributes:
         path: Its mountpoint, as the process sees it.
-        pid: A process in whose mount namespace it is; None for the caller's own.
-        command: What that process is called.
+        pid: A process that sees the mount; None for the caller itself.
+        command: The name of that process (proc_pid_comm(5)).
     """
 
     path: str
@@ -32,58 +32,61 @@ class MountCopy:
     command: str = ""
 
     def __str__(self) -> str:
-        """Say where it is, on one line."""
+        """Describe where the mount is, on one line."""
         if self.pid is None:
             return f"at {printable(self.path)}"
         return f"at {printable(self.path)} for process {self.pid} ({printable(self.command)})"
 
 
 def find_copies(device: str, original: MountEntry | None = None) -> list[MountCopy]:
-    """List the mounts of the file system with a device number, ``MAJOR:MINOR``.
+    """List the mounts of a file system that the caller or other processes see.
 
-    Of each copy one process is named that sees it, that with the lowest number.  What goes
-    away together with a mount of the caller's namespace is left out, and so is what the
-    caller may not look at, and a copy that no process sees below its root directory.
+    Of the processes that see a copy, the one with the lowest pid is reported.  Left out are
+    mounts that are unmounted together with one of the caller's namespace, mounts of
+    processes that the caller may not inspect, and copies that no process sees below its
+    root directory.
 
     Args:
-        device: The number.
-        original: A mount of the file system that may have gone by now; what shows another
-            source or owner is another file system, which has got the number since.
+        device: The device number of the file system, ``MAJOR:MINOR``.
+        original: A mount of the file system, which may be gone by now.  The kernel reuses
+            device numbers, so a mount with another source or owner belongs to another file
+            system and is left out.
     """
     own = _mounts(device, None, original)
     found = [MountCopy(entry.path) for entry in own]
-    numbers = {entry.number for entry in own}
-    together = {entry.peers for entry in own if entry.peers}
-    seen = {_view("self")}
+    mount_ids = {entry.mount_id for entry in own}
+    own_groups = {entry.peer_group for entry in own if entry.peer_group}
+    seen = {_namespace_and_root("self")}
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):  # noqa: PTH208
-        view = _view(str(pid))
-        if view in seen:
+        visible = _namespace_and_root(str(pid))
+        if visible in seen:
             continue
-        seen.add(view)
+        seen.add(visible)
         for entry in _mounts(device, pid, original):
-            if entry.number not in numbers and entry.peers not in together:
-                numbers.add(entry.number)
+            if entry.mount_id not in mount_ids and entry.peer_group not in own_groups:
+                mount_ids.add(entry.mount_id)
                 found.append(MountCopy(entry.path, pid, _command(pid)))
     return found
 
 
 def describe_copies(device: str, original: MountEntry | None = None) -> str | None:
-    """Say where a file system is mounted, on one line; None if that cannot be seen.
+    """Describe where a file system is mounted, on one line; None if no mount of it is visible.
 
     The arguments are those of `find_copies`.
     """
     copies = find_copies(device, original)
     if not copies:
         return None
-    more = len(copies) - _MAX_SHOWN
-    shown = ", ".join(map(str, copies[:_MAX_SHOWN])) + (f" and {more} more" if more > 0 else "")
-    return f"still mounted {shown}"
+    more = len(copies) - _MAX_LISTED_COPIES
+    listed = ", ".join(map(str, copies[:_MAX_LISTED_COPIES]))
+    return f"still mounted {listed}" + (f" and {more} more" if more > 0 else "")
 
 
-def _view(process: str) -> tuple[str, str]:
-    """Name what decides which mounts a process sees: its mount namespace and its root.
+def _namespace_and_root(process: str) -> tuple[str, str]:
+    """Return the mount namespace and the root directory of a process, which decide what it sees.
 
-    The process itself stands for what may not be seen.
+    If the caller may not read them, the result contains the name of the process instead, so
+    it is equal to no other.
     """
     try:
         # The link is read and not followed: its target may be a mount that does not answer.
@@ -96,7 +99,7 @@ def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[M
     """List the mounts of the file system that a process sees; see `find_copies`."""
     try:
         entries = read_mounts(pid)
-    except OSError:  # it has ended, or must not be looked at
+    except OSError:  # it has ended, or the caller may not inspect it
         return []
     return [
         entry
@@ -107,7 +110,7 @@ def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[M
 
 
 def _command(pid: int) -> str:
-    """Return the name of a process."""
+    """Return the name of a process, or ``ended``."""
     try:
         name = os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes())
     except OSError:

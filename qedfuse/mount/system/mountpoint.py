@@ -1,43 +1,41 @@
-"""The place of the mount: is it fit, and may we mount there."""
+"""Mountpoints: resolving their paths, and refusing those that cannot carry a mount."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 from typing import Final
 
-from qedfuse.errors import MountpointError, PrivilegeError, proc_missing
+from qedfuse.errors import MountpointError, proc_missing
 from qedfuse.mount.system.mounttable import FUSE_TYPE, find_mount
+from qedfuse.mount.system.privileges import FUSE_DEVICE
 from qedfuse.text import printable
 
-FUSE_DEVICE: Final = "/dev/fuse"
-FUSE_CONF: Final = "/etc/fuse.conf"
 _KERNEL_TREES: Final = ("/proc", "/sys")
-_NEEDED: Final = (FUSE_DEVICE, *_KERNEL_TREES)
-"""What the server looks up while it serves, so that no mount of its own may cover it.  A
-mount on / would not even be seen, and unmounting / makes the system's root read-only."""
-_LIBFUSE_NEEDS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
-"""What libfuse needs after the kernel has mounted and before the server serves: from 3.17 on
-it runs mount(8), and waits for it, to bring the table of mount options up to date."""
+_SERVER_PATHS: Final = (FUSE_DEVICE, *_KERNEL_TREES)
+"""Paths that the server looks up while it serves, so its own mount must not cover them.  A
+mount on / would not even be visible, and unmounting / makes the system's root read-only."""
+_LIBFUSE_PATHS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
+"""Paths that libfuse needs after the kernel has mounted and before the server serves: from
+3.17 on it runs mount(8), and waits for it, to update the table of mount options."""
 _MAX_LINKS: Final = 40
-"""As many links in a row as the kernel follows (MAXSYMLINKS)."""
-_SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+"""Symbolic links that the kernel follows in one path (MAXSYMLINKS)."""
 
 
 def resolve(mountpoint: str) -> str:
-    """Make a path absolute and free of links, as the mount table has it."""
+    """Return a path that is absolute and free of symbolic links, as in the mount table."""
     return os.path.realpath(mountpoint)
 
 
 def resolve_mounted(path: str) -> str:
-    """Resolve a path without asking what is mounted on it, whose server may not answer.
+    """Resolve the path of a mountpoint without accessing what is mounted on it.
 
-    Only the directories that lead to it are asked.  A path that is no mountpoint is returned
-    as far as it can be resolved.
+    The server of the mount may not answer, so only the directories that lead to the
+    mountpoint are accessed.  A path that is no mountpoint is returned as far as it can be
+    resolved.
     """
     for _ in range(_MAX_LINKS):
         directory, name = os.path.split(path.rstrip("/"))
@@ -55,37 +53,25 @@ def resolve_mounted(path: str) -> str:
 
 
 def is_below(path: str, mountpoint: str) -> bool:
-    """Tell whether a path leads through a mountpoint; both absolute and free of links."""
+    """Return whether a path is a mountpoint or lies below it; both absolute and without links."""
     return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
 
 
-def _c_library() -> list[str]:
-    """Return the path of the C library, beside which programs of the system find theirs.
-
-    Raises:
-        HostError: /proc is not mounted.
-    """
-    try:
-        maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
-    except FileNotFoundError as error:
-        raise proc_missing() from error
-    # 7f5c1a000000-7f5c1a026000 r--p 00000000 fe:00 131  /usr/lib/x86_64-linux-gnu/libc.so.6
-    names = (line.split(maxsplit=5)[-1] for line in maps if line)
-    found = (name for name in names if re.search(r"/(libc[.-]|ld-musl-)[^/]*so[^/]*$", name))
-    return list(found)[:1]
-
-
 def check_mountpoint(mountpoint: str, disks: int) -> bool:
-    """Refuse a path that cannot carry the mount; tell whether it is a directory.
+    """Refuse a path that cannot carry a mount of ``disks`` disks.
 
-    A directory need not be empty, as for mount(8): what is in it is hidden meanwhile.
+    A directory need not be empty, as for mount(8): the mount hides its content.
+
+    Returns:
+        Whether the mountpoint is a directory; otherwise it is a regular file.
 
     Raises:
-        MountpointError: It is missing, stale, in use by another qedfuse, of a wrong
-            kind, a file for more than one disk, or a place that the server needs itself.
+        MountpointError: The path is missing, has a stale mount or another mount of qedfuse,
+            is neither a directory nor a regular file, is a file for more than one disk, or
+            covers what the server or libfuse needs.
     """
     shown = printable(mountpoint)
-    needed = (*_NEEDED, *map(os.path.realpath, _LIBFUSE_NEEDS), *_c_library())
+    needed = (*_SERVER_PATHS, *map(os.path.realpath, _LIBFUSE_PATHS), *_c_library())
     if any(is_below(path, mountpoint) for path in needed) or any(
         is_below(mountpoint, tree) for tree in _KERNEL_TREES
     ):
@@ -97,14 +83,8 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
         msg = f"mountpoint {shown}: found nothing, expected a directory or a regular file"
         raise MountpointError(msg) from None
     except OSError as error:
-        raise _unusable(mountpoint, error) from error
-    entry = find_mount(mountpoint)
-    if entry is not None and entry.fstype == FUSE_TYPE:
-        try:
-            os.statvfs(mountpoint)  # unlike the attributes, this is never remembered
-        except OSError as error:
-            raise _unusable(mountpoint, error) from error
-        raise in_use(mountpoint)
+        raise _inaccessible(mountpoint, error) from error
+    check_not_mounted(mountpoint)
     if stat.S_ISDIR(mode):
         return True
     if not stat.S_ISREG(mode):
@@ -116,8 +96,24 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
     return False
 
 
+def check_not_mounted(mountpoint: str) -> None:
+    """Refuse a path on which qedfuse has already mounted; other file systems may be there.
+
+    Raises:
+        MountpointError: There is a mount of qedfuse, in use or stale.
+    """
+    entry = find_mount(mountpoint)
+    if entry is None or entry.fstype != FUSE_TYPE:
+        return
+    try:
+        os.statvfs(mountpoint)  # the kernel caches attributes, but never the answer to this
+    except OSError as error:
+        raise _inaccessible(mountpoint, error) from error
+    raise in_use(mountpoint)
+
+
 def in_use(mountpoint: str) -> MountpointError:
-    """Make the error for a path on which another qedfuse has mounted."""
+    """Return the error for a path on which another qedfuse has mounted."""
     shown = printable(mountpoint)
     return MountpointError(
         f"mountpoint {shown}: in use: found another qedfuse mount "
@@ -125,8 +121,8 @@ def in_use(mountpoint: str) -> MountpointError:
     )
 
 
-def _unusable(mountpoint: str, error: OSError) -> MountpointError:
-    """Explain a mountpoint that cannot even be looked at."""
+def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
+    """Return the error for a mountpoint at which stat(2) or statvfs(2) fails."""
     shown = printable(mountpoint)
     if error.errno == errno.EACCES:
         entry = find_mount(mountpoint)
@@ -142,48 +138,17 @@ def _unusable(mountpoint: str, error: OSError) -> MountpointError:
     return MountpointError(f"mountpoint {shown}: {os.strerror(error.errno or 0)}")
 
 
-def find_fusermount() -> str | None:
-    """Find the program that mounts for ordinary users; mount(8) runs us with a reset PATH."""
-    return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
-
-
-def check_privileges(*, for_others: bool, user: int | None = None) -> None:
-    """Refuse what the kernel or fusermount3 would refuse, in words that say what to do.
-
-    Args:
-        for_others: ``allow_other`` or ``allow_root`` is wanted.
-        user: Who mounts; None for the caller.
+def _c_library() -> list[str]:
+    """Return the path of the C library, if found; other libraries of the system lie beside it.
 
     Raises:
-        PrivilegeError: Something is missing.
+        HostError: /proc is not mounted.
     """
     try:
-        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        msg = f"{FUSE_DEVICE}: found nothing, expected the FUSE device (as root: modprobe fuse)"
-        raise PrivilegeError(msg) from None
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        msg = f"{FUSE_DEVICE}: cannot open: {reason} (its users must be able to read and write it)"
-        raise PrivilegeError(msg) from error
-    if (os.getuid() if user is None else user) == 0:
-        return
-    if find_fusermount() is None:
-        msg = "fusermount3: found nothing, expected the program from fuse3 (root needs none)"
-        raise PrivilegeError(msg)
-    if for_others and not _others_allowed():
-        msg = (
-            "options allow_other and allow_root: refused for ordinary users: expected a line "
-            f"user_allow_other in {FUSE_CONF} (root can add it; losetup and mount(8) run as "
-            "root and need it to see the disk)"
-        )
-        raise PrivilegeError(msg)
-
-
-def _others_allowed() -> bool:
-    """Read fusermount3's configuration as it does: the word alone on a line."""
-    try:
-        with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:
-            return any(line.strip() == "user_allow_other" for line in conf)
-    except OSError:
-        return False
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
+    except FileNotFoundError as error:
+        raise proc_missing() from error
+    # 7f5c1a000000-7f5c1a026000 r--p 00000000 fe:00 131  /usr/lib/x86_64-linux-gnu/libc.so.6
+    names = (line.split(maxsplit=5)[-1] for line in maps if line)
+    found = (name for name in names if re.search(r"/(libc[.-]|ld-musl-)[^/]*so[^/]*$", name))
+    return list(found)[:1]

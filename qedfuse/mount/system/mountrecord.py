@@ -1,13 +1,13 @@
-"""A note for each mount, by which ``qedfuse umount`` finds the process that serves it.
+"""A record of each mount, by which ``qedfuse umount`` finds the process that serves it.
 
     /run/qedfuse/0:42.1234       for root
-    $XDG_RUNTIME_DIR/qedfuse/    for users, or /tmp/qedfuse-UID/ where that is not set
+    $XDG_RUNTIME_DIR/qedfuse/    for users, or /tmp/qedfuse-UID/ if that is not set
 
-The name is the mount's device number, which the mount table tells even of a mount that
-is dead or that may not be looked at, and the process: the kernel gives the device number
-away again while the process is still closing its images.  The process removes its note
-when everything is safely closed; if something went wrong at the end it leaves the reason
-in it.
+The file name is the device number of the mount and the pid of the process.  The mount table
+shows the device number even of a mount that is dead or may not be accessed.  The pid is
+needed as well, because the kernel reuses the device number while the process is still
+closing its images.  The process removes its record when all images are safely closed; if
+something failed at the end, it leaves the reason in the record.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Final
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.text import printable
 
-_MAX_NOTE: Final = 1 << 20
+_MAX_RECORD_BYTES: Final = 1 << 20
 _MAX_PID: Final = 1 << 22
 _MAX_TICKS: Final = (1 << 64) - 1
 _MAX_EXIT_CODE: Final = 255
@@ -31,16 +31,16 @@ _MAX_EXIT_CODE: Final = 255
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """What a process tells about the mount it serves.
+    """What a process records about the mount that it serves; the fields are JSON keys.
 
     Attributes:
         pid: The process.
-        started: When it started, in the kernel's ticks: pids are used again.
-        mountpoint: Where the mount is.
-        sources: The images in it.
-        failure: What went wrong at the end, if something did.
-        exit_code: The exit code that goes with it.
-        options: The words of all ``-o``, with absolute paths.
+        started: When the process started, in clock ticks since boot: pids are reused.
+        mountpoint: The mountpoint.
+        sources: The images.
+        failure: What failed at the end of the mount; None if nothing did.
+        exit_code: The exit code of the process if something failed.
+        options: All mount options, each as for ``-o``, with absolute paths.
     """
 
     pid: int
@@ -53,33 +53,43 @@ class MountRecord:
 
 
 def process_start(pid: int) -> int | None:
-    """Tell when a process started, in ticks since boot; None if there is none."""
+    """Return when a process started, in clock ticks since boot; None if there is no process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The name in parentheses may hold anything, so count from its end.
+    # Fields are counted from the end of the name, which may contain spaces and parentheses.
     return int(text.rpartition(")")[2].split()[19])
 
 
-def directories(user: int) -> list[Path]:
-    """List where the notes of a user's mounts may be, the preferred place first."""
+def record_directories(user: int) -> list[Path]:
+    """List the directories in which records of a user's mounts may be, the preferred one first."""
     if user == 0:
         return [Path("/run/qedfuse")]
-    places = [Path(f"/run/user/{user}"), Path("/tmp")]  # noqa: S108  checked before it is used
-    names = [places[0] / "qedfuse", places[1] / f"qedfuse-{user}"]
+    directories = [
+        Path(f"/run/user/{user}/qedfuse"),
+        Path(f"/tmp/qedfuse-{user}"),  # noqa: S108  its owner and mode are checked before use
+    ]
     own = os.environ.get("XDG_RUNTIME_DIR")
     if own and user == os.getuid():
-        names.insert(0, Path(own) / "qedfuse")
-    return names
+        directories.insert(0, Path(own) / "qedfuse")
+    return directories
 
 
 def _open_directory(path: Path, user: int, *, make: bool) -> int:
-    """Open a directory of notes, and make sure that nobody else can write to it.
+    """Open a directory of records, if only ``user`` can write to it.
+
+    Args:
+        path: The directory.
+        user: The user who must own it.
+        make: Whether to make it if it is missing.
+
+    Returns:
+        A descriptor of the directory.
 
     Raises:
-        OSError: It is not there and cannot be made.
-        PrivilegeError: It is somebody else's, or open to others.
+        OSError: It is missing, and could not be made.
+        PrivilegeError: It has another owner, or others can write to it.
     """
     if make:
         with contextlib.suppress(FileExistsError):
@@ -94,48 +104,48 @@ def _open_directory(path: Path, user: int, *, make: bool) -> int:
 
 
 class MountRecordFile:
-    """Writes the note of one mount and takes it away at the end.
+    """Writes the record of one mount and removes it at the end.
 
-    The directory is opened before the mount exists: later its path may lead through the
-    mount.
+    The constructor opens the directory, before the mount exists: later the path of the
+    directory may lead through the mount.
     """
 
     def __init__(self) -> None:
-        """Open the directory of the notes, and remove those of processes that were killed.
+        """Open the directory of records, and remove records of processes that were killed.
 
         Raises:
-            HostError: There is no directory for it and none can be made.
-            PrivilegeError: The directory is not safe.
+            HostError: There is no such directory and none can be made.
+            PrivilegeError: Other users can write to the directory.
         """
         self._written: tuple[str, MountRecord] | None = None
-        self._directory = self._choose()
-        _sweep(self._directory)
+        self._directory = self._open_first_usable()
+        _remove_stale(self._directory)
 
-    def write(self, device: str, note: MountRecord) -> None:
-        """Write the note of the mount with the number ``device``.
+    def write(self, device: str, record: MountRecord) -> None:
+        """Write the record of the mount with the device number ``device``.
 
         Raises:
             HostError: It cannot be written.
         """
-        name = f"{device}.{note.pid}"
-        self._write(name, note)
-        self._written = (name, note)
+        name = f"{device}.{record.pid}"
+        self._write(name, record)
+        self._written = (name, record)
 
     @staticmethod
-    def _choose() -> int:
-        """Open the first directory that can be used."""
+    def _open_first_usable() -> int:
+        """Open the first of `record_directories` that exists or can be made."""
         user = os.geteuid()
         failure: OSError | None = None
-        for path in directories(user):
+        for path in record_directories(user):
             try:
                 return _open_directory(path, user, make=True)
             except OSError as error:
                 failure = error
-        raise HostError.from_os(failure or OSError(), str(path), "cannot keep the mount's note")
+        raise HostError.from_os(failure or OSError(), str(path), "cannot write the mount record")
 
-    def _write(self, name: str, note: MountRecord) -> None:
-        """Put the note into its file, which readers see whole or not at all."""
-        text = json.dumps(asdict(note)).encode()
+    def _write(self, name: str, record: MountRecord) -> None:
+        """Write the file of the record atomically: readers see the old content or the new."""
+        text = json.dumps(asdict(record)).encode()
         new = name + ".new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -144,70 +154,70 @@ class MountRecordFile:
                 file.write(text)
             os.rename(new, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
-            raise HostError.from_os(error, name, "cannot keep the mount's note") from error
+            raise HostError.from_os(error, name, "cannot write the mount record") from error
 
     def finish(self, failure: str | None, exit_code: int) -> None:
-        """Remove the note if there is one, or leave in it what went wrong."""
+        """Remove the record if it was written; after a failure, add the reason to it instead."""
         try:
             if self._written is None:
                 return
-            name, note = self._written
+            name, record = self._written
             if failure is None:
                 os.unlink(name, dir_fd=self._directory)
             else:
-                self._write(name, replace(note, failure=failure, exit_code=exit_code))
+                self._write(name, replace(record, failure=failure, exit_code=exit_code))
         except (OSError, HostError):
-            pass  # the mount is gone either way, and nobody can be told here
+            pass  # the mount is gone in any case, and there is no caller to report to
         finally:
             os.close(self._directory)
 
 
-def find_note(device: str, user: int) -> tuple[Path, MountRecord] | None:
-    """Find the note of a mount that ``user`` has made; None if there is none to be trusted."""
+def find_record(device: str, user: int) -> tuple[Path, MountRecord] | None:
+    """Find the record of a mount that ``user`` has made; None if there is no trusted one."""
     found = []
-    for directory in directories(user):
+    for directory in record_directories(user):
         try:
-            place = _open_directory(directory, user, make=False)
+            opened = _open_directory(directory, user, make=False)
         except (OSError, PrivilegeError):
             continue
         try:
-            for name in os.listdir(place):  # noqa: PTH208  of a descriptor
-                if name.rpartition(".")[0] == device and (note := _read(place, name, user)):
-                    found.append((directory / name, note))  # noqa: PERF401  two conditions
+            for name in os.listdir(opened):  # noqa: PTH208  of a descriptor
+                if name.rpartition(".")[0] == device and (record := _read(opened, name, user)):
+                    found.append((directory / name, record))  # noqa: PERF401  two conditions
         finally:
-            os.close(place)
-    # An older one with the same number is about a mount that has gone.
+            os.close(opened)
+    # Device numbers are reused: an older record with this number is of a mount that is gone.
     return max(found, key=lambda pair: pair[1].started, default=None)
 
 
-def take_note(path: Path, user: int) -> MountRecord | None:
-    """Read a note that was found before, and remove it; None if it is gone."""
+def take_record(path: Path, user: int) -> MountRecord | None:
+    """Read and remove a record found by `find_record`; None if it is gone."""
     try:
-        place = _open_directory(path.parent, user, make=False)
+        opened = _open_directory(path.parent, user, make=False)
     except (OSError, PrivilegeError):
         return None
     try:
-        note = _read(place, path.name, user)
-        if note is not None:
-            # By the descriptor: the user may put another directory in the place of this one.
+        record = _read(opened, path.name, user)
+        if record is not None:
+            # By the descriptor: the user may put another directory in place of this one.
             with contextlib.suppress(OSError):
-                os.unlink(path.name, dir_fd=place)
-        return note
+                os.unlink(path.name, dir_fd=opened)
+        return record
     finally:
-        os.close(place)
+        os.close(opened)
 
 
-def _sweep(directory: int) -> None:
-    """Remove the notes of processes that were killed."""
+def _remove_stale(directory: int) -> None:
+    """Remove the records of processes that were killed."""
     for name in os.listdir(directory):
-        note = _read(directory, name, os.geteuid())
-        if note is not None and process_start(note.pid) != note.started:
+        record = _read(directory, name, os.geteuid())
+        if record is not None and process_start(record.pid) != record.started:
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=directory)
 
 
 def _read(directory: int, name: str, user: int) -> MountRecord | None:
-    """Read a note, if it is the user's own regular file and makes sense."""
+    """Read a record; None unless it is a valid record in a regular file of ``user``."""
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(name, flags, dir_fd=directory)
@@ -218,13 +228,13 @@ def _read(directory: int, name: str, user: int) -> MountRecord | None:
         if not stat.S_ISREG(found.st_mode) or found.st_uid != user:
             return None
         try:
-            return _parse(file.read(_MAX_NOTE))
+            return _parse(file.read(_MAX_RECORD_BYTES))
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
 
 
 def _parse(text: bytes) -> MountRecord:
-    """Read the text of a note, which for root may be any user's.
+    """Parse the text of a record, which is untrusted: root reads records of any user.
 
     Raises:
         ValueError: It is not JSON.
@@ -233,23 +243,23 @@ def _parse(text: bytes) -> MountRecord:
         RecursionError: It is nested too deeply.
     """
     data = json.loads(text)
-    # The process may be one of an earlier version, which kept no options.
+    # Earlier versions of qedfuse wrote no options.
     lists = {"sources": data["sources"], "options": data.get("options", [])}
-    note = MountRecord(**{**data, **{name: tuple(words) for name, words in lists.items()}})
+    record = MountRecord(**{**data, **{name: tuple(items) for name, items in lists.items()}})
     if not (
-        all(type(words) is list for words in lists.values())
-        and all(type(word) is str for words in lists.values() for word in words)
-        and type(note.mountpoint) is str
-        and type(note.failure) in (str, type(None))
-        and _is_number(note.pid, 1, _MAX_PID)
-        and _is_number(note.started, 0, _MAX_TICKS)
-        and _is_number(note.exit_code, 0, _MAX_EXIT_CODE)
+        all(type(items) is list for items in lists.values())
+        and all(type(item) is str for items in lists.values() for item in items)
+        and type(record.mountpoint) is str
+        and type(record.failure) in (str, type(None))
+        and _is_number(record.pid, 1, _MAX_PID)
+        and _is_number(record.started, 0, _MAX_TICKS)
+        and _is_number(record.exit_code, 0, _MAX_EXIT_CODE)
     ):
-        msg = "expected a note of a mount"
+        msg = "expected a mount record"
         raise TypeError(msg)
-    return note
+    return record
 
 
 def _is_number(value: object, least: int, most: int) -> bool:
-    """Return whether a value is a whole number, and no truth value, within bounds."""
+    """Return whether a value is an integer, and not a boolean, between two bounds."""
     return type(value) is int and least <= value <= most

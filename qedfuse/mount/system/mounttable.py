@@ -23,37 +23,37 @@ class MountEntry:
     """One line of the mount table.
 
     Attributes:
-        number: The mount; no other mount of any mount namespace has the number meanwhile.
-        parent: The number of the mount on which this one is mounted.
-        device: ``MAJOR:MINOR`` of the file system, which no other has at the same time.
+        mount_id: Identifies the mount, as long as it exists, in all mount namespaces.
+        parent_id: The mount on which this one is mounted.
+        device: ``MAJOR:MINOR`` of the file system, unique as long as it exists.
         path: The mountpoint, from the root directory of the process whose table it is.
         fstype: The type of the file system; that of qedfuse is `FUSE_TYPE`.
-        source: What is mounted, as mount(8) knows it.
-        owner: The user who mounted it, where FUSE says so; 0 otherwise.
-        peers: The number of the group whose members are unmounted together (``shared`` or
-            ``master`` in mount_namespaces(7)); 0 for none.
+        source: What is mounted, the column ``source`` of mount(8).
+        owner: The user who mounted a FUSE file system; 0 for any other.
+        peer_group: The group whose members are unmounted together (``shared`` or ``master``
+            in mount_namespaces(7)); 0 for none.
     """
 
-    number: int
-    parent: int
+    mount_id: int
+    parent_id: int
     device: str
     path: str
     fstype: str
     source: str
     owner: int
-    peers: int = 0
+    peer_group: int = 0
 
 
 def _unescape(field: str) -> str:
-    r"""Undo the mount table's escapes: a space is written ``\040``."""
+    r"""Decode the octal escapes of a field, such as ``\040`` for a space."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 def parse_mounts(table: str) -> Iterator[MountEntry]:
-    r"""Read the text of a mountinfo file; lines that are incomplete are left out.
+    r"""Parse the text of a mountinfo file (proc_pid_mountinfo(5)); skip incomplete lines.
 
-    The kernel escapes space, tab, newline, backslash and ``#``.  Everything else in a
-    name stands for itself, also what Python takes for white space or the end of a line.
+    The kernel escapes space, tab, newline, backslash and ``#``.  Every other character
+    stands for itself, also those that Python counts as white space or as a line end.
     """
     for line in table.split("\n"):
         # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0
@@ -61,16 +61,16 @@ def parse_mounts(table: str) -> Iterator[MountEntry]:
         fields, tail = front.split(" "), back.split(" ")
         if len(fields) > 4 and len(tail) > 2:  # noqa: PLR2004  the fields that are used
             owner = re.search(r"(?:^|,)user_id=([0-9]+)", tail[2])
-            peers = re.search(r" (?:shared|master):([0-9]+)", front)
+            group = re.search(r" (?:shared|master):([0-9]+)", front)
             yield MountEntry(
                 *(int(fields[0]), int(fields[1]), fields[2], _unescape(fields[4])),
                 *(_unescape(tail[0]), _unescape(tail[1]), int(owner[1]) if owner else 0),
-                int(peers[1]) if peers else 0,
+                int(group[1]) if group else 0,
             )
 
 
 def read_mounts(process: int | None = None) -> list[MountEntry]:
-    """List the mounts that a process sees, by default the caller, in the order of the table.
+    """List the mounts that a process sees, in the order of the table; None is the caller.
 
     Raises:
         OSError: There is no such process, or the caller may not look at it.
@@ -87,10 +87,10 @@ def read_mounts(process: int | None = None) -> list[MountEntry]:
 
 
 def find_mount(mountpoint: str) -> MountEntry | None:
-    """Find what is mounted on a path; of several, the last, which covers the others.
+    """Find the mount on a path; of several, the topmost; None if there is none.
 
-    It asks the mount table and never the mount: that would wait for the process that
-    serves it, and fails where that is dead or belongs to another user.
+    Only the mount table is read.  Access to the mount itself would wait for the process
+    that serves it, and fails if that process is dead or the mount is another user's.
     """
     found = None
     for entry in read_mounts():
@@ -99,8 +99,8 @@ def find_mount(mountpoint: str) -> MountEntry | None:
     return found
 
 
-def find_ours(mountpoint: str) -> MountEntry:
-    """Find the mount of qedfuse on a path.
+def find_qedfuse_mount(mountpoint: str) -> MountEntry:
+    """Return the mount of qedfuse on a path.
 
     Raises:
         MountpointError: There is none, or another file system covers it.

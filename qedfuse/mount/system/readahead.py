@@ -1,13 +1,13 @@
-"""How far the kernel reads ahead of whoever reads a disk in order.
+"""The kernel's read-ahead on a mount, for sequential readers of a disk.
 
-Each request costs a way through this process, and the kernel's own 128 KiB make eight of
-them where one would do.  The length belongs to the mount: in the handshake the kernel
-offers what it has, and takes an answer for an upper limit only, so a process without
-powers can have less of it but never more (`qedfuse.mount.fuse.fuseinit`).  More is to be had
-from root alone, who writes it to a file below ``/sys``.
+Each request costs a pass through this process.  With the kernel's default of 128 KiB, eight
+requests are sent where one would do.  The length is a property of the mount.  In FUSE INIT
+the kernel offers its own length and takes the reply as an upper limit only, so an
+unprivileged process can lower it but never raise it (`qedfuse.mount.fuse.fuseinit`).  Only
+root can raise it, by writing to a file below ``/sys``.
 
-A file takes the length over when it is opened; so it has to be right before anybody
-learns of the mount.
+An open file keeps the length that the mount had when the file was opened.  Therefore the
+length must be set before the mount is announced.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from typing import Final, Literal, TypeAlias
 _log = logging.getLogger(__name__)
 
 Readahead: TypeAlias = int | Literal["kernel"] | None
-"""What a user may ask for: bytes; the kernel's own; None for what is good for most."""
+"""The option ``readahead``: bytes, the kernel's own length, or None for the default."""
 
-DEFAULT_READAHEAD: Final = 1 << 20
-"""Bytes: the longest read request there is, so less makes more of them, and more only
-keeps several of them under way."""
+DEFAULT_READAHEAD_BYTES: Final = 1 << 20
+"""The size of the largest read request: less read-ahead makes more requests, and more
+read-ahead only has several of them in flight."""
 
 _BDI: Final = Path("/sys/class/bdi")
 _KIB: Final = 1024
 
 
 def readahead_bytes(option: Readahead) -> int | None:
-    """Give the length in bytes, in whole pages; None if the kernel's is to stay."""
+    """Return the length in bytes, rounded up to whole pages; None to keep the kernel's own."""
     if option == "kernel":
         return None
     page = os.sysconf("SC_PAGESIZE")
-    return -(-(DEFAULT_READAHEAD if option is None else option) // page) * page
+    return -(-(DEFAULT_READAHEAD_BYTES if option is None else option) // page) * page
 
 
 def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | None:
-    """Have the kernel read ahead on a mount as far as it should, if it can be had.
+    """Set the kernel's read-ahead on a mount, if this process is permitted to.
 
-    Nothing depends on it, so what goes wrong is told and no more.
+    A failure is returned and not raised: the mount works without it.
 
     Args:
-        device: The mount's ``MAJOR:MINOR``.
-        option: How far.
-        bdi: Where the kernel keeps a directory for each mount.
+        device: The device number of the mount, ``MAJOR:MINOR``.
+        option: The length.
+        bdi: The directory in which the kernel has a directory for each mount.
 
     Returns:
-        What is wrong and what root can do, in one line, or None.
+        None if the length is as wanted; otherwise one line with the reason and the remedy.
     """
     wanted = readahead_bytes(option)
     if wanted is None:

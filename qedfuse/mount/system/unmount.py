@@ -1,4 +1,4 @@
-"""Taking a mount away: umount(2) for root, fusermount3 for everybody else."""
+"""Unmounting: umount2(2) for root, fusermount3 for every other user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from typing import Final
 
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError
-from qedfuse.mount.system.mountpoint import find_fusermount
+from qedfuse.mount.system.privileges import find_fusermount
 from qedfuse.text import printable
 
 _MNT_DETACH: Final = 2
@@ -19,14 +19,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class BusyError(MountpointError):
-    """The mount is in use: a loop device, an open file, somebody's working directory."""
+    """The mount is in use: by a loop device, an open file or a working directory."""
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount; with ``lazy``, take the mount out of sight even while it is in use.
+    """Unmount; with ``lazy``, detach the mount even while it is in use (MNT_DETACH).
 
-    It blocks while the kernel sends its dirty pages to the process that serves the
-    mount, so that process must call it in a thread of its own, never in its event loop.
+    The call blocks while the kernel sends its dirty pages to the process that serves the
+    mount.  Therefore that process must call it in a worker thread, never in its event loop.
 
     Raises:
         BusyError: The mount is in use.
@@ -34,21 +34,21 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         FuseError: It cannot be unmounted for another reason.
     """
     if os.geteuid() == 0:
-        _by_kernel(mountpoint, lazy=lazy)
+        _unmount_by_syscall(mountpoint, lazy=lazy)
     else:
-        _by_helper(mountpoint, lazy=lazy)
+        unmount_by_fusermount(mountpoint, lazy=lazy)
 
 
-def _by_kernel(mountpoint: str, *, lazy: bool) -> None:
-    """Ask the kernel."""
+def _unmount_by_syscall(mountpoint: str, *, lazy: bool) -> None:
+    """Unmount with umount2(2), which needs CAP_SYS_ADMIN."""
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
     if _libc.umount2(os.fsencode(mountpoint), flags) != 0:
         number = ctypes.get_errno()
         raise _error(mountpoint, number, os.strerror(number))
 
 
-def _by_helper(mountpoint: str, *, lazy: bool) -> None:
-    """Ask fusermount3, which may do it for the user who mounted."""
+def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
+    """Unmount with the set-user-ID program fusermount3, for the user who mounted."""
     program = find_fusermount()
     if program is None:
         msg = f"{printable(mountpoint)}: cannot unmount: fusermount3 is not installed"
@@ -62,23 +62,23 @@ def _by_helper(mountpoint: str, *, lazy: bool) -> None:
     )
     if done.returncode != 0:
         said = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
-        reason = said.replace(mountpoint, "")  # a name may have any word in it
+        reason = said.replace(mountpoint, "")  # a path may contain any word
         number = errno.EBUSY if "busy" in reason else errno.EPERM if "permitted" in reason else 0
         raise _error(mountpoint, number, said or f"exit code {done.returncode}")
 
 
 def _error(mountpoint: str, number: int, reason: str) -> QedError:
-    """Choose the class that tells callers what to do next."""
+    """Return an error of the class by which callers decide what to do next."""
     kinds: dict[int, type[QedError]] = {errno.EBUSY: BusyError, errno.EPERM: PrivilegeError}
     found = "in use" if number == errno.EBUSY else printable(reason)
     return kinds.get(number, FuseError)(f"{printable(mountpoint)}: cannot unmount: {found}")
 
 
 def sync_mount(mountpoint: str) -> None:
-    """Make the kernel send its dirty pages; blocks as `unmount` does.
+    """Have the kernel write back the dirty pages of a mount (syncfs(2)); blocks like `unmount`.
 
     Raises:
-        OSError: The mount is dead.
+        OSError: The mount is dead, or a page could not be written back.
     """
     fd = os.open(mountpoint, os.O_RDONLY | os.O_CLOEXEC)
     try:

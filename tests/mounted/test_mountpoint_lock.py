@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import FuseError, MountpointError
-from qedfuse.mount.system import claim
-from qedfuse.mount.system.claim import claim_name, claimed, find_new_mount, refuse_to_cover
+from qedfuse.mount.system import mountpointlock
+from qedfuse.mount.system.mountpointlock import (
+    find_new_mount,
+    mountpoint_lock_name,
+    mountpoint_locked,
+    refuse_to_cover,
+)
 from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from tests.support import qemu
 from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, is_locked
@@ -35,7 +40,7 @@ def mnt(tmp_path: Path) -> Iterator[Path]:
 
 def hold(mountpoint: Path) -> socket.socket:
     """Take the claim of a mountpoint."""
-    name = claim_name(str(mountpoint))
+    name = mountpoint_lock_name(str(mountpoint))
     assert name is not None
     taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
@@ -91,14 +96,14 @@ async def test_a_claim_that_stays_taken_is_not_waited_for_without_end(
     """Any user could take it."""
     before = autojump_clock.current_time()
     with hold(mnt):
-        async with claimed(claim_name(str(mnt))):
+        async with mountpoint_locked(mountpoint_lock_name(str(mnt))):
             assert 4 < autojump_clock.current_time() - before < 6
     # And it is free again for the next.
-    async with claimed(claim_name(str(mnt))):
+    async with mountpoint_locked(mountpoint_lock_name(str(mnt))):
         with pytest.raises(OSError, match="in use"):
             hold(mnt)
     hold(mnt).close()
-    assert claim_name(str(mnt / "none")) is None
+    assert mountpoint_lock_name(str(mnt / "none")) is None
 
 
 def test_the_mount_table_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,17 +111,17 @@ def test_the_mount_table_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> N
     below = MountEntry(7, 1, "0:50", "/m", "fuse.qedfuse", "/a.qed", 0)
     ours = MountEntry(8, 7, "0:51", "/m", "fuse.qedfuse", "/b.qed", 0)
     above = MountEntry(9, 8, "0:52", "/m", "fuse.qedfuse", "/c.qed", 0)
-    monkeypatch.setattr(claim, "read_mounts", lambda: [below, ours, above])
-    monkeypatch.setattr(claim, "_device", lambda _connection: "0:51")
+    monkeypatch.setattr(mountpointlock, "read_mounts", lambda: [below, ours, above])
+    monkeypatch.setattr(mountpointlock, "_device", lambda _connection: "0:51")
     assert find_new_mount("/m", [below], 0) == ours
     with pytest.raises(FuseError, match="found no mount after mounting"):
         find_new_mount("/m", [below, ours], 0)
-    monkeypatch.setattr(claim, "_device", lambda _connection: None)
+    monkeypatch.setattr(mountpointlock, "_device", lambda _connection: None)
     assert find_new_mount("/m", [below, ours], 0) == above
     refuse_to_cover(below)
     with pytest.raises(MountpointError, match="/m: in use"):
         refuse_to_cover(ours)
     # Other file systems may lie below, and ours elsewhere.
     other = [MountEntry(7, 1, "0:50", "/m", "fuse.bindfs", "/x", 0)]
-    monkeypatch.setattr(claim, "read_mounts", lambda: other)
+    monkeypatch.setattr(mountpointlock, "read_mounts", lambda: other)
     refuse_to_cover(ours)

@@ -1,12 +1,13 @@
 """Protection of the serving process while the machine is short of memory.
 
-To free memory the kernel writes dirty pages back.  Where they belong to a mounted disk,
-that needs the serving process.  If the process itself has to wait for free memory
-meanwhile, or for its turn to dirty more pages, each waits for the other.
-``PR_SET_IO_FLUSHER`` tells the kernel that the process is part of its writeback path: then
-it allocates without starting I/O (``GFP_NOIO``), and is throttled by the state of the
-host's own disk only.  The flag belongs to a thread.  Its new threads and child processes
-inherit it, and execve(2) keeps it; so it is set before there is a second thread.
+To free memory the kernel writes dirty pages back.  If they belong to a mounted disk, their
+writeback needs the serving process.  If that process has to wait for free memory at the same
+time, or is throttled because it dirties pages, each waits for the other (deadlock).
+``PR_SET_IO_FLUSHER`` (prctl(2)) marks the process as part of the kernel's writeback path:
+the kernel then allocates memory for it without starting I/O (``GFP_NOIO``), and throttles it
+by the state of the host's own disk only.  The flag belongs to a thread.  New threads and
+child processes inherit it, and execve(2) keeps it; so it is set before there is a second
+thread.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final
 
 OOM_SCORE_ADJ: Final = -500
 """Half of the machine's memory is not counted against the process: the OOM killer chooses
-others first, but can still choose a server that leaks memory."""
+other processes first, but can still choose a server that leaks memory."""
 
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h, Linux 5.6 and newer
 _OOM_SCORE_ADJ_FILE: Final = Path("/proc/self/oom_score_adj")
@@ -28,16 +29,16 @@ _prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 
 
 def protect_from_memory_pressure(oom_score_adj: Path = _OOM_SCORE_ADJ_FILE) -> str | None:
-    """Mark the calling process as part of the kernel's writeback path, where that is permitted.
+    """Mark the calling process as part of the kernel's writeback path, if that is permitted.
 
-    For root the OOM score adjustment is lowered to `OOM_SCORE_ADJ` as well, unless somebody
-    has chosen another value than the kernel's.
+    For root the OOM score adjustment is lowered to `OOM_SCORE_ADJ` as well, unless it has
+    been changed from 0.
 
     Args:
         oom_score_adj: The file with the process's OOM score adjustment.
 
     Returns:
-        What was refused and why, in one line, or None.
+        One line with what was refused and why; None if nothing was.
     """
     refused = []
     if _prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):

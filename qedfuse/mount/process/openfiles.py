@@ -1,4 +1,4 @@
-"""The limit on open files: raised as far as the user may, and explained where it is too low."""
+"""The limit on open files (RLIMIT_NOFILE): raised to the hard limit; errors that explain it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qedfuse.errors import HostError, QedError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-OTHER_FILES: Final = 32
+MAX_OTHER_FILES: Final = 32
 """Open files that the server may need besides images: the connection, sockets, directories."""
 
 _REMEDY: Final = "(see: ulimit -Hn; for a service: LimitNOFILE=)"
 
 
 def raise_open_file_limit() -> None:
-    """Raise the soft limit on open files to the hard one, where the kernel lets us."""
+    """Raise the soft limit on open files to the hard limit; do nothing if the kernel refuses."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -29,20 +29,21 @@ def raise_open_file_limit() -> None:
 
 @contextmanager
 def explained_limit(images: int) -> Iterator[None]:
-    """Open ``images`` images in the block; say so if the limit on open files is too low.
+    """Explain failures of a block that opens ``images`` images with too low a limit.
 
     Raises:
-        HostError: It is; the message has what is needed at least, and the limit.
+        HostError: The limit is too low for the images, or the block failed because of it.
+            The message has the limit and the number that is needed at least.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    needed = images + OTHER_FILES
+    needed = images + MAX_OTHER_FILES
     if limit != resource.RLIM_INFINITY and needed > limit:
         msg = f"{images} images: found a limit of {limit} open files, expected {needed} {_REMEDY}"
         raise HostError(msg, errno.EMFILE)
     try:
         yield
     except QedError as error:
-        if not _is_limit(error):
+        if not _is_caused_by_limit(error):
             raise
         msg = (
             f"{error}: found a limit of {limit} open files, expected more than {needed} for "
@@ -51,8 +52,8 @@ def explained_limit(images: int) -> Iterator[None]:
         raise HostError(msg, errno.EMFILE) from error
 
 
-def _is_limit(error: BaseException | None) -> bool:
-    """Tell whether an exception goes back to too many open files."""
+def _is_caused_by_limit(error: BaseException | None) -> bool:
+    """Return whether an exception or one of its causes is EMFILE."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             return True

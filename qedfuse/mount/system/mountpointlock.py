@@ -1,14 +1,14 @@
-"""Letting one qedfuse at a time mount on a mountpoint, and finding the mount it has made.
+"""A lock that lets one qedfuse at a time mount on a mountpoint, and the mount it has made.
 
-Between the check that nothing is mounted on a mountpoint and the mount itself another
-qedfuse could mount there, and one disk would cover the other.  So each qedfuse claims the
-mountpoint, checks it, mounts, and gives the claim up.
+Between the check that nothing is mounted on a mountpoint and the mount itself, another
+qedfuse could mount there, and one disk would cover the other.  So each qedfuse locks the
+mountpoint, checks it, mounts, and unlocks it.
 
-The claim is a socket whose abstract name has the mountpoint's device and inode: it is the
-same for all users and for every path to the mountpoint, it leaves no file behind, and the
-kernel drops it with the process.  Abstract names belong to a network namespace, and any
-user can take one.  So a claim that stays taken is not waited for without end, and the mount
-table has the last word: a mount that covers another one of qedfuse is taken back.
+The lock is a socket bound to an abstract name (unix(7)) that contains the mountpoint's
+device and inode.  The name is the same for all users and for every path to the mountpoint,
+it leaves no file behind, and the kernel drops it with the process.  Abstract names belong to
+a network namespace, and any user can bind one.  Therefore the wait for a lock is limited, and
+the mount table decides in the end: a mount that covers another one of qedfuse is undone.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-_WAIT_SECONDS: Final = 5.0
-"""Longest wait for a claim; a holder mounts, which takes some milliseconds."""
+_MAX_WAIT_SECONDS: Final = 5.0
+"""Longest wait for the lock; its holder mounts, which takes some milliseconds."""
 _RETRY_SECONDS: Final = 0.01
 
 
-def claim_name(mountpoint: str) -> bytes | None:
-    """Return the name of the claim for a path; None if there is nothing at the path.
+def mountpoint_lock_name(mountpoint: str) -> bytes | None:
+    """Return the name of the lock for a path; None if the path does not exist.
 
     Call it before anything is mounted there: the root of a mount has another inode.
     """
     try:
         found = os.stat(mountpoint)  # noqa: PTH116
     except OSError:
-        return None  # the check of the mountpoint says why
+        return None  # the check of the mountpoint reports the reason
     return b"\0qedfuse/mountpoint/%d:%d" % (found.st_dev, found.st_ino)
 
 
 @asynccontextmanager
-async def claimed(name: bytes | None) -> AsyncIterator[None]:
-    """Hold the claim ``name``; where it cannot be had, go on without it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
-        with trio.move_on_after(_WAIT_SECONDS):
-            # Nobody says when a name is free, so ASYNC110's event has nobody to set it.
-            while name is not None and not _try_bind(claim, name):  # noqa: ASYNC110
+async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
+    """Hold the lock ``name`` in the block; without it if the name stays taken or is None."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
+        with trio.move_on_after(_MAX_WAIT_SECONDS):
+            # The kernel does not report that a name is free, so there is nothing to wait for.
+            while name is not None and not _try_bind(lock, name):  # noqa: ASYNC110
                 await trio.sleep(_RETRY_SECONDS)
         yield
 
 
-def _try_bind(claim: socket.socket, name: bytes) -> bool:
-    """Return False if another process has the name."""
+def _try_bind(lock: socket.socket, name: bytes) -> bool:
+    """Bind a socket to a name; return False if another process has the name."""
     try:
-        claim.bind(name)
+        lock.bind(name)
     except OSError as error:
         return error.errno != errno.EADDRINUSE
     return True
@@ -79,11 +79,11 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
     Raises:
         FuseError: There is none.
     """
-    known = {entry.number for entry in before}
+    known = {entry.mount_id for entry in before}
     device = _device(connection)
     found = None
     for entry in read_mounts():
-        is_new = entry.path == mountpoint and entry.number not in known
+        is_new = entry.path == mountpoint and entry.mount_id not in known
         if is_new and entry.fstype == FUSE_TYPE and device in (None, entry.device):
             found = entry
     if found is None:
@@ -106,5 +106,9 @@ def refuse_to_cover(mount: MountEntry) -> None:
         MountpointError: It does.
     """
     for entry in read_mounts():
-        if entry.number == mount.parent and entry.fstype == FUSE_TYPE and entry.path == mount.path:
+        if (
+            entry.mount_id == mount.parent_id
+            and entry.fstype == FUSE_TYPE
+            and entry.path == mount.path
+        ):
             raise in_use(mount.path)

@@ -1,0 +1,66 @@
+"""What a user needs in order to mount: the FUSE device, fusermount3 and its configuration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from qedfuse.errors import PrivilegeError
+
+FUSE_DEVICE: Final = "/dev/fuse"
+FUSE_CONF: Final = "/etc/fuse.conf"
+_SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def find_fusermount() -> str | None:
+    """Return the path of the program that mounts for ordinary users; None if there is none.
+
+    The system's directories are searched as well, because mount(8) starts qedfuse with a
+    reset PATH.
+    """
+    return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
+
+
+def check_privileges(*, for_others: bool, user: int | None = None) -> None:
+    """Refuse what the kernel or fusermount3 would refuse, with a message that names the remedy.
+
+    Args:
+        for_others: Whether ``allow_other`` or ``allow_root`` is set.
+        user: The user who mounts; None for the caller.
+
+    Raises:
+        PrivilegeError: The device or fusermount3 is missing or may not be used, or the
+            configuration does not allow access by other users.
+    """
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        msg = f"{FUSE_DEVICE}: found nothing, expected the FUSE device (as root: modprobe fuse)"
+        raise PrivilegeError(msg) from None
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        msg = f"{FUSE_DEVICE}: cannot open: {reason} (its users must be able to read and write it)"
+        raise PrivilegeError(msg) from error
+    if (os.getuid() if user is None else user) == 0:
+        return
+    if find_fusermount() is None:
+        msg = "fusermount3: found nothing, expected the program from fuse3 (root needs none)"
+        raise PrivilegeError(msg)
+    if for_others and not _is_allow_other_permitted():
+        msg = (
+            "options allow_other and allow_root: refused for ordinary users: expected a line "
+            f"user_allow_other in {FUSE_CONF} (root can add it; losetup and mount(8) run as "
+            "root and need it to see the disk)"
+        )
+        raise PrivilegeError(msg)
+
+
+def _is_allow_other_permitted() -> bool:
+    """Return whether fuse.conf has the line ``user_allow_other``, read as fusermount3 reads it."""
+    try:
+        with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:
+            return any(line.strip() == "user_allow_other" for line in conf)
+    except OSError:
+        return False
