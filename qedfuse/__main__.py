@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from qedfuse.cli.starting import mount_program
+from qedfuse.cli.entrypoints import qedfuse_program
 
 if __name__ == "__main__":
-    sys.exit(mount_program())
+    sys.exit(qedfuse_program())

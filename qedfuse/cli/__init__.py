@@ -1,1 +1,1 @@
-"""The commands: words in, exit codes and text out."""
+"""The commands ``qedfuse`` and ``qedimg``: arguments in, text and exit codes out."""

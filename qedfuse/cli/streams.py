@@ -1,4 +1,4 @@
-"""The standard streams of a program, whatever it was started with."""
+"""The standard streams of a program, whatever they are attached to when it starts."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Final, TextIO
 
-_STAND_IN_FLAGS: Final = (os.O_WRONLY, os.O_RDONLY, os.O_RDWR)
-"""How /dev/null is opened in place of standard input, output and error."""
+_NULL_FLAGS: Final = (os.O_WRONLY, os.O_RDONLY, os.O_RDWR)
+"""How /dev/null is opened in place of descriptors 0, 1 and 2, if they are closed.
+
+In the first two a read or a write fails as on a closed descriptor.
+"""
 
 
-def make_streams() -> None:
-    """Make streams of what the program was started with; call it before anything else.
+def open_streams() -> None:
+    """Make descriptors 0 to 2 and ``sys.stdout`` and ``sys.stderr`` usable.
 
-    Where a standard descriptor is closed, the next file that is opened would get its
-    number: an image would be written to whenever something is printed, and a connection be
-    taken for standard input.  /dev/null takes the place of the missing one.  Reading from
-    it and printing to it fail as before, so that lost output is noticed; only messages go
-    nowhere, since the exit code tells as well.
+    The caller must call it before it opens anything.  If a standard descriptor is closed,
+    the next open(2) returns its number: an image would be written to by each ``print``, or
+    a socket be read as standard input.  Therefore /dev/null takes the place of a closed
+    descriptor.  Reading standard input and writing to standard output still fail, so that
+    lost data is noticed; messages on standard error are dropped, because the exit code
+    reports the failure as well.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, _STAND_IN_FLAGS[number])
+            opened = os.open(os.devnull, _NULL_FLAGS[number])
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            # Programs that are started expect to have it as well.
+            # Child processes expect all three as well.
             os.set_inheritable(number, True)  # noqa: FBT003
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
@@ -37,14 +41,17 @@ def make_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A name may hold what the terminal's encoding has no character for.
+            # A file name may contain characters that the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
 
 
-def forget(stream: TextIO) -> None:
-    """Drop what could not be printed, or Python would try once more when it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def discard_unwritten(stream: TextIO) -> None:
+    """Send what ``stream`` could not write, and all later output, to /dev/null.
+
+    Without this the interpreter tries to write it once more at exit, and fails again.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
     with suppress(OSError):
         stream.flush()

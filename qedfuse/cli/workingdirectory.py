@@ -1,4 +1,4 @@
-"""What to say when the working directory has been removed."""
+"""A working directory that has been removed, as the cause of a failure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 from typing import Final
 
 REMOVED: Final = "the working directory has been removed: expected absolute names"
+"""The message for the user."""
 
 
 def is_removed() -> bool:
-    """Tell whether the working directory has been removed."""
+    """Return whether the working directory of this process has been removed."""
     try:
         os.getcwd()  # noqa: PTH109
     except FileNotFoundError:
@@ -18,8 +19,8 @@ def is_removed() -> bool:
     return False
 
 
-def asked_for_removed(error: BaseException) -> bool:
-    """Tell whether an exception says that the working directory has no name any more."""
+def is_caused_by_removal(error: BaseException) -> bool:
+    """Return whether ``error`` comes from getcwd(2) in a directory that has been removed."""
     return (
         isinstance(error, OSError)
         and error.errno == errno.ENOENT

@@ -22,8 +22,8 @@ CLOSINGS: Final = [" ".join(words) for words in product(*(("", f"{n}>&-") for n 
 
 SHOW: Final = """
 import os
-from qedfuse.cli.streams import make_streams
-make_streams()
+from qedfuse.cli.streams import open_streams
+open_streams()
 assert [os.get_inheritable(number) for number in range(3)] == [True] * 3
 os.open("/dev/null", os.O_RDONLY)
 report = os.open(os.environ["REPORT"], os.O_WRONLY)

@@ -84,7 +84,7 @@ def test_the_server_is_forked_from_a_single_thread(image: Path, mnt: Path) -> No
         "    print(len(os.listdir('/proc/self/task')), flush=True)\n"
         "    return fork()\n"
         "os.fork = count_and_fork\n"
-        "from qedfuse.cli.qedfuse import main\n"
+        "from qedfuse.cli.qedfuse.main import main\n"
         "sys.exit(main())"
     )
     done = subprocess.run(
@@ -434,7 +434,7 @@ def linked(*names: str) -> Iterator[None]:
                 pytest.skip(f"{name} is there already")
             path.write_text(
                 f"#!/bin/bash\nexport PYTHONPATH={environment()['PYTHONPATH']}\n"
-                f"exec {sys.executable} -c 'import sys; from qedfuse.cli.qedfuse import main; "
+                f"exec {sys.executable} -c 'import sys; from qedfuse.cli.qedfuse.main import main; "
                 f'sys.argv[0] = "{name}"; sys.exit(main())\' "$@"\n'
             )
             path.chmod(0o755)

@@ -23,8 +23,8 @@ StrPath: TypeAlias = str | os.PathLike[str]
 COMMAND: Final = (sys.executable, "-m", "qedfuse")
 _RUN: Final = """
 import sys
-from qedfuse.cli.starting import mount_program
-sys.exit(mount_program())
+from qedfuse.cli.entrypoints import qedfuse_program
+sys.exit(qedfuse_program())
 """
 TREE: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 30.0

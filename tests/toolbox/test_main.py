@@ -14,8 +14,8 @@ import pytest
 
 from qedfuse import errors
 from qedfuse.cli.qedimg import main as program
-from qedfuse.cli.qedimg.parsing import Parser
-from qedfuse.cli.qedimg.streams import BROKEN_PIPE
+from qedfuse.cli.qedimg.output import BROKEN_PIPE
+from qedfuse.cli.qedimg.parser import Parser
 from qedfuse.text import printable
 from tests.support.fakecommand import finish, install, qedimg, start, words
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.cli.pages import programs, roff, tree
-from qedfuse.cli.qedfuse import USAGE, parse_arguments
+from qedfuse.cli.qedfuse.arguments import parse_arguments
+from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.mount.options import parse_options
 from tests.support.sandbox import ROOT
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from qedfuse.cli import qedimg, starting
+from qedfuse.cli import entrypoints
 from qedfuse.cli.qedimg import main as program
 from qedfuse.cli.qedimg.running import SIGNALS, interruptible, run_async
 from qedfuse.errors import ImageError
@@ -158,7 +158,7 @@ def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(program, "main", stand_in)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert qedimg.program() == 7
+        assert entrypoints.qedimg_program() == 7
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [signal.SIG_DFL]
@@ -166,14 +166,13 @@ def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     "program",
-    ["qedfuse.cli.qedimg.program", "qedfuse.cli.starting.mount_program"],
+    ["qedimg_program", "qedfuse_program"],
 )
 def test_interrupt_at_any_moment_of_the_start(program: str) -> None:
     """From the first line on that is ours, no moment shows a traceback."""
-    home, name = program.rsplit(".", 1)
     script = (
-        "import os, sys; from qedfuse.cli.starting import sigint_default; sigint_default(); "
-        f"os.write(1, b'.'); from {home} import {name}; sys.exit({name}())"
+        "import os, sys; from qedfuse.cli.sigint import sigint_default; sigint_default(); "
+        f"os.write(1, b'.'); from qedfuse.cli.entrypoints import {program}; sys.exit({program}())"
     )
     chance, codes = random.Random(11), set()
     for _ in range(24):
@@ -198,10 +197,10 @@ def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.Monk
         return 7
 
     monkeypatch.setattr(sys, "argv", ["qedfuse", "umount", "x"])
-    monkeypatch.setattr("qedfuse.cli.qedfuse._COMMANDS", {"umount": stand_in})
+    monkeypatch.setattr("qedfuse.cli.qedfuse.main._COMMANDS", {"umount": stand_in})
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert starting.mount_program() == 7
+        assert entrypoints.qedfuse_program() == 7
         seen.append(signal.getsignal(signal.SIGINT))
     finally:
         signal.signal(signal.SIGINT, before)

@@ -8,8 +8,10 @@ import sys
 import pytest
 
 import qedfuse
-from qedfuse.cli import qedfuse as cli
-from qedfuse.cli.qedfuse import USAGE, Arguments, main, parse_arguments
+from qedfuse.cli.qedfuse import main as program
+from qedfuse.cli.qedfuse.arguments import Arguments, parse_arguments
+from qedfuse.cli.qedfuse.main import main
+from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.errors import UsageError
 from qedfuse.mount import options
 
@@ -87,7 +89,7 @@ def test_help_names_every_option() -> None:
 def test_help_needs_no_heavy_module() -> None:
     """Starting is quick: the event loop, FUSE and numpy are not even imported."""
     code = (
-        "import sys; from qedfuse.cli.qedfuse import main; main(['--version']);"
+        "import sys; from qedfuse.cli.qedfuse.main import main; main(['--version']);"
         "print(sorted({'trio', 'pyfuse3', 'numpy', 'construct'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -104,13 +106,13 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_a_bug_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What nobody foresaw is reported without a traceback, with an exit code of its own."""
+    """An unexpected exception is reported without a traceback, with an exit code of its own."""
 
     def broken(_arguments: Arguments) -> int:
         msg = "no\nsuch luck"
         raise RuntimeError(msg)
 
-    monkeypatch.setitem(cli._ACTIONS, "mount", broken)
+    monkeypatch.setitem(program._ACTIONS, "mount", broken)
     assert main(["a", "b"]) == 70
     assert capsys.readouterr().err == (
         "qedfuse: internal error: RuntimeError: no\\nsuch luck (see: -d)\n"
@@ -127,6 +129,6 @@ def test_an_interrupt_is_quiet(
     def interrupted(_arguments: Arguments) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._ACTIONS, "mount", interrupted)
+    monkeypatch.setitem(program._ACTIONS, "mount", interrupted)
     assert main(["a", "b"]) == 130
     assert capsys.readouterr() == ("", "")

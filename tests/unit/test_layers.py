@@ -38,8 +38,6 @@ PURE: Final = {"trio", "pyfuse3", "os", "io", "asyncio", "threading", "subproces
 UPWARD: Final = {
     ("disk.writeback.firstwrite", "disk.state.persistentfreelist"),
     ("disk.writeback.metadata", "disk.space.reclaim"),
-    ("cli.qedfuse", "cli.starting"),
-    ("cli.starting", "cli.qedfuse"),
 }
 
 

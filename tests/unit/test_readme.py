@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import qedfuse
-from qedfuse.cli.qedfuse import USAGE
+from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.cli.qedimg.main import COMMANDS
 from qedfuse.mount import options
 

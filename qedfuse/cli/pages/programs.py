@@ -14,7 +14,7 @@ from qedfuse.cli.pages.model import (
     operands_of,
     options_of,
 )
-from qedfuse.cli.qedfuse import USAGE
+from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.cli.qedimg import main as qedimg_main
 from qedfuse.mount.options import known_words
 

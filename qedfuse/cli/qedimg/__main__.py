@@ -1,9 +1,9 @@
-"""``python -m qedfuse.cli.qedimg``: the same as ``qedimg``."""
+"""``python -m qedfuse.cli.qedimg`` is the command ``qedimg``."""
 
 from __future__ import annotations
 
 import sys
 
-from qedfuse.cli.qedimg import program
+from qedfuse.cli.entrypoints import qedimg_program
 
-sys.exit(program())
+sys.exit(qedimg_program())

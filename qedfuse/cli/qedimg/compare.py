@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.output import complain, print_json, say
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
-from qedfuse.cli.qedimg.streams import complain
 
 if TYPE_CHECKING:
     import argparse

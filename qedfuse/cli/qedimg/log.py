@@ -1,4 +1,4 @@
-"""What the library logs, as lines of qedimg's own."""
+"""What the library logs, printed as lines of qedimg's own."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import sys
 from typing import Final
 
 
-class _Said(logging.Handler):
-    """Keeps in mind what was logged, so that it is not said twice."""
+class _Recorder(logging.Handler):
+    """Keeps the messages that were logged, so that an error is not printed twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one line."""
-        self.lines.append(record.getMessage())
+        """Keep the message of a record."""
+        self.messages.append(record.getMessage())
 
 
-_said: Final = _Said()
+_recorder: Final = _Recorder()
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Show what the library logs: its warnings, and more or less of it as the user wishes."""
+    """Print the library's log to stderr: warnings; with ``verbose`` more, with ``quiet`` less."""
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(format="qedimg: %(message)s", level=level, stream=sys.stderr)
-    # Nobody may be listening any more.
+    # If stderr cannot be written, the exit code alone reports a failure.
     logging.raiseExceptions = False
-    _said.lines.clear()
-    _said.setLevel(level)
-    logging.getLogger().addHandler(_said)
+    _recorder.messages.clear()
+    _recorder.setLevel(level)
+    logging.getLogger().addHandler(_recorder)
 
 
-def was_said(text: str) -> bool:
-    """Tell whether a failure has been logged already, perhaps with what follows from it."""
-    return any(line.startswith(text) for line in _said.lines)
+def was_logged(text: str) -> bool:
+    """Return whether a message that begins with ``text`` has been printed."""
+    return any(message.startswith(text) for message in _recorder.messages)

@@ -1,4 +1,4 @@
-"""The command ``qedimg``: finds the subcommand, and turns every failure into one line."""
+"""The command ``qedimg``: run a subcommand, and turn every failure into a line and a code."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import qedfuse
-from qedfuse.cli.qedimg.parsing import Parser
-from qedfuse.cli.qedimg.running import Interruption, interruptible
-from qedfuse.cli.qedimg.streams import (
+from qedfuse.cli.qedimg.output import (
     BROKEN_PIPE,
     complain,
     finish_output,
     output_failed,
 )
-from qedfuse.cli.streams import make_streams
-from qedfuse.cli.workingdirectory import REMOVED, asked_for_removed, is_removed
+from qedfuse.cli.qedimg.parser import Parser
+from qedfuse.cli.qedimg.running import Interruption, interruptible
+from qedfuse.cli.streams import open_streams
+from qedfuse.cli.workingdirectory import REMOVED, is_caused_by_removal, is_removed
 from qedfuse.errors import QedError, UsageError
 from qedfuse.text import printable
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 COMMANDS: Final[Mapping[str, str]] = {
-    "info": "what an image is, and whether anything is wrong with it",
-    "check": "look for damage and leaked space; repair both",
-    "create": "make a new image, on its own or over a base",
-    "map": "which ranges are data, zeros or holes, and where they lie",
+    "info": "describe an image, and report what is wrong with it",
+    "check": "find damage and leaked space; repair both",
+    "create": "create an image, standalone or over a base",
+    "map": "list data, zeros and holes, and where they are stored",
     "convert": "copy a disk into another format, or a chain into one image",
-    "compare": "whether two disks have the same content",
-    "measure": "how much space a QED copy would need",
+    "compare": "compare the content of two disks",
+    "measure": "compute how much space a QED copy would need",
     "resize": "change the size of the disk",
     "rebase": "give an overlay another base, or none",
     "commit": "write an overlay's data into its base",
-    "compact": "make the file as short as it can be",
+    "compact": "make the file as short as possible",
     "freelist": "show, keep or drop the list of free space in an image",
     "dump": "show the header or a table, entry by entry",
 }
-"""The subcommands, in the order of ``--help``, and what each is for."""
+"""The summary of each subcommand, in the order of ``--help``."""
 
 EXIT_CODES: Final[Mapping[int, str]] = {
     0: "done",
@@ -55,64 +55,70 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     17: "backing file",
     70: "a bug",
     130: "interrupted",
-    141: "nobody read the output to its end",
+    141: "the reader of the output closed it early",
 }
-"""What most subcommands end with; ``check`` and ``compare`` have qemu-img's codes."""
+"""The exit codes of most subcommands; ``check`` and ``compare`` have qemu-img's codes."""
 
 _FAILED: Final = 1
-_FIRST_CODE: Final = 12
-"""Codes below it are spoken for by qemu-img's check and compare."""
+_FIRST_OWN_CODE: Final = 12
+"""The lowest code of a `QedError` that is used here: qemu-img gives lower ones a meaning."""
 _BUG: Final = 70
-_WIDTH: Final = 78
+_WIDTH_COLUMNS: Final = 78
 _INTERRUPTED: Final = 130
-_HELP: Final = "qedimg --help"
-_HOME: Final = "qedfuse.cli.qedimg"
+_SEE_HELP: Final = "qedimg --help"
+_PACKAGE: Final = "qedfuse.cli.qedimg"
 
 
 class Command(Protocol):
-    """What the module of a subcommand offers; ``EXIT_CODES`` and ``FAILED`` besides, or not."""
+    """The module of a subcommand.
+
+    It may also define ``EXIT_CODES``, in place of those above, and ``FAILED``, the code for a
+    failure that has none of its own.
+    """
 
     DESCRIPTION: str
     EXAMPLE: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare what the subcommand takes."""
+        """Declare the options and operands."""
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Do it; give the exit code."""
+        """Run the subcommand; return its exit code."""
 
 
 def command(name: str) -> Command:
-    """Load the module of a subcommand; the others are not needed to run it."""
-    return cast("Command", importlib.import_module(f"{_HOME}.{name}"))
+    """Import and return the module of a subcommand, and of no other one."""
+    return cast("Command", importlib.import_module(f"{_PACKAGE}.{name}"))
 
 
 def exit_codes(name: str) -> Mapping[int, str]:
-    """Tell what a subcommand's exit codes mean."""
+    """Return the meaning of each exit code of a subcommand."""
     own: Mapping[int, str] | None = getattr(command(name), "EXIT_CODES", None)
     return EXIT_CODES if own is None else own
 
 
 def make_parser(name: str) -> Parser:
-    """Make the parser of one subcommand."""
+    """Return the parser of a subcommand."""
     module = command(name)
     codes = "; ".join(f"{code} {meaning}" for code, meaning in exit_codes(name).items())
     parser = Parser(
         prog=f"qedimg {name}",
-        description="\n\n".join(fill(part, _WIDTH) for part in module.DESCRIPTION.split("\n\n")),
-        epilog=f"Example:\n  {module.EXAMPLE}\n\n{fill(f'Exit codes: {codes}.', _WIDTH)}",
+        description="\n\n".join(
+            fill(part, _WIDTH_COLUMNS) for part in module.DESCRIPTION.split("\n\n")
+        ),
+        epilog=f"Example:\n  {module.EXAMPLE}\n\n{fill(f'Exit codes: {codes}.', _WIDTH_COLUMNS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
-    loudness.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    verbosity = parser.add_mutually_exclusive_group()
+    verbosity.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    verbosity.add_argument("-v", "--verbose", action="store_true", help="print what is being done")
     return parser
 
 
 def usage() -> str:
-    """Give the text of ``qedimg --help``; it fits a screen."""
+    """Return the text of ``qedimg --help``, which fits a terminal of 80 by 24."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
@@ -121,7 +127,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            '"qedimg COMMAND --help" tells the rest.  -q, -v: say less, more.  -V: version.',
+            '"qedimg COMMAND --help" shows its options.  -q, -v: less, more output.  -V: version.',
             "Exit codes: 0 done; 1 failed; 12 not a usable QED image; 13 corrupt; 14 unknown",
             "features; 15 needs a check; 16 in use; 17 backing file; 130 interrupted.",
             "",
@@ -130,26 +136,27 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code.
+    """Run the command and return its exit code.
 
-    Without ``argv`` it is the program that runs, and ends after this.
+    Without ``argv`` the arguments are those of this process, whose streams are set up as
+    well, and which must exit afterwards: signals are ignored from then on.
     """
-    # numpy's helper threads are for matrices, of which we have none.
+    # OpenBLAS would start a thread per core for matrices, which are not used here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     own_process = argv is None
     if own_process:
-        make_streams()
+        open_streams()
     words = sys.argv[1:] if argv is None else argv
     try:
         with interruptible(last=own_process) as interruption:
             code = _guarded(words, interruption)
-    except KeyboardInterrupt:  # it came after the work was done
+    except KeyboardInterrupt:  # the signal came after the work was done
         code = _INTERRUPTED
     return finish_output(code, _failed(words[0] if words else ""))
 
 
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
-    """Run the command; every failure becomes one line and an exit code."""
+    """Run the command; print a line for every failure, and return the exit code."""
     name = words[0] if words else ""
     try:
         return _run(name, words[1:])
@@ -157,8 +164,8 @@ def _guarded(words: Sequence[str], interruption: Interruption) -> int:
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as caught:  # noqa: BLE001
         # The last resort: one line in place of a traceback.
-        error = _reason(caught)
-        # A module that was being imported when a signal came may make anything of it.
+        error = _first_error(caught)
+        # If a signal comes during an import, KeyboardInterrupt may be turned into any exception.
         if isinstance(error, KeyboardInterrupt) or (
             interruption.came and not isinstance(error, QedError)
         ):
@@ -167,7 +174,7 @@ def _guarded(words: Sequence[str], interruption: Interruption) -> int:
 
 
 def _run(name: str, words: Sequence[str]) -> int:
-    """Find the subcommand and run it."""
+    """Run the subcommand ``name``; return its exit code."""
     if name == "help" and words and words[0] in COMMANDS:
         name, words = words[0], ["--help"]
     if not name or name in ("-h", "--help", "help"):
@@ -190,36 +197,38 @@ def _run(name: str, words: Sequence[str]) -> int:
 
 
 def _unknown(name: str) -> str:
-    """Say that there is no such subcommand, and which one may have been meant."""
+    """Return the message for an unknown subcommand, with a similar one as a hint."""
     if name.startswith("-"):
-        return f"{printable(name)}: found an option, expected a command before it (see: {_HELP})"
-    from difflib import get_close_matches  # noqa: PLC0415  needed by few
+        return (
+            f"{printable(name)}: found an option, expected a command before it (see: {_SEE_HELP})"
+        )
+    from difflib import get_close_matches  # noqa: PLC0415  only on this path
 
     near = get_close_matches(name, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"see: {_HELP}"
+    hint = f"did you mean {near[0]}?" if near else f"see: {_SEE_HELP}"
     return f"{printable(name)}: unknown command ({hint})"
 
 
-def _reason(error: BaseException) -> BaseException:
-    """Give one error for those of several tasks, one of ours if there is any."""
+def _first_error(error: BaseException) -> BaseException:
+    """Return ``error``, or the first member of an exception group: a `QedError` if it has one."""
     while isinstance(error, BaseExceptionGroup):
-        known = error.subgroup(QedError) or error
-        error = known.exceptions[0]
+        preferred = error.subgroup(QedError) or error
+        error = preferred.exceptions[0]
     return error
 
 
 def _explain(name: str, error: BaseException) -> int:
-    """Print one line about a failure; give the exit code."""
+    """Print a line about a failure, unless it was logged already; return the exit code."""
     if isinstance(error, QedError):
         code = _code(name, error)
         if error.errno == errno.ENOENT and is_removed():
             return _complain(f"{error} ({REMOVED})", code)
-        # Nothing is loaded here: that may be what failed.
-        log = sys.modules.get(f"{_HOME}.log")
-        said = log is not None and log.was_said(str(error))
-        return code if said else _complain(str(error), code)
+        # Looked up, not imported: an import may be what failed.
+        log = sys.modules.get(f"{_PACKAGE}.log")
+        logged = log is not None and log.was_logged(str(error))
+        return code if logged else _complain(str(error), code)
     if isinstance(error, OSError):
-        return _explain_refusal(error, _code(name, error))
+        return _explain_os_error(error, _code(name, error))
     if isinstance(error, MemoryError):
         return _complain("there is not enough memory", _code(name, error))
     if "QEDIMG_TRACEBACK" in os.environ:
@@ -228,9 +237,9 @@ def _explain(name: str, error: BaseException) -> int:
     return _complain(f"internal error: {what} (QEDIMG_TRACEBACK=1 shows where)", _BUG)
 
 
-def _explain_refusal(error: OSError, code: int) -> int:
-    """Print one line about what the host refused; give the exit code."""
-    if asked_for_removed(error):
+def _explain_os_error(error: OSError, code: int) -> int:
+    """Print a line about a failed system call; return the exit code."""
+    if is_caused_by_removal(error):
         return _complain(REMOVED, code)
     if error.filename is None:
         return output_failed(error, code)
@@ -238,21 +247,21 @@ def _explain_refusal(error: OSError, code: int) -> int:
 
 
 def _code(name: str, error: BaseException) -> int:
-    """Choose the exit code for an error."""
-    # Nothing is loaded here: that may be what failed.
-    module = sys.modules.get(f"{_HOME}.{name}")
+    """Return the exit code for an error."""
+    # Looked up, not imported: an import may be what failed.
+    module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)
     wanted = error.exit_code if isinstance(error, QedError) else _FAILED
-    return wanted if wanted >= _FIRST_CODE and wanted in codes else _failed(name)
+    return wanted if wanted >= _FIRST_OWN_CODE and wanted in codes else _failed(name)
 
 
 def _failed(name: str) -> int:
-    """Give the exit code of a subcommand for any failure that has none of its own."""
-    failed: int = getattr(sys.modules.get(f"{_HOME}.{name}"), "FAILED", _FAILED)
+    """Return the exit code of a subcommand for a failure that has no code of its own."""
+    failed: int = getattr(sys.modules.get(f"{_PACKAGE}.{name}"), "FAILED", _FAILED)
     return failed
 
 
 def _complain(message: str, code: int) -> int:
-    """Print why it failed, on one line; give the exit code."""
+    """Print why the command failed; return ``code``."""
     complain(message)
     return code

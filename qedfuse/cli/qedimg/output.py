@@ -1,30 +1,44 @@
-"""What subcommands print: text that ``-q`` silences, tables, and JSON."""
+"""What subcommands print, and the exit code if their output cannot be written."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from qedfuse.cli.streams import discard_unwritten
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+BROKEN_PIPE: Final = 141
+"""The exit code of a program that SIGPIPE ends, as a shell shows it (128 + 13)."""
+_FAILED: Final = 1
+
 
 def say(arguments: argparse.Namespace, text: str) -> None:
-    """Print a line, unless ``-q`` was given."""
+    """Print a line to stdout, unless ``-q`` was given."""
     if not arguments.quiet:
         sys.stdout.write(f"{text}\n")
 
 
-def print_json(value: Any) -> None:  # noqa: ANN401  whatever JSON can say
-    """Print a value as qemu-img prints its JSON; lone surrogates of names come out escaped."""
+def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
+    """Print a value as JSON in qemu-img's layout, in ASCII.
+
+    File names that are not valid UTF-8 are escaped as lone surrogates.
+    """
     import json  # noqa: PLC0415  a quick start
 
     sys.stdout.write(json.dumps(value, indent=4, ensure_ascii=True) + "\n")
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
-    """Lay out rows in columns; the first row is the heading, ``right`` the numeric columns."""
+    """Return ``rows`` as text in columns.
+
+    The first row is the heading; the columns whose numbers are in ``right`` are aligned to
+    the right.
+    """
     texts = [[str(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = []
@@ -35,3 +49,35 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def complain(message: str) -> None:
+    """Print an error message to stderr; if that fails, the exit code alone reports it."""
+    try:
+        sys.stderr.write(f"qedimg: {printable(message)}\n")
+        sys.stderr.flush()
+    except OSError:
+        discard_unwritten(sys.stderr)
+
+
+def finish_output(code: int, failed: int = _FAILED) -> int:
+    """Flush stdout and return the exit code.
+
+    That is ``code`` if everything was written.  If it was not and ``code`` is 0, it is
+    `BROKEN_PIPE` where the reader has closed the pipe, and ``failed`` after any other error.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_unwritten(sys.stdout)
+        return code or BROKEN_PIPE
+    except OSError as error:
+        return output_failed(error, code or failed)
+    return code
+
+
+def output_failed(error: OSError, code: int) -> int:
+    """Report that stdout could not be written, once; return ``code``."""
+    discard_unwritten(sys.stdout)
+    complain(f"standard output: {error.strerror or error}")
+    return code

@@ -22,17 +22,17 @@ end
 complete -c qedimg -f
 complete -c qedimg -n 'not __qedimg_command' -s h -l help -d 'show help'
 complete -c qedimg -n 'not __qedimg_command' -s V -l version -d 'show the version'
-complete -c qedimg -n 'not __qedimg_command' -a info -d 'what an image is, and whether anything is wrong with it'
-complete -c qedimg -n 'not __qedimg_command' -a check -d 'look for damage and leaked space; repair both'
-complete -c qedimg -n 'not __qedimg_command' -a create -d 'make a new image, on its own or over a base'
-complete -c qedimg -n 'not __qedimg_command' -a map -d 'which ranges are data, zeros or holes, and where they lie'
+complete -c qedimg -n 'not __qedimg_command' -a info -d 'describe an image, and report what is wrong with it'
+complete -c qedimg -n 'not __qedimg_command' -a check -d 'find damage and leaked space; repair both'
+complete -c qedimg -n 'not __qedimg_command' -a create -d 'create an image, standalone or over a base'
+complete -c qedimg -n 'not __qedimg_command' -a map -d 'list data, zeros and holes, and where they are stored'
 complete -c qedimg -n 'not __qedimg_command' -a convert -d 'copy a disk into another format, or a chain into one image'
-complete -c qedimg -n 'not __qedimg_command' -a compare -d 'whether two disks have the same content'
-complete -c qedimg -n 'not __qedimg_command' -a measure -d 'how much space a QED copy would need'
+complete -c qedimg -n 'not __qedimg_command' -a compare -d 'compare the content of two disks'
+complete -c qedimg -n 'not __qedimg_command' -a measure -d 'compute how much space a QED copy would need'
 complete -c qedimg -n 'not __qedimg_command' -a resize -d 'change the size of the disk'
 complete -c qedimg -n 'not __qedimg_command' -a rebase -d 'give an overlay another base, or none'
 complete -c qedimg -n 'not __qedimg_command' -a commit -d 'write an overlay\'s data into its base'
-complete -c qedimg -n 'not __qedimg_command' -a compact -d 'make the file as short as it can be'
+complete -c qedimg -n 'not __qedimg_command' -a compact -d 'make the file as short as possible'
 complete -c qedimg -n 'not __qedimg_command' -a freelist -d 'show, keep or drop the list of free space in an image'
 complete -c qedimg -n 'not __qedimg_command' -a dump -d 'show the header or a table, entry by entry'
 
@@ -44,8 +44,8 @@ complete -c qedimg -n '__qedimg_is info' -s U -l force-share -d 'read beside a p
 complete -c qedimg -n '__qedimg_is info' -l backing -x -a 'confined any none' -d 'use backing files only from the directory of the image that names them, from anywhere, or not at all (confined)'
 complete -c qedimg -n '__qedimg_is info' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is info' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
-complete -c qedimg -n '__qedimg_is info' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is info' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is info' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is info' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is info' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is info' -F
 
@@ -57,8 +57,8 @@ complete -c qedimg -n '__qedimg_is check' -l undo -r -F -d 'put back what a repa
 complete -c qedimg -n '__qedimg_is check' -l output -x -a 'human json' -d 'text for people, or JSON with the keys that qemu-img has (human)'
 complete -c qedimg -n '__qedimg_is check' -s U -l force-share -d 'read beside a program that writes to the image; what is read may be torn'
 complete -c qedimg -n '__qedimg_is check' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is check' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is check' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is check' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is check' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is check' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is check' -F
 
@@ -72,8 +72,8 @@ complete -c qedimg -n '__qedimg_is create' -s o -x -d 'the same as qemu-img has 
 complete -c qedimg -n '__qedimg_is create' -l preallocate -x -a 'off full' -d 'full: give each cluster a place in the file, and room on the host (off)'
 complete -c qedimg -n '__qedimg_is create' -l force -d 'replace IMAGE if it is there and not in use'
 complete -c qedimg -n '__qedimg_is create' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is create' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is create' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is create' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is create' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is create' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is create' -F
 
@@ -86,8 +86,8 @@ complete -c qedimg -n '__qedimg_is map' -l backing -x -a 'confined any none' -d 
 complete -c qedimg -n '__qedimg_is map' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is map' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
 complete -c qedimg -n '__qedimg_is map' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is map' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is map' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is map' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is map' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is map' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is map' -F
 
@@ -110,8 +110,8 @@ complete -c qedimg -n '__qedimg_is convert' -l backing -x -a 'confined any none'
 complete -c qedimg -n '__qedimg_is convert' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is convert' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
 complete -c qedimg -n '__qedimg_is convert' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is convert' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is convert' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is convert' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is convert' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is convert' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is convert' -F
 
@@ -124,8 +124,8 @@ complete -c qedimg -n '__qedimg_is compare' -l backing -x -a 'confined any none'
 complete -c qedimg -n '__qedimg_is compare' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is compare' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
 complete -c qedimg -n '__qedimg_is compare' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is compare' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is compare' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is compare' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is compare' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is compare' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is compare' -F
 
@@ -144,8 +144,8 @@ complete -c qedimg -n '__qedimg_is measure' -l backing -x -a 'confined any none'
 complete -c qedimg -n '__qedimg_is measure' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is measure' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
 complete -c qedimg -n '__qedimg_is measure' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is measure' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is measure' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is measure' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is measure' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is measure' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is measure' -F
 
@@ -156,8 +156,8 @@ complete -c qedimg -n '__qedimg_is resize' -l backing -x -a 'confined any none' 
 complete -c qedimg -n '__qedimg_is resize' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is resize' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
 complete -c qedimg -n '__qedimg_is resize' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is resize' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is resize' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is resize' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is resize' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is resize' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is resize' -F
 
@@ -169,8 +169,8 @@ complete -c qedimg -n '__qedimg_is rebase' -l backing -x -a 'confined any none' 
 complete -c qedimg -n '__qedimg_is rebase' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is rebase' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
 complete -c qedimg -n '__qedimg_is rebase' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is rebase' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is rebase' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is rebase' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is rebase' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is rebase' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is rebase' -F
 
@@ -181,30 +181,30 @@ complete -c qedimg -n '__qedimg_is commit' -l backing -x -a 'confined any none' 
 complete -c qedimg -n '__qedimg_is commit' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be given again)'
 complete -c qedimg -n '__qedimg_is commit' -l backing-format -x -a 'raw qed' -d 'what backing files are taken for, whatever is in them'
 complete -c qedimg -n '__qedimg_is commit' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is commit' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is commit' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is commit' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is commit' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is commit' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is commit' -F
 
 complete -c qedimg -n '__qedimg_is compact' -l output -x -a 'human json' -d 'text for people, or JSON with the keys that qemu-img has (human)'
 complete -c qedimg -n '__qedimg_is compact' -s p -l progress -d 'show the progress also where stderr is no terminal'
-complete -c qedimg -n '__qedimg_is compact' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is compact' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is compact' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is compact' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is compact' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is compact' -F
 
 complete -c qedimg -n '__qedimg_is freelist' -l output -x -a 'human json' -d 'text for people, or JSON with the keys that qemu-img has (human)'
 complete -c qedimg -n '__qedimg_is freelist' -s U -l force-share -d 'read beside a program that writes to the image; what is read may be torn'
-complete -c qedimg -n '__qedimg_is freelist' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is freelist' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is freelist' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is freelist' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is freelist' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is freelist' -a 'show on off'
 complete -c qedimg -n '__qedimg_is freelist' -F
 
 complete -c qedimg -n '__qedimg_is dump' -l output -x -a 'human json' -d 'text for people, or JSON with the keys that qemu-img has (human)'
 complete -c qedimg -n '__qedimg_is dump' -s U -l force-share -d 'read beside a program that writes to the image; what is read may be torn'
-complete -c qedimg -n '__qedimg_is dump' -s q -l quiet -d 'say nothing but errors'
-complete -c qedimg -n '__qedimg_is dump' -s v -l verbose -d 'say what is being done'
+complete -c qedimg -n '__qedimg_is dump' -s q -l quiet -d 'print nothing but errors'
+complete -c qedimg -n '__qedimg_is dump' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is dump' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is dump' -a 'header l1 l2'
 complete -c qedimg -n '__qedimg_is dump' -F

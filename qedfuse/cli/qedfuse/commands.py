@@ -1,0 +1,145 @@
+"""What ``qedfuse`` does: mount, in the background or the foreground, remount and unmount."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import UsageError
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.cli.qedfuse.arguments import Arguments
+
+BUG: Final = 70
+"""The exit code for an exception that is not a `QedError`."""
+INTERRUPTED: Final = 130
+"""The exit code after Ctrl-C, as a shell shows it (128 + SIGINT)."""
+
+_log = logging.getLogger("qedfuse")
+
+
+def mount(arguments: Arguments) -> int:
+    """Mount as the command line says; return the exit code.
+
+    By default the caller's process returns when the disk can be used, and a background
+    process serves it.  With ``-f``, ``-d`` or a fake mount this process serves.
+
+    Raises:
+        UsageError: The command line makes no sense.
+        QedError: The mount failed; each cause has a class of its own.
+    """
+    from qedfuse.mount.options import (  # noqa: PLC0415
+        absolute_words,
+        parse_options,
+        wants_remount,
+    )
+    from qedfuse.mount.process.logs import (  # noqa: PLC0415
+        log_to,
+        log_to_stderr,
+        log_to_stderr_without_waiting,
+        log_what_nobody_catches,
+        system_log,
+    )
+
+    if wants_remount(arguments.options):
+        return _remount(arguments)
+    if len(arguments.paths) < 2:  # noqa: PLR2004  a source and a mountpoint
+        msg = "expected SOURCE... and MOUNTPOINT (see: qedfuse --help)"
+        raise UsageError(msg)
+    options = parse_options(arguments.options, sloppy=arguments.sloppy).absolute()
+    log_to_stderr(debug=arguments.debug)
+
+    # The background process changes its working directory, so names become absolute here.
+    sources = tuple(os.path.abspath(path) for path in arguments.paths[:-1])  # noqa: PTH100
+    mountpoint = os.path.realpath(arguments.paths[-1])
+    words = absolute_words(arguments.options)
+    pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
+
+    def serve(ready: Callable[[], None]) -> int:
+        # OpenBLAS would start a thread per core for matrices, which are not used here; the
+        # threads spin during the imports and occupy the cores.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # Imported only in the process that serves: pyfuse3 must not be loaded before the fork.
+        from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
+
+        log_what_nobody_catches()
+        request = MountRequest(sources, mountpoint, options, pidfile or None, arguments.fake, words)
+        return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
+
+    def ready_in_foreground() -> None:
+        if arguments.debug:  # the log of each request is complete, so it waits for its reader
+            _log.debug("ready")
+        else:
+            log_to_stderr_without_waiting()
+
+    if arguments.foreground or arguments.fake:
+        return serve(ready_in_foreground)
+
+    from qedfuse.mount.process.daemon import run_in_background  # noqa: PLC0415
+
+    def serve_in_background(ready: Callable[[], None]) -> int:
+        handler = system_log()
+
+        def ready_in_background() -> None:
+            log_to(handler)
+            ready()
+
+        return serve(ready_in_background)
+
+    return run_in_background(serve_in_background)
+
+
+def _remount(arguments: Arguments) -> int:
+    """Change the options of a mount; return the exit code.
+
+    The mountpoint is the last path, since mount(8) may pass the source before it.
+
+    Raises:
+        UsageError: No mountpoint is given.
+        QedError: The remount failed.
+    """
+    from qedfuse.mount.commands.remount import remount  # noqa: PLC0415
+    from qedfuse.mount.system.mountpoint import resolve_mounted  # noqa: PLC0415  a quick start
+
+    if not arguments.paths:
+        msg = "remount: found no mountpoint (see: qedfuse --help)"
+        raise UsageError(msg)
+    mountpoint = resolve_mounted(arguments.paths[-1])
+    remount(mountpoint, arguments.options, fake=arguments.fake, sloppy=arguments.sloppy)
+    return 0
+
+
+def _guarded(session: Callable[[], int], *, debug: bool) -> int:
+    """Run a session and return its exit code; with ``debug`` a bug in it is raised.
+
+    Otherwise a bug becomes one line of the log, because the background process has no
+    terminal for a traceback.
+    """
+    try:
+        return session()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        _log.critical("internal error: %s: %s", type(error).__name__, printable(str(error)),
+                      exc_info=error)  # fmt: skip
+        return BUG
+
+
+def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str], None]) -> int:
+    """Unmount, and return the exit code when the mount's process has ended.
+
+    ``report`` gets lines for the user while the command waits.
+
+    Raises:
+        QedError: The unmount failed, or ``timeout_seconds`` have passed.
+    """
+    from qedfuse.mount.commands.umount import unmount_and_wait  # noqa: PLC0415  a quick start
+
+    unmount_and_wait(mountpoint, timeout_seconds, report)
+    return 0

@@ -1,0 +1,113 @@
+"""The command ``qedfuse``: choose the action, and turn every failure into a line and a code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+import qedfuse
+from qedfuse.cli.qedfuse.arguments import (
+    Arguments,
+    parse_arguments,
+    parse_umount_arguments,
+)
+from qedfuse.cli.qedfuse.commands import BUG, INTERRUPTED, mount, umount
+from qedfuse.cli.qedfuse.usage import USAGE
+from qedfuse.cli.sigint import sigint_raises
+from qedfuse.cli.streams import discard_unwritten, open_streams
+from qedfuse.cli.workingdirectory import REMOVED, is_caused_by_removal
+from qedfuse.errors import HostError, QedError
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
+"""The names by which mount(8) runs the command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Without ``argv`` the arguments are those of this process, whose streams and SIGINT
+    handler are set up as well.
+    """
+    program, *words = sys.argv if argv is None else ["qedfuse", *argv]
+    helper = os.path.basename(program) in _HELPER_NAMES  # noqa: PTH119
+    debug = False
+    if argv is None:
+        open_streams()
+    try:
+        if argv is None:
+            sigint_raises()
+        if words and words[0] in _COMMANDS and not helper:
+            return _COMMANDS[words[0]](words[1:])
+        arguments = parse_arguments(words, helper=helper)
+        debug = arguments.debug
+        return _ACTIONS[arguments.action](arguments)
+    except QedError as error:
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        discard_unwritten(sys.stdout)  # the reader has seen enough, which is no failure
+        return 0
+    except Exception as error:  # the last resort: one line in place of a traceback
+        if debug:
+            raise
+        return _complain_of_bug(error)
+
+
+def _umount(words: Sequence[str]) -> int:
+    """Run ``qedfuse umount``; return the exit code."""
+    arguments = parse_umount_arguments(words)
+    if arguments.mountpoint is None:
+        return _print(USAGE)
+    return umount(arguments.mountpoint, arguments.timeout_seconds, _print_message)
+
+
+def _print(text: str) -> int:
+    """Print what the user asked for to stdout; return the exit code."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_unwritten(sys.stdout)
+        return _complain(f"standard output: {error.strerror}", HostError.exit_code)
+    return 0
+
+
+def _print_message(message: str) -> None:
+    """Print a line to stderr; if that fails, the exit code alone reports the outcome."""
+    try:
+        sys.stderr.write(f"qedfuse: {message}\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+def _complain(message: str, code: int) -> int:
+    """Print why the command failed; return ``code``."""
+    _print_message(message)
+    return code
+
+
+def _complain_of_bug(error: Exception) -> int:
+    """Print a line about an exception that is not a `QedError`; return the exit code."""
+    if is_caused_by_removal(error):
+        return _complain(REMOVED, HostError.exit_code)
+    kind = type(error).__name__
+    return _complain(f"internal error: {kind}: {printable(str(error))} (see: -d)", BUG)
+
+
+_COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
+    "umount": _umount,
+}
+_ACTIONS: Final[Mapping[str, Callable[[Arguments], int]]] = {
+    "mount": mount,
+    "help": lambda _arguments: _print(USAGE),
+    "version": lambda _arguments: _print(f"qedfuse {qedfuse.__version__}\n"),
+}

@@ -1,0 +1,64 @@
+"""The text of ``qedfuse --help``, from which the man page and the completions are made too."""
+
+from __future__ import annotations
+
+from typing import Final
+
+USAGE: Final = """\
+usage: qedfuse SOURCE... MOUNTPOINT [OPTION...]
+       qedfuse umount MOUNTPOINT [--timeout SECONDS]
+
+Show QED disk images as flat raw files.
+
+SOURCE      a QED image, or a directory: every QED image in it
+MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
+            NAME.raw; or, for one image, a file that becomes the disk
+
+  -o OPTION[,OPTION...]  see below
+  -f, --foreground       stay in the foreground
+  -d, --debug            stay in the foreground and log each request
+  -r, --read-only        the same as -o ro
+  -s                     ignored, as libfuse's (from mount(8): ignore unknown options)
+  --pidfile FILE         write the process number to FILE once the disk can be used
+  -h, --help             show this help
+  -V, --version          show the version
+
+  ro, rw                 whether the disk can be written to (rw)
+  allow_other            let other users access the mount, within uid, gid and umask
+  allow_root             let root access the mount, but no other user
+  uid=N, gid=N           owner of the disk (the caller)
+  umask=OCTAL            permissions removed from 0666 (077)
+  growable               let truncate(1) and writes past the end enlarge the disk
+  truncate=zero          truncation to a smaller size fills the range with zeros, and the
+                         disk keeps its size; cp and > truncate to 0 on opening (refuse)
+  discard, nodiscard     whether discards free space, or only write zeros (discard)
+  detect_zeroes=on       allocate no space for zeros that are written (off; unmap: and
+                         free the space that they overwrite)
+  freelist=on            keep a list of free space in the image between mounts (off);
+                         QEMU refuses an image with a list (default: unchanged)
+  compact=full           make the file as short as possible when the mount ends (auto:
+                         within the next two limits, if the mount changed it; off)
+  compact_size=SIZE      how much compact=auto may move (64M)
+  compact_time=SECONDS   how long compact=auto may take (1)
+  snapshot               drop all writes when the mount ends
+  overlay=FILE           send all writes to this QED overlay, created if missing
+  backing=confined       use backing files only from the directory of the image that
+                         names them (any: from anywhere; none: refuse all)
+  backing_dir=DIR        allow backing files from DIR too (may be repeated)
+  backing_format=raw     format of all backing files (or qed), whatever they contain
+  force_share            read-only, beside a program that writes to the image
+  direct_io              keep nothing in the kernel's page cache
+  readahead=SIZE         how far the kernel reads ahead (1M; kernel: its default);
+                         only root can exceed the kernel's default
+  commit=SECONDS         longest time that changed tables stay in memory (5)
+  poll=MICROSECONDS      how long to poll for the next request before sleeping (100; off)
+  cache_size=SIZE        memory for the tables of each image (32M)
+  nosuid nodev noexec noatime sync dirsync and other options of mount(8)
+
+"umount" unmounts and returns when everything is durable and the process has ended.
+Everything else that can be done to an image is in qedimg (see: qedimg --help).
+
+Exit codes: 0 done; 1 usage; 2 the host's file system or kernel; 12 not a usable QED
+image; 13 corrupt; 14 unknown features; 15 needs a check; 16 in use; 17 backing file;
+18 mountpoint; 19 privileges; 21 FUSE; 32 any other failure; 70 a bug; 130 interrupted.
+"""
