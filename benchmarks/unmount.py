@@ -33,7 +33,7 @@ from benchmarks.report import facts, number
 from benchmarks.scale import ROOT
 from benchmarks.servers import BenchmarkError, run
 from benchmarks.sparse import GEOMETRY, build
-from qedfuse.hostio.posixfile import fallocate
+from qedfuse.hostio.systemcalls import fallocate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""What the disk asks of the file that holds an image; small enough to stand in for.
+"""The interface that the disk needs from the file that holds an image.
 
-`qedfuse.hostio.posixfile.PosixFile` is the real thing.  Tests put other files behind the
-same protocol: one that records what is written, one that fails at a chosen step.
+`qedfuse.hostio.posixfile.PosixFile` implements it with system calls.  Tests implement it with
+files that record the writes, fail at a chosen step or lose power.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 class HostFile(Protocol):
-    """What the disk asks of the file that holds an image.  Offsets and lengths in bytes.
+    """A file of the host, open for reading or for writing.  Offsets and lengths are in bytes.
 
     Each method raises `HostError` (`NoSpaceError` for a full file system) when the host
     refuses.  Nothing is durable before `datasync` has returned.
+
+    Attributes:
+        name: The file's name in messages.
+        writable: Whether the file is open for writing.
+        can_punch: Whether `punch` has an effect, as far as is known.
     """
 
     name: str
@@ -26,61 +31,70 @@ class HostFile(Protocol):
     can_punch: bool
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
-        """Read ``length`` bytes; fewer only where the file ends."""
+        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
-        """Fill ``view``; return how many bytes there were before the file ended."""
+        """Fill ``view`` from a file offset; return the bytes read, fewer only at the file's end."""
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` if that needs no waiting; if it is not filled, something is amiss."""
+        """Return False if the read would block or fails; ``view`` is then undefined.
 
-    def is_short(self, length: int) -> bool:
-        """Tell whether a write of so many bytes is short enough for `try_write`."""
+        True means that all of ``view`` is filled.
+        """
+
+    def can_write_inline(self, length: int) -> bool:
+        """Return whether `try_write` may write ``length`` bytes now: it takes only a copy."""
 
     def try_write(self, offset: int, data: Buffer) -> bool:
-        """Write what is short enough not to wait for; if it was not all written, do it again."""
+        """Return False if the write would block or fails; it may then be partly done.
+
+        The caller then writes the whole range again with `pwrite`.
+        """
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write the parts one behind the other, as one write."""
+        """Write the parts at a file offset, one behind the other, as one write."""
 
     async def datasync(self) -> None:
-        """Make everything written so far, and the file's length, survive power loss."""
+        """Make all earlier writes and the file's length durable."""
 
     def try_grow(self, size: int) -> bool:
-        """Make the file longer if that needs no waiting; if it is not, something is amiss."""
+        """Return False if making the file longer would block or fails; nothing changes then."""
 
     async def truncate(self, size: int) -> None:
-        """Set the file's length; what is added reads as zeros."""
+        """Set the file's length in bytes; added bytes read as zeros."""
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
-        """Give the space of ranges, offset and length, back to the host; they read as zeros then.
+        """Return the space of ranges, offset and length, to the host; they read as zeros then.
 
-        Where the host cannot, nothing happens, and ``can_punch`` is false from then on.
+        Does nothing where the host cannot; ``can_punch`` is False from then on.
         """
 
     async def reserve(self, offset: int, length: int) -> None:
-        """Make sure that later writes to a range inside the file find room.
+        """Reserve space for later writes to a range inside the file.
 
-        Where the host cannot promise that, nothing happens.
+        Does nothing where the host cannot.
         """
 
     async def next_data(self, offset: int) -> int | None:
-        """Find where the first data at or past ``offset`` begins; None if only holes follow."""
+        """Return where the first data at or past ``offset`` begins; None if only holes follow."""
 
     async def next_hole(self, offset: int) -> int | None:
-        """Find where the first hole at or past ``offset`` begins; the file's end is one."""
+        """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
+
+        Returns None if ``offset`` is past the end.
+        """
 
     def size(self) -> int:
-        """Give the file's length now."""
+        """Return the file's length in bytes."""
 
     def stat(self) -> os.stat_result:
-        """Give the file's attributes now."""
+        """Return the file's attributes (fstat(2))."""
 
     def statvfs(self) -> os.statvfs_result:
-        """Describe the host's file system that holds the file.
+        """Return the attributes of the file system that holds the file (statvfs(3)).
 
         Raises:
-            OSError: It cannot be asked.
+            OSError: The host refused.
         """
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
@@ -91,4 +105,4 @@ class HostFile(Protocol):
         """
 
     def close(self) -> None:
-        """Let the file go, and with it every lock taken through it."""
+        """Close the file, which also releases every lock taken through it."""

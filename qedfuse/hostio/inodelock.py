@@ -1,4 +1,8 @@
-"""Whether the event loop could take the lock of a file's inode without waiting for it."""
+"""Whether a call that changes a file would wait for the lock of the file's inode.
+
+The kernel takes this lock (``i_rwsem``) for the whole of a call that changes a file, also
+while it throttles the calling thread because there are too many dirty pages.
+"""
 
 from __future__ import annotations
 
@@ -14,56 +18,56 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 _MAX_THREADS: Final = 4
-"""Worker threads that change one file concurrently: the kernel lets one at a time pass, and
-the other threads are for reads."""
+"""Worker threads that change one file concurrently.  The kernel lets one of them pass at a
+time, and the remaining threads of the process are for reads."""
 _THROTTLED_FOR_SECONDS: Final = 1.0
-"""A slow write tells nothing about one that begins later than this: the kernel's longest
-pause for a writer is 200 ms."""
+"""How long a slow write says anything about writes that begin later.  The kernel's longest
+pause for a throttled writer is 200 ms."""
 
 
 class InodeLock:
-    """Counts who may hold the lock that the kernel takes to change a file.
+    """Counts the calls that may hold the lock of one file's inode.
 
-    The kernel holds it during the whole call, also while it throttles the thread that makes
-    the call.  So the event loop changes the file inline only while there are no holders.
+    The event loop changes the file inline only while there are none.
 
-    A short write is made in a thread while there are.  It counts as a holder too, but sends no
-    other short write to a thread: a task that finds only such holders waits for their end.
-    Otherwise several writers would keep each other in threads for good.
+    While there are holders, short writes go to a thread too.  Such a write counts as a
+    holder, but does not send other short writes to a thread: a task that finds only short
+    writes as holders waits for their end.  Otherwise several writers would keep each other
+    in threads permanently.
 
     Attributes:
-        holders: Calls in threads that hold the lock or wait for it, and one more while the
+        holders: Calls in threads that hold the lock or wait for it, plus one while the
             kernel throttles short writes.
         is_throttled: Whether the kernel throttles short writes, as far as is known.
     """
 
     def __init__(self) -> None:
-        """Begin without holders."""
+        """Start without holders."""
         self.holders = 0
         self.is_throttled = False
-        self._short = 0  # holders that are short writes
-        self._waiting = trio.lowlevel.ParkingLot()  # for the end of those
+        self._short_writes = 0  # holders that are short writes
+        self._waiting = trio.lowlevel.ParkingLot()  # tasks that wait for the end of those
         self._slow_at = float("-inf")
         self._threads = trio.Semaphore(_MAX_THREADS)
 
     def is_free(self) -> bool:
-        """Tell whether there are no holders, after looking whether throttling is over."""
+        """Return whether there are no holders; first ends the throttling if its time is over."""
         if self.is_throttled and time.perf_counter() - self._slow_at > _THROTTLED_FOR_SECONDS:
-            self.fast()
+            self.end_throttling()
         return not self.holders
 
-    async def wait_for_short(self) -> None:
-        """Wait until no short write holds the lock, or somebody else does as well."""
-        if 0 < self.holders == self._short:
+    async def wait_for_short_writes(self) -> None:
+        """Wait while all holders are short writes; return when none is left or another comes."""
+        if 0 < self.holders == self._short_writes:
             await self._waiting.park()
 
     async def in_thread(
-        self, function: Callable[[*Args], T], *args: *Args, is_short: bool = False
+        self, function: Callable[[*Args], T], *args: *Args, is_short_write: bool = False
     ) -> T:
-        """Make a call that takes the lock in a worker thread; give what it returns."""
+        """Make a call that takes the lock in a worker thread; return its result."""
         self.holders += 1
-        if is_short:
-            self._short += 1
+        if is_short_write:
+            self._short_writes += 1
         elif self._waiting:
             self._waiting.unpark_all()
         try:
@@ -71,15 +75,16 @@ class InodeLock:
                 return await trio.to_thread.run_sync(function, *args)
         finally:
             self.holders -= 1
-            if is_short:
-                self._short -= 1
-                if not self._short and self._waiting:
+            if is_short_write:
+                self._short_writes -= 1
+                if not self._short_writes and self._waiting:
                     self._waiting.unpark_all()
 
-    def slow(self, seconds: float) -> None:
-        """Learn that a short write that just ended took so long that it may have been throttled.
+    def record_slow_write(self, seconds: float) -> None:
+        """Record that a short write has just ended that may have been throttled.
 
-        One alone may have waited for a processor.
+        Two such writes within `_THROTTLED_FOR_SECONDS` count as throttling.  A single one
+        may have waited for a processor instead.
         """
         now = time.perf_counter()
         follows = now - seconds - self._slow_at <= _THROTTLED_FOR_SECONDS
@@ -89,8 +94,8 @@ class InodeLock:
             self.holders += 1
             self._waiting.unpark_all()
 
-    def fast(self) -> None:
-        """Learn that writes are not throttled, or not any more."""
+    def end_throttling(self) -> None:
+        """Record that the kernel does not throttle short writes now."""
         if self.is_throttled:
             self.is_throttled = False
             self.holders -= 1

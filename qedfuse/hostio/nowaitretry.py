@@ -1,12 +1,13 @@
-"""Reads that the host's page cache cannot answer yet, but is going to in a moment.
+"""Retrying reads that the host's page cache cannot answer yet, but soon will.
 
-A read with ``RWF_NOWAIT`` that finds nothing has the kernel begin to fetch the pages before
-it says so.  On a fast disk they are there after some 100 microseconds, which is what the way
-to a worker thread and back costs.  So where that has paid lately the read is tried again
-each time when all other tasks had their turn, and goes to a thread only after that.
+When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch
+the pages and then fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
+about 100 microseconds, which is also what a round trip to a worker thread costs.  So if
+retries have succeeded lately, the read is retried each time all other tasks have run, and
+goes to a worker thread only after that.
 
-One task at a time tries, the one whose read began first; while that is not there yet, those
-behind it are not asked for.  The other tasks sleep.
+One task at a time retries: the one whose read began first.  While its data is missing, the
+later reads are not tried, and their tasks sleep.
 """
 
 from __future__ import annotations
@@ -18,134 +19,107 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.util.adaptivepoll import AdaptivePoll
+from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-LONGEST: Final = 1e-3
-"""For how long a read is tried again, in seconds."""
-
-
-class Loop:
-    """What the waits of one process have to know of each other.
-
-    Attributes:
-        polled_reads: How many reads are being tried again and again now.  While there are
-            any, nobody should keep the loop for himself.
-        is_wanted: Tells whether somebody waits for the loop to take his request.
-    """
-
-    def __init__(self) -> None:
-        """Begin with nobody waiting."""
-        self.polled_reads = 0
-        self.is_wanted: Callable[[], bool] = lambda: False
-        self._threads = trio.lowlevel.RunVar[trio.CapacityLimiter]("threads")
-
-    def has_threads(self) -> bool:
-        """Tell whether a worker thread is at work.
-
-        Then the loop must go to sleep: only trio sees the thread's end, and it needs
-        Python's lock, which a loop that never sleeps hardly ever leaves to it.
-        """
-        try:
-            threads = self._threads.get()
-        except LookupError:
-            threads = trio.to_thread.current_default_thread_limiter()
-            self._threads.set(threads)
-        return threads.borrowed_tokens > 0
-
-
-loop: Final = Loop()
+MAX_RETRY_SECONDS: Final = 1e-3
+"""How long a read is retried before it goes to a worker thread."""
 
 
 class _Read:
-    """A read that is tried again.
+    """A read that is being retried.
 
     Attributes:
-        ready: Tries it.
-        end: When to give up.
-        task: Who sleeps until ``came`` is known, or until it is his turn to try.
-        came: Whether it came in time, once that is known.
+        attempt: Tries the read; returns whether it has ended.
+        deadline: When to give up, by the queue's clock.
+        task: The task of this read while it sleeps, until ``succeeded`` is set or until this
+            read is the first of the queue.
+        succeeded: Whether the read ended before the deadline; None while undecided.
     """
 
-    __slots__ = ("came", "end", "ready", "task")
+    __slots__ = ("attempt", "deadline", "succeeded", "task")
 
-    def __init__(self, ready: Callable[[], bool], end: float) -> None:
-        self.ready = ready
-        self.end = end
+    def __init__(self, attempt: Callable[[], bool], deadline: float) -> None:
+        self.attempt = attempt
+        self.deadline = deadline
         self.task: trio.lowlevel.Task | None = None
-        self.came: bool | None = None
+        self.succeeded: bool | None = None
 
     def wake(self) -> None:
-        """Wake who sleeps, once."""
+        """Wake the task of this read if it sleeps."""
         task, self.task = self.task, None
         if task is not None:
             trio.lowlevel.reschedule(task)
 
 
-class Queue:
-    """The reads of all files that are being tried again, the oldest first.
+class _RetryQueue:
+    """The reads of all files that are being retried, the oldest first.
 
-    The task of the first one tries; when that read is decided, the next task takes over.
+    The task of the first read retries.  When that read is decided, the task of the next one
+    takes over.
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start empty."""
         self._reads: deque[_Read] = deque()
 
-    async def came(self, ready: Callable[[], bool], end: float, clock: Callable[[], float]) -> bool:
-        """Return when ``ready`` says so (true), or when ``end`` has come."""
-        read = _Read(ready, end)
+    async def retry(
+        self, attempt: Callable[[], bool], deadline: float, clock: Callable[[], float]
+    ) -> bool:
+        """Return True once ``attempt`` has returned True, False once ``deadline`` has passed."""
+        read = _Read(attempt, deadline)
         self._reads.append(read)
-        loop.polled_reads += 1
+        loop_load.polled_reads += 1
         try:
             if self._reads[0] is not read:
                 read.task = trio.lowlevel.current_task()
-                # It is a matter of a millisecond, so nothing is cancelled.
+                # The wait lasts about a millisecond, so it cannot be cancelled.
                 await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
-            while read.came is None:
+            while read.succeeded is None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
-                self._try(clock)
+                self._attempt_oldest(clock)
         finally:
-            loop.polled_reads -= 1
-            if read.came is None:
+            loop_load.polled_reads -= 1
+            if read.succeeded is None:
                 self._reads.remove(read)
             if self._reads:
                 self._reads[0].wake()
-        return read.came
+        return read.succeeded
 
-    def _try(self, clock: Callable[[], float]) -> None:
-        """Try the oldest reads, up to the first that has to be waited for."""
+    def _attempt_oldest(self, clock: Callable[[], float]) -> None:
+        """Try the reads in their order, up to the first that must go on waiting."""
         reads = self._reads
         while reads:
-            came = reads[0].ready()
-            if not came and clock() < reads[0].end and not loop.has_threads():
+            succeeded = reads[0].attempt()
+            if not succeeded and clock() < reads[0].deadline and not loop_load.has_threads():
                 break
             read = reads.popleft()
-            read.came = came
+            read.succeeded = succeeded
             read.wake()
 
 
-_queue: Final = Queue()
+_queue: Final = _RetryQueue()
 
 
 class NowaitRetry:
-    """Waits for what the host's disk brings to one file."""
+    """Waits for data of one file that is on its way to the page cache."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Begin without knowing how fast the disk is; ``clock`` tells seconds."""
-        self._window = AdaptivePoll(LONGEST, start_enabled=True)
+        """Start with retries enabled; ``clock`` returns seconds."""
+        self._poll = AdaptivePoll(MAX_RETRY_SECONDS, start_enabled=True)
         self._clock = clock
 
-    async def wait(self, ready: Callable[[], bool], sleep: Callable[[], Awaitable[None]]) -> None:
-        """Return when ``ready`` says so, or else when ``sleep`` has done it in its own way.
+    async def wait(self, attempt: Callable[[], bool], sleep: Callable[[], Awaitable[None]]) -> None:
+        """Return when ``attempt`` has returned True, or else when ``sleep`` has returned.
 
-        ``ready`` must not raise anything.
+        ``sleep`` is called only after the retries have failed.  ``attempt`` must not raise.
         """
         since = self._clock()
-        seconds = 0.0 if loop.has_threads() else self._window.seconds
-        if seconds and await _queue.came(ready, since + seconds, self._clock):
-            self._window.came(0.0, slept=False)
+        seconds = 0.0 if loop_load.has_threads() else self._poll.seconds
+        if seconds and await _queue.retry(attempt, since + seconds, self._clock):
+            self._poll.record(0.0, slept=False)
             return
         await sleep()
-        self._window.came(self._clock() - since, slept=True)
+        self._poll.record(self._clock() - since, slept=True)

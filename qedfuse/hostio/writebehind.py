@@ -1,13 +1,12 @@
-"""A large file written past the page cache, as good as: what was written soon leaves it.
+"""Writing a large file without filling the page cache (write-behind).
 
-The host's disk works while the file is being written, so that a later fsync has little
-left to wait for.  And the memory of what has arrived there is used again for what comes
-next, instead of that of programs and files that somebody still needs.
+Written ranges are sent to the host's disk while the file is still being written, so that
+the fsync(2) at the end has little left to wait for.  Their pages are then dropped from the
+page cache, so that the file does not evict the memory of other programs and files.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import threading
@@ -16,83 +15,83 @@ from time import perf_counter
 from typing import Final
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.systemcalls import SYNC_AND_WAIT, SYNC_START, sync_file_range
 
-_WRITE: Final = 2  # SYNC_FILE_RANGE_WRITE
-_WRITE_AND_WAIT: Final = 7  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER
-_KEPT: Final = 1 << 27
-"""Bytes that may be under way to the host's disk; enough for it never to be without work."""
+_MAX_IN_FLIGHT_BYTES: Final = 1 << 27
+"""Bytes that may be on their way to the host's disk; enough to keep it busy."""
 
-_FAST: Final = 1 << 29
-"""Bytes that the host's disk must take in a second for somebody who does not wait for it."""
+_MIN_BYTES_PER_SECOND: Final = 1 << 29
+"""Slowest disk that is used without waiting for it (``waits=False``)."""
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}
 
-_sync_file_range: Final = ctypes.CDLL(None, use_errno=True).sync_file_range
-_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-
 
 class WriteBehind:
-    """Sends what was written to a file on to the host's disk; for any number of threads.
+    """Sends written ranges of a file to the host's disk; any number of threads may use it.
 
-    Nothing is durable by that: an fsync has to follow.
+    This makes nothing durable: the caller must still call fsync(2).
     """
 
     def __init__(self, descriptor: int, name: str, *, waits: bool = True) -> None:
-        """Look after an open file.
+        """Serve an open file.
 
         Args:
             descriptor: The file.
-            name: What messages call it.
-            waits: An fsync is to follow.  If not, a disk that is slow is left alone: then
-                it is the kernel's business when it writes, and memory is there to wait.
+            name: The file's name in messages.
+            waits: Whether an fsync follows at the end.  If not, nothing waits for the disk,
+                and a slow disk is left to the kernel, which buffers the data in memory.
         """
         self._descriptor = descriptor
         self._name = name
         self._lock = threading.Lock()
-        self._under_way: deque[tuple[int, int]] = deque()
-        self._bytes = 0
+        self._in_flight: deque[tuple[int, int]] = deque()
+        self._in_flight_bytes = 0
         self._waits = waits
-        self._sent = 0
+        self._sent_bytes = 0
         self._seconds = 0.0
         self._usable = True
 
     def wrote(self, offset: int, length: int) -> None:
-        """Send a range on; wait for older ones if there is too much under way.
+        """Start to write a range to the disk; wait for the oldest ranges if there are too many.
 
         Args:
-            offset: Where in the file it begins, in bytes.
-            length: How long it is, in bytes.
+            offset: File offset of the range in bytes.
+            length: Length of the range in bytes.
 
         Raises:
-            HostError: What was written earlier did not reach the disk.  The kernel tells so
-                only once, so that no later fsync would.
+            HostError: Earlier data did not reach the disk.  The kernel reports this only
+                once, so a later fsync would succeed.
         """
         if not self._usable or not length:
             return
-        began = perf_counter()
-        self._sync(offset, length, _WRITE)
+        since = perf_counter()
+        self._sync(offset, length, SYNC_START)
         with self._lock:
-            self._sent += length
-            self._seconds += perf_counter() - began
-            if not self._waits and self._sent > _KEPT and self._sent < _FAST * self._seconds:
+            self._sent_bytes += length
+            self._seconds += perf_counter() - since
+            if (
+                not self._waits
+                and self._sent_bytes > _MAX_IN_FLIGHT_BYTES
+                and self._sent_bytes < _MIN_BYTES_PER_SECOND * self._seconds
+            ):
                 self._usable = False
-            self._under_way.append((offset, length))
-            self._bytes += length
+            self._in_flight.append((offset, length))
+            self._in_flight_bytes += length
             old = []
-            while self._bytes > _KEPT:
-                old.append(self._under_way.popleft())
-                self._bytes -= old[-1][1]
+            while self._in_flight_bytes > _MAX_IN_FLIGHT_BYTES:
+                old.append(self._in_flight.popleft())
+                self._in_flight_bytes -= old[-1][1]
         for start, count in old:
             if self._waits:
-                self._sync(start, count, _WRITE_AND_WAIT)
-            # What has not arrived yet stays where it is.
+                self._sync(start, count, SYNC_AND_WAIT)
+            # This drops clean pages only, so data that is not on the disk yet stays.
             os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
 
-    def _sync(self, offset: int, length: int, how: int) -> None:
-        """Call sync_file_range(2); where it cannot be had the fsync does all."""
-        if _sync_file_range(self._descriptor, offset, length, how):
-            number = ctypes.get_errno()
-            if number not in _UNSUPPORTED:
-                error = OSError(number, os.strerror(number))
-                raise HostError.from_os(error, self._name, "write")
+    def _sync(self, offset: int, length: int, flags: int) -> None:
+        """Call sync_file_range(2); where it is not supported, leave all work to the fsync."""
+        try:
+            sync_file_range(self._descriptor, offset, length, flags)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise HostError.from_os(error, self._name, "write") from error
             self._usable = False

@@ -1,35 +1,44 @@
-"""Whether it pays to wait for something by looking again and again, instead of going to sleep."""
+"""Adaptive polling: whether it pays to poll for an event instead of sleeping until it comes."""
 
 from __future__ import annotations
 
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-_FAR: Final = 8
-"""What takes so many times as long as one would look is another case than the last ones."""
+_RESET_FACTOR: Final = 8
+"""A wait that is longer than the poll by this factor resets the confidence to 0: the earlier
+waits no longer predict the next one."""
 _WAKE_FACTOR: Final = 2
-"""What came while one slept is seen later than it came: how much later, as a multiple of the
-time for which one would have looked."""
+"""A task that sleeps notices the event late.  A wait with sleep counts as short enough to poll
+for up to the poll's length times this factor."""
 
 
 class AdaptivePoll:
-    """Decides for how long to poll, by how long it took the last times."""
+    """Decides how long to poll for an event, from how long the last waits for it took.
+
+    A confidence counter rises with each wait that polling would have covered and falls with
+    each longer one.  Polling is enabled while the counter is positive.
+    """
 
     def __init__(self, seconds: float, *, start_enabled: bool = False) -> None:
-        """Poll for up to so many seconds; 0 for never.  Begin with that, or when it has paid."""
-        self._longest = seconds
-        self._trust = _MAX_CONFIDENCE if start_enabled else 0
+        """Poll for up to ``seconds``, or never if that is 0.
+
+        Polling is enabled from the start with ``start_enabled``, otherwise after the first
+        wait that was short enough.
+        """
+        self._max_seconds = seconds
+        self._confidence = _MAX_CONFIDENCE if start_enabled else 0
 
     @property
     def seconds(self) -> float:
-        """How long to poll now."""
-        return self._longest if self._trust > 0 else 0.0
+        """How long to poll now; 0 while polling does not pay."""
+        return self._max_seconds if self._confidence > 0 else 0.0
 
-    def came(self, seconds: float, *, slept: bool) -> None:
-        """Learn how long it took this time; ``slept`` says that it was not polled for."""
-        if seconds <= self._longest * (_WAKE_FACTOR if slept else 1):
-            self._trust = min(_MAX_CONFIDENCE, self._trust + 2)
-        elif seconds > self._longest * _FAR:
-            self._trust = 0
-        elif self._trust > 0:
-            self._trust -= 1
+    def record(self, seconds: float, *, slept: bool) -> None:
+        """Record how long one wait took; ``slept`` says that the task slept instead of polling."""
+        if seconds <= self._max_seconds * (_WAKE_FACTOR if slept else 1):
+            self._confidence = min(_MAX_CONFIDENCE, self._confidence + 2)
+        elif seconds > self._max_seconds * _RESET_FACTOR:
+            self._confidence = 0
+        elif self._confidence > 0:
+            self._confidence -= 1

@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.hostio.posixfile import fallocate
+from qedfuse.hostio.systemcalls import fallocate
 from tests.fuzz.model import SECTOR
 
 if TYPE_CHECKING:

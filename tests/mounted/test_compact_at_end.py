@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.hostio.posixfile import fallocate
+from qedfuse.hostio.systemcalls import fallocate
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.disks import difference

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.hostio.posixfile import fallocate
+from qedfuse.hostio.systemcalls import fallocate
 from qedfuse.mount.fuse import extraops
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.hostio.posixfile import fallocate
+from qedfuse.hostio.systemcalls import fallocate
 from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
 from tests.support.disks import guest_bytes, header_of, inspect_image

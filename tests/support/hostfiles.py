@@ -131,7 +131,7 @@ class MemoryFile:
         view[:] = data
         return True
 
-    def is_short(self, _length: int) -> bool:
+    def can_write_inline(self, _length: int) -> bool:
         """Tell whether writes are done at once."""
         return self.in_page_cache
 
@@ -461,7 +461,7 @@ class FailingFile:
         """Do nothing: growing can wait and fail here."""
         return False
 
-    def is_short(self, _length: int) -> bool:
+    def can_write_inline(self, _length: int) -> bool:
         """Say that none is: writes can wait and fail here."""
         return False
 

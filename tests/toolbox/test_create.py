@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.hostio import posixfile
+from qedfuse.hostio import posixfile, systemcalls
 from qedfuse.ondisk.constants import Feature
 from tests.support import qemu
 from tests.support.disks import header_of
@@ -188,7 +188,7 @@ def test_a_full_host_leaves_nothing_behind(
     """One line, no file, and an old file as it was."""
     path = tmp_path / "full.qed"
     path.write_bytes(b"precious")
-    real = posixfile.fallocate
+    real = systemcalls.fallocate
 
     def full(fd: int, mode: int, offset: int, length: int) -> None:
         if offset > 8 << 20:

@@ -31,7 +31,7 @@ def test_only_the_last_of_it_stays_in_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And all of it has been written."""
-    monkeypatch.setattr(writebehind, "_KEPT", 4 * MIB)
+    monkeypatch.setattr(writebehind, "_MAX_IN_FLIGHT_BYTES", 4 * MIB)
     image = tmp_path / "host.img"
     with image.open("wb") as file:
         file.truncate(128 * MIB)
@@ -53,8 +53,8 @@ def test_only_the_last_of_it_stays_in_the_page_cache(
 
 def test_a_slow_disk_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By somebody who does not wait for it: what it has not got stays in memory."""
-    monkeypatch.setattr(writebehind, "_KEPT", 4 * MIB)
-    monkeypatch.setattr(writebehind, "_FAST", 1 << 60)
+    monkeypatch.setattr(writebehind, "_MAX_IN_FLIGHT_BYTES", 4 * MIB)
+    monkeypatch.setattr(writebehind, "_MIN_BYTES_PER_SECOND", 1 << 60)
     image = tmp_path / "host.img"
     with image.open("wb") as file:
         file.truncate(128 * MIB)
@@ -81,7 +81,7 @@ def test_what_does_not_reach_the_disk_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel says it once: an fsync later on would succeed."""
-    monkeypatch.setattr(writebehind, "_KEPT", 2 * MIB)
+    monkeypatch.setattr(writebehind, "_MAX_IN_FLIGHT_BYTES", 2 * MIB)
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", small], check=True)

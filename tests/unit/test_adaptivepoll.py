@@ -1,4 +1,4 @@
-"""Polling, as long as it pays: for requests from the kernel, and for the host's disk."""
+"""Polling pays or stops: for requests from the kernel, and for the host's disk."""
 
 from __future__ import annotations
 
@@ -7,42 +7,44 @@ import os
 import random
 import threading
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from qedfuse.errors import HostError
-from qedfuse.hostio.nowaitretry import LONGEST, NowaitRetry, loop
+from qedfuse.hostio.nowaitretry import MAX_RETRY_SECONDS, NowaitRetry
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.adaptivepoll import AdaptivePoll
+from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> None:
-    """What comes soon raises the trust, other things lower it; 0 is never."""
-    window = AdaptivePoll(1.0)
-    assert window.seconds == 0
-    window.came(1.0, slept=True)
-    assert window.seconds == 1
+    """Short waits raise the confidence, longer ones lower it; a limit of 0 never polls."""
+    poll = AdaptivePoll(1.0)
+    assert poll.seconds == 0
+    poll.record(1.0, slept=True)
+    assert poll.seconds == 1
     for _ in range(100):
-        window.came(0.5, slept=False)
+        poll.record(0.5, slept=False)
     late = 0
-    while window.seconds:
-        window.came(5.0, slept=True)
+    while poll.seconds:
+        poll.record(5.0, slept=True)
         late += 1
     assert 8 <= late <= 32
-    window.came(1.0, slept=True)
-    assert window.seconds == 1
-    window.came(10.0, slept=True)
-    assert window.seconds == 0, "something else is going on"
-    window.came(3.0, slept=True)
-    assert window.seconds == 0
+    poll.record(1.0, slept=True)
+    assert poll.seconds == 1
+    poll.record(10.0, slept=True)
+    assert poll.seconds == 0, "something else is going on"
+    poll.record(3.0, slept=True)
+    assert poll.seconds == 0
     assert AdaptivePoll(1.0, start_enabled=True).seconds == 1
     never = AdaptivePoll(0.0, start_enabled=True)
-    never.came(0.0, slept=False)
+    never.record(0.0, slept=False)
     assert never.seconds == 0
 
 
@@ -62,52 +64,52 @@ class Host:
 
     def ready(self) -> bool:
         """Tell whether the data is there."""
-        assert loop.polled_reads == 1
+        assert loop_load.polled_reads == 1
         self.tried += 1
-        self.now += LONGEST / 10
+        self.now += MAX_RETRY_SECONDS / 10
         return self.now >= self.since + self.seconds
 
     async def sleep(self) -> None:
         """Wait for it in another way."""
-        assert loop.polled_reads == 0
+        assert loop_load.polled_reads == 0
         self.slept += 1
         self.now = max(self.now, self.since + self.seconds)
 
-    async def read(self, arrivals: NowaitRetry) -> None:
+    async def read(self, retry: NowaitRetry) -> None:
         """Read once."""
         self.since = self.now
-        await arrivals.wait(self.ready, self.sleep)
+        await retry.wait(self.ready, self.sleep)
 
 
 async def test_a_fast_disk_is_polled_and_a_slow_one_is_not() -> None:
     """And one that becomes fast again is polled again."""
-    host = Host(LONGEST / 2)
-    arrivals = NowaitRetry(host.clock)
+    host = Host(MAX_RETRY_SECONDS / 2)
+    retry = NowaitRetry(host.clock)
     for _ in range(50):
-        await host.read(arrivals)
+        await host.read(retry)
     tried = host.tried
     assert (host.slept, tried // 50) == (0, 5)
     async with trio.to_thread.current_default_thread_limiter():
-        await host.read(arrivals)
+        await host.read(retry)
         assert (host.slept, host.tried) == (1, tried), (
             "a thread is at work and needs the loop asleep"
         )
     host.slept = 0
-    host.seconds = 20 * LONGEST
+    host.seconds = 20 * MAX_RETRY_SECONDS
     for _ in range(100):
-        await host.read(arrivals)
+        await host.read(retry)
     assert host.slept == 100
     vain = host.tried - tried
     assert vain <= 320, "it goes on polling for what does not come"
-    host.seconds = LONGEST / 2
+    host.seconds = MAX_RETRY_SECONDS / 2
     for _ in range(10):
-        await host.read(arrivals)
+        await host.read(retry)
     assert host.slept <= 102
 
 
 async def test_others_run_while_a_read_is_polled_for() -> None:
     """Each time before it is tried again."""
-    host, turns = Host(LONGEST / 2), 0
+    host, turns = Host(MAX_RETRY_SECONDS / 2), 0
 
     async def others() -> None:
         nonlocal turns
@@ -137,7 +139,7 @@ async def test_reads_that_wait_together_are_tried_in_their_order(seed: int) -> N
             nonlocal now
             older = list(ends)[: list(ends).index(number)]
             assert all(one in ended or ends[one] <= now for one in older), "not its turn"
-            now += LONGEST / 50
+            now += MAX_RETRY_SECONDS / 50
             if now >= due:
                 ended[number] = "came"
             return now >= due
@@ -147,19 +149,21 @@ async def test_reads_that_wait_together_are_tried_in_their_order(seed: int) -> N
             await trio.lowlevel.checkpoint()
             ended[number] = "slept"
 
-        ends[number] = now + LONGEST
+        ends[number] = now + MAX_RETRY_SECONDS
         await NowaitRetry(lambda: now).wait(ready, sleep)
 
     async with trio.open_nursery() as nursery:
         for number in range(40):
             slow = chance.random() < 0.2
-            nursery.start_soon(read, number, LONGEST * (3 if slow else chance.random() / 2))
+            nursery.start_soon(
+                read, number, MAX_RETRY_SECONDS * (3 if slow else chance.random() / 2)
+            )
             if chance.random() < 0.3:
                 await trio.lowlevel.checkpoint()
     assert sorted(ended) == list(range(40))
     assert len(set(ended.values())) == 2
-    assert loop.polled_reads == 0
-    await read(99, LONGEST / 2)
+    assert loop_load.polled_reads == 0
+    await read(99, MAX_RETRY_SECONDS / 2)
     assert ended[99] == "came", "the queue works on"
 
 
@@ -213,9 +217,8 @@ async def test_a_datasync_goes_to_a_thread_if_it_has_been_slow_or_somebody_waits
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(loop, "is_wanted", lambda: wanted)
     file = PosixFile.open(str(path), writable=True)
-    try:
+    with closing(file), loop_load.request_source(lambda: wanted):
         for _ in range(20):
             await file.datasync()
         assert threads == [True] + [wanted] * 19, "the first has to show how fast the host is"
@@ -226,27 +229,30 @@ async def test_a_datasync_goes_to_a_thread_if_it_has_been_slow_or_somebody_waits
         for _ in range(3):
             await file.datasync()
         assert threads == [True, wanted, wanted]
-    finally:
-        file.close()
 
 
 async def test_a_datasync_that_fails_says_so_either_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a thread, and at once."""
+    """A datasync raises HostError in a worker thread and in the event loop."""
     path = tmp_path / "file"
     path.touch()
-    file = PosixFile.open(str(path), writable=True)
-    try:
-        for quick in (False, True):
-            file._syncs = AdaptivePoll(10.0, start_enabled=quick)
+    threads: list[bool] = []
+    fails = True
 
-            def fdatasync(_fd: int) -> None:
-                raise OSError(errno.EIO, "broken")
+    def fdatasync(_fd: int) -> None:
+        threads.append(threading.current_thread() is not threading.main_thread())
+        if fails:
+            raise OSError(errno.EIO, "broken")
 
-            with monkeypatch.context() as patch:
-                patch.setattr(os, "fdatasync", fdatasync)
-                with pytest.raises(HostError, match="datasync"):
-                    await file.datasync()
-    finally:
-        file.close()
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    with closing(PosixFile.open(str(path), writable=True)) as file:
+        with pytest.raises(HostError, match="datasync"):
+            await file.datasync()
+        fails = False
+        await file.datasync()
+        fails = True
+        with pytest.raises(HostError, match="datasync"):
+            await file.datasync()
+    assert threads == [True, True, False]

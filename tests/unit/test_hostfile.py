@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import HostError, ImageError, NoSpaceError
-from qedfuse.hostio.posixfile import INLINE_BYTES, PosixFile
+from qedfuse.hostio.inlinepolicy import INLINE_WRITE_BYTES
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import length_of, status_of
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ async def test_write_of_many_parts(file: PosixFile, count: int) -> None:
     assert await file.pread(0, 1 << 20) == bytes(3) + b"".join(parts)
 
 
-@pytest.mark.parametrize("length", [0, 1, INLINE_BYTES, INLINE_BYTES + 1])
+@pytest.mark.parametrize("length", [0, 1, INLINE_WRITE_BYTES, INLINE_WRITE_BYTES + 1])
 async def test_write_in_the_loop_and_in_a_thread(file: PosixFile, length: int) -> None:
     """Small and large writes, of each kind of buffer, all get written whole."""
     data = os.urandom(length)
@@ -208,7 +209,7 @@ async def test_truncate_and_datasync(file: PosixFile) -> None:
     assert await file.pread(0, 10) == b"abc\0\0"
 
 
-@pytest.mark.parametrize("length", [1, INLINE_BYTES + 1])
+@pytest.mark.parametrize("length", [1, INLINE_WRITE_BYTES + 1])
 async def test_full_host(length: int) -> None:
     """A full host is told apart from other failures, in the loop and in a thread."""
     full = PosixFile(os.open("/dev/full", os.O_RDWR), "full", writable=True)

@@ -18,8 +18,9 @@ import trio.testing
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
-from qedfuse.hostio import inodelock, posixfile
-from qedfuse.hostio.posixfile import INLINE_BYTES, PosixFile
+from qedfuse.hostio import inlinepolicy, inodelock, posixfile, systemcalls
+from qedfuse.hostio.inlinepolicy import INLINE_WRITE_BYTES
+from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class InodeLock:
         self.threads: list[str] = []
         for name in ("pwrite", "pwritev", "ftruncate", "lseek", "utime"):
             monkeypatch.setattr(os, name, self._locked(name, getattr(os, name)))
-        monkeypatch.setattr(posixfile, "fallocate", self._locked("fallocate", posixfile.fallocate))
+        monkeypatch.setattr(
+            posixfile, "fallocate", self._locked("fallocate", systemcalls.fallocate)
+        )
 
     def _locked(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: object, **keywords: object) -> object:
@@ -87,9 +90,9 @@ async def test_nothing_is_changed_inline_while_a_thread_changes_the_file(
 ) -> None:
     """Whatever the thread does; afterwards the file is changed inline again."""
     # Not because the machine is busy: a short write that takes long counts as throttled.
-    monkeypatch.setattr(posixfile, "_THROTTLED_SECONDS", math.inf)
+    monkeypatch.setattr(inlinepolicy, "_THROTTLED_SECONDS", math.inf)
     arguments: Any = {
-        "pwrite": (0, bytes(4 * INLINE_BYTES + 1)),
+        "pwrite": (0, bytes(4 * INLINE_WRITE_BYTES + 1)),
         "truncate": (1 << 20,),
         "punch": ((0, 4096),),
         "reserve": (0, 4096),
@@ -100,14 +103,14 @@ async def test_nothing_is_changed_inline_while_a_thread_changes_the_file(
             nursery.start_soon(getattr(file, change), *arguments)
             while not lock.threads:
                 await trio.lowlevel.checkpoint()
-            assert not file.is_short(1)
+            assert not file.can_write_inline(1)
             assert not file.try_write(0, b"x")
             assert not file.try_grow(1 << 21)
             nursery.start_soon(file.pwrite, 5 << 20, b"short")
             nursery.start_soon(file.next_data, 0)
             nursery.start_soon(file.set_times, 1, 2)
         assert (lock.waits, lock.inline, len(lock.threads)) == ([], [], 4)
-        assert file.is_short(1)
+        assert file.can_write_inline(1)
         assert file.try_write(0, b"x")
         assert file.try_grow(6 << 20)
         assert await file.next_data(5 << 20) is not None
@@ -125,7 +128,7 @@ async def test_a_change_that_fails_in_a_thread_blocks_nobody(tmp_path: Path) -> 
         with trio.CancelScope() as scope:
             scope.cancel()
             await file.truncate(1)
-        assert file.is_short(INLINE_BYTES)
+        assert file.can_write_inline(INLINE_WRITE_BYTES)
 
 
 async def test_threads_that_change_a_file_leave_others_for_reads(
@@ -146,7 +149,7 @@ async def test_threads_that_change_a_file_leave_others_for_reads(
         assert 0 < most <= 4
 
 
-@pytest.mark.parametrize("length", [4096, 2 * INLINE_BYTES])
+@pytest.mark.parametrize("length", [4096, 2 * INLINE_WRITE_BYTES])
 async def test_writers_do_not_keep_each_other_in_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
@@ -166,7 +169,7 @@ async def test_writers_do_not_keep_each_other_in_threads(
                 await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(file.pwrite, 0, bytes(4 * INLINE_BYTES + 1))
+            nursery.start_soon(file.pwrite, 0, bytes(4 * INLINE_WRITE_BYTES + 1))
             for _ in range(writers):
                 nursery.start_soon(write)
             while len(lock.threads) < writers // 2:
@@ -186,12 +189,12 @@ async def test_whoever_waits_for_short_writes_goes_on_when_others_take_the_lock(
     woken: list[int] = []
 
     async def wait() -> None:
-        await lock.wait_for_short()
+        await lock.wait_for_short_writes()
         woken.append(lock.holders)
 
     async with trio.open_nursery() as nursery:
         try:
-            nursery.start_soon(partial(lock.in_thread, short.wait, is_short=True))
+            nursery.start_soon(partial(lock.in_thread, short.wait, is_short_write=True))
             await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
@@ -199,8 +202,8 @@ async def test_whoever_waits_for_short_writes_goes_on_when_others_take_the_lock(
             if event == "cut":
                 nursery.start_soon(partial(lock.in_thread, cut.wait))
             elif event == "throttled":
-                lock.slow(0.01)
-                lock.slow(0.01)
+                lock.record_slow_write(0.01)
+                lock.record_slow_write(0.01)
             else:
                 short.set()
             with trio.fail_after(10):
@@ -210,7 +213,7 @@ async def test_whoever_waits_for_short_writes_goes_on_when_others_take_the_lock(
         finally:
             short.set()
             cut.set()
-    lock.fast()
+    lock.end_throttling()
     assert lock.is_free()
 
 
@@ -245,7 +248,7 @@ class Throttle:
         self.seconds = 0.02
         for _ in range(2):
             assert file.try_write(0, b"x")
-        assert not file.is_short(1)
+        assert not file.can_write_inline(1)
 
 
 async def test_short_writes_that_the_kernel_throttles_go_to_a_thread(
@@ -277,11 +280,11 @@ async def test_one_slow_short_write_is_no_throttling(
             throttle.seconds = 0.02
             assert file.try_write(0, b"x")
             throttle.now += 1.1
-            assert file.is_short(1)
+            assert file.can_write_inline(1)
         throttle.seconds = 2.0
         await file.pwrite(0, b"x")
         await file.pwrite(0, b"x")
-        assert not file.is_short(1), "the second began when the first had just ended"
+        assert not file.can_write_inline(1), "the second began when the first had just ended"
 
 
 async def test_a_fast_long_write_ends_the_throttling(
@@ -292,9 +295,9 @@ async def test_a_fast_long_write_ends_the_throttling(
     with opened(tmp_path / "file") as file:
         throttle.show(file)
         throttle.seconds = 0.0001
-        assert not file.try_write(0, bytes(2 * INLINE_BYTES))
-        await file.pwrite(0, bytes(2 * INLINE_BYTES))
-        assert file.try_write(0, bytes(2 * INLINE_BYTES))
+        assert not file.try_write(0, bytes(2 * INLINE_WRITE_BYTES))
+        await file.pwrite(0, bytes(2 * INLINE_WRITE_BYTES))
+        assert file.try_write(0, bytes(2 * INLINE_WRITE_BYTES))
         assert file.try_grow(1 << 20)
         assert throttle.threads == [False, False, True, False]
 
@@ -308,13 +311,13 @@ async def test_throttling_is_forgotten_after_a_second_without_a_slow_short_write
         throttle.show(file)
         for _ in range(4):
             throttle.now += 0.9
-            assert not file.is_short(1)
+            assert not file.can_write_inline(1)
             assert not file.try_grow(1 << 20)
             await file.pwrite(0, b"x")
         throttle.seconds = 0.5
-        await file.pwrite(0, bytes(8 * INLINE_BYTES))
-        assert not file.is_short(1)
-        await file.pwrite(0, bytes(8 * INLINE_BYTES))
+        await file.pwrite(0, bytes(8 * INLINE_WRITE_BYTES))
+        assert not file.can_write_inline(1)
+        await file.pwrite(0, bytes(8 * INLINE_WRITE_BYTES))
         assert file.try_grow(3 << 20)
         assert file.try_write(0, b"x")
         assert throttle.threads == [False] * 2 + [True] * 6 + [False]
@@ -364,7 +367,9 @@ async def test_the_loop_never_waits_for_the_lock(
             areas = chance.sample(range(0, size, 4 << 20), 6)
             async with trio.open_nursery() as nursery:
                 for area in areas:
-                    length = chance.choice((512, CLUSTER, INLINE_BYTES, (1 << 20) + 512, 3 << 20))
+                    length = chance.choice(
+                        (512, CLUSTER, INLINE_WRITE_BYTES, (1 << 20) + 512, 3 << 20)
+                    )
                     start = area + chance.randrange(0, (4 << 20) - length, 512)
                     task = discard if chance.random() < 0.3 else write
                     nursery.start_soon(task, start, length)

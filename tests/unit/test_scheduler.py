@@ -9,7 +9,6 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.hostio.nowaitretry import loop
 from qedfuse.mount.fuse.scheduler import (
     BURST,
     BURST_BESIDE_OTHERS,
@@ -18,6 +17,7 @@ from qedfuse.mount.fuse.scheduler import (
     default_poll_seconds,
     scheduled,
 )
+from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -194,8 +194,8 @@ async def test_the_next_request_is_polled_for_when_that_pays(pipe: tuple[int, in
 async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> None:
     """Its task has to run for it to end."""
     scheduler = Scheduler(WINDOW, Clock(step=0))
-    scheduler._window.came(0.0, slept=False)
-    loop.polled_reads += 1
+    scheduler._adaptive_poll.record(0.0, slept=False)
+    loop_load.polled_reads += 1
     try:
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:
@@ -203,14 +203,14 @@ async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> N
                 await wait_all_tasks_blocked()
                 os.write(pipe[1], b"x")
     finally:
-        loop.polled_reads -= 1
+        loop_load.polled_reads -= 1
     assert scheduler.statistics.slept == 1
 
 
 async def test_no_polling_while_a_thread_is_at_work(pipe: tuple[int, int]) -> None:
     """Only trio sees its end, so the loop goes to trio."""
     scheduler = Scheduler(WINDOW, Clock(step=0))
-    scheduler._window.came(0.0, slept=False)
+    scheduler._adaptive_poll.record(0.0, slept=False)
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             await trio.to_thread.current_default_thread_limiter().acquire()
@@ -222,7 +222,7 @@ async def test_no_polling_while_a_thread_is_at_work(pipe: tuple[int, int]) -> No
             finally:
                 trio.to_thread.current_default_thread_limiter().release()
     assert scheduler.statistics.slept == 1
-    assert scheduler._window.seconds, "what came late because of others says nothing"
+    assert scheduler._adaptive_poll.seconds, "what came late because of others says nothing"
 
 
 @pytest.mark.parametrize("asleep", [True, False])
@@ -251,14 +251,14 @@ async def test_the_end_reaches_who_waits_and_who_is_about_to(
 async def test_whether_somebody_waits_can_be_asked(pipe: tuple[int, int]) -> None:
     """Who is about to keep the loop to himself asks."""
     with scheduled(0.0) as scheduler:
-        assert not loop.is_wanted()
+        assert not loop_load.has_requests()
         os.write(pipe[1], b"x")
         await scheduler.wait_readable(pipe[0])
-        assert loop.is_wanted()
+        assert loop_load.has_requests()
         os.read(pipe[0], 1)
-        assert not loop.is_wanted()
+        assert not loop_load.has_requests()
         os.write(pipe[1], b"x")
-    assert not loop.is_wanted()
+    assert not loop_load.has_requests()
 
 
 def test_a_machine_with_one_processor_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:

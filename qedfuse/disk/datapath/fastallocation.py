@@ -69,7 +69,7 @@ class FastAllocation:
         length = count << self._bits
         # What may fail comes before a run is taken: one that is given back was in use.
         shown = self._bring(part.entries[index], base, length) if len(data) < length else 0
-        if shown is None or not self._layer.file.is_short(length if shown else len(data)):
+        if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
             return False
         run = self._allocator.try_allocate(count)
         if run is None:

@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 import trio
 
-from qedfuse.hostio.nowaitretry import loop
 from qedfuse.util.adaptivepoll import AdaptivePoll
+from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,7 +128,7 @@ class Scheduler:
         """Poll for up to ``poll_seconds`` before going to sleep; ``clock`` tells seconds."""
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
-        self._window = AdaptivePoll(poll_seconds)
+        self._adaptive_poll = AdaptivePoll(poll_seconds)
         self._clock = clock
         self._poller = select.poll()
         self._fd = -1
@@ -153,9 +153,9 @@ class Scheduler:
             return
         since = self._clock()
         await self._turn()
-        if self._window.seconds and self._poll(since + self._window.seconds):
+        if self._adaptive_poll.seconds and self._poll(since + self._adaptive_poll.seconds):
             statistics.polled += 1
-            self._window.came(0.0, slept=False)
+            self._adaptive_poll.record(0.0, slept=False)
             return
         if self._closing:
             raise trio.ClosedResourceError
@@ -163,7 +163,7 @@ class Scheduler:
         alone = not self._others_at_work()
         await trio.lowlevel.wait_readable(fd)
         if alone:
-            self._window.came(self._clock() - since, slept=True)
+            self._adaptive_poll.record(self._clock() - since, slept=True)
 
     def _poll(self, end: float) -> bool:
         """Poll until something is there (true), the time has come, or something else is up."""
@@ -178,7 +178,7 @@ class Scheduler:
 
     def _others_at_work(self) -> bool:
         """Tell whether a request waits for something that only the loop sees."""
-        return loop.polled_reads > 0 or loop.has_threads()
+        return loop_load.polled_reads > 0 or loop_load.has_threads()
 
     async def _turn(self) -> None:
         """Let all other tasks run that can."""
@@ -186,8 +186,8 @@ class Scheduler:
         self.statistics.turns += 1
         await trio.lowlevel.checkpoint()
 
-    def is_wanted(self) -> bool:
-        """Tell whether a request is waiting to be taken."""
+    def has_request(self) -> bool:
+        """Return whether the kernel has a request that no task has taken yet."""
         return self._fd >= 0 and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:
@@ -212,10 +212,9 @@ def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
     # The documented way in which pyfuse3's own asyncio mode puts itself in trio's place.
     # Its type hints do not know of that.
     before, pyfuse3.trio = pyfuse3.trio, scheduler  # type: ignore[attr-defined]
-    loop.is_wanted = scheduler.is_wanted
     try:
-        yield scheduler
+        with loop_load.request_source(scheduler.has_request):
+            yield scheduler
     finally:
-        loop.is_wanted = lambda: False
         pyfuse3.trio = before  # type: ignore[attr-defined]
         _log.debug("%s", scheduler.statistics)

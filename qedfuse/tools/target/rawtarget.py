@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.errors import HostError
-from qedfuse.hostio.posixfile import fallocate
+from qedfuse.hostio.systemcalls import fallocate
 from qedfuse.tools.common.blocks import mask_ranges
 from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
 from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, write_all

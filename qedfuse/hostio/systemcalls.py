@@ -1,0 +1,104 @@
+"""System calls on files that Python lacks, or that may transfer less than they were given.
+
+All functions block, and raise `OSError`; `PosixFile` decides in which thread they run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from qedfuse.hostio.hostfile import Buffer
+
+FALLOC_KEEP_SIZE: Final = 1
+FALLOC_PUNCH_HOLE: Final = 3
+"""Flags of fallocate(2); the kernel accepts PUNCH_HOLE (2) together with KEEP_SIZE only."""
+
+SYNC_START: Final = 2
+"""SYNC_FILE_RANGE_WRITE: start to write the dirty pages of a range to the disk."""
+SYNC_AND_WAIT: Final = 7
+"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER: write a range and wait for the disk."""
+
+_MAX_PARTS: Final = 1024
+"""IOV_MAX: the buffers that one pwritev(2) takes."""
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_fallocate: Final = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range: Final = _libc.sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Change how a range of a file is stored (fallocate(2)); lets other threads run.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    while _fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
+    """Write a range of a file from the page cache to the disk (sync_file_range(2)).
+
+    Raises:
+        OSError: The kernel refused, or an earlier write of these pages has failed.
+    """
+    if _sync_file_range(fd, offset, length, flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
+    """Fill ``view`` from byte ``done`` on; return the bytes filled, fewer only at the file's end.
+
+    ``offset`` is the file offset of the view's first byte.
+    """
+    while done < len(view):
+        count = os.preadv(fd, (view[done:],), offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def write_all(fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
+    """Write all bytes of the parts, one behind the other; return the seconds that it took."""
+    since = time.perf_counter()
+    left = [memoryview(part).cast("B") for part in parts if len(part)]
+    while left:
+        count = os.pwritev(fd, left[:_MAX_PARTS], offset)
+        offset += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left and count:
+            left[0] = left[0][count:]
+    return time.perf_counter() - since
+
+
+def seek(fd: int, offset: int, whence: int) -> int | None:
+    """Return the first data or hole at or past an offset (lseek(2)); None if there is none.
+
+    A file system that does not keep track of holes has data up to the end of each file.
+
+    Args:
+        fd: The file.
+        offset: File offset in bytes.
+        whence: ``os.SEEK_DATA`` or ``os.SEEK_HOLE``.
+    """
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        if error.errno != errno.EINVAL:
+            raise
+    size = os.fstat(fd).st_size
+    return None if offset >= size else offset if whence == os.SEEK_DATA else size

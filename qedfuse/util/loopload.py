@@ -1,0 +1,60 @@
+"""What the event loop has to do besides the task that runs now.
+
+A task that polls, or that makes a system call inline, keeps the event loop from all other
+tasks.  Before it does, it looks here.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class LoopLoad:
+    """Counts the work of one process that waits for its event loop.
+
+    Attributes:
+        polled_reads: Reads of host files that tasks are polling for now.  While there are
+            any, no other task should keep the event loop.
+    """
+
+    def __init__(self) -> None:
+        """Start without any load."""
+        self.polled_reads = 0
+        self._sources: list[Callable[[], bool]] = []
+        self._threads = trio.lowlevel.RunVar[trio.CapacityLimiter]("threads")
+
+    def has_threads(self) -> bool:
+        """Return whether a worker thread is running.
+
+        If so, the event loop must sleep instead of polling.  Only trio notices that the
+        thread has finished, and a busy loop starves the thread of the GIL.
+        """
+        try:
+            threads = self._threads.get()
+        except LookupError:
+            threads = trio.to_thread.current_default_thread_limiter()
+            self._threads.set(threads)
+        return threads.borrowed_tokens > 0
+
+    def has_requests(self) -> bool:
+        """Return whether a source of requests has one that no task has taken yet."""
+        return any(has_request() for has_request in self._sources)
+
+    @contextmanager
+    def request_source(self, has_request: Callable[[], bool]) -> Iterator[None]:
+        """Let `has_requests` ask ``has_request`` too, inside the ``with`` block."""
+        self._sources.append(has_request)
+        try:
+            yield
+        finally:
+            self._sources.remove(has_request)
+
+
+loop_load: Final = LoopLoad()
+"""The load of this process: a process runs one event loop that serves requests."""
