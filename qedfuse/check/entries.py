@@ -5,14 +5,15 @@ Everything is done on whole slices with numpy: a full 1 TiB image has 16.7 milli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import trio
 
 from qedfuse.check.findings import Code
-from qedfuse.ondisk.constants import ENTRY_BYTES, MIN_CLUSTER_SIZE, UNALLOCATED, ZERO
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.ondisk.entrylimits import EntryLimits, Violation
+from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 
 if TYPE_CHECKING:
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
-
-    Values = NDArray[np.uint64]
-    Mask = NDArray[np.bool_]
 
 
 def read_table(file: HostFile, header: Header, start: int) -> AsyncIterator[tuple[int, Values]]:
@@ -60,86 +59,58 @@ class _Slices:
         return (position - self._start) // ENTRY_BYTES, np.frombuffer(entries, np.uint64)
 
 
-_RESERVED: Final = np.uint64(MIN_CLUSTER_SIZE - 1)
-"""Bits of an entry that no offset has, whatever the cluster size."""
+_L1_CODES: Final = {violation: Code[f"L1_{violation.name}"] for violation in Violation}
+_L2_CODES: Final = {violation: Code[f"L2_{violation.name}"] for violation in Violation}
 
 
-@dataclass(slots=True)
-class Layout:
-    """Where things lie in the file, and so where entries may point.
+class EntryClassifier:
+    """Sorts the entries of tables into valid ones and kinds of invalid ones.
+
+    The rules are those of `qedfuse.ondisk.entryrules`; here each broken rule gets its code.
 
     Attributes:
-        tables: File offsets of the L2 tables known so far, sorted.
+        header: The header of the image.
+        file_size: Length of the file in bytes.
+        tables: File offsets of the L2 tables known so far, ascending.
     """
 
-    header: Header
-    file_size: int
-    tables: Values
+    def __init__(self, header: Header, file_size: int, tables: Values = NO_TABLES) -> None:
+        """Classify the entries of an image whose file has ``file_size`` bytes."""
+        self.header = header
+        self.file_size = file_size
+        self.tables = tables
+        self._l1_rules = EntryRules(EntryLimits.for_l1(header, file_size))
+        self._l2_rules = EntryRules(EntryLimits.for_l2(header, file_size), tables)
 
-    def judge_tables(self, values: Values) -> Iterator[tuple[Code, Mask]]:
-        """Sort out the L1 entries that cannot be right; the kinds exclude each other."""
-        header, geometry = self.header, self.header.geometry
-        left = values != UNALLOCATED
-        rules = (
-            (Code.L1_RESERVED_BITS, (values & _RESERVED) != 0),
-            (Code.L1_UNALIGNED, (values & np.uint64(geometry.cluster_mask)) != 0),
-            (Code.L1_OUT_OF_FILE, values >= self.file_size),
-            (
-                Code.L1_OVER_METADATA,
-                (values < header.header_end)
-                | (
-                    (values < header.l1_end)
-                    & (values > max(0, header.l1_table_offset - geometry.table_bytes))
-                ),
-            ),
-            (Code.L1_CUT_SHORT, values > max(0, self.file_size - geometry.table_bytes)),
-        )
-        for code, rule in rules:
-            yield code, left & rule
-            left &= ~rule
+    def with_tables(self, tables: Values) -> EntryClassifier:
+        """Return a classifier for the same file that knows these L2 tables."""
+        return EntryClassifier(self.header, self.file_size, tables)
 
-    def judge_clusters(self, values: Values) -> Iterator[tuple[Code, Mask]]:
-        """Sort out the L2 entries that cannot be right; the kinds exclude each other."""
-        header, geometry = self.header, self.header.geometry
-        left = values > ZERO
-        over = (values < header.header_end) | (
-            (values >= header.l1_table_offset) & (values < header.l1_end)
-        )
-        over |= self.table_under(values) >= 0
-        rules = (
-            (Code.L2_RESERVED_BITS, (values & _RESERVED) != 0),
-            (Code.L2_UNALIGNED, (values & np.uint64(geometry.cluster_mask)) != 0),
-            (Code.L2_OUT_OF_FILE, values >= self.file_size),
-            (Code.L2_OVER_METADATA, over),
-            (Code.L2_CUT_SHORT, values > max(0, self.file_size - geometry.cluster_size)),
-        )
-        for code, rule in rules:
-            yield code, left & rule
-            left &= ~rule
+    def l1_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:
+        """Yield each kind of invalid L1 entries and which they are; no entry has two kinds."""
+        for violation, mask in self._l1_rules.violations(values):
+            yield _L1_CODES[violation], mask
+
+    def l2_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:
+        """Yield each kind of invalid L2 entries and which they are; no entry has two kinds."""
+        for violation, mask in self._l2_rules.violations(values):
+            yield _L2_CODES[violation], mask
 
     def table_under(self, values: Values) -> NDArray[np.intp]:
-        """Tell over which of the tables each file offset lies; -1 if over none."""
-        if not len(self.tables):
-            return np.full(len(values), -1)
-        place = np.searchsorted(self.tables, values, "right") - 1
-        inside = values - self.tables[place] < self.header.geometry.table_bytes
-        return np.where(inside, place, -1)
+        """Return for each file offset the index in `tables` of the table it lies in, or -1."""
+        return self._l2_rules.table_under(values)
 
     def expected(self, code: Code) -> str:
-        """Say what an entry should have been."""
-        size = self.header.geometry.cluster_size
-        return {
-            Code.L1_RESERVED_BITS: "0 or an offset whose low 12 bits are 0",
-            Code.L2_RESERVED_BITS: "0, 1 or an offset whose low 12 bits are 0",
-            Code.L1_UNALIGNED: f"a multiple of {size}",
-            Code.L2_UNALIGNED: f"a multiple of {size}",
-            Code.L1_OUT_OF_FILE: f"a table inside the file of {self.file_size} bytes",
-            Code.L1_CUT_SHORT: f"a whole table inside the file of {self.file_size} bytes",
-            Code.L2_OUT_OF_FILE: f"an offset inside the file of {self.file_size} bytes",
-            Code.L2_CUT_SHORT: f"a whole cluster inside the file of {self.file_size} bytes",
-            Code.L1_OVER_METADATA: "a place past the header and the L1 table",
-            Code.L2_OVER_METADATA: "a place apart from the header and all tables",
-            Code.TABLE_OVERLAP: "a table that shares no cluster with another",
-            Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
-            Code.FREE_LIST_CONTRADICTED: "a cluster that the free list does not have",
-        }[code]
+        """Describe what was expected instead of an entry with an error."""
+        return self._EXPECTED.get(code) or next(
+            rules.limits.expected(violation)
+            for rules, codes in ((self._l1_rules, _L1_CODES), (self._l2_rules, _L2_CODES))
+            for violation, named in codes.items()
+            if named is code
+        )
+
+    _EXPECTED: Final = {
+        Code.TABLE_OVERLAP: "a table that shares no cluster with another",
+        Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
+        Code.FREE_LIST_CONTRADICTED: "a cluster that the free list does not have",
+    }

@@ -33,10 +33,11 @@ from qedfuse.ondisk.constants import ENTRY_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qedfuse.check.entries import Layout, Mask, Values
+    from qedfuse.check.entries import EntryClassifier
     from qedfuse.check.lostranges import LostRanges
     from qedfuse.check.rewrite import Rewriter
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.entryrules import Mask, Values
 
 POISON_ENTRY: Final = 1
 """An L1 entry that is wrong however long the file gets."""
@@ -46,12 +47,12 @@ class OutOfFile:
     """What points past the end of one file."""
 
     def __init__(
-        self, file: HostFile, layout: Layout, rewriter: Rewriter, losses: LostRanges
+        self, file: HostFile, classifier: EntryClassifier, rewriter: Rewriter, losses: LostRanges
     ) -> None:
-        """Look at a file as it was before the repair; ``layout`` has its length."""
+        """Look at a file as it was before the repair; ``classifier`` has its length."""
         self._file = file
-        self._layout = layout
-        self._geometry = layout.header.geometry
+        self._classifier = classifier
+        self._geometry = classifier.header.geometry
         self._rewriter = rewriter
         self._losses = losses
 
@@ -72,12 +73,12 @@ class OutOfFile:
         kept: list[tuple[int, int]] = []
         for index, table, moves in tables:
             if moves:
-                async for first, values in read_table(self._file, self._layout.header, table):
+                async for first, values in read_table(self._file, self._classifier.header, table):
                     held.append(values[self._lose(index, first, values)])
             else:
                 kept.append((index, table))
         for index, table in kept:
-            async for first, values in read_table(self._file, self._layout.header, table):
+            async for first, values in read_table(self._file, self._classifier.header, table):
                 lost = self._lose(index, first, values)
                 await self._clear(table, first, values, np.where(lost, empty, values))
         held += await self._give_up_tables(l1_entries)
@@ -87,8 +88,8 @@ class OutOfFile:
     def _lose(self, l1_index: int, first: int, values: Values) -> Mask:
         """Note the entries of a slice that point past the end, and tell which they are."""
         lost = np.zeros(len(values), np.bool_)
-        if len(values) and int(values.max()) >= self._layout.file_size:
-            for code, mask in self._layout.judge_clusters(values):
+        if len(values) and int(values.max()) >= self._classifier.file_size:
+            for code, mask in self._classifier.l2_errors(values):
                 if code is Code.L2_OUT_OF_FILE:
                     lost |= mask
             size = self._geometry.cluster_size
@@ -106,7 +107,7 @@ class OutOfFile:
         later: list[Values] = []
         if not l1_entries:
             return later
-        header, changes = self._layout.header, Changes(l1_entries)
+        header, changes = self._classifier.header, Changes(l1_entries)
         async for first, values in read_table(self._file, header, header.l1_table_offset):
             fixed = changes.applied(first, values)
             later.append(values[(fixed != values) & (fixed == POISON_ENTRY)])

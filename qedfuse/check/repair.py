@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qedfuse.check.entries import Layout, read_table
+from qedfuse.check.entries import EntryClassifier, read_table
 from qedfuse.check.findings import Code, RepairPlan
 from qedfuse.check.lostranges import LostRanges
 from qedfuse.check.outoffile import POISON_ENTRY, OutOfFile
@@ -44,11 +44,11 @@ from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
-    from qedfuse.check.entries import Mask, Values
     from qedfuse.check.findings import CheckReport, LostRange
     from qedfuse.check.rewrite import Save
     from qedfuse.check.tables import Indices
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
 
 
@@ -134,7 +134,7 @@ class _Repair:
         self.rewriter = rewriter
         self._size = file.size()
         self._whole = rewriter.end
-        self._layout = Layout(header, self._whole, np.empty(0, np.uint64))
+        self._classifier = EntryClassifier(header, self._whole)
         # Copies lie past the old end of the file, where nothing else can point to.
         self._references = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # L1 index, file offset, and where to read it: a draft has no copies.
@@ -156,7 +156,7 @@ class _Repair:
         await self.rewriter.mark(need_check=True)
         indices, tables = await self._find_tables()
         move = await self._find_moves(tables)
-        outside = OutOfFile(self._file, self._layout, self.rewriter, self.losses)
+        outside = OutOfFile(self._file, self._classifier, self.rewriter, self.losses)
         places = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
         await outside.give_up(self._l1_outside, sorted(places), self._empty)
         await self._complete_tables(indices, tables)
@@ -177,9 +177,9 @@ class _Repair:
 
     async def _find_tables(self) -> tuple[Indices, Values]:
         """Read the L1 table; give the entries that are good, sorted by their tables."""
-        layout = Layout(self._header, self._size, self._layout.tables)
+        classifier = EntryClassifier(self._header, self._size)
         indices, tables = await named_tables(
-            self._file, layout, self._note_bad_tables, keep_short=True
+            self._file, classifier, self._note_bad_tables, keep_short=True
         )
         order = np.lexsort((indices, tables))
         return indices[order], tables[order]
@@ -224,10 +224,12 @@ class _Repair:
     async def _find_moves(self, tables: Values) -> Mask:
         """Tell which tables cannot stay where they are, being something else as well."""
         shared = await overlapping(tables, self._geometry.table_bytes)
-        self._layout.tables = tables[~shared]
+        self._classifier = self._classifier.with_tables(tables[~shared])
         under = await self._under_data(tables)
-        self._left = self._layout.tables[under]
-        return shared | under[np.searchsorted(self._layout.tables, tables, "right") - 1] & ~shared
+        self._left = self._classifier.tables[under]
+        return (
+            shared | under[np.searchsorted(self._classifier.tables, tables, "right") - 1] & ~shared
+        )
 
     async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
         """Give each L1 entry a table that is nothing else, neither table nor data."""
@@ -243,17 +245,17 @@ class _Repair:
                 self._tables.append((index, copy, copy if self.rewriter.writes else table))
                 self._l1_changes[index] = copy
         self._tables.sort()
-        moved = np.isin(self._layout.tables, self._left)
-        self._layout.tables = self._layout.tables[~moved]
+        moved = np.isin(self._classifier.tables, self._left)
+        self._classifier = self._classifier.with_tables(self._classifier.tables[~moved])
 
     async def _under_data(self, tables: Values) -> Mask:
         """Tell over which of the layout's tables an entry of any table has its data."""
-        under = np.zeros(len(self._layout.tables), np.bool_)
+        under = np.zeros(len(self._classifier.tables), np.bool_)
         for table in np.unique(tables).tolist():
             async for _first, values in read_table(self._file, self._header, table):
-                for code, mask in self._layout.judge_clusters(values):
+                for code, mask in self._classifier.l2_errors(values):
                     if code is Code.L2_OVER_METADATA:
-                        places = self._layout.table_under(values[mask])
+                        places = self._classifier.table_under(values[mask])
                         under[places[places >= 0]] = True
         return under
 
@@ -273,7 +275,7 @@ class _Repair:
         self._references.claim_range(0, self._header.header_end >> bits)
         l1_table = (self._header.l1_table_offset, self._header.l1_end)
         self._references.claim_range(l1_table[0] >> bits, l1_table[1] >> bits)
-        await claim_tables(self._references, self._layout.tables, self._geometry)
+        await claim_tables(self._references, self._classifier.tables, self._geometry)
 
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Work out what the entries of one slice should be, and copy what needs a copy."""
@@ -281,7 +283,7 @@ class _Repair:
         fixed = values.copy()
         start = l1_index * self._geometry.table_span + first * size
         good = values > ZERO
-        for code, mask in self._layout.judge_clusters(values):
+        for code, mask in self._classifier.l2_errors(values):
             good &= ~mask
             fixed[mask] = self._empty
             # What points past the end was noted when it was given up.
@@ -308,7 +310,7 @@ class _Repair:
             for place in np.flatnonzero(good & (values == cut)).tolist():
                 begin = start + place * size + self._size - cut
                 self.losses.note(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
-        over = Layout(self._header, self._whole, self._left).table_under(values) >= 0
+        over = self._classifier.with_tables(self._left).table_under(values) >= 0
         for place in np.flatnonzero(good & over).tolist():
             self.losses.note(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
 

@@ -16,8 +16,8 @@ from qedfuse.ondisk.header import build_header
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qedfuse.check.entries import Values
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.entryrules import Values
     from qedfuse.ondisk.header import Header
 
     Save = Callable[[int, bytes, bytes], None]

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.check.entries import Layout, Mask, Values
+    from qedfuse.check.entries import EntryClassifier
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.entryrules import Mask, Values
 
     Indices = NDArray[np.int64]
 
@@ -35,7 +36,7 @@ _STEP: Final = 1 << 13
 
 async def named_tables(
     file: HostFile,
-    layout: Layout,
+    classifier: EntryClassifier,
     bad: Callable[[Code, int, Values, Mask], None],
     *,
     keep_short: bool = False,
@@ -52,9 +53,10 @@ async def named_tables(
     indices: list[Indices] = [np.empty(0, np.int64)]
     tables: list[Values] = [np.empty(0, np.uint64)]
     count = 0
-    async for first, values in read_table(file, layout.header, layout.header.l1_table_offset):
+    header = classifier.header
+    async for first, values in read_table(file, header, header.l1_table_offset):
         good = values != UNALLOCATED
-        for code, mask in layout.judge_tables(values):
+        for code, mask in classifier.l1_errors(values):
             if keep_short and code is Code.L1_CUT_SHORT:
                 continue
             good &= ~mask

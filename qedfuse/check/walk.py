@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.check.entries import Layout, read_table
+from qedfuse.check.entries import EntryClassifier, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
 from qedfuse.check.headernotes import header_notes
 from qedfuse.check.tables import named_tables, overlapping
@@ -70,7 +70,7 @@ class _Walk:
         self._header = header
         self._geometry = header.geometry
         size = file.size()
-        self._layout = Layout(header, size, np.empty(0, np.uint64))
+        self._classifier = EntryClassifier(header, size)
         self._clusters = size >> self._geometry.cluster_bits
         # A cluster that the end of the file cuts off counts too: an entry may point to it.
         self._references = OwnerBitmap(self._geometry.clusters(size), file.name)
@@ -91,7 +91,7 @@ class _Walk:
         bits = geometry.cluster_bits
         self._references.claim_range(0, header.header_end >> bits)
         self._references.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
-        indices, tables = await named_tables(self._file, self._layout, self._bad_tables)
+        indices, tables = await named_tables(self._file, self._classifier, self._bad_tables)
         past = int((indices >= geometry.l1_used(header.image_size)).sum())
         if past:
             text = f"{self._file.name}: L1 table: found {past} entries past the disk's end"
@@ -101,7 +101,7 @@ class _Walk:
         losers = await overlapping(tables, geometry.table_bytes)
         self._report_overlaps(indices[losers], tables[losers])
         indices, tables = indices[~losers], tables[~losers]
-        self._layout.tables = tables
+        self._classifier = self._classifier.with_tables(tables)
         await claim_tables(self._references, tables, geometry)
         held = await filled(self._file, tables, geometry.table_bytes)
         indices, tables = indices[held], tables[held]
@@ -128,7 +128,7 @@ class _Walk:
         """Read the list of free clusters, if there is one, and judge it by itself."""
         if self._header.free_list:
             try:
-                tables = self._layout.tables
+                tables = self._classifier.tables
                 self._listed = await read_list(self._file, self._header, tables)
             except CorruptImageError as error:
                 self._findings.add(Finding(Code.FREE_LIST_BAD, str(error)))
@@ -164,7 +164,7 @@ class _Walk:
                 if not good.any():
                     continue
                 expected = self._count_fragments(values[good], expected)
-                for code, mask in self._layout.judge_clusters(values):
+                for code, mask in self._classifier.l2_errors(values):
                     if code is not Code.L2_CUT_SHORT:
                         good &= ~mask
                     self._bad(code, label, first, values, mask, size, start)
@@ -241,7 +241,9 @@ class _Walk:
 
     def _bad_one(self, code: Code, label: str, value: int, start: int, size: int) -> None:
         """Report one entry."""
-        text = f"{self._file.name}: {label}: found {value}, expected {self._layout.expected(code)}"
+        text = (
+            f"{self._file.name}: {label}: found {value}, expected {self._classifier.expected(code)}"
+        )
         self._findings.add(Finding(code, text, value, start, size))
 
     def report(self) -> CheckReport:

@@ -126,19 +126,6 @@ class Header:
         """Return this header with unknown autoclear bits cleared."""
         return replace(self, autoclear_features=self.autoclear_features & KNOWN_AUTOCLEAR)
 
-    def may_hold_table(self, offset: int, file_size: int) -> bool:
-        """Tell whether an L2 table may lie at a file offset, as far as other L2 tables allow.
-
-        For single entries, without numpy; `disk.room.EntryRules` and `check.entries.Layout` judge
-        whole slices by the same rule.
-        """
-        table_bytes = self.geometry.table_bytes
-        return (
-            not self.geometry.in_cluster(offset)
-            and self.header_end <= offset <= file_size - table_bytes
-            and not self.l1_table_offset - table_bytes < offset < self.l1_end
-        )
-
     def check_fits(self, file_size: int, name: str) -> None:
         """Check the fields that say where things lie against the file's length in bytes.
 

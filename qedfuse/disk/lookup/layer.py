@@ -10,7 +10,8 @@ from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.lookup.tablecache import L1, L2, SliceStore, TableCache
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
-from qedfuse.ondisk.entryrules import EntryRules
+from qedfuse.ondisk.entrylimits import EntryLimits
+from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
 from qedfuse.ondisk.table import SLICE_BYTES, decode, runs
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _MOST_KEYS: Final = 4096
 """Slices whose place is remembered; they are found again in less than a microsecond."""
-_NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
 
 
 class Layer(Protocol):
@@ -69,7 +69,7 @@ class QedLayer:
         self.header = header
         self.geometry = header.geometry
         self.tables = TableCache(file, header.geometry, store, self.judge)
-        self._l2_tables = _NO_TABLES
+        self._l2_tables = NO_TABLES
         # Indices of L1 entries in use past the disk's end, left by a resize that broke off.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # Where the file ended when we opened it.  No entry that was in the file then
@@ -188,19 +188,16 @@ class QedLayer:
         return bad.astype(np.uint8).tobytes() if bad.any() else None
 
     def _rules(self, level: int) -> EntryRules:
-        """Tell where the entries of a level may point to."""
-        return EntryRules(
-            self.header,
-            self._end,
-            self._l2_tables if level == L2 else _NO_TABLES,
-            self.geometry.cluster_size if level == L2 else self.geometry.table_bytes,
-            # A cluster that the file cuts short still has bytes worth reading.
-            cut=level == L2 and not self.file.writable,
-        )
+        """Return the rules for the entries of a level."""
+        if level == L1:
+            return EntryRules(EntryLimits.for_l1(self.header, self._end))
+        limits = EntryLimits.for_l2(self.header, self._end)
+        # A cluster that the file cuts short still has bytes worth reading.
+        return EntryRules(limits, self._l2_tables, allow_cut_short=not self.file.writable)
 
-    def _reason(self, what: str, value: int) -> str:
+    def _reason(self, level: int, what: str, value: int) -> str:
         """Say what is wrong with an entry that `judge` marked."""
-        return f"{self.file.name}: {what}: {self._rules(L1).explain(value)}"
+        return f"{self.file.name}: {what}: {self._rules(level).explain(value)}"
 
     async def table_at(self, l1_index: int) -> tuple[int, str]:
         """Give the file offset of an L2 table, 0 if there is none, and what is bad about it."""
@@ -211,7 +208,7 @@ class QedLayer:
         index = l1_index % self.tables.slice_entries
         value = part.entries[index]
         if part.bad is not None and part.bad[index]:
-            return 0, self._reason(f"L1 entry {l1_index}", value)
+            return 0, self._reason(L1, f"L1 entry {l1_index}", value)
         return value, ""
 
     def cached_slice(self, number: int) -> Slice | None:
@@ -307,7 +304,7 @@ class QedLayer:
                 yield Extent(Kind.ZERO, here, stop - here)
             elif part.bad is not None and part.bad[index]:
                 l2_index = geometry.l2_index(run_start)
-                reason = self._reason(f"L1 entry {l1_index}: L2 entry {l2_index}", value)
+                reason = self._reason(L2, f"L1 entry {l1_index}: L2 entry {l2_index}", value)
                 yield Extent(Kind.BAD, here, stop - here, reason=reason)
             else:
                 yield from self._data(here, stop, value + here - run_start)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from qedfuse.check.entries import Layout, read_table
+from qedfuse.check.entries import EntryClassifier, read_table
 from qedfuse.check.tables import named_tables
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qedfuse.check.entries import Mask, Values
     from qedfuse.check.findings import Code
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
-
-
-_NONE: Final = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +50,8 @@ async def count_allocation(
         nonlocal bad
         bad += int(mask.sum())
 
-    layout = Layout(header, file.size(), _NONE)
-    _indices, tables = await named_tables(file, layout, count_bad)
+    classifier = EntryClassifier(header, file.size())
+    _indices, tables = await named_tables(file, classifier, count_bad)
     data = zero = 0
     for number, table in enumerate(tables.tolist()):
         async for _first, values in read_table(file, header, table):

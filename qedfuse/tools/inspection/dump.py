@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.check.entries import Layout, read_table
+from qedfuse.check.entries import EntryClassifier, read_table
 from qedfuse.check.findings import Code
 from qedfuse.errors import HeaderError, NotQedError, UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET, UNALLOCATED, ZERO
+from qedfuse.ondisk.entrylimits import EntryLimits
+from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
 from qedfuse.ondisk.formats import is_qed
 from qedfuse.tools.inspection.rawheader import read_raw
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.check.entries import Values
+    from qedfuse.ondisk.entryrules import Values
     from qedfuse.ondisk.header import Header
     from qedfuse.tools.inspection.rawheader import RawHeader
 
@@ -109,11 +111,11 @@ class Dump:
             ImageError: The header does not even say where it is.
         """
         header = self._header()
-        layout = Layout(header, self._file.size(), np.empty(0, np.uint64))
+        classifier = EntryClassifier(header, self._file.size())
         span, step = header.geometry.table_span, header.geometry.table_bytes
         async for first, values in read_table(self._file, header, header.l1_table_offset):
             verdicts = np.zeros(len(values), np.uint8)
-            for code, mask in layout.judge_tables(values):
+            for code, mask in classifier.l1_errors(values):
                 verdicts[mask] = _NUMBERS[code]
             for item in _ranges(values, verdicts, step, values != UNALLOCATED):
                 yield _entry_range(item, first, 0, span)
@@ -128,11 +130,11 @@ class Dump:
         header = self._header()
         geometry = header.geometry
         table = await self.table(l1_index)
-        layout = Layout(header, self._file.size(), await self._tables(header))
+        classifier = EntryClassifier(header, self._file.size(), await self._tables(header))
         guest = l1_index * geometry.table_span
         async for first, values in read_table(self._file, header, table):
             verdicts = np.zeros(len(values), np.uint8)
-            for code, mask in layout.judge_clusters(values):
+            for code, mask in classifier.l2_errors(values):
                 verdicts[mask] = _NUMBERS[code]
             verdicts[values == ZERO] = _ZEROS
             for item in _ranges(values, verdicts, geometry.cluster_size, values != UNALLOCATED):
@@ -161,10 +163,14 @@ class Dump:
         return table
 
     async def _tables(self, header: Header) -> Values:
-        """Collect where L2 tables lie, as many as there is room for."""
-        found = [np.empty(0, np.uint64)]
+        """Collect the file offsets of the L2 tables that L1 entries name, ascending.
+
+        Invalid L1 entries name none; of more than `_MAX_KNOWN_TABLES` some are left out.
+        """
+        rules = EntryRules(EntryLimits.for_l1(header, self._file.size()))
+        found = [NO_TABLES]
         async for _first, values in read_table(self._file, header, header.l1_table_offset):
-            found.append(values[values != UNALLOCATED])
+            found.append(values[rules.valid_mask(values)])
             if sum(map(len, found)) > _MAX_KNOWN_TABLES:
                 break
         return np.sort(np.concatenate(found))

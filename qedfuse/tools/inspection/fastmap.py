@@ -20,6 +20,7 @@ from qedfuse.errors import QedError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, UNALLOCATED
+from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.header import Header, parse_header
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 from qedfuse.text import printable
@@ -59,7 +60,7 @@ class FastMap:
         self._tables = tables
         self._sorted = array("Q", sorted(set(tables) - {UNALLOCATED}))
         self._lines = lines
-        self._most = os.fstat(fd).st_size - header.cluster_size
+        self._limits = EntryLimits.for_l2(header, os.fstat(fd).st_size)
         self.size = header.image_size
         self.reached = 0
 
@@ -117,15 +118,14 @@ class FastMap:
         self, raw: bytes, pending: array[int], ending: bytes, *, as_json: bool
     ) -> str | None:
         """Write what some entries add; None at a doubt."""
-        header, geometry = self._header, self._header.geometry
-        low = max(header.header_end, header.l1_end)
+        limits = self._limits
         text = self._lines(
             raw,
-            geometry.cluster_size,
-            low,
-            self._most,
+            limits.cluster_size,
+            limits.lowest_clear,
+            limits.highest,
             self._sorted,
-            geometry.table_bytes,
+            limits.table_bytes,
             pending,
             as_json,
             ending,
@@ -166,9 +166,9 @@ def _look(fd: int, path: str, lines: Lines) -> FastMap | None:
     if header.has_backing or used > _MAX_L1_BYTES or not used or len(name) > _MAX_NAME_CHARS:
         return None
     tables = decode(os.pread(fd, used, header.l1_table_offset))
-    low, high = max(header.header_end, header.l1_end), size - geometry.table_bytes
+    limits = EntryLimits.for_l1(header, size)
+    lowest = limits.lowest_clear
     plain = all(
-        table == UNALLOCATED or (low <= table <= high and not geometry.in_cluster(table))
-        for table in tables
+        table == UNALLOCATED or (table >= lowest and limits.is_valid(table)) for table in tables
     )
     return FastMap(fd, header, tables, lines) if plain else None

@@ -15,12 +15,8 @@ from qedfuse.check.headernotes import header_notes
 from qedfuse.errors import HostError, NotQedError, QedError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_regular
-from qedfuse.ondisk.constants import (
-    MAX_OFFSET,
-    SECTOR,
-    UNALLOCATED,
-    Feature,
-)
+from qedfuse.ondisk.constants import MAX_OFFSET, SECTOR, UNALLOCATED, Feature
+from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 from qedfuse.text import printable
@@ -218,6 +214,7 @@ def _look_at_l1(
     """
     if header is None or header.l1_table_offset > MAX_OFFSET:
         return None, []
+    limits = EntryLimits.for_l1(header, file_size)
     used = wild = 0
     tables: list[int] = []
     position, end, left = header.l1_table_offset, header.l1_end, MAX_L1_BYTES
@@ -235,7 +232,7 @@ def _look_at_l1(
         left -= SLICE_BYTES
         entries = decode(raw[: len(raw) & -8])
         found = [value for value in entries if value != UNALLOCATED]
-        good = [value for value in found if header.may_hold_table(value, file_size)]
+        good = [value for value in found if limits.is_valid(value)]
         used += len(found)
         wild += len(found) - len(good)
         tables += good

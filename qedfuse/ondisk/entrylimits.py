@@ -1,0 +1,166 @@
+"""Which file offsets a table entry may hold: the rule, as plain numbers.
+
+Image metadata is untrusted.  An entry that points to the header or to a table would let a
+guest overwrite it.  An entry that points past the end of the file would name another
+entry's cluster as soon as the file grows.
+
+This module does without numpy, which takes longer to load than the fast check and the fast
+map take to run; they and the two C extensions take their limits from here.
+`qedfuse.ondisk.entryrules` applies the same limits to whole slices of a table.
+
+Source: QEMU's QED specification, "L1 table" and "L2 tables"; `qed_check_table_offset` and
+`qed_check_cluster_offset` in QEMU's driver.  QEMU does not check for overlaps with tables.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from qedfuse.ondisk.constants import MIN_CLUSTER_SIZE, UNALLOCATED, ZERO
+
+if TYPE_CHECKING:
+    from qedfuse.ondisk.header import Header
+
+RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
+"""Mask of the low bits of an entry that are zero in every offset, whatever the cluster size."""
+
+
+class Violation(enum.Enum):
+    """Why an entry is invalid; where several rules are broken, the first one here counts."""
+
+    RESERVED_BITS = enum.auto()
+    UNALIGNED = enum.auto()
+    OUT_OF_FILE = enum.auto()
+    OVER_METADATA = enum.auto()
+    """The target overlaps the header, the L1 table or an L2 table."""
+    CUT_SHORT = enum.auto()
+    """The target begins inside the file and ends past it."""
+
+    @property
+    def found(self) -> str:
+        """A word or two for messages, to follow the entry's value."""
+        return {
+            Violation.RESERVED_BITS: "unaligned",
+            Violation.UNALIGNED: "unaligned",
+            Violation.OUT_OF_FILE: "outside the file",
+            Violation.OVER_METADATA: "over the header or a table",
+            Violation.CUT_SHORT: "cut short by the end of the file",
+        }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryLimits:
+    """The limits for the entries of one level of tables; offsets and lengths in bytes.
+
+    The L2 tables are not part of them: a data cluster must not overlap those either.
+
+    Attributes:
+        target: What the entries point to: L2 tables from the L1 table, clusters from an
+            L2 table.
+        target_bytes: Length of a target.
+        cluster_size: Each offset is a multiple of it.
+        header_end: Where the header ends.
+        l1_start: Where the L1 table begins.
+        l1_end: Where the L1 table ends.
+        file_size: Length of the file.
+    """
+
+    target: Literal["table", "cluster"]
+    target_bytes: int
+    cluster_size: int
+    header_end: int
+    l1_start: int
+    l1_end: int
+    file_size: int
+
+    @classmethod
+    def for_l1(cls, header: Header, file_size: int) -> EntryLimits:
+        """Give the limits for entries of the L1 table, which point to L2 tables."""
+        return cls._of(header, file_size, "table", header.geometry.table_bytes)
+
+    @classmethod
+    def for_l2(cls, header: Header, file_size: int) -> EntryLimits:
+        """Give the limits for entries of L2 tables, which point to data clusters."""
+        return cls._of(header, file_size, "cluster", header.cluster_size)
+
+    @classmethod
+    def _of(
+        cls, header: Header, file_size: int, target: Literal["table", "cluster"], target_bytes: int
+    ) -> EntryLimits:
+        return cls(
+            target,
+            target_bytes,
+            header.cluster_size,
+            header.header_end,
+            header.l1_table_offset,
+            header.l1_end,
+            file_size,
+        )
+
+    @property
+    def largest_marker(self) -> int:
+        """The largest entry that is no offset: 0 (unallocated), in L2 tables 1 (zero cluster)."""
+        return UNALLOCATED if self.target == "table" else ZERO
+
+    @property
+    def table_bytes(self) -> int:
+        """Length of a table; all tables of an image have the same."""
+        return self.l1_end - self.l1_start
+
+    @property
+    def lowest_clear(self) -> int:
+        """The first offset past the header and the L1 table.
+
+        An aligned offset from here up to `highest` is valid unless its target overlaps an L2
+        table.  Offsets below may be valid too, between the header and an L1 table that lies
+        elsewhere.
+        """
+        return max(self.header_end, self.l1_end)
+
+    @property
+    def highest(self) -> int:
+        """The last offset whose target lies wholly in the file; negative in a short file."""
+        return self.file_size - self.target_bytes
+
+    @property
+    def before_l1(self) -> int:
+        """The last offset below the L1 table whose target does not overlap the L1 table."""
+        return max(0, self.l1_start - self.target_bytes)
+
+    @property
+    def metadata_ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The ranges of the file that no target may overlap: (start, end) of header, L1 table."""
+        return (0, self.header_end), (self.l1_start, self.l1_end)
+
+    def is_valid(self, offset: int) -> bool:
+        """Return whether an entry that is no marker is valid, L2 tables not considered."""
+        return (
+            not offset & (self.cluster_size - 1)
+            and self.header_end <= offset <= self.highest
+            and not self.before_l1 < offset < self.l1_end
+        )
+
+    def expected(self, violation: Violation) -> str:
+        """Describe what was expected instead of an entry that breaks a rule."""
+        table = self.target == "table"
+        return {
+            Violation.RESERVED_BITS: (
+                "0 or an offset whose low 12 bits are 0"
+                if table
+                else "0, 1 or an offset whose low 12 bits are 0"
+            ),
+            Violation.UNALIGNED: f"a multiple of {self.cluster_size}",
+            Violation.OUT_OF_FILE: (
+                f"{'a table' if table else 'an offset'} inside the file of {self.file_size} bytes"
+            ),
+            Violation.OVER_METADATA: (
+                "an offset past the header and the L1 table"
+                if table
+                else "a cluster apart from the header and all tables"
+            ),
+            Violation.CUT_SHORT: (
+                f"a whole {self.target} inside the file of {self.file_size} bytes"
+            ),
+        }[violation]
