@@ -82,7 +82,8 @@ class MountRequest:
         options: How.
         pidfile: File that says who serves the mount, once it is ready; absolute.
         fake: Do everything but mount.
-        words: The words of all ``-o`` with absolute paths, for a remount to compare with.
+        option_strings: All mount options, each as for ``-o``, with absolute paths.  A remount
+            compares its options with these.
     """
 
     sources: tuple[str, ...]
@@ -90,7 +91,7 @@ class MountRequest:
     options: MountOptions
     pidfile: str | None = None
     fake: bool = False
-    words: tuple[str, ...] = ()
+    option_strings: tuple[str, ...] = ()
 
 
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
@@ -212,7 +213,7 @@ class _Session:
         first = pyfuse3.ROOT_INODE + 1 if directory else pyfuse3.ROOT_INODE
         read_only = find_read_only(sources, options)
         for inode, source in enumerate(sources, first):
-            wanted = options.reading() if source in read_only else options
+            wanted = options.for_read_only_disk() if source in read_only else options
             disk = await disks.enter_async_context(open_source(source.path, wanted))
             views.append(ExportedDisk(disk, source.name, inode, read_only=source in read_only))
         return views
@@ -322,7 +323,7 @@ class _Session:
         request = self._request
         note = MountRecord(
             *(pid, process_start(pid) or 0, request.mountpoint, request.sources),
-            options=request.words,
+            options=request.option_strings,
         )
         try:
             self._note.write(device, note)

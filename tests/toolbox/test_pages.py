@@ -12,7 +12,7 @@ import pytest
 from qedfuse.cli.pages import programs, roff, tree
 from qedfuse.cli.qedfuse.arguments import parse_arguments
 from qedfuse.cli.qedfuse.usage import USAGE
-from qedfuse.mount.options import parse_options
+from qedfuse.mount.optionparser import parse_options
 from tests.support.sandbox import ROOT
 
 if TYPE_CHECKING:

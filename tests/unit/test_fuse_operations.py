@@ -21,7 +21,8 @@ from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
 from qedfuse.mount.fuse.operations import Operations
 from qedfuse.mount.fuse.truncation import Truncation
-from qedfuse.mount.options import MountOptions, parse_options
+from qedfuse.mount.optionparser import parse_options
+from qedfuse.mount.options import MountOptions
 from tests.support import qemu
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The ``-o`` grammar: what is taken, what is dropped, what is refused, and with which words."""
+"""Mount options: which are accepted, dropped or refused, and the message of each refusal."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from hypothesis import strategies as st
 
 from qedfuse.disk.options import BackingPolicy
 from qedfuse.errors import UsageError
-from qedfuse.mount.options import MountOptions, escape_value, parse_options, split_options
+from qedfuse.mount.optionparser import parse_options
+from qedfuse.mount.options import MountOptions
+from qedfuse.mount.optionsyntax import escape_value, split_options
 
 
-def test_nothing_gives_the_defaults() -> None:
-    """No option, and empty words, change nothing."""
+def test_no_options_give_the_defaults() -> None:
+    """No options, or empty ones, change nothing."""
     assert parse_options([]) == MountOptions()
     assert parse_options(["", ",,"]) == MountOptions()
 
 
-def test_every_option_of_ours() -> None:
-    """Each word sets its field."""
+def test_every_own_option() -> None:
+    """Each option of qedfuse sets its attribute."""
     assert parse_options(
         [
             "allow_other,uid=1,gid=2,umask=027,direct_io,growable,commit=2.5,cache_size=64K",
@@ -45,8 +47,8 @@ def test_every_option_of_ours() -> None:
     )
 
 
-def test_compaction_is_automatic_unless_it_is_asked_for() -> None:
-    """The bare word means all of it; the limits are for what is automatic."""
+def test_compaction_is_automatic_by_default() -> None:
+    """``compact`` without a value is ``compact=full``; size and time limit ``compact=auto``."""
     assert parse_options([]).compact == "auto"
     assert parse_options(["compact"]) == parse_options(["compact=full"])
     assert parse_options(["compact", "compact=off"]).compact == "off"
@@ -55,16 +57,16 @@ def test_compaction_is_automatic_unless_it_is_asked_for() -> None:
     assert parse_options(["ro,compact=auto"]).read_only
 
 
-def test_read_ahead_is_a_size_or_the_kernels() -> None:
-    """Nothing is another wish than the kernel's own."""
+def test_read_ahead_is_a_size_or_the_kernels_own() -> None:
+    """No read-ahead (0), the kernel's own and the default are three different values."""
     assert parse_options(["readahead=256K"]).readahead == 256 << 10
     assert parse_options(["readahead=0"]).readahead == 0
     assert parse_options(["readahead=kernel"]).readahead == "kernel"
     assert parse_options([]).readahead is None
 
 
-def test_a_later_word_overrides_an_earlier_one() -> None:
-    """The last of ro and rw counts, across several -o."""
+def test_a_later_option_overrides_an_earlier_one() -> None:
+    """The last of ro and rw is in effect, across several -o."""
     assert not parse_options(["ro", "rw"]).read_only
     assert parse_options(["rw", "ro"]).read_only
     assert parse_options(["uid=1", "uid=2"]).uid == 2
@@ -72,12 +74,12 @@ def test_a_later_word_overrides_an_earlier_one() -> None:
 
 
 def test_force_share_is_read_only() -> None:
-    """What is shared with a writer is not written to."""
+    """An image that another program may write to is opened read-only."""
     assert parse_options(["force_share"]).read_only
 
 
-def test_words_for_others_are_dropped_and_words_for_the_kernel_kept() -> None:
-    """What mount(8), systemd and libfuse bring is no error."""
+def test_options_for_other_programs_are_dropped_and_kernel_flags_kept() -> None:
+    """Options of mount(8), systemd and libfuse are accepted; mount flags go to the kernel."""
     dropped = (
         "rw,dev,suid,exec,auto,noauto,user,nouser,users,nofail,_netdev,defaults,"
         "comment=a b,x-systemd.requires=/a,X-mount.mkdir,x-gvfs-show,fsname=a,subtype=b,"
@@ -85,7 +87,7 @@ def test_words_for_others_are_dropped_and_words_for_the_kernel_kept() -> None:
     )
     assert parse_options([dropped]) == MountOptions()
     kernel = "nosuid,nodev,noexec,noatime,sync,dirsync"
-    assert parse_options([kernel, "noatime"]).kernel_words == tuple(kernel.split(","))
+    assert parse_options([kernel, "noatime"]).kernel_flags == tuple(kernel.split(","))
 
 
 @pytest.mark.parametrize(
@@ -133,43 +135,43 @@ def test_words_for_others_are_dropped_and_words_for_the_kernel_kept() -> None:
         ("backing=any,backing_dir=/", "options backing_dir and backing=any: exclude each other"),
     ],
 )
-def test_refusals_name_the_word(text: str, message: str) -> None:
-    """What cannot be done says which word is to blame."""
+def test_a_refusal_names_the_option(text: str, message: str) -> None:
+    """The message names the option, what was found and what is expected."""
     with pytest.raises(UsageError) as caught:
         parse_options([text])
     assert str(caught.value) == message
 
 
 def test_a_wrong_size_names_the_option() -> None:
-    """The option stands in front of what is wrong with the size."""
+    """The message about a size begins with the name of the option."""
     for name in ("cache_size", "readahead"):
         with pytest.raises(UsageError, match=rf"^option {name}: size: found 'x'"):
             parse_options([f"{name}=x"])
 
 
-def test_sloppy_drops_what_is_unknown_only() -> None:
-    """Sloppy mounts tolerate foreign words, not contradictions."""
+def test_sloppy_drops_only_unknown_options() -> None:
+    """Unknown options are ignored, and options that exclude each other are not."""
     assert parse_options(["frob,ro"], sloppy=True) == MountOptions(read_only=True)
     with pytest.raises(UsageError):
         parse_options(["rw,force_share"], sloppy=True)
 
 
 def test_escapes() -> None:
-    """A protected comma belongs to the value; a backslash before other things is itself."""
+    """An escaped comma belongs to the value; a backslash before any other character is kept."""
     assert split_options(r"overlay=a\,b,ro") == ["overlay=a,b", "ro"]
     assert split_options(r"a\\,b") == ["a\\", "b"]
     assert split_options(r"a\x,b" + "\\") == [r"a\x", "b\\"]
 
 
 @given(st.lists(st.text(min_size=1), max_size=5))
-def test_escaped_words_come_back(words: list[str]) -> None:
-    """Whatever is in a value survives escaping and splitting."""
-    assert split_options(",".join(map(escape_value, words))) == words
+def test_escaping_is_reversible(options: list[str]) -> None:
+    """Any text is unchanged after escaping and splitting."""
+    assert split_options(",".join(map(escape_value, options))) == options
 
 
 @given(st.text())
 def test_any_text_is_parsed_or_refused(text: str) -> None:
-    """No text makes the parser fail in another way, and every refusal is one line."""
+    """No text makes the parser fail with another exception, and every refusal is one line."""
     try:
         parse_options([text])
     except UsageError as error:
@@ -177,7 +179,7 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 
 
 def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that serves the mount has another working directory."""
+    """Paths are resolved before the serving process changes its working directory."""
     monkeypatch.chdir("/usr")
     options = parse_options(["overlay=o.qed,backing_dir=../etc,backing_dir=/x"]).absolute()
     assert options.overlay == "/usr/o.qed"

@@ -16,7 +16,7 @@ from qedfuse.cli.pages.model import (
 )
 from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.cli.qedimg import main as qedimg_main
-from qedfuse.mount.options import known_words
+from qedfuse.mount.optionparser import known_options
 
 _HELP: Final = "show this help message and exit"
 
@@ -78,7 +78,7 @@ def exit_codes() -> list[tuple[int, str]]:
 
 def mount_words() -> dict[str, tuple[str, ...] | None]:
     """List all words for ``-o``: None for a word alone, else what its value can be."""
-    return dict(sorted(known_words().items()))
+    return dict(sorted(known_options().items()))
 
 
 def _paragraphs() -> list[str]:

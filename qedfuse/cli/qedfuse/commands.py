@@ -32,11 +32,8 @@ def mount(arguments: Arguments) -> int:
         UsageError: The command line makes no sense.
         QedError: The mount failed; each cause has a class of its own.
     """
-    from qedfuse.mount.options import (  # noqa: PLC0415
-        absolute_words,
-        parse_options,
-        wants_remount,
-    )
+    from qedfuse.mount.optionparser import parse_options  # noqa: PLC0415
+    from qedfuse.mount.optionsyntax import absolute_options, wants_remount  # noqa: PLC0415
     from qedfuse.mount.process.logs import (  # noqa: PLC0415
         log_to,
         log_to_stderr,
@@ -56,7 +53,7 @@ def mount(arguments: Arguments) -> int:
     # The background process changes its working directory, so names become absolute here.
     sources = tuple(os.path.abspath(path) for path in arguments.paths[:-1])  # noqa: PTH100
     mountpoint = os.path.realpath(arguments.paths[-1])
-    words = absolute_words(arguments.options)
+    option_strings = absolute_options(arguments.options)
     pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
 
     def serve(ready: Callable[[], None]) -> int:
@@ -67,7 +64,9 @@ def mount(arguments: Arguments) -> int:
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
         log_what_nobody_catches()
-        request = MountRequest(sources, mountpoint, options, pidfile or None, arguments.fake, words)
+        request = MountRequest(
+            *(sources, mountpoint, options, pidfile or None, arguments.fake, option_strings)
+        )
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
 
     def ready_in_foreground() -> None:

@@ -14,7 +14,8 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError, UsageError
-from qedfuse.mount.options import absolute_words, is_in_effect, parse_options, split_options
+from qedfuse.mount.optionparser import is_in_effect, parse_options
+from qedfuse.mount.optionsyntax import absolute_options, split_options
 from qedfuse.mount.system.mountrecord import find_record
 from qedfuse.mount.system.mounttable import find_qedfuse_mount
 from qedfuse.text import printable
@@ -77,7 +78,7 @@ def remount(
     if found is None:
         msg = f"{shown}: found no note of its process, so nothing can be remounted"
         raise MountpointError(msg)
-    flags, others = _sort(absolute_words(texts))
+    flags, others = _sort(absolute_options(texts))
     _check(shown, parse_options(found[1].options, sloppy=True), flags, others, sloppy=sloppy)
     if fake:
         return

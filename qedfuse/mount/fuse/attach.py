@@ -11,7 +11,7 @@ import pyfuse3
 
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError
 from qedfuse.mount.fuse.fuseinit import fuse_descriptors
-from qedfuse.mount.options import escape_value
+from qedfuse.mount.optionsyntax import escape_value
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def kernel_options(options: MountOptions, source: str) -> set[str]:
         # Files named by an image must not gain powers, so these are not up to the user.
         "nosuid",
         "nodev",
-        *options.kernel_words,
+        *options.kernel_flags,
     }
     if options.read_only:
         words.add("ro")

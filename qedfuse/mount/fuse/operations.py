@@ -268,7 +268,7 @@ class Operations(pyfuse3.Operations):
         direct = self._options.direct_io
         handle = inode | _DIRECT if flags & os.O_DIRECT and not direct else inode
         handle |= _WRITER if writer else 0
-        if direct and writer and (flags & os.O_DSYNC or "sync" in self._options.kernel_words):
+        if direct and writer and (flags & os.O_DSYNC or "sync" in self._options.kernel_flags):
             # Of writes past its cache the kernel leaves O_DSYNC and O_SYNC to the server;
             # of all others it sends an fsync behind each.
             handle |= _SYNCED

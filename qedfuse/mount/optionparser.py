@@ -1,0 +1,291 @@
+"""Parsing ``-o``: each option is looked up, its value is checked, and `MountOptions` result.
+
+Options come from four sources: qedfuse's own, mount flags that the kernel enforces, options
+meant for mount(8) or systemd, and libfuse's.  The last two are dropped.  An unknown option is
+an error that names it, because a mount that ignores a misspelt ``ro`` is worse than none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from qedfuse.disk.options import BackingPolicy
+from qedfuse.errors import UsageError
+from qedfuse.mount.options import MountOptions, consistent
+from qedfuse.mount.optionsyntax import split_options
+from qedfuse.text import printable
+from qedfuse.util.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from qedfuse.mount.system.readahead import Readahead
+
+KERNEL_FLAGS: Final = frozenset(
+    {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync"}
+)
+"""Mount flags that the kernel enforces.  ``ro`` is not among them: it also decides how images
+are opened."""
+
+_DROPPED: Final = frozenset(
+    {
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group"),
+        *("nofail", "_netdev", "dev", "suid", "exec", "async", "atime", "diratime"),
+        *("norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
+        *("silent", "loud", "mand", "nomand", "iversion", "noiversion"),
+        *("default_permissions", "kernel_cache", "big_writes"),
+        *("symfollow", "nosymfollow"),  # there are no symbolic links in the mount
+    }
+)
+"""Options for mount(8) or systemd, and options of libfuse that are always in effect."""
+
+_DROPPED_WITH_VALUE: Final = frozenset(
+    {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
+)
+"""The same for options with a value.  qedfuse passes its own source and type to the kernel,
+and the size of read requests is negotiated in FUSE INIT."""
+
+_MAX_ID: Final = (1 << 32) - 2  # chown(2) takes the next one, -1, as "unchanged"
+_MAX_SECONDS: Final = 3600.0
+_MAX_POLL_MICROSECONDS: Final = 10_000
+_MIN_CACHE_BYTES: Final = 64 << 10
+_MAX_READAHEAD_BYTES: Final = 1 << 30
+
+
+def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
+    """Parse lists of options; a later option overrides an earlier one.
+
+    Args:
+        lists: The arguments of all ``-o``, in order.
+        sloppy: Drop unknown options (``-s`` of mount(8)).
+
+    Raises:
+        UsageError: An option is unknown, has an invalid value, lacks its value or must not
+            have one, or two options exclude each other.
+    """
+    found = _parse((option for text in lists for option in split_options(text)), sloppy=sloppy)
+    backing = found.backing
+    if found.directories:
+        backing["directories"] = tuple(found.directories)
+    options = MountOptions(
+        **found.fields, backing=BackingPolicy(**backing), kernel_flags=tuple(found.kernel_flags)
+    )
+    return consistent(options, explicit_rw=found.fields.get("read_only") is False)
+
+
+def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) -> bool:
+    """Return whether an option would leave ``options`` unchanged.
+
+    Paths are compared as text; see `absolute_options`.
+
+    Args:
+        option: One option, without escapes.
+        options: The options of a mount.
+        sloppy: Take an unknown option as one without effect.
+
+    Raises:
+        UsageError: The option is unknown or its value is invalid.
+    """
+    found = _parse((option,), sloppy=sloppy)
+    return (
+        all(getattr(options, name) == value for name, value in found.fields.items())
+        and all(getattr(options.backing, name) == value for name, value in found.backing.items())
+        and set(found.directories) <= set(options.backing.directories)
+        and set(found.kernel_flags) <= set(options.kernel_flags)
+    )
+
+
+def known_options() -> dict[str, tuple[str, ...] | None]:
+    """Return all options that have an effect, by name, with the values to choose from.
+
+    None stands for an option without a value, and an empty tuple for one with a free value.
+    """
+    return {
+        **dict.fromkeys((*_FLAGS, *KERNEL_FLAGS)),
+        **{name: choices for table in (_CHOICES, _BACKING) for name, (_, choices) in table.items()},
+        **dict.fromkeys((*_VALUES, "backing_dir"), ()),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """What the given options set, without the defaults.
+
+    Attributes:
+        fields: Attributes of `MountOptions`.
+        backing: Attributes of `BackingPolicy`.
+        directories: The values of all ``backing_dir``.
+        kernel_flags: The mount flags for the kernel, in order, as keys.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    backing: dict[str, Any] = field(default_factory=dict)
+    directories: list[str] = field(default_factory=list)
+    kernel_flags: dict[str, None] = field(default_factory=dict)
+
+
+def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
+    """Parse options without escapes; a later one overrides an earlier one.
+
+    Raises:
+        UsageError: An option is unknown, has an invalid value, lacks its value or must not
+            have one.
+    """
+    found = _Parsed()
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name in _FLAGS and not equals:
+            found.fields.update(_FLAGS[name])
+        elif name in KERNEL_FLAGS and not equals:
+            found.kernel_flags[name] = None
+        elif name == "backing_dir" and value:
+            found.directories.append(value)
+        elif name in _BACKING and value:
+            found.backing[_BACKING[name][0]] = _choice(name, value, _BACKING[name][1])
+        elif name in _CHOICES and value:
+            found.fields[_CHOICES[name][0]] = _choice(name, value, _CHOICES[name][1])
+        elif name in _VALUES and value:
+            attribute, parse = _VALUES[name]
+            found.fields[attribute] = parse(name, value)
+        elif not (sloppy or _is_dropped(name, equals)):
+            raise UsageError(_complaint(name, option))
+    return found
+
+
+def _is_dropped(name: str, equals: str) -> bool:
+    """Return whether an option is meant for another program and must be ignored."""
+    if name.lower().startswith("x-"):
+        return True
+    return name in (_DROPPED_WITH_VALUE if equals else _DROPPED)
+
+
+def _complaint(name: str, option: str) -> str:
+    """Return the message for an option that is unknown, or has or lacks a value wrongly."""
+    shown = printable(option)
+    if name in _VALUES or name in _CHOICES or name in _BACKING or name == "backing_dir":
+        return f"option {shown}: found no value, expected {name}=VALUE"
+    if name in _FLAGS or name in KERNEL_FLAGS:
+        return f"option {shown}: found a value, expected {name} alone"
+    return f"option {shown}: unknown"
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return a value that is one of a few choices."""
+    if value not in choices:
+        msg = f"option {name}: found {printable(value)}, expected {' or '.join(choices)}"
+        raise UsageError(msg)
+    return value
+
+
+def _number(name: str, value: str, base: int, most: int, expected: str) -> int:
+    """Parse an integer without a sign, of ``most`` at most."""
+    digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
+    if not re.fullmatch(digits, value) or (number := int(value, base)) > most:
+        msg = f"option {name}: found {printable(value)}, expected {expected}"
+        raise UsageError(msg)
+    return number
+
+
+def _id(name: str, value: str) -> int:
+    """Parse a numeric user or group."""
+    return _number(name, value, 10, _MAX_ID, f"a number up to {_MAX_ID}")
+
+
+def _umask(name: str, value: str) -> int:
+    """Parse octal permission bits."""
+    return _number(name, value, 8, 0o777, "octal permission bits up to 777")
+
+
+def _seconds(name: str, value: str) -> float:
+    """Parse a time in seconds."""
+    well_formed = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value)
+    if not well_formed or not 0 < (seconds := float(value)) <= _MAX_SECONDS:
+        found, most = printable(value), int(_MAX_SECONDS)
+        msg = f"option {name}: found {found}, expected seconds, more than 0, up to {most}"
+        raise UsageError(msg)
+    return seconds
+
+
+def _poll(name: str, value: str) -> float:
+    """Parse a number of microseconds, or ``off``; return seconds, 0 for ``off``."""
+    if value == "off":
+        return 0.0
+    expected = f"microseconds up to {_MAX_POLL_MICROSECONDS}, or off"
+    return _number(name, value, 10, _MAX_POLL_MICROSECONDS, expected) * 1e-6
+
+
+def _readahead(name: str, value: str) -> Readahead:
+    """Parse the length of the read-ahead in bytes, or ``kernel``."""
+    if value == "kernel":
+        return "kernel"
+    size = _size(name, value)
+    if size > _MAX_READAHEAD_BYTES:
+        msg = f"option {name}: found {printable(value)}, expected at most 1G, or kernel"
+        raise UsageError(msg)
+    return size
+
+
+def _size(name: str, value: str) -> int:
+    """Parse a number of bytes with an optional unit."""
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        msg = f"option {name}: {error}"
+        raise UsageError(msg) from error
+
+
+def _cache(name: str, value: str) -> int:
+    """Parse the size of the table cache in bytes."""
+    size = _size(name, value)
+    if size < _MIN_CACHE_BYTES:
+        msg = f"option {name}: found {printable(value)}, expected at least 64K"
+        raise UsageError(msg)
+    return size
+
+
+def _path(_name: str, value: str) -> str:
+    """Return a path unchanged."""
+    return value
+
+
+_FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
+    "ro": {"read_only": True},
+    "rw": {"read_only": False},
+    "allow_other": {"allow_other": True},
+    "allow_root": {"allow_root": True},
+    "direct_io": {"direct_io": True},
+    "force_share": {"force_share": True},
+    "growable": {"growable": True},
+    "discard": {"discard": True},
+    "nodiscard": {"discard": False},
+    "compact": {"compact": "full"},
+    "snapshot": {"snapshot": True},
+}
+"""Options without a value, and the attributes of `MountOptions` that they set."""
+_CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "compact": ("compact", ("auto", "off", "full")),
+    "detect_zeroes": ("detect_zeroes", ("off", "on", "unmap")),
+    "freelist": ("free_list", ("on", "off")),
+    "truncate": ("truncate", ("refuse", "zero")),
+}
+"""Options with a choice of values, and the attribute of `MountOptions` that they set."""
+_BACKING: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "backing": ("mode", ("confined", "any", "none")),
+    "backing_format": ("format", ("raw", "qed")),
+}
+"""The same for attributes of `BackingPolicy`."""
+_VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
+    "uid": ("uid", _id),
+    "gid": ("gid", _id),
+    "umask": ("umask", _umask),
+    "commit": ("commit_seconds", _seconds),
+    "compact_size": ("compact_bytes", _size),
+    "compact_time": ("compact_seconds", _seconds),
+    "cache_size": ("cache_bytes", _cache),
+    "poll": ("poll_seconds", _poll),
+    "readahead": ("readahead", _readahead),
+    "overlay": ("overlay", _path),
+}
+"""Options with a free value, the attribute of `MountOptions` and the parser of the value."""

@@ -1,0 +1,59 @@
+r"""The syntax of ``-o``: options between commas, each ``name`` or ``name=value``.
+
+As in libfuse, a comma in a value is written ``\,`` and a backslash ``\\``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_PATH_OPTIONS: Final = ("overlay", "backing_dir")
+"""Options whose value is a path."""
+
+
+def split_options(text: str) -> list[str]:
+    r"""Split a list at its commas, but not at ``\,``; return the options without escapes."""
+    options = [""]
+    escaped = False
+    for char in text:
+        if escaped:
+            # Only a comma and a backslash can be escaped.  Before any other character a
+            # backslash stands for itself, as in a path that was not escaped.
+            options[-1] += char if char in ",\\" else "\\" + char
+            escaped = False
+        elif char == "\\":
+            escaped = True
+        elif char == ",":
+            options.append("")
+        else:
+            options[-1] += char
+    if escaped:
+        options[-1] += "\\"
+    return [option for option in options if option]
+
+
+def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
+    """Split lists of options into options with absolute paths.
+
+    Each option is escaped, so it is a list of one option for `split_options`.
+    """
+    absolute = []
+    for option in (option for text in lists for option in split_options(text)):
+        name, _, value = option.partition("=")
+        is_path = name in _PATH_OPTIONS and value
+        absolute.append(escape_value(f"{name}={os.path.abspath(value)}" if is_path else option))  # noqa: PTH100
+    return tuple(absolute)
+
+
+def wants_remount(lists: Iterable[str]) -> bool:
+    """Return whether lists of options contain ``remount``: change the flags of a mount."""
+    return any("remount" in split_options(text) for text in lists)
+
+
+def escape_value(text: str) -> str:
+    """Escape commas and backslashes for `split_options` and for libfuse."""
+    return text.replace("\\", "\\\\").replace(",", "\\,")
