@@ -127,7 +127,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            '"qedimg COMMAND --help" shows its options.  -q, -v: less, more output.  -V: version.',
+            '"qedimg COMMAND --help" shows options.  -q: print less, -v: more.  -V: version.',
             "Exit codes: 0 done; 1 failed; 12 not a usable QED image; 13 corrupt; 14 unknown",
             "features; 15 needs a check; 16 in use; 17 backing file; 130 interrupted.",
             "",
