@@ -38,7 +38,7 @@ class Fio:
     direct: bool = True
     fsync: bool = False
     fsync_at_end: bool = False
-    most: int = 0
+    max_bytes: int = 0
 
     @property
     def writes(self) -> bool:
@@ -75,8 +75,8 @@ class Cell:
     unit: Unit
     stage: Stage
     load: Fio | Plain
-    peer: float | None = None
-    limit: float | None = None
+    qemu_target: float | None = None
+    baseline_target: float | None = None
     cold: Cold | None = None
     warm: bool = False
     loop: Literal["buffered", "direct"] | None = None

@@ -45,16 +45,16 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
 
 MIB: Final = 1 << 20
-CLUSTER: Final = 65536
+CLUSTER_BYTES: Final = 65536
 DISK_BYTES: Final = {"random": 256 * MIB, "moving": 64 << 30}
 WINDOW_BYTES: Final = 48 * MIB
 """How much of its disk the moving guest uses at a time."""
-PER_SECOND: Final = 20
+OPERATIONS_PER_SECOND: Final = 20
 KILL_SECONDS: Final = 5
-FLUSHES, WRITES = 0.02, 0.6
+FLUSH_BELOW, WRITE_BELOW = 0.02, 0.6
 """Chances: below the first it is a flush, below the second a write, else a discard."""
 SERVER: Final = (sys.executable, "-m", "benchmarks.growth")
-AT_ONCE: Final = 4
+TASKS_IN_FLIGHT: Final = 4
 """Operations that are under way at the same time."""
 
 
@@ -75,16 +75,16 @@ def operations(guest: Guest, seed: int, life: int) -> Iterator[Operation]:
     lengths = (4096, 65536, 299_520, MIB) if guest == "random" else (4096, 65536, 131_072)
     for step in itertools.count():
         chance = choice.random()
-        if chance < FLUSHES:
+        if chance < FLUSH_BELOW:
             yield Operation("flush")
             continue
-        kind: Literal["write", "discard"] = "write" if chance < WRITES else "discard"
+        kind: Literal["write", "discard"] = "write" if chance < WRITE_BELOW else "discard"
         length = choice.choice(lengths)
         if guest == "random":
             start = choice.randrange((DISK_BYTES[guest] - length) // 512) * 512
             yield Operation(kind, start, length * (2 if kind == "discard" else 1))
             continue
-        window = (life * PER_SECOND * KILL_SECONDS + step) * 65536
+        window = (life * OPERATIONS_PER_SECOND * KILL_SECONDS + step) * 65536
         if kind == "write":
             yield Operation(kind, window + choice.randrange(WINDOW_BYTES // 512) * 512, length)
         else:
@@ -107,7 +107,7 @@ async def _serve(path: str, guest: Guest, seed: int, life: int) -> None:
                 os.write(1, b".")
 
         async with trio.open_nursery() as nursery:
-            for _ in range(AT_ONCE):
+            for _ in range(TASKS_IN_FLIGHT):
                 nursery.start_soon(work)
 
 
@@ -208,7 +208,7 @@ def compare(
     ours, theirs = directory / "qedfuse.qed", directory / "qemu.qed"
     for path in (ours, theirs):
         trio.run(create_image, str(path), DISK_BYTES[guest])
-    step = PER_SECOND * KILL_SECONDS
+    step = OPERATIONS_PER_SECOND * KILL_SECONDS
     results: tuple[list[Sample], list[Sample]] = ([measure(ours, 0)], [measure(theirs, 0)])
     for life in range(max(1, total // step)):
         live_with_qedfuse(ours, guest, seed, life, step)
@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--operations", type=int, default=3600 * PER_SECOND)
+    parser.add_argument("--operations", type=int, default=3600 * OPERATIONS_PER_SECOND)
     parser.add_argument("--quick", action="store_true", help="300 seconds' worth of operations")
     parser.add_argument("--guest", choices=("random", "moving"), default="random")
     parser.add_argument("--seed", type=int, default=1)
@@ -236,9 +236,9 @@ def main() -> None:
         path, seed, life = arguments.serve
         logging.disable(logging.WARNING)  # leaks after a kill are what this is about
         trio.run(_serve, path, arguments.guest, int(seed), int(life))
-    total = 300 * PER_SECOND if arguments.quick else arguments.operations
+    total = 300 * OPERATIONS_PER_SECOND if arguments.quick else arguments.operations
     guest: Guest = arguments.guest
-    bound = Geometry(CLUSTER, 4).bound(CLUSTER, DISK_BYTES[guest])
+    bound = Geometry(CLUSTER_BYTES, 4).bound(CLUSTER_BYTES, DISK_BYTES[guest])
     with tempfile.TemporaryDirectory() as directory:
         ours, theirs = compare(guest, total, arguments.seed, Path(directory))
     _print(ours, theirs, bound, f"guest {guest}, seed {arguments.seed}")
@@ -252,10 +252,10 @@ def _print(ours: list[Sample], theirs: list[Sample], bound: int, what: str) -> N
     """Print a row for each twelfth of the time."""
     print(f"{what}; bound {bound / MIB:.1f} MiB; sizes in MiB")
     print("operations    kills   qedfuse length   space     QEMU length   space")
-    for place in sorted({len(ours) * part // 12 for part in range(12)} | {len(ours) - 1}):
-        mine, other = ours[place], theirs[place]
+    for index in sorted({len(ours) * part // 12 for part in range(12)} | {len(ours) - 1}):
+        mine, other = ours[index], theirs[index]
         print(
-            f"{mine.operations:10}   {place:6}   {mine.length / MIB:14.1f}   "
+            f"{mine.operations:10}   {index:6}   {mine.length / MIB:14.1f}   "
             f"{mine.space / MIB:5.1f}   {other.length / MIB:13.1f}   {other.space / MIB:5.1f}"
         )
 

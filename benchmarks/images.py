@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.cells import Stage
-    from benchmarks.servers import Who
+    from benchmarks.servers import System
 
-CLUSTER: Final = 65536
+CLUSTER_BYTES: Final = 65536
 HOLE_BYTES: Final = 10 << 30
-OVERLAYS: Final = 7
-SHARE: Final = 8
+OVERLAY_COUNT: Final = 7
+OVERLAY_FRACTION: Final = 8
 """Each overlay of the chain holds one cluster in so many."""
-FRESH: Final = frozenset({"empty", "overlay"})
+CONSUMED_STAGES: Final = frozenset({"empty", "overlay"})
 """Stages that a load uses up, so that each measurement needs an image of its own."""
-_PIECE: Final = 16 << 20
+_CHUNK_BYTES: Final = 16 << 20
 
 
 class Images:
@@ -58,22 +58,22 @@ class Images:
             if not path.exists():
                 with path.open("wb") as file:
                     file.truncate(HOLE_BYTES)
-                    file.seek(HOLE_BYTES - CLUSTER)
-                    file.write(np.random.default_rng(7).bytes(CLUSTER))
+                    file.seek(HOLE_BYTES - CLUSTER_BYTES)
+                    file.write(np.random.default_rng(7).bytes(CLUSTER_BYTES))
             return path
         path = self._directory / "full.expected"
         if not path.exists():
             random = np.random.default_rng(1)
             with path.open("wb") as file:
-                for length in _pieces(self._size):
+                for length in _chunk_lengths(self._size):
                     file.write(random.bytes(length))
         return path
 
-    def make(self, stage: Stage, who: Who) -> Path:
+    def make(self, stage: Stage, system: System) -> Path:
         """Give the image of one server; of a stage that is used up, a new one each time."""
-        flat = who == "limit"
-        path = self._directory / f"{stage}-{who}.{'flat' if flat else 'qed'}"
-        if path.exists() and stage not in FRESH:
+        flat = system == "baseline"
+        path = self._directory / f"{stage}-{system}.{'flat' if flat else 'qed'}"
+        if path.exists() and stage not in CONSUMED_STAGES:
             return path
         if stage == "empty":
             path.unlink(missing_ok=True)
@@ -83,9 +83,9 @@ class Images:
                 run("qemu-img", "create", "-q", "-f", "qed", str(path), str(self._size))
         elif stage == "overlay":
             self._overlay(path, flat=flat)
-        elif stage == "chain" and who not in {"limit", "single"}:
+        elif stage == "chain" and system not in {"baseline", "single"}:
             self._chain()
-            self._copy(self._link(OVERLAYS), path)
+            self._copy(self._link(OVERLAY_COUNT), path)
         else:
             source = self.expected(stage)
             assert source is not None
@@ -93,8 +93,8 @@ class Images:
                 self._copy(source, path)
             else:
                 _convert(source, path)
-        # So that all are in the cache in the same way; see `warm`.
-        cool(path)
+        # So that all are in the cache in the same way; see `cache_file`.
+        evict_file(path)
         return path
 
     def files(self, stage: Stage, image: Path) -> list[Path]:
@@ -104,7 +104,7 @@ class Images:
         if stage == "overlay":
             return [self._base(), image]
         if stage == "chain" and "single" not in image.name:
-            return [self._base(), *map(self._link, range(1, OVERLAYS)), image]
+            return [self._base(), *map(self._link, range(1, OVERLAY_COUNT)), image]
         return [image]
 
     def disk_bytes(self, stage: Stage) -> int:
@@ -136,7 +136,7 @@ class Images:
             self._copy(source, path)
 
     def _link(self, number: int) -> Path:
-        name = "top" if number == OVERLAYS else str(number)
+        name = "top" if number == OVERLAY_COUNT else str(number)
         return self._directory / f"link-{name}.qed"
 
     def _chain(self) -> None:
@@ -150,17 +150,19 @@ class Images:
         building = self._directory / "building"
         self._copy(full, building)
         random = np.random.default_rng(8)
-        clusters = self._size // CLUSTER
+        clusters = self._size // CLUSTER_BYTES
         with building.open("r+b") as file:
-            for number in range(1, OVERLAYS + 1):
+            for number in range(1, OVERLAY_COUNT + 1):
                 path = self._link(number)
                 _create_over(below, path)
                 lines = []
-                for cluster in sorted(random.permutation(clusters)[: clusters // SHARE].tolist()):
+                for cluster in sorted(
+                    random.permutation(clusters)[: clusters // OVERLAY_FRACTION].tolist()
+                ):
                     value = (37 * number + cluster) % 255 + 1
-                    lines.append(f"write -q -P {value} {cluster * CLUSTER} {CLUSTER}\n")
-                    file.seek(cluster * CLUSTER)
-                    file.write(bytes([value]) * CLUSTER)
+                    lines.append(f"write -q -P {value} {cluster * CLUSTER_BYTES} {CLUSTER_BYTES}\n")
+                    file.seek(cluster * CLUSTER_BYTES)
+                    file.write(bytes([value]) * CLUSTER_BYTES)
                 run("qemu-io", "-f", "qed", str(path), seconds=300, text="".join(lines))
                 below = path
         building.replace(flat)
@@ -170,9 +172,9 @@ class Images:
         run("cp", "--sparse=auto", str(source), str(target), seconds=300)
 
 
-def _pieces(size: int) -> Iterator[int]:
-    for start in range(0, size, _PIECE):
-        yield min(_PIECE, size - start)
+def _chunk_lengths(size: int) -> Iterator[int]:
+    for start in range(0, size, _CHUNK_BYTES):
+        yield min(_CHUNK_BYTES, size - start)
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -187,7 +189,7 @@ def _create_over(below: Path, path: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "qed", "-b", below.name, "-F", "qed", str(path))
 
 
-def warm(path: Path) -> None:
+def cache_file(path: Path) -> None:
     """Bring a file into the host's page cache, page by page.
 
     A plain read lets the kernel keep it in pieces of up to 2 MiB, as it pleases, and 4 KiB
@@ -195,13 +197,13 @@ def warm(path: Path) -> None:
     """
     with path.open("rb", buffering=0) as file:
         # The advice is followed in single pages; reading then waits for them.
-        for start in range(0, path.stat().st_size, _PIECE):
-            os.posix_fadvise(file.fileno(), start, _PIECE, os.POSIX_FADV_WILLNEED)
-            while file.tell() < start + _PIECE and file.read(_PIECE):
+        for start in range(0, path.stat().st_size, _CHUNK_BYTES):
+            os.posix_fadvise(file.fileno(), start, _CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
+            while file.tell() < start + _CHUNK_BYTES and file.read(_CHUNK_BYTES):
                 pass
 
 
-def settle(path: Path) -> None:
+def sync_file(path: Path) -> None:
     """Bring a file to the host's disk, so that nobody pays for what another one wrote."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -210,9 +212,9 @@ def settle(path: Path) -> None:
         os.close(descriptor)
 
 
-def cool(path: Path) -> None:
+def evict_file(path: Path) -> None:
     """Take a file out of the host's page cache."""
-    settle(path)
+    sync_file(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from benchmarks.cells import MIB, Fio
-from benchmarks.reader import MARK, WRONG
+from benchmarks.reader import MARKER, WRONG_PREFIX
 from benchmarks.servers import BenchmarkError, WrongDataError, run
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ class Result(NamedTuple):
     writes: int = 0
 
 
-def measure_fio(load: Fio, file: Path, seconds: float, unit: str, room: int) -> Result:
-    """Run fio on a file that is there, and is ``room`` bytes long.
+def measure_fio(load: Fio, file: Path, seconds: float, unit: str, size: int) -> Result:
+    """Run fio on a file that is there, and is ``size`` bytes long.
 
     Raises:
         BenchmarkError: It failed, or took far too long.
     """
-    runtime = seconds * (STRETCH if load.most else 1)
+    runtime = seconds * (STRETCH if load.max_bytes else 1)
     command = [
         *("fio", "--name=cell", f"--filename={str(file).replace(':', chr(92) + ':')}"),
         *(f"--rw={load.pattern}", f"--bs={load.block}", f"--direct={load.direct:d}"),
@@ -44,7 +44,7 @@ def measure_fio(load: Fio, file: Path, seconds: float, unit: str, room: int) -> 
         # The file is there and keeps its length; and its cache is none of fio's business.
         *("--allow_file_create=0", "--fallocate=none", "--invalidate=0"),
         *(f"--runtime={round(runtime * 1000)}ms", "--output-format=json"),
-        f"--size={min(load.most, room)}" if load.most else "--time_based",
+        f"--size={min(load.max_bytes, size)}" if load.max_bytes else "--time_based",
     ]
     if load.fsync:
         command.append("--fsync=1")
@@ -52,7 +52,7 @@ def measure_fio(load: Fio, file: Path, seconds: float, unit: str, room: int) -> 
         command.append("--end_fsync=1")
     if load.writes:
         # Each request says where it belongs, so that the disk can be checked afterwards.
-        pattern = f'--verify_pattern=%o"{MARK.decode()}"'
+        pattern = f'--verify_pattern=%o"{MARKER.decode()}"'
         command += ["--verify=pattern", pattern, "--do_verify=0"]
     job = _job(run(*command, seconds=runtime + SLACK_SECONDS))
     sides = [job[side] for side in ("read", "write")]
@@ -84,11 +84,11 @@ def verified_writes(file: Path) -> None:
     )
 
 
-def lay_out(file: Path, room: int) -> None:
-    """Write a file of ``room`` bytes for fio to use."""
+def lay_out(file: Path, size: int) -> None:
+    """Write a file of ``size`` bytes for fio to use."""
     run(
         *("fio", "--name=lay", f"--filename={file}", "--rw=write", "--bs=1m", "--end_fsync=1"),
-        f"--size={room}",
+        f"--size={size}",
         seconds=2 * SLACK_SECONDS,
     )
 
@@ -102,8 +102,8 @@ def read(word: str, disk: Path, *arguments: str) -> float:
     """
     command = (sys.executable, "-m", "benchmarks.reader", word, str(disk), *arguments)
     output = run(*command, seconds=CHECK_SECONDS).strip()
-    if output.startswith(WRONG):
-        raise WrongDataError(output.removeprefix(WRONG))
+    if output.startswith(WRONG_PREFIX):
+        raise WrongDataError(output.removeprefix(WRONG_PREFIX))
     return float(output)
 
 

@@ -209,7 +209,7 @@ static const struct fuse_lowlevel_ops operations = {
 
 int main(int count, char **words)
 {
-    char *options[] = {words[0], "-o", "fsname=limit,subtype=limit,max_read=1048576", NULL};
+    char *options[] = {words[0], "-o", "fsname=baseline,subtype=baseline,max_read=1048576", NULL};
     struct fuse_args arguments = FUSE_ARGS_INIT(3, options);
     const char *threads = getenv("THREADS");
     struct fuse_session *session;

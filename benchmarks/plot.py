@@ -14,7 +14,7 @@ WIDTH: Final = 760
 HEIGHT: Final = 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 40, 48
 TICKS: Final = 6
-MOST_POINTS: Final = 400
+MAX_POINTS: Final = 400
 
 
 class Line(NamedTuple):
@@ -27,12 +27,12 @@ class Line(NamedTuple):
 
 def draw(path: Path, title: str, axes: tuple[str, str], lines: Sequence[Line]) -> None:
     """Write the curves to a file; ``axes`` names what runs along x and y."""
-    most_x = max(x for line in lines for x, _ in line.points) or 1
-    most_y = 1.1 * max(y for line in lines for _, y in line.points) or 1
+    max_x = max(x for line in lines for x, _ in line.points) or 1
+    max_y = 1.1 * max(y for line in lines for _, y in line.points) or 1
 
-    def place(x: float, y: float) -> str:
-        right = LEFT + x / most_x * (WIDTH - LEFT - RIGHT)
-        down = HEIGHT - BOTTOM - y / most_y * (HEIGHT - TOP - BOTTOM)
+    def to_pixels(x: float, y: float) -> str:
+        right = LEFT + x / max_x * (WIDTH - LEFT - RIGHT)
+        down = HEIGHT - BOTTOM - y / max_y * (HEIGHT - TOP - BOTTOM)
         return f"{right:.1f},{down:.1f}"
 
     parts = [
@@ -44,16 +44,16 @@ def draw(path: Path, title: str, axes: tuple[str, str], lines: Sequence[Line]) -
         f'<text x="{WIDTH / 2}" y="20" text-anchor="middle" font-size="14">{escape(title)}</text>',
     ]
     for tick in range(TICKS + 1):
-        x, y = place(most_x * tick / TICKS, most_y * tick / TICKS).split(",")
+        x, y = to_pixels(max_x * tick / TICKS, max_y * tick / TICKS).split(",")
         parts += [
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#dddddd"/>',
             (
                 f'<text x="{LEFT - 6}" y="{float(y) + 4}" text-anchor="end">'
-                f"{most_y * tick / TICKS:.0f}</text>"
+                f"{max_y * tick / TICKS:.0f}</text>"
             ),
             (
                 f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-                f"{most_x * tick / TICKS:.0f}</text>"
+                f"{max_x * tick / TICKS:.0f}</text>"
             ),
         ]
     parts += [
@@ -64,9 +64,9 @@ def draw(path: Path, title: str, axes: tuple[str, str], lines: Sequence[Line]) -
         ),
     ]
     for number, line in enumerate(lines):
-        step = max(1, len(line.points) // MOST_POINTS)
+        step = max(1, len(line.points) // MAX_POINTS)
         points = [*line.points[::step], line.points[-1]]
-        where = " ".join(place(x, y) for x, y in points)
+        where = " ".join(to_pixels(x, y) for x, y in points)
         down = TOP + 14 + 16 * number
         parts += [
             f'<polyline points="{where}" fill="none" stroke="{line.colour}" stroke-width="1.8"/>',

@@ -22,50 +22,50 @@ from array import array
 from pathlib import Path
 from typing import Final
 
-from benchmarks.reader import MARK, WRONG
+from benchmarks.reader import MARKER, WRONG_PREFIX
 
-BLOCK: Final = 4096
+BLOCK_BYTES: Final = 4096
 
 
 def stamp(offset: int) -> bytes:
     """Give what the block at an offset begins with."""
-    return offset.to_bytes(8, "little") + MARK
+    return offset.to_bytes(8, "little") + MARKER
 
 
-def _read(descriptor: int, room: mmap.mmap, offset: int) -> None:
+def _read(descriptor: int, buffer: mmap.mmap, offset: int) -> None:
     """Read one block.
 
     Raises:
         ValueError: It is another one.
     """
-    os.preadv(descriptor, [room], offset)
-    if room[:16] != stamp(offset):
-        msg = f"offset {offset}: found {room[:16].hex()}, expected {stamp(offset).hex()}"
+    os.preadv(descriptor, [buffer], offset)
+    if buffer[:16] != stamp(offset):
+        msg = f"offset {offset}: found {buffer[:16].hex()}, expected {stamp(offset).hex()}"
         raise ValueError(msg)
 
 
 def first(disk: str, offsets: array[int]) -> str:
     """Read one block."""
-    room = mmap.mmap(-1, BLOCK)
+    buffer = mmap.mmap(-1, BLOCK_BYTES)
     began = time.monotonic()
     descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
-    _read(descriptor, room, offsets[0])
+    _read(descriptor, buffer, offsets[0])
     return f"{time.monotonic() - began}"
 
 
 def read(disk: str, offsets: array[int], seconds: float) -> str:
     """Read blocks for some time, after each was read once if there is time for that."""
-    room = mmap.mmap(-1, BLOCK)
+    buffer = mmap.mmap(-1, BLOCK_BYTES)
     descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
     end = time.monotonic() + seconds
     for offset in offsets:
-        _read(descriptor, room, offset)
+        _read(descriptor, buffer, offset)
         if time.monotonic() >= end:
             break
     began = time.monotonic()
     passed = 0.0
     for count, offset in enumerate(itertools.cycle(offsets), 1):
-        _read(descriptor, room, offset)
+        _read(descriptor, buffer, offset)
         passed = time.monotonic() - began
         if passed >= seconds:
             return f"{count / passed}"
@@ -74,12 +74,12 @@ def read(disk: str, offsets: array[int], seconds: float) -> str:
 
 def write(disk: str, offsets: array[int]) -> str:
     """Write each block, and flush."""
-    room = mmap.mmap(-1, BLOCK)
+    buffer = mmap.mmap(-1, BLOCK_BYTES)
     descriptor = os.open(disk, os.O_RDWR | os.O_DIRECT)
     began = time.monotonic()
     for offset in offsets:
-        room[:16] = stamp(offset)
-        os.pwritev(descriptor, [room], offset)
+        buffer[:16] = stamp(offset)
+        os.pwritev(descriptor, [buffer], offset)
     written = time.monotonic()
     os.fsync(descriptor)
     return f"{written - began} {time.monotonic() - written}"
@@ -97,7 +97,7 @@ def main() -> None:
         else:
             print(write(disk, offsets))
     except ValueError as error:
-        print(f"{WRONG}{disk}: {error}")
+        print(f"{WRONG_PREFIX}{disk}: {error}")
     except OSError as error:
         sys.exit(f"{disk}: {error}")
 

@@ -7,7 +7,7 @@
 "check" compares the whole disk with a flat file ("-": zeros), by several readers at once
 and not in order; of one of more than 2 GiB that was only read from, a part.  A block of BLOCK bytes
 may hold what fio wrote there instead; how many do is printed.  "walk" goes from data to
-hole and on, over and over, and prints walks a second.  "forget" takes the disk out of the
+hole and on, over and over, and prints walks a second.  "drop-cache" takes the disk out of the
 page cache.
 """
 
@@ -26,22 +26,22 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PIECE: Final = 1 << 20
-MOST_PIECES: Final = 2048
+CHUNK_BYTES: Final = 1 << 20
+MAX_CHUNKS_COMPARED: Final = 2048
 """From so many on a disk that was only read from is not compared as a whole."""
-SOME_PIECES: Final = 256
-SMALL: Final = 4096
+SAMPLED_CHUNKS: Final = 256
+SMALL_BYTES: Final = 4096
 SMALL_READS: Final = 4096
 READERS: Final = 16
-WRONG: Final = "wrong data: "
+WRONG_PREFIX: Final = "wrong data: "
 """What is printed instead of a number begins like this if the disk is not as expected."""
-MARK: Final = b"qedfuse!"
+MARKER: Final = b"qedfuse!"
 """Follows the offset of the request in what fio writes, up to the end of the request."""
 
 
 def written(offset: int, length: int) -> bytes:
     """Give what a write request of fio's holds; see `benchmarks.loads`."""
-    return (offset.to_bytes(8, "little") + MARK) * (length // 16)
+    return (offset.to_bytes(8, "little") + MARKER) * (length // 16)
 
 
 def compare(found: bytes, expected: bytes, offset: int, block: int) -> int:
@@ -64,15 +64,13 @@ def compare(found: bytes, expected: bytes, offset: int, block: int) -> int:
         if len(part) != len(wanted):
             msg = f"offset {offset + start}: found {len(part)} bytes, expected {len(wanted)}"
             raise ValueError(msg)
-        place = next(
-            at for at, pair in enumerate(zip(part, wanted, strict=True)) if len({*pair}) > 1
-        )
+        at = next(at for at, pair in enumerate(zip(part, wanted, strict=True)) if len({*pair}) > 1)
         msg = (
-            f"offset {offset + start + place}: found {part[place : place + 16].hex()}, "
-            f"expected {wanted[place : place + 16].hex()}"
+            f"offset {offset + start + at}: found {part[at : at + 16].hex()}, "
+            f"expected {wanted[at : at + 16].hex()}"
         )
         if block:
-            msg += f" or {written(offset + start, block)[place : place + 16].hex()}"
+            msg += f" or {written(offset + start, block)[at : at + 16].hex()}"
         raise ValueError(msg)
     return blocks
 
@@ -97,26 +95,26 @@ def check(disk: str, expected: str, block: int, flags: int = os.O_DIRECT) -> int
             return compare(_read(file.fileno(), offset, length), wanted, offset, block)
 
         order = random.Random(3)
-        large = list(range(0, size, PIECE))
+        large = list(range(0, size, CHUNK_BYTES))
         order.shuffle(large)
-        if len(large) > MOST_PIECES and not block:
-            large = [*large[:SOME_PIECES], (size - 1) // PIECE * PIECE]
+        if len(large) > MAX_CHUNKS_COMPARED and not block:
+            large = [*large[:SAMPLED_CHUNKS], (size - 1) // CHUNK_BYTES * CHUNK_BYTES]
         # Several at a time of those that the loads use as well: what is mixed up when
         # requests overlap would not show if they came one by one.
-        count = 0 if block > SMALL else SMALL_READS
-        small = [order.randrange(size // SMALL) * SMALL for _ in range(count)]
+        count = 0 if block > SMALL_BYTES else SMALL_READS
+        small = [order.randrange(size // SMALL_BYTES) * SMALL_BYTES for _ in range(count)]
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(lambda offset: look(offset, SMALL), small):
+            for _ in pool.map(lambda offset: look(offset, SMALL_BYTES), small):
                 pass
             pieces = dict.fromkeys(large)
-            return sum(pool.map(lambda offset: look(offset, PIECE), pieces))
+            return sum(pool.map(lambda offset: look(offset, CHUNK_BYTES), pieces))
 
 
 def _read(descriptor: int, offset: int, length: int) -> bytes:
     """Read into memory that begins at a page, as O_DIRECT wants it."""
-    with mmap.mmap(-1, length) as room:
-        count = os.preadv(descriptor, [room], offset)
-        return room[:count]
+    with mmap.mmap(-1, length) as buffer:
+        count = os.preadv(descriptor, [buffer], offset)
+        return buffer[:count]
 
 
 def walk(disk: str, seconds: float) -> float:
@@ -142,7 +140,7 @@ def walk(disk: str, seconds: float) -> float:
     return count / passed
 
 
-def forget(disk: str) -> float:
+def drop_cache(disk: str) -> float:
     """Take a disk out of the page cache of its mount."""
     descriptor = os.open(disk, os.O_RDWR)
     os.fsync(descriptor)
@@ -156,12 +154,12 @@ def main() -> None:
     actions: dict[str, Callable[[], float]] = {
         "check": lambda: check(disk, rest[0], int((rest[1:] or ["0"])[0])),
         "walk": lambda: walk(disk, float(rest[0])),
-        "forget": lambda: forget(disk),
+        "drop-cache": lambda: drop_cache(disk),
     }
     try:
         print(actions[word]())
     except ValueError as error:
-        print(f"{WRONG}{disk}: {error}")
+        print(f"{WRONG_PREFIX}{disk}: {error}")
     except OSError as error:
         sys.exit(f"{disk}: {error}")
 

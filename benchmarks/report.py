@@ -11,18 +11,18 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.plot import Mark, Row, draw_rows
-from benchmarks.servers import BenchmarkError, Who, run
-from benchmarks.table import CHAIN_COST
+from benchmarks.servers import BenchmarkError, System, run
+from benchmarks.targets import CHAIN_COST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from benchmarks.cells import Cell
 
-NAMES: Final[Mapping[Who, str]] = {
-    "us": "qedfuse",
-    "peer": "QEMU",
-    "limit": "limit",
+TITLES: Final[Mapping[System, str]] = {
+    "qedfuse": "qedfuse",
+    "qemu": "QEMU",
+    "baseline": "baseline",
     "single": "one image",
 }
 
@@ -39,23 +39,23 @@ class Outcome:
     """
 
     cell: Cell
-    figures: dict[Who, list[float]] = field(default_factory=dict)
+    figures: dict[System, list[float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
-    def fail(self, who: Who, what: str) -> None:
+    def fail(self, system: System, what: str) -> None:
         """Note what went wrong; QEMU's faults are for the reader, and fail nobody's run."""
-        notes = self.remarks if who == "peer" else self.failures
-        notes.append(f"{NAMES[who]} {what}")
+        notes = self.remarks if system == "qemu" else self.failures
+        notes.append(f"{TITLES[system]} {what}")
 
-    def median(self, who: Who) -> float | None:
+    def median(self, system: System) -> float | None:
         """Give the median of somebody's figures, None where there are none."""
-        figures = self.figures.get(who)
+        figures = self.figures.get(system)
         return median(figures) if figures else None
 
-    def ratio(self, other: Who) -> float | None:
+    def ratio(self, other: System) -> float | None:
         """Give how many times as fast as another one we are."""
-        ours, theirs = self.median("us"), self.median(other)
+        ours, theirs = self.median("qedfuse"), self.median(other)
         if not ours or not theirs:
             return None
         return theirs / ours if self.cell.unit == "s" else ours / theirs
@@ -64,8 +64,8 @@ class Outcome:
         """Give the targets that are missed, in words."""
         found = []
         for what, ratio, target in (
-            ("QEMU", self.ratio("peer"), self.cell.peer),
-            ("the limit", self.ratio("limit"), self.cell.limit),
+            ("QEMU", self.ratio("qemu"), self.cell.qemu_target),
+            ("the baseline", self.ratio("baseline"), self.cell.baseline_target),
         ):
             if ratio is not None and target is not None and ratio < target:
                 found.append(f"{ratio:.2f} of {what}, expected {target:g}")
@@ -78,11 +78,14 @@ class Outcome:
         """Say in one word what became of the targets; nothing where there are none."""
         if self.failures:
             return "failed"
-        if self.cell.peer is None and self.cell.limit is None:
+        if self.cell.qemu_target is None and self.cell.baseline_target is None:
             return ""
         if self.missed():
             return "missed"
-        ratios = ((self.cell.peer, self.ratio("peer")), (self.cell.limit, self.ratio("limit")))
+        ratios = (
+            (self.cell.qemu_target, self.ratio("qemu")),
+            (self.cell.baseline_target, self.ratio("baseline")),
+        )
         known = all(ratio is not None for target, ratio in ratios if target is not None)
         return "met" if known else "unknown"
 
@@ -104,15 +107,15 @@ def markdown(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> str:
     lines = [f"- {name}: {fact}" for name, fact in facts.items()]
     lines += [
         "",
-        "| cell | unit | qedfuse | QEMU | limit | to QEMU | target | to the limit | target | |",
+        "| cell | unit | qedfuse | QEMU | baseline | to QEMU | target | to baseline | target | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     notes: list[str] = []
     for outcome in outcomes:
         cell = outcome.cell
         figures = [
-            spread(outcome.figures[who]) if outcome.figures.get(who) else "-"
-            for who in ("us", "peer", "limit")
+            spread(outcome.figures[system]) if outcome.figures.get(system) else "-"
+            for system in ("qedfuse", "qemu", "baseline")
         ]
         remarks = [*outcome.failures, *outcome.remarks, *([cell.note] if cell.note else [])]
         if single := outcome.figures.get("single"):
@@ -125,8 +128,8 @@ def markdown(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> str:
             notes.append("; ".join(remarks))
             mark = f" [{len(notes)}]"
         ratios = [
-            *(_ratio(outcome.ratio("peer")), _target(cell.peer)),
-            *(_ratio(outcome.ratio("limit")), _target(cell.limit)),
+            *(_ratio(outcome.ratio("qemu")), _target(cell.qemu_target)),
+            *(_ratio(outcome.ratio("baseline")), _target(cell.baseline_target)),
         ]
         words = [cell.title + mark, cell.unit, *figures, *ratios, outcome.verdict()]
         lines.append(f"| {' | '.join(words)} |")
@@ -152,9 +155,16 @@ def as_json(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> dict[str, 
                 "title": outcome.cell.title,
                 "unit": outcome.cell.unit,
                 "figures": outcome.figures,
-                "medians": {who: outcome.median(who) for who in outcome.figures},
-                "ratios": {who: outcome.ratio(who) for who in outcome.figures if who != "us"},
-                "targets": {"peer": outcome.cell.peer, "limit": outcome.cell.limit},
+                "medians": {system: outcome.median(system) for system in outcome.figures},
+                "ratios": {
+                    system: outcome.ratio(system)
+                    for system in outcome.figures
+                    if system != "qedfuse"
+                },
+                "targets": {
+                    "qemu": outcome.cell.qemu_target,
+                    "baseline": outcome.cell.baseline_target,
+                },
                 "missed": outcome.missed(),
                 "failures": outcome.failures,
                 "remarks": outcome.remarks,
@@ -170,15 +180,15 @@ def plot(path: Path, outcomes: Iterable[Outcome]) -> None:
     for outcome in outcomes:
         marks = []
         for ratio, target, colour in (
-            (outcome.ratio("peer"), outcome.cell.peer, "#2471a3"),
-            (outcome.ratio("limit"), outcome.cell.limit, "#d68910"),
+            (outcome.ratio("qemu"), outcome.cell.qemu_target, "#2471a3"),
+            (outcome.ratio("baseline"), outcome.cell.baseline_target, "#d68910"),
         ):
             if ratio is not None:
                 marks.append(Mark(ratio, colour))
             if target is not None:
                 marks.append(Mark(target, colour, target=True))
         rows.append(Row(outcome.cell.title, marks))
-    legend = [("qedfuse / QEMU", "#2471a3"), ("qedfuse / limit", "#d68910")]
+    legend = [("qedfuse / QEMU", "#2471a3"), ("qedfuse / baseline", "#d68910")]
     draw_rows(path, "How many times as fast; a bar is the target", legend, rows)
 
 

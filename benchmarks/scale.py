@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import trio
 
-from benchmarks.images import settle
+from benchmarks.images import sync_file
 from benchmarks.mounted import Mounted, program, usage, wait_until_idle
-from benchmarks.probe import BLOCK, stamp
-from benchmarks.reader import WRONG
+from benchmarks.probe import BLOCK_BYTES, stamp
+from benchmarks.reader import WRONG_PREFIX
 from benchmarks.report import facts, number
 from benchmarks.servers import BenchmarkError, WrongDataError, run
 from benchmarks.sparse import GEOMETRY, build
@@ -52,11 +52,11 @@ CLUSTERS: Final = (10**4, 10**5, 10**6, 10**7)
 QUICK: Final = (("1G", 10**4), ("64T", 10**4), ("64T", 10**6))
 ROUNDS, SECONDS = 3, 1.0
 QUICK_SECONDS: Final = 0.4
-SAMPLES: Final = 4096
+SAMPLE_BLOCKS: Final = 4096
 """Different blocks that are read; each lies in another cluster as far as there are so many."""
-WRITES: Final = 1000
+WRITE_COUNT: Final = 1000
 NEAR_BYTES: Final = 16 << 30
-FLAT: Final = 2.0
+FLAT_FACTOR: Final = 2.0
 """A column is flat if its largest figure is at most so many times its smallest."""
 MIB: Final = 1 << 20
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ COLUMNS: Final[Mapping[str, str]] = {
     "resident": "idle MiB",
     "loaded": "MiB after load",
     "peak": "most MiB",
-    "write": f"{WRITES} writes, s",
+    "write": f"{WRITE_COUNT} writes, s",
     "flush": "flush, s",
     "unmount": "unmount, s",
     "open": "library open, s",
@@ -106,11 +106,13 @@ class Original:
         random = np.random.default_rng(2)
         clusters, offsets = build(self.path, size, cell.clusters)
         self.tables: Final = len(np.unique(clusters // GEOMETRY.entries))
-        everywhere = random.integers(0, len(clusters), SAMPLES)
+        everywhere = random.integers(0, len(clusters), SAMPLE_BLOCKS)
         start = int(random.integers(0, len(clusters)))
         end = int(np.searchsorted(clusters, clusters[start] + NEAR_BYTES // GEOMETRY.cluster_size))
-        near = random.integers(start, end, SAMPLES)
-        blocks = random.integers(0, GEOMETRY.cluster_size // BLOCK, SAMPLES) * BLOCK
+        near = random.integers(start, end, SAMPLE_BLOCKS)
+        blocks = (
+            random.integers(0, GEOMETRY.cluster_size // BLOCK_BYTES, SAMPLE_BLOCKS) * BLOCK_BYTES
+        )
         with self.path.open("r+b", buffering=0) as file:
             for name, chosen in (("anywhere", everywhere), ("near", near)):
                 places = clusters[chosen] * GEOMETRY.cluster_size + blocks
@@ -119,7 +121,7 @@ class Original:
                     os.pwrite(file.fileno(), stamp(place), at)
                 self._note(name, places)
         self._note("first", self.offsets("anywhere")[-1:])
-        self._note("write", random.integers(0, size // BLOCK, WRITES) * BLOCK)
+        self._note("write", random.integers(0, size // BLOCK_BYTES, WRITE_COUNT) * BLOCK_BYTES)
 
     def _note(self, name: str, offsets: NDArray[np.int64]) -> None:
         self.list(name).write_bytes(offsets.astype("<u8").tobytes())
@@ -137,7 +139,7 @@ class Original:
         path = self._directory / "copy.qed"
         path.unlink(missing_ok=True)
         run("cp", "--sparse=always", str(self.path), str(path), seconds=300)
-        settle(path)
+        sync_file(path)
         return path
 
 
@@ -149,7 +151,7 @@ def probe(word: str, disk: Path, original: Original, *more: str, load: str = "")
     """
     command = (sys.executable, "-m", "benchmarks.probe", word, str(disk))
     said = run(*command, str(original.list(load or word)), *more, seconds=300)
-    if said.startswith(WRONG):
+    if said.startswith(WRONG_PREFIX):
         raise WrongDataError(said.strip())
     return [float(figure) for figure in said.split()]
 
@@ -209,9 +211,9 @@ def markdown(results: Mapping[Cell, Mapping[str, float]], tables: Mapping[Cell, 
         figures = [number(row[column]) for column in COLUMNS]
         lines.append(f"| {' | '.join([cell.size, power, f'{tables[cell]:,}', *figures])} |")
     spreads = flatness(results.values())
-    flat = [COLUMNS[column] for column, factor in spreads.items() if factor <= FLAT]
-    others = [f"{COLUMNS[name]} ({number(by)})" for name, by in spreads.items() if by > FLAT]
-    lines += ["", f"Flat, within a factor of {FLAT:g}: {'; '.join(flat) or 'none'}."]
+    flat = [COLUMNS[column] for column, factor in spreads.items() if factor <= FLAT_FACTOR]
+    others = [f"{COLUMNS[name]} ({number(by)})" for name, by in spreads.items() if by > FLAT_FACTOR]
+    lines += ["", f"Flat, within a factor of {FLAT_FACTOR:g}: {'; '.join(flat) or 'none'}."]
     lines.append(f"Not flat, and by what factor: {'; '.join(others) or 'none'}.")
     return "\n".join(lines) + "\n"
 

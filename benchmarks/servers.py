@@ -18,7 +18,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from qedfuse.mount.system.mounttable import find_mount
 
-Who: TypeAlias = Literal["us", "peer", "limit", "single"]
+System: TypeAlias = Literal["qedfuse", "qemu", "baseline", "single"]
 """``single`` is qedfuse too, on one image with the content of a chain."""
 
 START_SECONDS: Final = 20.0
@@ -72,7 +72,7 @@ class Programs(NamedTuple):
     """Paths of what is measured, but for QEMU, which is found on the PATH."""
 
     qedfuse: str
-    limit: str
+    baseline: str
 
 
 class Server:
@@ -82,27 +82,33 @@ class Server:
     """
 
     def __init__(
-        self, programs: Programs, who: Who, image: Path, directory: Path, *, threads: bool = False
+        self,
+        programs: Programs,
+        system: System,
+        image: Path,
+        directory: Path,
+        *,
+        threads: bool = False,
     ) -> None:
-        self.who: Final = who
+        self.system: Final = system
         self.image: Final = image
         self._programs = programs
-        self._mountpoint: Final = directory / f"{who}.mnt"
+        self._mountpoint: Final = directory / f"{system}.mnt"
         environment = dict(os.environ)
-        if who == "peer":
+        if system == "qemu":
             self._mountpoint.touch()
             self.disk = self._mountpoint
-            command = _peer_command(image, self._mountpoint)
-        elif who == "limit":
+            command = _qemu_command(image, self._mountpoint)
+        elif system == "baseline":
             self._mountpoint.mkdir()
             self.disk = self._mountpoint / "disk.raw"
-            command = [programs.limit, str(image), str(self._mountpoint)]
+            command = [programs.baseline, str(image), str(self._mountpoint)]
             environment["THREADS"] = "many" if threads else "one"
         else:
             self._mountpoint.mkdir()
             self.disk = self._mountpoint / f"{image.stem}.raw"
             command = [programs.qedfuse, str(image), str(self._mountpoint), "-f"]
-        self._log = directory / f"{who}.log"
+        self._log = directory / f"{system}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -123,16 +129,16 @@ class Server:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             if self._process.poll() is not None:
-                msg = f"{self.who}: the server ended by itself: {self._last_words()}"
+                msg = f"{self.system}: the server ended by itself: {self._last_words()}"
                 raise BenchmarkError(msg)
             # By way of the kernel's list, because a file system that hangs would hang us.
             device = _mounted_at(self._mountpoint)
             if device is not None and device != host:
-                if self.who == "limit":
+                if self.system == "baseline":
                     _raise_read_ahead(device)
                 return
             time.sleep(0.02)
-        msg = f"{self.who}: found no mount after {START_SECONDS:.0f} s: {self._last_words()}"
+        msg = f"{self.system}: found no mount after {START_SECONDS:.0f} s: {self._last_words()}"
         raise BenchmarkError(msg)
 
     def _last_words(self) -> str:
@@ -147,21 +153,21 @@ class Server:
         """
         try:
             if self._process.poll() is not None:
-                msg = f"{self.who}: the server ended by itself: {self._last_words()}"
+                msg = f"{self.system}: the server ended by itself: {self._last_words()}"
                 raise BenchmarkError(msg)
-            if self.who == "peer":
+            if self.system == "qemu":
                 self._process.terminate()
-            elif self.who == "limit":
+            elif self.system == "baseline":
                 run("fusermount3", "-u", str(self._mountpoint), seconds=STOP_SECONDS)
             else:
                 run(self._programs.qedfuse, "umount", str(self._mountpoint), seconds=STOP_SECONDS)
             try:
                 code = self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                msg = f"{self.who}: found no end {STOP_SECONDS:.0f} s after it was told to"
+                msg = f"{self.system}: found no end {STOP_SECONDS:.0f} s after it was told to"
                 raise BenchmarkError(msg) from None
             if code:
-                msg = f"{self.who}: exit code {code}: {self._last_words()}"
+                msg = f"{self.system}: exit code {code}: {self._last_words()}"
                 raise BenchmarkError(msg)
         finally:
             self.kill()
@@ -175,13 +181,13 @@ class Server:
             if _mounted_at(self._mountpoint) is not None:
                 run("fusermount3", "-u", "-z", str(self._mountpoint), seconds=10)
         with suppress(OSError):
-            if self.who == "peer":
+            if self.system == "qemu":
                 self._mountpoint.unlink()
             else:
                 self._mountpoint.rmdir()
 
 
-def _peer_command(image: Path, mountpoint: Path) -> list[str]:
+def _qemu_command(image: Path, mountpoint: Path) -> list[str]:
     """Give QEMU's command line, with its defaults for whatever concerns speed."""
     file = {"driver": "file", "filename": str(image)}
     node = {"driver": "qed", "node-name": "disk", "file": file}

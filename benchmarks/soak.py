@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from benchmarks.mounted import Mounted, program, usage
-from benchmarks.reader import MARK
+from benchmarks.reader import MARKER
 from benchmarks.report import facts
 from benchmarks.servers import BenchmarkError, WrongDataError, run
 
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
 
 MIB: Final = 1 << 20
 DISK_BYTES: Final = 16 << 30
-BLOCK: Final = 4096
-STEP_SECONDS: Final = 5.0
-SETTLED_SECONDS: Final = 120.0
+BLOCK_BYTES: Final = 4096
+SAMPLE_INTERVAL_SECONDS: Final = 5.0
+WARM_UP_SECONDS: Final = 120.0
 """What is taken up by then is no growth: caches fill, and the allocator gets its memory."""
-MOST_GROWTH: Final = 8 * MIB
-LIMIT_BYTES: Final = 384 * MIB
+MAX_GROWTH_BYTES: Final = 8 * MIB
+MAX_WRITTEN_BYTES: Final = 384 * MIB
 """With more than this written, writing stops until enough is discarded."""
-LENGTHS: Final = (4096, 4096, 4096, 16384, 65536, 262_144, MIB)
-AT_ONCE: Final = 4
+LENGTHS_BYTES: Final = (4096, 4096, 4096, 16384, 65536, 262_144, MIB)
+LOAD_PROCESSES: Final = 4
 """Processes that put load on the disk, each on a part of its own."""
 LOAD: Final = (sys.executable, "-m", "benchmarks.soak", "--load")
 _PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -77,22 +77,22 @@ class Model:
     def write(self, block: int, count: int) -> bytes:
         """Note a write of ``count`` blocks; give what is to be written."""
         self._number += 1
-        place = block - self.first
-        self._writes[place : place + count] = self._number
+        index = block - self.first
+        self._writes[index : index + count] = self._number
         return self.expected(block, count)
 
     def discard(self, block: int, count: int) -> None:
         """Note that blocks were made zeros."""
-        place = block - self.first
-        self._writes[place : place + count] = 0
+        index = block - self.first
+        self._writes[index : index + count] = 0
 
     def expected(self, block: int, count: int) -> bytes:
         """Give what blocks must hold."""
-        place = block - self.first
+        index = block - self.first
         blocks = []
-        for at, number in enumerate(self._writes[place : place + count].tolist(), block):
-            words = at.to_bytes(4, "little") + number.to_bytes(4, "little") + MARK
-            blocks.append(words * (BLOCK // 16) if number else bytes(BLOCK))
+        for at, number in enumerate(self._writes[index : index + count].tolist(), block):
+            words = at.to_bytes(4, "little") + number.to_bytes(4, "little") + MARKER
+            blocks.append(words * (BLOCK_BYTES // 16) if number else bytes(BLOCK_BYTES))
         return b"".join(blocks)
 
 
@@ -104,8 +104,8 @@ class Load:
         self._descriptor = os.open(disk, os.O_RDWR | os.O_DIRECT)
         self._model = model
         self._choice = random.Random(seed)
-        self._room = mmap.mmap(-1, max(LENGTHS))
-        self._most = LIMIT_BYTES // AT_ONCE
+        self._buffer = mmap.mmap(-1, max(LENGTHS_BYTES))
+        self._max_written_bytes = MAX_WRITTEN_BYTES // LOAD_PROCESSES
         # What was written and is to be discarded some day: ranges of blocks.
         self._areas: list[tuple[int, int]] = []
         self._filled = 0
@@ -126,7 +126,7 @@ class Load:
     def _range(self) -> tuple[int, int]:
         """Choose a range of the part, in blocks; more often than not there is data."""
         model, choice = self._model, self._choice
-        count = choice.choice(LENGTHS) // BLOCK
+        count = choice.choice(LENGTHS_BYTES) // BLOCK_BYTES
         if self._areas and choice.random() < 0.7:  # noqa: PLR2004
             block, _count = choice.choice(self._areas)
         else:
@@ -143,26 +143,28 @@ class Load:
         self._compare(block, count)
 
     def _compare(self, block: int, count: int) -> None:
-        length = count * BLOCK
-        got = os.preadv(self._descriptor, [memoryview(self._room)[:length]], block * BLOCK)
-        found, expected = self._room[:got], self._model.expected(block, count)
+        length = count * BLOCK_BYTES
+        got = os.preadv(self._descriptor, [memoryview(self._buffer)[:length]], block * BLOCK_BYTES)
+        found, expected = self._buffer[:got], self._model.expected(block, count)
         if found != expected:
             pairs = zip(found, expected, strict=False)
-            place = next((at for at, (one, two) in enumerate(pairs) if one != two), got)
+            index = next((at for at, (one, two) in enumerate(pairs) if one != two), got)
             msg = (
-                f"offset {block * BLOCK + place}: found {found[place : place + 16].hex()}, "
-                f"expected {expected[place : place + 16].hex()}"
+                f"offset {block * BLOCK_BYTES + index}: found {found[index : index + 16].hex()}, "
+                f"expected {expected[index : index + 16].hex()}"
             )
             raise ValueError(msg)
 
     def write(self) -> None:
         """Write a range; where too much is written already, discard instead."""
-        if self._filled * BLOCK > self._most:
+        if self._filled * BLOCK_BYTES > self._max_written_bytes:
             self.discard()
             return
         block, count = self._range()
-        self._room[: count * BLOCK] = self._model.write(block, count)
-        os.pwritev(self._descriptor, [memoryview(self._room)[: count * BLOCK]], block * BLOCK)
+        self._buffer[: count * BLOCK_BYTES] = self._model.write(block, count)
+        os.pwritev(
+            self._descriptor, [memoryview(self._buffer)[: count * BLOCK_BYTES]], block * BLOCK_BYTES
+        )
         self._areas.append((block, count))
         self._filled += count
 
@@ -170,14 +172,17 @@ class Load:
         """Discard all the clusters that one of the writes has touched."""
         if not self._areas:
             return
-        place = self._choice.randrange(len(self._areas))
-        self._areas[place], self._areas[-1] = self._areas[-1], self._areas[place]
+        index = self._choice.randrange(len(self._areas))
+        self._areas[index], self._areas[-1] = self._areas[-1], self._areas[index]
         block, count = self._areas.pop()
         self._filled -= count
-        cluster = 65536 // BLOCK
+        cluster = 65536 // BLOCK_BYTES
         first = max(self._model.first, block // cluster * cluster)
         last = min(self._model.first + self._model.count, -(-(block + count) // cluster) * cluster)
-        start, length = ctypes.c_int64(first * BLOCK), ctypes.c_int64((last - first) * BLOCK)
+        start, length = (
+            ctypes.c_int64(first * BLOCK_BYTES),
+            ctypes.c_int64((last - first) * BLOCK_BYTES),
+        )
         if _libc.fallocate(self._descriptor, _PUNCH_HOLE, start, length) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), "fallocate")
@@ -199,7 +204,7 @@ class Load:
 
 def put_load_on(disk: str, seconds: float, part: int, seed: int) -> None:
     """Be one of the processes that use the disk; print how many operations there were."""
-    count = DISK_BYTES // BLOCK // AT_ONCE
+    count = DISK_BYTES // BLOCK_BYTES // LOAD_PROCESSES
     load = Load(disk, Model(part * count, count), seed + part)
     try:
         load.run(seconds)
@@ -249,7 +254,7 @@ def growth(samples: Sequence[Sample]) -> int:
 
     A run that is too short for that counts from its middle on.
     """
-    settled = min(SETTLED_SECONDS, samples[-1].seconds / 2)
+    settled = min(WARM_UP_SECONDS, samples[-1].seconds / 2)
     before = next(item for item in samples if item.seconds >= settled)
     return samples[-1].resident - before.resident
 
@@ -268,7 +273,7 @@ def watch(mounted: Mounted, image: Path, seconds: float, seed: int) -> tuple[lis
             stderr=subprocess.PIPE,
             text=True,
         )
-        for part in range(AT_ONCE)
+        for part in range(LOAD_PROCESSES)
     ]
     samples: list[Sample] = []
     began = time.monotonic()
@@ -280,7 +285,7 @@ def watch(mounted: Mounted, image: Path, seconds: float, seed: int) -> tuple[lis
             if samples[-1].seconds > 2 * seconds + 60:
                 msg = f"the load found no end after {samples[-1].seconds:.0f} s"
                 raise BenchmarkError(msg)
-            time.sleep(STEP_SECONDS)
+            time.sleep(SAMPLE_INTERVAL_SECONDS)
     finally:
         for child in children:
             child.kill()
@@ -303,7 +308,7 @@ def table(samples: Sequence[Sample]) -> str:
     lines += [
         f"| {item.seconds / 60:.1f} | {item.resident / MIB:.1f} | {item.descriptors} | "
         f"{item.threads} | {item.length / MIB:.0f} | {item.space / MIB:.0f} |"
-        for item in (samples[place] for place in places)
+        for item in (samples[index] for index in places)
     ]
     by = slopes(samples)
     lines.append(
@@ -333,7 +338,7 @@ def main() -> None:
             grown = soak(Path(name), arguments.minutes * 60, arguments.seed)
     except (BenchmarkError, OSError) as error:
         sys.exit(f"soak: {error}")
-    if grown > MOST_GROWTH:
+    if grown > MAX_GROWTH_BYTES:
         sys.exit(f"soak: memory grew by {grown / MIB:.1f} MiB, expected at most 8")
 
 

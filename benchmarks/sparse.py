@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GEOMETRY: Final = Geometry(cluster_size=65536, table_size=4)
-AREA: Final = 512
+AREA_CLUSTERS: Final = 512
 """Clusters of an area: their entries fill a page of 4096 bytes."""
 _HEADER_END: Final = GEOMETRY.cluster_size
 
@@ -43,11 +43,11 @@ def choose(disk_clusters: int, wanted: int, random: np.random.Generator) -> NDAr
     if wanted > disk_clusters:
         msg = f"clusters: found {wanted}, expected at most {disk_clusters}"
         raise ValueError(msg)
-    areas = -(-disk_clusters // AREA)
-    used = min(areas, -(-2 * wanted // AREA))
+    areas = -(-disk_clusters // AREA_CLUSTERS)
+    used = min(areas, -(-2 * wanted // AREA_CLUSTERS))
     while True:
         chosen = np.sort(random.permutation(areas)[:used])
-        candidates = (chosen[:, None] * AREA + np.arange(AREA)).ravel()
+        candidates = (chosen[:, None] * AREA_CLUSTERS + np.arange(AREA_CLUSTERS)).ravel()
         candidates = candidates[candidates < disk_clusters]
         if len(candidates) >= wanted:
             break
@@ -114,6 +114,6 @@ def _write_table(
     entries = np.zeros(GEOMETRY.entries, "<u8")
     indices = clusters % GEOMETRY.entries
     entries[indices] = offsets
-    for page in np.unique(indices // AREA).tolist():
-        part = entries[page * AREA : (page + 1) * AREA]
-        os.pwrite(descriptor, part.tobytes(), table + page * AREA * ENTRY_BYTES)
+    for page in np.unique(indices // AREA_CLUSTERS).tolist():
+        part = entries[page * AREA_CLUSTERS : (page + 1) * AREA_CLUSTERS]
+        os.pwrite(descriptor, part.tobytes(), table + page * AREA_CLUSTERS * ENTRY_BYTES)

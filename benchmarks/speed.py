@@ -4,8 +4,8 @@
     benchmarks/run.sh --quick             every cell, in about five minutes
     benchmarks/run.sh --cells randread    the cells whose names contain that
 
-"us" is the command qedfuse; "peer" is qemu-storage-daemon with a writable FUSE export of
-an image with the same content; "limit" is benchmarks/passthrough.c on a flat file with
+"qedfuse" is the command qedfuse; "qemu" is qemu-storage-daemon with a writable FUSE export of
+an image with the same content; "baseline" is benchmarks/passthrough.c on a flat file with
 that content.  They take turns, in another order each round.  What counts is the median of
 the rounds and the ratio of two medians, more than one meaning that qedfuse is faster.
 After its last round each disk is compared with what it should hold.
@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar, get_args
 
 from benchmarks.cells import Cell, Fio
-from benchmarks.contest import Place, Runner
 from benchmarks.images import Images
 from benchmarks.report import Outcome, as_json, facts, markdown, number, plot
-from benchmarks.servers import BenchmarkError, Programs, Who, run
-from benchmarks.table import CELLS, chosen
+from benchmarks.runner import Environment, Runner
+from benchmarks.servers import BenchmarkError, Programs, System, run
+from benchmarks.targets import CELLS, select_cells
 from qedfuse.mount.system.mounttable import read_mounts
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 
 
-def compile_limit(directory: Path) -> str:
+def compile_baseline(directory: Path) -> str:
     """Build the pass-through and give its path.
 
     Raises:
@@ -62,65 +62,67 @@ def compile_limit(directory: Path) -> str:
     return program
 
 
-def takes_part(cell: Cell) -> list[Who]:
+def systems_of(cell: Cell) -> list[System]:
     """Give who is measured in a cell."""
-    return [who for who in get_args(Who) if who != "single" or cell.stage == "chain"]
+    return [system for system in get_args(System) if system != "single" or cell.stage == "chain"]
 
 
-def turns(everybody: Sequence[T], rounds: int) -> list[list[T]]:
+def rotated_orders(systems: Sequence[T], rounds: int) -> list[list[T]]:
     """Give the order of each round: whoever was first is the last in the next one."""
     orders = []
     for number_ in range(rounds):
-        first = number_ % len(everybody)
-        orders.append([*everybody[first:], *everybody[:first]])
+        first = number_ % len(systems)
+        orders.append([*systems[first:], *systems[:first]])
     return orders
 
 
-def compete(cell: Cell, everybody: Sequence[Who], place: Place, rounds: int) -> Outcome:
+def run_cell(
+    cell: Cell, systems: Sequence[System], environment: Environment, rounds: int
+) -> Outcome:
     """Measure one cell; who fails comes back in the next round."""
     outcome = Outcome(cell)
-    contestants = {who: Runner(who, cell, place) for who in everybody}
+    runners = {system: Runner(system, cell, environment) for system in systems}
     try:
-        for step, order in enumerate(turns(everybody, rounds), 1):
-            for who in order:
-                if not _take_turn(contestants[who], outcome, last=step == rounds):
-                    contestants[who].give_up()
-                    contestants[who] = Runner(who, cell, place)
-        for who, contestant in contestants.items():
+        for step, order in enumerate(rotated_orders(systems, rounds), 1):
+            for system in order:
+                if not _measure_once(runners[system], outcome, last=step == rounds):
+                    runners[system].abort()
+                    runners[system] = Runner(system, cell, environment)
+        for system, runner in runners.items():
             try:
-                contestant.leave()
+                runner.finish()
             except BenchmarkError as error:
-                outcome.fail(who, f"failed: {error}")
+                outcome.fail(system, f"failed: {error}")
     finally:
-        for contestant in contestants.values():
-            contestant.give_up()
+        for runner in runners.values():
+            runner.abort()
     if cell.stage != "full" or (isinstance(cell.load, Fio) and cell.load.writes):
-        place.images.drop(cell.stage)
+        environment.images.drop(cell.stage)
     return outcome
 
 
-def _take_turn(contestant: Runner, outcome: Outcome, *, last: bool) -> bool:
+def _measure_once(runner: Runner, outcome: Outcome, *, last: bool) -> bool:
     """Measure once; False if that failed."""
-    who = contestant.who
+    system = runner.system
     try:
-        figure = contestant.measure(last=last)
+        figure = runner.measure(last=last)
     except BenchmarkError as error:
-        outcome.fail(who, f"failed: {error}")
+        outcome.fail(system, f"failed: {error}")
         return False
-    outcome.figures.setdefault(who, []).append(figure)
-    if contestant.wrong:
-        outcome.fail(who, f"wrong data: {contestant.wrong}")
+    outcome.figures.setdefault(system, []).append(figure)
+    if runner.wrong:
+        outcome.fail(system, f"wrong data: {runner.wrong}")
     return True
 
 
 def _line(outcome: Outcome) -> str:
     """Say in one line what came out."""
-    parts = [f"{who} {number(outcome.median(who) or 0)}" for who in outcome.figures]
+    parts = [f"{system} {number(outcome.median(system) or 0)}" for system in outcome.figures]
     parts.append(outcome.cell.unit)
-    for other in get_args(Who):
+    for other in get_args(System):
         ratio = outcome.ratio(other)
-        if other != "us" and ratio is not None:
-            parts.append(f"us/{other} {ratio:.2f}")
+        if other != "qedfuse" and ratio is not None:
+            parts.append(f"qedfuse/{other} {ratio:.2f}")
     parts += [f"MISSED: {what}" for what in outcome.missed()]
     parts += [f"NOTE: {what}" for what in outcome.remarks]
     parts += [f"FAILED: {what}" for what in outcome.failures]
@@ -130,9 +132,11 @@ def _line(outcome: Outcome) -> str:
 def _list() -> None:
     """Print the cells and their targets."""
     for cell in CELLS:
-        targets = [f"peer x {cell.peer:g}" if cell.peer is not None else ""]
-        targets.append(f"limit x {cell.limit:g}" if cell.limit is not None else "")
-        print(f"{cell.name:24} {targets[0]:10} {targets[1]:11} {cell.title}")
+        targets = [f"QEMU x {cell.qemu_target:g}" if cell.qemu_target is not None else ""]
+        targets.append(
+            f"baseline x {cell.baseline_target:g}" if cell.baseline_target is not None else ""
+        )
+        print(f"{cell.name:24} {targets[0]:10} {targets[1]:14} {cell.title}")
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
@@ -152,18 +156,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help=f"of each measurement ({SECONDS:g})")
     parser.add_argument("--size", type=int, help=f"of a disk, in MiB ({SIZE_MIB})")
     parser.add_argument(
-        "--who",
-        default="us,peer,limit,single",
-        help="some of us, peer, limit, single (qedfuse on one image, beside the chain)",
+        "--systems",
+        default="qedfuse,qemu,baseline,single",
+        help="some of qedfuse, qemu, baseline, single (qedfuse on one image, beside the chain)",
     )
     parser.add_argument("--dir", type=Path, default=ROOT, help="where 20 GiB are free")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
     arguments = parser.parse_args()
-    unknown = set(arguments.who.split(",")) - set(get_args(Who))
+    unknown = set(arguments.systems.split(",")) - set(get_args(System))
     if unknown:
-        parser.error(f"--who: found {', '.join(sorted(unknown))}, expected {get_args(Who)}")
+        parser.error(f"--systems: found {', '.join(sorted(unknown))}, expected {get_args(System)}")
     return arguments
 
 
@@ -200,27 +204,27 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[Outcome], dict[str, st
         BenchmarkError: The set-up failed.
         ValueError: No cell is wanted.
     """
-    cells = chosen(arguments.cells)
+    cells = select_cells(arguments.cells)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)
     size = arguments.size or (QUICK_SIZE_MIB if arguments.quick else SIZE_MIB)
     qedfuse = os.environ.get("QEDFUSE") or str(Path(sys.executable).with_name("qedfuse"))
-    wanted = arguments.who.split(",")
+    wanted = arguments.systems.split(",")
     start = time.monotonic()
     outcomes: list[Outcome] = []
     directory = Path(tempfile.mkdtemp(prefix="qedfuse-speed-", dir=arguments.dir))
     try:
         settings = f"{rounds} rounds of {seconds:g} s, disks of {size} MiB"
         about = facts(directory, qedfuse, settings)
-        programs = Programs(qedfuse, compile_limit(directory))
-        place = Place(directory, Images(directory, size << 20), programs, seconds)
+        programs = Programs(qedfuse, compile_baseline(directory))
+        environment = Environment(directory, Images(directory, size << 20), programs, seconds)
         for cell in cells:
             if cell.loop and os.geteuid() != 0:
                 print(f"{cell.name}: left out, because only root attaches loop devices")
                 continue
-            everybody = [who for who in takes_part(cell) if who in wanted]
+            systems = [system for system in systems_of(cell) if system in wanted]
             began = time.monotonic()
-            outcomes.append(compete(cell, everybody, place, rounds))
+            outcomes.append(run_cell(cell, systems, environment, rounds))
             print(f"{_line(outcomes[-1])}  ({time.monotonic() - began:.0f} s)", flush=True)
     finally:
         _remove(directory)

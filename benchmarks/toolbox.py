@@ -4,7 +4,7 @@
     benchmarks/toolbox.sh --quick             smaller disks and three rounds
     benchmarks/toolbox.sh --tasks convert     the tasks whose names contain that
 
-"us" is qedimg, "peer" is qemu-img doing the same.  Of its own accord qemu-img's `convert`
+"qedimg" is qedimg, "qemu-img" is qemu-img doing the same.  Of its own accord qemu-img's `convert`
 does not bring the copy to the host's disk; both are measured with that and without.  They
 take turns, in another order each round.  Times are of whole processes, from their start to
 their end; sources are in the host's page cache, unless it is said that they are not.  What
@@ -32,12 +32,21 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.images import cool, settle, warm
+from benchmarks.images import cache_file, evict_file, sync_file
 from benchmarks.report import facts, number
 from benchmarks.servers import BenchmarkError, run
-from benchmarks.speed import turns
+from benchmarks.speed import rotated_orders
 from benchmarks.toolfiles import Files
-from benchmarks.tooltasks import LEAKS, LONG, MIB, TASKS, Outcome, Task, as_json, markdown
+from benchmarks.tooltasks import (
+    LEAKS_CODE,
+    MIB,
+    MISCOUNTED_BYTES,
+    TASKS,
+    Outcome,
+    Task,
+    as_json,
+    markdown,
+)
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -46,7 +55,7 @@ if TYPE_CHECKING:
 ROUNDS, SIZE, LARGE = 5, "8G", "1T"
 QUICK_ROUNDS, QUICK_SIZE, QUICK_LARGE = 3, "256M", "128G"
 ROOT: Final = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS: Final = 1800.0
+TASK_TIMEOUT_SECONDS: Final = 1800.0
 
 
 class Bench:
@@ -54,60 +63,62 @@ class Bench:
 
     def __init__(self, files: Files, qedimg: Sequence[str]) -> None:
         self._files = files
-        self._programs = {"us": list(qedimg), "peer": ["qemu-img"]}
+        self._programs = {"qedimg": list(qedimg), "qemu-img": ["qemu-img"]}
 
-    def compete(self, task: Task, rounds: int) -> Outcome:
+    def run_task(self, task: Task, rounds: int) -> Outcome:
         """Let all take turns, then look at what they made."""
         outcome = Outcome(task)
-        wanted = {"us": task.us, "peer": task.peer}
-        commands = {who: self._command(task, who, words) for who, words in wanted.items() if words}
+        wanted = {"qedimg": task.qedimg, "qemu-img": task.qemu_img}
+        commands = {
+            system: self._command(task, system, words) for system, words in wanted.items() if words
+        }
         if task.expected:
             # Images without data are in the page cache, as far as there is any of them.
-            warm(self._files.path(task.source))
-        for order in turns(list(commands), rounds):
-            for who in order:
-                self._measure(outcome, who, commands[who])
+            cache_file(self._files.path(task.source))
+        for order in rotated_orders(list(commands), rounds):
+            for system in order:
+                self._measure(outcome, system, commands[system])
         try:
             self._verify(task, commands)
         except (BenchmarkError, ValueError) as error:
             outcome.failures.append(str(error))
         finally:
-            for who in commands:
-                self._target(task, who).unlink(missing_ok=True)
+            for system in commands:
+                self._target(task, system).unlink(missing_ok=True)
         return outcome
 
-    def _target(self, task: Task, who: str) -> Path:
-        return self._files.directory / f"{task.name}-{who}.{task.target or 'none'}"
+    def _target(self, task: Task, system: str) -> Path:
+        return self._files.directory / f"{task.name}-{system}.{task.target or 'none'}"
 
-    def _command(self, task: Task, who: str, words: str) -> list[str]:
+    def _command(self, task: Task, system: str, words: str) -> list[str]:
         source = self._files.path(task.source) if task.source else Path()
         places = {
             "source": source,
-            "target": self._target(task, who),
+            "target": self._target(task, system),
             "directory": self._files.directory,
         }
-        return [*self._programs[who], *(word.format(**places) for word in words.split())]
+        return [*self._programs[system], *(word.format(**places) for word in words.split())]
 
-    def _measure(self, outcome: Outcome, who: str, command: Sequence[str]) -> None:
-        target = self._target(outcome.task, who)
+    def _measure(self, outcome: Outcome, system: str, command: Sequence[str]) -> None:
+        target = self._target(outcome.task, system)
         target.unlink(missing_ok=True)
         if outcome.task.cold:
-            cool(self._files.path(outcome.task.source))
+            evict_file(self._files.path(outcome.task.source))
         try:
             launcher = (sys.executable, "-m", "benchmarks.launch")
-            said = run(*launcher, *command, seconds=LIMIT_SECONDS).split()
+            said = run(*launcher, *command, seconds=TASK_TIMEOUT_SECONDS).split()
         except BenchmarkError as error:
-            outcome.failures.append(f"{who}: {error}")
+            outcome.failures.append(f"{system}: {error}")
             return
         seconds, _busy, memory, code = map(float, said)
-        if code and (who == "us" or code != outcome.task.peer_code):
-            outcome.failures.append(f"{who}: {shlex.join(command)}: exit code {code:.0f}")
+        if code and (system == "qedimg" or code != outcome.task.qemu_img_code):
+            outcome.failures.append(f"{system}: {shlex.join(command)}: exit code {code:.0f}")
             return
-        outcome.seconds.setdefault(who, []).append(seconds)
-        outcome.memory.setdefault(who, []).append(memory)
+        outcome.seconds.setdefault(system, []).append(seconds)
+        outcome.memory.setdefault(system, []).append(memory)
         if target.exists():
             # Nobody pays for what another one left in the host's page cache.
-            settle(target)
+            sync_file(target)
 
     def _verify(self, task: Task, commands: Mapping[str, Sequence[str]]) -> None:
         """Compare what was made with what it should be.
@@ -117,11 +128,11 @@ class Bench:
             ValueError: The maps differ.
         """
         if task.name == "map-json":
-            same_maps(commands["us"], commands["peer"])
+            same_maps(commands["qedimg"], commands["qemu-img"])
         if not task.target:
             return
-        for who in commands:
-            target = self._target(task, who)
+        for system in commands:
+            target = self._target(task, system)
             if not target.exists():
                 continue
             if task.target == "qed":
@@ -141,7 +152,7 @@ def check(image: Path) -> None:
     done = subprocess.run(
         ["qemu-img", "check", "-q", "-f", "qed", str(image)], capture_output=True, check=False
     )
-    known = image.stat().st_size >= LONG and done.returncode == LEAKS
+    known = image.stat().st_size >= MISCOUNTED_BYTES and done.returncode == LEAKS_CODE
     if done.returncode and not known:
         msg = f"{image.name}: qemu-img check ended with {done.returncode}: {done.stderr!r}"
         raise BenchmarkError(msg)
@@ -162,25 +173,25 @@ def same_maps(ours: Sequence[str], theirs: Sequence[str]) -> None:
         ValueError: They differ.
     """
     with (
-        subprocess.Popen(ours, stdout=subprocess.PIPE, text=True) as us,
-        subprocess.Popen(theirs, stdout=subprocess.PIPE, text=True) as peer,
+        subprocess.Popen(ours, stdout=subprocess.PIPE, text=True) as qedimg,
+        subprocess.Popen(theirs, stdout=subprocess.PIPE, text=True) as qemu_img,
     ):
-        assert us.stdout is not None
-        assert peer.stdout is not None
-        for one, other in zip_longest(map_lines(us.stdout), map_lines(peer.stdout)):
+        assert qedimg.stdout is not None
+        assert qemu_img.stdout is not None
+        for one, other in zip_longest(map_lines(qedimg.stdout), map_lines(qemu_img.stdout)):
             if one != other:
-                us.kill()
-                peer.kill()
+                qedimg.kill()
+                qemu_img.kill()
                 msg = f"map: found {one}, expected {other}"
                 raise ValueError(msg)
 
 
 def _line(outcome: Outcome, seconds: float) -> str:
     """Say in one line what came out."""
-    parts = [f"{who} {number(median(found))} s" for who, found in outcome.seconds.items()]
+    parts = [f"{system} {number(median(found))} s" for system, found in outcome.seconds.items()]
     if outcome.ratio is not None:
-        parts.append(f"us/peer {outcome.ratio:.2f}")
-    parts.append(f"{max(outcome.memory.get('us', [0])) / MIB:.0f} MiB")
+        parts.append(f"qedimg/qemu-img {outcome.ratio:.2f}")
+    parts.append(f"{max(outcome.memory.get('qedimg', [0])) / MIB:.0f} MiB")
     parts += [f"MISSED: {what}" for what in outcome.missed()]
     parts += [f"FAILED: {what}" for what in outcome.failures]
     return f"{outcome.task.name}: {'  '.join(parts)}  ({seconds:.0f} s)"
@@ -229,7 +240,7 @@ def main() -> None:
         bench = Bench(Files(directory, parse_size(size), parse_size(large)), program())
         for task in tasks:
             began = time.monotonic()
-            outcomes.append(bench.compete(task, rounds))
+            outcomes.append(bench.run_task(task, rounds))
             print(_line(outcomes[-1], time.monotonic() - began), flush=True)
     except (BenchmarkError, OSError, ValueError) as error:
         sys.exit(f"toolbox.sh: {error}")

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-CLUSTER: Final = GEOMETRY.cluster_size
-LONGEST: Final = 32
+CLUSTER_BYTES: Final = GEOMETRY.cluster_size
+MAX_RUN_CLUSTERS: Final = 32
 """Clusters in a run of ``mixed``, at the most."""
-OVERLAYS: Final = 3
-RUN: Final = 16
+OVERLAY_COUNT: Final = 3
+FULL_RUN_CLUSTERS: Final = 16
 
 
 class Files:
@@ -60,7 +60,7 @@ class Files:
         return path
 
     def _full(self, path: Path) -> None:
-        run_length = 1 if path.stem == "scattered" else RUN
+        run_length = 1 if path.stem == "scattered" else FULL_RUN_CLUSTERS
         build(path, self.large, GEOMETRY.clusters(self.large), run=run_length)
 
     def _mixed(self, _path: Path) -> None:
@@ -70,15 +70,17 @@ class Files:
         zeros = []
         with flat.open("wb") as file:
             file.truncate(self.size)
-            for start, length in runs(self.size // CLUSTER, random):
+            for start, length in runs(self.size // CLUSTER_BYTES, random):
                 kind = random.choice(["data", "data", "zeros", "hole"])
-                file.seek(start * CLUSTER)
+                file.seek(start * CLUSTER_BYTES)
                 if kind == "data":
-                    file.write(random.bytes(length * CLUSTER))
+                    file.write(random.bytes(length * CLUSTER_BYTES))
                 elif kind == "zeros":
-                    file.write(bytes(length * CLUSTER))
+                    file.write(bytes(length * CLUSTER_BYTES))
                     how = random.choice(["-P 0", "-z"])
-                    zeros.append(f"write -q {how} {start * CLUSTER} {length * CLUSTER}\n")
+                    zeros.append(
+                        f"write -q {how} {start * CLUSTER_BYTES} {length * CLUSTER_BYTES}\n"
+                    )
         run("qemu-img", "convert", "-f", "raw", "-O", "qed", str(flat), str(image), seconds=300)
         run("qemu-io", "-f", "qed", str(image), seconds=300, text="".join(zeros))
 
@@ -89,20 +91,22 @@ class Files:
         flat = self.directory / "chain.raw"
         run("cp", "--sparse=always", str(source), str(flat), seconds=300)
         with flat.open("r+b") as file:
-            for number in range(1, OVERLAYS + 1):
-                name = "chain.qed" if number == OVERLAYS else f"chain-{number}.qed"
+            for number in range(1, OVERLAY_COUNT + 1):
+                name = "chain.qed" if number == OVERLAY_COUNT else f"chain-{number}.qed"
                 path = self.directory / name
                 create = ("qemu-img", "create", "-q", "-f", "qed", "-F", "qed")
                 run(*create, "-b", below.name, str(path))
                 lines = []
-                for start, length in runs(self.size // CLUSTER, random):
+                for start, length in runs(self.size // CLUSTER_BYTES, random):
                     value = int(random.integers(0, 256)) if random.random() < 1 / 4 else None
                     if value is None:
                         continue
                     how = f"-P {value}" if value % 8 else "-z"
-                    lines.append(f"write -q {how} {start * CLUSTER} {length * CLUSTER}\n")
-                    file.seek(start * CLUSTER)
-                    file.write(bytes([value if value % 8 else 0]) * (length * CLUSTER))
+                    lines.append(
+                        f"write -q {how} {start * CLUSTER_BYTES} {length * CLUSTER_BYTES}\n"
+                    )
+                    file.seek(start * CLUSTER_BYTES)
+                    file.write(bytes([value if value % 8 else 0]) * (length * CLUSTER_BYTES))
                 run("qemu-io", "-f", "qed", str(path), seconds=300, text="".join(lines))
                 below = path
 
@@ -111,6 +115,6 @@ def runs(clusters: int, random: np.random.Generator) -> Iterator[tuple[int, int]
     """Cut a disk into runs: first cluster and length of each."""
     start = 0
     while start < clusters:
-        length = min(int(random.integers(1, LONGEST + 1)), clusters - start)
+        length = min(int(random.integers(1, MAX_RUN_CLUSTERS + 1)), clusters - start)
         yield start, length
         start += length

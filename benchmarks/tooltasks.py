@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 MIB: Final = 1 << 20
-MEMORY: Final = 256 * MIB
+MAX_MEMORY_BYTES: Final = 256 * MIB
 """Bytes that a command of ours may take up."""
 COLUMNS: Final = (
     *("task", "qedimg, s", "qemu-img, s", "ratio", "target"),
@@ -34,7 +34,7 @@ class Task(NamedTuple):
         source: The file that is read, if any.
         target: The end of the name of the file that is made, if any.
         expected: The flat file that says what the target must read as.
-        ratio: How many times as fast as ``peer`` we should be.
+        ratio: How many times as fast as ``qemu_img`` we should be.
         seconds: The longest we should take.
         cold: Whether the source is taken out of the host's page cache each time.
         peer_code: What qemu-img may end with besides 0.
@@ -42,14 +42,14 @@ class Task(NamedTuple):
 
     name: str
     title: str
-    us: str
-    peer: str = ""
+    qedimg: str
+    qemu_img: str = ""
     source: str = ""
     target: str = ""
     expected: str = ""
     ratio: float | None = None
     seconds: float | None = None
-    peer_code: int = 0
+    qemu_img_code: int = 0
     cold: bool = False
 
 
@@ -66,19 +66,19 @@ def _convert(name: str, title: str, source: str, target: str, cache: str = "writ
     )
 
 
-LEAKS: Final = 3
-LONG: Final = 4 << 30
+LEAKS_CODE: Final = 3
+MISCOUNTED_BYTES: Final = 4 << 30
 """QEMU counts too many clusters of files of that many bytes, and takes those for leaked."""
 
 TASKS: Final = (
     Task("check", "check, full disk", "check {source}", "check -f qed {source}",
-         source="full.qed", ratio=1.0, peer_code=LEAKS),
+         source="full.qed", ratio=1.0, qemu_img_code=LEAKS_CODE),
     Task("check-scattered", "check, full disk, no cluster beside its neighbour",
          "check {source}", "check -f qed {source}", source="scattered.qed", ratio=1.0,
-         peer_code=LEAKS),
+         qemu_img_code=LEAKS_CODE),
     Task("check-cold", "check, full disk, its tables not in the host's page cache",
          "check {source}", "check -f qed {source}", source="full.qed", ratio=1.0,
-         peer_code=LEAKS, cold=True),
+         qemu_img_code=LEAKS_CODE, cold=True),
     Task("map", "map, full disk", "map {source}", "map -f qed {source}",
          source="full.qed", ratio=1.0),
     Task("map-json", "map --output json, full disk", "map --output json {source}",
@@ -119,20 +119,20 @@ class Outcome:
     @property
     def ratio(self) -> float | None:
         """How many times as fast as the peer we are."""
-        ours, theirs = self.seconds.get("us"), self.seconds.get("peer")
+        ours, theirs = self.seconds.get("qedimg"), self.seconds.get("qemu-img")
         return median(theirs) / median(ours) if ours and theirs else None
 
     def missed(self) -> list[str]:
         """Say which targets are missed, and by what."""
         found = []
-        ratio, ours = self.ratio, self.seconds.get("us")
+        ratio, ours = self.ratio, self.seconds.get("qedimg")
         if self.task.ratio is not None and ratio is not None and ratio < self.task.ratio:
             found.append(f"{ratio:.2f} of qemu-img, expected {self.task.ratio:g}")
         if self.task.seconds is not None and ours and median(ours) > self.task.seconds:
             found.append(f"{median(ours):.2f} s, expected {self.task.seconds:g}")
-        most = max(self.memory.get("us", [0]))
-        if most >= MEMORY:
-            found.append(f"{most / MIB:.0f} MiB, expected less than {MEMORY / MIB:.0f}")
+        most = max(self.memory.get("qedimg", [0]))
+        if most >= MAX_MEMORY_BYTES:
+            found.append(f"{most / MIB:.0f} MiB, expected less than {MAX_MEMORY_BYTES / MIB:.0f}")
         return found
 
     def verdict(self) -> str:
@@ -154,20 +154,20 @@ def markdown(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> str:
     for outcome in outcomes:
         task = outcome.task
         shown = [
-            spread(outcome.seconds[who]) if outcome.seconds.get(who) else ""
-            for who in ("us", "peer")
+            spread(outcome.seconds[system]) if outcome.seconds.get(system) else ""
+            for system in ("qedimg", "qemu-img")
         ]
         ratio = f"{outcome.ratio:.2f}" if outcome.ratio is not None else ""
         target = f"{task.ratio:g}" if task.ratio is not None else ""
         if task.seconds is not None:
             target = f"{task.seconds:g} s"
-        memory = number(max(outcome.memory.get("us", [0])) / MIB)
+        memory = number(max(outcome.memory.get("qedimg", [0])) / MIB)
         row = [task.title, *shown, ratio, target, memory]
         lines.append(f"| {' | '.join([*row, outcome.verdict()])} |")
         notes += [f"- {task.name}: {what}" for what in (*outcome.failures, *outcome.missed())]
     lines += ["", "qemu-img runs as follows, and qedimg alike:", ""]
-    lines += [f"- {outcome.task.name}: `qemu-img {outcome.task.peer}`" for outcome in outcomes
-              if outcome.task.peer]  # fmt: skip
+    lines += [f"- {outcome.task.name}: `qemu-img {outcome.task.qemu_img}`" for outcome in outcomes
+              if outcome.task.qemu_img]  # fmt: skip
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 

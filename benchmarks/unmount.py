@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks.ext4 import FileSystem
-from benchmarks.images import cool, settle
+from benchmarks.images import evict_file, sync_file
 from benchmarks.mounted import Mounted, program, wait_until_idle
 from benchmarks.report import facts, number
 from benchmarks.scale import ROOT
@@ -85,7 +85,7 @@ def make_half_full(path: Path) -> None:
     with path.open("r+b", buffering=0) as file:
         for at in range(end - GIB, end, MIB):
             os.pwrite(file.fileno(), random.Random(at).randbytes(MIB), at)
-    settle(path)
+    sync_file(path)
 
 
 def discard_runs(disk: Path, _directory: Path) -> None:
@@ -104,7 +104,7 @@ def discard_runs(disk: Path, _directory: Path) -> None:
 def make_full(path: Path) -> None:
     """Make an image of 1 TiB that is full."""
     build(path, 1024 * GIB, 1024 * GIB // GEOMETRY.cluster_size)
-    settle(path)
+    sync_file(path)
 
 
 def discard_some(disk: Path, _directory: Path) -> None:
@@ -150,9 +150,9 @@ def measure(scenario: Scenario, mode: str, directory: Path) -> tuple[float, int]
         wait_until_idle(mounted.pid)
         scenario.use(mounted.disk, directory)
         wait_until_idle(mounted.pid)
-        settle(path)
+        sync_file(path)
         if scenario.cold:
-            cool(path)
+            evict_file(path)
         seconds = mounted.stop()
     return seconds, leaked(path)
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import scale, soak
 from benchmarks.probe import stamp
-from benchmarks.sparse import AREA, GEOMETRY, build, choose
+from benchmarks.sparse import AREA_CLUSTERS, GEOMETRY, build, choose
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.tools.repair.imagecheck import check
@@ -42,7 +42,7 @@ def test_chosen_clusters_are_different_ones_of_the_disk(disk: int, wanted: int) 
 def test_areas_are_half_full() -> None:
     """So the entries of some clusters stand together, and holes are between the others."""
     clusters = choose(1 << 26, 256 * 40, np.random.default_rng(1))
-    areas = np.unique(clusters // AREA)
+    areas = np.unique(clusters // AREA_CLUSTERS)
     assert len(areas) == 40
     assert areas[-1] - areas[0] > 1000
 
@@ -75,7 +75,7 @@ async def test_image_is_sound_and_small(tmp_path: Path) -> None:
     clusters, _offsets = build(path, 1 << 46, 3000)
     assert not (await check(str(path))).before.counts
     assert path.stat().st_size > 3000 * CLUSTER
-    areas = len(np.unique(clusters // AREA))
+    areas = len(np.unique(clusters // AREA_CLUSTERS))
     # The L1 table is written whole; an L2 table only where there are entries.
     assert path.stat().st_blocks * 512 <= areas * 4096 + GEOMETRY.table_bytes + 16 * 4096
 
@@ -93,7 +93,7 @@ def test_original_is_read_where_it_was_stamped(tmp_path: Path) -> None:
                 assert content.read(16) == stamp(place)
     near = original.offsets("near")
     assert near.max() - near.min() < scale.NEAR_BYTES
-    assert len(original.offsets("write")) == scale.WRITES
+    assert len(original.offsets("write")) == scale.WRITE_COUNT
 
 
 def test_flat_columns_are_told_from_others() -> None:
@@ -120,15 +120,15 @@ def test_only_cells_that_fit_are_measured() -> None:
 def test_model_tells_one_write_from_another() -> None:
     """What a block holds says which block it is and by which write."""
     model = soak.Model(100, 8)
-    assert model.expected(100, 8) == bytes(8 * soak.BLOCK)
+    assert model.expected(100, 8) == bytes(8 * soak.BLOCK_BYTES)
     first = model.write(102, 2)
     second = model.write(103, 2)
-    assert first[: soak.BLOCK] + second == model.expected(102, 3)
-    assert first[soak.BLOCK :] != second[: soak.BLOCK]
-    assert first[: soak.BLOCK] != model.write(102, 1)
+    assert first[: soak.BLOCK_BYTES] + second == model.expected(102, 3)
+    assert first[soak.BLOCK_BYTES :] != second[: soak.BLOCK_BYTES]
+    assert first[: soak.BLOCK_BYTES] != model.write(102, 1)
     model.discard(103, 1)
-    assert model.expected(103, 1) == bytes(soak.BLOCK)
-    assert model.expected(104, 1) == second[soak.BLOCK :]
+    assert model.expected(103, 1) == bytes(soak.BLOCK_BYTES)
+    assert model.expected(104, 1) == second[soak.BLOCK_BYTES :]
 
 
 def samples(*resident_mib: float) -> list[soak.Sample]:

@@ -10,11 +10,11 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks import reader, report
-from benchmarks.images import CLUSTER, Images
+from benchmarks.images import CLUSTER_BYTES, Images
 from benchmarks.report import Outcome
 from benchmarks.servers import run
-from benchmarks.speed import takes_part, turns
-from benchmarks.table import CELLS, chosen
+from benchmarks.speed import rotated_orders, systems_of
+from benchmarks.targets import CELLS, select_cells
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,77 +27,80 @@ SVG = "{http://www.w3.org/2000/svg}"
 CHAIN = next(cell for cell in CELLS if cell.stage == "chain")
 
 
-def outcome(cell: Cell, us: list[float], peer: list[float], limit: list[float]) -> Outcome:
+def outcome(cell: Cell, qedfuse: list[float], qemu: list[float], baseline: list[float]) -> Outcome:
     """Give what came out of a cell."""
-    return Outcome(cell, {"us": us, "peer": peer, "limit": limit})
+    return Outcome(cell, {"qedfuse": qedfuse, "qemu": qemu, "baseline": baseline})
 
 
 def test_ratio_is_of_medians() -> None:
     """One round that went wrong does not move the ratio, as it would with means."""
     found = outcome(RATE, [60, 1, 50], [20, 25, 1000], [100, 100, 100])
-    assert found.ratio("peer") == 2.0
-    assert found.ratio("limit") == 0.5
+    assert found.ratio("qemu") == 2.0
+    assert found.ratio("baseline") == 0.5
 
 
 def test_seconds_count_the_other_way_round() -> None:
     """More than one means faster, also where less is better."""
-    assert outcome(SECONDS, [2, 2, 2], [3, 3, 3], [1, 1, 1]).ratio("peer") == 1.5
+    assert outcome(SECONDS, [2, 2, 2], [3, 3, 3], [1, 1, 1]).ratio("qemu") == 1.5
 
 
 def test_ratio_without_figures() -> None:
-    """Somebody who failed has no ratio, and misses nothing."""
-    found = Outcome(RATE, {"us": [5.0]})
-    assert found.ratio("peer") is None
+    """A system that failed has no ratio, and misses no target."""
+    found = Outcome(RATE, {"qedfuse": [5.0]})
+    assert found.ratio("qemu") is None
     assert found.missed() == []
 
 
 def test_missed_targets_are_named() -> None:
     """Each target is compared with its own ratio."""
-    cell = replace(RATE, peer=2, limit=0.4)
+    cell = replace(RATE, qemu_target=2, baseline_target=0.4)
     assert outcome(cell, [40], [20], [100]).missed() == []
     assert outcome(cell, [39], [20], [90]).missed() == ["1.95 of QEMU, expected 2"]
-    assert outcome(cell, [39], [10], [100]).missed() == ["0.39 of the limit, expected 0.4"]
+    assert outcome(cell, [39], [10], [100]).missed() == ["0.39 of the baseline, expected 0.4"]
 
 
 def test_chain_is_held_against_one_image() -> None:
     """What counts is the cost: 100 reads/s on one image may become 80 on the chain."""
-    fast = Outcome(CHAIN, {"us": [80], "single": [100]})
-    slow = Outcome(CHAIN, {"us": [79], "single": [100]})
+    fast = Outcome(CHAIN, {"qedfuse": [80], "single": [100]})
+    slow = Outcome(CHAIN, {"qedfuse": [79], "single": [100]})
     assert fast.missed() == []
     assert slow.missed() == ["1.27 of the cost on one image, expected 1.25"]
 
 
 def test_markdown_has_a_row_for_each_cell() -> None:
     """Median, spread, ratio and verdict; a note is numbered."""
-    rows = [outcome(RATE, [1, 2, 4], [1, 1, 1], [4, 4, 4]), Outcome(CHAIN, {}, ["us: it broke"])]
+    rows = [
+        outcome(RATE, [1, 2, 4], [1, 1, 1], [4, 4, 4]),
+        Outcome(CHAIN, {}, ["qedfuse: it broke"]),
+    ]
     text = report.markdown(rows, {"processor": "slow"})
     assert "- processor: slow\n" in text
     assert "| 2 (1 to 4) | 1 (1 to 1) | 4 (4 to 4) | 2.00 | 2 | 0.50 | 0.4 | met |" in text
     assert re.search(r"\[1\] \| IOPS \| - \| - \| - \|.*\| failed \|\n", text)
-    assert "\n1. us: it broke; " in text
+    assert "\n1. qedfuse: it broke; " in text
 
 
 def test_filter() -> None:
     """A regular expression is looked for in the names; nothing found is an error."""
-    assert [cell.name for cell in chosen("^read-1m$")] == ["read-1m"]
-    assert {cell.loop for cell in chosen("p-t|o-t")} == {"buffered", "direct"}
-    assert chosen(None) == list(CELLS)
+    assert [cell.name for cell in select_cells("^read-1m$")] == ["read-1m"]
+    assert {cell.loop for cell in select_cells("p-t|o-t")} == {"buffered", "direct"}
+    assert select_cells(None) == list(CELLS)
     with pytest.raises(ValueError, match="found no cell for 'nosuch'"):
-        chosen("nosuch")
+        select_cells("nosuch")
     with pytest.raises(ValueError, match="expected a regular expression"):
-        chosen("(")
+        select_cells("(")
 
 
 def test_plot_shows_ratios_and_targets(tmp_path: Path) -> None:
     """Two dots and two bars on a row, the dots of a larger ratio further to the right."""
     path = tmp_path / "plot.svg"
-    report.plot(path, [outcome(replace(RATE, peer=4, limit=0.5), [2], [1], [8])])
+    report.plot(path, [outcome(replace(RATE, qemu_target=4, baseline_target=0.5), [2], [1], [8])])
     rows = ET.parse(path).getroot()  # noqa: S314  our own file
     dots = [float(dot.get("cx", "")) for dot in rows.iter(f"{SVG}circle")][2:]
     bars = [float(bar.get("x1", "")) for bar in rows.iter(f"{SVG}line") if bar.get("stroke-width")]
     assert len(dots) == len(bars) == 2
-    to_peer, to_limit = dots
-    assert to_limit < bars[1] < to_peer < bars[0]
+    to_qemu, to_baseline = dots
+    assert to_baseline < bars[1] < to_qemu < bars[0]
 
 
 def test_names_differ() -> None:
@@ -108,15 +111,19 @@ def test_names_differ() -> None:
 
 def test_everybody_is_first_in_turn() -> None:
     """In as many rounds as there are contestants, each has been at every place."""
-    orders = turns(["us", "peer", "limit"], 3)
-    assert orders == [["us", "peer", "limit"], ["peer", "limit", "us"], ["limit", "us", "peer"]]
-    assert len(turns(["us"], 5)) == 5
+    orders = rotated_orders(["qedfuse", "qemu", "baseline"], 3)
+    assert orders == [
+        ["qedfuse", "qemu", "baseline"],
+        ["qemu", "baseline", "qedfuse"],
+        ["baseline", "qedfuse", "qemu"],
+    ]
+    assert len(rotated_orders(["qedfuse"], 5)) == 5
 
 
 def test_one_image_takes_part_beside_the_chain_only() -> None:
     """Everywhere else it would be measured twice."""
-    assert takes_part(RATE) == ["us", "peer", "limit"]
-    assert takes_part(CHAIN) == ["us", "peer", "limit", "single"]
+    assert systems_of(RATE) == ["qedfuse", "qemu", "baseline"]
+    assert systems_of(CHAIN) == ["qedfuse", "qemu", "baseline", "single"]
 
 
 def test_compare_counts_what_was_written() -> None:
@@ -165,10 +172,10 @@ def test_check_reads_the_whole_disk(tmp_path: Path) -> None:
 
 def test_chain_reads_as_expected(tmp_path: Path) -> None:
     """The chain has eight layers; the flat file beside it is what QEMU reads from it."""
-    images = Images(tmp_path, 64 * CLUSTER)
-    top = images.make("chain", "us")
+    images = Images(tmp_path, 64 * CLUSTER_BYTES)
+    top = images.make("chain", "qedfuse")
     files = images.files("chain", top)
     assert len(files) == 8
     assert files[-1] == top
-    flat = images.make("chain", "limit")
+    flat = images.make("chain", "baseline")
     run("qemu-img", "compare", "-f", "qed", "-F", "raw", str(top), str(flat))

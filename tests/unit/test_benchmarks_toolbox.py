@@ -14,10 +14,10 @@ import pytest
 from benchmarks.launch import launch
 from benchmarks.servers import run
 from benchmarks.sparse import build
-from benchmarks.speed import turns
+from benchmarks.speed import rotated_orders
 from benchmarks.toolbox import map_lines, same_maps
-from benchmarks.toolfiles import CLUSTER, LONGEST, OVERLAYS, Files, runs
-from benchmarks.tooltasks import MEMORY, MIB, TASKS, Outcome, as_json, markdown
+from benchmarks.toolfiles import CLUSTER_BYTES, MAX_RUN_CLUSTERS, OVERLAY_COUNT, Files, runs
+from benchmarks.tooltasks import MAX_MEMORY_BYTES, MIB, TASKS, Outcome, as_json, markdown
 from qedfuse.cli.qedimg.main import COMMANDS
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ CHECK = next(task for task in TASKS if task.name == "check")
 CREATE = next(task for task in TASKS if task.name == "create")
 
 
-def outcome(us: list[float], peer: list[float], memory: float = 0) -> Outcome:
+def outcome(qedimg: list[float], qemu_img: list[float], memory: float = 0) -> Outcome:
     """Give what came out of a check."""
-    return Outcome(CHECK, {"us": us, "peer": peer}, {"us": [memory]})
+    return Outcome(CHECK, {"qedimg": qedimg, "qemu-img": qemu_img}, {"qedimg": [memory]})
 
 
 def test_ratio_is_of_medians() -> None:
@@ -42,29 +42,29 @@ def test_ratio_is_of_medians() -> None:
 def test_missed_targets_are_named() -> None:
     """Speed, whole seconds and memory, each by itself."""
     assert outcome([2], [1]).missed() == ["0.50 of qemu-img, expected 1"]
-    assert outcome([1], [1], MEMORY).missed() == ["256 MiB, expected less than 256"]
-    assert Outcome(CREATE, {"us": [0.31]}).missed() == ["0.31 s, expected 0.3"]
-    assert Outcome(CREATE, {"us": [0.29]}).missed() == []
+    assert outcome([1], [1], MAX_MEMORY_BYTES).missed() == ["256 MiB, expected less than 256"]
+    assert Outcome(CREATE, {"qedimg": [0.31]}).missed() == ["0.31 s, expected 0.3"]
+    assert Outcome(CREATE, {"qedimg": [0.29]}).missed() == []
     assert outcome([2], [1]).verdict() == "missed"
     assert Outcome(CHECK, failures=["it broke"]).verdict() == "failed"
 
 
 def test_table_has_a_row_for_each_task() -> None:
     """Medians with their spread, ratios, and how qemu-img was run."""
-    rows = [outcome([1, 2, 4], [4, 4, 4], 9 * MIB), Outcome(CREATE, failures=["us: it broke"])]
+    rows = [outcome([1, 2, 4], [4, 4, 4], 9 * MIB), Outcome(CREATE, failures=["qedimg: it broke"])]
     text = markdown(rows, {"processor": "slow"})
     assert "- processor: slow\n" in text
     assert "| 2 (1 to 4) | 4 (4 to 4) | 2.00 | 1 | 9 | met |" in text
     assert re.search(r"\| 0\.3 s \|.*\| failed \|\n", text)
     assert "- check: `qemu-img check -f qed {source}`\n" in text
-    assert text.endswith("- create: us: it broke\n")
+    assert text.endswith("- create: qedimg: it broke\n")
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {8}
 
 
 def test_data_has_every_figure() -> None:
-    """For whoever wants to draw them."""
+    """The JSON has every single figure, for plots."""
     data = as_json([outcome([1, 2], [3, 4])], {"processor": "slow"})
-    assert data["tasks"][0]["seconds"] == {"us": [1, 2], "peer": [3, 4]}
+    assert data["tasks"][0]["seconds"] == {"qedimg": [1, 2], "qemu-img": [3, 4]}
     assert data["tasks"][0]["ratio"] == pytest.approx(3.5 / 1.5)
     assert data["tasks"][0]["name"] == "check"
 
@@ -73,10 +73,10 @@ def test_tasks_are_of_commands_that_exist() -> None:
     """Each can be asked for alone, and what it makes is compared with something."""
     assert len({task.name for task in TASKS}) == len(TASKS)
     for task in TASKS:
-        assert task.us.split()[0] in COMMANDS
-        assert task.peer.split()[:1] in ([], task.us.split()[:1])
-        assert bool(task.target) == ("{target}" in task.us)
-        assert bool(task.source) == ("{source}" in task.us)
+        assert task.qedimg.split()[0] in COMMANDS
+        assert task.qemu_img.split()[:1] in ([], task.qedimg.split()[:1])
+        assert bool(task.target) == ("{target}" in task.qedimg)
+        assert bool(task.source) == ("{source}" in task.qedimg)
         assert task.expected or "convert" not in task.name
 
 
@@ -85,9 +85,9 @@ def test_copies_are_compared_at_like_terms() -> None:
     copies = [task for task in TASKS if task.name.startswith("convert")]
     assert len(copies) == 6
     for task in copies:
-        assert task.us == task.peer
-        assert ("-t unsafe" in task.us) == task.name.endswith("unsafe")
-        assert ("-t writeback" in task.us) != ("-t unsafe" in task.us)
+        assert task.qedimg == task.qemu_img
+        assert ("-t unsafe" in task.qedimg) == task.name.endswith("unsafe")
+        assert ("-t writeback" in task.qedimg) != ("-t unsafe" in task.qedimg)
 
 
 def test_maps_are_compared_extent_by_extent() -> None:
@@ -120,8 +120,12 @@ def test_launch_measures_the_program_alone() -> None:
 
 
 def test_everybody_takes_a_turn() -> None:
-    """Also two, who change places."""
-    assert turns(["us", "peer"], 3) == [["us", "peer"], ["peer", "us"], ["us", "peer"]]
+    """Two systems alternate."""
+    assert rotated_orders(["qedimg", "qemu-img"], 3) == [
+        ["qedimg", "qemu-img"],
+        ["qemu-img", "qedimg"],
+        ["qedimg", "qemu-img"],
+    ]
 
 
 @pytest.mark.parametrize("run_length", [1, 7, 16])
@@ -130,8 +134,8 @@ def test_runs_follow_each_other_in_the_file(tmp_path: Path, run_length: int) -> 
     wanted = 1 << 14
     _clusters, offsets = build(tmp_path / "x.qed", 1 << 30, wanted, run=run_length)
     assert len(np.unique(offsets)) == wanted
-    assert offsets.max() - offsets.min() == (wanted - 1) * CLUSTER
-    together = np.count_nonzero(np.diff(offsets) == CLUSTER) + 1
+    assert offsets.max() - offsets.min() == (wanted - 1) * CLUSTER_BYTES
+    together = np.count_nonzero(np.diff(offsets) == CLUSTER_BYTES) + 1
     assert together >= wanted - wanted // run_length
     assert together <= wanted - wanted // run_length + 20
     run("qemu-img", "check", "-q", "-f", "qed", str(tmp_path / "x.qed"))
@@ -142,24 +146,24 @@ def test_disk_is_cut_into_runs() -> None:
     end = 0
     for start, length in runs(1000, np.random.default_rng(1)):
         assert start == end
-        assert 1 <= length <= LONGEST
+        assert 1 <= length <= MAX_RUN_CLUSTERS
         end += length
     assert end == 1000
 
 
 def test_disks_read_as_the_flat_files(tmp_path: Path) -> None:
     """QEMU reads from the image and from the chain what the flat files hold."""
-    files = Files(tmp_path, 200 * CLUSTER, 1 << 30)
+    files = Files(tmp_path, 200 * CLUSTER_BYTES, 1 << 30)
     for name in ("mixed", "chain"):
         image, flat = files.path(f"{name}.qed"), files.path(f"{name}.raw")
         run("qemu-img", "compare", "-f", "qed", "-F", "raw", str(image), str(flat))
     assert files.path("mixed.raw").read_bytes() != files.path("chain.raw").read_bytes()
-    assert len(list(tmp_path.glob("*.qed"))) == 1 + OVERLAYS
+    assert len(list(tmp_path.glob("*.qed"))) == 1 + OVERLAY_COUNT
 
 
 def test_replacing_a_task_keeps_the_table_whole() -> None:
-    """A task without a peer has empty cells, not fewer."""
-    lonely = replace(outcome([1], [1]), task=CHECK._replace(peer="", ratio=None))
-    lonely.seconds.pop("peer")
+    """A task that qemu-img lacks has empty cells, not fewer."""
+    lonely = replace(outcome([1], [1]), task=CHECK._replace(qemu_img="", ratio=None))
+    lonely.seconds.pop("qemu-img")
     rows = [line for line in markdown([lonely], {}).splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {8}

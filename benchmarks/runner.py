@@ -10,12 +10,12 @@ from typing import Final
 from benchmarks import loads
 from benchmarks.cells import Cell, Fio
 from benchmarks.ext4 import FileSystem, make_tree
-from benchmarks.images import FRESH, Images, cool, settle, warm
-from benchmarks.servers import BenchmarkError, Programs, Server, Who, WrongDataError
+from benchmarks.images import CONSUMED_STAGES, Images, cache_file, evict_file, sync_file
+from benchmarks.servers import BenchmarkError, Programs, Server, System, WrongDataError
 
 
 @dataclass(frozen=True)
-class Place:
+class Environment:
     """Where it all happens: directory, images and programs; seconds of a measurement."""
 
     directory: Path
@@ -25,19 +25,19 @@ class Place:
 
 
 class Runner:
-    """Takes part in a cell; `leave` has to be called whatever happened."""
+    """Takes part in a cell; `finish` has to be called whatever happened."""
 
-    def __init__(self, who: Who, cell: Cell, place: Place) -> None:
-        self.who: Final = who
+    def __init__(self, system: System, cell: Cell, environment: Environment) -> None:
+        self.system: Final = system
         self._cell = cell
-        self._place = place
+        self._environment = environment
         # A file system that is kept over the rounds needs no new image each time.
-        self._fresh = cell.stage in FRESH and (not cell.loop or cell.load == "copy")
-        size = place.images.disk_bytes(cell.stage)
+        self._fresh = cell.stage in CONSUMED_STAGES and (not cell.loop or cell.load == "copy")
+        size = environment.images.disk_bytes(cell.stage)
         # A file on a file system leaves room for that and for the tree.
-        self._room = size // 4 if cell.loop else size
+        self._size = size // 4 if cell.loop else size
         self._server: Server | None = None
-        self._system: FileSystem | None = None
+        self._file_system: FileSystem | None = None
         self._writes = 0
         self._warmed = False
         self.wrong = ""
@@ -50,7 +50,7 @@ class Runner:
             BenchmarkError: It failed.
         """
         if self._server is None:
-            self._enter()
+            self._start()
         server = self._server
         assert server is not None
         self._arrange_caches(server)
@@ -62,122 +62,122 @@ class Runner:
             except WrongDataError as error:
                 self.wrong = str(error)
             except BenchmarkError as error:
-                if self._system is None:
+                if self._file_system is None:
                     raise
                 # It cannot be read back: somewhere below, the disk holds something else.
                 self.wrong = str(error)
         if self._fresh:
-            self.leave()
-        settle(server.image)
+            self.finish()
+        sync_file(server.image)
         return result.figure
 
-    def leave(self) -> None:
+    def finish(self) -> None:
         """Unmount, so that the image holds everything.
 
         Raises:
             BenchmarkError: That failed; nothing is left mounted all the same.
         """
-        system, self._system = self._system, None
+        filesystem, self._file_system = self._file_system, None
         server, self._server = self._server, None
         try:
-            if system is not None:
-                system.detach()
+            if filesystem is not None:
+                filesystem.detach()
         except BenchmarkError:
             if server is not None:
                 server.kill()
             raise
         finally:
-            if system is not None:
-                system.abandon()
+            if filesystem is not None:
+                filesystem.abandon()
         if server is not None:
             server.stop()
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Take everything away after a failure."""
         if self._server is not None:
             # First of all, so that whoever waits for it goes on.
             self._server.kill()
-        if self._system is not None:
-            self._system.abandon()
-        self._server = self._system = None
+        if self._file_system is not None:
+            self._file_system.abandon()
+        self._server = self._file_system = None
 
-    def _enter(self) -> None:
-        place, cell = self._place, self._cell
-        image = place.images.make(cell.stage, self.who)
+    def _start(self) -> None:
+        environment, cell = self._environment, self._cell
+        image = environment.images.make(cell.stage, self.system)
         if cell.cold != "host":
             # Before a server reads any of it, and the kernel reads ahead in its own way.
-            for file in place.images.files(cell.stage, image):
-                warm(file)
+            for file in environment.images.files(cell.stage, image):
+                cache_file(file)
         self._server = Server(
-            place.programs, self.who, image, place.directory, threads=cell.parallel
+            environment.programs, self.system, image, environment.directory, threads=cell.parallel
         )
         if cell.loop:
-            self._system = FileSystem(
+            self._file_system = FileSystem(
                 self._server.disk,
-                place.directory / f"{self.who}.ext4",
+                environment.directory / f"{self.system}.ext4",
                 direct=cell.loop == "direct",
                 read_only=cell.load == "tar",
             )
-            self._system.make()
+            self._file_system.make()
             if cell.load == "tar":
-                loads.copy_and_sync(make_tree(place.directory), self._system.root)
+                loads.copy_and_sync(make_tree(environment.directory), self._file_system.root)
             elif isinstance(cell.load, Fio):
-                loads.lay_out(self._system.root / "file", self._room)
-            self._system.detach()
-            self._system.attach()
+                loads.lay_out(self._file_system.root / "file", self._size)
+            self._file_system.detach()
+            self._file_system.attach()
 
     def _arrange_caches(self, server: Server) -> None:
         """Make warm what is to be warm, and cold what is to be cold."""
         cell = self._cell
-        if self._system is not None and cell.load == "tar":
-            self._system.detach()
-            loads.read("forget", server.disk)
-            self._system.attach()
+        if self._file_system is not None and cell.load == "tar":
+            self._file_system.detach()
+            loads.read("drop-cache", server.disk)
+            self._file_system.attach()
         if cell.cold:
-            loads.read("forget", server.disk)
-        for file in self._place.images.files(cell.stage, server.image):
+            loads.read("drop-cache", server.disk)
+        for file in self._environment.images.files(cell.stage, server.image):
             if cell.cold == "host":
-                cool(file)
+                evict_file(file)
             else:
-                warm(file)
+                cache_file(file)
         if cell.cold == "host":
             with suppress(PermissionError):  # without it the files are cold, which is most of it
                 Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")
         if cell.warm and not self._warmed:
-            everything = Fio("read", 1 << 20, direct=False, most=1 << 40)
-            loads.measure_fio(everything, server.disk, 60, "MiB/s", self._room)
+            everything = Fio("read", 1 << 20, direct=False, max_bytes=1 << 40)
+            loads.measure_fio(everything, server.disk, 60, "MiB/s", self._size)
             self._warmed = True
 
     def _load(self, server: Server) -> loads.Result:
         """Run the load."""
-        cell, place = self._cell, self._place
+        cell, environment = self._cell, self._environment
         if cell.load == "walk":
-            return loads.Result(loads.read("walk", server.disk, str(place.seconds)))
+            return loads.Result(loads.read("walk", server.disk, str(environment.seconds)))
         if isinstance(cell.load, Fio):
-            file = server.disk if self._system is None else self._system.root / "file"
-            return loads.measure_fio(cell.load, file, place.seconds, cell.unit, self._room)
-        assert self._system is not None
+            file = server.disk if self._file_system is None else self._file_system.root / "file"
+            return loads.measure_fio(cell.load, file, environment.seconds, cell.unit, self._size)
+        assert self._file_system is not None
         if cell.load == "copy":
-            return loads.copy_and_sync(make_tree(place.directory), self._system.root)
-        return loads.read_with_tar(self._system.root / "tree")
+            return loads.copy_and_sync(make_tree(environment.directory), self._file_system.root)
+        return loads.read_with_tar(self._file_system.root / "tree")
 
     def _check(self, server: Server) -> None:
         """Look at the whole disk, or at the files on it."""
-        cell, place = self._cell, self._place
-        if self._system is not None:
+        cell, environment = self._cell, self._environment
+        if self._file_system is not None:
             if isinstance(cell.load, Fio):
-                loads.verified_writes(self._system.root / "file")
+                loads.verified_writes(self._file_system.root / "file")
                 return
             # What is compared comes from the image, not from a cache.
-            self._system.detach()
-            loads.read("forget", server.disk)
-            self._system.attach()
-            loads.same_trees(make_tree(place.directory), self._system.root / "tree")
+            self._file_system.detach()
+            loads.read("drop-cache", server.disk)
+            self._file_system.attach()
+            loads.same_trees(make_tree(environment.directory), self._file_system.root / "tree")
             return
-        expected = place.images.expected(cell.stage)
+        expected = environment.images.expected(cell.stage)
         block = cell.load.block if isinstance(cell.load, Fio) and cell.load.writes else 0
         found = loads.read("check", server.disk, str(expected or "-"), str(block))
-        wanted = min(self._writes, self._room // block) if block else 0
+        wanted = min(self._writes, self._size // block) if block else 0
         if found < wanted:
             msg = f"{server.disk}: found {found:.0f} blocks as written, expected {wanted}"
             raise WrongDataError(msg)

@@ -12,8 +12,8 @@ RANDOM_WRITE_16: Final = Fio("randwrite", 4 * KIB, depth=16)
 CAT_BYTES: Final = 128 * KIB
 """What cat(1) and cp(1) read at a time."""
 
-_NO_CACHE: Final = "the peer's mount has no page cache, every read goes to the server"
-_FLAT: Final = "the limit has no base to copy from"
+_NO_CACHE: Final = "QEMU's mount has no page cache, every read goes to the server"
+_FLAT: Final = "the baseline has no base to copy from"
 
 
 def _loop_cells() -> list[Cell]:
@@ -114,7 +114,7 @@ CELLS: Final = (
         "1 MiB sequential write into a new image, O_DIRECT, fsync at the end",
         "MiB/s",
         "empty",
-        Fio("write", MIB, fsync_at_end=True, most=512 * MIB),
+        Fio("write", MIB, fsync_at_end=True, max_bytes=512 * MIB),
         1.5,
         0.8,
         note="most of the time is the host disk's: the data has to get there",
@@ -143,7 +143,7 @@ CELLS: Final = (
         "buffered sequential read, cold",
         "MiB/s",
         "full",
-        Fio("read", CAT_BYTES, direct=False, most=1024 * MIB),
+        Fio("read", CAT_BYTES, direct=False, max_bytes=1024 * MIB),
         2,
         cold="mount",
         note="the mount's page cache is empty, the image is in the host's; " + _NO_CACHE,
@@ -153,7 +153,7 @@ CELLS: Final = (
         "buffered sequential read, the host's cache cold too",
         "MiB/s",
         "full",
-        Fio("read", CAT_BYTES, direct=False, most=1024 * MIB),
+        Fio("read", CAT_BYTES, direct=False, max_bytes=1024 * MIB),
         cold="host",
     ),
     Cell(
@@ -171,7 +171,7 @@ CELLS: Final = (
         "buffered 4 KiB sequential write, fsync at the end",
         "MiB/s",
         "full",
-        Fio("write", 4 * KIB, direct=False, fsync_at_end=True, most=256 * MIB),
+        Fio("write", 4 * KIB, direct=False, fsync_at_end=True, max_bytes=256 * MIB),
         20,
     ),
     Cell(
@@ -196,10 +196,10 @@ CELLS: Final = (
         "10 GiB of hole: plain buffered read",
         "MiB/s",
         "hole",
-        Fio("read", CAT_BYTES, direct=False, most=10240 * MIB),
+        Fio("read", CAT_BYTES, direct=False, max_bytes=10240 * MIB),
         2,
         cold="mount",
-        note=f"{_NO_CACHE}; the limit reads the zeros of a sparse file",
+        note=f"{_NO_CACHE}; the baseline reads the zeros of a sparse file",
     ),
     *_loop_cells(),
     Cell(
@@ -210,7 +210,7 @@ CELLS: Final = (
         RANDOM_READ_16,
         3,
         0.4,
-        note="the limit reads one flat file",
+        note="the baseline reads one flat file",
     ),
     Cell(
         "randread-4k-16-coldhost",
@@ -228,7 +228,7 @@ CHAIN_COST: Final = 1.25
 """Most that a read through the chain may cost, in reads of one image of the same content."""
 
 
-def chosen(pattern: str | None) -> list[Cell]:
+def select_cells(pattern: str | None) -> list[Cell]:
     """Give the cells whose name a regular expression is found in, all for None.
 
     Raises:
