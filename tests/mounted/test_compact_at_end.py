@@ -1,4 +1,4 @@
-"""QEMU's check after an ordinary day: a mount that was used leaves no leaked cluster."""
+"""Compaction at unmount: after a day of use the image has no leaked cluster for QEMU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 MIB: Final = 1 << 20
 PUNCH: Final = 3
-IN_TIME: Final = "compact_time=600"
-"""However slow the machine is; what takes longer than a second is tested elsewhere."""
+UNLIMITED: Final = "compact_time=600"
+"""Compaction runs to its end however slow the machine is; the limit has tests of its own."""
 
 
-@pytest.mark.parametrize(("option", "code"), [(IN_TIME, 0), ("compact=off", 3)])
-def test_an_ordinary_day(option: str, code: int, tmp_path: Path) -> None:
-    """A file system is made, files come and go, fstrim runs: QEMU's check ends with 0."""
+@pytest.mark.parametrize(("option", "code"), [(UNLIMITED, 0), ("compact=off", 3)])
+def test_no_leaks_after_files_came_and_went(option: str, code: int, tmp_path: Path) -> None:
+    """A guest makes a file system and files, deletes some and trims: QEMU's check exits with 0."""
     image = qemu.create(tmp_path / "vm.qed", 96 * MIB)
     chance = random.Random(5)
     kept = {}
@@ -64,8 +64,8 @@ def test_an_ordinary_day(option: str, code: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_sessions(seed: int, tmp_path: Path) -> None:
-    """Of an image of any geometry, whatever is written and discarded."""
+def test_no_leaks_after_random_writes_and_discards(seed: int, tmp_path: Path) -> None:
+    """Random writes and discards leave no leak and the right content, whatever the geometry."""
     chance = random.Random(seed)
     cluster_size = chance.choice((4096, 16384, 65536))
     table_size = chance.choice((2, 4, 16))
@@ -73,7 +73,7 @@ def test_random_sessions(seed: int, tmp_path: Path) -> None:
     image = qemu.create(tmp_path / "vm.qed", size, cluster_size=cluster_size, table_size=table_size)
     model = bytearray(size)
     for _ in range(2):
-        with mounted(image, tmp_path / "mnt", "-o", IN_TIME) as place:
+        with mounted(image, tmp_path / "mnt", "-o", UNLIMITED) as place:
             descriptor = os.open(place / "vm.raw", os.O_RDWR)
             try:
                 for _ in range(60):
@@ -93,8 +93,8 @@ def test_random_sessions(seed: int, tmp_path: Path) -> None:
         assert difference(qemu.content(image), model) is None
 
 
-def used(image: Path, place: Path) -> None:
-    """Fill 32 clusters of a mounted disk, and give up every third of the first half."""
+def write_and_punch(image: Path, place: Path) -> None:
+    """Fill 32 clusters of a mounted disk, and punch every third one of the first half."""
     with (place / f"{image.stem}.raw").open("r+b") as file:
         file.write(b"\xa5" * 2 * MIB)
         os.fsync(file.fileno())
@@ -102,12 +102,12 @@ def used(image: Path, place: Path) -> None:
             fallocate(file.fileno(), PUNCH, number * 65536, 65536)
 
 
-def test_what_is_left_is_said(tmp_path: Path) -> None:
-    """The log names as many clusters as QEMU's check, and the command that finishes."""
+def test_remaining_free_clusters_are_logged(tmp_path: Path) -> None:
+    """The log says how many free clusters are left, as QEMU counts, and how to remove them."""
     image = qemu.create(tmp_path / "vm.qed", 8 * MIB)
     place = tmp_path / "mnt"
     place.mkdir()
-    options = f"{IN_TIME},compact_size=192K"
+    options = f"{UNLIMITED},compact_size=192K"
     process = subprocess.Popen(
         [*COMMAND, image, place, "-f", "-o", options],
         stderr=subprocess.PIPE,
@@ -117,7 +117,7 @@ def test_what_is_left_is_said(tmp_path: Path) -> None:
     try:
         while not (place / "vm.raw").exists():
             assert process.poll() is None
-        used(image, place)
+        write_and_punch(image, place)
         assert qedfuse("umount", place).returncode == 0
         assert process.wait(TIMEOUT) == 0
     finally:
@@ -132,11 +132,11 @@ def test_what_is_left_is_said(tmp_path: Path) -> None:
     assert qemu.check(image).code == 0
 
 
-def test_images_of_a_mount_share_the_time(tmp_path: Path) -> None:
-    """When it is over none of them is compacted any further; all are closed."""
+def test_images_of_a_mount_share_compact_time(tmp_path: Path) -> None:
+    """When compact_time has passed, compaction stops for all images, and all are closed."""
     images = [qemu.create(tmp_path / f"{name}.qed", 8 * MIB) for name in "ab"]
     with mounted(tmp_path, tmp_path / "mnt", "-o", "compact_time=0.000001") as place:
         for image in images:
-            used(image, place)
+            write_and_punch(image, place)
     for image in images:
         assert (qemu.check(image).errors, qemu.check(image).leaks) == (0, 6)

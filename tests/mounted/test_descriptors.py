@@ -1,4 +1,4 @@
-"""What the commands do with the descriptors that they inherit: closed ones, and others."""
+"""Inherited file descriptors: standard ones that are closed, locks and pipes of the caller."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory to mount on; what is left there is taken away."""
+    """Give an empty directory to mount on; clean up what is left there."""
     path = tmp_path / "mnt"
     path.mkdir()
     yield path
@@ -70,8 +70,8 @@ def succeed(process: subprocess.Popen[str]) -> str:
     return printed
 
 
-def test_standard_descriptors_are_never_given_away(tmp_path: Path) -> None:
-    """Whichever of them are closed, the next file gets another number."""
+def test_standard_descriptors_are_never_reused(tmp_path: Path) -> None:
+    """Whichever standard descriptors are closed at the start, the next opened file is above 2."""
     reports = [tmp_path / f"report{number}" for number in range(len(CLOSINGS))]
     running = []
     for closing, report in zip(CLOSINGS, reports, strict=True):
@@ -84,7 +84,7 @@ def test_standard_descriptors_are_never_given_away(tmp_path: Path) -> None:
 
 
 def test_mounts_work_with_closed_standard_descriptors(tmp_path: Path) -> None:
-    """Every combination, for mounting and for unmounting."""
+    """Mounting and unmounting work with any combination of closed standard descriptors."""
     script = """
         set -e
         mkdir "$1"
@@ -111,7 +111,7 @@ def test_mounts_work_with_closed_standard_descriptors(tmp_path: Path) -> None:
 
 
 def test_a_mount_in_front_with_closed_standard_descriptors(image: Path, mnt: Path) -> None:
-    """It serves until it is told to end."""
+    """A mount in the foreground without standard descriptors serves until SIGTERM ends it."""
     script = """
         set -e
         mkfifo "$2.ready"
@@ -126,7 +126,7 @@ def test_a_mount_in_front_with_closed_standard_descriptors(image: Path, mnt: Pat
 
 
 def test_qedimg_with_closed_standard_descriptors(image: Path) -> None:
-    """A command that prints nothing succeeds; lost output is an error."""
+    """A qedimg command that prints nothing succeeds; one whose output is lost exits with 1."""
     qedimg = (sys.executable, "-m", "qedfuse.cli.qedimg")
     words = (*qedimg, "create", "-q", f"{image}.new", "1M")
     running = [(start(f'"$@" {CLOSINGS[-1]}', *words), 0)]
@@ -140,15 +140,15 @@ def test_qedimg_with_closed_standard_descriptors(image: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["--help", "--version"])
-def test_lost_output_is_told(word: str) -> None:
-    """In one line, with the exit code for what the host refuses."""
+def test_lost_output_is_reported(word: str) -> None:
+    """Help and version without a standard output print one line and exit with 2."""
     process = start('"$@" >&-', *COMMAND, word)
     printed, _ = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, printed) == (2, "qedfuse: standard output: Bad file descriptor\n")
 
 
-def test_the_background_holds_nothing_that_it_inherited(image: Path, mnt: Path) -> None:
-    """Neither a lock nor a pipe, in the server or in its helper process."""
+def test_the_background_keeps_no_inherited_descriptor(image: Path, mnt: Path) -> None:
+    """Neither the server nor its helper keeps a lock or a pipe that the caller had open."""
     script = """
         set -e
         ( flock 9; "${@:3}" "$1" "$2" ) 9>"$1.lock"
@@ -161,7 +161,7 @@ def test_the_background_holds_nothing_that_it_inherited(image: Path, mnt: Path) 
 
 
 def test_an_image_may_be_named_by_its_descriptor(image: Path, mnt: Path) -> None:
-    """It is open by the time that inherited descriptors are closed."""
+    """An inherited descriptor can name the image: it is opened before descriptors are closed."""
     script = """
         set -e
         "${@:3}" /dev/fd/7 "$2" -o ro 7<"$1"

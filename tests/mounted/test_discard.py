@@ -1,4 +1,4 @@
-"""Space, end to end: what the kernel and its tools free leaves the image, and holes are holes."""
+"""Discard, fallocate(2) and lseek(2) end to end: freed space leaves the image, holes are holes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def blocks(path: Path) -> int:
 
 
 def extents(path: Path) -> list[tuple[int, int]]:
-    """List where a file holds data, as lseek(2) tells."""
+    """List where a file holds data, as lseek(2) reports it."""
     result = []
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -61,7 +61,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def disk(image: Path, tmp_path: Path) -> Iterator[Path]:
-    """Give the same, mounted, its second MiB and the two behind it filled."""
+    """Give that image, mounted, with data from 1 MiB to 4 MiB."""
     with mounted(image, tmp_path / "mnt") as place:
         path = place / "vm.raw"
         with path.open("r+b") as file:
@@ -72,16 +72,16 @@ def disk(image: Path, tmp_path: Path) -> Iterator[Path]:
     assert qemu.check(image).errors == 0
 
 
-def test_the_extension_is_there() -> None:
-    """On machines where the tests run it was built, and can be loaded."""
+def test_the_extension_is_built() -> None:
+    """The extension for fallocate(2) and lseek(2) was built where the tests run, and it loads."""
     assert extraops._extension is not None, extraops._why_not
 
 
 @pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE])
-def test_a_range_given_up_reads_as_zeros_and_takes_no_space(
+def test_a_discarded_range_reads_as_zeros_and_takes_no_space(
     mode: int, disk: Path, image: Path
 ) -> None:
-    """Its whole clusters leave the image at the fsync, and st_blocks follows at once."""
+    """Whole clusters of a discarded range leave the image by the next fsync; st_blocks follows."""
     before = blocks(image)
     with disk.open("r+b") as file:
         fallocate(file.fileno(), mode, MIB + 100, 2 * MIB)
@@ -93,8 +93,8 @@ def test_a_range_given_up_reads_as_zeros_and_takes_no_space(
         assert difference(file.read(4 * MIB), expected) is None
 
 
-def test_what_the_kernel_has_cached_does_not_come_back(disk: Path) -> None:
-    """Neither what was written before and not synced, nor what was read before."""
+def test_a_discard_drops_cached_pages(disk: Path) -> None:
+    """After a discard, neither unsynced writes nor pages that were read before come back."""
     with disk.open("r+b") as file:
         file.write(b"\x5a" * MIB)
         file.flush()
@@ -112,15 +112,15 @@ def test_what_the_kernel_has_cached_does_not_come_back(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [8, 0x20, 0x40])
-def test_other_modes_are_refused(mode: int, disk: Path) -> None:
-    """With the error that means "not here" to those who have another way."""
+def test_other_fallocate_modes_are_refused(mode: int, disk: Path) -> None:
+    """Modes such as collapse and insert fail with EOPNOTSUPP, so that programs fall back."""
     with disk.open("r+b") as file, pytest.raises(OSError) as caught:  # noqa: PT011
         fallocate(file.fileno(), mode, MIB, MIB)
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
-def test_the_end_of_the_disk(disk: Path, image: Path) -> None:
-    """What lies behind it is left out; the disk becomes no longer."""
+def test_fallocate_at_the_end_of_the_disk(disk: Path, image: Path) -> None:
+    """A punch past the end is cut there, an allocation past it fails, and the size stays."""
     with disk.open("r+b") as file:
         fallocate(file.fileno(), PUNCH, 3 * MIB, 1 << 40)
         fallocate(file.fileno(), KEEP_SIZE, 60 * MIB, 4 * MIB)
@@ -134,7 +134,7 @@ def test_the_end_of_the_disk(disk: Path, image: Path) -> None:
 
 
 def test_zeroing_past_the_end_grows_a_growable_disk(image: Path, tmp_path: Path) -> None:
-    """As with any file."""
+    """A zero range past the end of a growable disk makes it larger, like any file."""
     with mounted(image, tmp_path / "mnt", "-o", "growable") as place:
         run("fallocate", "-z", "-o", "63MiB", "-l", "2MiB", place / "vm.raw")
         assert (place / "vm.raw").stat().st_size == 65 * MIB
@@ -142,8 +142,10 @@ def test_zeroing_past_the_end_grows_a_growable_disk(image: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("options", [(), ("-o", "direct_io")])
-def test_space_is_set_aside(options: tuple[str, ...], image: Path, tmp_path: Path) -> None:
-    """By fallocate -l and posix_fallocate(3): room on the host, and the content stays."""
+def test_allocated_space_is_reserved_on_the_host(
+    options: tuple[str, ...], image: Path, tmp_path: Path
+) -> None:
+    """Space allocated by fallocate(1) or posix_fallocate(3) is reserved and keeps its content."""
     with mounted(image, tmp_path / "mnt", *options) as place:
         path = place / "vm.raw"
         with path.open("r+b", buffering=0) as file:
@@ -161,10 +163,10 @@ def test_space_is_set_aside(options: tuple[str, ...], image: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("options", ["growable", "growable,direct_io"])
-def test_setting_space_aside_past_the_end_grows_a_growable_disk(
+def test_allocation_past_the_end_grows_a_growable_disk(
     options: str, image: Path, tmp_path: Path
 ) -> None:
-    """As with any file; what KEEP_SIZE asks for cannot be done."""
+    """An allocation past the end grows the disk; KEEP_SIZE and too large sizes change nothing."""
     with mounted(image, tmp_path / "mnt", "-o", options) as place:
         path = place / "vm.raw"
         with path.open("r+b", buffering=0) as file:
@@ -192,8 +194,8 @@ def test_setting_space_aside_past_the_end_grows_a_growable_disk(
     assert qemu.check(image).errors == 0
 
 
-def test_a_read_only_disk_keeps_everything(image: Path, tmp_path: Path) -> None:
-    """The kernel or we refuse; nothing changes."""
+def test_a_read_only_disk_refuses_discards(image: Path, tmp_path: Path) -> None:
+    """A discard of a read-only disk fails, and the image stays the same byte for byte."""
     before = image.read_bytes()
     with mounted(image, tmp_path / "mnt", "-o", "ro") as place:
         done = subprocess.run(
@@ -204,7 +206,7 @@ def test_a_read_only_disk_keeps_everything(image: Path, tmp_path: Path) -> None:
 
 
 def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
-    """The range reads as zeros all the same."""
+    """With nodiscard a punched range reads as zeros and keeps its clusters."""
     with mounted(image, tmp_path / "mnt", "-o", "nodiscard") as place:
         path = place / "vm.raw"
         with path.open("r+b") as file:
@@ -220,8 +222,8 @@ def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("off", True), ("on", True), ("unmap", False)])
-def test_zeros_that_are_written(mode: str, *, kept: bool, image: Path, tmp_path: Path) -> None:
-    """Where they take no space, and where they give up what was there."""
+def test_detect_zeroes_mode(mode: str, *, kept: bool, image: Path, tmp_path: Path) -> None:
+    """Written zeros take no space with detect_zeroes=on, and free space only with unmap."""
     with mounted(image, tmp_path / "mnt", "-o", f"detect_zeroes={mode}") as place:
         path = place / "vm.raw"
         with path.open("r+b") as file:
@@ -238,7 +240,7 @@ def test_zeros_that_are_written(mode: str, *, kept: bool, image: Path, tmp_path:
 
 
 def test_holes_along_a_chain(tmp_path: Path) -> None:
-    """Also those of a sparse raw base; a zero cluster hides the base's data."""
+    """Holes of an overlay and of its sparse raw base are reported, and zero clusters are holes."""
     base = tmp_path / "base.raw"
     with base.open("wb") as file:
         for at in (1, 5, 9):
@@ -262,7 +264,7 @@ def test_holes_along_a_chain(tmp_path: Path) -> None:
 
 
 def test_copies_are_no_larger_than_the_data(disk: Path, tmp_path: Path) -> None:
-    """By cp, tar and QEMU."""
+    """Sparse copies by cp, tar and qemu-img take no more space than the data."""
     copies = [tmp_path / name for name in ("cp.raw", "qemu.raw", "tar/vm.raw")]
     copies[2].parent.mkdir()
     run("cp", "--sparse=auto", disk, copies[0])
@@ -275,8 +277,8 @@ def test_copies_are_no_larger_than_the_data(disk: Path, tmp_path: Path) -> None:
         run("cmp", disk, copy)
 
 
-def test_no_hole_is_told_over_data_that_the_kernel_still_has(disk: Path) -> None:
-    """What was written and not synced is data for everybody at once."""
+def test_no_hole_is_reported_over_dirty_pages(disk: Path) -> None:
+    """Data that was written and not synced is data for lseek(2) through any descriptor."""
     chance = random.Random(5)
     with disk.open("r+b", buffering=0) as writer, disk.open("rb", buffering=0) as reader:
         for _ in range(40):
@@ -288,8 +290,8 @@ def test_no_hole_is_told_over_data_that_the_kernel_still_has(disk: Path) -> None
             assert os.lseek(reader.fileno(), at, os.SEEK_HOLE) > at
 
 
-def test_a_sparse_copy_beside_a_writer_misses_nothing(disk: Path, tmp_path: Path) -> None:
-    """A file system in use on a loop device, never synced, copied again and again."""
+def test_a_sparse_copy_beside_a_writer_is_complete(disk: Path, tmp_path: Path) -> None:
+    """Sparse copies of a disk in use succeed, and a copy of the frozen disk is equal to it."""
     with loop_device(disk) as device:
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=1", device)
         with file_system(device, tmp_path / "fs") as place:
@@ -320,8 +322,8 @@ def test_a_sparse_copy_beside_a_writer_misses_nothing(disk: Path, tmp_path: Path
 # --- block devices and file systems -----------------------------------------------------
 
 
-def test_discards_of_a_block_device(disk: Path, image: Path) -> None:
-    """Blkdiscard frees, and blkdiscard -z does too; both leave zeros."""
+def test_discards_of_a_loop_device(disk: Path, image: Path) -> None:
+    """A discard or zeroing by blkdiscard(8) on a loop device frees clusters and leaves zeros."""
     with loop_device(disk) as device:
         for flags in ([], ["-z"]):
             run("dd", "if=/dev/urandom", f"of={device}", "bs=1M", "count=8", "conv=fsync")
@@ -333,8 +335,8 @@ def test_discards_of_a_block_device(disk: Path, image: Path) -> None:
             assert blocks(image) <= before - 8 * MIB, flags
 
 
-def test_trimming_a_file_system(tmp_path: Path) -> None:
-    """Ten times 100 MB written and deleted on a disk of 300 MB leave a small image."""
+def test_fstrim_keeps_the_image_small(tmp_path: Path) -> None:
+    """Ten times 100 MB written, deleted and trimmed on a disk of 300 MB leave a small image."""
     image = qemu.create(tmp_path / "vm.qed", 300 * MIB)
     with mounted(image, tmp_path / "mnt") as place, loop_device(place / "vm.raw") as device:
         run("mkfs.ext4", "-q", device)
@@ -351,8 +353,8 @@ def test_trimming_a_file_system(tmp_path: Path) -> None:
     assert blocks(image) < 20 * MIB
 
 
-def test_a_file_system_that_discards_as_it_goes(tmp_path: Path) -> None:
-    """With `mount -o discard` no fstrim is needed."""
+def test_a_file_system_mounted_with_discard(tmp_path: Path) -> None:
+    """A file system mounted with -o discard frees deleted files without fstrim."""
     image = qemu.create(tmp_path / "vm.qed", 200 * MIB)
     with mounted(image, tmp_path / "mnt") as place, loop_device(place / "vm.raw") as device:
         run("mkfs.ext4", "-q", device)
@@ -375,11 +377,11 @@ def test_a_file_system_that_discards_as_it_goes(tmp_path: Path) -> None:
     assert image.stat().st_size < 130 * MIB
 
 
-# --- when something is missing, or ends ---------------------------------------------------
+# --- without the extension ---------------------------------------------------
 
 
 def test_without_the_extension(image: Path, tmp_path: Path) -> None:
-    """The mount works, says so once, and discards are refused."""
+    """Without the extension the mount works, says so once, and refuses discards."""
     package = Path(extraops.__file__).parents[1]
     copy = tmp_path / "tree/qedfuse"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -24,7 +24,7 @@ SHOWN: Final = {
     "recover-files.sh": ("L1 entry 32767", "numbers.txt", "vm.qed.before-repair", "vm.qed: sound"),
     "from-qcow2.sh": ("No errors were found", "It was a QED image for a while."),
 }
-"""For each script what its output holds if it did its work."""
+"""For each script, texts that its output contains if it succeeded."""
 
 UNITS: Final = sorted((EXAMPLES / "systemd").iterdir())
 
@@ -35,7 +35,7 @@ _INSTALLED: Final = f"""
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """Give something to link to."""
+    """Give an installation that the examples can link to."""
     return make_environment(tmp_path / "environment")
 
 
@@ -68,21 +68,21 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path, raw: Path) -> Path:
-    """Give an image of it."""
+    """Give an image of that disk."""
     path = tmp_path / "vm.qed"
     qemu.convert(raw, path, source_format="raw", target_format="qed")
     return path
 
 
 def test_every_script_is_run() -> None:
-    """A new script says here what it shows, or has a test of its own."""
+    """Each script of the examples has an expected output here or a test of its own."""
     others = {"install.sh", "quickstart.sh", "setup.sh", "scratch.sh"}
     assert {path.name for path in EXAMPLES.glob("*.sh")} == {*SHOWN, *others}
 
 
 @pytest.mark.parametrize("script", SHOWN)
 def test_script(script: str, environment: Path) -> None:
-    """A script does its work, and its directory is empty afterwards."""
+    """A script prints what it promises, and its directory is empty afterwards."""
     shown = run_in_sandbox(
         f"""
         {_INSTALLED}
@@ -97,14 +97,14 @@ def test_script(script: str, environment: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SHOWN)
-def test_script_tells_what_it_is_for(script: str) -> None:
-    """Its help is its header."""
+def test_script_help_is_its_header(script: str) -> None:
+    """The help of a script is its header, with its usage."""
     done = subprocess.run([EXAMPLES / script, "--help"], capture_output=True, text=True, check=True)
     assert f"examples/{script} [DIRECTORY]" in done.stdout
 
 
-def test_interrupted(environment: Path, tmp_path: Path) -> None:
-    """An interrupt while a disk is mounted unmounts it and takes everything away."""
+def test_interrupt_cleans_up(environment: Path, tmp_path: Path) -> None:
+    """An interrupt while a disk is mounted unmounts it and removes all files."""
     place = tmp_path / "scratch"
     place.mkdir()
     # A program that is found before the real one stops the script at the right moment.
@@ -127,7 +127,7 @@ def test_interrupted(environment: Path, tmp_path: Path) -> None:
 
 
 def test_list_files(image: Path) -> None:
-    """Partitions and files of both file systems are listed."""
+    """Partitions and the files of both file systems are listed."""
     shown = list_files(image)
     assert shown.returncode == 0, shown.stderr
     assert "partition 1 at 1048576, Linux filesystem data: ext2/3/4\n" in shown.stdout
@@ -138,7 +138,7 @@ def test_list_files(image: Path) -> None:
 
 
 def test_list_files_without_partitions(tmp_path: Path, raw: Path) -> None:
-    """A file system that takes the whole disk is found as well, also through an overlay."""
+    """A file system that takes the whole disk is listed, also through an overlay."""
     base, overlay = tmp_path / "fat.raw", tmp_path / "overlay.qed"
     qemu.create(overlay, base.stat().st_size, backing=base, backing_format="raw")
     shown = list_files(overlay)
@@ -148,7 +148,7 @@ def test_list_files_without_partitions(tmp_path: Path, raw: Path) -> None:
 
 
 def test_list_files_of_no_image(raw: Path) -> None:
-    """What is no image gets one line."""
+    """A file that is no QED image gets one line."""
     shown = list_files(raw)
     assert shown.returncode == 1
     assert shown.stderr.startswith(f"list_files.py: {raw}: not a QED image")
@@ -168,7 +168,7 @@ def list_files(image: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_fstab_lines(environment: Path, image: Path) -> None:
-    """mount(8) mounts each line, and what is in the disk is there."""
+    """mount(8) mounts each line of the example fstab, and the guest's files are there."""
     shown = run_in_sandbox(
         f"""
         {_INSTALLED}
@@ -194,8 +194,8 @@ def test_fstab_lines(environment: Path, image: Path) -> None:
     assert "permissions: 444" in shown
 
 
-def test_units_are_what_systemd_expects(environment: Path) -> None:
-    """systemd-analyze has nothing to complain of."""
+def test_units_pass_systemd_analyze(environment: Path) -> None:
+    """systemd-analyze verify finds nothing wrong with the units."""
     shown = run_in_sandbox(
         f"""
         {_INSTALLED}
@@ -216,7 +216,7 @@ def read_unit(name: str) -> dict[str, str]:
 
 
 def test_mount_units_do_what_the_fstab_does(environment: Path, image: Path) -> None:
-    """mount(8), run as systemd runs it for these units, mounts the disk and what is in it."""
+    """mount(8), run as systemd runs it for the mount units, mounts the disk and its file system."""
     commands = []
     for name in ("mnt-vm.mount", "mnt-root.mount"):
         mount = read_unit(name)
@@ -241,7 +241,7 @@ def test_mount_units_do_what_the_fstab_does(environment: Path, image: Path) -> N
 
 
 def test_service_starts_and_stops(environment: Path, image: Path) -> None:
-    """The service tells when the disk can be used, and ends well when it is stopped."""
+    """The service notifies systemd when the disk is ready, and exits with 0 when stopped."""
     service = read_unit("qedfuse-vm.service")
     assert service["Type"] == "notify"
     shown = run_in_sandbox(
@@ -267,6 +267,6 @@ END
         environment,
         image,
     )
-    # The service has its lines among them: without CAP_SYS_RESOURCE it says that it is unprotected.
+    # The service logs to the same output: without CAP_SYS_RESOURCE that it is not protected.
     lines = [line for line in shown.splitlines() if not line.startswith("qedfuse: /mnt/vm: ")]
     assert lines == ["['vm.raw']", "stopped 0", "ended 0"]

@@ -1,4 +1,4 @@
-"""examples/install.sh puts the commands where mount(8) finds them, and takes them away again."""
+"""examples/install.sh: mount(8) and the shells find what it installs, and it uninstalls cleanly."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ INSTALL = f"{ROOT}/examples/install.sh"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """Give something to link to."""
+    """Give an installation that install.sh can link to."""
     return make_environment(tmp_path / "environment")
 
 
 @pytest.mark.parametrize("fstype", ["fuse.qedfuse", "qedfuse"])
 def test_mount_finds_the_helper(environment: Path, tmp_path: Path, fstype: str) -> None:
-    """After the installation mount(8) mounts both types, and findmnt shows source and type."""
+    """mount(8) mounts both types after the installation; findmnt shows source and type."""
     image = qemu.create(tmp_path / "vm.qed", 1 << 20)
     shown = run_in_sandbox(
         f"""
@@ -50,8 +50,8 @@ def test_mount_finds_the_helper(environment: Path, tmp_path: Path, fstype: str) 
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_fstab_knows_an_image_by_its_name(environment: Path, tmp_path: Path, name: str) -> None:
-    """With any name: mount -a twice mounts once, and both ways of umount(8) find the mount."""
+def test_fstab_finds_the_mount_of_any_name(environment: Path, tmp_path: Path, name: str) -> None:
+    """An image of any name is mounted once by two mount -a, and umount(8) finds it in two ways."""
     image = qemu.create(tmp_path / "vm.qed", 1 << 20).rename(tmp_path / name)
     shown = run_in_sandbox(
         f"""
@@ -76,8 +76,8 @@ def test_fstab_knows_an_image_by_its_name(environment: Path, tmp_path: Path, nam
         assert shown.split("\n")[-3:-1] == [str(image)] * 2
 
 
-def test_a_mount_that_fails_is_a_failed_mount(environment: Path, tmp_path: Path) -> None:
-    """mount(8) passes on our line and our exit code."""
+def test_mount_passes_on_the_error(environment: Path, tmp_path: Path) -> None:
+    """mount(8) passes on the command's message and exit code."""
     image = tmp_path / "vm.qed"
     image.write_bytes(b"not an image" * 100)
     shown = run_in_sandbox(
@@ -95,8 +95,8 @@ def test_a_mount_that_fails_is_a_failed_mount(environment: Path, tmp_path: Path)
     assert "code 12\n" in shown
 
 
-def test_uninstall_takes_away_what_was_installed(environment: Path) -> None:
-    """Nothing is left, and what is not ours stays; both can be said twice."""
+def test_uninstall_removes_exactly_what_was_installed(environment: Path) -> None:
+    """Uninstalling leaves the system as it was; installing or uninstalling twice is harmless."""
     run_in_sandbox(
         f"""
         listed() {{ ls -l /usr/sbin /usr/local/bin; find /usr/local/share ! -type d; }}
@@ -115,8 +115,8 @@ def test_uninstall_takes_away_what_was_installed(environment: Path) -> None:
     )
 
 
-def test_pages_and_completions_are_where_they_are_looked_for(environment: Path) -> None:
-    """The man pages are found, and each shell finds the completion of both programs."""
+def test_man_pages_and_completions_are_found(environment: Path) -> None:
+    """The man pages are installed, and each shell finds the completion of both programs."""
     shown = run_in_sandbox(
         f"""
         {INSTALL} --link "$1" >&2
@@ -138,8 +138,8 @@ def test_pages_and_completions_are_where_they_are_looked_for(environment: Path) 
     assert "check\tlook for damage" in shown
 
 
-def test_files_of_others_are_not_replaced(environment: Path) -> None:
-    """A program of that name that somebody else installed is left alone, with one line."""
+def test_a_foreign_file_is_not_replaced(environment: Path) -> None:
+    """The installation refuses, with one line, to replace a program that it did not install."""
     shown = run_in_sandbox(
         f"""
         echo theirs >/sbin/mount.qedfuse
@@ -152,8 +152,8 @@ def test_files_of_others_are_not_replaced(environment: Path) -> None:
     assert shown.startswith("install.sh: /sbin/mount.qedfuse: found a file that is not ours")
 
 
-def test_the_console_script_exists() -> None:
-    """What pip makes a command of can be imported and called."""
+def test_console_script_targets_exist() -> None:
+    """Each console script of pyproject.toml names a function that can be imported."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"]
     for target in project["scripts"].values():

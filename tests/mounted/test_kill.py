@@ -1,4 +1,4 @@
-"""A mount whose process is killed, again and again, in the middle of everything."""
+"""SIGKILL of a busy mount, repeated: synced data survives, and the file stays within its bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.mounted import clean_up, front
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE: Final = 6 << 20
+DISK_BYTES: Final = 6 << 20
 CLUSTER: Final = 4096
 BLOCK: Final = 4096
 WRITERS: Final = 3
@@ -32,7 +32,7 @@ DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 
 
 class Writer(threading.Thread):
-    """Writes, discards and syncs blocks of its own until the mount dies under it.
+    """Writes, discards and syncs its own blocks until the mount dies.
 
     Attributes:
         allowed: What each block may hold if the mount is killed now.
@@ -53,7 +53,7 @@ class Writer(threading.Thread):
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Go on until the mount is gone."""
+        """Work until the mount is gone."""
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_DIRECT)
             try:
@@ -61,10 +61,10 @@ class Writer(threading.Thread):
                     self._act(fd)
                     self._done.count()
             finally:
-                with suppress(OSError):  # the flush that comes with a close finds nobody
+                with suppress(OSError):  # the flush of the close finds no server
                     os.close(fd)
         except OSError as error:
-            if error.errno not in DEAD or not self._done.over():
+            if error.errno not in DEAD or not self._done.is_over():
                 self.error = error
         except BaseException as error:  # noqa: BLE001  handed to the test
             self.error = error
@@ -72,7 +72,7 @@ class Writer(threading.Thread):
             self._done.finish()
 
     def _act(self, fd: int) -> None:
-        """Do one thing."""
+        """Carry out one random action."""
         action = self._random.choices("wdfr", (60, 15, 8, 10))[0]
         block = self._random.choice(self._blocks)
         if action == "w":
@@ -95,55 +95,55 @@ class Writer(threading.Thread):
 
 
 class Countdown:
-    """Counts what the writers have done, and tells when it is enough."""
+    """Counts the actions of the writers; the mount may be killed when it reaches zero."""
 
     def __init__(self, target: int) -> None:
-        """Wait for ``target`` actions."""
+        """Expect ``target`` actions."""
         self._left = target
         self._lock = threading.Lock()
         self._enough = threading.Event()
 
     def count(self) -> None:
-        """Note one action."""
+        """Count one action."""
         with self._lock:
             self._left -= 1
             if self._left == 0:
                 self._enough.set()
 
     def finish(self) -> None:
-        """Note that a writer has ended, so that nobody waits for it."""
+        """Note that a writer has ended, so that the wait ends too."""
         self._enough.set()
 
-    def over(self) -> bool:
-        """Tell whether the mount may have been killed."""
+    def is_over(self) -> bool:
+        """Return whether the mount may have been killed."""
         return self._enough.is_set()
 
     def wait(self) -> None:
-        """Wait until it is enough."""
+        """Wait until all expected actions are done or a writer has ended."""
         assert self._enough.wait(30), "the writers hang"
 
 
 @pytest.mark.timeout(300)
-def test_killed_again_and_again(tmp_path: Path) -> None:
-    """Synced data is there, all else is old or new, and the file stays within its bound."""
-    image = qemu.create(tmp_path / "disk.qed", SIZE, cluster_size=CLUSTER, table_size=2)
+def test_repeated_kills_lose_nothing_that_was_synced(tmp_path: Path) -> None:
+    """Synced data survives each kill, other data is old or new, and the file stays in bounds."""
+    image = qemu.create(tmp_path / "disk.qed", DISK_BYTES, cluster_size=CLUSTER, table_size=2)
     header = parse_header(image.read_bytes()[:64], str(image))
-    bound = header.geometry.bound(header.header_end, SIZE)
-    content = bytes(SIZE)
+    bound = header.geometry.bound(header.header_end, DISK_BYTES)
+    content = bytes(DISK_BYTES)
     longest = leaked = killed_dirty = 0
     for number in range(ROUNDS):
         done = Countdown(random.Random(number).randrange(30, 400))
-        share = SIZE // BLOCK // WRITERS
+        share = DISK_BYTES // BLOCK // WRITERS
         with front("-o", "commit=1", image, tmp_path / "mnt") as mount:
             writers = [
                 Writer(
                     mount.mountpoint / "disk.raw",
-                    range(share * place, share * (place + 1)),
+                    range(share * index, share * (index + 1)),
                     content,
-                    f"{number} {place}",
+                    f"{number} {index}",
                     done,
                 )
-                for place in range(WRITERS)
+                for index in range(WRITERS)
             ]
             for writer in writers:
                 writer.start()

@@ -1,4 +1,4 @@
-"""Holes are told only of what the kernel has written back, and nobody waits for that in vain."""
+"""Laundering: the kernel writes dirty pages back before a hole is reported, without deadlock."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for start in range(0, 1 << 30, 64 << 20):
     print("seeking", flush=True)
     assert os.lseek(fd, start, os.SEEK_HOLE) == start + (64 << 20)
 """
-"""Makes the kernel write back 64 MiB before it is told where they end."""
+"""Leaves 64 MiB of dirty pages, so that a lseek(2) takes long enough to be interrupted."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def image(tmp_path: Path) -> Path:
 
 @contextmanager
 def seeking(disk: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run the writer; it is in its second seek when the block begins."""
+    """Run the writer; it is in its second lseek(2) when the block begins."""
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, disk],
         stdout=subprocess.PIPE,
@@ -73,22 +73,22 @@ def helpers(pid: int) -> list[int]:
     return found
 
 
-def waiting(pid: int) -> int:
-    """Return when the helper of a process waits for the kernel, and nothing can end it."""
+def wait_until_blocked(pid: int) -> int:
+    """Return the helper of a process once one of its threads waits uninterruptibly."""
     end = time.monotonic() + TIMEOUT
     while time.monotonic() < end:
         for helper in helpers(pid):
             for thread in Path(f"/proc/{helper}/task").iterdir():
                 if "\nState:\tD" in (thread / "status").read_text():
                     return helper
-    msg = "the kernel has been asked for nothing"
+    msg = "no helper thread waits for the kernel"
     raise AssertionError(msg)
 
 
-def test_a_killed_server_is_gone(image: Path, tmp_path: Path) -> None:
-    """Also while the kernel writes back to it; who waits gets an error."""
+def test_a_server_killed_during_laundering_ends(image: Path, tmp_path: Path) -> None:
+    """SIGKILL during laundering ends the server, and programs that wait for it get an error."""
     with front(image, tmp_path / "mnt") as mount, seeking(mount.mountpoint / "vm.raw") as writer:
-        waiting(mount.process.pid)
+        wait_until_blocked(mount.process.pid)
         mount.signal(signal.SIGKILL)
         assert mount.finish()[0] == -signal.SIGKILL
         assert writer.wait(TIMEOUT) == 1
@@ -98,13 +98,13 @@ def test_a_killed_server_is_gone(image: Path, tmp_path: Path) -> None:
     assert qemu.check(image).errors == 0
 
 
-def test_a_second_signal_ends_it_all_the_same(image: Path, tmp_path: Path) -> None:
-    """In order, and without a process left behind."""
+def test_a_second_signal_ends_a_mount_during_laundering(image: Path, tmp_path: Path) -> None:
+    """A second SIGTERM during laundering ends the mount with code 0 and leaves no helper."""
     with front(image, tmp_path / "mnt") as mount, seeking(mount.mountpoint / "vm.raw") as writer:
-        helper = waiting(mount.process.pid)
+        helper = wait_until_blocked(mount.process.pid)
         mount.signal(signal.SIGTERM)
         assert "still in use" in mount.read_line()
-        waiting(mount.process.pid)
+        wait_until_blocked(mount.process.pid)
         mount.signal(signal.SIGTERM)
         code, _log = mount.finish()
         assert code == 0
@@ -114,7 +114,7 @@ def test_a_second_signal_ends_it_all_the_same(image: Path, tmp_path: Path) -> No
 
 
 def test_without_the_helper_everything_is_data(image: Path, tmp_path: Path) -> None:
-    """Nothing is called a hole that might be none; a copy is complete and larger."""
+    """Without the helper no hole is reported while a program may write; one line logs it."""
     with front(image, tmp_path / "mnt") as mount:
         path = mount.mountpoint / "vm.raw"
         with path.open("r+b", buffering=0) as file:
@@ -127,13 +127,15 @@ def test_without_the_helper_everything_is_data(image: Path, tmp_path: Path) -> N
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 1 << 30
         assert "a helper process has failed" in mount.read_line()
         with path.open("rb") as file:
-            assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 65536, "nobody writes any more"
+            assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 65536, (
+                "no descriptor is open for writing"
+            )
         mount.signal(signal.SIGTERM)
         assert mount.finish()[0] == 0
 
 
-def test_a_mount_that_nobody_writes_to_has_no_helper(image: Path, tmp_path: Path) -> None:
-    """What nobody writes to, the kernel has nothing of."""
+def test_a_read_only_mount_has_no_helper(image: Path, tmp_path: Path) -> None:
+    """A read-only mount needs no laundering and starts no helper."""
     with front("-r", image, tmp_path / "mnt") as mount:
         with (mount.mountpoint / "vm.raw").open("rb") as file:
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 0
@@ -142,8 +144,8 @@ def test_a_mount_that_nobody_writes_to_has_no_helper(image: Path, tmp_path: Path
         assert mount.finish()[0] == 0
 
 
-def test_pages_that_are_mapped(image: Path, tmp_path: Path) -> None:
-    """What is written through a shared mapping is told as well."""
+def test_stores_into_a_memory_map_are_data(image: Path, tmp_path: Path) -> None:
+    """Stores into a shared memory map are reported as data."""
     with (
         mounted(image, tmp_path / "mnt") as place,
         (place / "vm.raw").open("r+b") as file,
@@ -157,15 +159,15 @@ def test_pages_that_are_mapped(image: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[Path]:
-    """Mount an image of 1 MiB that may grow; give the disk."""
+    """Mount a growable image of 1 MiB; give the disk."""
     image = qemu.create(tmp_path / "grow.qed", MIB)
     with mounted(image, tmp_path / "mnt", "-o", "growable") as place:
         yield place / "grow.raw"
     assert qemu.check(image).errors == 0
 
 
-def test_data_past_the_end_that_only_the_kernel_knows(growing: Path, tmp_path: Path) -> None:
-    """Holes are asked of the kernel up to the end that it knows, also from there on."""
+def test_dirty_pages_past_the_servers_end_are_data(growing: Path, tmp_path: Path) -> None:
+    """Unsynced data past the end that the server knows is reported, and copies contain it."""
     with growing.open("r+b", buffering=0) as file:
         fd = file.fileno()
         os.pwrite(fd, b"G" * 512, 2 * MIB - 512)
@@ -187,8 +189,8 @@ def test_data_past_the_end_that_only_the_kernel_knows(growing: Path, tmp_path: P
         assert copy.stat().st_blocks * 512 < 2 * MIB
 
 
-def test_a_full_disk_that_grows_has_its_hole_at_its_new_end(growing: Path) -> None:
-    """Where the data reaches the server's end, it may go on behind that."""
+def test_the_hole_of_a_grown_full_disk_is_at_its_new_end(growing: Path) -> None:
+    """Data that goes on past the server's end is reported up to the end that the kernel knows."""
     with growing.open("r+b", buffering=0) as file:
         file.write(b"a" * MIB)
         os.fsync(file.fileno())
@@ -197,7 +199,7 @@ def test_a_full_disk_that_grows_has_its_hole_at_its_new_end(growing: Path) -> No
 
 
 def test_without_the_helper_growth_is_data_or_an_error(tmp_path: Path) -> None:
-    """A copy is complete or fails."""
+    """Without the helper, lseek(2) past the server's end reports data or EIO, never a hole."""
     image = qemu.create(tmp_path / "grow.qed", MIB)
     with front(image, "-o", "growable", tmp_path / "mnt") as mount:
         path = mount.mountpoint / "grow.raw"

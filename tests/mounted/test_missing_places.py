@@ -1,4 +1,4 @@
-"""A working directory that has been removed, and a system without /proc."""
+"""Commands in a removed working directory, and on a system without /proc."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMOVED: Final = "the working directory has been removed: expected absolute name
 
 
 def test_a_removed_working_directory(tmp_path: Path) -> None:
-    """Absolute names work; of a relative one is said why it does not, in one line."""
+    """In a removed directory, absolute names work and a relative one gets a line that says why."""
     environment = make_environment(tmp_path / "environment")
     script = """
         cd /srv/gone
@@ -49,7 +49,7 @@ def test_a_removed_working_directory(tmp_path: Path) -> None:
 
 
 def test_a_system_without_proc(tmp_path: Path) -> None:
-    """Each command says what is missing, in one line."""
+    """Without /proc each command prints one line that says so, and fails."""
     environment = make_environment(tmp_path / "environment")
     script = """
         mount -t tmpfs sandbox /proc

@@ -1,4 +1,4 @@
-"""Mounting images together with their bases."""
+"""Mounts of images together with their backing files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Give a directory with a chain of three and an image by itself, opened in any order."""
+    """Give a directory with a chain of three, a second overlay, and an image without a base."""
     directory = tmp_path / "images"
     directory.mkdir()
     qemu.create(directory / "zz-golden.qed", SIZE)
     qemu.io(directory / "zz-golden.qed", "write -P 1 0 64k")
     qemu.create(directory / "m-middle.qed", SIZE, backing="zz-golden.qed", backing_format="qed")
     qemu.io(directory / "m-middle.qed", "write -P 2 64k 64k")
-    # Before and behind its base in the order of names.
+    # One sorts before its base, the other after it.
     for name in ("a-top.qed", "n-top.qed"):
         qemu.create(directory / name, SIZE, backing="m-middle.qed", backing_format="qed")
     qemu.create(directory / "single.qed", SIZE)
@@ -36,7 +36,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_bases_are_read_only_beside_their_overlays(images: Path, tmp_path: Path) -> None:
-    """The overlays can be written to, nothing of the chain changes, and the log says so."""
+    """Overlays of a mounted directory are writable, their bases read-only, and the log says so."""
     golden, middle = images / "zz-golden.qed", images / "m-middle.qed"
     before = [golden.read_bytes(), middle.read_bytes()]
     mnt = tmp_path / "mnt"
@@ -72,10 +72,8 @@ def test_bases_are_read_only_beside_their_overlays(images: Path, tmp_path: Path)
     assert qemu.check(images / "a-top.qed").code == 0
 
 
-def test_a_base_that_the_user_names_is_refused_beside_its_overlay(
-    images: Path, tmp_path: Path
-) -> None:
-    """Both for writing cannot be; read-only they can, in any order, and without the overlays."""
+def test_a_named_base_is_refused_beside_its_overlay(images: Path, tmp_path: Path) -> None:
+    """A base and its overlay are not mounted for writing together; each alone or read-only is."""
     golden, top = images / "zz-golden.qed", images / "a-top.qed"
     mnt = tmp_path / "mnt"
     mnt.mkdir()
@@ -92,7 +90,7 @@ def test_a_base_that_the_user_names_is_refused_beside_its_overlay(
 
 
 def test_one_image_by_two_names_is_refused(images: Path, tmp_path: Path) -> None:
-    """Not by the words that another program has it."""
+    """Two names of one image are refused with a line that names both, unless read-only."""
     mnt = tmp_path / "mnt"
     mnt.mkdir()
     (images / "other.qed").symlink_to("single.qed")
@@ -105,16 +103,16 @@ def test_one_image_by_two_names_is_refused(images: Path, tmp_path: Path) -> None
         assert len(list(directory.iterdir())) == 6
 
 
-def test_snapshots_of_a_directory_write_to_none_of_it(images: Path, tmp_path: Path) -> None:
-    """With -o snapshot each image is a base itself, and each disk can be written to."""
+def test_snapshot_makes_each_disk_of_a_directory_writable(images: Path, tmp_path: Path) -> None:
+    """With -o snapshot each disk of a directory is writable, bases included."""
     with mounted(images, tmp_path / "mnt", "-o", "snapshot") as directory:
         for disk in directory.iterdir():
             with disk.open("r+b") as file:
                 file.write(b"gone")
 
 
-def test_a_base_is_found_by_the_file_and_not_by_its_name(images: Path, tmp_path: Path) -> None:
-    """By a link, and by way of an image that is not mounted itself."""
+def test_a_base_is_recognized_by_inode(images: Path, tmp_path: Path) -> None:
+    """A base is recognized through a symbolic link and through an image that is not mounted."""
     away = tmp_path / "away"
     away.mkdir()
     (images / "m-middle.qed").rename(away / "m-middle.qed")

@@ -1,4 +1,4 @@
-"""Unmounting a file system that is mounted elsewhere as well."""
+"""Unmounting a file system that is also mounted elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SEPARATE: Final = "mount --make-rprivate / 2>/dev/null; "
-"""Keeps what is unmounted here mounted there; the root of a chroot is no mount, and fails."""
+"""Keeps the copies when the originals are unmounted; fails where / is no mount (a chroot)."""
 
 _CHROOTED_PARENT: Final = """
 import os, sys
@@ -46,7 +46,7 @@ def image(tmp_path: Path) -> Path:
 
 @contextmanager
 def other_namespace(separate: str = _SEPARATE) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process with a mount namespace of its own, in which all mounts have copies."""
+    """Run a process in its own mount namespace, which has copies of all mounts."""
     process = subprocess.Popen(
         ["unshare", "--mount", "--propagation=unchanged", "sh", "-c", f"{separate}echo; exec cat"],
         stdin=subprocess.PIPE,
@@ -58,10 +58,8 @@ def other_namespace(separate: str = _SEPARATE) -> Iterator[subprocess.Popen[byte
         yield process
 
 
-def test_the_other_namespace_is_named_at_once_and_at_the_timeout(
-    image: Path, tmp_path: Path
-) -> None:
-    """Process, name and mountpoint; the wait ends with the copy."""
+def test_a_copy_in_another_namespace_is_reported(image: Path, tmp_path: Path) -> None:
+    """Process, name and mountpoint of a copy are reported first and again at the timeout."""
     lines: list[str] = []
     with front(image, tmp_path / "mnt") as mount, other_namespace() as other:
         copy = f"at {mount.mountpoint} for process {other.pid} (cat)"
@@ -78,10 +76,8 @@ def test_the_other_namespace_is_named_at_once_and_at_the_timeout(
         assert mount.finish()[0] == 0
 
 
-def test_a_bind_mount_is_named_and_umount_returns_when_it_has_gone(
-    image: Path, tmp_path: Path
-) -> None:
-    """In the same namespace no process is named, and no mount that goes away with it."""
+def test_a_bind_mount_is_reported_and_waited_for(image: Path, tmp_path: Path) -> None:
+    """A bind mount is reported without a process, and the unmount returns when it is gone."""
     shared = tmp_path / "shared"
     shared.mkdir()
     (shared / "bind").touch()
@@ -108,8 +104,10 @@ def test_a_bind_mount_is_named_and_umount_returns_when_it_has_gone(
     assert lines == [line + f"process {mount.process.pid} goes on until that is unmounted"]
 
 
-def test_a_signal_says_so_in_the_log_and_a_second_one_ends_it(image: Path, tmp_path: Path) -> None:
-    """The server tells the same to whoever reads its log."""
+def test_a_signal_logs_the_copy_and_a_second_one_ends_the_mount(
+    image: Path, tmp_path: Path
+) -> None:
+    """SIGTERM logs the process that has a copy, and a second SIGTERM ends the server."""
     with front(image, tmp_path / "mnt") as mount, other_namespace() as other:
         mount.signal(signal.SIGTERM)
         line = mount.read_line()
@@ -120,8 +118,8 @@ def test_a_signal_says_so_in_the_log_and_a_second_one_ends_it(image: Path, tmp_p
     assert qemu.check(image).code == 0
 
 
-def test_the_command_prints_it(image: Path, tmp_path: Path) -> None:
-    """With a timeout below the moment only the last line comes."""
+def test_umount_prints_the_copy(image: Path, tmp_path: Path) -> None:
+    """An unmount by the command with a short timeout prints one line and exits with 32."""
     with front(image, tmp_path / "mnt") as mount, other_namespace() as other:
         done = qedfuse("umount", mount.mountpoint, "--timeout", "0.1")
         assert done.returncode == 32
@@ -132,10 +130,10 @@ def test_the_command_prints_it(image: Path, tmp_path: Path) -> None:
         assert os.path.exists(mount.mountpoint)  # noqa: PTH110
 
 
-def test_a_reason_that_cannot_be_seen_is_reported_as_well(
+def test_a_server_that_goes_on_without_a_visible_copy_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Later, and without a place; the wait goes on until the process ends."""
+    """If no copy is found, one line lists the possible reasons and the wait goes on."""
     for name in ("_MOMENT_SECONDS", "_LONG_SECONDS"):
         monkeypatch.setattr(umount, name, 0.0)
     lines: list[str] = []
@@ -157,10 +155,8 @@ def test_a_reason_that_cannot_be_seen_is_reported_as_well(
     assert "a copy in a mount namespace that cannot be seen (SIGTERM twice" in lines[0]
 
 
-def test_a_copy_is_found_where_the_first_process_sees_nothing_of_it(
-    image: Path, tmp_path: Path
-) -> None:
-    """A mount table shows only what is below the root of its process, so all are asked."""
+def test_copies_are_found_for_all_processes_of_a_namespace(image: Path, tmp_path: Path) -> None:
+    """A copy is found if only one process sees it: mount tables end at each process's root."""
     place = tmp_path / "chroot"
     place.mkdir()
     command = f"{_SEPARATE} exec {sys.executable} -c '{_CHROOTED_PARENT}' {place}"
@@ -179,13 +175,13 @@ def test_a_copy_is_found_where_the_first_process_sees_nothing_of_it(
     assert [(copy.path, copy.pid) for copy in copies] == [(str(mount.mountpoint), child)]
 
 
-def test_a_new_mount_with_the_same_number_is_no_copy(image: Path, tmp_path: Path) -> None:
-    """The kernel gives the number away while the old process is still closing its images."""
+def test_a_new_mount_with_the_same_device_number_is_no_copy(image: Path, tmp_path: Path) -> None:
+    """A later mount that got the old device number is not taken for a copy."""
     with front(image, tmp_path / "mnt") as mount, subprocess.Popen(["cat"], stdin=-1) as old:
         entry = find_qedfuse_mount(str(mount.mountpoint))
         descriptor = os.pidfd_open(old.pid)
         try:
-            # The note says whose it is now, and of another user's mount the table does.
+            # The mount record names the owner; for another user's mount the mount table does.
             assert "still mounted" not in umount._Ending(descriptor, old.pid, entry).describe()
             other = replace(entry, source="/other.qed")
             assert find_copies(entry.device)

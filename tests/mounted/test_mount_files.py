@@ -1,4 +1,4 @@
-"""What programs see of a mounted disk: sizes, times, the end, truncation, refusals."""
+"""What programs see of a mounted disk: size, times, end of file, truncation, refused changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SIZE = (8 << 20) + 512
-"""Not a whole number of pages: the kernel's cache has to cope with half of one."""
+"""Not a whole number of pages: the last page of the kernel's cache is partial."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def disk(request: pytest.FixtureRequest, image: Path, tmp_path: Path) -> Iterato
 
 @contextmanager
 def opened(disk: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    """Open a disk without any buffering of Python's."""
+    """Open a disk without Python's buffering."""
     fd = os.open(disk, flags)
     try:
         yield fd
@@ -66,7 +66,7 @@ def fails(*numbers: int) -> Iterator[None]:
 
 
 def settled_size(disk: Path) -> int:
-    """Give the size once a write past the end has been put right, which takes a moment."""
+    """Return the size once the server has corrected it after a write past the end."""
     deadline = time.monotonic() + 10
     while (size := disk.stat().st_size) != SIZE and time.monotonic() < deadline:
         os.sched_yield()
@@ -74,7 +74,7 @@ def settled_size(disk: Path) -> int:
 
 
 def test_attributes_are_those_of_disk_and_image(disk: Path, image: Path) -> None:
-    """The size is the disk's; space and times are the image file's."""
+    """st_size is the disk's; st_blocks, times and statvfs are those of the image file."""
     found, file = disk.stat(), image.stat()
     assert found.st_size == SIZE
     assert found.st_blocks == file.st_blocks
@@ -85,7 +85,7 @@ def test_attributes_are_those_of_disk_and_image(disk: Path, image: Path) -> None
 
 
 def test_bytes_around_a_small_write_stay(disk: Path, image: Path) -> None:
-    """Ten bytes change ten bytes."""
+    """A write of ten bytes changes ten bytes, in the disk and in the image."""
     with opened(disk, os.O_WRONLY) as fd:
         os.write(fd, b"A" * 10)
     assert disk.stat().st_size == SIZE
@@ -97,7 +97,7 @@ def test_bytes_around_a_small_write_stay(disk: Path, image: Path) -> None:
 
 
 def test_truncate_is_refused(disk: Path) -> None:
-    """Only the size that the disk has anyway is accepted."""
+    """A truncation fails with EPERM unless it is to the disk's own size."""
     os.truncate(disk, SIZE)
     for size in (100, SIZE - 512, SIZE + 512):
         with fails(errno.EPERM):
@@ -106,7 +106,7 @@ def test_truncate_is_refused(disk: Path) -> None:
 
 
 def test_reads_are_short_at_the_end(disk: Path) -> None:
-    """There is nothing behind the end."""
+    """Reads end at the end of the disk."""
     with opened(disk, os.O_RDONLY) as fd:
         assert os.pread(fd, 4096, SIZE - 512) == b"\7" * 512
         assert os.pread(fd, 4096, SIZE) == b""
@@ -114,8 +114,8 @@ def test_reads_are_short_at_the_end(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("disk", ["file", "direct_io"], indirect=True)
-def test_writes_are_short_at_the_end_and_fail_behind_it(disk: Path) -> None:
-    """Without the write-back cache the writer learns at once where the disk ends."""
+def test_writes_are_short_at_the_end_and_fail_past_it(disk: Path) -> None:
+    """Without the write-back cache a write is short at the end and fails with ENOSPC past it."""
     with opened(disk) as fd:
         assert os.pwrite(fd, b"x" * 4096, SIZE - 100) == 100
         with fails(errno.ENOSPC):
@@ -124,8 +124,8 @@ def test_writes_are_short_at_the_end_and_fail_behind_it(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("disk", ["directory"], indirect=True)
-def test_writes_behind_the_end_fail_at_fsync_or_close_with_the_cache(disk: Path) -> None:
-    """The kernel accepts such a write on its own; the error comes, and the size comes back."""
+def test_cached_writes_past_the_end_fail_at_fsync_or_close(disk: Path) -> None:
+    """With the write-back cache fsync or close reports ENOSPC, and the size is corrected."""
     with opened(disk) as fd:
         os.pwrite(fd, b"x" * 4096, SIZE - 100)
         with fails(errno.ENOSPC):
@@ -139,8 +139,8 @@ def test_writes_behind_the_end_fail_at_fsync_or_close_with_the_cache(disk: Path)
 
 
 @pytest.mark.parametrize("disk", ["directory"], indirect=True)
-def test_a_reader_does_not_take_the_error_that_is_meant_for_the_writer(disk: Path) -> None:
-    """Its close makes the kernel send the write that goes past the end."""
+def test_a_reader_does_not_consume_the_writers_error(disk: Path) -> None:
+    """The writer's fsync gets ENOSPC although a reader's close sent the write past the end."""
     with opened(disk) as fd:
         os.pwrite(fd, b"x" * 4096, SIZE - 100)
         os.close(os.open(disk, os.O_RDONLY))
@@ -150,7 +150,7 @@ def test_a_reader_does_not_take_the_error_that_is_meant_for_the_writer(disk: Pat
 
 
 def test_a_disk_cannot_be_overfilled(disk: Path, tmp_path: Path) -> None:
-    """Writing more than fits says so, and all that fits is there."""
+    """Writing more than fits fails with ENOSPC, and all that fits is there."""
     source = tmp_path / "source"
     source.write_bytes(os.urandom(SIZE + 3 * 65536))
     done = subprocess.run(
@@ -164,7 +164,7 @@ def test_a_disk_cannot_be_overfilled(disk: Path, tmp_path: Path) -> None:
 
 
 def test_unaligned_io(disk: Path) -> None:
-    """Any offset and length works."""
+    """Reads and writes work at any offset and length."""
     with opened(disk) as fd:
         assert os.pwrite(fd, b"seven b", 3) == 7
         assert os.pread(fd, 9, 2) == b"\7seven b\7"[:9]
@@ -186,15 +186,15 @@ def test_direct_io(disk: Path) -> None:
 
 @pytest.mark.parametrize("disk", ["directory", "file"], indirect=True)
 def test_shared_memory_maps(disk: Path) -> None:
-    """A shared map reads and writes the disk."""
+    """Stores into a shared memory map reach the disk."""
     with opened(disk) as fd, mmap.mmap(fd, 8192) as memory:
         memory[5000:5003] = b"abc"
         memory.flush()
     assert disk.read_bytes()[4999:5004] == b"\7abc\7"
 
 
-def test_touch_works_and_other_changes_of_attributes_do_not(disk: Path, image: Path) -> None:
-    """Times can be set and reach the image; owner and mode stay, setting the same is fine."""
+def test_times_can_be_set_and_owner_and_mode_not(disk: Path, image: Path) -> None:
+    """Times can be set and reach the image; owner and mode can only be set to what they are."""
     os.utime(disk, ns=(10**18, 2 * 10**18))
     assert disk.stat().st_mtime_ns == 2 * 10**18
     assert image.stat().st_mtime_ns == 2 * 10**18
@@ -207,8 +207,8 @@ def test_touch_works_and_other_changes_of_attributes_do_not(disk: Path, image: P
     os.chown(disk, os.getuid(), os.getgid())
 
 
-def test_nothing_can_be_made_or_removed(image: Path, tmp_path: Path) -> None:
-    """The images decide what is in the directory."""
+def test_the_directory_cannot_be_changed(image: Path, tmp_path: Path) -> None:
+    """Creating, removing and renaming files fails: the images decide what is in the directory."""
     with mounted(image, tmp_path / "mnt") as directory:
         with fails(errno.EPERM):
             (directory / "new").touch()
@@ -225,7 +225,7 @@ def test_nothing_can_be_made_or_removed(image: Path, tmp_path: Path) -> None:
 
 
 def test_read_only(image: Path, tmp_path: Path) -> None:
-    """With ro the kernel refuses, the mode says so, and the image is not touched."""
+    """With ro the kernel refuses writes, the mode shows it, and the image does not change."""
     before = image.read_bytes()
     with mounted(image, tmp_path / "mnt", "-o", "ro") as directory:
         disk = directory / "vm.raw"
@@ -239,7 +239,7 @@ def test_read_only(image: Path, tmp_path: Path) -> None:
 
 
 def test_growable(image: Path, tmp_path: Path) -> None:
-    """Truncation and writes past the end make the disk larger; it never shrinks."""
+    """With growable, truncation and writes past the end enlarge the disk; it never shrinks."""
     with mounted(image, tmp_path / "mnt", "-o", "growable") as directory:
         disk = directory / "vm.raw"
         os.truncate(disk, SIZE * 2)
@@ -258,7 +258,7 @@ def test_growable(image: Path, tmp_path: Path) -> None:
 
 
 def test_owner_and_mode_follow_the_options(image: Path, tmp_path: Path) -> None:
-    """uid, gid and umask decide."""
+    """uid, gid and umask set the owner and mode of disk and directory."""
     with mounted(image, tmp_path / "mnt", "-o", "uid=12,gid=34,umask=027") as directory:
         found = (directory / "vm.raw").stat()
         assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12, 34, 0o640)
@@ -276,7 +276,7 @@ def test_owner_and_mode_follow_the_options(image: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_synchronous_write_is_durable(options: str, flags: int, tmp_path: Path) -> None:
-    """O_DSYNC, O_SYNC and the option sync: the write has survived a kill when it returns."""
+    """A write with O_DSYNC, O_SYNC or the option sync survives a kill once it has returned."""
     image = qemu.create(tmp_path / "vm.qed", SIZE)
     with (
         front(image, "-o", f"commit=3600,{options}", tmp_path / "mnt") as mount,

@@ -1,4 +1,4 @@
-"""Mounts under load: several processes at once, and a process that is killed in the middle."""
+"""Mounts under load: several processes write concurrently, and a server is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.mounted import clean_up, front, mounted
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE: Final = 32 << 20
-BLOCK: Final = 4096
+DISK_BYTES: Final = 32 << 20
+BLOCK_BYTES: Final = 4096
 
 WRITER: Final = """
 import mmap, os, sys
@@ -37,15 +37,15 @@ os.fsync(fd)
 
 
 def need_check(image: Path) -> bool:
-    """Tell whether NEED_CHECK is set in the file."""
+    """Return whether NEED_CHECK is set in the file."""
     with image.open("rb") as file:
         return parse_header(file.read(64), str(image)).need_check
 
 
-def test_several_processes_write_into_the_same_clusters_at_once(tmp_path: Path) -> None:
-    """Four writers, buffered and direct, share every new cluster; nothing of any is lost."""
-    image = qemu.create(tmp_path / "shared.qed", SIZE)
-    blocks = SIZE // BLOCK // 2
+def test_processes_write_concurrently_into_the_same_clusters(tmp_path: Path) -> None:
+    """Four writers, buffered and direct, share each new cluster and lose nothing."""
+    image = qemu.create(tmp_path / "shared.qed", DISK_BYTES)
+    blocks = DISK_BYTES // BLOCK_BYTES // 2
     with mounted(image, tmp_path / "mnt") as directory:
         disk = directory / "shared.raw"
         writers = [
@@ -62,19 +62,19 @@ def test_several_processes_write_into_the_same_clusters_at_once(tmp_path: Path) 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.expect_log("was not closed cleanly")
-def test_a_killed_process_loses_nothing_that_was_flushed(seed: int, tmp_path: Path) -> None:
-    """What fsync confirmed is there, the rest is old or new, and the check finds only leaks."""
+def test_a_killed_server_loses_nothing_that_was_flushed(seed: int, tmp_path: Path) -> None:
+    """Flushed data survives a kill, other data is old or new, and the check finds only leaks."""
     chance = random.Random(seed)
-    image = qemu.create(tmp_path / "killed.qed", SIZE)
+    image = qemu.create(tmp_path / "killed.qed", DISK_BYTES)
     flushed: dict[int, bytes] = {}
     pending: dict[int, list[bytes]] = {}
     with front(image, tmp_path / "mnt") as mount:
         fd = os.open(mount.mountpoint / "killed.raw", os.O_RDWR | os.O_DIRECT)
-        buffer = mmap.mmap(-1, BLOCK)
+        buffer = mmap.mmap(-1, BLOCK_BYTES)
         for step in range(chance.randrange(150, 300)):
-            block = chance.randrange(SIZE // BLOCK)
+            block = chance.randrange(DISK_BYTES // BLOCK_BYTES)
             buffer[:] = chance.randbytes(8) * 512
-            os.pwrite(fd, buffer, block * BLOCK)
+            os.pwrite(fd, buffer, block * BLOCK_BYTES)
             pending.setdefault(block, []).append(bytes(buffer))
             if step % 40 == 39:
                 os.fsync(fd)
@@ -82,15 +82,15 @@ def test_a_killed_process_loses_nothing_that_was_flushed(seed: int, tmp_path: Pa
                 pending.clear()
         mount.signal(signal.SIGKILL)
         mount.process.wait()
-        with suppress(OSError):  # the flush that comes with a close finds nobody
+        with suppress(OSError):  # the flush of the close finds no server
             os.close(fd)
         clean_up(mount.mountpoint)
     assert need_check(image)
     with qedfuse.open(image, "r+b") as disk:
         content = disk.read()
-    for block in range(SIZE // BLOCK):
-        found = content[block * BLOCK : (block + 1) * BLOCK]
-        old = flushed.get(block, bytes(BLOCK))
+    for block in range(DISK_BYTES // BLOCK_BYTES):
+        found = content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+        old = flushed.get(block, bytes(BLOCK_BYTES))
         assert found in (old, *pending.get(block, [])), block
     assert qemu.check(image).code in (0, 3)
     assert not need_check(image)

@@ -16,21 +16,21 @@ from tests.support.mounted import TIMEOUT, front
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 
 
-def test_each_error_is_logged_once_and_the_rest_is_counted(tmp_path: Path) -> None:
-    """A bad entry that is read is one line; of hundreds the log has a hundred and a number."""
+def test_errors_are_logged_up_to_a_limit_and_counted(tmp_path: Path) -> None:
+    """Of 150 different errors the log has 100 lines and one line with the number of the others."""
     path = tmp_path / "bad.qed"
-    image = build_image(512 * CLUSTER, dict.fromkeys(range(150), b"x"))
+    image = build_image(512 * CLUSTER_BYTES, dict.fromkeys(range(150), b"x"))
     for number in range(150):
-        put_entry(image, l2_entry_offset(image, number), (1 << 40) + number * CLUSTER)
+        put_entry(image, l2_entry_offset(image, number), (1 << 40) + number * CLUSTER_BYTES)
     path.write_bytes(image)
     with front("-o", "ro,direct_io", path, tmp_path / "mnt") as mount:
         disk = os.open(mount.mountpoint / "bad.raw", os.O_RDONLY)
         for number in range(150):
             with pytest.raises(OSError, match="Input/output error"):
-                os.pread(disk, CLUSTER, number * CLUSTER)
+                os.pread(disk, CLUSTER_BYTES, number * CLUSTER_BYTES)
         os.close(disk)
         mount.signal(signal.SIGTERM)
         code, log = mount.finish()
@@ -45,10 +45,10 @@ def test_each_error_is_logged_once_and_the_rest_is_counted(tmp_path: Path) -> No
     )
 
 
-def test_a_stopped_reader_of_the_log_does_not_stop_the_disk(tmp_path: Path) -> None:
-    """A mount in front whose standard error is full goes on, and says later what is missing."""
+def test_a_full_log_does_not_block_requests(tmp_path: Path) -> None:
+    """A mount whose standard error is full answers requests, and logs later what was dropped."""
     path = tmp_path / "bad.qed"
-    image = build_image(512 * CLUSTER, dict.fromkeys(range(2), b"x"))
+    image = build_image(512 * CLUSTER_BYTES, dict.fromkeys(range(2), b"x"))
     put_entry(image, l2_entry_offset(image, 0), 1 << 40)
     path.write_bytes(image)
     with front("-o", "ro,direct_io", path, tmp_path / "mnt") as mount:
@@ -62,8 +62,8 @@ def test_a_stopped_reader_of_the_log_does_not_stop_the_disk(tmp_path: Path) -> N
         watchdog.start()
         disk = os.open(mount.mountpoint / "bad.raw", os.O_RDONLY)
         with pytest.raises(OSError, match="Input/output error"):
-            os.pread(disk, CLUSTER, 0)
-        assert os.pread(disk, 1, CLUSTER) == b"x"
+            os.pread(disk, CLUSTER_BYTES, 0)
+        assert os.pread(disk, 1, CLUSTER_BYTES) == b"x"
         os.close(disk)
         watchdog.cancel()
         assert mount.read_line() == "." * 4095 + "\n"

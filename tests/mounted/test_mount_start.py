@@ -1,4 +1,4 @@
-"""How a mount begins: in the background, refused, with several images, by mount(8)."""
+"""How a mount begins: background, refusals, several images, overlays, mount(8), ordinary users."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory to mount on; what is left there is taken away."""
+    """Give an empty directory to mount on; clean up what is left there."""
     path = tmp_path / "mnt"
     path.mkdir()
     yield path
@@ -76,7 +76,7 @@ def names(directory: Path) -> list[str]:
 
 
 def test_the_server_is_forked_from_a_single_thread(image: Path, mnt: Path) -> None:
-    """A fork beside threads may leave the child a lock that nobody gives back."""
+    """The command forks while it has one thread: no lock can stay held in the child."""
     script = (
         "import os, sys\n"
         "fork = os.fork\n"
@@ -95,15 +95,13 @@ def test_the_server_is_forked_from_a_single_thread(image: Path, mnt: Path) -> No
         check=True,
     )
     assert set(done.stdout.split()) == {"1"}
-    # What Python 3.12 and later say of it.
+    # Python 3.12 and later warn of a fork beside threads.
     assert "multi-threaded" not in done.stderr
     assert is_mounted(mnt)
 
 
-def test_the_command_returns_when_the_disk_can_be_used(
-    image: Path, mnt: Path, tmp_path: Path
-) -> None:
-    """The process is in a session of its own, in the root directory, without the terminal."""
+def test_the_command_returns_when_the_disk_is_ready(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """The server has its own session, the root as its directory, and /dev/null as its streams."""
     pidfile = tmp_path / "pid"
     with mounted(image, mnt, "--pidfile", pidfile) as directory:
         assert names(directory) == ["vm.raw"]
@@ -115,8 +113,8 @@ def test_the_command_returns_when_the_disk_can_be_used(
     assert not pidfile.exists()
 
 
-def test_relative_paths_are_meant_from_where_the_command_runs(image: Path, mnt: Path) -> None:
-    """The source, the mountpoint, the pid file and the overlay."""
+def test_relative_paths_begin_at_the_working_directory(image: Path, mnt: Path) -> None:
+    """Relative source, mountpoint, pid file and overlay begin at the command's directory."""
     words = ("vm.qed", "mnt", "--pidfile", "pid", "-o", "overlay=top.qed")
     done = qedfuse(*words, cwd=image.parent)
     assert (done.returncode, done.stderr) == (0, "")
@@ -127,7 +125,7 @@ def test_relative_paths_are_meant_from_where_the_command_runs(image: Path, mnt: 
 
 
 def test_the_mount_table_shows_source_and_type(tmp_path: Path, mnt: Path) -> None:
-    """Also of a name that means something to mount(8)."""
+    """The mount table shows source and type, also for names with commas, blanks and backslashes."""
     odd = qemu.create(tmp_path / "a,b c\\d.qed", SIZE)
     with mounted(odd, mnt) as directory:
         words = ("findmnt", "-no", "SOURCE,FSTYPE,OPTIONS", "-r", str(directory))
@@ -136,16 +134,16 @@ def test_the_mount_table_shows_source_and_type(tmp_path: Path, mnt: Path) -> Non
         assert names(directory) == ["a,b c\\d.raw"]
 
 
-def test_names_that_are_not_text(tmp_path: Path, mnt: Path) -> None:
-    """A name is bytes; what cannot be shown is escaped in the mount table only."""
+def test_names_that_are_not_utf8(tmp_path: Path, mnt: Path) -> None:
+    """An image whose name is not UTF-8 is shown under the same bytes."""
     name = os.fsdecode(b"\xff\xfe.qed")
     image = qemu.create(tmp_path / "x.qed", SIZE).rename(tmp_path / name)
     with mounted(image, mnt) as directory:
         assert [os.fsencode(path.name) for path in directory.iterdir()] == [b"\xff\xfe.raw"]
 
 
-def test_systemd_is_told(image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ready when the disk can be used, stopping when the mount has gone."""
+def test_systemd_is_notified(image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service manager gets READY=1 when the disk is ready and STOPPING=1 after the unmount."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0qedfuse-test-{os.getpid()}")
         monkeypatch.setenv("NOTIFY_SOCKET", f"@qedfuse-test-{os.getpid()}")
@@ -156,7 +154,7 @@ def test_systemd_is_told(image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_debug_shows_requests(image: Path, mnt: Path) -> None:
-    """-d stays in front and says what the kernel asks."""
+    """-d stays in the foreground and prints the kernel's requests."""
     with front("-d", image, mnt) as mount:
         assert names(mnt) == ["vm.raw"]
         subprocess.run(["umount", mnt], check=True)
@@ -171,7 +169,7 @@ def test_debug_shows_requests(image: Path, mnt: Path) -> None:
      ("readahead=kernel", 128)],
 )  # fmt: skip
 def test_read_ahead(image: Path, mnt: Path, option: str, found: int) -> None:
-    """The kernel reads ahead as far as the option says when the command returns."""
+    """The kernel reads ahead as far as the option says by the time the command returns."""
     with mounted(image, mnt, "-o", option) as directory:
         assert read_ahead(directory) == found
         assert (directory / "vm.raw").read_bytes() == b"\7" * 65536 + bytes(SIZE - 65536)
@@ -185,11 +183,11 @@ def read_ahead(mountpoint: Path) -> int:
 
 
 ANY_NAME = "a b\u2028\u2029\x85\x0c\x0b\x1c\x1d\x1e\r\t\n\\134#, é" + os.fsdecode(b"\xff")
-"""Characters at which Python ends a line, or that the mount table escapes, and no text."""
+"""Line ends of Python, characters that the mount table escapes, and bytes that are not UTF-8."""
 
 
 def test_any_name_can_be_a_mountpoint(image: Path, tmp_path: Path) -> None:
-    """Whatever is in the name, the mount is found again in the mount table."""
+    """A mountpoint of any name is found again in the mount table."""
     with mounted(image, tmp_path / ANY_NAME) as directory:
         assert (directory / "vm.raw").stat().st_size == SIZE
         assert "in use" in refused(image, directory, code=18)
@@ -199,7 +197,7 @@ def test_any_name_can_be_a_mountpoint(image: Path, tmp_path: Path) -> None:
 
 
 def test_refusals_before_the_mount_leave_no_trace(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """One line, the documented exit code, nothing mounted, nothing changed."""
+    """A refused mount prints one line, has the documented exit code, and changes nothing."""
     before = image.read_bytes()
     text = tmp_path / "text"
     text.write_text("no image" * 100)
@@ -222,16 +220,14 @@ def test_refusals_before_the_mount_leave_no_trace(image: Path, mnt: Path, tmp_pa
 @pytest.mark.parametrize(
     "failure",
     [
-        # The first call is before libfuse mounts.
+        # libfuse mounts between the first and the second call.
         "calls = iter([set, fail]); attach.fuse_descriptors = lambda: next(calls)()",
         "session.find_new_mount = fail",
         "session.set_readahead = fail",
     ],
 )
-def test_a_failure_right_after_the_mount_takes_it_back(
-    image: Path, mnt: Path, failure: str
-) -> None:
-    """Wherever the error comes from, no dead mountpoint is left."""
+def test_a_failure_right_after_the_mount_unmounts(image: Path, mnt: Path, failure: str) -> None:
+    """A failure right after the mount leaves no dead mountpoint and no lock."""
     prelude = f"""
 import os
 from qedfuse.mount import session
@@ -251,10 +247,10 @@ def fail(*args):
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
-def test_no_mount_is_left_when_the_command_is_ended_before_it_returns(
+def test_a_command_killed_before_it_returns_leaves_no_mount(
     image: Path, mnt: Path, tmp_path: Path, name: str
 ) -> None:
-    """Nobody knows of a mount whose command did not return, as under ``timeout 30``."""
+    """A command ended by a signal before it returns, as by timeout(1), leaves no mount."""
     prelude = f"""
 import os, select, signal
 from qedfuse.mount.process import daemon
@@ -283,8 +279,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert not pidfile.exists()
 
 
-def test_a_fifo_as_pid_file_is_never_waited_for(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """Without a reader the mount is refused, and taken back."""
+def test_a_fifo_as_pid_file_without_a_reader_is_refused(
+    image: Path, mnt: Path, tmp_path: Path
+) -> None:
+    """A pid file that is a FIFO without a reader is refused instead of waited for."""
     os.mkfifo(tmp_path / "fifo")
     line = refused(image, mnt, "--pidfile", tmp_path / "fifo", code=2)
     assert "found a FIFO that nobody reads" in line
@@ -292,14 +290,14 @@ def test_a_fifo_as_pid_file_is_never_waited_for(image: Path, mnt: Path, tmp_path
 
 
 def test_a_mountpoint_in_use_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """The message says how to end the mount that is there."""
+    """A mountpoint in use is refused with the command that unmounts it."""
     other = qemu.create(tmp_path / "other.qed", SIZE)
     with mounted(image, mnt):
         assert f"qedfuse umount {mnt}" in refused(other, mnt, code=18)
 
 
 def test_an_image_in_use_by_qemu_is_refused(image: Path, mnt: Path) -> None:
-    """The holder is named; beside a reader, reading works, and force_share beside a writer."""
+    """An image that QEMU writes is refused with its pid; sharing rules are those of QEMU."""
     with qemu.hold(image) as holder:
         line = refused(image, mnt, code=16)
         assert f"pid {holder.pid}" in line
@@ -312,8 +310,8 @@ def test_an_image_in_use_by_qemu_is_refused(image: Path, mnt: Path) -> None:
         qemu.io(image, "read 0 64k")
 
 
-def test_in_front_a_refusal_is_the_same(tmp_path: Path, mnt: Path) -> None:
-    """-f changes where the process runs, not what it says."""
+def test_a_refusal_in_the_foreground_is_the_same(tmp_path: Path, mnt: Path) -> None:
+    """-f prints the same refusal as a mount in the background."""
     assert "none.qed" in refused(tmp_path / "none.qed", mnt, "-f", code=2)
 
 
@@ -321,7 +319,7 @@ def test_in_front_a_refusal_is_the_same(tmp_path: Path, mnt: Path) -> None:
 
 
 def test_two_images_and_a_directory_of_images(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """Each image is a file, and writes go to the right one."""
+    """Each image is a file of the mount, and writes go to the right image."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("a.qed", "b.img"):
@@ -338,7 +336,7 @@ def test_two_images_and_a_directory_of_images(image: Path, mnt: Path, tmp_path: 
 
 
 def test_snapshot_drops_all_writes(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """The source is only read, nothing is left in the temporary directory."""
+    """With snapshot the source does not change and no file is left in TMPDIR."""
     image.chmod(0o400)
     before = image.read_bytes()
     (tmp_path / "tmp").mkdir()
@@ -355,7 +353,7 @@ def test_snapshot_drops_all_writes(image: Path, mnt: Path, tmp_path: Path) -> No
 
 
 def test_overlay_takes_all_writes(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """It is made if missing, used again, and QEMU reads both together."""
+    """An overlay is created if missing, reused, and read by QEMU with its base."""
     before = image.read_bytes()
     (tmp_path / "elsewhere").mkdir()
     overlay = tmp_path / "elsewhere" / "top.qed"
@@ -371,7 +369,7 @@ def test_overlay_takes_all_writes(image: Path, mnt: Path, tmp_path: Path) -> Non
 
 
 def test_an_overlay_of_another_source_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """The message names both, and nothing is changed."""
+    """An overlay of another source is refused with a line that names both."""
     other = qemu.create(tmp_path / "other.qed", SIZE)
     overlay = qemu.create(tmp_path / "top.qed", backing=other)
     line = refused(image, mnt, "-o", f"overlay={overlay}", code=1)
@@ -384,7 +382,7 @@ def test_an_overlay_of_another_source_is_refused(image: Path, mnt: Path, tmp_pat
 
 
 def test_leaks_are_logged_and_the_mount_goes_on(image: Path, mnt: Path) -> None:
-    """NEED_CHECK with nothing worse than leaks is a warning before the command returns."""
+    """Leaks of an image that was not closed cleanly are a warning before the command returns."""
     with image.open("r+b") as file:
         set_need_check(image)
         file.seek(0, os.SEEK_END)
@@ -397,14 +395,14 @@ def test_leaks_are_logged_and_the_mount_goes_on(image: Path, mnt: Path) -> None:
 
 
 def set_need_check(image: Path) -> None:
-    """Set the bit in the header."""
+    """Set NEED_CHECK in the header."""
     with image.open("r+b") as file:
         file.seek(16)
         file.write(b"\2")
 
 
-def test_worse_findings_refuse_a_writable_mount(image: Path, mnt: Path) -> None:
-    """Nothing is touched, and the message says what to do; read-only works."""
+def test_errors_of_an_unclean_image_refuse_a_writable_mount(image: Path, mnt: Path) -> None:
+    """An unclean image with errors is mounted only read-only, and the message says what to do."""
     set_need_check(image)
     with image.open("r+b") as file:
         # The second entry of the L2 table, which the first of the L1 table refers to.
@@ -446,7 +444,7 @@ def linked(*names: str) -> Iterator[None]:
 
 
 def test_mount_by_type(image: Path, mnt: Path) -> None:
-    """The type fuse.qedfuse runs the command, and umount ends it."""
+    """The type fuse.qedfuse makes mount(8) run the command with its options; umount ends it."""
     with linked("/usr/local/bin/qedfuse"):
         qemu.run("mount", "-t", "fuse.qedfuse", image, mnt, "-o", "ro,noatime,x-a=b,umask=022")
         assert is_mounted(mnt)
@@ -459,7 +457,7 @@ def test_mount_by_type(image: Path, mnt: Path) -> None:
 
 
 def test_mount_helper_and_fstab(image: Path, mnt: Path, tmp_path: Path) -> None:
-    """The type qedfuse and a line of fstab work where the helper is installed; -f is fake."""
+    """The type qedfuse and a line of fstab work where the helper is installed; -f is a dry run."""
     with linked("/sbin/mount.qedfuse"):
         table = tmp_path / "fstab"
         table.write_text(f"{image} {mnt} qedfuse rw,noauto,nofail,_netdev,user 0 0\n")
@@ -473,33 +471,33 @@ def test_mount_helper_and_fstab(image: Path, mnt: Path, tmp_path: Path) -> None:
         assert qedfuse("umount", mnt).returncode == 0
 
 
-NOBODY = 65534
+USER_ID = 65534
 
 
 DEVICE = Path("/dev/fuse")
 
 
 @pytest.fixture
-def user_place() -> Iterator[Path]:
-    """Give a directory of an ordinary user, and let him use the FUSE device."""
+def user_directory() -> Iterator[Path]:
+    """Give a directory of an ordinary user, who may use the FUSE device meanwhile."""
     mode = DEVICE.stat().st_mode & 0o777
     DEVICE.chmod(0o666)
-    # Not in the directory of the test: he could not get there.
+    # Not in the directory of the test, which the user may not search.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         path = Path(name)
         qemu.create(path / "vm.qed", SIZE)
         (path / "mnt").mkdir()
         for entry in (path, path / "vm.qed", path / "mnt"):
-            os.chown(entry, NOBODY, NOBODY)
+            os.chown(entry, USER_ID, USER_ID)
         yield path
         clean_up(path / "mnt")
     DEVICE.chmod(mode)
-    shutil.rmtree(record_directories(NOBODY)[-1], ignore_errors=True)
+    shutil.rmtree(record_directories(USER_ID)[-1], ignore_errors=True)
 
 
-# The capability lets him search directories: the interpreter may lie in root's home.
+# The capability lets the user search directories: the interpreter may lie in root's home.
 AS_USER = (
-    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    *("setpriv", f"--reuid={USER_ID}", f"--regid={USER_ID}", "--clear-groups"),
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 )
 
@@ -518,19 +516,19 @@ def as_user(*words: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_ordinary_user_mounts_any_name(user_place: Path) -> None:
-    """fusermount3 gets the names of image and mountpoint as they are, and so does the kernel."""
-    image = (user_place / "vm.qed").rename(user_place / f"{ANY_NAME}.qed")
-    mnt = user_place / "mnt" / ANY_NAME
+def test_an_ordinary_user_mounts_any_name(user_directory: Path) -> None:
+    """fusermount3 and the kernel get any name of image and mountpoint unchanged."""
+    image = (user_directory / "vm.qed").rename(user_directory / f"{ANY_NAME}.qed")
+    mnt = user_directory / "mnt" / ANY_NAME
     mnt.mkdir()
-    os.chown(mnt, NOBODY, NOBODY)
+    os.chown(mnt, USER_ID, USER_ID)
     try:
         done = as_user(*COMMAND, image, mnt)
         assert (done.returncode, done.stderr) == (0, "")
         entry = find_mount(str(mnt))
         assert entry is not None
         assert entry.source == str(image)
-        # Root may not even look at it.
+        # Root may not read the mount of another user.
         assert "in use: found another qedfuse mount" in refused(image, mnt, code=18)
         done = as_user(*COMMAND, "umount", mnt)
         assert (done.returncode, done.stderr) == (0, "")
@@ -538,9 +536,9 @@ def test_an_ordinary_user_mounts_any_name(user_place: Path) -> None:
         clean_up(mnt)
 
 
-def test_an_ordinary_user_mounts_and_unmounts(user_place: Path) -> None:
-    """Without root, through fusermount3; root may unmount it and wait too."""
-    image, mnt = user_place / "vm.qed", user_place / "mnt"
+def test_an_ordinary_user_mounts_and_unmounts(user_directory: Path) -> None:
+    """An ordinary user mounts through fusermount3, and the user or root unmounts."""
+    image, mnt = user_directory / "vm.qed", user_directory / "mnt"
     done = as_user(*COMMAND, image, mnt)
     assert (done.returncode, done.stderr) == (0, "")
     done = as_user(
@@ -556,9 +554,9 @@ def test_an_ordinary_user_mounts_and_unmounts(user_place: Path) -> None:
     assert qemu.check(image).code == 0
 
 
-def test_what_an_ordinary_user_may_not_is_explained(user_place: Path) -> None:
-    """allow_other, the device, another's image: each has its message and exit code."""
-    own, mnt = user_place / "vm.qed", user_place / "mnt"
+def test_missing_permissions_are_explained(user_directory: Path) -> None:
+    """allow_other, the FUSE device and others' images each have a message and an exit code."""
+    own, mnt = user_directory / "vm.qed", user_directory / "mnt"
     for option in ("allow_other", "allow_root"):
         done = as_user(*COMMAND, own, mnt, "-o", option)
         assert done.returncode == 19
@@ -578,9 +576,9 @@ def test_what_an_ordinary_user_may_not_is_explained(user_place: Path) -> None:
     assert as_user(*COMMAND, "umount", mnt).returncode == 0
 
 
-def test_an_ordinary_user_is_told_that_reading_ahead_stays_short(user_place: Path) -> None:
-    """Once, in the log; on the terminal if he asked for more; less he gets without root."""
-    image, mnt = user_place / "vm.qed", user_place / "mnt"
+def test_an_ordinary_user_sees_that_read_ahead_stays_short(user_directory: Path) -> None:
+    """A read-ahead that only root may set is logged once, and printed if it was asked for."""
+    image, mnt = user_directory / "vm.qed", user_directory / "mnt"
     with subprocess.Popen(
         [*AS_USER, *COMMAND, "-f", image, mnt],
         stderr=subprocess.PIPE, text=True, cwd="/", env=environment() | {"HOME": "/"},
@@ -608,9 +606,9 @@ def test_an_ordinary_user_is_told_that_reading_ahead_stays_short(user_place: Pat
 def test_a_server_is_protected_while_memory_is_short_or_says_so_once(
     image: Path, tmp_path: Path
 ) -> None:
-    """All its threads have the flag, or the log of a writable mount has one line about it."""
+    """Each thread of a server has PR_SET_IO_FLUSHER, or a writable mount logs the lack once."""
     permitted = may_be_io_flusher()
-    told: list[str] = []
+    logged: list[str] = []
     for options, lines in ((("-r",), 0), ((), 0 if permitted else 1)):
         with front(*options, image, tmp_path / "mnt") as mount:
             (mount.mountpoint / "vm.raw").read_bytes()
@@ -619,6 +617,6 @@ def test_a_server_is_protected_while_memory_is_short_or_says_so_once(
             code, log = mount.finish()
         assert set(flags.values()) == {IO_FLUSHER if permitted else 0}
         assert (code, log.count("unmounted"), len(mount.unprotected)) == (0, 1, lines)
-        told += mount.unprotected
+        logged += mount.unprotected
     prefix = f"qedfuse: {tmp_path / 'mnt'}: {UNPROTECTED}: "
-    assert [line.startswith(prefix) for line in told] == [True] * (not permitted)
+    assert [line.startswith(prefix) for line in logged] == [True] * (not permitted)

@@ -1,4 +1,4 @@
-"""Two qedfuse that want one mountpoint at the same time."""
+"""Two mounts of one mountpoint at the same time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory; what is mounted there in the end is taken away."""
+    """Give an empty directory to mount on; clean up what is left there."""
     path = tmp_path / "mnt"
     path.mkdir()
     yield path
@@ -39,7 +39,7 @@ def mnt(tmp_path: Path) -> Iterator[Path]:
 
 
 def hold(mountpoint: Path) -> socket.socket:
-    """Take the claim of a mountpoint."""
+    """Take the lock of a mountpoint."""
     name = mountpoint_lock_name(str(mountpoint))
     assert name is not None
     taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -52,7 +52,7 @@ def hold(mountpoint: Path) -> socket.socket:
 
 
 def start(image: Path, mountpoint: Path) -> subprocess.Popen[str]:
-    """Start a mount in the background and return when it has looked at the mountpoint."""
+    """Start a mount in the background; return when it has checked the mountpoint."""
     process = subprocess.Popen(
         [*COMMAND, image, mountpoint],
         stdin=subprocess.DEVNULL,
@@ -64,13 +64,13 @@ def start(image: Path, mountpoint: Path) -> subprocess.Popen[str]:
     end = time.monotonic() + TIMEOUT
     while not is_locked(image):  # images are opened after the first look at the mountpoint
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "the image is not opened"
+        assert time.monotonic() < end, "the image was not opened"
         time.sleep(0.01)
     return process
 
 
-def test_of_two_at_once_one_mounts_and_the_other_is_refused(tmp_path: Path, mnt: Path) -> None:
-    """Both have found the mountpoint free; it is reached by two paths."""
+def test_one_of_two_concurrent_mounts_is_refused(tmp_path: Path, mnt: Path) -> None:
+    """Of two concurrent mounts that found the mountpoint free, one mounts and one exits with 18."""
     (tmp_path / "other").symlink_to(tmp_path)
     images = [qemu.create(tmp_path / f"{name}.qed", 1 << 20) for name in "ab"]
     with hold(mnt):
@@ -90,15 +90,13 @@ def test_of_two_at_once_one_mounts_and_the_other_is_refused(tmp_path: Path, mnt:
     ]
 
 
-async def test_a_claim_that_stays_taken_is_not_waited_for_without_end(
-    mnt: Path, autojump_clock: MockClock
-) -> None:
-    """Any user could take it."""
+async def test_waiting_for_the_lock_is_limited(mnt: Path, autojump_clock: MockClock) -> None:
+    """A lock that another process keeps is waited for 5 seconds only: any user could take it."""
     before = autojump_clock.current_time()
     with hold(mnt):
         async with mountpoint_locked(mountpoint_lock_name(str(mnt))):
             assert 4 < autojump_clock.current_time() - before < 6
-    # And it is free again for the next.
+    # At the end of the block the lock is free again.
     async with mountpoint_locked(mountpoint_lock_name(str(mnt))):
         with pytest.raises(OSError, match="in use"):
             hold(mnt)
@@ -106,8 +104,8 @@ async def test_a_claim_that_stays_taken_is_not_waited_for_without_end(
     assert mountpoint_lock_name(str(mnt / "none")) is None
 
 
-def test_the_mount_table_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mount is known from another at the same place, and never stays on one of qedfuse."""
+def test_the_new_mount_is_found_in_the_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new mount is found by its device; one that covers another qedfuse mount is refused."""
     below = MountEntry(7, 1, "0:50", "/m", "fuse.qedfuse", "/a.qed", 0)
     ours = MountEntry(8, 7, "0:51", "/m", "fuse.qedfuse", "/b.qed", 0)
     above = MountEntry(9, 8, "0:52", "/m", "fuse.qedfuse", "/c.qed", 0)

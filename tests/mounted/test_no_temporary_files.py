@@ -1,4 +1,4 @@
-"""No command needs a place for temporary files, except where the user asks for one."""
+"""No command needs temporary files, except a snapshot, which reports that it has no place."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SERVE: Final = """
 def test_no_command_needs_temporary_files(
     kind: str, option: str, reason: str, tmp_path: Path
 ) -> None:
-    """On a system whose root is read-only, or whose /tmp is full; a snapshot says so."""
+    """On a read-only or full system each command works, and a snapshot fails with the reason."""
     environment = make_environment(tmp_path / "environment")
     script = KEEP + PREPARE + NO_PLACE[kind] + SERVE
     printed = run_in_sandbox(script, environment, Path(option))

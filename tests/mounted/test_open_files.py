@@ -1,4 +1,4 @@
-"""Many images, and few open files that the user may have."""
+"""Many images under a low limit on open files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 IMAGES: Final = 60
-FEW: Final = IMAGES + MAX_OTHER_FILES - 1
+TOO_LOW_LIMIT: Final = IMAGES + MAX_OTHER_FILES - 1
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory to mount on; what is left there is taken away."""
+    """Give an empty directory to mount on; clean up what is left there."""
     path = tmp_path / "mnt"
     path.mkdir()
     yield path
@@ -54,33 +54,33 @@ def run(limit: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_soft_limit_is_raised(images: Path, mnt: Path) -> None:
-    """The hard limit is what counts."""
+    """A soft limit that is too low is raised, as far as the hard limit allows."""
     done = run(f"-Sn {IMAGES // 2}", images, mnt)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list(mnt.iterdir())) == IMAGES
     assert run("-Sn 32", "umount", mnt).returncode == 0
 
 
-def test_a_hard_limit_that_is_too_low_is_told(images: Path, mnt: Path) -> None:
-    """In one line, with what is there and what is needed."""
-    done = run(f"-n {FEW}", images, mnt)
+def test_a_hard_limit_that_is_too_low_is_reported(images: Path, mnt: Path) -> None:
+    """A hard limit that is too low is one line, with the limit found and the limit needed."""
+    done = run(f"-n {TOO_LOW_LIMIT}", images, mnt)
     assert done.returncode == 2
     assert done.stderr == (
-        f"qedfuse: {IMAGES} images: found a limit of {FEW} open files, expected {FEW + 1} "
-        "(see: ulimit -Hn; for a service: LimitNOFILE=)\n"
+        f"qedfuse: {IMAGES} images: found a limit of {TOO_LOW_LIMIT} open files, "
+        f"expected {TOO_LOW_LIMIT + 1} (see: ulimit -Hn; for a service: LimitNOFILE=)\n"
     )
 
 
 def test_backing_files_count_as_well(images: Path, tmp_path: Path, mnt: Path) -> None:
-    """How many there are is known only when they are opened."""
+    """If backing files exceed the hard limit, one line says so; they are counted at opening."""
     overlays = tmp_path / "overlays"
     overlays.mkdir()
     base = images / "0.qed"
     first = qemu.create(overlays / "0.qed", 1 << 20, backing=base)
     for number in range(1, IMAGES):
         shutil.copyfile(first, overlays / f"{number}.qed")
-    done = run(f"-n {FEW + 1}", overlays, mnt, "-o", f"backing_dir={images}")
+    done = run(f"-n {TOO_LOW_LIMIT + 1}", overlays, mnt, "-o", f"backing_dir={images}")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert f"Too many open files: found a limit of {FEW + 1} open files" in line
-    assert f"expected more than {FEW + 1} for {IMAGES} images" in line
+    assert f"Too many open files: found a limit of {TOO_LOW_LIMIT + 1} open files" in line
+    assert f"expected more than {TOO_LOW_LIMIT + 1} for {IMAGES} images" in line

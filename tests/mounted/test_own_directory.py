@@ -37,8 +37,8 @@ environment = {
 
 if os.geteuid() != 0:
     environment["XDG_RUNTIME_DIR"] = real
-notes = environment["XDG_RUNTIME_DIR"] if os.geteuid() != 0 else "/run"
-os.makedirs(notes + "/qedfuse", exist_ok=True)
+records = environment["XDG_RUNTIME_DIR"] if os.geteuid() != 0 else "/run"
+os.makedirs(records + "/qedfuse", exist_ok=True)
 
 
 def run(*arguments):
@@ -61,7 +61,7 @@ def refused(numbers, function, *arguments):
 
 run(image, mountpoint, "--pidfile", real + "/pid", "-o", options)
 assert manager.recv(100) == b"READY=1"
-# What is under the mount is seen through a descriptor that is older than the mount.
+# A descriptor that is older than the mount shows what the mount covers.
 pid = int(os.read(os.open("pid", os.O_RDONLY, dir_fd=covered), 100))
 process = os.pidfd_open(pid)
 is_directory = stat.S_ISDIR(os.stat(mountpoint).st_mode)
@@ -116,11 +116,11 @@ else:
 os.lseek(fd, 0, os.SEEK_HOLE)
 if "ro" not in words:
     assert os.lseek(fd, 2 << 20, os.SEEK_DATA) >= 2 << 20
-libc.syncfs(fd)  # it may have the failure of the write past the end to report
+libc.syncfs(fd)  # it may report the failed write past the end
 os.pread(fd, 1 << 20, 0)
 os.utime(disk) if "ro" not in words else None
 if end == "busy":
-    # In use: the first signal makes it durable, the second one ends it.
+    # In use: the first signal makes the disk durable, the second one ends the mount.
     os.kill(pid, signal.SIGTERM)
     os.kill(pid, signal.SIGINT)
 else:
@@ -136,7 +136,7 @@ ended.register(process, select.POLLIN)
 assert ended.poll(50000)
 assert manager.recv(100) == b"STOPPING=1"
 refused({errno.ENOENT}, os.stat, real + "/pid")
-left = [open(f"{notes}/qedfuse/{name}").read() for name in os.listdir(notes + "/qedfuse")]
+left = [open(f"{records}/qedfuse/{name}").read() for name in os.listdir(records + "/qedfuse")]
 assert left == [], left
 print("ended well")
 """
@@ -151,16 +151,16 @@ print("ended well")
         ("..", "kernel", "direct_io,overlay={directory}/top.qed,detect_zeroes=unmap"),
         ("vm.qed", "umount", "nodiscard"),
         (".", "kernel", "ro"),
-        # The interpreter and its libraries; the package; the notes.
+        # The interpreter and its libraries; the package; the mount records.
         (sys.prefix, "signal", "growable,freelist=on,compact"),
         (str(TREE), "busy", "detect_zeroes=on"),
         ("/run/qedfuse", "umount", "snapshot"),
     ],
 )
-def test_a_mount_may_cover_what_its_server_uses(
+def test_a_mount_may_cover_files_that_its_server_uses(
     tmp_path: Path, covered: str, end: str, options: str
 ) -> None:
-    """Each operation and each way to end it works; nothing waits for itself."""
+    """A mount over its image's directory, the interpreter or its records never waits for itself."""
     directory = tmp_path / "images" / "d"
     directory.mkdir(parents=True)
     image = qemu.create(directory / "vm.qed", SIZE)
@@ -168,7 +168,7 @@ def test_a_mount_may_cover_what_its_server_uses(
     program.write_text(PROGRAM)
     mountpoint = (directory / covered).resolve()
     words = [str(TREE), str(image), str(mountpoint), end, options.format(directory=directory)]
-    # The shell is replaced, and nothing is looked up for it any more.
+    # exec: the shell must not look up a program once the mount covers it.
     script = f'exec {sys.executable} "$@"'
     printed = run_in_sandbox(script, program, *map(Path, [*words, *COMMAND]))
     assert printed.endswith("ended well\n"), printed
@@ -186,7 +186,7 @@ USER: Final = """
     mkdir /srv/d
     cp "$2" /srv/d/vm.qed
     chown -R 65534:65534 /srv/d
-    # The capability lets him search directories: the interpreter may lie in root's home.
+    # The capability lets the user search directories: the interpreter may lie in root's home.
     setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search \
         --ambient-caps=+dac_read_search "$4" "$3" "$1" /srv/d/vm.qed /srv/d signal rw \
         "$4" -m qedfuse
@@ -195,8 +195,8 @@ USER: Final = """
 """
 
 
-def test_an_ordinary_user_covers_what_his_server_uses(tmp_path: Path) -> None:
-    """Also the directory of the notes, and what fusermount3 is started with."""
+def test_an_ordinary_user_may_cover_files_that_the_server_uses(tmp_path: Path) -> None:
+    """A user's mount over its own image, with fusermount3, never waits for itself."""
     image = qemu.create(tmp_path / "vm.qed", SIZE)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -1,4 +1,4 @@
-"""examples/quickstart.sh shows the main job and leaves nothing behind."""
+"""examples/quickstart.sh does the main job and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def assert_nothing_left(directory: Path) -> None:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Give an empty directory."""
+    """Give an empty directory for temporary files."""
     place = tmp_path / "temporary"
     place.mkdir()
     return place
 
 
-def test_sample(directory: Path) -> None:
-    """Without arguments the whole main job is done, and the image is clean afterwards."""
+def test_without_arguments(directory: Path) -> None:
+    """Without arguments the script does the main job, and its image is clean."""
     process = start(directory)
     shown, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, shown
@@ -65,8 +65,8 @@ def test_sample(directory: Path) -> None:
     assert_nothing_left(directory)
 
 
-def test_image(directory: Path, tmp_path: Path) -> None:
-    """With an image its partitions are shown, and it is not changed."""
+def test_with_an_image(directory: Path, tmp_path: Path) -> None:
+    """With an image the script shows its partitions and does not change it."""
     image = qemu.create(tmp_path / "an image.qed", 8 << 20)
     qemu.io(image, "write -P 0 510 1", "write -P 0x55 510 1", "write -P 0xaa 511 1")
     before = image.read_bytes()
@@ -79,8 +79,8 @@ def test_image(directory: Path, tmp_path: Path) -> None:
     assert_nothing_left(directory)
 
 
-def test_failure(directory: Path, tmp_path: Path) -> None:
-    """What is no image gets our line and our exit code."""
+def test_with_a_file_that_is_no_image(directory: Path, tmp_path: Path) -> None:
+    """With a file that is no image the script prints qedfuse's line and exits with its code."""
     image = tmp_path / "no.qed"
     image.write_bytes(b"no image" * 100)
     process = start(directory, image)
@@ -91,8 +91,8 @@ def test_failure(directory: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted(directory: Path, number: signal.Signals) -> None:
-    """An interrupt in the middle of the work takes everything away too."""
+def test_interrupt_cleans_up(directory: Path, number: signal.Signals) -> None:
+    """A signal in the middle of the work removes all files, mounts and loop devices."""
     process = start(directory)
     assert process.stdout is not None
     for line in process.stdout:

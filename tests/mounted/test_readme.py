@@ -1,4 +1,4 @@
-"""The recipes of the README, the repair and the toolbox work exactly as they are written."""
+"""The README's recipes, its repair and its toolbox work as written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN: Final = {
     REPAIR: "damaged.qed: sound",
     TOOLBOX: "try.qed: sound",
 }
-"""For each recipe what its output holds if it did its work."""
+"""For each recipe, a text that its output contains if it succeeded."""
 
 AFTERWARDS: Final = {
     "Restore a backup": """
@@ -48,7 +48,7 @@ AFTERWARDS: Final = {
     "From Python": "grep -q changed vm.qed",
     TOOLBOX: 'cmp try.raw "$3"',
 }
-"""For some recipes what must be true when they have ended."""
+"""For some recipes, shell commands that must succeed afterwards."""
 
 CHANGED: Final = (
     "Use the file systems in an image",
@@ -58,7 +58,7 @@ CHANGED: Final = (
     "From Python",
     REPAIR,
 )
-"""The recipes that are meant to change an image; the others must not."""
+"""Recipes that change an image; the others must not."""
 
 
 def recipes() -> dict[str, list[tuple[str, str]]]:
@@ -104,7 +104,7 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path, raw: Path) -> Path:
-    """Give a directory with what the recipes need: ``vm.qed`` and ``damaged.qed``."""
+    """Give a directory with the images that the recipes use: ``vm.qed`` and ``damaged.qed``."""
     directory = tmp_path / "images"
     directory.mkdir()
     qemu.convert(raw, directory / "vm.qed", source_format="raw", target_format="qed")
@@ -117,13 +117,13 @@ def images(tmp_path: Path, raw: Path) -> Path:
 
 
 def test_every_recipe_is_tried() -> None:
-    """A new recipe says here what it shows."""
+    """Each recipe of the README has an expected output here."""
     assert recipes().keys() == SHOWN.keys()
 
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_recipe(name: str, images: Path, raw: Path, tmp_path: Path) -> None:
-    """A recipe does what it promises, on a machine where the project is installed."""
+    """A recipe does what it promises on a machine where the project is installed."""
     environment = make_environment(tmp_path / "environment")
     shown = run_in_sandbox(
         f"""

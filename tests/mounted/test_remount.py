@@ -1,4 +1,4 @@
-"""``mount -o remount``, and other options of mount(8) that are not ours."""
+"""``mount -o remount``, and options of mount(8) that it hands over."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_disk_becomes_read_only_and_writable_again(image: Path, tmp_path: Path) -> None:
-    """The kernel refuses writes meanwhile; what was written before is in the image."""
+    """remount,ro makes the kernel refuse writes, remount,rw allows them, and data stays."""
     with mounted(image, tmp_path / "mnt", "-o", "growable,cache_size=1M") as mnt:
         disk = mnt / "vm.raw"
         with disk.open("r+b") as file:
@@ -52,8 +52,8 @@ def test_a_disk_becomes_read_only_and_writable_again(image: Path, tmp_path: Path
     assert qemu.content(image)[:6] == b"before"
 
 
-def test_what_cannot_be_changed_is_refused(image: Path, tmp_path: Path) -> None:
-    """One line says what, and what to do; nothing is changed."""
+def test_a_remount_refuses_other_changes(image: Path, tmp_path: Path) -> None:
+    """A remount that would change another option fails with one line and changes nothing."""
     with mounted(image, tmp_path / "mnt") as mnt:
         line = refused("-o", "remount,growable", mnt, code=1)
         assert line == (
@@ -77,8 +77,8 @@ def test_what_cannot_be_changed_is_refused(image: Path, tmp_path: Path) -> None:
     assert "expected fuse.qedfuse" in refused("-o", "remount,ro", "/proc", code=18)
 
 
-def test_options_that_stay_as_they_are_can_be_named(image: Path, tmp_path: Path) -> None:
-    """Each is compared alone with what was asked for, and a path by what it names."""
+def test_unchanged_options_may_be_repeated(image: Path, tmp_path: Path) -> None:
+    """A remount accepts options with their present values, and paths that name the same file."""
     bases = tmp_path / "bases"
     mnt = tmp_path / "mnt"
     for directory in (bases, mnt):
@@ -121,7 +121,7 @@ def run(program: Path, directory: Path, *words: str | Path) -> tuple[int, str]:
 
 
 def test_mount_remounts_with_and_without_fstab(image: Path, tmp_path: Path) -> None:
-    """mount(8) hands over its own options and those of the mount table."""
+    """A remount by mount(8), which adds the options of fstab or the mount table, works."""
     environment = make_environment(tmp_path / "environment")
     shown = run_in_sandbox(
         f"""

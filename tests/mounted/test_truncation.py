@@ -1,4 +1,4 @@
-"""A program is never told that a disk was emptied when it was not.
+"""Truncation is refused or empties the disk: success is never reported for anything else.
 
 Each way of truncation, in each way of mounting that the kernel treats differently, is
 compared with a model: the disk as a `bytearray`.
@@ -76,7 +76,7 @@ def mount_full(directory: Path, way: str, *options: str) -> Iterator[Path]:
 
 
 def make_backup(directory: Path) -> Path:
-    """Make a raw backup with some data, also in its last sector, and much that is zeros."""
+    """Make a raw backup with some data, also in its last sector, and many zeros."""
     source = directory / "backup.raw"
     with source.open("wb") as file:
         file.truncate(SIZE)
@@ -93,7 +93,7 @@ def run(command: str, source: Path, disk: Path) -> int:
 
 
 def read_direct(disk: Path) -> bytes:
-    """Read a disk past the kernel's cache."""
+    """Read a disk with O_DIRECT, past the kernel's cache."""
     fd = os.open(disk, os.O_RDONLY | os.O_DIRECT)
     try:
         with mmap.mmap(-1, SIZE + PAGE) as buffer:
@@ -109,8 +109,8 @@ def read_mapped(disk: Path) -> bytes:
 
 
 @pytest.mark.parametrize("way", ["cached", "direct_io", "file", "growable"])
-def test_refused_by_default_and_nothing_is_lost(way: str, tmp_path: Path) -> None:
-    """By path, by handle and with the open: EPERM, and every byte stays."""
+def test_truncation_is_refused_by_default(way: str, tmp_path: Path) -> None:
+    """By path, by handle and with O_TRUNC: EPERM, and every byte stays."""
     with mount_full(tmp_path, way) as disk:
         fd = os.open(disk, os.O_RDWR)
         for truncate in WAYS.values():
@@ -126,7 +126,7 @@ def test_refused_by_default_and_nothing_is_lost(way: str, tmp_path: Path) -> Non
 
 
 def test_programs_fail_by_default(tmp_path: Path) -> None:
-    """None of them ends with 0, and none changes the disk."""
+    """Programs that truncate their target fail by default, and the disk does not change."""
     backup = make_backup(tmp_path)
     with mount_full(tmp_path, "cached") as disk:
         for command in COMMANDS.values():
@@ -137,8 +137,8 @@ def test_programs_fail_by_default(tmp_path: Path) -> None:
         assert disk.read_bytes() == backup.read_bytes()
 
 
-def test_the_log_says_once_for_each_disk_what_to_do(tmp_path: Path) -> None:
-    """It names the disk and three ways out."""
+def test_a_refused_truncation_is_logged_once_for_each_disk(tmp_path: Path) -> None:
+    """The first refusal of each disk logs a line with three alternatives."""
     images = [qemu.create(tmp_path / name, SIZE) for name in ("a.qed", "b.qed")]
     with front(*images, tmp_path / "mnt") as mount:
         for name in ("a.raw", "b.raw"):
@@ -158,7 +158,7 @@ def test_the_log_says_once_for_each_disk_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["cached", "direct_io", "growable_file", "nodiscard"])
 def test_programs_restore_a_disk(way: str, tmp_path: Path) -> None:
-    """With truncate=zero the disk is the backup, however the program treats zeros."""
+    """With truncate=zero cp, dd, tar and cat restore a backup, however they treat zeros."""
     backup = make_backup(tmp_path)
     expected = backup.read_bytes()
     with mount_full(tmp_path, way, "truncate=zero") as disk:
@@ -178,8 +178,8 @@ def test_programs_restore_a_disk(way: str, tmp_path: Path) -> None:
         assert disk.read_bytes() == b"short\n" + bytes(SIZE - 6)
 
 
-def test_from_one_disk_of_a_mount_to_another(tmp_path: Path) -> None:
-    """The source has holes, which cp leaves out."""
+def test_a_copy_from_one_disk_of_a_mount_to_another(tmp_path: Path) -> None:
+    """A copy between two disks of a mount by cp, which leaves out holes, is exact."""
     images = tmp_path / "images"
     images.mkdir()
     source = qemu.create(images / "source.qed", SIZE)
@@ -193,8 +193,8 @@ def test_from_one_disk_of_a_mount_to_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["cached", "direct_io", "file"])
-def test_nothing_old_is_seen_anywhere(way: str, tmp_path: Path) -> None:
-    """What was cached, mapped or read ahead before is zeros; what is written then is kept."""
+def test_a_truncated_disk_shows_no_old_data(way: str, tmp_path: Path) -> None:
+    """Data that was cached or mapped before reads as zeros, and what is written then is kept."""
     expected = bytes(3 * PAGE - 1) + b"new" + bytes(SIZE - 3 * PAGE - 2)
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
@@ -222,7 +222,7 @@ def test_nothing_old_is_seen_anywhere(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["cached", "file"])
 def test_dirty_pages_of_a_map_do_not_come_back(way: str, tmp_path: Path) -> None:
-    """The kernel cannot write them before the truncation, and must not do so after it."""
+    """Dirty pages of a memory map are dropped by a truncation and never written after it."""
     expected = bytes(PAGE) + b"\2" + bytes(SIZE - PAGE - 1)
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
@@ -243,8 +243,8 @@ def test_dirty_pages_of_a_map_do_not_come_back(way: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("way", ["cached", "growable", "file"])
-def test_a_smaller_size_empties_what_lies_past_it(way: str, tmp_path: Path) -> None:
-    """Also below dirty pages of a map, of which only those past the size are dropped."""
+def test_a_smaller_size_zeros_what_lies_past_it(way: str, tmp_path: Path) -> None:
+    """A truncation to a smaller size zeros what lies past it and keeps dirty pages before it."""
     cut = (1 << 20) + 1000
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
@@ -261,8 +261,8 @@ def test_a_smaller_size_empties_what_lies_past_it(way: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("way", ["cached", "growable_file"])
-def test_a_smaller_backup_is_restored_too(way: str, tmp_path: Path) -> None:
-    """If it ends in a hole, cp truncates the target to its size in the end."""
+def test_a_smaller_backup_is_restored(way: str, tmp_path: Path) -> None:
+    """A smaller backup is restored, also by cp, which truncates to the backup's size at the end."""
     backup = tmp_path / "backup.raw"
     with backup.open("wb") as file:
         file.write(b"data" * 1000)
@@ -276,14 +276,14 @@ def test_a_smaller_backup_is_restored_too(way: str, tmp_path: Path) -> None:
             assert read_direct(disk) == backup.read_bytes() + bytes(SIZE - (2 << 20)), name
 
 
-def test_the_size_comes_back_without_being_asked_for(tmp_path: Path) -> None:
-    """Also for a memory map, for which the kernel does not ask."""
+def test_the_size_is_restored_without_a_request(tmp_path: Path) -> None:
+    """The server restores the size itself: accesses to a memory map do not ask for it."""
     with mount_full(tmp_path, "cached", "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
         with mmap.mmap(fd, SIZE) as mapped:
             mapped[0] = 1
             os.ftruncate(fd, 0)
-            # A write into the map goes through the same check as a load, but fails with an
+            # The kernel's write into the map is checked like a load, but fails with an
             # error where a load would end this process.
             source = os.open(tmp_path / "vm.qed", os.O_RDONLY)
             deadline = time.monotonic() + 10
@@ -298,7 +298,7 @@ def test_the_size_comes_back_without_being_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_truncation_that_fails_is_not_hidden_by_the_cache(tmp_path: Path) -> None:
-    """A bad entry in the second table: the error is reported, and the zeros are seen."""
+    """A truncation that fails halfway is reported, and the part that was zeroed is visible."""
     image = qemu.create(tmp_path / "vm.qed", SIZE, cluster_size=4096, table_size=2)
     qemu.io(image, f"write -P 0xff 0 {SIZE}")
     with image.open("r+b") as file:
@@ -319,7 +319,7 @@ def test_a_truncation_that_fails_is_not_hidden_by_the_cache(tmp_path: Path) -> N
         os.close(fd)
         mount.process.terminate()
         assert mount.finish()[0] == 0
-    assert seen == [bytes(512)] * 2, "before the answer, or soon on a busy machine"
+    assert seen == [bytes(512)] * 2, "zeros are visible before the answer, or shortly after it"
 
 
 @pytest.mark.parametrize(
@@ -329,8 +329,8 @@ def test_a_truncation_that_fails_is_not_hidden_by_the_cache(tmp_path: Path) -> N
         *(("zero", way) for way in ("cached", "direct_io", "growable", "growable_file")),
     ],
 )
-def test_beside_a_model(mode: str, way: str, tmp_path: Path) -> None:
-    """Writes, stores, reads and truncations in random order: always what the model has."""
+def test_random_operations_match_a_model(mode: str, way: str, tmp_path: Path) -> None:
+    """Random writes, stores, reads and truncations always match the model."""
     chance = random.Random(f"{mode} {way}")
     model = bytearray(OLD * SIZE)
     with mount_full(tmp_path, way, f"truncate={mode}") as disk:
@@ -373,8 +373,8 @@ def test_beside_a_model(mode: str, way: str, tmp_path: Path) -> None:
     assert qemu.content(tmp_path / "vm.qed") == model
 
 
-def test_a_read_only_disk_is_left_alone(tmp_path: Path) -> None:
-    """The kernel refuses before the server is asked."""
+def test_a_read_only_disk_refuses_truncation(tmp_path: Path) -> None:
+    """Truncations of a read-only disk fail with EROFS and change nothing."""
     with mount_full(tmp_path, "cached", "ro") as disk:
         for name, truncate in WAYS.items():
             if name != "by handle":

@@ -1,4 +1,4 @@
-"""How a mount ends: unmounted, by signals, while busy, by force, by a crash."""
+"""How a mount ends: unmounted, by signals, while in use, by force, by a kill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def need_check(image: Path) -> bool:
-    """Tell whether NEED_CHECK is set in the file."""
+    """Return whether NEED_CHECK is set in the file."""
     return parse_header(image.read_bytes()[:64], "image").need_check
 
 
@@ -44,7 +44,7 @@ def put(disk: Path, data: bytes) -> None:
 
 
 def test_umount_ends_everything_cleanly(image: Path, tmp_path: Path) -> None:
-    """After umount(8) the process ends with 0, NEED_CHECK is clear and the locks are gone."""
+    """After umount(8) the server exits with 0, NEED_CHECK is clear and the locks are released."""
     with front(image, tmp_path / "mnt") as mount:
         put(mount.mountpoint / "vm.raw", b"x" * 70000)
         assert is_locked(image)
@@ -58,7 +58,7 @@ def test_umount_ends_everything_cleanly(image: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_unmounts(image: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """Each signal that asks for an end gets a clean one."""
+    """SIGTERM, SIGINT and SIGHUP each unmount cleanly."""
     with front(image, tmp_path / "mnt") as mount:
         put(mount.mountpoint / "vm.raw", b"x" * 70000)
         mount.signal(number)
@@ -78,7 +78,7 @@ def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
             disk.write(b"x" * 70000)
             mount.signal(signal.SIGTERM)
             assert "still in use" in mount.read_line()
-            # Flushed already: whoever reads the image itself sees what was written.
+            # The data is flushed: the image file itself contains it.
             assert b"x" * 70000 in image.read_bytes()
             disk.seek(100)
             assert disk.write(b"y" * 100) == 100
@@ -89,7 +89,7 @@ def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
 
 
 def test_a_busy_loop_device_goes_on_until_it_is_detached(image: Path, tmp_path: Path) -> None:
-    """A signal under a loop device does not take its disk away."""
+    """A signal while a loop device uses the disk ends the mount only after the detach."""
     with front(image, tmp_path / "mnt") as mount:
         disk = mount.mountpoint / "vm.raw"
         device = qemu.run("losetup", "--find", "--show", disk).stdout.strip()
@@ -108,7 +108,7 @@ def test_a_busy_loop_device_goes_on_until_it_is_detached(image: Path, tmp_path: 
 def test_a_second_signal_ends_a_busy_mount_and_keeps_what_was_written(
     image: Path, tmp_path: Path
 ) -> None:
-    """The second signal detaches the mount; the image is closed cleanly all the same."""
+    """A second signal detaches the mount and still closes the image cleanly."""
     with front(image, tmp_path / "mnt") as mount:
         disk = os.open(mount.mountpoint / "vm.raw", os.O_RDWR)
         os.write(disk, b"x" * 70000)
@@ -151,10 +151,8 @@ shutdown.sync_mount, shutdown.unmount, pyfuse3.close = hold, unmount_later, clos
 """
 
 
-def test_a_signal_that_is_acted_on_when_the_mount_ends_does_no_harm(
-    image: Path, tmp_path: Path
-) -> None:
-    """What the second signal has started ends with the mount: libfuse has no session any more."""
+def test_tasks_of_signals_end_before_the_session(image: Path, tmp_path: Path) -> None:
+    """Tasks that signals started end before libfuse's session is closed."""
     with front(image, tmp_path / "mnt", prelude=HELD_FLUSH) as mount:
         put(mount.mountpoint / "vm.raw", b"x" * (4 << 20))
         mount.signal(signal.SIGTERM)
@@ -185,7 +183,7 @@ atexit.register(lambda: (os.write(2, b"later\\n"), os.kill(os.getpid(), signal.{
 def test_a_signal_after_the_end_changes_nothing(
     image: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """When the images are closed the exit code is 0, whatever comes then."""
+    """A signal after the images are closed does not change the exit code 0."""
     prelude = LATE_SIGNALS.format(name=number.name)
     with front(image, tmp_path / "mnt", prelude=prelude) as mount:
         subprocess.run(["umount", mount.mountpoint], check=True)
@@ -195,7 +193,7 @@ def test_a_signal_after_the_end_changes_nothing(
 
 
 def test_an_end_by_force_that_loses_data_is_a_failure(image: Path, tmp_path: Path) -> None:
-    """If the time for it ends before everything is durable, the exit code and the log say so."""
+    """An end by force before everything is durable exits with 2 and is logged."""
     prelude = (
         "import qedfuse.mount.session; from qedfuse.mount import shutdown\n"
         "shutdown._FORCED_SYNC_SECONDS = 0"
@@ -216,7 +214,7 @@ def test_an_end_by_force_that_loses_data_is_a_failure(image: Path, tmp_path: Pat
 
 
 def test_a_working_directory_delays_the_end(image: Path, tmp_path: Path) -> None:
-    """Somebody's working directory keeps the mount, and leaving it is noticed."""
+    """A process whose working directory is the mount delays its end until it leaves."""
     with front(image, tmp_path / "mnt") as mount:
         with subprocess.Popen(["cat"], cwd=mount.mountpoint, stdin=subprocess.PIPE) as guest:
             mount.signal(signal.SIGTERM)
@@ -226,7 +224,7 @@ def test_a_working_directory_delays_the_end(image: Path, tmp_path: Path) -> None
 
 
 def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) -> None:
-    """After kill -9 the mountpoint is dead, not empty, and both commands explain it."""
+    """After SIGKILL the mountpoint is dead instead of empty, and both commands explain it."""
     with front(image, tmp_path / "mnt") as mount:
         with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
             disk.write(b"x" * 70000)
@@ -246,8 +244,8 @@ def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) 
     assert qemu.content(image)[:70000] == b"x" * 70000
 
 
-def test_umount_of_a_busy_mount_says_what_to_look_at(image: Path, tmp_path: Path) -> None:
-    """The command names the ways to find who is in the way, and changes nothing."""
+def test_umount_of_a_busy_mount_is_refused(image: Path, tmp_path: Path) -> None:
+    """The command refuses to unmount a mount in use with code 18, and changes nothing."""
     with mounted(image, tmp_path / "mnt") as directory, (directory / "vm.raw").open("rb"):
         done = qedfuse("umount", directory)
         assert done.returncode == 18
@@ -255,14 +253,14 @@ def test_umount_of_a_busy_mount_says_what_to_look_at(image: Path, tmp_path: Path
         assert is_mounted(directory)
 
 
-def test_umount_refuses_what_is_not_ours(tmp_path: Path) -> None:
-    """Neither a plain directory nor another file system is touched."""
+def test_umount_refuses_other_file_systems(tmp_path: Path) -> None:
+    """The command refuses to unmount a plain directory and another file system."""
     assert "found no mount" in refused("umount", tmp_path, code=18)
     assert "expected fuse.qedfuse" in refused("umount", "/proc", code=18)
 
 
 def test_umount_returns_when_the_process_is_gone(image: Path, tmp_path: Path) -> None:
-    """At once after it the image can be opened by QEMU for writing."""
+    """When qedfuse umount has returned, QEMU can open the image for writing."""
     for number in range(5):
         with mounted(image, tmp_path / "mnt") as directory:
             put(directory / "vm.raw", bytes([number]) * 200000)
@@ -270,7 +268,7 @@ def test_umount_returns_when_the_process_is_gone(image: Path, tmp_path: Path) ->
 
 
 def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
-    """What fusermount3 says has the name in it."""
+    """A mountpoint whose name contains "busy" is not taken for a busy mount."""
     place = tmp_path / "busy\u2028not permitted"
     place.mkdir()
     with pytest.raises(FuseError) as caught:
@@ -279,10 +277,8 @@ def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
     assert "busy\\u2028not permitted" in str(caught.value)
 
 
-def test_a_process_that_is_stopped_is_not_waited_for_without_end(
-    image: Path, tmp_path: Path
-) -> None:
-    """By umount with a timeout, and by a remount; both used to ask it for the mountpoint."""
+def test_a_stopped_server_is_not_waited_for_without_limit(image: Path, tmp_path: Path) -> None:
+    """A remount returns although the server is stopped, and umount with a timeout fails in time."""
     environment = make_environment(tmp_path / "environment")
     shown = run_in_sandbox(
         """
@@ -317,8 +313,8 @@ def test_a_process_that_is_stopped_is_not_waited_for_without_end(
     assert not need_check(image)
 
 
-def test_a_call_that_blocks_is_left_behind() -> None:
-    """What a child returns or raises arrives; what does not come in time is a timeout."""
+def test_a_call_in_a_child_has_a_timeout() -> None:
+    """A call in a child returns or raises what the child did, or raises TimeoutError."""
     assert call_in_child(lambda: ("result", 1), None) == ("result", 1)
     with pytest.raises(UnmountFailedError) as caught:
         call_in_child(_fail, 30)
