@@ -61,7 +61,7 @@ class Components:
         self.writeback = MetadataWriteback(file, self.layer.tables, options.commit_seconds)
         self.first_write_guard = FirstWriteGuard(file, self.header_store, self.writeback)
         self.epochs = Epochs()
-        self.allocator = Allocator(file, header, lambda: self.layer.missing_tables)
+        self.allocator = Allocator(file, header, lambda: self.layer.registry.missing_tables)
         self.quarantine = Quarantine(self.epochs, self.allocator.make_map)
         self.reclaim = Reclaim(file, self.allocator, self.quarantine, self.writeback)
         self.writeback.reclaim = self.reclaim

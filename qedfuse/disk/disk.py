@@ -347,7 +347,9 @@ class Disk:
         """
         geometry = self.header.geometry
         await self._first_write_guard.prepare_write()
-        await self._write_path.set_zero(start, geometry.ceil(min(start + length, self.size)))
+        await self._write_path.write_zero_clusters(
+            start, geometry.ceil(min(start + length, self.size))
+        )
 
     async def empty(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make all clusters unallocated, so that the base shows everywhere, durably.

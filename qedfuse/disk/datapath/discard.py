@@ -203,7 +203,6 @@ class Discard:
                     if part.entries[base + cluster] == UNALLOCATED:
                         tables.fill(part, base + cluster, 1, ZERO)
                 self._writeback.note_write()
-                part.pins -= 1
 
     async def _kinds(self, start: int, end: int) -> set[Kind]:
         """Tell which kinds of clusters there are in a range whose entries lie in one slice.

@@ -60,7 +60,7 @@ class FastAllocation:
         index = first & (tables.slice_entries - 1)
         base = first << self._bits
         if not (
-            part is not tables.blank
+            part is not tables.empty_slice
             and tables.is_reserved(part)
             and self._needcheck.is_set
             and self._write_path.is_free(base, base + (count << self._bits))

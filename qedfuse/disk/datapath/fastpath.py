@@ -63,7 +63,7 @@ class FastPath:
         # as much as to read into it.
         self._buffer = memoryview(bytearray(_SHORT))
         self._new = FastAllocation(chain, layer, allocator, needcheck, write_path, self._buffer)
-        self._blank = layer.tables.blank
+        self._empty_slice = layer.tables.empty_slice
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
         self._entries = layer.geometry.entries
@@ -176,7 +176,7 @@ class FastPath:
             part = self._layer.cached_slice(cluster >> self._slice_bits)
             if part is None or part.bad is not None:
                 break
-            if part is self._blank and data:
+            if part is self._empty_slice and data:
                 table = self._layer.next_cached_table(cluster // self._entries)
                 if table is None:
                     break

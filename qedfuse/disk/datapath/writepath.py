@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.disk.lookup.extents import Extent, Kind
-from qedfuse.disk.lookup.tablecache import L1, L2
+from qedfuse.disk.lookup.tablecache import L1, L2, Pins
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.util.pace import Pace
@@ -196,26 +196,22 @@ class WritePath:
                 self._allocator.release(run)
                 raise
             layer.tables.set(part, l1_index % layer.tables.slice_entries, run.offset)
-            part.pins -= 1
-            layer.add_table(l1_index, run.offset)
+            layer.registry.add(l1_index, run.offset)
             self._writeback.note_write()
             return run.offset
 
     async def writable_slice(self, table: int, index: int, level: int) -> Slice:
-        """Give a slice that can be changed and will find room when it is written back.
+        """Return the slice with an entry, with host space reserved for its write-back.
 
-        It is pinned; the caller lowers ``pins`` when he has changed it.
+        The caller changes it before it awaits anything, or pins it.
 
         Raises:
-            HostError: It cannot be read, or there is no room for it.
+            HostError: The slice cannot be read, or the host is full.
         """
         tables = self._layer.tables
-        part = tables.pin(await tables.load(table, index, level))
-        try:
+        part = await tables.load(table, index, level)
+        with Pins(part):
             await tables.reserve(part)
-        except BaseException:
-            part.pins -= 1
-            raise
         return part
 
     async def _point(self, table: int, first: int, run: Run) -> None:
@@ -229,10 +225,12 @@ class WritePath:
         # fails while nothing refers to the run yet.
         step = tables.slice_entries
         parts = []
-        try:
+        with Pins() as pins:
             for at in range(index - index % step, end, step):
-                # Each is pinned, so that the next load cannot drop it.
-                parts.append(await self.writable_slice(table, at, L2))  # noqa: PERF401  kept if one fails
+                part = await self.writable_slice(table, at, L2)
+                # The next load must not evict it.
+                pins.add(part)
+                parts.append(part)
             for part in parts:
                 for place in range(
                     index % step, min(len(part.entries), index % step + end - index)
@@ -241,9 +239,6 @@ class WritePath:
                     offset += geometry.cluster_size
                     index += 1
             self._writeback.note_write()
-        finally:
-            for part in parts:
-                part.pins -= 1
 
     async def allocate(self, start: int, end: int) -> None:
         """Give each cluster of a range a place, and room on the host; the content stays.
@@ -289,7 +284,7 @@ class WritePath:
                     await self.write(at, zeros[: extent.end - at])
                     await pace.step()
 
-    async def set_zero(self, start: int, end: int) -> None:
+    async def write_zero_clusters(self, start: int, end: int) -> None:
         """Turn unallocated clusters from ``start`` to ``end`` into zero clusters.
 
         Both are guest offsets at cluster boundaries; used where a base would show
@@ -307,7 +302,6 @@ class WritePath:
                 for place in range(at, stop):
                     if not part.entries[place]:
                         tables.set(part, place, ZERO)
-                part.pins -= 1
                 self._writeback.note_write()
                 start += (stop - at) * geometry.cluster_size
                 await self.wait_for_tables()

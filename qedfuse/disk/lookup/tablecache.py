@@ -1,9 +1,9 @@
-"""Tables in memory: slices of at most 64 KiB, within a budget of bytes.
+"""The table cache: slices of tables, at most 64 KiB each, within a budget of bytes.
 
-A legal table can be 1 GiB long, so tables are never held whole.  A slice that has
-changes which are not in the file yet (dirty), or that somebody holds on to (pinned),
-stays; all others can be dropped at any time and read again.  Whoever changes a slice
-must not have awaited anything since he got it, unless he pinned it.
+A legal table can be 1 GiB long, so no table is held whole.  A slice stays in memory while it
+is dirty (it has changes that are not in the file yet) or pinned; all other slices may be
+evicted whenever a task awaits, and are read again when needed.  So a task that changes a
+slice either has not awaited anything since it got the slice, or has pinned it (`Pins`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qedfuse.util.singleflight import SingleFlight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from numpy.typing import NDArray
 
@@ -31,26 +32,25 @@ L1: Final = 1
 L2: Final = 2
 """Levels of tables."""
 
-_OVERHEAD: Final = 256  # bytes of Python objects around a slice
+_OVERHEAD_BYTES: Final = 256
+"""Memory of the Python objects around a slice."""
 
 
 class Slice:
-    """A piece of one L1 or L2 table.
+    """A part of one L1 or L2 table, in memory.
 
     Attributes:
         offset: File offset of the slice's first entry.
         level: `L1` or `L2`.
-        entries: The entries; change them through `TableCache.set` and the like only.
-        bad: One byte per entry, non-zero where the entry must not be used; None if
-            all are good.
-        pins: How many hold on to this slice: write-backs, and whoever is about to
-            change it.
+        entries: The entries; only `TableCache.set`, `fill` and `put` change them.
+        bad: One byte per entry, non-zero where the entry is invalid; None if all are valid.
+        pins: How many write-backs and `Pins` keep this slice in memory.
     """
 
     __slots__ = ("bad", "changed_first", "changed_last", "entries", "level", "offset", "pins")
 
     def __init__(self, offset: int, level: int, entries: array[int], bad: bytes | None) -> None:
-        """Wrap entries that were just read."""
+        """Hold ``entries``, clean and not pinned."""
         self.offset = offset
         self.level = level
         self.entries = entries
@@ -60,11 +60,11 @@ class Slice:
 
     @property
     def dirty(self) -> bool:
-        """Whether there are changes that no write-back has taken."""
+        """Whether the slice has changes that no write-back has taken."""
         return self.changed_first < self.changed_last
 
     def touch(self, first: int, last: int) -> None:
-        """Note that the entries from ``first`` up to ``last`` differ from the file."""
+        """Mark the entries from ``first`` up to ``last``, exclusive, as dirty."""
         if self.dirty:
             self.changed_first = min(self.changed_first, first)
             self.changed_last = max(self.changed_last, last)
@@ -72,87 +72,128 @@ class Slice:
             self.changed_first, self.changed_last = first, last
 
 
+class Pins:
+    """Keeps slices in memory until the end of a ``with`` block."""
+
+    __slots__ = ("_slices",)
+
+    def __init__(self, *slices: Slice) -> None:
+        """Pin ``slices`` from now on; each was returned by the cache without an await since."""
+        self._slices = list(slices)
+        for one in slices:
+            one.pins += 1
+
+    def add(self, added: Slice) -> None:
+        """Pin one more slice."""
+        added.pins += 1
+        self._slices.append(added)
+
+    def __enter__(self) -> Self:
+        """Return this object; the slices are pinned already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unpin all slices."""
+        for one in self._slices:
+            one.pins -= 1
+
+
 SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
 
 
 def make_store(budget: int) -> SliceStore:
-    """Make the memory that all images of a chain share for their tables, in bytes."""
+    """Make the store that all images of a chain share for their slices; ``budget`` in bytes."""
     return LRU(
         budget,
-        weigh=lambda part: len(part.entries) * ENTRY_BYTES + len(part.bad or b"") + _OVERHEAD,
-        pinned=lambda part: part.dirty or part.pins > 0,
+        weigh=lambda one: len(one.entries) * ENTRY_BYTES + len(one.bad or b"") + _OVERHEAD_BYTES,
+        pinned=lambda one: one.dirty or one.pins > 0,
     )
 
 
 class WriteBack:
-    """One slice's changes at one moment, on their way to the file."""
+    """The changes of one slice at one moment, on their way to the file.
 
-    __slots__ = ("data", "first", "last", "offset", "part")
+    Attributes:
+        source: The slice.
+        first: Index of the first changed entry.
+        last: Index after the last changed entry.
+        offset: File offset of ``data``.
+        data: The entries as bytes for the file.
+    """
 
-    def __init__(self, part: Slice) -> None:
-        """Take the changes of a dirty slice; it counts as clean but stays pinned."""
-        self.part = part
-        self.first, self.last = part.changed_first, part.changed_last
-        self.offset = part.offset + self.first * ENTRY_BYTES
-        self.data = encode(part.entries, self.first, self.last)
-        part.changed_first = part.changed_last = 0
-        part.pins += 1
+    __slots__ = ("data", "first", "last", "offset", "source")
 
-    def done(self, *, written: bool) -> None:
-        """Unpin the slice; what could not be written is dirty again."""
-        self.part.pins -= 1
+    def __init__(self, source: Slice) -> None:
+        """Take the changes of a dirty slice, which is clean and pinned afterwards."""
+        self.source = source
+        self.first, self.last = source.changed_first, source.changed_last
+        self.offset = source.offset + self.first * ENTRY_BYTES
+        self.data = encode(source.entries, self.first, self.last)
+        source.changed_first = source.changed_last = 0
+        source.pins += 1
+
+    def end(self, *, written: bool) -> None:
+        """Unpin the slice; its changes are dirty again unless they were ``written``."""
+        self.source.pins -= 1
         if not written:
-            self.part.touch(self.first, self.last)
+            self.source.touch(self.first, self.last)
 
 
 class TableCache:
-    """The tables of one image file, by slices."""
+    """The tables of one image file, as slices."""
 
     def __init__(
         self,
         file: HostFile,
         geometry: Geometry,
         store: SliceStore,
-        judge: Callable[[int, array[int]], bytes | None],
+        find_bad: Callable[[int, array[int]], bytes | None],
     ) -> None:
-        """Read tables from ``file``; ``judge(level, entries)`` tells which are bad."""
+        """Read the tables of ``file``.
+
+        Args:
+            file: The image file.
+            geometry: The geometry of the image.
+            store: Holds the slices of all images of the chain.
+            find_bad: Called with a level and the entries of a slice; returns `Slice.bad`.
+        """
         self._file = file
         self._store = store
-        self._judge = judge
+        self._find_bad = find_bad
         self._slice_bytes = min(SLICE_BYTES, geometry.table_bytes)
         self.slice_entries = self._slice_bytes // ENTRY_BYTES
         self._loads: SingleFlight[int] = SingleFlight()
         self.get = store.get
-        """Return a slice by its `key`, if it is in memory."""
-        self.blank = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
-        """Stands for all slices of tables that are not there; never to be changed."""
+        """Return a slice by its `key`; None if it is not in memory."""
+        self.empty_slice = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
+        """Stands for every slice of a table that does not exist; must not be changed."""
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
-        # Verdicts on slices that we have written ourselves.  Judging those anew would
-        # be wrong: a wild entry that pointed past the end of the file when we opened it
-        # points at somebody's cluster once the file has grown.
-        self._verdicts: dict[int, bytes | None] = {}
+        # The bad entries of slices that were written back, by file offset.  To validate
+        # such a slice again would be wrong: an entry that pointed past the end of the file
+        # when the image was opened points to another owner's cluster once the file has grown.
+        self._known_bad: dict[int, bytes | None] = {}
 
     def cached(self, table: int, index: int) -> Slice | None:
-        """Return the slice with entry ``index`` of the table at a file offset, if in memory."""
+        """Return the slice with entry ``index`` of the table at an offset; None if not cached."""
         return self.get(self.key(table, index))
 
     def key(self, table: int, index: int) -> tuple[int, int]:
-        """Name the slice with entry ``index`` of the table at a file offset, for `get`."""
+        """Return the key for `get` of the slice with entry ``index`` of the table at an offset."""
         return id(self), table + index // self.slice_entries * self._slice_bytes
 
     async def load(self, table: int, index: int, level: int) -> Slice:
-        """Return the slice with entry ``index`` of a table, reading it if need be.
+        """Return the slice with entry ``index`` of a table, reading it if it is not cached.
 
         Raises:
             HostError: The host cannot read it.
         """
-        part = self.cached(table, index)
-        while part is None:
+        found = self.cached(table, index)
+        while found is None:
             offset = table + index // self.slice_entries * self._slice_bytes
             await self._loads.run(offset, lambda: self._fetch(offset, level))  # noqa: B023  awaited here
-            part = self.cached(table, index)
-        return part
+            found = self.cached(table, index)
+        return found
 
     async def _fetch(self, offset: int, level: int) -> None:
         """Read one slice into the store."""
@@ -161,105 +202,102 @@ class TableCache:
             msg = f"{self._file.name}: table at {offset}: the file ends within it"
             raise HostError(msg)
         entries = decode(raw)
-        bad = self.verdict(level, offset, entries)
+        bad = self.bad_entries(level, offset, entries)
         self._store.put((id(self), offset), Slice(offset, level, entries, bad))
 
-    def verdict(self, level: int, offset: int, entries: array[int]) -> bytes | None:
-        """Mark the entries of a slice, as it is in the file, that must not be used."""
-        known = offset in self._verdicts
-        return self._verdicts[offset] if known else self._judge(level, entries)
+    def bad_entries(self, level: int, offset: int, entries: array[int]) -> bytes | None:
+        """Return `Slice.bad` for the entries that were read from a file offset."""
+        is_known = offset in self._known_bad
+        return self._known_bad[offset] if is_known else self._find_bad(level, entries)
 
-    async def reserve(self, part: Slice) -> None:
-        """Make sure that a slice that is pinned can be written back to a full host later.
+    async def reserve(self, pinned: Slice) -> None:
+        """Reserve host space for the write-back of a pinned slice.
 
-        Its place in the file may be a hole.  It is better to refuse the guest's write
-        than to accept it and to find no room at the flush.
+        The slice may lie in a hole of the file.  It is better to refuse the guest's write
+        now than to accept it and to run out of space at the flush.
 
         Raises:
-            NoSpaceError: The host is full now.
+            NoSpaceError: The host is full.
         """
-        if part.offset not in self._reserved:
-            await self._file.reserve(part.offset, self._slice_bytes)
-            self._reserved.add(part.offset)
+        if pinned.offset not in self._reserved:
+            await self._file.reserve(pinned.offset, self._slice_bytes)
+            self._reserved.add(pinned.offset)
 
-    def is_reserved(self, part: Slice) -> bool:
-        """Tell whether `reserve` has been done."""
-        return part.offset in self._reserved
+    def is_reserved(self, slice_: Slice) -> bool:
+        """Return whether `reserve` was called for the slice."""
+        return slice_.offset in self._reserved
 
-    @staticmethod
-    def pin(part: Slice) -> Slice:
-        """Hold on to a slice that was just returned, until its ``pins`` is lowered again."""
-        part.pins += 1
-        return part
+    def set(self, slice_: Slice, index: int, value: int) -> None:
+        """Change the entry at ``index`` within a slice; the next write-back takes it."""
+        slice_.entries[index] = value
+        slice_.touch(index, index + 1)
+        self._dirty[slice_.offset] = slice_
 
-    def set(self, part: Slice, index: int, value: int) -> None:
-        """Change the entry at ``index`` within a slice; it reaches the file at a commit."""
-        part.entries[index] = value
-        part.touch(index, index + 1)
-        self._dirty[part.offset] = part
-
-    def fill(self, part: Slice, first: int, count: int, value: int) -> None:
-        """Change ``count`` entries to one value, as `set` does."""
+    def fill(self, slice_: Slice, first: int, count: int, value: int) -> None:
+        """Change ``count`` entries from ``first`` on to one value, as `set` does."""
         if count:
-            part.entries[first : first + count] = array("Q", (value,)) * count
-            part.touch(first, first + count)
-            self._dirty[part.offset] = part
+            slice_.entries[first : first + count] = array("Q", (value,)) * count
+            slice_.touch(first, first + count)
+            self._dirty[slice_.offset] = slice_
 
-    def put(self, part: Slice, first: int, values: NDArray[np.uint64]) -> None:
-        """Change the entries from ``first`` on to these values, as `set` does."""
-        entries = np.frombuffer(part.entries, np.uint64)[first : first + len(values)]
+    def put(self, slice_: Slice, first: int, values: NDArray[np.uint64]) -> None:
+        """Change the entries from ``first`` on to ``values``, as `set` does."""
+        entries = np.frombuffer(slice_.entries, np.uint64)[first : first + len(values)]
         changed = np.flatnonzero(entries != values)
         if len(changed):
             entries[:] = values
-            part.touch(first + int(changed[0]), first + int(changed[-1]) + 1)
-            self._dirty[part.offset] = part
+            slice_.touch(first + int(changed[0]), first + int(changed[-1]) + 1)
+            self._dirty[slice_.offset] = slice_
 
-    def evict(self, part: Slice) -> None:
-        """Drop a slice that is not going to be needed soon, unless it has to stay."""
-        if not part.dirty and not part.pins:
-            self._store.drop((id(self), part.offset))
+    def evict(self, slice_: Slice) -> None:
+        """Drop a slice that is not needed soon, unless it is dirty or pinned."""
+        if not slice_.dirty and not slice_.pins:
+            self._store.drop((id(self), slice_.offset))
 
     def move(self, old: int, new: int, length: int) -> None:
-        """Note that a table was copied to another place, and drop what is held of the old one.
+        """Record that a table was copied from file offset ``old`` to ``new``; drop its slices.
 
-        Nothing of it may be pinned or have unwritten changes.
+        No slice of the table may be pinned or dirty.
         """
         for at in range(0, length, self._slice_bytes):
             self._store.drop((id(self), old + at))
             self._reserved.discard(old + at)
-            if old + at in self._verdicts:
-                # Entries that we made ourselves must not be judged by what was there at
-                # the beginning, wherever they are.
-                self._verdicts[new + at] = self._verdicts.pop(old + at)
+            if old + at in self._known_bad:
+                # Entries that were written back are not validated again, also at their new
+                # offset.
+                self._known_bad[new + at] = self._known_bad.pop(old + at)
             else:
-                self._verdicts.pop(new + at, None)
+                self._known_bad.pop(new + at, None)
 
     def forget(self, table: int, length: int) -> None:
-        """Drop what is held of a table that no entry refers to any more.
+        """Drop everything about a table that no entry refers to any more.
 
-        Nothing of it may be pinned or have unwritten changes.
+        No slice of the table may be pinned or dirty.
         """
         for at in range(table, table + length, self._slice_bytes):
             self._store.drop((id(self), at))
             self._reserved.discard(at)
-            self._verdicts.pop(at, None)
+            self._known_bad.pop(at, None)
 
     @property
     def dirty_bytes(self) -> int:
-        """How much memory the slices with unwritten changes hold."""
+        """How much memory the dirty slices take."""
         return len(self._dirty) * self._slice_bytes
 
     def take_dirty(self) -> tuple[list[WriteBack], list[WriteBack]]:
-        """Take all changes, as they are now: those of L2 tables, those of the L1 table."""
+        """Begin to write back all dirty slices: return those of L2 tables and of the L1 table.
+
+        The caller ends each write-back with `end_write_back`.
+        """
         taken: tuple[list[WriteBack], list[WriteBack]] = ([], [])
-        for offset, part in sorted(self._dirty.items()):
-            self._verdicts[offset] = part.bad
-            taken[part.level == L1].append(WriteBack(part))
+        for offset, dirty in sorted(self._dirty.items()):
+            self._known_bad[offset] = dirty.bad
+            taken[dirty.level == L1].append(WriteBack(dirty))
         self._dirty.clear()
         return taken
 
-    def give_back(self, write: WriteBack, *, written: bool) -> None:
-        """End a write-back that `take_dirty` began."""
-        write.done(written=written)
+    def end_write_back(self, write: WriteBack, *, written: bool) -> None:
+        """End a write-back that `take_dirty` began; not ``written``, the slice is dirty again."""
+        write.end(written=written)
         if not written:
-            self._dirty[write.part.offset] = write.part
+            self._dirty[write.source.offset] = write.source

@@ -130,7 +130,7 @@ class Compaction:
         except CorruptImageError as error:
             # Of two owners only one would get the copy.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
-            self._layer.damaged = True
+            self._layer.mark_damaged()
         finally:
             self._scope = None
             self._reclaim.punching = True

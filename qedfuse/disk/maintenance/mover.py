@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.lookup.tablecache import L1, L2
+from qedfuse.disk.lookup.tablecache import L1, L2, Pins
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import runs
 
@@ -70,7 +70,6 @@ class Mover:
                 # No await from here on: the entry, what is known of the table, and the
                 # quarantine change in one step.
                 layer.tables.set(part, l1_index % layer.tables.slice_entries, new)
-                part.pins -= 1
                 taken = False
                 layer.move_table(old, new)
                 self._reclaim.retire(old, length, part.offset)
@@ -120,13 +119,11 @@ class Mover:
         edges = np.flatnonzero(np.diff(places) != 1) + 1
         async with self._needcheck.changing():
             part = await self._write_path.writable_slice(table, (offset - table) // ENTRY_BYTES, L2)
-            try:
+            with Pins(part):
                 for first, last in pairwise([0, *edges.tolist(), len(places)]):
                     start, end = places[first], places[last - 1] + 1
                     for at, count, value in list(runs(part.entries, start, end, size)):
                         await self._move_run(part, at, count, value, above, moved)
-            finally:
-                part.pins -= 1
 
     async def _move_run(
         self,

@@ -127,7 +127,7 @@ class Resize:
         await self._header_store.change(
             lambda header: header.with_size(size), barrier=self._writeback.barrier
         )
-        self._layer.header = self._header_store.value
+        self._layer.set_header(self._header_store.value)
         self._allocator.set_size(self._header_store.value)
 
     async def _blank_past_end(self, size: int, *, force: bool) -> None:
@@ -154,7 +154,7 @@ class Resize:
         if old < past:
             await self._write_path.blank(old, min(past, size))
         if past < min(size, reaches):
-            await self._write_path.set_zero(past, geometry.ceil(min(size, reaches)))
+            await self._write_path.write_zero_clusters(past, geometry.ceil(min(size, reaches)))
 
     async def shrink(self, size: int, progress: Progress | None = None) -> None:
         """Give the disk a smaller size that `check` has let through.
@@ -273,7 +273,6 @@ class Resize:
             # No await from here on: the entry, what is known of the table, and the
             # quarantine change in one step.
             layer.tables.set(part, l1_index % layer.tables.slice_entries, UNALLOCATED)
-            part.pins -= 1
             layer.drop_table(l1_index, table)
             self._reclaim.retire(table, layer.geometry.table_bytes, part.offset)
             self._writeback.note_write()

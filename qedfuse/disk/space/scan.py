@@ -266,7 +266,7 @@ class Scan:
         what = "table entries that point to nowhere"
         if self._duplicates:
             what = f"{self._duplicates} references to clusters that have another owner"
-        self._layer.damaged = True
+        self._layer.mark_damaged()
         log.error(
             "%s: found %s, expected none: the image must be repaired; until then no space is "
             "used again that was in use when it was opened",

@@ -217,12 +217,12 @@ class MetadataWriteback:
             except QedError:
                 self._give_back([*writes[place:], *otherwise])
                 raise
-            self._tables.give_back(write, written=True)
+            self._tables.end_write_back(write, written=True)
             await pace.step()
 
     def _give_back(self, writes: Sequence[WriteBack]) -> None:
         for write in writes:
-            self._tables.give_back(write, written=False)
+            self._tables.end_write_back(write, written=False)
 
     async def run(self) -> None:
         """Commit what is pending, some seconds after it came up; a background task (D4)."""

@@ -85,7 +85,7 @@ class QedRunReader:
             if reason:
                 runs = _single(at, BAD, stop)
             elif not table:
-                following = layer.no_table_before(l1_index)
+                following = layer.skip_missing_tables(l1_index)
                 stop = min(end, max(stop, following * geometry.table_span))
                 runs = _single(at, UNALLOCATED, stop)
             else:
@@ -147,7 +147,7 @@ class QedRunReader:
             and int(used.max()) < self._layer.file.size()
         ):
             return None
-        verdict = self._layer.judge(L2, decode(values.astype("<i8").tobytes()))
+        verdict = self._layer.registry.find_bad(L2, decode(values.astype("<i8").tobytes()))
         return None if verdict is None else np.frombuffer(verdict, np.bool_)
 
 

@@ -1,0 +1,166 @@
+"""Where the L2 tables of an image lie, and so where the entries of its tables may point.
+
+A data cluster must not lie over an L2 table: a guest that writes to its disk would change
+the table.  So the L1 table is read through once when an image is opened, and the offsets of
+all L2 tables stay in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qedfuse.disk.lookup.tablecache import L1, L2
+from qedfuse.errors import CorruptImageError
+from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
+from qedfuse.ondisk.entrylimits import EntryLimits
+from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
+from qedfuse.ondisk.table import SLICE_BYTES, decode
+
+if TYPE_CHECKING:
+    from array import array
+
+    from numpy.typing import NDArray
+
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.header import Header
+
+
+class TableRegistry:
+    """The L2 tables of one image, by their file offsets.
+
+    Attributes:
+        header: The image's header as it is valid now.
+        l2_tables: The file offsets of all L2 tables, ascending.
+        damaged: Whether a bad entry was found; see `NeedCheck.clear`.
+    """
+
+    def __init__(self, file: HostFile, header: Header) -> None:
+        """Start without tables; `scan` finds those of the file."""
+        self.header = header
+        self.l2_tables = NO_TABLES
+        self.damaged = False
+        self._file = file
+        self._geometry = header.geometry
+        # Indices of the L1 entries in use past the end of the disk, which an interrupted
+        # resize leaves behind.
+        self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
+        # For a writer no entry that is read from the file may point past its end at the
+        # time of opening.  Entries that this program adds later are never validated.
+        self._end_at_open = file.size()
+
+    def set_header(self, header: Header) -> None:
+        """Use a header with another disk size, which is durable already."""
+        self.header = header
+
+    def mark_damaged(self) -> None:
+        """Record that the tables contradict each other or the file, from now on."""
+        self.damaged = True
+
+    async def scan(self) -> None:
+        """Find all L2 tables by reading the L1 table; skips the holes of a sparse one.
+
+        Raises:
+            CorruptImageError: Two L2 tables overlap and the image is open for writing.
+            HostError: The host cannot read the L1 table.
+        """
+        start = self.header.l1_table_offset
+        # A writer also needs the tables past the end of the disk: they come into use when
+        # the disk grows.
+        writable = self._file.writable
+        used = self._geometry.l1_used(self.header.image_size)
+        end = start + (self._geometry.entries if writable else used) * ENTRY_BYTES
+        found = []
+        past = []
+        position: int | None = start
+        while position is not None and position < end:
+            raw = await self._file.pread(position, min(SLICE_BYTES, end - position))
+            entries = decode(raw[: len(raw) & -ENTRY_BYTES])
+            values = np.frombuffer(entries, np.uint64)
+            valid = values != UNALLOCATED
+            bad = self.find_bad(L1, entries)
+            if bad is not None:
+                valid &= np.frombuffer(bad, np.uint8) == 0
+            found.append(values[valid])
+            first = (position - start) // ENTRY_BYTES
+            if first + len(values) > used:
+                indices = np.flatnonzero(valid) + first
+                past.append(indices[indices >= used])
+            position += SLICE_BYTES
+            data = await self._file.next_data(position)
+            # Slices begin at multiples of the slice length from the table's start.
+            position = data and max(position, data - (data - start) % SLICE_BYTES)
+        self.l2_tables = np.sort(np.concatenate(found)) if found else self.l2_tables
+        self._past_end = np.concatenate(past) if past else self._past_end
+        if self._file.writable and len(self.l2_tables) > 1:
+            self._refuse_overlaps()
+
+    def _refuse_overlaps(self) -> None:
+        """Raise if two L2 tables overlap: a change of one would damage the other."""
+        gaps = np.diff(self.l2_tables)
+        where = np.flatnonzero(gaps < self._geometry.table_bytes)
+        if where.size:
+            first, second = (int(value) for value in self.l2_tables[where[0] : where[0] + 2])
+            msg = (
+                f"{self._file.name}: L1 table: found L2 tables at {first} and {second}, expected "
+                f"each table to have its {self._geometry.table_bytes} bytes for itself"
+            )
+            raise CorruptImageError(msg)
+
+    @property
+    def missing_tables(self) -> int:
+        """How many more L2 tables the disk needs until every cluster has an entry."""
+        used = self._geometry.l1_used(self.header.image_size)
+        beyond = len(self._past_end) and int((self._past_end >= used).sum())
+        return used - len(self.l2_tables) + beyond
+
+    def add(self, l1_index: int, offset: int) -> None:
+        """Record a new L2 table."""
+        where = int(np.searchsorted(self.l2_tables, offset))
+        self.l2_tables = np.insert(self.l2_tables, where, offset)
+        if l1_index >= self._geometry.l1_used(self.header.image_size):
+            self._past_end = np.append(self._past_end, l1_index)
+
+    def move(self, old: int, new: int) -> None:
+        """Record that an L2 table lies at file offset ``new`` instead of ``old``."""
+        tables = np.delete(self.l2_tables, np.searchsorted(self.l2_tables, np.uint64(old)))
+        self.l2_tables = np.insert(tables, np.searchsorted(tables, np.uint64(new)), new)
+
+    def remove(self, l1_index: int, offset: int) -> None:
+        """Record that an L2 table is gone."""
+        where = np.searchsorted(self.l2_tables, np.uint64(offset))
+        self.l2_tables = np.delete(self.l2_tables, where)
+        self._past_end = self._past_end[self._past_end != l1_index]
+
+    def find_bad(self, level: int, entries: array[int]) -> bytes | None:
+        """Validate entries that were just read, and set ``damaged`` if one is bad.
+
+        Returns:
+            One byte per entry, non-zero for a bad one; None if all are valid.
+        """
+        values = np.frombuffer(entries, np.uint64)
+        used = values > ZERO if level == L2 else values != UNALLOCATED
+        offsets = values[used]
+        if not len(offsets):
+            return None
+        rules = self._rules(level)
+        if rules.all_valid(np.sort(offsets)):
+            return None
+        bad = used & ~rules.valid_mask(values)
+        self.damaged = self.damaged or bool(bad.any())
+        return bad.astype(np.uint8).tobytes() if bad.any() else None
+
+    def _rules(self, level: int) -> EntryRules:
+        """Return the rules for the entries of a level."""
+        # The file may grow while a reader has it open.
+        end = self._end_at_open if self._file.writable else self._file.size()
+        if level == L1:
+            return EntryRules(EntryLimits.for_l1(self.header, end))
+        limits = EntryLimits.for_l2(self.header, end)
+        # A cluster that the file's end cuts short still has bytes worth reading.
+        return EntryRules(limits, self.l2_tables, allow_cut_short=not self._file.writable)
+
+    def explain(self, level: int, entry: str, value: int) -> str:
+        """Return a message about a bad entry: which rule its value breaks."""
+        return f"{self._file.name}: {entry}: {self._rules(level).explain(value)}"
