@@ -49,20 +49,35 @@ class EntryRules:
         bad |= self._over_metadata(values)
         return ~bad
 
-    def all_valid(self, ordered: Values) -> bool:
-        """Return whether sorted offsets are all valid; False may also mean unknown.
+    def invalid_mask(self, values: Values) -> Mask | None:
+        """Return for each entry whether it is invalid; None if no entry is.
 
-        Tables are read far more often than an entry is invalid, and sorted offsets are
-        several times as fast to check: mostly by the first and the last one.
+        Markers, such as 0 for what is unallocated, are not invalid.
+        """
+        used = values > self.limits.largest_marker
+        offsets = values[used]
+        if not len(offsets) or self.all_valid(offsets):
+            return None
+        bad: Mask = used & ~self.valid_mask(values)
+        return bad if bad.any() else None
+
+    def all_valid(self, offsets: Values) -> bool:
+        """Return whether all offsets, at least one, are valid; False may also mean unknown.
+
+        Tables are read far more often than an entry is invalid.  Most of them are known to be
+        valid by their smallest and their largest offset.
         """
         limits = self.limits
-        first, last = int(ordered[0]), int(ordered[-1])
+        lowest = int(offsets.min())
         highest = limits.file_size - 1 if self.allow_cut_short else limits.highest
-        if first < limits.lowest_clear or last > highest:
+        if lowest < limits.lowest_clear or int(offsets.max()) > highest:
             return False
-        if int(np.bitwise_or.reduce(ordered)) & (limits.cluster_size - 1):
+        if int(np.bitwise_or.reduce(offsets)) & (limits.cluster_size - 1):
             return False
-        return not self._any_over_table(ordered)
+        if not len(self.tables):
+            return True
+        tables_end = int(self.tables[-1]) + limits.table_bytes
+        return lowest >= tables_end or not self._any_over_table(offsets[offsets < tables_end])
 
     def violations(self, values: Values) -> Iterator[tuple[Violation, Mask]]:
         """Sort invalid entries by the first rule that each breaks; markers break none.
@@ -102,14 +117,13 @@ class EntryRules:
             over |= (before >= 0) & (values - self.tables[before] < limits.table_bytes)
         return over
 
-    def _any_over_table(self, ordered: Values) -> bool:
-        """Return whether any of some sorted offsets lies in an L2 table."""
-        if not len(self.tables):
-            return False
-        span = np.uint64(self.limits.table_bytes)
-        among = ordered[: int(ordered.searchsorted(self.tables[-1] + span))]
-        before = self.tables.searchsorted(among, "right")
-        return bool(((before > 0) & (among - self.tables[before - 1] < span)).any())
+    def _any_over_table(self, offsets: Values) -> bool:
+        """Return whether any of some offsets lies in an L2 table; there is at least one table."""
+        # Sorted offsets are found in the tables several times as fast.
+        ordered = np.sort(offsets)
+        before = self.tables.searchsorted(ordered, "right")
+        inside = ordered - self.tables[before - 1] < np.uint64(self.limits.table_bytes)
+        return bool(((before > 0) & inside).any())
 
     def explain(self, value: int) -> str:
         """Say what is wrong with an entry that `valid_mask` found invalid."""

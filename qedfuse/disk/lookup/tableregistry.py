@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qedfuse.disk.lookup.tablecache import L1, L2
+from qedfuse.disk.lookup.tablecache import L1
 from qedfuse.errors import CorruptImageError
-from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
+from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
 from qedfuse.ondisk.table import SLICE_BYTES, decode
@@ -139,19 +139,13 @@ class TableRegistry:
         Returns:
             One byte per entry, non-zero for a bad one; None if all are valid.
         """
-        values = np.frombuffer(entries, np.uint64)
-        used = values > ZERO if level == L2 else values != UNALLOCATED
-        offsets = values[used]
-        if not len(offsets):
+        bad = self.entry_rules(level).invalid_mask(np.frombuffer(entries, np.uint64))
+        if bad is None:
             return None
-        rules = self._rules(level)
-        if rules.all_valid(np.sort(offsets)):
-            return None
-        bad = used & ~rules.valid_mask(values)
-        self.damaged = self.damaged or bool(bad.any())
-        return bad.astype(np.uint8).tobytes() if bad.any() else None
+        self.damaged = True
+        return bad.tobytes()
 
-    def _rules(self, level: int) -> EntryRules:
+    def entry_rules(self, level: int) -> EntryRules:
         """Return the rules for the entries of a level."""
         # The file may grow while a reader has it open.
         end = self._end_at_open if self._file.writable else self._file.size()
@@ -163,4 +157,4 @@ class TableRegistry:
 
     def explain(self, level: int, entry: str, value: int) -> str:
         """Return a message about a bad entry: which rule its value breaks."""
-        return f"{self._file.name}: {entry}: {self._rules(level).explain(value)}"
+        return f"{self._file.name}: {entry}: {self.entry_rules(level).explain(value)}"

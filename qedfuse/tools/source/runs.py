@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.disk.lookup.tablecache import L2
-from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, ZERO
-from qedfuse.ondisk.table import decode
+from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,11 +62,6 @@ class QedRunReader:
         """Read the tables of a layer that has been opened."""
         self._layer = layer
         self._geometry = layer.geometry
-        tables = layer.l2_tables
-        header = layer.header
-        # Entries at or past this place are over no table, nor over the header.
-        last_table = int(tables[-1]) + self._geometry.table_bytes if len(tables) else 0
-        self._clear = max(header.header_end, header.l1_end, last_table)
         self.size = layer.size
         self.name = layer.file.name
 
@@ -121,7 +115,7 @@ class QedRunReader:
         before, after = values[:-1], values[1:]
         joined = (after - before == size) & (kinds[:-1] == DATA) & (kinds[1:] == DATA)
         joined |= (after == before) & (kinds[1:] != DATA)
-        bad = self._bad(values)
+        bad = self._layer.registry.entry_rules(L2).invalid_mask(values.view(np.uint64))
         if bad is not None:
             kinds[bad] = BAD
             joined &= ~(bad[:-1] | bad[1:])
@@ -134,21 +128,6 @@ class QedRunReader:
         if kinds[0] == DATA:
             offsets[0] += within
         return Runs(starts, kinds, offsets, end)
-
-    def _bad(self, values: Array) -> NDArray[np.bool_] | None:
-        """Mark the entries that must not be used; None if all are good."""
-        unsigned = values.view(np.uint64)
-        used = unsigned[unsigned > ZERO]
-        if not len(used):
-            return None
-        if (
-            not int(np.bitwise_or.reduce(used)) & self._geometry.cluster_mask
-            and int(used.min()) >= self._clear
-            and int(used.max()) < self._layer.file.size()
-        ):
-            return None
-        verdict = self._layer.registry.find_bad(L2, decode(values.astype("<i8").tobytes()))
-        return None if verdict is None else np.frombuffer(verdict, np.bool_)
 
 
 class RawRunReader:
