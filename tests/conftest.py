@@ -1,4 +1,7 @@
-"""What every test gets: silence is tested, leaked handles surface, examples are the same twice."""
+"""Checks that surround every test: logged warnings, injected faults and leaked handles.
+
+Also the hypothesis profiles, and the signal handlers that a test process starts with.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,40 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.support.hostfiles import take_unstruck
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# CI must not fail for a change that has nothing to do with the failure; at home new
-# examples are worth having.  No deadline: machines are shared, and time is not tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # So it is for what a shell starts in the background, and for all that this starts.
+    # A shell ignores SIGINT in a background job, and all its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    # And so it is for what nohup starts.
+    # nohup(1) ignores SIGHUP in the same way.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# CI runs the same examples each time, so that a failure there belongs to the change under test;
+# other runs draw new examples.  No deadline: machines are shared, and speed is not tested.
 settings.register_profile("home", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 
 class _LogWatcher(logging.Handler):
-    """Keeps the records that a user would see."""
+    """Keeps the text of every record of level WARNING and above."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
+        """Keep the text of one record."""
         self.texts.append(f"{record.levelname} {record.name}: {record.getMessage()}")
 
 
 @pytest.fixture(autouse=True)
 def _watch_log(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that logs a warning it did not expect, or does not log one it expected."""
+    """Fail a test that logs an unexpected warning, or does not log an expected one."""
     watcher = _LogWatcher()
     logging.getLogger().addHandler(watcher)
     try:
@@ -56,15 +61,24 @@ def _watch_log(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not missing, f"not logged: {missing}"
 
 
+@pytest.fixture(autouse=True)
+def _every_fault_strikes() -> Iterator[None]:
+    """Fail a test with a fault that no call met, or with a held call that was never made."""
+    take_unstruck()
+    yield
+    unstruck = take_unstruck()
+    assert not unstruck, f"never struck: {unstruck}"
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _cheap_collections() -> None:
-    """Leave what the imports made out of the many collections that follow."""
+def _freeze_imported_objects() -> None:
+    """Exclude the objects of imported modules from the collections that follow each test."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def _collect() -> Iterator[None]:
-    """Make what a test forgot to close complain during that test, not during another."""
+def _collect_garbage() -> Iterator[None]:
+    """Collect garbage after each test, so that a handle it leaked warns in that test."""
     yield
     gc.collect()

@@ -70,12 +70,12 @@ class Host(FailingFile):
         """Stand in front of a recording."""
         super().__init__(inner)
         self.recording = inner
-        self.struck: Action | None = None
+        self.first_struck: Action | None = None
         self.bit_was_set = False
 
     def _raise(self, fault: _Fault, action: Action) -> None:
-        if self.struck is None:
-            self.struck = action
+        if self.first_struck is None:
+            self.first_struck = action
             self.bit_was_set = header_of(self.recording.content).need_check
         super()._raise(fault, action)
 
@@ -92,11 +92,11 @@ class Failing(Workload):
 
     async def use_on(self, disk: Disk) -> None:
         """See that the disk can be used, or that it is read-only and says why."""
-        if self.host.struck is None:
+        if self.host.first_struck is None:
             return
         self.host.heal()
         await disk.read(0, disk.size)
-        if self.host.struck != "datasync":
+        if self.host.first_struck != "datasync":
             assert disk.writable
             for first in (3, disk.size // SECTOR - 9):
                 await self.history.write(first, 9)
@@ -125,11 +125,11 @@ class Failing(Workload):
         found = trio.run(explorer.explore, STATES)
         assert not found.violations, found.report()
         bit = header_of(self.file.content).need_check
-        if self.host.struck == "datasync":
+        if self.host.first_struck == "datasync":
             # The disk's close reports it too, and the bit is not cleared any more.
             assert isinstance(self.errors[-1], HostError)
             assert bit >= self.host.bit_was_set
-        elif self.host.struck:
+        elif self.host.first_struck:
             assert bit <= (not self.clean), "a disk that can be used is closed cleanly"
 
 
@@ -151,7 +151,7 @@ def faults(
         workload = Failing(case)
         workload.host.fail(action, nth, number, short=short, lasting=lasting)
         workload.play(5)
-        assert workload.host.struck == action, nth
+        assert workload.host.first_struck == action, nth
         workload.judge()
         yield workload
 

@@ -1,8 +1,12 @@
-"""Host files that stand in for `PosixFile`: in memory, recording, failing, holding.
+"""Host files that replace `PosixFile` in tests: in memory, recording, failing, held up.
 
-`RecordingFile` keeps every change in order, so that a test can look at the file as it
-was after any of them, or as a power failure could have left it.  `FailingFile` wraps
-another file and refuses, shortens or holds up a chosen call.
+`MemoryFile` holds the bytes of an image.  `RecordingFile` also keeps every change in order,
+so that a test can rebuild the file after any change, or as a power failure could have left
+it.  `FailingFile` wraps another file; chosen calls fail, write less, or are held up.
+
+A fault that never strikes tests nothing.  Therefore every fault and every held call is
+registered here, and a fixture for all tests (`tests/conftest.py`) fails a test whose fault did
+not strike, or whose held call was not reached.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
 SECTOR: Final = 512
-"""What a disk writes whole or not at all, in bytes."""
+"""The unit in bytes that a disk writes atomically."""
 
 BLOCK_BYTES: Final = 4096
-"""The grain in which `MemoryFile` tells data from holes, in bytes."""
+"""The unit in bytes in which `MemoryFile` distinguishes data from holes."""
 
 Action: TypeAlias = Literal["read", "write", "datasync", "truncate", "punch", "reserve"]
 
@@ -40,30 +44,30 @@ class Write(NamedTuple):
 
 
 class Truncate(NamedTuple):
-    """The file's length set, in bytes."""
+    """The length of the file set to ``size`` bytes."""
 
     size: int
 
 
 class Punch(NamedTuple):
-    """A range given back to the host."""
+    """A range deallocated on the host; it reads as zeros."""
 
     offset: int
     length: int
 
 
 class Sync(NamedTuple):
-    """The changes before it made durable that were complete when it began."""
+    """A datasync, which makes durable the changes that were complete when it began."""
 
     missed: int = 0
-    """How many of the latest changes were made while it was under way."""
+    """How many of the preceding changes were made during the datasync, so are not covered."""
 
 
 Change: TypeAlias = Write | Truncate | Punch | Sync
 
 
 def apply(content: bytearray, change: Change) -> None:
-    """Make one change to the bytes of a file."""
+    """Apply one change to the bytes of a file, in place."""
     if isinstance(change, Write):
         end = change.offset + len(change.data)
         if end > len(content):
@@ -82,17 +86,19 @@ def apply(content: bytearray, change: Change) -> None:
 class MemoryFile:
     """A host file in memory.
 
-    Every call yields to other tasks once before it acts, and can be cancelled there,
-    which is more than a real file does: what is right here does not depend on luck.
+    Every call yields to other tasks once before it takes effect, and can be cancelled there.
+    A real file yields less often, so tests on this one see more interleavings.
 
     Attributes:
-        at_hand: Whether reads and short writes can be had without waiting.
+        in_page_cache: Whether the ``try_`` calls succeed, as they do on a real file whose bytes
+            are in the page cache.
+        counts: How many calls of each kind there were; ``try_`` calls are not counted.
     """
 
     def __init__(
         self, content: bytes | bytearray = b"", *, name: str = "image", writable: bool = True
     ) -> None:
-        """Hold a copy of ``content``."""
+        """Start with a copy of ``content``."""
         self.content = bytearray(content)
         self.name = name
         self.writable = writable
@@ -102,29 +108,29 @@ class MemoryFile:
         self.counts: Counter[Action] = Counter()
 
     async def _enter(self, action: Action) -> None:
-        """Begin a call: count it, and let others run."""
+        """Start a call: count it, and let other tasks run."""
         assert not self.closed, f"{action} after close"
         self.counts[action] += 1
         await trio.lowlevel.checkpoint()
 
     async def _leave(self) -> None:
-        """End a call that has had its effect."""
+        """End a call whose effect is in the file."""
 
     async def pread(self, offset: int, length: int) -> bytes:
-        """Read ``length`` bytes; fewer only where the file ends."""
+        """Return ``length`` bytes, or fewer if the file ends before."""
         await self._enter("read")
         data = bytes(self.content[offset : offset + length])
         await self._leave()
         return data
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
-        """Fill ``view``; return how many bytes there were before the file ended."""
+        """Fill ``view``; return how many bytes the file had, which is less only at its end."""
         data = await self.pread(offset, len(view))
         view[: len(data)] = data
         return len(data)
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view``, if that can be done at once and the file has that much."""
+        """Fill ``view``; False, without a change, if not cached or past the end of the file."""
         data = self.content[offset : offset + len(view)]
         if not self.in_page_cache or len(data) < len(view):
             return False
@@ -132,25 +138,25 @@ class MemoryFile:
         return True
 
     def can_write_inline(self, _length: int) -> bool:
-        """Tell whether writes are done at once."""
+        """Return whether a write would be made without a thread."""
         return self.in_page_cache
 
     def try_grow(self, size: int) -> bool:
-        """Grow, if that can be done at once."""
+        """Grow the file to ``size`` bytes; False, without a change, if it is not cached."""
         assert size > len(self.content), "growing makes a file longer"
         if self.in_page_cache:
             self.change(Truncate(size))
         return self.in_page_cache
 
     def try_write(self, offset: int, data: Buffer) -> bool:
-        """Write, if that can be done at once."""
+        """Write ``data`` at ``offset``; False, without a change, if the file is not cached."""
         assert self.writable, "write to a file that is open read-only"
         if self.in_page_cache:
             self.change(Write(offset, bytes(data)))
         return self.in_page_cache
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write the parts one behind the other, as one write."""
+        """Write the parts one after the other at ``offset``, as one write."""
         data = b"".join(parts)
         await self._enter("write")
         assert self.writable, "write to a file that is open read-only"
@@ -158,20 +164,20 @@ class MemoryFile:
         await self._leave()
 
     async def datasync(self) -> None:
-        """Note that everything so far is durable."""
+        """Make everything durable that was written before the call."""
         await self._enter("datasync")
         self.change(Sync())
         await self._leave()
 
     async def truncate(self, size: int) -> None:
-        """Set the file's length; what is added reads as zeros."""
+        """Set the length of the file in bytes; added bytes read as zeros."""
         await self._enter("truncate")
         assert self.writable, "truncate of a file that is open read-only"
         self.change(Truncate(size))
         await self._leave()
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
-        """Make ranges read as zeros, one after the other."""
+        """Make ranges of (offset, length) read as zeros, one after the other."""
         for offset, length in ranges:
             await self._enter("punch")
             assert self.writable, "punch into a file that is open read-only"
@@ -179,16 +185,19 @@ class MemoryFile:
             await self._leave()
 
     async def reserve(self, offset: int, length: int) -> None:
-        """Do nothing: there is room."""
+        """Do nothing: the memory has space for every range inside the file."""
         await self._enter("reserve")
         assert offset + length <= len(self.content), "reserve past the end of the file"
 
     def change(self, change: Change) -> None:
-        """Make a change at once."""
+        """Apply one change, without letting other tasks run."""
         apply(self.content, change)
 
     async def next_data(self, offset: int) -> int | None:
-        """Find where the first data at or past ``offset`` begins, by blocks of `HOLE`."""
+        """Return where the first data at or past ``offset`` begins; None if there is none.
+
+        A block of `BLOCK_BYTES` that holds only zeros is a hole.
+        """
         while offset < len(self.content):
             end = offset - offset % BLOCK_BYTES + BLOCK_BYTES
             if any(self.content[offset:end]):
@@ -197,7 +206,7 @@ class MemoryFile:
         return None
 
     async def next_hole(self, offset: int) -> int | None:
-        """Find where the first hole at or past ``offset`` begins, by blocks of `HOLE`."""
+        """Return where the first hole at or past ``offset`` begins; the end of a file is one."""
         while offset < len(self.content):
             end = offset - offset % BLOCK_BYTES + BLOCK_BYTES
             if not any(self.content[offset:end]):
@@ -206,22 +215,22 @@ class MemoryFile:
         return len(self.content) if offset == len(self.content) else None
 
     def size(self) -> int:
-        """Give the file's length now."""
+        """Return the length of the file in bytes."""
         return len(self.content)
 
     def stat(self) -> os.stat_result:
-        """Give made-up attributes with the length of now."""
+        """Return fixed attributes with the file's present length."""
         return os.stat_result((0o100644, 1, 1, 1, 0, 0, len(self.content), 0, 0, 0))
 
     def statvfs(self) -> os.statvfs_result:
-        """Describe a file system that is made up, too."""
+        """Return the attributes of a fixed file system."""
         return os.statvfs_result((4096, 4096, 1, 1, 1, 1, 1, 1, 0, 255))
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
-        """Forget the times."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Refuse all calls from now on."""
+        """Close the file; every later call fails an assertion."""
         self.closed = True
 
     def reopen(self) -> None:
@@ -230,10 +239,14 @@ class MemoryFile:
 
 
 class RecordingFile(MemoryFile):
-    """A host file that keeps every change that is made to it, in order.
+    """A host file in memory that keeps all its changes in order.
 
-    With a ``pace`` some calls take long, before they have their effect or after, so that
-    what is under way at once differs from what luck would have it.
+    With a ``pace`` some calls take long, before or after their effect, so that more
+    combinations of calls overlap.
+
+    Attributes:
+        initial: The content at the beginning, which counts as durable.
+        changes: All changes and datasyncs since then, the oldest first.
     """
 
     def __init__(
@@ -245,9 +258,10 @@ class RecordingFile(MemoryFile):
         pace: random.Random | None = None,
         linger_probability: float = 0.25,
     ) -> None:
-        """Start with ``content``, which counts as durable.
+        """Start with ``content``; ``pace`` draws which calls take long, and how long.
 
-        ``linger_probability`` is the share of calls that take long.
+        ``linger_probability`` is the chance with which a call takes long before its effect,
+        and again after it.
         """
         super().__init__(content, name=name, writable=writable)
         self._linger_probability = linger_probability
@@ -256,42 +270,42 @@ class RecordingFile(MemoryFile):
         self._pace = pace
 
     def change(self, change: Change) -> None:
-        """Make a change and note it."""
+        """Apply a change and record it."""
         super().change(change)
         self.changes.append(change)
 
     async def datasync(self) -> None:
-        """Note that what was there when the call began is durable."""
+        """Make everything durable that was in the file when the call began."""
         began = len(self.changes)
         await self._enter("datasync")
         self.change(Sync(len(self.changes) - began))
         await self._leave()
 
     async def next_data(self, offset: int) -> int | None:
-        """Look for data, and perhaps take long over it."""
+        """Find data, perhaps slowly."""
         await self._linger()
         found = await super().next_data(offset)
         await self._linger()
         return found
 
     async def _enter(self, action: Action) -> None:
-        """Begin a call, and perhaps take long over it."""
+        """Start a call, perhaps slowly."""
         await super()._enter(action)
         await self._linger()
 
     async def _leave(self) -> None:
-        """End a call, perhaps long after it has had its effect."""
+        """End a call, perhaps long after its effect."""
         await self._linger()
 
     async def _linger(self) -> None:
-        """Take some time, now and then."""
+        """Sleep, with the chance `linger_probability` and for a time that ``pace`` draws."""
         if self._pace is not None and self._pace.random() < self._linger_probability:
             await trio.sleep(self._pace.choice((0.0, 0.01, 0.3, 2.0)))
 
     def prefixes(self) -> Iterator[tuple[int, bytearray]]:
-        """Show the file after each number of changes: what a killed process leaves.
+        """Yield each number of changes with the file after them: what a killed process leaves.
 
-        The bytes are shared between the steps; whoever changes or keeps them copies.
+        All steps yield the same bytearray; a caller that changes or keeps it makes a copy.
         """
         content = bytearray(self.initial)
         yield 0, content
@@ -300,10 +314,11 @@ class RecordingFile(MemoryFile):
             yield number, content
 
     def power_loss(self, count: int, choice: random.Random, keep: float = 0.5) -> bytearray:
-        """Give one file that a power failure after ``count`` changes could have left.
+        """Return one file that a power failure after ``count`` changes could leave.
 
-        `tests.support.crashrecording` makes many; here each sector of a write, and each change of
-        the length, is there or not with the chance ``keep``, but in their order.
+        Each sector of a write that is not durable, and each change of the length, is kept with
+        the chance ``keep``; what is kept is applied in its order.
+        `tests.support.crashrecording` covers other orders as well.
         """
         done = self.changes[:count]
         synced = max(
@@ -325,7 +340,7 @@ class RecordingFile(MemoryFile):
 
 
 def _sectors(write: Write) -> Iterator[Write]:
-    """Cut a write at sector boundaries."""
+    """Split a write at sector boundaries."""
     offset, data = write
     while data:
         length = SECTOR - offset % SECTOR
@@ -335,56 +350,93 @@ def _sectors(write: Write) -> Iterator[Write]:
 
 @dataclass(eq=False)
 class HeldCall:
-    """Holds up one call: the caller has ``reached`` it, and waits for `open`.
+    """One call of a `FailingFile` that is held up until `release`.
 
-    Used in a ``with`` block, which opens it at the end whatever happens.
+    Used as a context manager, it releases the call at the end of the block.
+
+    Attributes:
+        action: What kind of call it is.
+        number: Which call of this kind it is, from 1.
+        reached: Set when the call has been made and waits.
     """
 
+    action: Action
+    number: int
     reached: trio.Event = field(default_factory=trio.Event)
-    _passed: trio.Event = field(default_factory=trio.Event)
+    _released: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def struck(self) -> bool:
+        """Whether the call was made."""
+        return self.reached.is_set()
+
+    @property
+    def description(self) -> str:
+        """Which call it is, for a message."""
+        return f"{self.action} number {self.number}, held up"
 
     def release(self) -> None:
-        """Let the call go on."""
-        self._passed.set()
+        """Let the call continue."""
+        self._released.set()
 
     def __enter__(self) -> Self:
-        """Begin a block within which the call is held up."""
+        """Enter the block in which the call is held up."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the call go on."""
+        """Let the call continue."""
         self.release()
 
     async def wait(self) -> None:
-        """Hold the caller up until `open`; like a system call, not to be cancelled."""
+        """Wait for `release`; the caller cannot be cancelled here, as in a system call."""
         self.reached.set()
         with trio.CancelScope(shield=True):
-            await self._passed.wait()
+            await self._released.wait()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Fault:
-    """What goes wrong: a host's error number, after ``short`` bytes of a write."""
+    """A failure: the host's error number, raised after ``short`` bytes of a write.
 
+    Attributes:
+        description: Which calls fail, for a message.
+        struck: Whether a call has failed with it.
+    """
+
+    description: str
     errno: int
     short: int = 0
+    struck: bool = False
+
+
+_armed: Final[list[_Fault | HeldCall]] = []
+"""All faults and held calls that must strike before the test ends."""
+
+
+def take_unstruck() -> list[str]:
+    """Return what was armed since the last call and never struck, and forget all of it."""
+    unstruck = [fault.description for fault in _armed if not fault.struck]
+    _armed.clear()
+    return unstruck
 
 
 class FailingFile:
-    """A host file whose chosen calls fail or wait; all others go to ``inner``.
+    """A host file whose chosen calls fail or are held up; all others go to ``inner``.
 
     Attributes:
         inner: The file behind this one.
-        calls: How many calls of each kind there were.
+        calls: How many calls of each kind there were; ``try_`` calls are not counted.
+        struck: How many calls of each kind have failed.
     """
 
     def __init__(self, inner: HostFile) -> None:
-        """Stand in front of ``inner``, without any fault yet."""
+        """Wrap ``inner``, without any fault yet."""
         self.inner = inner
         self.name = inner.name
         self.writable = inner.writable
         self.can_punch = inner.can_punch
         self.calls: Counter[Action] = Counter()
+        self.struck: Counter[Action] = Counter()
         self._faults: dict[tuple[Action, int], _Fault] = {}
         self._always: dict[Action, tuple[int, _Fault]] = {}
         self._held_calls: dict[tuple[Action, int], HeldCall] = {}
@@ -398,35 +450,46 @@ class FailingFile:
         *,
         short: int = 0,
         lasting: bool = False,
+        may_miss: bool = False,
     ) -> None:
         """Make the ``nth`` call from now on fail, or all of them if ``nth`` is None.
 
         A write that fails has written its first ``short`` bytes.  A ``lasting`` fault
-        makes all later calls fail as well, until `heal`.
+        makes all later calls fail as well, until `heal`.  The test fails if no call meets the
+        fault, unless it ``may_miss``: then the test itself looks at `struck`.
         """
-        fault = _Fault(number, short)
+        which = "any" if nth is None else f"number {self.calls[action] + nth}"
+        fault = _Fault(f"{action} ({which}) with errno {number}", number, short)
+        if not may_miss:
+            _armed.append(fault)
         if nth is None or lasting:
             self._always[action] = (self.calls[action] + (nth or 1), fault)
         else:
             self._faults[action, self.calls[action] + nth] = fault
 
     def limit(self, action: Action, below: int) -> None:
-        """Let the faults of an action hit only calls at file offsets below ``below``."""
+        """Let the faults of an action strike only calls at file offsets below ``below``."""
         self._below[action] = below
 
     def heal(self) -> None:
-        """Forget all faults that have not struck yet."""
+        """Remove all faults: no call fails any more."""
         self._faults.clear()
         self._always.clear()
         self._below.clear()
 
-    def hold(self, action: Action, nth: int = 1) -> HeldCall:
-        """Make the ``nth`` call from now on wait at a gate."""
-        held = self._held_calls[action, self.calls[action] + nth] = HeldCall()
+    def hold(self, action: Action, nth: int = 1, *, may_miss: bool = False) -> HeldCall:
+        """Hold up the ``nth`` call from now on.
+
+        The test fails if the call is never made, unless it ``may_miss``.
+        """
+        number = self.calls[action] + nth
+        held = self._held_calls[action, number] = HeldCall(action, number)
+        if not may_miss:
+            _armed.append(held)
         return held
 
     async def _enter(self, action: Action, offset: int = 0) -> _Fault | None:
-        """Count a call, wait where it is to wait, and tell how it is to fail."""
+        """Count a call, and hold it up if asked to; return its fault, None if it succeeds."""
         self.calls[action] += 1
         key = (action, self.calls[action])
         if held := self._held_calls.pop(key, None):
@@ -438,6 +501,9 @@ class FailingFile:
         return fault if offset < self._below.get(action, offset + 1) else None
 
     def _raise(self, fault: _Fault, action: Action) -> None:
+        """Count a failure and raise it."""
+        fault.struck = True
+        self.struck[action] += 1
         error = OSError(fault.errno, os.strerror(fault.errno))
         raise HostError.from_os(error, self.name, action)
 
@@ -454,19 +520,19 @@ class FailingFile:
         return await self.inner.pread_into(offset, view)
 
     def try_read(self, *_: object) -> bool:
-        """Do nothing: reads can wait and fail here."""
+        """Return False, so that the caller reads by `pread`, which can fail and be held up."""
         return False
 
     def try_grow(self, *_: object) -> bool:
-        """Do nothing: growing can wait and fail here."""
+        """Return False, so that the caller grows the file by `truncate`."""
         return False
 
     def can_write_inline(self, _length: int) -> bool:
-        """Say that none is: writes can wait and fail here."""
+        """Return False: no write is made without a thread here."""
         return False
 
     def try_write(self, *_: object) -> bool:
-        """Do nothing: writes can wait and fail here."""
+        """Return False, so that the caller writes by `pwrite`."""
         return False
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
@@ -478,7 +544,7 @@ class FailingFile:
         await self.inner.pwrite(offset, *parts)
 
     async def datasync(self) -> None:
-        """Make durable, or fail."""
+        """Make the content durable, or fail."""
         if fault := await self._enter("datasync"):
             self._raise(fault, "datasync")
         await self.inner.datasync()
@@ -490,7 +556,7 @@ class FailingFile:
         await self.inner.truncate(size)
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
-        """Give space back, or fail in the midst of it."""
+        """Punch ranges one after the other, or fail at one of them."""
         for offset, length in ranges:
             if fault := await self._enter("punch", offset):
                 self._raise(fault, "punch")
@@ -503,23 +569,23 @@ class FailingFile:
         await self.inner.reserve(offset, length)
 
     async def next_data(self, offset: int) -> int | None:
-        """Look for data as ``inner`` does."""
+        """Find data as ``inner`` does."""
         return await self.inner.next_data(offset)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Look for a hole as ``inner`` does."""
+        """Find a hole as ``inner`` does."""
         return await self.inner.next_hole(offset)
 
     def size(self) -> int:
-        """Give the length of ``inner``."""
+        """Return the length of ``inner``."""
         return self.inner.size()
 
     def stat(self) -> os.stat_result:
-        """Give the attributes of ``inner``."""
+        """Return the attributes of ``inner``."""
         return self.inner.stat()
 
     def statvfs(self) -> os.statvfs_result:
-        """Describe the file system of ``inner``."""
+        """Return the attributes of the file system of ``inner``."""
         return self.inner.statvfs()
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:

@@ -57,34 +57,39 @@ async def test_failed_data_write(number: int, short: int, *, based: bool) -> Non
     assert not header_of(inner.content).need_check
 
 
-@pytest.mark.parametrize("action", ["truncate", "read", "write"])
-@pytest.mark.parametrize("nth", range(1, 8))
-async def test_failure_at_each_step_of_an_allocating_write(action: Action, nth: int) -> None:
-    """Whatever step fails: the error is reported, sectors are old or new, writing goes on."""
+@pytest.mark.parametrize(("action", "calls"), [("truncate", 1), ("read", 3), ("write", 3)])
+async def test_failure_at_each_step_of_an_allocating_write(action: Action, calls: int) -> None:
+    """A failure at any step of an allocating write leaves each sector old or new, and is reported.
+
+    The same write succeeds afterwards.
+    """
     base = pattern(SIZE, 4)
-    inner = MemoryFile(build_image(SIZE, {0: b"a"}, backing=b"base"))
-    file = FailingFile(inner)
     start = SPAN - 300  # into two tables, one of them new
     data = pattern(900, 8)
-    async with opened(file, [base]) as disk:
-        await disk.wait_scanned()
-        file.fail(action, nth, errno.ENOSPC)
-        try:
+    for nth in range(1, calls + 2):
+        inner = MemoryFile(build_image(SIZE, {0: b"a"}, backing=b"base"))
+        file = FailingFile(inner)
+        async with opened(file, [base]) as disk:
+            await disk.wait_scanned()
+            file.fail(action, nth, errno.ENOSPC, may_miss=True)
+            if nth <= calls:
+                with pytest.raises(NoSpaceError):
+                    await disk.write(start, data)
+                got = await disk.read(start, 900)
+                for at in (0, 300):
+                    assert got[at : at + 300] in (data[at : at + 300], base[start + at :][:300])
+                file.heal()
             await disk.write(start, data)
-        except NoSpaceError:
-            got = await disk.read(start, 900)
-            for at in (0, 300):
-                assert got[at : at + 300] in (data[at : at + 300], base[start + at :][:300])
-        file.heal()
-        await disk.write(start, data)
-        assert await disk.read(start, 900) == data
-    expected = bytearray(base)
-    expected[:CLUSTER] = b"a".ljust(CLUSTER, b"\0")
-    expected[start : start + 900] = data
-    assert difference(guest_bytes(inner.content, base), expected) is None
-    found = inspect_image(inner.content)
-    assert found.errors == ()
-    assert found.leaks <= 1
+            file.heal()
+            assert await disk.read(start, 900) == data
+        assert file.struck[action] == (nth <= calls)
+        expected = bytearray(base)
+        expected[:CLUSTER] = b"a".ljust(CLUSTER, b"\0")
+        expected[start : start + 900] = data
+        assert difference(guest_bytes(inner.content, base), expected) is None
+        found = inspect_image(inner.content)
+        assert found.errors == ()
+        assert found.leaks <= 1
 
 
 async def test_full_host_goes_on_serving() -> None:

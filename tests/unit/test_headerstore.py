@@ -57,13 +57,14 @@ async def test_what_failed_is_taken_back(change: str, written: int) -> None:
             if change != "NEED_CHECK":
                 # Dirty tables, so that a write after that of the header can fail as well.
                 await disk.write(5 * CLUSTER, pattern(CLUSTER, 5))
-            file.fail("write", nth, short=written)
+            file.fail("write", nth, short=written, may_miss=True)
             try:
                 await CHANGES[change](disk)
             except HostError:
                 failures += 1
             file.heal()
             failed = failures == nth
+            assert bool(file.struck["write"]) == failed, "a failed write is reported"
             assert disk.size == disk.header.image_size
             if failed and change != "smaller size":
                 assert disk.size == SIZE
@@ -99,7 +100,7 @@ async def test_what_could_not_be_made_durable_is_not_there_at_the_next_open(chan
                 await disk.write(5 * CLUSTER, pattern(CLUSTER, 5))
                 await disk.flush()
                 before, began = in_header(inner.content), len(inner.changes)
-                file.fail("datasync", nth, lasting=True)
+                file.fail("datasync", nth, lasting=True, may_miss=True)
                 await CHANGES[change](disk)
                 file.heal()
             failed = False
