@@ -3,16 +3,16 @@
     with qedfuse.open("vm.qed", "r+b") as disk:  # a plain binary file object
         disk.write(b"...")
 
-    async with qedfuse.open_disk("vm.qed") as disk:  # the same for programs that run on trio
+    async with qedfuse.open_disk("vm.qed") as disk:  # the same for programs that use trio
         await disk.read(0, 512)
 
-The names are imported when they are first used, so that ``import qedfuse`` costs nothing.
+Each name is imported at its first use, so that ``import qedfuse`` loads no other module.
 """
 
 from __future__ import annotations
 
-# Said as type checkers understand it: the module typing is the largest that would be loaded
-# here, and before the commands can see to it Ctrl-C shows a traceback.
+# Type checkers recognise the name.  Importing it from typing would load the largest module
+# here, at a time when the commands cannot yet keep Ctrl-C from printing a traceback.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ __all__ = [
     "open_disk",
 ]
 
-_HOMES = {
+_MODULES = {
     "BackingPolicy": "disk.options",
     "Disk": "disk.disk",
     "DiskFile": "api",
@@ -47,20 +47,24 @@ _HOMES = {
     "open_disk": "disk.opening",
 }
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any attribute
 
     def __getattr__(name: str) -> object:
-        """Import a public name at its first use."""
-        home = _HOMES.get(name)
-        if home is None:
+        """Import and return a public name, at its first use.
+
+        Raises:
+            AttributeError: The package has no such name.
+        """
+        module = _MODULES.get(name)
+        if module is None:
             msg = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(msg)
         from importlib import import_module  # noqa: PLC0415  a quick start
 
-        value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+        value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
         return value
 
 
 def __dir__() -> list[str]:
-    """List the public names, imported or not."""
+    """Return the names of the package, whether imported yet or not."""
     return sorted({*globals(), *__all__})

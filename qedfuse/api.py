@@ -1,4 +1,4 @@
-"""Images as file objects, for programs that are not asynchronous.
+"""The disk in an image as a file object, for programs that are not asynchronous.
 
     import qedfuse
 
@@ -6,10 +6,10 @@
         disk.seek(446)
         table = disk.read(64)
         disk.write(bytes(64))
-        disk.flush()  # now it survives power loss
+        disk.flush()  # from here on the write survives power loss
 
-Programs that run on trio use `qedfuse.open_disk` instead, and get the same `Disk` that
-does the work here.
+Programs that use trio call `qedfuse.open_disk` instead, which returns the `Disk` that such
+a file object wraps.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.disk import Disk
 
-_PIECE: Final = 1 << 24
-"""Longer reads and writes are done in pieces of this many bytes, to bound the memory."""
+_MAX_CALL_BYTES: Final = 1 << 24
+"""Longer reads and writes are split into calls of this many bytes, to bound the memory."""
 
 
 def open(  # noqa: A001  a module's open, like gzip.open
@@ -44,22 +44,23 @@ def open(  # noqa: A001  a module's open, like gzip.open
     *,
     options: OpenOptions | None = None,
 ) -> DiskFile:
-    """Open the disk in an image as a binary file.
+    """Open the disk in an image as an unbuffered binary file.
 
-    The image is locked as QEMU locks it until the file is closed: ``rb`` keeps writers
-    out, ``r+b`` everybody.  With ``r+b`` an image that was not closed cleanly is checked
-    first, and refused if more than leaked space is wrong with it.
+    The image is locked as QEMU locks it until the file is closed: with ``rb`` no other
+    program can write to it, with ``r+b`` none can read it either.  With ``r+b`` an image
+    that was not closed cleanly is checked first, and refused if the check finds more than
+    leaked space.
 
     Args:
         path: The image.
         mode: ``rb`` to read, ``r+b`` to read and write.
-        options: Backing file policy, sharing, cache; whether it is writable is up to
-            ``mode``.
+        options: Backing file policy, sharing, cache size; ``mode`` overrides its
+            ``writable``.
 
     Raises:
-        ValueError: Another mode.
-        QedError: The image or a base cannot be opened, locked or trusted; each cause
-            has a class of its own, and an ``errno``.
+        ValueError: The mode is another one.
+        QedError: The image or a base cannot be opened or locked, is damaged, or is not
+            allowed; each cause has a class of its own, and an ``errno``.
     """
     if mode not in ("rb", "r+b"):
         msg = f"mode: found {mode!r}, expected 'rb' or 'r+b'"
@@ -71,64 +72,78 @@ def open(  # noqa: A001  a module's open, like gzip.open
 
 
 class DiskFile(io.RawIOBase):
-    """A disk as a seekable binary file; made by `qedfuse.open`.
+    """A disk as a seekable binary file, as `qedfuse.open` returns it.
 
-    Reads and writes are complete, except at the end of the disk: there a read gives
-    what there is and a write returns how much fitted; a write that begins at the end
-    raises `NoSpaceError`.  Errors of the image and the host are raised as the
-    `QedError` that they are, with ``errno`` set; misuse raises what other file objects
-    raise (`ValueError` when closed, `io.UnsupportedOperation` for a write to ``rb``).
+    Reads and writes are short only at the end of the disk; a write that begins at or past
+    the end raises `NoSpaceError`.  Failures of the image or the host raise a `QedError`
+    with ``errno`` set; misuse raises the same exceptions as other file objects
+    (`ValueError` if closed, `io.UnsupportedOperation` for a write to ``rb``).
 
-    Writes become durable with `flush` or `close`, or by themselves after some seconds.
-    Threads may share a file; its operations then happen one after the other.  For many
-    small reads wrap it in an `io.BufferedReader`.  A child made by ``os.fork`` cannot
-    use the file.
+    Writes become durable with `flush` or `close`, or in the background after some seconds.
+    Threads may share a file; its operations are serialised.  For many small reads, wrap
+    the file in an `io.BufferedReader`.  A child of ``os.fork`` cannot use the file.
 
-    A file that is not closed is closed when it is collected or when the program ends,
-    with a `ResourceWarning`; then errors can only be logged.
+    A file that the program does not close is closed when it is garbage collected or when
+    the program ends, with a `ResourceWarning`; errors are then only logged.
 
     Attributes:
-        name: The image, as it was given to `open`.
+        name: The path of the image, as given to `open`.
         mode: ``rb`` or ``r+b``.
     """
 
     def __init__(self, portal: Portal[Disk], mode: str) -> None:
-        """Wrap a disk that is open in a thread of its own."""
+        """Wrap the disk that ``portal`` has opened in its own thread."""
         self.mode = mode
         self.name = portal.value.path
         self._portal = portal
         self._disk = portal.value
         self._position = 0
-        # Guards the position, and with it the order of operations.
+        # Guards the position, and serialises operations.
         self._lock = threading.RLock()
 
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """The size of the disk in bytes."""
         return self._disk.size
 
     def readable(self) -> bool:
-        """Tell that reading is possible."""
+        """Return True.
+
+        Raises:
+            ValueError: The file is closed.
+        """
         self._check_open()
         return True
 
     def writable(self) -> bool:
-        """Tell whether the file was opened for writing."""
+        """Return whether the file was opened for writing.
+
+        Raises:
+            ValueError: The file is closed.
+        """
         self._check_open()
         return self.mode == "r+b"
 
     def seekable(self) -> bool:
-        """Tell that seeking is possible."""
+        """Return True.
+
+        Raises:
+            ValueError: The file is closed.
+        """
         self._check_open()
         return True
 
     def tell(self) -> int:
-        """Give the position in bytes."""
+        """Return the position in bytes."""
         self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move the position, which may lie past the end; return it."""
+        """Set the position, which may lie past the end, and return it.
+
+        Raises:
+            ValueError: ``whence`` is unknown, or the position would be negative.
+        """
         with self._lock:
             self._check_open()
             starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
@@ -143,7 +158,7 @@ class DiskFile(io.RawIOBase):
             return position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read ``size`` bytes, or all; fewer only where the disk ends.
+        """Read ``size`` bytes, or up to the end; fewer only at the end of the disk.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -153,8 +168,8 @@ class DiskFile(io.RawIOBase):
             self._check_open()
             left = max(0, self.size - self._position)
             wanted = left if size is None or size < 0 else min(left, size)
-            pieces = [bytes(piece) for piece in self._pieces(wanted)]
-            result = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            chunks = [bytes(chunk) for chunk in self._chunks(wanted)]
+            result = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             self._position += len(result)
             return result
 
@@ -163,7 +178,7 @@ class DiskFile(io.RawIOBase):
         return self.read()
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Fill ``buffer``; return how many bytes there were before the disk ended.
+        """Fill ``buffer``; return the number of bytes, fewer only at the end of the disk.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -172,51 +187,53 @@ class DiskFile(io.RawIOBase):
         with self._lock, memoryview(buffer).cast("B") as view:
             self._check_open()
             done = 0
-            for piece in self._pieces(len(view)):
-                view[done : done + len(piece)] = piece
-                done += len(piece)
+            for chunk in self._chunks(len(view)):
+                view[done : done + len(chunk)] = chunk
+                done += len(chunk)
             self._position += done
             return done
 
-    def _pieces(self, length: int) -> Iterator[bytes | bytearray]:
-        """Read ``length`` bytes from the position on in pieces; the caller holds the lock."""
+    def _chunks(self, length: int) -> Iterator[bytes | bytearray]:
+        """Read up to ``length`` bytes from the position on; the caller holds the lock."""
         start = self._position
         end = min(start + length, self.size)
         while start < end:
-            piece = self._portal.call(self._disk.read, start, min(_PIECE, end - start))
-            start += len(piece)
-            yield piece
+            chunk = self._portal.call(self._disk.read, start, min(_MAX_CALL_BYTES, end - start))
+            start += len(chunk)
+            yield chunk
 
     def write(self, data: Buffer, /) -> int:
-        """Write all bytes; return how many, fewer only where the disk ends.
+        """Write ``data``; return the number of bytes, fewer only at the end of the disk.
 
-        If an error is raised, part of the data may have been written; the position stays.
+        If an error is raised, part of the data may have been written, and the position is
+        unchanged.
 
         Raises:
             NoSpaceError: The position is at or past the end, or the host is full.
-            ReadOnlyError: A failed write-back has made the disk read-only.
+            ReadOnlyError: A failed metadata writeback has made the disk read-only.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: The host's file system or kernel refused.
         """
         with self._lock, memoryview(data).cast("B") as view:
             self._check_writable()
             done = 0
-            # A first piece past the end raises; a later one would only be cut short.
+            # A write that begins past the end raises, but one that crosses the end is cut
+            # short; therefore only the first call may begin past the end.
             while done < len(view) and (not done or self._position + done < self.size):
-                piece = view[done : done + _PIECE]
-                done += self._portal.call(self._disk.write, self._position + done, piece)
+                chunk = view[done : done + _MAX_CALL_BYTES]
+                done += self._portal.call(self._disk.write, self._position + done, chunk)
             self._position += done
             return done
 
     def truncate(self, size: int | None = None, /) -> int:
         """Grow the disk to ``size`` bytes, or to the position; return the size.
 
-        What is added reads as zeros; the position stays.
+        The added range reads as zeros; the position is unchanged.
 
         Raises:
             UsageError: The disk would shrink, or the size is not a multiple of 512 or
                 more than the image's tables can address.
-            HostError: The host refused.
+            HostError: The host's file system or kernel refused.
         """
         with self._lock:
             self._check_writable()
@@ -229,20 +246,21 @@ class DiskFile(io.RawIOBase):
         """Return when everything written so far survives power loss.
 
         Raises:
-            HostError: The host could not do it; the disk is read-only from then on.
+            HostError: The host reported a failure; the disk is read-only from then on.
         """
         with self._lock:
             self._check_open()
-            # The last flush of all, in `close`, is the disk's own.
+            # IOBase.close() flushes once more, after the portal has closed the disk.
             if self.mode == "r+b" and self._portal.is_alive():
                 self._portal.call(self._disk.flush)
 
     def close(self) -> None:
-        """Make everything durable, mark the image as clean and let go of it.
+        """Make everything durable, mark the image as clean and release its locks.
 
         Raises:
-            HostError: Something could not be made durable.  The file is closed all the
-                same, and the image will be checked when it is next opened.
+            HostError: Something could not be made durable.  The file is closed
+                nevertheless, and the image will be checked when it is next opened for
+                writing.
         """
         with self._lock:
             if not self.closed:
@@ -252,15 +270,19 @@ class DiskFile(io.RawIOBase):
                     super().close()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        """Close a file that was forgotten."""
+        """Start to close a file that the program has not closed, and warn."""
         if not self.closed:
             _warn(f"unclosed disk {self.name!r}", ResourceWarning, stacklevel=2, source=self)
-            # Waiting could be for ever: the collector may be running in the thread that
-            # we would wait for.
+            # Waiting could deadlock: the garbage collector may be running in the portal's
+            # own thread.
             self._portal.ask_to_close()
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be copied or pickled."""
+        """Refuse to be copied or pickled.
+
+        Raises:
+            TypeError: Always.
+        """
         msg = "a DiskFile cannot be copied or pickled"
         raise TypeError(msg)
 

@@ -1,26 +1,26 @@
-"""Every error that qedfuse raises on purpose, in one tree.
+"""The exceptions of qedfuse, in one tree.
 
-    QedError                      EIO      32  anything else that stops a mount
-    ├── UsageError                EINVAL    1  the caller asked for something that makes no sense
+    QedError                      EIO      32  any other failure
+    ├── UsageError                EINVAL    1  invalid arguments, or arguments that conflict
     ├── ReadOnlyError             EROFS     1  a write to a disk that is open read-only
     ├── HostError                 (host's)  2  the host's file system or kernel refused
-    │   └── NoSpaceError          ENOSPC    2  no room: end of the disk, or the host is full
+    │   └── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or a full host
     │       └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     ├── ImageError                EINVAL   12  the file is not a usable QED image
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
     │   ├── HeaderError           EINVAL   12  a header field is out of its range
     │   ├── UnsupportedError      ENOTSUP  14  unknown incompatible feature bits
     │   ├── CorruptImageError     EIO      13  the tables contradict themselves or the file
-    │   └── NeedsCheckError       EIO      15  must be checked first, and is not going to be
-    ├── ImageInUseError           EBUSY    16  another program holds the image
+    │   └── NeedsCheckError       EIO      15  must be checked first, and the caller does not check
+    ├── ImageInUseError           EBUSY    16  another program has the image open
     ├── BackingError              ENOENT   17  a backing file cannot be used
     │   └── BackingRefusedError   EPERM    17  ... because the security rules forbid it
     ├── MountpointError           EBUSY    18  the mountpoint is missing, busy, stale or ambiguous
     ├── PrivilegeError            EPERM    19  the user may not mount like this
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE refused
 
-Each class carries the errno that a guest sees and the exit code that a command
-returns.  ``str(error)`` is one line, fit to be shown as it is.
+The columns are the class, the errno that a guest gets, and the exit code of a command.
+``str(error)`` is one line that can be printed unchanged: names in it are escaped.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from qedfuse.text import printable
 
 
 class QedError(Exception):
-    """The base of all errors that are raised on purpose."""
+    """The base of all exceptions that qedfuse raises on purpose; any other one is a bug."""
 
     errno: int = errnos.EIO
     exit_code: ClassVar[int] = 32
 
     def again(self) -> Self:
-        """Return an exception that says the same and has not been raised yet.
+        """Return a copy with the same attributes and no traceback.
 
-        For errors that are kept and raised many times: an exception object collects a
-        traceback each time, and shows one task where another one was.
+        For an error that is stored and raised many times: raising the same object from
+        several tasks would mix their tracebacks.
         """
         copy = type(self).__new__(type(self), *self.args)
         copy.__dict__.update(self.__dict__)
@@ -50,14 +50,14 @@ class QedError(Exception):
 
 
 class UsageError(QedError):
-    """The caller asked for something that makes no sense."""
+    """The arguments are invalid, or conflict with each other or with the image."""
 
     errno = errnos.EINVAL
     exit_code = 1
 
 
 class ReadOnlyError(QedError):
-    """A change was asked of a disk that is open read-only, or became so after a failure."""
+    """A change was requested of a disk that is open read-only, or became so after a failure."""
 
     errno = errnos.EROFS
     exit_code = 1
@@ -74,7 +74,10 @@ class HostError(QedError):
 
     @classmethod
     def from_os(cls, error: OSError, name: str, action: str) -> HostError:
-        """Say which ``action`` on which file failed; a full host gives `NoSpaceError`."""
+        """Return the error for a failed ``action`` on the file ``name``.
+
+        It is a `NoSpaceError` if the host's disk or the user's quota is full.
+        """
         number = error.errno or errnos.EIO
         message = f"{name}: {action}: {os.strerror(number)}"
         if number in (errnos.ENOSPC, errnos.EDQUOT):
@@ -83,14 +86,14 @@ class HostError(QedError):
 
 
 class NoSpaceError(HostError):
-    """No room: past the end of the disk, or the host's file system is full."""
+    """There is no space: past the end of the disk, or the host's file system is full."""
 
     def __init__(self, message: str, errno: int = errnos.ENOSPC) -> None:
         super().__init__(message, errno)
 
 
 class PastEndError(NoSpaceError):
-    """A write begins at or past the end of the disk: the caller's mistake, nothing is full."""
+    """A write begins at or past the end of the disk; the host is not full."""
 
     errno = errnos.ENOSPC
 
@@ -129,14 +132,14 @@ class CorruptImageError(ImageError):
 
 
 class NeedsCheckError(ImageError):
-    """The image must be checked before it is used, and this caller does not check."""
+    """The image must be checked before it is written to, and the caller gave no inspector."""
 
     errno = errnos.EIO
     exit_code = 15
 
 
 class ImageInUseError(QedError):
-    """Another program holds the image in a way that excludes ours."""
+    """Another program has the image open in a conflicting way."""
 
     errno = errnos.EBUSY
     exit_code = 16
@@ -150,38 +153,38 @@ class BackingError(QedError):
 
 
 class BackingRefusedError(BackingError):
-    """A backing file exists, but the security rules do not let this image use it."""
+    """A backing file exists, but the backing file policy does not let this image use it."""
 
     errno = errnos.EPERM
 
 
 class MountpointError(QedError):
-    """The mountpoint is missing, busy, stale, or two images want one name in it."""
+    """The mountpoint is missing, busy or stale, or two images have the same name in it."""
 
     errno = errnos.EBUSY
     exit_code = 18
 
 
 class PrivilegeError(QedError):
-    """The user may not mount in the way that was asked for."""
+    """The user has no permission for the requested mount."""
 
     errno = errnos.EPERM
     exit_code = 19
 
 
 class FuseError(QedError):
-    """libfuse or the kernel's side of FUSE refused."""
+    """libfuse or the kernel's FUSE module refused the mount or failed."""
 
     exit_code = 21
 
 
 def cannot_open(path: str, error: OSError) -> HostError:
-    """Turn a failed open(2) of a file that the user named into one line about it."""
+    """Return the error for a failed open(2) of a file that the user named."""
     return HostError.from_os(error, printable(path), "cannot open")
 
 
 def proc_missing() -> HostError:
-    """Explain a file of /proc/self that is not there."""
+    """Return the error for a missing file below /proc/self."""
     return HostError(
         "/proc: found no proc file system, expected one (as root: mount -t proc proc /proc)",
         errnos.ENOENT,

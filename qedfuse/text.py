@@ -1,4 +1,4 @@
-"""Text for people: names made safe to print, byte counts made easy to read."""
+"""File names as text that is safe to print."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 from typing import Final
 
 _UNDECODABLE: Final = range(0xDC80, 0xDD00)
-"""os.fsdecode's stand-ins for bytes that are no text."""
+"""The surrogates by which `os.fsdecode` represents bytes that are not valid UTF-8 (PEP 383)."""
 
 
 def printable(name: str | bytes | os.PathLike[str]) -> str:
-    r"""Escape a file name so that it cannot forge a line or drive a terminal.
+    r"""Return a file name on one line, without characters that control a terminal.
 
-    Control characters, undecodable bytes and lone surrogates come out as ``\xNN`` or
-    ``\uNNNN``; a backslash is doubled only where something else was escaped, so that
-    ordinary names stay as they are.
+    Control characters, undecodable bytes and lone surrogates become ``\xNN`` or
+    ``\uNNNN``.  A backslash is doubled only in a name that has such characters; other
+    names are returned unchanged.
     """
     raw = os.fspath(name)
     text = os.fsdecode(raw)
