@@ -15,9 +15,9 @@ import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.tools.copying import convert as conversion
-from qedfuse.tools.copying import diskcopy
+from qedfuse.tools.copying import conversion, diskcopy
 from qedfuse.tools.copying.compare import verify_copy
+from qedfuse.tools.copying.convert import convert
 from qedfuse.tools.copying.imagespec import ImageSpec
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
@@ -223,9 +223,9 @@ def test_a_pipe_counts_as_the_same_file_does(tmp_path: Path, form: str, length: 
     writer = threading.Thread(target=fifo.write_bytes, args=(content,))
     writer.start()
     layout = ImageSpec(form)
-    piped = trio.run(conversion.convert, str(fifo), str(tmp_path / "b"), layout)
+    piped = trio.run(convert, str(fifo), str(tmp_path / "b"), layout)
     writer.join()
-    copied = trio.run(conversion.convert, str(raw), str(tmp_path / "c"), layout)
+    copied = trio.run(convert, str(raw), str(tmp_path / "c"), layout)
     assert piped.data_bytes == copied.data_bytes
     assert piped.data_bytes == length
 

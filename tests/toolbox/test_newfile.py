@@ -170,7 +170,7 @@ def test_an_image_does_not_become_its_own_base(
     assert main(words[command]) == 17
     said = capsys.readouterr().err
     assert "0.qed: found the image itself" in said
-    assert (f"by way of {depth}.qed" in said) is (depth > 0)
+    assert (f"through {depth}.qed" in said) is (depth > 0)
     assert said.count("\n") == 1
     assert base.read_bytes() == before
 

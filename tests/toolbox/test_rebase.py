@@ -256,7 +256,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["-u", "-F", "raw", "-b", "n" * 1024], 1, "1023"),
         (["-b", str(tmp_path)], 17, "a directory"),
         (["-u", "-F", "qed", "-b", "top.qed"], 17, "found the image itself"),
-        (["-u", "-F", "qed", "-b", "loop.qed"], 17, "the image itself by way of loop.qed"),
+        (["-u", "-F", "qed", "-b", "loop.qed"], 17, "the image itself through loop.qed"),
     ):
         assert main(["rebase", *words, str(top)]) == code, words
         complaint = capsys.readouterr().err

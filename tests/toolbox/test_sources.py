@@ -1,4 +1,4 @@
-"""Disks that are only read: any chain, raw files and devices, and what is none of them."""
+"""Sources of a copy: any chain, raw files and devices; and files that cannot be a source."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 ANY = OpenOptions(backing=BackingPolicy("any"))
 
 
-def look(path: Path | str, form: Literal["auto", "raw", "qed"] = "auto") -> Source:
-    """Open and close a disk."""
+def open_and_close(path: Path | str, form: Literal["auto", "raw", "qed"] = "auto") -> Source:
+    """Open and close a source; return it, closed."""
 
     async def work() -> Source:
         async with open_source(str(path), form, ANY) as source:
@@ -38,8 +38,8 @@ def look(path: Path | str, form: Literal["auto", "raw", "qed"] = "auto") -> Sour
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_extents_tell_the_content(seed: int, tmp_path: Path) -> None:
-    """They cover each range in order; data is where they say, and the rest is zeros."""
+def test_extents_match_the_content(seed: int, tmp_path: Path) -> None:
+    """Extents cover each range in order; data lies where they say, and the rest is zeros."""
     chance = random.Random(seed)
     top = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
     expected = chains.content(top)
@@ -56,10 +56,10 @@ def test_extents_tell_the_content(seed: int, tmp_path: Path) -> None:
                 for extent in await source.extents(start, length):
                     assert extent.start == at
                     at = extent.end
-                    judge(source, extent)
+                    compare(source, extent)
                 assert at == end
 
-    def judge(source: Source, extent: Extent) -> None:
+    def compare(source: Source, extent: Extent) -> None:
         wanted = expected[extent.start : extent.end]
         if extent.kind is Kind.DATA:
             with open(source.descriptor(extent.depth), "rb", closefd=False) as file:
@@ -72,8 +72,8 @@ def test_extents_tell_the_content(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_pieces_hold_all_data(seed: int, tmp_path: Path) -> None:
-    """They are whole units, in order, within their limits; what is in none is zeros."""
+def test_chunks_hold_all_data(seed: int, tmp_path: Path) -> None:
+    """Chunks are whole blocks in order, within their limits; what is in none is zeros."""
     chance = random.Random(seed)
     top = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
     expected = chains.content(top)
@@ -82,28 +82,28 @@ def test_pieces_hold_all_data(seed: int, tmp_path: Path) -> None:
 
     async def work() -> list[Chunk]:
         async with open_source(str(top), "auto", ANY) as source:
-            cutter = Chunker(source, block_size, max_chunk_bytes)
+            chunker = Chunker(source, block_size, max_chunk_bytes)
             return [
-                piece
-                async for step in extent_batches(source, block_size)
-                for piece in cutter.cut(step)
+                chunk
+                async for batch in extent_batches(source, block_size)
+                for chunk in chunker.chunks(batch)
             ]
 
     at = 0
-    for piece in trio.run(work):
-        assert piece.start >= at
-        assert not any(expected[at : piece.start])
-        at = piece.start + piece.length
-        assert piece.start % block_size == 0
+    for chunk in trio.run(work):
+        assert chunk.start >= at
+        assert not any(expected[at : chunk.start])
+        at = chunk.start + chunk.length
+        assert chunk.start % block_size == 0
         assert at % block_size == 0 or at == len(expected)
-        assert piece.start // max_chunk_bytes == (at - 1) // max_chunk_bytes
-        for part in piece.parts:
-            assert 0 <= part.at < part.at + part.length <= piece.length
+        assert chunk.start // max_chunk_bytes == (at - 1) // max_chunk_bytes
+        for segment in chunk.segments:
+            assert 0 <= segment.at < segment.at + segment.length <= chunk.length
     assert not any(expected[at:])
 
 
 def test_a_raw_base_has_holes(tmp_path: Path) -> None:
-    """Nobody has to read what a sparse base lacks."""
+    """A hole of a raw base is no data extent of the chain."""
     raw = tmp_path / "a.raw"
     with raw.open("wb") as file:
         file.truncate(1 << 40)
@@ -120,42 +120,42 @@ def test_a_raw_base_has_holes(tmp_path: Path) -> None:
 
 
 def test_a_device(tmp_path: Path) -> None:
-    """It is raw, and as long as it is."""
+    """A block device is a raw source of its own size."""
     (tmp_path / "a").write_bytes(b"x" * (1 << 20))
     with loop_device(tmp_path / "a") as device:
-        assert (look(device).size, look(device).format) == (1 << 20, "raw")
+        assert (open_and_close(device).size, open_and_close(device).format) == (1 << 20, "raw")
 
 
 def test_formats(tmp_path: Path) -> None:
-    """Foreign images are refused by name, unless they are said to be raw."""
+    """Images of foreign formats are refused by name, unless opened as raw."""
     for form, name in (("qcow2", "qcow2"), ("vmdk", "VMDK"), ("vdi", "VDI"), ("vhdx", "VHDX")):
         path = qemu.create(tmp_path / form, 1 << 20, image_format=form)
         with pytest.raises(UsageError, match=rf"{form}: format: found {name}, expected raw or qed"):
-            look(path)
-        assert look(path, "raw").size == path.stat().st_size
+            open_and_close(path)
+        assert open_and_close(path, "raw").size == path.stat().st_size
     (tmp_path / "luks").write_bytes(b"LUKS\xba\xbe\0\2" + bytes(4088))
     with pytest.raises(UsageError, match=r"luks: format: found LUKS, expected raw or qed"):
-        look(tmp_path / "luks")
+        open_and_close(tmp_path / "luks")
     image = qemu.create(tmp_path / "a.qed", 1 << 20)
-    assert look(image).format == "qed"
-    assert look(image, "raw").size == image.stat().st_size
+    assert open_and_close(image).format == "qed"
+    assert open_and_close(image, "raw").size == image.stat().st_size
     with pytest.raises(ImageError, match="not a QED image"):
-        look(tmp_path / "vdi", "qed")
+        open_and_close(tmp_path / "vdi", "qed")
 
 
-def test_what_is_no_disk(tmp_path: Path) -> None:
-    """Neither a directory nor a missing file is waited for or read."""
+def test_files_that_are_no_disk(tmp_path: Path) -> None:
+    """A directory, a missing file and a character device are refused without reading them."""
     with pytest.raises(ImageError, match="found a directory, expected a file or a block device"):
-        look(tmp_path)
+        open_and_close(tmp_path)
     with pytest.raises(HostError, match="cannot open: No such file"):
-        look(tmp_path / "gone")
+        open_and_close(tmp_path / "gone")
     with pytest.raises(ImageError, match="found a character device"):
-        look("/dev/zero")
+        open_and_close("/dev/zero")
 
 
 @pytest.mark.parametrize("form", ["raw", "qed"])
-def test_what_is_written_to_is_refused(form: str, tmp_path: Path) -> None:
-    """A writer has the disk for itself, unless we are told to read beside it."""
+def test_a_source_in_use_is_refused(form: str, tmp_path: Path) -> None:
+    """A disk that is open for writing is refused, unless the source is opened with force_share."""
     path = qemu.create(tmp_path / "a", 1 << 20, image_format=form)
     share = OpenOptions(force_share=True)
 
@@ -169,8 +169,8 @@ def test_what_is_written_to_is_refused(form: str, tmp_path: Path) -> None:
         assert trio.run(work, share) == 1 << 20
 
 
-class Hesitant:
-    """A source that tells little at a time."""
+class ShortRanges:
+    """A source whose calls return extents of short ranges."""
 
     def __init__(self, source: Source, chance: random.Random) -> None:
         self.source = source
@@ -178,15 +178,15 @@ class Hesitant:
         self.size = source.size
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell at least a byte."""
+        """Return extents of at least a byte."""
         return await self.source.extents(start, self.chance.randrange(1, length + 1))
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_steps_are_of_whole_units(
+def test_batches_are_of_whole_blocks(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They cover the disk, however much each source tells at a time."""
+    """Batches cover the disk in whole blocks, however short the ranges that sources return."""
     chance = random.Random(f"steps {seed}")
     monkeypatch.setattr(extentbatches, "_BATCH_BYTES", 1 << chance.randrange(30))
     monkeypatch.setattr(extentbatches, "_BATCH_EXTENTS", 1 << chance.randrange(15))
@@ -199,19 +199,19 @@ def test_steps_are_of_whole_units(
             open_source(str(paths[0]), "auto", ANY) as one,
             open_source(str(paths[1]), "auto", ANY) as other,
         ):
-            pair = [cast("Source", Hesitant(source, chance)) for source in (one, other)]
-            return [step async for step in extent_batches(pair[0], block_size, pair[1])]
+            pair = [cast("Source", ShortRanges(source, chance)) for source in (one, other)]
+            return [batch async for batch in extent_batches(pair[0], block_size, pair[1])]
 
     at = 0
-    for step in trio.run(work):
-        assert (step.start, step.start % block_size) == (at, 0)
-        assert step.end > at
-        for extents, content in zip((step.extents, step.below), contents, strict=True):
+    for batch in trio.run(work):
+        assert (batch.start, batch.start % block_size) == (at, 0)
+        assert batch.end > at
+        for extents, content in zip((batch.extents, batch.base_extents), contents, strict=True):
             place = at
             for extent in extents:
                 assert extent.start == place
                 place = extent.end
                 assert extent.kind is Kind.DATA or not any(content[extent.start : place])
-            assert place == max(at, min(step.end, len(content)))
-        at = step.end
+            assert place == max(at, min(batch.end, len(content)))
+        at = batch.end
     assert at == len(contents[0])

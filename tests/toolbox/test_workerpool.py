@@ -1,4 +1,4 @@
-"""Threads that take one item after the other: all of them, in order, and not after a failure."""
+"""A worker pool processes all items, in order where that matters, and stops after a failure."""
 
 from __future__ import annotations
 
@@ -16,64 +16,64 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_turns_come_in_order(threads: int) -> None:
-    """Whoever is done first."""
+def test_tickets_are_served_in_order(threads: int) -> None:
+    """A worker that overtakes another still waits for the turn of the earlier item."""
     before, within = [], []
     begun = [threading.Event() for _ in range(150)]
 
-    def hand(item: int, turn: Ticket) -> None:
+    def worker(item: int, ticket: Ticket) -> None:
         begun[item].set()
         if item % 7 == 0 and threads > 1:
-            # Another one overtakes this one.
+            # The next item overtakes this one.
             begun[item + 1].wait()
         before.append(item)
-        turn.wait()
+        ticket.wait()
         within.append(item)
 
     async def work() -> None:
-        crew = WorkerPool([hand] * threads)
-        await crew.work(iter(range(100)))
-        await crew.work(iter(range(100, 150)))
+        pool = WorkerPool([worker] * threads)
+        await pool.run(iter(range(100)))
+        await pool.run(iter(range(100, 150)))
 
     trio.run(work)
     assert within == list(range(150))
     assert (before == within) == (threads == 1)
 
 
-def test_a_failure_ends_the_work_of_all() -> None:
-    """Items are not taken any more, and nobody waits for the turn of the one that failed."""
+def test_a_failure_stops_all_threads() -> None:
+    """No further items are taken, and no thread waits for the turn of the item that failed."""
     taken = []
 
     def items() -> Callable[[], int]:
         numbers = iter(range(1_000_000))
         return lambda: next(numbers)
 
-    def hand(item: int, turn: Ticket) -> None:
+    def worker(item: int, ticket: Ticket) -> None:
         taken.append(item)
         if item == 5:
             msg = "the sixth"
             raise ValueError(msg)
-        turn.wait()
+        ticket.wait()
 
     with pytest.raises(ValueError, match="the sixth"):
-        trio.run(WorkerPool([hand] * 3).work, iter(items(), -1))
+        trio.run(WorkerPool([worker] * 3).run, iter(items(), -1))
     assert len(taken) < 1_000_000
 
 
-def test_a_cancellation_lets_the_items_be_finished() -> None:
-    """Each thread ends what it has, and takes nothing more."""
+def test_a_cancellation_finishes_the_items_taken() -> None:
+    """After a cancellation each thread finishes its item and takes no other."""
     begun, ended = [], []
 
     async def work() -> None:
         with trio.CancelScope() as scope:
 
-            def hand(item: int, _turn: Ticket) -> None:
+            def worker(item: int, _ticket: Ticket) -> None:
                 begun.append(item)
                 if item == 10:
                     trio.from_thread.run_sync(scope.cancel)
                 ended.append(item)
 
-            await WorkerPool([hand] * 2).work(iter(range(1_000_000)))
+            await WorkerPool([worker] * 2).run(iter(range(1_000_000)))
         assert scope.cancelled_caught
 
     trio.run(work)
@@ -82,8 +82,8 @@ def test_a_cancellation_lets_the_items_be_finished() -> None:
     assert len(ended) < 1_000_000
 
 
-def test_reports_begin_at_once_and_end_with_the_block() -> None:
-    """A short piece of work is reported twice; one that failed has no last report."""
+def test_reports_begin_with_the_block_and_end_with_it() -> None:
+    """Work that ends early is reported twice; work that fails has no last report."""
     reports = []
 
     async def work(error: Exception | None) -> None:

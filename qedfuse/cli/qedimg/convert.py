@@ -17,7 +17,7 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     import argparse
 
-    from qedfuse.tools.copying.convert import ConvertResult
+    from qedfuse.tools.copying.conversion import ConvertResult
     from qedfuse.tools.copying.imagespec import ImageSpec
 
 _log = logging.getLogger(__name__)

@@ -1,11 +1,11 @@
-"""Which format the source of a copy has, told by its first bytes."""
+"""Format detection: whether a file is QED, raw or foreign, by its first bytes."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
-from qedfuse.errors import HostError, UsageError
+from qedfuse.errors import HostError, NotQedError, UsageError
 from qedfuse.hostio.regular import open_raw
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_luks, is_qed
 from qedfuse.text import printable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def probe_format(path: str) -> Literal["raw", "qed"]:
-    """Tell the format of a file by its first bytes.
+    """Return the format of a file or block device by its first bytes.
 
     Raises:
         UsageError: It is an image of a foreign format.
@@ -33,7 +33,7 @@ def probe_format(path: str) -> Literal["raw", "qed"]:
 
 
 def format_of(start: bytes | bytearray | memoryview, name: str) -> Literal["raw", "qed"]:
-    """Tell the format of what begins with some bytes.
+    """Return the format of a copy's source by its first bytes; ``name`` is for the message.
 
     Raises:
         UsageError: It is an image of a foreign format.
@@ -44,8 +44,25 @@ def format_of(start: bytes | bytearray | memoryview, name: str) -> Literal["raw"
     found = "LUKS" if is_luks(start) else foreign(start)
     if found is not None:
         msg = (
-            f"{name}: format: found {found}, expected raw or qed (-f raw takes the bytes as "
-            "they are; qemu-img convert reads it)"
+            f"{name}: format: found {found}, expected raw or qed (-f raw reads its bytes "
+            "unchanged; qemu-img convert reads the format)"
         )
         raise UsageError(msg)
     return "raw"
+
+
+def is_qed_image(
+    start: bytes | bytearray, image_format: Literal["auto", "qed", "raw"], name: str
+) -> bool:
+    """Return whether a file is described as QED: as the user says, else by its first bytes.
+
+    Raises:
+        NotQedError: The user says nothing, and it is an image of a foreign format.
+    """
+    if image_format == "auto":
+        found = foreign(start)
+        if found is not None:
+            msg = f"{name}: found a {found} image, expected QED or raw"
+            raise NotQedError(msg)
+        return is_qed(start)
+    return image_format == "qed"

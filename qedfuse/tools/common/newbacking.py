@@ -1,44 +1,97 @@
-"""Refusing an image that would be its own base, be it by way of others."""
+"""Checks of a backing file before its name is written into an image.
+
+Nothing here is asynchronous, and nothing imports trio or numpy: a script that creates images
+by the dozen should not wait for an event loop to be loaded.
+"""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.chainpaths import chain_paths
-from qedfuse.errors import BackingError
+from qedfuse.errors import BackingError, QedError
+from qedfuse.hostio.regular import open_regular
+from qedfuse.ondisk.constants import HEADER_BYTES
+from qedfuse.ondisk.formats import is_qed
+from qedfuse.ondisk.header import parse_header
 from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from typing import Literal
 
 
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
-    """Look for a file that is about to be replaced among the bases it is to have.
+    """Refuse a backing file that is the image itself, directly or through the chain below it.
 
-    Only names are followed, as far as they lead to files: whether the bases are any good
-    is not asked here.
+    Only names are followed, as far as they lead to files.  Whether those files can be used
+    as backing files is not tested.
 
     Args:
-        image: The file; it need not be there.
-        backing: Its base, by a name that is absolute or begins at the image's directory.
-        directory: Where names after ``file:`` begin; empty is the working directory.
+        image: The file that will name the backing file; it need not exist.
+        backing: Name of the backing file, absolute or relative to the image's directory.
+        directory: Where names after ``file:`` begin; empty for the working directory.
 
     Raises:
-        BackingError: It is among them.
+        BackingError: The image is among the files of the chain.
     """
     about = f"{printable(image)}: backing file"
     path = backing_path(image, backing, directory)
-    if _same(path, image):
+    if _is_same_file(path, image):
         msg = f"{about} {printable(path)}: found the image itself"
         raise BackingError(msg)
     for below in chain_paths(path, directory):
-        if _same(below, image):
-            msg = (
-                f"{about} {printable(below)}: found the image itself by way of {printable(backing)}"
-            )
+        if _is_same_file(below, image):
+            msg = f"{about} {printable(below)}: found the image itself, through "
+            msg += printable(backing)
             raise BackingError(msg)
 
 
-def _same(first: str, second: str) -> bool:
-    """Tell whether two names lead to one file, which need not be there yet."""
+def size_and_format(
+    image: str, backing: str, wanted: Literal["raw", "qed"] | None
+) -> tuple[int, Literal["raw", "qed"]]:
+    """Return the size in bytes and the format of the backing file of a new image.
+
+    The file is not locked: it may be in use.  The files below it are only compared with the
+    image by name.
+
+    Args:
+        image: The new image.
+        backing: Name of the backing file, absolute or relative to the image's directory.
+        wanted: Its format; None accepts QED only.
+
+    Raises:
+        BackingError: It is missing, the image itself, or not of the wanted format.
+    """
+    path = backing_path(image, backing)
+    about, shown = f"{printable(image)}: backing file", printable(path)
+    refuse_backing_loop(image, backing)
+    try:
+        fd = open_regular(path, os.O_RDONLY)
+        try:
+            start, size = os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        if wanted == "raw":
+            return size, "raw"
+        if is_qed(start):
+            header = parse_header(start, shown)
+            header.check_fits(size, shown)
+            return header.image_size, "qed"
+    except QedError as error:
+        msg = f"{about} {error}"
+        raise BackingError(msg) from error
+    except OSError as error:
+        msg = f"{about} {shown}: {error.strerror}"
+        raise BackingError(msg) from error
+    expected = "a QED image" if wanted else "a format: -F raw reads its bytes unchanged"
+    msg = f"{about} {shown}: found no QED magic, expected {expected}"
+    raise BackingError(msg)
+
+
+def _is_same_file(first: str, second: str) -> bool:
+    """Return whether two names lead to one file, which need not exist yet."""
     return os.path.realpath(first) == os.path.realpath(second) or (
         os.path.exists(first)  # noqa: PTH110
         and os.path.exists(second)  # noqa: PTH110

@@ -1,4 +1,4 @@
-"""Pipes and the standard streams, for raw content: waiting for their other end can be ended."""
+"""Pipes and standard streams with raw content; waiting for them can be cancelled."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _NAMES: Final = {os.O_RDONLY: "standard input", os.O_WRONLY: "standard output"}
 
 
 class Stream:
-    """An open stream, read or written from where it is.
+    """An open stream, read or written at its current position.
 
     Attributes:
-        name: What it is called in messages.
+        name: Its name in messages.
     """
 
     def __init__(self, descriptor: int, name: str, *, blocking: bool) -> None:
-        """Take an open file; tell whether the calls on it wait."""
+        """Take ownership of an open file; ``blocking`` says whether calls on it block."""
         self._descriptor = descriptor
         self._blocking = blocking
         self.name = name
 
     async def read(self, view: memoryview) -> int:
-        """Read into a buffer what there is; return how many bytes, 0 at the end.
+        """Read what is available into a buffer; return its length in bytes, 0 at the end.
 
         Raises:
             HostError: The host refused.
@@ -48,7 +48,7 @@ class Stream:
         """Write all of a buffer.
 
         Raises:
-            BrokenPipeError: Nobody reads it any more.
+            BrokenPipeError: The reading end is closed.
             HostError: The host refused.
         """
         left = view
@@ -66,10 +66,10 @@ class Stream:
             raise HostError.from_os(error, self.name, "write") from error
 
     async def _call(self, call: Callable[[], int], wait: Callable[[int], object]) -> int:
-        """Call the kernel when it has or takes something."""
+        """Make a system call that transfers bytes, and wait until it can."""
         if self._blocking:
-            # Somebody else has the stream too, and does not expect it to refuse to wait.
-            # So a thread waits, which is left behind when the user does so no longer.
+            # Another process shares the open file and does not expect O_NONBLOCK on it.
+            # So a thread blocks, and a cancellation abandons it.
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
         while True:
             try:
@@ -81,12 +81,12 @@ class Stream:
                 return count
 
     def close(self) -> None:
-        """Close it."""
+        """Close the descriptor."""
         os.close(self._descriptor)
 
 
 def is_stream(path: str) -> bool:
-    """Tell whether a name stands for a pipe: ``-``, a FIFO, or /dev/stdin of that kind."""
+    """Return whether a path is a stream: ``-``, a FIFO or a socket, also by way of /dev/stdin."""
     if path == "-":
         return True
     try:
@@ -105,8 +105,8 @@ async def open_stream(path: str, access: int) -> Stream:
     if path == "-":
         return _standard(access)
     try:
-        # Waits for the other end, as every program does that opens a FIFO; but not longer
-        # than the user does.
+        # Opening a FIFO blocks until the other end is opened.  In a thread that can be
+        # abandoned, the user can still interrupt it.
         fd = await trio.to_thread.run_sync(
             os.open, path, access | os.O_CLOEXEC, abandon_on_cancel=True
         )
@@ -117,14 +117,15 @@ async def open_stream(path: str, access: int) -> Stream:
 
 
 def _standard(access: int) -> Stream:
-    """Open a standard stream, whatever it is attached to."""
+    """Open a standard stream, which may be a pipe, a file or a terminal."""
     fd, name = _STANDARD[access], _NAMES[access]
     if stat.S_ISFIFO(os.fstat(fd).st_mode):
         try:
-            # Opened once more it can be told not to wait, and nobody else notices.  A
-            # file must not be: it would be written to from its beginning.
+            # A second open file can be made nonblocking without affecting processes that
+            # share the first.  Only for a pipe: a regular file that is opened again
+            # would be written from its beginning.
             again = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:  # another user's
+        except OSError:  # it belongs to another user
             pass
         else:
             return Stream(again, name, blocking=False)

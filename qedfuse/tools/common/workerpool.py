@@ -1,7 +1,8 @@
-"""Worker threads that take one item of work after the other, until none is left.
+"""A pool of worker threads that take item after item from one iterator.
 
-A hop to a worker thread and back costs more than what is done with an item, so a thread
-stays with the work.  Where order matters an item waits for its turn.
+Switching to a worker thread and back costs more than the work on one item, so each thread
+keeps taking items until none is left.  Steps that must happen in the order of the items are
+ordered by tickets.
 """
 
 from __future__ import annotations
@@ -21,48 +22,52 @@ T = TypeVar("T")
 
 
 class Ticket:
-    """An item's place in the order: after the one before has ended its turn."""
+    """An item's position in the order of items: its turn begins when the previous one ends."""
 
-    def __init__(self, before: Ticket | None) -> None:
-        """Come after another one."""
-        self._before = before
-        self._over = threading.Event()
+    def __init__(self, previous: Ticket | None) -> None:
+        """Come after another ticket; None for the first."""
+        self._previous = previous
+        self._finished = threading.Event()
 
     def wait(self) -> None:
-        """Wait for the one before; it was begun earlier, so it is under way."""
-        if self._before is not None:
-            self._before._over.wait()  # noqa: SLF001  one of our own kind
-            self._before = None
+        """Block the thread until the previous ticket is finished.
 
-    def end(self) -> None:
-        """Let the next one have its turn."""
-        self._before = None
-        self._over.set()
+        The previous item was taken earlier, so a thread is already working on it: there is
+        no deadlock.
+        """
+        if self._previous is not None:
+            self._previous._finished.wait()  # noqa: SLF001  the same class
+            self._previous = None
+
+    def finish(self) -> None:
+        """Let the next ticket's turn begin.  A second call does nothing."""
+        self._previous = None
+        self._finished.set()
 
 
 class WorkerPool(Generic[T]):
-    """A few threads, each with a function of its own for what it takes."""
+    """A few threads, each with its own function that is called with items and their tickets."""
 
-    def __init__(self, hands: Sequence[Callable[[T, Ticket], None]]) -> None:
-        """Have one thread for each function; they get an item and its turn."""
-        self._hands = hands
+    def __init__(self, workers: Sequence[Callable[[T, Ticket], None]]) -> None:
+        """Use one thread for each function, which may own buffers: its calls do not overlap."""
+        self._workers = workers
         self._taking = threading.Lock()
         self._last: Ticket | None = None
 
-    async def work(self, items: Iterator[T]) -> None:
-        """Have all items worked on; what one of the threads raises ends the work of all.
+    async def run(self, items: Iterator[T]) -> None:
+        """Process all items; an exception in one thread ends the work of all.
 
-        A cancellation takes effect when each thread is done with the item it has.
+        After a cancellation each thread finishes the item that it has taken.
         """
         for first in items:
-            # Large disks have long ranges with nothing to do.
-            left = chain((first,), items)
+            # Starts no thread without an item: large disks have long ranges with no work.
+            remaining = chain((first,), items)
             async with open_scope() as nursery:
-                for hand in self._hands:
-                    nursery.start_soon(trio.to_thread.run_sync, self._serve, hand, left)
+                for worker in self._workers:
+                    nursery.start_soon(trio.to_thread.run_sync, self._serve, worker, remaining)
 
-    def _serve(self, hand: Callable[[T, Ticket], None], items: Iterator[T]) -> None:
-        """Take one item after the other, in a worker thread."""
+    def _serve(self, worker: Callable[[T, Ticket], None], items: Iterator[T]) -> None:
+        """Take item after item, in a worker thread, until none is left."""
         while True:
             trio.from_thread.check_cancelled()
             with self._taking:
@@ -70,9 +75,9 @@ class WorkerPool(Generic[T]):
                     item = next(items)
                 except StopIteration:
                     return
-                turn = self._last = Ticket(self._last)
+                ticket = self._last = Ticket(self._last)
             try:
-                hand(item, turn)
+                worker(item, ticket)
             finally:
-                # Nobody must wait for what has failed.
-                turn.end()
+                # Without this the items after one that failed would wait forever.
+                ticket.finish()

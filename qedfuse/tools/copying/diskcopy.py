@@ -1,8 +1,7 @@
-"""The copy itself: several pieces at once, each read, searched for zeros and written.
+"""Copying a disk: several chunks in flight, each read, searched for zeros and written.
 
-Reading and searching run in worker threads in any order.  Then each piece waits for its
-turn, is given its place in the target and written; so the same disk gives the same file
-each time.
+Worker threads read and search chunks in any order.  Then each chunk waits for its turn, gets
+its offsets in the target and is written.  So the same disk always makes the same file.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from qedfuse.tools.common.blocks import classify, masked_bytes
 from qedfuse.tools.common.workerpool import WorkerPool
 from qedfuse.tools.source.chunks import Chunker, read_segments
 from qedfuse.tools.source.extentbatches import extent_batches
-from qedfuse.tools.target.target import ParallelTarget, complete, write_all
+from qedfuse.tools.target.target import ParallelTarget, finish_target, write_all
 from qedfuse.util.periodicprogress import periodic_progress
 
 if TYPE_CHECKING:
@@ -33,15 +32,20 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
+    WriteBehindMode = Literal["wait", "if fast", "off"]
+
+DEFAULT_STREAMS: Final = 4
+"""Chunks that are in flight unless the user chooses another number."""
+
 _MAX_BUFFER_BYTES: Final = 64 << 20
-"""Bytes that all pieces under way have together, however large the clusters are."""
+"""Bytes of all buffers together; large clusters make large chunks, so fewer are in flight."""
 
 
 class DiskCopy:
-    """A copy under way.
+    """One copy of a disk.
 
     Attributes:
-        data_bytes: How much was written as data so far.
+        data_bytes: Bytes written as data so far.
     """
 
     def __init__(
@@ -51,118 +55,128 @@ class DiskCopy:
         *,
         base: Source | None = None,
         sparse_size: int = 4096,
-        sends: Literal["and waits", "on"] | None = None,
+        write_behind: WriteBehindMode = "off",
         progress: Progress | None = None,
     ) -> None:
-        """Prepare to copy.
+        """Prepare a copy.
 
         Args:
-            source: The disk.
-            target: Where to.
-            base: What the target shows of itself.
-            sparse_size: Bytes; shorter runs of zeros are written as data, and all zeros if
-                it is 0.
-            sends: Have the host write a new target to its disk all the time: in
-                expectation of an fsync, or as far as it can keep up.
-            progress: Called with the bytes of the disk that are done, and how many it has.
+            source: The disk to copy.
+            target: What it is copied to.
+            base: What the target shows where nothing is written to it.
+            sparse_size: Bytes; shorter runs of zeros are written as data, and with 0 all
+                zeros are.
+            write_behind: Whether the host writes a new target back while it is copied:
+                ``wait`` for the disk, since an fsync follows; ``if fast``, as long as the
+                disk keeps up; or ``off``.
+            progress: Called with the bytes of the disk that are copied, and its size.
         """
         self._source = source
         self._target = target
         self._base = base
-        self._least = sparse_size
-        self._sends = sends
+        self._sparse_size = sparse_size
+        self._write_behind = write_behind
         self._progress = progress
         self.data_bytes = 0
         self._done = 0
-        self._length = max(target.max_chunk_bytes, target.block_size)
+        self._chunk_bytes = max(target.max_chunk_bytes, target.block_size)
 
     async def run(self, streams: int) -> None:
-        """Copy everything, with up to so many pieces under way at once.
+        """Copy the whole disk, with up to ``streams`` chunks in flight.
 
         Raises:
-            QedError: The source cannot be read, or the target be written.
+            QedError: The source cannot be read, or the target cannot be written.
         """
         source, target = self._source, self._target
-        cutter = Chunker(
-            source, target.block_size, self._length, base=self._base, full=not self._least
+        chunker = Chunker(
+            source,
+            target.block_size,
+            self._chunk_bytes,
+            base=self._base,
+            include_zeros=not self._sparse_size,
         )
         async with (
             periodic_progress(self._report if self._progress else None),
-            aclosing(extent_batches(source, target.block_size, self._base)) as work,
+            aclosing(extent_batches(source, target.block_size, self._base)) as batches,
         ):
             if isinstance(target, ParallelTarget):
-                memory = self._length * (1 if self._base is None else 2)
+                memory = self._chunk_bytes * (1 if self._base is None else 2)
                 count = max(1, min(streams, _MAX_BUFFER_BYTES // memory))
                 behind = None
-                if self._sends and target.descriptor >= 0:
-                    waits = self._sends == "and waits"
+                if self._write_behind != "off" and target.descriptor >= 0:
+                    waits = self._write_behind == "wait"
                     behind = WriteBehind(target.descriptor, target.name, waits=waits)
-                crew = WorkerPool([self._hand(target, behind) for _ in range(count)])
-                async for step in work:
-                    await crew.work(cutter.cut(step))
+                pool = WorkerPool([self._worker(target, behind) for _ in range(count)])
+                async for batch in batches:
+                    await pool.run(chunker.chunks(batch))
             else:
-                content, below = self._buffers()
-                async for step in work:
-                    for piece in cutter.cut(step):
-                        await self._put(target, piece, content[: piece.length], below)
-            await complete(target, source.size)
+                content, base_content = self._buffers()
+                async for batch in batches:
+                    for chunk in chunker.chunks(batch):
+                        await self._copy_in_order(
+                            target, chunk, content[: chunk.length], base_content
+                        )
+            await finish_target(target, source.size)
             self._done = source.size
 
     def _report(self) -> None:
-        """Say how far it is."""
+        """Report the progress, if it is wanted."""
         if self._progress is not None:
             self._progress(self._done, self._source.size)
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
-        """Make the buffers for one stream.
+        """Allocate the buffers of one worker: for the source and, if there is one, the base.
 
-        They are used for each piece again: fresh memory costs as much as copying into it.
+        They are reused for each chunk: fresh memory costs as much as copying into it.
         """
-        below = self._length if self._base is not None else 0
-        return np.empty(self._length, np.uint8), np.empty(below, np.uint8)
+        base_bytes = self._chunk_bytes if self._base is not None else 0
+        return np.empty(self._chunk_bytes, np.uint8), np.empty(base_bytes, np.uint8)
 
-    def _hand(
+    def _worker(
         self, target: ParallelTarget, behind: WriteBehind | None
     ) -> Callable[[Chunk, Ticket], None]:
-        """Give a function that copies one piece after the other, in a worker thread."""
-        content, below = self._buffers()
+        """Return a function that copies one chunk in a worker thread, with its own buffers."""
+        buffer, base_buffer = self._buffers()
 
-        def copy(piece: Chunk, turn: Ticket) -> None:
-            part = content[: piece.length]
-            data, hide = self._look(piece, part, below)
-            # The host lets one thread at a time write to a file.  Those that wait here do
-            # so asleep, and leave the processor to those that read.
-            turn.wait()
-            writes = target.place(piece.start, part.data, data, hide)
+        def copy(chunk: Chunk, ticket: Ticket) -> None:
+            content = buffer[: chunk.length]
+            data, zeros = self._read(chunk, content, base_buffer)
+            # The host lets one thread at a time write to a file.  Threads that wait here
+            # sleep, and leave the processor to those that read.
+            ticket.wait()
+            writes = target.assign_offsets(chunk.start, content.data, data, zeros)
             if target.descriptor >= 0:
                 write_all(target.descriptor, writes, target.name)
-            self._count(piece, data)
-            turn.end()
+            self._count(chunk, data)
+            ticket.finish()
             if behind is not None:
-                for offset, parts in writes:
-                    behind.wrote(offset, sum(map(len, parts)))
+                for offset, buffers in writes:
+                    behind.wrote(offset, sum(map(len, buffers)))
 
         return copy
 
-    async def _put(
-        self, target: SequentialTarget, piece: Chunk, content: Bytes, below: Bytes
+    async def _copy_in_order(
+        self, target: SequentialTarget, chunk: Chunk, content: Bytes, base_content: Bytes
     ) -> None:
-        """Copy one piece to where most of the work is the target's, and in order."""
-        data, _ = await trio.to_thread.run_sync(self._look, piece, content, below)
-        await target.take(piece.start, content.data, data)
-        self._count(piece, data)
+        """Copy one chunk to a sequential target, which does most of the work."""
+        data, _ = await trio.to_thread.run_sync(self._read, chunk, content, base_content)
+        await target.write_chunk(chunk.start, content.data, data)
+        self._count(chunk, data)
 
-    def _count(self, piece: Chunk, data: Mask) -> None:
-        """Keep account of a piece that is done."""
-        self.data_bytes += masked_bytes(data, self._target.block_size, piece.length)
-        self._done = piece.start + piece.length
+    def _count(self, chunk: Chunk, data: Mask) -> None:
+        """Count a chunk that is copied."""
+        self.data_bytes += masked_bytes(data, self._target.block_size, chunk.length)
+        self._done = chunk.start + chunk.length
 
-    def _look(self, piece: Chunk, content: Bytes, below: Bytes) -> tuple[Mask, Mask]:
-        """Read a piece, in a worker thread; tell its data, and the zeros that hide a base."""
+    def _read(self, chunk: Chunk, content: Bytes, base_content: Bytes) -> tuple[Mask, Mask]:
+        """Read a chunk into ``content``; return masks of its data and of zeros that hide a base.
+
+        For a worker thread.
+        """
         block_size = self._target.block_size
-        read_segments(content, piece.parts, self._source.name)
+        read_segments(content, chunk.segments, self._source.name)
         if self._base is None:
-            return classify(content, block_size, self._least)
-        below = below[: piece.length]
-        read_segments(below, piece.base, self._base.name)
-        return classify(content, block_size, self._least, below)
+            return classify(content, block_size, self._sparse_size)
+        base_content = base_content[: chunk.length]
+        read_segments(base_content, chunk.base_segments, self._base.name)
+        return classify(content, block_size, self._sparse_size, base_content)

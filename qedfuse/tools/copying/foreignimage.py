@@ -1,4 +1,4 @@
-"""Images of other formats, made by qemu-img of a raw file that lives as long as it takes."""
+"""Making images of other formats: qemu-img converts a temporary raw file."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 _PROGRAM: Final = "qemu-img"
-_TRIAL_BYTES: Final = 1 << 20  # size of the disk; every format has room for it
+_TRIAL_DISK_BYTES: Final = 1 << 20
+"""Size of the trial image's disk; every format allows it."""
+
+_MAX_NAME_PREFIX_BYTES: Final = 200
+"""Bytes of the image's name in the temporary directory's; a name has at most 255."""
 
 
 @asynccontextmanager
 async def foreign_image(
     path: str, temporary: str, wanted: str, options: Sequence[str]
 ) -> AsyncIterator[int]:
-    """Give an empty file to write a raw disk to; make an image of it at the end of the block.
+    """Yield an empty file for a raw disk; convert it into an image at the end of the block.
 
     Args:
-        path: What the image will be called.
-        temporary: Where it is to be put.
+        path: Final name of the image.
+        temporary: Name at which the image is put.
         wanted: Its format, as qemu-img calls it.
-        options: What qemu-img is given with ``-o``.
+        options: Arguments for ``-o`` of qemu-img.
 
     Raises:
-        UsageError: qemu-img is not there, cannot make the format, or would not make one
-            file with these options.
-        HostError: It failed.
+        UsageError: qemu-img is not installed, does not make the format, or would not make
+            exactly one file with these options.
+        HostError: qemu-img failed.
     """
     program = shutil.which(_PROGRAM)
     if program is None:
@@ -43,16 +47,17 @@ async def foreign_image(
         raise UsageError(msg)
     words = [word for option in options for word in ("-o", option)]
     directory, name = os.path.split(path)
-    start = os.fsdecode(os.fsencode(name)[:200])  # a name has at most 255 bytes
+    start = os.fsdecode(os.fsencode(name)[:_MAX_NAME_PREFIX_BYTES])
     try:
-        # Some formats store the name of the file in it; so it has the right one already.
-        place = tempfile.mkdtemp(prefix=f".{start}.", suffix=".part", dir=directory or ".")
+        # The image has its final name from the beginning: some formats store the name.
+        work_directory = tempfile.mkdtemp(prefix=f".{start}.", suffix=".part", dir=directory or ".")
     except OSError as error:
         raise cannot_open(path, error) from error
     try:
         # "./" where the name is relative: qemu-img takes "a:b/c" for a protocol, "-a" for options.
-        raw, image = (os.path.join(".", place, *end) for end in (("raw",), ("image", name)))  # noqa: PTH118
-        os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120  names, not Paths
+        raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
+        image = os.path.join(".", work_directory, "image", name)  # noqa: PTH118
+        os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
         await _try_options(program, path, wanted, words, image)
         fd = os.open(raw, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -67,7 +72,7 @@ async def foreign_image(
             raise HostError(msg)
         os.replace(image, temporary)  # noqa: PTH105
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(work_directory, ignore_errors=True)
 
 
 async def _try_options(
@@ -80,7 +85,7 @@ async def _try_options(
 
     Args:
         program: qemu-img.
-        path: What the image will be called, for messages.
+        path: Final name of the image, for messages.
         wanted: Its format.
         words: The options, as arguments.
         image: Name for the trial image, in an empty directory.
@@ -97,8 +102,8 @@ async def _try_options(
         msg = f"{name}: format: found {found}, expected one that qemu-img makes ({reason})"
         raise UsageError(msg)
     if any("data_file=" in word for word in words):
-        return  # a file that the user names: written once, when everything else has succeeded
-    reason = await _run([*create, *words, image, str(_TRIAL_BYTES)], image)
+        return  # a file named by the user must not be written before the copy has succeeded
+    reason = await _run([*create, *words, image, str(_TRIAL_DISK_BYTES)], image)
     if reason is not None:
         msg = f"{name}: qemu-img: {reason}"
         raise HostError(msg)
@@ -114,15 +119,15 @@ async def _try_options(
 
 
 async def _run(command: list[str], image: str) -> str | None:
-    """Run qemu-img; return why it failed in one printable line, or None.
+    """Run qemu-img; return None if it succeeded, else the reason in one printable line.
 
     Args:
         command: qemu-img and its arguments.
-        image: Temporary name of the image, which is left out of the reason.
+        image: Temporary name of the image, which is removed from the reason.
     """
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if done.returncode == 0:
         return None
     lines = done.stderr.decode(errors="replace").strip().split("\n")
-    said = next((line for line in lines if "warning:" not in line), "no reason given")
-    return printable(said.removeprefix(f"{_PROGRAM}: ").replace(f"{image}: ", ""))
+    reason = next((line for line in lines if "warning:" not in line), "no reason given")
+    return printable(reason.removeprefix(f"{_PROGRAM}: ").replace(f"{image}: ", ""))

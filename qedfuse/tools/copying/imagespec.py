@@ -1,4 +1,4 @@
-"""What a copy is to be, and the base that it is to have."""
+"""The format and geometry wanted for a copy, and opening the base that it will have."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ DEFAULT_SPARSE_SIZE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """What the new file is to be.
+    """The format and geometry of a new file.
 
     Attributes:
-        format: ``raw``, ``qed`` or, by way of qemu-img, one of its formats.
+        format: ``raw``, ``qed``, or another format that qemu-img makes.
         cluster_size: Bytes in a cluster of a QED image.
         table_size: Clusters in a table of a QED image.
-        backing: A base of the new QED image, by a name that is absolute or begins at the
-            image's directory; only what differs from it is written.
-        backing_format: What the base is; may be left out if it is QED.
-        sparse_size: Bytes; shorter runs of zeros are written as data, and all zeros if it
-            is 0.
-        foreign_options: What qemu-img is given with ``-o``.
+        backing: The backing file of a new QED image, by a name that is absolute or begins
+            at the image's directory; only what differs from it is written.
+        backing_format: Format of the backing file; may be omitted if it is QED.
+        sparse_size: Bytes; shorter runs of zeros are written as data, and with 0 all zeros
+            are.
+        foreign_options: Arguments for ``-o`` of qemu-img.
     """
 
     format: str = "qed"
@@ -54,10 +54,17 @@ class ImageSpec:
 def qed_target(
     fd: int, name: str, spec: ImageSpec, source: Source | None, base: Source | None
 ) -> NewQedTarget:
-    """Prepare to lay out an image.
+    """Return the target for a new image.
+
+    Args:
+        fd: The empty file; negative to write nothing.
+        name: Its name in messages.
+        spec: Its geometry and the name of its backing file.
+        source: The disk that will be copied; None if its size is unknown yet.
+        base: The open backing file; None if there is none.
 
     Raises:
-        UsageError: The geometry makes no sense, or cannot hold the disk.
+        UsageError: The geometry is invalid, or too small for the disk.
     """
     header = new_header(
         0 if source is None else source.size,
@@ -71,10 +78,15 @@ def qed_target(
 
 @asynccontextmanager
 async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> AsyncIterator[Source]:
-    """Open the base that a new image is to have.
+    """Open the backing file that a new image will have, as a source.
+
+    Args:
+        image: Name of the new image, where a relative name of the backing file begins.
+        spec: The name and the format of the backing file.
+        options: How to open it.
 
     Raises:
-        BackingError: It cannot be used, or its format has to be given.
+        BackingError: It cannot be used, or its format must be given.
     """
     path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"

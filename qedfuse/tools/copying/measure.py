@@ -1,4 +1,4 @@
-"""How much space a copy of a disk would need: exactly what `convert` would make of it."""
+"""The space that a copy of a disk would need: exactly that of the file `convert` makes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import SECTOR
 from qedfuse.text import printable
-from qedfuse.tools.copying.convert import DEFAULT_STREAMS
-from qedfuse.tools.copying.diskcopy import DiskCopy
+from qedfuse.tools.copying.diskcopy import DEFAULT_STREAMS, DiskCopy
 from qedfuse.tools.copying.imagespec import ImageSpec, open_new_base, qed_target
 from qedfuse.tools.source.source import open_source
 from qedfuse.tools.target.rawtarget import NewRawTarget
@@ -23,16 +22,17 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-_NOWHERE: Final = -1
+_NO_FILE: Final = -1
+"""Descriptor of a target that writes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Space for a disk; both in bytes.
+    """Space for a disk, in bytes.
 
     Attributes:
-        required: What a copy takes.  For QED that is the length of the file.
-        fully_allocated: What it takes once all of the disk has been written to.
+        required: Space for a copy.  For QED that is the length of the file.
+        fully_allocated: Space when all of the disk has been written to.
     """
 
     required: int
@@ -40,10 +40,10 @@ class Measurement:
 
 
 def measure_empty(size: int, spec: ImageSpec) -> Measurement:
-    """Tell what a new disk of ``size`` bytes needs.
+    """Return the space for a new disk of ``size`` bytes.
 
     Raises:
-        UsageError: The size or the geometry makes no sense.
+        UsageError: The size or the geometry is invalid.
     """
     _check_format(spec)
     if spec.format == "raw":
@@ -52,8 +52,8 @@ def measure_empty(size: int, spec: ImageSpec) -> Measurement:
     header = new_header(
         size, spec.cluster_size, spec.table_size, spec.backing, backing_is_raw=False
     )
-    most = header.geometry.bound(header.header_end, header.image_size)
-    return Measurement(header.l1_end, most)
+    maximum = header.geometry.bound(header.header_end, header.image_size)
+    return Measurement(header.l1_end, maximum)
 
 
 async def measure(
@@ -65,18 +65,18 @@ async def measure(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Tell what a copy of a disk needs, by reading it: what is zeros takes no space.
+    """Return the space for a copy of a disk, which is read: zeros take no space.
 
     Args:
         path: A QED image, a raw file or a block device.
-        spec: What the copy is to be, ``raw`` or ``qed``.
-        source_format: What the source is.
-        image: The name of the copy, where a relative name of its base begins.
+        spec: Format and geometry of the copy, ``raw`` or ``qed``.
+        source_format: Format of the source.
+        image: Name of the copy, where a relative name of its backing file begins.
         options: How to open the source.
-        progress: Called with the bytes of the disk that are done, and how many it has.
+        progress: Called with the bytes of the disk that are read, and its size.
 
     Raises:
-        UsageError: The geometry makes no sense, or cannot hold the disk.
+        UsageError: The geometry is invalid, or too small for the disk.
         QedError: The source cannot be read.
     """
     _check_format(spec)
@@ -85,14 +85,14 @@ async def measure(
         source = await stack.enter_async_context(open_source(path, source_format, options))
         name = printable(path)
         if spec.format == "raw":
-            raw = NewRawTarget(_NOWHERE, name, spec.sparse_size)
+            raw = NewRawTarget(_NO_FILE, name, spec.sparse_size)
             copy = DiskCopy(source, raw, sparse_size=spec.sparse_size, progress=progress)
             await copy.run(DEFAULT_STREAMS)
             return Measurement(copy.data_bytes, source.size)
         base = None
         if spec.backing is not None:
             base = await stack.enter_async_context(open_new_base(image, spec, options))
-        target = qed_target(_NOWHERE, name, spec, source, base)
+        target = qed_target(_NO_FILE, name, spec, source, base)
         copy = DiskCopy(source, target, base=base, sparse_size=spec.sparse_size, progress=progress)
         await copy.run(DEFAULT_STREAMS)
         empty = measure_empty(source.size, spec)
@@ -100,7 +100,7 @@ async def measure(
 
 
 def _check_format(spec: ImageSpec) -> None:
-    """Refuse formats whose files are not made here."""
+    """Refuse formats that only qemu-img makes."""
     if spec.format not in {"raw", "qed"}:
         found = printable(spec.format)
         msg = f"-O: found {found}, expected raw or qed (qemu-img measure knows some others)"

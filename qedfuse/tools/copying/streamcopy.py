@@ -1,4 +1,4 @@
-"""A disk copied from a raw stream, whose length nobody knows before its end."""
+"""Copying a raw stream, whose length is unknown before its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 from qedfuse.errors import UsageError
 from qedfuse.tools.common.blocks import classify, masked_bytes
 from qedfuse.tools.common.formatprobe import format_of
-from qedfuse.tools.target.target import ParallelTarget, complete, write_all
+from qedfuse.tools.target.target import ParallelTarget, finish_target, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 
-async def _fill(stream: Stream, view: memoryview) -> int:
-    """Fill a buffer; return how many bytes there were before the stream's end."""
-    done = 0
-    while done < len(view) and (count := await stream.read(view[done:])):
-        done += count
-    return done
-
-
 async def copy_stream(
     stream: Stream,
     target: Target,
@@ -37,17 +29,14 @@ async def copy_stream(
     raw: bool,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
-    """Copy a raw stream to its end.
+    """Copy a raw stream up to its end; return the bytes of the disk, and those written as data.
 
     Args:
-        stream: Where from.
-        target: Where to.
+        stream: What is copied.
+        target: What it is copied to.
         sparse_size: As for `DiskCopy`.
-        raw: Take the bytes as they are, even if they look like an image.
-        progress: Called with the bytes that came, twice: nobody knows how many there are.
-
-    Returns:
-        The bytes of the disk, and those that were written as data.
+        raw: Copy the bytes unchanged, even if they look like an image.
+        progress: Called with the bytes read so far, as both arguments: the total is unknown.
 
     Raises:
         UsageError: The stream is an image.
@@ -62,18 +51,26 @@ async def copy_stream(
             raise UsageError(msg)
         if count:
             content = buffer[:count]
-            data, hide = await trio.to_thread.run_sync(
+            data, zeros = await trio.to_thread.run_sync(
                 classify, content, target.block_size, sparse_size
             )
             if isinstance(target, ParallelTarget):
-                writes = target.place(size, content.data, data, hide)
+                writes = target.assign_offsets(size, content.data, data, zeros)
                 await trio.to_thread.run_sync(write_all, target.descriptor, writes, target.name)
             else:
-                await target.take(size, content.data, data)
+                await target.write_chunk(size, content.data, data)
             size += count
             data_bytes += masked_bytes(data, target.block_size, count)
             if progress is not None:
                 progress(size, size)
         if count < len(buffer):
-            await complete(target, size)
+            await finish_target(target, size)
             return size, data_bytes
+
+
+async def _fill(stream: Stream, view: memoryview) -> int:
+    """Fill a buffer; return the bytes read, fewer than its length only at the stream's end."""
+    done = 0
+    while done < len(view) and (count := await stream.read(view[done:])):
+        done += count
+    return done

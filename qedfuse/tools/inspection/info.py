@@ -17,9 +17,10 @@ from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import MAX_OFFSET, SECTOR, UNALLOCATED, Feature
 from qedfuse.ondisk.entrylimits import EntryLimits
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 from qedfuse.text import printable
+from qedfuse.tools.common.formatprobe import is_qed_image
 from qedfuse.tools.inspection.nameresolution import BackingName, resolve_name
 from qedfuse.tools.inspection.rawheader import RawHeader, read_raw
 
@@ -163,13 +164,7 @@ def describe_open(fd: int, path: str, image_format: Format = "auto") -> ImageInf
     status = os.fstat(fd)
     start = os.pread(fd, SIGNATURE_BYTES, 0)  # more than a header
     usage = status.st_blocks * 512
-    qed = image_format == "qed" or (image_format == "auto" and is_qed(start))
-    if image_format == "auto":
-        found = foreign(start)
-        if found is not None:
-            msg = f"{name}: found a {found} image, expected QED or raw"
-            raise NotQedError(msg)
-    if not qed:
+    if not is_qed_image(start, image_format, name):
         size = -(-status.st_size // SECTOR) * SECTOR
         return ImageInfo(path, "raw", size, status.st_size, usage)
     if not is_qed(start):

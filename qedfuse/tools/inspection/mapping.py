@@ -10,10 +10,10 @@ from qedfuse.disk.lookup.backing import open_bases, read_header
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import NotQedError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES
+from qedfuse.tools.common.formatprobe import is_qed_image
 from qedfuse.tools.source.chainruns import ChainRunReader
 from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 
@@ -31,12 +31,14 @@ class MapEntry:
     """A range of the disk that is stored in one way; offsets and lengths in bytes.
 
     Attributes:
-        depth: How far down the chain; 0 is the image itself.
-        present: Whether a layer says what is there; else it is zeros because none does.
-        zero: Whether it reads as zeros without a look at the file.
+        start: Guest offset.
+        length: Bytes of the disk.
+        depth: Layer of the chain that stores it; 0 is the image itself.
+        present: Whether a layer stores it; else it reads as zeros because none does.
+        zero: Whether it reads as zeros without reading the file.
         data: Whether the file holds data for it.
-        offset: Where in the file of that layer; None if nowhere.
-        bad: Whether a table entry is wrong, so that nobody can tell what is there.
+        offset: Offset in the file of that layer; None if the file holds nothing for it.
+        bad: Whether its table entry is invalid, so that its content is unknown.
     """
 
     start: int
@@ -71,11 +73,11 @@ def map_entries(batch: ChainRuns) -> Iterator[MapEntry]:
 async def open_map(
     path: str, image_format: Format = "auto", options: OpenOptions | None = None
 ) -> AsyncIterator[ChainRunReader]:
-    """Open an image and its chain for reading, to see where things lie.
+    """Open an image and its chain read-only, to read which runs are stored where.
 
     Raises:
-        NotQedError: It is of a foreign format, or not QED though it was said to be.
-        QedError: The image or a base cannot be opened, locked or trusted.
+        NotQedError: It is of a foreign format, or not QED although ``image_format`` is.
+        QedError: The image or a base cannot be opened or locked, or is not trusted.
     """
     options = options or OpenOptions()
     file = PosixFile.open(path)
@@ -85,11 +87,7 @@ async def open_map(
             mode = LockMode.SHARE if options.force_share else LockMode.READ
             lock_image(file.fd, mode, file.name)
         start = await file.pread(0, SIGNATURE_BYTES)
-        found = foreign(start)
-        if image_format == "auto" and found is not None:
-            msg = f"{file.name}: found a {found} image, expected QED or raw"
-            raise NotQedError(msg)
-        if image_format == "qed" or (image_format == "auto" and is_qed(start)):
+        if is_qed_image(start, image_format, file.name):
             header = await read_header(file)
             store = make_store(options.cache_bytes)
             layer = QedLayer(file, header, store)
@@ -112,7 +110,14 @@ async def map_image(
     start: int = 0,
     length: int | None = None,
 ) -> list[MapEntry]:
-    """List the extents of a range of a disk; for disks that do not have millions of them.
+    """Return the extents of a range of a disk as a list, which is all in memory.
+
+    Args:
+        path: A QED image or a raw file.
+        image_format: What it is; ``auto`` detects it by its first bytes.
+        options: How to open the image and its chain.
+        start: Guest offset in bytes.
+        length: Bytes; None for all up to the end of the disk.
 
     Raises:
         QedError: As `open_map`.

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ChainRuns:
-    """Neighbouring extents as arrays of one length; the kinds are those of `Runs`."""
+    """Adjacent runs of a chain, as arrays of one length.
+
+    Attributes:
+        starts: Guest offset of each run.
+        lengths: Bytes of the disk.
+        depths: Layer that stores each run; 0 is the image itself.
+        kinds: As in `Runs`.
+        offsets: As in `Runs`, in the file of the layer.
+    """
 
     starts: Array
     lengths: Array
@@ -38,20 +46,20 @@ class ChainRuns:
     offsets: Array
 
     def __len__(self) -> int:
-        """Tell how many extents there are."""
+        """Return the number of runs."""
         return len(self.starts)
 
     @property
     def end(self) -> int:
-        """Where the last one ends."""
+        """Guest offset where the last run ends."""
         return int(self.starts[-1] + self.lengths[-1])
 
     def count_bad(self) -> int:
-        """Tell how many of them nobody can tell anything about."""
+        """Return the number of runs whose table entry is invalid."""
         return int((self.kinds == BAD).sum())
 
-    def part(self, which: slice) -> ChainRuns:
-        """Give some of the extents."""
+    def slice_of(self, which: slice) -> ChainRuns:
+        """Return a slice of the runs."""
         return ChainRuns(
             self.starts[which],
             self.lengths[which],
@@ -62,15 +70,15 @@ class ChainRuns:
 
 
 class ChainRunReader:
-    """The chain of an image, open to be asked where things lie.
+    """Reads how the layers of an open chain store the disk.
 
     Attributes:
         size: Bytes of the disk.
-        files: The chain's files as they were named, the image itself first.
+        files: Paths of the chain's files as they were named, the image itself first.
     """
 
     def __init__(self, layers: list[Layer]) -> None:
-        """Ask layers that are open."""
+        """Read open layers, the image itself first."""
         self._layers = [
             QedRunReader(layer) if isinstance(layer, QedLayer) else RawRunReader(layer)
             for layer in layers
@@ -81,49 +89,55 @@ class ChainRunReader:
     async def batches(
         self, start: int = 0, length: int | None = None
     ) -> AsyncGenerator[ChainRuns, None]:
-        """Give the extents of a range, in order, each as long as it can be."""
+        """Yield the runs of a range in order, each as long as possible also across batches."""
         end = self.size if length is None else min(self.size, start + length)
-        kept: ChainRuns | None = None
+        last: ChainRuns | None = None  # may continue in the next batch
         while start < end:
             batch = await self.read(start, end)
             start = batch.end
-            if kept is not None:
-                batch = _joined(_after(kept, batch))
-            kept = batch.part(slice(-1, None))
+            if last is not None:
+                batch = _joined(_concatenated(last, batch))
+            last = batch.slice_of(slice(-1, None))
             if len(batch) > 1:
-                yield batch.part(slice(None, -1))
-        if kept is not None:
-            yield kept
+                yield batch.slice_of(slice(None, -1))
+        if last is not None:
+            yield last
 
     async def read(self, start: int, end: int) -> ChainRuns:
-        """Ask layer after layer how it stores a range, or the beginning of it."""
+        """Return how the chain stores a range, or the beginning of it; never empty runs."""
         await trio.lowlevel.checkpoint()
         runs = await self._layers[0].read(start, end)
         depths = np.zeros(len(runs.starts), np.int64)
         size = self.size
         for depth, layer in enumerate(self._layers[1:], 1):
-            absent = np.flatnonzero(runs.kinds == UNALLOCATED)
-            if not len(absent):
+            unallocated = np.flatnonzero(runs.kinds == UNALLOCATED)
+            if not len(unallocated):
                 break
-            first = int(runs.starts[absent[0]])
-            last = int(absent[-1]) + 1
-            # What is past the end of one layer is not to be had from those below it.
+            first = int(runs.starts[unallocated[0]])
+            last = int(unallocated[-1]) + 1
+            # Past the end of a layer the layers below it do not show through.
             size = min(size, layer.size)
             stop = min(size, int(runs.starts[last]) if last < len(runs.starts) else runs.end)
             if first >= stop:
                 break
             below = await layer.read(first, stop)
-            runs, depths = _laid_over(runs, depths, below, depth, short=below.end < stop)
+            runs, depths = _overlaid(runs, depths, below, depth, short=below.end < stop)
         lengths = np.diff(runs.starts, append=runs.end)
         return _joined(ChainRuns(runs.starts, lengths, depths, runs.kinds, runs.offsets))
 
 
-def _laid_over(
+def _overlaid(
     above: Runs, depths: Array, below: Runs, depth: int, *, short: bool
 ) -> tuple[Runs, Array]:
-    """Let a layer show through where those above it have nothing.
+    """Return the runs of some layers combined with those of the layer below them.
 
-    With ``short`` the layer has not told all; what it has not told about is left out.
+    Args:
+        above: Runs of the upper layers.
+        depths: The layer of each.
+        below: Runs of the lower layer, where the upper ones are unallocated.
+        depth: The lower layer.
+        short: Whether ``below`` covers only a part of the range; the result then ends with
+            it.
     """
     starts = np.union1d(above.starts, np.append(below.starts, below.end))
     end = min(above.end, below.end) if short else above.end
@@ -134,20 +148,20 @@ def _laid_over(
     kinds = np.where(through, below.kinds[lower], above.kinds[upper])
     offsets = np.where(
         through,
-        below.offsets[lower] + _within(below, lower, starts),
-        above.offsets[upper] + _within(above, upper, starts),
+        below.offsets[lower] + _offset_within(below, lower, starts),
+        above.offsets[upper] + _offset_within(above, upper, starts),
     )
     return Runs(starts, kinds, offsets, end), np.where(through, depth, depths[upper])
 
 
-def _within(runs: Runs, numbers: NDArray[np.intp], starts: Array) -> Array:
-    """Tell how far into their runs some guest offsets are; 0 where it does not matter."""
-    placed = (runs.kinds[numbers] == DATA) | (runs.kinds[numbers] == HOLE)
-    return np.where(placed, starts - runs.starts[numbers], 0)
+def _offset_within(runs: Runs, numbers: NDArray[np.intp], starts: Array) -> Array:
+    """Return how far into its run each guest offset is; 0 for a run without a file offset."""
+    has_offset = (runs.kinds[numbers] == DATA) | (runs.kinds[numbers] == HOLE)
+    return np.where(has_offset, starts - runs.starts[numbers], 0)
 
 
-def _after(first: ChainRuns, second: ChainRuns) -> ChainRuns:
-    """Put one batch behind another."""
+def _concatenated(first: ChainRuns, second: ChainRuns) -> ChainRuns:
+    """Return two adjacent batches as one."""
     return ChainRuns(
         np.concatenate((first.starts, second.starts)),
         np.concatenate((first.lengths, second.lengths)),
@@ -157,22 +171,22 @@ def _after(first: ChainRuns, second: ChainRuns) -> ChainRuns:
     )
 
 
-def _joined(batch: ChainRuns) -> ChainRuns:
-    """Join neighbours that are stored as one."""
-    same = (batch.kinds[1:] == batch.kinds[:-1]) & (batch.depths[1:] == batch.depths[:-1])
-    placed = (batch.kinds == DATA) | (batch.kinds == HOLE)
-    follows = batch.offsets[:-1] + batch.lengths[:-1] == batch.offsets[1:]
-    same &= ~placed[1:] | follows
-    same &= batch.kinds[1:] != BAD
-    if not same.any():
-        return batch
-    first = np.concatenate(([0], np.flatnonzero(~same) + 1))
-    starts = batch.starts[first]
-    end = batch.starts[-1] + batch.lengths[-1]
+def _joined(runs: ChainRuns) -> ChainRuns:
+    """Return the runs with those joined that continue each other in one file."""
+    joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
+    has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)
+    follows = runs.offsets[:-1] + runs.lengths[:-1] == runs.offsets[1:]
+    joins &= ~has_offset[1:] | follows
+    joins &= runs.kinds[1:] != BAD
+    if not joins.any():
+        return runs
+    first = np.concatenate(([0], np.flatnonzero(~joins) + 1))
+    starts = runs.starts[first]
+    end = runs.starts[-1] + runs.lengths[-1]
     return ChainRuns(
         starts,
         np.diff(starts, append=end),
-        batch.depths[first],
-        batch.kinds[first],
-        batch.offsets[first],
+        runs.depths[first],
+        runs.kinds[first],
+        runs.offsets[first],
     )

@@ -1,4 +1,8 @@
-"""The work of a copy cut into pieces: where there may be data, and reading it."""
+"""A disk cut into the chunks that a copy or a comparison reads, and reading a chunk.
+
+Ranges that are known to be zeros, or that are the same bytes of the same file in both disks,
+are in no chunk.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,14 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 MAX_CHUNK_BYTES: Final = 4 << 20
-"""Bytes that are read at a time: beside them what a piece costs itself is little."""
+"""Bytes of the disk in a chunk: enough to make the cost of the chunk itself negligible."""
 
 _MAX_BRIDGED_HOLE_BYTES: Final = 1 << 18
-"""Bytes; a hole that is not larger is looked at as if it were data, which costs less than a
-piece of its own on each side."""
+"""A hole up to this length is read as data: that costs less than two chunks beside it."""
 
 
 class Segment(NamedTuple):
-    """Bytes of a file that belong into a piece: at ``at``, counted from its beginning."""
+    """Bytes of a file that belong into a chunk, ``at`` bytes from the chunk's beginning."""
 
     descriptor: int
     offset: int
@@ -34,23 +37,24 @@ class Segment(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A range of the disk to copy, whole units but for the disk's end.
+    """A range of the disk to read: whole blocks, except at the end of the disk.
 
     Attributes:
         start: Guest offset.
         length: Bytes.
-        parts: Where its data is; the rest is zeros.
-        base: The same for the disk that it is looked at beside, if there is one.
+        segments: Where its data lies; the rest is zeros.
+        base_segments: Where the data of the other disk lies in the same range, if there is
+            another disk.
     """
 
     start: int
     length: int
-    parts: tuple[Segment, ...]
-    base: tuple[Segment, ...] = ()
+    segments: tuple[Segment, ...]
+    base_segments: tuple[Segment, ...] = ()
 
 
 class Chunker:
-    """Cuts the steps of a disk into pieces."""
+    """Cuts extent batches of a disk into chunks."""
 
     def __init__(
         self,
@@ -59,77 +63,84 @@ class Chunker:
         max_chunk_bytes: int,
         *,
         base: Source | None = None,
-        full: bool = False,
+        include_zeros: bool = False,
     ) -> None:
-        """Look at the files once; they stay open.
+        """Cut batches of ``source``, whose files and those of ``base`` must stay open.
 
         Args:
             source: The disk.
             block_size: Bytes; chunks begin and end at multiples of it.
-            max_chunk_bytes: Bytes that a chunk may have; pieces end at multiples of it, too.
-            base: Another disk; where both have the same bytes of the same file there is
-                nothing to do.
-            full: Also what is known to be zeros.
+            max_chunk_bytes: Bytes; a chunk does not cross a multiple of it.
+            base: Another disk to read beside the first.  Where both have the same bytes of
+                the same file there is no chunk.
+            include_zeros: Also make chunks of ranges that are known to be zeros.
         """
-        self._unit = block_size
-        self._longest = max_chunk_bytes
-        self._full = full
-        self._beside = base is not None
-        self._source = [(info.st_dev, info.st_ino) for info in source.files()]
-        self._base = [(info.st_dev, info.st_ino) for info in base.files()] if base else []
-        self._of_source = [source.descriptor(depth) for depth in range(len(self._source))]
-        self._of_base = [base.descriptor(depth) for depth in range(len(self._base))] if base else []
+        self._block_size = block_size
+        self._max_chunk_bytes = max_chunk_bytes
+        self._include_zeros = include_zeros
+        self._has_base = base is not None
+        # Files by depth: device and inode, and descriptor.
+        self._source_ids = [(info.st_dev, info.st_ino) for info in source.files()]
+        self._base_ids = [(info.st_dev, info.st_ino) for info in base.files()] if base else []
+        self._source_fds = [source.descriptor(depth) for depth in range(len(self._source_ids))]
+        self._base_fds = (
+            [base.descriptor(depth) for depth in range(len(self._base_ids))] if base else []
+        )
 
-    def cut(self, step: ExtentBatch) -> Iterator[Chunk]:
-        """Give the pieces that have to be looked at, in order."""
-        data = [extent for extent in step.extents if extent.kind is Kind.DATA]
-        under = [extent for extent in step.below if extent.kind is Kind.DATA]
-        if self._full:
-            ranges = [(step.start, step.end)]
-        elif self._beside:
-            ranges = self._different(data, under)
+    def chunks(self, batch: ExtentBatch) -> Iterator[Chunk]:
+        """Yield the chunks of a batch in order."""
+        data = [extent for extent in batch.extents if extent.kind is Kind.DATA]
+        base_data = [extent for extent in batch.base_extents if extent.kind is Kind.DATA]
+        if self._include_zeros:
+            ranges = [(batch.start, batch.end)]
+        elif self._has_base:
+            ranges = self._unshared(data, base_data)
         else:
             ranges = [(extent.start, extent.end) for extent in data]
-        one, other = _Cursor(data, self._of_source), _Cursor(under, self._of_base)
-        for first, last in _aligned(ranges, self._unit, step.start, step.end):
+        cursor = _SegmentCursor(data, self._source_fds)
+        base_cursor = _SegmentCursor(base_data, self._base_fds)
+        for first, last in _aligned(ranges, self._block_size, batch.start, batch.end):
             at = first
             while at < last:
-                stop = min(last, at - at % self._longest + self._longest)
-                yield Chunk(at, stop - at, one.parts(at, stop), other.parts(at, stop))
+                stop = min(last, at - at % self._max_chunk_bytes + self._max_chunk_bytes)
+                segments, base_segments = cursor.within(at, stop), base_cursor.within(at, stop)
+                yield Chunk(at, stop - at, segments, base_segments)
                 at = stop
 
-    def _different(self, data: list[Extent], under: list[Extent]) -> list[tuple[int, int]]:
-        """Give the ranges in which either has data, and not both the same."""
-        edges = sorted({edge for extent in (*data, *under) for edge in (extent.start, extent.end)})
+    def _unshared(self, data: list[Extent], base_data: list[Extent]) -> list[tuple[int, int]]:
+        """Return the ranges in which either disk has data that the other does not share."""
+        edges = sorted(
+            {edge for extent in (*data, *base_data) for edge in (extent.start, extent.end)}
+        )
         result = []
-        one, other = iter(data), iter(under)
-        mine, theirs = next(one, None), next(other, None)
+        extents, base_extents = iter(data), iter(base_data)
+        upper, lower = next(extents, None), next(base_extents, None)
         for start, end in pairwise(edges):
-            while mine is not None and mine.end <= start:
-                mine = next(one, None)
-            while theirs is not None and theirs.end <= start:
-                theirs = next(other, None)
-            first = mine if mine is not None and mine.start <= start else None
-            second = theirs if theirs is not None and theirs.start <= start else None
-            if first is None and second is None:
+            while upper is not None and upper.end <= start:
+                upper = next(extents, None)
+            while lower is not None and lower.end <= start:
+                lower = next(base_extents, None)
+            one = upper if upper is not None and upper.start <= start else None
+            other = lower if lower is not None and lower.start <= start else None
+            if one is None and other is None:
                 continue
-            if first is not None and second is not None and self._same(first, second):
+            if one is not None and other is not None and self._is_shared(one, other):
                 continue
             result.append((start, end))
         return result
 
-    def _same(self, mine: Extent, theirs: Extent) -> bool:
-        """Tell whether two extents that overlap are the same bytes of one file."""
+    def _is_shared(self, upper: Extent, lower: Extent) -> bool:
+        """Return whether two extents that overlap are the same bytes of one file."""
         return (
-            self._source[mine.depth] == self._base[theirs.depth]
-            and mine.file_offset - mine.start == theirs.file_offset - theirs.start
+            self._source_ids[upper.depth] == self._base_ids[lower.depth]
+            and upper.file_offset - upper.start == lower.file_offset - lower.start
         )
 
 
 def _aligned(
     ranges: Iterable[tuple[int, int]], block_size: int, start: int, end: int
 ) -> Iterable[tuple[int, int]]:
-    """Widen ranges within a step to whole units, and join those that are close together."""
+    """Widen ranges within a batch to whole blocks, and join those with a short hole between."""
     first = last = start
     for left, right in ranges:
         begin, stop = left - left % block_size, min(right + -right % block_size, end)
@@ -142,17 +153,17 @@ def _aligned(
         yield first, last
 
 
-class _Cursor:
-    """Finds the parts of one piece after the other, all in order."""
+class _SegmentCursor:
+    """Finds the segments of one range after another, in ascending order."""
 
     def __init__(self, extents: list[Extent], descriptors: list[int]) -> None:
-        """Begin at the first extent of a step."""
+        """Begin at the first extent of a batch; ``descriptors`` are its files by depth."""
         self._extents = extents
         self._descriptors = descriptors
         self._next = 0
 
-    def parts(self, start: int, end: int) -> tuple[Segment, ...]:
-        """Give what lies within a range; later calls are about what comes later."""
+    def within(self, start: int, end: int) -> tuple[Segment, ...]:
+        """Return the segments within a range; the range of a later call must lie behind it."""
         result = []
         while self._next < len(self._extents):
             extent = self._extents[self._next]
@@ -167,31 +178,31 @@ class _Cursor:
         return tuple(result)
 
 
-def read_segments(buffer: Bytes, parts: Sequence[Segment], name: str) -> None:
-    """Read the parts of a piece into a buffer, zeros between them; for a worker thread.
+def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None:
+    """Fill a buffer with the segments of a chunk and zeros between them; for a worker thread.
 
     Raises:
         HostError: The host refused, or a file has become shorter.
     """
     view = buffer.data
     at = 0
-    for part in parts:
-        if part.at > at:
-            buffer[at : part.at] = 0
-        at = part.at + part.length
-        _read(view[part.at : at], part, name)
+    for segment in segments:
+        if segment.at > at:
+            buffer[at : segment.at] = 0
+        at = segment.at + segment.length
+        _read(view[segment.at : at], segment, name)
     buffer[at:] = 0
 
 
-def _read(view: memoryview, part: Segment, name: str) -> None:
-    """Read one part, however little the host gives at a time."""
+def _read(view: memoryview, segment: Segment, name: str) -> None:
+    """Read one whole segment, with as many calls as the host needs."""
     done = 0
-    while done < part.length:
+    while done < segment.length:
         try:
-            count = os.preadv(part.descriptor, (view[done:],), part.offset + done)
+            count = os.preadv(segment.descriptor, (view[done:],), segment.offset + done)
         except OSError as error:
             raise HostError.from_os(error, name, "read") from error
         if not count:
-            msg = f"{name}: data at {part.offset}: found {done} bytes, expected {part.length}"
+            msg = f"{name}: data at {segment.offset}: found {done} bytes, expected {segment.length}"
             raise HostError(msg)
         done += count

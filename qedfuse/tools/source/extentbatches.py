@@ -1,4 +1,7 @@
-"""A disk gone through in steps: how each is stored, and how another disk stores the same range."""
+"""A disk walked in batches of extents, optionally beside another disk.
+
+Each batch says how the disk stores a range, and how the other disk stores the same range.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 _BATCH_BYTES: Final = 1 << 28
-"""Bytes of the disk in a step, at least, unless it is stored in many pieces."""
+"""A batch is complete when it covers this many bytes of the disk."""
 
 _BATCH_EXTENTS: Final = 1 << 14
-"""Extents that are enough for a step, however little of the disk they are."""
+"""A batch is complete when it has this many extents, however few bytes they cover."""
 
 
 class ExtentBatch(NamedTuple):
@@ -25,26 +28,27 @@ class ExtentBatch(NamedTuple):
 
     Attributes:
         start: Guest offset where it begins.
-        end: Where it ends.
-        extents: How it is stored, in order and all of it.
-        below: How the other disk stores it, as far as it goes.
+        end: Guest offset where it ends.
+        extents: How the disk stores it, in order and without gaps.
+        base_extents: How the other disk stores it, up to the end of that disk.
     """
 
     start: int
     end: int
     extents: list[Extent]
-    below: list[Extent]
+    base_extents: list[Extent]
 
 
 async def extent_batches(
-    source: Source, block_size: int, other: Source | None = None
+    source: Source, block_size: int, base: Source | None = None
 ) -> AsyncGenerator[ExtentBatch, None]:
-    """Go through all of a disk; what comes before a bad entry is still given.
+    """Yield batches that cover a whole disk; a bad entry raises after the ranges before it.
 
     Args:
         source: The disk.
-        block_size: Bytes; batches begin and end at multiples of it, but for the disk's end.
-        other: Another disk that the ranges are looked up in.
+        block_size: Bytes; batches begin and end at multiples of it, except at the end of
+            the disk.
+        base: Another disk, in which each range is looked up as well.
 
     Raises:
         CorruptImageError: A table entry of either disk is bad.
@@ -52,43 +56,42 @@ async def extent_batches(
     """
     at, size = 0, source.size
     while at < size:
-        extents = await _next(source, at, size, block_size)
+        extents = await _read_batch(source, at, size, block_size)
         end = extents[-1].end
-        below: list[Extent] = []
-        if other is not None and at < other.size:
-            below = await _next(other, at, end, block_size)
-            if below[-1].end < other.size:
-                end = min(end, below[-1].end)
-        bad = [extent for extent in (*extents, *below) if extent.kind is Kind.BAD]
-        worst = min(bad, key=lambda extent: extent.start, default=None)
-        if worst is not None:
-            end = min(end, worst.start)
+        base_extents: list[Extent] = []
+        if base is not None and at < base.size:
+            base_extents = await _read_batch(base, at, end, block_size)
+            if base_extents[-1].end < base.size:
+                end = min(end, base_extents[-1].end)
+        bad = [extent for extent in (*extents, *base_extents) if extent.kind is Kind.BAD]
+        first_bad = min(bad, key=lambda extent: extent.start, default=None)
+        if first_bad is not None:
+            end = min(end, first_bad.start)
         if end < size:
             end -= end % block_size
         if end > at:
-            yield ExtentBatch(at, end, _before(end, extents), _before(end, below))
-        elif worst is not None:
-            raise CorruptImageError(worst.reason)
+            yield ExtentBatch(at, end, _before(end, extents), _before(end, base_extents))
+        elif first_bad is not None:
+            raise CorruptImageError(first_bad.reason)
         at = end
 
 
-async def _next(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
-    """Ask for enough extents for a step, at least of a whole unit or up to the disk's end."""
+async def _read_batch(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
+    """Return extents for a batch, of at least a whole block or up to the end of the disk."""
     found: list[Extent] = []
     at, end = start, min(end, source.size)
     while at < end:
         found += await source.extents(at, end - at)
         at = found[-1].end
         covered = at - start
-        if covered - covered % block_size and (
-            covered >= _BATCH_BYTES or len(found) >= _BATCH_EXTENTS
-        ):
+        is_enough = covered >= _BATCH_BYTES or len(found) >= _BATCH_EXTENTS
+        if is_enough and covered >= block_size:
             break
     return found
 
 
 def _before(end: int, extents: list[Extent]) -> list[Extent]:
-    """Give what lies before an offset."""
+    """Return what lies before an offset; the last extent is shortened to it."""
     return [
         extent._replace(length=min(extent.end, end) - extent.start)
         for extent in extents

@@ -1,4 +1,4 @@
-"""A QED image with its chain as a disk that is only read."""
+"""A QED image with its chain as the source of a copy or a comparison."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ class QedSource:
     format: Literal["raw", "qed"] = "qed"
 
     def __init__(self, disk: Disk, path: str) -> None:
-        """Read through an open disk."""
+        """Read an open disk, which the caller closes."""
         self._disk = disk
-        self._runs = ChainRunReader(list(disk.chain.layers))
+        self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path
         self.name = printable(path)
         self.size = disk.size
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell how the chain stores a range or the beginning of it, holes of raw bases included."""
+        """Return how the chain stores a range or its beginning; holes of raw bases are zeros."""
         end = min(start + length, self.size)
         if start >= end:
             return []
-        batch = await self._runs.read(start, end)
-        columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
+        runs = await self._reader.read(start, end)
+        columns = (runs.starts, runs.lengths, runs.depths, runs.kinds, runs.offsets)
         result: list[Extent] = []
         for at, count, depth, kind, offset in zip(
             *(column.tolist() for column in columns), strict=True
         ):
             if kind == BAD:
-                # Why it is bad is not told of thousands at a time.
+                # Runs carry no reason; the extents of the disk do.
                 result += await self._disk.extents(at, count)
             else:
                 result.append(Extent(_KINDS[kind], at, count, offset, depth))
         return result
 
     def descriptor(self, depth: int) -> int:
-        """Give the file of a layer."""
+        """Return the descriptor of a layer's file."""
         return cast("PosixFile", self._disk.chain.layers[depth].file).fd
 
     def files(self) -> list[os.stat_result]:
-        """Give the attributes of the image and of its bases."""
+        """Return the attributes of the image and of its bases, by depth."""
         return [layer.file.stat() for layer in self._disk.chain.layers]

@@ -1,7 +1,8 @@
-"""How one file of a chain stores a range of the disk, as arrays: a full disk has millions of runs.
+"""How one layer of a chain stores a range of the disk, as arrays of runs.
 
-`Layer.lookup` answers requests, with an object for each extent.  Here the entries of
-whole pieces of tables are judged and joined with numpy.
+`Layer.lookup` answers single requests, with an object for each extent.  A full disk has
+millions of extents, so here the entries of a whole slice of a table are classified and joined
+with numpy.
 """
 
 from __future__ import annotations
@@ -23,30 +24,34 @@ if TYPE_CHECKING:
     Array = NDArray[np.int64]
 
 UNALLOCATED: Final = 0
-"""Not in this layer."""
+"""This layer stores nothing here."""
 ZEROS: Final = 1
-"""Zeros without a place in the file."""
+"""Zeros without an offset in the file."""
 DATA: Final = 2
 """Data at an offset of the file."""
 HOLE: Final = 3
-"""Zeros at an offset of the file, where it has a hole."""
+"""Zeros at an offset of the file, which has a hole there."""
 BAD: Final = 4
-"""An entry that points where it may not."""
+"""A table entry with an invalid offset."""
 
 _TABLE_READ_BYTES: Final = 1 << 18
-"""Bytes of a table that are read at once."""
+"""Bytes of a table in one read, and in one array."""
 _MAX_TABLE_READS_PER_CALL: Final = 4
-"""Pieces that are read before what was found is given out."""
+"""Reads of tables for which one call returns the runs."""
 _MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
-"""Runs of a raw file that are given out at once."""
+"""Runs of a raw file that one call returns."""
 
 
 @dataclass(slots=True)
 class Runs:
-    """Neighbouring runs: guest offset, kind and file offset of each; ``end`` is the last one's.
+    """Adjacent runs of a layer, as arrays of one length.
 
-    The file offset means something where the kind is `DATA` or `HOLE`; of a `BAD` one it
-    is what the entry says.
+    Attributes:
+        starts: Guest offset of each run.
+        kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD`.
+        offsets: File offset of each run of kind `DATA` or `HOLE`, and the table entry of a
+            `BAD` one; meaningless for the others.
+        end: Guest offset where the last run ends.
     """
 
     starts: Array
@@ -56,17 +61,17 @@ class Runs:
 
 
 class QedRunReader:
-    """The runs of a QED image."""
+    """Reads the runs of a QED image from its tables."""
 
     def __init__(self, layer: QedLayer) -> None:
-        """Read the tables of a layer that has been opened."""
+        """Read the tables of an open layer, whose L1 table has been read."""
         self._layer = layer
         self._geometry = layer.geometry
         self.size = layer.size
         self.name = layer.file.name
 
     async def read(self, start: int, end: int) -> Runs:
-        """Give the runs from ``start`` on, at most up to ``end``."""
+        """Return the runs from ``start`` on, at most up to ``end``."""
         geometry, layer = self._geometry, self._layer
         found: list[Runs] = []
         at = start
@@ -89,27 +94,27 @@ class QedRunReader:
         return _concatenate(found)
 
     async def _in_table(self, table: int, start: int, end: int) -> Runs:
-        """Give the runs that a piece of one L2 table describes."""
+        """Return the runs that one read of an L2 table describes."""
         geometry = self._geometry
         index = geometry.l2_index(start)
-        place = table + index * ENTRY_BYTES
+        position = table + index * ENTRY_BYTES
         last = geometry.l2_index(end - 1) + 1
-        data = await self._layer.file.next_data(place)
+        data = await self._layer.file.next_data(position)
         table_end = table + last * ENTRY_BYTES
         if data is None or data >= table_end:
             return _single(start, UNALLOCATED, end)
-        if data - place >= _TABLE_READ_BYTES:
-            count = (data - place) // ENTRY_BYTES
+        if data - position >= _TABLE_READ_BYTES:
+            count = (data - position) // ENTRY_BYTES
             return _single(
                 start, UNALLOCATED, geometry.floor(start) + count * geometry.cluster_size
             )
-        raw = await self._layer.file.pread(place, min(_TABLE_READ_BYTES, table_end - place))
+        raw = await self._layer.file.pread(position, min(_TABLE_READ_BYTES, table_end - position))
         values = _entries(raw)
         stop = min(end, geometry.floor(start) + len(values) * geometry.cluster_size)
         return self._runs(values, start, stop)
 
     def _runs(self, values: Array, start: int, end: int) -> Runs:
-        """Join the entries that describe a range."""
+        """Join the entries of a range into runs, each as long as possible."""
         size = self._geometry.cluster_size
         kinds = np.minimum(values.view(np.uint64), DATA).astype(np.uint8)
         before, after = values[:-1], values[1:]
@@ -131,17 +136,17 @@ class QedRunReader:
 
 
 class RawRunReader:
-    """The runs of a raw file: what the host stores, and its holes."""
+    """Reads the runs of a raw file: data and holes."""
 
     def __init__(self, layer: Layer) -> None:
-        """Look at a file that has been opened."""
+        """Read an open layer."""
         self._file = layer.file
-        # QEMU counts disks in sectors.
+        # QEMU rounds the size of a disk up to whole sectors.
         self.size = -(-layer.size // SECTOR) * SECTOR
         self.name = layer.file.name
 
     async def read(self, start: int, end: int) -> Runs:
-        """Give the runs from ``start`` on, at most up to ``end``."""
+        """Return the runs from ``start`` on, at most up to ``end``."""
         starts: list[int] = []
         kinds: list[int] = []
         at = start
@@ -156,15 +161,17 @@ class RawRunReader:
                 kinds.append(DATA)
                 hole = await self._file.next_hole(at)
                 at = end if hole is None else hole
-        places = np.array(starts, np.int64)
-        return Runs(places, np.array(kinds, np.uint8), places, min(at, end))
+        offsets = np.array(starts, np.int64)
+        return Runs(offsets, np.array(kinds, np.uint8), offsets, min(at, end))
 
 
 def _single(start: int, kind: int, end: int) -> Runs:
+    """Return one run without an offset."""
     return Runs(np.array([start]), np.array([kind], np.uint8), np.zeros(1, np.int64), end)
 
 
 def _concatenate(parts: list[Runs]) -> Runs:
+    """Return the runs of adjacent ranges as one."""
     if len(parts) == 1:
         return parts[0]
     return Runs(
@@ -176,5 +183,6 @@ def _concatenate(parts: list[Runs]) -> Runs:
 
 
 def _entries(raw: bytes | bytearray) -> Array:
+    """Return the table entries in some bytes; an incomplete last entry is ignored."""
     values: Array = np.frombuffer(raw, "<i8", len(raw) // ENTRY_BYTES)
     return values if sys.byteorder == "little" else values.astype(np.int64)

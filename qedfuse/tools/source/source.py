@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
-"""Extents of a raw file that are told at once."""
+"""Extents of a raw file that one call returns."""
 
 
 class Source(Protocol):
@@ -34,8 +34,8 @@ class Source(Protocol):
     Attributes:
         size: Bytes of the disk.
         format: ``raw`` or ``qed``.
-        name: What it is called in messages.
-        path: Its name for the host.
+        name: Its name in messages.
+        path: Its path on the host.
     """
 
     size: int
@@ -44,36 +44,36 @@ class Source(Protocol):
     path: str
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell how a range is stored, or the beginning of it, in order.
+        """Return how a range is stored, as extents in order.
 
-        So that nobody gets millions at once it may be anything but nothing; which is told
-        of what lies past the disk's end.
+        May return only the beginning of the range, so that a list has a limited length.
+        Empty only if the range begins at or past the end of the disk.
 
         Raises:
             HostError: The host cannot read a file.
         """
 
     def descriptor(self, depth: int, /) -> int:
-        """Give the file that the data extents of a ``depth`` lie in, open for reading."""
+        """Return the descriptor of the layer at ``depth``, which data extents refer to."""
 
     def files(self) -> list[os.stat_result]:
-        """Give the attributes of all files that the disk is made of."""
+        """Return the attributes of the files of all layers, by depth."""
 
 
 class RawSource:
-    """The bytes of a file or a device as they are."""
+    """A raw file or a device, whose bytes are those of the disk."""
 
     format: Literal["raw", "qed"] = "raw"
 
     def __init__(self, fd: int, path: str) -> None:
-        """Take an open file."""
+        """Read an open file, which the caller closes."""
         self._fd = fd
         self.path = path
         self.name = printable(path)
         self.size = length_of(fd, self.name)
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell data from holes."""
+        """Return data and holes of a range, or of the beginning of it."""
         await trio.lowlevel.checkpoint()
         end = min(start + length, self.size)
         result: list[Extent] = []
@@ -93,22 +93,22 @@ class RawSource:
         return result
 
     def descriptor(self, _depth: int, /) -> int:
-        """Give the only file there is."""
+        """Return the descriptor of the only file."""
         return self._fd
 
     def files(self) -> list[os.stat_result]:
-        """Give the attributes of the file."""
+        """Return the attributes of the only file."""
         return [status_of(self._fd, self.name)]
 
 
 def _seek(fd: int, at: int, whence: int, end: int) -> int:
-    """Call lseek(2); what does not come before ``end`` comes there."""
+    """Find the next data or hole with lseek(2); return ``end`` if none begins before it."""
     try:
         return min(os.lseek(fd, at, whence), end)
     except OSError as error:
         if error.errno == errno.ENXIO:
             return end
-        if error.errno in {errno.EINVAL, errno.EOPNOTSUPP}:  # a file that keeps no holes
+        if error.errno in {errno.EINVAL, errno.EOPNOTSUPP}:  # no SEEK_DATA: all is data
             return at if whence == os.SEEK_DATA else end
         raise
 
@@ -116,25 +116,25 @@ def _seek(fd: int, at: int, whence: int, end: int) -> int:
 @asynccontextmanager
 async def open_source(
     path: str,
-    format: Literal["auto", "raw", "qed"] = "auto",  # noqa: A002  the word of the trade
+    format: Literal["auto", "raw", "qed"] = "auto",  # noqa: A002  the term of qemu-img
     options: OpenOptions | None = None,
 ) -> AsyncIterator[Source]:
     """Open a disk for reading; close it at the end of the ``async with`` block.
 
     Args:
         path: A QED image, or a regular file or block device with raw content.
-        format: What it is; ``auto`` looks at its first bytes.
-        options: How to open it; it is opened read-only in any case.
+        format: Its format; ``auto`` detects it by its first bytes.
+        options: How to open it; ``writable`` is ignored.
 
     Raises:
         UsageError: It is an image of another format.
-        QedError: The image or a base cannot be opened, locked or trusted.
+        QedError: The image or a base cannot be opened or locked, or is not trusted.
     """
     options = options or OpenOptions()
     if format == "auto":
         format = probe_format(path)  # noqa: A001
     if format == "qed":
-        # What only a QED image needs takes a while to load.
+        # Loaded here: a raw source needs none of it, and it takes a while to load.
         from qedfuse.disk.opening import open_disk  # noqa: PLC0415
         from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""A new QED image, written from front to back as the content of its disk comes."""
+"""QED targets: a new image, laid out in the order of its disk, and an existing image."""
 
 from __future__ import annotations
 
@@ -28,16 +28,22 @@ _BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
 class _TableSlice:
-    """The slice of a table that is being filled; slices are filled in ascending order."""
+    """The slice of a table that is being filled; slices are filled in ascending order.
 
-    def __init__(self, entries: int) -> None:
-        """Begin with a slice that is nowhere yet."""
-        self.entries: NDArray[np.uint64] = np.zeros(entries, np.uint64)
+    Attributes:
+        entries: The entries of the slice.
+        offset: Where the slice lies in the file, in bytes.
+        number: Which slice it is, counted over all tables of its level; -1 for none yet.
+    """
+
+    def __init__(self, length: int) -> None:
+        """Prepare ``length`` entries that belong to no slice yet."""
+        self.entries: NDArray[np.uint64] = np.zeros(length, np.uint64)
         self.offset = 0
         self.number = -1
 
-    def leave(self) -> list[Write]:
-        """Give the write of what was filled, if anything was."""
+    def take_writes(self) -> list[Write]:
+        """Return the write of the entries, none if none is set; clear the entries."""
         if not self.entries.any():
             return []
         content = self.entries.byteswap() if _BIG_ENDIAN else self.entries.copy()
@@ -46,85 +52,93 @@ class _TableSlice:
 
 
 class NewQedTarget(ParallelTarget):
-    """Lays an image out: the tables where they are first needed, the clusters between them.
+    """A new image: L2 tables where they are first needed, data clusters between them.
 
-    The header comes last.  Memory is for one slice of each level, whatever the geometry.
+    The header is written last.  Of each level of tables one slice is in memory, whatever
+    the geometry.
 
     Attributes:
         end: Length of the file so far, in bytes.
     """
 
     def __init__(self, descriptor: int, header: Header, backing: bytes, name: str) -> None:
-        """Write to an open, empty file; to none if ``descriptor`` is negative.
+        """Write to an open, empty file; write nothing if ``descriptor`` is negative.
 
-        The size of the disk in ``header`` does not matter: see `finish`.
+        Args:
+            descriptor: The file.
+            header: The geometry and features; its image size is replaced in `finish`.
+            backing: Name of the backing file, as it is stored; empty for none.
+            name: Name of the file in messages.
         """
         self.descriptor = descriptor
         self.name = name
         self.block_size = header.cluster_size
         self._header = header
         self._backing = backing
-        # A piece lies within one slice of one table: all are powers of two.
+        # A chunk lies within one slice of one table: all are powers of two.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
-        self._slice = min(SLICE_BYTES // ENTRY_BYTES, self._geometry.entries)
-        self._l1 = _TableSlice(self._slice)
-        self._l2 = _TableSlice(self._slice)
+        self._slice_length = min(SLICE_BYTES // ENTRY_BYTES, self._geometry.entries)
+        self._l1 = _TableSlice(self._slice_length)
+        self._l2 = _TableSlice(self._slice_length)
 
-    def place(self, start: int, view: memoryview, data: Mask, hide: Mask) -> list[Write]:
-        """Give the clusters of a piece their places, one behind the other."""
+    def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
+        """Assign the clusters of a chunk adjacent offsets at the end of the file."""
         self._check_size(start + len(view))
-        if not data.any() and not hide.any():
+        if not data.any() and not zeros.any():
             return []
-        writes = self._move_to(start)
-        first = (start >> self._geometry.cluster_bits) % self._slice
-        part = self._l2.entries[first : first + len(data)]
+        writes = self._select_slices(start)
+        first = (start >> self._geometry.cluster_bits) % self._slice_length
+        entries = self._l2.entries[first : first + len(data)]
         count = int(data.sum())
-        where, size = self.end, np.uint64(self.block_size)
-        part[data] = np.uint64(where) + np.arange(count, dtype=np.uint64) * size
-        part[hide] = ZERO
+        offset, size = self.end, np.uint64(self.block_size)
+        entries[data] = np.uint64(offset) + np.arange(count, dtype=np.uint64) * size
+        entries[zeros] = ZERO
         self.end += count * self.block_size
-        found = mask_ranges(data)
-        parts = [view[one * self.block_size : other * self.block_size] for one, other in found]
-        return [*writes, Write(where, parts)] if parts else writes
+        buffers = [
+            view[one * self.block_size : other * self.block_size]
+            for one, other in mask_ranges(data)
+        ]
+        return [*writes, Write(offset, buffers)] if buffers else writes
 
     def _check_size(self, size: int) -> None:
-        """Refuse a disk that became larger than the tables can address."""
-        most = self._geometry.max_image_size
-        if size > most:
+        """Refuse a disk that is larger than the tables can address."""
+        maximum = self._geometry.max_image_size
+        if size > maximum:
             msg = (
-                f"{self.name}: image size: found {size} or more, expected at most {most} with "
+                f"{self.name}: image size: found {size} or more, expected at most {maximum} with "
                 f"clusters of {self.block_size} bytes and tables of {self._header.table_size}"
             )
             raise UsageError(msg)
 
-    def _move_to(self, start: int) -> list[Write]:
-        """Have the slices for a guest offset at hand; give the writes of those left behind."""
-        number = (start >> self._geometry.cluster_bits) // self._slice
+    def _select_slices(self, start: int) -> list[Write]:
+        """Make the slices for a guest offset current; return the writes of the previous ones."""
+        number = (start >> self._geometry.cluster_bits) // self._slice_length
         if number == self._l2.number:
             return []
-        writes = self._l2.leave()
+        writes = self._l2.take_writes()
         l1_index = self._geometry.l1_index(start)
-        l1_number = l1_index // self._slice
+        l1_number = l1_index // self._slice_length
         if l1_number != self._l1.number:
-            writes += self._l1.leave()
+            writes += self._l1.take_writes()
             self._l1.number = l1_number
-            self._l1.offset = self._header.l1_table_offset + l1_number * self._slice * ENTRY_BYTES
-        place = l1_index % self._slice
-        if self._l1.entries[place] == UNALLOCATED:
-            self._l1.entries[place] = self.end
+            l1_position = l1_number * self._slice_length * ENTRY_BYTES
+            self._l1.offset = self._header.l1_table_offset + l1_position
+        index = l1_index % self._slice_length
+        if self._l1.entries[index] == UNALLOCATED:
+            self._l1.entries[index] = self.end
             self.end += self._geometry.table_bytes
-        within = number * self._slice % self._geometry.entries
+        within = number * self._slice_length % self._geometry.entries
         self._l2.number = number
-        self._l2.offset = int(self._l1.entries[place]) + within * ENTRY_BYTES
+        self._l2.offset = int(self._l1.entries[index]) + within * ENTRY_BYTES
         return writes
 
     def finish(self, size: int) -> None:
-        """Write what is left of the tables, and the header."""
+        """Write the remaining entries, and the header last."""
         size = -(-size // SECTOR) * SECTOR
         self._check_size(size)
-        writes = [*self._l2.leave(), *self._l1.leave()]
+        writes = [*self._l2.take_writes(), *self._l1.take_writes()]
         if self.descriptor < 0:
             return
         header = build_header(replace(self._header, image_size=size)) + self._backing
@@ -137,31 +151,31 @@ class NewQedTarget(ParallelTarget):
 
 
 class ExistingQedTarget(SequentialTarget):
-    """A disk; clusters of zeros are given up."""
+    """An existing image, written through its open disk like by a guest; zeros are discarded."""
 
     def __init__(self, disk: Disk) -> None:
-        """Write to an open disk that is at least as long as the other."""
+        """Write to an open disk that is at least as large as the source."""
         self._disk = disk
         self.block_size = disk.header.cluster_size
         self._at = 0
 
-    async def take(self, start: int, view: memoryview, data: Mask) -> None:
-        """Write the piece, and zeros before it."""
-        await self._clear(start)
+    async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
+        """Discard the range up to the chunk and the zeros in it; write the data."""
+        await self._discard(start)
         for first, last in mask_ranges(data):
-            await self._clear(start + first * self.block_size)
-            part = view[first * self.block_size : last * self.block_size]
-            await self._disk.write(start + first * self.block_size, part)
-            self._at = start + first * self.block_size + len(part)
-        await self._clear(start + len(view))
+            await self._discard(start + first * self.block_size)
+            content = view[first * self.block_size : last * self.block_size]
+            await self._disk.write(start + first * self.block_size, content)
+            self._at = start + first * self.block_size + len(content)
+        await self._discard(start + len(view))
 
-    async def _clear(self, end: int) -> None:
-        """Make everything up to an offset zeros that was not written."""
+    async def finish(self, size: int) -> None:
+        """Discard the rest of the disk that was copied, and make everything durable."""
+        await self._discard(size)
+        await self._disk.flush()
+
+    async def _discard(self, end: int) -> None:
+        """Make everything from the last write up to an offset zeros."""
         if self._at < end:
             await self._disk.discard(self._at, end - self._at)
             self._at = end
-
-    async def complete(self, size: int) -> None:
-        """Clear the rest of the disk that was copied, and make everything durable."""
-        await self._clear(size)
-        await self._disk.flush()

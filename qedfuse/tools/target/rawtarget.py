@@ -1,4 +1,4 @@
-"""The bytes of a disk as they are: in a new file, in a pipe, or over what a file or device has."""
+"""Raw targets: a new file, a pipe, and an existing file or block device."""
 
 from __future__ import annotations
 
@@ -26,30 +26,32 @@ _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODE
 
 
 class NewRawTarget(ParallelTarget):
-    """A new file, with holes where there are zeros; it has no base to hide."""
+    """A new raw file, with holes where the disk has zeros; it has no base."""
 
     max_chunk_bytes = MAX_CHUNK_BYTES
 
     def __init__(self, descriptor: int, name: str, sparse_size: int = _BLOCK_BYTES) -> None:
-        """Write to an open, empty file; to none if ``descriptor`` is negative."""
+        """Write to an open, empty file; write nothing if ``descriptor`` is negative.
+
+        ``sparse_size`` is the length in bytes of the shortest hole.
+        """
         self.descriptor = descriptor
         self.name = name
-        self.block_size = (
-            _BLOCK_BYTES if not _MIN_BLOCK_BYTES <= sparse_size < _BLOCK_BYTES else _MIN_BLOCK_BYTES
-        )
+        is_small = _MIN_BLOCK_BYTES <= sparse_size < _BLOCK_BYTES
+        self.block_size = _MIN_BLOCK_BYTES if is_small else _BLOCK_BYTES
 
-    def place(self, start: int, view: memoryview, data: Mask, hide: Mask) -> list[Write]:  # noqa: ARG002
-        """Write what is data where it belongs."""
-        return [
-            Write(
-                start + first * self.block_size,
-                [view[first * self.block_size : last * self.block_size]],
-            )
-            for first, last in mask_ranges(data)
-        ]
+    def assign_offsets(
+        self,
+        start: int,
+        view: memoryview,
+        data: Mask,
+        zeros: Mask,  # noqa: ARG002  there is no base to hide
+    ) -> list[Write]:
+        """Return writes of the data at the offsets that it has on the disk."""
+        return _data_writes(start, view, data, self.block_size)
 
     def finish(self, size: int) -> None:
-        """Give the file its length."""
+        """Set the length of the file."""
         if self.descriptor < 0:
             return
         try:
@@ -59,7 +61,7 @@ class NewRawTarget(ParallelTarget):
 
 
 class StreamTarget(SequentialTarget):
-    """A pipe, which takes every byte in order."""
+    """A pipe, which gets every byte of the disk in order."""
 
     block_size = _BLOCK_BYTES
 
@@ -68,17 +70,17 @@ class StreamTarget(SequentialTarget):
         self._stream = stream
         self._at = 0
 
-    async def take(self, start: int, view: memoryview, data: Mask) -> None:  # noqa: ARG002
-        """Write what comes before the piece, and the piece."""
-        await self._skip(start)
+    async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:  # noqa: ARG002
+        """Write zeros up to the chunk, and all of the chunk."""
+        await self._write_zeros(start)
         await self._stream.write(view)
         self._at = start + len(view)
 
-    async def complete(self, size: int) -> None:
-        """Write the zeros at the end of the disk."""
-        await self._skip(size)
+    async def finish(self, size: int) -> None:
+        """Write zeros up to the end of the disk."""
+        await self._write_zeros(size)
 
-    async def _skip(self, end: int) -> None:
+    async def _write_zeros(self, end: int) -> None:
         """Write zeros up to an offset."""
         while self._at < end:
             zeros = _ZEROS[: end - self._at]
@@ -87,37 +89,34 @@ class StreamTarget(SequentialTarget):
 
 
 class ExistingRawTarget(SequentialTarget):
-    """A file or a device that is there already; what is zeros is given back to the host."""
+    """An existing file or block device; ranges of zeros become holes where the host has them."""
 
     block_size = _BLOCK_BYTES
 
     def __init__(self, descriptor: int, name: str, *, durable: bool = True) -> None:
-        """Write over an open file that is at least as long as the disk."""
+        """Write to an open file that is at least as long as the disk.
+
+        With ``durable`` it ends with an fsync.
+        """
         self._durable = durable
         self.descriptor = descriptor
         self.name = name
         self._at = 0
         self._can_punch = True
 
-    async def take(self, start: int, view: memoryview, data: Mask) -> None:
-        """Clear what comes before the piece, and what is zeros in it; write the rest."""
-        await self._clear(self._at, start)
+    async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
+        """Zero the range up to the chunk and the zeros in it; write the data."""
+        await self._zero(self._at, start)
         self._at = start + len(view)
         for first, last in mask_ranges(~data):
             end = min(last * self.block_size, len(view))
-            await self._clear(start + first * self.block_size, start + end)
-        writes = [
-            Write(
-                start + first * self.block_size,
-                [view[first * self.block_size : last * self.block_size]],
-            )
-            for first, last in mask_ranges(data)
-        ]
+            await self._zero(start + first * self.block_size, start + end)
+        writes = _data_writes(start, view, data, self.block_size)
         await trio.to_thread.run_sync(write_all, self.descriptor, writes, self.name)
 
-    async def complete(self, size: int) -> None:
-        """Clear the rest of the disk, and have everything on the host's disk."""
-        await self._clear(self._at, size)
+    async def finish(self, size: int) -> None:
+        """Zero the rest of the disk, and make the file durable if wanted."""
+        await self._zero(self._at, size)
         if not self._durable:
             return
         try:
@@ -125,16 +124,16 @@ class ExistingRawTarget(SequentialTarget):
         except OSError as error:
             raise HostError.from_os(error, self.name, "fsync") from error
 
-    async def _clear(self, start: int, end: int) -> None:
+    async def _zero(self, start: int, end: int) -> None:
         """Make a range read as zeros."""
         if start < end:
             try:
-                await trio.to_thread.run_sync(self._clear_in_thread, start, end)
+                await trio.to_thread.run_sync(self._zero_blocking, start, end)
             except OSError as error:
                 raise HostError.from_os(error, self.name, "write") from error
 
-    def _clear_in_thread(self, start: int, end: int) -> None:
-        """Punch a hole, or write zeros where that cannot be done."""
+    def _zero_blocking(self, start: int, end: int) -> None:
+        """Punch a hole, or write zeros if the host has no holes; for a worker thread."""
         if self._can_punch:
             try:
                 fallocate(self.descriptor, _PUNCH_HOLE, start, end - start)
@@ -146,3 +145,11 @@ class ExistingRawTarget(SequentialTarget):
                 return
         while start < end:
             start += os.pwrite(self.descriptor, _ZEROS[: end - start], start)
+
+
+def _data_writes(start: int, view: memoryview, data: Mask, block_size: int) -> list[Write]:
+    """Return writes of the marked blocks of a chunk, at the offsets that they have on the disk."""
+    return [
+        Write(start + first * block_size, [view[first * block_size : last * block_size]])
+        for first, last in mask_ranges(data)
+    ]

@@ -1,4 +1,8 @@
-"""What a copy can be written to: a file that is being made, or something that is there already."""
+"""The interfaces of what a copy is written to, and writing to a new file.
+
+A *parallel* target is a new file: several threads may write its chunks in any order.  A
+*sequential* target is an existing file, an open image or a pipe: it takes chunk after chunk.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +21,28 @@ if TYPE_CHECKING:
     from qedfuse.tools.common.blocks import Mask
 
 _MAX_BYTES_PER_WRITE: Final = 1 << 18
-"""Bytes that are written with one call.
+"""Bytes in one pwritev(2).
 
-The host takes memory for all of them at once.  In a virtual machine large pieces of memory
-are those that went back to the machine below, which takes its time to find others.
+The host allocates page cache for all of them together.  In a virtual machine, large
+contiguous memory is what was returned to the hypervisor, which is slow to provide it again.
 """
 
 
 class Write(NamedTuple):
-    """Parts of a piece, to be written one behind the other at a file offset."""
+    """Buffers to write one after another, beginning at a file offset."""
 
     offset: int
-    parts: list[memoryview]
+    buffers: list[memoryview]
 
 
 class ParallelTarget(ABC):
-    """A file that is being made: a piece only needs a place, and may be written at any time.
+    """A new file.  Offsets are assigned chunk by chunk, in order; writing needs no order.
 
     Attributes:
-        unit: Bytes; pieces are searched for zeros in units of it.
-        longest: Bytes that a piece may have.
-        descriptor: The open file; negative if nothing is written.
-        name: What it is called in messages.
+        block_size: Bytes; chunks are searched for zeros in blocks of this size.
+        max_chunk_bytes: Bytes that a chunk may have.
+        descriptor: The open file; negative if nothing is written, as in a measurement.
+        name: Its name in messages.
     """
 
     block_size: int
@@ -47,19 +51,17 @@ class ParallelTarget(ABC):
     name: str
 
     @abstractmethod
-    def place(self, start: int, view: memoryview, data: Mask, hide: Mask) -> list[Write]:
-        """Find a place for the next piece; what is in no piece is zeros, or as the base has it.
+    def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
+        """Assign file offsets to the next chunk, and return the writes that store it.
 
-        Called in a worker thread, for one piece after the other.
+        Called in worker threads, for one chunk at a time and in the order of the disk.  What
+        is in no chunk reads as zeros, or as the base.
 
         Args:
             start: Guest offset.
-            view: The content.
-            data: The units to be written.
-            hide: The units that are zeros where the base has something else.
-
-        Returns:
-            What is to be written.
+            view: Content of the chunk.
+            data: Blocks to store as data.
+            zeros: Blocks to store as zeros, because the base has something else there.
 
         Raises:
             UsageError: The disk is larger than the target can be.
@@ -67,70 +69,71 @@ class ParallelTarget(ABC):
 
     @abstractmethod
     def finish(self, size: int) -> None:
-        """Complete the file after all writes: a disk of ``size`` bytes.
+        """Complete the file after all writes, for a disk of ``size`` bytes; may block.
 
         Raises:
-            QedError: It cannot be done.
+            QedError: The file cannot be completed.
         """
 
 
 class SequentialTarget(ABC):
-    """Something that is there already, or a pipe: it takes the pieces one after the other.
+    """An existing file, an open image or a pipe, which is written chunk after chunk.
 
     Attributes:
-        unit: Bytes; pieces are searched for zeros in units of it.
+        block_size: Bytes; chunks are searched for zeros in blocks of this size.
+        max_chunk_bytes: Bytes that a chunk may have.
     """
 
     block_size: int
     max_chunk_bytes = MAX_CHUNK_BYTES
 
     @abstractmethod
-    async def take(self, start: int, view: memoryview, data: Mask) -> None:
-        """Write the next piece; what was in none is zeros.
+    async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
+        """Write zeros from the end of the chunk before up to the next one, and then that.
 
         Args:
             start: Guest offset.
-            view: The content.
-            data: The units that are not zeros.
+            view: Content of the chunk.
+            data: Blocks that are not zeros.
 
         Raises:
-            QedError: It cannot be done.
+            QedError: It cannot be written.
         """
 
     @abstractmethod
-    async def complete(self, size: int) -> None:
-        """Write the zeros after the last piece of ``size`` bytes; see to durability.
+    async def finish(self, size: int) -> None:
+        """Write zeros from the last chunk up to ``size`` bytes, and make all durable if wanted.
 
         Raises:
-            QedError: It cannot be done.
+            QedError: The target cannot be completed.
         """
 
 
 Target: TypeAlias = ParallelTarget | SequentialTarget
 
 
-async def complete(target: Target, size: int) -> None:
-    """Complete any target; what waits for the host's disk does so in a worker thread."""
+async def finish_target(target: Target, size: int) -> None:
+    """Complete either kind of target; calls that block are made in a worker thread."""
     if isinstance(target, ParallelTarget):
         await trio.to_thread.run_sync(target.finish, size)
     else:
-        await target.complete(size)
+        await target.finish(size)
 
 
 def write_all(descriptor: int, writes: list[Write], name: str) -> None:
-    """Write every byte, however little the host takes at a time; for a worker thread.
+    """Write all bytes, with as many calls as the host needs; for a worker thread.
 
     Raises:
         HostError: The host refused.
     """
     try:
-        for offset, parts in writes:
+        for offset, buffers in writes:
             at = offset
-            for portion in _portions(parts):
-                count = os.pwritev(descriptor, portion, at)
+            for vector in _vectors(buffers):
+                count = os.pwritev(descriptor, vector, at)
                 at += count
-                if count < sum(map(len, portion)):
-                    rest = memoryview(b"".join(portion))[count:]
+                if count < sum(map(len, vector)):
+                    rest = memoryview(b"".join(vector))[count:]
                     while rest:
                         count = os.pwrite(descriptor, rest, at)
                         at += count
@@ -139,18 +142,18 @@ def write_all(descriptor: int, writes: list[Write], name: str) -> None:
         raise HostError.from_os(error, name, "write") from error
 
 
-def _portions(parts: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Split and join buffers into lists of at most `_MAX_BYTES_PER_WRITE` bytes."""
-    portion: list[memoryview] = []
-    room = _MAX_BYTES_PER_WRITE
-    for part in parts:
-        left = part
+def _vectors(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Split and gather buffers into vectors of `_MAX_BYTES_PER_WRITE` bytes, except the last."""
+    vector: list[memoryview] = []
+    available = _MAX_BYTES_PER_WRITE
+    for buffer in buffers:
+        left = buffer
         while left:
-            portion.append(left[:room])
-            left = left[room:]
-            room -= len(portion[-1])
-            if not room:
-                yield portion
-                portion, room = [], _MAX_BYTES_PER_WRITE
-    if portion:
-        yield portion
+            vector.append(left[:available])
+            left = left[available:]
+            available -= len(vector[-1])
+            if not available:
+                yield vector
+                vector, available = [], _MAX_BYTES_PER_WRITE
+    if vector:
+        yield vector

@@ -1,0 +1,249 @@
+"""One conversion with its source open: the copy to a pipe, an existing target or a new file."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.errors import UsageError
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.newfile import NewFile
+from qedfuse.hostio.regular import length_of, open_raw, status_of
+from qedfuse.hostio.replacedfile import lock_replaced_file
+from qedfuse.text import printable
+from qedfuse.tools.common.formatprobe import probe_format
+from qedfuse.tools.common.newbacking import refuse_backing_loop
+from qedfuse.tools.common.pipe import open_stream
+from qedfuse.tools.copying.compare import verify_copy
+from qedfuse.tools.copying.diskcopy import DiskCopy
+from qedfuse.tools.copying.foreignimage import foreign_image
+from qedfuse.tools.copying.imagespec import open_new_base, qed_target
+from qedfuse.tools.copying.streamcopy import copy_stream
+from qedfuse.tools.source.source import open_source
+from qedfuse.tools.target.qedtarget import ExistingQedTarget
+from qedfuse.tools.target.rawtarget import ExistingRawTarget, NewRawTarget, StreamTarget
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from typing import Literal
+
+    from qedfuse.disk.options import OpenOptions
+    from qedfuse.tools.common.pipe import Stream
+    from qedfuse.tools.copying.diskcopy import WriteBehindMode
+    from qedfuse.tools.copying.imagespec import ImageSpec
+    from qedfuse.tools.source.source import Source
+    from qedfuse.tools.target.target import Target
+
+    Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertResult:
+    """The result of a conversion, in bytes.
+
+    Attributes:
+        size: Size of the disk.
+        file_bytes: Length of the new file; 0 for a pipe.
+        data_bytes: Bytes of the disk that were written as data.
+    """
+
+    size: int
+    file_bytes: int
+    data_bytes: int
+
+
+class RawStream(NamedTuple):
+    """A raw stream as the source; ``is_raw`` if its bytes may look like an image."""
+
+    stream: Stream
+    is_raw: bool
+
+
+class Conversion:
+    """One conversion; its source is open for as long as it is used."""
+
+    def __init__(
+        self,
+        source: Source | RawStream,
+        path: str,
+        spec: ImageSpec,
+        *,
+        compare: bool,
+        durable: bool,
+        streams: int,
+        options: OpenOptions,
+        progress: Progress | None,
+    ) -> None:
+        """Prepare a conversion of ``source`` to ``path``; the arguments are those of `convert`."""
+        self._source = None if isinstance(source, RawStream) else source
+        self._input = source
+        self._path = path
+        self._name = printable(path)
+        self._spec = spec
+        self._compare = compare
+        self._durable = durable
+        self._streams = streams
+        self._options = options
+        self._progress = progress
+
+    async def to_pipe(self) -> ConvertResult:
+        """Write raw content to a pipe.
+
+        Raises:
+            UsageError: The copy would not be raw, or would be read back.
+            QedError: As `convert`.
+        """
+        if self._spec.format != "raw" or self._compare:
+            msg = f"{self._name}: a pipe: expected -O raw, and nothing to read back"
+            raise UsageError(msg)
+        stream = await open_stream(self._path, os.O_WRONLY)
+        with closing(stream):
+            size, data_bytes = await self._copy(StreamTarget(stream))
+        return ConvertResult(size, 0, data_bytes)
+
+    async def to_existing(self) -> ConvertResult:
+        """Write over the content of an existing file, image or device.
+
+        Raises:
+            UsageError: The target is smaller than the disk, or of another format.
+            QedError: As `convert`.
+        """
+        spec = self._spec
+        if spec.backing is not None or spec.format not in {"raw", "qed"}:
+            msg = f"{self._name}: an existing file: expected -O raw or -O qed, and no -B"
+            raise UsageError(msg)
+        if spec.format == "qed":
+            size, file_bytes, data_bytes = await self._copy_to_image()
+        else:
+            size, file_bytes, data_bytes = await self._copy_to_raw_file()
+        if self._compare:
+            await self._verify(self._path)
+        return ConvertResult(size, file_bytes, data_bytes)
+
+    async def to_new(self, *, overwrite: bool) -> ConvertResult:
+        """Create a new file, which gets its name when it is complete.
+
+        Raises:
+            UsageError: The file exists, or cannot have the wanted backing file.
+            QedError: As `convert`.
+        """
+        spec = self._spec
+        if spec.backing is not None and spec.format != "qed":
+            msg = (
+                f"{self._name}: -B: found format {spec.format}, expected qed (qemu-img convert "
+                "-B makes overlays of other formats)"
+            )
+            raise UsageError(msg)
+        if spec.backing is not None:
+            directory = self._options.backing.working_directory
+            refuse_backing_loop(self._path, spec.backing, directory)
+        with ExitStack() as stack:
+            old = lock_replaced_file(self._path, stack, overwrite=overwrite, in_place=True)
+            new = stack.enter_context(NewFile(self._path, old=old, overwrite=overwrite))
+            if spec.format not in {"raw", "qed"}:
+                size, data_bytes = await self._copy_through_qemu(new)
+            else:
+                fd = os.open(new.path, os.O_RDWR | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                async with self._new_target(fd) as (target, base):
+                    size, data_bytes = await self._copy(target, base)
+                if self._compare:
+                    await self._verify(new.path)
+            new.commit(durable=self._durable)
+        return ConvertResult(size, status_of(self._path, self._name).st_size, data_bytes)
+
+    async def _copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:
+        """Copy everything; return the size of the disk, and the bytes written as data."""
+        sparse_size = self._spec.sparse_size
+        if isinstance(self._input, RawStream):
+            stream, is_raw = self._input
+            return await copy_stream(
+                stream, target, sparse_size=sparse_size, raw=is_raw, progress=self._progress
+            )
+        write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
+        if self._spec.format not in {"raw", "qed"}:
+            write_behind = "off"  # qemu-img reads the file next, from the page cache
+        copy = DiskCopy(
+            self._input,
+            target,
+            base=base,
+            sparse_size=sparse_size,
+            write_behind=write_behind,
+            progress=self._progress,
+        )
+        await copy.run(self._streams)
+        return self._input.size, copy.data_bytes
+
+    async def _copy_to_image(self) -> tuple[int, int, int]:
+        """Copy to an existing QED image; return the sizes of disk, file and data."""
+        # Imported here: other targets need no writable disk, which takes a while to load.
+        from qedfuse.check.inspector import inspect_image  # noqa: PLC0415
+        from qedfuse.disk.opening import open_disk  # noqa: PLC0415
+
+        options = replace(self._options, writable=True, force_share=False)
+        async with open_disk(self._path, options, inspector=inspect_image) as disk:
+            self._refuse_too_small(disk.size)
+            size, data_bytes = await self._copy(ExistingQedTarget(disk))
+            return size, disk.fstat().st_size, data_bytes
+
+    async def _copy_to_raw_file(self) -> tuple[int, int, int]:
+        """Copy to an existing raw file or device; return the sizes of disk, file and data."""
+        if probe_format(self._path) == "qed":
+            msg = f"{self._name}: found a QED image, expected raw content (-O qed writes to it)"
+            raise UsageError(msg)
+        fd = open_raw(self._path, os.O_RDWR)
+        try:
+            lock_image(fd, LockMode.WRITE, self._name)
+            length = length_of(fd, self._name)
+            self._refuse_too_small(length)
+            target = ExistingRawTarget(fd, self._name, durable=self._durable)
+            size, data_bytes = await self._copy(target)
+            return size, length, data_bytes
+        finally:
+            os.close(fd)
+
+    def _refuse_too_small(self, size: int) -> None:
+        """Refuse a target of ``size`` bytes that is smaller than the source."""
+        if self._source is not None and size < self._source.size:
+            msg = f"{self._name}: size: found {size}, expected at least {self._source.size}"
+            raise UsageError(msg)
+
+    @asynccontextmanager
+    async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:
+        """Yield the target for an empty file, and its base if it will have one."""
+        spec = self._spec
+        if spec.format == "raw":
+            yield NewRawTarget(fd, self._name, spec.sparse_size), None
+            return
+        async with AsyncExitStack() as stack:
+            base = None
+            if spec.backing is not None:
+                base = await stack.enter_async_context(
+                    open_new_base(self._path, spec, self._options)
+                )
+            yield qed_target(fd, self._name, spec, self._source, base), base
+
+    async def _copy_through_qemu(self, new: NewFile) -> tuple[int, int]:
+        """Copy to a temporary raw file, which qemu-img then converts."""
+        spec = self._spec
+        if self._compare:
+            msg = f"{self._name}: --compare: found format {spec.format}, expected raw or qed"
+            raise UsageError(msg)
+        async with foreign_image(self._path, new.path, spec.format, spec.foreign_options) as fd:
+            return await self._copy(NewRawTarget(fd, self._name, spec.sparse_size))
+
+    async def _verify(self, path: str) -> None:
+        """Compare the copy, which is at ``path`` for now, with the source."""
+        if self._source is None:
+            return
+        options = replace(self._options, force_share=True)
+        if self._spec.backing is not None:
+            directory = options.backing.working_directory
+            base = backing_path(self._path, self._spec.backing, directory)
+            options = replace(options, backing=replace(options.backing, trusted=base))
+        copy_format: Literal["raw", "qed"] = "raw" if self._spec.format == "raw" else "qed"
+        async with open_source(path, copy_format, options) as copy:
+            await verify_copy(self._source, copy, self._name)
