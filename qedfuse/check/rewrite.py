@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.space.freelist import erase_descriptor, name_in_the_way
+from qedfuse.disk.state.freelistreader import backing_name_covers_descriptor
+from qedfuse.disk.state.freelistwriter import erase_descriptor
 from qedfuse.errors import NoSpaceError
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET
 from qedfuse.ondisk.freelist import DESCRIPTOR_BYTES, DESCRIPTOR_OFFSET
@@ -170,7 +171,7 @@ class DryRun(Rewriter):
         """Save the header, and the descriptor of a list of free clusters, which is erased."""
         old = bytes(await self._file.pread(0, HEADER_BYTES))
         self._save(0, old, self._marked(need_check=False))
-        if self._header.free_list and not name_in_the_way(self._header):
+        if self._header.free_list and not backing_name_covers_descriptor(self._header):
             old = bytes(await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES))
             self._save(DESCRIPTOR_OFFSET, old, bytes(len(old)))
 

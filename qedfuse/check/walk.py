@@ -11,9 +11,9 @@ from qedfuse.check.entries import EntryClassifier, read_table
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
 from qedfuse.check.headernotes import header_notes
 from qedfuse.check.tables import named_tables, overlapping
-from qedfuse.disk.space.freelist import members, read_list
-from qedfuse.disk.space.l2tables import claim_tables, filled
+from qedfuse.disk.space.l2tables import claim_tables, holding_data
 from qedfuse.disk.space.ownerbitmap import MAPPED_CLUSTERS, OwnerBitmap
+from qedfuse.disk.state.freelistreader import expand_runs, read_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.disk.space.freelist import FreeList
+    from qedfuse.disk.state.freelistreader import FreeList
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
@@ -103,7 +103,7 @@ class _Walk:
         indices, tables = indices[~losers], tables[~losers]
         self._classifier = self._classifier.with_tables(tables)
         await claim_tables(self._references, tables, geometry)
-        held = await filled(self._file, tables, geometry.table_bytes)
+        held = await holding_data(self._file, tables, geometry.table_bytes)
         indices, tables = indices[held], tables[held]
         # In the order of the disk: of two owners of a cluster the first is taken for right.
         order = np.argsort(indices)
@@ -144,7 +144,7 @@ class _Walk:
         for start in range(0, len(self._listed.runs), _STEP):
             runs = self._listed.runs[start : start + _STEP]
             short = runs[:, 1] <= _SHORT
-            self._references.claim(members(runs[short]))
+            self._references.claim(expand_runs(runs[short]))
             for first, count in runs[~short].tolist():
                 self._references.claim_range(first, first + count)
             await trio.lowlevel.checkpoint()
@@ -199,7 +199,7 @@ class _Walk:
         """Report good entries whose clusters are listed as free."""
         if self._listed is not None:
             clusters = values >> np.uint64(self._geometry.cluster_bits)
-            mask = good & self._listed.holds(clusters)
+            mask = good & self._listed.contains(clusters)
             size = self._geometry.cluster_size
             self._bad(Code.FREE_LIST_CONTRADICTED, label, first, values, mask, size, start)
 

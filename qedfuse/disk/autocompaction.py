@@ -56,7 +56,7 @@ class AutoCompaction:
             else:
                 await self._run_within_limits(within_bound=within_bound)
             # A table that was moved last may be dirty still.
-            await components.writeback.flush()
+            await components.flusher.flush()
             self._table_writes = components.writeback.statistics().table_writes
         except QedError as error:
             if components.writeback.failure is None:
@@ -65,7 +65,7 @@ class AutoCompaction:
     async def _run_within_limits(self, *, within_bound: bool) -> None:
         """Compact as far as the limits allow, if the free clusters are known."""
         components, options = self._components, self._components.options
-        if components.quarantine.count and not components.reclaim.ready.is_set():
+        if components.quarantine.count and not components.scan.finished.is_set():
             # The close would wait for it in any case.
             await components.scan.run()
         if components.allocator.scan_complete and not components.layer.damaged:

@@ -1,6 +1,7 @@
-"""What an opened image consists of: built here, and tied together.
+"""The objects that an opened image consists of, built bottom up.
 
-`Disk` is what the world sees of it, `Lifecycle` starts it and ends it.
+Each is complete when its constructor returns, and is given what stands below it.  `Disk`
+is what callers see of them; `Lifecycle` starts and stops them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ from qedfuse.disk.maintenance.compaction import Compaction
 from qedfuse.disk.maintenance.mover import Mover
 from qedfuse.disk.maintenance.resize import Resize
 from qedfuse.disk.space.allocator import Allocator
+from qedfuse.disk.space.directreclaim import DirectReclaim
 from qedfuse.disk.space.epochs import Epochs
+from qedfuse.disk.space.filelength import FileLength
+from qedfuse.disk.space.flusher import Flusher
+from qedfuse.disk.space.freemap import FreeMap
+from qedfuse.disk.space.marking import Marking
 from qedfuse.disk.space.quarantine import Quarantine
 from qedfuse.disk.space.reclaim import Reclaim
 from qedfuse.disk.space.scan import Scan
+from qedfuse.disk.space.spacemanager import SpaceManager
+from qedfuse.disk.state.freelistwriter import DescriptorEraser
 from qedfuse.disk.state.needcheck import NeedCheck
 from qedfuse.disk.state.persistentfreelist import PersistentFreeList
 from qedfuse.disk.writeback.firstwrite import FirstWriteGuard
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Components:
-    """The parts of one disk; each says in its module what it is for."""
+    """The objects of one disk; the module of each describes it."""
 
     def __init__(
         self,
@@ -46,10 +54,12 @@ class Components:
         options: OpenOptions,
         store: SliceStore,
     ) -> None:
-        """Build the parts, from those that need none to those that need the most."""
+        """Build all objects for the image in ``file``, over its ``bases``."""
         self.file = file
         self.options = options
         self.store = store
+
+        # Lookup
         self.layer = QedLayer(file, header, store)
         layers = [self.layer, *bases]
         self.chain = Chain(
@@ -57,66 +67,112 @@ class Components:
             FlattenedBacking(layers, self.layer, store) if bases else None,
             lacks_base=header.has_backing and not bases,
         )
-        self.header_store = HeaderStore(file, header)
-        self.writeback = MetadataWriteback(file, self.layer.tables, options.commit_seconds)
-        self.first_write_guard = FirstWriteGuard(file, self.header_store, self.writeback)
+
+        # Write-back, which the quarantine observes, and the guard before the first write
+        empty_map = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()
-        self.allocator = Allocator(file, header, lambda: self.layer.registry.missing_tables)
-        self.quarantine = Quarantine(self.epochs, self.allocator.make_map)
-        self.reclaim = Reclaim(file, self.allocator, self.quarantine, self.writeback)
-        self.writeback.reclaim = self.reclaim
-        self.reclaim.prepare_write = self.first_write_guard.prepare_write
-        self.scan = Scan(self.layer, self.allocator, self.reclaim)
+        self.quarantine = Quarantine(self.epochs, empty_map)
+        self.header_store = HeaderStore(file, header)
+        self.writeback = MetadataWriteback(file, self.layer.tables, self.quarantine)
+        eraser = DescriptorEraser(file, self.header_store, self.writeback)
+        self.first_write_guard = FirstWriteGuard(
+            file, self.header_store, self.writeback, [eraser.erase]
+        )
+
+        # Space
+        marking = Marking(empty_map, file.name)
+        self.allocator = Allocator(
+            header,
+            header.geometry.floor(file.size()),
+            lambda: self.layer.registry.missing_tables,
+            marking,
+        )
+        self.length = FileLength(file, header.geometry, self.allocator)
+        self.reclaim = Reclaim(
+            file,
+            self.length,
+            self.allocator,
+            self.quarantine,
+            self.writeback,
+            self.first_write_guard,
+            marking,
+        )
+        self.flusher = Flusher(self.writeback, self.reclaim, options.commit_seconds)
+        self.scan = Scan(self.layer, self.allocator, self.reclaim, marking)
+        self.space = SpaceManager(
+            file,
+            self.allocator,
+            self.length,
+            DirectReclaim(
+                self.allocator,
+                self.quarantine,
+                self.writeback,
+                self.reclaim,
+                self.flusher,
+                self.scan,
+            ),
+        )
+
+        # State in the header
         self.needcheck = NeedCheck(
             self.layer,
             self.header_store,
             self.writeback,
-            self.allocator,
+            self.flusher,
+            self.length,
             self.scan,
             options.needcheck_seconds,
-        )
-        self.write_path = WritePath(
-            self.chain,
-            self.layer,
-            self.allocator,
-            self.writeback,
-            self.needcheck,
-            self.epochs,
-            options.cache_bytes // 2,
-        )
-        self.fast_path = FastPath(
-            self.chain, self.layer, self.writeback, self.allocator, self.needcheck, self.write_path
-        )
-        self.discard = Discard(
-            self.chain, self.layer, self.write_path, self.writeback, self.needcheck, self.reclaim
         )
         self.persistent_free_list = PersistentFreeList(
             self.layer,
             self.header_store,
             self.writeback,
+            self.first_write_guard,
+            eraser,
             self.allocator,
             self.reclaim,
             self.scan,
             options,
-            self.first_write_guard.prepare_write,
         )
-        self.first_write_guard.persistent_free_list = self.persistent_free_list
+
+        # Data path
+        self.write_path = WritePath(
+            self.chain,
+            self.layer,
+            self.space,
+            self.writeback,
+            self.flusher,
+            self.needcheck,
+            self.epochs,
+            options.cache_bytes // 2,
+        )
+        self.fast_path = FastPath(
+            self.chain, self.layer, self.writeback, self.space, self.needcheck, self.write_path
+        )
+        self.discard = Discard(
+            self.chain, self.layer, self.write_path, self.writeback, self.needcheck, self.reclaim
+        )
+
+        # Maintenance
         mover = Mover(
             self.layer,
             self.allocator,
+            self.space,
             self.write_path,
             self.writeback,
+            self.flusher,
             self.needcheck,
             self.reclaim,
         )
         self.compaction = Compaction(
-            self.layer, self.allocator, mover, self.writeback, self.reclaim
+            self.layer, self.allocator, self.space, mover, self.flusher, self.reclaim
         )
         self.resize = Resize(
             self.chain,
             self.layer,
             self.write_path,
             self.writeback,
+            self.flusher,
             self.header_store,
             self.allocator,
             self.discard,

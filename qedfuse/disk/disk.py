@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from qedfuse.disk.components import Components
 from qedfuse.disk.lifecycle import Lifecycle
 from qedfuse.disk.lookup.seek import next_data, next_hole
+from qedfuse.disk.state.backingname import change_backing_name
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
-from qedfuse.disk.writeback.backingname import change_backing_name
 from qedfuse.errors import BackingError, PastEndError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Disk:
         self._chain = components.chain
         self._header_store = components.header_store
         self._writeback = components.writeback
+        self._flusher = components.flusher
         self._first_write_guard = components.first_write_guard
         self._epochs = components.epochs
         self._write_path = components.write_path
@@ -127,7 +128,7 @@ class Disk:
         """Write bytes without waiting for anything; if that cannot be, use `write`."""
         return (
             self._plain_writes
-            and self._first_write_guard.passed
+            and self._first_write_guard.prepared
             and self._writeback.failure is None
             and self._shortcut.write(start, data)
         )
@@ -255,11 +256,11 @@ class Disk:
         Raises:
             HostError: The host could not do it.
         """
-        await self._writeback.flush()
+        await self._flusher.flush()
 
     def when_flushed(self, call: Callable[[], None]) -> None:
         """Have ``call`` called at the end of each flush, those in the background included."""
-        self._writeback.flushed = call
+        self._flusher.listen(call)
 
     async def compact(
         self, progress: Callable[[int, int], None] | None = None, *, within_bound: bool = True
@@ -376,7 +377,9 @@ class Disk:
             HostError: The host refused; the image names the old base, or the new one.
         """
         await self._first_write_guard.prepare_write()
-        await change_backing_name(self._file, self._header_store, self._writeback, name, raw=raw)
+        await change_backing_name(
+            self._file, self._header_store, self._writeback, self._flusher, name, raw=raw
+        )
 
     def fstat(self) -> os.stat_result:
         """Give the attributes of the image file."""

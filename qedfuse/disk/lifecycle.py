@@ -66,7 +66,7 @@ class Lifecycle:
             if components.header_store.value.need_check:
                 # The bit is going to be cleared, which is a change like any other.
                 await components.first_write_guard.prepare_write()
-            nursery.start_soon(components.writeback.run)
+            nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)
             nursery.start_soon(components.scan.run_when_due)
         self._started = True
@@ -110,7 +110,7 @@ class Lifecycle:
                 if writable:
                     await self._give_space_back()
                     await components.needcheck.clear()
-                    await components.writeback.flush()
+                    await components.flusher.flush()
                     self.compaction.report()
                     await components.persistent_free_list.save()
             finally:
@@ -123,9 +123,9 @@ class Lifecycle:
         clusters are to be listed.
         """
         components = self._components
-        await components.writeback.flush()
+        await components.flusher.flush()
         needed = components.quarantine.count or components.persistent_free_list.needs_scan
-        if needed and not components.reclaim.ready.is_set():
+        if needed and not components.scan.finished.is_set():
             await components.scan.run()
         if components.reclaim.pending:
             await components.reclaim.run(punches=None)

@@ -1,7 +1,7 @@
 """The persistent free list: its descriptor and its clusters as bytes (docs/format-extensions.md).
 
 Parsing judges each structure by itself.  What depends on the rest of the image, such as
-where the tables lie, is judged by `qedfuse.disk.space.freelist`.
+where the tables lie, is judged by `qedfuse.disk.state.freelistreader`.
 """
 
 from __future__ import annotations

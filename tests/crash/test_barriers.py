@@ -11,13 +11,14 @@ import pytest
 import trio
 
 from qedfuse.disk.autocompaction import AutoCompaction
-from qedfuse.disk.space.allocator import Allocator
 from qedfuse.disk.space.epochs import Epochs
+from qedfuse.disk.space.marking import Marking
+from qedfuse.disk.space.quarantine import Quarantine
 from qedfuse.disk.space.reclaim import Reclaim
-from qedfuse.disk.space.scan import Scan
+from qedfuse.disk.space.spacemanager import SpaceManager
 from qedfuse.disk.state.needcheck import NeedCheck
 from qedfuse.disk.writeback.metadata import MetadataWriteback
-from tests.crash.cases import CASES
+from tests.crash.cases import CASES, CLUSTER
 from tests.crash.workloads import run_case
 from tests.support.explorer import Exploration, Explorer
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from qedfuse.disk.lookup.tablecache import WriteBack
-    from qedfuse.disk.space.allocator import Run
+    from qedfuse.disk.space.allocator import Allocator, Run
 
 STATES: Final = 3000
 SEEDS: Final = 12
@@ -104,7 +105,7 @@ def bit_cleared_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_quarantine(patch: pytest.MonkeyPatch) -> None:
-    """Give clusters out again at once."""
+    """Hand clusters out again immediately."""
 
     def retire(self: Reclaim, offset: int, length: int, _dropped_by: int) -> None:
         self._allocator.give_back(offset >> self._bits, length >> self._bits)
@@ -113,42 +114,52 @@ def no_quarantine(patch: pytest.MonkeyPatch) -> None:
 
 
 def short_quarantine(patch: pytest.MonkeyPatch) -> None:
-    """Give clusters out again when the round begins that drops them."""
+    """Hand clusters out again when the cycle begins that drops them."""
+    init, began = Reclaim.__init__, Quarantine.cycle_began
+    allocators: dict[Quarantine, Allocator] = {}
 
-    def seal(self: Reclaim) -> None:
-        self._quarantine.seal()
-        self._quarantine.durable()
-        while (due := self._quarantine.take_due()) is not None:
-            self._allocator.give_back_block(*due)
+    def remember(self: Reclaim, *arguments: object) -> None:
+        init(self, *arguments)  # type: ignore[arg-type]
+        allocators[self._quarantine] = self._allocator
 
-    patch.setattr(Reclaim, "seal", seal)
+    def cycle_began(self: Quarantine) -> None:
+        began(self)
+        self.cycle_durable()
+        while (reusable := self.pop_reusable()) is not None:
+            allocators[self].give_back_block(*reusable)
+
+    patch.setattr(Reclaim, "__init__", remember)
+    patch.setattr(Quarantine, "cycle_began", cycle_began)
 
 
 def sealed_late(patch: pytest.MonkeyPatch) -> None:
-    """Let a round vouch for what lost its reference while it was under way."""
-    durable = Reclaim.durable
+    """Let a cycle cover clusters that lost their reference while it was running."""
+    durable = Quarantine.cycle_durable
 
-    def late(self: Reclaim) -> None:
-        self._quarantine.seal()
+    def late(self: Quarantine) -> None:
+        self.cycle_began()
         durable(self)
 
-    patch.setattr(Reclaim, "durable", late)
+    patch.setattr(Quarantine, "cycle_durable", late)
 
 
-def taken_for_blank(patch: pytest.MonkeyPatch) -> None:
-    """Take clusters that are used again for clusters of zeros."""
-    place = Allocator._place
+def taken_for_never_written(patch: pytest.MonkeyPatch) -> None:
+    """Take clusters that are used again for new ones, which hold zeros."""
+    grow_over = SpaceManager._grow_over
 
-    async def blank(self: Allocator, first: int, count: int) -> Run:
-        return (await place(self, first, count))._replace(blank=True)
+    async def never_written(self: SpaceManager, first: int, count: int) -> Run:
+        return (await grow_over(self, first, count))._replace(never_written=True)
 
-    patch.setattr(Allocator, "_place", blank)
+    patch.setattr(SpaceManager, "_grow_over", never_written)
 
 
 def unwatched_scan(patch: pytest.MonkeyPatch) -> None:
-    """Let the scan take for free what lost its reference while it ran: two guards prevent it."""
-    patch.setattr(Scan, "_retired", lambda *_: None)
-    patch.setattr(Allocator, "record_change", lambda *_: None)
+    """Let the scan take clusters for free that lost their reference while it was running.
+
+    Each of the two methods prevents that alone.
+    """
+    patch.setattr(Marking, "record_drop", lambda *_: None)
+    patch.setattr(Marking, "record_change", lambda *_: None)
 
 
 def no_grace(patch: pytest.MonkeyPatch) -> None:
@@ -161,10 +172,10 @@ def early_punch(patch: pytest.MonkeyPatch) -> None:
     in_round = MetadataWriteback._cycle
 
     async def punching(self: MetadataWriteback) -> None:
-        assert self.reclaim is not None
-        bits = self.reclaim._bits
-        for first, count in self.reclaim._quarantine._fresh.runs():
-            await self._file.punch((first << bits, count << bits))
+        quarantine = self._observer
+        assert isinstance(quarantine, Quarantine)
+        for first, count in quarantine._unsealed.runs():
+            await self._file.punch((first * CLUSTER, count * CLUSTER))
         await in_round(self)
 
     patch.setattr(MetadataWriteback, "_cycle", punching)
@@ -192,7 +203,7 @@ BARRIERS: Final[dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]]
     "quarantine": (no_quarantine, "reuse", "holds"),
     "quarantine until durable": (short_quarantine, "slow host", "holds|wild"),
     "quarantine seals first": (sealed_late, "slow host", "holds|wild"),
-    "blank or not": (taken_for_blank, "new tables", "holds|wild|owners"),
+    "new clusters or used ones": (taken_for_never_written, "new tables", "holds|wild|owners"),
     "scan sees changes": (unwatched_scan, "late scan on a slow host", "holds|owners"),
     "compaction: copy before entry": (without_datasync(1), "compaction", "holds"),
     "compaction: quarantine": (no_quarantine, "compaction", "holds|owners"),

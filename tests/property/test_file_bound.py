@@ -13,9 +13,9 @@ from typing import Final
 
 import pytest
 
-from qedfuse.disk.space.allocator import Allocator
 from qedfuse.ondisk.header import Header
 from tests.support.hostfiles import MemoryFile
+from tests.support.space import make_space
 
 CLUSTER: Final = 4096
 
@@ -59,12 +59,11 @@ class Image:
 
     def open(self) -> None:
         """Open the image; the scan is over at once."""
-        self.allocator = allocator = Allocator(
-            self.file,
-            self.header,
-            lambda: self.count - len(self.tables),
+        space = make_space(
+            self.file, self.header, self.bound, lambda: self.count - len(self.tables)
         )
-        allocator.bound = self.bound
+        self.allocator, self.manager = space.allocator, space.manager
+        allocator = space.allocator
         used = set(self.data.values())
         for table in self.tables.values():
             used |= set(range(table, table + self.header.table_size))
@@ -79,10 +78,10 @@ class Image:
         while new:
             request, new = new[: self.request], new[self.request :]
             for index in {guest // self.span for guest in request} - self.tables.keys():
-                table = await self.allocator.allocate_table()
+                table = await self.manager.allocate_table()
                 self.tables[index] = table.offset // CLUSTER
             while request:
-                run = await self.allocator.allocate(len(request))
+                run = await self.manager.allocate(len(request))
                 for cluster in range(run.offset // CLUSTER, run.end // CLUSTER):
                     assert cluster not in self.data.values()
                     self.data[request.pop()] = cluster

@@ -8,134 +8,135 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.disk.space.allocator import Allocator, Run
-from qedfuse.disk.space.filelength import GROWTH_BYTES
+from qedfuse.disk.space.allocator import Run
+from qedfuse.disk.space.filelength import MIN_GROWTH_BYTES
 from qedfuse.errors import HostError, NoSpaceError
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.ondisk.header import Header
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Truncate
+from tests.support.space import Space, make_space
 
 CLUSTER = 4096
 HEADER: Final = Header(CLUSTER, 4, 1, 0, 0, 0, CLUSTER, 1 << 30)
 
 
-def make(file: MemoryFile | FailingFile, bound: int = 1 << 40) -> Allocator:
-    """Make an allocator over a file."""
-    allocator = Allocator(file, HEADER)
-    allocator.bound = bound
-    return allocator
+def make(file: MemoryFile | FailingFile, bound: int = 1 << 40) -> Space:
+    """Hand out the clusters of a file."""
+    return make_space(file, HEADER, bound)
 
 
 async def test_runs_follow_each_other_at_the_end() -> None:
     """New clusters are neighbours, blank, and the file is grown ahead once for many."""
     file = RecordingFile(bytes(2 * CLUSTER))
-    allocator = make(file)
-    assert await allocator.allocate(3) == Run(2 * CLUSTER, 3 * CLUSTER, blank=True)
-    assert await allocator.allocate_table() == Run(5 * CLUSTER, 4 * CLUSTER, blank=True)
-    assert await allocator.allocate(1) == Run(9 * CLUSTER, CLUSTER, blank=True)
-    assert file.changes == [Truncate(5 * CLUSTER + GROWTH_BYTES)]
+    space = make(file)
+    assert await space.manager.allocate(3) == Run(2 * CLUSTER, 3 * CLUSTER, never_written=True)
+    assert await space.manager.allocate_table() == Run(5 * CLUSTER, 4 * CLUSTER, never_written=True)
+    assert await space.manager.allocate(1) == Run(9 * CLUSTER, CLUSTER, never_written=True)
+    assert file.changes == [Truncate(5 * CLUSTER + MIN_GROWTH_BYTES)]
 
 
 async def test_growing_ahead_stops_at_the_bound() -> None:
     """The file is not grown past its bound ahead of need, but where there is need."""
     file = RecordingFile(bytes(2 * CLUSTER))
-    allocator = make(file, bound=4 * CLUSTER)
-    await allocator.allocate(1)
+    space = make(file, bound=4 * CLUSTER)
+    await space.manager.allocate(1)
     assert file.size() == 4 * CLUSTER
-    assert (await allocator.allocate(5)).length == CLUSTER
+    assert (await space.manager.allocate(5)).length == CLUSTER
     assert file.size() == 4 * CLUSTER
-    assert (await allocator.allocate(5)).length == CLUSTER
+    assert (await space.manager.allocate(5)).length == CLUSTER
     assert file.size() == 5 * CLUSTER
 
 
 async def test_release_at_the_end_and_in_the_middle() -> None:
     """Clusters given back are used again, lowest first, and never taken for blank."""
-    allocator = make(MemoryFile(bytes(CLUSTER)))
-    runs = [await allocator.allocate(2) for _ in range(4)]
-    allocator.release(runs[2])
-    allocator.release(runs[0])
-    assert await allocator.allocate(1) == Run(runs[0].offset, CLUSTER, blank=False)
-    assert await allocator.allocate(9) == Run(runs[0].offset + CLUSTER, CLUSTER, blank=False)
-    assert await allocator.allocate(9) == runs[2]._replace(blank=False)
-    allocator.release(runs[3])
-    assert allocator.end == runs[3].offset
-    assert await allocator.allocate(1) == Run(runs[3].offset, CLUSTER, blank=False)
-    allocator.release(Run(runs[3].offset, CLUSTER, blank=False))
-    table = await allocator.allocate_table()
-    assert table == Run(runs[3].offset, 4 * CLUSTER, blank=False), "it holds old bytes"
-    assert (await allocator.allocate(1)).blank
+    space = make(MemoryFile(bytes(CLUSTER)))
+    runs = [await space.manager.allocate(2) for _ in range(4)]
+    space.manager.release(runs[2])
+    space.manager.release(runs[0])
+    assert await space.manager.allocate(1) == Run(runs[0].offset, CLUSTER, never_written=False)
+    assert await space.manager.allocate(9) == Run(
+        runs[0].offset + CLUSTER, CLUSTER, never_written=False
+    )
+    assert await space.manager.allocate(9) == runs[2]._replace(never_written=False)
+    space.manager.release(runs[3])
+    assert space.allocator.end == runs[3].offset
+    assert await space.manager.allocate(1) == Run(runs[3].offset, CLUSTER, never_written=False)
+    space.manager.release(Run(runs[3].offset, CLUSTER, never_written=False))
+    table = await space.manager.allocate_table()
+    assert table == Run(runs[3].offset, 4 * CLUSTER, never_written=False), "it holds old bytes"
+    assert (await space.manager.allocate(1)).never_written
 
 
 async def test_tables_do_not_use_what_was_given_back_in_the_middle() -> None:
     """A table needs neighbouring clusters, and goes to the end."""
-    allocator = make(MemoryFile(bytes(CLUSTER)))
-    first, second = await allocator.allocate(1), await allocator.allocate(1)
-    allocator.release(first)
-    assert (await allocator.allocate_table()).offset == second.end
-    assert (await allocator.allocate(1)).offset == first.offset
+    space = make(MemoryFile(bytes(CLUSTER)))
+    first, second = await space.manager.allocate(1), await space.manager.allocate(1)
+    space.manager.release(first)
+    assert (await space.manager.allocate_table()).offset == second.end
+    assert (await space.manager.allocate(1)).offset == first.offset
 
 
 async def test_trim_cuts_what_is_not_in_use() -> None:
     """What was grown ahead goes, and what comes after it is blank again."""
     file = RecordingFile(bytes(CLUSTER))
-    allocator = make(file)
-    kept, given_back = await allocator.allocate(1), await allocator.allocate(3)
-    allocator.release(given_back)
-    await allocator.truncate_tail()
+    space = make(file)
+    kept, given_back = await space.manager.allocate(1), await space.manager.allocate(3)
+    space.manager.release(given_back)
+    await space.length.truncate_tail()
     assert file.changes[1:] == [Truncate(kept.end)]
-    await allocator.truncate_tail()
+    await space.length.truncate_tail()
     assert len(file.changes) == 2, "there is nothing more to cut"
-    assert await allocator.allocate(1) == Run(kept.end, CLUSTER, blank=True)
+    assert await space.manager.allocate(1) == Run(kept.end, CLUSTER, never_written=True)
     assert file.size() >= kept.end + CLUSTER
 
 
 async def test_allocating_while_the_file_is_cut() -> None:
     """Clusters handed out while the cut is under way are inside the file, and not called blank."""
     file = FailingFile(RecordingFile(bytes(CLUSTER)))
-    allocator = make(file)
-    allocator.release(await allocator.allocate(2))
+    space = make(file)
+    space.manager.release(await space.manager.allocate(2))
     runs: list[Run] = []
 
     async def allocate() -> None:
-        runs.append(await allocator.allocate(2))
+        runs.append(await space.manager.allocate(2))
         assert file.size() >= runs[-1].end
 
     async with trio.open_nursery() as nursery:
         with file.hold("truncate") as held:
-            nursery.start_soon(allocator.truncate_tail)
+            nursery.start_soon(space.length.truncate_tail)
             await held.reached.wait()
             nursery.start_soon(allocate)
             nursery.start_soon(allocate)
             await wait_all_tasks_blocked()
             assert runs == []
     assert sorted(run.offset for run in runs) == [CLUSTER, 3 * CLUSTER]
-    assert not min(runs).blank
+    assert not min(runs).never_written
 
 
 async def test_failed_cut_is_forgotten() -> None:
     """If the file cannot be cut it is as long as before."""
     file = FailingFile(MemoryFile(bytes(CLUSTER)))
-    allocator = make(file)
-    await allocator.allocate(1)
+    space = make(file)
+    await space.manager.allocate(1)
     size = file.size()
     file.fail("truncate")
     with pytest.raises(HostError):
-        await allocator.truncate_tail()
-    assert (await allocator.allocate(1)).end <= size
+        await space.length.truncate_tail()
+    assert (await space.manager.allocate(1)).end <= size
     assert file.size() == size
 
 
 async def test_odd_tail_is_cut_before_the_first_growth() -> None:
     """Bytes past the last whole cluster do not show up in a cluster that is put there."""
     file = RecordingFile(bytes(CLUSTER) + b"junk")
-    allocator = make(file)
-    await allocator.truncate_tail()
+    space = make(file)
+    await space.length.truncate_tail()
     assert file.changes == [], "it is not ours to cut while nothing is written"
-    run = await allocator.allocate(1)
-    assert run == Run(CLUSTER, CLUSTER, blank=True)
+    run = await space.manager.allocate(1)
+    assert run == Run(CLUSTER, CLUSTER, never_written=True)
     assert file.changes == [
         Truncate(CLUSTER),
-        Truncate(2 * CLUSTER + GROWTH_BYTES),
+        Truncate(2 * CLUSTER + MIN_GROWTH_BYTES),
     ]
 
 
@@ -143,11 +144,11 @@ async def test_odd_tail_is_cut_before_the_first_growth() -> None:
 async def test_growth_that_fails_for_several_at_once(tail: bytes) -> None:
     """What was given back because the file could not grow is inside the file when reused."""
     file = FailingFile(MemoryFile(bytes(CLUSTER) + tail))
-    allocator = make(file)
+    space = make(file)
 
     async def refused() -> None:
         with pytest.raises(NoSpaceError):
-            await allocator.allocate(1)
+            await space.manager.allocate(1)
 
     file.fail("truncate", None, 28)
     async with trio.open_nursery() as nursery:
@@ -155,15 +156,15 @@ async def test_growth_that_fails_for_several_at_once(tail: bytes) -> None:
             nursery.start_soon(refused)
     file.heal()
     for _ in range(5):
-        run = await allocator.allocate(1)
+        run = await space.manager.allocate(1)
         assert file.size() >= run.end
         assert file.size() % CLUSTER == 0
 
 
 async def test_end_of_what_a_file_can_be() -> None:
     """The largest offset that the kernel knows is an end like a full host."""
-    allocator = make(MemoryFile(bytes(CLUSTER)))
-    allocator.end = MAX_OFFSET - MAX_OFFSET % CLUSTER
+    space = make(MemoryFile(bytes(CLUSTER)))
+    space.allocator.end = MAX_OFFSET - MAX_OFFSET % CLUSTER
     with pytest.raises(NoSpaceError, match=f"expected at most {MAX_OFFSET}"):
-        await allocator.allocate(1)
-    assert allocator.end == MAX_OFFSET - MAX_OFFSET % CLUSTER
+        await space.manager.allocate(1)
+    assert space.allocator.end == MAX_OFFSET - MAX_OFFSET % CLUSTER

@@ -515,8 +515,8 @@ async def test_a_bug_in_the_compaction_loses_no_data(
             await give_up(disk)
             await disk.write((HELD + 10) * CLUSTER, b"new" * 100)
             # The first thing that a compaction needs, if it is not there yet.
-            monkeypatch.setattr(disk._components.reclaim, "ready", trio.Event())
-            monkeypatch.setattr(disk._components, "scan", SimpleNamespace(run=bug))
+            scan = SimpleNamespace(run=bug, finished=trio.Event())
+            monkeypatch.setattr(disk._components, "scan", scan)
 
     with pytest.RaisesGroup(RuntimeError, flatten_subgroups=True, allow_unwrapped=True):
         await session()

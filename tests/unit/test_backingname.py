@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qedfuse.disk.writeback.backingname import LONG_NAME_PLACES, SHORT_NAME
+from qedfuse.disk.state.backingname import LONG_NAME_OFFSETS, MAX_SHORT_NAME_BYTES
 from qedfuse.ondisk.constants import HEADER_BYTES, MAX_BACKING_NAME, SECTOR, Feature
 from qedfuse.ondisk.freelist import DESCRIPTOR_OFFSET
 from qedfuse.ondisk.header import parse_header
@@ -24,9 +24,9 @@ def name_in(image: bytes | bytearray) -> tuple[bytes, bool]:
 
 def test_places() -> None:
     """The longest name fits into each, apart from the header and the list's descriptor."""
-    assert HEADER_BYTES + SHORT_NAME == SECTOR == LONG_NAME_PLACES[0]
-    ends = [place + MAX_BACKING_NAME for place in LONG_NAME_PLACES]
-    assert all(end < place for end, place in zip(ends, LONG_NAME_PLACES[1:], strict=False))
+    assert HEADER_BYTES + MAX_SHORT_NAME_BYTES == SECTOR == LONG_NAME_OFFSETS[0]
+    ends = [place + MAX_BACKING_NAME for place in LONG_NAME_OFFSETS]
+    assert all(end < place for end, place in zip(ends, LONG_NAME_OFFSETS[1:], strict=False))
     assert ends[-1] < DESCRIPTOR_OFFSET
 
 
@@ -34,7 +34,7 @@ def test_places() -> None:
 async def test_every_moment(seed: int) -> None:
     """After each change, and whatever a power failure keeps of those not yet durable."""
     chance = random.Random(seed)
-    lengths = (0, 1, 300, SHORT_NAME, SHORT_NAME + 1, 700, MAX_BACKING_NAME)
+    lengths = (0, 1, 300, MAX_SHORT_NAME_BYTES, MAX_SHORT_NAME_BYTES + 1, 700, MAX_BACKING_NAME)
     old = bytes(chance.choices(b"abc/", k=chance.choice(lengths)))
     image = build_image(1 << 20, {0: b"data", 9: b"more"}, backing=old, compat=1 << 33)
     if old:

@@ -541,7 +541,7 @@ async def test_many_clusters_in_no_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are given up a table at a time, and all come out of quarantine in the end."""
-    monkeypatch.setattr(quarantine, "_LOOSE", 300)
+    monkeypatch.setattr(quarantine, "_MAX_SCATTERED_CLUSTERS", 300)
     chance, count = random.Random(3), 1200
     numbers = chance.sample(range(count), count)
     clusters: dict[int, bytes | int] = {n: pattern(CLUSTER, n) for n in numbers if n % 7}

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from qedfuse.disk.options import OpenOptions
-from qedfuse.disk.space.filelength import GROWTH_BYTES
+from qedfuse.disk.space.filelength import MIN_GROWTH_BYTES
 from tests.support.disks import (
     build_image,
     difference,
@@ -180,7 +180,7 @@ async def test_the_file_grows_at_once_and_ahead() -> None:
         for number in range(400):
             assert disk.try_write(number * CLUSTER, b"x")
         grown = [change for change in file.changes[before:] if isinstance(change, Truncate)]
-        assert 1 <= len(grown) <= 400 * CLUSTER // GROWTH_BYTES + 1
+        assert 1 <= len(grown) <= 400 * CLUSTER // MIN_GROWTH_BYTES + 1
         assert len(file.content) >= 400 * CLUSTER
 
 
@@ -203,7 +203,7 @@ async def test_what_is_left_to_the_long_way() -> None:
         assert not disk.try_write(12 * CLUSTER, b"x")
         disk._components.write_path._dirty_budget = 1 << 20
         end = disk.statistics().file_bytes
-        async with disk._components.allocator._length.lock:
+        async with disk._components.length.lock:
             done = [disk.try_write(number * CLUSTER, b"x") for number in range(20, 400)]
             assert not all(done), "growing waits for who cuts"
         file.in_page_cache = False
@@ -216,9 +216,9 @@ async def test_no_cluster_is_used_while_it_is_being_punched() -> None:
     file = image(dict.fromkeys(range(300), b"s" * CLUSTER))
     async with opened(file) as disk:
         await make_ready(disk)
-        disk._components.reclaim._being_punched = 1
+        disk._components.reclaim.punching_clusters = 1
         assert not disk.try_write(400 * CLUSTER, b"x")
-        disk._components.reclaim._being_punched = 0
+        disk._components.reclaim.punching_clusters = 0
         assert disk.try_write(400 * CLUSTER, b"x")
         # So much in quarantine is worth a flush.
         await disk.discard(0, 290 * CLUSTER)

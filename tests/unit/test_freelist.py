@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.disk.lookup.backing import read_header
-from qedfuse.disk.space import freelist
-from qedfuse.disk.space.freelist import members, read_list, write_list
+from qedfuse.disk.state import freelistreader
+from qedfuse.disk.state.freelistreader import expand_runs, read_list
+from qedfuse.disk.state.freelistwriter import write_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.freelist import (
     DESCRIPTOR_OFFSET,
@@ -129,7 +130,7 @@ def test_the_smallest_cluster_has_room_for_254_runs() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), min_size=1, max_size=30))
-def test_members(gaps: list[tuple[int, int]]) -> None:
+def test_expand_runs(gaps: list[tuple[int, int]]) -> None:
     """Each cluster of each run is listed once, in order."""
     runs: list[tuple[int, int]] = []
     expected: list[int] = []
@@ -139,7 +140,7 @@ def test_members(gaps: list[tuple[int, int]]) -> None:
         runs.append((at, count))
         expected += range(at, at + count)
         at += count
-    assert members(array(runs)).tolist() == expected
+    assert expand_runs(array(runs)).tolist() == expected
 
 
 @pytest.mark.parametrize("free", [1, 2, 254, 255, 600])
@@ -308,7 +309,7 @@ async def test_too_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A list is read up to a limit."""
     content = image(3)
     put_list(content)
-    monkeypatch.setattr(freelist, "MAX_RUNS", 2)
+    monkeypatch.setattr(freelistreader, "MAX_RUNS", 2)
     assert "descriptor runs: found 3, expected 1 to 2" in await refused(content)
 
 
@@ -316,7 +317,7 @@ HOSTILE: Final = """
 import resource, sys, trio
 import numpy as np
 from qedfuse.disk.lookup.backing import read_header
-from qedfuse.disk.space.freelist import read_list
+from qedfuse.disk.state.freelistreader import read_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.posixfile import PosixFile
 

@@ -362,7 +362,7 @@ def test_a_map_of_runs_of_any_length(seed: int) -> None:
     for run in runs:
         one_by_one.add(*run)
     assert list(clusters.runs()) == runs
-    assert clusters.places == one_by_one.places
+    assert clusters.slots == one_by_one.slots
 
 
 async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() -> None:

@@ -57,7 +57,7 @@ class Model:
                 self.map.add(first, count)
                 self.free |= some
             case 2:
-                assert self.map.holds(first, count) == len(self.free & some)
+                assert self.map.count_free(first, count) == len(self.free & some)
                 self.map.remove(first, count)
                 self.free -= some
             case 3:
@@ -74,12 +74,12 @@ class Model:
                 self.free |= set(many)
             case 5:
                 odd = [start for start, length in parts if length % self.table]
-                assert self.map.take_rest() == min(odd, default=None)
+                assert self.map.take_remainder() == min(odd, default=None)
                 self.free -= {min(odd, default=-1)}
             case _:
                 wide = [start for start, length in parts if length >= self.table]
                 start = min(wide, default=None)
-                assert self.map.take_place() == start
+                assert self.map.take_slot() == start
                 if start is not None:
                     self.free -= set(range(start, start + self.table))
 
@@ -87,7 +87,7 @@ class Model:
         """Compare what the map says of itself."""
         parts = block_runs(self.free, self.map.shift)
         assert self.map.count == len(self.free)
-        assert self.map.places == sum(length // self.table for _, length in parts)
+        assert self.map.slots == sum(length // self.table for _, length in parts)
         assert self.map.lowest() == min(self.free, default=None)
         assert self.map.end() == max(self.free, default=-1) + 1
         found = runs(self.free)
@@ -99,7 +99,7 @@ class Model:
         before = 0
         while end - 1 - before in self.free:
             before += 1
-        assert self.map.before(end) == before
+        assert self.map.count_below(end) == before
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -119,7 +119,7 @@ def test_a_block_without_free_clusters_costs_nothing() -> None:
     free.add(0, 1 << 20)
     assert len(free._blocks) == (1 << 20) // BLOCK + 1
     free.remove(0, 1 << 20)
-    assert (free._blocks, free.count, free.places, free.lowest()) == ({}, 0, 0, None)
+    assert (free._blocks, free.count, free.slots, free.lowest()) == ({}, 0, 0, None)
     assert free._heap == []
 
 

@@ -35,11 +35,6 @@ FOR_ALL: Final = {"errors", "text", "util"}
 PURE: Final = {"trio", "pyfuse3", "os", "io", "asyncio", "threading", "subprocess"}
 """Modules that code without I/O does not need."""
 
-UPWARD: Final = {
-    ("disk.writeback.firstwrite", "disk.state.persistentfreelist"),
-    ("disk.writeback.metadata", "disk.space.reclaim"),
-}
-
 
 def drawn() -> list[str]:
     """Read the picture of the floors in docs/architecture.md: all modules, the lowest first."""
@@ -95,7 +90,7 @@ def test_a_module_imports_only_modules_below_it(name: str) -> None:
     if is_package(name):
         return
     allowed = set(FLOORS[: FLOORS.index(name)])
-    assert {used for used in uses(MODULES[name]) - allowed if (name, used) not in UPWARD} == set()
+    assert uses(MODULES[name]) - allowed == set()
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -74,7 +74,7 @@ class Watch:
             ("WritePath._making_table", parts.write_path, "_making_table"),
             ("Reclaim._lock", parts.reclaim, "_lock"),
             ("FirstWriteGuard._first", parts.first_write_guard, "_first"),
-            ("FileLength.lock", parts.allocator._length, "lock"),
+            ("FileLength.lock", parts.length, "lock"),
             ("HeaderStore._lock", parts.header_store, "_lock"),
         ):
             setattr(owner, attribute, WatchedLock(self, name, getattr(owner, attribute)))
@@ -152,7 +152,7 @@ async def play(
     assert inspect_image(file.content).errors == ()
     free = disk._components.allocator.free
     for rest in (disk._components.allocator.unpunched, disk._components.allocator.maybe_holes):
-        assert all(free.holds(first, count) == count for first, count in rest.runs())
+        assert all(free.count_free(first, count) == count for first, count in rest.runs())
     return watch.edges
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.tablecache import Slice
-    from qedfuse.disk.space.allocator import Allocator, Run
+    from qedfuse.disk.space.allocator import Run
+    from qedfuse.disk.space.spacemanager import SpaceManager
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.hostio.hostfile import Buffer
 
@@ -34,7 +35,7 @@ class FastAllocation:
         self,
         chain: Chain,
         layer: QedLayer,
-        allocator: Allocator,
+        space: SpaceManager,
         needcheck: NeedCheck,
         write_path: WritePath,
         buffer: memoryview,
@@ -43,7 +44,7 @@ class FastAllocation:
         self._layer = layer
         self._below = chain.below
         self._files = [one.file for one in chain.layers]
-        self._allocator = allocator
+        self._space = space
         self._needcheck = needcheck
         self._write_path = write_path
         self._buffer = buffer
@@ -71,11 +72,11 @@ class FastAllocation:
         shown = self._bring(part.entries[index], base, length) if len(data) < length else 0
         if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
             return False
-        run = self._allocator.try_allocate(count)
+        run = self._space.try_allocate(count)
         if run is None:
             return False
         if not self._fill(run, start - base, data, shown):
-            self._allocator.release(run)
+            self._space.release(run)
             return False
         offset = run.offset
         for at in range(index, index + count):
@@ -115,7 +116,7 @@ class FastAllocation:
         write = self._layer.file.try_write
         if len(data) == run.length:
             return write(run.offset, data)
-        if run.blank and not shown:
+        if run.never_written and not shown:
             return write(run.offset + inside, data)
         if run.length > len(self._buffer):
             return False

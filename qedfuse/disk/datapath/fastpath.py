@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.tablecache import Slice
-    from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.spacemanager import SpaceManager
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import Buffer, HostFile
@@ -47,7 +47,7 @@ class FastPath:
         chain: Chain,
         layer: QedLayer,
         writeback: MetadataWriteback,
-        allocator: Allocator,
+        space: SpaceManager,
         needcheck: NeedCheck,
         write_path: WritePath,
     ) -> None:
@@ -62,7 +62,7 @@ class FastPath:
         # To make new memory for each request, and to fill it with zeros first, would cost
         # as much as to read into it.
         self._buffer = memoryview(bytearray(_SHORT))
-        self._new = FastAllocation(chain, layer, allocator, needcheck, write_path, self._buffer)
+        self._new = FastAllocation(chain, layer, space, needcheck, write_path, self._buffer)
         self._empty_slice = layer.tables.empty_slice
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.tablecache import Slice
-    from qedfuse.disk.space.allocator import Allocator, Run
+    from qedfuse.disk.space.allocator import Run
     from qedfuse.disk.space.epochs import Epochs
+    from qedfuse.disk.space.flusher import Flusher
+    from qedfuse.disk.space.spacemanager import SpaceManager
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
@@ -45,8 +47,9 @@ class WritePath:
         self,
         chain: Chain,
         layer: QedLayer,
-        allocator: Allocator,
+        space: SpaceManager,
         writeback: MetadataWriteback,
+        flusher: Flusher,
         needcheck: NeedCheck,
         epochs: Epochs,
         dirty_budget: int,
@@ -55,8 +58,9 @@ class WritePath:
         self._chain = chain
         self._epochs = epochs
         self._layer = layer
-        self._allocator = allocator
+        self._space = space
         self._writeback = writeback
+        self._flusher = flusher
         self._needcheck = needcheck
         self._dirty_budget = dirty_budget
         self.allocating = RangeLock()
@@ -117,7 +121,7 @@ class WritePath:
             HostError: They cannot be written.
         """
         if self._layer.tables.dirty_bytes > self._dirty_budget:
-            await self._writeback.flush()
+            await self._flusher.flush()
 
     async def _into_new(self, extent: Extent, data: memoryview) -> None:
         """Give every cluster of an extent a place; the caller holds its guest clusters."""
@@ -128,14 +132,14 @@ class WritePath:
             table_end = (geometry.l1_index(start) + 1) * geometry.table_span
             stop = min(extent.end, table_end)
             first = geometry.floor(start)
-            run = await self._allocator.allocate(geometry.clusters(stop - first))
+            run = await self._space.allocate(geometry.clusters(stop - first))
             stop = min(stop, first + run.length)
             part = data[start - extent.start : stop - extent.start]
             try:
                 await self._fill(extent.kind, run, first, start, part)
                 await self._point(table, first, run)
             except BaseException:
-                self._allocator.release(run)
+                self._space.release(run)
                 raise
             start = stop
 
@@ -150,7 +154,7 @@ class WritePath:
         # the base has there (QEMU's driver gets this wrong).
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
-        if run.blank and not from_base:
+        if run.never_written and not from_base:
             await pwrite(run.offset + start - first, data)
         elif run.length <= _COPY_BYTES:
             head = await self._before(first, start, from_base=from_base)
@@ -186,14 +190,16 @@ class WritePath:
             table, _ = await layer.table_at(l1_index)
             if table:
                 return table
-            run = await self._allocator.allocate_table()
+            run = await self._space.allocate_table()
             try:
-                for offset in range(run.offset, run.end, _COPY_BYTES) if not run.blank else ():
+                for offset in (
+                    range(run.offset, run.end, _COPY_BYTES) if not run.never_written else ()
+                ):
                     size = min(_COPY_BYTES, run.end - offset)
                     await layer.file.pwrite(offset, bytes(size))
                 part = await self.writable_slice(layer.header.l1_table_offset, l1_index, L1)
             except BaseException:
-                self._allocator.release(run)
+                self._space.release(run)
                 raise
             layer.tables.set(part, l1_index % layer.tables.slice_entries, run.offset)
             layer.registry.add(l1_index, run.offset)

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.maintenance.mover import Mover
     from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.flusher import Flusher
     from qedfuse.disk.space.reclaim import Reclaim
-    from qedfuse.disk.writeback.metadata import MetadataWriteback
+    from qedfuse.disk.space.spacemanager import SpaceManager
 
     Progress = Callable[[int, int], None]
     """Told how many bytes have been moved, and how many are to be moved in all."""
@@ -71,15 +72,17 @@ class Compaction:
         self,
         layer: QedLayer,
         allocator: Allocator,
+        space: SpaceManager,
         mover: Mover,
-        writeback: MetadataWriteback,
+        flusher: Flusher,
         reclaim: Reclaim,
     ) -> None:
         """Have ``mover`` move clusters of ``layer``."""
         self._layer = layer
         self._allocator = allocator
+        self._space = space
         self._mover = mover
-        self._writeback = writeback
+        self._flusher = flusher
         self._reclaim = reclaim
         self._bits = allocator.cluster_bits
         self._table = layer.geometry.table_size
@@ -117,23 +120,22 @@ class Compaction:
             return 0
         self._moved = 0
         self._progress = progress or _silent
-        # What is about to be cut off need not be punched first.
-        self._reclaim.punching = False
         try:
-            await self._writeback.flush()
-            with trio.CancelScope() as self._scope:
-                if limits is not None:
-                    self._scope.deadline = trio.current_time() + limits.seconds
-                if self._stopped:
-                    self._scope.cancel()
-                await self._shorten(limits, within_bound=within_bound)
+            # What is about to be cut off need not be punched first.
+            with self._reclaim.punching_suspended():
+                await self._flusher.flush()
+                with trio.CancelScope() as self._scope:
+                    if limits is not None:
+                        self._scope.deadline = trio.current_time() + limits.seconds
+                    if self._stopped:
+                        self._scope.cancel()
+                    await self._shorten(limits, within_bound=within_bound)
         except CorruptImageError as error:
             # Of two owners only one would get the copy.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
             self._layer.mark_damaged()
         finally:
             self._scope = None
-            self._reclaim.punching = True
             self._progress = _silent
         return self._moved
 
@@ -168,7 +170,7 @@ class Compaction:
     def _used_from(self, target: int) -> int:
         """Count the clusters in use from a cluster on."""
         end = self._allocator.end >> self._bits
-        return max(0, end - target - self._allocator.free.holds(target, end - target))
+        return max(0, end - target - self._allocator.free.count_free(target, end - target))
 
     def _note(self, clusters: int) -> None:
         """Note that clusters were moved."""
@@ -226,7 +228,7 @@ class Compaction:
             if table + self._table <= target:
                 break
             free = self._allocator.free
-            place = free.find_place() or free.find_run(self._table)
+            place = free.find_slot() or free.find_run(self._table)
             if place is None or place + self._table > target:
                 await self._pack_tables(most, within_bound=within_bound)
                 break
@@ -268,7 +270,7 @@ class Compaction:
             # A table that overlaps its new place gets there by way of the file's end.
             table = min((at for at in tables if want < at < want + size), default=None)
             if table is not None:
-                run = await allocator.extend_table()
+                run = await self._space.allocate_table_at_end()
                 place = run.offset >> self._bits
                 await self._mover.move_table(tables[table], table, place)
                 self._note(size)
@@ -304,7 +306,7 @@ class Compaction:
             await self._mover.move_data(
                 owners.entries[max(0, stop - step) : stop], last, self._note
             )
-            await self._writeback.flush()
+            await self._flusher.flush()
 
 
 def _silent(_done: int, _total: int) -> None:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.tablecache import Slice
     from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.flusher import Flusher
     from qedfuse.disk.space.reclaim import Reclaim
+    from qedfuse.disk.space.spacemanager import SpaceManager
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
@@ -42,16 +44,20 @@ class Mover:
         self,
         layer: QedLayer,
         allocator: Allocator,
+        space: SpaceManager,
         write_path: WritePath,
         writeback: MetadataWriteback,
+        flusher: Flusher,
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
         """Move clusters of ``layer``."""
         self._layer = layer
         self._allocator = allocator
+        self._space = space
         self._write_path = write_path
         self._writeback = writeback
+        self._flusher = flusher
         self._needcheck = needcheck
         self._reclaim = reclaim
         self._bits = allocator.cluster_bits
@@ -77,7 +83,7 @@ class Mover:
         finally:
             if taken:
                 self._allocator.give_back(place, layer.geometry.table_size)
-        await self._writeback.flush()
+        await self._flusher.flush()
 
     async def move_data(
         self, entries: NDArray[np.uint64], above: int | None, moved: Callable[[int], None]
@@ -138,15 +144,18 @@ class Mover:
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0
         while done < count:
-            run = await self._allocator.take(count - done, above)
+            if above is None:
+                run = await self._space.allocate_lowest(count - done)
+            else:
+                run = await self._space.allocate_from(above, count - done)
             if run is None or (above is None and run.offset > value):
                 if run is not None:
-                    self._allocator.release(run)
+                    self._space.release(run)
                 break
             try:
                 await self._copy(value, run.offset, run.length)
             except BaseException:
-                self._allocator.release(run)
+                self._space.release(run)
                 raise
             # No await from here on, as above.
             clusters = run.length >> self._bits

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.extents import Extent
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.flusher import Flusher
     from qedfuse.disk.space.reclaim import Reclaim
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.headerstore import HeaderStore
@@ -61,6 +62,7 @@ class Resize:
         layer: QedLayer,
         write_path: WritePath,
         writeback: MetadataWriteback,
+        flusher: Flusher,
         header_store: HeaderStore,
         allocator: Allocator,
         discards: Discard,
@@ -72,6 +74,7 @@ class Resize:
         self._layer = layer
         self._write_path = write_path
         self._writeback = writeback
+        self._flusher = flusher
         self._header_store = header_store
         self._allocator = allocator
         self._discards = discards
@@ -178,7 +181,7 @@ class Resize:
                 if size < old:
                     await self._set_size(size)
                 await self._drop_tables(geometry.l1_used(size))
-                await self._writeback.flush()
+                await self._flusher.flush()
 
     async def empty(self, progress: Progress | None = None) -> None:
         """Take everything out of the image, so that it shows its base and nothing else.
@@ -195,14 +198,14 @@ class Resize:
             async with periodic_progress(self._giving_back(progress)):
                 await self._writeback.barrier()
                 await self._drop_tables(0)
-                await self._writeback.flush()
+                await self._flusher.flush()
 
     def _giving_back(self, progress: Progress | None) -> Callable[[], None] | None:
         """Report the second half of the work: clusters go back to the host."""
         if progress is None:
             return None
-        most = max(1, self._reclaim.waiting)
-        return lambda: progress(2 * most - min(most, self._reclaim.waiting), 2 * most)
+        most = max(1, self._reclaim.pending_clusters)
+        return lambda: progress(2 * most - min(most, self._reclaim.pending_clusters), 2 * most)
 
     async def refuse_data(self, size: int) -> None:
         """Refuse to lose data that this image itself holds past ``size``.

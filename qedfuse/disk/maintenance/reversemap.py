@@ -13,7 +13,7 @@ import numpy as np
 import trio
 
 from qedfuse.disk.lookup.tablecache import L2
-from qedfuse.disk.space.l2tables import filled
+from qedfuse.disk.space.l2tables import holding_data
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import SLICE_BYTES, decode
@@ -61,7 +61,7 @@ async def build_reverse_map(
     length = layer.geometry.table_bytes
     step = min(_READ_BYTES if expected is not None else SLICE_BYTES, length)
     tables = layer.l2_tables
-    held = await filled(layer.file, tables, length)
+    held = await holding_data(layer.file, tables, length)
     clusters: list[NDArray[np.uint64]] = []
     entries: list[NDArray[np.uint64]] = []
     count = 0

@@ -1,52 +1,45 @@
-"""Which clusters of the file are free, and how long the file has to be.
+"""Placement: which clusters of the file are free, and which are handed out next.
 
-Clusters that are free are handed out before the file grows, the lowest first.  The file
-never needs to be longer than its *bound*: header, L1 table, an L2 table for each part of
-the disk, and one cluster for each cluster of the disk.  Counting alone does not keep
-that promise, because a table needs neighbouring clusters: a guest could leave only
-single free clusters, have a table made at the end, lose that table in a crash, fill up
-its place with data, and begin anew.  Therefore data may not take the last places that
-tables could have (see docs/space.md for the proof):
+Free clusters are handed out before the file grows, the lowest first.  The file never
+needs to be longer than its *bound*: header, L1 table, an L2 table for each part of the
+disk, and one cluster for each cluster of the disk.  Counting alone does not keep that
+promise, because a table needs neighbouring clusters: a guest could leave only single
+free clusters, make a table at the end, lose that table in a crash, fill its clusters with
+data, and begin again.  Therefore data must leave enough *table slots*, runs of free
+clusters as long as a table (`FreeMap`), for all tables (see docs/space.md for the proof):
 
-    places in free runs + places between the end and the bound >= tables still to be made
+    slots in free runs + slots between the end and the bound >= tables still missing
 
-where a *place* is room for a table (`FreeMap`).
-
-Only the allocator has the file's length changed (`FileLength`).  What was grown too far
-is cut off again when the image is quiet (`truncate_tail`).
+Nothing here waits or calls the host.  `FileLength` makes the file as long as the clusters
+need, and `SpaceManager` waits for free clusters where there are none.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import trio
-
-from qedfuse.disk.space.filelength import FileLength
 from qedfuse.disk.space.freemap import BLOCK, FreeMap
-from qedfuse.errors import NoSpaceError
-from qedfuse.ondisk.constants import MAX_OFFSET
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
-    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.disk.space.marking import Marking
     from qedfuse.ondisk.header import Header
 
-MAX_FREE: Final = 1 << 28
-"""Most free clusters that are noted at opening: 16 TiB in clusters of 64 KiB.  Of a sparse
-file that claims to be longer the rest is found at the next opening, or never."""
+MAX_FREE_CLUSTERS: Final = 1 << 28
+"""Most free clusters that are recorded at opening: 16 TiB in clusters of 64 KiB.  If a
+sparse file claims more, the rest is found at the next opening, or never."""
 
 
 class Run(NamedTuple):
     """Neighbouring clusters: a file offset, and a length in bytes.
 
-    ``blank`` says that they read as zeros, because nothing was ever written there.
+    ``never_written`` says that they read as zeros, because they are new in the file.
     """
 
     offset: int
     length: int
-    blank: bool
+    never_written: bool
 
     @property
     def end(self) -> int:
@@ -54,195 +47,106 @@ class Run(NamedTuple):
         return self.offset + self.length
 
 
-async def _no_room() -> bool:
-    """Find no more room."""
-    return False
-
-
 class Allocator:
-    """Hands out clusters: free ones first, then new ones at the end.
+    """Chooses clusters: free ones first, then new ones at the end.
+
+    Clusters are handed out in two steps, without an await in between: they are chosen,
+    which removes them from the free ones, and `hand_out` puts them into use.
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
         anchor: The first cluster behind the L1 table.
+        bound: File offset that `end` does not exceed, except for an image that came with
+            more in use than its disk can need.
         end: File offset past the last cluster that is not free.
         free: Clusters below ``end`` that may be handed out.
-        unpunched: Those of them that take up space on the host, or may.
-        maybe_holes: Those that were free already when the image was opened, which may be
-            holes; the host is asked before they are punched.
-        shrunk: Whether the file is longer than it needs to be because clusters at its
-            end were given up.
+        unpunched: Free clusters that take up space on the host, or may.
+        maybe_holes: Free clusters that the scan found, which may be holes of the host's
+            file; the host is asked before they are punched.
+        tail_is_free: Whether the file is longer than it needs to be because clusters at
+            its end were given up.
         scan_complete: Whether all free clusters are known; before that, few or none are.
-        hurry: Awaited where the file would grow; frees what can be freed, if that is much.
-        is_hurry: Tells whether there is anything for ``reclaim_before_growth`` to do.
-        find_room: Asked before the file would grow past its bound; tells whether it has
-            found, or waited for, anything.
     """
 
     def __init__(
         self,
-        file: HostFile,
         header: Header,
-        missing_tables: Callable[[], int] = lambda: 0,
+        end: int,
+        missing_tables: Callable[[], int],
+        marking: Marking,
     ) -> None:
-        """Allocate in ``file``; ``missing_tables()`` tables may still have to be made."""
-        self._file = file
+        """Allocate in a file whose whole clusters reach up to the file offset ``end``.
+
+        ``missing_tables()`` tables may still have to be made; ``marking`` records changes
+        for the scan.
+        """
         self._geometry = geometry = header.geometry
         self.cluster_bits = self._bits = geometry.cluster_bits
         self._missing_tables = missing_tables
-        self._length = FileLength(file, geometry)
-        self.end = self._used_end = self._length.end
+        self._record_change = marking.record_change
+        self.end = end
+        # No cluster at or past both this offset and ``end`` was ever handed out.
+        self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
-        self.unpunched = self.make_map()
-        self.maybe_holes = self.make_map()
+        self.unpunched = self.free.empty_like()
+        self.maybe_holes = self.free.empty_like()
         self.scan_complete = False
-        self.reclaim_before_growth: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self.should_reclaim: Callable[[], bool] = lambda: False
-        self.wait_for_free_clusters: Callable[[], Awaitable[bool]] = _no_room
-        self._witnesses: FreeMap | None = None
         self.tail_is_free = False
         self.set_size(header)
 
     def set_size(self, header: Header) -> None:
-        """Take note of the disk's size: it decides how long the file may get."""
+        """Compute `bound` for the disk's size."""
         self.bound = self._geometry.bound(header.header_end, header.image_size)
 
-    async def allocate(self, clusters: int) -> Run:
-        """Take a run of up to ``clusters`` clusters; the caller asks again for the rest.
+    # Choosing and handing out
 
-        Raises:
-            NoSpaceError: The file cannot grow any more.
-        """
-        if not self.free.count:
-            await self.reclaim_before_growth()
-        found = self._choose(clusters)
-        while found is None and await self.wait_for_free_clusters():
-            found = self._choose(clusters)
-        if found is None:
-            # The image came with more in it than its disk can need, or with its free
-            # clusters scattered by another program.
-            found = self.free.take(1) or (self.end >> self._bits, 1)
-        return await self._place(*found)
+    def choose(self, clusters: int) -> tuple[int, int] | None:
+        """Choose up to ``clusters`` clusters for data, leaving slots for all tables.
 
-    def try_allocate(self, clusters: int) -> Run | None:
-        """Take a run of just as many clusters without waiting; None if that cannot be."""
-        if not self.free.count and self.should_reclaim():
-            return None
-        found = self._choose(clusters)
-        if found is None:
-            return None
-        first, count = found
-        run = self._run(first, count)
-        if count < clusters or not self._length.try_grow(run.end, self.bound):
-            if run.offset < self.end:
-                self.free.add(first, count)
-            return None
-        self.end = max(self.end, run.end)
-        self.claim(first, count)
-        self._used_end = max(self._used_end, run.end)
-        return run
-
-    def _choose(self, clusters: int) -> tuple[int, int] | None:
-        """Choose clusters for data so that there remain places for all tables.
-
-        No await in here: what it finds is gone for others when it returns.
+        Returns:
+            The first cluster and how many; None if the bound leaves none.
         """
         end, bound = self.end >> self._bits, self.bound >> self._bits
-        spare = self._spare(end)
-        # A run that is taken costs no more places than this.
+        spare = self._spare_slots(end)
+        # A run that is taken costs at most this many slots.
         worst = clusters // self.free.table + clusters // BLOCK + 2
-        most = clusters if spare >= worst else 1
+        limit = clusters if spare >= worst else 1
         if self.free.count:
             if spare > 0:
-                return self.free.take(most)
-            rest = self.free.take_rest()
-            if rest is not None:
-                return rest, 1
+                return self.free.take(limit)
+            remainder = self.free.take_remainder()
+            if remainder is not None:
+                return remainder, 1
         if end < bound and (spare > 0 or (end + self.free.shift) % self.free.table):
-            return end, min(most, bound - end)
-        # What is left past the last place is good for data only.
+            return end, min(limit, bound - end)
+        # Clusters past the last slot are of use for data only.
         top = max(end, bound - (bound + self.free.shift) % self.free.table)
         if top < bound:
             self._skip_to(top)
             return top, 1
         return None
 
-    def _skip_to(self, cluster: int) -> None:
-        """Move the end up; what lies between is free."""
-        end = self.end >> self._bits
-        if cluster > end:
-            self.end = cluster << self._bits
-            self.give_back(end, cluster - end)
+    def choose_any(self) -> tuple[int, int]:
+        """Choose one cluster for data where `choose` found none: free, or past the bound.
 
-    def _spare(self, end: int) -> int:
-        """Count the places that no table is going to need; ``end`` in clusters."""
-        return self.free.places + self._places_past(end) - self._missing_tables()
-
-    def _places_past(self, end: int) -> int:
-        """Count the places between a cluster and the bound."""
-        table, shift = self.free.table, self.free.shift
-        first = -(-(end + shift) // table)
-        return max(0, ((self.bound >> self._bits) + shift) // table - first)
-
-    async def allocate_table(self) -> Run:
-        """Take the clusters of a new table.
-
-        Raises:
-            NoSpaceError: The file cannot grow any more.
+        Happens only where the image came with more in use than its disk can need, or
+        where another program has scattered its free clusters.
         """
-        found = self._choose_table()
-        while found is None and await self.wait_for_free_clusters():
-            found = self._choose_table()
-        if found is None:
-            found = self.end >> self._bits
-        return await self._place(found, self.free.table)
+        return self.free.take(1) or (self.end >> self._bits, 1)
 
-    def claim(self, first: int, count: int) -> None:
-        """Take a run of clusters that are free, or are just being put into use."""
-        self.free.remove(first, count)
-        self._forget(first, count)
-        self.record_change(first, count)
+    def choose_table(self) -> int | None:
+        """Choose the clusters of a new table.
 
-    def _forget(self, first: int, count: int) -> None:
-        """Note that a run is no business of the host's any more."""
-        for clusters in (self.unpunched, self.maybe_holes):
-            if clusters.count:
-                clusters.remove(first, count)
-
-    # For who moves what is there already, so that no more will be in use afterwards
-
-    async def take(self, clusters: int, above: int | None = None) -> Run | None:
-        """Take the lowest free run of up to ``clusters`` clusters; None if nothing is free.
-
-        With ``above`` only from that cluster on, and at the end of the file if nothing
-        else is free there.
-
-        Raises:
-            NoSpaceError: The file cannot grow any more.
+        Returns:
+            The first of them; None if the bound leaves none.
         """
-        if above is None:
-            found = self.free.take(clusters)
-        else:
-            found = self.free.take_from(above, clusters) or (self.end >> self._bits, clusters)
-        return found and await self._place(*found)
-
-    async def extend_table(self) -> Run:
-        """Take the clusters of a table at the end of the file, whatever is free before it.
-
-        Raises:
-            NoSpaceError: The file cannot grow any more.
-        """
-        return await self._place(self.end >> self._bits, self.free.table)
-
-    def _choose_table(self) -> int | None:
-        """Choose the first cluster of a new table; no await in here."""
-        found = self.free.take_place()
+        found = self.free.take_slot()
         if found is not None:
             return found
         end, table = self.end >> self._bits, self.free.table
-        # A table across the border of two blocks would not be counted as a place if it
-        # was lost in a crash.
+        # A table across the border of two blocks would not count as a slot if a crash
+        # lost it.
         if (end + self.free.shift) % BLOCK > BLOCK - table:
             end += -(end + self.free.shift) % BLOCK
         if end + table > self.bound >> self._bits:
@@ -253,45 +157,100 @@ class Allocator:
         self._skip_to(end)
         return end
 
-    async def _place(self, first: int, count: int) -> Run:
-        """Make a run of clusters that were chosen; the file reaches over it afterwards."""
-        run = self._run(first, count)
-        if run.end > MAX_OFFSET:
-            msg = f"{self._file.name}: file size: found {run.end}, expected at most {MAX_OFFSET}"
-            raise NoSpaceError(msg)
-        # No await between choosing the end and moving it: no two runs overlap.
-        self.end = max(self.end, run.end)
-        self.claim(first, count)
-        try:
-            # It may have been given back because the file could not grow over it.
-            await self._length.grow(run.end, self.bound)
-        except BaseException:
-            self.release(run)
-            raise
-        self._used_end = max(self._used_end, run.end)
-        return run
+    def _skip_to(self, cluster: int) -> None:
+        """Move the end up; the clusters in between are free."""
+        end = self.end >> self._bits
+        if cluster > end:
+            self.end = cluster << self._bits
+            self.give_back(end, cluster - end)
 
-    def _run(self, first: int, count: int) -> Run:
-        """Describe a run of clusters that were chosen, but not claimed yet."""
+    def _spare_slots(self, end: int) -> int:
+        """Count the slots that no table will need; ``end`` is in clusters."""
+        return self.free.slots + self._slots_past(end) - self._missing_tables()
+
+    def _slots_past(self, end: int) -> int:
+        """Count the slots between a cluster and the bound."""
+        table, shift = self.free.table, self.free.shift
+        first = -(-(end + shift) // table)
+        return max(0, ((self.bound >> self._bits) + shift) // table - first)
+
+    def describe(self, first: int, count: int) -> Run:
+        """Describe clusters that were chosen and not handed out yet."""
         offset = first << self._bits
-        blank = offset >= max(self.end, self._used_end)
-        return Run(offset, count << self._bits, blank=blank)
+        never_written = offset >= max(self.end, self._written_end)
+        return Run(offset, count << self._bits, never_written=never_written)
+
+    def hand_out(self, run: Run) -> None:
+        """Put a run into use that was chosen, and just been described."""
+        self.end = max(self.end, run.end)
+        self.claim(run.offset >> self._bits, run.length >> self._bits)
+
+    def claim(self, first: int, count: int) -> None:
+        """Put a run of clusters into use that are free or were chosen."""
+        self.free.remove(first, count)
+        self._cancel_punching(first, count)
+        self._record_change(first, count)
+
+    def _cancel_punching(self, first: int, count: int) -> None:
+        """Remove a run from the clusters that are to be punched."""
+        for clusters in (self.unpunched, self.maybe_holes):
+            if clusters.count:
+                clusters.remove(first, count)
+
+    # Taking back
+
+    def put_back(self, first: int, count: int) -> None:
+        """Undo the choice of clusters that were not handed out."""
+        if first << self._bits < self.end:
+            self.free.add(first, count)
 
     def release(self, run: Run) -> None:
-        """Take back clusters that no table refers to, or ever did since they were given out."""
+        """Take back a run to which no entry has referred since it was handed out."""
         self.give_back(run.offset >> self._bits, run.length >> self._bits)
         self.lower_end()
 
     def give_back(self, first: int, count: int) -> None:
-        """Note clusters as free that neither a table nor a request refers to any more."""
+        """Make clusters free to which no entry and no request refers any more."""
         self.free.add(first, count)
         self.unpunched.add(first, count)
-        self.record_change(first, count)
+        self._record_change(first, count)
 
     def give_back_block(self, block: int, bits: int) -> None:
-        """Do the same for clusters of one block of the map."""
+        """Make clusters of one block of the map free, as `give_back` does."""
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
+
+    def lower_end(self) -> None:
+        """Stop counting free clusters at the end as part of the file."""
+        end = self.end >> self._bits
+        count = self.free.count_below(end)
+        if count:
+            self.free.remove(end - count, count)
+            self._cancel_punching(end - count, count)
+            self.shrink((end - count) << self._bits)
+
+    def shrink(self, end: int) -> None:
+        """Note that no cluster from the file offset ``end`` on is in use."""
+        if end < self.end:
+            self._written_end = max(self._written_end, self.end)
+            self.end = end
+            self.tail_is_free = True
+
+    # What becomes of the end of the file
+
+    def keep_tail(self) -> None:
+        """Note that the free tail of the file, if any, is being cut off or stays."""
+        self.tail_is_free = False
+
+    def tail_remains(self) -> None:
+        """Note that the free tail of the file could not be cut off."""
+        self.tail_is_free = True
+
+    def tail_was_cut(self, length: int) -> None:
+        """Note that the file has ``length`` bytes now; what it grows by reads as zeros."""
+        self._written_end = length
+
+    # What the scan finds
 
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
         """Add clusters of one block of the map that the scan found to be free.
@@ -301,58 +260,11 @@ class Allocator:
         self.free.add_block(block, bits)
         self.maybe_holes.add_block(block, bits & ~holes)
 
-    def make_map(self) -> FreeMap:
-        """Make an empty map of the file's clusters, with blocks where those of ``free`` are."""
-        return FreeMap(self._geometry.table_size, self.anchor, counted=False)
+    def finish_scan(self, *, all_holes: bool = False) -> None:
+        """Note that all free clusters are known.
 
-    def lower_end(self) -> None:
-        """Take the free clusters at the end for not part of the file any more."""
-        end = self.end >> self._bits
-        count = self.free.before(end)
-        if count:
-            self.free.remove(end - count, count)
-            self._forget(end - count, count)
-            self.shrink((end - count) << self._bits)
-
-    def shrink(self, end: int) -> None:
-        """Note that nothing from the file offset ``end`` on is in use."""
-        if end < self.end:
-            self._used_end = max(self._used_end, self.end)
-            self.end = end
-            self.tail_is_free = True
-
-    async def truncate_tail(self) -> bool:
-        """Cut off the end of the file that is not in use, if there is one; tell if there was.
-
-        A crash may lose the cut.  What is grown from there on is blank.
+        With ``all_holes`` those that the scan found take up no space on the host.
         """
-        length = self._length
-        async with length.lock:
-            # An odd tail is left alone while nothing is given up and nothing is added.
-            if length.end <= self.end or (length.has_tail and not self.tail_is_free):
-                self.tail_is_free = False
-                return False
-            self.tail_is_free = False
-            try:
-                await length.cut(self.end)
-            except BaseException:
-                self.tail_is_free = True
-                raise
-            self._used_end = length.end
-            return True
-
-    # What the scan finds out
-
-    def watch(self, witnesses: FreeMap | None) -> None:
-        """Have each cluster noted that changes its state from now on."""
-        self._witnesses = witnesses
-
-    @property
-    def watched(self) -> bool:
-        """Whether somebody wants to know which clusters change their state."""
-        return self._witnesses is not None
-
-    def record_change(self, first: int, count: int) -> None:
-        """Note that a run changed its state: what the scan reads about it says nothing."""
-        if self._witnesses is not None:
-            self._witnesses.add(first, count)
+        if all_holes:
+            self.maybe_holes = self.free.empty_like()
+        self.scan_complete = True

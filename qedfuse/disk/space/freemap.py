@@ -1,11 +1,11 @@
-"""A map of free clusters: one bit each, and quick answers to what the allocator asks.
+"""A bitmap of free clusters with fast answers to the questions of the allocator.
 
-The map is cut into blocks of 4096 clusters, each one Python integer; a block without a
+The map is divided into blocks of 4096 clusters, each one Python integer.  A block without a
 free cluster takes no memory, and finding, taking or adding a run within a block is a
 handful of operations on that integer.  All numbers here are clusters, not bytes.
 
-A *place* is room for a table: as many neighbouring free clusters as a table has.  A run
-has as many places as tables fit into it; a run ends at the border of a block.
+A *table slot* is a run of free clusters as long as a table.  A longer run has as many
+slots as tables fit into it; a run ends at the border of a block.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BLOCK: Final = 4096
 """Clusters in a block; a multiple of the largest table."""
 
 _FULL: Final = (1 << BLOCK) - 1
+"""The bits of a block in which each cluster is free."""
 
 
 class FreeMap:
@@ -32,54 +33,60 @@ class FreeMap:
 
     Attributes:
         count: How many clusters are free.
-        places: How many tables fit into them; 0 if that is not counted.
+        slots: How many tables fit into them; 0 if that is not counted.
         table: Clusters in a table, a power of two up to 16.
         shift: A block begins at each cluster n for which n + shift is a multiple of
-            `BLOCK`, and so does a table if they are laid side by side from ``anchor`` on.
+            `BLOCK`.  With tables side by side from ``anchor`` on, one of them begins there.
     """
 
-    def __init__(self, table: int = 1, anchor: int = 0, *, counted: bool = True) -> None:
-        """Know of no free cluster; ``counted`` says whether somebody asks for the places.
+    def __init__(self, table: int = 1, anchor: int = 0, *, counts_slots: bool = True) -> None:
+        """Make a map without a free cluster.
 
-        In scattered clusters counting them is most of the work.
+        Without ``counts_slots`` it does not maintain `slots`, which is most of the work
+        where clusters are scattered.
         """
         self.table = table
         self.count = 0
-        self.places = 0
-        self._counted = counted
+        self.slots = 0
+        self._counts_slots = counts_slots
         self.shift = -anchor % table
         self._blocks: dict[int, int] = {}
         # Blocks with a free cluster, the lowest on top, each once; some have none any more.
         self._heap: list[int] = []
         self._in_heap: set[int] = set()
 
-    def _put(self, block: int, old: int, new: int) -> None:
-        """Replace a block's bits and keep the counters right."""
+    def empty_like(self) -> FreeMap:
+        """Make an empty map with the same blocks, which does not count slots."""
+        # An anchor of -shift gives this shift again.
+        return FreeMap(self.table, -self.shift, counts_slots=False)
+
+    def _set_bits(self, block: int, old: int, new: int) -> None:
+        """Replace the bits ``old`` of a block by ``new``, and update the counters."""
         self.count += new.bit_count() - old.bit_count()
-        if self._counted:
-            self.places += self._places(new, old ^ new) - self._places(old, old ^ new)
+        if self._counts_slots:
+            self.slots += self._slots(new, old ^ new) - self._slots(old, old ^ new)
         if new:
             if not old and block not in self._in_heap:
                 heapq.heappush(self._heap, block)
                 self._in_heap.add(block)
-            # Of a block that is wholly free there is one integer in all.
+            # All blocks that are entirely free share one integer.
             self._blocks[block] = _FULL if new == _FULL else new
         else:
             self._blocks.pop(block, None)
 
-    def _places(self, bits: int, changed: int) -> int:
-        """Count the places in the runs of a block that touch what was changed."""
+    def _slots(self, bits: int, changed: int) -> int:
+        """Count the slots in those runs of a block that touch a changed bit."""
         if not changed:
             return 0
-        # Only the changed part of the block, and the runs beside it, are looked at.
+        # Only the changed part of the block, and the runs next to it, are examined.
         low, high = _lowest_bit(changed), changed.bit_length()
         low -= _ones_below(bits, low)
         high += _lowest_bit(~(bits >> high))
         bits = bits >> low & ((1 << (high - low)) - 1)
         if self.table == 1:
             return bits.bit_count()
-        # Only runs that are long enough are gone through one by one.
-        bits = self._starts(bits)
+        # The loop goes through the runs that are long enough.
+        bits = self._slot_starts(bits)
         found = 0
         while bits:
             bits >>= _lowest_bit(bits)
@@ -88,77 +95,81 @@ class FreeMap:
             bits >>= starts
         return found
 
-    def _starts(self, bits: int) -> int:
-        """Give the bits of a block at which a table could begin."""
+    def _slot_starts(self, bits: int) -> int:
+        """Return the bits of a block at which a table could begin."""
         step = 1
         while step < self.table:
             bits &= bits >> step
             step *= 2
         return bits
 
-    def _parts(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Cut a run at the borders of blocks; give each block and a mask of its bits."""
+    def _split(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Split a run at the borders of blocks; yield each block and a mask of its bits."""
         start, end = first + self.shift, first + count + self.shift
         while start < end:
-            block, place = divmod(start, BLOCK)
-            length = min(BLOCK - place, end - start)
-            yield block, ((1 << length) - 1) << place
+            block, bit = divmod(start, BLOCK)
+            length = min(BLOCK - bit, end - start)
+            yield block, ((1 << length) - 1) << bit
             start += length
 
     def add(self, first: int, count: int) -> None:
-        """Note clusters as free, whether or not they were."""
-        for block, mask in self._parts(first, count):
+        """Make a run of clusters free; some of them may be free already."""
+        for block, mask in self._split(first, count):
             old = self._blocks.get(block, 0)
-            self._put(block, old, old | mask)
+            self._set_bits(block, old, old | mask)
 
     def add_many(self, clusters: NDArray[np.uint64]) -> None:
-        """Note clusters as free, in any order; the more at once, the less for each."""
-        places = np.sort(clusters) + np.uint64(self.shift)
-        blocks, starts = np.unique(places // BLOCK, return_index=True)
+        """Make clusters free, in any order; one large call is cheaper than several."""
+        positions = np.sort(clusters) + np.uint64(self.shift)
+        blocks, starts = np.unique(positions // BLOCK, return_index=True)
         flags = np.zeros(BLOCK, np.uint8)
-        bounds = pairwise([*starts.tolist(), len(places)])
+        bounds = pairwise([*starts.tolist(), len(positions)])
         for block, (first, last) in zip(blocks.tolist(), bounds, strict=True):
-            inside = places[first:last] % BLOCK
+            inside = positions[first:last] % BLOCK
             flags[inside] = 1
             bits = int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
             flags[inside] = 0
             self.add_block(block, bits)
 
     def add_block(self, block: int, bits: int) -> None:
-        """Note the clusters of a block as free whose bits are set."""
+        """Make those clusters of a block free whose bits are set."""
         old = self._blocks.get(block, 0)
-        self._put(block, old, old | bits)
+        self._set_bits(block, old, old | bits)
 
     def pop_block(self) -> tuple[int, int] | None:
-        """Take all free clusters of the lowest block that has any: its number and its bits."""
+        """Take all free clusters of the lowest block that has any; None if there is none.
+
+        Returns:
+            The number of the block, and its bits.
+        """
         first = self.lowest()
         if first is None:
             return None
         block = (first + self.shift) // BLOCK
         bits = self._blocks[block]
-        self._put(block, bits, 0)
+        self._set_bits(block, bits, 0)
         return block, bits
 
     def bits(self, block: int) -> int:
-        """Give the bits of a block; they are set where its clusters are free."""
+        """Return the bits of a block, set where a cluster is free."""
         return self._blocks.get(block, 0)
 
     def remove(self, first: int, count: int) -> None:
-        """Note clusters as not free, whether or not they were."""
-        for block, mask in self._parts(first, count):
+        """Make a run of clusters not free; some of them may not have been."""
+        for block, mask in self._split(first, count):
             old = self._blocks.get(block, 0)
             if old & mask:
-                self._put(block, old, old & ~mask)
+                self._set_bits(block, old, old & ~mask)
 
-    def holds(self, first: int, count: int) -> int:
-        """Tell how many clusters of a run are free."""
+    def count_free(self, first: int, count: int) -> int:
+        """Count the free clusters of a run."""
         return sum(
             (self._blocks.get(block, 0) & mask).bit_count()
-            for block, mask in self._parts(first, count)
+            for block, mask in self._split(first, count)
         )
 
     def lowest(self) -> int | None:
-        """Give the lowest free cluster."""
+        """Return the lowest free cluster; None if there is none."""
         while self._heap and self._heap[0] not in self._blocks:
             self._in_heap.discard(heapq.heappop(self._heap))
         if not self._heap:
@@ -166,76 +177,74 @@ class FreeMap:
         block = self._heap[0]
         return self._cluster(block, _lowest_bit(self._blocks[block]))
 
-    def _cluster(self, block: int, place: int) -> int:
-        return block * BLOCK + place - self.shift
+    def _cluster(self, block: int, bit: int) -> int:
+        return block * BLOCK + bit - self.shift
 
-    def take(self, most: int) -> tuple[int, int] | None:
-        """Take the lowest run, or the first ``most`` clusters of it.
-
-        A run ends at the border of a block at the latest.
+    def take(self, limit: int) -> tuple[int, int] | None:
+        """Take the lowest run, or the first ``limit`` clusters of it.
 
         Returns:
-            Its first cluster and how many there are; None if nothing is free.
+            Its first cluster and how many were taken; None if no cluster is free.
         """
         first = self.lowest()
         if first is None:
             return None
-        block, place = divmod(first + self.shift, BLOCK)
+        block, bit = divmod(first + self.shift, BLOCK)
         bits = self._blocks[block]
-        count = min(most, _lowest_bit(~(bits >> place)))
-        self._put(block, bits, bits & ~(((1 << count) - 1) << place))
+        count = min(limit, _lowest_bit(~(bits >> bit)))
+        self._set_bits(block, bits, bits & ~(((1 << count) - 1) << bit))
         return first, count
 
-    def take_rest(self) -> int | None:
-        """Take the lowest free cluster that leaves as many places as there were."""
+    def take_remainder(self) -> int | None:
+        """Take the lowest free cluster that costs no slot; None if each would."""
         for first, count in self._block_runs():
             if count % self.table:
                 self.remove(first, 1)
                 return first
         return None
 
-    def find_place(self) -> int | None:
-        """Give the first cluster of the lowest place for a table."""
-        if self.places:
+    def find_slot(self) -> int | None:
+        """Return the first cluster of the lowest table slot; None if there is none."""
+        if self.slots:
             for block in sorted(self._blocks):
-                starts = self._starts(self._blocks[block])
+                starts = self._slot_starts(self._blocks[block])
                 if starts:
                     return self._cluster(block, _lowest_bit(starts))
         return None
 
-    def take_place(self) -> int | None:
-        """Take the lowest place for a table."""
-        first = self.find_place()
+    def take_slot(self) -> int | None:
+        """Take the lowest table slot; return its first cluster, None if there is none."""
+        first = self.find_slot()
         if first is not None:
             self.remove(first, self.table)
         return first
 
     def find_run(self, count: int) -> int | None:
-        """Give the first cluster of the lowest run of at least ``count`` clusters."""
+        """Return the first cluster of the lowest run of at least ``count``; None without one."""
         return next((first for first, length in self.runs() if length >= count), None)
 
-    def before(self, end: int) -> int:
-        """Count the free clusters that lie directly below the cluster ``end``."""
+    def count_below(self, end: int) -> int:
+        """Count the free clusters of the run that ends at the cluster ``end``."""
         position = end + self.shift
         found = 0
         while position > 0:
-            block, place = divmod(position - 1, BLOCK)
-            used = ~self._blocks.get(block, 0) & ((1 << (place + 1)) - 1)
-            found += place + 1 - used.bit_length()
+            block, bit = divmod(position - 1, BLOCK)
+            used = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
+            found += bit + 1 - used.bit_length()
             if used:
                 break
             position = block * BLOCK
         return found
 
     def tail_start(self, end: int, used: int) -> int:
-        """Give the lowest cluster from which up to ``end`` at most ``used`` are not free.
+        """Return the lowest cluster from which up to ``end`` at most ``used`` are not free.
 
-        0 if there are no more than that in all.
+        Returns 0 if no more than that are not free in the whole file.
         """
         position, left = end + self.shift, used
         while position > self.shift:
-            block, place = divmod(position - 1, BLOCK)
-            taken = ~self._blocks.get(block, 0) & ((1 << (place + 1)) - 1)
+            block, bit = divmod(position - 1, BLOCK)
+            taken = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
             count = taken.bit_count()
             if count > left:
                 for _ in range(count - left - 1):
@@ -246,17 +255,17 @@ class FreeMap:
         return 0
 
     def end(self) -> int:
-        """Give the number past the last free cluster."""
+        """Return the number past the last free cluster; 0 if there is none."""
         if not self._blocks:
             return 0
         block = max(self._blocks)
         return self._cluster(block, self._blocks[block].bit_length())
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """List the runs of free clusters, lowest first, neighbours joined.
+        """Yield the runs of free clusters, lowest first, joined across blocks.
 
-        Gives:
-            The first cluster of each run and how many there are.
+        Yields:
+            The first cluster of each run and its length.
         """
         first = count = 0
         for start, length in self._block_runs():
@@ -269,40 +278,40 @@ class FreeMap:
         if count:
             yield first, count
 
-    def take_from(self, start: int, most: int) -> tuple[int, int] | None:
-        """Take the lowest run from the cluster ``start`` on, as `take` does."""
-        block, place = divmod(start + self.shift, BLOCK)
-        for candidate in sorted(at for at in self._blocks if at >= block):
+    def take_from(self, start: int, limit: int) -> tuple[int, int] | None:
+        """Take the lowest run at or past the cluster ``start``, as `take` does."""
+        block, bit = divmod(start + self.shift, BLOCK)
+        for candidate in sorted(number for number in self._blocks if number >= block):
             bits = self._blocks[candidate]
             if candidate == block:
-                bits = bits >> place << place
+                bits = bits >> bit << bit
             if bits:
                 first = _lowest_bit(bits)
-                count = min(most, _lowest_bit(~(bits >> first)))
+                count = min(limit, _lowest_bit(~(bits >> first)))
                 self.remove(self._cluster(candidate, first), count)
                 return self._cluster(candidate, first), count
         return None
 
     def _block_runs(self) -> Iterator[tuple[int, int]]:
-        """List the runs of each block, lowest first."""
+        """Yield the runs of each block, lowest first."""
         for block in sorted(self._blocks):
             bits = self._blocks[block]
-            place = 0
+            position = 0
             while bits:
                 skip = _lowest_bit(bits)
                 bits >>= skip
-                place += skip
+                position += skip
                 length = _lowest_bit(~bits)
                 bits >>= length
-                yield self._cluster(block, place), length
-                place += length
+                yield self._cluster(block, position), length
+                position += length
 
 
 def _lowest_bit(bits: int) -> int:
-    """Give the number of the lowest bit that is set; there is one."""
+    """Return the number of the lowest set bit; at least one must be set."""
     return (bits & -bits).bit_length() - 1
 
 
-def _ones_below(bits: int, place: int) -> int:
-    """Count the bits that are set directly below a place."""
-    return place - (~bits & ((1 << place) - 1)).bit_length()
+def _ones_below(bits: int, position: int) -> int:
+    """Count the set bits directly below a bit position."""
+    return position - (~bits & ((1 << position) - 1)).bit_length()

@@ -1,7 +1,7 @@
-"""The L2 tables of an image as a whole: where they lie, and which of them hold anything.
+"""Work on all L2 tables of an image: which of them hold data, and which clusters they take.
 
-An L1 table can be 1 GiB and name 134 million tables, all of them holes of a sparse file:
-what is done for each is done on arrays, and other tasks run in between.
+An L1 table can be 1 GiB and name 134 million tables, all of them holes of a sparse file.
+So the work for each table is done on arrays, and other tasks run in between.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.geometry import Geometry
 
-_STEP: Final = 1 << 13
-"""Tables that are handled before other tasks get a turn."""
+_TABLES_PER_STEP: Final = 1 << 13
+"""Tables that are claimed before other tasks run."""
 
 
-async def filled(file: HostFile, tables: NDArray[np.uint64], table_bytes: int) -> NDArray[np.bool_]:
-    """Tell which of some tables, sorted by file offset and apart, are not mere holes.
+async def holding_data(
+    file: HostFile, tables: NDArray[np.uint64], table_bytes: int
+) -> NDArray[np.bool_]:
+    """Return which of some tables hold data and are not entirely holes of the host's file.
 
-    It costs one question to the host for each stretch of data, however many tables are
-    holes.
+    ``tables`` are file offsets, ascending, of tables that do not overlap.  Costs one query
+    to the host for each stretch of data, however many tables are holes.
     """
     answer = np.zeros(len(tables), np.bool_)
-    place = 0
-    while place < len(tables):
-        data = await file.next_data(int(tables[place]))
+    index = 0
+    while index < len(tables):
+        data = await file.next_data(int(tables[index]))
         if data is None:
             break
         # Tables that end before the data are holes.
         if data >= table_bytes:
             behind = np.searchsorted(tables, np.uint64(data - table_bytes), "right")
-            place = max(place, int(behind))
-        if place < len(tables) and tables[place] <= data:
-            answer[place] = True
-            place += 1
+            index = max(index, int(behind))
+        if index < len(tables) and tables[index] <= data:
+            answer[index] = True
+            index += 1
         await trio.lowlevel.checkpoint()
     return answer
 
 
-async def claim_tables(
-    references: OwnerBitmap, tables: NDArray[np.uint64], geometry: Geometry
-) -> None:
-    """Mark the clusters of tables as used, as far as the file goes."""
+async def claim_tables(owners: OwnerBitmap, tables: NDArray[np.uint64], geometry: Geometry) -> None:
+    """Mark the clusters of tables at file offsets as owned, as far as the file reaches."""
     within = np.arange(geometry.table_size, dtype=np.uint64)
-    for start in range(0, len(tables), _STEP):
-        first = tables[start : start + _STEP] >> np.uint64(geometry.cluster_bits)
+    for start in range(0, len(tables), _TABLES_PER_STEP):
+        first = tables[start : start + _TABLES_PER_STEP] >> np.uint64(geometry.cluster_bits)
         clusters = (first[:, np.newaxis] + within).ravel()
-        references.claim(clusters[clusters < references.clusters])
+        owners.claim(clusters[clusters < owners.clusters])
         await trio.lowlevel.checkpoint()

@@ -1,9 +1,13 @@
-"""Clusters that lost their reference and must not be used again yet (D5).
+"""Quarantine: clusters that lost their reference and must not be used again yet (D5).
 
-If a crash brought back the table as it was before, the old owner would find somebody
-else's data in its cluster, or none.  And a request that looked the cluster up earlier
-may still be reading or writing it.  So a cluster stays here until the table that dropped
-it is durable and all requests that began before have ended.
+If a crash brought back the old table, the former owner would find another owner's data in
+its cluster, or none.  And a request that looked up the cluster before may still be
+reading or writing it.  So a cluster stays here until the table that dropped it is durable
+and all requests that began before have ended (`Epochs`).
+
+Clusters wait in batches.  When a write-back cycle begins, everything that has lost its
+reference up to then is *sealed*: it becomes a batch, with the epoch that ends at that
+moment.
 """
 
 from __future__ import annotations
@@ -14,19 +18,17 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from qedfuse.disk.space.epochs import Epoch, Epochs
     from qedfuse.disk.space.freemap import FreeMap
 
-_LOOSE: Final = 1 << 18
-"""Scattered clusters that are put into the map together: 2 MiB of numbers."""
+_MAX_SCATTERED_CLUSTERS: Final = 1 << 18
+"""Scattered clusters that are collected before they go into the map: 2 MiB of numbers."""
 
 
 class _Batch:
-    """What lost its reference before one commit round."""
+    """The clusters that one write-back cycle has sealed."""
 
     __slots__ = ("clusters", "durable", "epoch")
 
@@ -37,68 +39,74 @@ class _Batch:
 
 
 class Quarantine:
-    """Holds clusters, in the order in which they lost their reference; a bit for each."""
+    """Holds clusters in the order in which they lost their reference; one bit for each.
 
-    def __init__(self, epochs: Epochs, make_map: Callable[[], FreeMap]) -> None:
-        """Hold nothing yet; ``make_map`` makes an empty map of the file's clusters."""
+    It is a `CycleObserver` of the write-back.
+    """
+
+    def __init__(self, epochs: Epochs, empty: FreeMap) -> None:
+        """Hold no cluster yet; ``empty`` is a map of the file's clusters."""
         self._epochs = epochs
-        self._make_map = make_map
-        self._fresh = make_map()
-        # What has come as well, but is not in the map yet.
-        self._loose: list[NDArray[np.uint64]] = []
-        self._loose_count = 0
+        self._unsealed = empty.empty_like()
+        # Clusters that are not in the map of unsealed ones yet.
+        self._scattered: list[NDArray[np.uint64]] = []
+        self._scattered_count = 0
         self._batches: deque[_Batch] = deque()
 
     @property
     def count(self) -> int:
         """How many clusters are in quarantine."""
-        return self.fresh + sum(batch.clusters.count for batch in self._batches)
+        return self.unsealed + sum(batch.clusters.count for batch in self._batches)
 
     @property
-    def fresh(self) -> int:
-        """How many clusters have come since the last commit round began."""
-        return self._fresh.count + self._loose_count
+    def unsealed(self) -> int:
+        """How many clusters have come since the last write-back cycle began."""
+        return self._unsealed.count + self._scattered_count
 
     def retire(self, first: int, count: int) -> None:
-        """Take in clusters in the same moment in which a table in memory drops them.
+        """Take in a run of clusters that a table in memory has just dropped.
 
-        No await between changing the entry and this call: a commit round that began in
-        between would take the one without the other.
+        No await between changing the entry and this call: a write-back cycle that began
+        in between would seal the one without the other.
         """
-        self._fresh.add(first, count)
+        self._unsealed.add(first, count)
 
     def retire_many(self, clusters: NDArray[np.uint64]) -> None:
         """Take in clusters that lie anywhere, as `retire` does.
 
-        Those of one table may be scattered over all blocks of the map.  So they are
+        The clusters of one table may be scattered over all blocks of the map.  They are
         collected until there are many for each block.
         """
-        self._loose.append(clusters)
-        self._loose_count += len(clusters)
-        if self._loose_count >= _LOOSE:
+        self._scattered.append(clusters)
+        self._scattered_count += len(clusters)
+        if self._scattered_count >= _MAX_SCATTERED_CLUSTERS:
             self._collect()
 
     def _collect(self) -> None:
-        """Put into the map what is not in it yet."""
-        if self._loose:
-            self._fresh.add_many(np.concatenate(self._loose))
-            self._loose.clear()
-            self._loose_count = 0
+        """Put the scattered clusters into the map of unsealed ones."""
+        if self._scattered:
+            self._unsealed.add_many(np.concatenate(self._scattered))
+            self._scattered.clear()
+            self._scattered_count = 0
 
-    def seal(self) -> None:
-        """Note that a commit round has taken the tables as they are now."""
+    def cycle_began(self) -> None:
+        """Seal all clusters that have come so far: this cycle makes their tables durable."""
         self._collect()
-        if self._fresh.count:
-            self._batches.append(_Batch(self._fresh, self._epochs.advance()))
-            self._fresh = self._make_map()
+        if self._unsealed.count:
+            self._batches.append(_Batch(self._unsealed, self._epochs.advance()))
+            self._unsealed = self._unsealed.empty_like()
 
-    def durable(self) -> None:
-        """Note that the round that sealed last, and all before it, are durable."""
+    def cycle_durable(self) -> None:
+        """Note that the tables are durable that dropped the clusters of all batches."""
         for batch in self._batches:
             batch.durable = True
 
-    def take_due(self) -> tuple[int, int] | None:
-        """Let go of some clusters that may be used again: a block of the map, and its bits."""
+    def pop_reusable(self) -> tuple[int, int] | None:
+        """Remove some clusters that may be used again; None if there are none.
+
+        Returns:
+            A block of the map, and its bits.
+        """
         while self._batches and self._batches[0].durable:
             if not self._epochs.is_drained(self._batches[0].epoch):
                 break
@@ -108,7 +116,7 @@ class Quarantine:
             self._batches.popleft()
         return None
 
-    async def wait(self) -> None:
-        """Return when the requests have ended that what is sealed now waits for."""
+    async def wait_drained(self) -> None:
+        """Return when the requests have ended for which the present batches wait."""
         if self._batches:
             await self._epochs.wait(self._batches[-1].epoch)

@@ -1,13 +1,14 @@
-"""Giving space back: to the allocator what the quarantine lets go, to the host the rest.
+"""Giving space back: clusters leave the quarantine, and the host gets what nothing uses.
 
-Runs after each commit round.  Clusters at the end of the file are cut off, those in the
-middle are punched out of the host's file, so that they take up no space while nobody
-needs them.
+Runs after each write-back cycle that a flush waited for.  Free clusters at the end of the
+file are cut off, others are punched out of the host's file, so that they take up no space
+while nothing uses them.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -18,95 +19,97 @@ from qedfuse.disk.space.freemap import BLOCK
 from qedfuse.errors import HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.filelength import FileLength
     from qedfuse.disk.space.freemap import FreeMap
+    from qedfuse.disk.space.marking import Marking
     from qedfuse.disk.space.quarantine import Quarantine
+    from qedfuse.disk.writeback.firstwrite import FirstWriteGuard
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import HostFile
 
 log = logging.getLogger(__name__)
 
-PUNCHES: Final = 256
-"""Runs that are punched after one commit round; a flush waits for them."""
+MAX_RUNS_PER_FLUSH: Final = 256
+"""Most runs that are punched after one cycle, because a flush waits for them."""
 
-_AT_ONCE: Final = 64
-"""Of them so many go to a worker thread together."""
+_MAX_RUNS_PER_PUNCH: Final = 64
+"""Most runs that go to a worker thread together."""
 
-_SCATTERED: Final = 64
-"""Runs from which on clusters are not put into quarantine one run after the other."""
-
-_WORTH_SHARE: Final = 16
-_WORTH_BYTES: Final = (1 << 20, 1 << 26)
-"""How much in quarantine is worth a flush before the file grows: this part of the file, but
-at least and at most so many bytes."""
+_MIN_SCATTERED_RUNS: Final = 64
+"""From this many runs on, clusters go into quarantine as a list and not run by run."""
 
 
 class Reclaim:
     """Decides when clusters that lost their reference are free.
 
     Attributes:
-        punching: Whether free clusters are punched out of the host's file.
-        on_retire: Told which clusters come into quarantine, while the scan is under way.
-        prepare_write: Awaited before the file is changed.
-        ready: Set when the free clusters of the file are known, or never will be.
-        untrusted_end: Clusters below this file offset are not used again when they lose
-            a reference, because another table entry may refer to them as well.
+        freed_clusters: How many clusters have left the quarantine so far.
+        punching_clusters: How many free clusters are being punched, and are therefore
+            not handed out.
     """
 
     def __init__(
         self,
         file: HostFile,
+        length: FileLength,
         allocator: Allocator,
         quarantine: Quarantine,
         writeback: MetadataWriteback,
+        guard: FirstWriteGuard,
+        marking: Marking,
     ) -> None:
-        """Move clusters from the quarantine to the allocator."""
+        """Move clusters from ``quarantine`` to ``allocator``; ``marking`` records drops."""
         self._file = file
+        self._length = length
         self._allocator = allocator
         self._quarantine = quarantine
         self._writeback = writeback
+        self._guard = guard
+        self._marking = marking
         self._lock = trio.Lock()
-        self._complained = False
         self._bits = allocator.cluster_bits
-        self.prepare_write: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self.punching = True
-        self._being_punched = 0
-        self._freed = 0
-        self.on_retire: Callable[[int, int, int], None] = lambda _first, _count, _slice: None
-        self.ready = trio.Event()
-        self.untrusted_end = 0
-        allocator.wait_for_free_clusters = self.wait_for_free_clusters
-        allocator.reclaim_before_growth = self.reclaim_before_growth
-        allocator.should_reclaim = self.should_reclaim
+        self._host_refused = False
+        self._punching = True
+        self._untrusted_end = 0
+        self.freed_clusters = 0
+        self.punching_clusters = 0
+
+    # Into quarantine
 
     def retire(self, offset: int, length: int, dropped_by: int) -> None:
-        """Put clusters into quarantine, in the same moment in which a table drops them.
+        """Put a run into quarantine; ``dropped_by`` is the file offset of the slice.
 
-        ``dropped_by`` is the file offset of the slice that does.
+        No await between changing the entries in the slice and this call: see
+        `Quarantine.retire`.
         """
         first, count = offset >> self._bits, length >> self._bits
         self._quarantine.retire(first, count)
-        self._allocator.record_change(first, count)
-        self.on_retire(first, count, dropped_by)
+        self._marking.record_drop(first, count, dropped_by)
 
     def retire_all(self, offsets: NDArray[np.uint64], dropped_by: int) -> None:
-        """Do as `retire` does with clusters at file offsets, in the order of their entries."""
+        """Put clusters at file offsets, in the order of their entries, into quarantine.
+
+        As `retire` does.
+        """
         if not len(offsets):
             return
         starts = np.flatnonzero(offsets[1:] - offsets[:-1] != 1 << self._bits) + 1
-        if len(starts) >= _SCATTERED and not self._allocator.watched:
+        if len(starts) >= _MIN_SCATTERED_RUNS and not self._marking.active:
             self._quarantine.retire_many(offsets >> np.uint64(self._bits))
             return
         for first, last in pairwise([0, *starts.tolist(), len(offsets)]):
             self.retire(int(offsets[first]), (last - first) << self._bits, dropped_by)
 
+    # What is left to do
+
     @property
     def pending(self) -> bool:
-        """Whether anything waits for a further round."""
+        """Whether `run` has something to do, now or after a further cycle."""
         allocator = self._allocator
         if not allocator.scan_complete:
             return False
@@ -114,59 +117,85 @@ class Reclaim:
         return self._quarantine.count > 0 or allocator.tail_is_free or unpunched
 
     @property
-    def waiting(self) -> int:
-        """How many clusters are not given back yet, as far as known."""
+    def pending_clusters(self) -> int:
+        """How many clusters are known that have still to be given back."""
         allocator = self._allocator
         return self._quarantine.count + (allocator.unpunched.count if self._can_punch else 0)
 
     @property
     def _can_punch(self) -> bool:
-        return self.punching and self._file.can_punch
+        return self._punching and self._file.can_punch
 
-    def seal(self) -> None:
-        """Note that a commit round takes the tables as they are now."""
-        self._quarantine.seal()
+    @contextmanager
+    def punching_suspended(self) -> Iterator[None]:
+        """Punch nothing inside the ``with`` block, which is not entered twice."""
+        self._punching = False
+        try:
+            yield
+        finally:
+            self._punching = True
 
-    def durable(self) -> None:
-        """Note that the round has ended well."""
-        self._quarantine.durable()
+    def distrust_below(self, end: int) -> None:
+        """Never use again what loses its reference below the file offset ``end``.
 
-    async def run(self, punches: int | None = PUNCHES) -> None:
-        """Free what may be freed now; punch up to ``punches`` runs, or all if it is None.
+        For an image in which another entry may refer to it as well.
+        """
+        self._untrusted_end = end
 
-        What the host refuses costs space and nothing else, so it is logged and left.
+    @property
+    def has_untrusted(self) -> bool:
+        """Whether there are clusters that are not used again: see `distrust_below`."""
+        return self._untrusted_end > 0
+
+    def wake_if_pending(self) -> None:
+        """Wake the background task if there is something to give back."""
+        if self.pending:
+            self._writeback.wake()
+
+    async def wait_idle(self) -> None:
+        """Return when no `run` is under way that began before the call."""
+        async with self._lock:
+            pass
+
+    # Out of quarantine, and back to the host
+
+    async def run(self, punches: int | None = MAX_RUNS_PER_FLUSH) -> None:
+        """Free what may be freed now; punch up to ``punches`` runs, all if it is None.
+
+        If the host refuses, that costs space and nothing else: it is logged once.
         """
         # Before the scan has ended, a cluster that lost one reference may have another.
         if not self._allocator.scan_complete:
             return
         async with self._lock:
-            while (due := self._quarantine.take_due()) is not None:
-                bits = due[1] & self._trusted(due[0])
-                self._allocator.give_back_block(due[0], bits)
-                self._freed += bits.bit_count()
+            while (reusable := self._quarantine.pop_reusable()) is not None:
+                block, bits = reusable
+                bits &= self._trusted_bits(block)
+                self._allocator.give_back_block(block, bits)
+                self.freed_clusters += bits.bit_count()
                 await trio.lowlevel.checkpoint()
             try:
                 self._allocator.lower_end()
                 if self._allocator.tail_is_free:
-                    await self.prepare_write()
-                    if await self._allocator.truncate_tail():
+                    await self._guard.prepare_write()
+                    if await self._length.truncate_tail():
                         self._writeback.note_write()
                 await self._punch(punches)
             except HostError as error:
-                if not self._complained:
-                    self._complained = True
+                if not self._host_refused:
+                    self._host_refused = True
                     log.warning("%s (while giving space back to the host)", error)
 
-    def _trusted(self, block: int) -> int:
-        """Give the bits of a block whose clusters may be used again."""
-        untrusted = (self.untrusted_end >> self._bits) + self._allocator.free.shift - block * BLOCK
+    def _trusted_bits(self, block: int) -> int:
+        """Return a mask of the clusters in a block of the map that may be used again."""
+        untrusted = (self._untrusted_end >> self._bits) + self._allocator.free.shift - block * BLOCK
         return -1 << max(0, untrusted)
 
     async def _punch(self, punches: int | None) -> None:
         """Punch free clusters out of the host's file, the lowest first."""
         left = punches
         while self._can_punch and left != 0:
-            runs = _AT_ONCE if left is None else min(left, _AT_ONCE)
+            runs = _MAX_RUNS_PER_PUNCH if left is None else min(left, _MAX_RUNS_PER_PUNCH)
             clusters = self._allocator.unpunched
             if clusters.count:
                 done = await self._punch_some(clusters, runs)
@@ -176,22 +205,23 @@ class Reclaim:
                 break
             left = None if left is None else left - done
 
-    async def _punch_some(self, clusters: FreeMap, most: int) -> int:
-        """Punch up to so many runs of a map; return how many were taken from it."""
+    async def _punch_some(self, clusters: FreeMap, max_runs: int) -> int:
+        """Punch up to ``max_runs`` runs of a map; return how many were removed from it."""
         allocator, bits = self._allocator, self._bits
-        taken = [run for run in (clusters.take(BLOCK) for _ in range(most)) if run is not None]
-        # Nobody may be given these while the host is about to wipe them.
+        found = (clusters.take(BLOCK) for _ in range(max_runs))
+        taken = [run for run in found if run is not None]
+        # These must not be handed out while the host is about to wipe them.
         for first, count in taken:
             allocator.free.remove(first, count)
-        self._being_punched = sum(count for _, count in taken)
+        self.punching_clusters = sum(count for _, count in taken)
         ranges = [(first << bits, count << bits) for first, count in taken]
         try:
             if clusters is allocator.maybe_holes:
-                # Space that was set aside and never written to looks like a hole, so what
-                # we have used ourselves is punched in any case.
+                # The host is not asked about other clusters: space that was reserved and
+                # never written to looks like a hole.
                 ranges = [run for run in ranges if await self._holds_data(*run)]
             if ranges:
-                await self.prepare_write()
+                await self._guard.prepare_write()
                 await self._file.punch(*ranges)
                 self._writeback.note_write()
         except BaseException:
@@ -199,77 +229,12 @@ class Reclaim:
                 clusters.add(first, count)
             raise
         finally:
-            self._being_punched = 0
+            self.punching_clusters = 0
             for first, count in taken:
                 allocator.free.add(first, count)
         return len(taken)
-
-    def settle(self) -> None:
-        """Note that the free clusters are known now, or never will be."""
-        self.ready.set()
-        if self.pending:
-            self._writeback.wake()
 
     async def _holds_data(self, offset: int, length: int) -> bool:
         """Ask the host whether a range is more than a hole."""
         data = await self._file.next_data(offset)
         return data is not None and data < offset + length
-
-    @property
-    def _enough(self) -> int:
-        """How much in quarantine is worth a flush, in bytes."""
-        share = self._allocator.end // _WORTH_SHARE
-        return max(_WORTH_BYTES[0], min(_WORTH_BYTES[1], share))
-
-    def should_reclaim(self) -> bool:
-        """Tell whether clusters can be freed that are worth waiting for."""
-        if self._being_punched:
-            return True
-        waiting = self._quarantine.count << self._bits
-        return self._allocator.scan_complete and waiting > 0 and waiting > self._enough
-
-    async def reclaim_before_growth(self) -> None:
-        """Flush before the file grows, if so much has come into quarantine that it is worth it.
-
-        Requests that the quarantine waits for are not waited for.  Nothing is punched that
-        is about to be used.
-
-        Raises:
-            HostError: The tables could not be written back.
-        """
-        if self._being_punched:
-            async with self._lock:
-                pass
-        if not self.should_reclaim():
-            return
-        if self._quarantine.fresh << self._bits > self._enough:
-            await self._writeback.barrier()
-        else:
-            # Another request may just be making it durable; or it was made so long ago,
-            # and perhaps the requests that it waits for have ended.
-            await self._writeback.settle()
-        await self.run(punches=0)
-
-    async def wait_for_free_clusters(self) -> bool:
-        """Wait for what may make clusters free: the scan, or the quarantine.
-
-        Returns:
-            Whether something became free meanwhile; others may have taken it.
-
-        Raises:
-            HostError: The tables could not be written back.
-        """
-        if not self.ready.is_set():
-            await self.ready.wait()
-            return True
-        if self._being_punched:
-            async with self._lock:
-                return True
-        if not self._allocator.scan_complete or not self._quarantine.count:
-            return False
-        before = self._freed
-        await self._writeback.flush()
-        await self._quarantine.wait()
-        await self.run()
-        # Others may have put more into quarantine meanwhile, or taken what became free.
-        return self._freed != before

@@ -1,1 +1,1 @@
-"""What the header says about the tables: NEED_CHECK and the persistent free list."""
+"""What the header states about the image: NEED_CHECK, the free list, the backing file name."""

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from qedfuse.disk.lookup.layer import QedLayer
-    from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.filelength import FileLength
+    from qedfuse.disk.space.flusher import Flusher
     from qedfuse.disk.space.scan import Scan
     from qedfuse.disk.writeback.headerstore import HeaderStore
     from qedfuse.disk.writeback.metadata import MetadataWriteback
@@ -23,28 +24,30 @@ log = logging.getLogger(__name__)
 
 
 class NeedCheck:
-    """Keeps the bit true to the state of the tables."""
+    """Keeps the bit of one image true to the state of its tables."""
 
     def __init__(
         self,
         layer: QedLayer,
         header_store: HeaderStore,
         writeback: MetadataWriteback,
-        allocator: Allocator,
+        flusher: Flusher,
+        length: FileLength,
         scan: Scan,
         delay: float,
     ) -> None:
-        """Watch over an image; clear the bit ``delay`` seconds after the last change.
+        """Clear the bit ``delay`` seconds after the last change, while `run` runs.
 
-        ``scan`` is told before the first change.
+        The first change starts ``scan`` if it was postponed.
         """
         self._layer = layer
         self._header_store = header_store
         self._writeback = writeback
-        self._allocator = allocator
+        self._flusher = flusher
+        self._length = length
         self._scan = scan
         self._delay = delay
-        self._under_way = 0
+        self._changes_under_way = 0
         self._last_change = trio.current_time()
         self._changed = trio.Event()
         if header_store.value.need_check:
@@ -54,30 +57,36 @@ class NeedCheck:
     async def changing(self) -> AsyncIterator[None]:
         """Change tables inside the ``async with`` block.
 
-        The bit is written, not yet synced, before the block is entered: the first
-        datasync of a commit comes before its first table write and covers both.
+        The bit is written, though not durable, before the block is entered: the first
+        datasync of a write-back cycle comes before its first table write, and covers both.
+
+        Raises:
+            HostError: The header could not be written; the block is not entered.
         """
-        self._under_way += 1
+        self._changes_under_way += 1
         try:
-            # A bit that is still being written by somebody else, or could not be, does
-            # not protect our change yet.
+            # A bit that another task is still writing, or could not write, does not
+            # protect this change.
             if not self.is_set:
                 await self._scan.before_table_change()
                 await self._header_store.change(lambda header: header.with_need_check(value=True))
                 self._writeback.note_write()
             yield
         finally:
-            self._under_way -= 1
+            self._changes_under_way -= 1
             self._last_change = trio.current_time()
             self._changed.set()
 
     @property
     def is_set(self) -> bool:
-        """Whether tables may change at once: the bit is in the file, if not durable yet."""
+        """Whether tables may change without `changing`: the bit is in the file.
+
+        It need not be durable yet.
+        """
         return self._header_store.value.need_check and self._header_store.persisted
 
     def note_change(self) -> None:
-        """Note that a table was changed at once, while the bit `is_set`."""
+        """Note that a table was changed without `changing`, while the bit `is_set`."""
         self._writeback.note_write()
         self._last_change = trio.current_time()
         self._changed.set()
@@ -91,31 +100,39 @@ class NeedCheck:
         Raises:
             QedError: Not everything could be made durable; the bit stays (D7).
         """
-        await self._writeback.flush()
+        await self._flusher.flush()
         if self._layer.damaged:
-            # A wild entry that we know of would look right to whoever opens the image
-            # next, once the file has grown over the place that it points to.  The check
-            # that the bit asks for finds it out.
+            # An entry that points past the end of the file would look valid to the next
+            # program that opens the image, once the file has grown over its target.  The
+            # check that the bit demands finds it.
             return not self._header_store.value.need_check
-        if self._under_way or (
+        if self._changes_under_way or (
             self._header_store.persisted and not self._header_store.value.need_check
         ):
             return not self._header_store.value.need_check
-        # Nothing is being allocated, so what lies past the last cluster is ours to cut.
-        # If a crash loses the cut and keeps the cleared bit, a leak is left, no worse.
-        await self._allocator.truncate_tail()
+        # No request is allocating, so the file past the last cluster is unused.  If a
+        # crash loses the cut and keeps the cleared bit, all it leaves is a leak.
+        await self._length.truncate_tail()
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
             only_if=lambda: (
-                not (self._under_way or self._writeback.dirty_tables or self._writeback.failure)
+                not (
+                    self._changes_under_way
+                    or self._writeback.dirty_tables
+                    or self._writeback.failure
+                )
             ),
         )
         self._writeback.note_write()
         return cleared
 
     async def run(self) -> None:
-        """Clear the bit when the image has been idle for a while; a background task."""
-        complaint = ""
+        """Clear the bit when the image has been idle for the delay; a background task.
+
+        Ends when the image is found damaged or the disk has become read-only.  Each error
+        is logged once, until the bit has been cleared.
+        """
+        logged = ""
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
@@ -123,16 +140,16 @@ class NeedCheck:
                 await trio.sleep_until(due)
             try:
                 if await self.clear():
-                    await self._writeback.flush()
+                    await self._flusher.flush()
                 elif self._layer.damaged:
                     return
                 else:
                     self._changed.set()
                     self._last_change = trio.current_time()
-                complaint = ""
+                logged = ""
             except QedError as error:
-                if str(error) != complaint:
-                    complaint = str(error)
+                if str(error) != logged:
+                    logged = str(error)
                     log.error("%s (while clearing NEED_CHECK)", error)  # noqa: TRY400
                 if self._writeback.failure is not None:
                     return

@@ -1,17 +1,18 @@
 """The persistent free list of one opened image, from its opening to its close.
 
-While the image is open for writing the list lives in memory, in the allocator.  On disk
-it is invalid from before the first change on, so that a crash never leaves a list that
-is believed and no longer true; then the next open scans.  A clean close writes it again.
+While the image is open for writing the list lives in memory, in the allocator.  In the
+file it is invalid from before the first modification on, so that a crash never leaves a
+list that is accepted and no longer true; the next open scans then.  A clean close writes
+the list again.
 
-    opening          read and judge the list; good: the scan waits until it is needed
-    first change     clear the bit -> datasync, then anything may change
-    tables change    scan: what the tables do not refer to is free, whatever the list says
+    opening          read and validate the list; if valid, the scan is postponed
+    first write      clear the bit -> datasync, then anything may change
+    tables change    scan: what no table refers to is free, whatever the list says
     close            all tables durable, NEED_CHECK clear ->
                      list and descriptor -> datasync -> set the bit -> datasync
 
-A session that gives no cluster a place and takes none away needs no scan: its list is as
-true as it was, so the descriptor is written back as it was.
+A session that neither allocates a cluster nor frees one needs no scan: its list is as true
+as before, so the descriptor is written back unchanged.
 """
 
 from __future__ import annotations
@@ -23,31 +24,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from qedfuse.disk.space.allocator import MAX_FREE
-from qedfuse.disk.space.freelist import (
-    MAX_RUNS,
-    erase_descriptor,
-    name_in_the_way,
-    read_list,
-    refuse_taken_place,
-    write_list,
-)
+from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
 from qedfuse.disk.space.freemap import BLOCK
+from qedfuse.disk.state.freelistreader import MAX_RUNS, backing_name_covers_descriptor, read_list
+from qedfuse.disk.state.freelistwriter import refuse_occupied_descriptor, write_list
 from qedfuse.errors import CorruptImageError, HostError, QedError
 from qedfuse.ondisk.freelist import DESCRIPTOR_OFFSET
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from numpy.typing import NDArray
 
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.options import OpenOptions
     from qedfuse.disk.space.allocator import Allocator
-    from qedfuse.disk.space.freelist import FreeList
     from qedfuse.disk.space.freemap import FreeMap
     from qedfuse.disk.space.reclaim import Reclaim
     from qedfuse.disk.space.scan import Scan
+    from qedfuse.disk.state.freelistreader import FreeList
+    from qedfuse.disk.state.freelistwriter import DescriptorEraser
+    from qedfuse.disk.writeback.firstwrite import FirstWriteGuard
     from qedfuse.disk.writeback.headerstore import HeaderStore
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.ondisk.freelist import Runs
@@ -56,10 +51,10 @@ log = logging.getLogger(__name__)
 
 
 class PersistentFreeList:
-    """Keeps the list on disk true, or invalid.
+    """Keeps the list in the file true, or invalid.
 
     Attributes:
-        wanted: Whether a clean close is to write a list.
+        wanted: Whether a clean close writes a list.
     """
 
     def __init__(
@@ -67,96 +62,85 @@ class PersistentFreeList:
         layer: QedLayer,
         header_store: HeaderStore,
         writeback: MetadataWriteback,
+        guard: FirstWriteGuard,
+        eraser: DescriptorEraser,
         allocator: Allocator,
         reclaim: Reclaim,
         scan: Scan,
         options: OpenOptions,
-        prepare_write: Callable[[], Awaitable[None]],
     ) -> None:
-        """Look after the list of ``layer``; ``prepare_write`` makes it invalid."""
+        """Look after the list of ``layer``; ``guard`` makes it invalid with ``eraser``."""
         self._layer = layer
         self._file = layer.file
         self._header_store = header_store
         self._writeback = writeback
+        self._guard = guard
+        self._eraser = eraser
         self._allocator = allocator
         self._reclaim = reclaim
         self._scan = scan
         self._option = options.free_list
-        self._prepare_write = prepare_write
-        self._listed: FreeList | None = None
-        self._on_disk = header_store.value.free_list
-        self.wanted = self._option == "on" or (self._option == "keep" and self._on_disk)
+        self._found: FreeList | None = None
+        self.wanted = self._option == "on" or (self._option == "keep" and not eraser.erased)
 
     async def open(self) -> None:
-        """Take over the list of the image; one that is bad or not wanted is dropped.
+        """Read the list of the image; make it invalid if it is bad or not wanted.
 
         Raises:
-            UsageError: A list is asked for, and its place in the header is taken.
+            UsageError: A list is requested, and its place in the header is occupied.
             HostError: The host refused.
         """
         header = self._header_store.value
         if self._option == "on":
-            await refuse_taken_place(self._file, header)
-        if not self._on_disk:
+            await refuse_occupied_descriptor(self._file, header)
+        if self._eraser.erased:
             return
-        self.wanted = self.wanted and not name_in_the_way(header)
+        self.wanted = self.wanted and not backing_name_covers_descriptor(header)
         try:
-            listed = await read_list(self._file, header, self._layer.l2_tables)
+            found = await read_list(self._file, header, self._layer.l2_tables)
         except (CorruptImageError, HostError) as error:
             log.warning("%s: the list is dropped, and the tables are scanned instead", error)
         else:
             if self._option != "off":
-                await self._postpone_scan(listed)
+                await self._postpone_scan(found)
                 return
-        await self._prepare_write()
+        await self._guard.prepare_write()
 
-    async def _postpone_scan(self, listed: FreeList) -> None:
-        """Keep a good list for the scan, which waits until it is needed."""
-        self._listed = listed
-        clusters, holding_list = self._allocator.make_map(), self._allocator.make_map()
-        holding_list.add_many(listed.places)
-        await _fill(clusters, listed.runs)
-        self._scan.postpone(clusters, holding_list)
-
-    async def forget(self) -> None:
-        """Wipe what is left of the list, now that the bit is durably clear.
-
-        The one datasync that made it so is enough.  If a crash loses what is written
-        here, an old descriptor stays that nobody reads: see `erase_descriptor`.
-        """
-        if self._on_disk:
-            await erase_descriptor(self._file, self._header_store.value)
-            self._writeback.note_write()
-            self._on_disk = False
-
-    # At the end
+    async def _postpone_scan(self, found: FreeList) -> None:
+        """Keep a valid list for the scan, which is postponed until it is needed."""
+        self._found = found
+        listed = self._allocator.free.empty_like()
+        holding_list = listed.empty_like()
+        holding_list.add_many(found.holding_clusters)
+        await _fill(listed, found.runs)
+        self._scan.postpone(listed, holding_list)
 
     @property
     def needs_scan(self) -> bool:
-        """Whether a list can only be written once the scan has ended."""
+        """Whether a list can be written only after the scan has ended."""
         return self.wanted and not self._scan.is_postponed
 
     async def save(self) -> None:
         """Write the list and set the bit; everything else must be durable and at rest.
 
-        A host that has no room for the list costs a warning: without it the image is as
-        good, and the next open scans.
+        If the host has no space for the list a warning is logged: without it the image is
+        as good, and the next open scans.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.
         """
-        if not self.wanted or self._on_disk or not self._at_rest():
+        if not self.wanted or not self._eraser.erased or not self._at_rest():
             return
-        again = self._listed if self._scan.is_postponed else None
-        runs = None if again else self._runs()
-        if not again and runs is None:
+        unchanged = self._found if self._scan.is_postponed else None
+        runs = None if unchanged else self._free_runs()
+        if not unchanged and runs is None:
             return
-        await self._prepare_write()
+        await self._guard.prepare_write()
         try:
-            await refuse_taken_place(self._file, self._header_store.value)
-            if again:
+            await refuse_occupied_descriptor(self._file, self._header_store.value)
+            if unchanged:
                 # Nothing but the descriptor: only a scan knows which clusters are free.
-                await self._file.pwrite(DESCRIPTOR_OFFSET, again.descriptor)
+                await self._file.pwrite(DESCRIPTOR_OFFSET, unchanged.descriptor)
             elif runs is not None:
                 await write_list(self._file, self._header_store.value, runs)
         except QedError as error:
@@ -164,14 +148,14 @@ class PersistentFreeList:
             return
         await self._writeback.barrier()
         await self._header_store.change(lambda header: header.with_free_list(value=True))
-        # Not for safety: a power failure that lost the bit would cost the next open a scan.
+        # Safety does not need this one: a power failure that loses the bit costs a scan.
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Tell whether the image is clean, and cut to length.
+        """Return whether the image is clean, and its file has no unused tail.
 
-        What is not listed is leaked until the next scan, so a list is complete or not
-        written at all.
+        A free cluster that is not listed is leaked until the next scan, so a list is
+        complete or not written.
         """
         return (
             self._file.size() == self._allocator.end
@@ -181,13 +165,13 @@ class PersistentFreeList:
             and not self._writeback.dirty_tables
         )
 
-    def _runs(self) -> Runs | None:
+    def _free_runs(self) -> Runs | None:
         """Collect the free runs; None if not all are known, or there are none, or too many."""
         allocator = self._allocator
         if (
             not allocator.scan_complete
-            or self._reclaim.untrusted_end
-            or allocator.free.count >= MAX_FREE
+            or self._reclaim.has_untrusted
+            or allocator.free.count >= MAX_FREE_CLUSTERS
         ):
             return None
         found = list(itertools.islice(allocator.free.runs(), MAX_RUNS + 1))
@@ -203,7 +187,7 @@ async def _fill(clusters: FreeMap, runs: Runs) -> None:
     """Add runs of clusters to a map."""
     first = runs[:, 0].astype(np.int64) + clusters.shift
     last = first + runs[:, 1].astype(np.int64)
-    # A run at a time takes three microseconds; a block at a time less, if it has several.
+    # Adding one run takes three microseconds; adding a block with several takes less.
     within = first // BLOCK == (last - 1) // BLOCK
     for start, count in runs[~within].tolist():
         clusters.add(start, count)
@@ -216,7 +200,10 @@ async def _fill(clusters: FreeMap, runs: Runs) -> None:
 
 
 def _bits(first: NDArray[np.int64], last: NDArray[np.int64]) -> int:
-    """Give an integer whose bits are set from each ``first`` up to its ``last``; all apart."""
+    """Return an integer with the bits set from each ``first`` up to its ``last``.
+
+    The ranges do not touch.
+    """
     change = np.zeros(BLOCK + 1, np.int8)
     change[first] = 1
     change[last] = -1

@@ -1,1 +1,1 @@
-"""Ordered write-back of the header and the tables."""
+"""Ordered write-back of the header and the tables, and the guard before the first write."""

@@ -1,8 +1,8 @@
-"""The gate before every change: closed on a disk that is read-only, and held by the first one.
+"""The guard before every modification: it makes durable what must change first.
 
-What an image says of itself may stop being true with the first change: autoclear bits of
-features that we do not know, and the saved free list.  That it says so must be durably
-gone before anything else changes.
+An image makes claims that its first modification may invalidate: autoclear feature bits
+of extensions that this program does not know, and a free list.  The claims must be
+durably withdrawn before anything else in the image changes, data included.
 """
 
 from __future__ import annotations
@@ -14,52 +14,61 @@ import trio
 from qedfuse.errors import ReadOnlyError
 
 if TYPE_CHECKING:
-    from qedfuse.disk.state.persistentfreelist import PersistentFreeList
+    from collections.abc import Awaitable, Callable, Sequence
+
     from qedfuse.disk.writeback.headerstore import HeaderStore
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import HostFile
 
 
 class FirstWriteGuard:
-    """Lets changes through.
+    """Lets modifications of an image pass, and prepares the image for the first one.
 
     Attributes:
-        passed: Whether nothing is left that a change would make untrue.
-        saved_list: Forgotten with the first change.
+        prepared: Whether the image makes no claim any more that a modification could
+            invalidate.
     """
 
     def __init__(
-        self, file: HostFile, header_store: HeaderStore, writeback: MetadataWriteback
+        self,
+        file: HostFile,
+        header_store: HeaderStore,
+        writeback: MetadataWriteback,
+        hooks: Sequence[Callable[[], Awaitable[None]]] = (),
     ) -> None:
-        """Guard modifications of an image."""
+        """Guard modifications of ``file``.
+
+        Each of ``hooks`` is awaited once, in order, when the header has durably withdrawn
+        its claims and before the first modification passes.
+        """
         self._file = file
         self._header_store = header_store
         self._writeback = writeback
+        self._hooks = hooks
         self._first = trio.Lock()
-        self.passed = not (header_store.value.stale_autoclear or header_store.value.free_list)
-        self.persistent_free_list: PersistentFreeList | None = None
+        self.prepared = not (header_store.value.stale_autoclear or header_store.value.free_list)
 
     async def prepare_write(self) -> None:
-        """Refuse a change if the disk is read-only; clear what the first one makes untrue.
+        """Return when the image may be modified.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
-            HostError: What the first change makes untrue could not be cleared.
+            HostError: The header could not be changed; nothing else may be modified.
         """
         if not self._file.writable or self._writeback.failure is not None:
             why = self._writeback.failure or "opened read-only"
             msg = f"{self._file.name}: read-only: {why}"
             raise ReadOnlyError(msg)
-        if not self.passed:
+        if not self.prepared:
             async with self._first:
-                # All writers wait here for the first one: not even data may change
-                # before the program that owns the autoclear bits can tell, and before
-                # the saved free list is invalid.
-                if not self.passed:
+                # All writers wait here for the first one.  Not even data may change
+                # before the program that owns the autoclear bits can see that, and
+                # before the free list is invalid.
+                if not self.prepared:
                     await self._header_store.change(
                         lambda header: header.without_stale_autoclear().with_free_list(value=False)
                     )
                     await self._writeback.barrier()
-                    if self.persistent_free_list is not None:
-                        await self.persistent_free_list.forget()
-                    self.passed = True
+                    for hook in self._hooks:
+                        await hook()
+                    self.prepared = True

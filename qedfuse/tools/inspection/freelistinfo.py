@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store
-from qedfuse.disk.space.freelist import read_list
+from qedfuse.disk.state.freelistreader import read_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
@@ -62,7 +62,7 @@ async def describe_free_list(path: str, *, share: bool = False) -> FreeListInfo:
             runs=len(found.runs),
             clusters=found.clusters,
             bytes=found.clusters * header.cluster_size,
-            list_clusters=len(found.places),
+            list_clusters=len(found.holding_clusters),
         )
     finally:
         file.close()

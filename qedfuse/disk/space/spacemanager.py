@@ -1,0 +1,149 @@
+"""Handing out clusters to requests: waits for the file to grow and for clusters to become free.
+
+`Allocator` decides which clusters these are, `FileLength` grows the file, and
+`DirectReclaim` frees clusters where the file would otherwise grow or exceed its bound.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from qedfuse.errors import NoSpaceError
+from qedfuse.ondisk.constants import MAX_OFFSET
+
+if TYPE_CHECKING:
+    from qedfuse.disk.space.allocator import Allocator, Run
+    from qedfuse.disk.space.filelength import FileLength
+    from qedfuse.hostio.hostfile import HostFile
+
+
+class FreeClusterSource(Protocol):
+    """What can make clusters free that are not yet."""
+
+    def should_reclaim(self) -> bool:
+        """Return whether waiting for `reclaim_before_growth` is worth it."""
+
+    async def reclaim_before_growth(self) -> None:
+        """Free clusters if there are many to free, so that the file need not grow."""
+
+    async def wait_for_free_clusters(self) -> bool:
+        """Wait until clusters may have become free; return whether to look again."""
+
+
+class SpaceManager:
+    """Hands out the clusters of one image file."""
+
+    def __init__(
+        self, file: HostFile, allocator: Allocator, length: FileLength, source: FreeClusterSource
+    ) -> None:
+        """Hand out what ``allocator`` chooses; ``source`` is asked before the file grows."""
+        self._file = file
+        self._allocator = allocator
+        self._length = length
+        self._source = source
+        self._free = allocator.free
+        # `try_allocate` is on the fast path of every write into new clusters.
+        self._should_reclaim = source.should_reclaim
+        self._choose = allocator.choose
+        self._describe = allocator.describe
+        self._hand_out = allocator.hand_out
+        self._try_grow = length.try_grow
+        self.release = allocator.release
+        """Take back a run to which no entry has referred since it was handed out."""
+
+    def try_allocate(self, clusters: int) -> Run | None:
+        """Hand out exactly ``clusters`` neighbouring clusters; returns None if that would block.
+
+        Returns None also where they are not neighbours.  The state is unchanged then.
+        """
+        if not self._free.count and self._should_reclaim():
+            return None
+        found = self._choose(clusters)
+        if found is None:
+            return None
+        first, count = found
+        run = self._describe(first, count)
+        if count < clusters or not self._try_grow(run.end):
+            self._allocator.put_back(first, count)
+            return None
+        self._hand_out(run)
+        return run
+
+    async def allocate(self, clusters: int) -> Run:
+        """Hand out a run of up to ``clusters`` clusters; the caller calls again for the rest.
+
+        Must not be called from within an epoch (`Epochs`): waiting for free clusters waits
+        for the requests of earlier epochs (deadlock).
+
+        Raises:
+            NoSpaceError: The file cannot grow any more.
+            HostError: The host refused to grow the file, or to write back tables.
+        """
+        if not self._free.count:
+            await self._source.reclaim_before_growth()
+        found = self._choose(clusters)
+        while found is None and await self._source.wait_for_free_clusters():
+            found = self._choose(clusters)
+        return await self._grow_over(*(found or self._allocator.choose_any()))
+
+    async def allocate_table(self) -> Run:
+        """Hand out the clusters of a new table.
+
+        Raises:
+            NoSpaceError: The file cannot grow any more.
+            HostError: As `allocate`.
+        """
+        found = self._allocator.choose_table()
+        while found is None and await self._source.wait_for_free_clusters():
+            found = self._allocator.choose_table()
+        if found is None:
+            return await self.allocate_table_at_end()
+        return await self._grow_over(found, self._free.table)
+
+    # For compaction, after which no more clusters are in use than before
+
+    async def allocate_table_at_end(self) -> Run:
+        """Hand out the clusters of a table at the end of the file, even past its bound.
+
+        Raises:
+            NoSpaceError: The file cannot grow any more.
+            HostError: The host refused to grow the file.
+        """
+        return await self._grow_over(
+            self._allocator.end >> self._allocator.cluster_bits, self._free.table
+        )
+
+    async def allocate_lowest(self, clusters: int) -> Run | None:
+        """Hand out the lowest free run of up to ``clusters`` clusters; None if nothing is free."""
+        found = self._free.take(clusters)
+        return found and await self._grow_over(*found)
+
+    async def allocate_from(self, first: int, clusters: int) -> Run:
+        """Hand out the lowest free run at or past the cluster ``first``.
+
+        It has up to ``clusters`` clusters, and lies at the end of the file, even past its
+        bound, if nothing else is free there.
+
+        Raises:
+            NoSpaceError: The file cannot grow any more.
+            HostError: The host refused to grow the file.
+        """
+        end = self._allocator.end >> self._allocator.cluster_bits
+        return await self._grow_over(*(self._free.take_from(first, clusters) or (end, clusters)))
+
+    async def _grow_over(self, first: int, count: int) -> Run:
+        """Hand out clusters that were just chosen; the file reaches over them afterwards."""
+        run = self._describe(first, count)
+        if run.end > MAX_OFFSET:
+            msg = f"{self._file.name}: file size: found {run.end}, expected at most {MAX_OFFSET}"
+            raise NoSpaceError(msg)
+        # No await between choosing and this: no two runs overlap.
+        self._hand_out(run)
+        try:
+            # Needed for free clusters as well: they may have been given back because the
+            # file could not grow over them.
+            await self._length.grow(run.end)
+        except BaseException:
+            self.release(run)
+            raise
+        return run

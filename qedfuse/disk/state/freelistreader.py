@@ -1,0 +1,236 @@
+"""Reading and validating a persistent free list (docs/format-extensions.md).
+
+An image is untrusted input, and so is its list.  It is used only if every checksum is
+right and nothing in it contradicts the header, the file or the tables.  How much is read
+is bounded by the length of the file and by `MAX_RUNS`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import trio
+
+from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
+from qedfuse.errors import CorruptImageError
+from qedfuse.ondisk.freelist import (
+    CLUSTER_HEADER_BYTES,
+    DESCRIPTOR_BYTES,
+    DESCRIPTOR_END,
+    DESCRIPTOR_OFFSET,
+    RUN_BYTES,
+    BadListError,
+    Descriptor,
+    encode_runs,
+    parse_cluster_header,
+    parse_descriptor,
+    parse_runs,
+    refuse,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.freelist import Runs
+    from qedfuse.ondisk.header import Header
+
+    Values = NDArray[np.uint64]
+
+MAX_RUNS: Final = 1 << 20
+"""Most runs in a list: with more, a scan of the tables is as fast as reading the list."""
+
+_TABLES_PER_STEP: Final = 1 << 16
+"""Tables that are validated before other tasks run."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeList:
+    """A list that was found valid.
+
+    Attributes:
+        runs: The runs, ascending: the first cluster of each, and its length in clusters.
+        holding_clusters: The clusters that hold the list, ascending.
+        descriptor: The sector that describes it.
+    """
+
+    runs: Runs
+    holding_clusters: Values
+    descriptor: bytes
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters are listed."""
+        return int(self.runs[:, 1].sum())
+
+    def contains(self, clusters: Values) -> NDArray[np.bool_]:
+        """Return which of some clusters are listed."""
+        first, count = self.runs[:, 0], self.runs[:, 1]
+        run = np.searchsorted(first, clusters, "right") - 1
+        return (run >= 0) & (clusters - first[run] < count[run])
+
+
+async def read_list(file: HostFile, header: Header, tables: Values) -> FreeList:
+    """Read and validate the list of an image whose header says that it has one.
+
+    Args:
+        file: The image.
+        header: Its header.
+        tables: The file offsets of all its L2 tables, ascending.
+
+    Raises:
+        CorruptImageError: The list must not be used; the message says why.
+        HostError: The host cannot read the file.
+    """
+    try:
+        return await _Reader(file, header, tables).read()
+    except BadListError as error:
+        msg = f"{file.name}: free list: {error}"
+        raise CorruptImageError(msg) from error
+
+
+class _Reader:
+    """Reads one list."""
+
+    def __init__(self, file: HostFile, header: Header, tables: Values) -> None:
+        self._file = file
+        self._header = header
+        self._tables = tables
+        self._size = file.size()
+        self._bits = header.geometry.cluster_bits
+        self._clusters = self._size >> self._bits
+
+    async def read(self) -> FreeList:
+        """Read the list and validate it."""
+        if self._header.need_check:
+            # The program that set it changed the image although the list claimed that it
+            # was at rest.
+            refuse("header field features", "NEED_CHECK set as well", "it clear")
+        if backing_name_covers_descriptor(self._header):
+            refuse("descriptor", "the backing file name over it", "a place of its own")
+        sector = await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
+        descriptor = parse_descriptor(sector)
+        self._check_descriptor(descriptor)
+        offsets, parts = await self._read_chain(descriptor)
+        runs = np.concatenate(parts)
+        if zlib.crc32(encode_runs(runs)) != descriptor.list_crc:
+            refuse("runs", "another checksum", "that of the descriptor")
+        self._check_runs(runs, descriptor)
+        await self._check_tables(runs)
+        holding_clusters = np.array(offsets, np.uint64) >> np.uint64(self._bits)
+        found = FreeList(runs, holding_clusters, bytes(sector))
+        listed = found.contains(found.holding_clusters)
+        if not listed.all():
+            stray = offsets[int(np.argmin(listed))]
+            refuse("list cluster", f"one at {stray} that is not listed", "a free one")
+        return found
+
+    def _check_descriptor(self, descriptor: Descriptor) -> None:
+        """Validate the numbers, before anything is sized from them."""
+        free = min(self._clusters, MAX_FREE_CLUSTERS)
+        for what, found, low, high in (
+            ("file_bytes", descriptor.file_bytes, self._size, self._size),
+            ("runs", descriptor.runs, 1, MAX_RUNS),
+            ("list_clusters", descriptor.list_clusters, 1, descriptor.runs),
+            ("free_clusters", descriptor.free_clusters, descriptor.runs, free),
+        ):
+            if not low <= found <= high:
+                expected = f"{low} to {high}" if low < high else f"{low}"
+                refuse(f"descriptor {what}", found, expected)
+
+    async def _read_chain(self, descriptor: Descriptor) -> tuple[list[int], list[Runs]]:
+        """Read the list clusters: the file offset of each, and its runs.
+
+        Each lies behind the one before it, so there are no loops.
+        """
+        offsets: list[int] = []
+        parts: list[Runs] = []
+        offset, before, left = descriptor.first_cluster, 0, descriptor.runs
+        for _ in range(descriptor.list_clusters):
+            self._check_offset(offset, before)
+            head = await self._file.pread(offset, CLUSTER_HEADER_BYTES)
+            cluster = parse_cluster_header(head, self._header.cluster_size)
+            if cluster.runs > left:
+                refuse("runs in a list cluster", cluster.runs, f"at most {left}")
+            left -= cluster.runs
+            length = CLUSTER_HEADER_BYTES + cluster.runs * RUN_BYTES
+            parts.append(parse_runs(cluster, await self._file.pread(offset, length)))
+            offsets.append(offset)
+            before, offset = offset, cluster.next_cluster
+            await trio.lowlevel.checkpoint()
+        if left or offset:
+            found = f"{descriptor.runs - left} runs, then a list cluster at {offset}"
+            refuse("list", found, f"{descriptor.runs} runs and no more")
+        return offsets, parts
+
+    def _check_offset(self, offset: int, before: int) -> None:
+        """Validate the file offset of a list cluster, given that of the one before it."""
+        low = max(self._header.header_end, before + 1)
+        high = self._size - self._header.cluster_size
+        if self._header.geometry.in_cluster(offset) or not low <= offset <= high:
+            expected = f"a multiple of {self._header.cluster_size} from {low} to {high}"
+            refuse("list cluster offset", offset, expected)
+
+    def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
+        """Validate that the runs ascend, do not touch, and lie inside the file."""
+        first, count = runs[:, 0], runs[:, 1]
+        # This order avoids overflow: the first cluster is compared with the file's end
+        # before a count that leaves the run inside it.  No run reaches that end: the
+        # file was cut there, so its last cluster was in use.
+        inside = first < np.uint64(self._clusters)
+        inside[inside] = count[inside] < np.uint64(self._clusters) - first[inside]
+        inside &= (first >= self._header.header_end >> self._bits) & (count > 0)
+        if not inside.all():
+            self._refuse_first(
+                runs, ~inside, f"a run before cluster {self._clusters - 1}, the file's last"
+            )
+        apart = first[1:] > first[:-1] + count[:-1]
+        if not apart.all():
+            expected = "runs that ascend and do not touch each other"
+            self._refuse_first(runs[1:], ~apart, expected)
+        total = int(count.sum())
+        if total != descriptor.free_clusters:
+            refuse("runs", f"{total} clusters", f"{descriptor.free_clusters}")
+        l1_table = np.array([self._header.l1_table_offset], np.uint64)
+        self._refuse_overlap(runs, l1_table, "the L1 table")
+
+    async def _check_tables(self, runs: Runs) -> None:
+        """Validate that no L2 table lies in a run."""
+        for start in range(0, len(self._tables), _TABLES_PER_STEP):
+            tables = self._tables[start : start + _TABLES_PER_STEP]
+            self._refuse_overlap(runs, tables, "an L2 table")
+            await trio.lowlevel.checkpoint()
+
+    def _refuse_overlap(self, runs: Runs, tables: Values, what: str) -> None:
+        """Refuse the list if one of some tables overlaps a run."""
+        first = tables >> np.uint64(self._bits)
+        # The last run that begins before the end of the table.
+        size = np.uint64(self._header.table_size)
+        run = np.searchsorted(runs[:, 0], first + size, "left") - 1
+        within = (run >= 0) & (runs[run, 0] + runs[run, 1] > first)
+        if within.any():
+            found = f"{what} at {int(tables[np.argmax(within)])} among the free clusters"
+            refuse("runs", found, "none there")
+
+    def _refuse_first(self, runs: Runs, bad: NDArray[np.bool_], expected: str) -> None:
+        """Refuse the list for the first run that is bad."""
+        first, count = runs[np.argmax(bad)].tolist()
+        refuse("runs", f"{count} clusters from cluster {first} on", expected)
+
+
+def backing_name_covers_descriptor(header: Header) -> bool:
+    """Return whether the backing file name lies where the descriptor has its place."""
+    start = header.backing_filename_offset
+    end = start + header.backing_filename_size
+    return header.has_backing and start < DESCRIPTOR_END and end > DESCRIPTOR_OFFSET
+
+
+def expand_runs(runs: Runs) -> Values:
+    """Return each cluster of some runs, in their order."""
+    counts = runs[:, 1].astype(np.int64)
+    ends = np.cumsum(counts)
+    within = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+    return np.repeat(runs[:, 0], counts) + within.astype(np.uint64)

@@ -1,0 +1,136 @@
+"""Writing a persistent free list, and removing one (docs/format-extensions.md)."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qedfuse.disk.state.freelistreader import backing_name_covers_descriptor, expand_runs
+from qedfuse.errors import UsageError
+from qedfuse.ondisk.freelist import (
+    DESCRIPTOR_BYTES,
+    DESCRIPTOR_END,
+    DESCRIPTOR_OFFSET,
+    Descriptor,
+    build_cluster,
+    build_descriptor,
+    encode_runs,
+    is_descriptor_place,
+    runs_in_cluster,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qedfuse.disk.writeback.headerstore import HeaderStore
+    from qedfuse.disk.writeback.metadata import MetadataWriteback
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.freelist import Runs
+    from qedfuse.ondisk.header import Header
+
+
+class DescriptorEraser:
+    """Erases the descriptor of the list that an image had when it was opened.
+
+    Attributes:
+        erased: Whether there is no such list, or not any more.
+    """
+
+    def __init__(
+        self, file: HostFile, header_store: HeaderStore, writeback: MetadataWriteback
+    ) -> None:
+        """Look after the list that the header in ``header_store`` announces now."""
+        self._file = file
+        self._header_store = header_store
+        self._writeback = writeback
+        self.erased = not header_store.value.free_list
+
+    async def erase(self) -> None:
+        """Erase the descriptor once; the header's bit must be durably clear.
+
+        Needs no datasync of its own: if a crash loses this write, a descriptor is left
+        that is not read (see `erase_descriptor`).
+
+        Raises:
+            HostError: The host refused.
+        """
+        if not self.erased:
+            await erase_descriptor(self._file, self._header_store.value)
+            self._writeback.note_write()
+            self.erased = True
+
+
+async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
+    """Refuse to keep a list in an image that has something else in the descriptor's place.
+
+    Raises:
+        UsageError: It has.
+    """
+    where = f"bytes {DESCRIPTOR_OFFSET} to {DESCRIPTOR_END - 1} of the header's cluster"
+    found = ""
+    if backing_name_covers_descriptor(header):
+        found = "the backing file name"
+    elif not header.free_list and not is_descriptor_place(
+        await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
+    ):
+        # Another program, which does not use our feature bit, may need these bytes.
+        found = "something else"
+    if found:
+        msg = f"{file.name}: free list: found {found} in {where}, expected them to be unused"
+        raise UsageError(msg)
+
+
+async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
+    """Write list and descriptor; once they are durable the header's bit may be set.
+
+    The list needs no space of its own: it lies in the lowest free clusters.  There are
+    always enough, since each run has at least one.  While the bit is clear none of this
+    is read, so the order of these writes does not matter; only the bit must come after a
+    datasync that covers them all.
+
+    Args:
+        file: The image, exactly as long as its last cluster in use requires.
+        header: Its header, with the bit clear.
+        runs: The free clusters, at least one and at most `MAX_RUNS` runs.
+
+    Raises:
+        HostError: The host refused; the image is as good as without a list.
+    """
+    runs_per_cluster = runs_in_cluster(header.cluster_size)
+    clusters = _lowest(runs, -(-len(runs) // runs_per_cluster))
+    offsets = [*(clusters << np.uint64(header.geometry.cluster_bits)).tolist(), 0]
+    for number, offset in enumerate(offsets[:-1]):
+        part = runs[number * runs_per_cluster : (number + 1) * runs_per_cluster]
+        await file.pwrite(offset, build_cluster(offsets[number + 1], part))
+    descriptor = Descriptor(
+        first_cluster=offsets[0],
+        list_clusters=len(clusters),
+        runs=len(runs),
+        free_clusters=int(runs[:, 1].sum()),
+        file_bytes=file.size(),
+        list_crc=zlib.crc32(encode_runs(runs)),
+    )
+    await file.pwrite(DESCRIPTOR_OFFSET, build_descriptor(descriptor))
+
+
+def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
+    """Return the lowest ``count`` clusters of at least as many runs."""
+    lowest = runs[:count].copy()
+    np.minimum(lowest[:, 1], np.uint64(count), out=lowest[:, 1])
+    return expand_runs(lowest)[:count]
+
+
+async def erase_descriptor(file: HostFile, header: Header) -> None:
+    """Erase the descriptor of a list that has become invalid, as a second line of defence.
+
+    Safety does not need it as long as all programs keep the order: the bit is set only
+    after a datasync that covers a new descriptor, so an old one is never used again, even
+    if a crash loses this write.
+
+    Raises:
+        HostError: The host refused.
+    """
+    if not backing_name_covers_descriptor(header):
+        await file.pwrite(DESCRIPTOR_OFFSET, bytes(DESCRIPTOR_BYTES))
