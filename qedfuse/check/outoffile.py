@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from qedfuse.check.entries import read_table
 from qedfuse.check.findings import Code
 from qedfuse.check.tables import Changes
+from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qedfuse.check.entries import EntryClassifier
+    from qedfuse.check.entryclassifier import EntryClassifier
     from qedfuse.check.lostranges import LostRanges
     from qedfuse.check.rewrite import Rewriter
     from qedfuse.hostio.hostfile import HostFile
@@ -71,14 +71,17 @@ class OutOfFile:
         # and must have been seen there before.
         held: list[Values] = [np.empty(0, np.uint64)]
         kept: list[tuple[int, int]] = []
+        length = self._geometry.table_bytes
         for index, table, moves in tables:
             if moves:
-                async for first, values in read_table(self._file, self._classifier.header, table):
+                async for first, values in read_table(
+                    self._file, table, self._geometry.table_bytes
+                ):
                     held.append(values[self._lose(index, first, values)])
             else:
                 kept.append((index, table))
         for index, table in kept:
-            async for first, values in read_table(self._file, self._classifier.header, table):
+            async for first, values in read_table(self._file, table, length):
                 lost = self._lose(index, first, values)
                 await self._clear(table, first, values, np.where(lost, empty, values))
         held += await self._give_up_tables(l1_entries)
@@ -107,11 +110,11 @@ class OutOfFile:
         later: list[Values] = []
         if not l1_entries:
             return later
-        header, changes = self._classifier.header, Changes(l1_entries)
-        async for first, values in read_table(self._file, header, header.l1_table_offset):
+        changes, l1_table = Changes(l1_entries), self._classifier.header.l1_table_offset
+        async for first, values in read_table(self._file, l1_table, self._geometry.table_bytes):
             fixed = changes.applied(first, values)
             later.append(values[(fixed != values) & (fixed == POISON_ENTRY)])
-            await self._clear(header.l1_table_offset, first, values, fixed)
+            await self._clear(l1_table, first, values, fixed)
         return later
 
     async def _clear(self, table: int, first: int, old: Values, new: Values) -> None:

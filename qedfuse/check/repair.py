@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qedfuse.check.entries import EntryClassifier, read_table
+from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.findings import Code, RepairPlan
 from qedfuse.check.lostranges import LostRanges
 from qedfuse.check.outoffile import POISON_ENTRY, OutOfFile
@@ -41,6 +41,7 @@ from qedfuse.check.tables import Changes, check_number, named_tables, overlappin
 from qedfuse.check.walk import check_image
 from qedfuse.disk.space.l2tables import claim_tables
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
+from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class _Repair:
         await self._replace_bad_tables()
         await self._claim_metadata()
         for index, table, source in self._tables:
-            async for first, values in read_table(self._file, self._header, source):
+            async for first, values in read_table(self._file, source, self._geometry.table_bytes):
                 if (values > ZERO).any():
                     fixed = await self._repair_slice(index, first, values)
                     await self.rewriter.replace(table + first * ENTRY_BYTES, values, fixed)
@@ -252,7 +253,7 @@ class _Repair:
         """Tell over which of the layout's tables an entry of any table has its data."""
         under = np.zeros(len(self._classifier.tables), np.bool_)
         for table in np.unique(tables).tolist():
-            async for _first, values in read_table(self._file, self._header, table):
+            async for _first, values in read_table(self._file, table, self._geometry.table_bytes):
                 for code, mask in self._classifier.l2_errors(values):
                     if code is Code.L2_OVER_METADATA:
                         places = self._classifier.table_under(values[mask])
@@ -320,6 +321,6 @@ class _Repair:
             return
         changes = Changes(self._l1_changes)
         start = self._header.l1_table_offset
-        async for first, values in read_table(self._file, self._header, start):
+        async for first, values in read_table(self._file, start, self._geometry.table_bytes):
             fixed = changes.applied(first, values)
             await self.rewriter.replace(start + first * ENTRY_BYTES, values, fixed)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.check.entries import read_table
 from qedfuse.check.findings import Code
 from qedfuse.errors import NeedsCheckError
+from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import UNALLOCATED
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.check.entries import EntryClassifier
+    from qedfuse.check.entryclassifier import EntryClassifier
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.entryrules import Mask, Values
 
@@ -54,7 +54,8 @@ async def named_tables(
     tables: list[Values] = [np.empty(0, np.uint64)]
     count = 0
     header = classifier.header
-    async for first, values in read_table(file, header, header.l1_table_offset):
+    length = header.geometry.table_bytes
+    async for first, values in read_table(file, header.l1_table_offset, length):
         good = values != UNALLOCATED
         for code, mask in classifier.l1_errors(values):
             if keep_short and code is Code.L1_CUT_SHORT:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.check.entries import EntryClassifier, read_table
+from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.findings import CheckReport, Code, Finding, Findings
 from qedfuse.check.headernotes import header_notes
 from qedfuse.check.tables import named_tables, overlapping
@@ -15,6 +15,7 @@ from qedfuse.disk.space.l2tables import claim_tables, holding_data
 from qedfuse.disk.space.ownerbitmap import MAPPED_CLUSTERS, OwnerBitmap
 from qedfuse.disk.state.freelistreader import expand_runs, read_list
 from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class _Walk:
             label = f"L1 entry {l1_index}: L2 entry"
             start = l1_index * geometry.table_span
             expected = 0
-            async for first, values in read_table(self._file, self._header, table):
+            async for first, values in read_table(self._file, table, geometry.table_bytes):
                 good = values > ZERO
                 if not good.any():
                     continue

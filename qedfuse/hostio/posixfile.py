@@ -15,12 +15,12 @@ from qedfuse.hostio.inlinepolicy import InlinePolicy
 from qedfuse.hostio.inodelock import InodeLock
 from qedfuse.hostio.nowaitretry import NowaitRetry
 from qedfuse.hostio.regular import open_regular, status_of
+from qedfuse.hostio.sparse import seek
 from qedfuse.hostio.systemcalls import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
     fallocate,
     read_all,
-    seek,
     write_all,
 )
 from qedfuse.ondisk.constants import MAX_OFFSET

@@ -81,24 +81,3 @@ def write_all(fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
         if left and count:
             left[0] = left[0][count:]
     return time.perf_counter() - since
-
-
-def seek(fd: int, offset: int, whence: int) -> int | None:
-    """Return the first data or hole at or past an offset (lseek(2)); None if there is none.
-
-    A file system that does not keep track of holes has data up to the end of each file.
-
-    Args:
-        fd: The file.
-        offset: File offset in bytes.
-        whence: ``os.SEEK_DATA`` or ``os.SEEK_HOLE``.
-    """
-    try:
-        return os.lseek(fd, offset, whence)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return None
-        if error.errno != errno.EINVAL:
-            raise
-    size = os.fstat(fd).st_size
-    return None if offset >= size else offset if whence == os.SEEK_DATA else size

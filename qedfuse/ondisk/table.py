@@ -32,6 +32,14 @@ def decode(raw: bytes | bytearray) -> array[int]:
     return entries
 
 
+def slice_start(table: int, offset: int, slice_bytes: int = SLICE_BYTES) -> int:
+    """Return the file offset of the slice that an offset within a table lies in.
+
+    Slices begin at multiples of ``slice_bytes`` from the beginning of the table.
+    """
+    return offset - (offset - table) % slice_bytes
+
+
 def encode(entries: array[int], first: int, last: int) -> bytes:
     """Turn the entries from index ``first`` up to, not including, ``last`` into bytes."""
     part = entries[first:last]

@@ -13,10 +13,10 @@ import numpy as np
 
 from qedfuse.disk.lookup.tablecache import L1
 from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
-from qedfuse.ondisk.table import SLICE_BYTES, decode
 
 if TYPE_CHECKING:
     from array import array
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
 
 
@@ -70,27 +71,18 @@ class TableRegistry:
         # the disk grows.
         writable = self._file.writable
         used = self._geometry.l1_used(self.header.image_size)
-        end = start + (self._geometry.entries if writable else used) * ENTRY_BYTES
+        length = (self._geometry.entries if writable else used) * ENTRY_BYTES
         found = []
         past = []
-        position: int | None = start
-        while position is not None and position < end:
-            raw = await self._file.pread(position, min(SLICE_BYTES, end - position))
-            entries = decode(raw[: len(raw) & -ENTRY_BYTES])
-            values = np.frombuffer(entries, np.uint64)
+        async for first, values in read_table(self._file, start, length):
+            bad = self._find_bad(L1, values)
             valid = values != UNALLOCATED
-            bad = self.find_bad(L1, entries)
             if bad is not None:
-                valid &= np.frombuffer(bad, np.uint8) == 0
+                valid &= ~bad
             found.append(values[valid])
-            first = (position - start) // ENTRY_BYTES
             if first + len(values) > used:
                 indices = np.flatnonzero(valid) + first
                 past.append(indices[indices >= used])
-            position += SLICE_BYTES
-            data = await self._file.next_data(position)
-            # Slices begin at multiples of the slice length from the table's start.
-            position = data and max(position, data - (data - start) % SLICE_BYTES)
         self.l2_tables = np.sort(np.concatenate(found)) if found else self.l2_tables
         self._past_end = np.concatenate(past) if past else self._past_end
         if self._file.writable and len(self.l2_tables) > 1:
@@ -139,11 +131,15 @@ class TableRegistry:
         Returns:
             One byte per entry, non-zero for a bad one; None if all are valid.
         """
-        bad = self.entry_rules(level).invalid_mask(np.frombuffer(entries, np.uint64))
-        if bad is None:
-            return None
-        self.damaged = True
-        return bad.tobytes()
+        bad = self._find_bad(level, np.frombuffer(entries, np.uint64))
+        return None if bad is None else bad.tobytes()
+
+    def _find_bad(self, level: int, values: Values) -> Mask | None:
+        """Do what `find_bad` does, with arrays of numpy."""
+        bad = self.entry_rules(level).invalid_mask(values)
+        if bad is not None:
+            self.damaged = True
+        return bad
 
     def entry_rules(self, level: int) -> EntryRules:
         """Return the rules for the entries of a level."""

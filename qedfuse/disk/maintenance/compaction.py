@@ -23,6 +23,7 @@ import trio
 from qedfuse.disk.lookup.tablecache import L1
 from qedfuse.disk.maintenance.reversemap import build_reverse_map
 from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.tablewalk import holds_data
 from qedfuse.ondisk.constants import ENTRY_BYTES
 
 if TYPE_CHECKING:
@@ -197,8 +198,8 @@ class Compaction:
         tables, start = self._layer.tables, table + index * ENTRY_BYTES
         if tables.cached(table, index) is not None:
             return False
-        data = await self._layer.file.next_data(start)
-        return data is None or data >= start + tables.slice_entries * ENTRY_BYTES
+        length = tables.slice_entries * ENTRY_BYTES
+        return not await holds_data(self._layer.file, start, length)
 
     async def _tables(self) -> dict[int, int]:
         """List the L2 tables: the first cluster of each, and its L1 index."""

@@ -22,6 +22,7 @@ import trio
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.lookup.tablecache import L1
 from qedfuse.errors import CorruptImageError, UsageError
+from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, UNALLOCATED
 from qedfuse.util.periodicprogress import periodic_progress
 
@@ -252,18 +253,15 @@ class Resize:
     async def _drop_tables(self, first: int) -> None:
         """Give up the tables of the L1 entries from ``first`` on, as far as they are empty."""
         layer, step = self._layer, self._layer.tables.slice_entries
-        start, index = layer.header.l1_table_offset, first - first % step
+        start, length = layer.header.l1_table_offset, layer.geometry.table_bytes
+        skip = (first - first % step) * ENTRY_BYTES
         # Everything has been written back, so what the file has no data for is empty.
-        while (data := await layer.file.next_data(start + index * ENTRY_BYTES)) is not None:
-            await trio.lowlevel.checkpoint()
-            index = max(index, (data - start) // ENTRY_BYTES // step * step)
-            if index >= layer.geometry.entries:
-                break
+        async for offset in DataSlices(layer.file, start, length, skip=skip):
+            index = (offset - start) // ENTRY_BYTES
             part = await layer.tables.load(start, index, L1)
             found = np.flatnonzero(np.frombuffer(part.entries, np.uint64)) + index
             for l1_index in found[found >= first].tolist():
                 await self._drop_table(l1_index)
-            index += step
 
     async def _drop_table(self, l1_index: int) -> None:
         """Give up one table; one with anything in it was there before, and stays."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-import trio
 
 from qedfuse.disk.lookup.tablecache import L2
 from qedfuse.disk.space.l2tables import holding_data
 from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 
@@ -68,11 +68,8 @@ async def build_reverse_map(
     for table in tables[held][::-1].tolist():
         if expected is not None and count >= expected:
             break
-        for offset in range(table, table + length, step):
-            # A deadline may end the pass here, and other tasks get a turn.
-            await trio.lowlevel.checkpoint()
-            if not await _is_held(layer, offset, step):
-                continue
+        # A deadline may end the pass before each slice, and other tasks run.
+        async for offset in DataSlices(layer.file, table, length, slice_bytes=step):
             values = await _read(layer, table, offset, step, judged=expected is None)
             where = np.flatnonzero((values >= low) & (values < high))
             if len(where):
@@ -80,12 +77,6 @@ async def build_reverse_map(
                 entries.append(np.uint64(offset) + where.astype(np.uint64) * np.uint64(ENTRY_BYTES))
                 count += len(where)
     return _in_order(layer, clusters, entries)
-
-
-async def _is_held(layer: QedLayer, offset: int, length: int) -> bool:
-    """Tell whether a range is more than a hole of the file."""
-    data = await layer.file.next_data(offset)
-    return data is not None and data < offset + length
 
 
 async def _read(

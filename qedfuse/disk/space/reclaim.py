@@ -17,6 +17,7 @@ import trio
 
 from qedfuse.disk.space.freemap import BLOCK
 from qedfuse.errors import HostError
+from qedfuse.hostio.tablewalk import holds_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -219,7 +220,7 @@ class Reclaim:
             if clusters is allocator.maybe_holes:
                 # The host is not asked about other clusters: space that was reserved and
                 # never written to looks like a hole.
-                ranges = [run for run in ranges if await self._holds_data(*run)]
+                ranges = [run for run in ranges if await holds_data(self._file, *run)]
             if ranges:
                 await self._guard.prepare_write()
                 await self._file.punch(*ranges)
@@ -233,8 +234,3 @@ class Reclaim:
             for first, count in taken:
                 allocator.free.add(first, count)
         return len(taken)
-
-    async def _holds_data(self, offset: int, length: int) -> bool:
-        """Ask the host whether a range is more than a hole."""
-        data = await self._file.next_data(offset)
-        return data is not None and data < offset + length

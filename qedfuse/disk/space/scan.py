@@ -23,8 +23,8 @@ from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
 from qedfuse.disk.space.freemap import BLOCK
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
 from qedfuse.errors import QedError
+from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES, ZERO
-from qedfuse.ondisk.table import SLICE_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,17 +155,9 @@ class Scan:
         # Holes of a sparse file refer to nothing, whether a whole table or a part is one.
         with_data = await holding_data(layer.file, self._tables, length)
         for start in self._tables[with_data].tolist():
-            end = start + length
-            position = start
-            while position < end:
-                data = await layer.file.next_data(position)
-                if data is None or data >= end:
-                    break
-                position = data - (data - start) % SLICE_BYTES
-                await self._mark_slice(start, (position - start) // ENTRY_BYTES)
-                position += SLICE_BYTES
-                # A slice takes half a millisecond; then requests run.
-                await trio.lowlevel.checkpoint()
+            # A slice takes half a millisecond; then requests run.
+            async for offset in DataSlices(layer.file, start, length):
+                await self._mark_slice(start, (offset - start) // ENTRY_BYTES)
 
     async def _mark_slice(self, table: int, index: int) -> None:
         """Mark what the slice with entry ``index`` of a table refers to.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qedfuse.check.entries import EntryClassifier, read_table
+from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.tables import named_tables
+from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ async def count_allocation(
     _indices, tables = await named_tables(file, classifier, count_bad)
     data = zero = 0
     for number, table in enumerate(tables.tolist()):
-        async for _first, values in read_table(file, header, table):
+        async for _first, values in read_table(file, table, header.geometry.table_bytes):
             data += int((values > ZERO).sum())
             zero += int((values == ZERO).sum())
         if progress is not None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.check.entries import EntryClassifier, read_table
+from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.findings import Code
 from qedfuse.errors import HeaderError, NotQedError, UsageError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET, UNALLOCATED, ZERO
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
@@ -113,7 +114,7 @@ class Dump:
         header = self._header()
         classifier = EntryClassifier(header, self._file.size())
         span, step = header.geometry.table_span, header.geometry.table_bytes
-        async for first, values in read_table(self._file, header, header.l1_table_offset):
+        async for first, values in read_table(self._file, header.l1_table_offset, step):
             verdicts = np.zeros(len(values), np.uint8)
             for code, mask in classifier.l1_errors(values):
                 verdicts[mask] = _NUMBERS[code]
@@ -132,7 +133,7 @@ class Dump:
         table = await self.table(l1_index)
         classifier = EntryClassifier(header, self._file.size(), await self._tables(header))
         guest = l1_index * geometry.table_span
-        async for first, values in read_table(self._file, header, table):
+        async for first, values in read_table(self._file, table, geometry.table_bytes):
             verdicts = np.zeros(len(values), np.uint8)
             for code, mask in classifier.l2_errors(values):
                 verdicts[mask] = _NUMBERS[code]
@@ -169,7 +170,8 @@ class Dump:
         """
         rules = EntryRules(EntryLimits.for_l1(header, self._file.size()))
         found = [NO_TABLES]
-        async for _first, values in read_table(self._file, header, header.l1_table_offset):
+        l1_table, length = header.l1_table_offset, header.geometry.table_bytes
+        async for _first, values in read_table(self._file, l1_table, length):
             found.append(values[rules.valid_mask(values)])
             if sum(map(len, found)) > _MAX_KNOWN_TABLES:
                 break

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import QedError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_regular
+from qedfuse.hostio.sparse import seek
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, UNALLOCATED
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.header import Header, parse_header
@@ -109,10 +110,8 @@ class FastMap:
 
     def _is_hole(self, position: int, length: int) -> bool:
         """Tell whether the host has nothing for a range of the file."""
-        try:
-            return os.lseek(self._fd, position, os.SEEK_DATA) >= position + length
-        except OSError:  # nothing but a hole is left, or the file system cannot tell
-            return False
+        data = seek(self._fd, position, os.SEEK_DATA)
+        return data is None or data >= position + length
 
     def _write(
         self, raw: bytes, pending: array[int], ending: bytes, *, as_json: bool

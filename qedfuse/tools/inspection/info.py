@@ -6,7 +6,6 @@ and the L1 table are read: no numpy, no trio, so that the answer is there in an 
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -15,6 +14,7 @@ from qedfuse.check.headernotes import header_notes
 from qedfuse.errors import HostError, NotQedError, QedError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import open_regular
+from qedfuse.hostio.sparse import data_slices
 from qedfuse.ondisk.constants import MAX_OFFSET, SECTOR, UNALLOCATED, Feature
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
@@ -212,16 +212,13 @@ def _look_at_l1(
     limits = EntryLimits.for_l1(header, file_size)
     used = wild = 0
     tables: list[int] = []
-    position, end, left = header.l1_table_offset, header.l1_end, MAX_L1_BYTES
-    end = min(end, file_size)
-    while position < end:
-        position = _next_data(fd, position, header.l1_table_offset)
-        if position >= end or left <= 0:
-            break
-        raw = os.pread(fd, min(SLICE_BYTES, end - position), position)
+    start, left, complete = header.l1_table_offset, MAX_L1_BYTES, True
+    end = min(header.l1_end, file_size)
+    for offset in data_slices(fd, start, end - start):
+        raw = os.pread(fd, min(SLICE_BYTES, end - offset), offset) if left > 0 else b""
         if not raw:
+            complete = False
             break
-        position += SLICE_BYTES
         if raw.count(0) == len(raw):
             continue
         left -= SLICE_BYTES
@@ -232,7 +229,7 @@ def _look_at_l1(
         wild += len(found) - len(good)
         tables += good
     problems = list(_l1_problems(wild, _overlapping(tables, header), file_size, name))
-    return None if position < end else used, problems
+    return used if complete else None, problems
 
 
 def _overlapping(tables: list[int], header: Header) -> int:
@@ -260,15 +257,6 @@ def _l1_problems(wild: int, overlapping: int, file_size: int, name: str) -> Iter
             "expected each to have its clusters for itself"
         )
         yield Problem("table-overlap", msg, fatal=False)
-
-
-def _next_data(fd: int, position: int, start: int) -> int:
-    """Give where the next slice begins that is not a hole; past everything if none does."""
-    try:
-        data = os.lseek(fd, position, os.SEEK_DATA)
-    except OSError as error:  # a file system may know nothing of holes
-        return MAX_OFFSET if error.errno == errno.ENXIO else position
-    return max(position, data - (data - start) % SLICE_BYTES)
 
 
 def _backing(fd: int, raw: RawHeader, path: str) -> BackingName | None:

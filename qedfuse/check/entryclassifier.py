@@ -1,62 +1,24 @@
-"""Reading the tables of an image for a check, and telling good entries from bad ones.
+"""Which code of a finding the check gives to an invalid table entry.
 
 Everything is done on whole slices with numpy: a full 1 TiB image has 16.7 million entries.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Self
-
-import numpy as np
-import trio
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.findings import Code
-from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.entrylimits import EntryLimits, Violation
 from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
-from qedfuse.ondisk.table import SLICE_BYTES, decode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
+    import numpy as np
     from numpy.typing import NDArray
 
-    from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
-
-
-def read_table(file: HostFile, header: Header, start: int) -> AsyncIterator[tuple[int, Values]]:
-    """Read a table in slices of at most 64 KiB, skipping the holes of a sparse file.
-
-    Yields:
-        (index of the first entry, the entries).  Lets other tasks run in between.
-    """
-    return _Slices(file, start, start + header.geometry.table_bytes)
-
-
-class _Slices:
-    """The slices of a table.  No generator: those complain where an error ends a loop early."""
-
-    def __init__(self, file: HostFile, start: int, end: int) -> None:
-        self._file = file
-        self._start = start
-        self._end = end
-        self._position = start
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[int, Values]:
-        await trio.lowlevel.checkpoint()
-        data = await self._file.next_data(self._position)
-        if data is None or data >= self._end:
-            raise StopAsyncIteration
-        position = max(self._position, data - (data - self._start) % SLICE_BYTES)
-        self._position = position + SLICE_BYTES
-        raw = await self._file.pread(position, min(SLICE_BYTES, self._end - position))
-        entries = decode(raw[: len(raw) & -ENTRY_BYTES])
-        return (position - self._start) // ENTRY_BYTES, np.frombuffer(entries, np.uint64)
 
 
 _L1_CODES: Final = {violation: Code[f"L1_{violation.name}"] for violation in Violation}

@@ -1,0 +1,56 @@
+"""Holes of sparse files, for code that blocks; trio need not be loaded for it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from qedfuse.ondisk.table import SLICE_BYTES, slice_start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def seek(fd: int, offset: int, whence: int) -> int | None:
+    """Return the first data or hole at or past an offset (lseek(2)); None if there is none.
+
+    A file system that does not keep track of holes has data up to the end of each file.
+
+    Args:
+        fd: The file.
+        offset: File offset in bytes.
+        whence: ``os.SEEK_DATA`` or ``os.SEEK_HOLE``.
+    """
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        if error.errno != errno.EINVAL:
+            raise
+    size = os.fstat(fd).st_size
+    return None if offset >= size else offset if whence == os.SEEK_DATA else size
+
+
+def data_slices(fd: int, table: int, length: int) -> Iterator[int]:
+    """Yield the file offsets of the slices of a table that hold data; skip its holes.
+
+    The same walk as `qedfuse.hostio.tablewalk.DataSlices`, which lets other tasks run.
+
+    Args:
+        fd: The image.
+        table: File offset of the table.
+        length: Its length in bytes.
+
+    Raises:
+        OSError: The host refused.
+    """
+    position, end = table, table + length
+    while position < end:
+        data = seek(fd, position, os.SEEK_DATA)
+        if data is None or data >= end:
+            return
+        position = max(position, slice_start(table, data))
+        yield position
+        position += SLICE_BYTES
