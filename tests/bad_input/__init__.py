@@ -1,1 +1,1 @@
-"""What bad input gets: one line, a documented exit code, and nothing changed."""
+"""Bad input: one line, a documented exit code, and nothing changed."""

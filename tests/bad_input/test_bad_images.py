@@ -1,8 +1,8 @@
 """Every row of the table in docs/bad-input.md that an image file can cause.
 
-Each image is mounted by the real command.  It must print one line that names the file
-and says what was found and what was expected, end with the documented exit code, leave
-the file as it was and the mountpoint unmounted.
+Each image is mounted by the real command.  It must print one line that names the file,
+what was found and what was expected, exit with the documented code, and leave the file
+unchanged and the mountpoint unmounted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 SIZE: Final = 64 << 20
 CLUSTER: Final = 65536
 TABLE: Final = 4 * CLUSTER
-MEMORY_LIMIT: Final = 700 << 20
-"""Address space the command may use, in bytes; hostile images must not need more."""
+ADDRESS_SPACE_BYTES: Final = 700 << 20
+"""Address space that the command may use; hostile images must not need more."""
 
 FIELDS: Final = {
     "magic": (0, "<I"),
@@ -97,7 +97,7 @@ def image(tmp_path: Path) -> Image:
 
 
 def digest(path: Path) -> str:
-    """Sum up a file's beginning, length, allocation and time of change."""
+    """Summarize a file's beginning, length, allocation and time of change."""
     status = path.stat()
     with path.open("rb") as file:
         start = hashlib.sha256(file.read(16 << 20)).hexdigest()
@@ -105,17 +105,17 @@ def digest(path: Path) -> str:
 
 
 def mount(*arguments: str | Path, limit: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the mount command in the front; it is expected to end by itself."""
+    """Run the mount command in the foreground; it must end by itself."""
     words = [sys.executable, "-m", "qedfuse", "-f", *map(str, arguments)]
     if limit:
-        words = ["prlimit", f"--as={MEMORY_LIMIT}", *words]
+        words = ["prlimit", f"--as={ADDRESS_SPACE_BYTES}", *words]
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
 
 
 def refused(
     tmp_path: Path, image: Path, code: int, words: tuple[str, ...], *options: str | Path
 ) -> str:
-    """Assert that an image is refused as the table says, and give the message."""
+    """Assert that an image is refused as the table says; give the message."""
     before = digest(image) if image.is_file() else ""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir(exist_ok=True)
@@ -207,7 +207,7 @@ def test_a_bad_header_or_backing_name_is_refused(row: str, image: Image, tmp_pat
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "link", "loop"])
 def test_a_backing_file_of_a_wrong_kind_is_refused(kind: str, image: Image, tmp_path: Path) -> None:
-    """A directory, a FIFO, a link to the outside and a mutual loop are told apart."""
+    """A directory, a FIFO, a link to the outside and a loop are refused, each by its kind."""
     base = tmp_path / "base"
     image.name_backing(b"base")
     words: tuple[str, ...] = ("base",)
@@ -269,31 +269,27 @@ TABLES: Final[dict[str, Callable[[Image], None]]] = {
 def test_bad_tables_refuse_a_writable_mount_of_an_image_that_needs_a_check(
     row: str, image: Image, tmp_path: Path
 ) -> None:
-    """Worse than leaks: refused, nothing touched, and told how to go on."""
+    """An unclean image with errors is refused unchanged, and the message says how to go on."""
     TABLES[row](image)
     image.put("features", 2)
     refused(tmp_path, image.path, 13, ("-o ro", "repair"))
 
 
-def test_a_short_file_without_need_check_is_checked_all_the_same(
-    image: Image, tmp_path: Path
-) -> None:
-    """A file that ends within a cluster is not trusted, whatever its header says."""
+def test_a_file_that_ends_within_a_cluster_is_checked(image: Image, tmp_path: Path) -> None:
+    """A file that ends within a cluster is checked even if its header has no NEED_CHECK."""
     os.truncate(image.path, image.path.stat().st_size - 100)
     refused(tmp_path, image.path, 13, ("-o ro",))
 
 
 @pytest.mark.parametrize("how", ["io-rw", "io-ro"])
-def test_an_image_open_in_qemu_is_refused_by_name_of_the_holder(
-    how: str, image: Image, tmp_path: Path
-) -> None:
-    """Whoever comes second is told who was first."""
+def test_an_image_open_in_qemu_is_refused(how: str, image: Image, tmp_path: Path) -> None:
+    """An image that QEMU has open is refused with a message that names QEMU."""
     with qemu.hold(image.path, read_only=how == "io-ro"):
         refused(tmp_path, image.path, 16, ("qemu-io",))
 
 
 def test_hostile_tables_do_not_cost_memory(tmp_path: Path) -> None:
-    """A sparse image that claims tables of 1 GiB opens within the memory limit, and is checked."""
+    """A sparse image that claims tables of 1 GiB is checked within the limit of address space."""
     path = tmp_path / "huge.qed"
     trio.run(lambda: create_image(str(path), 1 << 60, cluster_size=1 << 26, table_size=16))
     hostile = Image(path)

@@ -1,7 +1,7 @@
-"""The same damage for ``qemu-img check`` and for us, row by row, and what each repair leaves.
+"""The same damage, row by row, for ``qemu-img check`` and the checker, and what a repair leaves.
 
-QEMU wrote the images.  It takes a cluster that the end of the file cuts short for
-whole, and opens no image whose L1 table is not; otherwise the verdicts are the same.
+QEMU wrote the images.  It accepts a cluster that the end of the file cuts short, and refuses
+to open an image whose L1 table is cut short; otherwise the verdicts are the same.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SIZE: Final = 64 << 20
 CLUSTER: Final = 65536
 L1: Final = CLUSTER
 DATA: Final = 6
-"""Guest clusters that hold data, from the first on."""
+"""Number of guest clusters that hold data, from the first on."""
 
 
 class Image:
-    """An image that QEMU wrote, and that is about to be damaged."""
+    """An image that QEMU wrote, with operations that damage it."""
 
     def __init__(self, path: Path) -> None:
-        """Make it."""
+        """Create it."""
         self.path = path
         qemu.create(path, SIZE)
         qemu.io(path, *(f"write -P {n + 1} {n * CLUSTER} {CLUSTER}" for n in range(DATA)))
@@ -72,7 +72,7 @@ ENTRIES: Final = 4 * CLUSTER // 8
 MISSING_TABLE: Final = frozenset(range(DATA))
 NOTHING: Final[frozenset[int]] = frozenset()
 
-# row: (damage, what we find at worst, our exit code, QEMU's, guest clusters that are lost)
+# row: (damage, worst finding, exit code of qedimg, of qemu-img, guest clusters that are lost)
 TABLE_ROWS: Final[
     dict[str, tuple[Callable[[Image], None], Code | None, int, int, frozenset[int]]]
 ] = {
@@ -142,7 +142,7 @@ def repair(path: Path) -> RepairReport:
 
 @pytest.mark.parametrize("row", TABLE_ROWS)
 def test_verdicts_agree_and_repair_satisfies_qemu(row: str, tmp_path: Path) -> None:
-    """Our verdict, QEMU's, then our repair: clean for both, and the rest of the disk is there."""
+    """Both checkers agree on each damage, and a repair satisfies both and keeps other data."""
     damage, code, ours, theirs, lost = TABLE_ROWS[row]
     image = Image(tmp_path / "damaged.qed")
     damage(image)
@@ -189,8 +189,8 @@ HEADER_ROWS: Final[dict[str, tuple[int, str, int]]] = {
 
 
 @pytest.mark.parametrize("row", HEADER_ROWS)
-def test_neither_opens_a_header_out_of_range(row: str, tmp_path: Path) -> None:
-    """What QEMU refuses to open we refuse too, before any check."""
+def test_headers_that_qemu_refuses_are_refused(row: str, tmp_path: Path) -> None:
+    """A header that QEMU refuses to open is refused before any check."""
     offset, layout, value = HEADER_ROWS[row]
     image = Image(tmp_path / "damaged.qed")
     image.put(offset, layout, value)
@@ -201,7 +201,7 @@ def test_neither_opens_a_header_out_of_range(row: str, tmp_path: Path) -> None:
 
 
 def test_a_wrong_cluster_size_shows_as_mostly_leaked(tmp_path: Path) -> None:
-    """Both see only leaks; we say what that suggests."""
+    """With a wrong cluster size both find only leaks, and the checker reports a suspicion."""
     image = Image(tmp_path / "damaged.qed")
     image.put(4, "<I", 4096)
     found = check(image.path)

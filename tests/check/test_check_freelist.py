@@ -1,4 +1,4 @@
-"""The check and the persistent free list: what it prints, what it costs, what it lets pass."""
+"""The check of an image with a persistent free list: what it reports, what it accepts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def image() -> bytearray:
     return content
 
 
-async def test_a_list_is_counted_and_a_bad_one_is_dropped(tmp_path: Path) -> None:
-    """A good list is no leak; a contradicted one is an error that a repair takes away."""
+async def test_a_list_is_counted_and_a_contradicted_one_is_dropped(tmp_path: Path) -> None:
+    """Listed clusters are no leaks; a contradicted list is an error that a repair removes."""
     path = tmp_path / "image.qed"
     content = image()
     path.write_bytes(content)
@@ -59,7 +59,7 @@ async def test_a_list_is_counted_and_a_bad_one_is_dropped(tmp_path: Path) -> Non
 
 @pytest.mark.expect_log("leaked clusters found by the check: 4; nothing worse")
 async def test_a_bad_list_alone_does_not_refuse_an_image() -> None:
-    """NEED_CHECK beside a list: the disk drops it; what the tables hold is judged as ever."""
+    """A bad list beside NEED_CHECK refuses no image, because the disk drops it; bad tables do."""
     content = image()
     content[16] |= 2
     file = MemoryFile(content)
@@ -71,8 +71,8 @@ async def test_a_bad_list_alone_does_not_refuse_an_image() -> None:
         await inspector(file, await read_header(file))
 
 
-async def test_more_listed_clusters_than_could_be_kept(tmp_path: Path) -> None:
-    """A sparse file of more clusters than there is a map for: they are counted, not marked."""
+async def test_more_listed_clusters_than_fit_in_a_map(tmp_path: Path) -> None:
+    """Listed clusters of a sparse file that is too long for a map are counted, not marked."""
     content = build_image(SIZE, {0: pattern(CLUSTER, 0)})
     first, length = len(content) // CLUSTER, (1 << 44) - CLUSTER
     put_entry(content, l2_entry_offset(content, 1), length - CLUSTER)

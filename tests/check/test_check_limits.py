@@ -1,4 +1,4 @@
-"""What a check may cost: memory that the content justifies, and turns for other tasks."""
+"""What a check may cost: memory in proportion to content, and checkpoints for other tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LARGEST: Final = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 62)
-"""Tables of 1 GiB."""
+"""A geometry with tables of 1 GiB."""
 SMALLEST: Final = Header(1 << 12, 16, 1, 0, 0, 0, 1 << 12, 1 << 30)
 WIDE_HEADER: Final = Header(1 << 12, 16, 1 << 31, 0, 0, 0, 1 << 43, 1 << 30)
 
@@ -83,7 +83,7 @@ def numbers(*values: int) -> bytes:
 def test_memory_is_bounded_by_real_content(
     header: Header, size: int, l1_table: bytes, answer: str, limit: int, tmp_path: Path
 ) -> None:
-    """Kibibytes that the check adds to the process, for files of a few MiB that claim terabytes."""
+    """A check adds at most ``limit`` KiB to the process for a small file that claims terabytes."""
     path = tmp_path / "hostile.qed"
     try:
         write_sparse(path, header, size, l1_table)
@@ -97,8 +97,8 @@ def test_memory_is_bounded_by_real_content(
     assert int(used) < limit
 
 
-async def test_other_tasks_get_their_turns(tmp_path: Path) -> None:
-    """The check of many tables lets others run between any two slices."""
+async def test_other_tasks_run_during_a_check(tmp_path: Path) -> None:
+    """A check of many tables lets other tasks run at least once for each table."""
     header = Header(DEFAULT_CLUSTER_SIZE, 1, 1, 0, 0, 0, DEFAULT_CLUSTER_SIZE, 1 << 38)
     tables = 100
     first = header.l1_end
@@ -110,13 +110,13 @@ async def test_other_tasks_get_their_turns(tmp_path: Path) -> None:
         for offset in offsets:
             file.seek(offset)
             file.write(numbers(1))
-    turns = 0
+    checkpoints = 0
 
     async def other() -> None:
-        nonlocal turns
+        nonlocal checkpoints
         while True:
             await trio.lowlevel.checkpoint()
-            turns += 1
+            checkpoints += 1
 
     handle = PosixFile.open(str(path))
     try:
@@ -127,12 +127,12 @@ async def test_other_tasks_get_their_turns(tmp_path: Path) -> None:
     finally:
         handle.close()
     assert not found.errors
-    assert turns >= tables
+    assert checkpoints >= tables
 
 
 @pytest.mark.parametrize("clusters", [4001, 1 << 50], ids=["map", "sorted"])
-def test_leaked_runs_are_named(clusters: int) -> None:
-    """The first runs without an owner, joined across the pieces in which they are looked for."""
+def test_free_runs_are_joined(clusters: int) -> None:
+    """Runs of clusters without an owner are joined across the segments that are searched."""
     references = OwnerBitmap(clusters, "image")
     assert references.free_runs(1000, 3) == [(0, 1000)]
     references.claim_range(0, 100)
@@ -144,8 +144,8 @@ def test_leaked_runs_are_named(clusters: int) -> None:
     assert references.free_runs(150, 9) == [(100, 3), (104, 46)]
 
 
-def test_claims_meet_at_any_bit() -> None:
-    """Ranges and single clusters that overlap anywhere count each cluster once."""
+def test_overlapping_claims_count_each_cluster_once() -> None:
+    """Ranges and single clusters that overlap at any bit count each cluster once."""
     chance = random.Random(2)
     for _ in range(200):
         size = chance.randrange(1, 100)
@@ -170,8 +170,8 @@ def test_claims_meet_at_any_bit() -> None:
 
 @pytest.mark.parametrize("backing", [b"", b"base"])
 @pytest.mark.parametrize("value", [(1 << 63) - 4096, 1 << 63, (1 << 63) - 1, (1 << 64) - 4096])
-async def test_entries_at_the_end_of_what_an_offset_can_be(value: int, backing: bytes) -> None:
-    """They are found and cleared like any other that points outside, in either table."""
+async def test_entries_near_the_largest_offset(value: int, backing: bytes) -> None:
+    """Entries near 2^63 and 2^64 are found and cleared like any other entry out of the file."""
     content = build_image(1 << 22, {0: b"a", 1: b"b", 600: b"c"}, backing=backing)
     put_entry(content, l2_entry_offset(content, 1), value)
     put_entry(content, header_of(content).l1_table_offset + 8, value)

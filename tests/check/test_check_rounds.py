@@ -1,4 +1,4 @@
-"""Break, find, repair, clean: one round for each kind of finding, and random damage beside QEMU."""
+"""Each kind of finding once: damage, find, repair, clean; and random damage compared with QEMU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
-from qedfuse.check.repair import RepairReport, plan_repair, repair_image
+from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import Feature
+from tests.check.memoryimages import check, l1_entry, repair
 from tests.support import qemu
 from tests.support.disks import (
     build_image,
@@ -45,13 +46,8 @@ CLUSTERS: Final = {number: pattern(CLUSTER, number) for number in (3, 0, 7, 1100
 
 
 def image(**options: int | bytes) -> bytearray:
-    """Build the image that is going to be damaged."""
+    """Build the image that the tests damage."""
     return build_image(SIZE, CLUSTERS, cluster_size=CLUSTER, table_size=1, **options)  # type: ignore[arg-type]
-
-
-def l1_entry(content: bytearray, index: int) -> int:
-    """Give the file offset of an L1 entry."""
-    return header_of(content).l1_table_offset + 8 * index
 
 
 def set_l2(number: int, value: Callable[[bytearray], int]) -> Callable[[bytearray], None]:
@@ -84,12 +80,12 @@ def add(length: int) -> Callable[[bytearray], None]:
 
 
 def no_probe_without_backing(content: bytearray) -> None:
-    """Say of no backing file that it is raw."""
+    """Set BACKING_FORMAT_NO_PROBE without a backing file."""
     struct.pack_into("<Q", content, 16, int(Feature.BACKING_FORMAT_NO_PROBE))
 
 
 def name_in_fixed_header(content: bytearray) -> None:
-    """Name a backing file within the header's own fields."""
+    """Place the backing file's name within the header's own fields."""
     struct.pack_into("<Q", content, 16, int(Feature.BACKING_FILE))
     struct.pack_into("<II", content, 56, 8, 2)
 
@@ -154,27 +150,13 @@ CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
 
 
 def test_every_code_has_a_case() -> None:
-    """A new kind of finding needs a round of its own."""
+    """Each code of a finding has a case here."""
     assert set(CASES) == set(Code)
-
-
-async def check(content: bytearray) -> CheckReport:
-    """Check an image in memory."""
-    file = MemoryFile(content, writable=False)
-    return await check_image(file, await read_header(file))
-
-
-async def repair(content: bytearray) -> RepairReport:
-    """Repair an image in memory, in place."""
-    file = MemoryFile(content)
-    report = await repair_image(file, await read_header(file))
-    content[:] = file.content
-    return report
 
 
 @pytest.mark.parametrize("code", Code, ids=lambda code: code.value)
 async def test_damage_is_found_and_repaired_and_other_data_stays(code: Code) -> None:
-    """The check finds the code; repair leaves no error and keeps every other cluster."""
+    """The check finds the code, and a repair leaves no error and keeps every other cluster."""
     damage, lost = CASES[code]
     content = image()
     expected = bytearray(guest_bytes(content))
@@ -214,16 +196,16 @@ async def test_damage_is_found_and_repaired_and_other_data_stays(code: Code) -> 
             assert after[part] == expected[part], number
 
 
-async def test_what_an_overlay_loses_reads_as_zeros_and_not_as_old_data() -> None:
-    """A cleared entry of an overlay hides the base."""
+async def test_a_lost_cluster_of_an_overlay_becomes_zeros() -> None:
+    """A repair of an overlay replaces a bad entry by a zero cluster, which hides the base."""
     content = image(backing=b"base.raw")
     put_entry(content, l2_entry_offset(content, 3), 2)
     await repair(content)
     assert get_entry(content, l2_entry_offset(content, 3)) == 1
 
 
-async def test_a_sound_image_is_left_as_it_is() -> None:
-    """Nothing is found, and a repair changes nothing."""
+async def test_a_repair_of_a_sound_image_changes_nothing() -> None:
+    """A sound image has no findings, and a repair does not change a byte."""
     content = image()
     before = bytes(content)
     found = await check(content)
@@ -234,7 +216,7 @@ async def test_a_sound_image_is_left_as_it_is() -> None:
 
 
 async def test_listed_clusters_are_not_leaked() -> None:
-    """A good list is no finding; what it does not have is a leak."""
+    """Clusters of a good free list are no finding; free clusters that it lacks are leaks."""
     content = image()
     free = add_free(content, 100)
     put_list(content, [(free + 3, 1), (free + 5, 90)])
@@ -251,7 +233,7 @@ async def test_listed_clusters_are_not_leaked() -> None:
 
 
 async def test_a_repair_drops_the_list() -> None:
-    """Whatever is changed: the list is not kept up to date."""
+    """Any repair drops the free list, which it does not keep up to date."""
     for damage in (
         set_l2(3, lambda _c: 2),
         set_header(16, "<Q", int(Feature.FREE_LIST | Feature.NEED_CHECK)),
@@ -269,8 +251,8 @@ async def test_a_repair_drops_the_list() -> None:
         assert found.leaks >= 2
 
 
-async def test_repair_saves_what_it_is_going_to_change() -> None:
-    """The backup gets the old bytes of each piece, so that a repair can be taken back."""
+async def test_a_plan_saves_what_the_repair_changes() -> None:
+    """The backup gets the old bytes of each change, so that a repair can be undone."""
     content = image()
     put_entry(content, l2_entry_offset(content, 3), 2)
     put_entry(content, l1_entry(content, 2), 8)
@@ -289,7 +271,7 @@ async def test_repair_saves_what_it_is_going_to_change() -> None:
 
 
 async def test_many_findings_are_counted_but_not_all_kept() -> None:
-    """A hostile image cannot fill the memory with findings."""
+    """Findings beyond a limit are counted but not kept: a hostile image cannot fill the memory."""
     content = build_image(SIZE, dict.fromkeys(range(500), 3))
     found = await check(content)
     assert found.counts[Code.L2_RESERVED_BITS] == 500
@@ -297,8 +279,8 @@ async def test_many_findings_are_counted_but_not_all_kept() -> None:
     assert found.as_json()["errors"] == 500
 
 
-def test_references_without_a_map_agree_with_a_map() -> None:
-    """The sorted form for huge files tells the same owners as the map."""
+def test_sorted_owners_agree_with_the_bitmap() -> None:
+    """The sorted form of the owners, for huge files, answers like the bitmap."""
     import numpy as np  # noqa: PLC0415
 
     chance = random.Random(5)
@@ -313,7 +295,7 @@ def test_references_without_a_map_agree_with_a_map() -> None:
 
 
 def test_too_many_references_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be checked in bounded memory is refused in words."""
+    """An image that cannot be checked in bounded memory is refused with a message."""
     import numpy as np  # noqa: PLC0415
 
     monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_REFERENCES", 10)
@@ -322,7 +304,7 @@ def test_too_many_references_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def damage_at_random(content: bytearray, chance: random.Random) -> None:
-    """Overwrite a few entries, and now and then cut the end."""
+    """Overwrite a few entries, and sometimes cut off the end."""
     header = header_of(content)
     entries = [header.l1_table_offset + 8 * index for index in range(3)]
     tables = [get_entry(content, place) for place in entries]
@@ -337,8 +319,8 @@ def damage_at_random(content: bytearray, chance: random.Random) -> None:
 
 
 @given(st.integers(0, 1 << 32))
-def test_random_damage_never_defeats_check_or_repair(seed: int) -> None:
-    """Whatever is overwritten: the check ends, agrees with a plain one, and repair heals it."""
+def test_random_damage_is_always_found_and_repaired(seed: int) -> None:
+    """After random overwrites the check ends and agrees with a simple one, and a repair heals."""
     chance = random.Random(seed)
     numbers = chance.sample(range(SIZE // CLUSTER), 30)
     content = build_image(SIZE, {number: pattern(CLUSTER, number) for number in numbers})
@@ -356,7 +338,7 @@ def test_random_damage_never_defeats_check_or_repair(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_qemu_agrees_with_the_check_and_the_repair(seed: int, tmp_path: Path) -> None:
-    """Exit codes of qemu-img check, but for a cut cluster, which it takes for whole."""
+    """qemu-img check agrees on random damage, except for a last cluster that is cut short."""
     chance = random.Random(seed)
     size, table = chance.choice([(4096, 2), (8192, 4), (65536, 2)])
     numbers = chance.sample(range(SIZE // size), 20)
@@ -376,8 +358,8 @@ def test_qemu_agrees_with_the_check_and_the_repair(seed: int, tmp_path: Path) ->
     assert qemu.check(path).code in (0, 3)
 
 
-def test_a_hostile_sparse_file_is_checked_at_the_cost_of_its_content(tmp_path: Path) -> None:
-    """Tables of 1 GiB that are holes are skipped, not read."""
+def test_holes_in_tables_are_skipped(tmp_path: Path) -> None:
+    """Tables of 1 GiB that are holes of the file are skipped instead of read."""
     header = header_of(build_image(512, cluster_size=1 << 26, table_size=16))
     path = tmp_path / "sparse.qed"
     with path.open("wb") as file:

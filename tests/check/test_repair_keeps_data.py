@@ -1,10 +1,10 @@
-"""Repair loses no data that could be kept, tells all that it lost, and survives a crash."""
+"""Repair loses no data that can be kept, reports all that is lost, and survives a crash."""
 
 from __future__ import annotations
 
 import os
 import random
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -12,19 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.check import lostranges
-from qedfuse.check.findings import CheckReport, Code, LostRange
+from qedfuse.check.findings import Code, LostRange
 from qedfuse.check.repair import RepairReport, repair_image
-from qedfuse.check.walk import check_image
 from qedfuse.disk.lookup.backing import read_header
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.header import Header, build_header
+from tests.check.memoryimages import (
+    BASE,
+    CLUSTER,
+    SIZE,
+    SPAN,
+    assert_lossless,
+    check,
+    cluster,
+    l1_entry,
+    move_table_to_the_end,
+    readable,
+    repair,
+)
 from tests.support.disks import (
     build_image,
     get_entry,
     guest_bytes,
     header_of,
-    inspect_image,
     l2_entry_offset,
     pattern,
     put_entry,
@@ -34,43 +45,9 @@ from tests.support.hostfiles import MemoryFile, RecordingFile
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER: Final = 4096
-SPAN: Final = 512 * CLUSTER
-SIZE: Final = 4 * SPAN
-BASE: Final = b"\xbb" * SIZE
 
-
-async def repair(content: bytearray) -> RepairReport:
-    """Repair an image in memory, in place; no error may remain."""
-    file = MemoryFile(content)
-    result = await repair_image(file, await read_header(file))
-    content[:] = file.content
-    assert result.after.errors == 0
-    assert inspect_image(content).errors == ()
-    return result
-
-
-def l1_entry(content: bytearray, index: int) -> int:
-    """Give the file offset of an L1 entry."""
-    return header_of(content).l1_table_offset + 8 * index
-
-
-def cluster(disk: bytes, number: int) -> bytes:
-    """Cut a guest cluster out of a disk."""
-    return disk[number * CLUSTER : (number + 1) * CLUSTER]
-
-
-def move_table_to_the_end(content: bytearray, *, table_bytes: int = CLUSTER) -> int:
-    """Put the first L2 table behind everything else; give its new file offset."""
-    entry = l1_entry(content, 0)
-    old, new = get_entry(content, entry), len(content)
-    content.extend(content[old : old + table_bytes])
-    put_entry(content, entry, new)
-    return new
-
-
-async def test_a_lost_table_of_an_overlay_does_not_let_the_base_show_through() -> None:
-    """Zeros, as reported, and not old data; other ranges go on showing the base."""
+async def test_a_lost_table_of_an_overlay_hides_the_base() -> None:
+    """A lost table of an overlay becomes zeros, as reported; other ranges show the base."""
     content = build_image(SIZE, {0: pattern(CLUSTER, 1), 600: b"x"}, backing=b"base.raw")
     put_entry(content, l1_entry(content, 1), 123)
     result = await repair(content)
@@ -84,8 +61,8 @@ async def test_a_lost_table_of_an_overlay_does_not_let_the_base_show_through() -
 
 @pytest.mark.parametrize("backing", [b"", b"base.raw"])
 @pytest.mark.parametrize("cut", [4, 100, 5000, 3 * CLUSTER])
-async def test_a_table_cut_short_keeps_the_entries_that_are_there(cut: int, backing: bytes) -> None:
-    """What the missing entries described is reported to the last cluster, and reads as zeros."""
+async def test_a_table_cut_short_keeps_its_remaining_entries(cut: int, backing: bytes) -> None:
+    """A table cut short keeps its entries; exactly the missing ones are reported as lost."""
     entries = 4 * CLUSTER // 8
     content = build_image(
         4 * entries * CLUSTER,
@@ -108,7 +85,7 @@ async def test_a_table_cut_short_keeps_the_entries_that_are_there(cut: int, back
 
 
 async def test_a_table_over_the_l1_table_is_not_completed() -> None:
-    """Where a table is both cut short and over the L1 table, there is nothing to keep."""
+    """A table that overlaps the L1 table and is cut short is cleared, not completed."""
     content = build_image(SIZE, table_size=2)
     damaged = bytearray(content)
     put_entry(damaged, l1_entry(damaged, 0), l1_entry(damaged, 0) + CLUSTER)
@@ -132,7 +109,7 @@ async def test_data_under_a_wild_table_stays() -> None:
 
 
 async def test_a_wild_entry_over_a_table_does_not_cost_the_table() -> None:
-    """What the table maps reads as before; the range of the wild entry is reported."""
+    """An L2 entry that points to a table is lost, and the table's mapping stays."""
     content = build_image(SIZE, {0: pattern(CLUSTER, 1), 1: b"x", 600: pattern(CLUSTER, 2)})
     put_entry(content, l2_entry_offset(content, 600), get_entry(content, l1_entry(content, 0)))
     result = await repair(content)
@@ -140,8 +117,8 @@ async def test_a_wild_entry_over_a_table_does_not_cost_the_table() -> None:
     assert cluster(guest_bytes(content), 0) == pattern(CLUSTER, 1)
 
 
-async def test_what_lies_past_the_disk_is_not_copied() -> None:
-    """A small disk cannot be made to fill the host by owners that the guest cannot see."""
+async def test_clusters_past_the_disk_are_not_copied() -> None:
+    """A repair copies no shared clusters past the disk's end, so it cannot fill the host."""
     content = build_image(1 << 20, {number: pattern(CLUSTER, number) for number in range(20)})
     before = guest_bytes(content)
     for index in range(1, 400):
@@ -157,7 +134,7 @@ async def test_what_lies_past_the_disk_is_not_copied() -> None:
 
 
 def test_a_copy_of_a_hole_is_a_hole(tmp_path: Path) -> None:
-    """Tables of 1 GiB without content do not become real ones by being copied."""
+    """Copies of tables of 1 GiB that are holes are holes again."""
     header = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 62)
     path = tmp_path / "sparse.qed"
     with path.open("wb") as file:
@@ -176,7 +153,7 @@ def test_a_copy_of_a_hole_is_a_hole(tmp_path: Path) -> None:
 
 
 async def test_a_refusal_comes_before_any_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that is too large to check is left as it is, without NEED_CHECK."""
+    """An image that is too large to check is refused before NEED_CHECK or anything else changes."""
     content = build_image(SIZE, {0: b"x", 600: b"y", 1100: 2})
     monkeypatch.setattr("qedfuse.check.tables.MAX_TABLES", 2)
     file = MemoryFile(content)
@@ -189,7 +166,7 @@ async def test_a_refusal_comes_before_any_change(monkeypatch: pytest.MonkeyPatch
 async def test_lost_ranges_are_bounded_and_cover_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where there are too many ranges, the last one says too much rather than too little."""
+    """Beyond a limit the last lost range covers all further ones, with what lies between them."""
     monkeypatch.setattr(lostranges, "MAX_LOST", 3)
     content = build_image(SIZE, dict.fromkeys(range(0, 1000, 2), 3))
     lost = (await repair(content)).lost
@@ -201,7 +178,7 @@ async def test_lost_ranges_are_bounded_and_cover_everything(
 
 
 def damaged(chance: random.Random, backing: bytes = b"") -> bytearray:
-    """Build an image with several kinds of damage at once."""
+    """Build an image with several kinds of damage."""
     numbers = chance.sample(range(SIZE // CLUSTER), 16)
     content = build_image(
         SIZE, {number: pattern(CLUSTER, number) for number in numbers}, backing=backing
@@ -220,50 +197,19 @@ def damaged(chance: random.Random, backing: bytes = b"") -> bytearray:
     return content
 
 
-def lossless(content: bytearray, result: RepairReport, before: bytes, base: bytes) -> None:
-    """Assert that what was readable reads as before, unless it was reported."""
-    after = guest_bytes(content, base)
-    lost = {
-        number
-        for item in result.lost
-        for number in range(item.start // CLUSTER, -(-(item.start + item.length) // CLUSTER))
-    }
-    for number in set(range(SIZE // CLUSTER)) - lost:
-        assert cluster(after, number) == cluster(before, number), number
-
-
-def readable(content: bytearray, base: bytes) -> bytes:
-    """Read a damaged disk as a careful reader would: only entries that are usable."""
-    header = header_of(content)
-    disk = bytearray(base.ljust(SIZE, b"\0"))
-    for l1_index in range(SIZE // SPAN):
-        table = get_entry(content, header.l1_table_offset + 8 * l1_index)
-        if table % CLUSTER or table < header.l1_end or table >= len(content):
-            continue
-        for index in range(512):
-            value = get_entry(content, table + 8 * index)
-            start = l1_index * SPAN + index * CLUSTER
-            if value == 1:
-                disk[start : start + CLUSTER] = bytes(CLUSTER)
-            elif value >= header.l1_end and not value % CLUSTER and value < len(content):
-                disk[start : start + CLUSTER] = content[value : value + CLUSTER].ljust(
-                    CLUSTER, b"\0"
-                )
-    return bytes(disk)
-
-
 @given(st.integers(0, 1 << 32), st.booleans())
-def test_what_is_not_reported_reads_as_before(seed: int, overlay: bool) -> None:  # noqa: FBT001
-    """Random damage of several kinds, with and without a base."""
+def test_ranges_that_are_not_reported_read_as_before(seed: int, overlay: bool) -> None:  # noqa: FBT001
+    """After a repair of random damage, each range that is not reported as lost reads as before."""
     content = damaged(random.Random(seed), b"base.raw" if overlay else b"")
     base = BASE if overlay else b""
     before = readable(content, base)
-    lossless(content, trio.run(repair, content), before, base)
+    lost = trio.run(repair, content).lost
+    assert_lossless(guest_bytes(content, base), lost, before)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_repair_that_a_crash_interrupts_can_be_run_again(seed: int) -> None:
-    """After any write, and after a power failure, NEED_CHECK says so and nothing more is lost."""
+def test_an_interrupted_repair_can_be_repeated(seed: int) -> None:
+    """A crash at any write leaves NEED_CHECK or no error; a second repair loses nothing more."""
     chance = random.Random(seed)
     content = damaged(chance)
     size = len(content)
@@ -281,18 +227,11 @@ def test_a_repair_that_a_crash_interrupts_can_be_run_again(seed: int) -> None:
         found = trio.run(check, state)
         assert header_of(state).need_check or not found.errors or state[:64] == content[:64]
         again = trio.run(repair, state)
-        both = RepairReport(result.lost + again.lost, 0, 0, again.after)
-        lossless(state, both, before, b"")
+        assert_lossless(guest_bytes(state), result.lost + again.lost, before)
 
 
-async def check(content: bytearray) -> CheckReport:
-    """Check an image in memory."""
-    file = MemoryFile(content, writable=False)
-    return await check_image(file, await read_header(file))
-
-
-def test_space_of_the_host_is_used_once(tmp_path: Path) -> None:
-    """Repairing a repaired image changes nothing, not even the file's times."""
+def test_a_second_repair_changes_nothing(tmp_path: Path) -> None:
+    """A repair of a repaired image does not change it, not even the file's times."""
     content = damaged(random.Random(3))
     trio.run(repair, content)
     path = tmp_path / "again.qed"

@@ -1,4 +1,4 @@
-"""What a repair does not touch unless it is forced: tables that are hardly the image's."""
+"""Repairs that need --force, because the tables may not be those of the image."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CLUSTER: Final = 4096
 
 
 def flip_l1_offset(content: bytearray) -> None:
-    """Flip one bit of the header, so that the guest's data is taken for the L1 table."""
+    """Flip one bit of the header, so that guest data is read as the L1 table."""
     struct.pack_into("<Q", content, 40, header_of(content).l1_table_offset ^ (8 * CLUSTER))
 
 
 def flip_cluster_size(content: bytearray) -> None:
-    """Have clusters of another size, where nothing but leaks can be seen."""
+    """Clear the entries, as if the cluster size were wrong: only leaks are found."""
     for number in range(300):
         put_entry(content, l2_entry_offset(content, number), 0)
 
@@ -34,7 +34,7 @@ def lose_the_table(content: bytearray) -> None:
     content[header_of(content).l1_table_offset] ^= 0x40
 
 
-def lose_the_table_quietly(content: bytearray) -> None:
+def clear_the_only_l1_entry(content: bytearray) -> None:
     """Clear the only L1 entry: everything is leaked, and nothing else is wrong."""
     put_entry(content, header_of(content).l1_table_offset, 0)
 
@@ -43,16 +43,16 @@ DAMAGE: Final[dict[str, tuple[Callable[[bytearray], None], str]]] = {
     "l1-table-offset": (flip_l1_offset, "all"),
     "mostly-leaked": (flip_cluster_size, "leaks"),
     "only-table": (lose_the_table, "all"),
-    "nothing-left": (lose_the_table_quietly, "leaks"),
-    "nothing-left-all": (lose_the_table_quietly, "all"),
+    "nothing-left": (clear_the_only_l1_entry, "leaks"),
+    "nothing-left-all": (clear_the_only_l1_entry, "all"),
 }
 
 
 @pytest.mark.parametrize("row", DAMAGE)
-def test_tables_in_doubt_are_not_touched(
+def test_suspicious_tables_are_not_repaired(
     row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line, code 1, not a byte changed and no file made; a dry run says what it takes."""
+    """Without --force such a repair prints one line, exits with 1 and changes nothing."""
     damage, level = DAMAGE[row]
     content = build_image(512 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(310)}, table_size=1)
     damage(content)
@@ -73,8 +73,8 @@ def test_tables_in_doubt_are_not_touched(
     assert main(["check", "-q", "-r", level, "--force", str(path)]) in (0, 3)
 
 
-def test_an_empty_image_that_was_not_closed_is_closed(tmp_path: Path) -> None:
-    """Nothing is in use, but nothing is leaked either: that is no sign of anything."""
+def test_need_check_of_an_empty_image_is_cleared(tmp_path: Path) -> None:
+    """A repair clears NEED_CHECK of an empty image: without leaks an empty table is plausible."""
     path = tmp_path / "image.qed"
     content = build_image(512 * CLUSTER)
     content[16] |= 2
@@ -83,8 +83,8 @@ def test_an_empty_image_that_was_not_closed_is_closed(tmp_path: Path) -> None:
     assert not header_of(path.read_bytes()).need_check
 
 
-def test_damage_stays_damage_for_leaks(tmp_path: Path) -> None:
-    """``-r leaks`` changes no damaged image, and says what is wrong rather than refuse."""
+def test_repair_of_leaks_changes_no_damaged_image(tmp_path: Path) -> None:
+    """With ``-r leaks`` a damaged image is reported and not changed."""
     path = tmp_path / "image.qed"
     content = build_image(512 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(310)})
     lose_the_table(content)

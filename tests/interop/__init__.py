@@ -1,1 +1,1 @@
-"""Against the real QEMU, in both directions."""
+"""Tests against the real QEMU, in both directions."""

@@ -1,4 +1,4 @@
-"""File objects over images, with QEMU as the other side."""
+"""File objects of ``qedfuse.open`` and QEMU on the same images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 SIZE = 3 << 20
 
 
-# QEMU makes images whose tables are one cluster long, and then refuses to open them.
+# QEMU creates images whose tables are one cluster long, but refuses to open them.
 @pytest.mark.parametrize(("cluster_size", "table_size"), [(4096, 2), (65536, 4), (1 << 20, 16)])
 def test_qemu_reads_what_a_program_wrote(
     tmp_path: Path, cluster_size: int, table_size: int
 ) -> None:
-    """Writes at random places into an overlay are what QEMU reads, in an image it finds clean."""
+    """QEMU reads what a program wrote at random places of an overlay, and finds it clean."""
     rng = random.Random(cluster_size)
     model = bytearray(rng.randbytes(SIZE // 2)) + bytearray(SIZE // 2)
     base = tmp_path / "base.raw"
@@ -59,8 +59,8 @@ def test_program_reads_what_qemu_wrote(tmp_path: Path) -> None:
         assert disk.read() == qemu.content(overlay)
 
 
-def test_each_keeps_the_other_out(tmp_path: Path) -> None:
-    """Whoever comes second is told who is there."""
+def test_locks_exclude_qemu_and_the_other_way_round(tmp_path: Path) -> None:
+    """Each of both refuses an image that the other has open, and the error names the process."""
     image = qemu.create(tmp_path / "image.qed", SIZE)
     with qemu.hold(image) as holder, pytest.raises(ImageInUseError, match=f"pid {holder.pid}"):
         qedfuse.open(image)

@@ -47,7 +47,7 @@ BITS = pytest.mark.parametrize(
 
 @dataclass
 class Shared:
-    """An image that both programs use in turn, and what its disk should hold."""
+    """An image that both programs use alternately, and the expected content of its disk."""
 
     path: Path
     model: bytearray
@@ -73,7 +73,7 @@ class Shared:
                 for n, at in enumerate(starts)]  # fmt: skip
 
     def qemu_commands(self, count: int) -> list[str]:
-        """Choose what QEMU is to write, and note it."""
+        """Choose writes for QEMU, and apply them to the model."""
         commands = []
         for start, length, byte in self.ranges(count):
             commands.append(f"write -P {byte} {start} {length}")
@@ -81,19 +81,19 @@ class Shared:
         return commands
 
     def qemu_crashes(self) -> None:
-        """Have QEMU killed after a flush, with clusters allocated that no table has yet."""
+        """Kill QEMU after a flush, while clusters are allocated that no table refers to."""
         empty = [n * CLUSTER for n in range(SIZE // CLUSTER)
                  if not any(self.model[n * CLUSTER : (n + 1) * CLUSTER])]  # fmt: skip
         with qemu.hold(f"blkdebug::{self.path}") as held:
             for words in (*self.qemu_commands(2), "flush", "break l2_update stop"):
                 held.command(words)
-            # Zeros, so that the content is the same, whatever becomes of them.
+            # Zeros, so that the content is the same whether the write is lost or not.
             held.command(f"aio_write -P 0 {empty[-1]} {CLUSTER}")
             held.command("wait_break stop")
             os.kill(held.pid, signal.SIGKILL)
 
     async def change(self, disk: Disk, *, discards: int = 6) -> None:
-        """Write and discard with our disk."""
+        """Write and discard through qedfuse."""
         for start, length, byte in self.ranges(4):
             await disk.write(start, bytes([byte]) * length)
             self.model[start : start + length] = bytes([byte]) * length
@@ -103,13 +103,13 @@ class Shared:
             await disk.discard(start, CLUSTER)
             self.model[start : start + CLUSTER] = bytes(CLUSTER)
 
-    async def by_us(self, options: OpenOptions, **given: int) -> None:
-        """Open the image, change it, and close it cleanly."""
+    async def change_cleanly(self, options: OpenOptions, **given: int) -> None:
+        """Open the image with qedfuse, change it, and close it cleanly."""
         async with open_disk(str(self.path), options, inspector=inspector) as disk:
             await self.change(disk, **given)
 
     async def drain(self) -> None:
-        """Fill what is free, so that there is nothing to list."""
+        """Allocate all free clusters, so that there is nothing to list."""
         async with open_disk(str(self.path), KEEP, inspector=inspector) as disk:
             await disk.wait_scanned()
             while disk.statistics().free_clusters:
@@ -119,7 +119,7 @@ class Shared:
                     await disk.allocate(number * CLUSTER, CLUSTER)
 
     async def compare(self) -> None:
-        """Compare the content as we read it, and as the bytes have it."""
+        """Compare the content, as qedfuse reads it and as the file's tables map it."""
         async with open_disk(str(self.path)) as disk:
             assert difference(await disk.read(0, disk.size), self.model) is None
         assert difference(guest_bytes(self.file), self.model) is None
@@ -127,8 +127,8 @@ class Shared:
         assert found.errors == ()
         assert header_of(self.file).compat_features == self.compat
 
-    async def is_refused(self) -> None:
-        """QEMU opens the image in no way, changes nothing, and names the bit."""
+    async def assert_refused(self) -> None:
+        """Assert that QEMU refuses to open the image, names the bit, and changes nothing."""
         before = self.file
         runs = listed(before)
         assert runs == leaked_runs(before)
@@ -146,8 +146,8 @@ class Shared:
         assert self.file == before
         await self.compare()
 
-    async def is_open_to_all(self, *, leaks: bool) -> None:
-        """QEMU opens the image and finds nothing worse than leaks."""
+    async def assert_accepted(self, *, leaks: bool) -> None:
+        """Assert that QEMU opens the image and finds nothing worse than leaks."""
         assert listed(self.file) is None
         found = qemu.check(self.path)
         assert found.code in ((0, 3) if leaks else (0,))
@@ -157,71 +157,71 @@ class Shared:
 
 
 async def begin(path: Path, compat: int, autoclear: int) -> Shared:
-    """Have QEMU make an image, and us a list in it."""
+    """Let QEMU create an image and qedfuse add a list to it."""
     shared = Shared(path, bytearray(SIZE), random.Random(f"{compat} {autoclear}"))
     qemu.create(path, SIZE)
     qemu.io(path, *shared.qemu_commands(12))
     shared.put_bits(compat, autoclear)
-    await shared.by_us(ON)
+    await shared.change_cleanly(ON)
     assert header_of(shared.file).autoclear_features == 0
-    # Whoever owns these bits has come by again.
+    # Set again, as by the program that the bits belong to.
     shared.put_bits(compat, autoclear)
-    await shared.is_refused()
+    await shared.assert_refused()
     return shared
 
 
 @BITS
 @pytest.mark.expect_log("leaked clusters found by the check")
-async def test_new_then_old_then_new(tmp_path: Path, compat: int, autoclear: int) -> None:
-    """The list is drained or dropped, QEMU works on the image and is killed, we come back."""
+async def test_alternating_with_qemu(tmp_path: Path, compat: int, autoclear: int) -> None:
+    """QEMU works on the image when the list is drained or dropped, and qedfuse can list again."""
     shared = await begin(tmp_path / "shared.qed", compat, autoclear)
-    for turn in range(3):
-        if turn:
+    for cycle in range(3):
+        if cycle:
             await freelist.drop(str(shared.path))
         else:
             await shared.drain()
         assert not any(shared.file[DESCRIPTOR : DESCRIPTOR + 512])
-        await shared.is_open_to_all(leaks=turn > 0)
+        await shared.assert_accepted(leaks=cycle > 0)
         shared.put_bits(compat, autoclear)
         qemu.io(shared.path, *shared.qemu_commands(5))
         assert header_of(shared.file).autoclear_features == 0
-        await shared.is_open_to_all(leaks=True)
+        await shared.assert_accepted(leaks=True)
 
         shared.qemu_crashes()
         assert header_of(shared.file).need_check
         assert inspect_image(shared.file).leaks
-        # It had no list when it was opened, so by default it gets none.
-        await shared.by_us(KEEP, discards=0)
+        # Without a list at the opening, none is written by default.
+        await shared.change_cleanly(KEEP, discards=0)
         assert listed(shared.file) is None
-        await shared.by_us(ON)
-        await shared.is_refused()
-        await shared.by_us(KEEP)
-        await shared.is_refused()
+        await shared.change_cleanly(ON)
+        await shared.assert_refused()
+        await shared.change_cleanly(KEEP)
+        await shared.assert_refused()
 
 
 @BITS
-async def test_a_crash_of_ours_in_between(tmp_path: Path, compat: int, autoclear: int) -> None:
-    """A crash leaves the bit clear: QEMU opens the image, and it is clean but for leaks."""
+async def test_a_crash_while_a_list_is_kept(tmp_path: Path, compat: int, autoclear: int) -> None:
+    """A crash of qedfuse leaves the feature bit clear: QEMU opens the image and finds leaks."""
     shared = await begin(tmp_path / "shared.qed", compat, autoclear)
     crashed = tmp_path / "crashed.qed"
     async with open_disk(str(shared.path), KEEP) as disk:
         await shared.change(disk)
         await disk.flush()
-        # What is in the file now is what a kill leaves.
+        # The file is copied in the state that a kill leaves.
         shutil.copy(shared.path, crashed)
-    await shared.is_refused()
+    await shared.assert_refused()
 
     after = Shared(crashed, shared.model, shared.choice, compat)
     assert header_of(after.file).need_check
-    # QEMU checks and mends it as it opens it.
+    # QEMU checks and repairs the image when it opens it.
     qemu.io(crashed, *after.qemu_commands(5))
-    await after.is_open_to_all(leaks=True)
-    await after.by_us(ON)
-    await after.is_refused()
+    await after.assert_accepted(leaks=True)
+    await after.change_cleanly(ON)
+    await after.assert_refused()
 
 
 async def test_a_crash_before_the_first_change_leaves_the_list(tmp_path: Path) -> None:
-    """Nothing was changed, so it is true, and QEMU still refuses."""
+    """A crash before the first change leaves a valid list, and QEMU refuses the image."""
     shared = await begin(tmp_path / "shared.qed", 0, 0)
     crashed = tmp_path / "crashed.qed"
     async with open_disk(str(shared.path), KEEP) as disk:
@@ -229,12 +229,12 @@ async def test_a_crash_before_the_first_change_leaves_the_list(tmp_path: Path) -
         await disk.flush()
         shutil.copy(shared.path, crashed)
     assert crashed.read_bytes() == shared.path.read_bytes()
-    await Shared(crashed, shared.model, shared.choice).is_refused()
+    await Shared(crashed, shared.model, shared.choice).assert_refused()
 
 
 @pytest.mark.expect_log("free list: descriptor file_bytes: found")
-async def test_a_program_that_takes_the_bit_away_and_puts_it_back(tmp_path: Path) -> None:
-    """Somebody forces QEMU to open the image: the stale list is noticed by the file's length."""
+async def test_a_stale_list_is_rejected_by_the_file_length(tmp_path: Path) -> None:
+    """A list that another program hid and restored is rejected by the length of the file."""
     shared = await begin(tmp_path / "shared.qed", 0, 0)
     content = shared.file
     set_bit(content, value=False)
@@ -245,12 +245,12 @@ async def test_a_program_that_takes_the_bit_away_and_puts_it_back(tmp_path: Path
     shared.path.write_bytes(content)
     info = await freelistinfo.describe_free_list(str(shared.path))
     assert (info.present, info.valid) == (True, False)
-    await shared.by_us(KEEP)
-    await shared.is_refused()
+    await shared.change_cleanly(KEEP)
+    await shared.assert_refused()
 
 
 async def test_an_image_with_a_list_as_a_base(tmp_path: Path) -> None:
-    """We read through it; QEMU refuses the chain, and opens it once the list is dropped."""
+    """An overlay of it is readable by qedfuse, and by QEMU once the list is dropped."""
     shared = await begin(tmp_path / "base.qed", 0, 0)
     overlay = tmp_path / "overlay.qed"
     plain = tmp_path / "plain.qed"
@@ -272,7 +272,7 @@ async def test_an_image_with_a_list_as_a_base(tmp_path: Path) -> None:
 
 
 async def test_show_enable_drop(tmp_path: Path) -> None:
-    """The functions for people; an image without a free cluster has nothing to list."""
+    """The functions of ``qedimg freelist`` show, enable and drop a list."""
     path = tmp_path / "image.qed"
     qemu.create(path, SIZE)
     qemu.io(path, "write -P 1 0 1M")

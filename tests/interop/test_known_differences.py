@@ -1,6 +1,6 @@
-"""docs/qemu-differences.md: what it says of QEMU is true of the QEMU that is installed.
+"""Each claim of docs/qemu-differences.md about QEMU is true of the QEMU that is installed.
 
-Each test is one row, or several that one image shows; the rows about what we do have tests
+Each test is one row, or several rows that one image shows; rows about qedfuse are tested
 elsewhere.  Where QEMU's versions differ, the test says from which one on.
 """
 
@@ -30,14 +30,14 @@ TABLES: Final = 2
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """Ask for QEMU's version."""
+    """Return QEMU's version."""
     found = re.search(r"version (\d+)\.(\d+)", qemu.run("qemu-img", "--version").stdout)
     assert found is not None
     return int(found[1]), int(found[2])
 
 
 def fails(*command: str | Path) -> str:
-    """Run a command that must fail, and not by a signal; give what it said."""
+    """Run a command that must fail, and not by a signal; give its output."""
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=qemu.TIMEOUT, check=False
     )
@@ -70,7 +70,7 @@ DATA: Final = b"\x55" * CLUSTER
 
 
 def test_a_write_into_a_zero_cluster_brings_the_base_back(tmp_path: Path) -> None:
-    """The rest of the cluster is filled from the base."""
+    """A partial write into a zero cluster fills the rest of the cluster from the base."""
     base = image(tmp_path / "base.qed", {0: DATA})
     top = image(tmp_path / "top.qed", {0: ZERO}, backing=base.name.encode())
     qemu.io(top, "read -P 0 0 4k", "write -P 1 0 512")
@@ -78,7 +78,7 @@ def test_a_write_into_a_zero_cluster_brings_the_base_back(tmp_path: Path) -> Non
 
 
 def test_only_the_first_cluster_of_a_request_is_checked_against_the_end(tmp_path: Path) -> None:
-    """What lies past the end of the file reads as zeros behind a cluster that does not."""
+    """Clusters past the end of the file read as zeros if the request begins before the end."""
     path = image(tmp_path / "a.qed", {0: DATA, 1: DATA, 2: DATA})
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 2 * CLUSTER)
@@ -88,7 +88,7 @@ def test_only_the_first_cluster_of_a_request_is_checked_against_the_end(tmp_path
 
 
 def test_a_bad_entry_fails_the_whole_request(tmp_path: Path) -> None:
-    """The good cluster beside it is not read either."""
+    """A request with a bad entry fails as a whole, good clusters included."""
     path = image(tmp_path / "a.qed", {0: DATA, 1: 1 << 40})
     qemu.io(path, "read -P 0x55 0 4k", read_only=True)
     with pytest.raises(qemu.QemuError, match="Invalid argument"):
@@ -99,15 +99,15 @@ def test_a_bad_entry_fails_the_whole_request(tmp_path: Path) -> None:
 
 
 def test_discards_do_nothing(tmp_path: Path) -> None:
-    """They succeed; tables, file and content stay."""
+    """Discards succeed and change neither tables nor file nor content."""
     path = image(tmp_path / "a.qed", {0: DATA})
     before = path.read_bytes()
     qemu.io(path, "discard 0 4k")
     assert path.read_bytes() == before
 
 
-def test_zeros_are_written_into_clusters_that_are_there(tmp_path: Path) -> None:
-    """Also with leave to unmap: the cluster stays one of data."""
+def test_write_zeroes_keeps_allocated_clusters(tmp_path: Path) -> None:
+    """Write-zeroes with leave to unmap writes zeros into the allocated data cluster."""
     path = image(tmp_path / "a.qed", {0: DATA})
     place = entry(path, 0)
     qemu.io(path, "write -z -u 0 4k")
@@ -128,7 +128,7 @@ def test_leaked_clusters_are_never_used(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaks_its_cluster(tmp_path: Path) -> None:
-    """The next one takes another."""
+    """A write that fails leaks its cluster, and the next write takes another."""
     path = image(tmp_path / "a.qed", {0: DATA})
     length = path.stat().st_size
     fault = {"event": "write_aio", "errno": 28, "once": True}
@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaks_its_cluster(tmp_path: Path) -> None:
 
 
 def test_a_list_of_free_clusters_is_refused(tmp_path: Path) -> None:
-    """Feature bit 60 is unknown."""
+    """An image with a persistent free list, feature bit 60, is refused."""
     path = image(tmp_path / "a.qed", {}, features=Feature.FREE_LIST)
     assert "Unsupported QED features: 1000000000000000" in fails("qemu-img", "info", path)
 
@@ -149,8 +149,8 @@ def test_a_list_of_free_clusters_is_refused(tmp_path: Path) -> None:
 # Opening and locking
 
 
-def test_opening_for_writing_repairs_without_a_word(tmp_path: Path) -> None:
-    """Bad entries are cleared, and the image is marked clean even if two share a cluster."""
+def test_opening_for_writing_repairs_silently(tmp_path: Path) -> None:
+    """Opening an unclean image clears bad entries and NEED_CHECK without a message."""
     path = image(tmp_path / "a.qed", {0: DATA, 1: 1 << 40, 2: 7}, features=Feature.NEED_CHECK)
     content = bytearray(path.read_bytes())
     put_entry(content, l2_entry_offset(content, 2), entry(path, 0))
@@ -164,7 +164,7 @@ def test_opening_for_writing_repairs_without_a_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overlay", [False, True])
 def test_overlays_never_get_need_check(tmp_path: Path, overlay: bool) -> None:  # noqa: FBT001
-    """Others have it as long as something is written."""
+    """An image without a backing file has NEED_CHECK while it is written to, an overlay never."""
     base = image(tmp_path / "base.qed", {})
     fields = {"backing": base.name.encode()} if overlay else {}
     path = image(tmp_path / "a.qed", {}, **fields)
@@ -174,7 +174,7 @@ def test_overlays_never_get_need_check(tmp_path: Path, overlay: bool) -> None:  
 
 
 def test_a_raw_base_is_not_locked_against_writers(tmp_path: Path) -> None:
-    """It can be changed below an overlay that is in use."""
+    """A raw base can be changed below an overlay that is in use."""
     base = tmp_path / "base.raw"
     base.write_bytes(bytes(MIB))
     path = qemu.create(tmp_path / "a.qed", backing=base, backing_format="raw")
@@ -186,7 +186,7 @@ def test_a_raw_base_is_not_locked_against_writers(tmp_path: Path) -> None:
 
 
 def test_a_base_that_names_itself_is_followed(tmp_path: Path) -> None:
-    """Until no file can be opened."""
+    """An image that is its own base is opened again and again until no file can be opened."""
     path = image(tmp_path / "a.qed", {}, backing=b"a.qed")
     said = fails(
         "sh", "-c", 'ulimit -n 64; exec "$@"', "sh", "qemu-io", "-r", "-c", "read 0 1", path
@@ -195,7 +195,7 @@ def test_a_base_that_names_itself_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_base_may_be_anything(tmp_path: Path) -> None:
-    """JSON that names a file elsewhere, for example."""
+    """A backing name may be a json: specification of a file elsewhere."""
     (tmp_path / "secret").write_bytes(DATA)
     (tmp_path / "images").mkdir()
     name = json.dumps(
@@ -209,14 +209,14 @@ def test_a_base_may_be_anything(tmp_path: Path) -> None:
 
 
 def test_check_needs_the_base(tmp_path: Path) -> None:
-    """It fails without."""
+    """A check fails if the base cannot be opened."""
     path = image(tmp_path / "a.qed", {}, backing=b"gone.qed")
     assert "gone.qed" in fails("qemu-img", "check", path)
 
 
 @pytest.mark.parametrize("way", ["leaks", "all"])
 def test_a_repair_clears_entries_and_leaves_leaks(tmp_path: Path, way: str) -> None:
-    """Both ways do the same; two owners of a cluster stay; of an overlay the base shows there."""
+    """Both kinds of repair clear bad entries, so that the base shows; leaks and duplicates stay."""
     base = image(tmp_path / "base.qed", dict.fromkeys(range(5), b"\x66" * CLUSTER))
     clusters: dict[int, bytes | int] = {0: DATA, 1: 1 << 40, 2: DATA, 3: DATA}
     path = image(tmp_path / "a.qed", clusters, backing=base.name.encode())
@@ -233,8 +233,8 @@ def test_a_repair_clears_entries_and_leaves_leaks(tmp_path: Path, way: str) -> N
     qemu.io(path, "read -P 0x66 4k 4k", read_only=True)
 
 
-def test_check_says_nothing_of_oddities(tmp_path: Path) -> None:
-    """Data past the disk's end, compat and autoclear bits, NEED_CHECK, a header of no length."""
+def test_check_ignores_header_oddities(tmp_path: Path) -> None:
+    """Data past the disk's end, unknown bits, NEED_CHECK and header_size 0 are no findings."""
     path = image(tmp_path / "a.qed", {0: DATA, 300: DATA}, compat=4, autoclear=8)
     done = qemu.check(path)
     assert (done.code, done.errors, done.leaks) == (0, 0, 0)
@@ -251,7 +251,7 @@ def test_check_says_nothing_of_oddities(tmp_path: Path) -> None:
 
 
 def test_a_table_within_the_l1_table_is_read(tmp_path: Path) -> None:
-    """There is an error for each of its entries."""
+    """An L2 table that overlaps the L1 table is read, which gives an error for each entry."""
     path = image(tmp_path / "a.qed", {0: DATA})
     content = bytearray(path.read_bytes())
     header = header_of(content)
@@ -264,7 +264,7 @@ def test_a_table_within_the_l1_table_is_read(tmp_path: Path) -> None:
 def test_a_last_cluster_that_lacks_less_than_a_sector(
     tmp_path: Path, missing: int, code: int
 ) -> None:
-    """It is sound, although part of what it holds is lost."""
+    """A last cluster that lacks less than a sector is accepted."""
     path = image(tmp_path / "a.qed", {0: DATA})
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - missing)
@@ -275,7 +275,7 @@ def test_a_last_cluster_that_lacks_less_than_a_sector(
 
 
 def test_create_replaces(tmp_path: Path) -> None:
-    """What was there is gone."""
+    """An existing file is replaced without a question."""
     path = tmp_path / "a.qed"
     path.write_bytes(b"somebody's")
     assert qemu.info(qemu.create(path, MIB))["format"] == "qed"
@@ -293,7 +293,7 @@ def test_create_replaces(tmp_path: Path) -> None:
     ],
 )
 def test_geometries_that_create_takes(tmp_path: Path, options: str, works: bool) -> None:  # noqa: FBT001
-    """Its computation of the largest disk overflows with large clusters."""
+    """Clusters of 4 MiB or more are refused, because the largest disk size overflows."""
     command = ("qemu-img", "create", "-q", "-f", "qed", "-o", options, tmp_path / "a.qed", "1M")
     if works:
         qemu.run(*command)
@@ -303,13 +303,13 @@ def test_geometries_that_create_takes(tmp_path: Path, options: str, works: bool)
 
 
 def test_tables_of_one_cluster(tmp_path: Path) -> None:
-    """It makes such an image, and does not open it."""
+    """An image with tables of one cluster is created but not opened."""
     path = qemu.create(tmp_path / "a.qed", MIB, table_size=1)
     fails("qemu-img", "info", path)
 
 
 def test_a_base_needs_its_format(tmp_path: Path) -> None:
-    """-b demands -F, of a QED base too."""
+    """-b demands -F, also for a QED base."""
     base = image(tmp_path / "base.qed", {})
     assert "format" in fails("qemu-img", "create", "-f", "qed", "-b", base, tmp_path / "a.qed")
 
@@ -317,8 +317,8 @@ def test_a_base_needs_its_format(tmp_path: Path) -> None:
 # info and map
 
 
-def test_info_shows_no_crash(tmp_path: Path) -> None:
-    """The dirty flag is false also with NEED_CHECK; the base is opened for the chain only."""
+def test_info_does_not_show_need_check(tmp_path: Path) -> None:
+    """The dirty flag is false with NEED_CHECK, and the base is opened only for the whole chain."""
     path = image(tmp_path / "a.qed", {}, features=Feature.NEED_CHECK)
     assert qemu.info(path)["dirty-flag"] is False
     fails("qemu-img", "info", "--backing-chain", image(tmp_path / "b.qed", {}, backing=b"gone"))
@@ -326,7 +326,7 @@ def test_info_shows_no_crash(tmp_path: Path) -> None:
 
 
 def test_keys_that_newer_versions_have(tmp_path: Path) -> None:
-    """``children`` from 8.0 on, ``compressed`` from 8.2 on."""
+    """The key ``children`` exists from 8.0 on, ``compressed`` from 8.2 on."""
     path = image(tmp_path / "a.qed", {})
     assert ("children" in qemu.info(path)) is (version() >= (8, 0))
     assert ("Child node" in qemu.run("qemu-img", "info", path).stdout) is (version() >= (8, 0))
@@ -334,13 +334,13 @@ def test_keys_that_newer_versions_have(tmp_path: Path) -> None:
 
 
 def test_a_bad_entry_ends_the_map(tmp_path: Path) -> None:
-    """Nothing is listed."""
+    """A bad entry ends the map, and nothing is listed."""
     path = image(tmp_path / "a.qed", {0: DATA, 1: 1 << 40})
     assert "start" not in fails("qemu-img", "map", "--output=json", path)
 
 
-def test_a_run_of_4_gib_in_one_table(tmp_path: Path) -> None:
-    """It ends the map with an abort."""
+def test_a_run_of_4_gib_aborts_map(tmp_path: Path) -> None:
+    """A run of 4 GiB in one table aborts the map."""
     cluster, count = 65536, 1 << 16
     content = build_image(8 << 30, {0: DATA}, cluster_size=cluster, table_size=8)
     first, table = len(content), l2_entry_offset(content, 0)
@@ -359,7 +359,7 @@ def test_a_run_of_4_gib_in_one_table(tmp_path: Path) -> None:
 
 
 def test_compare_shows_the_sector(tmp_path: Path) -> None:
-    """Not the byte."""
+    """Compare reports the offset of the sector that differs, not of the byte."""
     first, second = tmp_path / "a", tmp_path / "b"
     first.write_bytes(bytes(4096))
     second.write_bytes(bytes(1000) + b"x" + bytes(3095))
@@ -367,8 +367,8 @@ def test_compare_shows_the_sector(tmp_path: Path) -> None:
     assert re.search(r"offset 512\b", said)
 
 
-def test_what_qed_lacks_there(tmp_path: Path) -> None:
-    """No measuring, no shrinking, no preallocation, no growing over a longer base."""
+def test_operations_that_qemu_lacks_for_qed(tmp_path: Path) -> None:
+    """Measure, shrinking, preallocation and growing over a longer base are not supported."""
     path = image(tmp_path / "a.qed", {0: DATA})
     assert "does not support" in fails("qemu-img", "measure", "-O", "qed", path)
     fails("qemu-img", "resize", "--shrink", path, "512k")
@@ -378,22 +378,22 @@ def test_what_qed_lacks_there(tmp_path: Path) -> None:
     fails("qemu-img", "resize", top, "1M")
 
 
-def test_what_lies_past_the_end_appears(tmp_path: Path) -> None:
-    """When the disk grows."""
+def test_data_past_the_end_appears_after_growing(tmp_path: Path) -> None:
+    """Data past the disk's end becomes visible when the disk grows."""
     path = image(tmp_path / "a.qed", {300: DATA})
     qemu.run("qemu-img", "resize", path, "2M")
     qemu.io(path, f"read -P 0x55 {300 * CLUSTER} 4k", read_only=True)
 
 
 def test_rebase_refuses_unknown_compat_bits(tmp_path: Path) -> None:
-    """Which are to be ignored."""
+    """Rebase refuses unknown compatible bits, which a program should ignore."""
     base = image(tmp_path / "base.qed", {})
     path = image(tmp_path / "a.qed", {}, compat=4)
     fails("qemu-img", "rebase", "-u", "-F", "qed", "-b", base, path)
 
 
 def test_commit_leaves_the_overlay(tmp_path: Path) -> None:
-    """It keeps its data, with -d and without; what zeros free in the base stays there."""
+    """Commit keeps the overlay's data, and zeros free no cluster of the base."""
     base = image(tmp_path / "base.qed", {0: DATA, 1: DATA})
     top = image(tmp_path / "top.qed", {0: b"\x66" * CLUSTER, 1: ZERO}, backing=base.name.encode())
     before, place = top.read_bytes(), entry(base, 1)
@@ -404,7 +404,7 @@ def test_commit_leaves_the_overlay(tmp_path: Path) -> None:
 
 
 def test_commit_grows_no_overlay(tmp_path: Path) -> None:
-    """A base that has a base stays too short."""
+    """Commit fails if the base is an overlay and shorter."""
     image(tmp_path / "lowest.qed", {0: DATA, 255: DATA})
     middle = qemu.create(tmp_path / "middle.qed", MIB // 2, backing=tmp_path / "lowest.qed")
     top = qemu.create(tmp_path / "top.qed", MIB, backing=middle)

@@ -1,4 +1,4 @@
-"""Our locks and QEMU's: neither program opens what the other must have for itself."""
+"""Image locks of qedfuse and of QEMU exclude each other as they should."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """Have QEMU make a small image."""
+    """Let QEMU create a small image."""
     return qemu.create(tmp_path / "image.qed", SIZE)
 
 
 @contextmanager
 def locked(path: Path, mode: LockMode) -> Iterator[None]:
-    """Hold our locks on a file inside the ``with`` block."""
+    """Hold locks of qedfuse on a file inside the ``with`` block."""
     fd = os.open(path, os.O_RDONLY)
     try:
         lock_image(fd, mode, path.name)
@@ -51,8 +51,8 @@ def locked(path: Path, mode: LockMode) -> Iterator[None]:
         os.close(fd)
 
 
-def stopped(use: Callable[[Path], object], path: Path) -> bool:
-    """Tell whether the locks keep a QEMU tool from a file; other failures are not hidden."""
+def is_locked_out(use: Callable[[Path], object], path: Path) -> bool:
+    """Return whether locks keep a QEMU tool from a file; other failures are raised."""
     try:
         use(path)
     except qemu.QemuError as error:
@@ -62,36 +62,36 @@ def stopped(use: Callable[[Path], object], path: Path) -> bool:
 
 
 @pytest.mark.parametrize("tool", [*READERS, *WRITERS])
-def test_our_writer_stops_everybody(image: Path, tool: str) -> None:
-    """While we write, QEMU opens the image neither for reading nor for writing."""
+def test_our_writer_excludes_all(image: Path, tool: str) -> None:
+    """A writer of qedfuse excludes readers and writers of QEMU."""
     with locked(image, LockMode.WRITE):
-        assert stopped({**READERS, **WRITERS}[tool], image)
+        assert is_locked_out({**READERS, **WRITERS}[tool], image)
     assert qemu.check(image).code == 0
 
 
-def test_our_writer_lets_forced_readers_in(image: Path) -> None:
-    """Whoever says -U reads beside us."""
+def test_our_writer_allows_forced_readers(image: Path) -> None:
+    """QEMU reads beside a writer of qedfuse with -U."""
     with locked(image, LockMode.WRITE):
         assert qemu.info(image, force_share=True)["virtual-size"] == SIZE
         assert "512/512" in qemu.io(image, "read 0 512", force_share=True)
 
 
 @pytest.mark.parametrize("tool", READERS)
-def test_our_reader_lets_readers_in(image: Path, tool: str) -> None:
-    """While we read, QEMU may read."""
+def test_our_reader_allows_readers(image: Path, tool: str) -> None:
+    """A reader of qedfuse allows readers of QEMU."""
     with locked(image, LockMode.READ):
-        assert not stopped(READERS[tool], image)
+        assert not is_locked_out(READERS[tool], image)
 
 
 @pytest.mark.parametrize("tool", WRITERS)
-def test_our_reader_stops_writers(image: Path, tool: str) -> None:
-    """While we read, QEMU may not write."""
+def test_our_reader_excludes_writers(image: Path, tool: str) -> None:
+    """A reader of qedfuse excludes writers of QEMU."""
     with locked(image, LockMode.READ):
-        assert stopped(WRITERS[tool], image)
+        assert is_locked_out(WRITERS[tool], image)
 
 
-def test_our_shared_reader_stops_nobody(image: Path) -> None:
-    """A reader that shares lets QEMU write, whoever comes first."""
+def test_our_sharing_reader_excludes_nothing(image: Path) -> None:
+    """A reader of qedfuse that shares allows a writer of QEMU, in either order."""
     with locked(image, LockMode.SHARE):
         qemu.io(image, "write 0 512")
         with qemu.hold(image) as writer, locked(image, LockMode.SHARE):
@@ -99,7 +99,7 @@ def test_our_shared_reader_stops_nobody(image: Path) -> None:
 
 
 def test_raw_base_is_protected(tmp_path: Path) -> None:
-    """Our lock on a raw base stops its writers, and lets QEMU read the chain over it."""
+    """A lock on a raw base excludes its writers, and QEMU may read the chain over it."""
     base = tmp_path / "base.raw"
     base.write_bytes(b"\xaa" * SIZE)
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base, backing_format="raw")
@@ -107,12 +107,12 @@ def test_raw_base_is_protected(tmp_path: Path) -> None:
         assert qemu.content(overlay) == b"\xaa" * SIZE
         qemu.io(overlay, "write -P 1 0 512")
         write = partial(qemu.io, image_format="raw")
-        assert stopped(lambda path: write(path, "write 0 512"), base)
+        assert is_locked_out(lambda path: write(path, "write 0 512"), base)
     write(base, "write 0 512")
 
 
 def test_raw_base_in_use_by_qemu_s_chain(tmp_path: Path) -> None:
-    """A base that QEMU reads beneath an overlay can be our base too."""
+    """A raw base that QEMU reads below an overlay can be a base of qedfuse too."""
     base = tmp_path / "base.raw"
     base.write_bytes(bytes(SIZE))
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base, backing_format="raw")
@@ -121,8 +121,8 @@ def test_raw_base_in_use_by_qemu_s_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [LockMode.WRITE, LockMode.READ, LockMode.BASE])
-def test_qemu_s_writer_stops_us(image: Path, mode: LockMode) -> None:
-    """An image that QEMU writes is refused, and the message says who has it."""
+def test_qemu_s_writer_excludes_us(image: Path, mode: LockMode) -> None:
+    """An image that QEMU writes is refused with a message that names the process."""
     with qemu.hold(image) as writer:
         assert "512/512" in writer.command("read 0 512")
         with pytest.raises(ImageInUseError) as caught, locked(image, mode):
@@ -131,15 +131,15 @@ def test_qemu_s_writer_stops_us(image: Path, mode: LockMode) -> None:
         assert message.startswith("image.qed: in use: Failed to get ")
         assert message.endswith(f'"write" lock, held by qemu-io (pid {writer.pid})')
         assert "\n" not in message
-        # The refused attempt has left nothing behind that would disturb others.
+        # The refused attempt leaves no lock behind.
         assert qemu.info(image, force_share=True)["format"] == "qed"
     with locked(image, mode):
         pass
 
 
 @pytest.mark.parametrize("mode", LockMode)
-def test_qemu_s_reader_stops_only_our_writer(image: Path, mode: LockMode) -> None:
-    """An image that QEMU reads can be read, but not written."""
+def test_qemu_s_reader_excludes_only_our_writer(image: Path, mode: LockMode) -> None:
+    """An image that QEMU reads can be read by qedfuse, but not written."""
     with qemu.hold(image, read_only=True) as reader:
         assert "512/512" in reader.command("read 0 512")
         if mode is LockMode.WRITE:
@@ -151,15 +151,15 @@ def test_qemu_s_reader_stops_only_our_writer(image: Path, mode: LockMode) -> Non
                 assert "512/512" in reader.command("read 0 512")
 
 
-def test_qemu_s_forced_reader_stops_nobody(image: Path) -> None:
-    """A QEMU that reads with -U lets us write."""
+def test_qemu_s_forced_reader_excludes_nothing(image: Path) -> None:
+    """A QEMU that reads with -U allows a writer of qedfuse."""
     with qemu.hold(image, force_share=True), locked(image, LockMode.WRITE):
         pass
 
 
 @pytest.mark.parametrize("mode", LockMode)
 def test_qed_base_of_qemu_s_chain(tmp_path: Path, mode: LockMode) -> None:
-    """A QED base beneath an overlay that QEMU has open can be read, but not written."""
+    """A QED base below an overlay that QEMU has open can be read by qedfuse, but not written."""
     base = qemu.create(tmp_path / "base.qed", SIZE)
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base)
     with qemu.hold(overlay):
@@ -172,7 +172,7 @@ def test_qed_base_of_qemu_s_chain(tmp_path: Path, mode: LockMode) -> None:
 
 
 def test_two_readers_in_the_way_are_both_named(image: Path) -> None:
-    """Everybody who holds the image is named."""
+    """The error of a refused writer names each process that reads the image."""
     with qemu.hold(image, read_only=True) as one, qemu.hold(image, read_only=True) as two:
         with pytest.raises(ImageInUseError) as caught, locked(image, LockMode.WRITE):
             pass

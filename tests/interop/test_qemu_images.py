@@ -1,4 +1,4 @@
-"""Images that QEMU made, read and written by us, and the other way round."""
+"""Images that QEMU made, read and written by qedfuse, and the other way round."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ GEOMETRIES = [
 
 @dataclass
 class Mirror:
-    """A disk and what is right on it, written to by either program."""
+    """A disk that both programs write to, and its expected content."""
 
     path: Path
     model: bytearray
     choice: random.Random
 
     def ranges(self, count: int) -> list[tuple[int, int, int]]:
-        """Choose ranges to write: start and length in sectors' bytes, and a byte."""
+        """Choose ranges to write: start and length in bytes, whole sectors, and a byte value."""
         result = []
         for _ in range(count):
             start = self.choice.randrange(len(self.model) // 512) * 512
@@ -67,8 +67,8 @@ class Mirror:
             self.model[start : start + length] = bytes([0 if zero else byte]) * length
         qemu.io(self.path, *commands)
 
-    async def by_us(self, count: int = 6, *, shift: int = 0) -> None:
-        """Write with our disk; ``shift`` moves the ranges off the sector boundaries."""
+    async def by_qedfuse(self, count: int = 6, *, shift: int = 0) -> None:
+        """Write with qedfuse; ``shift`` moves the ranges off the sector boundaries."""
         async with open_disk(str(self.path), WRITABLE) as disk:
             for start, length, byte in self.ranges(count):
                 at = min(start + shift, len(self.model) - 1)
@@ -79,11 +79,11 @@ class Mirror:
                     await disk.flush()
 
     async def check(self, *, leaks: bool = False) -> None:
-        """Both programs see the model, and find nothing wrong."""
+        """Assert that both programs read the expected content and find nothing wrong."""
         async with open_disk(str(self.path)) as disk:
             assert disk.size == len(self.model)
             assert not disk.header.need_check
-            # In odd pieces too, that begin and end within clusters.
+            # Also in ranges that begin and end within clusters.
             assert difference(await disk.read(0, disk.size), self.model) is None
             for start in range(777, len(self.model), max(1, len(self.model) // 7)):
                 got = await disk.read(start, 70_001)
@@ -108,29 +108,29 @@ def mirror(path: Path, size: int, seed: int) -> Mirror:
 async def test_images_of_qemu(
     tmp_path: Path, cluster_size: int, table_size: int, size: int
 ) -> None:
-    """What QEMU created and wrote reads back byte for byte; so does what we add to it."""
+    """QEMU's images read back byte for byte, and qedfuse adds to them without a new leak."""
     made = mirror(tmp_path / "made.qed", size, cluster_size)
     qemu.create(made.path, size, cluster_size=cluster_size, table_size=table_size)
     await made.check()
     made.by_qemu(10)
     await made.check(leaks=True)
     leaks = inspect_image(made.path.read_bytes()).leaks
-    for turn in range(3):
-        await made.by_us(shift=turn * 131)
+    for cycle in range(3):
+        await made.by_qedfuse(shift=cycle * 131)
         made.by_qemu(4)
     await made.check(leaks=True)
     assert inspect_image(made.path.read_bytes()).leaks == leaks
 
 
 @pytest.mark.parametrize(("cluster_size", "table_size"), GEOMETRIES)
-async def test_images_of_ours(tmp_path: Path, cluster_size: int, table_size: int) -> None:
-    """What we created and wrote is clean and the same for QEMU; so it is after QEMU's writes."""
+async def test_images_of_qedfuse(tmp_path: Path, cluster_size: int, table_size: int) -> None:
+    """Images of qedfuse are clean and equal for QEMU, before and after QEMU's writes."""
     size = (7 << 20) + 512
     made = mirror(tmp_path / "made.qed", size, cluster_size + 1)
     await create_image(str(made.path), size, cluster_size=cluster_size, table_size=table_size)
     await made.check()
-    for turn in range(3):
-        await made.by_us(8, shift=turn * 77)
+    for cycle in range(3):
+        await made.by_qedfuse(8, shift=cycle * 77)
         await made.check()
         assert qemu.check(made.path).code == 0
         made.by_qemu(4)
@@ -139,19 +139,19 @@ async def test_images_of_ours(tmp_path: Path, cluster_size: int, table_size: int
 
 @pytest.mark.parametrize("size", [512, 1024, 65536 - 512, 65536, 65536 + 512, 1 << 20, 0])
 async def test_odd_sizes(tmp_path: Path, size: int) -> None:
-    """Disks that end within a cluster, or have nothing at all."""
+    """Disks that end within a cluster, or have no sector at all, work with both programs."""
     made = mirror(tmp_path / "made.qed", size, size)
     qemu.create(made.path, size)
     if size:
         made.by_qemu(2)
-        await made.by_us(2, shift=5)
+        await made.by_qedfuse(2, shift=5)
     await made.check()
 
 
 @pytest.mark.parametrize("probed", [False, True])
 @pytest.mark.parametrize("base_size", [1 << 20, (5 << 20) + 512])
 async def test_overlay_on_a_raw_base(tmp_path: Path, base_size: int, *, probed: bool) -> None:
-    """Overlays that QEMU makes on raw bases, shorter or longer, with NO_PROBE and without."""
+    """Overlays on raw bases work for bases shorter or longer, with and without NO_PROBE."""
     size = 3 << 20
     base = tmp_path / "base.img"
     base.write_bytes(pattern(base_size, 3))
@@ -165,27 +165,27 @@ async def test_overlay_on_a_raw_base(tmp_path: Path, base_size: int, *, probed: 
     await made.check()
     # No zero writes by QEMU: its small writes into zero clusters bring the base back.
     made.by_qemu(5, zeros=False)
-    for turn in range(2):
-        await made.by_us(4, shift=turn * 99)
+    for cycle in range(2):
+        await made.by_qedfuse(4, shift=cycle * 99)
         made.by_qemu(3, zeros=False)
     await made.check(leaks=True)
     assert base.read_bytes() == pattern(base_size, 3)
 
 
 async def test_raw_base_with_a_header_inside(tmp_path: Path) -> None:
-    """QEMU marks a raw base, and we take its bytes even where they look like an image."""
+    """A base that QEMU marks as raw is read as raw, even if it begins like an image."""
     inside = bytes(build_image(1 << 20, {3: b"inner"}, backing=b"/etc/passwd"))
     (tmp_path / "base.img").write_bytes(inside)
     made = mirror(tmp_path / "top.qed", 1 << 20, 1)
     qemu.create(made.path, len(made.model), backing="base.img", backing_format="raw")
     made.model[: len(inside)] = inside
     await made.check()
-    await made.by_us(3)
+    await made.by_qedfuse(3)
     await made.check()
 
 
 async def test_chain_of_qemu(tmp_path: Path) -> None:
-    """QED over QED over raw, each layer shorter or longer than the one below."""
+    """A chain of QED over QED over raw works if a layer is shorter or longer than its base."""
     (tmp_path / "bottom.img").write_bytes(pattern(2_000_000 // 512 * 512, 1))
     middle = mirror(tmp_path / "middle.qed", 3 << 20, 2)
     qemu.create(
@@ -198,21 +198,21 @@ async def test_chain_of_qemu(tmp_path: Path) -> None:
     )
     middle.model[:1_999_872] = pattern(1_999_872, 1)
     middle.by_qemu(6, zeros=False)
-    await middle.by_us(4, shift=17)
+    await middle.by_qedfuse(4, shift=17)
     await middle.check(leaks=True)
     top = mirror(tmp_path / "top.qed", 4 << 20, 3)
     qemu.create(top.path, len(top.model), backing="middle.qed", backing_format="qed")
     top.model[: len(middle.model)] = middle.model
     await top.check()
-    for turn in range(3):
-        await top.by_us(4, shift=turn * 301)
+    for cycle in range(3):
+        await top.by_qedfuse(4, shift=cycle * 301)
         top.by_qemu(3, zeros=False)
     await top.check(leaks=True)
     await middle.check(leaks=True)
 
 
 async def test_zero_clusters_of_qemu_on_an_overlay(tmp_path: Path) -> None:
-    """A small write of ours into a zero cluster of QEMU's leaves zeros around it."""
+    """A small write of qedfuse into a zero cluster of QEMU leaves zeros around it."""
     (tmp_path / "base.img").write_bytes(b"\xaa" * (1 << 20))
     made = mirror(tmp_path / "top.qed", 1 << 20, 1)
     qemu.create(made.path, len(made.model), backing="base.img", backing_format="raw")
@@ -230,7 +230,7 @@ async def test_zero_clusters_of_qemu_on_an_overlay(tmp_path: Path) -> None:
 
 
 async def test_growing_what_qemu_made(tmp_path: Path) -> None:
-    """QEMU cannot grow an overlay over a longer base; we can, and QEMU reads zeros there."""
+    """An overlay over a longer base, which QEMU cannot grow, is grown; QEMU reads zeros there."""
     (tmp_path / "base.img").write_bytes(b"\xaa" * (4 << 20))
     made = mirror(tmp_path / "top.qed", (1 << 20) + 512, 1)
     qemu.create(made.path, len(made.model), backing="base.img", backing_format="raw")
@@ -241,31 +241,31 @@ async def test_growing_what_qemu_made(tmp_path: Path) -> None:
             await disk.resize(size)
         made.model.extend(bytes(size - len(made.model)))
         await made.check()
-    await made.by_us(4)
+    await made.by_qedfuse(4)
     await made.check()
 
 
-async def test_growing_in_turns(tmp_path: Path) -> None:
-    """Without a base both programs can grow the disk."""
+async def test_growing_alternately(tmp_path: Path) -> None:
+    """A disk without a base can be grown by both programs alternately."""
     made = mirror(tmp_path / "made.qed", 512 * 3, 1)
     qemu.create(made.path, len(made.model), cluster_size=4096, table_size=2)
-    for turn in range(1, 7):
-        size = 512 * 3 + turn * (turn % 3 + 1) * 300 * 512
+    for cycle in range(1, 7):
+        size = 512 * 3 + cycle * (cycle % 3 + 1) * 300 * 512
         if size <= len(made.model):
             continue
-        if turn % 2:
+        if cycle % 2:
             qemu.run("qemu-img", "resize", "-q", "-f", "qed", made.path, str(size))
         else:
             async with open_disk(str(made.path), WRITABLE) as disk:
                 await disk.resize(size)
         made.model.extend(bytes(size - len(made.model)))
-        await made.by_us(2)
+        await made.by_qedfuse(2)
         made.by_qemu(2)
         await made.check(leaks=True)
 
 
 async def test_converted_disk(tmp_path: Path) -> None:
-    """What qemu-img convert writes, and what it reads of ours."""
+    """Both programs read what qemu-img convert wrote, and QEMU reads the copy by qedfuse."""
     raw = tmp_path / "disk.raw"
     raw.write_bytes(pattern(3 << 20, 1) + bytes(2 << 20) + pattern(700 * 512, 2))
     path = qemu.convert(raw, tmp_path / "disk.qed", source_format="raw", target_format="qed")
@@ -280,8 +280,8 @@ async def test_converted_disk(tmp_path: Path) -> None:
     assert qemu.check(copy).code == 0
 
 
-async def test_dirty_image_of_ours_is_checked_by_qemu(tmp_path: Path) -> None:
-    """An image that was left with NEED_CHECK is one that QEMU checks and opens."""
+async def test_an_unclean_image_is_checked_by_qemu(tmp_path: Path) -> None:
+    """QEMU checks and opens an image that qedfuse left with NEED_CHECK."""
     path = tmp_path / "dirty.qed"
     clusters = {number: pattern(65536, number) for number in range(5)}
     image = build_image(1 << 20, clusters, cluster_size=65536, table_size=4, features=2)
@@ -297,7 +297,7 @@ async def test_dirty_image_of_ours_is_checked_by_qemu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["cluster_size", "table_size", "size"])
 async def test_both_refuse_the_same_headers(tmp_path: Path, field: str) -> None:
-    """What QEMU will not open we do not open either, and say which field it is."""
+    """A header that QEMU refuses is refused with the name of the field."""
     image = build_image(1 << 20, {0: b"a"}, cluster_size=65536, table_size=4)
     offset, value = {"cluster_size": (4, 65537), "table_size": (8, 3), "size": (48, 513)}[field]
     image[offset : offset + 4] = value.to_bytes(4, "little")

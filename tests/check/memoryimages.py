@@ -1,0 +1,90 @@
+"""Images in memory: check and repair them, and compare the disk before and after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from qedfuse.check.repair import RepairReport, repair_image
+from qedfuse.check.walk import check_image
+from qedfuse.disk.lookup.backing import read_header
+from tests.support.disks import get_entry, header_of, inspect_image, put_entry
+from tests.support.hostfiles import MemoryFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qedfuse.check.findings import CheckReport, LostRange
+
+CLUSTER: Final = 4096
+SPAN: Final = 512 * CLUSTER
+SIZE: Final = 4 * SPAN
+BASE: Final = b"\xbb" * SIZE
+
+
+async def check(content: bytearray) -> CheckReport:
+    """Check an image in memory."""
+    file = MemoryFile(content, writable=False)
+    return await check_image(file, await read_header(file))
+
+
+async def repair(content: bytearray) -> RepairReport:
+    """Repair an image in memory, in place; no error may remain."""
+    file = MemoryFile(content)
+    result = await repair_image(file, await read_header(file))
+    content[:] = file.content
+    assert result.after.errors == 0
+    assert inspect_image(content).errors == ()
+    return result
+
+
+def l1_entry(content: bytearray, index: int) -> int:
+    """Give the file offset of an L1 entry."""
+    return header_of(content).l1_table_offset + 8 * index
+
+
+def cluster(disk: bytes, number: int) -> bytes:
+    """Cut a guest cluster out of a disk."""
+    return disk[number * CLUSTER : (number + 1) * CLUSTER]
+
+
+def move_table_to_the_end(content: bytearray, *, table_bytes: int = CLUSTER) -> int:
+    """Put the first L2 table behind everything else; give its new file offset."""
+    entry = l1_entry(content, 0)
+    old, new = get_entry(content, entry), len(content)
+    content.extend(content[old : old + table_bytes])
+    put_entry(content, entry, new)
+    return new
+
+
+def readable(content: bytearray, base: bytes) -> bytes:
+    """Read a damaged disk as a careful reader does: only through usable entries."""
+    header = header_of(content)
+    disk = bytearray(base.ljust(SIZE, b"\0"))
+    for l1_index in range(SIZE // SPAN):
+        table = get_entry(content, header.l1_table_offset + 8 * l1_index)
+        if table % CLUSTER or table < header.l1_end or table >= len(content):
+            continue
+        for index in range(512):
+            value = get_entry(content, table + 8 * index)
+            start = l1_index * SPAN + index * CLUSTER
+            if value == 1:
+                disk[start : start + CLUSTER] = bytes(CLUSTER)
+            elif value >= header.l1_end and not value % CLUSTER and value < len(content):
+                disk[start : start + CLUSTER] = content[value : value + CLUSTER].ljust(
+                    CLUSTER, b"\0"
+                )
+    return bytes(disk)
+
+
+def assert_lossless(after: bytes, lost: Iterable[LostRange], before: bytes) -> None:
+    """Assert that ranges of a disk that are not reported as lost read as before."""
+    reported = {
+        number
+        for item in lost
+        for number in range(item.start // CLUSTER, -(-(item.start + item.length) // CLUSTER))
+    }
+    differing = np.frombuffer(after, np.uint8) != np.frombuffer(before, np.uint8)
+    changed = np.flatnonzero(differing.reshape(-1, CLUSTER).any(axis=1)).tolist()
+    assert set(changed) <= reported, set(changed) - reported
