@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.datapath.discard import Discard
 from qedfuse.disk.datapath.fastpath import FastPath
+from qedfuse.disk.datapath.tablewriter import TableWriter
 from qedfuse.disk.datapath.writepath import WritePath
 from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
@@ -136,21 +137,35 @@ class Components:
         )
 
         # Data path
+        self.table_writer = TableWriter(
+            self.layer, self.space, self.writeback, self.flusher, options.cache_bytes // 2
+        )
         self.write_path = WritePath(
             self.chain,
             self.layer,
             self.space,
+            self.table_writer,
             self.writeback,
-            self.flusher,
             self.needcheck,
             self.epochs,
-            options.cache_bytes // 2,
         )
         self.fast_path = FastPath(
-            self.chain, self.layer, self.writeback, self.space, self.needcheck, self.write_path
+            self.chain,
+            self.layer,
+            self.writeback,
+            self.space,
+            self.needcheck,
+            self.table_writer,
+            self.write_path,
         )
         self.discard = Discard(
-            self.chain, self.layer, self.write_path, self.writeback, self.needcheck, self.reclaim
+            self.chain,
+            self.layer,
+            self.table_writer,
+            self.write_path,
+            self.writeback,
+            self.needcheck,
+            self.reclaim,
         )
 
         # Maintenance
@@ -158,7 +173,7 @@ class Components:
             self.layer,
             self.allocator,
             self.space,
-            self.write_path,
+            self.table_writer,
             self.writeback,
             self.flusher,
             self.needcheck,
@@ -170,6 +185,7 @@ class Components:
         self.resize = Resize(
             self.chain,
             self.layer,
+            self.table_writer,
             self.write_path,
             self.writeback,
             self.flusher,

@@ -64,7 +64,7 @@ class Disk:
         self._first_write_guard = components.first_write_guard
         self._epochs = components.epochs
         self._write_path = components.write_path
-        self._shortcut = components.fast_path
+        self._fast_path = components.fast_path
         self._discards = components.discard
         # An image whose base was left out can be worked on as a file, not as a disk.
         self._lacks_base = components.chain.lacks_base
@@ -122,7 +122,7 @@ class Disk:
 
         What is returned holds until the next call.
         """
-        return self._shortcut.read(start, length)
+        return self._fast_path.try_read(start, length)
 
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting for anything; if that cannot be, use `write`."""
@@ -130,7 +130,7 @@ class Disk:
             self._plain_writes
             and self._first_write_guard.prepared
             and self._writeback.failure is None
-            and self._shortcut.write(start, data)
+            and self._fast_path.try_write(start, data)
         )
 
     async def read(self, start: int, length: int) -> bytes | bytearray:
@@ -143,10 +143,10 @@ class Disk:
         length = max(0, min(length, self.size - start))
         turn = self._epochs.enter()
         try:
-            place = self._shortcut.place(start, length)
-            if place is not None:
+            location = self._fast_path.locate(start, length)
+            if location is not None:
                 # The host has to fetch the data; the tables are as near as ever.
-                file, offset = place
+                file, offset = location
                 data = await file.pread(offset, length)
                 if len(data) == length:
                     return data
@@ -230,7 +230,7 @@ class Disk:
         Returns:
             The guest offset; the disk's size if no data follows.
         """
-        return self._shortcut.seek(start, data=data)
+        return self._fast_path.try_seek(start, data=data)
 
     async def next_data(self, start: int) -> int | None:
         """Find where the first data at or past ``start`` begins; None if there is none."""

@@ -148,12 +148,16 @@ class Workload:
         """Carry the case out, to the end; ``seed`` decides which task runs first."""
         # In half of the runs clusters are given up as if there were many.
         together = random.Random(f"{self.case.name} {seed} together").random() < 0.5
-        few, scattered = (0, 3) if together else (discard._FEW, quarantine._MAX_SCATTERED_CLUSTERS)
+        few, scattered = (
+            (0, 3)
+            if together
+            else (discard._MAX_CLUSTERS_ONE_BY_ONE, quarantine._MAX_SCATTERED_CLUSTERS)
+        )
         # In the other half compaction has many commit rounds.
         batch = compaction._QUICK_BATCH_BYTES if together else 3 * CLUSTER
         # Without the last, that depends on where objects lie in memory as well.
         with (
-            patch.object(discard, "_FEW", new=few),
+            patch.object(discard, "_MAX_CLUSTERS_ONE_BY_ONE", new=few),
             patch.object(reclaim, "_MIN_SCATTERED_RUNS", new=few),
             patch.object(quarantine, "_MAX_SCATTERED_CLUSTERS", new=scattered),
             patch.object(compaction, "_QUICK_BATCH_BYTES", new=batch),

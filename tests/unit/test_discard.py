@@ -378,7 +378,7 @@ async def test_zeros_over_what_a_discard_gives_up_meanwhile() -> None:
         extents = await disk._components.layer.lookup(0, 10 * CLUSTER)
         assert len(extents) == 1
         await disk._components.discard.discard(0, CLUSTER)
-        await disk._components.write_path.blank(0, 10 * CLUSTER)
+        await disk._components.write_path.zero_range(0, 10 * CLUSTER)
         assert not any(await disk.read(0, 10 * CLUSTER))
 
 

@@ -199,9 +199,9 @@ async def test_what_is_left_to_the_long_way() -> None:
         async with disk._components.write_path.allocating.hold(4 * CLUSTER, 5 * CLUSTER):
             assert not disk.try_write(0, b"x" * 5 * CLUSTER), "the last part is somebody else's"
         assert not disk.try_write(SIZE - 1, b"xx")
-        disk._components.write_path._dirty_budget = 0
+        disk._components.table_writer._dirty_budget = 0
         assert not disk.try_write(12 * CLUSTER, b"x")
-        disk._components.write_path._dirty_budget = 1 << 20
+        disk._components.table_writer._dirty_budget = 1 << 20
         end = disk.statistics().file_bytes
         async with disk._components.length.lock:
             done = [disk.try_write(number * CLUSTER, b"x") for number in range(20, 400)]

@@ -78,13 +78,13 @@ async def test_flat_or_not_is_the_same(seed: int) -> None:
     file = MemoryFile(top)
     async with opened(file, bases) as disk:
         chain = disk.chain
-        assert chain.below is not None
+        assert chain.flattened is not None
         flat = 0
         for _ in range(30):
             start = chance.randrange(disk.size)
             length = min(disk.size - start, chance.choice((512, 4096, 20_000, 200_000)))
             walked = await chain._walk(start, start + length)
-            found = await chain.below.extents(start, start + length)
+            found = await chain.flattened.extents(start, start + length)
             if found is not None:
                 flat += 1
                 assert joined(_plain(found)) == joined(_plain(sorted(walked, key=_start)))
@@ -120,7 +120,7 @@ async def test_a_cluster_that_several_clusters_of_a_base_show_through() -> None:
     top = build_image(SIZE, {}, cluster_size=65536, backing=b"base")
     for image, index, is_mixed in ((base, 0, False), (base_apart, 1, True)):
         async with opened(MemoryFile(top), [bytes(image)]) as disk:
-            below = disk.chain.below
+            below = disk.chain.flattened
             assert below is not None
             codes = await below.codes(0)
             assert (codes[index] == MIXED) is is_mixed
@@ -135,7 +135,7 @@ async def test_bad_entries_and_cut_clusters_are_left_to_who_reports_them() -> No
     del base[-1000:]
     top = build_image(SIZE, {}, cluster_size=65536, backing=b"base")
     async with opened(MemoryFile(top), [bytes(base)]) as disk:
-        below = disk.chain.below
+        below = disk.chain.flattened
         assert below is not None
         codes = await below.codes(0)
         assert [code == MIXED for code in codes[:4]] == [False, True, True, False]

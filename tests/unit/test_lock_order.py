@@ -71,7 +71,7 @@ class Watch:
         for name, owner, attribute in (
             ("Resize.lock", parts.resize, "lock"),
             ("Scan._running", parts.scan, "_running"),
-            ("WritePath._making_table", parts.write_path, "_making_table"),
+            ("TableWriter._creating", parts.table_writer, "_creating"),
             ("Reclaim._lock", parts.reclaim, "_lock"),
             ("FirstWriteGuard._first", parts.first_write_guard, "_first"),
             ("FileLength.lock", parts.length, "lock"),

@@ -1,12 +1,12 @@
-"""The short way of a write into new clusters, where nothing has to be waited for.
+"""The part of the fast path that writes to clusters that are not allocated yet.
 
-Usually the table is in memory, its place in the file is reserved, NEED_CHECK is set, and
-the file reaches over the clusters that come next.  Then a cluster is chosen, filled and
-pointed to without anybody else running in between, and only what must not be done in the
-midst of somebody else's work is asked for: whether another request holds these clusters,
-and whether clusters should be freed before the file grows.
+Usually the slice is in memory, host space for its write-back is reserved, NEED_CHECK is set,
+and the file is long enough for the next clusters.  Then clusters are chosen, filled and
+pointed to without an await, that is, atomically with respect to other tasks.  Only work that
+another task has begun must be looked for: whether a request holds the range lock of these
+clusters, and whether clusters should be reclaimed before the file grows.
 
-The order is that of the long way (`WritePath`): the data is written first, and only then
+The order is that of the slow path (`WritePath`): the data is written first, and only then
 the entry that makes it visible changes, in memory.
 """
 
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, place
+from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, data_location
 from qedfuse.ondisk.constants import UNALLOCATED
 
 if TYPE_CHECKING:
+    from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.layer import QedLayer
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class FastAllocation:
-    """Gives clusters a place, and writes to them, at once."""
+    """Allocates clusters and writes to them, without waiting."""
 
     def __init__(
         self,
@@ -37,39 +38,48 @@ class FastAllocation:
         layer: QedLayer,
         space: SpaceManager,
         needcheck: NeedCheck,
+        table_writer: TableWriter,
         write_path: WritePath,
         buffer: memoryview,
     ) -> None:
-        """Allocate for ``layer``, the top of ``chain``; ``buffer`` is for one request's bytes."""
+        """Allocate for ``layer``, the top of ``chain``; ``buffer`` holds one request's bytes."""
         self._layer = layer
-        self._below = chain.below
+        self._flattened = chain.flattened
         self._files = [one.file for one in chain.layers]
         self._space = space
         self._needcheck = needcheck
-        self._write_path = write_path
+        self._is_within_budget = table_writer.is_within_budget
+        self._is_unlocked = write_path.allocating.is_free
         self._buffer = buffer
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
 
-    def write(self, part: Slice, first: int, count: int, start: int, data: Buffer) -> bool:
-        """Write to ``count`` clusters from cluster ``first`` on; if it was not done, no harm is.
+    def try_write(self, slice_: Slice, first: int, count: int, start: int, data: Buffer) -> bool:
+        """Return False if the write would block or fails; no entry has changed then.
 
-        ``part`` is the slice with their entries, which are all 0 or all 1; ``start`` is the
-        guest offset of the data.
+        Args:
+            slice_: Holds the entries of the clusters, which are all unallocated or all zero
+                clusters.
+            first: Number of the first cluster on the disk.
+            count: Number of clusters.
+            start: Guest offset of ``data``.
+            data: Bytes that touch each of the clusters.
         """
         tables = self._layer.tables
         index = first & (tables.slice_entries - 1)
         base = first << self._bits
         if not (
-            part is not tables.empty_slice
-            and tables.is_reserved(part)
+            slice_ is not tables.empty_slice
+            and tables.is_reserved(slice_)
             and self._needcheck.is_set
-            and self._write_path.is_free(base, base + (count << self._bits))
+            and self._is_unlocked(base, base + (count << self._bits))
+            and self._is_within_budget()
         ):
             return False
         length = count << self._bits
-        # What may fail comes before a run is taken: one that is given back was in use.
-        shown = self._bring(part.entries[index], base, length) if len(data) < length else 0
+        # Steps that may fail come before the allocation: clusters that are released are no
+        # longer blank.
+        shown = self._read_base(slice_.entries[index], base, length) if len(data) < length else 0
         if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
             return False
         run = self._space.try_allocate(count)
@@ -80,38 +90,40 @@ class FastAllocation:
             return False
         offset = run.offset
         for at in range(index, index + count):
-            tables.set(part, at, offset)
+            tables.set(slice_, at, offset)
             offset += self._size
         self._needcheck.note_change()
         return True
 
-    def _bring(self, kind: int, base: int, length: int) -> int | None:
-        """Read what shows through at guest offset ``base`` into the buffer.
+    def _read_base(self, entry: int, base: int, length: int) -> int | None:
+        """Read the backing data of clusters at guest offset ``base`` into the buffer.
 
         Returns:
-            How many bytes do; the rest is zeros.  None if that needs waiting.
+            How many bytes were read; the rest of the clusters reads as zeros.  None if the
+            read would block.
         """
-        if kind != UNALLOCATED or self._below is None:
+        if entry != UNALLOCATED or self._flattened is None:
             return 0
-        # What is around lies in one cluster, or the long way puts it together.
+        # The slow path assembles the backing data of several clusters.
         number = base >> self._bits
         entries = self._layer.tables.slice_entries
-        codes = self._below.cached(number // entries) if length == self._size else None
+        codes = self._flattened.cached(number // entries) if length == self._size else None
         code = MIXED if codes is None else codes[number & (entries - 1)]
         if code <= ZEROS:
             return None if code == MIXED else 0
-        # Past the disk's end the base must not be copied: if the disk grew one day, it
-        # would show there instead of zeros.
+        # Do not copy the base past the end of the disk: if the disk grew later, the guest
+        # would read those bytes instead of zeros.
         shown = min(length, self._layer.size - base)
-        depth, offset = place(code)
+        depth, offset = data_location(code)
         if length > len(self._buffer):
             return None
         return shown if self._files[depth].try_read(offset, self._buffer[:shown]) else None
 
     def _fill(self, run: Run, inside: int, data: Buffer, shown: int) -> bool:
-        """Write a run: the data ``inside`` bytes from its beginning, and what is around it.
+        """Return False if writing a run would block or fails; its content is then undefined.
 
-        That is the first ``shown`` bytes in the buffer, and zeros.
+        The data begins ``inside`` bytes into the run.  Around it the run gets the first
+        ``shown`` bytes of the buffer, and zeros after those.
         """
         write = self._layer.file.try_write
         if len(data) == run.length:

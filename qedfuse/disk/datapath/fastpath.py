@@ -1,10 +1,10 @@
-"""The short way of a request: tables and data are in memory, so nothing has to be waited for.
+"""The fast path of a request: tables and data are in memory, so nothing waits.
 
-Most requests are like that, and going the long way, by extents and tasks, would cost them
-several times what the host's file costs.  Nobody else runs between looking up where the
-bytes are and reading or writing them, so neither locks nor `Epochs` are needed.  Whatever
-is not plain sailing (a table or data not in memory, a bad entry, a failing host) is left
-to the long way, which begins anew and says what is wrong.
+Most requests are like that.  On the slow path, with extents and tasks, they would cost
+several times what the host's file costs.  No other task runs between the lookup and the
+read or write, so neither locks nor `Epochs` are needed.  All other cases (a slice or data
+that is not in memory, a bad entry, a failing host) are left to the slow path, which starts
+over and reports the error.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.disk.datapath.fastallocation import FastAllocation
-from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, place
+from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, data_location
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
     from array import array
 
+    from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
@@ -30,17 +31,16 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
-_ZEROS: Final = memoryview(bytes(1 << 20))
-_SHORT: Final = 1 << 20
-"""Longest request that goes the short way, in bytes: as long as the kernel's."""
+_MAX_REQUEST_BYTES: Final = 1 << 20
+"""Longest request on the fast path; the kernel sends no longer ones."""
+_ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
 
-
-_MOST_SLICES: Final = 64
-"""Pieces of tables that are looked through at once; then others have a turn."""
+_MAX_SLICES_PER_SEEK: Final = 64
+"""Slices that one seek searches before it leaves the rest to the slow path."""
 
 
 class FastPath:
-    """Reads and writes that need no waiting."""
+    """Reads, writes and seeks that do not wait."""
 
     def __init__(
         self,
@@ -49,20 +49,23 @@ class FastPath:
         writeback: MetadataWriteback,
         space: SpaceManager,
         needcheck: NeedCheck,
+        table_writer: TableWriter,
         write_path: WritePath,
     ) -> None:
         """Serve requests to ``layer``, the top of ``chain``."""
         self._layer = layer
         self._writeback = writeback
-        self._below = chain.below
+        self._flattened = chain.flattened
         self._lacks_base = chain.lacks_base
         self._files = [one.file for one in chain.layers]
         self._file = layer.file
-        self._write = layer.file.try_write
-        # To make new memory for each request, and to fill it with zeros first, would cost
-        # as much as to read into it.
-        self._buffer = memoryview(bytearray(_SHORT))
-        self._new = FastAllocation(chain, layer, space, needcheck, write_path, self._buffer)
+        self._try_write_file = layer.file.try_write
+        # Allocating a new buffer for each request, which fills it with zeros, would cost as
+        # much as reading into it.
+        self._buffer = memoryview(bytearray(_MAX_REQUEST_BYTES))
+        self._allocation = FastAllocation(
+            chain, layer, space, needcheck, table_writer, write_path, self._buffer
+        )
         self._empty_slice = layer.tables.empty_slice
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
@@ -71,119 +74,122 @@ class FastPath:
         self._slice_bits = layer.tables.slice_entries.bit_length() - 1
         self._slice_mask = layer.tables.slice_entries - 1
 
-    def read(self, start: int, length: int) -> memoryview | None:
-        """Read a range; None if it has to go the long way.
+    def try_read(self, start: int, length: int) -> memoryview | None:
+        """Return the bytes of a guest range; None if the read would block or fails.
 
-        What is returned holds until the next call.
+        The view is valid until the next call of any method.
         """
-        if length > _SHORT:
+        if length > _MAX_REQUEST_BYTES:
             return None
-        place = self.place(start, length)
-        if place is not None:
+        location = self.locate(start, length)
+        if location is not None:
             view = self._buffer[:length]
-            return view if place[0].try_read(place[1], view) else None
+            return view if location[0].try_read(location[1], view) else None
         return self._gather(start, start + length)
 
-    def place(self, start: int, length: int) -> tuple[HostFile, int] | None:
-        """Tell which file holds a range, and at which offset; None if not one does in one run.
+    def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:
+        """Return the file and the file offset of a guest range that is stored as one run.
 
-        What is said holds until anybody else runs.
+        Returns None if the range is not one run of data, or if the tables that say so are
+        not in memory.  The result is valid until the caller awaits something.
         """
         end = start + length
         if not length or end > self._layer.header.image_size:
             return None
         first = start >> self._bits
-        part = self._layer.cached_slice(first >> self._slice_bits)
-        if part is None or part.bad is not None:
+        slice_ = self._layer.cached_slice(first >> self._slice_bits)
+        if slice_ is None or slice_.bad is not None:
             return None
         index = first & self._slice_mask
         last = index + ((end - 1) >> self._bits) - first
-        value = part.entries[index]
+        value = slice_.entries[index]
         if value > ZERO:
-            if last > index and not self._is_run(part.entries, index, last):
+            if last > index and not self._is_run(slice_.entries, index, last):
                 return None
             return self._file, value + (start & self._cluster_mask)
-        if value or last > index or self._below is None:
+        if value or last > index or self._flattened is None:
             return None
-        return self._place_below(self._below, start)
+        return self._locate_in_backing(self._flattened, start)
 
-    def _place_below(self, below: FlattenedBacking, start: int) -> tuple[HostFile, int] | None:
-        """Do the same for what lies in one cluster that the top image does not have."""
+    def _locate_in_backing(
+        self, flattened: FlattenedBacking, start: int
+    ) -> tuple[HostFile, int] | None:
+        """Do what `locate` does for a range in one cluster that the top image does not have."""
         cluster = start >> self._bits
-        codes = below.cached(cluster >> self._slice_bits)
+        codes = flattened.cached(cluster >> self._slice_bits)
         code = ZEROS if codes is None else codes[cluster & self._slice_mask]
         if code <= ZEROS:
             return None
-        depth, value = place(code)
+        depth, value = data_location(code)
         return self._files[depth], value + (start & self._cluster_mask)
 
-    def write(self, start: int, data: Buffer) -> bool:
-        """Write a range; nothing is amiss if it was not done."""
+    def try_write(self, start: int, data: Buffer) -> bool:
+        """Return False if the write would block or fails; it may then be partly done.
+
+        The caller then writes the whole range again.
+        """
         end = start + len(data)
         if not start < end <= self._layer.header.image_size:
             return False
         first = start >> self._bits
-        part = self._layer.cached_slice(first >> self._slice_bits)
+        slice_ = self._layer.cached_slice(first >> self._slice_bits)
         index = first & self._slice_mask
         last = index + ((end - 1) >> self._bits) - first
-        if part is None or part.bad is not None or last > self._slice_mask:
+        if slice_ is None or slice_.bad is not None or last > self._slice_mask:
             return False
-        value = part.entries[index]
-        if value <= ZERO or self._run_end(part.entries, index, last) <= last:
-            return self._write_runs(part, start, memoryview(data))
-        if not self._write(value + (start & self._cluster_mask), data):
+        value = slice_.entries[index]
+        if value <= ZERO or self._run_end(slice_.entries, index, last) <= last:
+            return self._write_runs(slice_, start, memoryview(data))
+        if not self._try_write_file(value + (start & self._cluster_mask), data):
             return False
         self._writeback.note_write()
         return True
 
-    def _write_runs(self, part: Slice, start: int, data: memoryview) -> bool:
-        """Write a range within one slice run by run.
-
-        If it is not all done, what is done already is written again, with the same bytes.
-        """
+    def _write_runs(self, slice_: Slice, start: int, data: memoryview) -> bool:
+        """Write a range within one slice run by run, with the contract of `try_write`."""
         end = start + len(data)
         last = ((end - 1) >> self._bits) & self._slice_mask
         while data:
             first = start >> self._bits
             index = first & self._slice_mask
-            until = self._run_end(part.entries, index, last)
-            piece = data[: ((first + until - index) << self._bits) - start]
-            value = part.entries[index]
+            until = self._run_end(slice_.entries, index, last)
+            segment = data[: ((first + until - index) << self._bits) - start]
+            value = slice_.entries[index]
             if value <= ZERO:
-                done = self._new.write(part, first, until - index, start, piece)
+                done = self._allocation.try_write(slice_, first, until - index, start, segment)
             else:
-                done = self._write(value + (start & self._cluster_mask), piece)
+                done = self._try_write_file(value + (start & self._cluster_mask), segment)
                 self._writeback.note_write()
             if not done:
                 return False
-            start += len(piece)
-            data = data[len(piece) :]
+            start += len(segment)
+            data = data[len(segment) :]
         return True
 
-    def seek(self, start: int, *, data: bool) -> int | None:
-        """Find the first byte at or past ``start`` that is data, or that is not.
+    def try_seek(self, start: int, *, data: bool) -> int | None:
+        """Return the first guest offset at or past ``start`` that is data, or that is not.
 
-        Returns:
-            Its guest offset, the disk's size if there is none, None to go the long way.
+        Returns the size of the disk if there is none, and None if the search would block or
+        take too long.
         """
         size = self._layer.header.image_size
-        if self._below is not None:
+        if self._flattened is not None:
             return None
         cluster = start >> self._bits
-        for _ in range(_MOST_SLICES):
+        for _ in range(_MAX_SLICES_PER_SEEK):
             if (at := cluster << self._bits) >= size:
                 return size
-            part = self._layer.cached_slice(cluster >> self._slice_bits)
-            if part is None or part.bad is not None:
+            slice_ = self._layer.cached_slice(cluster >> self._slice_bits)
+            if slice_ is None or slice_.bad is not None:
                 break
-            if part is self._empty_slice and data:
+            if slice_ is self._empty_slice and data:
                 table = self._layer.next_cached_table(cluster // self._entries)
                 if table is None:
                     break
                 cluster = table * self._entries
                 continue
             index = cluster & self._slice_mask
-            entries = np.frombuffer(part.entries, np.uint64)[index:]
+            entries = np.frombuffer(slice_.entries, np.uint64)[index:]
             found = entries > ZERO if data else entries <= ZERO
             first = int(found.argmax())
             if found[first]:
@@ -192,11 +198,11 @@ class FastPath:
         return None
 
     def _is_run(self, entries: array[int], first: int, last: int) -> bool:
-        """Tell whether clusters lie one behind the other in the file."""
+        """Return whether the clusters of some entries are contiguous in the file."""
         return last <= self._slice_mask and self._run_end(entries, first, last) > last
 
     def _run_end(self, entries: array[int], first: int, last: int) -> int:
-        """Find where a run of clusters that are stored in one way ends: past ``last`` at most."""
+        """Return the index after the run of entries from ``first``; ``last + 1`` at most."""
         value = entries[first]
         size = self._size if value > ZERO else 0
         for at in range(first + 1, last + 1):
@@ -206,15 +212,15 @@ class FastPath:
         return last + 1
 
     def _gather(self, start: int, end: int) -> memoryview | None:
-        """Read a range within one slice that is stored in several ways, or not at all."""
+        """Read a range within one slice that is not one run of data; None if that would block."""
         if not start < end <= self._layer.header.image_size:
             return None
         first, last = start >> self._bits, (end - 1) >> self._bits
-        part = self._layer.cached_slice(first >> self._slice_bits)
+        slice_ = self._layer.cached_slice(first >> self._slice_bits)
         apart = (first ^ last) >> self._slice_bits
-        if part is None or part.bad is not None or apart:
+        if slice_ is None or slice_.bad is not None or apart:
             return None
-        runs = self._runs(part.entries, start, end)
+        runs = self._runs(slice_.entries, start, end)
         if runs is None:
             return None
         if len(runs) == 1 and runs[0][0] < 0:
@@ -231,7 +237,10 @@ class FastPath:
         return whole
 
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
-        """List the runs of a range: depth in the chain, or -1 for zeros; file offset; length."""
+        """List the runs of a range; None if some of it is not in memory.
+
+        Each run is a list: depth in the chain, or -1 for zeros; file offset; length.
+        """
         first = start >> self._bits
         codes = None
         runs: list[list[int]] = []
@@ -244,13 +253,13 @@ class FastPath:
                 if value != ZERO and self._lacks_base:
                     return None
                 depth = -1
-                if value != ZERO and self._below is not None:
-                    codes = codes or self._below.cached(first >> self._slice_bits)
+                if value != ZERO and self._flattened is not None:
+                    codes = codes or self._flattened.cached(first >> self._slice_bits)
                     code = MIXED if codes is None else codes[number & self._slice_mask]
                     if code == MIXED:
                         return None
                     if code != ZEROS:
-                        depth, value = place(code)
+                        depth, value = data_location(code)
             offset = value + (at & self._cluster_mask) if depth >= 0 else 0
             if runs and runs[-1][0] == depth and (depth < 0 or sum(runs[-1][1:]) == offset):
                 runs[-1][2] += stop - at

@@ -23,7 +23,7 @@ class Chain:
     def __init__(
         self,
         layers: Sequence[Layer],
-        below: FlattenedBacking | None = None,
+        flattened: FlattenedBacking | None = None,
         *,
         lacks_base: bool = False,
     ) -> None:
@@ -31,12 +31,12 @@ class Chain:
 
         Args:
             layers: The image itself, then its bases.
-            below: What shows through the image itself.
+            flattened: The layers below the image itself, merged.
             lacks_base: The image has a base that was not opened, so what it would show
                 cannot be read.
         """
         self.layers = layers
-        self.below = below
+        self.flattened = flattened
         self.lacks_base = lacks_base
 
     @property
@@ -63,8 +63,8 @@ class Chain:
             missing = [(part.start, part.end) for part in found if part.kind is Kind.UNALLOCATED]
         for first, last in missing:
             shown = None
-            if self.below is not None and last - first <= _FLAT_BYTES:
-                shown = await self.below.extents(first, last)
+            if self.flattened is not None and last - first <= _FLAT_BYTES:
+                shown = await self.flattened.extents(first, last)
             result += shown if shown is not None else await self._walk(first, last)
         result.sort(key=lambda extent: extent.start)
         return joined(result)

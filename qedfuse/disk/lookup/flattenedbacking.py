@@ -1,16 +1,17 @@
-"""What shows through the holes of the top image, looked up once for the whole chain.
+"""The backing chain flattened: for each cluster of the top image, which base holds its data.
 
 Backing files do not change while the disk is open.  So for each slice of the top image's
-tables the layers below it can be laid over each other once; from then on a lookup costs
-the same however long the chain is.  The result is an array with one code for each cluster
-of the top image:
+tables the lookups in all layers below are merged once; from then on a lookup costs the same
+however long the chain is.  The result is an array with one code for each cluster of the top
+image:
 
-    MIXED                  not the same for the whole cluster: ask the layers one by one
-    ZEROS                  no layer has it, or one has it as zeros
-    offset | depth + 2     data of the layer at ``depth``; offsets in files are multiples of
-                           4096, and no chain is that deep
+    MIXED                  the cluster is not one run in one layer: look up layer by layer
+    ZEROS                  the cluster is unallocated in all layers, or zeros in one
+    offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
+                           file offsets are multiples of 4096, and no chain is that deep
 
-These arrays share the memory of the tables, and are dropped and made again like those.
+These arrays are kept in the store of the table cache, and are evicted and made again like
+slices of tables.
 """
 
 from __future__ import annotations
@@ -36,26 +37,27 @@ if TYPE_CHECKING:
 
 MIXED: Final = 0
 ZEROS: Final = 1
-_FIRST: Final = 2
+_DEPTH_BIAS: Final = 2
+"""What is added to a depth in a code, so that no code for data equals `MIXED` or `ZEROS`."""
 _DEPTH_MASK: Final = 4095
-_OPEN: Final = np.uint64((1 << 64) - 1)
-"""While the layers are laid over each other: none has had this cluster so far."""
+_UNDECIDED: Final = np.uint64((1 << 64) - 1)
+"""Code during the merge: the cluster is unallocated in all layers so far."""
 
-_MOST: Final = 1 << 20
-"""Most clusters of a base that are looked at for one slice: a base can have much smaller
-clusters than the top image."""
+_MAX_ENTRIES_PER_SLICE: Final = 1 << 20
+"""Most entries of a base that are read for one slice of the top image.  A base may have much
+smaller clusters than the top image; then the whole slice is `MIXED`."""
 
 
-def place(code: int) -> tuple[int, int]:
-    """Take a code for data apart: the depth, and the offset in that layer's file."""
-    return (code & _DEPTH_MASK) - _FIRST, code & ~_DEPTH_MASK
+def data_location(code: int) -> tuple[int, int]:
+    """Decode a code for data: the depth, and the offset in that layer's file."""
+    return (code & _DEPTH_MASK) - _DEPTH_BIAS, code & ~_DEPTH_MASK
 
 
 class FlattenedBacking:
-    """The layers below the top image, laid over each other slice by slice."""
+    """The layers below the top image, merged slice by slice."""
 
     def __init__(self, layers: Sequence[Layer], top: QedLayer, store: SliceStore) -> None:
-        """Look below ``top``, the first of ``layers``; results are kept in ``store``."""
+        """Merge the layers below ``top``, the first of ``layers``; keep the codes in ``store``."""
         self._layers = layers
         self._store = store
         self._bits = top.geometry.cluster_bits
@@ -63,12 +65,12 @@ class FlattenedBacking:
         self._makes: SingleFlight[int] = SingleFlight()
 
     def cached(self, number: int) -> array[int] | None:
-        """Return the codes for the top image's slice with this number, if in memory."""
-        part = self._store.get((id(self), number))
-        return None if part is None else part.entries
+        """Return the codes for the top image's slice with a number; None if not in memory."""
+        found = self._store.get((id(self), number))
+        return None if found is None else found.entries
 
     async def codes(self, number: int) -> array[int]:
-        """Return the codes for a slice of the top image, made anew if need be.
+        """Return the codes for a slice of the top image, made if they are not in memory.
 
         Raises:
             HostError: A table of a backing file cannot be read.
@@ -80,7 +82,7 @@ class FlattenedBacking:
         return found
 
     async def extents(self, start: int, end: int) -> list[Extent] | None:
-        """Tell how a range shows through; None if the layers have to be asked one by one."""
+        """Return how the layers below store a range; None if a cluster of it is `MIXED`."""
         result = []
         while start < end:
             cluster = start >> self._bits
@@ -93,7 +95,7 @@ class FlattenedBacking:
             if code == ZEROS:
                 found = Extent(Kind.ZERO, start, stop - start, depth=len(self._layers) - 1)
             else:
-                depth, offset = place(code)
+                depth, offset = data_location(code)
                 offset += start - (cluster << self._bits)
                 found = Extent(Kind.DATA, start, stop - start, offset, depth)
             result.append(found)
@@ -101,72 +103,77 @@ class FlattenedBacking:
         return result
 
     async def _make(self, number: int) -> None:
-        """Lay the layers over each other for one slice."""
+        """Merge the layers for one slice of the top image."""
         size = 1 << self._bits
         starts = np.arange(self._entries, dtype=np.uint64) * np.uint64(size)
         starts += np.uint64(number * self._entries * size)
-        codes = np.full(self._entries, _OPEN)
+        codes = np.full(self._entries, _UNDECIDED)
         for depth, layer in enumerate(self._layers[1:], 1):
-            is_open = codes == _OPEN
-            if not is_open.any():
+            is_undecided = codes == _UNDECIDED
+            if not is_undecided.any():
                 break
-            found = await _of_layer(layer, starts, size, depth)
+            found = await _codes_of_layer(layer, starts, size, depth)
             # Past its end a layer reads as zeros.
             found[starts + np.uint64(size) > layer.size] = MIXED
             found[starts >= layer.size] = ZEROS
-            codes = np.where(is_open, found, codes)
-        codes[codes == _OPEN] = ZEROS
+            codes = np.where(is_undecided, found, codes)
+        codes[codes == _UNDECIDED] = ZEROS
         entries = array("Q")
         entries.frombytes(codes.tobytes())
         self._store.put((id(self), number), Slice(number, L2, entries, None))
 
 
-async def _of_layer(
+async def _codes_of_layer(
     layer: Layer, starts: NDArray[np.uint64], size: int, depth: int
 ) -> NDArray[np.uint64]:
-    """Tell what a layer has at clusters of ``size`` bytes: `_OPEN`, or a code."""
+    """Return a code for each cluster of ``size`` bytes in a layer; `_UNDECIDED` if unallocated."""
     if not isinstance(layer, QedLayer):
-        return starts | np.uint64(depth + _FIRST)
-    found = await _of_image(layer, starts, size)
-    data = _is_place(found)
-    # What the end of the file cuts short is for others to report.
+        return starts | np.uint64(depth + _DEPTH_BIAS)
+    found = await _clusters_of_image(layer, starts, size)
+    data = _is_offset(found)
+    # A cluster that the end of the file cuts short is left to the lookup, which reports it.
     whole = found + np.uint64(size) <= layer.file.size()
-    codes = np.where(whole, found | np.uint64(depth + _FIRST), np.uint64(MIXED))
+    codes = np.where(whole, found | np.uint64(depth + _DEPTH_BIAS), np.uint64(MIXED))
     return np.where(data, codes, found)
 
 
-async def _of_image(layer: QedLayer, starts: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
-    """Tell what an image has at clusters of ``size`` bytes: `_OPEN`, a code, or a file offset."""
+async def _clusters_of_image(
+    layer: QedLayer, starts: NDArray[np.uint64], size: int
+) -> NDArray[np.uint64]:
+    """Return how an image stores each cluster of ``size`` bytes.
+
+    That is `_UNDECIDED` if it is unallocated, `MIXED`, `ZEROS`, or the file offset of its data.
+    """
     own = layer.geometry.cluster_size
     first = int(starts[0]) // own
     last = (int(starts[-1]) + size - 1) // own
-    if last - first >= _MOST:
+    if last - first >= _MAX_ENTRIES_PER_SLICE:
         return np.full(len(starts), np.uint64(MIXED))
     values = await _entries(layer, first, last - first + 1)
     if own >= size:
-        places = starts // np.uint64(own) - np.uint64(first)
-        found: NDArray[np.uint64] = values[places]
+        entries = starts // np.uint64(own) - np.uint64(first)
+        found: NDArray[np.uint64] = values[entries]
         inside = starts % np.uint64(own)
-        found[_is_place(found)] += inside[_is_place(found)]
+        found[_is_offset(found)] += inside[_is_offset(found)]
         return found
     values = values.reshape(len(starts), size // own)
     lead = values[:, :1]
     steps = np.arange(values.shape[1], dtype=np.uint64) * np.uint64(own)
-    even = (values == lead).all(axis=1) & ((lead[:, 0] == ZERO) | (lead[:, 0] == _OPEN))
-    row = _is_place(lead[:, 0]) & (values == lead + steps).all(axis=1)
-    codes: NDArray[np.uint64] = np.where(even | row, lead[:, 0], np.uint64(MIXED))
+    uniform = (values == lead).all(axis=1) & ((lead[:, 0] == ZERO) | (lead[:, 0] == _UNDECIDED))
+    contiguous = _is_offset(lead[:, 0]) & (values == lead + steps).all(axis=1)
+    codes: NDArray[np.uint64] = np.where(uniform | contiguous, lead[:, 0], np.uint64(MIXED))
     return codes
 
 
-def _is_place(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Tell which values are offsets in a file."""
-    places: NDArray[np.bool_] = (values > ZERO) & (values != _OPEN)
-    return places
+def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which values are file offsets."""
+    is_offset: NDArray[np.bool_] = (values > ZERO) & (values != _UNDECIDED)
+    return is_offset
 
 
 async def _entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
-    """Collect the L2 entries of an image for clusters of its disk; the bad ones are `MIXED`."""
-    found = np.full(count, _OPEN)
+    """Return the L2 entries of an image for ``count`` clusters; bad ones are `MIXED`."""
+    found = np.full(count, _UNDECIDED)
     geometry, step = layer.geometry, layer.tables.slice_entries
     end = min(first + count, geometry.clusters(layer.size))
     at = first
@@ -178,12 +185,12 @@ async def _entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64
             found[at - first : stop - first] = MIXED
         elif table:
             index = at % geometry.entries
-            part = await layer.tables.load(table, index, L2)
+            slice_ = await layer.tables.load(table, index, L2)
             inside = index % step
-            values = np.array(part.entries[inside : inside + stop - at], np.uint64)
-            values[values == UNALLOCATED] = _OPEN
-            if part.bad is not None:
-                bad = np.frombuffer(part.bad, np.uint8)[inside : inside + stop - at]
+            values = np.array(slice_.entries[inside : inside + stop - at], np.uint64)
+            values[values == UNALLOCATED] = _UNDECIDED
+            if slice_.bad is not None:
+                bad = np.frombuffer(slice_.bad, np.uint8)[inside : inside + stop - at]
                 values[bad != 0] = MIXED
             found[at - first : stop - first] = values
         at = stop

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.disk.datapath.writepath import WritePath
+    from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.tablecache import Slice
     from qedfuse.disk.space.allocator import Allocator
@@ -45,7 +45,7 @@ class Mover:
         layer: QedLayer,
         allocator: Allocator,
         space: SpaceManager,
-        write_path: WritePath,
+        table_writer: TableWriter,
         writeback: MetadataWriteback,
         flusher: Flusher,
         needcheck: NeedCheck,
@@ -55,7 +55,7 @@ class Mover:
         self._layer = layer
         self._allocator = allocator
         self._space = space
-        self._write_path = write_path
+        self._table_writer = table_writer
         self._writeback = writeback
         self._flusher = flusher
         self._needcheck = needcheck
@@ -70,7 +70,7 @@ class Mover:
         try:
             await self._copy(old, new, length)
             async with self._needcheck.changing():
-                part = await self._write_path.writable_slice(
+                part = await self._table_writer.writable_slice(
                     layer.header.l1_table_offset, l1_index, L1
                 )
                 # No await from here on: the entry, what is known of the table, and the
@@ -124,7 +124,9 @@ class Mover:
         size = self._layer.geometry.cluster_size
         edges = np.flatnonzero(np.diff(places) != 1) + 1
         async with self._needcheck.changing():
-            part = await self._write_path.writable_slice(table, (offset - table) // ENTRY_BYTES, L2)
+            part = await self._table_writer.writable_slice(
+                table, (offset - table) // ENTRY_BYTES, L2
+            )
             with Pins(part):
                 for first, last in pairwise([0, *edges.tolist(), len(places)]):
                     start, end = places[first], places[last - 1] + 1

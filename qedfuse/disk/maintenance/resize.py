@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.disk.datapath.discard import Discard
+    from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.extents import Extent
@@ -61,6 +62,7 @@ class Resize:
         self,
         chain: Chain,
         layer: QedLayer,
+        table_writer: TableWriter,
         write_path: WritePath,
         writeback: MetadataWriteback,
         flusher: Flusher,
@@ -73,6 +75,7 @@ class Resize:
         """Work on ``layer``, the top of ``chain``."""
         self._chain = chain
         self._layer = layer
+        self._table_writer = table_writer
         self._write_path = write_path
         self._writeback = writeback
         self._flusher = flusher
@@ -156,7 +159,7 @@ class Resize:
                 )
                 raise CorruptImageError(msg)
         if old < past:
-            await self._write_path.blank(old, min(past, size))
+            await self._write_path.zero_range(old, min(past, size))
         if past < min(size, reaches):
             await self._write_path.write_zero_clusters(past, geometry.ceil(min(size, reaches)))
 
@@ -175,7 +178,7 @@ class Resize:
             # Bytes past the end in the last cluster would come back if the disk grew.
             last = await self._first_in_use(size, min(old, geometry.ceil(size)))
             if last is not None:
-                await self._write_path.blank(last.start, last.end)
+                await self._write_path.zero_range(last.start, last.end)
             await self._discards.drop(geometry.ceil(size), geometry.ceil(old), _half(progress))
             async with periodic_progress(self._giving_back(progress)):
                 await self._writeback.barrier()
@@ -270,7 +273,9 @@ class Resize:
         if reason or await self._first_in_use(l1_index * span, (l1_index + 1) * span):
             return
         async with self._needcheck.changing():
-            part = await self._write_path.writable_slice(layer.header.l1_table_offset, l1_index, L1)
+            part = await self._table_writer.writable_slice(
+                layer.header.l1_table_offset, l1_index, L1
+            )
             # No await from here on: the entry, what is known of the table, and the
             # quarantine change in one step.
             layer.tables.set(part, l1_index % layer.tables.slice_entries, UNALLOCATED)

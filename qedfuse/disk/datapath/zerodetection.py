@@ -1,8 +1,8 @@
-"""Finding clusters of zeros in what a guest writes.
+"""Detecting clusters of zeros in the data that a guest writes (``detect_zeroes``).
 
-Costs about 10 µs for each MiB: the first word of each cluster decides about nearly all
-that hold anything else, and the largest word of a cluster about the rest, which numpy
-finds faster than any comparison with a block of zeros.
+The search takes about 10 µs for each MiB.  The first word of a cluster rules out nearly all
+clusters that hold other bytes.  For the rest the largest word decides, which numpy finds
+faster than it compares a cluster with zeros.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.geometry import Geometry
 
 
-def zero_runs(data: memoryview, start: int, geometry: Geometry) -> list[tuple[int, int]]:
-    """Find the runs of whole clusters that hold nothing but zeros.
+def find_zero_clusters(data: memoryview, start: int, geometry: Geometry) -> list[tuple[int, int]]:
+    """Return the runs of whole clusters that hold only zeros: guest offsets of start and end.
 
     Args:
-        data: What is written.
-        start: The guest offset where it goes.
-        geometry: How the disk is cut into clusters.
-
-    Returns:
-        Guest offsets: where each run begins, and where it ends.
+        data: The bytes to be written.
+        start: The guest offset of ``data``.
+        geometry: The geometry of the image.
     """
     size = geometry.cluster_size
     first, last = geometry.ceil(start), geometry.floor(start + len(data))
@@ -42,6 +39,6 @@ def zero_runs(data: memoryview, start: int, geometry: Geometry) -> list[tuple[in
         return []
     breaks = np.flatnonzero(np.diff(found) > 1) + 1
     return [
-        (first + int(part[0]) * size, first + (int(part[-1]) + 1) * size)
-        for part in np.split(found, breaks)
+        (first + int(run[0]) * size, first + (int(run[-1]) + 1) * size)
+        for run in np.split(found, breaks)
     ]

@@ -1,0 +1,141 @@
+"""Making tables ready to be changed: L2 tables that are missing, and space for the write-back.
+
+All changes are made in memory; `MetadataWriteback` takes them to the file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.lookup.tablecache import L1, L2, Pins
+from qedfuse.errors import CorruptImageError
+
+if TYPE_CHECKING:
+    from qedfuse.disk.lookup.layer import QedLayer
+    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.space.allocator import Run
+    from qedfuse.disk.space.flusher import Flusher
+    from qedfuse.disk.space.spacemanager import SpaceManager
+    from qedfuse.disk.writeback.metadata import MetadataWriteback
+
+_ZERO_FILL_BYTES: Final = 1 << 20
+"""Bytes of one write when a new table is filled with zeros."""
+
+
+class TableWriter:
+    """Changes the tables of one image."""
+
+    def __init__(
+        self,
+        layer: QedLayer,
+        space: SpaceManager,
+        writeback: MetadataWriteback,
+        flusher: Flusher,
+        dirty_budget: int,
+    ) -> None:
+        """Change the tables of ``layer``; ``dirty_budget`` is in bytes (D4)."""
+        self._layer = layer
+        self._space = space
+        self._writeback = writeback
+        self._flusher = flusher
+        self._dirty_budget = dirty_budget
+        self._creating = trio.Lock()
+
+    def is_within_budget(self) -> bool:
+        """Return whether the dirty slices fit in the budget: `limit_dirty` would not wait."""
+        return self._layer.tables.dirty_bytes <= self._dirty_budget
+
+    async def limit_dirty(self) -> None:
+        """Write tables back if the dirty slices exceed the budget (D4).
+
+        Called before clusters are allocated or given up.  So memory stays bounded, and if
+        the tables cannot be written, the request fails instead of adding to them.
+
+        Raises:
+            HostError: The tables cannot be written.
+        """
+        if not self.is_within_budget():
+            await self._flusher.flush()
+
+    async def ensure_table(self, l1_index: int) -> int:
+        """Return the file offset of the L2 table for an L1 entry, which is created if missing.
+
+        Raises:
+            CorruptImageError: The L1 entry is bad.
+            HostError: The host refused, or is full; there is no table then.
+        """
+        layer = self._layer
+        table, reason = await layer.table_at(l1_index)
+        if reason:
+            raise CorruptImageError(reason)
+        if table:
+            return table
+        async with self._creating:
+            table, _ = await layer.table_at(l1_index)
+            if table:
+                return table
+            run = await self._space.allocate_table()
+            try:
+                for offset in (
+                    range(run.offset, run.end, _ZERO_FILL_BYTES) if not run.never_written else ()
+                ):
+                    size = min(_ZERO_FILL_BYTES, run.end - offset)
+                    await layer.file.pwrite(offset, bytes(size))
+                slice_ = await self.writable_slice(layer.header.l1_table_offset, l1_index, L1)
+            except BaseException:
+                self._space.release(run)
+                raise
+            layer.tables.set(slice_, l1_index % layer.tables.slice_entries, run.offset)
+            layer.registry.add(l1_index, run.offset)
+            self._writeback.note_write()
+            return run.offset
+
+    async def writable_slice(self, table: int, index: int, level: int) -> Slice:
+        """Return the slice with an entry of a table, with host space reserved for its write-back.
+
+        The caller changes the slice before it awaits anything, or pins it.
+
+        Args:
+            table: File offset of the table.
+            index: Index of the entry in the table.
+            level: Level of the table.
+
+        Raises:
+            HostError: The slice cannot be read, or the host is full.
+        """
+        tables = self._layer.tables
+        slice_ = await tables.load(table, index, level)
+        with Pins(slice_):
+            await tables.reserve(slice_)
+        return slice_
+
+    async def point_to(self, table: int, start: int, run: Run) -> None:
+        """Let the entries of a table point to a run of clusters, from guest offset ``start`` on.
+
+        Raises:
+            HostError: A slice cannot be read, or the host is full; no entry has changed then.
+        """
+        geometry = self._layer.geometry
+        tables = self._layer.tables
+        index = geometry.l2_index(start)
+        end = index + (run.length >> geometry.cluster_bits)
+        offset = run.offset
+        # All slices are loaded before the first entry changes: if that fails, nothing
+        # refers to the run yet.
+        step = tables.slice_entries
+        slices = []
+        with Pins() as pins:
+            for at in range(index - index % step, end, step):
+                slice_ = await self.writable_slice(table, at, L2)
+                # The next load must not evict it.
+                pins.add(slice_)
+                slices.append(slice_)
+            for slice_ in slices:
+                first = index % step
+                for at in range(first, min(len(slice_.entries), first + end - index)):
+                    tables.set(slice_, at, offset)
+                    offset += geometry.cluster_size
+                    index += 1
+            self._writeback.note_write()
