@@ -1,12 +1,12 @@
-"""Automatic compaction: what becomes of free clusters when a disk is closed.
+"""Automatic compaction: moving clusters into free ones when a disk is closed.
 
-QEMU has no notion of a free cluster within a file: its check counts one as leaked, and its
+QEMU does not know free clusters within a file: its check counts each as leaked, and its
 driver never uses it again.  So a close moves the highest clusters into the free ones, as
-far as that is a matter of a moment, and says what is left.
+far as that takes a second or so (`OpenOptions.compact_seconds`), and logs what is left.
 
-It happens at a close and not whenever the disk is idle, because it needs the disk for
-itself: a write in place takes no lock, and would be lost in a cluster that is just being
-copied.  Besides, a guest could have the host copy its clusters again and again.
+It happens at a close and not when the disk is idle, because no request may run meanwhile:
+a write in place takes no lock, and would be lost if it hit a cluster that is being copied.
+Besides, a guest could make the host copy its clusters again and again.
 """
 
 from __future__ import annotations
@@ -27,27 +27,26 @@ class AutoCompaction:
     """Compacts one disk when it is closed, as its options say."""
 
     def __init__(self, components: Components) -> None:
-        """Look after the disk that consists of ``components``."""
+        """Compact the disk that consists of ``components``."""
         self._components = components
-        self._done = False
+        self._has_run_within_limits = False
         self._table_writes: int | None = None
-        """How many pieces of tables had been written when the last run ended."""
+        """How often tables had been written when the last run ended; None before it."""
 
     async def run(self, *, within_bound: bool = True) -> None:
-        """Compact as the options say; what the host refuses costs space and nothing else.
+        """Compact as the options say; if the host refuses, that is logged and costs space.
 
         Does nothing if no table has changed since the last run, which has done what the
-        limits allow: what it has left is what was reported.
-
-        No other request may be under way.  See `Compaction.run` for ``within_bound``.
+        limits allow.  No request may be under way.  See `Compaction.run` for
+        ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():
             return
         try:
             if components.writeback.dirty_tables:
-                # An error that nobody expects, from here on, must not lose what the guest
-                # has written.  A barrier, because a flush would punch what is cut off later.
+                # A bug in what follows must not lose what the guest has written.  This is
+                # a barrier, because a flush would punch what is cut off later.
                 await components.writeback.barrier()
             if options.compact == "full":
                 await components.first_write_guard.prepare_write()
@@ -55,7 +54,7 @@ class AutoCompaction:
                 await components.compaction.run(within_bound=within_bound)
             else:
                 await self._run_within_limits(within_bound=within_bound)
-            # A table that was moved last may be dirty still.
+            # The tables that were changed last may still be dirty.
             await components.flusher.flush()
             self._table_writes = components.writeback.statistics().table_writes
         except QedError as error:
@@ -63,33 +62,33 @@ class AutoCompaction:
                 log.warning("%s (while compacting)", error)
 
     async def _run_within_limits(self, *, within_bound: bool) -> None:
-        """Compact as far as the limits allow, if the free clusters are known."""
+        """Compact as far as the limits of the options allow, if the free clusters are known."""
         components, options = self._components, self._components.options
         if components.quarantine.count and not components.scan.finished.is_set():
-            # The close would wait for it in any case.
+            # The close would run it in any case.
             await components.scan.run()
         if components.allocator.scan_complete and not components.layer.damaged:
-            self._done = True
+            self._has_run_within_limits = True
             limits = Limits(options.compact_bytes, options.compact_seconds)
             await components.compaction.run(limits=limits, within_bound=within_bound)
 
     def _is_up_to_date(self) -> bool:
-        """Tell whether the last run ended well, and no table has changed since."""
+        """Return whether the last run succeeded, and no table has changed since."""
         writeback = self._components.writeback
         return (
             not writeback.dirty_tables and self._table_writes == writeback.statistics().table_writes
         )
 
     def _is_due(self) -> bool:
-        """Tell whether the options ask for compaction, and automatic one has a reason."""
+        """Return whether to compact: the options say so, and ``auto`` has a reason."""
         components = self._components
         if components.options.compact != "auto":
             return components.options.compact == "full"
         return (
             components.options.discard
-            # A list of the free clusters would have nothing to name.
+            # A free list names the free clusters, so they need not go.
             and not components.persistent_free_list.wanted
-            # Reading an image does not rewrite it, however many clusters others leaked.
+            # Reading an image must not rewrite it, however many clusters are leaked in it.
             and components.writeback.has_changed_tables
         )
 
@@ -97,7 +96,7 @@ class AutoCompaction:
         """Log what automatic compaction has left, once the file has its final length."""
         components = self._components
         left = components.allocator.free.count
-        if self._done and left:
+        if self._has_run_within_limits and left:
             name = components.file.name
             log.info(
                 "%s: %d free clusters (%d bytes) are left within the file, which QEMU's check "

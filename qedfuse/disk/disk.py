@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 class Disk:
-    """One opened image.  All methods may be called by many tasks at once.
+    """One opened image.  Tasks may call all methods concurrently, unless they say otherwise.
 
     Attributes:
         path: The image as the user named it.
-        name: The same, fit to be printed.
+        name: The same, escaped for messages.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Disk:
         store: SliceStore,
         path: str = "",
     ) -> None:
-        """Use files that are open, locked and checked; enter `serving` before anything else."""
+        """Use files that are open, locked and checked; enter `serving` before any other call."""
         self.path = path
         self.name = file.name
         components = self._components = Components(file, header, bases, options, store)
         self._lifecycle = Lifecycle(components)
-        # What each request needs is at hand; the rest is asked of the parts.
+        # What requests need is one attribute away; the rest is looked up in the components.
         self._file = file
         self._options = options
         self._layer = components.layer
@@ -66,7 +66,7 @@ class Disk:
         self._write_path = components.write_path
         self._fast_path = components.fast_path
         self._discards = components.discard
-        # An image whose base was left out can be worked on as a file, not as a disk.
+        # An image that was opened without its base can be changed as a file, not as a disk.
         self._lacks_base = components.chain.lacks_base
         self._plain_writes = (
             file.writable and options.detect_zeroes == "off" and not self._lacks_base
@@ -77,24 +77,24 @@ class Disk:
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is asked for that the image has no room for.
+            UsageError: A free list is requested, and its place in the header is occupied.
             HostError: Something written before could not be made durable (D7).
         """
         return self._lifecycle.serving()
 
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """The size of the disk in bytes."""
         return self._layer.size
 
     @property
     def writable(self) -> bool:
-        """Whether writes are accepted; a failed datasync ends that."""
+        """Whether writes are accepted; False from the first failed datasync on."""
         return self._file.writable and self._writeback.failure is None
 
     @property
     def failure(self) -> str | None:
-        """Why the disk went read-only, if it did."""
+        """Why the disk became read-only; None if it did not."""
         return None if self._writeback.failure is None else str(self._writeback.failure)
 
     @property
@@ -104,7 +104,7 @@ class Disk:
 
     @property
     def header(self) -> Header:
-        """The header as it is now."""
+        """The present header."""
         return self._header_store.value
 
     @property
@@ -113,19 +113,22 @@ class Disk:
         return self._chain
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Tell how a range is stored, along the whole chain."""
+        """Return how a range is stored, along the whole chain; clipped at the disk's end."""
         length = max(0, min(length, self.size - start))
         return await self._chain.extents(start, length) if length else []
 
     def try_read(self, start: int, length: int) -> memoryview | None:
-        """Read a range without waiting for anything; None if that cannot be: use `read`.
+        """Read a range; returns None if that would block or fails: use `read` then.
 
-        What is returned holds until the next call.
+        The view that it returns is overwritten by the next call.
         """
         return self._fast_path.try_read(start, length)
 
     def try_write(self, start: int, data: Buffer) -> bool:
-        """Write bytes without waiting for anything; if that cannot be, use `write`."""
+        """Write bytes; returns False if that would block or fails: use `write` then.
+
+        False may leave a partial write, so `write` must be given the whole range again.
+        """
         return (
             self._plain_writes
             and self._first_write_guard.prepared
@@ -141,18 +144,18 @@ class Disk:
             HostError: The host cannot read a file.
         """
         length = max(0, min(length, self.size - start))
-        turn = self._epochs.enter()
+        epoch = self._epochs.enter()
         try:
             location = self._fast_path.locate(start, length)
             if location is not None:
-                # The host has to fetch the data; the tables are as near as ever.
+                # The tables are in memory; only the data must come from the host.
                 file, offset = location
                 data = await file.pread(offset, length)
                 if len(data) == length:
                     return data
             return await self._chain.read(start, length)
         finally:
-            self._epochs.leave(turn)
+            self._epochs.leave(epoch)
 
     async def write(self, start: int, data: Buffer) -> int:
         """Write bytes; return how many, fewer only where the disk ends.
@@ -194,14 +197,14 @@ class Disk:
         await self._first_write_guard.prepare_write()
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
-                # What lies behind the end in the last cluster counts as nothing, so the
-                # end must stay where it is.
+                # The bytes past the end in the last cluster are given up with it, so the
+                # end must not move meanwhile.
                 await stack.enter_async_context(self._components.resize.lock)
             end = min(start + length, self.size)
             await self._discards.discard(start, end, free=self._options.discard)
 
     def _refuse_without_base(self, what: str) -> None:
-        """Refuse a change of content where the base, which was left out, would show through.
+        """Refuse to change content whose base the disk was opened without.
 
         Raises:
             BackingError: The image has a base, and was opened without it.
@@ -211,10 +214,10 @@ class Disk:
             raise BackingError(msg)
 
     async def allocate(self, start: int, length: int) -> None:
-        """Give each cluster of a range a place in the file, and room on the host.
+        """Allocate each cluster of a range, and reserve its space on the host.
 
         Raises:
-            NoSpaceError: The host is full; parts of the range may have a place now.
+            NoSpaceError: The host is full; parts of the range may be allocated now.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
         """
@@ -225,29 +228,30 @@ class Disk:
             await self._write_path.allocate(start, end)
 
     def try_seek(self, start: int, *, data: bool) -> int | None:
-        """Do `next_data` or `next_hole` without waiting; None if that cannot be: use those.
+        """Find the first data, or the first hole, at or past ``start``.
 
         Returns:
-            The guest offset; the disk's size if no data follows.
+            The guest offset, which is the disk's size if no data follows.  None if that
+            would block: use `next_data` or `next_hole` then.
         """
         return self._fast_path.try_seek(start, data=data)
 
     async def next_data(self, start: int) -> int | None:
-        """Find where the first data at or past ``start`` begins; None if there is none."""
+        """Return where the first data at or past ``start`` begins; None if there is none."""
         return await next_data(self._chain, start)
 
     async def next_hole(self, start: int) -> int:
-        """Find where the first hole at or past ``start`` begins; the disk's end is one."""
+        """Return where the first hole at or past ``start`` begins; the disk's end is one."""
         return await next_hole(self._chain, start)
 
     @property
-    def short_to_scan(self) -> bool:
-        """Whether a scan is under way that is a matter of some milliseconds."""
+    def scan_is_short(self) -> bool:
+        """Whether a scan is running that takes some milliseconds at most."""
         scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
 
     async def wait_scanned(self) -> None:
-        """Return when the free space of the file is known, or never will be."""
+        """Return when the free clusters of the file are known, or never will be."""
         await self._components.scan.run()
 
     async def flush(self) -> None:
@@ -259,7 +263,10 @@ class Disk:
         await self._flusher.flush()
 
     def when_flushed(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called at the end of each flush, those in the background included."""
+        """Call ``call`` at the end of each flush, in place of an earlier one.
+
+        Background flushes count as well.
+        """
         self._flusher.listen(call)
 
     async def compact(
@@ -269,8 +276,8 @@ class Disk:
 
         Args:
             progress: Called with the bytes moved so far and in all.
-            within_bound: Whether a free cluster is rather left than the file made longer
-                than its bound for a moment.
+            within_bound: Whether the file must not exceed its bound for a moment, even if
+                a free cluster is left for that.
 
         Returns:
             How many clusters were moved.
@@ -283,17 +290,17 @@ class Disk:
         await self._components.scan.run()
         return await self._components.compaction.run(progress, within_bound=within_bound)
 
-    async def tidy(self) -> None:
-        """Compact now as the options want it at the close, where nothing is left to do then.
+    async def autocompact(self) -> None:
+        """Compact now as the options demand for the close, which has nothing left to do then.
 
-        For commands that say what they leave: no guest can set it off, so the file may
-        exceed its bound for a moment.  No other request may be under way.  What the host
-        refuses is logged.
+        For commands that report what they leave.  No guest can trigger it, so the file may
+        exceed its bound for a moment.  No other request may be under way.  If the host
+        refuses, that is logged.
         """
-        await self._lifecycle.compaction.run(within_bound=False)
+        await self._lifecycle.autocompaction.run(within_bound=False)
 
     def stop_compacting(self) -> None:
-        """End the compaction that a close has begun, or is about to; the image is sound."""
+        """End the compaction of a close, now or when it begins; the image is sound."""
         self._components.compaction.stop()
 
     async def resize(self, size: int, *, force: bool = False) -> None:
@@ -301,7 +308,7 @@ class Disk:
 
         Args:
             size: Bytes.
-            force: Drop what table entries past the old end refer to.
+            force: Whether to drop clusters that table entries past the old end refer to.
 
         Raises:
             UsageError: The disk would shrink, or the tables cannot address that much.
@@ -320,13 +327,13 @@ class Disk:
 
         Args:
             size: Bytes, a multiple of 512.
-            force: Also where the part that goes holds data of this image, which is lost.
-            progress: Called with how much is done of how much, in any unit.
+            force: Whether to shrink even if the removed part holds data of this image.
+            progress: Called with the work done and the whole work, in any unit.
 
         Raises:
-            UsageError: It would grow, or data would be lost.
-            ReadOnlyError: The disk is open read-only.
-            CorruptImageError: A table entry for the part that goes is bad.
+            UsageError: The disk would grow, or data would be lost.
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry for the removed part is bad.
         """
         self._components.resize.check(size, shrink=True)
         self._refuse_without_base("resize")
@@ -337,10 +344,10 @@ class Disk:
         await self._components.resize.shrink(size, progress)
 
     async def write_zero_clusters(self, start: int, length: int) -> None:
-        """Make zero clusters of the unallocated ones in a range, whatever the base shows there.
+        """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
 
-        `discard` does so only where the present base has data.  ``start`` and the range's
-        end are at cluster boundaries, or the end is past that of the disk.
+        `discard` does so only where the present base has data.  ``start`` is at a cluster
+        boundary, and so is the range's end unless it is past the disk's.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -355,8 +362,8 @@ class Disk:
     async def empty(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make all clusters unallocated, so that the base shows everywhere, durably.
 
-        No other request may be under way; ``progress`` is called with how much is done of
-        how much, in any unit.
+        No other request may be under way.  ``progress`` is called with the work done and
+        the whole work, in any unit.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -368,9 +375,9 @@ class Disk:
         await self._components.resize.empty(progress)
 
     async def set_backing(self, name: bytes, *, raw: bool) -> None:
-        """Write another base's name into the image, or none; `chain` remains the old one.
+        """Store the name of another base in the image, or none if it is empty, durably.
 
-        Everything written before is durable before the name is, and that at the end.
+        Everything written before is durable before the name is.  `chain` stays the old one.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -382,14 +389,14 @@ class Disk:
         )
 
     def fstat(self) -> os.stat_result:
-        """Give the attributes of the image file."""
+        """Return the attributes of the image file."""
         return self._file.stat()
 
     def statvfs(self) -> os.statvfs_result:
-        """Describe the host's file system that takes the writes.
+        """Return the statistics of the host's file system that holds the image.
 
         Raises:
-            OSError: It cannot be asked.
+            OSError: The call failed.
         """
         return self._file.statvfs()
 
@@ -402,5 +409,5 @@ class Disk:
         await self._file.set_times(atime_ns, mtime_ns)
 
     def statistics(self) -> DiskStatistics:
-        """Tell what the disk holds in memory and has done."""
+        """Return what the disk holds in memory and has done so far."""
         return collect_statistics(self._components)

@@ -1,4 +1,4 @@
-"""From the first look at the tables to the last flush: how a disk is started and closed."""
+"""Starting a disk and closing it cleanly: everything between opening and closing its files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class Lifecycle:
-    """Starts the parts of a disk, and brings them to rest.
+    """Starts the components of one disk, and stops them.
 
     Attributes:
-        compaction: What makes the file shorter before it is closed.
+        autocompaction: Makes the file shorter before it is closed.
     """
 
     def __init__(self, components: Components) -> None:
-        """Look after ``components``."""
+        """Manage ``components``, which have not been started."""
         self._components = components
-        self.compaction = AutoCompaction(components)
+        self.autocompaction = AutoCompaction(components)
         self._started = False
         self._closed = False
 
@@ -35,28 +35,30 @@ class Lifecycle:
         """Start the disk; close it cleanly at the end of the ``async with`` block.
 
         Raises:
-            CorruptImageError: The image cannot be written to without damage.
+            CorruptImageError: As `start`.
+            UsageError: As `start`.
             HostError: As `close`.
         """
-        in_order = False
+        succeeded = False
         try:
             async with open_scope() as nursery:
                 await self.start(nursery)
                 try:
                     yield
-                    in_order = True
+                    succeeded = True
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            # The background tasks have ended: closing has the disk to itself.
-            await self.close(compact=in_order)
+            # The background tasks have ended, so no other task uses the disk.
+            await self.close(compact=succeeded)
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Read what must be known first, and start the background tasks.
+        """Read the L1 table and the free list, and start the background tasks.
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is asked for that the image has no room for.
+            UsageError: A free list is requested, and its place in the header is occupied.
+            HostError: The host refused.
         """
         components = self._components
         await components.layer.scan_l1()
@@ -64,7 +66,7 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # The bit is going to be cleared, which is a change like any other.
+                # `NeedCheck.run` will clear the bit, which is a modification.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)
@@ -72,27 +74,29 @@ class Lifecycle:
         self._started = True
 
     async def close(self, *, compact: bool = True) -> None:
-        """Make everything durable, clear NEED_CHECK, and let the files and locks go.
+        """Make everything durable, clear NEED_CHECK, close the files and release the locks.
+
+        A second call does nothing.
 
         Args:
-            compact: Whether to compact first, if the options say so.  Unlike the rest
-                that can be cancelled.
+            compact: Whether to compact first, as the options say.  Only that part of the
+                close can be cancelled.
 
         Raises:
             HostError: Something written before could not be made durable (D7).  The
-                files are closed all the same, and NEED_CHECK stays.
+                files are closed nevertheless, and NEED_CHECK stays.
         """
         if self._closed:
             return
         self._closed = True
         components = self._components
-        # An image that was refused by `start` is left as it was found.
+        # An image that `start` refused stays unchanged.
         writable = components.file.writable and self._started
         try:
             if compact and writable and components.writeback.failure is None:
-                await self.compaction.run()
+                await self.autocompaction.run()
         except Exception:
-            # A bug: nobody knows what the tables in memory are worth now.
+            # A bug: the tables in memory may be wrong, so they must not be written.
             components.chain.close()
             raise
         except BaseException:
@@ -101,7 +105,7 @@ class Lifecycle:
         await self._finish(writable=writable)
 
     async def _finish(self, *, writable: bool) -> None:
-        """Close what is at rest; raise as `close` does."""
+        """Make everything durable and close the files; raises as `close` does."""
         components = self._components
         with trio.CancelScope(shield=True):
             try:
@@ -111,16 +115,16 @@ class Lifecycle:
                     await self._give_space_back()
                     await components.needcheck.clear()
                     await components.flusher.flush()
-                    self.compaction.report()
+                    self.autocompaction.report()
                     await components.persistent_free_list.save()
             finally:
                 components.chain.close()
 
     async def _give_space_back(self) -> None:
-        """Cut off and punch out what is free, as far as that is known.
+        """Cut off and punch out all free clusters that are known.
 
-        A disk that was not changed is not kept waiting for the scan, unless its free
-        clusters are to be listed.
+        Runs the scan first if clusters are in quarantine or a free list needs it; the
+        close of a disk that was not changed does not wait for it otherwise.
         """
         components = self._components
         await components.flusher.flush()

@@ -64,7 +64,7 @@ async def open_disk(
         raise
     disk = Disk(file, header, bases, options, store, path)
     async with disk.serving():
-        if disk.short_to_scan:
+        if disk.scan_is_short:
             # Otherwise the first writes after each crash would make the file longer.
             await disk.wait_scanned()
         yield disk

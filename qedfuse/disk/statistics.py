@@ -1,4 +1,4 @@
-"""What can be told of a disk while it is in use, in numbers."""
+"""Counters and sizes of a disk that is in use."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class DiskStatistics:
     """What a disk holds in memory and has done so far.
 
     Attributes:
-        tables: The tables in memory.
-        commit: What was written back.
-        file_bytes: Where the last cluster in use ends.
+        tables: The table cache.
+        writeback: The write-back cycles.
+        file_bytes: File offset where the last cluster in use ends.
         bound_bytes: The length that the file never needs to exceed.
-        free_clusters: Clusters below the last one in use that are free; None while that
-            is not known yet.
+        free_clusters: Free clusters below the last one in use; None while they are not
+            known.
         quarantined_clusters: Clusters that lost their reference and are not free yet.
     """
 
@@ -34,7 +34,7 @@ class DiskStatistics:
 
 
 def collect_statistics(components: Components) -> DiskStatistics:
-    """Ask the parts of a disk."""
+    """Collect the statistics of a disk from its components."""
     allocator = components.allocator
     return DiskStatistics(
         tables=components.store.statistics(),

@@ -298,7 +298,7 @@ def test_too_many_references_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     """An image that cannot be checked in bounded memory is refused with a message."""
     import numpy as np  # noqa: PLC0415
 
-    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_REFERENCES", 10)
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_LISTED_CLUSTERS", 10)
     with pytest.raises(NeedsCheckError, match="too large to check"):
         OwnerBitmap(1 << 50, "huge").claim(np.arange(11, dtype=np.uint64))
 

@@ -531,7 +531,7 @@ async def test_tidying_before_the_close() -> None:
     file = MemoryFile(full())
     async with opened(file) as disk:
         await give_up(disk)
-        await disk.tidy()
+        await disk.autocompact()
         assert disk.statistics().free_clusters == 0
         assert disk.statistics().file_bytes == len(full()) - len(GIVEN_UP) * CLUSTER
     await assert_minimal(file.content)
@@ -543,7 +543,7 @@ async def test_a_close_leaves_what_tidying_reported(*, changed: bool) -> None:
     file = MemoryFile(full())
     async with opened(file, options=replace(WRITABLE, compact_bytes=4 * CLUSTER)) as disk:
         await give_up(disk)
-        await disk.tidy()
+        await disk.autocompact()
         statistics = disk.statistics()
         assert statistics.free_clusters == len(GIVEN_UP) - 4
         assert statistics.file_bytes == len(full()) - 4 * CLUSTER

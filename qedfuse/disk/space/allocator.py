@@ -192,7 +192,7 @@ class Allocator:
         self._record_change(first, count)
 
     def _cancel_punching(self, first: int, count: int) -> None:
-        """Remove a run from the clusters that are to be punched."""
+        """Remove a run from the clusters that will be punched."""
         for clusters in (self.unpunched, self.maybe_holes):
             if clusters.count:
                 clusters.remove(first, count)

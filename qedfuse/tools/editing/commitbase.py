@@ -101,7 +101,7 @@ class _QedBase:
         await self._disk.flush()
 
     async def tidy(self) -> None:
-        await self._disk.tidy()
+        await self._disk.autocompact()
 
 
 class _RawBase:

@@ -81,7 +81,7 @@ async def resize(
         elif target > before:
             await disk.resize(target, force=force)
         await disk.flush()
-        await disk.tidy()
+        await disk.autocompact()
         statistics = disk.statistics()
     return ResizeResult(
         before, target, bytes_before, statistics.file_bytes, statistics.free_clusters or 0
