@@ -227,7 +227,7 @@ def test_leaks_of_a_damaged_image_stay(tmp_path: Path, capsys: pytest.CaptureFix
     assert (code, found["corruptions"], found["leaks"]) == (2, 1, 1)
     assert path.read_bytes() == content
     assert main(["check", "-r", "leaks", str(path)]) == 2
-    assert "leaked space is not given back while there is damage" in capsys.readouterr().out
+    assert "leaked space is not freed while there is damage" in capsys.readouterr().out
 
 
 def test_a_repair_keeps_the_old_tables_and_says_what_is_lost(
@@ -248,7 +248,7 @@ def test_a_repair_keeps_the_old_tables_and_says_what_is_lost(
     assert f"\nlost: {CLUSTER} bytes of the disk at {2 * CLUSTER} (l2-out-of-file)\n" in said
     assert "repaired: 1 entries cleared, 1 clusters copied" in said
     backup = tmp_path / "image.qed.before-repair"
-    assert f"the tables as they were: {backup}\n" in said
+    assert f"backup of the tables: {backup}\n" in said
     for line in backup.read_text(encoding="ascii").splitlines()[1:-1]:
         offset, old, _new = line.split()
         assert content[int(offset) :].startswith(bytes.fromhex(old))
@@ -388,7 +388,7 @@ sys.exit(main(sys.argv[1:]))
     [
         ("--dry-run IMAGE", "--dry-run: expected -r as well"),
         ("--force IMAGE", "--force: expected -r as well"),
-        ("-U -r all IMAGE", "-U: a repair shares the image with nobody"),
+        ("-U -r all IMAGE", "-U: a repair needs the image for itself"),
         ("-r most IMAGE", "invalid choice: 'most'"),
         ("gone", "gone: cannot open: No such file or directory"),
         (".", "found a directory, expected a regular file"),

@@ -157,7 +157,7 @@ def test_a_base_is_found_from_the_directory_of_the_image(
     assert header_of(path.read_bytes()[:64]).backing_is_raw
 
 
-@pytest.mark.expect_log("new.qed: QEMU opens no image whose tables have one cluster")
+@pytest.mark.expect_log("new.qed: QEMU cannot open an image with tables of 1 cluster")
 def test_tables_of_one_cluster_get_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,7 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     after = path.read_bytes()
     assert after[header_of(content).l1_end :] == content[header_of(content).l1_end :]
     assert get_entry(after, place) == 0
-    # Once more is not to be content with it.
+    # Running it again does not confirm the repair.
     assert main(["check", "--output", "json", "-r", "all", str(path)]) == 3
     found = json.loads(capsys.readouterr().out)
     assert found["repair"]["leaks-kept"] is True
@@ -72,7 +72,7 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert path.read_bytes() == after
 
     assert main(["check", "--undo", str(backup), str(path)]) == 2
-    assert "put back: 2 pieces; the file had" in capsys.readouterr().out
+    assert "restored: 2 ranges; the file had" in capsys.readouterr().out
     assert path.read_bytes() == content
     path.write_bytes(after)
     assert main(["check", "-q", "-r", "leaks", str(path)]) == 0

@@ -106,9 +106,9 @@ def test_end_of_the_disk(image: Path) -> None:
             assert disk.readinto(bytearray(5)) == 0
 
 
-def test_long_transfers_go_in_pieces(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces are put together without a seam, and a write that meets the end stops there."""
-    monkeypatch.setattr(api, "_PIECE", 5000)
+def test_long_transfers_are_split_into_calls(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data of several calls is joined correctly, and a write that meets the end is short."""
+    monkeypatch.setattr(api, "_MAX_CALL_BYTES", 5000)
     data = bytes(range(256)) * (SIZE // 256)
     with qedfuse.open(image, "r+b") as disk:
         disk.seek(100)
@@ -121,11 +121,11 @@ def test_long_transfers_go_in_pieces(image: Path, monkeypatch: pytest.MonkeyPatc
         assert buffer == bytes(100) + data[:-100] + b"\0"
 
 
-def test_write_that_ends_with_the_disk_in_whole_pieces(
+def test_write_past_the_end_is_short_at_a_call_boundary(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write that is too long is short, not an error, also where a piece ends at the end."""
-    monkeypatch.setattr(api, "_PIECE", CLUSTER)
+    """A write that is too long is short, not an error, also if a call ends at the end."""
+    monkeypatch.setattr(api, "_MAX_CALL_BYTES", CLUSTER)
     with qedfuse.open(image, "r+b") as disk:
         disk.seek(SIZE - 2 * CLUSTER)
         assert disk.write(bytes(3 * CLUSTER)) == 2 * CLUSTER

@@ -1,4 +1,4 @@
-"""Man pages and shell completions, made from what the programs themselves know.
+"""Man pages and shell completions, generated from the programs' parsers and help.
 
 ``python -m qedfuse.cli.pages`` writes them below ``docs/share/``, from where they are installed.
 """

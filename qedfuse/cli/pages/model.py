@@ -1,4 +1,4 @@
-"""What a program's command line takes, apart from how any page or shell writes it."""
+"""A model of a program's command line, independent of man pages and shells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Kind: TypeAlias = Literal["file", "directory", "words", "mount-options", "free"]
-"""How a value is completed: by names of files, from a few words, or not at all."""
+"""How a value is completed: with file names, with fixed words, or not at all."""
 
 _FILES: Final = frozenset(
     {"IMAGE", "BASE", "FILE", "SOURCE", "TARGET", "FIRST", "SECOND", "MOUNTPOINT"}
@@ -20,12 +20,12 @@ _DIRECTORIES: Final = frozenset({"DIR"})
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value that an option or an operand stands for.
+    """The value of an option or an operand.
 
     Attributes:
-        name: How the help calls it, such as ``SIZE``.
+        name: Its name in the help, such as ``SIZE``.
         kind: How it is completed.
-        words: What it can be, if that is a few words.
+        words: The words that it can be, if they are fixed.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Value:
 
     @classmethod
     def named(cls, name: str, words: tuple[str, ...] = ()) -> Value:
-        """Tell from its name what kind of value it is."""
+        """Return a value whose kind follows from its name, or from its ``words``."""
         if words:
             return cls(name, "words", words)
         plain = name.strip("[].")
@@ -50,10 +50,10 @@ class Option:
     """An option.
 
     Attributes:
-        flags: What it is called, short before long.
+        flags: Its names, short before long.
         help: What it does.
-        value: What follows it, if anything does.
-        repeats: Whether it may be given again.
+        value: Its value, if it has one.
+        repeats: Whether it may be repeated.
     """
 
     flags: tuple[str, ...]
@@ -64,13 +64,13 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A word that is no option.
+    """A word of the command line that is no option.
 
     Attributes:
-        value: What it stands for.
-        optional: Whether it may be left out.
+        value: The value that it is.
+        optional: Whether it may be omitted.
         repeats: Whether there may be several.
-        help: What it is, if the name does not tell.
+        help: What it is; empty if its name says it.
     """
 
     value: Value
@@ -79,7 +79,7 @@ class Operand:
     help: str = ""
 
     def __str__(self) -> str:
-        """Write it as a synopsis does."""
+        """Return it as a synopsis shows it."""
         words = "|".join(self.value.words) or self.value.name
         text = words + ("..." if self.repeats else "")
         return f"[{text}]" if self.optional else text
@@ -87,16 +87,16 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand, or what a program does without one.
+    """A subcommand, or the action of a program without one.
 
     Attributes:
-        name: Its name; empty for what is done without one.
-        summary: What it is for, in a line.
+        name: Its name; empty for the action without a subcommand.
+        summary: Its purpose, in a line.
         options: Its options.
-        operands: Its other words, in order.
-        description: Paragraphs about it.
-        example: A command that shows it.
-        exit_codes: What its exit codes mean, where they are its own.
+        operands: Its operands, in order.
+        description: Its description, in paragraphs.
+        example: An example of its use.
+        exit_codes: The meaning of its exit codes, if they differ from the program's.
     """
 
     name: str
@@ -107,11 +107,11 @@ class Command:
     example: str = ""
     exit_codes: Mapping[int, str] = field(default_factory=dict)
 
-    def places(self) -> list[tuple[Operand, Value]]:
-        """Tell for each word that is no option what may stand there.
+    def completions(self) -> list[tuple[Operand, Value]]:
+        """Return for each operand the value that completes it.
 
-        Where one that may be left out is nothing to complete, the next one may be there
-        already.  Behind one that repeats there are only more of it.
+        An optional operand that cannot be completed is completed like the next one, which
+        may stand in its position.  After an operand that repeats there is no other one.
         """
         found = []
         for number, operand in enumerate(self.operands):
@@ -126,7 +126,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program: its subcommands, among them the one without a name if there is one."""
+    """A program and its subcommands; the action without a subcommand has an empty name."""
 
     name: str
     commands: tuple[Command, ...]
@@ -147,7 +147,7 @@ def options_of(parser: argparse.ArgumentParser) -> tuple[Option, ...]:
 
 
 def operands_of(parser: argparse.ArgumentParser) -> tuple[Operand, ...]:
-    """List what a parser takes besides options."""
+    """List a parser's operands in order."""
     return tuple(
         Operand(
             value=_value(action),
@@ -161,18 +161,18 @@ def operands_of(parser: argparse.ArgumentParser) -> tuple[Operand, ...]:
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """List what was added to a parser; argparse tells it nowhere else."""
+    """List the visible actions of a parser; argparse has no public access to them."""
     shown = parser._actions  # noqa: SLF001
     return [action for action in shown if action.help != argparse.SUPPRESS]
 
 
 def _value(action: argparse.Action) -> Value:
-    """Describe what an action takes."""
+    """Return the value of an action."""
     words = tuple(map(str, action.choices or ()))
     name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     return Value.named(name, words)
 
 
 def _help(action: argparse.Action) -> str:
-    """Give an action's help; argparse writes a per cent sign twice."""
+    """Return an action's help; argparse doubles per cent signs."""
     return (action.help or "").replace("%%", "%")

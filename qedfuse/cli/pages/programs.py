@@ -1,4 +1,4 @@
-"""The two programs as the model has them: qedimg by its parsers, qedfuse by its help."""
+"""The models of the two programs: qedimg's from its parsers, qedfuse's from its help."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HELP: Final = "show this help message and exit"
 
 
 def qedimg() -> Program:
-    """Describe ``qedimg``."""
+    """Return the model of ``qedimg``."""
     commands = []
     for name, summary in qedimg_main.COMMANDS.items():
         module = qedimg_main.command(name)
@@ -43,25 +43,25 @@ def qedimg() -> Program:
 
 
 def qedfuse() -> Program:
-    """Describe ``qedfuse``."""
-    image = Operand(Value.named("SOURCE"), repeats=True, help=_operand_help("SOURCE"))
-    place = Operand(Value.named("MOUNTPOINT"), help=_operand_help("MOUNTPOINT"))
-    mount = Command("", "show disk images as raw files", _mount_options(), (image, place))
+    """Return the model of ``qedfuse``."""
+    source = Operand(Value.named("SOURCE"), repeats=True, help=_operand_help("SOURCE"))
+    mountpoint = Operand(Value.named("MOUNTPOINT"), help=_operand_help("MOUNTPOINT"))
+    mount = Command("", "show disk images as raw files", _mount_options(), (source, mountpoint))
     umount = Command(
         "umount",
         "unmount, and wait until everything is durable",
         (Option(("--timeout",), "wait no longer than this", Value("SECONDS")),),
-        (place,),
+        (mountpoint,),
     )
     return Program("qedfuse", (mount, umount))
 
 
 def option_words() -> list[tuple[str, str]]:
-    """List what stands behind ``qedfuse -o``: each line's words, and what they mean."""
+    """List the options of ``qedfuse -o``: the names on each line of the help, and the meaning."""
     found: list[tuple[str, str]] = []
     for line in _paragraphs()[4].splitlines():
         words, _, meaning = line.strip().partition("  ")
-        if line.startswith("   "):  # the line before goes on
+        if line.startswith("   "):  # continues the line before
             found[-1] = (found[-1][0], f"{found[-1][1]} {line.strip()}")
         elif meaning:
             found.append((words, meaning.strip()))
@@ -69,7 +69,7 @@ def option_words() -> list[tuple[str, str]]:
 
 
 def exit_codes() -> list[tuple[int, str]]:
-    """List ``qedfuse``'s exit codes."""
+    """List ``qedfuse``'s exit codes with their meaning."""
     text = " ".join(USAGE.split("Exit codes:")[1].split()).rstrip(".")
     return [
         (int(code), meaning) for code, _, meaning in (i.partition(" ") for i in text.split("; "))
@@ -77,24 +77,24 @@ def exit_codes() -> list[tuple[int, str]]:
 
 
 def mount_words() -> dict[str, tuple[str, ...] | None]:
-    """List all words for ``-o``: None for a word alone, else what its value can be."""
+    """List the options of ``-o``: None for one without a value, else its possible values."""
     return dict(sorted(known_options().items()))
 
 
 def _paragraphs() -> list[str]:
-    """Cut the help where it has empty lines."""
+    """Split the help at empty lines."""
     return USAGE.split("\n\n")
 
 
 def _operand_help(name: str) -> str:
-    """Find what the help says of an operand."""
+    """Return the description of an operand in the help."""
     text = _paragraphs()[2]
     found = re.search(rf"^{name} +(.*(?:\n +.*)*)", text, re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 
 
 def _mount_options() -> tuple[Option, ...]:
-    """Read the options of a mount out of the help."""
+    """Return the options of a mount, as the help lists them."""
     options = []
     for line in _paragraphs()[3].splitlines():
         names, _, meaning = line.strip().partition("  ")
@@ -105,7 +105,7 @@ def _mount_options() -> tuple[Option, ...]:
             flags.append(flag)
             if flag == "-o":
                 value = Value(what, "mount-options")
-                meaning = "options of the mount, between commas; may be given again"
+                meaning = "mount options, separated by commas; may be repeated"
             elif what:
                 value = Value.named(what)
         options.append(Option(tuple(flags), meaning.strip(), value, repeats="-o" in flags))

@@ -1,4 +1,4 @@
-"""Text into roff, the language of man pages, with nothing left that roff would act on."""
+"""Conversion of text into roff, the language of man pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WRAPPER: Final = TextWrapper(width=76, break_long_words=False, break_on_hyphens
 _ESCAPED: Final = str.maketrans(
     {
         "\\": r"\e",
-        "-": r"\-",  # one that can be copied into a shell
+        "-": r"\-",  # an ASCII hyphen, which can be copied into a shell
         "'": r"\(aq",
         "`": r"\(ga",
         "^": r"\(ha",
@@ -25,32 +25,32 @@ _SENTENCE_END: Final = re.compile(r"(?<=[.:;?!])  +|(?<=[.?!]) (?=[A-Z\"])")
 
 
 def plain(text: str) -> str:
-    """Escape text that stands within a line."""
+    """Escape text within a line."""
     return text.translate(_ESCAPED)
 
 
 def bold(text: str) -> str:
-    """Escape text and set it as what is typed as it stands."""
+    """Escape text and set it in bold, for words that are typed literally."""
     return rf"\fB{plain(text)}\fR"
 
 
 def italic(text: str) -> str:
-    """Escape text and set it as what stands for something."""
+    """Escape text and set it in italics, for placeholders."""
     return rf"\fI{plain(text)}\fR"
 
 
 def argument(text: str) -> str:
-    """Escape text into one argument of a macro."""
+    """Escape text as a single argument of a macro."""
     return f'"{plain(text)}"'
 
 
 def line(text: str) -> str:
-    """Keep a line from being taken for a request, as one is that begins with a dot."""
+    """Protect a line that begins with a dot or quote, which roff would take for a request."""
     return rf"\&{text}" if text.startswith((".", "'")) else text
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Write prose: an empty line begins a paragraph, and indented lines stay as they are."""
+    """Convert prose: an empty line begins a paragraph, and indented lines are an example."""
     for number, part in enumerate(text.strip("\n").split("\n\n")):
         if number:
             yield ".PP"
@@ -61,14 +61,14 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Write a paragraph with a line for each sentence, as roff wants it for its spacing."""
+    """Convert a paragraph, each sentence on its own line, from which roff spaces sentences."""
     joined = re.sub(r"(?<![.:;?!])\s+", " ", text.strip()).replace("\n", "  ")
     for sentence in _SENTENCE_END.split(joined):
         yield from map(line, _WRAPPER.wrap(_marked(sentence)))
 
 
 def example(text: str) -> Iterator[str]:
-    """Write lines that must not be filled."""
+    """Convert lines that must not be filled."""
     yield ".RS 4"
     yield ".EX"
     for row in text.splitlines():
@@ -78,14 +78,14 @@ def example(text: str) -> Iterator[str]:
 
 
 def item(tag: str, text: str) -> Iterator[str]:
-    """Write a paragraph with a hanging tag, which is roff already."""
+    """Convert a paragraph with a hanging tag; ``tag`` is roff already."""
     yield ".TP"
     yield tag
     yield from sentences(text) if text else (r"\&",)
 
 
 def _marked(sentence: str) -> str:
-    """Escape a sentence in which back quotes mark what is typed, and other pages are named."""
+    """Escape a sentence, and set words in back quotes and names of man pages in bold."""
     parts = sentence.split("`")
     text = "".join(bold(part) if number % 2 else plain(part) for number, part in enumerate(parts))
     return re.sub(r"\b([a-z0-9.]+)(\([1-8]\))", r"\\fB\1\\fR\2", text)

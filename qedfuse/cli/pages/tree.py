@@ -1,4 +1,4 @@
-"""All files that are made, and where below ``docs/share/`` they have their places."""
+"""The generated files, and their paths below ``docs/share/``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 
 def files() -> dict[str, str]:
-    """Make the text of each file."""
-    made = {"man/man1/qedimg.1": man.qedimg_page(), "man/man8/qedfuse.8": man.qedfuse_page()}
+    """Return the text of each file, by its path."""
+    generated = {"man/man1/qedimg.1": man.qedimg_page(), "man/man8/qedfuse.8": man.qedfuse_page()}
     for program in (programs.qedimg(), programs.qedfuse()):
-        made |= {
+        generated |= {
             f"bash-completion/completions/{program.name}": bash.script(program),
             f"zsh/site-functions/_{program.name}": zsh.script(program),
             f"fish/vendor_completions.d/{program.name}.fish": fish.script(program),
         }
-    return made
+    return generated
 
 
 def write(directory: Path) -> None:
-    """Write them below a directory."""
+    """Write all files below a directory."""
     for name, text in files().items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Options that several subcommands share, and how their values are read."""
+"""Options that several subcommands share, and the conversion of their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def size(text: str) -> int:
-    """Read a size such as ``10G``, for argparse."""
+    """Convert a size such as ``10G`` to bytes, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no size.
+    """
     try:
         return parse_size(text)
     except UsageError as error:
@@ -26,7 +30,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         "--output",
         choices=("human", "json"),
         default="human",
-        help="text for people, or JSON with the keys that qemu-img has (human)",
+        help="print text, or JSON with qemu-img's keys (human)",
     )
 
 
@@ -36,12 +40,12 @@ def add_share(parser: argparse.ArgumentParser) -> None:
         "-U",
         "--force-share",
         action="store_true",
-        help="read beside a program that writes to the image; what is read may be torn",
+        help="read beside a program that writes to the image; reads may mix old and new data",
     )
 
 
 def add_backing(parser: argparse.ArgumentParser) -> None:
-    """Add which backing files may be used."""
+    """Add ``--backing``, ``--backing-dir`` and ``--backing-format``."""
     parser.add_argument(
         "--backing",
         choices=("confined", "any", "none"),
@@ -54,12 +58,12 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         action="append",
         default=[],
-        help="allow backing files from DIR too (may be given again)",
+        help="allow backing files from DIR too (may be repeated)",
     )
     parser.add_argument(
         "--backing-format",
         choices=("raw", "qed"),
-        help="what backing files are taken for, whatever is in them",
+        help="format of all backing files, whatever they contain",
     )
 
 
@@ -69,19 +73,19 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
         "-p",
         "--progress",
         action="store_true",
-        help="show the progress also where stderr is no terminal",
+        help="show the progress immediately, and even if stderr is no terminal",
     )
 
 
 def open_options(
     arguments: argparse.Namespace, *, writable: bool = False, trusted: str | None = None
 ) -> OpenOptions:
-    """Make the options for opening an image from those arguments that the subcommand has.
+    """Return the options for opening an image, with defaults for arguments that are missing.
 
     Args:
-        arguments: What the command line says.
-        writable: Whether the image is to be changed.
-        trusted: A base that the user named himself.
+        arguments: The parsed command line.
+        writable: Whether to open the image for writing.
+        trusted: A base that the user has named, which the backing file policy then allows.
     """
     from qedfuse.disk.options import BackingPolicy, OpenOptions  # noqa: PLC0415  a quick --help
 

@@ -1,4 +1,4 @@
-"""``qedimg check``: what is wrong with an image, and mending it."""
+"""``qedimg check``: find damage and leaked space in an image, and repair them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg check -r all --dry-run vm.qed"
 DESCRIPTION: Final = """\
-Look for damage and leaked space; one line for each thing that is wrong or odd.
+Find damage and leaked space, and print a line for each finding, notes included.
 Only the image itself is read, never its base.
 
--r leaks gives leaked space back to the host.  Clusters move into the gaps for
-that, so that the file ends with none.  An image with worse damage is left alone.
+-r leaks frees leaked space: the highest clusters move into the gaps, and the file is
+cut off after the last one.  An image with worse damage is left alone.
 
--r all repairs: a cluster with several owners is copied for each, and an entry
-that points nowhere is cleared.  The ranges of the disk that are lost or in doubt
-are listed.  What a repair changes is saved beside the image first, as it was, in
-IMAGE.before-repair; --undo puts it back, as long as nothing else has changed the
-image.  A repair that is interrupted can be run again.
+-r all repairs damage: a cluster with several owners is copied for each of them, and
+an entry that points nowhere is cleared.  The ranges of the disk whose content is lost
+or doubtful are listed.  Everything that the repair changes is saved beside the image
+first, in IMAGE.before-repair; --undo puts it back, as long as nothing else has changed
+the image.  A repair that is interrupted can be run again.
 
-A run that repairs gives no space back, and ends with 3 if there is leaked space: what
-a cleared entry named is leaked now, and may be your data.  Look at the disk, but
-read-only, since a mount for writing uses leaked space.  Once you are content, give it
-back with -r leaks; -r all does so only without damage and IMAGE.before-repair.
+A run that repairs frees no space, and exits with 3 if there is leaked space: the
+cluster that a cleared entry pointed to is leaked now, and may be your data.  Look at
+the disk, but read-only, since a mount for writing reuses leaked space.  Once you are
+satisfied, free it with -r leaks; -r all does so only if the image has no damage and
+IMAGE.before-repair does not exist.
 
-An image of which nothing is in use, or in which far more is leaked than in use, is
-repaired only with --force, by -r leaks and by -r all: one wrong bit in the header
-looks like that, and the repair would write over data."""
+If nothing in an image is in use, or far more is leaked than in use, -r leaks and
+-r all need --force: a wrong bit in the header has the same effect, and the repair
+would overwrite data."""
 
 SOUND: Final = 0
 FAILED: Final = 1
@@ -58,26 +59,26 @@ EXIT_CODES: Final = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only format there is")
+    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
     parser.add_argument(
         "-r",
         "--repair",
         choices=("leaks", "all"),
-        help="give back leaked space, or repair damage",
+        help="free leaked space, or repair damage",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what -r would do, and change nothing"
+        "--dry-run", action="store_true", help="print what -r would do, and change nothing"
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="repair also where that writes far more than the file has, or where hardly "
+        help="repair even if that writes far more data than the file has, or if hardly "
         "anything seems to be in use",
     )
     parser.add_argument(
-        "--undo", metavar="FILE", help="put back what a repair has changed, from its backup"
+        "--undo", metavar="FILE", help="revert a repair, from the backup that it made"
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -85,18 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, and repair if that is asked for."""
+    """Check, repair or revert a repair, as the arguments say; return the exit code."""
     if (arguments.dry_run or arguments.force) and not arguments.repair:
         option = "--dry-run" if arguments.dry_run else "--force"
         msg = f"{option}: expected -r as well (see: qedimg check --help)"
         raise UsageError(msg)
     if arguments.force_share and arguments.repair and not arguments.dry_run:
-        msg = "-U: a repair shares the image with nobody"
+        msg = "-U: a repair needs the image for itself"
         raise UsageError(msg)
     if arguments.undo is not None and (arguments.repair or arguments.force_share):
         msg = "--undo: expected no -r and no -U with it (see: qedimg check --help)"
         raise UsageError(msg)
-    result = _glance(arguments)
+    result = _try_fast_check(arguments)
     if result is None:
         with progress(arguments, "Checking") as report:
             result = run_async(_work, arguments, report)
@@ -109,8 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     return LEAKS if result.after.leaks else SOUND
 
 
-def _glance(arguments: argparse.Namespace) -> CheckResult | None:
-    """Look whether the image is plainly sound; None if there is more to say or to do."""
+def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
+    """Return the result if the image is plainly sound; otherwise None, for the full check."""
     if arguments.repair is not None or arguments.undo is not None:
         return None
     found = fast_check(arguments.image, share=arguments.force_share)
@@ -118,7 +119,7 @@ def _glance(arguments: argparse.Namespace) -> CheckResult | None:
 
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CheckResult:
-    """Do what the arguments say."""
+    """Run the full check, a dry run, a repair, or its reversal."""
     from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  a quick --help
 
     path, level, share = arguments.image, arguments.repair, arguments.force_share
@@ -132,7 +133,7 @@ async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None
 
 
 def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, Any]:
-    """Give the keys that qemu-img has, left out where it leaves them out, and ours."""
+    """Return the JSON: qemu-img's keys, omitted when it omits them, then qedfuse's own."""
     report = result.after
     repaired = bool(arguments.repair) and not result.dry
     optional = {
@@ -150,7 +151,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "check-errors": 0,
         **{key: number for key, number in optional.items() if number},
     }
-    # What was found first is what a repair was about.
+    # The findings are those before a repair, since they are what it repaired.
     shown = result.before
     value |= {key.replace("_", "-"): item for key, item in shown.as_json().items() if key in _OWN}
     if arguments.repair:
@@ -179,16 +180,16 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
 
 
 _OWN: Final = ("file_clusters", "listed_clusters", "counts", "findings")
-"""What our JSON has beyond qemu-img's, from `CheckReport.as_json`."""
+"""The keys of `CheckReport.as_json` that qemu-img's JSON lacks."""
 
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print the findings, what was done about them, and a summary."""
+    """Print the findings, the outcome of a repair, and a summary."""
     report = result.before
     for finding in sorted(report.findings, key=lambda item: -item.severity):
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
         say(arguments, line)
-    # One finding of leaks stands for all leaked clusters.
+    # A single finding represents all leaked clusters.
     hidden = sum(report.counts.values()) - report.leaks - len(report.findings)
     hidden += any(item.code.value == "leaked-clusters" for item in report.findings)
     name = printable(arguments.image)
@@ -199,14 +200,14 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     if result.undone:
         say(
             arguments,
-            f"put back: {result.undone} pieces; the file had {result.bytes_before} bytes and has "
+            f"restored: {result.undone} ranges; the file had {result.bytes_before} bytes and has "
             f"{result.bytes_after}",
         )
     _print_summary(arguments, result)
 
 
 def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print what a repair did or would do, and what is lost."""
+    """Print what a repair did, or would do in a dry run, and what is lost."""
     done = result.plan
     would = "would be " if result.dry else ""
     for lost in result.lost:
@@ -219,38 +220,38 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
             f"about {format_size(done.written)} written",
         )
     if result.backup is not None:
-        say(arguments, f"the tables as they were: {printable(result.backup)}")
+        say(arguments, f"backup of the tables: {printable(result.backup)}")
     if result.dry:
         if result.before.leaks and not result.before.errors and not result.leaks_kept:
-            say(arguments, f"would be given back: {result.before.leaks} leaked clusters")
+            say(arguments, f"would be freed: {result.before.leaks} leaked clusters")
         if result.needs_force:
-            say(arguments, "this takes --force")
+            say(arguments, "this needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        given = "" if result.leaks_kept else f"given back: {result.leaks_fixed} leaked clusters; "
+        freed = "" if result.leaks_kept else f"freed: {result.leaks_fixed} leaked clusters; "
         say(
             arguments,
-            f"{given}the file had {result.bytes_before} bytes and has {result.bytes_after}",
+            f"{freed}the file had {result.bytes_before} bytes and has {result.bytes_after}",
         )
     _print_kept(arguments, result)
 
 
 def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print why leaked space is not given back, and how it will be."""
+    """Print why leaked space was kept, and how to free it."""
     if result.leaks_kept:
         name = printable(arguments.image)
         force = " --force" if result.after.doubtful and not result.after.errors else ""
         stays = "would stay" if result.dry else "stays"
         say(
             arguments,
-            f"leaked space {stays}, as it may be what a bad entry named; to give it back, "
-            f"once you are content with the repair: qedimg check -r leaks{force} {name}",
+            f"leaked space {stays}, because a bad entry may have pointed to it; once you are "
+            f"satisfied with the repair, free it with: qedimg check -r leaks{force} {name}",
         )
     elif result.before.leaks and result.after.errors and not result.dry:
-        say(arguments, "leaked space is not given back while there is damage (see: -r all)")
+        say(arguments, "leaked space is not freed while there is damage (see: -r all)")
 
 
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print how the image is now."""
+    """Print the state of the image at the end, in counts."""
     report, total = result.after, result.total_clusters
     used = report.allocated_clusters
     notes = sum(count for code, count in report.counts.items() if not code.severity)
@@ -270,7 +271,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _state(report: CheckReport) -> str:
-    """Sum up in a word."""
+    """Return the state of the image in one or two words."""
     if report.errors:
         return "damaged"
     return "leaks space" if report.leaks else "sound"

@@ -1,4 +1,4 @@
-"""``qedimg commit``: an overlay's data into its base."""
+"""``qedimg commit``: write an overlay's data into its base."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg commit -p overlay.qed"
 DESCRIPTION: Final = """\
-Write what an overlay holds into its base, which may be QED or raw, and empty the
-overlay.  A base that is smaller grows.  At any moment the overlay reads over its
-base as it did before; the same command finishes what was interrupted.
+Write the data and zeros of an overlay into its base, which may be QED or raw, and
+empty the overlay.  A base that is smaller grows.  At any moment the disk of the overlay
+has the same content as before; after an interruption, run the same command again.
 
-With -b all that lies over BASE, a lower file of the chain, goes into it.  The overlay
-is kept then, and the images between it and BASE are worthless afterwards.
+With -b the data of all images above BASE, a lower file of the chain, goes into BASE.
+The overlay is kept then, and the images between it and BASE become invalid.
 
-Other overlays over the same base read differently afterwards: there should be none."""
+Other overlays over the same base become invalid, too: there should be none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only format there is")
+    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
     parser.add_argument(
         "-b",
         "--base",
         metavar="BASE",
-        help="commit to this file of the chain, and not to the next; implies -d",
+        help="commit to this file of the chain instead of the next one; implies -d",
     )
     parser.add_argument(
-        "-d", "--keep", action="store_true", help="leave the overlay as it is, to be thrown away"
+        "-d", "--keep", action="store_true", help="do not empty the overlay, to delete it later"
     )
     common.add_backing(parser)
     common.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Commit."""
+    """Commit the overlay, and print how much was written; return the exit code."""
     with progress(arguments, "Committing") as report:
         result = run_async(_work, arguments, report)
     text = (
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CommitResult:
-    """Do what the arguments say."""
+    """Commit with the options of the command line."""
     from qedfuse.tools.editing.commit import commit  # noqa: PLC0415  a quick --help
 
     return await commit(

@@ -1,4 +1,4 @@
-"""``qedimg compact``: the shortest file."""
+"""``qedimg compact``: make the file of an image as short as possible."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg compact -p vm.qed"
 DESCRIPTION: Final = """\
-Move the highest clusters of an image into its free ones and cut off the end, until
-no cluster is free and the file is as short as it can be.  What clusters of zeros
-take is not looked at.  The image is sound at any moment; what was moved before an
-interruption stays moved."""
+Move the highest clusters of an image into its free ones and cut off the end of the
+file, until no cluster is free.  Data clusters that hold only zeros are not freed.  The
+image is sound at any moment; after an interruption, the clusters that were moved stay
+where they are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
     common.add_output(parser)
     common.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compact the image."""
+    """Compact the image, and print how short it has become; return the exit code."""
     with progress(arguments, "Compacting") as report:
         result = run_async(_work, arguments, report)
     if arguments.output == "json":
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CompactResult:
-    """Do what the arguments say."""
+    """Compact the image of the command line."""
     from qedfuse.tools.editing.compact import compact  # noqa: PLC0415  a quick --help
 
     return await compact(arguments.image, progress=report)

@@ -1,4 +1,4 @@
-"""``qedimg compare``: whether two disks have the same content."""
+"""``qedimg compare``: compare the content of two disks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg compare disk.raw disk.qed"
 DESCRIPTION: Final = """\
 Compare the content of two disks: QED images with their chains, raw files, or block
-devices.  How they are stored does not matter, and where one disk is longer the rest has
-to be zeros.  The offset of the first byte that differs is told.
+devices.  How the content is stored does not matter; if one disk is longer, the rest must
+be zeros.  The offset of the first byte that differs is printed.
 
--s also wants the same size, and data in the same places, be it zeros or not."""
+-s requires the same size too, and data in the same ranges, even where it is zeros."""
 
 SAME: Final = 0
 DIFFERENT: Final = 1
 FAILED: Final = 2
 UNREADABLE: Final = 4
 EXIT_CODES: Final = {
-    SAME: "the same",
+    SAME: "identical",
     DIFFERENT: "different",
     FAILED: "a disk cannot be opened, or usage",
     UNREADABLE: "a disk cannot be read",
@@ -38,18 +38,18 @@ EXIT_CODES: Final = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("first", metavar="FIRST")
     parser.add_argument("second", metavar="SECOND")
     formats = ("auto", "raw", "qed")
     parser.add_argument(
-        "-f", dest="first_format", choices=formats, default="auto", help="what FIRST is"
+        "-f", dest="first_format", choices=formats, default="auto", help="format of FIRST"
     )
     parser.add_argument(
-        "-F", dest="second_format", choices=formats, default="auto", help="what SECOND is"
+        "-F", dest="second_format", choices=formats, default="auto", help="format of SECOND"
     )
     parser.add_argument(
-        "-s", "--strict", action="store_true", help="size and allocation count as well"
+        "-s", "--strict", action="store_true", help="compare size and allocation as well"
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare."""
+    """Compare the disks, and print the result; return the exit code."""
     with progress(arguments, "Comparing") as report:
         result = run_async(_work, arguments, report)
     if isinstance(result, str):
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _work(
     arguments: argparse.Namespace, report: Callable[[int, int], None]
 ) -> Comparison | str:
-    """Do what the arguments say; give the reason if a disk that was opened cannot be read."""
+    """Compare the disks; return the error message if one can be opened but not read."""
     from qedfuse.errors import QedError  # noqa: PLC0415  a quick --help
     from qedfuse.tools.copying.compare import compare  # noqa: PLC0415
     from qedfuse.tools.source.source import open_source  # noqa: PLC0415
@@ -98,7 +98,7 @@ async def _work(
 
 
 def _print(arguments: argparse.Namespace, result: Comparison) -> None:
-    """Print what qemu-img prints."""
+    """Print the result in qemu-img's words."""
     shorter, longer = sorted(result.sizes)
     differ_first = result.offset is not None and result.offset < shorter
     if shorter != longer and not (arguments.strict or differ_first):

@@ -1,4 +1,4 @@
-"""``qedimg convert``: a disk copied into another format, or a chain into one image."""
+"""``qedimg convert``: copy a disk into another format, or a chain into one image."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ _log = logging.getLogger(__name__)
 EXAMPLE: Final = "qedimg convert -p disk.raw vm.qed"
 DESCRIPTION: Final = """\
 Copy the disk of SOURCE into a new file TARGET.  A source with backing files becomes
-one image, unless -B names the base that the new one is to have.  SOURCE is a QED
-image, a raw file or a block device, or - for raw content from standard input; TARGET
-is a file, or - for raw content to standard output.  Zeros take no space in TARGET.
-Other formats than raw and qed are made by qemu-img, if that is installed."""
+one image, unless -B names a base for the new image.  SOURCE is a QED image, a raw file
+or a block device, or - for raw content from standard input; TARGET is a file, or - for
+raw content to standard output.  Zeros take no space in TARGET.  For formats other than
+raw and qed, qemu-img must be installed."""
 
 _MAX_STREAMS: Final = 16
-_OURS: Final = ("raw", "qed")
+_NATIVE_FORMATS: Final = ("raw", "qed")
+"""The formats that need no qemu-img."""
 _CACHES: Final = ("writeback", "unsafe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET")
     parser.add_argument(
-        "-f", dest="source_format", metavar="FORMAT", help="what SOURCE is: raw or qed"
+        "-f", dest="source_format", metavar="FORMAT", help="format of SOURCE: raw or qed"
     )
     parser.add_argument(
-        "-O", dest="format", metavar="FORMAT", default="qed", help="what TARGET is to be (qed)"
+        "-O", dest="format", metavar="FORMAT", default="qed", help="format of TARGET (qed)"
     )
-    add_base(parser, "-B", "that holds what differs from BASE")
+    add_base(parser, "-B", "with only the difference to BASE")
     add_geometry(parser)
     parser.add_argument(
         "-S",
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=common.size,
         default=4096,
-        help="write zeros as data in runs shorter than this; 0: always (4K)",
+        help="write runs of zeros that are shorter than this as data; 0: all (4K)",
     )
     parser.add_argument(
         "-m",
@@ -61,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=4,
-        help="pieces that are under way at once, 1 to 16 (4)",
+        help="number of chunks that are copied in parallel, 1 to 16 (4)",
     )
     parser.add_argument(
         "-n",
         dest="into_existing",
         action="store_true",
-        help="write into TARGET, which is there and at least as large",
+        help="write into TARGET, which must exist and be at least as large",
     )
     parser.add_argument(
         "-t",
@@ -75,14 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CACHE",
         choices=_CACHES,
         default="writeback",
-        help="writeback: TARGET is on the host's disk when this ends; unsafe, as qemu-img "
-        "does: whenever the host gets round to it (writeback)",
+        help="writeback: TARGET is durable when the command ends; unsafe, qemu-img's "
+        "default: TARGET is not flushed (writeback)",
     )
     parser.add_argument(
-        "--compare", action="store_true", help="read TARGET back before it gets its name"
+        "--compare", action="store_true", help="read TARGET back and compare it before renaming it"
     )
     parser.add_argument(
-        "--force", action="store_true", help="replace TARGET if it is there and not in use"
+        "--force", action="store_true", help="replace TARGET if it exists and is not in use"
     )
     parser.add_argument("-c", dest="compress", action="store_true", help="refused: see qemu-img")
     common.add_share(parser)
@@ -91,13 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Copy the disk."""
+    """Copy the disk; return the exit code."""
     from qedfuse.tools.copying.convert import convert  # noqa: PLC0415  a quick --help
 
-    spec = _spec(arguments)
-    if spec.format == "qed" and not arguments.into_existing and not _qemu_opens(spec):
+    spec = _image_spec(arguments)
+    if spec.format == "qed" and not arguments.into_existing and not _qemu_can_open(spec):
         _log.warning(
-            "%s: QEMU opens no image with clusters of %d bytes and tables of %d",
+            "%s: QEMU cannot open an image with clusters of %d bytes and tables of %d clusters",
             printable(arguments.target),
             spec.cluster_size,
             spec.table_size,
@@ -123,24 +124,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verbose and result.file_bytes:
         say(
             arguments,
-            f"{printable(arguments.target)}: {result.size} bytes of disk, of which "
+            f"{printable(arguments.target)}: disk of {result.size} bytes, of which "
             f"{result.data_bytes} are data; file of {result.file_bytes} bytes",
         )
     return 0
 
 
-def _spec(arguments: argparse.Namespace) -> ImageSpec:
-    """Make one of what the command line says about the target.
+def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
+    """Return the specification of the target.
 
     Raises:
-        UsageError: It makes no sense.
+        UsageError: The options contradict each other.
     """
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  a quick --help
 
     if arguments.compress:
         msg = "-c: QED has no compression; qemu-img convert -c makes a compressed qcow2 image"
         raise UsageError(msg)
-    if arguments.source_format not in (None, *_OURS):
+    if arguments.source_format not in (None, *_NATIVE_FORMATS):
         found = printable(arguments.source_format)
         msg = f"-f: found {found}, expected raw or qed (qemu-img convert reads other formats)"
         raise UsageError(msg)
@@ -148,9 +149,10 @@ def _spec(arguments: argparse.Namespace) -> ImageSpec:
         msg = f"-m: found {arguments.streams}, expected 1 to {_MAX_STREAMS}"
         raise UsageError(msg)
     foreign = ()
-    if arguments.format not in _OURS:
+    if arguments.format not in _NATIVE_FORMATS:
         foreign, arguments.options = tuple(arguments.options), []
-        arguments.base = arguments.base or find_base(foreign)  # which is going to be refused
+        # Found here, so that the copy refuses a base before it begins.
+        arguments.base = arguments.base or find_base(foreign)
     given = arguments.cluster_size or arguments.table_size or arguments.options
     if arguments.format != "qed" and given:
         msg = f"--cluster-size, --table-size, -o: found -O {printable(arguments.format)}, "
@@ -168,7 +170,10 @@ def _spec(arguments: argparse.Namespace) -> ImageSpec:
     )
 
 
-def _qemu_opens(spec: ImageSpec) -> bool:
-    """Tell whether QEMU takes the geometry: what it can address must be less than 2**64 bytes."""
+def _qemu_can_open(spec: ImageSpec) -> bool:
+    """Return whether QEMU opens an image of this geometry.
+
+    QEMU requires that the tables can address less than 2**64 bytes.
+    """
     entries = spec.cluster_size * spec.table_size // ENTRY_BYTES
     return spec.table_size > 1 and entries**2 * spec.cluster_size < 1 << 64

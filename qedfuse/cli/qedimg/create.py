@@ -1,4 +1,4 @@
-"""``qedimg create``: a new image, on its own or over a base."""
+"""``qedimg create``: create an image, standalone or over a base."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ _log = logging.getLogger(__name__)
 
 EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
-Make a new, empty image.  With -b it is an overlay: what is never written to it is
-read from the base.  The name of a base is stored as it is given; a relative one
-begins at the directory of the image.  SIZE may be left out if there is a base."""
+Create an empty image.  With -b it is an overlay: ranges that were never written to it
+are read from the base.  The name of the base is stored unchanged; a relative one is
+resolved from the directory of the image.  SIZE defaults to the size of the base."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("size", metavar="SIZE", nargs="?", type=common.size)
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only format there is")
+    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
     add_base(parser, "-b", "over this file")
     parser.add_argument(
         "-u",
         "--unsafe",
         action="store_true",
-        help="do not look at the base, which need not be there; takes -F and SIZE",
+        help="do not open the base, which need not exist; needs -F and SIZE",
     )
     add_geometry(parser, "size")
     parser.add_argument(
         "--preallocate",
         choices=("off", "full"),
         default="off",
-        help="full: give each cluster a place in the file, and room on the host (off)",
+        help="full: allocate each cluster in the file, and reserve it on the host (off)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="replace IMAGE if it is there and not in use"
+        "--force", action="store_true", help="replace IMAGE if it exists and is not in use"
     )
     common.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make the image."""
+    """Create the image; return the exit code."""
     take_options(arguments, "-b", "size")
     if arguments.base is None and arguments.unsafe:
         msg = "-u: expected -b as well"
@@ -74,19 +74,19 @@ def run(arguments: argparse.Namespace) -> int:
         fill=partial(_fill, arguments) if full else None,
     )
     if made.table_size == 1:
-        _log.warning("%s: QEMU opens no image whose tables have one cluster", printable(made.path))
+        _log.warning("%s: QEMU cannot open an image with tables of 1 cluster", printable(made.path))
     base = ""
     if made.backing is not None:
         base = f", over {printable(made.backing)} ({made.backing_format})"
     say(
         arguments,
-        f"{printable(made.path)}: made: {made.size} bytes, clusters of {made.cluster_size}, "
-        f"tables of {made.table_size} clusters{base}",
+        f"{printable(made.path)}: created: {made.size} bytes, clusters of {made.cluster_size} "
+        f"bytes, tables of {made.table_size} clusters{base}",
     )
     return 0
 
 
 def _fill(arguments: argparse.Namespace, path: str) -> None:
-    """Give each cluster a place."""
+    """Allocate each cluster of the new image at ``path``."""
     with progress(arguments, "Allocating") as report:
         run_async(preallocate, path, report)

@@ -1,4 +1,4 @@
-"""``qedimg dump``: the header or a table, entry by entry."""
+"""``qedimg dump``: show the header or a table, entry by entry."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg dump l2 0 vm.qed"
 DESCRIPTION: Final = """\
 Show the fields of the header, the entries in use of the L1 table, or those of the L2 table
-that L1 entry N names, with a verdict on each: ok, zeros, reserved, unaligned, past the
-end, cut short, over metadata.  Neighbours that are stored as one are shown as a range.
+that L1 entry N points to, with a verdict on each: ok, zeros, reserved, unaligned, past the
+end, cut short, over metadata.  Entries of a contiguous run are shown as one range.
 
-It works on broken images: that is what it is for."""
+The command is made for broken images, and shows what cannot be valid as well."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("what", choices=("header", "l1", "l2"))
     parser.add_argument("number", metavar="N", nargs="?", help="which L2 table: its L1 entry")
     parser.add_argument("image", metavar="IMAGE")
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show it."""
+    """Print the header or the table; return the exit code."""
     run_async(_work, arguments, _number(arguments))
     return 0
 
 
 def _number(arguments: argparse.Namespace) -> int:
-    """Read the number of an L2 table; only there one may and must be.
+    """Return the number of the L2 table, which ``l2`` requires; 0 for ``header`` and ``l1``.
 
     Raises:
         UsageError: It is missing, superfluous, or no number.
@@ -55,17 +55,18 @@ def _number(arguments: argparse.Namespace) -> int:
             msg = f"dump {arguments.what}: found two operands, expected the image only"
             raise UsageError(msg)
         return 0
-    if text is None or not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+    if text is None or not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
         found = "none" if text is None else text
         msg = f"dump l2: number of an L1 entry: found {found}, expected one such as 0"
         raise UsageError(msg)
     return int(text)
 
 
-_DIGITS: Final = 18
+_MAX_DIGITS: Final = 18
 
 
 async def _work(arguments: argparse.Namespace, number: int) -> None:
+    """Print the header or the table; ``number`` is that of the L2 table."""
     from qedfuse.tools.inspection.dump import open_dump  # noqa: PLC0415  a quick --help
 
     async with open_dump(arguments.image, share=arguments.force_share) as found:
@@ -79,7 +80,7 @@ async def _work(arguments: argparse.Namespace, number: int) -> None:
 
 
 def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
-    """Show the fields, and what is wrong with them."""
+    """Print the header's fields, and what is wrong with them."""
     problems = [str(error) for error in header.problems]
     if arguments.output == "json":
         fields = [
@@ -111,7 +112,7 @@ def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
 
 
 def _meaning(header: RawHeader, item: HeaderField) -> str:
-    """Say what a value stands for where that is not plain."""
+    """Return what the value of a field stands for: names of bits, or its unit."""
     if item.name == "magic":
         return "QED\\0"
     if item.name.endswith("features"):
@@ -127,7 +128,7 @@ _COLUMNS: Final = "{:>10}  {:>10}  {:>18}  {:>18}  {:>18}  {}"
 async def _show(
     arguments: argparse.Namespace, about: dict[str, Any], ranges: AsyncGenerator[EntryRange, None]
 ) -> None:
-    """Show ranges of entries, each as soon as it is known."""
+    """Print ranges of entries as they arrive, after the keys and values in ``about``."""
     as_json = arguments.output == "json"
     if as_json:
         head = json.dumps({"filename": arguments.image, **about})
@@ -150,7 +151,7 @@ async def _show(
 
 
 def _as_json(item: EntryRange) -> dict[str, Any]:
-    """Give a range of entries for scripts."""
+    """Return a range of entries as JSON."""
     return {
         "index": item.index,
         "count": item.count,
@@ -163,7 +164,7 @@ def _as_json(item: EntryRange) -> dict[str, Any]:
 
 
 def _as_text(item: EntryRange) -> str:
-    """Give a range of entries as a line."""
+    """Return a range of entries as a line of the table."""
     return _COLUMNS.format(
         item.index,
         item.count,

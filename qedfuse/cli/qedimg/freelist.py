@@ -1,4 +1,4 @@
-"""``qedimg freelist``: the list of free clusters that an image may keep."""
+"""``qedimg freelist``: show, keep or drop the list of free clusters in an image."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg freelist on vm.qed"
 DESCRIPTION: Final = """\
-Show, keep or drop the list of free clusters in an image.  With a list, free space
-need not be looked for when the image is opened.  It is an extension of the format:
-QEMU refuses an image while it has one, and "off" makes it accept the image again.
+Show, keep or drop the list of free clusters in an image.  With a list, opening the
+image needs no scan for free space.  The list is an extension of the format: QEMU
+refuses an image that has one; "off" drops it, and QEMU accepts the image again.
 
-"on" finds what is free and lists it; without a free cluster there is no list."""
+"on" finds and lists the free clusters; if no cluster is free, there is no list."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("action", choices=("show", "on", "off"))
     parser.add_argument("image", metavar="IMAGE")
     common.add_output(parser)
@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show or change the list."""
+    """Show, make or drop the list; return the exit code."""
     if arguments.force_share and arguments.action != "show":
-        msg = f"-U: freelist {arguments.action} shares the image with nobody"
+        msg = f"-U: freelist {arguments.action} needs the image for itself"
         raise UsageError(msg)
-    with progress(arguments, "Scanning"):  # nothing counts how far it is
+    with progress(arguments, "Scanning"):  # the scan reports no progress
         info = run_async(_work, arguments)
     if arguments.output == "json":
         print_json(_as_json(arguments.image, info))
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
-    """Do what the arguments say."""
+    """Show, make or drop the list; return what the image has afterwards."""
     from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415  a quick --help
     from qedfuse.tools.inspection.freelistinfo import describe_free_list  # noqa: PLC0415
 
@@ -63,7 +63,7 @@ async def _work(arguments: argparse.Namespace) -> FreeListInfo:
 
 
 def _describe(info: FreeListInfo) -> str:
-    """Say in a line what there is."""
+    """Describe the list in a line."""
     if not info.present:
         return "no list of free clusters"
     if not info.valid:
@@ -75,7 +75,7 @@ def _describe(info: FreeListInfo) -> str:
 
 
 def _as_json(path: str, info: FreeListInfo) -> dict[str, Any]:
-    """Give the same for scripts."""
+    """Describe the list as JSON."""
     value: dict[str, Any] = {"filename": path, "format": "qed", "present": info.present}
     if info.present:
         value |= {"valid": info.valid}

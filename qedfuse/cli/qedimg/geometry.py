@@ -1,4 +1,4 @@
-"""The geometry of a new image and its base, by options of our own or by qemu-img's ``-o``."""
+"""Options for the geometry and the base of a new image, also in the form of qemu-img's ``-o``."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator
 
-_NAMES: Final = {
+_DESTINATIONS: Final = {
     "backing_file": "base",
     "backing_fmt": "base_format",
     "cluster_size": "cluster_size",
     "table_size": "table_size",
 }
+"""The attribute of the parsed arguments for each key of ``-o``."""
 
 
 def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
-    """Add ``--cluster-size``, ``--table-size`` and ``-o``, which takes ``more`` keys as well."""
+    """Add ``--cluster-size``, ``--table-size`` and ``-o``; ``more`` are further keys of ``-o``."""
     parser.add_argument(
         "--cluster-size",
         metavar="SIZE",
@@ -42,43 +43,44 @@ def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
         metavar="KEY=VALUE[,...]",
         action="append",
         default=[],
-        help=f"the same as qemu-img has it: {', '.join((*_NAMES, *more))}",
+        help=f"the same options in qemu-img's form: {', '.join((*_DESTINATIONS, *more))}",
     )
 
 
 def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
-    """Add ``-F`` and, as ``flag``, the base that it tells about."""
+    """Add the option ``flag`` for a base, and ``-F`` for the base's format."""
     parser.add_argument(flag, "--base", metavar="BASE", help=f"make an overlay {meaning}")
     parser.add_argument(
-        "-F", "--base-format", choices=("raw", "qed"), help="what BASE is (a QED image tells)"
+        "-F", "--base-format", choices=("raw", "qed"), help="format of BASE (detected if it is QED)"
     )
 
 
 def _items(options: Iterable[str]) -> Iterator[str]:
-    """Split what stands behind each ``-o``; qemu-img writes a comma within a value as two."""
+    """Split the values of ``-o`` at commas; two commas stand for one within a value."""
     for text in options:
         for item in text.replace(",,", "\0").split(","):
             yield item.replace("\0", ",")
 
 
 def find_base(options: Iterable[str]) -> str | None:
-    """Return the base that ``-o`` names in the words of any format; None for none."""
+    """Return the base that ``-o`` names, with the key that all formats share, or None."""
     names = [item.partition("=")[2] for item in _items(options) if item.startswith("backing_file=")]
     return names[-1] if names else None
 
 
 def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> None:
-    """Put what stands behind ``-o`` where the options of our own are, and fill in defaults.
+    """Merge the values of ``-o`` into the other options of ``arguments``, and set defaults.
 
     Args:
-        arguments: What the command line says.
-        base_flag: The option that names a base.
-        more: Keys, and options of our own, that hold sizes besides those of the geometry.
+        arguments: The parsed command line, which is changed.
+        base_flag: The option that names a base, for messages.
+        more: Further keys, each with an attribute of the same name that holds a size.
 
     Raises:
-        UsageError: A key is unknown, or something is given twice or without what it needs.
+        UsageError: A key is unknown, or is given twice with different values, or an option
+            lacks another one that it needs.
     """
-    names = _NAMES | {name: name for name in more}
+    names = _DESTINATIONS | {name: name for name in more}
     for item in _items(arguments.options):
         key, equals, value = item.partition("=")
         if not equals or key not in names:

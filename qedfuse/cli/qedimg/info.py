@@ -1,4 +1,4 @@
-"""``qedimg info``: what an image is, and whether anything is wrong with it."""
+"""``qedimg info``: describe an image, and report what is wrong with it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg info --output json vm.qed"
 DESCRIPTION: Final = """\
-Say what an image is: format, sizes, geometry, features, free list, backing file.
-It works on images that cannot be mounted as well, and says what is wrong with them.
+Describe an image: format, sizes, geometry, features, free list, backing file.  This
+works even for images that cannot be mounted, and reports what is wrong with them.
 
-No other file is opened, whatever the image names, unless --backing-chain asks for it;
-then --backing and --backing-dir say which.  The JSON has qemu-img's keys, and in
-"safety" what a service needs to accept or refuse an image that a stranger made.
+Without --backing-chain no other file is opened, whatever the image names; with it,
+--backing and --backing-dir say which files may be.  The JSON has qemu-img's keys, and
+in "safety" what a service needs to decide whether to accept an untrusted image.
 
-How many clusters are data or zeros takes reading all tables, and so --allocation."""
+--allocation counts the clusters of data and zeros, for which it reads all tables."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("-f", dest="format", choices=("qed", "raw"), help="do not guess the format")
     parser.add_argument(
-        "--backing-chain", action="store_true", help="describe the image's bases as well"
+        "-f", dest="format", choices=("qed", "raw"), help="do not detect the format"
+    )
+    parser.add_argument(
+        "--backing-chain", action="store_true", help="describe the backing files as well"
     )
     parser.add_argument(
         "--allocation", action="store_true", help="count the clusters of data and of zeros"
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Describe the image, or the chain."""
+    """Describe the image, or the chain; return the exit code."""
     form: Format = arguments.format or "auto"
     if arguments.backing_chain:
         images = run_async(_chain, arguments, form)
@@ -63,24 +65,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _chain(arguments: argparse.Namespace, form: Format) -> list[ImageInfo]:
-    """Describe the chain."""
-    from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  a quick answer without it
+    """Return the descriptions of an image and its backing files."""
+    from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  a quick start
 
     return await describe_chain(arguments.image, form, common.open_options(arguments))
 
 
 def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
-    """Find out what takes longer, if there is anything to find out."""
+    """Return the details that need the tables or the free list; None if there are none."""
     if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
         return None
     with progress(arguments, "Counting") as report:
-        return run_async(_look_closer, arguments, image, report)
+        return run_async(_read_details, arguments, image, report)
 
 
-async def _look_closer(
+async def _read_details(
     arguments: argparse.Namespace, image: ImageInfo, report: Callable[[int, int], None]
 ) -> Details:
-    from qedfuse.tools.inspection.chaininfo import read_details  # noqa: PLC0415  a quick answer without it
+    """Return the details of an image."""
+    from qedfuse.tools.inspection.chaininfo import read_details  # noqa: PLC0415  a quick start
 
     options = common.open_options(arguments)
     return await read_details(image, options, allocation=arguments.allocation, progress=report)

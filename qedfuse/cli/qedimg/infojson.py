@@ -1,4 +1,4 @@
-"""What ``qedimg info`` prints for programs: qemu-img's keys, and ours below them."""
+"""The JSON of ``qedimg info``: qemu-img's keys and, below them, qedfuse's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
-    """Give an image's description, in qemu-img's order as far as it has the keys."""
+    """Return an image's description; keys that qemu-img has are in its order."""
     value: dict[str, Any] = {"children": [{"name": "file", "info": _file(image)}]}
     qed = image.qed
     backing = None if qed is None else qed.backing
@@ -41,7 +41,7 @@ def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
 
 
 def _file(image: ImageInfo) -> dict[str, Any]:
-    """Give what qemu-img has from version 8.0 on of the file that an image is in."""
+    """Describe the file below an image, as qemu-img does since version 8.0."""
     return {
         "children": [],
         "virtual-size": -(-image.file_size // SECTOR) * SECTOR,
@@ -54,7 +54,7 @@ def _file(image: ImageInfo) -> dict[str, Any]:
 
 
 def _data(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, Any]:
-    """Give what only QED has."""
+    """Return the properties that only a QED image has."""
     fields = qed.header.values
     data: dict[str, Any] = {
         "file-length": image.file_size,
@@ -85,11 +85,12 @@ def _data(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, 
 
 
 def _bits(bits: Bits) -> dict[str, Any]:
+    """Return feature bits by value, by name, and the numbers of unknown ones."""
     return {"value": bits.value, "names": list(bits.names), "unknown-bits": list(bits.unknown)}
 
 
 def _free_list(qed: QedInfo, details: Details | None) -> dict[str, Any]:
-    """Give what is known of the list of free clusters."""
+    """Describe the list of free clusters; only its presence is known without ``details``."""
     if not qed.has_free_list:
         return {"present": False}
     found = None if details is None else details.free_list
@@ -109,7 +110,7 @@ def _free_list(qed: QedInfo, details: Details | None) -> dict[str, Any]:
 
 
 def _safety(qed: QedInfo) -> dict[str, Any]:
-    """Give what a service needs to accept or refuse the image of a stranger."""
+    """Return what a service needs to decide whether to accept an untrusted image."""
     backing, bits = qed.backing, qed.header.bits("features")
     return {
         "has-backing": qed.names_backing,

@@ -1,4 +1,4 @@
-"""What ``qedimg info`` prints for people."""
+"""The text of ``qedimg info``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.nameresolution import BackingName
     from qedfuse.tools.inspection.rawheader import Bits
 
-_FIELDS = {"features": "incompatible", "compat_features": "compatible",
-           "autoclear_features": "autoclear"}  # fmt: skip
+_FEATURE_FIELDS = {"features": "incompatible", "compat_features": "compatible",
+                   "autoclear_features": "autoclear"}  # fmt: skip
 
 
 def as_text(image: ImageInfo, details: Details | None) -> str:
-    """Describe an image in lines that begin as qemu-img's do."""
+    """Return the description of an image, in lines that begin like qemu-img's."""
     return "\n".join(_lines(image, details))
 
 
@@ -50,7 +50,7 @@ def _both(size: int) -> str:
 
 
 def _backing(backing: BackingName) -> Iterator[str]:
-    """Say what base is named, and where it is."""
+    """Describe the backing file: its name, its path and its format."""
     more = "" if backing.path == backing.name else f" (actual path: {printable(backing.path)})"
     yield f"backing file: {printable(backing.name)}{more}"
     if backing.is_raw:
@@ -58,12 +58,12 @@ def _backing(backing: BackingName) -> Iterator[str]:
 
 
 def _specific(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterator[str]:
-    """Say what only QED has."""
+    """Describe the properties that only a QED image has."""
     yield f"file length: {_both(image.file_size)}"
     for name, unit in (("table_size", "clusters"), ("header_size", "clusters")):
         if name in qed.header.values:
             yield f"{name.replace('_', ' ')}: {qed.header.values[name]} {unit}"
-    for name, title in _FIELDS.items():
+    for name, title in _FEATURE_FIELDS.items():
         bits = qed.header.bits(name)
         if bits.value or name == "features":
             yield f"{title} features: {_bits(bits)}"
@@ -76,13 +76,13 @@ def _specific(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterat
         yield f"data clusters: {details.allocation.data}"
         yield f"zero clusters: {details.allocation.zero}"
     if qed.backing is not None:
-        where = "outside of" if qed.backing.escapes else "inside"
+        where = "outside" if qed.backing.escapes else "inside"
         yield f"resolved backing file: {printable(qed.backing.resolved)}"
         yield f"backing file is {where} the image's directory"
 
 
 def _bits(bits: Bits) -> str:
-    """Name bits, and number those that have no name."""
+    """Return feature bits as a number, with the names of the known ones."""
     words = [*bits.names, *(f"unknown bit {number}" for number in bits.unknown)]
     return f"0x{bits.value:x}" + (f" ({', '.join(words)})" if words else "")
 

@@ -1,4 +1,4 @@
-"""``qedimg map``: where everything on a disk lies."""
+"""``qedimg map``: list data, zeros and holes of a disk, and where they are stored."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg map --output json --start-offset 1G --max-length 64M vm.qed"
 DESCRIPTION: Final = """\
-List the extents of a disk, those of its bases included: what is data, zeros or a hole, and
-where in which file it lies.  The table for people has the data only; the JSON has
+List the extents of a disk, those of its bases included: which ranges are data, zeros or
+holes, and where in which file they are stored.  The text lists only data; the JSON lists
 everything, with qemu-img's keys.
 
-Where a table entry points nowhere, nobody can tell what is there: "present" without
-"zero" and "data", and exit code 13 in the end."""
+If a table entry points nowhere, the content of its range is unknown: it is "present"
+without "zero" and "data", and the exit code is 13."""
 
 HEADS: Final = {"human": f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n", "json": "["}
-"""What each kind of list begins with."""
+"""The beginning of the output, by its format."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("-f", dest="format", choices=("qed", "raw"), help="do not guess the format")
+    parser.add_argument(
+        "-f", dest="format", choices=("qed", "raw"), help="do not detect the format"
+    )
     parser.add_argument(
         "--start-offset",
         "-s",
         metavar="OFFSET",
         type=common.size,
         default=0,
-        help="begin here, not at the disk's beginning",
+        help="begin at this offset of the disk (0)",
     )
     parser.add_argument(
-        "--max-length", "-l", metavar="SIZE", type=common.size, help="how much of the disk to list"
+        "--max-length", "-l", metavar="SIZE", type=common.size, help="list this much of the disk"
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -52,27 +54,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the extents."""
-    # On a terminal the list itself shows that something is going on.
+    """List the extents; return the exit code."""
+    # On a terminal the list itself shows the progress.
     with progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as report:
-        listed = _list_quickly(arguments, report)
-        if not listed.all:
+        listed = _list_fast(arguments, report)
+        if not listed.complete:
             run_async(_list_rest, arguments, listed, report)
     return 0
 
 
 class _Listed(NamedTuple):
-    """What has been listed: whether the head, whether any extent, up to where, whether all."""
+    """How much of the list has been printed.
 
-    begun: bool
-    any: bool
+    Attributes:
+        head: Whether its beginning has been printed.
+        extents: Whether any extent has been printed.
+        end: The offset of the disk up to which extents have been printed.
+        complete: Whether the list is finished.
+    """
+
+    head: bool
+    extents: bool
     end: int
-    all: bool = False
+    complete: bool = False
 
 
-def _list_quickly(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> _Listed:
-    """List what can be listed without loading much."""
-    nothing = _Listed(begun=False, any=False, end=arguments.start_offset)
+def _list_fast(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> _Listed:
+    """Print as many extents as the C extension can list; return how many that are."""
+    nothing = _Listed(head=False, extents=False, end=arguments.start_offset)
     part = arguments.start_offset or arguments.max_length is not None
     if part or arguments.format == "raw" or _is_silent(arguments):
         return nothing
@@ -83,35 +92,39 @@ def _list_quickly(arguments: argparse.Namespace, report: Callable[[int, int], No
         sys.stdout.write(HEADS[arguments.output])
         written = False
         for text in found.lines(as_json=as_json, name=printable(arguments.image)):
-            # In JSON a comma is in front of each line, also of the first.
+            # Each line of JSON begins with a comma, the first one included.
             sys.stdout.write(text if written or not as_json else text.removeprefix(",\n"))
             written = written or bool(text)
             report(found.reached, found.size)
         if found.reached < found.size:
-            return _Listed(begun=True, any=written, end=found.reached)
+            return _Listed(head=True, extents=written, end=found.reached)
     if as_json:
         sys.stdout.write("]\n")
-    return _Listed(begun=True, any=True, end=found.size, all=True)
+    return _Listed(head=True, extents=True, end=found.size, complete=True)
 
 
 def _is_silent(arguments: argparse.Namespace) -> bool:
-    """Tell whether nothing is to be printed; JSON is always wanted."""
+    """Return whether ``-q`` suppresses the list; it does not suppress JSON."""
     return bool(arguments.quiet) and arguments.output == "human"
 
 
 async def _list_rest(
     arguments: argparse.Namespace, listed: _Listed, report: Callable[[int, int], None]
 ) -> None:
-    """List what has not been listed yet."""
+    """Print the extents after those in ``listed``.
+
+    Raises:
+        CorruptImageError: There were bad table entries; all extents have been printed.
+    """
     from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  a quick start
     from qedfuse.tools.inspection.mapping import open_map  # noqa: PLC0415
 
     options = common.open_options(arguments)
     async with open_map(arguments.image, arguments.format or "auto", options) as found:
         names = [printable(path) for path in found.files]
-        text = make_writer(arguments.output, names, goes_on=listed.any)
+        text = make_writer(arguments.output, names, continued=listed.extents)
         write = (lambda _text: 0) if _is_silent(arguments) else sys.stdout.write
-        if not listed.begun:
+        if not listed.head:
             write(HEADS[arguments.output])
         bad, start = 0, listed.end
         end = found.size

@@ -1,4 +1,4 @@
-"""How ``qedimg map`` writes extents, as quick as it goes: a full disk has millions of them."""
+"""The output of ``qedimg map``, formatted batch by batch: a full disk has millions of extents."""
 
 from __future__ import annotations
 
@@ -14,51 +14,52 @@ if TYPE_CHECKING:
 
     from qedfuse.tools.source.chainruns import ChainRuns
 
-_ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
+_HEX_ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
+"""A zero in the first or the third column of the table."""
 
 
 class Writer(Protocol):
-    """Turns extents into text."""
+    """Formats extents as text."""
 
     def body(self, batch: ChainRuns) -> str:
-        """Write some extents."""
+        """Return a batch of extents as text."""
 
     def tail(self, start: int) -> str:
-        """End a list of extents from ``start`` on, one that may be empty."""
+        """Return the end of a list, possibly an empty one, that begins at offset ``start``."""
 
 
 class HumanWriter:
-    """Writes the table for people: what is data, and where."""
+    """Formats the extents that are data as a table, like qemu-img."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Write extents of files with these names, by their depth."""
+        """Create a writer for the files ``names``, in the order of their depth in the chain."""
         self._lines = [f"%#-16x%#-16x%#-16x{name.replace('%', '%%')}\n" for name in names]
 
     def body(self, batch: ChainRuns) -> str:
-        """Write a line for each extent of data."""
+        """Return a line for each extent of data."""
         data = batch.kinds == DATA
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)[data]
         depths = batch.depths[data].tolist()
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
-        # C writes no 0x before a zero, which only the disk's first extent can have.
-        return _ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
+        # C's %#x prints no 0x before a zero, which only the disk's first extent can have.
+        return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:
-        """Write nothing more."""
+        """Return nothing: the table has no end mark."""
         return ""
 
 
 class JsonWriter:
-    """Writes JSON as qemu-img does from version 8.2 on, byte for byte."""
+    """Formats JSON like qemu-img since version 8.2, byte for byte."""
 
-    def __init__(self, *, goes_on: bool) -> None:
-        """Write all extents, or with ``goes_on`` those after others."""
+    def __init__(self, *, continued: bool) -> None:
+        """Create a writer; ``continued`` means that extents have been printed before."""
         self._lines: dict[int, str] = {}
-        self._any = goes_on
+        self._any = continued
 
     def body(self, batch: ChainRuns) -> str:
-        """Write a line for each extent."""
+        """Return a line for each extent."""
         placed = (batch.kinds == DATA) | (batch.kinds == HOLE)
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)
         wanted = np.ones(columns.shape, np.bool_)
@@ -72,7 +73,7 @@ class JsonWriter:
         return before + text
 
     def tail(self, start: int) -> str:
-        """End the list; qemu-img's is never empty."""
+        """Return the end of the list, with an empty extent if there was none, like qemu-img."""
         nothing = "" if self._any else _json_line(0, BAD) % (start, 0)
         return f"{nothing.replace('true', 'false')}]\n"
 
@@ -81,7 +82,7 @@ _KINDS: Final = 8
 
 
 def _json_line(depth: int, kind: int) -> str:
-    """Give the pattern of a line."""
+    """Return the format string of a line, for extents of a depth and kind."""
     words = {
         "present": kind != UNALLOCATED,
         "zero": kind in (UNALLOCATED, ZEROS, HOLE),
@@ -93,6 +94,6 @@ def _json_line(depth: int, kind: int) -> str:
     return f'{{ "start": %d, "length": %d, "depth": {depth}, {flags}{offset}}}'
 
 
-def make_writer(output: str, names: Sequence[str], *, goes_on: bool = False) -> Writer:
-    """Choose how to write; with ``goes_on`` some extents have been written."""
-    return JsonWriter(goes_on=goes_on) if output == "json" else HumanWriter(names)
+def make_writer(output: str, names: Sequence[str], *, continued: bool = False) -> Writer:
+    """Return the writer for ``output``; ``continued`` means that extents were printed before."""
+    return JsonWriter(continued=continued) if output == "json" else HumanWriter(names)

@@ -1,4 +1,4 @@
-"""``qedimg measure``: how much space a copy of a disk would need."""
+"""``qedimg measure``: compute how much space a copy of a disk would need."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg measure --cluster-size 1M disk.raw"
 DESCRIPTION: Final = """\
-Tell how long the file would be that "qedimg convert" makes of SOURCE with the same
-options, and how long it can become once all of its disk has been written to.  SOURCE
-is read to find out what is zeros.  With --size it is a new disk that is measured."""
+Compute the length of the file that "qedimg convert" would make of SOURCE with the same
+options, and its length once the whole disk has been written to.  SOURCE is read to find
+ranges of zeros.  With --size the length is that of a new, empty disk."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("source", metavar="SOURCE", nargs="?")
     parser.add_argument("--size", metavar="SIZE", type=common.size, help="measure a new disk")
-    parser.add_argument("-f", dest="source_format", choices=("raw", "qed"), help="what SOURCE is")
+    parser.add_argument("-f", dest="source_format", choices=("raw", "qed"), help="format of SOURCE")
     parser.add_argument(
-        "-O", dest="format", metavar="FORMAT", default="qed", help="raw or qed (qed)"
+        "-O",
+        dest="format",
+        metavar="FORMAT",
+        default="qed",
+        help="format of the copy: raw or qed (qed)",
     )
-    add_base(parser, "-B", "that holds what differs from BASE")
+    add_base(parser, "-B", "with only the difference to BASE")
     add_geometry(parser)
     parser.add_argument(
         "-S",
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=common.size,
         default=4096,
-        help="count zeros as data in runs shorter than this; 0: always (4K)",
+        help="count runs of zeros that are shorter than this as data; 0: all (4K)",
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and print it."""
+    """Measure, and print the lengths; return the exit code."""
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  a quick --help
 
     take_options(arguments, "-B")
@@ -71,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace, spec: ImageSpec) -> Measurement:
-    """Measure a new disk, or a copy.
+    """Measure a new disk, or a copy of the source.
 
     Raises:
-        UsageError: Neither was named, or both.
+        UsageError: Both a source and a size were given, or neither.
     """
     from qedfuse.tools.copying.measure import measure, measure_empty  # noqa: PLC0415  a quick --help
 

@@ -1,4 +1,4 @@
-"""How far a subcommand is: a bar on a terminal, a line on SIGUSR1, nothing on a quick job."""
+"""The progress of a subcommand: a bar on a terminal, a line on SIGUSR1, nothing if it is quick."""
 
 from __future__ import annotations
 
@@ -17,70 +17,75 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-_PATIENCE: Final = 1.0
-"""Seconds without a bar: what is over by then needs none, unless it is asked for."""
-_INTERVAL: Final = 0.1
-"""Seconds between two changes of the bar; work may report far more often."""
-_STDERR: Final = 2
+_BAR_DELAY_SECONDS: Final = 1.0
+"""How long work must take before a bar appears, unless ``-p`` asks for one."""
+_REDRAW_SECONDS: Final = 0.1
+"""The minimum time between two updates of the bar; work may report far more often."""
+_STDERR_FD: Final = 2
 _ERASE_LINE: Final = "\r\x1b[2K"
 
 
 class Meter:
-    """Shows how much is done.
+    """Shows how much of the work is done.
 
-    What comes before the first report, or between two, may take long as well: an image that
-    was not closed cleanly is checked, one with little free space known is scanned.  So a
-    thread sees to it that there is a bar in time.
+    The first report may come late: an image that was not closed cleanly is checked first,
+    and one may be scanned for free space.  Therefore a thread shows the bar after the delay
+    even without a report.
     """
 
-    def __init__(self, what: str, *, bar: bool, lines: bool, patience: float = _PATIENCE) -> None:
-        """Show a ``bar`` after ``patience`` seconds, or ``lines`` of percentages, or neither."""
-        self._what = what
+    def __init__(
+        self, label: str, *, bar: bool, lines: bool, delay_seconds: float = _BAR_DELAY_SECONDS
+    ) -> None:
+        """Show a ``bar`` after ``delay_seconds``, or ``lines`` of percentages, or neither."""
+        self._label = label
         self._bar = bar
         self._lines = lines
         self._done = self._total = 0
-        self._shown = -1
-        self._next = time.monotonic() + patience
+        self._printed_percent = -1
+        self._next_redraw = time.monotonic() + delay_seconds
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._drawing = threading.Lock()
         self._closed = threading.Event()
         self._starter: threading.Thread | None = None
-        if bar and patience > 0:
-            self._starter = threading.Thread(target=self._start_late, args=(patience,), daemon=True)
+        if bar and delay_seconds > 0:
+            self._starter = threading.Thread(
+                target=self._draw_after, args=(delay_seconds,), daemon=True
+            )
             self._starter.start()
 
     def report(self, done: int, total: int) -> None:
-        """Take note of how much of how much is done, in any unit."""
+        """Update the progress: ``done`` of ``total``, in any unit; a total of 0 is unknown."""
         self._done, self._total = done, total
         if self._bar:
             now = time.monotonic()
-            if now >= self._next:
-                self._next = now + _INTERVAL
+            if now >= self._next_redraw:
+                self._next_redraw = now + _REDRAW_SECONDS
                 self._draw()
-        elif self._lines and int(self.percent) != self._shown:
-            self._shown = int(self.percent)
+        elif self._lines and int(self.percent) != self._printed_percent:
+            self._printed_percent = int(self.percent)
             self.print()
 
     @property
     def percent(self) -> float:
-        """How much is done; not more than all of it, whatever was reported."""
+        """The part of the work that is done, in percent; at most 100."""
         return min(100.0, 100.0 * self._done / self._total) if self._total > 0 else 0.0
 
     def print(self) -> None:
-        """Print a line with the percentage to stderr; fit for a signal handler.
+        """Print a line with the percentage to stderr; safe in a signal handler.
 
-        sys.stderr is not: the signal may have come while somebody wrote to it.
+        It writes to the descriptor, because the signal may have interrupted a write to
+        ``sys.stderr``, which is not reentrant.
         """
-        line = f"{self._what}: {self.percent:.1f} %\n"
+        line = f"{self._label}: {self.percent:.1f} %\n"
         if self._progress is not None:
-            # In the place of the bar, which is drawn again below.
+            # The line replaces the bar, which the next update draws again below it.
             line = _ERASE_LINE + line
-        with suppress(OSError):  # nobody reads it; the work goes on
-            os.write(_STDERR, line.encode(errors="backslashreplace"))
+        with suppress(OSError):  # a closed stderr must not end the work
+            os.write(_STDERR_FD, line.encode(errors="backslashreplace"))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._closed.set()
         if self._starter is not None:
             self._starter.join()
@@ -89,8 +94,8 @@ class Meter:
                 self._progress.stop()
 
     def _draw(self) -> None:
-        """Show the bar, or move it."""
-        # A report does not wait for the thread; there is going to be another one.
+        """Show the bar, or update it; skip that if another thread is drawing."""
+        # A report must not wait for the other thread; the next report draws instead.
         if not self._drawing.acquire(blocking=False):
             return
         try:
@@ -100,18 +105,18 @@ class Meter:
                 self._start()
             else:
                 self._progress.update(self._task, completed=self._done, total=self._total or None)
-        except OSError:  # the terminal is gone, and a signal says so
+        except OSError:  # the terminal is gone; SIGHUP ends the work
             pass
         finally:
             self._drawing.release()
 
-    def _start_late(self, patience: float) -> None:
-        """Show the bar, whether or not there was a report."""
-        if not self._closed.wait(patience) and self._progress is None:
+    def _draw_after(self, delay_seconds: float) -> None:
+        """Show the bar after a delay, whether or not there was a report."""
+        if not self._closed.wait(delay_seconds) and self._progress is None:
             self._draw()
 
     def _start(self) -> None:
-        """Show the bar; rich is loaded only now, because it takes its time."""
+        """Show the bar; rich is imported only here, because that is slow."""
         from rich.console import Console  # noqa: PLC0415
         from rich.progress import (  # noqa: PLC0415
             BarColumn,
@@ -132,27 +137,30 @@ class Meter:
             redirect_stderr=False,
         )
         self._task = self._progress.add_task(
-            self._what, total=self._total or None, completed=self._done
+            self._label, total=self._total or None, completed=self._done
         )
         self._progress.start()
 
 
 @contextmanager
 def progress(
-    arguments: argparse.Namespace, what: str, *, bar: bool = True
+    arguments: argparse.Namespace, label: str, *, bar: bool = True
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show how far the work in the block is; gives the function to tell it to.
+    """Show the progress of the work in the block; yield the function to report it to.
 
-    Without ``bar`` there is none on a terminal either.
+    Args:
+        arguments: The parsed command line, with ``-q`` and perhaps ``-p``.
+        label: What the work is, in front of the bar or the percentage.
+        bar: Whether a bar may be shown if stderr is a terminal.
     """
     quiet: bool = arguments.quiet
     wanted: bool = getattr(arguments, "progress", False)
     terminal = sys.stderr.isatty()
     meter = Meter(
-        what,
+        label,
         bar=terminal and bar and not quiet,
         lines=wanted and not terminal and not quiet,
-        patience=0.0 if wanted else _PATIENCE,
+        delay_seconds=0.0 if wanted else _BAR_DELAY_SECONDS,
     )
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

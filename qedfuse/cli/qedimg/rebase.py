@@ -1,4 +1,4 @@
-"""``qedimg rebase``: another base, or none."""
+"""``qedimg rebase``: give an overlay another base, or none."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg rebase -b other.qed -F qed overlay.qed"
 DESCRIPTION: Final = """\
-Give an overlay another base, or none, while its disk keeps its content: where the new
-base shows something else, the overlay takes over what the old one showed.  At any
-moment the overlay names one of the two, and has the same content over it.
+Give an overlay another base, or none, while its disk keeps its content: where the two
+bases differ, the overlay gets a copy of the old one's data.  At any moment the overlay
+names one of the two bases, and has the same content over it.
 
-With -u the name alone changes, and neither base is looked at: for a base that was
-moved, or replaced by one with the same content."""
+With -u only the name changes, and neither base is opened: for a base that was moved, or
+replaced by one with the same content."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
+    """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument(
         "-b",
         dest="base",
         metavar="BASE",
         required=True,
-        help='the new base, seen from the image\'s directory; "" for none',
+        help='the new base, relative to the image\'s directory; "" for none',
     )
     parser.add_argument(
         "-F",
         dest="base_format",
         choices=("raw", "qed"),
-        help="what the new base is; found out if it is QED",
+        help="format of the new base (detected if it is QED)",
     )
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only format there is")
-    parser.add_argument("-u", "--unsafe", action="store_true", help="change the name alone")
+    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
+    parser.add_argument("-u", "--unsafe", action="store_true", help="change only the name")
     common.add_backing(parser)
     common.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Change the base."""
+    """Change the base, and print how much was copied; return the exit code."""
     with progress(arguments, "Rebasing") as report:
         result = run_async(_work, arguments, report)
     base = "no base" if result.backing is None else f"the base {printable(result.backing)}"
     text = f"{printable(arguments.image)}: has {base}"
     if not arguments.unsafe:
         text += (
-            f"; {result.copied_bytes} bytes of the old one taken over as data, "
+            f"; copied from the old one: {result.copied_bytes} bytes as data, "
             f"{result.zero_bytes} as zeros"
         )
     say(arguments, text)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> RebaseResult:
-    """Do what the arguments say."""
+    """Rebase with the options of the command line."""
     from qedfuse.tools.editing.rebase import rebase  # noqa: PLC0415  a quick --help
 
     return await rebase(

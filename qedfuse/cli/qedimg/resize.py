@@ -1,4 +1,4 @@
-"""``qedimg resize``: another size for the disk."""
+"""``qedimg resize``: change the size of the disk."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg resize vm.qed +10G"
 DESCRIPTION: Final = """\
-Change the size of the disk.  What is added reads as zeros, also where the image is
-an overlay that is shorter than its base.
+Change the size of the disk.  The added range reads as zeros, even if the image is an
+overlay that is shorter than its base.
 
-A disk only becomes smaller with --shrink, and only if the image has no data in the
-part that goes, or with --force, which loses it.  Shrink the file systems first."""
+A disk becomes smaller only with --shrink, and only if the image has no data past the
+new end, or with --force, which drops that data.  Shrink the file systems first."""
 
-_RELATIVE: Final = re.compile(r"[+-]")
-_LESS: Final = re.compile(r"-\d+(?:[kmgtpe]i?)?b?", re.IGNORECASE | re.ASCII)
+_SIGN: Final = re.compile(r"[+-]")
+_NEGATIVE_SIZE: Final = re.compile(r"-\d+(?:[kmgtpe]i?)?b?", re.IGNORECASE | re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the subcommand takes."""
-    # "-1G" is a size here, and argparse asks this whether it is an option.
-    parser._negative_number_matcher = _LESS  # noqa: SLF001  there is no other way
+    """Declare the options and operands."""
+    # argparse takes "-1G" for an operand, not an option, only if it matches this pattern.
+    parser._negative_number_matcher = _NEGATIVE_SIZE  # noqa: SLF001  there is no other way
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("size", metavar="[+|-]SIZE", type=_change)
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only format there is")
+    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
     parser.add_argument("--shrink", action="store_true", help="let the disk become smaller")
     parser.add_argument(
         "--force",
         action="store_true",
-        help="lose what the image holds past the new end, or past the old one",
+        help="drop data past the new end, or data that another program left past the old end",
     )
     common.add_backing(parser)
     common.add_progress(parser)
 
 
 def _change(text: str) -> tuple[int, bool]:
-    """Read a size, and whether it counts from the present one."""
-    sign = _RELATIVE.match(text)
+    """Return a size in bytes, and whether it is relative to the present one."""
+    sign = _SIGN.match(text)
     value = common.size(text[1:] if sign else text)
     return (-value if text.startswith("-") else value), sign is not None
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Change the size."""
+    """Change the size, and print the result; return the exit code."""
     with progress(arguments, "Resizing") as report:
         result = run_async(_work, arguments, report)
     text = f"{printable(arguments.image)}: had {result.size_before} bytes, has {result.size}"
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> ResizeResult:
-    """Do what the arguments say."""
+    """Resize with the options of the command line."""
     from qedfuse.tools.editing.resize import resize  # noqa: PLC0415  a quick --help
 
     size, relative = arguments.size

@@ -1,4 +1,4 @@
-"""Running a subcommand so that Ctrl-C, SIGTERM and a closed terminal end it in an orderly way."""
+"""Run a subcommand so that Ctrl-C, SIGTERM and a closed terminal cancel it cleanly."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from trio.lowlevel import TrioToken
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What ends a subcommand early; one that was ignored from the start stays so (nohup)."""
+"""The signals that end a subcommand; one that was ignored from the start (nohup) stays so."""
 
 T = TypeVar("T")
 
 
 class Interruption:
-    """Whether a signal came, and what is to happen then.
+    """Turns the first signal into a cancellation or a KeyboardInterrupt.
 
-    Only the first signal counts.  A second one would hit the putting away that the first
-    one began, and leave on the disk what was to be put away.
+    Later signals are ignored: a second one would interrupt the cleanup that the first one
+    has started, and leave temporary files and dirty images behind.
+
+    Attributes:
+        came: Whether a signal has come.
     """
 
     def __init__(self) -> None:
@@ -32,10 +35,10 @@ class Interruption:
         self._cancel: Callable[[], None] | None = None
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Cancel what runs; outside of `run`, raise.
+        """Handle a signal: cancel what `run` runs; outside of `run`, raise.
 
         Raises:
-            KeyboardInterrupt: Nothing runs that could be cancelled.
+            KeyboardInterrupt: Nothing is running that could be cancelled.
         """
         if self.came:
             return
@@ -46,10 +49,10 @@ class Interruption:
             self._cancel()
 
     def run(self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]) -> T:
-        """Run an asynchronous function to its end.
+        """Run an asynchronous function to its end, and return its result.
 
         Raises:
-            KeyboardInterrupt: A signal came.
+            KeyboardInterrupt: A signal has cancelled it.
         """
         import trio  # noqa: PLC0415  a quick --help
 
@@ -60,18 +63,19 @@ class Interruption:
             self._deferred = False
         if not results:
             raise KeyboardInterrupt
-        # A signal that came when everything was done has nothing left to end.
+        # A signal that came after the function was done does not change its result.
         return results[0]
 
     async def _cancellable(
         self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]
     ) -> list[T]:
-        """Give the function's result in a list; an empty one if it was cancelled."""
+        """Return the function's result in a list, which is empty if it was cancelled."""
         import trio  # noqa: PLC0415
 
         token: TrioToken = trio.lowlevel.current_trio_token()
         with trio.CancelScope() as scope:
-            # From a signal handler, which may come at any point of trio's own work.
+            # Called by a signal handler, which may interrupt trio's own code at any point;
+            # only run_sync_soon is safe there.
             self._cancel = lambda: token.run_sync_soon(scope.cancel)
             try:
                 if self.came:
@@ -83,27 +87,28 @@ class Interruption:
 
 
 _active: list[Interruption] = []
-"""The one whose handlers are installed, if any."""
+"""The interruption whose signal handlers are installed, if any."""
 
 
-def _forget_interrupt(lost: sys.UnraisableHookArgs) -> None:
-    """Say nothing of an interrupt that was raised where nobody can catch it.
+def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Print nothing about a KeyboardInterrupt that no code can catch, as in a destructor.
 
-    Python's own callbacks are such places.  The interruption is remembered all the same.
+    `Interruption.came` records the signal nevertheless.
     """
-    if lost.exc_type is not KeyboardInterrupt:
-        sys.__unraisablehook__(lost)
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
 
 
 @contextmanager
 def interruptible(*, last: bool = False) -> Iterator[Interruption]:
-    """Let signals end the block with a KeyboardInterrupt, once, or cancel what it runs.
+    """Handle signals in the block: the first one cancels `run_async`, or raises.
 
-    SIGUSR1 does no harm in the block, whether or not there is any progress to show.
+    Outside of `run_async` it raises KeyboardInterrupt.  SIGUSR1, which by default ends a
+    process, is ignored unless `progress` handles it.
 
     Args:
-        last: The process ends after the block: signals are ignored then, since they could
-            only show a traceback.
+        last: Whether the process ends after the block; then signals are ignored from there
+            on, since they could only print a traceback.
     """
     interruption = Interruption()
     before = {
@@ -113,7 +118,7 @@ def interruptible(*, last: bool = False) -> Iterator[Interruption]:
     }
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
     _active.append(interruption)
-    hook, sys.unraisablehook = sys.unraisablehook, _forget_interrupt
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore_lost_interrupt
     try:
         yield interruption
     finally:
@@ -124,13 +129,13 @@ def interruptible(*, last: bool = False) -> Iterator[Interruption]:
 
 
 def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """Run an asynchronous function to its end; a signal cancels it.
+    """Run an asynchronous function to its end and return its result; a signal cancels it.
 
-    A KeyboardInterrupt in the midst of anything could leave a disk between two states.
-    A cancelled disk closes itself as at its usual end, and only then the program ends.
+    A KeyboardInterrupt at any point of the code could leave an image between two states.
+    After a cancellation the image is closed in the usual way, and then the program ends.
 
     Raises:
-        KeyboardInterrupt: A signal came, and everything has been put away.
+        KeyboardInterrupt: A signal has cancelled the function, and its cleanup is complete.
     """
     if _active:
         return _active[-1].run(function, args)
