@@ -74,7 +74,7 @@ def disk(image: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_the_extension_is_built() -> None:
     """The extension for fallocate(2) and lseek(2) was built where the tests run, and it loads."""
-    assert extraops._extension is not None, extraops._why_not
+    assert extraops._extension is not None, extraops._load_error
 
 
 @pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE])

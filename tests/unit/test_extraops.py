@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.extraops import Handler
 
 pytestmark = pytest.mark.skipif(
-    extraops._extension is None, reason=f"no extension: {extraops._why_not}"
+    extraops._extension is None, reason=f"no extension: {extraops._load_error}"
 )
 
 INIT: Final = 26

@@ -1,4 +1,4 @@
-"""The parts between the kernel and the disk that need no kernel to be tested."""
+"""FUSE INIT, the options for libfuse, and the handlers of requests, without a kernel."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
 from qedfuse.mount.fuse import fuseinit
-from qedfuse.mount.fuse.attach import _explain, kernel_options
-from qedfuse.mount.fuse.exporteddisk import ExportedDisk
+from qedfuse.mount.fuse.attach import _explain, libfuse_options
+from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
 from qedfuse.mount.fuse.operations import Operations
+from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation
 from qedfuse.mount.optionparser import parse_options
 from qedfuse.mount.options import MountOptions
@@ -48,7 +49,7 @@ class Broken:
         self._error = error
 
     def try_read(self, _start: int, _length: int) -> None:
-        """Leave it to `read`."""
+        """Return None, so that the slow path is taken."""
 
     async def read(self, _start: int, _length: int) -> bytes:
         """Fail."""
@@ -58,77 +59,86 @@ class Broken:
         """Do nothing."""
 
 
-async def forget_pages(_view: ExportedDisk) -> bool:
-    """Have nothing cached."""
+async def drop_pages(_exported: ExportedDisk) -> bool:
+    """Report that the kernel has dropped its pages."""
     return True
 
 
-def operations(disk: object, options: MountOptions | None = None) -> Operations:
-    """Make the handlers for one disk, as inode 2 of a directory."""
-    view = ExportedDisk(cast("Disk", disk), b"vm.raw", 2)
-    return Operations([view], options or MountOptions(), forget_pages, directory=True)
+def export(*disks: object) -> ExportedDisks:
+    """Export disks from inode 2 of a directory on."""
+    return ExportedDisks(
+        ExportedDisk(cast("Disk", disk), b"vm%d.raw" % number if number else b"vm.raw", 2 + number)
+        for number, disk in enumerate(disks)
+    )
+
+
+def operations(disks: ExportedDisks, options: MountOptions | None = None) -> Operations:
+    """Make the handlers of requests for disks in a directory."""
+    chosen = options or MountOptions()
+    truncation = Truncation(chosen, drop_pages)
+    return Operations(disks, chosen, truncation, SizeFixup("/mnt"), directory=True)
 
 
 class Context:
-    """A caller."""
+    """The context of a request."""
 
     def __init__(self, uid: int) -> None:
-        """Be user ``uid``."""
+        """Make a request of user ``uid``."""
         self.uid = uid
 
 
 def context(uid: int = 0) -> RequestContext:
-    """Give a caller as pyfuse3 does."""
+    """Return the context of a request of user ``uid``."""
     return cast("RequestContext", Context(uid))
 
 
-def test_a_feature_is_declined_and_the_rest_is_passed_on() -> None:
-    """One bit of the kernel's offer goes, everything else stays as it is."""
+def test_a_feature_is_masked_and_the_rest_is_passed_on() -> None:
+    """One feature bit of the kernel's INIT request is cleared, and the rest is unchanged."""
     changed = mask_request(INIT + b"more", 8)
     assert changed == INIT[:52] + struct.pack("=I", 0xF7) + b"more"
 
 
 @pytest.mark.parametrize("message", [b"", INIT[:50], b"\0" * 100])
-def test_another_message_is_refused(message: bytes) -> None:
-    """What is not the first message is not touched."""
+def test_a_message_other_than_init_is_refused(message: bytes) -> None:
+    """Only an INIT request is masked."""
     with pytest.raises(FuseError, match="expected FUSE_INIT"):
         mask_request(message, 8)
 
 
-ANSWER = struct.pack("=IiQ" + "IIIIHHII", 80, 0, 2, 7, 31, 1 << 17, 0xF7, 0, 0, 1 << 20, 1)
-ANSWER += bytes(80 - len(ANSWER))
+REPLY = struct.pack("=IiQ" + "IIIIHHII", 80, 0, 2, 7, 31, 1 << 17, 0xF7, 0, 0, 1 << 20, 1)
+REPLY += bytes(80 - len(REPLY))
 
 
 @pytest.mark.parametrize(
     ("readahead", "found"),
     [(None, 1 << 17), (1 << 20, 1 << 17), (1 << 16, 1 << 16), (0, 0)],
 )
-def test_libfuses_answer_is_completed(readahead: int | None, found: int) -> None:
-    """More requests in the background, coarse times, less read-ahead if wanted; the rest stays."""
-    changed = patch_reply(ANSWER, readahead)
+def test_the_init_reply_of_libfuse_is_completed(readahead: int | None, found: int) -> None:
+    """It gets max_background, time_gran and less read-ahead if wanted; the rest is unchanged."""
+    changed = patch_reply(REPLY, readahead)
     assert struct.unpack_from("=IIIIHHII", changed, 16) == (
         *(7, 31, found, 0xF7, 64, 48),
         *(1 << 20, 100_000_000),
     )
-    assert (changed[:16], changed[44:]) == (ANSWER[:16], ANSWER[44:])
+    assert (changed[:16], changed[44:]) == (REPLY[:16], REPLY[44:])
 
 
-def test_an_answer_that_refuses_is_passed_on() -> None:
-    """An error, and the answer to a kernel too old or too new, have no such fields."""
-    for answer in (struct.pack("=IiQ", 16, -errno.EPROTO, 2), ANSWER[:24]):
-        assert patch_reply(answer, 0) == answer
+def test_an_init_reply_with_an_error_is_unchanged() -> None:
+    """An error, and the reply to a kernel too old or too new, have no such fields."""
+    for reply in (struct.pack("=IiQ", 16, -errno.EPROTO, 2), REPLY[:24]):
+        assert patch_reply(reply, 0) == reply
 
 
-def test_descriptors_that_threads_close_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file may be closed between the listing of the descriptors and the look at each."""
+def test_descriptors_that_threads_close_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor may be closed after it was listed and before it is read."""
     monkeypatch.setattr(fuseinit, "open_descriptors", lambda: {-1})
     assert fuseinit.fuse_descriptors() == set()
 
 
-def test_what_libfuse_is_told() -> None:
-    """Powers are taken away whatever the user says; names are made safe."""
+def test_options_for_libfuse() -> None:
+    """Nosuid and nodev are set whatever the user says; commas in the source are escaped."""
     options = parse_options(["ro,allow_root,noatime,dev,suid"])
-    assert kernel_options(options, "/a,b\\ü\n.qed") == {
+    assert libfuse_options(options, "/a,b\\ü\n.qed") == {
         "fsname=/a\\,b\\\\ü\n.qed",
         "subtype=qedfuse",
         "default_permissions",
@@ -148,15 +158,15 @@ def test_what_libfuse_is_told() -> None:
         ("fuse: mount failed: Invalid argument", FuseError),
     ],
 )
-def test_what_libfuse_says_becomes_an_error(said: str, kind: type[Exception]) -> None:
-    """The class decides about the exit code; the words stay."""
+def test_messages_of_libfuse_become_errors(said: str, kind: type[Exception]) -> None:
+    """The class, which decides the exit code, follows from the message, which is kept."""
     error = _explain("/mnt", said)
     assert type(error) is kind
     assert str(error) == f"/mnt: cannot mount: {said}"
 
 
-def test_words_in_a_name_are_not_what_libfuse_says() -> None:
-    """A mountpoint may be called like a reason."""
+def test_words_in_a_path_do_not_choose_the_error() -> None:
+    """The name of a mountpoint may look like a reason."""
     name = "/Permission denied/mountpoint"
     assert type(_explain(name, f"fuse: {name}: Invalid argument")) is FuseError
 
@@ -164,9 +174,9 @@ def test_words_in_a_name_are_not_what_libfuse_says() -> None:
 async def test_an_expected_failure_is_answered_and_logged_once(
     caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
-    """The guest gets the errno of the error, the log its one line."""
+    """The kernel gets the errno of the error, and the log one line for repeated errors."""
     request.node.add_marker(pytest.mark.expect_log("vm.qed: bad table"))
-    handlers = operations(Broken(CorruptImageError("vm.qed: bad table")))
+    handlers = operations(export(Broken(CorruptImageError("vm.qed: bad table"))))
     for _ in range(2):
         with pytest.raises(pyfuse3.FUSEError) as caught:
             await handlers.read(2, 0, 512)
@@ -179,7 +189,7 @@ async def test_a_bug_is_answered_with_eio_and_logged_with_its_trace(
 ) -> None:
     """No exception reaches pyfuse3, which would end the mount."""
     request.node.add_marker(pytest.mark.expect_log("internal error in read"))
-    handlers = operations(Broken(ZeroDivisionError()))
+    handlers = operations(export(Broken(ZeroDivisionError())))
     with pytest.raises(pyfuse3.FUSEError) as caught:
         await handlers.read(2, 0, 512)
     assert caught.value.errno == errno.EIO
@@ -188,7 +198,7 @@ async def test_a_bug_is_answered_with_eio_and_logged_with_its_trace(
 
 
 class NamedBroken(Broken):
-    """A broken disk whose error can be changed."""
+    """A broken disk with a name, whose error can be changed."""
 
     name = "/vm.qed"
 
@@ -201,11 +211,11 @@ class NamedBroken(Broken):
 async def test_errors_are_counted_for_the_disk_whatever_the_handle(
     flags: int, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
-    """With any flags of open(2); the summary names the disk and not the mount."""
+    """The summary names the disk, and not the mount, for handles with any flags of open(2)."""
     request.node.add_marker(pytest.mark.expect_log("vm.qed"))
     disk = NamedBroken(CorruptImageError("vm.qed: bad table"))
     for options in (MountOptions(), MountOptions(direct_io=True)):
-        handlers = operations(disk, options)
+        handlers = operations(export(disk), options)
         opened = await handlers.open(2, os.O_RDWR | flags, context())
         for _ in range(2):
             with pytest.raises(pyfuse3.FUSEError):
@@ -218,7 +228,7 @@ async def test_errors_are_counted_for_the_disk_whatever_the_handle(
 
 
 class Shrunk:
-    """A disk of which nothing may be discarded."""
+    """A disk on which a discard fails the test."""
 
     size = 8192
 
@@ -227,12 +237,12 @@ class Shrunk:
         pytest.fail(f"{length} bytes from {start} on are discarded")
 
 
-async def test_a_correction_of_the_size_never_empties_anything() -> None:
-    """The disk may have grown since the kernel was told its size by a truncation."""
-    view = ExportedDisk(cast("Disk", Shrunk()), b"vm.raw", 2, correcting=4096)
-    truncation = Truncation(MountOptions(growable=True, truncate="zero"), forget_pages)
+async def test_a_size_fixup_never_discards_data() -> None:
+    """If the disk has grown since the fix-up read its size, the truncation is refused."""
+    exported = ExportedDisk(cast("Disk", Shrunk()), b"vm.raw", 2, correcting=4096)
+    truncation = Truncation(MountOptions(growable=True, truncate="zero"), drop_pages)
     with pytest.raises(pyfuse3.FUSEError) as caught:
-        await truncation.set_size(view, 4096)
+        await truncation.set_size(exported, 4096)
     assert caught.value.errno == errno.EPERM
 
 
@@ -241,11 +251,10 @@ async def test_errors_are_rate_limited_for_each_disk(
     autojump_clock: MockClock,
     request: pytest.FixtureRequest,
 ) -> None:
-    """A hundred lines a disk, then a line a minute that has the number and the last error."""
+    """100 lines for each disk, then a line per minute with the number and the last error."""
     request.node.add_marker(pytest.mark.expect_log("vm.qed"))
     disks = [NamedBroken(ValueError()), NamedBroken(ValueError())]
-    views = [ExportedDisk(cast("Disk", disk), b"vm.raw", 2 + at) for at, disk in enumerate(disks)]
-    handlers = Operations(views, MountOptions(), forget_pages, directory=True)
+    handlers = operations(export(*disks))
 
     def logged() -> list[str]:
         texts = [record.getMessage() for record in caplog.records]
@@ -259,7 +268,7 @@ async def test_errors_are_rate_limited_for_each_disk(
                 await handlers.read(2 + which, 0, 512)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(handlers.errors.run)
+        nursery.start_soon(handlers.errors.log_summaries)
         await fail(0, 0, 150)
         assert logged() == [f"/vm.qed: entry {number}" for number in range(100)]
         # Other disks have their own hundred.
@@ -276,7 +285,7 @@ async def test_errors_are_rate_limited_for_each_disk(
         await fail(0, 7, 8)
         await trio.sleep(61)
         assert logged() == [more.format("1 more error", 7)]
-        # What the minute's line has not told yet is told when the mount ends.
+        # Errors that no summary has reported yet are reported when the mount ends.
         await fail(0, 500, 502)
         nursery.cancel_scope.cancel()
     assert logged() == [more.format("2 more errors", 501)]
@@ -286,9 +295,9 @@ async def test_errors_are_rate_limited_for_each_disk(
 async def test_bugs_are_rate_limited_too(
     caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
-    """A bug that each request meets has one traceback, whatever way the request takes."""
+    """A bug that every request meets is logged with one traceback."""
     request.node.add_marker(pytest.mark.expect_log("internal error in read"))
-    handlers = operations(Broken(ZeroDivisionError()))
+    handlers = operations(export(Broken(ZeroDivisionError())))
     for _ in range(3):
         with pytest.raises(pyfuse3.FUSEError):
             await handlers.read(2, 0, 512)
@@ -296,9 +305,9 @@ async def test_bugs_are_rate_limited_too(
 
 
 async def test_a_failed_disk_is_reported_by_flush() -> None:
-    """Whoever closes a file learns that its writes may be lost."""
+    """close(2) and fsync(2) report that writes may be lost."""
     disk = Broken(ValueError())
-    handlers = operations(disk)
+    handlers = operations(export(disk))
     await handlers.flush(2)
     disk.failure = "the host's disk broke"
     for call in (handlers.flush(2), handlers.fsync(2, True)):  # noqa: FBT003
@@ -307,14 +316,14 @@ async def test_a_failed_disk_is_reported_by_flush() -> None:
         assert caught.value.errno == errno.EIO
 
 
-async def test_allow_root_turns_others_away(
+async def test_allow_root_refuses_other_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root and the owner are served, everybody else gets EACCES."""
+    """Root and the owner are served, all other users get EACCES."""
     monkeypatch.setattr("os.getuid", lambda: 1000)
     image = qemu.create(tmp_path / "vm.qed", 4096)
     async with open_disk(str(image), OpenOptions()) as disk:
-        handlers = operations(disk, parse_options(["allow_root"]))
+        handlers = operations(export(disk), parse_options(["allow_root"]))
         for uid in (0, 1000):
             assert (await handlers.lookup(1, b"vm.raw", context(uid))).st_ino == 2
         for call in (handlers.lookup(1, b"vm.raw", context(7)), handlers.opendir(1, context(7)),
@@ -325,30 +334,32 @@ async def test_allow_root_turns_others_away(
 
 
 async def test_handles_are_counted(tmp_path: Path) -> None:
-    """The last close is noticed, which a signal waits for."""
+    """The close of the last handle sets the event for which a shutdown waits."""
     image = qemu.create(tmp_path / "vm.qed", 4096)
-    closed = []
     async with open_disk(str(image), OpenOptions()) as disk:
-        handlers = operations(disk, parse_options(["ro"]))
-        handlers.released = lambda: closed.append(handlers.opened)
+        disks = export(disk)
+        handlers = operations(disks, parse_options(["ro"]))
+        last_close = disks.next_last_close()
         first = await handlers.open(2, 0, context())
         second = await handlers.open(2, 0o40000, context())
-        assert handlers.opened == 2
+        assert disks.open_handles == 2
         await handlers.release(second.fh)
-        assert closed == []
+        assert not last_close.is_set()
         await handlers.release(first.fh)
-        assert closed == [0]
+        assert last_close.is_set()
+        assert disks.open_handles == 0
+        assert not disks.next_last_close().is_set()
 
 
 @pytest.mark.expect_log("internal error in")
 @pytest.mark.parametrize("name", ["read", "write"])
-async def test_a_bug_on_the_short_way_is_answered_too(
+async def test_a_bug_on_the_fast_path_is_answered_too(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It ends one request, not the mount."""
+    """It fails one request and does not end the mount."""
 
     class Worse(Broken):
-        """A disk that fails where nothing is expected to."""
+        """A disk whose fast path raises."""
 
         def try_read(self, _start: int, _length: int) -> None:
             """Fail."""
@@ -356,7 +367,7 @@ async def test_a_bug_on_the_short_way_is_answered_too(
 
         try_write = try_read
 
-    handlers = operations(Worse(ValueError("oops")))
+    handlers = operations(export(Worse(ValueError("oops"))))
     with pytest.raises(pyfuse3.FUSEError) as caught:
         await (handlers.read(2, 0, 4) if name == "read" else handlers.write(2, 0, b"1234"))
     assert caught.value.errno == errno.EIO

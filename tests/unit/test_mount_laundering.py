@@ -1,4 +1,4 @@
-"""Asking the helper process to have data written back, and what its end means."""
+"""Laundering by the helper process, and what the end of the session means for it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 
-def view() -> ExportedDisk:
-    """Give what is asked about."""
+def exported_disk() -> ExportedDisk:
+    """Make a disk without writes in progress."""
     disk = SimpleNamespace(size=1 << 20)
     return cast("ExportedDisk", SimpleNamespace(inode=2, disk=disk, writing=0))
 
 
-async def test_the_session_may_end_while_somebody_waits() -> None:
-    """Who waits learns that nothing is known of the range; it is no bug."""
+async def test_the_session_may_end_while_a_task_waits() -> None:
+    """A task that waits for laundering gets False, and so does every later caller."""
     connection, _other = socket.socketpair()
     process = Launderer.__new__(Launderer)
     process.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    laundering = Laundering(connection.fileno(), process)
+    laundering = Laundering(process)
+    laundering.connect(connection.fileno())
     answers = []
 
     async def ask() -> None:
-        answers.append(await laundering.launder_all(view()))
+        answers.append(await laundering.launder(exported_disk()))
 
     with connection, _other, theirs:
         async with trio.open_nursery() as nursery:
@@ -44,4 +45,4 @@ async def test_the_session_may_end_while_somebody_waits() -> None:
             assert len(theirs.recv(64)) > ERROR.size
             laundering.stop()
         assert answers == [False]
-        assert await laundering.launder_all(view()) is False
+        assert await laundering.launder(exported_disk()) is False

@@ -1,4 +1,4 @@
-"""What a mount says when it is told to end while it is in use."""
+"""Signals: unmounting when idle or by force, and what is reported about durability."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import trio
 from qedfuse.disk.maintenance import compaction
 from qedfuse.errors import HostError
 from qedfuse.mount import shutdown
-from qedfuse.mount.shutdown import SIGNALS, Shutdown, Stopper
+from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+from qedfuse.mount.process.signals import SIGNALS, SignalDispatcher
+from qedfuse.mount.shutdown import Shutdown
 from qedfuse.mount.system.unmount import BusyError
 from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
@@ -24,29 +26,33 @@ from tests.unit.test_autocompaction import GIVEN_UP, full, give_up
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qedfuse.mount.fuse.operations import Operations
+    from qedfuse.disk.disk import Disk
 
 CLUSTER = 4096
 
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """Restore the handlers that `Stopper.run` replaces until the process exits."""
+    """Restore the handlers that `SignalDispatcher.run` replaces until the process exits."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def operations_of(*disks: object) -> Operations:
-    """Stand in for the requests of a mount of some disks that are open for writing."""
-    views = {number: SimpleNamespace(disk=disk, writers=1) for number, disk in enumerate(disks)}
-    served = SimpleNamespace(views=views, write_back=None, opened=1, released=None)
-    return cast("Operations", served)
+def export(*disks: object) -> ExportedDisks:
+    """Export disks, each with one open handle that may write."""
+    exports = ExportedDisks(
+        ExportedDisk(cast("Disk", disk), b"%d.raw" % number, number)
+        for number, disk in enumerate(disks, 2)
+    )
+    for exported in exports:
+        exports.handle_opened(exported, writer=True)
+    return exports
 
 
 async def end_while_in_use(monkeypatch: pytest.MonkeyPatch, *disks: object) -> None:
-    """Tell a mount of some disks to end; it is in use at the first try, and not at the second."""
+    """Signal a mount of some disks that is in use at the first attempt only."""
     busy = [BusyError("in use")]
 
     def unmount(_mountpoint: str) -> None:
@@ -55,19 +61,20 @@ async def end_while_in_use(monkeypatch: pytest.MonkeyPatch, *disks: object) -> N
 
     monkeypatch.setattr(shutdown, "unmount", unmount)
     monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
-    monkeypatch.setattr(Shutdown, "_is_ours", lambda _self: True)
+    monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
     monkeypatch.setattr(shutdown, "describe_copies", lambda _device: None)
     async with trio.open_nursery() as nursery:
-        ending = Shutdown(operations_of(*disks), "/mnt", "0:99", nursery)
-        ending.receive("SIGTERM")
+        exports = export(*disks)
+        Shutdown(exports, None, "/mnt", "0:99", nursery).receive("SIGTERM")
         await trio.testing.wait_all_tasks_blocked()
-        ending._wake()
+        for exported in exports:
+            exports.handle_closed(exported, writer=True)
     assert not busy
 
 
 @pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; it goes on")
 async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says so when it is true."""
+    """The log says that all is durable after a flush of every disk."""
     file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
     async with opened(file) as disk:
         await disk.write(0, pattern(CLUSTER, 1))
@@ -83,7 +90,7 @@ async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_not_durable(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failed: str
 ) -> None:
-    """A disk that failed, then or earlier, is never called durable; the others are flushed."""
+    """If a disk fails, now or before, the log does not claim durability; others are flushed."""
     inner = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
     file, other = FailingFile(inner), MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
     failing = opened(file)
@@ -106,17 +113,18 @@ async def test_not_durable(
 async def test_a_signal_ends_the_compaction(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once the mount is gone: what was moved is cut off, and the close goes on."""
+    """After the mount is gone a signal ends the compaction; the disk is closed cleanly."""
     monkeypatch.setattr(compaction, "_QUICK_BATCH_BYTES", CLUSTER)
     inner = MemoryFile(full())
     file = FailingFile(inner)
     async with trio.open_nursery() as nursery:
-        stopper = Stopper()
-        await nursery.start(stopper.run, nursery.cancel_scope)
+        interrupted: list[str] = []
+        signals = SignalDispatcher(interrupted.append)
+        await nursery.start(signals.run)
         async with opened(file) as disk:
             await give_up(disk)
             await disk.flush()
-            stopper.closing([disk])
+            signals.handle_with(lambda _name: disk.stop_compacting())
             held = file.hold("write", 7)
 
             async def send() -> None:
@@ -127,7 +135,7 @@ async def test_a_signal_ends_the_compaction(
 
             nursery.start_soon(send)
         nursery.cancel_scope.cancel()
-    assert not stopper.interrupted
+    assert not interrupted
     assert inner.closed
     found = inspect_image(inner.content)
     assert found.errors == ()
@@ -135,12 +143,12 @@ async def test_a_signal_ends_the_compaction(
 
 
 async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
-    """As nohup(1) promises; the other signals count in any case."""
+    """SIGHUP is ignored as nohup(1) has set it; SIGTERM is received."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         async with trio.open_nursery() as nursery:
-            stopper = Stopper()
-            await nursery.start(stopper.run, nursery.cancel_scope)
+            signals = SignalDispatcher(lambda _name: nursery.cancel_scope.cancel())
+            await nursery.start(signals.run)
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             signal.raise_signal(signal.SIGHUP)
             await trio.testing.wait_all_tasks_blocked()
@@ -158,7 +166,7 @@ async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
 async def test_a_lack_of_descriptors_does_not_end_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The mount table is read again when there may be descriptors; then it is unmounted."""
+    """The mount table is read again a second later, and the mount is unmounted then."""
     lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
     entry = SimpleNamespace(device="0:99")
     unmounted: list[str] = []
@@ -175,7 +183,7 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
     monkeypatch.setattr(shutdown, "unmount", unmounted.append)
     monkeypatch.setattr(shutdown, "describe_copies", fail)
     async with trio.open_nursery() as nursery:
-        Shutdown(operations_of(), "/mnt", "0:99", nursery).receive("SIGTERM")
+        Shutdown(export(), None, "/mnt", "0:99", nursery).receive("SIGTERM")
     assert unmounted == ["/mnt"]
     assert not lack
 
@@ -183,8 +191,10 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
 @pytest.mark.expect_log("second signal: ended while in use")
 @pytest.mark.expect_log("/mnt: ended by force before everything was durable")
 @pytest.mark.usefixtures("autojump_clock")
-async def test_a_forced_end_that_is_not_durable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flush that does not end within its time makes the end a failure of the host."""
+async def test_a_forced_unmount_that_loses_data_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A flush that exceeds its time limit makes the forced unmount a HostError."""
     terminated: list[bool] = []
 
     async def never_flush() -> None:
@@ -193,9 +203,8 @@ async def test_a_forced_end_that_is_not_durable_is_kept(monkeypatch: pytest.Monk
     monkeypatch.setattr(shutdown, "find_mount", lambda _mountpoint: None)
     monkeypatch.setattr(pyfuse3, "terminate", lambda: terminated.append(True))
     async with trio.open_nursery() as nursery:
-        ending = Shutdown(
-            operations_of(SimpleNamespace(flush=never_flush)), "/mnt", "0:99", nursery
-        )
+        disks = export(SimpleNamespace(flush=never_flush))
+        ending = Shutdown(disks, None, "/mnt", "0:99", nursery)
         ending._signals = 1
         ending.receive("SIGTERM")
     assert terminated

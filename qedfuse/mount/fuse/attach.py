@@ -1,4 +1,4 @@
-"""Attaching to the kernel: libfuse mounts, and what it prints becomes one line of ours."""
+"""Mounting by libfuse; the messages that it prints become the message of one error."""
 
 from __future__ import annotations
 
@@ -21,62 +21,70 @@ if TYPE_CHECKING:
     from qedfuse.mount.options import MountOptions
 
 _STDERR: Final = 2
-_MAX_CHATTER: Final = 4096
+_MAX_MESSAGE_BYTES: Final = 4096
 
 
 class _RawOption(str):
-    """An option in the bytes of a file name, where pyfuse3 takes only ASCII."""
+    """An option that contains a file name; pyfuse3 would accept only ASCII in a plain str."""
 
     __slots__ = ()
 
     def encode(self, encoding: str = "", errors: str = "") -> bytes:  # noqa: ARG002  str's
-        """Return the bytes of the file name, whatever encoding pyfuse3 asks for."""
-        return os.fsencode(str(self))  # of itself it would call this method
+        """Return the bytes of the file name, for any encoding."""
+        return os.fsencode(str(self))  # without str() this method would call itself
 
 
-def kernel_options(options: MountOptions, source: str) -> set[str]:
-    """Build libfuse's options: what the mount table shows, and what the kernel enforces."""
-    words = {
-        # As it is, since mount(8) looks for it in the mount table, which escapes it itself.
+def libfuse_options(options: MountOptions, source: str) -> set[str]:
+    """Return the options for libfuse: for the mount table, and for the kernel to enforce."""
+    found = {
+        # Not escaped for display: mount(8) looks for the source in the mount table, and the
+        # kernel escapes what that table shows.
         _RawOption(f"fsname={escape_value(source)}"),
         "subtype=qedfuse",
         "default_permissions",
-        # Files named by an image must not gain powers, so these are not up to the user.
+        # Set-user-ID programs and devices of an untrusted image must have no effect, so the
+        # user cannot turn these off.
         "nosuid",
         "nodev",
         *options.kernel_flags,
     }
     if options.read_only:
-        words.add("ro")
+        found.add("ro")
     if options.allow_other or options.allow_root:
-        words.add("allow_other")
-    return words
+        found.add("allow_other")
+    return found
 
 
 def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
-    """Mount; return the descriptor of the connection, which belongs to pyfuse3.
+    """Mount; return the descriptor of the connection to the kernel, which pyfuse3 owns.
 
     After an error nothing is mounted.
 
+    Args:
+        operations: The handlers of requests.
+        mountpoint: The mountpoint.
+        options: The options of the mount.
+        source: The source for the mount table.
+
     Raises:
-        PrivilegeError: The user may not.
-        MountpointError: The kernel does not take the mountpoint.
-        FuseError: Anything else.
+        PrivilegeError: The user may not mount.
+        MountpointError: The kernel refuses the mountpoint.
+        FuseError: It failed for another reason.
     """
     before = fuse_descriptors()
     failure = None
     with ExitStack() as undo:
-        with _captured_stderr() as chatter:
+        with _captured_stderr() as captured:
             try:
-                pyfuse3.init(operations, mountpoint, kernel_options(options, source))
+                pyfuse3.init(operations, mountpoint, libfuse_options(options, source))
                 undo.callback(pyfuse3.close)  # unmounts
             except RuntimeError as error:
                 failure = error
-            said = chatter()
+            said = captured()
         if failure is not None:
             raise _explain(mountpoint, said or str(failure)) from failure
         if said:
-            with suppress(OSError):  # nobody listens
+            with suppress(OSError):  # stderr is closed, or a pipe without a reader
                 sys.stderr.write(f"qedfuse: {printable(said)}\n")
         new = fuse_descriptors() - before
         if len(new) != 1:
@@ -87,9 +95,12 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
 
 
 def _explain(mountpoint: str, said: str) -> QedError:
-    """Choose the class of error by what libfuse or fusermount3 said."""
+    """Return an error of the class that matches the message of libfuse or fusermount3.
+
+    They report the reason in no other way than by this text.
+    """
     kind: type[QedError] = FuseError
-    reason = said.replace(mountpoint, "")  # a name may have any word in it
+    reason = said.replace(mountpoint, "")  # a path may contain any word
     if "ermission denied" in reason or "not permitted" in reason or "only allowed if" in reason:
         kind = PrivilegeError
     elif "ountpoint" in reason or "ransport endpoint" in reason:
@@ -99,19 +110,22 @@ def _explain(mountpoint: str, said: str) -> QedError:
 
 @contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """Collect what C code and its children print on descriptor 2, as one line."""
+    """Capture what C code and child processes print on descriptor 2.
+
+    The function that is yielded returns what has been captured, as one line.
+    """
     sys.stderr.flush()
-    kept = os.dup(_STDERR)
-    # In memory: there may be no place for temporary files.
+    original = os.dup(_STDERR)
+    # In memory, because there may be no directory for temporary files.
     with open(os.memfd_create("qedfuse-stderr"), "rb") as file:  # noqa: PTH123  a descriptor
         os.dup2(file.fileno(), _STDERR)
 
-        def chatter() -> str:
-            text = os.pread(file.fileno(), _MAX_CHATTER, 0).decode(errors="backslashreplace")
+        def captured() -> str:
+            text = os.pread(file.fileno(), _MAX_MESSAGE_BYTES, 0).decode(errors="backslashreplace")
             return "; ".join(line.strip() for line in text.split("\n") if line.strip())
 
         try:
-            yield chatter
+            yield captured
         finally:
-            os.dup2(kept, _STDERR)
-            os.close(kept)
+            os.dup2(original, _STDERR)
+            os.close(original)

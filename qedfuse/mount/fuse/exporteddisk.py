@@ -1,27 +1,24 @@
-"""What the mount shows of a disk: one file, its attributes, and who may see it."""
+"""The disks that a mount exports, each as one file, and the handles that are open on them."""
 
 from __future__ import annotations
 
-import os
-import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import pyfuse3
+import trio
 
 if TYPE_CHECKING:
-    from qedfuse.disk.disk import Disk
-    from qedfuse.mount.options import MountOptions
+    from collections.abc import Iterable, Iterator
 
-_ATTR_SECONDS: Final = 86400.0
-"""How long the kernel believes what it knows of a file.  All changes come through it but
-that of the space a file takes up, of which it is told.  Where this is short, each write
-that finds it expired asks for the attributes first, and many at once do so for ever,
-because an answer that a write has overtaken does not count."""
-_SHARED_ATTR_SECONDS: Final = 1.0
-"""The same where another program writes to the image."""
-_ENTRY_SECONDS: Final = 300.0
-"""The same for names, which never change."""
+    from qedfuse.disk.disk import Disk
+
+HANDLE_DIRECT: Final = 1 << 62
+"""The bit of a file handle for O_DIRECT.  A handle is the inode with these bits."""
+HANDLE_WRITER: Final = 1 << 61
+"""The bit for any access mode but O_RDONLY."""
+HANDLE_SYNC: Final = 1 << 60
+"""The bit of a handle each of whose writes must be durable when it returns."""
+HANDLE_FLAGS: Final = HANDLE_DIRECT | HANDLE_WRITER | HANDLE_SYNC
 
 
 @dataclass(eq=False, slots=True)
@@ -29,17 +26,17 @@ class ExportedDisk:
     """One file of the mount.
 
     Attributes:
-        disk: What is in it.
-        name: What it is called in the root directory.
-        inode: Its number.
-        opened: How many handles are open.
-        writers: How many of them may write.
-        writing: How many writes are under way.
-        blocks: What the image takes up on the host as far as the kernel knows; -1 if it is
-            going to ask.
-        read_only: Whether the disk is read-only beside others that can be written to.
-        overrun: A write that the kernel had cached went past the end; nobody knows yet.
-        correcting: The size to which `SizeFixup` truncates the disk; -1 if it does not.
+        disk: The content of the file.
+        name: The name of the file in the root directory.
+        inode: The inode number of the file.
+        opened: The number of open handles.
+        writers: The number of open handles that may write.
+        writing: The number of write requests in progress on the slow path.
+        blocks: The ``st_blocks`` that the kernel has cached; -1 if it will ask for it.
+        read_only: Whether the disk is read-only although the mount is writable.
+        overrun: Whether a write from the kernel's cache went past the end of the disk and has
+            not been reported to its writer yet.
+        correcting: The size to which `SizeFixup` is truncating the disk; -1 if it is not.
     """
 
     disk: Disk
@@ -54,49 +51,47 @@ class ExportedDisk:
     correcting: int = -1
 
 
-class Attributes:
-    """Who owns what in the mount, and with which permissions."""
+class ExportedDisks:
+    """All disks of a mount, iterated in the order in which the user named them.
 
-    def __init__(self, options: MountOptions) -> None:
-        """Take the owner and the permissions from the options, or else from the caller."""
-        self.uid = os.getuid() if options.uid is None else options.uid
-        self._seconds = _SHARED_ATTR_SECONDS if options.force_share else _ATTR_SECONDS
-        self.gid = os.getgid() if options.gid is None else options.gid
-        # Only the owner, unless the user says otherwise: a disk holds everybody's files.
-        mask = 0o077 if options.umask is None else options.umask
-        writing = 0 if options.read_only else 0o222
-        self.file_mode = stat.S_IFREG | ((0o444 | writing) & ~mask)
-        # Nothing can be made or removed in the directory, so nobody needs to write to it.
-        self.directory_mode = stat.S_IFDIR | (0o555 & ~mask)
+    Attributes:
+        by_inode: The disks by inode number.
+        by_name: The disks by file name.
+    """
 
-    def of_disk(self, view: ExportedDisk) -> pyfuse3.EntryAttributes:
-        """Describe a disk: its own size; space and times of the image file."""
-        image = view.disk.fstat()
-        mode = self.file_mode & ~0o222 if view.read_only else self.file_mode
-        entry = self._entry(view.inode, mode, image)
-        entry.st_size = view.disk.size
-        view.blocks = entry.st_blocks = image.st_blocks
-        entry.st_nlink = 1
-        return entry
+    def __init__(self, disks: Iterable[ExportedDisk]) -> None:
+        """Export ``disks``, of which no handle is open yet."""
+        self.by_inode = {exported.inode: exported for exported in disks}
+        self.by_name = {exported.name: exported for exported in self.by_inode.values()}
+        self._last_close = trio.Event()
 
-    def of_root(self, views: list[ExportedDisk]) -> pyfuse3.EntryAttributes:
-        """Describe the directory; it is as old as its newest image."""
-        newest = max((view.disk.fstat() for view in views), key=lambda image: image.st_mtime_ns)
-        entry = self._entry(pyfuse3.ROOT_INODE, self.directory_mode, newest)
-        entry.st_nlink = 2
-        return entry
+    def __iter__(self) -> Iterator[ExportedDisk]:
+        """Iterate over the disks."""
+        return iter(self.by_inode.values())
 
-    def _entry(self, inode: int, mode: int, image: os.stat_result) -> pyfuse3.EntryAttributes:
-        """Fill in what directory and disk have in common."""
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = inode
-        entry.st_mode = mode
-        entry.st_uid = self.uid
-        entry.st_gid = self.gid
-        entry.st_blksize = 4096
-        entry.st_atime_ns = image.st_atime_ns
-        entry.st_mtime_ns = image.st_mtime_ns
-        entry.st_ctime_ns = image.st_ctime_ns
-        entry.attr_timeout = self._seconds
-        entry.entry_timeout = _ENTRY_SECONDS
-        return entry
+    @property
+    def open_handles(self) -> int:
+        """The number of open handles of all disks."""
+        return sum(exported.opened for exported in self)
+
+    def handle_opened(self, exported: ExportedDisk, *, writer: bool) -> None:
+        """Count a new handle."""
+        exported.opened += 1
+        exported.writers += writer
+
+    def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
+        """Stop counting a handle; the last one sets the event of `next_last_close`."""
+        exported.opened -= 1
+        exported.writers -= writer
+        if not self.open_handles:
+            self._last_close.set()
+            self._last_close = trio.Event()
+
+    def next_last_close(self) -> trio.Event:
+        """Return an event that is set the next time when the last open handle is closed."""
+        return self._last_close
+
+    def stop_compacting(self) -> None:
+        """End the compaction of all disks; what it has moved so far is kept."""
+        for exported in self:
+            exported.disk.stop_compacting()

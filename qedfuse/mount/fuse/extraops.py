@@ -1,9 +1,9 @@
-"""The C extension that brings us fallocate(2) and lseek(2), which pyfuse3 lacks.
+"""Loading of the C extension that adds fallocate(2) and lseek(2), which pyfuse3 lacks.
 
-It has to be in the process before pyfuse3 is, because it stands between pyfuse3 and
-libfuse (see `_extraops.c`); that is why the package `qedfuse.mount` imports this module
-first.  It is optional: where it could not be built, or cannot be loaded, the mount works
-without those two requests.
+The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so it has
+to be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this module first.
+The extension is optional: if it was not built or cannot be loaded, the mount works without
+these two requests.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse._extraops import Request
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
-    """Gets the request, its name, the user, the inode, the mode or whence, start, length."""
+    """Called with the request, its name, user, inode, mode or whence, start and length."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """Load the extension so that its symbols are found before libfuse's."""
+    """Load the extension so that its symbols precede libfuse's (RTLD_GLOBAL).
+
+    Returns:
+        The extension, or None and the reason.
+    """
     if "pyfuse3" in sys.modules:
         return None, "pyfuse3 was loaded first"
     flags = sys.getdlopenflags()
@@ -39,21 +43,25 @@ def _load() -> tuple[ModuleType | None, str]:
         sys.setdlopenflags(flags)
 
 
-_extension, _why_not = _load()
+_extension, _load_error = _load()
 
 
 def serve(handler: Handler) -> str | None:
-    """Send the requests of the session to ``handler``; say why, if that is not possible."""
+    """Pass the fallocate and lseek requests of the session to ``handler``.
+
+    Returns:
+        None, or the reason if that is not possible.
+    """
     if _extension is None:
-        return _why_not
+        return _load_error
     if not _extension.hooked():
-        return "libfuse was reached by another way"
+        return "pyfuse3 has called libfuse without the extension"
     _extension.set_handler(handler)
     return None
 
 
 def end() -> None:
-    """Let go of the session, before it is closed: what is not answered yet never will be."""
+    """Detach from the session, before it is closed; open requests get no answer any more."""
     if _extension is not None:
         _extension.set_handler(None)
         _extension.end()

@@ -1,8 +1,8 @@
-"""The requests about space: fallocate(2) and lseek(2) with SEEK_DATA and SEEK_HOLE.
+"""The requests that pyfuse3 lacks: fallocate(2), and lseek(2) with SEEK_DATA and SEEK_HOLE.
 
-With the write-back cache a hole is never reported over data that the kernel still keeps
-to itself: before the answer, the kernel is made to write back the range in question, and
-the disk is asked again.
+With the write-back cache a hole must not be reported over data that the kernel has cached
+and not sent yet.  So before the reply the kernel is made to write back the range in question,
+and the disk is queried again.
 """
 
 from __future__ import annotations
@@ -26,26 +26,39 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
     from qedfuse.mount.fuse.laundering import Laundering
     from qedfuse.mount.fuse.operations import Operations
+    from qedfuse.mount.fuse.sizefixup import SizeFixup
 
 _log = logging.getLogger(__name__)
 
-# linux/falloc.h
+# Modes of fallocate(2), from linux/falloc.h.
 _ALLOCATE: Final = 0
 _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
 _ZERO_RANGE: Final = 0x10
 
 
-class SpaceRequests:
-    """Answers the two requests, each in a task of its own."""
+class FallocateLseek:
+    """Answers fallocate and lseek requests, each in a task of its own if it has to wait."""
 
     def __init__(
-        self, operations: Operations, nursery: trio.Nursery, laundering: Laundering
+        self,
+        operations: Operations,
+        laundering: Laundering,
+        size_fixup: SizeFixup,
+        nursery: trio.Nursery,
     ) -> None:
-        """Work for the disks of ``operations``, in tasks of ``nursery``."""
+        """Serve the disks of ``operations``.
+
+        Args:
+            operations: The other requests of the mount.
+            laundering: Makes the kernel write back its dirty pages.
+            size_fixup: Is notified when the kernel may have a wrong size of a disk.
+            nursery: For the tasks.
+        """
         self._operations = operations
-        self._nursery = nursery
         self._laundering = laundering
+        self._size_fixup = size_fixup
+        self._nursery = nursery
 
     def __call__(
         self,
@@ -57,27 +70,27 @@ class SpaceRequests:
         start: int,
         length: int,
     ) -> None:
-        """Take a request; the answer comes at once or later."""
+        """Answer a request, now or in a task (`qedfuse.mount.fuse.extraops.Handler`)."""
         if operation == "lseek" and self._try_seek(request, uid, inode, mode, start):
             return
         self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
 
     def _try_seek(self, request: Request, uid: int, inode: int, whence: int, start: int) -> bool:
-        """Answer lseek(2) if nothing has to be waited for; tell whether it was."""
+        """Answer lseek(2) without waiting; return False, without an answer, if it would wait."""
         operations = self._operations
-        view = operations.views.get(inode)
-        if operations.debug or view is None or self._may_be_dirty(view):
+        exported = operations.disks.get(inode)
+        if operations.debug or exported is None or self._may_be_dirty(exported):
             return False
-        if whence not in {os.SEEK_DATA, os.SEEK_HOLE} or not 0 <= start < view.disk.size:
+        if whence not in {os.SEEK_DATA, os.SEEK_HOLE} or not 0 <= start < exported.disk.size:
             return False
         try:
             operations.admit(uid)
-            found = view.disk.try_seek(start, data=whence == os.SEEK_DATA)
+            found = exported.disk.try_seek(start, data=whence == os.SEEK_DATA)
         except FUSEError:
             return False
         if found is None:
             return False
-        if whence == os.SEEK_DATA and found == view.disk.size:
+        if whence == os.SEEK_DATA and found == exported.disk.size:
             request.error(errno.ENXIO)
         else:
             request.offset(found)
@@ -93,33 +106,27 @@ class SpaceRequests:
         start: int,
         length: int,
     ) -> None:
-        """Carry a request out and answer it, whatever happens.
+        """Carry out a request and answer it, also after any exception.
 
-        If the task is cancelled, the request goes without an answer of ours, and answers
-        itself.
+        If the task is cancelled, it gives no answer, and the request answers itself when it is
+        freed.
         """
         if self._operations.debug:
             _log.debug("%s%s", operation, (inode, mode, start, length))
         try:
             self._operations.admit(uid)
-            view = self._operations.view(inode)
+            exported = self._operations.disk_of(inode)
             if operation == "lseek":
-                request.offset(await self._seek(view, mode, start))
+                request.offset(await self._seek(exported, mode, start))
             else:
-                await self._allocate(view, mode, start, length)
+                await self._allocate(exported, mode, start, length)
                 request.error(0)
-        except FUSEError as error:
-            request.error(error.errno)
-        except QedError as error:
-            self._operations.errors.error(inode, error)
-            request.error(error.errno)
         except Exception as error:  # noqa: BLE001  the kernel must get an answer
-            self._operations.errors.bug(inode, operation, error)
-            request.error(errno.EIO)
+            request.error(self._operations.errors.to_errno(inode, operation, error))
 
-    async def _allocate(self, view: ExportedDisk, mode: int, start: int, length: int) -> None:
-        """Answer fallocate(2)."""
-        disk = view.disk
+    async def _allocate(self, exported: ExportedDisk, mode: int, start: int, length: int) -> None:
+        """Carry out fallocate(2)."""
+        disk = exported.disk
         if mode not in {
             _ALLOCATE,
             _PUNCH_HOLE | _KEEP_SIZE,
@@ -131,50 +138,51 @@ class SpaceRequests:
         if not disk.writable:
             raise FUSEError(errno.EROFS)
         end, size = start + length, disk.size
+        growable = self._operations.growable
         if mode == _KEEP_SIZE and end > size:
             # An image has no clusters past the end of its disk.
-            raise FUSEError(errno.EOPNOTSUPP if self._operations.growable else errno.ENOSPC)
+            raise FUSEError(errno.EOPNOTSUPP if growable else errno.ENOSPC)
         carry_out = disk.allocate if mode in {_ALLOCATE, _KEEP_SIZE} else disk.discard
         if end <= size or mode & _KEEP_SIZE:
             await carry_out(start, length)
             return
-        if not self._operations.growable:
+        if not growable:
             raise FUSEError(errno.ENOSPC)
         if mode == _ALLOCATE and start < size:
-            # If the host has no room even for this, the disk keeps its size.
+            # If the host has not even the space for this part, the disk keeps its size.
             await disk.allocate(start, size - start)
-        await self._operations.grow(view, end)
+        await self._operations.grow(exported, end)
         try:
             await carry_out(start, length)
         except QedError:
-            # The disk stays larger, and the kernel learns of it only from an answer.
-            self._operations.size_lost(view)
+            # The disk stays larger, and the kernel learns its size only from a reply.
+            self._size_fixup.request(exported)
             with suppress(OSError):
-                pyfuse3.invalidate_inode(view.inode, attr_only=True)
+                pyfuse3.invalidate_inode(exported.inode, attr_only=True)
             raise
 
-    async def _seek(self, view: ExportedDisk, whence: int, start: int) -> int:
-        """Answer lseek(2).
+    async def _seek(self, exported: ExportedDisk, whence: int, start: int) -> int:
+        """Return the offset for lseek(2).
 
-        While the kernel may hold dirty pages, it writes back the range that is going to be
-        reported as a hole, and the tables are looked at again.
+        While the kernel may have dirty pages, it is made to write back the range that would be
+        reported as a hole, and the tables are searched again.
         """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
             raise FUSEError(errno.EINVAL)
         if start < 0:
             raise FUSEError(errno.ENXIO)
-        disk = view.disk
+        disk = exported.disk
         gap = await _find_gap(disk, whence, start)
-        while self._may_be_dirty(view):
+        while self._may_be_dirty(exported):
             hole, end = gap
             if end is None and not self._operations.growable:
                 end = disk.size
-            # On a growable disk the kernel may hold data past the end that we know of, and
-            # only the kernel knows where that data ends: the range then has no end.
+            # On a growable disk the kernel may have data past the end that the server knows,
+            # and only the kernel knows where that data ends: the range then has no end.
             if end is not None and hole >= end:
                 break
-            if not await self._laundering.launder(view, hole, end):
-                return self._assume_data(view, whence, start)
+            if not await self._laundering.launder(exported, hole, end):
+                return self._assume_data(exported, whence, start)
             before, gap = gap, await _find_gap(disk, whence, start)
             if gap == before:
                 break
@@ -184,13 +192,13 @@ class SpaceRequests:
             raise FUSEError(errno.ENXIO)
         return found
 
-    def _assume_data(self, view: ExportedDisk, whence: int, start: int) -> int:
-        """Answer lseek(2) when dirty pages cannot be written back: everything is data.
+    def _assume_data(self, exported: ExportedDisk, whence: int, start: int) -> int:
+        """Return the offset for lseek(2) if dirty pages cannot be written back: all is data.
 
-        Zeros that are reported as data cost space in a copy; data reported as a hole is lost.
-        Where nobody knows the end of the data, the answer is an error, so that a copy fails.
+        Zeros that are reported as data cost space in a copy; data that is reported as a hole
+        is lost.  If the end of the data is unknown, the reply is an error, so that a copy fails.
         """
-        size = view.disk.size
+        size = exported.disk.size
         growable = self._operations.growable
         if start < size:
             return start if whence == os.SEEK_DATA else size
@@ -198,16 +206,16 @@ class SpaceRequests:
             return start
         raise FUSEError(errno.EIO if growable else errno.ENXIO)
 
-    def _may_be_dirty(self, view: ExportedDisk) -> bool:
-        """Tell whether the kernel may have data of a disk that we have not been given.
+    def _may_be_dirty(self, exported: ExportedDisk) -> bool:
+        """Return whether the kernel may have cached data of a disk that it has not sent yet.
 
-        It gives us all when the last handle that may write is released.
+        It sends all of it when the last handle that may write is released.
         """
-        return self._operations.enable_writeback_cache and view.writers > 0
+        return self._operations.enable_writeback_cache and exported.writers > 0
 
 
 async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | None]:
-    """Find the hole that lseek(2) asks about: its start, and where data follows, if any does."""
+    """Return the start of the hole for lseek(2), and of the data after it; None for no data."""
     hole = start
     if whence == os.SEEK_HOLE and start < disk.size:
         hole = await disk.next_hole(start)

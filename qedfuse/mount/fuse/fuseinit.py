@@ -1,24 +1,28 @@
-"""The first words with the kernel, with some of them changed on the way.
+"""FUSE INIT, the first request of the kernel, with its request masked and its reply patched.
 
-The kernel opens the conversation by telling what it can do; libfuse picks from that, and
-asks for ``FUSE_ATOMIC_O_TRUNC`` wherever it is offered.  With it, opening a file with
-O_TRUNC makes the kernel set the file's size to 0 on its own.  A disk cannot be cut to
-nothing, but with the write-back cache the kernel does not believe sizes from us any more:
-it would see an empty file, and worse, it would fill up with zeros the page around each
-small write.  Without that feature the kernel sends a truncation after the open, which can
-be refused (`qedfuse.mount.fuse.truncation`), and takes the size in our answer.
+In the request the kernel offers features; libfuse selects from them, and selects
+``FUSE_ATOMIC_O_TRUNC`` whenever it is offered.  With that feature the kernel sets the size of
+a file to 0 by itself when the file is opened with O_TRUNC.  A disk cannot be truncated to
+nothing, but with the write-back cache the kernel ignores sizes that the server reports: it
+would see an empty file, and worse, it would fill the page around each small write with zeros.
+Without that feature the kernel sends a truncation after the open, which can be refused
+(`qedfuse.mount.fuse.truncation`), and takes the size from the reply.
 
-The answer lacks three figures.  The kernel sends reads and writes that nobody waits for
-in person (read-ahead, write-back, asynchronous O_DIRECT) in the background, and has 12 of
-them under way unless the answer says another number: then a program with 16 in flight has
-12, and long read-ahead is cut short.  It takes the number from an ordinary user too, up
-to a limit of its own.  And it reads ahead no further than the answer says, which is the
-way to less of it for those who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`).  With
-the write-back cache it keeps a file's times itself, and sends them before each fsync(2)
-that follows a change of theirs; so they change in coarse steps.
+The reply of libfuse lacks three values:
 
-pyfuse3 has no way to say any of this.  So libfuse gets a socket in place of the device
-for the length of the handshake, and the two messages pass through here.
+- ``max_background``.  The kernel sends reads and writes for which no process waits
+  synchronously (read-ahead, write-back, asynchronous O_DIRECT) as background requests.  Unless
+  the reply says otherwise, 12 of them are in flight at most: then a program with a queue depth
+  of 16 gets 12, and long read-ahead is cut short.  The kernel accepts the value from an
+  unprivileged user too, up to a limit of its own.
+- ``max_readahead``.  The kernel reads ahead at most as far as the reply says.  An unprivileged
+  user, who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`), can lower it in no
+  other way.
+- ``time_gran``.  With the write-back cache the kernel maintains the times of a file, and sends
+  them before each fsync(2) that follows a change of them; so they change in coarse steps.
+
+pyfuse3 has no interface for any of this.  So while FUSE INIT is negotiated, libfuse gets a
+socket in place of the device, and the request and the reply pass through this module.
 """
 
 from __future__ import annotations
@@ -37,29 +41,31 @@ from qedfuse.mount.system.privileges import FUSE_DEVICE
 from qedfuse.util.descriptors import open_descriptors
 from qedfuse.util.scope import open_scope
 
-# struct fuse_in_header (40 bytes) and the first fields of struct fuse_init_in: major,
-# minor, max_readahead, flags; struct fuse_out_header (16 bytes), and the same fields of
-# struct fuse_init_out with some more: max_background, congestion_threshold, max_write and
-# time_gran.  They are part of the kernel's stable interface.
+# linux/fuse.h, a stable interface: struct fuse_in_header (40 bytes) and the first fields of
+# struct fuse_init_in (major, minor, max_readahead, flags); struct fuse_out_header (16 bytes)
+# and the same fields of struct fuse_init_out, followed by max_background,
+# congestion_threshold, max_write and time_gran.
 _IN_HEADER: Final = struct.Struct("=IIQQIIII")
 _INIT_IN: Final = struct.Struct("=IIII")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
 _INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
-_MAX_MESSAGE: Final = 1 << 20
-"""More than libfuse's own buffer; the kernel refuses to fill a smaller one."""
+_MAX_MESSAGE_BYTES: Final = 1 << 20
+"""More than the size of libfuse's buffer; the kernel refuses a read(2) with a smaller one."""
 
 MAX_BACKGROUND: Final = 64
-"""Requests that the kernel may have under way in the background.  Twice as many gain
-nothing, and who waits for one request would wait behind all of them."""
+"""Background requests that the kernel may have in flight.  A program with few requests waits
+behind all of them, and twice as many gain nothing."""
+_CONGESTION_THRESHOLD: Final = MAX_BACKGROUND * 3 // 4
+"""The same proportion as the kernel's default."""
 
-TIME_STEP: Final = 100_000_000
-"""Steps in which the kernel counts the times of a disk, in nanoseconds."""
+TIME_GRANULARITY_NS: Final = 100_000_000
+"""The granularity of a disk's times in the kernel."""
 
 
 def fuse_descriptors() -> set[int]:
-    """List the descriptors of this process that are connections to the kernel's FUSE."""
+    """Return the descriptors of this process that are connections to the kernel's FUSE."""
     found = set()
     for number in open_descriptors():
         with suppress(OSError):  # a thread has closed it meanwhile
@@ -69,13 +75,13 @@ def fuse_descriptors() -> set[int]:
 
 
 def mask_request(message: bytes, unwanted: int) -> bytes:
-    """Take features out of what the kernel offers in its first message.
+    """Return the kernel's INIT request without the features in ``unwanted``.
 
     Raises:
-        FuseError: It is not the kernel's first message.
+        FuseError: The message is no INIT request.
     """
-    least = _IN_HEADER.size + _INIT_IN.size
-    if len(message) < least or _IN_HEADER.unpack_from(message)[1] != _FUSE_INIT:
+    min_bytes = _IN_HEADER.size + _INIT_IN.size
+    if len(message) < min_bytes or _IN_HEADER.unpack_from(message)[1] != _FUSE_INIT:
         msg = f"{FUSE_DEVICE}: found a message of {len(message)} bytes, expected FUSE_INIT"
         raise FuseError(msg)
     changed = bytearray(message)
@@ -85,11 +91,11 @@ def mask_request(message: bytes, unwanted: int) -> bytes:
 
 
 def patch_reply(message: bytes, readahead: int | None) -> bytes:
-    """Put into libfuse's answer what it leaves out; an answer that refuses stays as it is.
+    """Return libfuse's INIT reply with the values that it lacks; an error reply unchanged.
 
     Args:
-        message: The answer.
-        readahead: Bytes that the kernel may read ahead at most; None for what it offers.
+        message: The reply.
+        readahead: The longest read-ahead in bytes; None for what the kernel offers.
     """
     if len(message) < _OUT_HEADER.size + _INIT_OUT.size:
         return message
@@ -100,36 +106,38 @@ def patch_reply(message: bytes, readahead: int | None) -> bytes:
         changed,
         _OUT_HEADER.size,
         *(major, minor, offered if readahead is None else min(offered, readahead), flags),
-        *(MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4),  # the kernel's own proportion
-        *(max_write, TIME_STEP),
+        *(MAX_BACKGROUND, _CONGESTION_THRESHOLD, max_write, TIME_GRANULARITY_NS),
     )
     return bytes(changed)
 
 
-async def shake_hands(fd: int, readahead: int | None = None) -> None:
-    """Let libfuse, whose connection to the kernel is ``fd``, agree with the kernel.
+async def negotiate_init(fd: int, readahead: int | None = None) -> None:
+    """Let libfuse, whose connection to the kernel is ``fd``, negotiate FUSE INIT.
 
-    Call it between `pyfuse3.init` and `pyfuse3.main`.  When it returns, the kernel
-    serves requests for the mount, and reads ahead at most ``readahead`` bytes, or as far
-    as it likes with None.
+    Call it between `pyfuse3.init` and `pyfuse3.main`.  When it returns, the kernel accepts
+    system calls on the mount.
+
+    Args:
+        fd: The connection.
+        readahead: The longest read-ahead in bytes; None for what the kernel offers.
 
     Raises:
-        FuseError: The kernel or libfuse does not want to go on.
+        FuseError: The kernel or libfuse has refused.
     """
     device = os.dup(fd)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         await trio.lowlevel.wait_readable(device)
-        offer = mask_request(os.read(device, _MAX_MESSAGE), _ATOMIC_O_TRUNC)
+        request = mask_request(os.read(device, _MAX_MESSAGE_BYTES), _ATOMIC_O_TRUNC)
         os.dup2(theirs.fileno(), fd, inheritable=False)
         ours.setblocking(False)  # noqa: FBT003
-        ours.send(offer)
+        ours.send(request)
         async with open_scope() as nursery:
             nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(ours)
-            # The tasks that wait on the socket have to go before the device comes back.
+            # The tasks that wait for the socket have to end before ``fd`` is the device again.
             nursery.cancel_scope.cancel()
-        os.write(device, patch_reply(ours.recv(_MAX_MESSAGE), readahead))
+        os.write(device, patch_reply(ours.recv(_MAX_MESSAGE_BYTES), readahead))
     except OSError as error:
         msg = f"{FUSE_DEVICE}: cannot agree with the kernel: {os.strerror(error.errno or 0)}"
         raise FuseError(msg) from error

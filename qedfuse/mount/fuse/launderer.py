@@ -1,17 +1,17 @@
-"""The process that has the kernel write back what it keeps to itself.
+"""The helper process that has the kernel write back and drop pages of a disk.
 
-That request to the kernel returns when the server has taken the writes, and until then
-nothing can end whoever made it, not even SIGKILL.  Nor does the connection end while it is
-under way.  So a server that asked on its own and was killed meanwhile would never be gone,
-and its users would wait for ever.
+The notification that asks for this (FUSE_NOTIFY_INVAL_INODE) is a write(2) that returns when
+the server has taken the writes.  Until then the process that made it cannot end, not even by
+SIGKILL, and the connection does not end either.  So if the server sent it and was killed
+meanwhile, the server would never end, and the users of the disk would wait forever.
 
-Here the asking is done over a second descriptor of the connection.  When the server has
-gone, this process answers what the kernel still wants of it, with errors, until the request
-returns; then it ends, and the connection with it.
+Therefore this process sends it, over a second descriptor of the connection.  When the server
+has ended, this process answers the remaining requests of the kernel with errors until the
+write(2) returns.  Then it ends, and the connection ends with it.
 
 It is forked before the mount exists, and executes no program.  The files of the interpreter
-may lie under the mountpoint: a server that started a program after mounting could wait for
-an answer of its own.  Until it gets the connection it only sleeps.
+may lie under the mountpoint: a server that started a program after mounting could wait for a
+reply of its own.  Until the process gets the connection it only sleeps.
 """
 
 from __future__ import annotations
@@ -39,37 +39,38 @@ if TYPE_CHECKING:
     from typing import Self
 
 # linux/fuse.h, a stable interface
-_CLONE: Final = 0x8004E500
+_FUSE_DEV_IOC_CLONE: Final = 0x8004E500
 _IN_HEADER: Final = struct.Struct("=IIQ")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
-_UNANSWERED: Final = (2, 36, 41, 42)
-"""FORGET, INTERRUPT, NOTIFY_REPLY and BATCH_FORGET."""
+_WITHOUT_REPLY: Final = (2, 36, 41, 42)
+"""The requests without a reply: FORGET, INTERRUPT, NOTIFY_REPLY and BATCH_FORGET."""
 
-_LARGEST_REQUEST_BYTES: Final = 1 << 24
-_LARGEST_MESSAGE_BYTES: Final = 64
-_STAND_IN_MILLISECONDS: Final = 20
-_END_MILLISECONDS: Final = 5000
+_MAX_REQUEST_BYTES: Final = 1 << 24
+_MAX_NOTIFICATION_BYTES: Final = 64
+_WORKER_CHECK_MILLISECONDS: Final = 20
+_MAX_END_MILLISECONDS: Final = 5000
 
 ERROR: Final = struct.Struct("=i")
+"""An answer of the process: an errno, or 0."""
 
 
 class Launderer:
-    """The server's side of the process.
+    """The server's end of the helper process.
 
-    The socket takes one message for the kernel at a time, and answers it with an error
-    number (`ERROR`).  The first message is any byte, together with the descriptor of the
-    connection.
+    The server sends one notification for the kernel at a time through the socket, and the
+    process answers each with an errno (`ERROR`).  The first message is any byte together with
+    the descriptor of the connection (SCM_RIGHTS).
 
     Attributes:
-        socket: The way to the process.
+        socket: The server's end of the socket pair.
         pid: The process.
     """
 
     def __init__(self) -> None:
-        """Fork the process; call it before there is a second thread.
+        """Fork the process; call this before there is a second thread.
 
         Raises:
-            OSError: The host refuses.
+            OSError: The host refuses a socket pair or a process.
         """
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -82,7 +83,7 @@ class Launderer:
                 _be_child(theirs)
 
     def __enter__(self) -> Self:
-        """Do nothing: it has been started."""
+        """Do nothing: the constructor has started the process."""
         return self
 
     def __exit__(
@@ -91,24 +92,24 @@ class Launderer:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        """See the process end."""
+        """Stop the process and wait for its end."""
         self.stop()
         self.wait()
 
     def stop(self) -> None:
-        """Tell the process to end."""
+        """Have the process end, by closing the server's end of the socket pair."""
         self.socket.close()
 
     def wait(self) -> bool:
-        """Wait for the end of the process, some seconds at most; tell whether it has ended."""
+        """Wait for the end of the process; return False if it lasts more than 5 seconds."""
         try:
             process = os.pidfd_open(self.pid)
-        except ProcessLookupError:  # it has been waited for
+        except ProcessLookupError:  # it has been waited for already
             return True
         try:
             end = select.poll()
             end.register(process, select.POLLIN)
-            if not end.poll(_END_MILLISECONDS):
+            if not end.poll(_MAX_END_MILLISECONDS):
                 return False
         finally:
             os.close(process)
@@ -118,13 +119,13 @@ class Launderer:
 
 
 def _be_child(commands: socket.socket) -> NoReturn:
-    """Work and exit; never returns, since the caller's code belongs to the server."""
+    """Run the helper process; never returns, since the caller's code belongs to the server."""
     try:
-        # A Ctrl-C is for the server, and the server's end is the end of this.
+        # Signals of the terminal are meant for the server; this process ends after it.
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        # What the server holds must end with the server: locks, pipes, the terminal.
+        # Locks, pipes and the terminal of the server must be released when the server ends.
         os.chdir("/")
         discard_standard_streams()
         close_descriptors(open_descriptors() - {*STANDARD, commands.fileno()})
@@ -134,25 +135,25 @@ def _be_child(commands: socket.socket) -> NoReturn:
 
 
 def _serve(commands: socket.socket) -> None:
-    """Work until the other end of ``commands`` is closed."""
+    """Send notifications until the server's end of the socket pair is closed."""
     _byte, received, _flags, _address = socket.recv_fds(commands, 1, 1)
-    if not received:  # the session has ended without ever needing this
+    if not received:  # the session has ended and has never sent a notification
         return
     (connection,) = received
     device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    fcntl.ioctl(device, _CLONE, struct.pack("=I", connection))
+    fcntl.ioctl(device, _FUSE_DEV_IOC_CLONE, struct.pack("=I", connection))
     os.close(connection)
-    worker = threading.Thread(target=_work, args=(device, commands), daemon=True)
+    worker = threading.Thread(target=_send_notifications, args=(device, commands), daemon=True)
     worker.start()
     end = select.poll()
     end.register(commands, 0)
     end.poll()
-    _stand_in(device, worker)
+    _fail_requests(device, worker)
 
 
-def _work(device: int, commands: socket.socket) -> None:
-    """Pass messages on to the kernel, one after the other."""
-    while message := commands.recv(_LARGEST_MESSAGE_BYTES):
+def _send_notifications(device: int, commands: socket.socket) -> None:
+    """Write notifications to the kernel, one after the other, and answer each with an errno."""
+    while message := commands.recv(_MAX_NOTIFICATION_BYTES):
         number = 0
         try:
             os.write(device, message)
@@ -164,16 +165,16 @@ def _work(device: int, commands: socket.socket) -> None:
             return
 
 
-def _stand_in(device: int, worker: threading.Thread) -> None:
-    """Answer in place of the server while the worker is stuck."""
+def _fail_requests(device: int, worker: threading.Thread) -> None:
+    """Answer requests of the kernel with ECONNABORTED until the worker's write(2) returns."""
     ready = select.poll()
     ready.register(device, select.POLLIN)
     while worker.is_alive():
-        ready.poll(_STAND_IN_MILLISECONDS)
+        ready.poll(_WORKER_CHECK_MILLISECONDS)
         try:
-            request = os.read(device, _LARGEST_REQUEST_BYTES)
+            request = os.read(device, _MAX_REQUEST_BYTES)
             _length, operation, number = _IN_HEADER.unpack_from(request)
-            if operation not in _UNANSWERED:
+            if operation not in _WITHOUT_REPLY:
                 os.write(device, _OUT_HEADER.pack(_OUT_HEADER.size, -errno.ECONNABORTED, number))
         except BlockingIOError:
             continue

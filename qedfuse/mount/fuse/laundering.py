@@ -1,7 +1,10 @@
-"""Having the kernel write back the data of a range that it keeps to itself.
+"""Making the kernel write back and drop the pages that it has cached of a range of a disk.
 
-The work is done by another process (`qedfuse.mount.fuse.launderer` says why), which is forked
-before the mount exists and ends with the session.
+The name is the kernel's: FUSE_NOTIFY_INVAL_INODE (struct fuse_notify_inval_inode_out) drops the
+pages of a range, and before a dirty page is dropped the kernel writes it back, by
+``launder_folio`` of the file system's address space operations (fuse_launder_folio in
+fs/fuse/file.c).  The notification is sent by a helper process, for the reasons given in
+`qedfuse.mount.fuse.launderer`.
 """
 
 from __future__ import annotations
@@ -27,78 +30,85 @@ _log = logging.getLogger(__name__)
 # struct fuse_notify_inval_inode_out.
 _INVALIDATE: Final = struct.Struct("=IiQQqq")
 _NOTIFY_INVAL_INODE: Final = 2
-"""A length of 0 reaches to the last page that the kernel has."""
+_TO_LAST_PAGE: Final = 0
+"""The length of a range that reaches to the last page that the kernel has cached."""
 
-_FORGET_SECONDS: Final = 1.0
-_TRIES: Final = 1000
-_TRY_SECONDS: Final = 0.001
+_MAX_DROP_SECONDS: Final = 1.0
+_MAX_ARRIVAL_CHECKS: Final = 1000
+_ARRIVAL_CHECK_SECONDS: Final = 0.001
 
 
 class Laundering:
-    """Talks to the process that does the work."""
+    """The server's connection to the helper process.
 
-    def __init__(self, connection: int, process: Launderer | None) -> None:
-        """Work on the connection to the kernel with the descriptor ``connection``.
+    Before `connect` and after `stop`, and without a helper process, nothing can be laundered,
+    and the methods return False.
+    """
 
-        Without a process nothing can be laundered.
-        """
-        self._connection = connection
+    def __init__(self, process: Launderer | None) -> None:
+        """Use the helper process, which has been forked; None if there is none."""
         self._launderer = process
+        self._connection = -1
         self._failed = False
-        self._turn = trio.Lock()
+        self._lock = trio.Lock()
         self._socket: trio.socket.SocketType | None = None
         self._unread = 0
         self._incoming = select.poll()
+
+    def connect(self, connection: int) -> None:
+        """Work on the connection to the kernel with the descriptor ``connection``."""
+        self._connection = connection
         self._incoming.register(connection, select.POLLIN)
 
-    async def launder(self, view: ExportedDisk, start: int, end: int | None = None) -> bool:
-        """Have the kernel write back and forget what it caches of a range.
+    async def launder(self, exported: ExportedDisk, start: int = 0, end: int | None = None) -> bool:
+        """Have the kernel write back and drop what it has cached of a range.
 
         Args:
-            view: The disk.
+            exported: The disk.
             start: Guest offset.
-            end: Guest offset; None for the end of what the kernel caches, which can lie past
-                the end of the disk while the disk is growing.
+            end: Guest offset; None for the end of what the kernel has cached, which can lie
+                past the end of the disk while the disk is growing.
 
         Returns:
-            Whether all of it has reached the disk.  If not, the range may hold anything.
+            Whether all of it has reached the disk.  If not, the range may hold any data.
         """
-        length = 0 if end is None else end - start
-        message = _INVALIDATE.pack(
-            _INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, start, length
-        )
-        async with self._turn:
-            number = await self._ask(message)
-        # The kernel may not know the inode any more; then it has nothing cached.
-        return number in {0, errno.ENOENT} and await self._arrived(view)
+        length = _TO_LAST_PAGE if end is None else end - start
+        async with self._lock:
+            number = await self._notify(exported, start, length)
+        # ENOENT: the kernel does not know the inode any more, so it has nothing cached.
+        return number in {0, errno.ENOENT} and await self._wait_for_writes(exported)
 
-    async def launder_all(self, view: ExportedDisk) -> bool:
-        """Do the same for a whole disk."""
-        return await self.launder(view, 0)
+    async def try_drop_pages(self, exported: ExportedDisk) -> bool:
+        """Have the kernel drop all pages that it has cached of a disk; give up after a second.
 
-    async def forget_soon(self, view: ExportedDisk) -> bool:
-        """Have the kernel drop all pages that it caches of a disk, within about a second.
+        While the kernel waits for the reply to a truncation, it cannot drop dirty pages.
 
         Returns:
-            False if the kernel did not do so in that time, or cannot be asked.  It can still
-            be at it then.  While the kernel waits for the answer to a truncation, it cannot
-            drop dirty pages.
+            False if the kernel has not dropped them in that time, or cannot be asked.  It may
+            still drop them later.
         """
-        message = _INVALIDATE.pack(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, view.inode, 0, 0)
-        with trio.move_on_after(_FORGET_SECONDS):
-            async with self._turn:
-                return await self._ask(message, abandon=True) in {0, errno.ENOENT}
+        with trio.move_on_after(_MAX_DROP_SECONDS):
+            async with self._lock:
+                number = await self._notify(exported, 0, _TO_LAST_PAGE, abandon=True)
+                return number in {0, errno.ENOENT}
         return False
 
-    async def _ask(self, message: bytes, *, abandon: bool = False) -> int:
-        """Have a message passed to the kernel; give the error number that comes back.
+    async def _notify(
+        self, exported: ExportedDisk, start: int, length: int, *, abandon: bool = False
+    ) -> int:
+        """Have a notification sent to the kernel; return the errno of its write(2), 0 for none.
 
         Args:
-            message: The message.
-            abandon: If the task is cancelled, leave the answer for the next caller to skip.
-                Otherwise the process is told to end.
+            exported: The disk.
+            start: Guest offset of the range.
+            length: Bytes of the range.
+            abandon: If the task is cancelled, leave the answer of the process for the next
+                caller to skip.  Otherwise the process is stopped.
         """
-        if self._launderer is None or self._failed:
+        message = _INVALIDATE.pack(
+            *(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, exported.inode, start, length)
+        )
+        if self._launderer is None or self._failed or self._connection < 0:
             return errno.ENOTCONN
         try:
             if self._socket is None:
@@ -114,33 +124,33 @@ class Laundering:
         except OSError as error:
             answer = b""
             _log.debug("launderer: %s", error)
-        except trio.ClosedResourceError:  # the session ends, while somebody still waits
+        except trio.ClosedResourceError:  # `stop` was called while this task waited
             return errno.ENOTCONN
         except trio.Cancelled:
             if not abandon:
                 self.stop()
             raise
         if len(answer) < launderer.ERROR.size:
-            _log.warning("a helper process has failed: holes in disks in use are told as data")
+            _log.warning("a helper process has failed: holes in disks in use are reported as data")
             self.stop()
             return errno.ENOTCONN
         return int(launderer.ERROR.unpack(answer)[0])
 
-    async def _arrived(self, view: ExportedDisk) -> bool:
-        """Wait until no write is on its way to the disk.
+    async def _wait_for_writes(self, exported: ExportedDisk) -> bool:
+        """Wait until no write request is on its way to the disk; return False if that lasts.
 
-        Before Linux 6.16 pages that the kernel is just writing back count as clean to it,
-        and it does not wait for them.
+        Before Linux 6.16 the kernel counts pages whose writeback is in progress as clean, and
+        does not wait for them.
         """
-        for _ in range(_TRIES):
-            # With none under way and none to fetch, the kernel has none in reserve.
-            if not view.writing and not self._incoming.poll(0):
+        for _ in range(_MAX_ARRIVAL_CHECKS):
+            # If no write is in progress and no request is waiting, the kernel has none queued.
+            if not exported.writing and not self._incoming.poll(0):
                 return True
-            await trio.sleep(_TRY_SECONDS)
+            await trio.sleep(_ARRIVAL_CHECK_SECONDS)
         return False
 
     def stop(self) -> None:
-        """Tell the process to end, before the connection is closed."""
+        """Have the process end; call it before the connection is closed."""
         self._failed = True
         if self._socket is not None:
             self._socket.close()
@@ -148,6 +158,6 @@ class Laundering:
             self._launderer.stop()
 
     def wait(self) -> None:
-        """See the process end, after the connection has been closed."""
+        """Wait for the end of the process; call it after the connection has been closed."""
         if self._launderer is not None and not self._launderer.wait():
             _log.warning("helper process %d does not end", self._launderer.pid)

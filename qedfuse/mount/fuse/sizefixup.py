@@ -1,9 +1,9 @@
-"""Putting the kernel right about the length of a disk.
+"""Correcting the size of a disk that the kernel has cached.
 
-With the write-back cache the kernel alone decides how long a file is, and a buffered
-write past the end makes it longer.  The write itself fails later, when the dirty pages
-come to us, but the length stays wrong.  Only a truncation is answered with a length that
-the kernel takes over, so we truncate our own file, through the mount, to what it has.
+With the write-back cache the kernel alone decides the size of a file, and a buffered write
+past the end increases it.  That write fails later, when the server gets the dirty pages, but
+the wrong size stays.  The kernel takes over a size only from the reply to a truncation, so
+the server truncates its own file, through the mount, to the size of the disk.
 """
 
 from __future__ import annotations
@@ -25,59 +25,60 @@ _log = logging.getLogger(__name__)
 
 
 class SizeFixup:
-    """Corrects the kernel in the background."""
+    """Corrects sizes in the background, one disk after the other."""
 
-    def __init__(self, directory: str, device: str) -> None:
-        """Work on the files of the mount at ``directory`` with the number ``device``."""
+    def __init__(self, directory: str) -> None:
+        """Correct the sizes of files in the mount on ``directory``."""
         self._directory = directory
-        major, minor = device.split(":")
-        self._device = os.makedev(int(major), int(minor))
-        self._wrong: dict[int, ExportedDisk] = {}
+        self._pending: dict[int, ExportedDisk] = {}
         self._wake = trio.Event()
 
-    def lost(self, view: ExportedDisk) -> None:
-        """Note that the kernel may take a disk for longer than it is."""
-        self._wrong[view.inode] = view
+    def request(self, exported: ExportedDisk) -> None:
+        """Request a correction: the kernel may take a disk for longer than it is."""
+        self._pending[exported.inode] = exported
         self._wake.set()
 
-    async def run(self) -> None:
-        """Correct one disk after the other, for ever."""
+    async def run(self, device: str) -> None:
+        """Make the corrections until cancelled; ``device`` is the mount's ``MAJOR:MINOR``."""
+        major, minor = device.split(":")
+        number = os.makedev(int(major), int(minor))
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
-            while self._wrong:
-                _inode, view = self._wrong.popitem()
-                path = os.path.join(os.fsencode(self._directory), view.name)  # noqa: PTH118
-                view.correcting = view.disk.size
+            while self._pending:
+                _inode, exported = self._pending.popitem()
+                path = os.path.join(os.fsencode(self._directory), exported.name)  # noqa: PTH118
+                exported.correcting = exported.disk.size
                 try:
-                    # In a thread: what it asks of the kernel the kernel asks of us.
+                    # In a thread: the kernel sends the requests for this to the server itself.
                     await trio.to_thread.run_sync(
-                        self._correct, path, view.correcting, abandon_on_cancel=True
+                        self._correct, path, number, exported.correcting, abandon_on_cancel=True
                     )
-                except (OSError, RuntimeError) as error:  # the latter: no thread can be started
-                    _log.debug("%s: cannot correct the size: %s", view.disk.name, error)
-                # Not after a cancellation: then the thread may still be at it.
-                view.correcting = -1
+                except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+                    _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
+                # Not reached after a cancellation, when the thread may still be running.
+                exported.correcting = -1
 
-    def _correct(self, path: bytes, size: int) -> None:
-        """Make the kernel take the size that a file of the mount has.
+    def _correct(self, path: bytes, device: int, size: int) -> None:
+        """Make the kernel take over the size of a file of the mount.
 
         Raises:
-            OSError: It cannot be reached.
+            OSError: The file is not accessible.
         """
-        # Without opening it: our closing would take the error that is meant for the writer.
+        # O_PATH, because the close of an ordinary descriptor would consume the error that is
+        # meant for the writer.
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            # The mount may be hidden or gone by now, and another file be in its place.
+            # The mount may be covered or gone by now, and the path lead to another file.
             found = os.fstat(fd)
-            if found.st_dev == self._device and found.st_size == size:
-                # Without the write-back cache the kernel takes the size from any answer that
-                # changes attributes.  A truncation would make it ignore the size in answers
-                # to others meanwhile.
+            if found.st_dev == device and found.st_size == size:
+                # Without the write-back cache the kernel takes over the size from any reply to
+                # a change of attributes.  A truncation would make the kernel ignore the size
+                # in replies to concurrent requests.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode))  # noqa: PTH101
-            elif found.st_dev == self._device:
-                # Dirty pages behind the end vanish with the truncation.  They have to
-                # fail first, or nobody would ever tell their writer.
+            elif found.st_dev == device:
+                # The truncation drops dirty pages past the end.  Their writeback has to fail
+                # before that, or the error would never be reported to their writer.
                 with contextlib.suppress(OSError):
                     sync_mount(self._directory)
                 os.truncate(f"/proc/self/fd/{fd}", size)

@@ -1,25 +1,25 @@
-"""truncate(2) and open(2) with O_TRUNC: what they mean for a disk, whose size is fixed.
+"""truncate(2) and open(2) with O_TRUNC on a disk, whose size is fixed.
 
-The kernel does not send O_TRUNC with the open request (see `qedfuse.mount.fuse.fuseinit`): a
+The kernel does not send O_TRUNC in the open request (see `qedfuse.mount.fuse.fuseinit`); a
 SETATTR request with the size 0 follows, as for truncate(2).  By default it is refused.  A
-program that was told that the file is empty leaves out the zeros that it copies, and old
-bytes would stay in their place.  With ``truncate=zero`` the disk is emptied, as by a discard
-of all of it, and keeps its size.  A truncation to a size between 0 and that of the disk
-empties what lies past it: cp(1) makes one for a source that ends in a hole, and all that was
-cut off reads as zeros, as in a file that is truncated and made longer again.
+program that has truncated a file to 0 successfully leaves out the zeros that it copies, and
+old bytes would remain in those ranges.  With ``truncate=zero`` the disk is zeroed, as by a
+discard of all of it, and keeps its size.  A truncation to a size between 0 and that of the
+disk zeroes the range past it: cp(1) makes one for a source that ends in a hole.  The range
+that was cut off reads as zeros, as in a file that is truncated and made longer again.
 
-The pages in the kernel's cache have to go as well.  While the kernel waits for the answer to
-SETATTR, it holds the lock of the inode and sends no dirty page (FUSE_NOWRITE in fs/fuse).
-So with ``truncate=zero`` the write-back cache is off: then only a shared memory map makes
-pages dirty.
+The pages in the kernel's cache have to be dropped as well.  While the kernel waits for the
+reply to SETATTR, it holds the lock of the inode and sends no dirty page (FUSE_NOWRITE in
+fs/fuse).  So with ``truncate=zero`` the write-back cache is off: then only a shared memory map
+makes pages dirty.
 
-- Without dirty pages the kernel drops all pages before the answer, when it is asked to, and
-  the answer gives the size that the disk still has.
-- With a dirty page the kernel cannot do that before the answer: it would have to write the
-  page back first.  Then the answer gives the size that was asked for, and the kernel drops
-  all pages past it by itself, the dirty ones without writing them back.  The attributes
-  expire at once, so the next request for the size or for data past it gets the real size,
-  and `SizeFixup` asks for it at once in case nobody else does.
+- Without dirty pages the kernel drops all pages before the reply, when it is asked to, and
+  the reply gives the size that the disk still has.
+- With a dirty page the kernel cannot do that before the reply: it would have to write the
+  page back first.  Then the reply gives the requested size, and the kernel drops all pages
+  past it by itself, the dirty ones without writing them back.  The attributes in this reply
+  expire immediately, so the next request for the size or for data past it gets the real size.
+  `SizeFixup` makes such a request right after, in case no program does.
 """
 
 from __future__ import annotations
@@ -40,42 +40,42 @@ _log = logging.getLogger(__name__)
 
 
 class Truncation:
-    """Changes the size of a disk, or refuses to."""
+    """Changes the size of a disk, or refuses to, by the options ``growable`` and ``truncate``."""
 
     def __init__(
-        self, options: MountOptions, forget_pages: Callable[[ExportedDisk], Awaitable[bool]]
+        self, options: MountOptions, try_drop_pages: Callable[[ExportedDisk], Awaitable[bool]]
     ) -> None:
-        """Follow the options ``growable`` and ``truncate``.
+        """Set the options of the mount.
 
         Args:
-            options: The mount's.
-            forget_pages: Has the kernel drop the pages that it caches of a disk, and returns
-                False if it could not within a short time.
+            options: The options.
+            try_drop_pages: Has the kernel drop the pages that it has cached of a disk; returns
+                False if it did not within a short time.
         """
         self._options = options
-        self._forget_pages = forget_pages
+        self._try_drop_pages = try_drop_pages
         self._explained: set[int] = set()
 
-    async def set_size(self, view: ExportedDisk, size: int) -> bool:
+    async def set_size(self, exported: ExportedDisk, size: int) -> bool:
         """Carry out a SETATTR request for ``size`` bytes.
 
         Returns:
-            Whether the answer to the kernel has to give the real size.  If not, it has to
-            give ``size``, which expires at once.
+            Whether the reply to the kernel must give the real size.  Otherwise it must give
+            ``size``, in attributes that expire immediately.
 
         Raises:
             FUSEError: EPERM, the options do not allow it; EFBIG, the tables cannot address
-                that much.
-            QedError: The disk could not be changed; a part of it may be empty.
+                so many bytes.
+            QedError: The disk could not be changed; part of the range may be zeroed.
         """
-        disk = view.disk
+        disk = exported.disk
         if size == disk.size:
             return True
-        if size == view.correcting and size < disk.size:
-            # The disk has grown since `SizeFixup` looked: nobody wants anything cut off.
+        if size == exported.correcting and size < disk.size:
+            # The disk has grown since `SizeFixup` read its size; no user wants a truncation.
             raise FUSEError(errno.EPERM)
         if size == 0 or (size < disk.size and self._options.truncate == "zero"):
-            return await self._empty_from(view, size)
+            return await self._zero_from(exported, size)
         if size < disk.size or not self._options.growable:
             raise FUSEError(errno.EPERM)
         if size > disk.header.geometry.max_image_size:
@@ -83,26 +83,26 @@ class Truncation:
         await disk.resize(size)
         return True
 
-    async def _empty_from(self, view: ExportedDisk, start: int) -> bool:
-        """Make a disk read as zeros from an offset on; see `set_size`."""
+    async def _zero_from(self, exported: ExportedDisk, start: int) -> bool:
+        """Zero a disk from an offset to its end; the result is that of `set_size`."""
         if self._options.truncate == "refuse":
-            self._explain(view)
+            self._explain(exported)
             raise FUSEError(errno.EPERM)
         try:
-            await view.disk.discard(start, view.disk.size - start)
+            await exported.disk.discard(start, exported.disk.size - start)
         finally:
-            # Also after a failure: what the disk holds now is what programs have to see, if
-            # not before the answer, then as soon as dirty pages have been written back.
-            forgotten = await self._forget_pages(view)
-        return forgotten
+            # Also after a failure: programs must see the content that the disk has now, if not
+            # before the reply, then as soon as dirty pages have been written back.
+            dropped = await self._try_drop_pages(exported)
+        return dropped
 
-    def _explain(self, view: ExportedDisk) -> None:
-        """Log what to do instead, once for each disk."""
-        if view.inode not in self._explained:
-            self._explained.add(view.inode)
+    def _explain(self, exported: ExportedDisk) -> None:
+        """Log the alternatives to a refused truncation, once for each disk."""
+        if exported.inode not in self._explained:
+            self._explained.add(exported.inode)
             _log.warning(
                 "%s: an open with O_TRUNC, or a truncation to 0, was refused and nothing is "
                 "changed: a disk keeps its size; write with conv=notrunc or qedimg convert -n, "
                 "or mount with -o truncate=zero to have the disk emptied",
-                view.disk.name,
+                exported.disk.name,
             )

@@ -1,0 +1,232 @@
+"""Requests about metadata: names, attributes, the size of a disk, and the directory."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from typing import TYPE_CHECKING, NoReturn
+
+import pyfuse3
+from pyfuse3 import FUSEError
+
+from qedfuse.mount.fuse.attributes import Attributes, set_times
+from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS
+from qedfuse.mount.fuse.requesterrors import RequestErrors, answered
+from qedfuse.ondisk.constants import SECTOR
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyfuse3 import (
+        EntryAttributes,
+        ReaddirToken,
+        RequestContext,
+        SetattrFields,
+        StatvfsData,
+    )
+
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+    from qedfuse.mount.fuse.sizefixup import SizeFixup
+    from qedfuse.mount.fuse.truncation import Truncation
+    from qedfuse.mount.options import MountOptions
+
+_log = logging.getLogger(__name__)
+
+
+class MetadataOperations(pyfuse3.Operations):
+    """The handlers of requests about metadata, for one mount.
+
+    Extended attributes are not implemented on purpose: with any reply but ENOSYS, the kernel
+    sends a request for them with each write(2).
+
+    Attributes:
+        disks: The disks, by inode.
+        debug: Whether every request is logged.
+        errors: The log of failed requests.
+        growable: Whether writes past the end and truncate(2) enlarge a disk.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self,
+        disks: ExportedDisks,
+        options: MountOptions,
+        truncation: Truncation,
+        size_fixup: SizeFixup,
+        *,
+        directory: bool,
+    ) -> None:
+        """Export the disks as files of a directory, or the only one as the mountpoint itself.
+
+        Args:
+            disks: The disks.
+            options: The options of the mount.
+            truncation: Changes the size of a disk.
+            size_fixup: Is notified when the kernel may have a wrong size of a disk.
+            directory: Whether the mountpoint is a directory.
+        """
+        super().__init__()
+        self.disks = disks.by_inode
+        self.debug = _log.isEnabledFor(logging.DEBUG)
+        self.errors = RequestErrors(disks.by_inode)
+        self.growable = options.growable
+        self._exported = disks
+        self._truncation = truncation
+        self._size_fixup = size_fixup
+        self._directory = directory
+        self._attributes = Attributes(options)
+        # The kernel does not know allow_root: it admits all users, and others than root and
+        # the owner are refused here.
+        root_only = options.allow_root and not options.allow_other
+        self._admitted = frozenset((0, os.getuid())) if root_only else None
+
+    def admit(self, uid: int) -> None:
+        """Refuse users that allow_root does not admit.
+
+        Raises:
+            FUSEError: EACCES.
+        """
+        if self._admitted is not None and uid not in self._admitted:
+            raise FUSEError(errno.EACCES)
+
+    def disk_of(self, inode: int) -> ExportedDisk:
+        """Return the disk of an inode or of a file handle.
+
+        Raises:
+            FUSEError: EISDIR, it is the directory; ENOENT, there is none.
+        """
+        exported = self.disks.get(inode & ~HANDLE_FLAGS)
+        if exported is None:
+            raise FUSEError(errno.EISDIR if self._is_root(inode) else errno.ENOENT)
+        return exported
+
+    async def grow(self, exported: ExportedDisk, end: int) -> None:
+        """Enlarge a disk to at least ``end`` bytes.
+
+        Raises:
+            FUSEError: ENOSPC, the disk is not growable; EFBIG, the tables cannot address so
+                many bytes.
+            QedError: The disk could not be changed.
+        """
+        if not self.growable:
+            raise FUSEError(errno.ENOSPC)
+        size = -(-end // SECTOR) * SECTOR
+        if size > exported.disk.header.geometry.max_image_size:
+            raise FUSEError(errno.EFBIG)
+        await exported.disk.resize(size)
+
+    def _is_root(self, inode: int) -> bool:
+        """Return whether an inode is the directory."""
+        return self._directory and inode == pyfuse3.ROOT_INODE
+
+    # Names and attributes
+
+    @answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Return the attributes of a name in the directory."""
+        self.admit(ctx.uid)
+        if not self._is_root(parent_inode):
+            raise FUSEError(errno.ENOTDIR)
+        if name in (b".", b".."):
+            return self._attributes.of_root(self._exported)
+        exported = self._exported.by_name.get(name)
+        if exported is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes.of_disk(exported)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: inodes exist as long as the mount."""
+
+    @answered
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Return the attributes of the directory or of a disk."""
+        self.admit(ctx.uid)
+        if self._is_root(inode):
+            return self._attributes.of_root(self._exported)
+        return self._attributes.of_disk(self.disk_of(inode))
+
+    @answered
+    async def setattr(
+        self,
+        inode: int,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: int | None,  # noqa: ARG002  pyfuse3's
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Set the times or the size of a disk; refuse to change owner and permissions."""
+        self.admit(ctx.uid)
+        if self._is_root(inode):
+            raise FUSEError(errno.EPERM)
+        exported = self.disk_of(inode)
+        now = self._attributes.of_disk(exported)
+        if (
+            (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(now.st_mode))
+            or (fields.update_uid and attr.st_uid != now.st_uid)
+            or (fields.update_gid and attr.st_gid != now.st_gid)
+        ):
+            raise FUSEError(errno.EPERM)
+        reply_with_real_size = True
+        if fields.update_size:
+            reply_with_real_size = await self._truncation.set_size(exported, attr.st_size)
+        if fields.update_atime or fields.update_mtime:
+            await set_times(
+                exported,
+                attr.st_atime_ns if fields.update_atime else now.st_atime_ns,
+                attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns,
+            )
+        reply = self._attributes.of_disk(exported)
+        if not reply_with_real_size:
+            reply.st_size = attr.st_size
+            reply.attr_timeout = 0
+            self._size_fixup.request(exported)
+        return reply
+
+    # The directory
+
+    @answered
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open the directory; its handle is the inode."""
+        self.admit(ctx.uid)
+        if not self._is_root(inode):
+            raise FUSEError(errno.ENOTDIR)
+        return inode
+
+    @answered
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:  # noqa: ARG002
+        """List the disks in the order in which the user named them."""
+        for next_id, exported in enumerate(list(self._exported)[start_id:], start_id + 1):
+            attributes = self._attributes.of_disk(exported)
+            if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
+                break
+
+    async def releasedir(self, fh: int) -> None:
+        """Do nothing: the handle of a directory has no state."""
+
+    @answered
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001
+        """Make all disks durable."""
+        for exported in self._exported:
+            await exported.disk.flush()
+
+    @answered
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:  # noqa: ARG002
+        """Describe the host's file system that stores what is written."""
+        host = next(iter(self._exported)).disk.statvfs()
+        reply = pyfuse3.StatvfsData()
+        for name in (
+            "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail",
+            "f_files", "f_ffree", "f_favail", "f_namemax",
+        ):  # fmt: skip
+            setattr(reply, name, getattr(host, name))
+        return reply
+
+    async def _refuse(self, *_args: object) -> NoReturn:
+        """Refuse to create, remove or rename a file: the images decide which files exist."""
+        raise FUSEError(errno.EPERM)
+
+    # One method replaces handlers of different signatures.
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]

@@ -1,0 +1,111 @@
+"""Announcing a mount to other processes: pid file, mount record and service manager.
+
+All paths are resolved before the mount exists.  After that they may lead through the mount,
+and the serving process would wait for its own reply.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from qedfuse.errors import QedError
+from qedfuse.mount.process.notify import PidFile, ServiceManager
+from qedfuse.mount.system.mountpoint import is_below
+from qedfuse.mount.system.mountrecord import MountRecord, MountRecordFile, process_start
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
+
+_NO_RECORD = "%s: qedfuse umount will not find this mount's process"
+
+
+class Announcement:
+    """The announcement of one mount, made before the mount and withdrawn after it."""
+
+    def __init__(
+        self,
+        mountpoint: str,
+        sources: tuple[str, ...],
+        option_strings: tuple[str, ...],
+        pidfile: str | None,
+        ready: Callable[[], None],
+    ) -> None:
+        """Open the directories of the files, and connect to the service manager.
+
+        Args:
+            mountpoint: The mountpoint, for the mount record.
+            sources: The sources, for the mount record.
+            option_strings: The options, for the mount record.
+            pidfile: The path of the pid file; None for none.
+            ready: Called when the disks can be used.
+
+        Raises:
+            HostError: The directory of the pid file cannot be opened.
+        """
+        self._mountpoint = mountpoint
+        self._sources = sources
+        self._options = option_strings
+        self._ready = ready
+        self._pidfile = None if pidfile is None else PidFile(pidfile)
+        if self._pidfile is not None and is_below(self._pidfile.path, mountpoint):
+            _log.warning(
+                "the pid file %s lies under the mountpoint, which hides it",
+                printable(self._pidfile.path),
+            )
+        self._record: MountRecordFile | None = None
+        try:
+            self._record = MountRecordFile()
+        except QedError as error:
+            _log.warning(_NO_RECORD, error)
+        self._manager = ServiceManager()
+
+    def write_record(self, device: str) -> None:
+        """Write the mount record; a failure is logged, because the mount works without it.
+
+        Args:
+            device: The device number of the mount, ``MAJOR:MINOR``.
+        """
+        if self._record is None:
+            return
+        pid = os.getpid()
+        record = MountRecord(
+            *(pid, process_start(pid) or 0, self._mountpoint, self._sources),
+            options=self._options,
+        )
+        try:
+            self._record.write(device, record)
+        except QedError as error:
+            _log.warning(_NO_RECORD, error)
+
+    def ready(self) -> None:
+        """Announce that the disks can be used.
+
+        Raises:
+            HostError: The pid file cannot be written.
+            QedError: The process that waited for the mount has ended.
+        """
+        if self._pidfile is not None:
+            self._pidfile.write()
+        self._ready()
+        self._manager.notify("READY=1")
+
+    def stopping(self) -> None:
+        """Announce that the mount is gone and its images are being closed."""
+        self._manager.notify("STOPPING=1")
+
+    def withdraw(self, failure: str | None, exit_code: int) -> None:
+        """Remove the pid file and the mount record; a failure is recorded instead.
+
+        Call it last: a missing mount record means that the images are safely closed.
+        """
+        self._manager.close()
+        if self._pidfile is not None:
+            self._pidfile.remove()
+            self._pidfile.close()
+        if self._record is not None:
+            self._record.finish(failure, exit_code)
