@@ -314,7 +314,7 @@ async def test_power_loss_during_shrinking(size: int, *, based: bool) -> None:
 async def test_entries_must_be_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the barrier before the new size, a power loss leaves old data past the end."""
     image = build_image(DISK, {n: pattern(CLUSTER, n) for n in NUMBERS})
-    without_barrier("Resizing.shrink")(monkeypatch)
+    without_barrier("Resize.shrink")(monkeypatch)
     states = await states_of_shrinking(image, b"", SPAN)
     assert any(
         header_of(content).image_size == SPAN and old_data(content, b"", SPAN, DISK)

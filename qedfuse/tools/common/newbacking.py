@@ -43,7 +43,7 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
         raise BackingError(msg)
     for below in chain_paths(path, directory):
         if _is_same_file(below, image):
-            msg = f"{about} {printable(below)}: found the image itself, through "
+            msg = f"{about} {printable(below)}: found the image itself through "
             msg += printable(backing)
             raise BackingError(msg)
 

@@ -180,11 +180,10 @@ class Conversion:
     async def _copy_to_image(self) -> tuple[int, int, int]:
         """Copy to an existing QED image; return the sizes of disk, file and data."""
         # Imported here: other targets need no writable disk, which takes a while to load.
-        from qedfuse.check.inspector import inspect_image  # noqa: PLC0415
-        from qedfuse.disk.opening import open_disk  # noqa: PLC0415
+        from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415
 
-        options = replace(self._options, writable=True, force_share=False)
-        async with open_disk(self._path, options, inspector=inspect_image) as disk:
+        options = replace(self._options, force_share=False)
+        async with open_writable(self._path, options) as disk:
             self._refuse_too_small(disk.size)
             size, data_bytes = await self._copy(ExistingQedTarget(disk))
             return size, disk.fstat().st_size, data_bytes

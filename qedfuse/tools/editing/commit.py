@@ -1,44 +1,39 @@
-"""Writing what an overlay holds into its base.
+"""Committing an overlay: its data is written into its base.
 
-The order makes an interruption harmless, at any moment:
+The order makes an interruption harmless at any moment:
 
-1. The base grows, if the overlay is larger.  What is added reads as zeros, which is what
+1. The base grows if the overlay is larger.  The added range reads as zeros, which is what
    the overlay shows past the end of a shorter base.
-2. The overlay's data goes into the base.  Only ranges change that the overlay has itself,
-   and so hides: over the base it reads as before, with none, some or all of this done.
-3. The base is made durable.  From here on both hold the same where the overlay has
-   anything.
-4. Only then the overlay's entries become unallocated.  Each one that does uncovers a
-   cluster of the base that reads the same, so it does not matter how many have done so,
-   nor in what order.  The tables and the space go last.
+2. The overlay's data is written into the base.  Only ranges change that the overlay stores
+   itself and therefore hides: read through the overlay, the disk is the same whether none,
+   some or all of this is done.
+3. The base is made durable.  From now on both store the same content wherever the overlay
+   stores anything.
+4. Only then the overlay's entries become unallocated.  Each of them uncovers a cluster of the
+   base that reads the same, so neither their number nor their order matters.  The tables and
+   their space go last.
 
-The base reads differently as soon as the first byte has been written to it.  That is
-what this is for, but other overlays over it are spoilt.
+The base reads differently as soon as the first byte has been written to it.  That is the
+purpose, but it corrupts other overlays over the same base.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.lookup.backing import open_bases, read_header
 from qedfuse.disk.lookup.extents import Kind
-from qedfuse.disk.lookup.layer import RawLayer
-from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import BackingError
-from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.tools.editing.commitbase import COPY_CHUNK_BYTES, BaseFile, check_same, open_base
+from qedfuse.tools.editing.commitbase import COPY_CHUNK_BYTES, find_base, open_base
 from qedfuse.tools.editing.commitsource import OverlayAlone, open_upper_images
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from qedfuse.disk.disk import Disk
     from qedfuse.disk.lookup.extents import Extent
-    from qedfuse.tools.editing.commitbase import Base
+    from qedfuse.tools.editing.commitbase import Base, BaseFile
     from qedfuse.tools.editing.commitsource import CommitSource
 
     Progress = Callable[[int, int], None]
@@ -46,21 +41,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CommitResult:
-    """What committing came to; all in bytes.
+    """The result of a commit; in bytes, except the clusters and images.
 
     Attributes:
-        base: The base, fit to be printed.
-        copied_bytes: How much data went into the base.
-        zero_bytes: How much of the base became zeros.
+        base: The base, as printable text.
+        copied_bytes: Data that was written into the base.
+        zero_bytes: Ranges of the base that became zeros.
         size_before: Size of the base's disk before.
-        size: Size of the base's disk now.
+        size: Size of the base's disk afterwards.
         bytes_before: Length of the overlay's file before.
-        bytes_after: Length of the overlay's file now.
-        free_clusters: How many clusters of a QED base are free now, as far as known,
-            because moving others there takes longer than the options allow; they take up
-            no space on the host.
-        between: How many images lie between the overlay and the base; they show a mixture
-            of what they showed and what the overlay shows.
+        bytes_after: Length of the overlay's file afterwards.
+        free_clusters: Clusters within the file of a QED base that are known to be free,
+            because moving others there takes longer than the options allow.  They are
+            holes.
+        between: Number of images between the overlay and the base.  They now show a mixture
+            of their old content and the overlay's.
     """
 
     base: str
@@ -86,25 +81,25 @@ async def commit(
 
     Args:
         path: The overlay.
-        base: A lower file of the chain, to which all that lies over it is committed.  The
-            overlay is kept then: what it holds it hides from the images between, which
-            show a mixture from now on.
-        keep: Leave the overlay as it is.
+        base: A lower file of the chain, into which the data of all images over it is
+            written.  The overlay is then kept: without its data the images between, which
+            now show a mixture, would show through.
+        keep: Do not empty the overlay.
         options: How to open it and the bases; both files are locked for writing.
-        progress: Called with how much is done of how much, in any unit.
+        progress: Called with the work done and the whole work, in any unit.
 
     Raises:
-        BackingError: The image has no base, or one that cannot be used, or no such base.
+        BackingError: The image has no base, or none of this name, or it cannot be used.
         QedError: A file cannot be opened for writing, or the host refused.  The overlay
-            reads over its base as it did before.
+            reads the same as before.
     """
     options = replace(options or OpenOptions(), force_share=False)
     if base is not None:
         async with open_upper_images(path, base, replace(options, writable=False)) as found:
-            source, place = found
-            result = await _commit(source, place, options, progress)
+            source, base_file = found
+            result = await _commit(source, base_file, options, progress)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
-    # The base is about to change, so the overlay does without it.
+    # The base is going to change, so the overlay is opened without it.
     overlay_options = replace(options, writable=not keep)
     async with open_disk(
         path, overlay_options, inspector=inspect_image, with_bases=False
@@ -112,13 +107,13 @@ async def commit(
         before = overlay.fstat().st_size
 
         async def empty() -> None:
-            await overlay.empty(_half(progress, second=True))
+            await overlay.empty(_half_of(progress, second=True))
 
         result = await _commit(
             OverlayAlone(overlay),
-            await _find_base(overlay, options),
+            await find_base(overlay, options),
             options,
-            progress if keep else _half(progress),
+            progress if keep else _half_of(progress),
             None if keep else empty,
         )
         if progress is not None:
@@ -129,42 +124,45 @@ async def commit(
 
 async def _commit(
     source: CommitSource,
-    place: BaseFile,
+    base_file: BaseFile,
     options: OpenOptions,
     progress: Progress | None,
     empty: Callable[[], Awaitable[None]] | None = None,
 ) -> CommitResult:
-    """Bring a base up to date; call ``empty`` once that is durable.
+    """Write a source's data into a base; call ``empty`` when that is durable.
 
     Returns:
-        What came of it, without the lengths of the overlay's file.
+        The result, with 0 for the lengths of the overlay's file.
     """
-    async with open_base(place, options) as base:
+    async with open_base(base_file, options) as base:
         old_size = base.size
         if source.size > base.size:
             await base.grow(source.size)
-        copied, zeroes = await _copy(source, base, progress)
+        copied, zero = await _copy(source, base, progress)
         await base.flush()
         await base.tidy()
         if empty is not None:
             await empty()
         return CommitResult(
-            *(base.name, copied, zeroes, old_size, base.size, 0, 0),
+            *(base.name, copied, zero, old_size, base.size, 0, 0),
             free_clusters=base.free_clusters,
-            between=place.depth - 1,
+            between=base_file.depth - 1,
         )
 
 
-def _half(progress: Progress | None, *, second: bool = False) -> Progress | None:
-    """Report what is half of the work; the other half is to empty the overlay."""
+def _half_of(progress: Progress | None, *, second: bool = False) -> Progress | None:
+    """Return a callback that reports the first or the second half of the whole work.
+
+    The first half is the copy, the second half is emptying the overlay.
+    """
     if progress is None:
         return None
     return lambda done, whole: progress(done + (whole if second else 0), 2 * whole)
 
 
 async def _copy(source: CommitSource, base: Base, progress: Progress | None) -> tuple[int, int]:
-    """Bring the base up to date; give how many bytes of data and of zeros that took."""
-    copied = zeroes = 0
+    """Write all data and zeros into the base; return the bytes of data, and those of zeros."""
+    copied = zero = 0
     for start in source.batch_starts():
         if progress is not None:
             progress(start, source.size)
@@ -174,41 +172,16 @@ async def _copy(source: CommitSource, base: Base, progress: Progress | None) -> 
                 copied += extent.length
             elif extent.kind is Kind.ZERO:
                 await base.zero(extent.start, extent.length)
-                zeroes += extent.length
-    return copied, zeroes
+                zero += extent.length
+    return copied, zero
 
 
 async def _copy_data(
     source: CommitSource, base: Base, extent: Extent, progress: Progress | None
 ) -> None:
-    """Copy one extent."""
+    """Write one extent of data into the base, chunk by chunk."""
     for at in range(extent.start, extent.end, COPY_CHUNK_BYTES):
         length = min(COPY_CHUNK_BYTES, extent.end - at)
         await base.write(at, await source.read(at, length))
         if progress is not None:
             progress(at + length, source.size)
-
-
-async def _find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
-    """Find the base by reading the chain once.
-
-    Nothing is locked: what is found is opened again for writing.
-    """
-    file = PosixFile.open(overlay.path)
-    try:
-        check_same(overlay.path, file.stat(), overlay.fstat())
-        header = await read_header(file)
-        if not header.has_backing:
-            msg = f"{overlay.name}: backing file: found none, expected one to commit to"
-            raise BackingError(msg)
-        bases = await open_bases(
-            overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
-        )
-    finally:
-        file.close()
-    try:
-        base = cast("PosixFile", bases[0].file)
-        return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
-    finally:
-        for layer in bases:
-            layer.file.close()

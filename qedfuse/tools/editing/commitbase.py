@@ -1,17 +1,19 @@
-"""The base that an overlay is committed to, as something that can be written to."""
+"""The base that a commit writes to: finding it in the chain, and opening it for writing."""
 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.opening import open_disk
-from qedfuse.errors import ImageInUseError
+from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.layer import RawLayer
+from qedfuse.disk.lookup.tablecache import make_store
+from qedfuse.errors import BackingError, ImageInUseError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.text import printable
+from qedfuse.tools.common.writabledisk import open_writable
 
 if TYPE_CHECKING:
     import os
@@ -22,59 +24,59 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 COPY_CHUNK_BYTES: Final = 1 << 20
-"""Bytes that are copied at a time."""
+"""Bytes that are read, and written, in one call."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseFile:
-    """Where a base is, and which file that was when the chain was looked at.
+    """The file of a base, as it was found when the chain was read.
 
     Attributes:
         path: Its path.
-        identity: Its attributes.
+        status: Its attributes, by which it is recognised when it is opened again.
         is_raw: Whether it is raw.
-        depth: How many images lie over it.
+        depth: Number of images over it.
     """
 
     path: str
-    identity: os.stat_result
+    status: os.stat_result
     is_raw: bool
     depth: int
 
 
 class Base(Protocol):
-    """The base as something that can be written to."""
+    """A base that is open for writing."""
 
     @property
     def name(self) -> str:
-        """The file, fit to be printed."""
+        """Its file in messages, as printable text."""
 
     @property
     def size(self) -> int:
-        """Bytes of its disk."""
+        """Size of its disk in bytes."""
 
     @property
     def free_clusters(self) -> int:
-        """How many clusters of its file are free, as far as known."""
+        """Number of clusters of its file that are known to be free."""
 
     async def grow(self, size: int) -> None:
-        """Give it a larger size; what is added reads as zeros."""
+        """Grow its disk to ``size`` bytes; what is added reads as zeros."""
 
     async def write(self, start: int, data: Buffer) -> None:
-        """Write bytes."""
+        """Write bytes at a guest offset."""
 
     async def zero(self, start: int, length: int) -> None:
-        """Make a range read as zeros, and give its space up where that can be."""
+        """Make a range read as zeros, without using space if the file allows that."""
 
     async def flush(self) -> None:
         """Make everything durable."""
 
     async def tidy(self) -> None:
-        """Move what is in use to where something became free, as far as that is quick."""
+        """Move clusters into those that became free, as far as the options allow."""
 
 
 class _QedBase:
-    """A base that is an image itself, with bases of its own."""
+    """A base that is a QED image, which may have bases itself."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -105,7 +107,7 @@ class _QedBase:
 
 
 class _RawBase:
-    """A base whose bytes are the disk's."""
+    """A raw base."""
 
     def __init__(self, file: PosixFile) -> None:
         self._file = file
@@ -126,7 +128,7 @@ class _RawBase:
         await self._file.punch((start, length))
         if self._file.can_punch:
             return
-        # The host has no holes: what it does not know to be one is written over.
+        # The host cannot punch holes, so zeros are written.
         zeros, end = bytes(min(COPY_CHUNK_BYTES, length)), start + length
         for at in range(start, end, COPY_CHUNK_BYTES):
             await self._file.pwrite(at, memoryview(zeros)[: end - at])
@@ -138,36 +140,73 @@ class _RawBase:
         pass
 
 
+async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
+    """Return the file of an overlay's base, found by reading the chain once.
+
+    Nothing stays locked: the base is opened again for writing.
+
+    Raises:
+        BackingError: The overlay has no base, or one that cannot be used.
+        ImageInUseError: Another file has taken the overlay's name.
+    """
+    file = PosixFile.open(overlay.path)
+    try:
+        check_same(overlay.path, file.stat(), overlay.fstat())
+        header = await read_header(file)
+        if not header.has_backing:
+            msg = f"{overlay.name}: backing file: found none, expected one to commit to"
+            raise BackingError(msg)
+        bases = await open_bases(
+            overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
+        )
+    finally:
+        file.close()
+    try:
+        base = cast("PosixFile", bases[0].file)
+        return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
+    finally:
+        for layer in bases:
+            layer.file.close()
+
+
 @asynccontextmanager
-async def open_base(place: BaseFile, options: OpenOptions) -> AsyncIterator[Base]:
-    """Open a base for writing, by the rules for any base.
+async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[Base]:
+    """Open a base for writing, by the same rules as when it was found.
+
+    Args:
+        base_file: The base.
+        options: How the overlay is opened.
 
     Raises:
         BackingError: The chain below it cannot be used.
         ImageInUseError: Another program has it open.
     """
-    if place.is_raw:
-        file = PosixFile.open(place.path, writable=True)
+    if base_file.is_raw:
+        file = PosixFile.open(base_file.path, writable=True)
         try:
             if options.lock:
                 lock_image(file.fd, LockMode.WRITE, file.name)
-            check_same(place.path, file.stat(), place.identity)
+            check_same(base_file.path, file.stat(), base_file.status)
             yield _RawBase(file)
         finally:
             file.close()
         return
     policy = replace(options.backing, trusted=None)
-    wanted = replace(options, writable=True, backing=policy)
-    async with open_disk(place.path, wanted, inspector=inspect_image) as disk:
-        check_same(place.path, disk.fstat(), place.identity)
+    async with open_writable(base_file.path, replace(options, backing=policy)) as disk:
+        check_same(base_file.path, disk.fstat(), base_file.status)
         yield _QedBase(disk)
 
 
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
-    """Refuse a file that has taken the place of the one that the rules were applied to.
+    """Refuse a file that has replaced the one to which the rules were applied.
+
+    Args:
+        path: The file.
+        found: Attributes of the file that is open now.
+        expected: Attributes of the file as it was found.
 
     Raises:
-        ImageInUseError: It has.
+        ImageInUseError: They are not the same file.
     """
     if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
         msg = f"{printable(path)}: found another file than a moment ago"

@@ -1,4 +1,4 @@
-"""What is committed to a base: an overlay by itself, or all images of a chain over a base."""
+"""The data that a commit writes into a base: of one overlay, or of all images over the base."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Protocol, cast
 from qedfuse.disk.lookup.backing import open_bases, read_header
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.chain import Chain
-from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
-from qedfuse.errors import BackingError, CorruptImageError
+from qedfuse.errors import BackingError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.text import printable
 from qedfuse.tools.editing.commitbase import BaseFile
-from qedfuse.tools.editing.ownextents import batch_starts, batch_starts_of, own_extents
+from qedfuse.tools.editing.ownextents import batch_starts, own_extents, refuse_bad
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -30,31 +29,31 @@ if TYPE_CHECKING:
 
 
 class CommitSource(Protocol):
-    """A disk in which some ranges are known and the others are the base's."""
+    """A disk of which some ranges are committed; in the others the base shows."""
 
     @property
     def size(self) -> int:
         """Bytes of the disk."""
 
     def batch_starts(self) -> range:
-        """Return the offsets at which the pieces of the disk begin."""
+        """Return the guest offsets at which the batches of the disk begin."""
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return what is data and what is zeros in the piece that begins at ``start``.
+        """Return the extents of data and of zeros in the batch that begins at ``start``.
 
         Raises:
             CorruptImageError: A table entry is bad.
         """
 
     async def read(self, start: int, length: int) -> Buffer:
-        """Read a range that is data."""
+        """Read a range of data."""
 
 
 class OverlayAlone:
-    """An image without its bases."""
+    """The data of one image, without its bases."""
 
     def __init__(self, disk: Disk) -> None:
-        """Commit what ``disk`` holds itself."""
+        """Commit what ``disk`` stores itself."""
         self._disk = disk
 
     @property
@@ -63,11 +62,11 @@ class OverlayAlone:
         return self._disk.size
 
     def batch_starts(self) -> range:
-        """Return the offsets at which the pieces of the disk begin."""
-        return batch_starts(self._disk)
+        """Return the guest offsets at which the batches of the disk begin."""
+        return batch_starts(self._disk.size, self._disk.header.geometry.cluster_size)
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return how the image stores a piece."""
+        """Return how the image stores a batch."""
         return await own_extents(self._disk, start)
 
     async def read(self, start: int, length: int) -> Buffer:
@@ -76,10 +75,14 @@ class OverlayAlone:
 
 
 class UpperImages:
-    """The images of a chain that lie over a base."""
+    """The data of all images of a chain that lie over a base.
+
+    Attributes:
+        file_bytes: Length of the first image's file.
+    """
 
     def __init__(self, chain: Chain, file: PosixFile) -> None:
-        """Commit what the images of ``chain`` hold together; ``file`` is the first."""
+        """Commit what the images of ``chain`` store together; ``file`` is the first image."""
         self._chain = chain
         self._top = cast("QedLayer", chain.layers[0])
         self.file_bytes = file.size()
@@ -90,16 +93,14 @@ class UpperImages:
         return self._top.size
 
     def batch_starts(self) -> range:
-        """Return the offsets at which the pieces of the disk begin."""
-        return batch_starts_of(self.size, self._top.geometry.cluster_size)
+        """Return the guest offsets at which the batches of the disk begin."""
+        return batch_starts(self.size, self._top.geometry.cluster_size)
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return what any of the images stores of a piece."""
+        """Return how the images together store a batch."""
         length = min(self.batch_starts().step, self.size - start)
         found = await self._chain.stored(start, length)
-        for extent in found:
-            if extent.kind is Kind.BAD:
-                raise CorruptImageError(extent.reason)
+        refuse_bad(found)
         return found
 
     async def read(self, start: int, length: int) -> Buffer:
@@ -111,18 +112,18 @@ class UpperImages:
 async def open_upper_images(
     path: str, base: str, options: OpenOptions
 ) -> AsyncIterator[tuple[UpperImages, BaseFile]]:
-    """Open all images over a base, locked and read-only.
+    """Open all images over a base, locked and read-only; yield them and the base's file.
 
-    The base itself and what lies below it is opened to find it, and closed again.
+    The base and the images below it are opened to find it, and closed again.
 
     Args:
         path: The first image.
-        base: A file of its chain, by a name that begins at the directory of the image
-            that names it, as qemu-img has it, or at the working directory of ``options``.
+        base: A file of its chain, by a name relative to the directory of the image that
+            names it, as for qemu-img, or to the working directory of ``options``.
         options: How to open the chain.
 
     Raises:
-        BackingError: There is no such file in the chain, or the chain cannot be used.
+        BackingError: The chain has no such file, or cannot be used.
         QedError: An image cannot be opened or locked.
     """
     file = PosixFile.open(path)
@@ -134,28 +135,32 @@ async def open_upper_images(
         top = QedLayer(file, header, store)
         await top.scan_l1()
         layers = await open_bases(path, file, header, options, store)
-        depth = _find(path, base, layers, options.backing.working_directory)
+        depth = _depth_of(path, base, layers, options.backing.working_directory)
         found = cast("PosixFile", layers[depth - 1].file)
         is_raw = isinstance(layers[depth - 1], RawLayer)
-        place = BaseFile(found.path, found.stat(), is_raw, depth)
-        # Their locks would keep the base from being opened for writing.
+        base_file = BaseFile(found.path, found.stat(), is_raw, depth)
+        # Their shared locks would conflict with opening the base for writing.
         for layer in layers[depth - 1 :]:
             layer.file.close()
         del layers[depth - 1 :]
-        yield UpperImages(Chain([top, *layers]), file), place
+        yield UpperImages(Chain([top, *layers]), file), base_file
     finally:
         for layer in layers:
             layer.file.close()
         file.close()
 
 
-def _find(path: str, base: str, layers: Sequence[Layer], directory: str) -> int:
-    """Return the depth at which a file lies in a chain; the first image has depth 0.
+def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> int:
+    """Return the depth of a file in a chain, where the first image has depth 0.
 
-    ``directory`` is the working directory; empty for that of the process.
+    Args:
+        path: The first image.
+        base: Name of the file, as for `open_upper_images`.
+        layers: The chain below the first image.
+        directory: The working directory; empty for that of the process.
 
     Raises:
-        BackingError: It is not in the chain.
+        BackingError: The chain does not have it.
     """
     above = path
     for depth, layer in enumerate(layers, 1):

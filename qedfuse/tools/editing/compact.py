@@ -1,14 +1,13 @@
-"""Making the file of an image as short as it can be."""
+"""Compacting an image: its file becomes as short as possible."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError
+from qedfuse.tools.common.writabledisk import open_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,13 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CompactResult:
-    """What compacting an image came to.
+    """The result of compacting an image.
 
     Attributes:
         bytes_before: Length of the file before.
-        bytes_after: Length of the file now.
-        moved_clusters: How many clusters were moved.
-        free_clusters: How many are still free, because there was no room to move a table.
+        bytes_after: Length of the file afterwards.
+        moved_clusters: Number of clusters that were moved.
+        free_clusters: Number of clusters still free, because no free run was long enough
+            for a table.
     """
 
     bytes_before: int
@@ -36,23 +36,23 @@ async def compact(
     options: OpenOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompactResult:
-    """Move the highest clusters of an image into its holes and cut off the end.
+    """Move the highest clusters of an image into its holes, and truncate the file.
 
-    The image is sound at any moment; what was moved before an interruption stays moved.
-    Bases are not looked at, and need not be there.
+    The image is valid at any moment; clusters moved before an interruption stay moved.
+    Backing files are not opened, and need not exist.
 
     Args:
         path: The image.
-        options: How to open it; it is opened for writing in any case.
+        options: How to open it; ``compact`` and ``writable`` are ignored.
         progress: Called with the bytes moved so far and in all.
 
     Raises:
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    # What is left then is left because there is no room to move it.
-    wanted = replace(options or OpenOptions(), writable=True, compact="off")
-    async with open_disk(path, wanted, inspector=inspect_image, with_bases=False) as disk:
+    # Closing must not compact again: what is free then is what could not be filled here.
+    wanted = replace(options or OpenOptions(), compact="off")
+    async with open_writable(path, wanted, with_bases=False) as disk:
         before = disk.fstat().st_size
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
@@ -61,5 +61,5 @@ async def compact(
                 f"check -r all {disk.name}"
             )
             raise CorruptImageError(msg)
-        found = disk.statistics()
-    return CompactResult(before, found.file_bytes, moved, found.free_clusters or 0)
+        statistics = disk.statistics()
+    return CompactResult(before, statistics.file_bytes, moved, statistics.free_clusters or 0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.tools.common.writabledisk import open_writable
 from qedfuse.tools.inspection.freelistinfo import describe_free_list
 
 if TYPE_CHECKING:
@@ -15,29 +14,35 @@ if TYPE_CHECKING:
 
 
 async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
-    """Find the free clusters of an image, give them back to the host, and list them.
+    """Find the free clusters of an image, punch them out of its file, and list them.
 
-    Without a single free cluster there is no list, and older programs can still open the
-    image.  From then on the list is kept: a mount with default options writes it again.
+    Without a free cluster no list is written, and programs that do not know it can still
+    open the image.  Once written the list is kept: a mount with default options rewrites it.
+
+    Returns:
+        The list as it is afterwards.
 
     Raises:
-        UsageError: Something else lies where the list's descriptor has to be.
+        UsageError: The image has something else at the offset of the list's descriptor.
         QedError: The image cannot be opened for writing.
     """
-    wanted = replace(options or OpenOptions(), writable=True, free_list="on")
-    async with open_disk(path, wanted, inspector=inspect_image, with_bases=False):
-        pass
+    await _set_free_list(path, replace(options or OpenOptions(), free_list="on"))
     return await describe_free_list(path)
 
 
 async def drop(path: str, options: OpenOptions | None = None) -> None:
-    """Drop the list of an image, so that older programs can open it again.
+    """Remove the list from an image, so that programs that do not know it can open it again.
 
-    What was listed is then what they call leaked; we find it by a scan.
+    A check by such a program then counts the listed clusters as leaked; qedfuse finds them by
+    its scan.
 
     Raises:
         QedError: The image cannot be opened for writing.
     """
-    unwanted = replace(options or OpenOptions(), writable=True, free_list="off")
-    async with open_disk(path, unwanted, inspector=inspect_image, with_bases=False):
+    await _set_free_list(path, replace(options or OpenOptions(), free_list="off"))
+
+
+async def _set_free_list(path: str, options: OpenOptions) -> None:
+    """Open and close an image for writing: closing writes or removes the list, by the options."""
+    async with open_writable(path, options, with_bases=False):
         pass

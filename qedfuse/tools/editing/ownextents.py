@@ -1,4 +1,4 @@
-"""What an image itself holds, without its bases: a piece of its disk after the other."""
+"""What an image itself stores, without its bases, as batches of extents."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.extents import Extent
 
 _CLUSTERS_PER_BATCH: Final = 1 << 14
-"""Clusters in a piece: each may come out as an extent of its own."""
+"""Clusters of the disk in a batch; each may be an extent."""
 
 
-def batch_starts(disk: Disk) -> range:
-    """Give the guest offsets where the pieces of a disk begin."""
-    return batch_starts_of(disk.size, disk.header.geometry.cluster_size)
-
-
-def batch_starts_of(size: int, cluster_size: int) -> range:
-    """Return the offsets where the pieces of a disk of ``size`` bytes begin."""
+def batch_starts(size: int, cluster_size: int) -> range:
+    """Return the guest offsets at which the batches of a disk of ``size`` bytes begin."""
     return range(0, size, _CLUSTERS_PER_BATCH * cluster_size)
 
 
 async def own_extents(disk: Disk, start: int) -> list[Extent]:
-    """Tell how the image stores one piece; the extents are in order and leave nothing out.
+    """Return how the image stores one batch, as extents in order and without gaps.
 
     Raises:
         CorruptImageError: A table entry is bad.
     """
     await trio.lowlevel.checkpoint()
-    length = min(batch_starts(disk).step, disk.size - start)
-    found = joined(await disk.chain.layers[0].lookup(start, length))
-    for extent in found:
+    step = batch_starts(disk.size, disk.header.geometry.cluster_size).step
+    length = min(step, disk.size - start)
+    extents = joined(await disk.chain.layers[0].lookup(start, length))
+    refuse_bad(extents)
+    return extents
+
+
+def refuse_bad(extents: list[Extent]) -> None:
+    """Refuse extents of which one has a bad table entry.
+
+    Raises:
+        CorruptImageError: One has.
+    """
+    for extent in extents:
         if extent.kind is Kind.BAD:
             raise CorruptImageError(extent.reason)
-    return found

@@ -1,31 +1,30 @@
-"""Giving the disk of an image another size."""
+"""Changing the size of an image's disk."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.opening import open_disk
-from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
+from qedfuse.tools.common.writabledisk import open_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qedfuse.disk.options import OpenOptions
+
 
 @dataclass(frozen=True, slots=True)
 class ResizeResult:
-    """What a change of size came to; all in bytes but for the clusters.
+    """The result of a change of size; in bytes, except the clusters.
 
     Attributes:
-        size_before: The disk's size before.
-        size: The disk's size now.
+        size_before: Size of the disk before.
+        size: Size of the disk afterwards.
         bytes_before: Length of the file before.
-        bytes_after: Length of the file now.
-        free_clusters: Clusters in the midst of the file that are free, as far as known,
-            because moving others there takes longer than the options allow; they take up
-            no space on the host.
+        bytes_after: Length of the file afterwards.
+        free_clusters: Clusters within the file that are known to be free, because moving
+            others there takes longer than the options allow.  They are holes.
     """
 
     size_before: int
@@ -45,26 +44,25 @@ async def resize(
     options: OpenOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ResizeResult:
-    """Give the disk of an image ``size`` bytes, a multiple of 512.
+    """Change the size of an image's disk to a multiple of 512 bytes.
 
-    What is added reads as zeros, also where the image is an overlay over a longer base.
+    What is added reads as zeros, also if the image is an overlay over a longer base.
 
     Args:
         path: The image.
-        size: Bytes; with ``relative`` how many more, or less.
+        size: Bytes; with ``relative`` the difference, which may be negative.
         relative: Count from the present size.
-        shrink: Let the disk become smaller.
-        force: Lose what the image holds past the end, the new one or the old.
-        options: How to open it; it is opened for writing in any case.
-        progress: Called with how much is done of how much, in any unit.
+        shrink: Allow the disk to become smaller.
+        force: Allow the loss of data that the image has past the new end, or past the old.
+        options: How to open it; ``writable`` is set in any case.
+        progress: Called with the work done and the whole work, in any unit.
 
     Raises:
-        UsageError: The disk would shrink without leave, or lose data, or the size is not
-            one that the image can have.
+        UsageError: The disk would shrink or lose data without being allowed to, or the
+            image cannot have the size.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    wanted = replace(options or OpenOptions(), writable=True)
-    async with open_disk(path, wanted, inspector=inspect_image) as disk:
+    async with open_writable(path, options) as disk:
         before, bytes_before = disk.size, disk.fstat().st_size
         target = before + size if relative else size
         if target < 0:

@@ -1,0 +1,147 @@
+"""The copy that a rebase makes: what the old bases show and the new ones do not."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.lookup.chain import Chain
+from qedfuse.disk.lookup.extents import Kind
+from qedfuse.disk.lookup.seek import next_data
+from qedfuse.ondisk.constants import SECTOR
+from qedfuse.tools.editing.ownextents import batch_starts, own_extents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.disk.disk import Disk
+    from qedfuse.disk.lookup.extents import Extent
+
+    Progress = Callable[[int, int], None]
+
+_COMPARE_CHUNK_BYTES: Final = 1 << 20
+"""Bytes of each chain that are read and compared in one step."""
+
+
+class RebaseCopy:
+    """Copies into an image what its new bases do not show.
+
+    Attributes:
+        copied_bytes: Bytes written to the image as data.
+        zero_bytes: Bytes that became zero clusters.
+    """
+
+    def __init__(self, disk: Disk, new: Chain) -> None:
+        """Compare the bases of ``disk`` with those of ``new``, its future chain."""
+        self._disk = disk
+        self._old = disk.chain
+        self._new = new
+        self._bases = [Chain(chain.layers[1:]) for chain in (self._old, new) if chain.has_base]
+        self._data_at = [-1] * len(self._bases)
+        """For each entry of `_bases` the offset of data that was found last."""
+        self._cluster_size = disk.header.geometry.cluster_size
+        self._step_bytes = max(_COMPARE_CHUNK_BYTES, self._cluster_size)
+        self.copied_bytes = 0
+        self.zero_bytes = 0
+
+    async def run(self, progress: Progress | None) -> None:
+        """Copy what differs in all ranges that the image does not store itself.
+
+        Raises:
+            CorruptImageError: A table entry of the image or of a base is bad.
+            HostError: The host refused.
+        """
+        for start in batch_starts(self._disk.size, self._cluster_size):
+            for extent in await own_extents(self._disk, start):
+                if progress is not None:
+                    progress(extent.start, self._disk.size)
+                if extent.kind is Kind.UNALLOCATED:
+                    await self._copy_unallocated(extent, progress)
+
+    async def _copy_unallocated(self, extent: Extent, progress: Progress | None) -> None:
+        """Copy what differs in a range in which the bases show through."""
+        at = await self._next_data_cluster(extent.start)
+        while at < extent.end:
+            stop = min(extent.end, at - at % self._step_bytes + self._step_bytes)
+            if not await self._is_shared(at, stop):
+                await self._copy_differences(at, stop)
+            if progress is not None:
+                progress(stop, self._disk.size)
+            at = await self._next_data_cluster(stop)
+
+    async def _next_data_cluster(self, start: int) -> int:
+        """Return the first cluster at or past ``start`` in which either base has data."""
+        for index, chain in enumerate(self._bases):
+            # Data that was found from an earlier cluster may lie far ahead; it is still next.
+            if self._data_at[index] < start:
+                found = await next_data(chain, start)
+                self._data_at[index] = self._disk.size if found is None else found
+        first = min(self._data_at, default=self._disk.size)
+        return max(start, self._disk.header.geometry.floor(first))
+
+    async def _is_shared(self, start: int, end: int) -> bool:
+        """Return whether both chains show the same bytes of the same file; nothing is read."""
+        old = await self._old.extents(start, end - start, depth=1)
+        new = await self._new.extents(start, end - start, depth=1)
+        return len(old) == len(new) and all(
+            one.kind is other.kind is Kind.DATA
+            and (one.start, one.length, one.file_offset)
+            == (other.start, other.length, other.file_offset)
+            and os.path.samestat(
+                self._old.layers[one.depth].file.stat(), self._new.layers[other.depth].file.stat()
+            )
+            for one, other in zip(old, new, strict=True)
+        )
+
+    async def _copy_differences(self, start: int, end: int) -> None:
+        """Compare whole unallocated clusters, and copy runs of those that differ."""
+        size = self._cluster_size
+        if size > _COMPARE_CHUNK_BYTES:
+            await self._copy_large_cluster(start, end)
+            return
+        old = await self._old.read(start, end - start, depth=1)
+        new = await self._new.read(start, end - start, depth=1)
+        if old == new:
+            return
+        data, zeros = memoryview(old), bytes(size)
+        run_start, run_is_zero = start, None  # None: the clusters of the run are equal
+        # One more iteration, past the last cluster, ends the last run.
+        for at in range(start, end + size, size):
+            cluster = old[at - start : at - start + size]
+            differs = at < end and cluster != new[at - start : at - start + size]
+            is_zero = cluster == zeros[: len(cluster)] if differs else None
+            if is_zero is not run_is_zero:
+                if run_is_zero is not None:
+                    content = data[run_start - start : at - start]
+                    await self._write(run_start, content, zero=run_is_zero)
+                run_start, run_is_zero = at, is_zero
+
+    async def _write(self, start: int, content: memoryview, *, zero: bool) -> None:
+        """Write whole clusters to the image, as data or as zero clusters."""
+        if zero:
+            await self._disk.write_zero_clusters(start, len(content))
+            self.zero_bytes += len(content)
+        else:
+            await self._disk.write(start, content)
+            self.copied_bytes += len(content)
+
+    async def _copy_large_cluster(self, start: int, end: int) -> None:
+        """Compare one large cluster and copy it if it differs; memory is for one chunk."""
+        differs, is_zero = False, True
+        for at in range(start, end, _COMPARE_CHUNK_BYTES):
+            length = min(_COMPARE_CHUNK_BYTES, end - at)
+            old = await self._old.read(at, length, depth=1)
+            new = await self._new.read(at, length, depth=1)
+            differs = differs or old != new
+            is_zero = is_zero and old == bytes(length)
+        if differs and is_zero:
+            await self._disk.write_zero_clusters(start, end - start)
+            self.zero_bytes += end - start
+        elif differs:
+            # A write of one sector allocates the cluster, which the disk fills up from its
+            # old base.
+            await self._disk.write(start, await self._old.read(start, SECTOR, depth=1))
+            self.copied_bytes += end - start
+        await trio.lowlevel.checkpoint()
