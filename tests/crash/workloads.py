@@ -154,13 +154,13 @@ class Workload:
             else (discard._MAX_CLUSTERS_ONE_BY_ONE, quarantine._MAX_SCATTERED_CLUSTERS)
         )
         # In the other half compaction has many commit rounds.
-        batch = compaction._QUICK_BATCH_BYTES if together else 3 * CLUSTER
+        batch = compaction._LIMITED_BATCH_BYTES if together else 3 * CLUSTER
         # Without the last, that depends on where objects lie in memory as well.
         with (
             patch.object(discard, "_MAX_CLUSTERS_ONE_BY_ONE", new=few),
             patch.object(reclaim, "_MIN_SCATTERED_RUNS", new=few),
             patch.object(quarantine, "_MAX_SCATTERED_CLUSTERS", new=scattered),
-            patch.object(compaction, "_QUICK_BATCH_BYTES", new=batch),
+            patch.object(compaction, "_LIMITED_BATCH_BYTES", new=batch),
             patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True),
         ):
             trio._core._run._r.seed(seed)

@@ -114,7 +114,7 @@ async def test_a_signal_ends_the_compaction(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the mount is gone a signal ends the compaction; the disk is closed cleanly."""
-    monkeypatch.setattr(compaction, "_QUICK_BATCH_BYTES", CLUSTER)
+    monkeypatch.setattr(compaction, "_LIMITED_BATCH_BYTES", CLUSTER)
     inner = MemoryFile(full())
     file = FailingFile(inner)
     async with trio.open_nursery() as nursery:

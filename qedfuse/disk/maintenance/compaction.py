@@ -1,15 +1,15 @@
-"""Compaction: the highest clusters move into the lowest holes, until there are none.
+"""Compaction: the highest clusters in use move to the lowest free ones, and the file is cut.
 
-The file then is as long as what is in use in it: the *target*.  As many clusters in use
-lie past the target as there are holes before it, so every data cluster past it finds a
-hole, whichever is the lowest.  Tables come first, because they need neighbouring holes.
+The *target* is the cluster at which the file ends once no free cluster is left in it.  There
+are as many clusters in use past the target as free ones before it, so every data cluster
+past the target finds a free one, whichever is the lowest.  Tables move first, because a
+table needs adjacent free clusters.
 
-A compaction that is bounded has a higher target: the cluster from which on no more is in
-use than may be moved.  Whether it gets there or ends before, because its time is over or
-somebody stopped it, what was moved was the highest, and the end of the file is cut off
-as far as that.
+A compaction with limits has a higher target: the cluster past which no more clusters are in
+use than may be moved.  If it ends early, because its time is over or because it was stopped,
+the clusters that have moved were the highest, and the file is cut as far as that.
 
-How a cluster is moved, and why that is safe, `qedfuse.disk.maintenance.mover` tells.
+`qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ import trio
 from qedfuse.disk.lookup.tablecache import L1
 from qedfuse.disk.maintenance.reversemap import build_reverse_map
 from qedfuse.errors import CorruptImageError
-from qedfuse.hostio.tablewalk import holds_data
+from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.maintenance.mover import Mover
@@ -39,27 +37,28 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.spacemanager import SpaceManager
 
     Progress = Callable[[int, int], None]
-    """Told how many bytes have been moved, and how many are to be moved in all."""
+    """Called with the bytes that have been moved, and with all that will be moved."""
 
 log = logging.getLogger(__name__)
 
 _BATCH_BYTES: Final = 1 << 26
-_QUICK_BATCH_BYTES: Final = 1 << 23
-"""Data that is moved between two commit rounds, at most; the second if there are limits."""
+"""Most data that is moved between two flushes."""
+_LIMITED_BATCH_BYTES: Final = 1 << 23
+"""The same for a compaction with limits, which ends between two batches."""
 
-_MAX_OWNERS: Final = 1 << 20
-"""Most clusters whose owners are looked for in one pass over the tables: 32 MiB of numbers."""
+_MAX_MOVES_PER_PASS: Final = 1 << 20
+"""Most clusters whose owners are found in one pass over the tables; takes 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
-"""Most tables that are kept in mind: 2 PiB in clusters of 64 KiB."""
+"""Most L2 tables of an image that is compacted: 2 PiB of disk with clusters of 64 KiB."""
 
 
 class Limits(NamedTuple):
     """How much one compaction may do.
 
     Attributes:
-        bytes: How much it may move.
-        seconds: How long it may take; a system call under way is waited for.
+        bytes: Most bytes that may be moved.
+        seconds: How long it may take; a system call that is running then is waited for.
     """
 
     bytes: int
@@ -67,7 +66,7 @@ class Limits(NamedTuple):
 
 
 class Compaction:
-    """Makes the file of an open image shorter, as far as it may."""
+    """Makes the file of an open image shorter, within limits."""
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class Compaction:
         flusher: Flusher,
         reclaim: Reclaim,
     ) -> None:
-        """Have ``mover`` move clusters of ``layer``."""
+        """Compact the file of ``layer``; ``mover`` moves its clusters."""
         self._layer = layer
         self._allocator = allocator
         self._space = space
@@ -86,12 +85,12 @@ class Compaction:
         self._flusher = flusher
         self._reclaim = reclaim
         self._bits = allocator.cluster_bits
-        self._table = layer.geometry.table_size
+        self._table_size = layer.geometry.table_size  # in clusters
         self._scope: trio.CancelScope | None = None
         self._stopped = False
         self._moved = 0
         self._total = 0
-        self._progress: Progress = _silent
+        self._progress: Progress = _no_progress
 
     async def run(
         self,
@@ -100,18 +99,18 @@ class Compaction:
         within_bound: bool = True,
         limits: Limits | None = None,
     ) -> int:
-        """Move what has to be moved, the highest first; return how many clusters that were.
+        """Move the highest clusters and cut the file; return how many clusters were moved.
 
-        No other request may be under way.
+        No other request may be running.
 
         Args:
-            progress: Told how many bytes have been moved, and how many are to be.
-            within_bound: Whether the file must not exceed its bound for a moment, even
-                if something stays free for that.
-            limits: How much may be moved, and how long that may take.
+            progress: Called with the bytes that have been moved, and with all that will be.
+            within_bound: Never let the file exceed its bound, even if clusters stay free
+                because of that.
+            limits: How much may be moved, and how long that may take; None for no limits.
 
         Raises:
-            HostError: The host refused; the image is sound, and less compact than it could be.
+            HostError: The host refused; the image is sound, but not fully compacted.
         """
         if not self._allocator.scan_complete or self._layer.damaged:
             log.warning("%s: not compacted: the image needs a check", self._layer.file.name)
@@ -120,9 +119,9 @@ class Compaction:
             log.warning("%s: not compacted: too many L2 tables", self._layer.file.name)
             return 0
         self._moved = 0
-        self._progress = progress or _silent
+        self._progress = progress or _no_progress
         try:
-            # What is about to be cut off need not be punched first.
+            # Clusters that are about to be cut off need not be punched first.
             with self._reclaim.punching_suspended():
                 await self._flusher.flush()
                 with trio.CancelScope() as self._scope:
@@ -132,18 +131,18 @@ class Compaction:
                         self._scope.cancel()
                     await self._shorten(limits, within_bound=within_bound)
         except CorruptImageError as error:
-            # Of two owners only one would get the copy.
+            # If a cluster with two owners moved, only one of them would point to the copy.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
             self._layer.mark_damaged()
         finally:
             self._scope = None
-            self._progress = _silent
+            self._progress = _no_progress
         return self._moved
 
     def stop(self) -> None:
-        """End the compaction that is under way, and let no other one begin.
+        """End the running compaction, and prevent all later ones.
 
-        What has been moved stays moved.
+        Clusters that have been moved stay moved.
         """
         self._stopped = True
         if self._scope is not None:
@@ -156,159 +155,157 @@ class Compaction:
         self._total = self._used_from(self._target(most))
         while allocator.free.count:
             before = self._moved
-            left = _MAX_OWNERS if most is None else min(_MAX_OWNERS, most - before)
+            left = _MAX_MOVES_PER_PASS if most is None else min(_MAX_MOVES_PER_PASS, most - before)
             target = await self._move_tables(left, most, within_bound=within_bound)
-            await self._move_data(target, quick=most is not None)
+            await self._move_data(target, limited=most is not None)
             if self._moved == before:
                 break
 
     def _target(self, most: int | None = None) -> int:
-        """Give the cluster at which the file can end if up to ``most`` clusters are moved."""
+        """Return the cluster at which the file can end if up to ``most`` clusters are moved."""
         end, free = self._allocator.end >> self._bits, self._allocator.free
         target = max(end - free.count, self._allocator.anchor)
         return target if most is None else max(target, free.tail_start(end, max(0, most)))
 
     def _used_from(self, target: int) -> int:
-        """Count the clusters in use from a cluster on."""
+        """Return how many clusters are in use from cluster ``target`` on."""
         end = self._allocator.end >> self._bits
         return max(0, end - target - self._allocator.free.count_free(target, end - target))
 
-    def _note(self, clusters: int) -> None:
-        """Note that clusters were moved."""
+    def _report_moved(self, clusters: int) -> None:
+        """Count ``clusters`` as moved, and report the progress."""
         self._moved += clusters
-        # Clusters that had to make room for a table are moved twice.
+        # A data cluster that gives way to a table is moved twice.
         total = max(self._total, self._moved)
         self._progress(self._moved << self._bits, total << self._bits)
 
     # Tables
 
-    async def _l1_slices(self) -> AsyncIterator[tuple[int, NDArray[np.uint64]]]:
-        """Read the L1 table: the index of each slice's first entry, and its entries."""
-        start, entries = self._layer.header.l1_table_offset, self._layer.geometry.entries
-        step = self._layer.tables.slice_entries
-        for index in range(0, entries, step):
-            # A table of 1 GiB has 16,384 slices, of which a look at none has to wait.
-            await trio.lowlevel.checkpoint()
-            if not await self._is_hole(start, index):
-                part = await self._layer.tables.load(start, index, L1)
-                yield index, np.array(part.entries, np.uint64)
-
-    async def _is_hole(self, table: int, index: int) -> bool:
-        """Tell whether the slice with an entry is a hole of the file, and so has nothing."""
-        tables, start = self._layer.tables, table + index * ENTRY_BYTES
-        if tables.cached(table, index) is not None:
-            return False
-        length = tables.slice_entries * ENTRY_BYTES
-        return not await holds_data(self._layer.file, start, length)
-
     async def _tables(self) -> dict[int, int]:
-        """List the L2 tables: the first cluster of each, and its L1 index."""
-        found = {}
-        async for first, entries in self._l1_slices():
-            for place in np.flatnonzero(entries).tolist():
-                found[int(entries[place]) >> self._bits] = first + place
+        """Return the L1 index of each L2 table, by the table's first cluster.
+
+        No slice may be dirty.
+        """
+        layer, found = self._layer, {}
+        start = layer.header.l1_table_offset
+        async for offset in DataSlices(layer.file, start, layer.geometry.table_bytes):
+            first = (offset - start) // ENTRY_BYTES
+            entries = (await layer.tables.load(start, first, L1)).entries
+            for index in np.flatnonzero(np.frombuffer(entries, np.uint64)).tolist():
+                found[entries[index] >> self._bits] = first + index
         return found
 
-    def _ends_of_tables(self) -> int:
-        """Give the first cluster behind the last L2 table."""
+    def _end_of_tables(self) -> int:
+        """Return the first cluster after the last L2 table."""
         tables = self._layer.l2_tables
-        return (int(tables[-1]) >> self._bits) + self._table if len(tables) else 0
+        return (int(tables[-1]) >> self._bits) + self._table_size if len(tables) else 0
 
     async def _move_tables(self, left: int, most: int | None, *, within_bound: bool) -> int:
-        """Bring the tables before the target that ``left`` clusters allow; return the target.
+        """Move tables from past the target to before it; return the target.
 
-        It is a higher one where a table has to stay.
+        Args:
+            left: How many clusters may still be moved, which decides the target.
+            most: How many clusters the whole compaction may move; None for no limit.
+            within_bound: See `run`.
+
+        Returns:
+            The target: a higher one if a table past it could not be moved.
         """
         target = self._target(left)
         if most is not None and target > self._target():
-            target = self._behind_table(target)
-        if self._ends_of_tables() <= target:
+            target = self._after_table(target)
+        if self._end_of_tables() <= target:
             return target
         tables = await self._tables()
         for table in sorted(tables, reverse=True):
-            if table + self._table <= target:
+            if table + self._table_size <= target:
                 break
             free = self._allocator.free
-            place = free.find_slot() or free.find_run(self._table)
-            if place is None or place + self._table > target:
+            slot = free.find_slot() or free.find_run(self._table_size)
+            if slot is None or slot + self._table_size > target:
                 await self._pack_tables(most, within_bound=within_bound)
                 break
-            self._allocator.claim(place, self._table)
-            await self._mover.move_table(tables[table], table, place)
-            self._note(self._table)
-        return max(target, self._ends_of_tables())
+            self._allocator.claim(slot, self._table_size)
+            await self._mover.move_table(tables[table], table, slot)
+            self._report_moved(self._table_size)
+        return max(target, self._end_of_tables())
 
-    def _behind_table(self, cluster: int) -> int:
-        """Give a cluster, or the first one behind the table that it lies in."""
+    def _after_table(self, cluster: int) -> int:
+        """Return the first cluster after the table that a cluster lies in, else the cluster."""
         tables = self._layer.l2_tables
         number = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
         if number < 0:
             return cluster
-        return max(cluster, (int(tables[number]) >> self._bits) + self._table)
+        return max(cluster, (int(tables[number]) >> self._bits) + self._table_size)
 
     async def _pack_tables(self, most: int | None, *, within_bound: bool) -> None:
-        """Lay all tables side by side behind the L1 table.
+        """Move all tables next to each other, directly after the L1 table.
 
-        That works where free clusters are scattered so that no table fits between them.
-        Data that lies in the way moves up first, and the file may become longer for that
-        time; within its bound, unless `run` was told otherwise.
+        This helps if the free clusters are scattered so that no table fits between them.
+        Data in these clusters moves up first, and the file may become longer for that time.
+        Does nothing if that exceeds the bound (``within_bound``) or ``most``.
         """
-        allocator, size = self._allocator, self._table
+        allocator, size = self._allocator, self._table_size
         tables = await self._tables()
         first = allocator.anchor
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
         fits = end + (last - first) + size <= bound
-        # Each table may have to move, and as much data may be in its way.
+        # Every table may have to move, and the same amount of data may have to give way.
         affordable = most is None or self._moved + 2 * (last - first) <= most
         if last > self._target() or (within_bound and not fits) or not affordable:
-            log.debug("%s: compacted as far as there was room", self._layer.file.name)
+            log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)
             return
         await self._move_data(first, last)
-        for want in range(first, last, size):
-            if want in tables:
+        for slot in range(first, last, size):
+            if slot in tables:
                 continue
-            # A table that overlaps its new place gets there by way of the file's end.
-            table = min((at for at in tables if want < at < want + size), default=None)
+            # A table that overlaps the slot moves to the end of the file first.
+            table = min((at for at in tables if slot < at < slot + size), default=None)
             if table is not None:
                 run = await self._space.allocate_table_at_end()
-                place = run.offset >> self._bits
-                await self._mover.move_table(tables[table], table, place)
-                self._note(size)
-                tables[place] = tables.pop(table)
-                table = place
+                end_slot = run.offset >> self._bits
+                await self._mover.move_table(tables[table], table, end_slot)
+                self._report_moved(size)
+                tables[end_slot] = tables.pop(table)
+                table = end_slot
             else:
                 table = max(tables)
-            allocator.claim(want, size)
-            await self._mover.move_table(tables[table], table, want)
-            self._note(size)
-            tables[want] = tables.pop(table)
+            allocator.claim(slot, size)
+            await self._mover.move_table(tables[table], table, slot)
+            self._report_moved(size)
+            tables[slot] = tables.pop(table)
 
     # Data
 
-    async def _move_data(self, first: int, last: int | None = None, *, quick: bool = False) -> None:
-        """Move data clusters from ``first`` on into the lowest holes, the highest first.
+    async def _move_data(
+        self, first: int, last: int | None = None, *, limited: bool = False
+    ) -> None:
+        """Move the data clusters from ``first`` on to the lowest free ones, the highest first.
 
-        With ``last`` only those before it, and to where ``last`` or what follows is.  With
-        ``quick``, where no table lies from ``first`` on, tables are looked at only until all
-        owners are found, and there are more commit rounds.
+        Args:
+            first: The first cluster that moves.
+            last: The cluster before which the clusters to move end, and from which on they
+                are moved; None to move all up to the end of the file.
+            limited: Stop reading tables once all owners are found, and flush more often.
+                Requires that no table lies from ``first`` on.
         """
         end = self._allocator.end if last is None else last << self._bits
         count = self._used_from(first)
         if not count:
             return
         owners = await build_reverse_map(
-            self._layer, first << self._bits, end, count if quick else None
+            self._layer, first << self._bits, end, count if limited else None
         )
-        step = max(1, (_QUICK_BATCH_BYTES if quick else _BATCH_BYTES) >> self._bits)
-        # The clusters of a batch move in the order of the guest's offsets, so that
-        # neighbours stay neighbours.
+        step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
+        # The clusters of a batch move in the order of their guest offsets, so that clusters
+        # that are adjacent on the disk become adjacent in the file.
         for stop in range(len(owners.entries), 0, -step):
             await self._mover.move_data(
-                owners.entries[max(0, stop - step) : stop], last, self._note
+                owners.entries[max(0, stop - step) : stop], last, self._report_moved
             )
             await self._flusher.flush()
 
 
-def _silent(_done: int, _total: int) -> None:
-    """Tell nobody."""
+def _no_progress(_done: int, _total: int) -> None:
+    """Report nothing."""

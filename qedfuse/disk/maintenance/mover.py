@@ -1,9 +1,9 @@
-"""Moving clusters within the file: copy, change the entry, retire the old place.
+"""Moving clusters within the file: copy, change the entry, retire the old cluster.
 
-Each move is an ordinary change: the copy is written, a commit round makes it durable
-before the entry that points to it, and the old place goes through the quarantine.  So
-the image is sound at any moment.  Nothing else may use the disk meanwhile, because
-writes in place do not look whether a cluster is on its way.
+Each move is an ordinary change: the copy is written, a write-back cycle makes it durable
+before the entry that points to it, and the old cluster goes through the quarantine.  So the
+image is sound at any moment.  No request may run meanwhile, because a write in place does
+not check whether its cluster is being moved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _COPY_BYTES: Final = 1 << 20
-"""Bytes that are copied with one read and one write."""
+"""Most bytes that are copied with one read and one write."""
 
 
 class Mover:
@@ -51,7 +51,7 @@ class Mover:
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
-        """Move clusters of ``layer``."""
+        """Move clusters of the image ``layer``."""
         self._layer = layer
         self._allocator = allocator
         self._space = space
@@ -62,27 +62,37 @@ class Mover:
         self._reclaim = reclaim
         self._bits = allocator.cluster_bits
 
-    async def move_table(self, l1_index: int, table: int, place: int) -> None:
-        """Move one L2 table, by clusters; ``place`` is taken already."""
+    async def move_table(self, l1_index: int, table: int, slot: int) -> None:
+        """Move the L2 table of an L1 entry to other clusters, durably.
+
+        Args:
+            l1_index: The entry.
+            table: The first cluster of the table.
+            slot: The first cluster of its new clusters, which the caller has allocated.
+
+        Raises:
+            HostError: The host refused.  If the entry has not changed, the new clusters are
+                free again.
+        """
         layer = self._layer
-        old, new, length = table << self._bits, place << self._bits, layer.geometry.table_bytes
-        taken = True
+        old, new, length = table << self._bits, slot << self._bits, layer.geometry.table_bytes
+        is_unused = True
         try:
             await self._copy(old, new, length)
             async with self._needcheck.changing():
-                part = await self._table_writer.writable_slice(
+                slice_ = await self._table_writer.writable_slice(
                     layer.header.l1_table_offset, l1_index, L1
                 )
-                # No await from here on: the entry, what is known of the table, and the
-                # quarantine change in one step.
-                layer.tables.set(part, l1_index % layer.tables.slice_entries, new)
-                taken = False
+                # No await from here on: the entry, the table registry and the quarantine
+                # change atomically with respect to other tasks.
+                layer.tables.set(slice_, l1_index % layer.tables.slice_entries, new)
+                is_unused = False
                 layer.move_table(old, new)
-                self._reclaim.retire(old, length, part.offset)
+                self._reclaim.retire(old, length, slice_.offset)
                 self._writeback.note_write()
         finally:
-            if taken:
-                self._allocator.give_back(place, layer.geometry.table_size)
+            if is_unused:
+                self._allocator.give_back(slot, layer.geometry.table_size)
         await self._flusher.flush()
 
     async def move_data(
@@ -92,12 +102,12 @@ class Mover:
 
         Args:
             entries: File offsets of the entries.
-            above: The cluster from which on they are moved; None for the lowest free
-                ones, and a cluster stays where it is if none is below it.
-            moved: Called with how many clusters have just been moved.
+            above: The cluster from which on new clusters are allocated.  None allocates the
+                lowest free ones; a cluster then stays if no free one is below it.
+            moved: Called with the number of clusters that have just been moved.
 
         Raises:
-            HostError: The host refused; what was moved before stays moved.
+            HostError: The host refused; clusters that were moved before stay moved.
         """
         ordered = np.sort(entries)
         length = self._layer.tables.slice_entries * ENTRY_BYTES
@@ -109,40 +119,40 @@ class Mover:
         for first, last in pairwise([0, *edges.tolist(), len(ordered)]):
             if first < last:
                 table, offset = int(owners[first]), int(starts[first])
-                places = ((ordered[first:last] - np.uint64(offset)) // ENTRY_BYTES).tolist()
-                await self._move_entries(table, offset, places, above, moved)
+                indices = ((ordered[first:last] - np.uint64(offset)) // ENTRY_BYTES).tolist()
+                await self._move_entries(table, offset, indices, above, moved)
 
     async def _move_entries(
         self,
         table: int,
         offset: int,
-        places: Sequence[int],
+        indices: Sequence[int],
         above: int | None,
         moved: Callable[[int], None],
     ) -> None:
-        """Move the clusters of the entries at ``places`` of the slice at a file offset."""
+        """Move the clusters of the entries at some indices of the slice at a file offset."""
         size = self._layer.geometry.cluster_size
-        edges = np.flatnonzero(np.diff(places) != 1) + 1
+        edges = np.flatnonzero(np.diff(indices) != 1) + 1
         async with self._needcheck.changing():
-            part = await self._table_writer.writable_slice(
+            slice_ = await self._table_writer.writable_slice(
                 table, (offset - table) // ENTRY_BYTES, L2
             )
-            with Pins(part):
-                for first, last in pairwise([0, *edges.tolist(), len(places)]):
-                    start, end = places[first], places[last - 1] + 1
-                    for at, count, value in list(runs(part.entries, start, end, size)):
-                        await self._move_run(part, at, count, value, above, moved)
+            with Pins(slice_):
+                for first, last in pairwise([0, *edges.tolist(), len(indices)]):
+                    start, end = indices[first], indices[last - 1] + 1
+                    for at, count, value in list(runs(slice_.entries, start, end, size)):
+                        await self._move_run(slice_, at, count, value, above, moved)
 
     async def _move_run(
         self,
-        part: Slice,
+        slice_: Slice,
         at: int,
         count: int,
         value: int,
         above: int | None,
         moved: Callable[[int], None],
     ) -> None:
-        """Move neighbouring clusters, the first at file offset ``value``."""
+        """Move contiguous clusters, the first at file offset ``value``; ``at`` is its entry."""
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0
         while done < count:
@@ -159,29 +169,29 @@ class Mover:
             except BaseException:
                 self._space.release(run)
                 raise
-            # No await from here on, as above.
+            # No await from here on: the entries and the quarantine change atomically.
             clusters = run.length >> self._bits
             for step in range(clusters):
-                tables.set(part, at + done + step, run.offset + step * size)
-            self._reclaim.retire(value, run.length, part.offset)
+                tables.set(slice_, at + done + step, run.offset + step * size)
+            self._reclaim.retire(value, run.length, slice_.offset)
             self._writeback.note_write()
             moved(clusters)
             done, value = done + clusters, value + run.length
 
     async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file, holes as holes: a table of 1 GiB can be one."""
+        """Copy bytes within the file; holes stay holes, because a table of 1 GiB can be one."""
         file, at = self._layer.file, 0
         while at < length:
-            # Neither a short read nor a short write waits: a deadline is seen here.
+            # Short reads and writes do not wait, so this is where a deadline takes effect.
             await trio.lowlevel.checkpoint()
             data = await file.next_data(source + at)
             hole = (length if data is None else min(length, data - source)) - at
             if hole > 0 and file.can_punch:
                 await file.punch((target + at, hole))
-            # The first try may have told that the host cannot.
+            # The call may have found that the host cannot punch holes.
             if hole > 0 and file.can_punch:
                 at += hole
             else:
-                part = await file.pread(source + at, min(_COPY_BYTES, length - at))
-                await file.pwrite(target + at, part)
-                at += len(part)
+                content = await file.pread(source + at, min(_COPY_BYTES, length - at))
+                await file.pwrite(target + at, content)
+                at += len(content)

@@ -1,15 +1,15 @@
-"""Giving the disk another size.
+"""Changing the size of the disk.
 
-Growing: what is added reads as zeros, whatever a base or the file holds there.  What
-makes it so is durable before the new size is.
+Growing: the added range reads as zeros, whatever a base or the file holds there.  The
+changes that ensure this are durable before the new size is.
 
-Shrinking: entries of the part that goes are dropped first, then the size changes, and
-only then the tables go that lie past the new end.  Each step is durable before the next.
-A crash before the second leaves a disk of the old size whose last part reads as zeros
-where it held data: what was to be lost is lost, and nothing is wrong.  The other way
-round a crash would leave entries past the end of the disk, and whoever made it larger
-again, by a program that does not look for them, would find old data there.  Tables go
-last, because without them an overlay would show its base's data in the meantime.
+Shrinking has three steps: entries of the range that is cut off are dropped, then the size
+changes, and then the tables past the new end are removed.  Each step is durable before the
+next.  After a crash before the second step the disk has its old size, and the last range
+reads as zeros where it held data: the user has asked to lose that data, and the image is
+sound.  In the other order a crash would leave entries past the end of the disk.  A program
+that later grows the disk without looking for them would show the old data there.  Tables
+are removed last, because without them an overlay would show its base's data meanwhile.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-_STEP: Final = 1 << 20
-"""Bytes that are looked at together."""
+_COMPARE_CHUNK_BYTES: Final = 1 << 20
+"""Most bytes that are read in one call to see whether they are zeros."""
 
-_LOOK_CLUSTERS: Final = 1024
-"""Clusters of a table that are looked up before other tasks get a turn."""
+_MAX_CLUSTERS_PER_LOOKUP: Final = 1024
+"""Clusters of a table that are looked up before other tasks may run."""
 
 
 class Resize:
-    """Gives a disk a new size.
+    """Changes the size of a disk.
 
     Attributes:
-        lock: Held while the size changes, and by whoever needs it to stay.
+        lock: Held while the size changes, and by tasks that need the size to stay.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Resize:
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
-        """Work on ``layer``, the top of ``chain``."""
+        """Resize ``layer``, the top of ``chain``."""
         self._chain = chain
         self._layer = layer
         self._table_writer = table_writer
@@ -87,10 +87,10 @@ class Resize:
         self.lock = trio.Lock()
 
     def check(self, size: int, *, shrink: bool = False) -> None:
-        """Refuse a size that the disk cannot have.
+        """Raise if the disk cannot have a size in bytes.
 
         Raises:
-            UsageError: It would shrink, or with ``shrink`` grow, or the tables cannot
+            UsageError: The disk would shrink, or grow with ``shrink``, or its tables cannot
                 address that much.
         """
         name, old, most = (
@@ -109,9 +109,9 @@ class Resize:
             raise UsageError(msg)
 
     async def resize(self, size: int, *, force: bool = False) -> None:
-        """Give the disk a larger size that `check` has let through.
+        """Grow the disk to a size that `check` has accepted, durably.
 
-        With ``force`` what entries past the end refer to is dropped.
+        With ``force`` clusters that entries past the old end refer to are deallocated.
 
         Raises:
             CorruptImageError: Table entries past the end are in use.
@@ -120,13 +120,13 @@ class Resize:
         async with self.lock:
             if size <= self._layer.size:
                 return
-            await self._blank_past_end(size, force=force)
-            # What hides the base and old bytes must be durable before the new size is.
+            await self._zero_past_end(size, force=force)
+            # The zeros and the entries that hide the base must be durable before the size.
             await self._writeback.barrier()
             await self._set_size(size)
 
     async def _set_size(self, size: int) -> None:
-        """Put the size into the header, durably; the disk has it from then on.
+        """Write the size into the header, durably, and use it from then on.
 
         Raises:
             HostError: The host refused; the disk has its old size.
@@ -137,15 +137,18 @@ class Resize:
         self._layer.set_header(self._header_store.value)
         self._allocator.set_size(self._header_store.value)
 
-    async def _blank_past_end(self, size: int, *, force: bool) -> None:
-        """Make the range from the disk's end to ``size`` read as zeros once it belongs to it.
+    async def _zero_past_end(self, size: int, *, force: bool) -> None:
+        """Make the range from the disk's end to ``size`` read as zeros once the disk grows.
 
-        The last cluster may hold bytes past the end, and a base that is longer than the
-        disk would show through behind it.
+        The last cluster may hold bytes past the end of the disk, and a base that is longer
+        than the disk would show through after it.
+
+        Raises:
+            CorruptImageError: Table entries past the end are in use.
         """
         geometry = self._layer.geometry
         old, past = self._layer.size, geometry.ceil(self._layer.size)
-        reaches = max((base.size for base in self._chain.layers[1:]), default=0)
+        base_end = max((base.size for base in self._chain.layers[1:]), default=0)
         if past < size:
             extent = await self._first_in_use(past, size)
             if extent is not None and force and extent.kind is Kind.DATA:
@@ -160,22 +163,22 @@ class Resize:
                 raise CorruptImageError(msg)
         if old < past:
             await self._write_path.zero_range(old, min(past, size))
-        if past < min(size, reaches):
-            await self._write_path.write_zero_clusters(past, geometry.ceil(min(size, reaches)))
+        if past < min(size, base_end):
+            await self._write_path.write_zero_clusters(past, geometry.ceil(min(size, base_end)))
 
     async def shrink(self, size: int, progress: Progress | None = None) -> None:
-        """Give the disk a smaller size that `check` has let through.
+        """Shrink the disk to a size that `check` has accepted, durably.
 
-        ``progress`` is called with how much is done of how much, in any unit.
+        ``progress`` is called with how much work is done and how much there is, in any unit.
 
         Raises:
-            CorruptImageError: A table entry for the part that goes is bad.
-            HostError: The host refused; the disk has its old size, or the new one.
+            CorruptImageError: A table entry for the range that is cut off is bad.
+            HostError: The host refused; the disk has its old size or the new one.
         """
         geometry = self._layer.geometry
         async with self.lock:
             old = self._layer.size
-            # Bytes past the end in the last cluster would come back if the disk grew.
+            # Bytes past the end in the last cluster would show again if the disk grew.
             last = await self._first_in_use(size, min(old, geometry.ceil(size)))
             if last is not None:
                 await self._write_path.zero_range(last.start, last.end)
@@ -188,13 +191,13 @@ class Resize:
                 await self._flusher.flush()
 
     async def empty(self, progress: Progress | None = None) -> None:
-        """Take everything out of the image, so that it shows its base and nothing else.
+        """Deallocate all clusters and remove all tables, so that the disk shows only its base.
 
-        Tables go last, as they do when the disk shrinks; ``progress`` is called as there.
+        Tables are removed last, as by `shrink`; ``progress`` is called as by `shrink`.
 
         Raises:
             CorruptImageError: A table entry is bad.
-            HostError: The host refused; a part may have been taken out.
+            HostError: The host refused; a part may have been deallocated.
         """
         async with self.lock:
             end = self._layer.geometry.ceil(self._layer.size)
@@ -205,24 +208,24 @@ class Resize:
                 await self._flusher.flush()
 
     def _giving_back(self, progress: Progress | None) -> Callable[[], None] | None:
-        """Report the second half of the work: clusters go back to the host."""
+        """Return a function that reports the second half of the work: space goes to the host."""
         if progress is None:
             return None
         most = max(1, self._reclaim.pending_clusters)
         return lambda: progress(2 * most - min(most, self._reclaim.pending_clusters), 2 * most)
 
     async def refuse_data(self, size: int) -> None:
-        """Refuse to lose data that this image itself holds past ``size``.
+        """Raise if the image itself, without its bases, holds data past ``size``.
 
-        Zeros in the cluster in which the new end lies are no loss.
+        Zeros in the cluster in which the new end lies do not count.
 
         Raises:
-            UsageError: There is some.
+            UsageError: There is data.
         """
         geometry, found = self._layer.geometry, None
         start, cluster_end = size, min(self._layer.size, geometry.ceil(size))
         while found is None and start < cluster_end:
-            stop = min(start + _STEP, cluster_end)
+            stop = min(start + _COMPARE_CHUNK_BYTES, cluster_end)
             extent = await self._first_in_use(start, stop)
             if extent is not None and any(await self._chain.read(start, stop - start)):
                 found = start
@@ -238,12 +241,12 @@ class Resize:
             raise UsageError(msg)
 
     async def _first_in_use(self, start: int, end: int) -> Extent | None:
-        """Find the first range from ``start`` to ``end`` that has a place, or a bad entry."""
+        """Return the first extent of data or of a bad entry in a range; None if there is none."""
         geometry = self._layer.geometry
         while start < end:
-            # Of a table with scattered clusters all extents would be too much at once.
+            # A whole table with scattered clusters has too many extents for one lookup.
             table, reason = await self._layer.table_at(geometry.l1_index(start))
-            step = min(geometry.table_span, _LOOK_CLUSTERS * geometry.cluster_size)
+            step = min(geometry.table_span, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
             step = step if table or reason else geometry.table_span
             stop = min(end, start - start % step + step)
             for extent in await self._layer.lookup(start, stop - start):
@@ -254,36 +257,36 @@ class Resize:
         return None
 
     async def _drop_tables(self, first: int) -> None:
-        """Give up the tables of the L1 entries from ``first`` on, as far as they are empty."""
+        """Remove the empty tables of the L1 entries from ``first`` on."""
         layer, step = self._layer, self._layer.tables.slice_entries
         start, length = layer.header.l1_table_offset, layer.geometry.table_bytes
         skip = (first - first % step) * ENTRY_BYTES
-        # Everything has been written back, so what the file has no data for is empty.
+        # All slices have been written back, so a hole of the file has no entries.
         async for offset in DataSlices(layer.file, start, length, skip=skip):
             index = (offset - start) // ENTRY_BYTES
-            part = await layer.tables.load(start, index, L1)
-            found = np.flatnonzero(np.frombuffer(part.entries, np.uint64)) + index
+            slice_ = await layer.tables.load(start, index, L1)
+            found = np.flatnonzero(np.frombuffer(slice_.entries, np.uint64)) + index
             for l1_index in found[found >= first].tolist():
                 await self._drop_table(l1_index)
 
     async def _drop_table(self, l1_index: int) -> None:
-        """Give up one table; one with anything in it was there before, and stays."""
+        """Remove one table, unless an entry of it is in use."""
         layer, span = self._layer, self._layer.geometry.table_span
         table, reason = await layer.table_at(l1_index)
         if reason or await self._first_in_use(l1_index * span, (l1_index + 1) * span):
             return
         async with self._needcheck.changing():
-            part = await self._table_writer.writable_slice(
+            slice_ = await self._table_writer.writable_slice(
                 layer.header.l1_table_offset, l1_index, L1
             )
-            # No await from here on: the entry, what is known of the table, and the
-            # quarantine change in one step.
-            layer.tables.set(part, l1_index % layer.tables.slice_entries, UNALLOCATED)
+            # No await from here on: the entry, the table registry and the quarantine change
+            # atomically with respect to other tasks.
+            layer.tables.set(slice_, l1_index % layer.tables.slice_entries, UNALLOCATED)
             layer.drop_table(l1_index, table)
-            self._reclaim.retire(table, layer.geometry.table_bytes, part.offset)
+            self._reclaim.retire(table, layer.geometry.table_bytes, slice_.offset)
             self._writeback.note_write()
 
 
 def _half(progress: Progress | None) -> Progress | None:
-    """Report what is the first half of some work."""
+    """Return a function that reports the first half of the work."""
     return None if progress is None else lambda done, whole: progress(done, 2 * whole)

@@ -1,8 +1,9 @@
-"""Which L2 entries refer to clusters of a range of the file: one pass over the tables.
+"""The reverse map: which L2 entries refer to the clusters of a range of the file.
 
-The format has no way back from a cluster to its entry, so all tables may have to be read.
-A caller that knows how many entries there are gets them as soon as they are found; the
-tables are read from the end of the file on, because what was allocated last lies there.
+The format does not record the entry of a cluster, so all tables may have to be read.  A
+caller that knows how many entries there are gets them as soon as they are found.  The tables
+are read from the end of the file backwards, because that is where the clusters that were
+allocated last have their entries.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
 
 _READ_BYTES: Final = 1 << 20
-"""Most of a table that is read at once; other tasks get a turn in between."""
+"""Most bytes of a table that are read in one call; other tasks may run between the calls."""
 
 
 class ReverseMap(NamedTuple):
-    """Data clusters and the entries that refer to them, by the order of the clusters.
+    """Data clusters and the entries that refer to them, in the order of the clusters.
 
     Attributes:
         clusters: File offsets of the clusters, ascending.
@@ -42,17 +43,16 @@ class ReverseMap(NamedTuple):
 async def build_reverse_map(
     layer: QedLayer, low: int, high: int, expected: int | None = None
 ) -> ReverseMap:
-    """Find the L2 entries that refer to file offsets from ``low`` up to ``high``.
+    """Return the L2 entries that refer to file offsets from ``low`` up to ``high``, exclusive.
 
-    Every change of the tables must have been written back, and nothing may change them
-    meanwhile.
+    No table may be dirty, and no other task may change them meanwhile.
 
     Args:
         layer: The image.
-        low: File offset.
-        high: File offset.
-        expected: How many entries there are in a sound image: the pass ends as soon as so
-            many are found.  With None each entry of the image is looked at and judged.
+        low: File offset of the first cluster.
+        high: File offset after the last cluster.
+        expected: How many such entries a sound image has; the pass ends once they are found.
+            With None all entries of the image are read and validated.
 
     Raises:
         CorruptImageError: An entry points into a cluster, or two into the same.
@@ -70,7 +70,7 @@ async def build_reverse_map(
             break
         # A deadline may end the pass before each slice, and other tasks run.
         async for offset in DataSlices(layer.file, table, length, slice_bytes=step):
-            values = await _read(layer, table, offset, step, judged=expected is None)
+            values = await _read(layer, table, offset, step, validated=expected is None)
             where = np.flatnonzero((values >= low) & (values < high))
             if len(where):
                 clusters.append(values[where])
@@ -80,34 +80,41 @@ async def build_reverse_map(
 
 
 async def _read(
-    layer: QedLayer, table: int, offset: int, length: int, *, judged: bool
+    layer: QedLayer, table: int, offset: int, length: int, *, validated: bool
 ) -> NDArray[np.uint64]:
-    """Read entries of a table from a file offset on, judged as for every other reader or raw."""
-    if not judged:
+    """Read entries of a table from a file offset on, by way of the table cache if ``validated``.
+
+    Bad entries make the image count as damaged then.
+    """
+    if not validated:
         return np.frombuffer(decode(await layer.file.pread(offset, length)), np.uint64)
     index = (offset - table) // ENTRY_BYTES
     cached = layer.tables.cached(table, index)
-    part = cached or await layer.tables.load(table, index, L2)
-    values = np.array(part.entries, np.uint64)
+    slice_ = cached or await layer.tables.load(table, index, L2)
+    values = np.array(slice_.entries, np.uint64)
     if cached is None:
-        layer.tables.evict(part)
+        layer.tables.evict(slice_)
     return values
 
 
 def _in_order(
     layer: QedLayer, clusters: list[NDArray[np.uint64]], entries: list[NDArray[np.uint64]]
 ) -> ReverseMap:
-    """Sort what was found by clusters; refuse what a sound image does not have."""
+    """Sort what was found by clusters.
+
+    Raises:
+        CorruptImageError: An entry points into a cluster, or two entries to the same one.
+    """
     if not clusters:
         return ReverseMap(np.empty(0, np.uint64), np.empty(0, np.uint64))
-    found, places = np.concatenate(clusters), np.concatenate(entries)
+    found, owners = np.concatenate(clusters), np.concatenate(entries)
     order = np.argsort(found)
-    found, places = found[order], places[order]
+    found, owners = found[order], owners[order]
     size = layer.geometry.cluster_size
     wrong = np.flatnonzero(found % np.uint64(size) != 0)
     if wrong.size:
         msg = (
-            f"{layer.file.name}: L2 entry at {places[wrong[0]]}: found {found[wrong[0]]}, expected "
+            f"{layer.file.name}: L2 entry at {owners[wrong[0]]}: found {found[wrong[0]]}, expected "
             f"a multiple of {size}"
         )
         raise CorruptImageError(msg)
@@ -115,4 +122,4 @@ def _in_order(
     if twice.size:
         msg = f"{layer.file.name}: cluster at {found[twice[0]]}: found two owners, expected one"
         raise CorruptImageError(msg)
-    return ReverseMap(found, places)
+    return ReverseMap(found, owners)
