@@ -9,21 +9,20 @@ not be built everything is checked in the longer way, with the same outcome.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from qedfuse.check.findings import CheckReport, Findings
 from qedfuse.check.headernotes import header_notes
 from qedfuse.errors import QedError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import open_regular
-from qedfuse.ondisk.constants import HEADER_BYTES
-from qedfuse.ondisk.header import Header, parse_header
+from qedfuse.hostio.lockedfile import locked_descriptor, read_header_of
+from qedfuse.hostio.locking import LockMode
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from qedfuse.ondisk.header import Header
 
     Sweep = Callable[[int, int, int, int, int, int, int], tuple[int, int, int] | None]
 
@@ -51,21 +50,15 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
     if _sweep is None or sys.byteorder != "little":
         return None
     try:
-        fd = open_regular(path, os.O_RDONLY)
-        try:
-            lock_image(fd, LockMode.SHARE if share else LockMode.READ, printable(path))
+        with locked_descriptor(path, LockMode.to_read(share=share)) as fd:
             return _look(fd, printable(path), _sweep)
-        finally:
-            os.close(fd)
     except (OSError, QedError):
         return None
 
 
 def _look(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckReport] | None:
     """Check an open image."""
-    size = os.fstat(fd).st_size
-    header = parse_header(os.pread(fd, HEADER_BYTES, 0), name)
-    header.check_fits(size, name)
+    header, size = read_header_of(fd, name)
     geometry = header.geometry
     if header.free_list or geometry.in_cluster(size):
         return None

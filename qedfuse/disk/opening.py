@@ -6,18 +6,18 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from qedfuse.disk.disk import Disk
-from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.backing import open_bases
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import NeedsCheckError, UsageError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.hostio.posixfile import PosixFile
     from qedfuse.ondisk.header import Header
 
     Inspector: TypeAlias = Callable[[HostFile, Header], Awaitable[None]]
@@ -51,30 +51,18 @@ async def open_disk(
         msg = f"{printable(path)}: force_share: a disk that is shared with a writer is read-only"
         raise UsageError(msg)
     store = make_store(options.cache_bytes)
-    file = PosixFile.open(path, writable=options.writable)
-    try:
-        if options.lock:
-            lock_image(file.fd, _lock_mode(options), file.name)
+    with open_image_file(path, options.image_lock, writable=options.writable) as file:
         header = await read_header(file)
         if options.writable:
             await _inspect(file, header, inspector)
         bases = await open_bases(path, file, header, options, store) if with_bases else []
-    except BaseException:
-        file.close()
-        raise
-    disk = Disk(file, header, bases, options, store, path)
-    async with disk.serving():
-        if disk.scan_is_short:
-            # Otherwise the first writes after each crash would make the file longer.
-            await disk.wait_scanned()
-        yield disk
-
-
-def _lock_mode(options: OpenOptions) -> LockMode:
-    """Choose the locks for the image itself."""
-    if options.writable:
-        return LockMode.WRITE
-    return LockMode.SHARE if options.force_share else LockMode.READ
+        disk = Disk(file, header, bases, options, store, path)
+        # The disk closes the file when it is closed.
+        async with disk.serving():
+            if disk.scan_is_short:
+                # Otherwise the first writes after each crash would make the file longer.
+                await disk.wait_scanned()
+            yield disk
 
 
 async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:

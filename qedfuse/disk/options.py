@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from qedfuse.hostio.locking import LockMode
+
 DEFAULT_CACHE_BYTES: Final = 32 << 20
 DEFAULT_COMMIT_SECONDS: Final = 5.0
 DEFAULT_NEEDCHECK_SECONDS: Final = 5.0
@@ -71,3 +73,15 @@ class OpenOptions:
     compact: Literal["auto", "off", "full"] = "auto"
     compact_bytes: int = DEFAULT_COMPACT_BYTES
     compact_seconds: float = DEFAULT_COMPACT_SECONDS
+
+    @property
+    def image_lock(self) -> LockMode | None:
+        """What to lock the image itself for; None if it is not to be locked."""
+        if not self.lock:
+            return None
+        return LockMode.WRITE if self.writable else self.read_lock
+
+    @property
+    def read_lock(self) -> LockMode | None:
+        """What to lock the image for where it is only read, whatever ``writable`` is."""
+        return LockMode.to_read(share=self.force_share) if self.lock else None

@@ -66,6 +66,11 @@ class LockMode(enum.Enum):
     BASE = "base"
     """Read it as a raw base (as READ; QEMU holds byte 100 only, which stops no writer)."""
 
+    @classmethod
+    def to_read(cls, *, share: bool) -> LockMode:
+        """Return the mode for reading an image, with ``share`` beside a writer."""
+        return cls.SHARE if share else cls.READ
+
     @property
     def _bytes(self) -> _Bytes:
         if self is LockMode.WRITE:

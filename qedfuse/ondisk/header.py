@@ -189,6 +189,17 @@ def parse_header(data: bytes, name: str) -> Header:
     return header
 
 
+def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
+    """Read a header, and check it against the length of its file in bytes.
+
+    Raises:
+        ImageError: As `parse_header`, or the L1 table is not wholly inside the file.
+    """
+    header = parse_header(data, name)
+    header.check_fits(file_size, name)
+    return header
+
+
 def _check_power(name: str, field_name: str, value: int, least: int, most: int) -> None:
     """Check that a field is a power of two within its limits."""
     if not least <= value <= most or value & (value - 1):

@@ -16,8 +16,8 @@ import trio
 from qedfuse.check.findings import CheckReport, Code
 from qedfuse.check.repair import RepairReport, repair_image
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.errors import HeaderError, NotQedError, UnsupportedError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 

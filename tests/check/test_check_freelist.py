@@ -10,8 +10,8 @@ import pytest
 from qedfuse.check.findings import Code
 from qedfuse.check.inspector import inspect_image as inspector
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.tools.repair.imagecheck import check, repair
 from tests.support.disks import build_image, header_of, l2_entry_offset, pattern, put_entry

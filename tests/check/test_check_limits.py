@@ -13,8 +13,8 @@ import trio
 
 from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE
 from qedfuse.ondisk.header import Header, build_header
@@ -33,7 +33,7 @@ PROGRAM: Final = """
 import resource, sys, trio
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.posixfile import PosixFile
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
 from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.errors import NeedsCheckError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import Feature
 from tests.check.memoryimages import check, l1_entry, repair

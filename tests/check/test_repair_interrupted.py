@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from qedfuse.check.repair import RepairReport, plan_repair, repair_image
-from qedfuse.disk.lookup.backing import read_header
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.tools.repair.backup import Backup
 from qedfuse.tools.repair.undo import undo_repair
 from tests.check.memoryimages import (

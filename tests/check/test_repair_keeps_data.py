@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from qedfuse.check import lostranges
 from qedfuse.check.findings import Code, LostRange
 from qedfuse.check.repair import RepairReport, repair_image
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.errors import NeedsCheckError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.header import Header, build_header
 from tests.check.memoryimages import (

@@ -18,10 +18,10 @@ import pytest
 from qedfuse.check.fastcheck import fast_check
 from qedfuse.check.findings import Code, Severity
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.ondisk.entrylimits import EntryLimits, Violation

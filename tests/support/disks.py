@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.disk.disk import Disk
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.ondisk.constants import MAGIC, SECTOR, UNALLOCATED, ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
 from tests.support.hostfiles import MemoryFile

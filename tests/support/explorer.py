@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.check.repair import repair_image
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
+from qedfuse.hostio.imagefile import read_header
 from tests.support import qemu
 from tests.support.crashoracle import CrashOracle
 from tests.support.crashrecording import CrashRecording

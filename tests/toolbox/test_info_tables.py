@@ -11,10 +11,10 @@ import pytest
 from qedfuse.check.findings import Code
 from qedfuse.check.walk import check_image
 from qedfuse.cli.qedimg.infojson import as_json
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.tools.inspection.info import ImageInfo, describe
 from tests.support.disks import build_image, put_entry
 from tests.support.hostfiles import MemoryFile

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.check.walk import check_image
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.maintenance.compaction import Compaction
 from qedfuse.errors import HostError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.tools.editing.compact import CompactResult, compact
 from tests.support import qemu

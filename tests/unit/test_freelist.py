@@ -15,11 +15,11 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.state import freelistreader
 from qedfuse.disk.state.freelistreader import expand_runs, read_list
 from qedfuse.disk.state.freelistwriter import write_list
 from qedfuse.errors import CorruptImageError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.ondisk.freelist import (
     DESCRIPTOR_OFFSET,
     BadListError,
@@ -316,7 +316,7 @@ async def test_too_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 HOSTILE: Final = """
 import resource, sys, trio
 import numpy as np
-from qedfuse.disk.lookup.backing import read_header
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.disk.state.freelistreader import read_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.posixfile import PosixFile

@@ -20,11 +20,10 @@ from qedfuse.errors import (
     HostError,
     ImageError,
 )
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.ondisk.constants import HEADER_BYTES
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
-from qedfuse.ondisk.header import Header, parse_header
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -32,20 +31,10 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import BackingPolicy, OpenOptions
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.ondisk.header import Header
 
 MAX_DEPTH: Final = 64
 """Longest chain of backing files that is followed."""
-
-
-async def read_header(file: HostFile) -> Header:
-    """Read and check the header of an image, also against the file's length.
-
-    Raises:
-        ImageError: It is not a QED image that this version can open.
-    """
-    header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
-    header.check_fits(file.size(), file.name)
-    return header
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.creation.create import create_image
-from qedfuse.disk.lookup.backing import read_backing_name, read_header
+from qedfuse.disk.lookup.backing import read_backing_name
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -139,15 +139,12 @@ async def _check_base(overlay: str, source: str, options: MountOptions) -> None:
         UsageError: It is not.
         BackingError: Its base is missing.
     """
-    file = PosixFile.open(overlay)
-    try:
+    with open_image_file(overlay, None) as file:
         header = await read_header(file)
         if not header.has_backing:
             msg = f"overlay {file.name}: found no backing file, expected {printable(source)}"
             raise UsageError(msg)
         name = await read_backing_name(file, header)
-    finally:
-        file.close()
     base = backing_path(overlay, name, options.backing.working_directory)
     try:
         expected = os.stat(source)  # noqa: PTH116

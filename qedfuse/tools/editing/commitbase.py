@@ -6,12 +6,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.backing import open_bases
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError, ImageInUseError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.locking import LockMode
 from qedfuse.text import printable
 from qedfuse.tools.common.writabledisk import open_writable
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.options import OpenOptions
     from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.hostio.posixfile import PosixFile
 
 COPY_CHUNK_BYTES: Final = 1 << 20
 """Bytes that are read, and written, in one call."""
@@ -149,8 +150,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
         BackingError: The overlay has no base, or one that cannot be used.
         ImageInUseError: Another file has taken the overlay's name.
     """
-    file = PosixFile.open(overlay.path)
-    try:
+    with open_image_file(overlay.path, None) as file:
         check_same(overlay.path, file.stat(), overlay.fstat())
         header = await read_header(file)
         if not header.has_backing:
@@ -159,8 +159,6 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
         bases = await open_bases(
             overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
         )
-    finally:
-        file.close()
     try:
         base = cast("PosixFile", bases[0].file)
         return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
@@ -182,14 +180,10 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
         ImageInUseError: Another program has it open.
     """
     if base_file.is_raw:
-        file = PosixFile.open(base_file.path, writable=True)
-        try:
-            if options.lock:
-                lock_image(file.fd, LockMode.WRITE, file.name)
+        lock = LockMode.WRITE if options.lock else None
+        with open_image_file(base_file.path, lock, writable=True) as file:
             check_same(base_file.path, file.stat(), base_file.status)
             yield _RawBase(file)
-        finally:
-            file.close()
         return
     policy = replace(options.backing, trusted=None)
     async with open_writable(base_file.path, replace(options, backing=policy)) as disk:

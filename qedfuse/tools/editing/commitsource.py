@@ -6,14 +6,14 @@ import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, cast
 
-from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.backing import open_bases
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.locking import LockMode
 from qedfuse.text import printable
 from qedfuse.tools.editing.commitbase import BaseFile
 from qedfuse.tools.editing.ownextents import batch_starts, own_extents, refuse_bad
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.options import OpenOptions
     from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.hostio.posixfile import PosixFile
 
 
 class CommitSource(Protocol):
@@ -126,28 +127,26 @@ async def open_upper_images(
         BackingError: The chain has no such file, or cannot be used.
         QedError: An image cannot be opened or locked.
     """
-    file = PosixFile.open(path)
+    lock = LockMode.READ if options.lock else None
     layers: list[Layer] = []
-    try:
-        if options.lock:
-            lock_image(file.fd, LockMode.READ, file.name)
-        header, store = await read_header(file), make_store(options.cache_bytes)
-        top = QedLayer(file, header, store)
-        await top.scan_l1()
-        layers = await open_bases(path, file, header, options, store)
-        depth = _depth_of(path, base, layers, options.backing.working_directory)
-        found = cast("PosixFile", layers[depth - 1].file)
-        is_raw = isinstance(layers[depth - 1], RawLayer)
-        base_file = BaseFile(found.path, found.stat(), is_raw, depth)
-        # Their shared locks would conflict with opening the base for writing.
-        for layer in layers[depth - 1 :]:
-            layer.file.close()
-        del layers[depth - 1 :]
-        yield UpperImages(Chain([top, *layers]), file), base_file
-    finally:
-        for layer in layers:
-            layer.file.close()
-        file.close()
+    with open_image_file(path, lock) as file:
+        try:
+            header, store = await read_header(file), make_store(options.cache_bytes)
+            top = QedLayer(file, header, store)
+            await top.scan_l1()
+            layers = await open_bases(path, file, header, options, store)
+            depth = _depth_of(path, base, layers, options.backing.working_directory)
+            found = cast("PosixFile", layers[depth - 1].file)
+            is_raw = isinstance(layers[depth - 1], RawLayer)
+            base_file = BaseFile(found.path, found.stat(), is_raw, depth)
+            # Their shared locks would conflict with opening the base for writing.
+            for layer in layers[depth - 1 :]:
+                layer.file.close()
+            del layers[depth - 1 :]
+            yield UpperImages(Chain([top, *layers]), file), base_file
+        finally:
+            for layer in layers:
+                layer.file.close()
 
 
 def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> int:

@@ -21,7 +21,7 @@ from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, UsageError
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.ondisk.constants import Feature
 from qedfuse.text import printable
 from qedfuse.tools.common.newbacking import refuse_backing_loop
@@ -131,8 +131,7 @@ async def _new_chain(
     # The format that the user gives for all bases is about the old ones; this one has its
     # own.
     policy = replace(options.backing, trusted=base, format=None)
-    image = PosixFile.open(disk.path)
-    try:
+    with open_image_file(disk.path, None) as image:
         # Loops are detected before locks: a lock would conflict with our own on the image.
         bases = await open_bases(
             disk.path,
@@ -142,8 +141,6 @@ async def _new_chain(
             make_store(options.cache_bytes),
             name=backing,
         )
-    finally:
-        image.close()
     try:
         if isinstance(bases[0], RawLayer) and backing_format != "raw":
             if backing_format is None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.backing import open_bases
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.tools.inspection.allocation import count_allocation
 from qedfuse.tools.inspection.freelistinfo import describe_free_list
 from qedfuse.tools.inspection.info import describe, describe_open
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.hostio.posixfile import PosixFile
     from qedfuse.tools.inspection.allocation import Allocation
     from qedfuse.tools.inspection.freelistinfo import FreeListInfo
     from qedfuse.tools.inspection.info import Format, ImageInfo
@@ -52,7 +51,7 @@ async def read_details(
         return Details()
     counted = None
     if allocation:
-        async with _opened(info.path, options) as file:
+        with open_image_file(info.path, options.read_lock) as file:
             counted = await count_allocation(file, await read_header(file), progress)
     listed = None
     if info.qed.header.header is not None and info.qed.header.header.free_list:
@@ -74,7 +73,7 @@ async def describe_chain(
     if top.qed is None or not top.qed.readable:
         # What a header names that makes no sense is not followed.
         return [top]
-    async with _opened(path, options) as file:
+    with open_image_file(path, options.read_lock) as file:
         header = await read_header(file)
         layers = await open_bases(path, file, header, options, make_store(0))
         try:
@@ -88,16 +87,3 @@ def _describe_layer(layer: Layer) -> ImageInfo:
     """Describe a base by the file that is open."""
     file = cast("PosixFile", layer.file)
     return describe_open(file.fd, file.path, "raw" if isinstance(layer, RawLayer) else "qed")
-
-
-@asynccontextmanager
-async def _opened(path: str, options: OpenOptions) -> AsyncIterator[PosixFile]:
-    """Open and lock an image for reading."""
-    file = PosixFile.open(path)
-    try:
-        if options.lock:
-            mode = LockMode.SHARE if options.force_share else LockMode.READ
-            lock_image(file.fd, mode, file.name)
-        yield file
-    finally:
-        file.close()

@@ -16,8 +16,8 @@ import trio
 from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.findings import Code
 from qedfuse.errors import HeaderError, NotQedError, UsageError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file
+from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET, UNALLOCATED, ZERO
 from qedfuse.ondisk.entrylimits import EntryLimits
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from qedfuse.hostio.posixfile import PosixFile
     from qedfuse.ondisk.entryrules import Values
     from qedfuse.ondisk.header import Header
     from qedfuse.tools.inspection.rawheader import RawHeader
@@ -234,14 +235,10 @@ async def open_dump(path: str, *, share: bool = False) -> AsyncIterator[Dump]:
         NotQedError: It has no QED magic.
         QedError: It cannot be opened, or is in use.
     """
-    file = PosixFile.open(path)
-    try:
-        lock_image(file.fd, LockMode.SHARE if share else LockMode.READ, file.name)
+    with open_image_file(path, LockMode.to_read(share=share)) as file:
         start = bytes(await file.pread(0, HEADER_BYTES))
         if not is_qed(start):
             msg = f"{file.name}: not a QED image: found no QED magic at the file's beginning"
             raise NotQedError(msg)
         await trio.lowlevel.checkpoint()
         yield Dump(file, read_raw(start, file.size(), file.name))
-    finally:
-        file.close()

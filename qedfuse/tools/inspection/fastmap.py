@@ -13,21 +13,22 @@ import importlib
 import os
 import sys
 from array import array
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import QedError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import open_regular
+from qedfuse.hostio.lockedfile import locked_descriptor, read_header_of
+from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.sparse import seek
-from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, UNALLOCATED
+from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED
 from qedfuse.ondisk.entrylimits import EntryLimits
-from qedfuse.ondisk.header import Header, parse_header
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from qedfuse.ondisk.header import Header
 
     Lines = Callable[[bytes, int, int, int, array[int], int, array[int], bool, bytes], bytes | None]
 
@@ -138,28 +139,21 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
 
     With ``share`` it may be in use.
     """
-    fd = -1
-    found = None
-    try:
-        # The tables are in the byte order of most machines.
-        if _lines is not None and sys.byteorder == "little":
-            fd = open_regular(path, os.O_RDONLY)
-            lock_image(fd, LockMode.SHARE if share else LockMode.READ, printable(path))
-            found = _look(fd, path, _lines)
-    except (OSError, QedError):
+    with ExitStack() as stack:
         found = None
-    try:
+        # The extension takes tables in the byte order of most machines.
+        if _lines is not None and sys.byteorder == "little":
+            with suppress(OSError, QedError):
+                lock = LockMode.to_read(share=share)
+                fd = stack.enter_context(locked_descriptor(path, lock))
+                found = _look(fd, path, _lines)
         yield found
-    finally:
-        if fd >= 0:
-            os.close(fd)
 
 
 def _look(fd: int, path: str, lines: Lines) -> FastMap | None:
-    """Look at an open image."""
-    name, size = printable(path), os.fstat(fd).st_size
-    header = parse_header(os.pread(fd, HEADER_BYTES, 0), name)
-    header.check_fits(size, name)
+    """Return the map of an open image; None if `qedfuse.tools.inspection.mapping` must map it."""
+    name = printable(path)
+    header, size = read_header_of(fd, name)
     geometry = header.geometry
     used = geometry.l1_used(header.image_size) * ENTRY_BYTES
     if header.has_backing or used > _MAX_L1_BYTES or not used or len(name) > _MAX_NAME_CHARS:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.state.freelistreader import read_list
 from qedfuse.errors import CorruptImageError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.locking import LockMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,7 @@ async def describe_free_list(path: str, *, share: bool = False) -> FreeListInfo:
     Raises:
         QedError: The image cannot be opened, locked or read.
     """
-    file = PosixFile.open(path)
-    try:
-        lock_image(file.fd, LockMode.SHARE if share else LockMode.READ, file.name)
+    with open_image_file(path, LockMode.to_read(share=share)) as file:
         header = await read_header(file)
         if not header.free_list:
             return FreeListInfo(present=False)
@@ -64,5 +61,3 @@ async def describe_free_list(path: str, *, share: bool = False) -> FreeListInfo:
             bytes=found.clusters * header.cluster_size,
             list_clusters=len(found.holding_clusters),
         )
-    finally:
-        file.close()

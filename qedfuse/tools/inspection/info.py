@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from qedfuse.check.headernotes import header_notes
 from qedfuse.errors import HostError, NotQedError, QedError
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import open_regular
+from qedfuse.hostio.lockedfile import locked_descriptor
+from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.sparse import data_slices
 from qedfuse.ondisk.constants import MAX_OFFSET, SECTOR, UNALLOCATED, Feature
 from qedfuse.ondisk.entrylimits import EntryLimits
@@ -143,14 +143,11 @@ def describe(path: str, image_format: Format = "auto", *, share: bool = False) -
         ImageInUseError: Another program writes to it.
         QedError: It cannot be opened or read.
     """
-    fd = open_regular(path, os.O_RDONLY)
-    try:
-        lock_image(fd, LockMode.SHARE if share else LockMode.READ, printable(path))
-        return describe_open(fd, path, image_format)
-    except OSError as error:
-        raise HostError.from_os(error, printable(path), "read") from error
-    finally:
-        os.close(fd)
+    with locked_descriptor(path, LockMode.to_read(share=share)) as fd:
+        try:
+            return describe_open(fd, path, image_format)
+        except OSError as error:
+            raise HostError.from_os(error, printable(path), "read") from error
 
 
 def describe_open(fd: int, path: str, image_format: Format = "auto") -> ImageInfo:

@@ -6,12 +6,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from qedfuse.disk.lookup.backing import open_bases, read_header
+from qedfuse.disk.lookup.backing import open_bases
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.tools.common.formatprobe import is_qed_image
 from qedfuse.tools.source.chainruns import ChainRunReader
@@ -80,26 +79,22 @@ async def open_map(
         QedError: The image or a base cannot be opened or locked, or is not trusted.
     """
     options = options or OpenOptions()
-    file = PosixFile.open(path)
-    layers: list[Layer] = []
-    try:
-        if options.lock:
-            mode = LockMode.SHARE if options.force_share else LockMode.READ
-            lock_image(file.fd, mode, file.name)
-        start = await file.pread(0, SIGNATURE_BYTES)
-        if is_qed_image(start, image_format, file.name):
-            header = await read_header(file)
-            store = make_store(options.cache_bytes)
-            layer = QedLayer(file, header, store)
-            await layer.scan_l1()
-            layers = [layer, *await open_bases(path, file, header, options, store)]
-        else:
-            layers = [RawLayer(file)]
-        yield ChainRunReader(layers)
-    finally:
-        for opened in layers[1:]:
-            opened.file.close()
-        file.close()
+    with open_image_file(path, options.read_lock) as file:
+        layers: list[Layer] = []
+        try:
+            start = await file.pread(0, SIGNATURE_BYTES)
+            if is_qed_image(start, image_format, file.name):
+                header = await read_header(file)
+                store = make_store(options.cache_bytes)
+                layer = QedLayer(file, header, store)
+                await layer.scan_l1()
+                layers = [layer, *await open_bases(path, file, header, options, store)]
+            else:
+                layers = [RawLayer(file)]
+            yield ChainRunReader(layers)
+        finally:
+            for opened in layers[1:]:
+                opened.file.close()
 
 
 async def map_image(

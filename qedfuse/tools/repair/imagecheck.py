@@ -11,11 +11,11 @@ from qedfuse.check.findings import RepairPlan
 from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.check.walk import check_image
 from qedfuse.disk.disk import Disk
-from qedfuse.disk.lookup.backing import read_header
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, NoSpaceError
-from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.tools.repair.backup import Backup
 from qedfuse.tools.repair.checkresult import CheckResult
@@ -48,7 +48,7 @@ async def check(path: str, *, share: bool = False, progress: Progress | None = N
     Raises:
         QedError: The image cannot be opened, locked or read.
     """
-    async with _opened(path, LockMode.SHARE if share else LockMode.READ) as (file, header):
+    async with _opened(path, LockMode.to_read(share=share)) as (file, header):
         report = await check_image(file, header, progress)
         return CheckResult.of_check(header, file.size(), report)
 
@@ -65,7 +65,7 @@ async def plan(
     Raises:
         QedError: As `check`.
     """
-    async with _opened(path, LockMode.SHARE if share else LockMode.READ) as (file, header):
+    async with _opened(path, LockMode.to_read(share=share)) as (file, header):
         report = await check_image(file, header, progress)
         wanted = RepairPlan()
         if report.table_errors and level == "all":
@@ -241,9 +241,5 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
 @asynccontextmanager
 async def _opened(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
     """Open and lock an image, and nothing that it refers to."""
-    file = PosixFile.open(path, writable=mode is LockMode.WRITE)
-    try:
-        lock_image(file.fd, mode, file.name)
+    with open_image_file(path, mode, writable=mode is LockMode.WRITE) as file:
         yield file, await read_header(file)
-    finally:
-        file.close()

@@ -144,8 +144,7 @@ async def open_source(
     fd = open_raw(path, os.O_RDONLY)
     try:
         if options.lock and stat.S_ISREG(status_of(fd, printable(path)).st_mode):
-            mode = LockMode.SHARE if options.force_share else LockMode.READ
-            lock_image(fd, mode, printable(path))
+            lock_image(fd, LockMode.to_read(share=options.force_share), printable(path))
         yield RawSource(fd, path)
     finally:
         os.close(fd)

@@ -1,0 +1,54 @@
+"""Opening the file of an image, locked, and reading its header."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qedfuse.hostio.lockedfile import open_locked
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.ondisk.constants import HEADER_BYTES
+from qedfuse.ondisk.header import parse_fitting_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.hostio.locking import LockMode
+    from qedfuse.ondisk.header import Header
+
+
+@contextmanager
+def open_image_file(
+    path: str, lock: LockMode | None, *, writable: bool = False
+) -> Iterator[PosixFile]:
+    """Open a regular file and lock it; close it at the end of the ``with`` block.
+
+    A caller that closes the file earlier, or hands it to an owner that does, may do so.
+
+    Args:
+        path: The file.
+        lock: What to lock it for; None does not lock it.
+        writable: Whether to open it for writing as well.
+
+    Raises:
+        HostError: It cannot be opened or locked.
+        ImageError: It is not a regular file.
+        ImageInUseError: Another program holds a lock that excludes this one.
+    """
+    file = PosixFile(open_locked(path, lock, writable=writable), path, writable=writable)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+async def read_header(file: HostFile) -> Header:
+    """Read and check the header of an image, also against the file's length.
+
+    Raises:
+        ImageError: It is not a QED image that this version can open.
+        HostError: The host cannot read it.
+    """
+    data = bytes(await file.pread(0, HEADER_BYTES))
+    return parse_fitting_header(data, file.size(), file.name)
