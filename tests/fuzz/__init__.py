@@ -1,1 +1,1 @@
-"""Random mounts, operations, threads, kills and remounts, against a model of the disk."""
+"""A fuzzer of mounts: random operations, threads, kills and remounts, compared with a model."""

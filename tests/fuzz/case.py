@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
     from tests.support.mounted import FrontMount
 
-_GROWTH: Final = 1 << 20
-_LARGEST: Final = 16 << 20
+_MAX_GROWTH_BYTES: Final = 1 << 20
+_MAX_GROWN_BYTES: Final = 16 << 20
 
 
 class Case:
-    """Carries out what a seed says.
+    """A case: its seed determines all that is done.
 
     Attributes:
-        plan: What was drawn.
-        log: What has been done, the latest last.
+        plan: The parameters drawn from the seed.
+        kills: How often the server was killed.
+        log: What was done, in order.
     """
 
     def __init__(self, seed: int, directory: Path) -> None:
@@ -44,13 +45,14 @@ class Case:
         self._model = Model(content)
         self._stack = ExitStack()
         self._mount: FrontMount | None = None
+        self.kills = 0
         self.log: list[str] = []
 
     def run(self) -> None:
-        """Carry it out.
+        """Run the case.
 
         Raises:
-            AssertionError: The disk is not what the model says.
+            AssertionError: The disk differs from the model.
         """
         with self._stack:
             self._attach()
@@ -66,19 +68,19 @@ class Case:
     @property
     def _disk(self) -> Path:
         """The file of the mount."""
-        place = self._directory / "mnt"
-        return place if self.plan.on_file else place / "disk.raw"
+        mountpoint = self._directory / "mnt"
+        return mountpoint if self.plan.on_file else mountpoint / "disk.raw"
 
     def _attach(self) -> None:
         """Mount."""
-        place = self._directory / "mnt"
+        mountpoint = self._directory / "mnt"
         if self.plan.on_file:
-            place.touch()
+            mountpoint.touch()
         words = ",".join(self.plan.words)
-        self._mount = self._stack.enter_context(front(self._image, "-o", words, place))
+        self._mount = self._stack.enter_context(front(self._image, "-o", words, mountpoint))
 
     def _detach(self) -> None:
-        """Unmount; everything is durable then."""
+        """Unmount, which makes everything durable."""
         assert self._mount is not None
         self.log.append("unmount")
         mark = self._model.begin_sync()
@@ -118,7 +120,7 @@ class Case:
         return killer is None
 
     def _kill(self, workers: list[Worker]) -> None:
-        """Kill the server; a memory map is not touched from then on."""
+        """Kill the server while no thread touches a memory map, which would raise SIGBUS."""
         assert self._mount is not None
         with ExitStack() as maps:
             for worker in workers:
@@ -128,15 +130,16 @@ class Case:
             self._mount.process.wait()
 
     def _recover(self) -> None:
-        """Mount again after a kill: what was synced is there, each other sector old or new."""
+        """Mount again after a kill: synced sectors are there, each other sector is old or new."""
+        self.kills += 1
         self.log.append("killed")
         self._stack.pop_all().close()
         self._attach()
-        wrong = self._model.settle(self._disk.read_bytes())
+        wrong = self._model.adopt(self._disk.read_bytes())
         assert wrong is None, f"after a kill: {wrong}"
 
     def _between(self) -> None:
-        """Do what cannot be done beside others, and compare the whole disk."""
+        """Run operations that need the disk alone, and compare the whole disk."""
         fd = os.open(self._disk, os.O_RDWR)
         try:
             for _ in range(self._chance.randrange(1, 4)):
@@ -149,12 +152,12 @@ class Case:
             self._compare("mount", self._disk.read_bytes())
         finally:
             os.close(fd)
-        what = self._chance.choice(["nothing", "nothing", "nothing", "remount", "kill"])
-        if what == "remount":
+        end = self._chance.choice(["nothing", "nothing", "nothing", "remount", "kill"])
+        if end == "remount":
             self._detach()
             self._attach()
             self._compare("remounted", self._disk.read_bytes())
-        elif what == "kill":
+        elif end == "kill":
             self._kill([])
             self._recover()
 
@@ -170,14 +173,14 @@ class Case:
             )
             raise AssertionError(msg)
 
-    # One at a time
+    # Operations that need the disk alone
 
     def _grow(self, fd: int) -> None:
-        """Write past the end without a sync, and look for it at once."""
+        """Write past the end without a sync, and look for the data immediately."""
         size = self._model.size
-        if not self.plan.growable or size >= _LARGEST:
+        if not self.plan.growable or size >= _MAX_GROWN_BYTES:
             return
-        start = size + SECTOR * self._chance.randrange(_GROWTH // SECTOR)
+        start = size + SECTOR * self._chance.randrange(_MAX_GROWTH_BYTES // SECTOR)
         data = self._chance.randbytes(SECTOR * self._chance.randrange(1, 100))
         self._model.grow(start + len(data))
         number = self._model.begin(start, data)
@@ -189,7 +192,7 @@ class Case:
         """Do nothing."""
 
     def _empty(self, fd: int) -> None:
-        """Truncate to 0 in one of the ways, beside a memory map with dirty pages or without."""
+        """Truncate to 0 in one of the ways, with or without a memory map that has dirty pages."""
         with ExitStack() as stack:
             pages = None
             if self.plan.maps and self._chance.random() < 0.5:
@@ -244,7 +247,7 @@ class Case:
         self._compare("copy", copy.read_bytes())
 
     def _walk(self, fd: int) -> None:
-        """Ask for data and holes from one end to the other: nothing but zeros is in a hole."""
+        """Find data and holes from start to end: holes contain only zeros."""
         at, size = 0, self._model.size
         expected = self._model.read(0, size)
         while at < size:
@@ -263,7 +266,7 @@ class Case:
 
 
 def _seek_data(fd: int, start: int, size: int) -> int:
-    """Find data; the size if there is none."""
+    """Return the offset of the next data, or the size if there is none."""
     try:
         return os.lseek(fd, start, os.SEEK_DATA)
     except OSError as error:
@@ -272,11 +275,11 @@ def _seek_data(fd: int, start: int, size: int) -> int:
         return size
 
 
-def run_case(seed: int, directory: Path) -> None:
-    """Carry out the case with a seed in an empty directory.
+def run_case(seed: int, directory: Path) -> int:
+    """Run the case with a seed in an empty directory; return how often it killed the server.
 
     Raises:
-        AssertionError: It has found something; the text says how to see it again.
+        AssertionError: The case has failed; the text has the command that repeats it.
     """
     case = Case(seed, directory)
     try:
@@ -288,3 +291,4 @@ def run_case(seed: int, directory: Path) -> None:
             f"again: python -m tests.fuzz --case {seed}"
         )
         raise AssertionError(msg) from error
+    return case.kills

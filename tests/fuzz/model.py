@@ -1,8 +1,8 @@
-"""What a disk may hold: the content that programs see, and what a kill may leave of it.
+"""A model of a disk: the content that programs see, and what a kill may leave of it.
 
-The model knows each 512-byte sector as a list of versions.  The last one is what programs
-see.  The first one is durable: an fsync(2) that began after it had been written has returned.
-After a kill of the server a sector holds one of its versions.
+The model keeps a list of versions for each 512-byte sector.  Programs see the last one.  The
+first one is durable: an fsync(2) that began after it was written has returned.  After a kill
+of the server a sector holds one of its versions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Version(NamedTuple):
 
 
 class Model:
-    """The disk as its users know it; may be used by several threads.
+    """The disk as programs see it; may be used by several threads.
 
-    Two threads must not change the same sector at once.
+    Two threads must not change the same sector concurrently.
 
     Attributes:
-        size: Bytes.
-        durable_size: The size that a kill cannot take back.
+        size: Bytes of the disk.
+        durable_size: Bytes of the disk that a kill cannot undo.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -38,7 +38,7 @@ class Model:
         ]
         self._lock = threading.Lock()
         self._number = 0
-        self._under_way: dict[int, int] = {}
+        self._running: dict[int, int] = {}
         self._changed: set[int] = set()
 
     def read(self, start: int, length: int) -> bytes:
@@ -48,7 +48,7 @@ class Model:
         return data[start - first * SECTOR :][:length]
 
     def begin(self, start: int, data: bytes) -> int:
-        """Note that bytes are about to be written; return the number for `end`.
+        """Note that bytes will be written; return the number for `end`.
 
         From here on a kill may leave them, whether the write succeeds or not.
         """
@@ -59,17 +59,17 @@ class Model:
         whole[at : at + len(data)] = data
         with self._lock:
             self._number += 1
-            self._under_way[self._number] = first
+            self._running[self._number] = first
             for sector in range(first, end):
-                piece = bytes(whole[(sector - first) * SECTOR :][:SECTOR])
-                self._sectors[sector].append(Version(self._number, piece))
+                content = bytes(whole[(sector - first) * SECTOR :][:SECTOR])
+                self._sectors[sector].append(Version(self._number, content))
                 self._changed.add(sector)
             return self._number
 
     def end(self, number: int) -> None:
         """Note that the write with a number has succeeded."""
         with self._lock:
-            del self._under_way[number]
+            del self._running[number]
 
     def grow(self, size: int) -> None:
         """Make the disk larger; what is added reads as zeros."""
@@ -79,28 +79,28 @@ class Model:
             self.size = size
 
     def begin_sync(self) -> tuple[int, int]:
-        """Return a mark for `end_sync`: what has been written by now."""
+        """Return a mark for `end_sync`: all writes that have ended by now."""
         with self._lock:
-            return min(self._under_way, default=self._number + 1), self.size
+            return min(self._running, default=self._number + 1), self.size
 
     def end_sync(self, mark: tuple[int, int]) -> None:
-        """Note that what had been written at a mark is durable."""
+        """Note that all writes before a mark are durable."""
         limit, size = mark
         with self._lock:
             self.durable_size = max(self.durable_size, size)
             for sector in list(self._changed):
                 versions = self._sectors[sector]
-                done = [place for place, one in enumerate(versions) if one.number < limit]
+                done = [index for index, one in enumerate(versions) if one.number < limit]
                 if done:  # a sync that began later can have ended before
                     del versions[: done[-1]]
                 if len(versions) == 1:
                     self._changed.discard(sector)
 
-    def settle(self, content: bytes) -> str | None:
-        """Take over what a kill has left, if it may be so.
+    def adopt(self, content: bytes) -> str | None:
+        """Take over the content that a kill has left, if the model allows it.
 
         Returns:
-            What is wrong with it; None if nothing is.
+            None if it does; otherwise the first difference, in words.
         """
         if not self.durable_size <= len(content) <= self.size:
             return f"size {len(content)}, expected {self.durable_size} to {self.size}"
@@ -115,5 +115,5 @@ class Model:
         del self._sectors[len(content) // SECTOR :]
         self.size = self.durable_size = len(content)
         self._changed.clear()
-        self._under_way.clear()
+        self._running.clear()
         return None

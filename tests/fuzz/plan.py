@@ -1,4 +1,4 @@
-"""What is drawn at random before a case begins: the image, the mount, the threads."""
+"""The random parameters of a case: its image, its mount, its threads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ if TYPE_CHECKING:
     import random
     from pathlib import Path
 
-_SIZES: Final = (256 << 10, (1 << 20) + 512, 3 << 20, (4 << 20) - 1536)
-_CLUSTERS: Final = (4096, 4096, 65536, 65536, 1 << 20)
+DISK_BYTES: Final = (256 << 10, (1 << 20) + 512, 3 << 20, (4 << 20) - 1536)
+CLUSTER_BYTES: Final = (4096, 4096, 65536, 65536, 1 << 20)
+OPTIONS: Final = {
+    "growable": 0.5,
+    "truncate=zero": 0.4,
+    "direct_io": 0.2,
+    "nodiscard": 0.2,
+    "detect_zeroes=on": 0.1,
+    "detect_zeroes=unmap": 0.1,
+    "compact=full": 0.1,
+    "cache_size=64K": 0.3,
+}
+"""Mount options, and the probability of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One case.
+    """The parameters of a case.
 
     Attributes:
         size: Bytes of the disk.
@@ -26,10 +37,10 @@ class Plan:
         base: Whether there is a raw backing file.
         on_file: Whether the mountpoint is a file.
         words: The mount's options.
-        threads: How many work at the same time.
-        stripe: Bytes; stripes belong to the threads in turn.
-        phases: How often they work.
-        operations: How many operations each carries out in a phase.
+        threads: The number of concurrent threads.
+        stripe: Bytes of a stripe; stripes are assigned to the threads round robin.
+        phases: The number of phases of concurrent work.
+        operations: The number of operations of each thread in a phase.
     """
 
     size: int
@@ -45,12 +56,12 @@ class Plan:
 
     @property
     def growable(self) -> bool:
-        """Whether the disk may grow."""
+        """Whether the mount is growable."""
         return "growable" in self.words
 
     @property
     def empties(self) -> bool:
-        """Whether a truncation to 0 empties the disk."""
+        """Whether a truncation to 0 zeros the disk."""
         return "truncate=zero" in self.words
 
     @property
@@ -89,29 +100,20 @@ class Plan:
 
 
 def draw_plan(chance: random.Random) -> Plan:
-    """Draw a case."""
+    """Draw the parameters of a case."""
     words = [f"commit={chance.choice(['0.05', '5'])}"]
-    for word, weight in (
-        ("growable", 0.5),
-        ("truncate=zero", 0.4),
-        ("direct_io", 0.2),
-        ("nodiscard", 0.2),
-        ("detect_zeroes=on", 0.1),
-        ("detect_zeroes=unmap", 0.1),
-        ("compact=full", 0.1),
-        ("cache_size=64K", 0.3),
-    ):
-        if chance.random() < weight:
+    for word, probability in OPTIONS.items():
+        if chance.random() < probability:
             words.append(word)
     return Plan(
-        size=chance.choice(_SIZES),
-        cluster_size=chance.choice(_CLUSTERS),
+        size=chance.choice(DISK_BYTES),
+        cluster_size=chance.choice(CLUSTER_BYTES),
         table_size=chance.choice((2, 4)),
         base=chance.random() < 0.3,
         on_file=chance.random() < 0.2,
         words=tuple(words),
         threads=chance.choice((1, 2, 4)),
-        # A page is never written by two threads that bypass the cache and use it.
+        # Whole pages: a page must not be written by one thread with O_DIRECT and cached by another.
         stripe=chance.choice((4096, 4096, 65536)),
         phases=chance.choice((4, 8)),
         operations=chance.choice((20, 100)),

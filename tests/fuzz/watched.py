@@ -1,4 +1,4 @@
-"""A case under a watchdog: a hang is a finding, and its stacks are printed."""
+"""A case under a watchdog: a hang is a failure, and the stacks of all threads are printed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _HANG_SECONDS: Final = 300.0
 """A case takes some seconds, and many times that on a busy machine."""
 
 
-def run_watched(seed: int, directory: Path) -> None:
-    """Carry out a case; end the process if it does not end.
+def run_watched(seed: int, directory: Path) -> int:
+    """Run a case and return how often it killed the server; exit with all stacks if it hangs.
 
     Raises:
-        AssertionError: It has found something.
+        AssertionError: The case has failed.
     """
     sys.stderr.flush()
     faulthandler.enable()
     faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True)
     try:
-        run_case(seed, directory)
+        return run_case(seed, directory)
     finally:
         faulthandler.cancel_dump_traceback_later()

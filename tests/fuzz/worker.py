@@ -1,4 +1,4 @@
-"""A thread of a case: it changes its own stripes of the disk, and reads them back."""
+"""A thread of a case: it changes its own stripes of the disk and reads them back."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from tests.fuzz.plan import Plan
 
 GONE: Final = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV, errno.EINTR}
-"""What programs get when the server has been killed."""
+"""Errors that programs get when the server has been killed."""
 
 _KEEP_SIZE: Final = 1
-_PUNCH: Final = 3
-_ZERO_RANGE: Final = 17
+_PUNCH: Final = 2 | _KEEP_SIZE
+_ZERO_RANGE: Final = 16 | _KEEP_SIZE
 
 
 class Worker:
@@ -33,8 +33,8 @@ class Worker:
     Attributes:
         mapping: Held while a memory map is touched.
         dead: Whether the server has been killed.
-        failure: What went wrong.
-        log: What has been done.
+        failure: The exception that ended the thread, if one did.
+        log: The operations, in order.
     """
 
     def __init__(self, disk: Path, plan: Plan, model: Model, number: int, seed: int) -> None:
@@ -79,7 +79,7 @@ class Worker:
         getattr(self, name)(start, length)
 
     def _range(self) -> tuple[int, int]:
-        """Draw a range within one of the own stripes, or a single thread's range anywhere."""
+        """Draw a range within one of its own stripes; a single thread owns the whole disk."""
         size, stripe = self._model.size, self._plan.stripe
         if self._plan.threads == 1:
             low, high = 0, size
@@ -94,7 +94,7 @@ class Worker:
         return start, min(length, high - start)
 
     def _data(self, length: int) -> bytes:
-        """Draw bytes; zeros now and then."""
+        """Draw random bytes, or zeros in one of five cases."""
         if self._chance.random() < 0.2:
             return bytes(length)
         return self._chance.randbytes(length)
@@ -108,7 +108,7 @@ class Worker:
         self._model.end(number)
 
     def _check_written(self, done: int, start: int, length: int) -> None:
-        """Expect that all has been written, or that the server was killed before the rest."""
+        """Expect a complete write, or a short one because the server was killed."""
         if done != length and self.dead:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         assert done == length, f"wrote {done} of {length} bytes at {start}"
@@ -134,7 +134,7 @@ class Worker:
             self._model.end(number)
 
     def _write_synced(self, start: int, length: int) -> None:
-        """Write with O_DSYNC: the write is durable when it returns, and with it all others."""
+        """Write with O_DSYNC and sync: all writes that have ended are durable then."""
         self._write(start, length, 2)
         mark = self._model.begin_sync()
         os.fdatasync(self._fds[2])
@@ -155,17 +155,17 @@ class Worker:
                 self._model.end(number)
 
     def _allocate(self, start: int, length: int) -> None:
-        """Set space aside; the content stays."""
+        """Allocate space, which keeps the content."""
         fallocate(self._fds[0], self._chance.choice([0, _KEEP_SIZE]), start, length)
 
     def _free(self, start: int, length: int) -> None:
-        """Give space up."""
+        """Punch or zero a range."""
         number = self._model.begin(start, bytes(length))
         fallocate(self._fds[0], self._chance.choice([_PUNCH, _ZERO_RANGE]), start, length)
         self._model.end(number)
 
     def _read(self, start: int, length: int) -> None:
-        """Read, through the cache or past it."""
+        """Read and compare, through the kernel's cache or with O_DIRECT."""
         expected = self._model.read(start, length)
         if self._chance.random() < 0.7:
             found = os.pread(self._fds[0], length, start)
@@ -177,13 +177,13 @@ class Worker:
         assert found == expected, f"read at {start}: {length} bytes are not what was written"
 
     def _sync(self, _start: int, _length: int) -> None:
-        """Make durable what has been written, by all threads."""
+        """Make the writes of all threads durable."""
         mark = self._model.begin_sync()
         self._chance.choice([os.fsync, os.fdatasync])(self._fds[0])
         self._model.end_sync(mark)
 
     def _seek(self, start: int, length: int) -> None:
-        """Ask for data: it begins no later than what this thread has written."""
+        """Seek data: it begins no later than the first byte that this thread wrote."""
         expected = self._model.read(start, length)
         first = next((at for at, byte in enumerate(expected) if byte), None)
         if first is None:
