@@ -26,9 +26,12 @@ DISK_BYTES: Final = 6 << 20
 CLUSTER: Final = 4096
 BLOCK: Final = 4096
 WRITERS: Final = 3
-ROUNDS: Final = 50
-PUNCH: Final = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+ROUNDS: Final = 20
+"""Kills of a real process; tests/crash tries the states between any two writes."""
+PUNCH: Final = 3
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE."""
 DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
+"""Errors of a mount whose server was killed."""
 
 
 class Writer(threading.Thread):
@@ -130,7 +133,7 @@ def test_repeated_kills_lose_nothing_that_was_synced(tmp_path: Path) -> None:
     header = parse_header(image.read_bytes()[:64], str(image))
     bound = header.geometry.bound(header.header_end, DISK_BYTES)
     content = bytes(DISK_BYTES)
-    longest = leaked = killed_dirty = 0
+    leaked = killed_dirty = 0
     for number in range(ROUNDS):
         done = Countdown(random.Random(number).randrange(30, 400))
         share = DISK_BYTES // BLOCK // WRITERS
@@ -162,10 +165,11 @@ def test_repeated_kills_lose_nothing_that_was_synced(tmp_path: Path) -> None:
             assert writer.error is None, (number, writer.error)
             for block, versions in writer.allowed.items():
                 assert content[block * BLOCK : (block + 1) * BLOCK] in versions, (number, block)
-        longest, leaked = max(longest, len(file)), max(leaked, found.leaks)
+        leaked = max(leaked, found.leaks)
         killed_dirty += header_of(file).need_check
-    assert killed_dirty > ROUNDS // 2, "most rounds ended in the middle of something"
-    assert leaked > 0, "some of them left leaks"
+    # A round ends clean only if its kill comes before the first change of a table on disk.
+    assert killed_dirty > ROUNDS // 2, f"only {killed_dirty} kills struck unfinished work"
+    assert leaked > 0, "no kill left clusters that were allocated and not in a table yet"
     checked = qemu.check(image)
     assert checked.errors == 0
     with front(image, tmp_path / "mnt") as mount:
