@@ -48,6 +48,10 @@ class QedError(Exception):
         copy.__dict__.update(self.__dict__)
         return copy
 
+    def equals(self, other: QedError) -> bool:
+        """Return whether another exception is of the same class and says the same."""
+        return type(self) is type(other) and self.args == other.args
+
 
 class UsageError(QedError):
     """The arguments are invalid, or conflict with each other or with the image."""

@@ -6,17 +6,20 @@ import logging
 import sys
 from typing import Final
 
+from qedfuse.errors import QedError
+
 
 class _Recorder(logging.Handler):
-    """Keeps the messages that were logged, so that an error is not printed twice."""
+    """Keeps the errors that were logged, so that none of them is printed twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.messages: list[str] = []
+        self.errors: list[QedError] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message of a record."""
-        self.messages.append(record.getMessage())
+        """Keep the errors that a record shows, without their tracebacks."""
+        shown = record.args if isinstance(record.args, tuple) else ()
+        self.errors.extend(error.again() for error in shown if isinstance(error, QedError))
 
 
 _recorder: Final = _Recorder()
@@ -28,11 +31,11 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     logging.basicConfig(format="qedimg: %(message)s", level=level, stream=sys.stderr)
     # If stderr cannot be written, the exit code alone reports a failure.
     logging.raiseExceptions = False
-    _recorder.messages.clear()
+    _recorder.errors.clear()
     _recorder.setLevel(level)
     logging.getLogger().addHandler(_recorder)
 
 
-def was_logged(text: str) -> bool:
-    """Return whether a message that begins with ``text`` has been printed."""
-    return any(message.startswith(text) for message in _recorder.messages)
+def was_logged(error: QedError) -> bool:
+    """Return whether a line of the log has shown an error."""
+    return any(error.equals(logged) for logged in _recorder.errors)

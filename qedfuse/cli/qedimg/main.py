@@ -225,7 +225,7 @@ def _explain(name: str, error: BaseException) -> int:
             return _complain(f"{error} ({REMOVED})", code)
         # Looked up, not imported: an import may be what failed.
         log = sys.modules.get(f"{_PACKAGE}.log")
-        logged = log is not None and log.was_logged(str(error))
+        logged = log is not None and log.was_logged(error)
         return code if logged else _complain(str(error), code)
     if isinstance(error, OSError):
         return _explain_os_error(error, _code(name, error))
