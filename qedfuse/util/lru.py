@@ -19,8 +19,6 @@ class LRUStatistics:
 
     items: int
     weight: int
-    hits: int
-    misses: int
     evictions: int
 
 
@@ -38,17 +36,13 @@ class LRU(Generic[K, V]):
         self._pinned = pinned
         self._items: OrderedDict[K, V] = OrderedDict()
         self._weight = 0
-        self._hits = 0
-        self._misses = 0
         self._evictions = 0
 
     def get(self, key: K) -> V | None:
         """Look a value up and mark it as just used."""
         value = self._items.get(key)
         if value is None:
-            self._misses += 1
             return None
-        self._hits += 1
         self._items.move_to_end(key)
         return value
 
@@ -87,6 +81,4 @@ class LRU(Generic[K, V]):
 
     def statistics(self) -> LRUStatistics:
         """Tell what the cache holds and has seen."""
-        return LRUStatistics(
-            len(self._items), self._weight, self._hits, self._misses, self._evictions
-        )
+        return LRUStatistics(len(self._items), self._weight, self._evictions)

@@ -12,14 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
-@dataclass(frozen=True, slots=True)
-class RangeLockStatistics:
-    """How many ranges are held and how many tasks wait for one."""
-
-    held: int
-    waiting: int
-
-
 @dataclass(eq=False, slots=True)
 class _Claim:
     """One task's range, in the queue from the moment it asks until it lets go."""
@@ -69,7 +61,12 @@ class RangeLock:
                 if not later.blockers and later.ready is not None:
                     later.ready.set()
 
-    def statistics(self) -> RangeLockStatistics:
-        """Tell how many ranges are held and how many tasks wait."""
-        waiting = sum(claim.blockers > 0 for claim in self._claims)
-        return RangeLockStatistics(len(self._claims) - waiting, waiting)
+    @property
+    def held(self) -> int:
+        """How many ranges are held."""
+        return len(self._claims) - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait for a range."""
+        return sum(claim.blockers > 0 for claim in self._claims)

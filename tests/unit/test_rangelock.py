@@ -24,18 +24,18 @@ async def test_overlapping_claims_wait_in_order() -> None:
         for number in range(3):
             nursery.start_soon(claim, number)
             await wait_all_tasks_blocked()
-        assert lock.statistics().held == 1
-        assert lock.statistics().waiting == 3
+        assert lock.held == 1
+        assert lock.waiting == 3
         assert order == []
     assert order == [0, 1, 2]
-    assert lock.statistics().held == 0
+    assert lock.held == 0
 
 
 async def test_neighbours_do_not_wait() -> None:
     """Ranges that only touch are held at the same time."""
     lock = RangeLock()
     async with lock.hold(0, 10), lock.hold(10, 20), lock.hold(20, 30):
-        assert lock.statistics().held == 3
+        assert lock.held == 3
 
 
 async def test_uncontended_claim_does_not_yield() -> None:
@@ -88,7 +88,7 @@ async def test_cancelled_waiter_is_forgotten() -> None:
             inner.cancel_scope.cancel()
         await wait_all_tasks_blocked()
         assert done == ["behind"]
-    assert lock.statistics().held == lock.statistics().waiting == 0
+    assert lock.held == lock.waiting == 0
 
 
 async def test_failure_inside_lets_go() -> None:
@@ -97,7 +97,7 @@ async def test_failure_inside_lets_go() -> None:
     with pytest.raises(LookupError):
         async with lock.hold(0, 1):
             raise LookupError
-    assert lock.statistics().held == 0
+    assert lock.held == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -124,4 +124,4 @@ async def test_never_two_owners(seed: int) -> None:
             start = rng.randrange(50)
             nursery.start_soon(claim, start, start + rng.randrange(1, 20), rng.randrange(4))
     assert served == 100
-    assert lock.statistics().held == lock.statistics().waiting == 0
+    assert lock.held == lock.waiting == 0

@@ -255,4 +255,4 @@ class WritePath:
 
     def waiting(self) -> int:
         """Return how many writes wait for another one into the same new cluster."""
-        return self.allocating.statistics().waiting
+        return self.allocating.waiting
