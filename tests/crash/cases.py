@@ -1,4 +1,8 @@
-"""The kinds of images whose crash states are explored, and what is done to them."""
+"""The cases whose crash states are explored: kinds of images, and what is done to them.
+
+To add one, append a `Case` to `CASES`, with only those fields that differ from the default.
+`tests/crash/workloads.py` runs it, and `tests/crash/test_crash_states.py` explores the result.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +18,43 @@ if TYPE_CHECKING:
 
 CLUSTER: Final = 4096
 PER_CLUSTER: Final = CLUSTER // SECTOR
+"""Sectors of a cluster."""
 OPTIONS: Final = replace(WRITABLE, commit_seconds=1.5, needcheck_seconds=2.0)
+"""Options under which tables are written back, and NEED_CHECK is cleared, during a workload."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of image and what is done to it.
+    """A kind of image, and what several tasks do to it concurrently.
+
+    The disk is compacted automatically at each close, unless the options say otherwise.
 
     Attributes:
-        spans: How much of the disk each L2 table but the last covers, in L2 tables.
-        depth: How many images are below this one.
-        grows: What is added to the disk half-way, in bytes.
-        tail: What lies behind the last whole cluster of the file.
-        held: How many clusters hold data already.
-        held_in: Among how many clusters at the beginning of the disk they are; 0 for all.
-        leaked: How many clusters of the file hold something and belong to nobody.
-        tasks: How many do something at once.
-        places: At how many places they do; fewer means that they meet more often.
-        actions: What each of them does, as often as it is named here, by the initials
-            of write, discard, zeros, flush, read and sleep; D is a large discard.
-        rounds: How many such actions each does.
-        opens: How often the disk is opened, used and closed.
-        slow: How often the host takes its time over a call, before its effect and after.
-        scan_after: Seconds for which the scan for free space does not get to read a table.
-        compacts: Whether the disk is compacted between uses.
-        crashed: Whether the same was done before, and ended in a power failure.
-
-    All but those that say otherwise are compacted automatically when they are closed.
+        name: The name on the command line, and part of the seed of everything random.
+        table_size: The length of a table in clusters.
+        table_spans: The size of the disk, as a multiple of what one L2 table covers.
+        backing_depth: How many backing files the image has, one below the other.
+        base_sectors: The size of the base in sectors.
+        grow_bytes: How much the disk grows during the first session, in bytes.
+        tail: Bytes of the file after its last whole cluster.
+        autoclear: The autoclear feature bits that are set at the beginning.
+        allocated: How many clusters of the disk are allocated at the beginning.
+        allocated_within: At the beginning of the disk, how many clusters these are drawn from;
+            0 means the whole disk.
+        leaked: How many clusters of the file hold data without any reference to them.
+        tasks: How many tasks use the disk concurrently.
+        hot_spots: How many clusters the tasks use, with their neighbours; the fewer they are, the
+            more often requests overlap.
+        actions: The actions that each task draws from, one letter each, w for write, d for
+            discard, z for a write of zeros, f for flush, r for read, s for sleep, D for a large
+            discard.  A letter that occurs twice is drawn twice as often.
+        actions_per_task: How many actions each task draws in a session.
+        sessions: How often the disk is opened, used and closed.
+        linger_probability: How often a call of the host takes long, before and after its effect.
+        scan_delay_seconds: For how long the scan for free space is kept from reading a table.
+        compacts: Whether the disk is compacted explicitly at the end of each session.
+        starts_crashed: Whether the image comes from a power failure in the same case.
+        options: The options with which the disk is opened.
     """
 
     name: str
@@ -67,7 +81,7 @@ class Case:
 
     @property
     def leaves_no_leak(self) -> bool:
-        """Whether nothing is leaked when the disk has been closed."""
+        """Whether a close leaves no free cluster in the file: its compaction has no limits."""
         options = self.options
         unlimited = (options.compact_bytes, options.compact_seconds) == (
             OPTIONS.compact_bytes,
@@ -77,7 +91,7 @@ class Case:
 
     @property
     def size(self) -> int:
-        """Bytes of the disk at the beginning; not a whole number of clusters."""
+        """The size of the disk at the beginning in bytes, not a whole number of clusters."""
         span = self.table_size * CLUSTER // 8 * CLUSTER
         return int(self.table_spans * span) // CLUSTER * CLUSTER + 3 * SECTOR
 

@@ -1,4 +1,4 @@
-"""Shared by the crash tests; tells at the end of a run how many states were looked at."""
+"""Fixtures of the crash tests, and a summary of how many states a run has judged."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from tests.support.explorer import Exploration
 
 EXPLORED: Final[dict[str, Exploration]] = {}
-"""What the tests of this run have looked at, by workload."""
+"""The states that this run has judged, by case."""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the counts."""
+    """Print how many states were judged, for each case and in all."""
     if EXPLORED:
         total = Exploration()
         terminalreporter.section("crash states")
@@ -25,6 +25,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Drop the log: where things fail on purpose, what is logged has tests of its own."""
+def no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Drop all log records: other tests cover what is logged about failures."""
     caplog.set_level(logging.CRITICAL + 1, "qedfuse")

@@ -1,7 +1,7 @@
-"""Explores millions of crash states, on demand: ``python -m tests.crash.explore``.
+"""Explores millions of crash states on demand: ``python -m tests.crash.explore``.
 
-It goes through all workloads again and again, each time with another seed, and prints
-what it looked at.  For each kind of violation it prints the options that show it again:
+It runs all cases again and again, each time with another seed, and prints how many states it
+has judged.  For each kind of violation it prints the command that shows the state again:
 
     python -m tests.crash.explore --workload reuse --seed 7 --prefix 31 --choice 402
 """
@@ -26,18 +26,18 @@ from tests.support.explorer import Exploration, Explorer
 if TYPE_CHECKING:
     from tests.crash.cases import Case
 
-STATES: int = 20_000
-"""States that are looked at of one workload with one seed."""
+STATES_PER_WORKLOAD: int = 20_000
+"""How many states of power failures are judged of one case with one seed."""
 
 
 def main() -> int:
-    """Run the command; the exit code is 1 if a violation was found."""
+    """Run the command and return its exit code, 1 if a violation was found."""
     parser = argparse.ArgumentParser(description="Explore crash states.")
-    parser.add_argument("--states", type=int, default=1_000_000, help="how many, about")
-    parser.add_argument("--seed", type=int, help="the first seed (by chance)")
-    parser.add_argument("--workload", choices=[case.name for case in CASES], help="only this one")
-    parser.add_argument("--prefix", type=int, help="only the moment after so many changes")
-    parser.add_argument("--choice", type=int, help="only this state of that moment")
+    parser.add_argument("--states", type=int, default=1_000_000, help="about how many states")
+    parser.add_argument("--seed", type=int, help="the first seed (default: random)")
+    parser.add_argument("--workload", choices=[case.name for case in CASES], help="only this case")
+    parser.add_argument("--prefix", type=int, help="only the crash point after this many changes")
+    parser.add_argument("--choice", type=int, help="only this state of that crash point")
     given = parser.parse_args()
     seed = random.randrange(1 << 32) if given.seed is None else given.seed
     cases = [case for case in CASES if given.workload in {None, case.name}]
@@ -50,13 +50,13 @@ def main() -> int:
 
 
 def say(line: str) -> None:
-    """Print a line, also if the output goes into a file that somebody watches."""
+    """Print a line and flush, so that a file with the output is up to date."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def explore(cases: list[Case], seed: int, states: int) -> int:
-    """Explore until enough states were seen."""
+    """Explore until ``states`` states were judged; return the exit code."""
     total, began = Exploration(), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -66,7 +66,7 @@ def explore(cases: list[Case], seed: int, states: int) -> int:
                 explorer = Explorer(
                     case.name, number, workload.history, workload.bases, scratch=scratch
                 )
-                found = trio.run(explorer.explore, STATES)
+                found = trio.run(explorer.explore, STATES_PER_WORKLOAD)
                 found.misread += workload.history.misread
                 if found.violations or found.misread:
                     say(f"{case.name}, seed {number}: {found.report()}")
@@ -82,27 +82,32 @@ def explore(cases: list[Case], seed: int, states: int) -> int:
 
 
 async def show(case: Case, seed: int, prefix: int, choice: int | None) -> int:
-    """Look at one state again, and print what is wrong with it."""
+    """Judge one state again and print its problems; write it to a file; return the exit code.
+
+    ``choice`` None is the state that a killed process leaves after ``prefix`` changes.
+    """
     workload = await trio.to_thread.run_sync(run_case, case, seed)
     explorer = Explorer(case.name, seed, workload.history, workload.bases)
     point = next(point for point in explorer.crash_points() if point.count == prefix)
+    failure = None
     state = point.prefix()
     if choice is not None:
-        point.develop()
-        choices = point.choices(explorer.random(prefix))
-        state = point.state(next(itertools.islice(choices, choice, None)))
-    problems = await explorer.judge(state, point)
+        failure = point.power_failure()
+        choices = failure.choices(explorer.random(prefix))
+        state = failure.state(next(itertools.islice(choices, choice, None)))
+    problems = await explorer.judge(state, prefix, failure)
     path = Path(tempfile.gettempdir()) / "crash-state.qed"
     path.write_bytes(explorer.content(state))
     for number, change in enumerate(workload.file.changes[max(0, prefix - 12) : prefix]):
         say(f"{max(0, prefix - 12) + number} {describe(change)}")
-    say(f"{path}: {state.length} bytes; not durable: sectors {point.not_durable.tolist()}")
+    not_durable = failure.not_durable.tolist() if failure else []
+    say(f"{path}: {state.length} bytes; not durable: sectors {not_durable}")
     say("\n".join(problems) or "nothing wrong")
     return 1 if problems else 0
 
 
 def describe(change: object) -> str:
-    """Say what a change was, without the bytes."""
+    """Return the kind and the fields of a change, with the length of its data."""
     fields = change._asdict()  # type: ignore[attr-defined]
     fields = {name: len(value) if name == "data" else value for name, value in fields.items()}
     return f"{type(change).__name__} {fields}"

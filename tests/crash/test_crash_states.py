@@ -1,4 +1,8 @@
-"""A crash after any host write, and any state that a power failure leaves (D6)."""
+"""Every crash state of every case keeps the promises (D6).
+
+A crash state is what a killed process leaves after any host write, or what a power failure can
+leave.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STATES: Final = 9_000
-"""How many states of each workload and seed are looked at, beside its prefixes."""
+"""How many states of power failures are judged for each case and seed, beside all prefixes."""
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_states(case: Case, seed: int, tmp_path: Path) -> None:
-    """Whatever a crash leaves opens, is sound, and holds what was flushed."""
+    """Every crash state opens, passes the check, and holds what was flushed."""
     workload = run_case(case, seed)
     assert workload.history.misread == []
     explorer = Explorer(case.name, seed, workload.history, workload.bases, scratch=tmp_path)
@@ -34,6 +38,6 @@ def test_states(case: Case, seed: int, tmp_path: Path) -> None:
     left = inspect_image(workload.file.content)
     assert left.errors == ()
     if case.compacts or case.options.compact == "full":
-        assert left.leaks == 0, "nothing can be shorter"
+        assert left.leaks == 0, "a compacted file has no free cluster"
     if case.leaves_no_leak:
-        assert left.leaks == 0, "a close leaves none that it has time for"
+        assert left.leaks == 0, "a close without limits leaves no free cluster"

@@ -1,4 +1,4 @@
-"""The scan for free space reads tables that have changed since it began."""
+"""The scan for free space is correct on tables that change after it has started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLUSTER = 4096
 
 @pytest.fixture
 def go(monkeypatch: pytest.MonkeyPatch) -> trio.Event:
-    """Let scans wait for an event."""
+    """Return an event that every scan waits for before it reads a table."""
     walk, event = Scan._walk, trio.Event()
 
     async def late(self: Scan) -> None:
@@ -25,8 +25,8 @@ def go(monkeypatch: pytest.MonkeyPatch) -> trio.Event:
     return event
 
 
-async def test_scan_reads_entries_that_are_newer_than_itself(go: trio.Event) -> None:
-    """Tables that were written back meanwhile point past the end that the file had."""
+async def test_scan_accepts_entries_past_the_old_end_of_the_file(go: trio.Event) -> None:
+    """The scan accepts entries that point past the end that the file had when it started."""
     file = MemoryFile(build_image(512 * CLUSTER, {0: b"a", 1: b"b", 2: b"c"}))
     async with opened(file) as disk:
         for number in range(100, 140):
@@ -40,8 +40,8 @@ async def test_scan_reads_entries_that_are_newer_than_itself(go: trio.Event) -> 
     assert inspect_image(file.content).errors == ()
 
 
-async def test_a_leak_at_the_end_that_the_file_has_grown_over(go: trio.Event) -> None:
-    """Leaked clusters at the end are free, although the file has grown since."""
+async def test_leak_at_the_old_end_of_the_file(go: trio.Event) -> None:
+    """Leaked clusters at the end of the file are free, although the file has grown since."""
     file = MemoryFile(build_image(512 * CLUSTER, {0: b"a"}) + bytes(3 * CLUSTER))
     async with opened(file) as disk:
         await disk.write(5 * CLUSTER, b"x")

@@ -1,4 +1,4 @@
-"""What is done to a disk whose crash states are explored; the same for the same seed."""
+"""Runs the cases of `tests.crash.cases` on a recording file; the same seed gives the same run."""
 
 from __future__ import annotations
 
@@ -31,16 +31,20 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
     from tests.support.history import Stamps
 
-_OWN: Final = 100
-_LEAKED: Final = 101
-"""The levels of what the image itself holds at the beginning, and of what nobody refers to."""
+_OWN_LEVEL: Final = 100
+"""The base number in the stamps of clusters that the image has at the beginning."""
+_LEAKED_LEVEL: Final = 101
+"""The base number in the stamps of its leaked clusters."""
 
-_AGAIN: Final = 1000
-"""Writes after a crash have numbers from here on."""
+_FIRST_NUMBER_AFTER_CRASH: Final = 1000
+"""Writes after a crash are numbered from here on, so that they differ from those before it."""
 
 
 def make_bases(case: Case) -> tuple[list[bytearray], Stamps]:
-    """Make the chain below the image, and what its disk holds: some of each layer's own."""
+    """Return the backing files, the nearest first, and the stamps of the disk that they make.
+
+    Each of them has some clusters of its own.
+    """
     if not case.backing_depth:
         return [], np.zeros(0, np.uint64)
     numbers = base_stamps(1, 0, case.base_sectors)
@@ -57,7 +61,7 @@ def make_bases(case: Case) -> tuple[list[bytearray], Stamps]:
 
 
 def make_image(case: Case) -> bytearray:
-    """Make the image as it is at the beginning: clusters here and there, and some leaked."""
+    """Return the image at the beginning, with allocated and leaked clusters at random offsets."""
     chosen = random.Random(case.name)
     clusters = chosen.sample(
         range(case.allocated_within or case.size // CLUSTER), case.allocated + case.leaked
@@ -66,7 +70,11 @@ def make_image(case: Case) -> bytearray:
     chosen.shuffle(clusters)
     own = {
         number: stamped(
-            base_stamps(_LEAKED if number in leaked else _OWN, number * PER_CLUSTER, PER_CLUSTER)
+            base_stamps(
+                _LEAKED_LEVEL if number in leaked else _OWN_LEVEL,
+                number * PER_CLUSTER,
+                PER_CLUSTER,
+            )
         )
         for number in clusters
     }
@@ -83,20 +91,20 @@ def make_image(case: Case) -> bytearray:
 
 
 def image_after_power_failure(case: Case, seed: int) -> bytes:
-    """Make the image that a power failure leaves somewhere in a case."""
+    """Return what a power failure leaves in the second half of a case, one of 200 states."""
     workload = run_case(replace(case, starts_crashed=False), seed)
     chance = random.Random(f"crash {seed}")
     recording = CrashRecording(workload.file)
     count = chance.randrange(len(recording.steps) // 2, len(recording.steps))
     point = next(point for point in recording.crash_points() if point.count == count)
-    point.develop()
-    choices = list(itertools.islice(point.choices(chance), 200))
-    return recording.contents.content(point.state(chance.choice(choices)))
+    failure = point.power_failure()
+    choices = list(itertools.islice(failure.choices(chance), 200))
+    return recording.contents.content(failure.state(chance.choice(choices)))
 
 
 @contextmanager
 def late_scan(seconds: float) -> Iterator[None]:
-    """Let the scans of the disks that are opened take long before they read a table."""
+    """Delay the first table read of all scans that start in the block."""
     walk = Scan._walk
 
     async def late(self: Scan) -> None:
@@ -108,54 +116,64 @@ def late_scan(seconds: float) -> Iterator[None]:
 
 
 class Workload:
-    """One case being carried out.
+    """One run of a case.
 
     Attributes:
-        file: Records what happens to the image.
-        host: The file that the disk uses; hands everything on to ``file``.
-        may_fail: Whether requests may fail because ``host`` does.
-        errors: What they failed with.
-        clean: Whether the disk was closed without an error.
-        last: Called with each disk before it is closed.
+        file: The image; records its changes.
+        host: The file that the disk uses, which passes its calls on to ``file``.
+        history: The requests.
+        errors: The errors of requests and closes, if they may fail.
+        clean: Whether every close succeeded.
     """
 
-    def __init__(self, case: Case, seed: int) -> None:
-        """Prepare a case; all that is left to chance depends on ``seed``."""
+    def __init__(
+        self,
+        case: Case,
+        seed: int,
+        *,
+        wrap: Callable[[RecordingFile], HostFile] = lambda file: file,
+        may_fail: bool = False,
+    ) -> None:
+        """Prepare a run; everything random depends on the name of the case and on ``seed``.
+
+        ``wrap`` makes the file that the disk uses.  Unless requests ``may_fail``, an error of
+        one is raised by `play`.
+        """
         self.case = case
         self.bases, below = make_bases(case)
         self.random = random.Random(f"{case.name} {seed}")
         pace = random.Random(f"{case.name} {seed} pace") if case.linger_probability else None
         image = image_after_power_failure(case, seed) if case.starts_crashed else make_image(case)
         self.file = RecordingFile(image, pace=pace, linger_probability=case.linger_probability)
-        # In half of the runs data is overwritten the short way, where that is possible.
+        # In half of the runs the fast path takes the writes that it can.
         self.file.in_page_cache = random.Random(f"{case.name} {seed} in page cache").random() < 0.5
-        self.host: HostFile = self.file
-        self.may_fail = False
+        self.host = wrap(self.file)
+        self._may_fail = may_fail
         self.errors: list[QedError] = []
         self.clean = True
-        self.last: Callable[[Disk], Awaitable[object]] = _nothing
-        self.history = History(self.file, below, _AGAIN if case.starts_crashed else 0)
-        # Few places, so that requests meet: in one cluster, across clusters and tables.
+        numbered_from = _FIRST_NUMBER_AFTER_CRASH if case.starts_crashed else 0
+        self.history = History(self.file, below, numbered_from)
+        # Few clusters, so that requests overlap.  The first ones are at the border of two tables
+        # and at the end of the disk.
         span = case.table_size * CLUSTER // 8 * CLUSTER
         ends = [min(span, case.size) // CLUSTER - 2, case.size // CLUSTER - 4]
-        held = [
-            self.random.randrange(case.allocated_within) for _ in range(case.allocated_within // 20)
-        ]
+        within = case.allocated_within
+        near = [self.random.randrange(within) for _ in range(within // 20)]
         others = [self.random.randrange(case.size // CLUSTER) for _ in range(case.hot_spots)]
-        self.hot_spots = (ends + held + others)[: case.hot_spots + len(held)]
+        self.hot_spots = (ends + near + others)[: case.hot_spots + len(near)]
 
     def play(self, seed: int) -> None:
-        """Carry the case out, to the end; ``seed`` decides which task runs first."""
-        # In half of the runs clusters are given up as if there were many.
+        """Run the case to its end; ``seed`` decides the order in which trio runs its tasks."""
+        # In half of the runs even few clusters are freed in the way meant for many.
         together = random.Random(f"{self.case.name} {seed} together").random() < 0.5
         few, scattered = (
             (0, 3)
             if together
             else (discard._MAX_CLUSTERS_ONE_BY_ONE, quarantine._MAX_SCATTERED_CLUSTERS)
         )
-        # In the other half compaction has many commit rounds.
+        # In the other half compaction makes many small batches.
         batch = compaction._LIMITED_BATCH_BYTES if together else 3 * CLUSTER
-        # Without the last, that depends on where objects lie in memory as well.
+        # Without deterministic scheduling, the order also depends on addresses of objects.
         with (
             patch.object(discard, "_MAX_CLUSTERS_ONE_BY_ONE", new=few),
             patch.object(reclaim, "_MIN_SCATTERED_RUNS", new=few),
@@ -167,7 +185,7 @@ class Workload:
             trio.run(self.run, clock=MockClock(autojump_threshold=0))
 
     async def run(self) -> None:
-        """Open the disk as often as the case says, use it by several tasks, and close it."""
+        """Run the sessions of the case one after the other."""
         for number in range(self.case.sessions):
             self.file.reopen()
             try:
@@ -180,9 +198,9 @@ class Workload:
                 self.history.closed()
 
     async def _use(self, *, grows: bool) -> None:
-        """Open the disk once."""
+        """Open the disk, use it by several tasks, and close it."""
         async with opened(self.host, self.bases, self.case.options) as disk:
-            self.history.disk = disk
+            self.history.attach(disk)
             async with trio.open_nursery() as nursery:
                 for _ in range(self.case.tasks):
                     nursery.start_soon(self._task)
@@ -191,30 +209,31 @@ class Workload:
                     await self._attempt(self.history.resize, self.case.size + self.case.grow_bytes)
             if self.case.compacts:
                 await self._attempt(disk.compact)
-            await self.last(disk)
+            await self.before_close(disk)
+
+    async def before_close(self, disk: Disk) -> None:
+        """Do nothing; a subclass tests here what ``disk`` can still do."""
 
     async def _task(self) -> None:
         for _ in range(self.case.actions_per_task):
             await self._attempt(self._act, self.random.choice(self.case.actions))
 
     async def _attempt(self, act: Callable[..., Awaitable[object]], *args: object) -> None:
-        """Do something that may fail if the host does."""
+        """Call a function, and record its error if requests may fail."""
         try:
             await act(*args)
         except QedError as error:
             self._failed(error)
 
     def _failed(self, error: QedError) -> None:
-        if not self.may_fail:
+        if not self._may_fail:
             raise error
         self.errors.append(error)
 
     async def _act(self, action: str) -> None:
-        """Do one thing."""
-        disk = self.history.disk
-        assert disk is not None
+        """Do one action, at a random offset and of a random length."""
         choice, history = self.random, self.history
-        sectors = disk.size // SECTOR
+        sectors = history.disk.size // SECTOR
         if action == "f":
             await history.flush()
             return
@@ -233,13 +252,8 @@ class Workload:
         await act.get(action, history.read)(first, count)
 
 
-async def _nothing(_disk: Disk) -> None:
-    """Do nothing before a disk is closed."""
-
-
 def run_case(case: Case, seed: int, *, may_fail: bool = False) -> Workload:
-    """Carry out a case: what is left to chance, the order of tasks included, is in the seed."""
-    workload = Workload(case, seed)
-    workload.may_fail = may_fail
+    """Run a case and return the finished workload; ``seed`` decides everything random."""
+    workload = Workload(case, seed, may_fail=may_fail)
     workload.play(seed)
     return workload

@@ -1,12 +1,13 @@
-"""Judges what a crash has left: whether the tables are sound and the disk holds what it may.
+"""The test oracle for crash states: judges the tables and the content of the disk.
 
-Independent of the code under test, and quick: tables are looked at once per combination
-of their sectors, data by comparing arrays of numbers.  `tests.support.explorer` has a
-sample of its verdicts confirmed by the checks of this project and of QEMU.
+It is independent of the code under test, and quick: it reads the tables once for each
+combination of their sectors, and compares data as arrays of numbers.  `tests.support.explorer`
+confirms a sample of its verdicts by the project's check and by QEMU's.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -24,40 +25,44 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.ondisk.header import Header
-    from tests.support.crashrecording import CrashPoint, Ids, SectorContents, State
+    from tests.support.crashrecording import Ids, PowerFailure, SectorContents, State
     from tests.support.history import History
 
-    Places = NDArray[np.intp]
+    Numbers = NDArray[np.intp]
+    """Numbers of sectors or of clusters."""
 
-_SHOWN: Final = 3
-"""How many sectors of a disk are named that hold something wrong."""
+_MAX_SHOWN: Final = 3
+"""How many of the wrong sectors, entries or clusters a problem names."""
+
+_MAX_CACHED_TABLE_OFFSET: Final = 1 << 40
+"""L2 tables past this offset in bytes, which no file here reaches, are not looked up."""
 
 
-def _none() -> Places:
+def _none() -> Numbers:
     return np.empty(0, np.intp)
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """The tables of a state: sound or not, and where the disk's clusters are.
+    """The tables of a state: whether they are sound, and where the disk's clusters are.
 
     Attributes:
-        errors: What is wrong, in words; the rest means nothing if there is any.
-        owned: Which whole clusters of the file something refers to.
+        errors: What is wrong, in words; if anything is, the other attributes are undefined.
+        owned: For each whole cluster of the file, whether the header or a table refers to it.
         sectors: The sectors of the file that hold tables.
-        guest: The guest clusters that have a place in the file.
-        file: The first sector of each in the file.
-        blank: The guest clusters that have a zero entry.
-        bare: The guest clusters that have no entry.
+        guest: The guest clusters that are allocated.
+        file: The first sector of each of these in the file.
+        zero: The guest clusters with a zero entry.
+        unallocated: The guest clusters without an entry.
     """
 
     errors: tuple[str, ...]
     owned: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
-    sectors: Places = field(default_factory=_none)
-    guest: Places = field(default_factory=_none)
-    file: Places = field(default_factory=_none)
-    blank: Places = field(default_factory=_none)
-    bare: Places = field(default_factory=_none)
+    sectors: Numbers = field(default_factory=_none)
+    guest: Numbers = field(default_factory=_none)
+    file: Numbers = field(default_factory=_none)
+    zero: Numbers = field(default_factory=_none)
+    unallocated: Numbers = field(default_factory=_none)
 
     @property
     def leaks(self) -> int:
@@ -66,10 +71,14 @@ class Tables:
 
 
 class CrashOracle:
-    """Judges states of one recording."""
+    """Judges crash states of one recording."""
 
     def __init__(self, history: History, contents: SectorContents, initial: Ids) -> None:
-        """Judge by what a history promised; ``initial`` is how the file began."""
+        """Judge by what ``history`` promised.
+
+        ``contents`` gives the content numbers of the states their meaning; ``initial`` are those
+        of the file before the first change.
+        """
         self._history = history
         self._contents = contents
         first = header_of(history.file.initial)
@@ -78,10 +87,12 @@ class CrashOracle:
         self._per_cluster = first.cluster_size // SECTOR
         self._within = np.arange(self._per_cluster)
         self._headers: dict[int, Header] = {}
-        self._known: dict[tuple[int, int, bytes, bytes], Tables] = {}
-        self._places: dict[bytes, tuple[list[tuple[int, int]], Places | None]] = {}
-        self._below: dict[tuple[int, int], NDArray[np.bool_]] = {}
-        self._zeros: dict[tuple[int, int], NDArray[np.bool_]] = {}
+        self._tables: dict[tuple[int, int, bytes, bytes], Tables] = {}
+        self._l2_tables: dict[bytes, tuple[list[tuple[int, int]], Numbers | None]] = {}
+        # Which guest clusters must not show the base, and which must not show zeros, after a
+        # flush and for a size of the disk.
+        self._base_refused: dict[tuple[int, int], NDArray[np.bool_]] = {}
+        self._zeros_refused: dict[tuple[int, int], NDArray[np.bool_]] = {}
         self._initial = initial
         self._bound = max(
             len(history.file.initial),
@@ -89,7 +100,7 @@ class CrashOracle:
         )
 
     def header(self, state: State) -> Header:
-        """Read the header of a state."""
+        """Return the header of a state."""
         content = int(state.ids[0])
         known = self._headers.get(content)
         if known is None:
@@ -97,33 +108,39 @@ class CrashOracle:
         return known
 
     def tables(self, state: State) -> Tables:
-        """Read the tables of a state, and see whether they are sound."""
+        """Return the tables of a state; equal tables are read once."""
         begin, end = self._l1
         l1 = state.ids[begin:end].tobytes()
-        places = self._places.get(l1)
-        if places is None:
-            places = self._places[l1] = self._find(state)
-        _, sectors = places
+        found = self._l2_tables.get(l1)
+        if found is None:
+            found = self._l2_tables[l1] = self._find_l2_tables(state)
+        l2_tables, sectors = found
         ids = (
             b""
             if sectors is None or sectors[-1] >= len(state.ids)
             else state.ids[sectors].tobytes()
         )
         key = (self.header(state).image_size, state.length, l1, ids)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._read(state, places[0])
-        return known
+        tables = self._tables.get(key)
+        if tables is None:
+            tables = self._tables[key] = self._read(state, l2_tables)
+        return tables
 
-    def _find(self, state: State) -> tuple[list[tuple[int, int]], Places | None]:
-        """Find the L2 tables, and the sectors of all that look right at first sight, sorted."""
+    def _find_l2_tables(self, state: State) -> tuple[list[tuple[int, int]], Numbers | None]:
+        """Return the L2 tables as (L1 index, file offset), and the sectors they lie in, sorted.
+
+        The sectors, None if there are none, are those of tables up to a plausible offset.
+        """
         if self._l1[1] * SECTOR > state.length:
             return [], None
         l1 = self._entries(state, *self._l1)
         tables = [(index, int(l1[index])) for index in np.flatnonzero(l1).tolist()]
-        most = 1 << 40
         size = self._geometry.table_bytes // SECTOR
-        rows = [place // SECTOR + np.arange(size) for _, place in tables if place < most]
+        rows = [
+            offset // SECTOR + np.arange(size)
+            for _, offset in tables
+            if offset < _MAX_CACHED_TABLE_OFFSET
+        ]
         return tables, np.sort(np.concatenate(rows)) if rows else None
 
     def _entries(self, state: State, begin: int, end: int) -> NDArray[np.uint64]:
@@ -133,7 +150,7 @@ class CrashOracle:
         return self._contents.words[ids].ravel()
 
     def _read(self, state: State, tables: Sequence[tuple[int, int]]) -> Tables:
-        """Check all that the tables refer to."""
+        """Read L2 tables, given as (L1 index, file offset), and check all that they refer to."""
         geometry, header = self._geometry, self.header(state)
         size, length = geometry.cluster_size, state.length
         clusters = length // size
@@ -150,13 +167,13 @@ class CrashOracle:
             np.uint64,
         )
         sectors = [np.arange(l1_begin, l1_end)]
-        for index, place in tables:
-            if place % size or place < header.header_end or place + geometry.table_bytes > length:
-                errors.append(f"L1 entry {index} is wild: {place}")
+        for index, offset in tables:
+            table_end = offset + geometry.table_bytes
+            if offset % size or offset < header.header_end or table_end > length:
+                errors.append(f"L1 entry {index} is wild: {offset}")
                 continue
-            first, last = place // size, (place + geometry.table_bytes) // size
-            owners[first:last] += 1
-            begin, end = place // SECTOR, (place + geometry.table_bytes) // SECTOR
+            owners[offset // size : table_end // size] += 1
+            begin, end = offset // SECTOR, table_end // SECTOR
             sectors.append(np.arange(begin, end))
             at = index * geometry.entries
             entries[at : at + geometry.entries] = self._entries(state, begin, end)
@@ -167,11 +184,11 @@ class CrashOracle:
         )
         errors += [
             f"the L2 entry of cluster {cluster} is wild: {entries[cluster]}"
-            for cluster in guest[wild][:_SHOWN].tolist()
+            for cluster in guest[wild][:_MAX_SHOWN].tolist()
         ]
         owners += np.bincount((values[~wild] // size).astype(np.intp), minlength=clusters)
         if clusters and owners.max() > 1:
-            shared = np.flatnonzero(owners > 1)[:_SHOWN] * size
+            shared = np.flatnonzero(owners > 1)[:_MAX_SHOWN] * size
             errors.append(f"clusters with two owners at {shared.tolist()}")
         used = geometry.clusters(header.image_size)
         inside = ~wild & (guest < used)
@@ -185,55 +202,60 @@ class CrashOracle:
             np.flatnonzero(entries[:used] == UNALLOCATED),
         )
 
-    def problems(self, point: CrashPoint, state: State) -> list[str]:
-        """Judge a state that a moment can leave; an empty list is good."""
+    def problems(self, prefix: int, state: State, failure: PowerFailure | None = None) -> list[str]:
+        """Return which promises a state after ``prefix`` changes breaks; an empty list is good.
+
+        ``failure`` is the power failure that leaves the state, None if the process was killed.
+        """
         tables = self.tables(state)
         if tables.errors:
             return list(tables.errors)
         header = self.header(state)
         problems = []
-        least = self._history.least_size(point.count)
+        least = self._history.least_size(prefix)
         if header.image_size < least:
             return [f"the disk has {header.image_size} bytes, and was grown to {least}"]
         if state.length > self._bound:
             problems.append(f"the file has {state.length} bytes, and needs at most {self._bound}")
         if header.stale_autoclear:
-            # Whoever owns those bits must be able to tell that nothing was changed.
+            # The bits promise the program that set them that nothing was changed since.
             both = min(len(state.ids), len(self._initial))
             if (state.ids[1:both] != self._initial[1:both]).any():
                 problems.append("a change while autoclear bits may be set")
         if header.free_list:
             content = self._contents.content(state)
             problems += free_list_problems(content, header, tables.owned)
-        problems += self._early(point, state, tables)
-        return problems + self._wrong_data(
-            self._history.flushed(point.count), header, state, tables
-        )
+        if failure is not None:
+            problems += self._out_of_order(failure, state, tables)
+        return problems + self._wrong_data(self._history.flushed(prefix), header, state, tables)
 
-    def _early(self, point: CrashPoint, state: State, tables: Tables) -> list[str]:
-        """Find what may be there although what must come first may not be (D2, D3)."""
-        not_durable = point.not_durable[point.not_durable < len(state.ids)]
-        if not len(not_durable):
+    def _out_of_order(self, failure: PowerFailure, state: State, tables: Tables) -> list[str]:
+        """Return which writes may be durable before a write that must precede them (D2, D3).
+
+        Two sectors that are both not durable can reach the disk in either order.
+        """
+        sectors = failure.not_durable[failure.not_durable < len(state.ids)]
+        if not len(sectors):
             return []
         problems = []
-        moving = np.zeros(len(state.ids), np.bool_)
-        moving[not_durable] = True
-        if not self.header(state).need_check and moving[tables.sectors].any():
+        not_durable = np.zeros(len(state.ids), np.bool_)
+        not_durable[sectors] = True
+        if not self.header(state).need_check and not_durable[tables.sectors].any():
             problems.append("tables change while NEED_CHECK may be clear")
         begin, end = self._l1
-        if moving[begin:end].any():
-            before = self._entries_of(point.durable[begin:end])
+        if not_durable[begin:end].any():
+            before = self._entries_of(failure.durable[begin:end])
             now = self._entries_of(state.ids[begin:end])
             size = self._geometry.table_bytes
             problems += [
-                f"an L1 entry may be there before its table at {place}"
-                for place in now[now != before].tolist()
-                if place and moving[place // SECTOR : (place + size) // SECTOR].any()
+                f"an L1 entry may be there before its table at {offset}"
+                for offset in now[now != before].tolist()
+                if offset and not_durable[offset // SECTOR : (offset + size) // SECTOR].any()
             ]
         return problems
 
     def _wrong_data(self, flushed: int, header: Header, state: State, tables: Tables) -> list[str]:
-        """Find the sectors of the disk that hold what they must not."""
+        """Return which sectors of the disk hold what they must not after a flush."""
         allowed = self._history.allowed(flushed)
         size = header.image_size // SECTOR
         problems = []
@@ -244,31 +266,33 @@ class CrashOracle:
             inside = guest < size
             wrong = inside & allowed.refuses(np.where(inside, guest, 0), found)
             if wrong.any():
+                shown = zip(guest[wrong].tolist(), found[wrong].tolist(), strict=True)
                 problems += [
                     f"sector {sector} holds {describe(stamp)} (after flush {flushed})"
-                    for sector, stamp in zip(
-                        guest[wrong][:_SHOWN].tolist(), found[wrong][:_SHOWN].tolist(), strict=True
-                    )
+                    for sector, stamp in itertools.islice(shown, _MAX_SHOWN)
                 ]
         key = (flushed, size)
-        if key not in self._zeros:
+        if key not in self._zeros_refused:
             below = np.zeros(size, np.uint64)
             base = self._history.below[:size]
             below[: len(base)] = base
-            self._below[key] = self._refused(flushed, below)
-            self._zeros[key] = self._refused(flushed, np.zeros(size, np.uint64))
+            self._base_refused[key] = self._refused(flushed, below)
+            self._zeros_refused[key] = self._refused(flushed, np.zeros(size, np.uint64))
         for what, clusters, refused in (
-            ("what is below", tables.bare, self._below[key]),
-            ("zeros", tables.blank, self._zeros[key]),
+            ("the base", tables.unallocated, self._base_refused[key]),
+            ("zeros", tables.zero, self._zeros_refused[key]),
         ):
             wrong = refused[clusters]
             if wrong.any():
-                where = clusters[wrong][:_SHOWN].tolist()
+                where = clusters[wrong][:_MAX_SHOWN].tolist()
                 problems.append(f"clusters {where} show {what} (after flush {flushed})")
         return problems
 
     def _refused(self, flushed: int, held: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Tell which clusters of the disk must not hold what ``held`` says."""
+        """Return for each cluster of the disk whether it must not hold what ``held`` has there.
+
+        ``held`` has a stamp for each sector of the disk.
+        """
         size = len(held)
         wrong = np.zeros(-(-size // self._per_cluster) * self._per_cluster, np.bool_)
         wrong[:size] = self._history.allowed(flushed).refuses(np.arange(size), held)

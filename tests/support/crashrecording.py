@@ -1,13 +1,21 @@
-"""A recording cut into sectors, and the states that a power failure can make of it.
+"""All states of a recorded file that a crash or a power failure can leave.
 
-A disk writes sectors, each whole or not at all.  Every content that a sector ever had
-gets a number; a state of the file is an array of such numbers and a length.  That makes
-a state cheap: a hundred thousand of them are looked at in a test.
+A disk writes sectors, each of them atomically.  Every content that a sector ever had gets a
+number, so a state of the file is an array of content numbers and a length.  That makes a state
+cheap: a test looks at a hundred thousand of them.
 
-What a state holds: everything that was there when the last datasync that has ended
-began.  Of what came later, each sector on its own is as it was at some time since then,
-and the file's length, on its own as well, too: writes, cuts and punches are lost or kept
-in any subset and any order, and what lies past the end that was kept is lost with it.
+The terms, from the coarse to the fine:
+
+- a *recording* is the list of changes that a `RecordingFile` has kept, as *steps*: which sectors
+  each change touched, and their content after it;
+- a *crash point* is a moment of the recording, after some number of changes;
+- a process that is killed there leaves the *prefix*: all changes up to the point;
+- a *power failure* there leaves one of many states.  What was in the file when the last completed
+  datasync began is durable.  Of later changes, each sector has any of the versions that it had
+  since then, and the length of the file is any of its lengths since then, all independently of
+  each other: writes, truncations and punches are lost or kept in any subset and any order.  What
+  lies past the length that was kept is lost;
+- a *choice* selects one version for each of these sectors, and one length.
 """
 
 from __future__ import annotations
@@ -30,45 +38,46 @@ if TYPE_CHECKING:
     from tests.support.hostfiles import Change, RecordingFile
 
     Ids: TypeAlias = NDArray[np.int32]
+    """Content numbers, or numbers of sectors."""
 
-WORDS: Final = SECTOR // 8
+WORDS_PER_SECTOR: Final = SECTOR // 8
 MIXED: Final = (1 << 64) - 1
-"""Stands for a sector that does not hold one number."""
+"""The stamp of a sector whose words differ from each other."""
 
 MAX_EXHAUSTIVE_STATES: Final = 512
-"""Up to this many states, all that a moment can leave are looked at."""
+"""Up to this many states of a power failure are enumerated; of more, some are drawn."""
 
 
 class State(NamedTuple):
-    """A file: what its sectors hold, as numbers of contents, and its length in bytes."""
+    """A file: the content number of each of its sectors, and its length in bytes."""
 
     ids: Ids
     length: int
 
 
 class SectorContents:
-    """Every content that a sector ever had; number 0 is zeros."""
+    """Numbers for all contents that sectors ever had; number 0 is zeros."""
 
     def __init__(self) -> None:
-        """Know zeros only."""
+        """Start with the content of zeros only."""
         self._ids: dict[bytes, int] = {bytes(SECTOR): 0}
         self._words: NDArray[np.uint64] | None = None
         self._stamps: NDArray[np.uint64] | None = None
 
     def number(self, data: bytes) -> int:
-        """Give the number of a content."""
+        """Return the number of a sector's content, a new one for a new content."""
         return self._ids.setdefault(data, len(self._ids))
 
     @property
     def words(self) -> NDArray[np.uint64]:
-        """All contents, a row of words each."""
+        """All contents by their numbers, a row of 64-bit words each."""
         if self._words is None or len(self._words) < len(self._ids):
-            self._words = np.frombuffer(b"".join(self._ids), "<u8").reshape(-1, WORDS)
+            self._words = np.frombuffer(b"".join(self._ids), "<u8").reshape(-1, WORDS_PER_SECTOR)
         return self._words
 
     @property
     def stamps(self) -> NDArray[np.uint64]:
-        """For each content the number that it repeats, or `MIXED`."""
+        """For each content the word that it repeats, or `MIXED`."""
         if self._stamps is None or len(self._stamps) < len(self._ids):
             words = self.words
             same = (words == words[:, :1]).all(axis=1)
@@ -76,16 +85,19 @@ class SectorContents:
         return self._stamps
 
     def content(self, state: State) -> bytes:
-        """Give the bytes of a file."""
+        """Return the bytes of a file in a state."""
         return self.words[state.ids].tobytes()[: state.length]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one change did: the sectors it changed, what they held then, and the length.
+    """The effect of one change.
 
     Attributes:
-        durable: For a sync, how many changes it made durable.
+        sectors: The sectors that it touched.
+        ids: Their content numbers after it.
+        length: The length of the file after it, in bytes.
+        durable: For a datasync, how many steps it made durable; None for other changes.
     """
 
     sectors: Ids
@@ -98,34 +110,36 @@ _NONE: Final[Ids] = np.empty(0, np.int32)
 
 
 class CrashRecording:
-    """A recording, as steps of sectors."""
+    """The changes of a `RecordingFile`, split into sectors.
 
-    def __init__(self, file: RecordingFile, contents: SectorContents | None = None) -> None:
-        """Cut the recording of a file."""
-        self.contents = contents or SectorContents()
+    Attributes:
+        contents: The meaning of the content numbers.
+        initial: The file before the first change.
+        steps: The changes, the oldest first.
+    """
+
+    def __init__(self, file: RecordingFile) -> None:
+        """Split the changes that ``file`` has recorded until now."""
+        self.contents = SectorContents()
         self._bytes = bytearray(file.initial)
         self._length = len(file.initial)
         ends = [len(file.initial)]
         ends += [change.size for change in file.changes if isinstance(change, Truncate)]
         ends += [c.offset + len(c.data) for c in file.changes if isinstance(c, Write)]
-        self.most = -(-max(ends) // SECTOR)
-        self._bytes.extend(bytes(self.most * SECTOR - len(self._bytes)))
-        number = self.contents.number
-        step = SECTOR
-        self.initial = State(
-            np.array(
-                [
-                    number(bytes(self._bytes[at : at + step]))
-                    for at in range(0, len(self._bytes), step)
-                ],
-                np.int32,
-            ),
-            self._length,
-        )
-        self.steps = [self._step(at, change) for at, change in enumerate(file.changes)]
+        sectors = -(-max(ends) // SECTOR)
+        self._bytes.extend(bytes(sectors * SECTOR - len(self._bytes)))
+        self.initial = State(np.array(self._numbers(0, sectors), np.int32), self._length)
+        self.steps = [self._apply(at, change) for at, change in enumerate(file.changes)]
 
-    def _step(self, at: int, change: Change) -> Step:
-        """Carry out one change."""
+    def _numbers(self, first: int, last: int) -> list[int]:
+        """Return the content numbers of the sectors from ``first`` up to ``last``."""
+        return [
+            self.contents.number(bytes(self._bytes[n * SECTOR : (n + 1) * SECTOR]))
+            for n in range(first, last)
+        ]
+
+    def _apply(self, at: int, change: Change) -> Step:
+        """Apply one change, the one with the index ``at``, and return its effect."""
         if isinstance(change, Sync):
             return Step(_NONE, _NONE, self._length, at - change.missed)
         if isinstance(change, Write):
@@ -143,12 +157,14 @@ class CrashRecording:
         if end <= start:
             return Step(_NONE, _NONE, self._length)
         first, last = start // SECTOR, -(-end // SECTOR)
-        held = bytes(self._bytes[first * SECTOR : last * SECTOR])
-        ids = [self.contents.number(held[n : n + SECTOR]) for n in range(0, len(held), SECTOR)]
-        return Step(np.arange(first, last, dtype=np.int32), np.array(ids, np.int32), self._length)
+        ids = np.array(self._numbers(first, last), np.int32)
+        return Step(np.arange(first, last, dtype=np.int32), ids, self._length)
 
     def crash_points(self) -> Iterator[CrashPoint]:
-        """Show the recording after each number of changes."""
+        """Yield the crash point after each number of changes, 0 included.
+
+        A crash point is valid until the next one is asked for.
+        """
         durable, now = self.initial.ids.copy(), self.initial.ids.copy()
         done = 0
         lengths = [self.initial.length, *(step.length for step in self.steps)]
@@ -159,99 +175,94 @@ class CrashRecording:
                 for made in self.steps[done : step.durable or 0]:
                     durable[made.sectors] = made.ids
                 done = max(done, step.durable or 0)
-            yield CrashPoint(
-                count,
-                durable,
-                now,
-                lengths[done : count + 1],
-                self.steps[done:count],
-                self.contents,
-            )
+            yield CrashPoint(count, durable, now, lengths[done : count + 1], self.steps[done:count])
+
+
+@dataclass(frozen=True)
+class CrashPoint:
+    """The file after ``count`` changes, of which the last ones are not durable.
+
+    Attributes:
+        count: How many changes there were.
+        durable: The durable content number of each sector.
+        now: The content number of each sector after the last change.
+        lengths: The durable length, and all lengths since then.
+        steps: The changes that are not durable.
+    """
+
+    count: int
+    durable: Ids
+    now: Ids
+    lengths: Sequence[int]
+    steps: Sequence[Step]
+
+    def prefix(self) -> State:
+        """Return the file that a killed process leaves."""
+        length = self.lengths[-1]
+        return State(self.now[: -(-length // SECTOR)].copy(), length)
+
+    def power_failure(self) -> PowerFailure:
+        """Return the states that a power failure leaves."""
+        return PowerFailure(self)
 
 
 class Choice(NamedTuple):
-    """Which version each sector has that can have several, and the file's length."""
+    """One version for each sector that is not durable, and the length of the file in bytes."""
 
     versions: NDArray[np.intp]
     length: int
 
 
-class CrashPoint:
-    """The file after some changes, of which the latest are not durable.
+class PowerFailure:
+    """The states that a power failure at one crash point can leave.
 
     Attributes:
-        count: How many changes there were.
-        durable: What each sector held when the last datasync ended.
-        flying: The sectors that can hold one of several contents.
-        contents: What the numbers of contents mean.
+        durable: The durable content number of each sector.
+        not_durable: The sectors that were changed since then.
+        states: How many combinations of versions and lengths there are; some may be equal.
     """
 
-    def __init__(
-        self,
-        count: int,
-        durable: Ids,
-        now: Ids,
-        lengths: Sequence[int],
-        steps: Sequence[Step],
-        contents: SectorContents,
-    ) -> None:
-        """Wrap arrays that change when the film goes on."""
-        self.count = count
-        self.contents = contents
-        self.durable = durable
-        self._now = now
-        self._lengths = list(dict.fromkeys(reversed(lengths)))
-        self._all_lengths = lengths
-        self._steps = steps
-        self.not_durable: Ids = _NONE
-
-    def prefix(self) -> State:
-        """Give the file as whoever kills the process leaves it."""
-        length = self._all_lengths[-1]
-        return State(self._now[: -(-length // SECTOR)].copy(), length)
-
-    def develop(self) -> None:
-        """Work out the versions of each sector; call it before `choices` and `state`."""
-        rows: dict[int, list[int]] = {}
-        # For each step: the rows of its sectors, and the versions that it made of them.
+    def __init__(self, point: CrashPoint) -> None:
+        """List the versions of each sector that is not durable."""
+        self.durable = point.durable
+        # The latest first: it is drawn most often.
+        self._lengths = list(dict.fromkeys(reversed(point.lengths)))
+        versions_of: dict[int, list[int]] = {}
+        row_of: dict[int, int] = {}
+        # For each step: the rows of its sectors, and which version of each it made.
         self._made: list[tuple[list[int], list[int]]] = []
-        order: dict[int, int] = {}
-        for step in self._steps:
-            places, versions = [], []
+        for step in point.steps:
+            rows, made = [], []
             for sector, content in zip(step.sectors.tolist(), step.ids.tolist(), strict=True):
-                known = rows.get(sector)
-                if known is None:
-                    known = rows[sector] = [int(self.durable[sector])]
-                    order[sector] = len(order)
-                if known[-1] != content:
-                    known.append(content)
-                places.append(order[sector])
-                versions.append(len(known) - 1)
-            self._made.append((places, versions))
-        counts = [len(versions) for versions in rows.values()]
+                versions = versions_of.get(sector)
+                if versions is None:
+                    versions = versions_of[sector] = [int(self.durable[sector])]
+                    row_of[sector] = len(row_of)
+                if versions[-1] != content:
+                    versions.append(content)
+                rows.append(row_of[sector])
+                made.append(len(versions) - 1)
+            self._made.append((rows, made))
+        counts = [len(versions) for versions in versions_of.values()]
         self._counts = np.array(counts, np.intp)
-        self.not_durable = np.array(list(rows), np.int32)
-        self._versions = np.zeros((len(rows), max(counts, default=1)), np.int32)
-        for row, known in enumerate(rows.values()):
-            self._versions[row, : len(known)] = known
-        self._rows = np.arange(len(rows))
-
-    @property
-    def states(self) -> int:
-        """How many states there can be, all told."""
-        return math.prod(int(count) for count in self._counts) * len(self._lengths)
+        self.not_durable: Ids = np.array(list(versions_of), np.int32)
+        self._versions = np.zeros((len(counts), max(counts, default=1)), np.int32)
+        for row, versions in enumerate(versions_of.values()):
+            self._versions[row, : len(versions)] = versions
+        self._rows = np.arange(len(counts))
+        self.states = math.prod(counts) * len(self._lengths)
 
     def state(self, choice: Choice) -> State:
-        """Give the file that a choice leaves."""
+        """Return the file that a choice leaves."""
         ids = self.durable.copy()
         ids[self.not_durable] = self._versions[self._rows, choice.versions]
         return State(ids[: -(-choice.length // SECTOR)], choice.length)
 
     def choices(self, random_: random.Random) -> Iterator[Choice]:
-        """List what can be left: all of it if that is little, else first the telling ones.
+        """Yield choices, the same ones in the same order for the same ``random_``.
 
-        Without end in the latter case; the same ones in the same order for the same
-        ``random_``.
+        All choices if there are up to `MAX_EXHAUSTIVE_STATES`.  Otherwise without end: first
+        those that lose or keep single steps, then random ones, with repetitions.
         """
         if self.states <= MAX_EXHAUSTIVE_STATES:
             ranges = [range(count) for count in self._counts.tolist()]
@@ -259,16 +270,15 @@ class CrashPoint:
                 for length in self._lengths:
                     yield Choice(np.array(versions, np.intp), length)
             return
-        yield from self._telling()
+        yield from self._around_each_step()
         rng = np.random.default_rng(random_.getrandbits(64))
         while True:
-            yield self._some_steps(rng)
-            yield self._some_sectors(rng)
+            yield self._random_steps(rng)
+            yield self._random_sectors(rng)
 
-    def _telling(self) -> Iterator[Choice]:
-        """Leave out, or keep, one step alone, the first ones, or the last ones."""
-        steps = len(self._steps)
-        every = range(steps)
+    def _around_each_step(self) -> Iterator[Choice]:
+        """For each step: keep it and all later ones, only it, all others, all earlier ones."""
+        every = range(len(self._made))
         for length in self._lengths:
             for at in every:
                 yield self._of_steps(every[at:], length)
@@ -277,33 +287,35 @@ class CrashPoint:
                 yield self._of_steps(every[:at], length)
 
     def _of_steps(self, kept: Sequence[int], length: int) -> Choice:
-        """Keep some steps, whole, in their order."""
+        """Return the choice that keeps whole steps, applied in the order of ``kept``."""
         versions = np.zeros(len(self._counts), np.intp)
         for at in kept:
-            places, made = self._made[at]
-            versions[places] = made
+            rows, made = self._made[at]
+            versions[rows] = made
         return Choice(versions, length)
 
-    def _some_steps(self, rng: np.random.Generator) -> Choice:
-        """Keep some steps, whole, in any order."""
+    def _random_steps(self, rng: np.random.Generator) -> Choice:
+        """Return a choice that keeps a random subset of the steps, half of the time shuffled."""
         keep = rng.choice((0.2, 0.5, 0.8))
-        kept = np.flatnonzero(rng.random(len(self._steps)) < keep)
+        kept = np.flatnonzero(rng.random(len(self._made)) < keep)
         if rng.random() < 0.5:
             rng.shuffle(kept)
-        return self._of_steps(kept.tolist(), self._a_length(rng))
+        return self._of_steps(kept.tolist(), self._random_length(rng))
 
-    def _some_sectors(self, rng: np.random.Generator) -> Choice:
-        """Choose for each sector."""
+    def _random_sectors(self, rng: np.random.Generator) -> Choice:
+        """Return a choice that draws a version for each sector.
+
+        The oldest and the latest version are drawn more often than those between them.
+        """
         keep = rng.choice((0.05, 0.3, 0.7, 0.95))
         versions = (rng.random(len(self._counts)) * self._counts).astype(np.intp)
-        # The extremes, which are nothing at all and the latest, are chosen more often.
         extreme = np.where(rng.random(len(versions)) < keep, self._counts - 1, 0)
         return Choice(
-            np.where(rng.random(len(versions)) < 0.8, extreme, versions), self._a_length(rng)
+            np.where(rng.random(len(versions)) < 0.8, extreme, versions), self._random_length(rng)
         )
 
-    def _a_length(self, rng: np.random.Generator) -> int:
-        """Choose a length; the latest is the likeliest."""
+    def _random_length(self, rng: np.random.Generator) -> int:
+        """Return the latest length in half of the cases, otherwise any of them."""
         if rng.random() < 0.5:
             return self._lengths[0]
         return self._lengths[int(rng.integers(len(self._lengths)))]

@@ -1,4 +1,7 @@
-"""A trio event loop in a thread, for tests that are not async themselves."""
+"""A trio event loop in a thread, for tests that are not async.
+
+hypothesis drives a state machine by plain calls, while a disk lives in a nursery.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ Args = TypeVarTuple("Args")
 
 
 class EventLoopThread:
-    """Runs async functions one by one in a loop that goes on between them.
+    """Runs async functions for synchronous callers, in one event loop in a thread.
 
-    hypothesis drives a state machine by plain calls, while a disk lives in a nursery.
+    Background tasks keep running between the calls.
     """
 
     def __init__(self) -> None:
-        """Start the thread and its loop."""
+        """Start the thread, and wait until its event loop runs."""
         ready: SimpleQueue[tuple[trio.lowlevel.TrioToken, trio.Event]] = SimpleQueue()
 
         async def main() -> None:
@@ -36,20 +39,24 @@ class EventLoopThread:
         self._token, self._stop = ready.get()
 
     def run(self, function: Callable[[*Args], Awaitable[T]], *args: *Args) -> T:
-        """Run one async function to its end."""
+        """Call an async function in the event loop; return its result, or raise its exception."""
         return trio.from_thread.run(function, *args, trio_token=self._token)
 
     def stop(self) -> None:
-        """End the loop and wait for its thread."""
+        """End the event loop and join the thread."""
         self._token.run_sync_soon(self._stop.set)
         self._thread.join()
 
 
 class HeldContext:
-    """Keeps an async context manager open between calls, in a task of its own."""
+    """An async context manager that a task holds open between synchronous calls.
+
+    Attributes:
+        value: The result of entering it.
+    """
 
     def __init__(self, loop: EventLoopThread, manager: AbstractAsyncContextManager[Any]) -> None:
-        """Enter ``manager``; what it gives is in ``value``."""
+        """Enter ``manager`` in the event loop; raise what that raises."""
         self._loop = loop
         self._manager = manager
         self._leave = trio.Event()
@@ -70,14 +77,14 @@ class HeldContext:
             async with self._manager as self.value:
                 entered.set()
                 await self._leave.wait()
-        except BaseException as error:  # noqa: BLE001  handed to whoever leaves
+        except BaseException as error:  # noqa: BLE001  raised by `leave`
             self._error = error
         finally:
             entered.set()
             self._done.set()
 
     def leave(self) -> None:
-        """Leave the context; raises what that raises."""
+        """Leave the context; raise what that raises."""
         self._loop.run(self._finish)
 
     async def _finish(self) -> None:

@@ -1,11 +1,11 @@
-"""Looks at the states that a crash can leave of a recorded workload, and judges each.
+"""Looks at the states that a crash can leave of a recorded workload, and judges each of them.
 
-Every prefix of the changes, which is what a killed process leaves; and for each moment
-before a datasync ends, when the most is at stake, what a power failure can leave.
-Where there are too many states, some are chosen, the same ones for the same seed.
+It covers every prefix of the changes, which is what a killed process leaves.  Just before each
+datasync ends, when the most changes are not durable, it also covers what a power failure can
+leave; where there are too many such states, it draws some, the same ones for the same seed.
 
-Every state is judged by `tests.support.crashoracle`.  A sample is also handed to the check of
-the project, opened, repaired, written to, and shown to ``qemu-img check``.
+`tests.support.crashoracle` judges every state.  At fixed intervals a state is also handed to
+the project's own check, opened, repaired and written to, and shown to ``qemu-img check``.
 """
 
 from __future__ import annotations
@@ -32,20 +32,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qedfuse.disk.disk import Disk
-    from tests.support.crashrecording import CrashPoint, State
+    from tests.support.crashrecording import CrashPoint, PowerFailure, State
     from tests.support.history import History, Stamps
 
 CHECK_EVERY_STATES: Final = 101
+"""Of this many states one is handed to the project's check."""
 OPEN_EVERY_STATES: Final = 499
+"""Of this many states one is opened, repaired and written to."""
 QEMU_EVERY_STATES: Final = 1499
-"""One state in so many is handed to our check, opened and used, shown to QEMU's check."""
+"""Of this many states one is shown to QEMU's check."""
 
 
 class StateId(NamedTuple):
-    """Where to find a state again.
+    """The key by which ``python -m tests.crash.explore`` rebuilds a state.
 
-    ``choice`` counts the choices at the moment after ``prefix`` changes; None is the
-    prefix itself.
+    Attributes:
+        workload: The name of the case.
+        seed: The seed of the workload.
+        prefix: How many changes there were before the crash.
+        choice: The index of the choice at that crash point; None for the prefix itself.
     """
 
     workload: str
@@ -54,20 +59,22 @@ class StateId(NamedTuple):
     choice: int | None
 
     def __str__(self) -> str:
-        """Give the options that show this state again."""
+        """Return the command-line options that show this state again."""
         again = f"--workload '{self.workload}' --seed {self.seed} --prefix {self.prefix}"
         return again if self.choice is None else f"{again} --choice {self.choice}"
 
 
 @dataclass
 class Exploration:
-    """What was looked at, and what was found.
+    """How many states were looked at, and what was wrong with them.
 
     Attributes:
-        counts: How many states were judged, and how many of them by whom else.
-        violations: The first violation of each kind, with where it is.
-        violated: How many states were found bad.
-        misread: What reads showed that they must not, while the disk was in use.
+        counts: The number of ``states`` judged, of ``prefixes``, of ``points`` at which power
+            failures were explored, of points that were ``exhausted``, and of states that were
+            also ``checked``, ``opened`` and shown to ``qemu``.
+        violations: The first violation of each kind, with the state that shows it.
+        violated: How many states violate a promise.
+        misread: What reads returned and must not, while the disk was in use.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -80,37 +87,41 @@ class Exploration:
         """How many different states were judged."""
         return self.counts["states"]
 
-    def note(self, place: StateId, problems: list[str]) -> None:
-        """Note what was found at one state."""
+    def note(self, state_id: StateId, problems: list[str]) -> None:
+        """Record the problems of one state; an empty list records nothing."""
         if problems:
             self.violated += 1
         for problem in problems:
             # Violations that differ in numbers only are of one kind.
-            self.violations.setdefault(re.sub(r"[0-9, ]+", " ", problem), (place, problem))
+            self.violations.setdefault(re.sub(r"[0-9, ]+", " ", problem), (state_id, problem))
 
     def add(self, other: Exploration) -> None:
-        """Take in what another exploration has found."""
+        """Add the results of another exploration."""
         self.counts += other.counts
         self.violated += other.violated
         self.misread += other.misread
         self.violations = other.violations | self.violations
 
     def __str__(self) -> str:
-        """Sum up in one line."""
-        names = ("states", "prefixes", "moments", "exhausted", "checked", "opened", "qemu")
+        """Return the counts in one line."""
+        names = ("states", "prefixes", "points", "exhausted", "checked", "opened", "qemu")
         return ", ".join(f"{self.counts[name]} {name}" for name in names)
 
     def report(self) -> str:
-        """Describe the violations, each with how to see it again."""
+        """Return a line for each kind of violation, with the command that shows it again."""
         lines = [
-            f"{problem}\n    python -m tests.crash.explore {place}"
-            for place, problem in self.violations.values()
+            f"{problem}\n    python -m tests.crash.explore {state_id}"
+            for state_id, problem in self.violations.values()
         ]
         return "\n".join([f"{self.violated} bad states", *lines])
 
 
 class Explorer:
-    """Explores one recorded workload."""
+    """Explores the crash states of one recorded workload.
+
+    Attributes:
+        found: The results.
+    """
 
     def __init__(
         self,
@@ -121,7 +132,10 @@ class Explorer:
         *,
         scratch: Path | None = None,
     ) -> None:
-        """Explore what ``history`` recorded; show samples to QEMU in the directory ``scratch``."""
+        """Explore what ``history`` has recorded of an image over ``bases``.
+
+        QEMU is shown images in the directory ``scratch``; without one it is not asked.
+        """
         self._name = name
         self._seed = seed
         self._history = history
@@ -133,66 +147,73 @@ class Explorer:
         self.found = Exploration()
 
     def crash_points(self) -> Iterator[CrashPoint]:
-        """Show each moment of the recording."""
+        """Yield the crash points of the recording, each valid until the next one."""
         return self._recording.crash_points()
 
     def random(self, count: int) -> random.Random:
-        """Give the source of chance for the moment after ``count`` changes."""
+        """Return the random generator for the crash point after ``count`` changes."""
         return random.Random(f"{self._name} {self._seed} {count}")
 
     async def explore(self, states: int) -> Exploration:
-        """Look at all prefixes and at about ``states`` states more."""
+        """Judge all prefixes and about ``states`` states of power failures; return the results."""
         steps = self._recording.steps
-        # Right before a datasync ends the most is at stake; what is not durable after it
-        # was changed while it was under way.
-        last = [n for n, step in enumerate(steps) if step.durable is not None]
-        last += [n + 1 for n in last if steps[n].durable != n] + [len(steps)]
-        wanted = set(last)
-        left = states
-        ahead = len(wanted)
+        # Just before a datasync ends, the most changes are not durable.  Changes that were made
+        # during it are not durable after it either, so that point counts as well.
+        points = [n for n, step in enumerate(steps) if step.durable is not None]
+        points += [n + 1 for n in points if steps[n].durable != n] + [len(steps)]
+        wanted = set(points)
+        states_left, points_left = states, len(wanted)
         for point in self._recording.crash_points():
-            prefix = point.prefix()
             self.found.counts["prefixes"] += 1
-            await self._look(StateId(self._name, self._seed, point.count, None), prefix, point)
+            state_id = StateId(self._name, self._seed, point.count, None)
+            await self._look(state_id, point.prefix())
             if point.count in wanted:
                 before = self.found.states
-                await self._explore_point(point, left // ahead)
-                left -= self.found.states - before
-                ahead -= 1
+                await self._explore_point(point, states_left // points_left)
+                states_left -= self.found.states - before
+                points_left -= 1
         return self.found
 
-    async def _explore_point(self, point: CrashPoint, most: int) -> None:
-        """Look at up to ``most`` states of one moment, or at all of them."""
-        point.develop()
-        everything = point.states
-        self.found.counts["moments"] += 1
-        choices = point.choices(self.random(point.count))
+    async def _explore_point(self, point: CrashPoint, max_states: int) -> None:
+        """Judge the states of a power failure at one point, up to ``max_states`` of them."""
+        failure = point.power_failure()
+        self.found.counts["points"] += 1
+        choices = failure.choices(self.random(point.count))
         before = self.found.states
-        # Some choices turn out to be the same state: more are drawn, but not for ever.
-        for number, choice in enumerate(itertools.islice(choices, 2 * most + 1)):
-            if self.found.states - before >= most:
+        # Different choices may give a state that was seen before; draw more, up to a limit.
+        for number, choice in enumerate(itertools.islice(choices, 2 * max_states + 1)):
+            if self.found.states - before >= max_states:
                 return
-            place = StateId(self._name, self._seed, point.count, number)
-            await self._look(place, point.state(choice), point)
-        if everything <= most:
+            state_id = StateId(self._name, self._seed, point.count, number)
+            await self._look(state_id, failure.state(choice), failure)
+        if failure.states <= max_states:
             self.found.counts["exhausted"] += 1
 
-    async def _look(self, place: StateId, state: State, point: CrashPoint) -> None:
-        """Judge a state, unless the same was judged under the same promises."""
-        promises = self._history.promises(place.prefix)
+    async def _look(
+        self, state_id: StateId, state: State, failure: PowerFailure | None = None
+    ) -> None:
+        """Judge a state, unless the same state was judged by the same promises."""
+        promises = self._history.promises(state_id.prefix)
         key = hash((promises, state.length, state.ids.tobytes()))
         if key in self._seen:
             return
         self._seen.add(key)
         self.found.counts["states"] += 1
-        self.found.note(place, await self.judge(state, point, self.found.states))
+        problems = await self.judge(state, state_id.prefix, failure, self.found.states)
+        self.found.note(state_id, problems)
 
-    async def judge(self, state: State, point: CrashPoint, number: int = 0) -> list[str]:
-        """Judge a state; ``number`` decides who else does."""
-        problems = self._oracle.problems(point, state)
+    async def judge(
+        self, state: State, prefix: int, failure: PowerFailure | None = None, number: int = 0
+    ) -> list[str]:
+        """Return the problems of a state after ``prefix`` changes.
+
+        ``failure`` is the power failure that leaves the state, None if only the process is
+        killed.  ``number`` decides which other checks the state is handed to; 0 is handed to all.
+        """
+        problems = self._oracle.problems(prefix, state, failure)
         if number % CHECK_EVERY_STATES == 0:
             self.found.counts["checked"] += 1
-            problems += await self._confirm(state)
+            problems += await self._check(state)
         if number % OPEN_EVERY_STATES == 0 and not problems:
             self.found.counts["opened"] += 1
             problems += await self._use(state)
@@ -204,24 +225,24 @@ class Explorer:
         return problems
 
     def content(self, state: State) -> bytes:
-        """Give the bytes of a state."""
+        """Return the bytes of a state."""
         return self._recording.contents.content(state)
 
-    async def _confirm(self, state: State) -> list[str]:
-        """See whether the project's check agrees with the judge on the tables."""
+    async def _check(self, state: State) -> list[str]:
+        """Return where the project's check and the oracle disagree about the tables."""
         file = MemoryFile(self.content(state), writable=False)
         report = await check_image(file, await read_header(file))
         tables = self._oracle.tables(state)
         if bool(report.errors) != bool(tables.errors):
-            return [f"the check finds {report.findings}, the judge {tables.errors}"]
-        # What a list names is not leaked.
+            return [f"the check finds {report.findings}, the oracle {tables.errors}"]
+        # Clusters that the free list names are not leaked.
         leaks = 0 if self._oracle.header(state).free_list else tables.leaks
         if not tables.errors and report.leaks != leaks:
-            return [f"the check finds {report.leaks} leaks, the judge {leaks}"]
+            return [f"the check finds {report.leaks} leaks, the oracle {leaks}"]
         return []
 
     async def _use(self, state: State) -> list[str]:
-        """Open what a crash left, repair it, write to it, and see that nothing else changes."""
+        """Open a state, repair it and write to it; return what else changed, or is damaged."""
         image = self.content(state)
         expected = disk_stamps(image, self._history.below)
         async with opened(MemoryFile(image, writable=False), self._bases) as disk:
@@ -233,7 +254,7 @@ class Explorer:
         if repaired.after.errors or repaired.lost or repaired.copied or repaired.cleared:
             return [f"a repair found something to do: {repaired}"]
         async with opened(file, self._bases, WRITABLE) as disk:
-            await self._write_here_and_there(disk, expected)
+            await self._write_to_four_ranges(disk, expected)
             got = stamps(await disk.read(0, disk.size))
         problems = []
         file.reopen()
@@ -245,20 +266,23 @@ class Explorer:
         return problems
 
     @staticmethod
-    async def _write_here_and_there(disk: Disk, expected: Stamps) -> None:
-        """Write to some places of a disk, old ones and new ones."""
+    async def _write_to_four_ranges(disk: Disk, expected: Stamps) -> None:
+        """Write to four ranges between the ends of a disk, and update ``expected``."""
         size = len(expected)
-        for number, place in enumerate((3, size // 3, size // 2, size - 9), 1):
-            new = write_stamps((1 << 30) + number, place, 9)
-            await disk.write(place * SECTOR, stamped(new))
-            expected[place : place + 9] = new
+        for number, first in enumerate((3, size // 3, size // 2, size - 9), 1):
+            new = write_stamps((1 << 30) + number, first, 9)
+            await disk.write(first * SECTOR, stamped(new))
+            expected[first : first + 9] = new
 
     def _ask_qemu(self, state: State) -> list[str]:
-        """See whether QEMU's check finds nothing worse than leaks."""
+        """Return where QEMU's check and the oracle disagree about the tables.
+
+        QEMU must refuse an image with a free list, whose feature bit it does not know.
+        """
         assert self._scratch is not None
         path = self._scratch / "state.qed"
         if self._oracle.header(state).has_backing:
-            # It is opened, and not looked at.
+            # QEMU opens the base, and does not read it.
             (self._scratch / "base").write_bytes(bytes(SECTOR))
         path.write_bytes(self.content(state))
         if self._oracle.header(state).free_list:

@@ -1,7 +1,7 @@
-"""Judges the persistent free list of an image; independent of the code under test.
+"""The test oracle for persistent free lists, independent of the code under test.
 
-Where the bit says that there is a list, it must be whole and true: whoever opens the
-image gives out what the list names.
+If the feature bit says that there is a list, it must be complete and true: a program that opens
+the image allocates the clusters that the list names.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 _DESCRIPTOR: Final = struct.Struct("<8sLLQQQQQ")
-_PLACE: Final = 3584
-_LENGTH: Final = 512
+_DESCRIPTOR_OFFSET: Final = 3584
+_DESCRIPTOR_BYTES: Final = 512
 
 
 def free_list_problems(content: bytes, header: Header, owned: NDArray[np.bool_]) -> list[str]:
-    """Judge the list of an image that has the bit set.
+    """Return what is wrong with the list of an image whose feature bit is set.
 
-    ``owned`` tells for each cluster of the file whether a table refers to it, or it
-    belongs to a table or the header.
+    ``owned`` has for each cluster of the file whether a table refers to it, or whether it
+    belongs to a table or the header; all others are free, and the list must name them.
     """
-    sector = content[_PLACE : _PLACE + _LENGTH]
-    magic, version, list_crc, place, clusters, runs, free, size = _DESCRIPTOR.unpack_from(sector)
-    (crc,) = struct.unpack_from("<L", sector, _LENGTH - 4)
+    sector = content[_DESCRIPTOR_OFFSET : _DESCRIPTOR_OFFSET + _DESCRIPTOR_BYTES]
+    magic, version, list_crc, offset, clusters, runs, free, size = _DESCRIPTOR.unpack_from(sector)
+    (crc,) = struct.unpack_from("<L", sector, _DESCRIPTOR_BYTES - 4)
     if (magic, version) != (b"QEDFLIST", 1) or crc != zlib.crc32(sector[:-4]):
         return ["free list: the bit is set and the descriptor is not good"]
     if header.need_check:
@@ -39,9 +39,9 @@ def free_list_problems(content: bytes, header: Header, owned: NDArray[np.bool_])
         return [f"free list: it is for a file of {size} bytes, this one has {len(content)}"]
     body = b""
     for _ in range(clusters):
-        head = content[place : place + 32]
-        body += content[place + 32 : place + 32 + 16 * int.from_bytes(head[16:20], "little")]
-        place = int.from_bytes(head[8:16], "little")
+        head = content[offset : offset + 32]
+        body += content[offset + 32 : offset + 32 + 16 * int.from_bytes(head[16:20], "little")]
+        offset = int.from_bytes(head[8:16], "little")
     if zlib.crc32(body) != list_crc or len(body) != 16 * runs:
         return ["free list: the bit is set and the runs are not good"]
     listed = np.zeros(len(owned), np.intp)

@@ -1,8 +1,8 @@
-"""What a disk was asked to do and when, and so what a crash may have left of it (rule D6).
+"""The requests that a disk was given, and so what it may hold after a crash (rule D6).
 
-Every sector of the tests' disks holds one number, repeated: 0 for zeros, and otherwise
-a number that says which write, or which base, put it there and at which offset.  A
-sector that holds another sector's number, or a mixture, is a third thing.
+Every sector of these disks holds one 64-bit *stamp*, repeated: 0 for zeros, otherwise the number
+of the write, or of the base, that put it there, and the number of the sector.  So a sector with
+the content of another sector, or of two writes, is detected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.ondisk.constants import ZERO
-from tests.support.crashrecording import MIXED, WORDS
+from tests.support.crashrecording import MIXED, WORDS_PER_SECTOR
 from tests.support.disks import header_of
 from tests.support.hostfiles import SECTOR
 
@@ -28,44 +28,47 @@ if TYPE_CHECKING:
     Stamps = NDArray[np.uint64]
 
 NEVER: Final = 1 << 62
-_PLACE_BITS: Final = 24
-_BASE_BITS: Final = 56
+"""The time at which a request ends that has not ended."""
+_WRITE_SHIFT: Final = 24
+"""The bits of a stamp below this one are the sector's number, those above the write's."""
+_BASE_SHIFT: Final = 56
+"""The bits of a stamp from this one on are the number of a base; 0 for a write."""
 
 
 def write_stamps(number: int, first: int, count: int) -> Stamps:
-    """Give what each sector of a write holds: the write's number and the sector's."""
-    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(number << _PLACE_BITS)
+    """Return the stamps of the sectors of write ``number``."""
+    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(number << _WRITE_SHIFT)
 
 
 def base_stamps(level: int, first: int, count: int) -> Stamps:
-    """Give what each sector of a base holds; levels count from 1."""
-    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(level << _BASE_BITS)
+    """Return the stamps of sectors of the base at ``level``, from 1."""
+    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(level << _BASE_SHIFT)
 
 
 def stamped(numbers: Stamps) -> bytes:
-    """Make sectors that hold the numbers."""
-    return np.repeat(numbers, WORDS).astype("<u8").tobytes()
+    """Return the bytes of sectors with these stamps."""
+    return np.repeat(numbers, WORDS_PER_SECTOR).astype("<u8").tobytes()
 
 
 def stamps(content: bytes | bytearray) -> Stamps:
-    """Read the numbers that sectors hold, or `MIXED`."""
-    words = np.frombuffer(content, "<u8").reshape(-1, WORDS)
+    """Return the stamp of each sector, `MIXED` for one that does not repeat one word."""
+    words = np.frombuffer(content, "<u8").reshape(-1, WORDS_PER_SECTOR)
     return np.where((words == words[:, :1]).all(axis=1), words[:, 0], np.uint64(MIXED))
 
 
 def describe(stamp: int) -> str:
-    """Say in words what a sector holds."""
+    """Return in words what a sector with this stamp holds."""
     if stamp in (0, MIXED):
         return "a mixture" if stamp else "zeros"
-    if stamp >> _BASE_BITS:
-        return f"base {stamp >> _BASE_BITS}'s sector {stamp & ((1 << _BASE_BITS) - 1)}"
-    return f"write {stamp >> _PLACE_BITS}'s sector {stamp & ((1 << _PLACE_BITS) - 1)}"
+    if stamp >> _BASE_SHIFT:
+        return f"base {stamp >> _BASE_SHIFT}'s sector {stamp & ((1 << _BASE_SHIFT) - 1)}"
+    return f"write {stamp >> _WRITE_SHIFT}'s sector {stamp & ((1 << _WRITE_SHIFT) - 1)}"
 
 
 def disk_stamps(image: bytes | bytearray, below: Stamps) -> Stamps:
-    """Read the numbers on the disk of an image over a base that holds ``below``.
+    """Return the stamps on the disk of an image whose base has the stamps ``below``.
 
-    Independent of the code under test.  The tables must be good.
+    Independent of the code under test.  The tables must be sound.
     """
     header = header_of(image)
     geometry = header.geometry
@@ -79,15 +82,14 @@ def disk_stamps(image: bytes | bytearray, below: Stamps) -> Stamps:
     for l1_index, table in _entries(image, header.l1_table_offset, geometry.table_bytes):
         for index, value in _entries(image, table, geometry.table_bytes):
             start = (l1_index * geometry.entries + index) * per_cluster
-            room = max(0, min(per_cluster, size - start))
-            place = value // SECTOR
-            part = 0 if value == ZERO else sectors[place : place + room]
-            result[start : start + room] = part
+            count = max(0, min(per_cluster, size - start))
+            first = value // SECTOR
+            result[start : start + count] = 0 if value == ZERO else sectors[first : first + count]
     return result
 
 
 def _entries(image: bytes | bytearray, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """List a table's entries in use, with their indices."""
+    """Yield the index and the value of each entry of a table that is not 0."""
     table = np.frombuffer(bytes(image[offset : offset + length]), "<u8")
     for index in np.flatnonzero(table).tolist():
         yield index, int(table[index])
@@ -95,13 +97,17 @@ def _entries(image: bytes | bytearray, offset: int, length: int) -> Iterator[tup
 
 @dataclass
 class Request:
-    """A request: when it began and ended, in the order of requests and in host changes.
+    """A request that changes the disk, and when it began and ended.
 
     Attributes:
+        began: When it began, on the clock of the history.
+        began_at: How many changes the host's file had then.
+        ended: When it ended; `NEVER` before that.
+        ended_at: How many changes the host's file had then.
         first: The first sector that it changes.
         last: The sector past the last one.
-        number: What a write put there, 0 for a discard, which leaves zeros.
-        size: What a resize made of the disk, in bytes.
+        number: The number of a write; 0 for a discard or zeros.
+        size: The new size of the disk in bytes, for a resize.
     """
 
     began: int
@@ -114,37 +120,46 @@ class Request:
     size: int = 0
 
     def leaves(self, sector: int) -> int:
-        """Tell what a sector of this change holds when it is over."""
-        return (self.number << _PLACE_BITS) + sector if self.number else 0
+        """Return the stamp of one of its sectors after it."""
+        return (self.number << _WRITE_SHIFT) + sector if self.number else 0
 
 
 @dataclass(frozen=True)
 class AllowedContents:
-    """What each sector of the disk may hold after a crash.
+    """The stamps that each sector of the disk may have after a crash.
 
     Attributes:
-        numbers: A row for each sector; the numbers in it repeat where there are few.
+        stamps: A row for each sector; all rows have the same length, so some repeat a stamp.
     """
 
-    numbers: Stamps
+    stamps: Stamps
 
     def refuses(self, sectors: NDArray[np.intp], found: Stamps) -> NDArray[np.bool_]:
-        """Tell which of some sectors hold something that they must not."""
-        allowed: NDArray[np.bool_] = (self.numbers[sectors] == found[..., np.newaxis]).any(axis=-1)
+        """Return for each of some sectors whether the stamp ``found`` there is not allowed."""
+        allowed: NDArray[np.bool_] = (self.stamps[sectors] == found[..., np.newaxis]).any(axis=-1)
         return ~allowed
 
 
 class History:
-    """Carries out requests on a disk and remembers them.
+    """Makes requests on a disk, and records them.
 
-    Reads are judged at once: what is under way must not be disturbed by what frees and
-    reuses clusters.
+    Its clock goes on by one when a request begins or ends.  Reads are judged immediately: they
+    must not see clusters that were freed and used again meanwhile.
+
+    Attributes:
+        file: The host's file, which records its changes.
+        below: The stamps of the base's disk.
+        changes: All writes and discards.
+        flushes: All flushes, and closes that succeeded.
+        resizes: All resizes.
+        misread: What reads returned and must not.
     """
 
     def __init__(self, file: RecordingFile, below: Stamps, numbered_from: int = 0) -> None:
-        """Remember what happens to an image in ``file`` whose base holds ``below``.
+        """Record the requests on the image in ``file``, whose base has the stamps ``below``.
 
-        The first write has the number after ``numbered_from``.
+        Call `attach` with the opened disk before the first request.  The first write has the
+        number after ``numbered_from``.
         """
         self._numbered_from = numbered_from
         self.file = file
@@ -153,16 +168,21 @@ class History:
         self.flushes: list[Request] = []
         self.resizes: list[Request] = []
         self.misread: list[str] = []
-        self.disk: Disk | None = None
+        self._disk: Disk | None = None
         self._clock = 0
         self._allowed: dict[int, AllowedContents] = {}
         self._by_sector: dict[int, list[Request]] = {}
         self._first = disk_stamps(file.initial, below)
 
+    def attach(self, disk: Disk) -> None:
+        """Send the requests from now on to ``disk``, which is open on the file."""
+        self._disk = disk
+
     @property
-    def _open(self) -> Disk:
-        assert self.disk is not None
-        return self.disk
+    def disk(self) -> Disk:
+        """The disk that requests go to."""
+        assert self._disk is not None, "attach a disk first"
+        return self._disk
 
     def _begin(self, events: list[Request]) -> Request:
         self._clock += 1
@@ -182,56 +202,56 @@ class History:
         return event
 
     async def write(self, first: int, count: int) -> None:
-        """Write ``count`` sectors with numbers of their own."""
+        """Write ``count`` sectors with new stamps, by the fast path where it takes the write."""
         event = self._change(first, count)
         event.number = self._numbered_from + len(self.changes)
         data = stamped(write_stamps(event.number, first, count))
-        if not self._open.try_write(first * SECTOR, data):
-            assert await self._open.write(first * SECTOR, data) == len(data)
+        if not self.disk.try_write(first * SECTOR, data):
+            assert await self.disk.write(first * SECTOR, data) == len(data)
         self._end(event)
 
     async def write_zeros(self, first: int, count: int) -> None:
         """Write ``count`` sectors of zeros."""
         event = self._change(first, count)
-        assert await self._open.write(first * SECTOR, bytes(count * SECTOR)) == count * SECTOR
+        assert await self.disk.write(first * SECTOR, bytes(count * SECTOR)) == count * SECTOR
         self._end(event)
 
     async def discard(self, first: int, count: int) -> None:
         """Discard ``count`` sectors."""
         event = self._change(first, count)
-        await self._open.discard(first * SECTOR, count * SECTOR)
+        await self.disk.discard(first * SECTOR, count * SECTOR)
         self._end(event)
 
     async def flush(self) -> None:
-        """Flush."""
+        """Flush the disk."""
         event = self._begin(self.flushes)
-        await self._open.flush()
+        await self.disk.flush()
         self._end(event)
 
     async def resize(self, size: int) -> None:
         """Grow the disk to ``size`` bytes."""
         event = self._begin(self.resizes)
         event.size = size
-        await self._open.resize(size)
+        await self.disk.resize(size)
         self._end(event)
 
     async def read(self, first: int, count: int) -> None:
-        """Read sectors, and judge what they hold by what was under way."""
+        """Read sectors, and record those that hold what no request so far can have left."""
         began = self._clock = self._clock + 1
-        data = await self._open.read(first * SECTOR, count * SECTOR)
+        data = await self.disk.read(first * SECTOR, count * SECTOR)
         for sector, found in enumerate(stamps(data).tolist(), first):
             allowed = self._may_hold(sector, began)
             if found not in allowed:
                 self.misread.append(f"sector {sector} read as {describe(found)}")
 
     def closed(self) -> None:
-        """Note that the disk has been closed without an error: all of it is durable."""
+        """Record that the disk was closed without an error, so that everything is durable."""
         self._end(self._begin(self.flushes))
 
     def _may_hold(self, sector: int, since: int) -> set[int]:
-        """Tell what a sector may hold, if all that had ended by ``since`` has happened.
+        """Return the stamps that a sector may have if the requests ended by ``since`` count.
 
-        Whatever was over before the newest of those began is gone.
+        A request that ended before the newest of those began has been overwritten.
         """
         events = self._by_sector.get(sector, ())
         newest = max((event.began for event in events if event.ended < since), default=0)
@@ -239,36 +259,39 @@ class History:
         return numbers if newest else numbers | {self.original(sector)}
 
     def original(self, sector: int) -> int:
-        """Tell what a sector held before the first change."""
+        """Return the stamp of a sector before the first request."""
         return int(self._first[sector]) if sector < len(self._first) else 0
 
     @property
     def sectors(self) -> int:
-        """The most sectors that the disk ever had."""
+        """The largest number of sectors that the disk ever had."""
         return max([len(self._first), *(event.size // SECTOR for event in self.resizes)])
 
     def flushed(self, count: int) -> int:
-        """Tell which requests are durable after ``count`` host changes: those over by then."""
+        """Return until when requests are durable after ``count`` changes of the host's file.
+
+        That is the clock at the beginning of the last flush that had ended by then.
+        """
         return max((e.began for e in self.flushes if e.ended_at <= count), default=0)
 
     def least_size(self, count: int) -> int:
-        """Tell how large the disk is at least after ``count`` host changes, in bytes."""
+        """Return the smallest allowed size of the disk, in bytes, after ``count`` changes."""
         sizes = [e.size for e in self.resizes if e.ended_at <= count]
         return max([len(self._first) * SECTOR, *sizes])
 
     def promises(self, count: int) -> tuple[int, int]:
-        """Tell apart the moments at which different things had been promised."""
+        """Return a key that is equal for crash points at which the same was promised."""
         return self.flushed(count), self.least_size(count)
 
     def allowed(self, flushed: int) -> AllowedContents:
-        """Tell what each sector may hold once everything over by ``flushed`` is durable."""
-        known = self._allowed.get(flushed)
-        if known is None:
+        """Return what each sector may hold after a crash if requests until ``flushed`` count."""
+        allowed = self._allowed.get(flushed)
+        if allowed is None:
             several = {s: sorted(self._may_hold(s, flushed)) for s in self._by_sector}
-            most = max(map(len, several.values()), default=1)
-            numbers = np.zeros((self.sectors, most), np.uint64)
-            numbers[: len(self._first)] = self._first[:, np.newaxis]
+            width = max(map(len, several.values()), default=1)
+            rows = np.zeros((self.sectors, width), np.uint64)
+            rows[: len(self._first)] = self._first[:, np.newaxis]
             for sector, choice in several.items():
-                numbers[sector] = choice + choice[:1] * (most - len(choice))
-            known = self._allowed[flushed] = AllowedContents(numbers)
-        return known
+                rows[sector] = choice + choice[:1] * (width - len(choice))
+            allowed = self._allowed[flushed] = AllowedContents(rows)
+        return allowed

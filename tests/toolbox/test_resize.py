@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from tests.crash.test_barriers import without_barrier
+from tests.crash.test_barriers import Saboteur, without_barrier
 from tests.support import qemu
 from tests.support.crashrecording import CrashRecording
 from tests.support.disks import (
@@ -266,9 +266,9 @@ async def states_of_shrinking(image: bytearray, base: bytes, size: int) -> set[b
         await disk.shrink(size, force=True)
     recording = CrashRecording(file)
     for point in recording.crash_points():
-        point.develop()
-        for choice in itertools.islice(point.choices(chance), 20):
-            states.add(bytes(recording.contents.content(point.state(choice))))
+        failure = point.power_failure()
+        for choice in itertools.islice(failure.choices(chance), 20):
+            states.add(bytes(recording.contents.content(failure.state(choice))))
     return states
 
 
@@ -314,8 +314,10 @@ async def test_power_loss_during_shrinking(size: int, *, based: bool) -> None:
 async def test_entries_must_be_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the barrier before the new size, a power loss leaves old data past the end."""
     image = build_image(DISK, {n: pattern(CLUSTER, n) for n in NUMBERS})
-    without_barrier("Resize.shrink")(monkeypatch)
+    saboteur = Saboteur(monkeypatch)
+    without_barrier("Resize.shrink")(saboteur)
     states = await states_of_shrinking(image, b"", SPAN)
+    assert saboteur.strikes
     assert any(
         header_of(content).image_size == SPAN and old_data(content, b"", SPAN, DISK)
         for content in states
