@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from qedfuse.disk.autocompaction import AutoCompaction
-from qedfuse.util.scope import open_scope
+from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -41,7 +41,7 @@ class Lifecycle:
         """
         succeeded = False
         try:
-            async with open_scope() as nursery:
+            async with background_tasks() as nursery:
                 await self.start(nursery)
                 try:
                     yield

@@ -1,1 +1,1 @@
-"""The host's side: the file that holds an image, and who else has it open."""
+"""The host's files: reading, writing, locking and replacing them."""

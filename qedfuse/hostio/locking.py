@@ -1,14 +1,14 @@
-"""Who else has the image open: byte locks that QEMU understands.
+"""Image locking: byte locks that QEMU understands, against concurrent use of an image.
 
-QEMU gives each permission a number and two bytes of the image file.  A read lock on byte
-100 + i says "I use permission i"; one on byte 200 + i says "I let nobody else use it".
-Everybody first takes the bytes that describe what he does and then looks whether anybody
-holds a byte that speaks against it.  In the other order two openers could both look
-before either has taken anything, and both go on.
+QEMU gives each permission a number i and two bytes of the image file.  A read lock on byte
+100 + i means "this opener uses permission i"; one on byte 200 + i means "this opener denies
+permission i to all others".  An opener first locks the bytes that describe what it does, and
+then tests whether another one holds a byte that conflicts with that.  In the other order two
+openers could both test before either has locked anything, and both would continue.
 
-The locks belong to the open file description (``F_OFD_SETLK``), not to the process:
-another descriptor of the same file may be closed without losing them, two opens in one
-process exclude each other, and a child keeps what its parent took.
+The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the
+process: they survive when another descriptor of the same file is closed, two openers in one
+process exclude each other, and a child process keeps the locks of its parent.
 """
 
 from __future__ import annotations
@@ -31,40 +31,41 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _PERMISSIONS: Final = ("consistent read", "write", "write unchanged", "resize")
-"""QEMU's names, at the index that is the permission's number."""
+"""QEMU's names of the permissions, by number."""
 _CONSISTENT_READ: Final = 0
 _WRITE: Final = 1
 _RESIZE: Final = 3
 
 _USES: Final = 100
-"""The byte of permission 0 for "I use it"."""
+"""The byte that an opener locks if it uses permission 0."""
 _DENIES: Final = 200
-"""The byte of permission 0 for "I let nobody else use it"."""
+"""The byte that an opener locks if it denies permission 0 to all others."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _BUSY: Final = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
-_MOST_HOLDERS: Final = 3  # a longer list helps nobody
+_MAX_HOLDERS_SHOWN: Final = 3
+"""Processes that a message names."""
 
 
 class _Bytes(NamedTuple):
-    """Permissions that a mode uses, and those that it denies to everybody else."""
+    """Permissions that a mode uses, and those that it denies to all other openers."""
 
     uses: tuple[int, ...]
     denies: tuple[int, ...]
 
 
 class LockMode(enum.Enum):
-    """What an opener does with a file and what he lets others do with it meanwhile."""
+    """What an opener does with a file, and what others may do with it meanwhile."""
 
     WRITE = "write"
-    """Read and change it; others must stay out (bytes 100, 101, 103, 201, 203)."""
+    """Read and change it; no other opener may use it (bytes 100, 101, 103, 201, 203)."""
     READ = "read"
-    """Read it; others may read too, but not change it (bytes 100, 201, 203)."""
+    """Read it; others may read it too, but not change it (bytes 100, 201, 203)."""
     SHARE = "share"
-    """Read it beside a writer (byte 100)."""
+    """Read it while another opener may change it (byte 100)."""
     BASE = "base"
-    """Read it as a raw base (as READ; QEMU holds byte 100 only, which stops no writer)."""
+    """Read it as a raw base, like READ.  QEMU locks byte 100 only, which stops no writer."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:
@@ -81,13 +82,13 @@ class LockMode(enum.Enum):
 
     @property
     def taken(self) -> tuple[int, ...]:
-        """The bytes that this mode holds, as file offsets."""
+        """The file offsets of the bytes that an opener in this mode locks."""
         uses, denies = self._bytes
         return (*(_USES + item for item in uses), *(_DENIES + item for item in denies))
 
     @property
     def tested(self) -> tuple[int, ...]:
-        """The bytes that nobody else may hold, as file offsets."""
+        """The file offsets of the bytes that no other opener may hold."""
         uses, denies = self._bytes
         return (*(_DENIES + item for item in uses), *(_USES + item for item in denies))
 
@@ -99,20 +100,20 @@ class Holder(NamedTuple):
     command: str
 
     def __str__(self) -> str:
-        """Name the process as messages do."""
+        """Return the command and the process id, for messages."""
         return f"{self.command} (pid {self.pid})"
 
 
 def lock_image(fd: int, mode: LockMode, name: str) -> None:
     """Take the locks of ``mode`` on an open file, called ``name`` in messages.
 
-    They last as long as the open file description.  Where the file system knows no
-    locks, a warning is logged and nothing is locked.
+    The locks last as long as the open file description.  On a file system without byte
+    locks a warning is logged and nothing is locked.
 
     Raises:
-        ImageInUseError: Somebody holds a lock that speaks against it; the message names
-            him where the kernel tells.  No lock is left behind.
-        HostError: The kernel refused for another reason.
+        ImageInUseError: Another opener holds a conflicting lock; the message names its
+            process if the kernel reveals it.  No lock is held then.
+        HostError: The kernel refused for another reason; no lock is held then.
     """
     byte = mode.taken[0]
     try:
@@ -124,7 +125,7 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
                 _refuse(fd, mode, byte, found, name)
     except OSError as error:
         if error.errno in _BUSY:
-            # Somebody has a write lock on a byte.  QEMU never does that.
+            # Another program holds a write lock on a byte, which QEMU never does.
             _refuse(fd, mode, byte, _conflict(fd, byte) or 0, name)
         _release(fd, mode)
         if error.errno not in _NO_LOCKS:
@@ -143,8 +144,8 @@ def _set(fd: int, kind: int, byte: int) -> None:
 
 
 def _conflict(fd: int, byte: int) -> int | None:
-    """Ask who holds a byte: his pid, -1 if he locked as we do, None if nobody does."""
-    # Testing for a write lock finds everybody else's read locks.
+    """Return the pid of the process that locks a byte; -1 for an OFD lock, None for no lock."""
+    # A test for a write lock finds the read locks of all other openers.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     kind, pid = answer[0], answer[4]
@@ -152,70 +153,69 @@ def _conflict(fd: int, byte: int) -> int | None:
 
 
 def _release(fd: int, mode: LockMode) -> None:
-    """Drop all locks of a mode, as far as there are any."""
+    """Drop the locks of a mode that are held."""
     for byte in mode.taken:
         try:
             _set(fd, fcntl.F_UNLCK, byte)
-        except OSError:  # then there was none: the file system has no locks
+        except OSError:  # the file system has no locks, so none is held
             return
 
 
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:
-    """Let go of everything and say who is in the way."""
-    place = _place(fd)
+    """Drop all locks and raise an error that names the processes with a conflicting lock."""
+    file = _lock_table_name(fd)
     _release(fd, mode)
-    found = [_holder(pid)] if pid > 0 else list(holders(place, byte))
-    # The words are QEMU's, so that a search for them finds its explanations too.
+    found = [_holder(pid)] if pid > 0 else list(holders(file, byte))
+    # The words are QEMU's, so that a web search for them finds explanations.
     if byte >= _DENIES:
         what = f'"{_PERMISSIONS[byte - _DENIES]}"'
     else:
         what = f'shared "{_PERMISSIONS[byte - _USES]}"'
-    by = ", ".join(map(str, found[:_MOST_HOLDERS]))
-    more = " and others" if len(found) > _MOST_HOLDERS else ""
-    whom = f"held by {by}{more}" if found else "held by a process that cannot be seen from here"
-    msg = f"{name}: in use: Failed to get {what} lock, {whom}"
+    names = ", ".join(map(str, found[:_MAX_HOLDERS_SHOWN]))
+    more = " and others" if len(found) > _MAX_HOLDERS_SHOWN else ""
+    by = f"held by {names}{more}" if found else "held by a process that cannot be seen from here"
+    msg = f"{name}: in use: Failed to get {what} lock, {by}"
     raise ImageInUseError(msg)
 
 
-def _place(fd: int) -> str:
-    """Give the device and inode of a file as the kernel's lock tables write them.
+def _lock_table_name(fd: int) -> str:
+    """Return ``MAJOR:MINOR:INODE`` of a file as in the kernel's lock tables; empty if unknown.
 
-    Our own locks show it.  The file's attributes would not do: on btrfs and overlayfs
-    they name another device than the lock table does.
+    The locks of this process on the file show it.  fstat(2) does not: on btrfs and overlayfs
+    it returns another device than the lock tables.
     """
     own = _locks(_read(Path(f"/proc/self/fdinfo/{fd}")))
-    return next((place for place, _first, _last in own), "")
+    return next((file for file, _first, _last in own), "")
 
 
-def holders(place: str, byte: int) -> Iterator[Holder]:
-    """Find the processes that hold a lock over a byte of the file at ``place``.
+def holders(file: str, byte: int) -> Iterator[Holder]:
+    """Yield the processes that lock a byte of a file, which is given as ``MAJOR:MINOR:INODE``.
 
-    Reads the descriptors of every process that we may look at, so it is for error
-    messages only.  ``place`` is ``MAJOR:MINOR:INODE``, as in ``/proc/locks``; that file
-    itself does not help, since it lists these locks with a pid of -1.
+    This reads the descriptors of every process that may be inspected, so it is for error
+    messages only.  ``/proc/locks`` does not help: it shows OFD locks with a pid of -1.
     """
-    if not place:
+    if not file:
         return
     for process in Path("/proc").glob("[0-9]*"):
-        if _holds(process / "fdinfo", place, byte):
+        if _holds(process / "fdinfo", file, byte):
             yield _holder(int(process.name))
 
 
-def _holds(directory: Path, place: str, byte: int) -> bool:
-    """Tell whether one process holds a lock over the byte."""
+def _holds(directory: Path, file: str, byte: int) -> bool:
+    """Return whether a process locks a byte, from its ``fdinfo`` directory in /proc."""
     try:
         descriptors = list(directory.iterdir())
-    except OSError:  # it has ended, or is another user's
+    except OSError:  # the process has ended, or belongs to another user
         return False
     return any(
-        where == place and first <= byte <= last
+        where == file and first <= byte <= last
         for info in descriptors
         for where, first, last in _locks(_read(info))
     )
 
 
 def _read(path: Path) -> str:
-    """Read a small file of /proc; what it was about may have gone meanwhile."""
+    """Return the text of a small file of /proc; empty if its process or descriptor is gone."""
     try:
         return os.fsdecode(path.read_bytes())
     except OSError:
@@ -223,15 +223,15 @@ def _read(path: Path) -> str:
 
 
 def _locks(table: str) -> Iterator[tuple[str, int, float]]:
-    """List the locks of one descriptor: place, first byte, last byte."""
+    """Yield the locks of one descriptor: ``MAJOR:MINOR:INODE``, first byte, last byte."""
     for line in table.split("\n"):
         # lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2146329 100 100
         if line.startswith("lock:"):
-            place, first, last = line.split()[-3:]
-            yield place, int(first), float("inf") if last == "EOF" else int(last)
+            file, first, last = line.split()[-3:]
+            yield file, int(first), float("inf") if last == "EOF" else int(last)
 
 
 def _holder(pid: int) -> Holder:
-    """Name a process."""
+    """Return a process with its command name."""
     command = _read(Path(f"/proc/{pid}/comm")).removesuffix("\n")
     return Holder(pid, printable(command) or "a process")

@@ -1,4 +1,4 @@
-"""A file that gets its name when it is complete, and leaves nothing behind if it never is."""
+"""A new file that gets its name when it is complete, so that no partial file is ever seen."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from types import TracebackType
 
-_LONGEST: Final = 200
-"""Bytes of the final name that are in the temporary one; a name has at most 255."""
+_MAX_PREFIX_BYTES: Final = 200
+"""Bytes of the final name that the temporary name repeats; a name has at most 255 (NAME_MAX)."""
 
-_NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class NewFile:
-    """A temporary name beside the final one, for the length of a ``with`` block.
+    """A temporary file next to the final name, for the length of a ``with`` block.
+
+    The block ends with the file removed unless `commit` was called.
 
     Attributes:
-        path: The temporary name; an empty file is there when the block begins.
+        path: The temporary name; the file is empty when the block begins.
     """
 
     def __init__(
         self, path: str, *, mode: int = 0o644, old: int | None = None, overwrite: bool = False
     ) -> None:
-        """Prepare to make ``path``; no other file than ``old`` is replaced.
+        """Prepare to create ``path``; no other file than ``old`` is replaced.
 
         Args:
-            path: The final name.  If it is a symbolic link to ``old``, what it leads to is
-                replaced, as programs do that write into it.
-            mode: Permissions of a file where there was none, less the umask.
+            path: The final name.  If it is a symbolic link to ``old``, the target of the link
+                is replaced, as by a program that writes into the file.
+            mode: Permissions of the file if there is no ``old``, less the umask.
             old: Descriptor of the file to replace, as `lock_replaced_file` returns it; it must
                 stay open.  Its owner, permissions and attributes are copied.
-            overwrite: Whether the user has agreed to replace a file.  Chooses between two
-                messages, and nothing else.
+            overwrite: Whether the user has agreed to replace a file.  This only chooses
+                between two messages.
         """
         follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
         self._final = os.path.realpath(path) if follows else path
@@ -47,28 +49,28 @@ class NewFile:
         self._old = old
         self._overwrite = overwrite
         self._mode = mode
-        self._there = False
+        self._exists = False  # the temporary file
         directory, name = os.path.split(self._final)
-        start = os.fsdecode(os.fsencode(name)[:_LONGEST])
+        start = os.fsdecode(os.fsencode(name)[:_MAX_PREFIX_BYTES])
         self.path = os.path.join(directory, f".{start}.{secrets.token_hex(3)}.part")  # noqa: PTH118
 
     def __enter__(self) -> Self:
-        """Make the temporary file.
+        """Create the temporary file.
 
         Raises:
-            UsageError: There is a file of the final name, and it is not to be replaced.
-            ImageInUseError: As `commit`.
+            UsageError: A file of the final name exists, and ``old`` is None.
+            ImageInUseError: The same, and the user has agreed to replace a file.
             HostError: The host refused.
         """
         if self._old is None and os.path.lexists(self._final):
             raise self._taken()
         try:
-            # The replaced file may be private.
+            # Start with mode 0600: the replaced file may be private.
             mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
             raise cannot_open(self._final, error) from error
-        self._there = True
+        self._exists = True
         return self
 
     def __exit__(
@@ -77,19 +79,19 @@ class NewFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the file, unless it was committed."""
-        if self._there:
+        """Remove the temporary file, unless it was committed."""
+        if self._exists:
             os.unlink(self.path)  # noqa: PTH108
 
     def commit(self, *, durable: bool = True) -> None:
-        """Give the file its name, once everything in it is on the host's disk.
+        """Give the file its final name, once its content is durable.
 
-        Without ``durable`` the host may lose it, or some of it, when its power fails soon.
+        Without ``durable`` a power failure soon after the call may lose all or part of it.
 
         Raises:
-            UsageError: A file of that name has appeared.
-            ImageInUseError: The same, where the user has agreed to replace a file: another
-                one than the caller has locked, so it may be in use.
+            UsageError: A file of the final name has appeared meanwhile.
+            ImageInUseError: The same, and the user has agreed to replace a file.  It is not
+                the file that the caller has locked, so it may be in use.
             HostError: The host refused.
         """
         try:
@@ -101,10 +103,10 @@ class NewFile:
                 os.replace(self.path, self._final)  # noqa: PTH105
             else:
                 self._take_name()
-            self._there = False
+            self._exists = False
             if durable:
-                # A directory that may not be read cannot be told to be durable.  The file
-                # is complete all the same, and its name on its way to the disk.
+                # A directory that may not be read cannot be opened for fsync(2).  The file is
+                # complete nevertheless, and the kernel will write its name to the disk.
                 with suppress(PermissionError):
                     self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
@@ -113,7 +115,7 @@ class NewFile:
             raise HostError.from_os(error, self._name, "cannot make") from error
 
     def _is_at_name(self, old: int) -> bool:
-        """Tell whether the final name still leads to the file that is open as ``old``."""
+        """Return whether the final name still leads to the file that is open as ``old``."""
         try:
             found = os.lstat(self._final)
         except FileNotFoundError:
@@ -121,7 +123,7 @@ class NewFile:
         return os.path.samestat(found, os.fstat(old))
 
     def _taken(self) -> QedError:
-        """Make the error for a file of the final name that must not be replaced."""
+        """Return the error for a file of the final name that must not be replaced."""
         if self._overwrite:
             return ImageInUseError(
                 f"{self._name}: found a file that another process has put there meanwhile, "
@@ -130,17 +132,18 @@ class NewFile:
         return UsageError(f"{self._name}: exists already (--force replaces it)")
 
     def _take_name(self) -> None:
-        """Take the final name unless somebody else has it.
+        """Rename the temporary file to the final name, unless a file of that name exists.
 
         Raises:
-            OSError: It is taken, or the host refused.
+            FileExistsError: A file of that name exists.
+            OSError: The host refused.
         """
         try:
             os.link(self.path, self._final)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _LINK_UNSUPPORTED:
                 raise
-            # FAT has one name for each file.  An empty file holds the place meanwhile.
+            # FAT has no hard links.  An empty file reserves the name until the rename.
             os.close(os.open(self._final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             os.replace(self.path, self._final)  # noqa: PTH105
         else:
@@ -148,7 +151,7 @@ class NewFile:
 
     @staticmethod
     def _sync(path: str) -> None:
-        """Make a file or a directory durable."""
+        """Make a file or a directory durable (fsync(2))."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -157,17 +160,17 @@ class NewFile:
 
 
 def _copy_attributes(old: int, new: str) -> None:
-    """Give a new file the owner, the mode and the attributes of the one that it replaces.
+    """Copy owner, mode and extended attributes of the replaced file to the new one.
 
-    Access control lists are such attributes.  Only root may give a file away; what cannot
-    be had is left as it is.
+    Extended attributes include access control lists.  Only root may change the owner; what
+    the host refuses is not copied, except for the mode.
     """
-    there = os.fstat(old)
+    status = os.fstat(old)
     with suppress(OSError):
-        os.chown(new, -1, there.st_gid)
+        os.chown(new, -1, status.st_gid)
     with suppress(OSError):
-        os.chown(new, there.st_uid, -1)
-    os.chmod(new, there.st_mode & 0o7777)  # noqa: PTH101
+        os.chown(new, status.st_uid, -1)
+    os.chmod(new, status.st_mode & 0o7777)  # noqa: PTH101
     with suppress(OSError):
         for name in os.listxattr(old):
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Opening files, and nothing that only looks like one."""
+"""Opening regular files and block devices, and refusing files of other kinds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from qedfuse.errors import HostError, ImageError, cannot_open, proc_missing
 from qedfuse.text import printable
 
-KINDS: Final = {
+KIND_NAMES: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFBLK: "a block device",
     stat.S_IFCHR: "a character device",
@@ -17,50 +17,50 @@ KINDS: Final = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a symbolic link",
 }
-"""What the user is told a file is when it is not a regular one."""
+"""Names of the kinds of files in messages, by S_IFMT of their mode."""
 
 
 def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
-    """Open a regular file without ever waiting for a FIFO or waking a device.
+    """Open a regular file, without waiting for a FIFO and without waking a device.
 
     Args:
         path: The file.
         access: ``os.O_RDONLY`` or ``os.O_RDWR``.
-        dir_fd: The directory in which a relative path begins.
+        dir_fd: The directory that a relative path starts from.
 
     Returns:
         A descriptor.
 
     Raises:
-        HostError: It cannot be opened.
+        HostError: The file cannot be opened.
         ImageError: It is not a regular file.
     """
     return _open(path, access, dir_fd, {stat.S_IFREG: "a regular file"})
 
 
 def open_raw(path: str, access: int) -> int:
-    """Open what a raw disk can be: a regular file or a block device.
+    """Open a file that a raw disk can be, a regular file or a block device; return a descriptor.
 
     Raises:
-        HostError: It cannot be opened.
-        ImageError: It is something else.
+        HostError: The file cannot be opened.
+        ImageError: It is of another kind.
     """
     expected = {stat.S_IFREG: "a file", stat.S_IFBLK: "a block device"}
     return _open(path, access, None, expected)
 
 
 def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) -> int:
-    """Open a file of one of the kinds that are expected, and called so in messages."""
+    """Open a file if its kind is a key of ``expected``, whose values name the kinds in messages."""
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        # O_PATH opens nothing, so looking at a device or a FIFO has no effect on it.
+        # O_PATH does not open a device or a FIFO, so fstat(2) has no effect on it.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         raise cannot_open(path, error) from error
     try:
         kind = stat.S_IFMT(os.fstat(handle).st_mode)
         if kind not in expected:
-            found = KINDS.get(kind, "a special file")
+            found = KIND_NAMES.get(kind, "a special file")
             msg = f"{printable(path)}: found {found}, expected {' or '.join(expected.values())}"
             raise ImageError(msg)
         return os.open(f"/proc/self/fd/{handle}", flags)
@@ -73,7 +73,7 @@ def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) 
 
 
 def status_of(file: int | str, name: str) -> os.stat_result:
-    """Give the attributes of an open file, or of the file at a path; ``name`` is for messages.
+    """Return the attributes of an open file or of a path (stat(2)); ``name`` is for messages.
 
     Raises:
         HostError: The host refused.
@@ -85,7 +85,7 @@ def status_of(file: int | str, name: str) -> os.stat_result:
 
 
 def length_of(fd: int, name: str) -> int:
-    """Give the bytes of an open file or block device; ``name`` is for messages.
+    """Return the length in bytes of an open file or block device; ``name`` is for messages.
 
     Raises:
         HostError: The host refused.

@@ -1,4 +1,4 @@
-"""The file that a new one is going to replace: nobody may lose it who has not said so."""
+"""The existing file that a new one will replace: locked, and only with the user's consent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.errors import UsageError, cannot_open
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import KINDS, open_regular
+from qedfuse.hostio.regular import KIND_NAMES, open_regular
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -18,20 +18,19 @@ if TYPE_CHECKING:
 def lock_replaced_file(
     path: str, stack: ExitStack, *, overwrite: bool, in_place: bool = False
 ) -> int | None:
-    """Lock the file that is about to be replaced until ``stack`` ends; return its descriptor.
-
-    Returns None if there is no such file.
+    """Open and lock the file that will be replaced; return its descriptor, None if there is none.
 
     Args:
-        path: Its name.
-        stack: Lets it go.
-        overwrite: Whether it is to be replaced.
-        in_place: Whether the command can also write into what is there, by ``-n``.
+        path: The name of the file.
+        stack: Closes the descriptor when it ends, which releases the lock.
+        overwrite: Whether the user has agreed to replace the file.
+        in_place: Whether the command can also write into an existing file (``-n``).
 
     Raises:
-        UsageError: It is not to be replaced, or with ``in_place`` is no regular file.
+        UsageError: The file exists and ``overwrite`` is False, or with ``in_place`` it is
+            not a regular file.
         ImageError: It is not a regular file.
-        ImageInUseError: Somebody has it open as an image.
+        ImageInUseError: Another process has it open as an image.
     """
     if not os.path.lexists(path):
         return None
@@ -48,13 +47,13 @@ def lock_replaced_file(
 
 
 def _refuse_special(path: str) -> None:
-    """Refuse what can be written into at most, also where it would be replaced."""
+    """Raise UsageError unless ``path`` is a regular file: only those can be replaced."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
     except OSError as error:
         raise cannot_open(path, error) from error
     if not stat.S_ISREG(mode):
-        found = KINDS.get(stat.S_IFMT(mode), "a special file")
+        found = KIND_NAMES.get(stat.S_IFMT(mode), "a special file")
         hint = " (-n writes into it)" if stat.S_ISBLK(mode) else ""
         msg = f"{printable(path)}: found {found}, expected a new file{hint}"
         raise UsageError(msg)

@@ -37,7 +37,7 @@ from qedfuse.mount.system.mounttable import find_mount, read_mounts
 from qedfuse.mount.system.readahead import readahead_bytes, set_readahead
 from qedfuse.mount.system.unmount import unmount
 from qedfuse.text import printable
-from qedfuse.util.scope import open_scope
+from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
@@ -152,7 +152,7 @@ class Server:
             # Before the mount is ready, when the user who set the option still reads stderr.
             _log.warning("%s: option readahead: %s", printable(self._mountpoint), wrong_readahead)
         writeback_cache = operations.enable_writeback_cache
-        async with open_scope() as nursery:
+        async with background_tasks() as nursery:
             nursery.start_soon(operations.errors.log_summaries)
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)

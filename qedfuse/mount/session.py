@@ -40,7 +40,7 @@ from qedfuse.mount.system.mountpoint import check_mountpoint
 from qedfuse.mount.system.mountpointlock import mountpoint_lock_name
 from qedfuse.mount.system.privileges import check_privileges
 from qedfuse.text import printable
-from qedfuse.util.scope import open_scope
+from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -151,7 +151,7 @@ class _Session:
         Raises:
             QedError: The mount was refused, or data could not be made durable.
         """
-        async with open_scope() as nursery:
+        async with background_tasks() as nursery:
             # From here on a signal ends the session in order, also a check that takes long.
             signals = SignalDispatcher(partial(self._interrupt, nursery.cancel_scope))
             await nursery.start(signals.run)

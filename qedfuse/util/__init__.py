@@ -1,1 +1,1 @@
-"""Small tools that know nothing of QED."""
+"""General helpers that do not depend on QED."""

@@ -1,4 +1,4 @@
-"""The descriptors of this process: which are open, and closing those that it does not need."""
+"""File descriptors of this process: listing and closing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STANDARD = (0, 1, 2)
 
 
 def open_descriptors() -> set[int]:
-    """List the open descriptors of this process.
+    """Return the open descriptors of this process.
 
     Raises:
         HostError: /proc is not mounted.
@@ -27,14 +27,14 @@ def open_descriptors() -> set[int]:
         raise proc_missing() from error
     found = set()
     for number in map(int, names):
-        with suppress(OSError):  # the descriptor of the listing itself
+        with suppress(OSError):  # the descriptor of the listing is closed again
             os.fstat(number)
             found.add(number)
     return found
 
 
 def close_descriptors(descriptors: Iterable[int]) -> None:
-    """Close descriptors; those that are closed already are passed over."""
+    """Close descriptors, and ignore those that are closed already."""
     for descriptor in descriptors:
         with suppress(OSError):
             os.close(descriptor)
@@ -43,7 +43,7 @@ def close_descriptors(descriptors: Iterable[int]) -> None:
 def discard_standard_streams() -> None:
     """Replace standard input, output and error by /dev/null.
 
-    A terminal is let go of by that, and so is a pipe whose reader waits for its end.
+    This releases a terminal, or a pipe whose reader waits for the end of file.
     """
     null = os.open(os.devnull, os.O_RDWR)
     for number in STANDARD:

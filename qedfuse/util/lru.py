@@ -1,4 +1,4 @@
-"""A cache that keeps what was used last, within a budget of bytes."""
+"""An LRU cache with a budget in bytes and pinned values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class LRUStatistics:
-    """What a cache holds and has seen."""
+    """What a cache holds, with its weight in bytes, and how many values it has evicted."""
 
     items: int
     weight: int
@@ -23,14 +23,14 @@ class LRUStatistics:
 
 
 class LRU(Generic[K, V]):
-    """Values by key; the least recently used go first when the budget is exceeded.
+    """Values by key; the least recently used ones are evicted when the budget is exceeded.
 
-    A value that ``pinned`` says must stay is passed over, so the cache can exceed its
+    Values for which ``pinned`` returns True are not evicted, so the cache can exceed its
     budget while many are pinned; it shrinks again at the next `put`.
     """
 
     def __init__(self, budget: int, weigh: Callable[[V], int], pinned: Callable[[V], bool]) -> None:
-        """Make an empty cache; ``budget`` and what ``weigh`` returns are in bytes."""
+        """Start empty; ``budget`` and the results of ``weigh`` are in bytes."""
         self._budget = budget
         self._weigh = weigh
         self._pinned = pinned
@@ -39,7 +39,7 @@ class LRU(Generic[K, V]):
         self._evictions = 0
 
     def get(self, key: K) -> V | None:
-        """Look a value up and mark it as just used."""
+        """Return a value and mark it as just used; None if it is not cached."""
         value = self._items.get(key)
         if value is None:
             return None
@@ -47,7 +47,7 @@ class LRU(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Keep a value, in place of the key's old one if there is one, then make room."""
+        """Store a value, in place of an old one, and evict others if the budget is exceeded."""
         old = self._items.pop(key, None)
         if old is not None:
             self._weight -= self._weigh(old)
@@ -57,13 +57,13 @@ class LRU(Generic[K, V]):
             self._shrink(key)
 
     def drop(self, key: K) -> None:
-        """Forget a value, if it is there."""
+        """Remove a value if it is cached."""
         old = self._items.pop(key, None)
         if old is not None:
             self._weight -= self._weigh(old)
 
     def _shrink(self, newest: K) -> None:
-        """Drop old values until the budget holds or only pinned ones are left."""
+        """Evict old values until the budget holds or only pinned values and ``newest`` are left."""
         dropped = []
         for key, value in self._items.items():
             if self._weight <= self._budget:
@@ -76,9 +76,9 @@ class LRU(Generic[K, V]):
         self._evictions += len(dropped)
 
     def values(self) -> list[V]:
-        """List all values, the least recently used first."""
+        """Return all values, the least recently used first."""
         return list(self._items.values())
 
     def statistics(self) -> LRUStatistics:
-        """Tell what the cache holds and has seen."""
+        """Return what the cache holds, and how many values it has evicted."""
         return LRUStatistics(len(self._items), self._weight, self._evictions)

@@ -1,4 +1,4 @@
-"""Turns for other tasks in the course of a long piece of work that hardly ever waits."""
+"""Checkpoints at regular intervals in long work that seldom waits, so that other tasks run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Final
 import trio
 
 MAX_STEPS: Final = 32
-"""Steps between two turns of others.  A step is one small write to the host's cache, or as
-much work: 20 to 100 microseconds."""
+"""Steps between two checkpoints.  A step is about the work of one small write to the page
+cache: 20 to 100 microseconds."""
 
 _MAX_SECONDS: Final = 0.003
-"""The same in time: on a busy host one such write can take milliseconds."""
+"""Time between two checkpoints: on a busy host a single step can take milliseconds."""
 
 
 class Pace:
-    """Counts the steps of one piece of work."""
+    """Counts the steps of one task's work."""
 
     def __init__(self) -> None:
-        """Begin."""
+        """Start with no steps done."""
         self._steps = 0
         self._since = time.perf_counter()
 
     async def step(self) -> None:
-        """Note that a step has been done; lets other tasks run when it is time."""
+        """Count one step, and let other tasks run if `MAX_STEPS` or the time has been reached."""
         self._steps += 1
         if self._steps >= MAX_STEPS or time.perf_counter() - self._since > _MAX_SECONDS:
             await trio.lowlevel.checkpoint()

@@ -1,17 +1,17 @@
-"""A door for plain synchronous code into something that lives in a trio event loop.
+"""A blocking portal: synchronous code calls async functions in an event loop of its own.
 
     with closing(Portal(open_something(...), "something")) as portal:
         answer = portal.call(portal.value.ask, "what")
 
-Each portal has a thread with an event loop of its own, in which an async context manager
-is open.  How it ends, in each case:
+Each portal has a thread with a trio event loop, in which an async context manager is open.
+It ends in one of these ways:
 
-- `close` lets the calls under way finish, leaves the context manager and waits for that.
-- A portal that is still open when the program ends is closed then: Python waits for the
-  thread, and a watcher makes it end once the main thread and all other threads of the
-  program are done.  (``atexit`` would be too late: since Python 3.12 its functions cannot
-  start threads any more, and closing a file may need one to wait for the disk.)
-- After ``os.fork`` the child has no thread to talk to; there every call fails at once.
+- `close` lets running calls finish, leaves the context manager and waits for that.
+- A portal that is still open when the program ends is closed then.  Python waits for the
+  portal's thread, and a watcher thread closes the portal once the main thread and all other
+  threads of the program have ended.  (``atexit`` would be too late: since Python 3.12 its
+  functions cannot start threads, and closing a file may need one to wait for the disk.)
+- After ``os.fork`` the child has no portal thread; every call there fails immediately.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Args = TypeVarTuple("Args")
 
 
 class PortalClosedError(RuntimeError):
-    """The portal's event loop does not run any more, or not in this process."""
+    """The portal's event loop has ended, or runs in another process."""
 
 
 class Portal(Generic[T]):
     """An async context manager, open in a thread of its own until `close`.
 
     Attributes:
-        value: What the context manager gave.
+        value: The value that entering the context manager returned.
     """
 
     value: T
@@ -52,18 +52,18 @@ class Portal(Generic[T]):
     def __init__(self, manager: AbstractAsyncContextManager[T], name: str) -> None:
         """Start a thread called ``name`` and enter ``manager`` in it.
 
-        Raises whatever entering it raises; then the thread has ended.
+        Raises the error of entering it; the thread has ended then.
         """
         self._opened: Future[T] = Future()
         self._pending: set[Future[Any]] = set()
         self._failure: BaseException | None = None
-        self._wanted = True
-        self._attended = False  # somebody waits in close
-        self._unattended = False  # nobody did when leaving began
+        self._close_requested = False
+        self._close_called = False  # a caller waits in `close` and gets the error
+        self._log_failure = False  # no caller did when leaving the manager began
         self._closing = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        # Not a daemon: Python must wait until what is open has been closed.
+        # Not a daemon: Python must wait until the context manager has been left.
         self._thread = _PortalThread(target=self._run, args=(manager,), name=name, daemon=False)
         _watcher.watch(self)
         self._thread.start()
@@ -76,19 +76,19 @@ class Portal(Generic[T]):
             raise
 
     def is_alive(self) -> bool:
-        """Tell whether there is a thread to talk to; there is none in a forked child."""
+        """Return whether the portal's thread runs; it does not in a forked child."""
         return self._thread.is_alive()
 
     def call(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
-        """Run an async function in the event loop; give its result or raise its error.
+        """Run an async function in the event loop; return its result or raise its error.
 
         An interrupted caller (KeyboardInterrupt) does not stop the function.
 
         Raises:
-            PortalClosedError: There is no event loop to run it in.
+            PortalClosedError: The event loop has ended or runs in another process.
         """
         future: Future[R] = Future()
-        # Noted before it is queued: whoever ends the loop fails what is noted (_run).
+        # Recorded before it is queued: when the loop ends, `_run` fails all recorded futures.
         self._pending.add(future)
         try:
             if self._token is None or not self.is_alive():
@@ -105,9 +105,9 @@ class Portal(Generic[T]):
     def close(self) -> None:
         """Leave the context manager and wait until the thread has ended.
 
-        Raises what leaving raised, the first time; closing again does nothing.
+        Raises the error of leaving it, the first time; further calls do nothing.
         """
-        self._attended = True
+        self._close_called = True
         self.ask_to_close()
         self._thread.join()
         failure, self._failure = self._failure, None
@@ -115,51 +115,50 @@ class Portal(Generic[T]):
             raise failure
 
     def ask_to_close(self) -> None:
-        """Have it closed soon, without waiting; whatever goes wrong then is logged.
+        """Start to close the portal without waiting for that; an error is logged.
 
-        Unlike `close` this is safe in a finalizer, which may run in the very thread
-        that it would have to wait for.
+        Unlike `close` this is safe in a finalizer, which may run in the portal's own thread.
         """
-        self._wanted = False
+        self._close_requested = True
         if self._token is not None and self.is_alive():
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._closing.set)
 
     def _run(self, manager: AbstractAsyncContextManager[T]) -> None:
-        """Run the event loop; this is the thread's whole life."""
+        """Run the event loop; the thread ends with it."""
         try:
             trio.run(self._serve, manager)
-        except BaseException as error:  # noqa: BLE001  handed to whoever opens or closes
+        except BaseException as error:  # noqa: BLE001  raised by the constructor or by close
             if self._opened.done():
                 self._failure = error
-                if self._unattended:
-                    # Nobody may ever ask for it; then at least the log has it.
+                if self._log_failure:
+                    # No caller may ever call `close` and get the error, so log it.
                     _log.error("%s: %s", self._thread.name, error)
             else:
                 self._opened.set_exception(error)
         finally:
-            # Nobody can be waiting for these in vain: calls that come later find the
-            # loop finished.
+            # Fail the calls that the loop did not run.  Later calls find the loop finished.
             for future in list(self._pending):
                 if not future.done():
                     future.set_exception(_closed())
             _watcher.forget(self)
 
     async def _serve(self, manager: AbstractAsyncContextManager[T]) -> None:
-        """Keep the context manager open until it is to be closed."""
-        # First the token, then the look at _wanted; ask_to_close does it the other way
-        # round, so that one of the two sees the other.
+        """Keep the context manager open until closing is requested."""
+        # This sets the token before it reads _close_requested.  ask_to_close writes
+        # _close_requested before it reads the token.  So at least one of the two notices the
+        # other, and the request is not lost.
         self._token = trio.lowlevel.current_trio_token()
         async with manager as value, trio.open_nursery() as nursery:
             self._nursery = nursery
             self._opened.set_result(value)
             try:
-                if self._wanted:
+                if not self._close_requested:
                     await self._closing.wait()
             finally:
-                self._unattended = not self._attended
-                # From here on no call starts.  Those under way finish before the manager
-                # is left, or are cancelled if it has broken down.
+                self._log_failure = not self._close_called
+                # No call starts from here on.  Running calls finish before the manager is
+                # left, or are cancelled if the block raises.
                 self._nursery = None
 
     def _start(self, future: Future[R], function: Callable[[], Awaitable[R]]) -> None:
@@ -171,13 +170,13 @@ class Portal(Generic[T]):
 
 
 async def _carry_out(future: Future[R], function: Callable[[], Awaitable[R]]) -> None:
-    """Run one call and hand its outcome over."""
+    """Run one call and set the result or the error of its future."""
     try:
         result = await function()
     except trio.Cancelled:
         future.set_exception(_closed())
         raise
-    except Exception as error:  # noqa: BLE001  the caller's, not ours
+    except Exception as error:  # noqa: BLE001  raised in the caller
         future.set_exception(error)
     else:
         future.set_result(result)
@@ -188,7 +187,7 @@ def _closed() -> PortalClosedError:
 
 
 class _PortalThread(threading.Thread):
-    """A portal's thread, told apart from the program's own."""
+    """The thread of a portal, as distinct from the program's own threads."""
 
 
 class _Watcher:
@@ -200,21 +199,21 @@ class _Watcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, portal: Portal[Any]) -> None:
-        """Take care of a portal."""
+        """Close a portal when the program ends."""
         with self._lock:
             self._portals.add(portal)
-            # One thread for all portals; after a fork it is gone from the child.
+            # One thread for all portals; a forked child does not have it.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="portals", daemon=True)
                 self._thread.start()
 
     def forget(self, portal: Portal[Any]) -> None:
-        """Take care of a portal no longer; it has ended."""
+        """Stop watching a portal that has ended."""
         with self._lock:
             self._portals.discard(portal)
 
     def _run(self) -> None:
-        """Wait for the end of the program, then have closed what is open."""
+        """Wait for the end of the program, then close the portals that are open."""
         threading.main_thread().join()
         # Threads that Python waits for may still use a portal.
         while users := [

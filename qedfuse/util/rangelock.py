@@ -1,4 +1,4 @@
-"""A lock over ranges of numbers: who overlaps waits, who does not goes on at once."""
+"""A lock over ranges of numbers: only overlapping ranges exclude each other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, slots=True)
-class _Claim:
-    """One task's range, in the queue from the moment it asks until it lets go."""
+class _Request:
+    """One task's range, in the queue from the call of `hold` until the range is released."""
 
     start: int
     end: int
@@ -25,38 +25,38 @@ class _Claim:
 class RangeLock:
     """Exclusive ownership of half-open ranges ``[start, end)``, first come first served.
 
-    A claim waits for every overlapping claim that came before it, held or waiting, so
-    that nobody starves.  An uncontended claim does not yield to the event loop.
+    A request waits for every overlapping request that came before it, held or waiting, so
+    that no task starves.  An uncontended request is no checkpoint.
     """
 
     def __init__(self) -> None:
-        """Make a lock that nobody holds."""
-        self._claims: list[_Claim] = []
+        """Start with no range held."""
+        self._requests: list[_Request] = []
 
     @asynccontextmanager
     async def hold(self, start: int, end: int) -> AsyncIterator[None]:
-        """Own ``[start, end)`` inside the ``async with`` block."""
-        claim = _Claim(start, end)
-        claim.blockers = sum(start < other.end and other.start < end for other in self._claims)
-        self._claims.append(claim)
+        """Hold ``[start, end)`` inside the ``async with`` block."""
+        request = _Request(start, end)
+        request.blockers = sum(start < other.end and other.start < end for other in self._requests)
+        self._requests.append(request)
         try:
-            if claim.blockers:
-                claim.ready = trio.Event()
-                await claim.ready.wait()
+            if request.blockers:
+                request.ready = trio.Event()
+                await request.ready.wait()
             yield
         finally:
-            self._drop(claim)
+            self._drop(request)
 
     def is_free(self, start: int, end: int) -> bool:
-        """Tell whether nobody owns any of ``[start, end)`` or waits for it."""
-        return not any(start < other.end and other.start < end for other in self._claims)
+        """Return whether no task holds or waits for any of ``[start, end)``."""
+        return not any(start < other.end and other.start < end for other in self._requests)
 
-    def _drop(self, claim: _Claim) -> None:
-        """Take a claim out and wake those who waited for nobody else."""
-        place = self._claims.index(claim)
-        del self._claims[place]
-        for later in self._claims[place:]:
-            if claim.start < later.end and later.start < claim.end:
+    def _drop(self, request: _Request) -> None:
+        """Remove a request, and wake the tasks that waited for no other one."""
+        position = self._requests.index(request)
+        del self._requests[position]
+        for later in self._requests[position:]:
+            if request.start < later.end and later.start < request.end:
                 later.blockers -= 1
                 if not later.blockers and later.ready is not None:
                     later.ready.set()
@@ -64,9 +64,9 @@ class RangeLock:
     @property
     def held(self) -> int:
         """How many ranges are held."""
-        return len(self._claims) - self.waiting
+        return len(self._requests) - self.waiting
 
     @property
     def waiting(self) -> int:
         """How many tasks wait for a range."""
-        return sum(claim.blockers > 0 for claim in self._claims)
+        return sum(request.blockers > 0 for request in self._requests)

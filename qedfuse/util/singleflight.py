@@ -1,4 +1,4 @@
-"""One call for many askers: whoever wants what is already being fetched waits for it."""
+"""Single flight: concurrent callers that want the same value share one fetch of it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ K = TypeVar("K", bound="Hashable")
 class SingleFlight(Generic[K]):
     """Runs at most one fetch per key at a time.
 
-    The fetch leaves its result where askers look for it (a cache), so they look again
-    after waiting.  An asker whose leader failed or was cancelled becomes the leader
-    itself, so that nobody gets another's error.
+    The fetch stores its result in a cache, where the callers look again after waiting.  If
+    the fetch failed or was cancelled, the next caller that finds no result runs it again, so
+    that no caller gets the error of another one.
     """
 
     def __init__(self) -> None:
-        """Make one with nothing in flight."""
+        """Start with no fetch running."""
         self._flights: dict[K, trio.Event] = {}
 
     async def run(self, key: K, fetch: Callable[[], Awaitable[None]]) -> bool:
-        """Run ``fetch`` for ``key``, or wait for the run under way.
+        """Run ``fetch`` for ``key``, or wait until the running fetch for it has ended.
 
         Returns:
-            Whether this call ran ``fetch`` itself.  If not, look again: the result may
-            be there, or the other run may have failed.
+            Whether this call ran ``fetch``.  If not, the result may be in the cache, or the
+            other call may have failed.
         """
         flight = self._flights.get(key)
         if flight is not None:

@@ -1,4 +1,4 @@
-"""Sizes as people write them (``64K``, ``10G``) and as they like to read them."""
+"""Parsing and formatting sizes in bytes with binary suffixes (``64K``, ``1.5 GiB``)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Final
 from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
-_STEP: Final = 1024
-# ASCII, or the Kelvin sign would be a K; few digits, or int() would refuse them.
+_UNIT_FACTOR: Final = 1024
+# ASCII, because the Kelvin sign matches K otherwise; 30 digits, because int() has a limit.
 _PATTERN: Final = re.compile(
     r"(?P<number>\d{1,30})(?:(?P<unit>[kmgtpe])i?)?b?", re.IGNORECASE | re.ASCII
 )
 
 
 def parse_size(text: str) -> int:
-    """Read a size in bytes, with a binary suffix K, M, G, T, P or E if there is one.
+    """Return the bytes of a size that may have a binary suffix K, M, G, T, P or E.
 
     Raises:
-        UsageError: It is not a size.
+        UsageError: The text is not a size.
     """
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
@@ -31,10 +31,10 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Write a size for people: ``64 KiB``, ``1.5 GiB``."""
+    """Return a size in bytes as text with a binary unit: ``64 KiB``, ``1.5 GiB``."""
     value = float(size)
     for unit in ("bytes", *(f"{letter}iB" for letter in _UNITS)):
-        if value < _STEP or unit == "EiB":
+        if value < _UNIT_FACTOR or unit == "EiB":
             break
-        value /= _STEP
+        value /= _UNIT_FACTOR
     return f"{value:.4g} {unit}"

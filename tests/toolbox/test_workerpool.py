@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from qedfuse.tools.common.workerpool import Ticket, WorkerPool
-from qedfuse.util.periodicprogress import periodic_progress
+from qedfuse.util.backgroundtasks import periodic_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

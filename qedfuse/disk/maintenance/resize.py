@@ -24,7 +24,7 @@ from qedfuse.disk.lookup.tablecache import L1
 from qedfuse.errors import CorruptImageError, UsageError
 from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR, UNALLOCATED
-from qedfuse.util.periodicprogress import periodic_progress
+from qedfuse.util.backgroundtasks import periodic_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -38,8 +38,8 @@ import trio
 
 from qedfuse.errors import FuseError
 from qedfuse.mount.system.privileges import FUSE_DEVICE
+from qedfuse.util.backgroundtasks import background_tasks
 from qedfuse.util.descriptors import open_descriptors
-from qedfuse.util.scope import open_scope
 
 # linux/fuse.h, a stable interface: struct fuse_in_header (40 bytes) and the first fields of
 # struct fuse_init_in (major, minor, max_readahead, flags); struct fuse_out_header (16 bytes)
@@ -132,7 +132,7 @@ async def negotiate_init(fd: int, readahead: int | None = None) -> None:
         os.dup2(theirs.fileno(), fd, inheritable=False)
         ours.setblocking(False)  # noqa: FBT003
         ours.send(request)
-        async with open_scope() as nursery:
+        async with background_tasks() as nursery:
             nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(ours)
             # The tasks that wait for the socket have to end before ``fd`` is the device again.

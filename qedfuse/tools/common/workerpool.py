@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
 
-from qedfuse.util.scope import open_scope
+from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,7 @@ class WorkerPool(Generic[T]):
         for first in items:
             # Starts no thread without an item: large disks have long ranges with no work.
             remaining = chain((first,), items)
-            async with open_scope() as nursery:
+            async with background_tasks() as nursery:
                 for worker in self._workers:
                     nursery.start_soon(trio.to_thread.run_sync, self._serve, worker, remaining)
 

@@ -15,7 +15,7 @@ from qedfuse.tools.common.blocks import equal_blocks
 from qedfuse.tools.common.workerpool import WorkerPool
 from qedfuse.tools.source.chunks import Chunker, read_segments
 from qedfuse.tools.source.extentbatches import extent_batches
-from qedfuse.util.periodicprogress import periodic_progress
+from qedfuse.util.backgroundtasks import periodic_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,7 +18,7 @@ from qedfuse.tools.common.workerpool import WorkerPool
 from qedfuse.tools.source.chunks import Chunker, read_segments
 from qedfuse.tools.source.extentbatches import extent_batches
 from qedfuse.tools.target.target import ParallelTarget, finish_target, write_all
-from qedfuse.util.periodicprogress import periodic_progress
+from qedfuse.util.backgroundtasks import periodic_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

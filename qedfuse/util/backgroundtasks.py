@@ -1,0 +1,52 @@
+"""Background tasks that run for the length of a block and are a detail of what it does."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+_REPORT_INTERVAL_SECONDS: Final = 0.1
+
+
+@asynccontextmanager
+async def background_tasks() -> AsyncIterator[trio.Nursery]:
+    """Open a nursery that raises a single error without an exception group.
+
+    trio wraps every error that leaves a nursery in an exception group, because several tasks
+    may fail concurrently.  A caller that does not know of the tasks expects the one error
+    that there almost always is.  Several errors are still raised as a group.
+    """
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from group.exceptions[0].__cause__
+
+
+@asynccontextmanager
+async def periodic_progress(report: Callable[[], None] | None) -> AsyncIterator[None]:
+    """Call ``report`` every 0.1 seconds while the block runs, and at its end unless it raises.
+
+    For operations that report no progress themselves.  With None nothing is called.
+    """
+    if report is None:
+        yield
+        return
+
+    async def repeat() -> None:
+        while True:
+            report()
+            await trio.sleep(_REPORT_INTERVAL_SECONDS)
+
+    async with background_tasks() as nursery:
+        nursery.start_soon(repeat)
+        yield
+        nursery.cancel_scope.cancel()
+    report()
