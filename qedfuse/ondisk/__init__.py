@@ -1,1 +1,1 @@
-"""The bytes of a QED image turned into values and back; no I/O happens here."""
+"""The QED format: bytes of an image to values and back, without any I/O."""

@@ -1,6 +1,6 @@
-"""Numbers that the QED specification fixes.
+"""Numbers that the QED format defines.
 
-Source: QEMU's "QED Image File Format Specification" and its driver's limits.
+Source: QEMU's "QED Image File Format Specification", and the limits of its driver.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HEADER_BYTES: Final = 64
 """Length of the fixed part of the header, in bytes."""
 
 SECTOR: Final = 512
-"""The disk's size is a multiple of this many bytes; a host disk writes this much at once."""
+"""The size of a disk is a multiple of this; also what a host disk writes atomically, in bytes."""
 
 MIN_CLUSTER_SIZE: Final = 1 << 12
 MAX_CLUSTER_SIZE: Final = 1 << 26
@@ -29,16 +29,16 @@ ENTRY_BYTES: Final = 8
 """Length of one L1 or L2 table entry, in bytes."""
 
 MAX_OFFSET: Final = (1 << 63) - 1
-"""Largest offset that the kernel's file interface can name, in bytes."""
+"""Largest file offset of the kernel (a signed 64-bit ``loff_t``), in bytes."""
 
 MAX_BACKING_NAME: Final = 1023
 """Longest backing file name that QEMU opens, in bytes."""
 
 UNALLOCATED: Final = 0
-"""Table entry: nothing here; the backing file shows through, or zeros."""
+"""Table entry: nothing is stored; reads return the backing file's bytes, or zeros."""
 
 ZERO: Final = 1
-"""L2 table entry: a cluster of zeros that hides the backing file."""
+"""L2 table entry: the cluster reads as zeros, whatever the backing file has."""
 
 
 class Feature(IntFlag):
@@ -48,11 +48,11 @@ class Feature(IntFlag):
     NEED_CHECK = 0x02
     BACKING_FORMAT_NO_PROBE = 0x04
     FREE_LIST = 1 << 60
-    """Ours, not QEMU's: see docs/format-extensions.md, also for why it is this bit."""
+    """An extension of qedfuse: docs/format-extensions.md describes it and why it is this bit."""
 
 
 KNOWN_FEATURES: Final = int(
     Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE | Feature.FREE_LIST
 )
 KNOWN_AUTOCLEAR: Final = 0
-"""No autoclear bit is defined: each one found is cleared before the image is changed."""
+"""QED defines no autoclear bit, so every one that is set is cleared before the first change."""

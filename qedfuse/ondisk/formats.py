@@ -1,4 +1,4 @@
-"""Which format a file has, by its first bytes: the one place that knows any but our own."""
+"""Which image format a file has, by its first bytes; other formats are known here only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from qedfuse.ondisk.constants import MAGIC
 
 SIGNATURE_BYTES: Final = 0x44
-"""How many of a file's first bytes tell."""
+"""Bytes at the beginning of a file that decide its format."""
 
 _QED: Final = MAGIC.to_bytes(4, "little")
 _FOREIGN: Final = (
@@ -18,24 +18,25 @@ _FOREIGN: Final = (
     (0, b"conectix", "VHD"),
     (0x40, b"\x7f\x10\xda\xbe", "VDI"),
 )
-"""Where in the file, what is there, and what that says."""
+"""File offset of the magic bytes, the magic bytes, and the name of the format."""
+
 _LUKS: Final = b"LUKS\xba\xbe"
 
 
 def is_qed(start: bytes | bytearray) -> bool:
-    """Tell whether a file that starts like this is a QED image."""
+    """Return whether a file with these first bytes is a QED image."""
     return start.startswith(_QED)
 
 
 def is_luks(start: bytes | bytearray) -> bool:
-    """Tell whether what starts like this is encrypted by LUKS.
+    """Return whether a file with these first bytes is encrypted by LUKS.
 
-    To QEMU that is an image format.  A raw disk that a guest has encrypted looks the same,
-    so this is none of those that `foreign` names.
+    QEMU takes LUKS for an image format.  A raw disk that a guest has encrypted looks the
+    same, so `foreign_format` does not report it.
     """
     return start.startswith(_LUKS)
 
 
-def foreign(start: bytes | bytearray) -> str | None:
-    """Name the format of a file that is neither QED nor raw; None if it is one of those."""
+def foreign_format(start: bytes | bytearray) -> str | None:
+    """Return the name of a format other than QED that a file has; None for QED and raw."""
     return next((name for at, magic, name in _FOREIGN if start.startswith(magic, at)), None)

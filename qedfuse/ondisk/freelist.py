@@ -1,7 +1,7 @@
 """The persistent free list: its descriptor and its clusters as bytes (docs/format-extensions.md).
 
-Parsing judges each structure by itself.  What depends on the rest of the image, such as
-where the tables lie, is judged by `qedfuse.disk.state.freelistreader`.
+Parsing validates each structure on its own.  What depends on the rest of the image, such
+as where the tables lie, is validated by `qedfuse.disk.state.freelistreader`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Runs = NDArray[np.uint64]
-    """One row for each run: its first cluster, and how many clusters it has."""
+    """One row for each run: the number of its first cluster, and the number of its clusters."""
 
 DESCRIPTOR_OFFSET: Final = 3584
-"""Where the descriptor lies in the file: the last sector of the smallest cluster."""
+"""File offset of the descriptor: the last sector of the smallest possible cluster."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
@@ -58,15 +58,15 @@ CLUSTER_HEADER: Final[Any] = Struct(
     "unused" / Bytes(8),
 )
 CLUSTER_HEADER_BYTES: Final = 32
-_CRC_AT: Final = 20  # in a list cluster's header
+_CRC_OFFSET: Final = 20  # in the header of a list cluster
 
 
 class BadListError(ValueError):
-    """A free list that must not be used; says which field, what it holds, and what it should."""
+    """A free list is invalid; the message has the field, what it holds and what was expected."""
 
 
 def refuse(field: str, found: object, expected: str) -> NoReturn:
-    """Refuse a list for what one of its fields holds.
+    """Raise an error about one field of a list.
 
     Raises:
         BadListError: Always.
@@ -77,15 +77,15 @@ def refuse(field: str, found: object, expected: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """Where the list begins, and what it has to add up to.
+    """Where the list begins, and the sums that it must have.
 
     Attributes:
         first_cluster: File offset of the first list cluster, in bytes.
-        list_clusters: Clusters that hold the list; they are among the free ones.
+        list_clusters: Clusters that hold the list; they are listed as free as well.
         runs: Runs in all of them.
         free_clusters: Clusters in all runs.
         file_bytes: Length of the image file when the list was written.
-        list_crc: CRC-32 of all runs, as they stand in the list.
+        list_crc: CRC-32 of all runs, as encoded in the list.
     """
 
     first_cluster: int
@@ -103,7 +103,7 @@ class ListCluster:
     Attributes:
         next_cluster: File offset of the next one in bytes; 0 in the last.
         runs: Runs in this one.
-        crc: CRC-32 of this header, with zero in the place of the CRC, and the runs.
+        crc: CRC-32 of this header, with zeros instead of the CRC, and the runs.
     """
 
     next_cluster: int
@@ -112,7 +112,7 @@ class ListCluster:
 
 
 def runs_in_cluster(cluster_size: int) -> int:
-    """Tell how many runs fit into a list cluster of ``cluster_size`` bytes."""
+    """Return how many runs fit into a list cluster of ``cluster_size`` bytes."""
     return (cluster_size - CLUSTER_HEADER_BYTES) // RUN_BYTES
 
 
@@ -129,7 +129,7 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
     """Read a descriptor.
 
     Raises:
-        BadListError: It is none, of another version, or damaged.
+        BadListError: It has no magic bytes, another version, or is damaged.
     """
     if len(data) < DESCRIPTOR_BYTES:
         refuse("descriptor", f"{len(data)} bytes", f"{DESCRIPTOR_BYTES}")
@@ -143,17 +143,17 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
     return Descriptor(**{name: getattr(raw, name) for name in Descriptor.__slots__})
 
 
-def is_descriptor_place(data: bytes | bytearray) -> bool:
-    """Tell whether a descriptor may be put where ``data`` stands: a former one, or zeros."""
+def may_hold_descriptor(data: bytes | bytearray) -> bool:
+    """Return whether a descriptor may overwrite ``data``: an older descriptor, or zeros."""
     return data.startswith(MAGIC) or not any(data)
 
 
 def build_cluster(next_cluster: int, runs: Runs) -> bytes:
-    """Encode a list cluster, up to the sector in which its runs end."""
+    """Encode a list cluster, up to the end of the sector in which its runs end."""
     fields = {"magic": CLUSTER_MAGIC, "next_cluster": next_cluster, "runs": len(runs)}
     head = bytearray(CLUSTER_HEADER.build(fields | {"crc": 0, "unused": bytes(8)}))
     body = encode_runs(runs)
-    head[_CRC_AT : _CRC_AT + 4] = zlib.crc32(body, zlib.crc32(head)).to_bytes(4, "little")
+    head[_CRC_OFFSET : _CRC_OFFSET + 4] = zlib.crc32(body, zlib.crc32(head)).to_bytes(4, "little")
     data = bytes(head) + body
     return data + bytes(-len(data) % SECTOR)
 
@@ -162,22 +162,22 @@ def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClus
     """Read the header of a list cluster of ``cluster_size`` bytes.
 
     Raises:
-        BadListError: It is none, or says that it has no runs, or more than fit.
+        BadListError: It has no magic bytes, no runs, or more runs than fit.
     """
     if len(data) < CLUSTER_HEADER_BYTES:
         refuse("list cluster", f"{len(data)} bytes", f"at least {CLUSTER_HEADER_BYTES}")
     raw = CLUSTER_HEADER.parse(data)
     _check_magic("list cluster magic", raw.magic, CLUSTER_MAGIC)
-    most = runs_in_cluster(cluster_size)
-    if not 1 <= raw.runs <= most:
-        refuse("runs in a list cluster", raw.runs, f"1 to {most}")
+    max_runs = runs_in_cluster(cluster_size)
+    if not 1 <= raw.runs <= max_runs:
+        refuse("runs in a list cluster", raw.runs, f"1 to {max_runs}")
     if any(raw.unused):
         refuse("list cluster", "unused bytes that are not zero", "zeros")
     return ListCluster(raw.next_cluster, raw.runs, raw.crc)
 
 
 def parse_runs(cluster: ListCluster, data: bytes | bytearray) -> Runs:
-    """Read the runs of a list cluster whose header has been read, from the cluster's bytes.
+    """Read the runs of a list cluster from its bytes; ``cluster`` is its header.
 
     Raises:
         BadListError: They are damaged, or some are missing.
@@ -186,14 +186,14 @@ def parse_runs(cluster: ListCluster, data: bytes | bytearray) -> Runs:
     if len(data) < end:
         refuse("list cluster", f"{len(data)} bytes", f"at least {end}")
     checked = bytearray(data[:end])
-    checked[_CRC_AT : _CRC_AT + 4] = bytes(4)
+    checked[_CRC_OFFSET : _CRC_OFFSET + 4] = bytes(4)
     _check_crc("list cluster checksum", cluster.crc, zlib.crc32(checked))
     values = np.frombuffer(checked, _RUN_DTYPE, offset=CLUSTER_HEADER_BYTES)
     return values.astype(np.uint64).reshape(-1, 2)
 
 
 def encode_runs(runs: Runs) -> bytes:
-    """Encode runs as they stand in the list."""
+    """Encode runs for the list."""
     return runs.astype(_RUN_DTYPE).tobytes()
 
 

@@ -1,8 +1,7 @@
-"""All arithmetic on offsets, in one place.
+"""The arithmetic on offsets: indices into tables, rounding to clusters, bounds.
 
-A guest offset is cut into an index into the L1 table, an index into an L2 table and an
-offset in the cluster.  Everything that shifts, masks, rounds or bounds lives here, so
-that it can be right once.
+A guest offset consists of an index into the L1 table, an index into an L2 table and an
+offset in the cluster.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ FileOffset = NewType("FileOffset", int)
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How an image is cut up; all sizes in bytes unless the name says otherwise.
+    """The sizes of clusters and tables of an image, in bytes unless stated otherwise.
 
     Attributes:
         cluster_size: Bytes in a cluster, a power of two.
@@ -40,7 +39,7 @@ class Geometry:
     table_span: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Derive what every request needs, once."""
+        """Compute the values that every request needs."""
         put = object.__setattr__
         put(self, "cluster_bits", self.cluster_size.bit_length() - 1)
         put(self, "cluster_mask", self.cluster_size - 1)
@@ -54,15 +53,15 @@ class Geometry:
         return min(self.entries * self.table_span, MAX_OFFSET - SECTOR + 1)
 
     def l1_index(self, start: int) -> int:
-        """Tell which L1 entry covers a guest offset."""
+        """Return the index of the L1 entry that covers a guest offset."""
         return start // self.table_span
 
     def l2_index(self, start: int) -> int:
-        """Tell which entry of its L2 table covers a guest offset."""
+        """Return the index in its L2 table of the entry that covers a guest offset."""
         return (start % self.table_span) >> self.cluster_bits
 
     def in_cluster(self, offset: int) -> int:
-        """Give the distance of an offset, guest or file, from the start of its cluster."""
+        """Return the distance of an offset, guest or file, from the start of its cluster."""
         return offset & self.cluster_mask
 
     def floor(self, offset: int) -> int:
@@ -74,14 +73,14 @@ class Geometry:
         return (offset + self.cluster_mask) & ~self.cluster_mask
 
     def clusters(self, length: int) -> int:
-        """Count the clusters that ``length`` bytes need, from a cluster boundary on."""
+        """Return the number of clusters that ``length`` bytes from a cluster boundary need."""
         return (length + self.cluster_mask) >> self.cluster_bits
 
     def l1_used(self, image_size: int) -> int:
-        """Count the L1 entries that a disk of ``image_size`` bytes can use."""
+        """Return the number of L1 entries that a disk of ``image_size`` bytes can use."""
         return -(-image_size // self.table_span)
 
     def bound(self, header_end: int, image_size: int) -> int:
-        """Give the length in bytes that the file never needs to exceed."""
+        """Return the file length in bytes that holds all tables and all clusters of the disk."""
         tables = 1 + self.l1_used(image_size)
         return header_end + tables * self.table_bytes + self.ceil(image_size)

@@ -1,8 +1,8 @@
 """The header of an image: 64 bytes at the start of the file.
 
-Source: QEMU's QED specification, "Header".  `parse_header` checks every field against
-its own range before anything is computed from it; what depends on the file's length is
-checked by `Header.check_fits`.
+Source: QEMU's QED specification, "Header".  `parse_header` checks the range of every
+field before anything is computed from it; `Header.check_fits` checks what depends on the
+length of the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qedfuse.ondisk.constants import (
 from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.geometry import Geometry
 
-LAYOUT: Final[Any] = Struct(
+HEADER_STRUCT: Final[Any] = Struct(
     "magic" / Int32ul,
     "cluster_size" / Int32ul,
     "table_size" / Int32ul,
@@ -46,12 +46,12 @@ LAYOUT: Final[Any] = Struct(
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header whose fields are each in range.
+    """A header; `parse_header` makes only those whose fields are in range.
 
     Attributes:
         header_size: Clusters reserved for the header; QEMU opens images where it is 0.
         features: Incompatible feature bits, all known.
-        compat_features: Bits that may be ignored, and are kept as they are.
+        compat_features: Bits that may be ignored; they are preserved.
         autoclear_features: Bits to clear before the first change if unknown.
         l1_table_offset: File offset of the L1 table.
         image_size: Size of the disk in bytes.
@@ -70,12 +70,12 @@ class Header:
     geometry: Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Derive the geometry."""
+        """Compute the geometry."""
         object.__setattr__(self, "geometry", Geometry(self.cluster_size, self.table_size))
 
     @property
     def header_end(self) -> int:
-        """The first file offset that a table or a data cluster may have, in bytes."""
+        """The file offset at which the header ends, in bytes; nothing else lies before it."""
         return max(1, self.header_size) * self.cluster_size
 
     @property
@@ -85,12 +85,12 @@ class Header:
 
     @property
     def has_backing(self) -> bool:
-        """Whether the image names a backing file; an empty name is none, as for QEMU."""
+        """Whether the image names a backing file; as for QEMU, an empty name means none."""
         return bool(self.features & Feature.BACKING_FILE) and self.backing_filename_size > 0
 
     @property
     def backing_is_raw(self) -> bool:
-        """Whether the backing file's format must not be guessed from its content."""
+        """Whether the backing file is raw, whatever its first bytes are (NO_PROBE)."""
         return bool(self.features & Feature.BACKING_FORMAT_NO_PROBE)
 
     @property
@@ -127,7 +127,7 @@ class Header:
         return replace(self, autoclear_features=self.autoclear_features & KNOWN_AUTOCLEAR)
 
     def check_fits(self, file_size: int, name: str) -> None:
-        """Check the fields that say where things lie against the file's length in bytes.
+        """Check the offsets against the length of the file in bytes.
 
         Raises:
             HeaderError: The L1 table is not wholly inside the file.
@@ -142,10 +142,10 @@ class Header:
 
 
 def parse_header(data: bytes, name: str) -> Header:
-    """Read a header from the first bytes of a file called ``name`` in messages.
+    """Parse the first bytes of a file that messages call ``name``.
 
     Raises:
-        NotQedError: Too short, or no QED magic.
+        NotQedError: The data is too short, or has no QED magic.
         HeaderError: A field is out of its range.
         UnsupportedError: Unknown incompatible feature bits are set.
     """
@@ -155,14 +155,14 @@ def parse_header(data: bytes, name: str) -> Header:
             raise NotQedError(msg)
         msg = f"{name}: truncated header: found {len(data)} bytes, expected 64"
         raise NotQedError(msg)
-    raw = LAYOUT.parse(data[:HEADER_BYTES])
+    raw = HEADER_STRUCT.parse(data[:HEADER_BYTES])
     if raw.magic != MAGIC:
         msg = (
             f"{name}: not a QED image: header field magic: "
             f"found 0x{raw.magic:08x}, expected 0x{MAGIC:08x}"
         )
         raise NotQedError(msg)
-    # Feature bits come first: an image with unknown ones may mean anything by the rest.
+    # Feature bits are checked first: they may change the meaning of all other fields.
     unknown = raw.features & ~KNOWN_FEATURES
     if unknown:
         bits = ", ".join(str(bit) for bit in range(64) if unknown >> bit & 1)
@@ -185,12 +185,12 @@ def parse_header(data: bytes, name: str) -> Header:
         backing_filename_offset=raw.backing_filename_offset,
         backing_filename_size=raw.backing_filename_size,
     )
-    _check_places(header, name)
+    _check_offsets(header, name)
     return header
 
 
 def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
-    """Read a header, and check it against the length of its file in bytes.
+    """Parse a header, and check it against the length of its file in bytes.
 
     Raises:
         ImageError: As `parse_header`, or the L1 table is not wholly inside the file.
@@ -200,14 +200,15 @@ def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
     return header
 
 
-def _check_power(name: str, field_name: str, value: int, least: int, most: int) -> None:
+def _check_power(name: str, field_name: str, value: int, minimum: int, maximum: int) -> None:
     """Check that a field is a power of two within its limits."""
-    if not least <= value <= most or value & (value - 1):
-        raise HeaderError(name, field_name, value, f"a power of two from {least} to {most}")
+    if not minimum <= value <= maximum or value & (value - 1):
+        expected = f"a power of two from {minimum} to {maximum}"
+        raise HeaderError(name, field_name, value, expected)
 
 
-def _check_places(header: Header, name: str) -> None:
-    """Check sizes and offsets against the geometry and each other."""
+def _check_offsets(header: Header, name: str) -> None:
+    """Check sizes and offsets against the geometry and against each other."""
     geometry = header.geometry
     size = header.image_size
     if size % SECTOR or size > geometry.max_image_size:
@@ -237,6 +238,8 @@ def _check_places(header: Header, name: str) -> None:
 def build_header(header: Header) -> bytes:
     """Encode a header as the 64 bytes at the start of a file."""
     fields = {
-        item.name: getattr(header, item.name) for item in LAYOUT.subcons if item.name != "magic"
+        item.name: getattr(header, item.name)
+        for item in HEADER_STRUCT.subcons
+        if item.name != "magic"
     }
-    return bytes(LAYOUT.build({"magic": MAGIC, **fields}))
+    return bytes(HEADER_STRUCT.build({"magic": MAGIC, **fields}))

@@ -1,7 +1,7 @@
-"""Table entries: eight bytes each, little-endian, in an ``array('Q')``.
+"""Table entries: eight bytes each, little-endian in the file, in memory an ``array('Q')``.
 
-An array decodes a default table 300 times faster than construct does, and slices,
-compares and writes back without copying through Python integers.
+An array decodes a table of the default size 300 times faster than construct does, and is
+sliced, compared and encoded without a Python integer for each entry.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SLICE_BYTES: Final = 1 << 16
-"""Tables are read, cached and written in pieces of at most this many bytes."""
+"""Length of a slice: the unit in which tables are read, cached and written, in bytes."""
 
-_SKIP: Final = 1024
-_HOLE: Final = array("Q", bytes(_SKIP * ENTRY_BYTES))
+_ZERO_ENTRIES: Final = 1024
+"""Unallocated entries that are compared in one step."""
+_ZEROS: Final = array("Q", bytes(_ZERO_ENTRIES * ENTRY_BYTES))
 _BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
 def decode(raw: bytes | bytearray) -> array[int]:
-    """Turn the bytes of a table, or of a part of one, into entries."""
+    """Return the entries that the bytes of a table, or of a part of one, encode."""
     entries = array("Q")
     entries.frombytes(raw)
     if _BIG_ENDIAN:
@@ -41,22 +42,22 @@ def slice_start(table: int, offset: int, slice_bytes: int = SLICE_BYTES) -> int:
 
 
 def encode(entries: array[int], first: int, last: int) -> bytes:
-    """Turn the entries from index ``first`` up to, not including, ``last`` into bytes."""
-    part = entries[first:last]
+    """Return the bytes of the entries from index ``first`` up to, not including, ``last``."""
+    encoded = entries[first:last]
     if _BIG_ENDIAN:
-        part.byteswap()
-    return part.tobytes()
+        encoded.byteswap()
+    return encoded.tobytes()
 
 
 def runs(
     entries: array[int], first: int, last: int, cluster_size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Cut the entries from ``first`` up to ``last`` into runs that can be handled as one.
+    """Divide the entries from ``first`` up to ``last`` into runs that are stored alike.
 
     Yields:
         (index of the first entry, number of entries, value of the first entry).  Within
-        a run all entries are unallocated, or all are zero clusters, or each points one
-        cluster behind the one before it.
+        a run all entries are unallocated, or all are zero clusters, or each points to the
+        cluster that follows that of the entry before.
     """
     index = first
     while index < last:
@@ -69,8 +70,8 @@ def runs(
                 expected += cluster_size
         else:
             if value == UNALLOCATED:
-                while end + _SKIP <= last and entries[end : end + _SKIP] == _HOLE:
-                    end += _SKIP
+                while end + _ZERO_ENTRIES <= last and entries[end : end + _ZERO_ENTRIES] == _ZEROS:
+                    end += _ZERO_ENTRIES
             while end < last and entries[end] == value:
                 end += 1
         yield index, end - index, value

@@ -252,7 +252,3 @@ class WritePath:
         must fit in their budget.
         """
         return self.allocating.is_free(start, end) and self._table_writer.is_within_budget()
-
-    def waiting(self) -> int:
-        """Return how many writes wait for another one into the same new cluster."""
-        return self.allocating.waiting

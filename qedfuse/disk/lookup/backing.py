@@ -23,7 +23,7 @@ from qedfuse.errors import (
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
     if header.backing_is_raw:
         return False
     start = await base.pread(0, SIGNATURE_BYTES)
-    found = foreign(start)
+    found = foreign_format(start)
     if found is not None:
         msg = (
             f"{image}: backing file {base.name}: found a {found} image, expected QED or raw "

@@ -17,7 +17,7 @@ from qedfuse.ondisk.freelist import (
     build_cluster,
     build_descriptor,
     encode_runs,
-    is_descriptor_place,
+    may_hold_descriptor,
     runs_in_cluster,
 )
 
@@ -72,7 +72,7 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     found = ""
     if backing_name_covers_descriptor(header):
         found = "the backing file name"
-    elif not header.free_list and not is_descriptor_place(
+    elif not header.free_list and not may_hold_descriptor(
         await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
     ):
         # Another program, which does not use our feature bit, may need these bytes.

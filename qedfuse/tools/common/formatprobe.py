@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.errors import HostError, NotQedError, UsageError
 from qedfuse.hostio.regular import open_raw
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign, is_luks, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_luks, is_qed
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def format_of(start: bytes | bytearray | memoryview, name: str) -> Literal["raw"
     start = bytes(start[:SIGNATURE_BYTES])
     if is_qed(start):
         return "qed"
-    found = "LUKS" if is_luks(start) else foreign(start)
+    found = "LUKS" if is_luks(start) else foreign_format(start)
     if found is not None:
         msg = (
             f"{name}: format: found {found}, expected raw or qed (-f raw reads its bytes "
@@ -60,7 +60,7 @@ def is_qed_image(
         NotQedError: The user says nothing, and it is an image of a foreign format.
     """
     if image_format == "auto":
-        found = foreign(start)
+        found = foreign_format(start)
         if found is not None:
             msg = f"{name}: found a {found} image, expected QED or raw"
             raise NotQedError(msg)

@@ -16,7 +16,7 @@ from qedfuse.ondisk.constants import (
     MIN_TABLE_SIZE,
     Feature,
 )
-from qedfuse.ondisk.header import LAYOUT, Header, parse_header
+from qedfuse.ondisk.header import HEADER_STRUCT, Header, parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -92,7 +92,7 @@ def read_raw(data: bytes, file_size: int, name: str) -> RawHeader:
 
 def _fields(data: bytes) -> Iterator[HeaderField]:
     offset = 0
-    for item in LAYOUT.subcons:
+    for item in HEADER_STRUCT.subcons:
         length = item.sizeof()
         if offset + length > len(data):
             return
@@ -119,11 +119,11 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
     Each time a field is refused, the next look is at a header in which it is harmless.  So
     there is one judge of headers, and nothing is said here that he would not say.
     """
-    fields = LAYOUT.parse(data)
+    fields = HEADER_STRUCT.parse(data)
     moved = False
     for _ in range(_MAX_PROBLEMS):
         try:
-            header = parse_header(LAYOUT.build(fields), name)
+            header = parse_header(HEADER_STRUCT.build(fields), name)
             if not moved:
                 header.check_fits(file_size, name)
         except UnsupportedError as error:
