@@ -1,4 +1,4 @@
-"""Polling pays or stops: for requests from the kernel, and for the host's disk."""
+"""The adaptive poll for kernel requests and for the host's disk, which polls only if that pays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> None:
-    """Short waits raise the confidence, longer ones lower it; a limit of 0 never polls."""
+    """A short wait raises the confidence, a long one lowers it; at 0 there is no polling."""
     poll = AdaptivePoll(1.0)
     assert poll.seconds == 0
     poll.record(1.0, slept=True)
@@ -49,7 +49,10 @@ def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> N
 
 
 class Host:
-    """A disk that takes ``seconds`` for each read; time goes on by a tenth of the longest try."""
+    """A disk that needs ``seconds`` for each read.
+
+    Each try moves the clock by a tenth of the longest poll.
+    """
 
     def __init__(self, seconds: float) -> None:
         """Start at 0."""
@@ -82,7 +85,7 @@ class Host:
 
 
 async def test_a_fast_disk_is_polled_and_a_slow_one_is_not() -> None:
-    """And one that becomes fast again is polled again."""
+    """A fast disk is polled, a slow one is not, and one that becomes fast is polled again."""
     host = Host(MAX_RETRY_SECONDS / 2)
     retry = NowaitRetry(host.clock)
     for _ in range(50):
@@ -108,7 +111,7 @@ async def test_a_fast_disk_is_polled_and_a_slow_one_is_not() -> None:
 
 
 async def test_others_run_while_a_read_is_polled_for() -> None:
-    """Each time before it is tried again."""
+    """Other tasks run before each new try of a polled read."""
     host, turns = Host(MAX_RETRY_SECONDS / 2), 0
 
     async def others() -> None:
@@ -125,8 +128,8 @@ async def test_others_run_while_a_read_is_polled_for() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_reads_that_wait_together_are_tried_in_their_order(seed: int) -> None:
-    """Each comes, or is waited for in another way; nobody is forgotten, and one task tries."""
+async def test_reads_that_wait_together_are_tried_in_order(seed: int) -> None:
+    """One task tries all waiting reads in order, and each one completes or goes to a thread."""
     chance = random.Random(seed)
     now = 0.0
     ends: dict[int, float] = {}
@@ -170,7 +173,7 @@ async def test_reads_that_wait_together_are_tried_in_their_order(seed: int) -> N
 async def test_a_host_file_that_is_not_in_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The read ends with all that is there, in whichever way it is waited for."""
+    """A read of uncached bytes returns all of them, by whichever way it waits."""
     content = os.urandom(300_000)
     path = tmp_path / "file"
     path.write_bytes(content)
@@ -199,10 +202,10 @@ async def test_a_host_file_that_is_not_in_the_page_cache(
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-async def test_a_datasync_goes_to_a_thread_if_it_has_been_slow_or_somebody_waits(
+async def test_a_datasync_goes_to_a_thread_if_the_last_was_slow_or_a_task_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, wanted: bool
 ) -> None:
-    """Otherwise it is made at once."""
+    """A datasync is inline, unless the last one was slow or another task waits."""
     path = tmp_path / "file"
     path.touch()
     threads: list[bool] = []
@@ -231,10 +234,10 @@ async def test_a_datasync_goes_to_a_thread_if_it_has_been_slow_or_somebody_waits
         assert threads == [True, wanted, wanted]
 
 
-async def test_a_datasync_that_fails_says_so_either_way(
+async def test_a_failed_datasync_raises_inline_and_in_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A datasync raises HostError in a worker thread and in the event loop."""
+    """A failed datasync raises its error, inline and in a thread."""
     path = tmp_path / "file"
     path.touch()
     threads: list[bool] = []

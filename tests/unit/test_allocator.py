@@ -1,4 +1,4 @@
-"""The allocator: growing ahead, giving back, cutting off."""
+"""The allocator: growing the file ahead of need, taking clusters back, truncating the tail."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make(file: MemoryFile | FailingFile, bound: int = 1 << 40) -> Space:
 
 
 async def test_runs_follow_each_other_at_the_end() -> None:
-    """New clusters are neighbours, blank, and the file is grown ahead once for many."""
+    """New clusters are contiguous and never written; the file grows once for many of them."""
     file = RecordingFile(bytes(2 * CLUSTER))
     space = make(file)
     assert await space.manager.allocate(3) == Run(2 * CLUSTER, 3 * CLUSTER, never_written=True)
@@ -36,7 +36,7 @@ async def test_runs_follow_each_other_at_the_end() -> None:
 
 
 async def test_growing_ahead_stops_at_the_bound() -> None:
-    """The file is not grown past its bound ahead of need, but where there is need."""
+    """The file grows ahead of need only up to its bound, and past it only on need."""
     file = RecordingFile(bytes(2 * CLUSTER))
     space = make(file, bound=4 * CLUSTER)
     await space.manager.allocate(1)
@@ -48,7 +48,7 @@ async def test_growing_ahead_stops_at_the_bound() -> None:
 
 
 async def test_release_at_the_end_and_in_the_middle() -> None:
-    """Clusters given back are used again, lowest first, and never taken for blank."""
+    """Released clusters are used again, the lowest first, and do not count as never written."""
     space = make(MemoryFile(bytes(CLUSTER)))
     runs = [await space.manager.allocate(2) for _ in range(4)]
     space.manager.release(runs[2])
@@ -67,8 +67,8 @@ async def test_release_at_the_end_and_in_the_middle() -> None:
     assert (await space.manager.allocate(1)).never_written
 
 
-async def test_tables_do_not_use_what_was_given_back_in_the_middle() -> None:
-    """A table needs neighbouring clusters, and goes to the end."""
+async def test_tables_do_not_use_single_free_clusters() -> None:
+    """A table needs contiguous clusters, so it goes to the end of the file."""
     space = make(MemoryFile(bytes(CLUSTER)))
     first, second = await space.manager.allocate(1), await space.manager.allocate(1)
     space.manager.release(first)
@@ -76,8 +76,8 @@ async def test_tables_do_not_use_what_was_given_back_in_the_middle() -> None:
     assert (await space.manager.allocate(1)).offset == first.offset
 
 
-async def test_trim_cuts_what_is_not_in_use() -> None:
-    """What was grown ahead goes, and what comes after it is blank again."""
+async def test_truncate_tail_cuts_unused_clusters() -> None:
+    """Truncating the tail removes unused clusters at the end, and later ones are never written."""
     file = RecordingFile(bytes(CLUSTER))
     space = make(file)
     kept, given_back = await space.manager.allocate(1), await space.manager.allocate(3)
@@ -90,8 +90,8 @@ async def test_trim_cuts_what_is_not_in_use() -> None:
     assert file.size() >= kept.end + CLUSTER
 
 
-async def test_allocating_while_the_file_is_cut() -> None:
-    """Clusters handed out while the cut is under way are inside the file, and not called blank."""
+async def test_allocating_while_the_file_is_truncated() -> None:
+    """Clusters allocated during a truncation are inside the file, and count as written."""
     file = FailingFile(RecordingFile(bytes(CLUSTER)))
     space = make(file)
     space.manager.release(await space.manager.allocate(2))
@@ -113,8 +113,8 @@ async def test_allocating_while_the_file_is_cut() -> None:
     assert not min(runs).never_written
 
 
-async def test_failed_cut_is_forgotten() -> None:
-    """If the file cannot be cut it is as long as before."""
+async def test_failed_truncation_keeps_the_length() -> None:
+    """After a failed truncation the allocator knows the old length of the file."""
     file = FailingFile(MemoryFile(bytes(CLUSTER)))
     space = make(file)
     await space.manager.allocate(1)
@@ -127,7 +127,7 @@ async def test_failed_cut_is_forgotten() -> None:
 
 
 async def test_odd_tail_is_cut_before_the_first_growth() -> None:
-    """Bytes past the last whole cluster do not show up in a cluster that is put there."""
+    """Bytes past the last whole cluster do not show in a cluster that is allocated there."""
     file = RecordingFile(bytes(CLUSTER) + b"junk")
     space = make(file)
     await space.length.truncate_tail()
@@ -141,8 +141,8 @@ async def test_odd_tail_is_cut_before_the_first_growth() -> None:
 
 
 @pytest.mark.parametrize("tail", [b"", b"junk"])
-async def test_growth_that_fails_for_several_at_once(tail: bytes) -> None:
-    """What was given back because the file could not grow is inside the file when reused."""
+async def test_growth_that_fails_for_several_tasks(tail: bytes) -> None:
+    """Clusters returned after a failed growth are inside the file when they are used again."""
     file = FailingFile(MemoryFile(bytes(CLUSTER) + tail))
     space = make(file)
 
@@ -161,8 +161,8 @@ async def test_growth_that_fails_for_several_at_once(tail: bytes) -> None:
         assert file.size() % CLUSTER == 0
 
 
-async def test_end_of_what_a_file_can_be() -> None:
-    """The largest offset that the kernel knows is an end like a full host."""
+async def test_largest_file_offset_is_like_a_full_host() -> None:
+    """At the largest file offset of the kernel, an allocation fails as on a full host."""
     space = make(MemoryFile(bytes(CLUSTER)))
     space.allocator.end = MAX_OFFSET - MAX_OFFSET % CLUSTER
     with pytest.raises(NoSpaceError, match=f"expected at most {MAX_OFFSET}"):

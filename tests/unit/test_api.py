@@ -1,4 +1,4 @@
-"""Images as file objects: what a file object promises, and what the image gets."""
+"""Images as file objects: the promises of a file object, and what the image file holds."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def threads() -> list[str]:
 
 
 def test_write_and_read_back(image: Path) -> None:
-    """Bytes written at odd places are there after closing and opening again."""
+    """Bytes written at unaligned offsets read back after the file was reopened."""
     with qedfuse.open(image, "r+b") as disk:
         assert (disk.size, disk.mode, disk.name) == (SIZE, "r+b", str(image))
         assert disk.readable()
@@ -90,7 +90,7 @@ def test_write_and_read_back(image: Path) -> None:
 
 
 def test_end_of_the_disk(image: Path) -> None:
-    """A write is short at the end, and past it there is no space."""
+    """A write is cut short at the end of the disk, and past the end there is no space."""
     with qedfuse.open(image, "r+b") as disk:
         disk.seek(SIZE - 2)
         assert disk.write(b"1234") == 2
@@ -132,7 +132,7 @@ def test_write_past_the_end_is_short_at_a_call_boundary(
 
 
 def test_buffers_of_other_shapes(image: Path) -> None:
-    """Whatever has bytes can be written and filled, counted in bytes."""
+    """Any object with the buffer protocol can be written and filled, counted in bytes."""
     with qedfuse.open(image, "r+b") as disk:
         assert disk.write(memoryview(struct.pack("<2Q", 1, 2)).cast("Q")) == 16
         disk.seek(0)
@@ -142,7 +142,7 @@ def test_buffers_of_other_shapes(image: Path) -> None:
 
 
 def test_truncate_grows(image: Path) -> None:
-    """The disk grows to a size or to the position, keeps its content, and never shrinks."""
+    """truncate() grows the disk to a size or to the position, keeps its content, never shrinks."""
     with qedfuse.open(image, "r+b") as disk:
         disk.seek(SIZE - 1)
         disk.write(b"x")
@@ -164,13 +164,13 @@ def test_truncate_grows(image: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["r", "w", "wb", "rb+", "r+", "a", "", None])
 def test_other_modes_are_refused(image: Path, mode: str) -> None:
-    """A disk is opened to read, or to read and write; nothing else means anything."""
+    """Only rb and r+b are accepted as modes."""
     with pytest.raises(ValueError, match=r"^mode: found .*, expected 'rb' or 'r\+b'$"):
         qedfuse.open(image, mode)  # type: ignore[arg-type]
 
 
 def test_read_only_file_is_not_written(image: Path) -> None:
-    """Changes through rb are refused as other file objects refuse them."""
+    """A file opened with rb refuses changes as other file objects do."""
     before = image.read_bytes()
     writing = qedfuse.OpenOptions(writable=True)  # the mode decides
     with qedfuse.open(image, "rb", options=writing) as disk:
@@ -186,7 +186,7 @@ def test_read_only_file_is_not_written(image: Path) -> None:
 
 
 def test_bad_positions(image: Path) -> None:
-    """Positions are not negative, and whence is one of three."""
+    """A negative position and an unknown whence are refused."""
     with qedfuse.open(image) as disk:
         for offset, whence in ((-1, 0), (-1, 1), (-SIZE - 1, 2), (0, 7)):
             with pytest.raises(ValueError, match=r"found -?[0-9]+, expected"):
@@ -209,7 +209,7 @@ def test_bad_positions(image: Path) -> None:
     ],
 )
 def test_closed_file(image: Path, use: Callable[[qedfuse.DiskFile], object]) -> None:
-    """Nothing works on a closed file, except closing it."""
+    """Every operation on a closed file fails, except closing it."""
     disk = qedfuse.open(image, "r+b")
     disk.close()
     disk.close()
@@ -218,13 +218,13 @@ def test_closed_file(image: Path, use: Callable[[qedfuse.DiskFile], object]) -> 
 
 
 def test_cannot_be_copied(image: Path) -> None:
-    """A file object with a thread behind it is neither copied nor pickled."""
+    """A file object with a thread behind it can neither be copied nor pickled."""
     with qedfuse.open(image) as disk, pytest.raises(TypeError, match="pickle"):
         pickle.dumps(disk)
 
 
 def test_errors_at_open_are_raised_in_the_caller(tmp_path: Path) -> None:
-    """What cannot be opened raises its own kind of error, and leaves no thread behind."""
+    """A failed open raises its own error in the caller, and leaves no thread behind."""
     path = tmp_path / "image.qed"
     with pytest.raises(HostError) as caught:
         qedfuse.open(path)
@@ -236,7 +236,7 @@ def test_errors_at_open_are_raised_in_the_caller(tmp_path: Path) -> None:
 
 
 def test_locks_last_until_close(image: Path) -> None:
-    """A writer excludes others, also in its own process, until it is closed."""
+    """A writer excludes other openers, also in its own process, until it is closed."""
     with qedfuse.open(image, "r+b") as disk:
         with pytest.raises(ImageInUseError, match=rf"\(pid {os.getpid()}\)"):
             qedfuse.open(image)
@@ -249,7 +249,7 @@ def test_locks_last_until_close(image: Path) -> None:
 
 
 def test_flush_puts_everything_into_the_file(image: Path, tmp_path: Path) -> None:
-    """After flush a copy of the file has everything; after close it is marked clean."""
+    """After a flush the image file holds everything, and after a close NEED_CHECK is clear."""
     copy = tmp_path / "copy.qed"
     with qedfuse.open(image, "r+b") as disk:
         disk.write(b"flushed")
@@ -262,7 +262,7 @@ def test_flush_puts_everything_into_the_file(image: Path, tmp_path: Path) -> Non
 
 
 def test_works_with_the_io_module(image: Path) -> None:
-    """Buffered and text layers, and what copies files, take a disk as any raw file."""
+    """Buffered and text layers and shutil accept a disk like any raw file."""
     with qedfuse.open(image, "r+b") as raw, io.BufferedRandom(raw) as buffered:
         buffered.write(b"line one\nline two\n")
         buffered.seek(0)
@@ -277,7 +277,7 @@ def test_works_with_the_io_module(image: Path) -> None:
 
 
 def test_threads_share_a_file(image: Path) -> None:
-    """Writes of several threads follow each other whole; none is lost or overlaps."""
+    """Writes of several threads are atomic: none is lost, and none overlaps another."""
     with qedfuse.open(image, "r+b") as disk:
 
         def work(number: int) -> None:
@@ -296,7 +296,7 @@ def test_threads_share_a_file(image: Path) -> None:
 
 
 def test_forgotten_file_is_closed_with_a_warning(image: Path) -> None:
-    """A file that is collected warns, and its image is closed cleanly."""
+    """A garbage-collected file emits a ResourceWarning, and its image is closed cleanly."""
     disk = qedfuse.open(image, "r+b")
     disk.write(b"kept")
     running = [thread for thread in threading.enumerate() if "image.qed" in thread.name]
@@ -311,7 +311,7 @@ def test_forgotten_file_is_closed_with_a_warning(image: Path) -> None:
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)])
 def test_program_that_ends_without_closing(image: Path, end: str, code: int) -> None:
-    """A program that ends, in whatever way, leaves a clean image with all it wrote."""
+    """A program that exits in any way leaves a clean image with everything it wrote."""
     program = f"""
 import qedfuse, sys
 disk = qedfuse.open(sys.argv[1], "r+b")
@@ -341,7 +341,7 @@ def mark_dirty(path: Path) -> None:
 
 @pytest.mark.expect_log("leaked clusters found by the check: 3; nothing worse")
 def test_dirty_image_with_leaks_only_is_opened(image: Path) -> None:
-    """An image that was not closed is checked; lost space is no reason to refuse it."""
+    """An image with NEED_CHECK and only leaks is checked and then opened."""
     with qedfuse.open(image, "r+b") as disk:
         disk.write(b"kept")
     mark_dirty(image)
@@ -353,7 +353,7 @@ def test_dirty_image_with_leaks_only_is_opened(image: Path) -> None:
 
 
 def test_dirty_image_with_errors_is_refused(image: Path) -> None:
-    """With worse than leaks it is not opened for writing, and not touched; reading works."""
+    """An image with NEED_CHECK and errors opens for reading only, and is not changed."""
     with qedfuse.open(image, "r+b") as disk:
         disk.write(b"kept" * CLUSTER)
     mark_dirty(image)
@@ -391,7 +391,7 @@ steps = st.lists(
 def test_agrees_with_a_file_in_memory(
     tmp_path_factory: pytest.TempPathFactory, todo: list[tuple[str, object]]
 ) -> None:
-    """Any order of operations gives what a plain file of fixed size gives."""
+    """Any sequence of operations gives the same results as a file of fixed size in memory."""
     size = 65536
     path = new_image(tmp_path_factory.mktemp("model") / "image.qed", size)
     model = io.BytesIO(bytes(size))

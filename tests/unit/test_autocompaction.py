@@ -1,4 +1,4 @@
-"""Automatic compaction: an image that was used and closed has no leak, as far as that is cheap."""
+"""Automatic compaction: a close leaves no free cluster in the file, as far as that is cheap."""
 
 from __future__ import annotations
 
@@ -50,30 +50,30 @@ if TYPE_CHECKING:
 CLUSTER: Final = 4096
 HELD: Final = 60
 """Clusters of the images here; every other one of the first half is given up."""
-GIVEN_UP: Final = tuple(range(0, HELD // 2, 2))
+DISCARDED: Final = tuple(range(0, HELD // 2, 2))
 
 
 def full() -> bytearray:
-    """Make an image whose clusters lie in the file as they do on the disk."""
+    """Return an image whose clusters lie in the file in the order of the disk."""
     return build_image(100 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(HELD)})
 
 
 def emptied(image: bytearray) -> bytes:
-    """Give what the disk holds once the clusters are given up."""
+    """Return the content of the disk after `discard_some`."""
     left = bytearray(guest_bytes(image))
-    for number in GIVEN_UP:
+    for number in DISCARDED:
         left[number * CLUSTER : (number + 1) * CLUSTER] = bytes(CLUSTER)
     return bytes(left)
 
 
-async def give_up(disk: Disk) -> None:
-    """Make holes in the file."""
-    for number in GIVEN_UP:
+async def discard_some(disk: Disk) -> None:
+    """Discard the clusters `DISCARDED`, which makes holes in the file."""
+    for number in DISCARDED:
         await disk.discard(number * CLUSTER, CLUSTER)
 
 
 def reported(caplog: pytest.LogCaptureFixture) -> int | None:
-    """Give how many clusters the log says are left; None if it says nothing."""
+    """Return how many free clusters the log says are left; None if it says nothing."""
     found = re.search(r"(\d+) free clusters \((\d+) bytes\) are left", caplog.text)
     if found is None:
         return None
@@ -83,7 +83,7 @@ def reported(caplog: pytest.LogCaptureFixture) -> int | None:
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_an_ordinary_session_leaves_no_leak(seed: int) -> None:
-    """Whatever the shape of the image; it stays within its bound, and holds what it held."""
+    """A session on an image of any shape leaves no free cluster, within the bound."""
     choice = random.Random(seed)
     grown = Grown(choice)
     await grown.live()
@@ -102,7 +102,7 @@ async def test_an_ordinary_session_leaves_no_leak(seed: int) -> None:
 
 
 class LongestFile(RecordingFile):
-    """A file that knows how long it has been, and what it is asked for."""
+    """A recording file that keeps the greatest length that it ever had."""
 
     def __init__(self, content: bytes | bytearray) -> None:
         """Begin with ``content``."""
@@ -119,17 +119,17 @@ class LongestFile(RecordingFile):
 async def test_no_more_is_moved_than_the_limit_allows(
     clusters: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The highest clusters move, so the file gets shorter by each; the log says what is left."""
+    """The highest clusters move up to the limit in bytes, and the log says what is left."""
     caplog.set_level(logging.INFO)
     image = full()
     file = RecordingFile(image)
     options = replace(WRITABLE, compact_bytes=clusters * CLUSTER + 17)
     async with opened(file, options=options) as disk:
-        await give_up(disk)
+        await discard_some(disk)
     found = inspect_image(file.content)
     assert found.errors == ()
     assert len(file.content) == len(image) - clusters * CLUSTER
-    assert found.leaks == len(GIVEN_UP) - clusters
+    assert found.leaks == len(DISCARDED) - clusters
     assert reported(caplog) == (found.leaks or None)
     assert ("qedimg compact image" in caplog.text) == bool(found.leaks)
     assert difference(guest_bytes(file.content), emptied(image)) is None
@@ -144,30 +144,30 @@ async def test_no_more_is_moved_than_the_limit_allows(
     ("options", "left"),
     [
         (WRITABLE, 0),
-        (UNCOMPACTED, len(GIVEN_UP)),
-        (replace(WRITABLE, free_list="on"), len(GIVEN_UP)),
+        (UNCOMPACTED, len(DISCARDED)),
+        (replace(WRITABLE, free_list="on"), len(DISCARDED)),
         (replace(WRITABLE, free_list="off"), 0),
         (replace(WRITABLE, compact="full", compact_bytes=0), 0),
     ],
 )
 async def test_which_options_compact(options: OpenOptions, left: int) -> None:
-    """A list of the free clusters is kept instead; the limits are for what is automatic."""
+    """compact=off and a free list turn compaction off, and compact=full ignores its limits."""
     file = MemoryFile(full())
     async with opened(file, options=options) as disk:
-        await give_up(disk)
+        await discard_some(disk)
     assert inspect_image(file.content).leaks == left
 
 
 def leaky() -> bytearray:
-    """Make an image that another program has left with leaks."""
+    """Return an image with leaked clusters."""
     image = full()
-    for number in GIVEN_UP:
+    for number in DISCARDED:
         put_entry(image, l2_entry_offset(image, number), 0)
     return image
 
 
-async def test_an_image_that_is_only_read_is_left_alone() -> None:
-    """However many leaks it has, and also where written clusters keep their place."""
+async def test_without_a_table_change_nothing_is_moved() -> None:
+    """Reads and writes in place move no cluster of an image with leaks."""
     file = RecordingFile(leaky())
     async with opened(file) as disk:
         await disk.wait_scanned()
@@ -178,8 +178,8 @@ async def test_an_image_that_is_only_read_is_left_alone() -> None:
     assert len(file.content) == len(leaky())
 
 
-async def test_leaks_of_others_go_with_the_first_change() -> None:
-    """A session that changes the tables leaves none."""
+async def test_leaks_go_with_the_first_table_change() -> None:
+    """A session that changes a table leaves no leak that was there before."""
     file = MemoryFile(leaky())
     async with opened(file) as disk:
         await disk.wait_scanned()
@@ -188,16 +188,16 @@ async def test_leaks_of_others_go_with_the_first_change() -> None:
 
 
 async def test_nodiscard_moves_nothing() -> None:
-    """Who keeps clusters where they are keeps them."""
+    """With discard off no cluster is moved."""
     file = MemoryFile(leaky())
     async with opened(file, options=replace(WRITABLE, discard=False)) as disk:
         await disk.wait_scanned()
         await disk.write(80 * CLUSTER, b"new")
-    assert inspect_image(file.content).leaks == len(GIVEN_UP) - 1
+    assert inspect_image(file.content).leaks == len(DISCARDED) - 1
 
 
 async def test_without_holes_no_table_is_read() -> None:
-    """What a session without discards costs at its end does not depend on the tables."""
+    """The close of a session without discards reads no table."""
     image = build_image(
         5 * 512 * CLUSTER, {512 * table: pattern(CLUSTER, table) for table in range(5)}
     )
@@ -213,7 +213,7 @@ async def test_without_holes_no_table_is_read() -> None:
 
 
 async def test_tables_are_read_until_all_owners_are_found() -> None:
-    """The last one first: there is what was allocated last."""
+    """Compaction reads the last table first and stops when all owners are found."""
     tables = 30
     image = build_image(
         tables * 512 * CLUSTER,
@@ -238,8 +238,8 @@ async def test_tables_are_read_until_all_owners_are_found() -> None:
     await assert_minimal(file.content)
 
 
-async def test_tables_are_brought_down() -> None:
-    """A table that is the last thing in the file moves where it finds room for a table."""
+async def test_tables_move_down() -> None:
+    """A table at the end of the file moves to free clusters that hold a whole table."""
     span = 4 * 512
     held: dict[int, bytes | int] = {at: pattern(CLUSTER, at) for at in range(20)}
     image = build_image(3 * span * CLUSTER, held, table_size=4)
@@ -252,10 +252,10 @@ async def test_tables_are_brought_down() -> None:
 
 
 @pytest.mark.parametrize(("limit", "left"), [(64, 0), (11, 3)])
-async def test_a_table_that_finds_no_room(
+async def test_making_space_for_a_table_counts_towards_the_limit(
     limit: int, left: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where single clusters are free, making room for it counts as well: twice its length."""
+    """A table among single free clusters costs twice its length of the limit."""
     caplog.set_level(logging.INFO)
     span = 4 * 512
     image = build_image(
@@ -272,8 +272,8 @@ async def test_a_table_that_finds_no_room(
     assert reported(caplog) == (left or None)
 
 
-async def test_a_table_that_the_limit_cuts_in_two() -> None:
-    """It stays where it is: no more is moved than the limit allows."""
+async def test_a_table_that_exceeds_the_limit_stays() -> None:
+    """A table that the limit does not cover completely is not moved."""
     span = 4 * 512
     held: dict[int, bytes | int] = {
         at: pattern(CLUSTER, at) for at in (*range(20), *range(span, span + 8))
@@ -288,7 +288,7 @@ async def test_a_table_that_the_limit_cuts_in_two() -> None:
 
 @pytest.mark.expect_log("found 1 references to clusters that have another owner")
 async def test_a_damaged_image_is_left_alone() -> None:
-    """It is for a repair to move anything there."""
+    """No entry of an image with two owners of a cluster is changed."""
     image = leaky()
     put_entry(image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, HELD - 1)))
     file = MemoryFile(image)
@@ -302,7 +302,7 @@ async def test_a_damaged_image_is_left_alone() -> None:
 
 @pytest.mark.parametrize("unaligned", [False, True])
 async def test_entries_that_a_sound_image_does_not_have(*, unaligned: bool) -> None:
-    """Two owners of a cluster, and an entry into the midst of one, are refused."""
+    """A reverse map refuses two owners of a cluster and an unaligned entry."""
     image = full()
     entry = l2_entry_offset(image, 3)
     put_entry(image, entry, get_entry(image, l2_entry_offset(image, 50)) + 512 * unaligned)
@@ -318,8 +318,8 @@ async def test_entries_that_a_sound_image_does_not_have(*, unaligned: bool) -> N
 @pytest.mark.parametrize("action", ["read", "write", "reserve"])
 @pytest.mark.parametrize("nth", [1, 2, 9])
 @pytest.mark.expect_log("(while compacting)")
-async def test_a_host_that_refuses(action: Action, nth: int, number: int) -> None:
-    """The close succeeds: the image is clean, if longer than it could be."""
+async def test_a_failed_call_leaves_a_clean_image(action: Action, nth: int, number: int) -> None:
+    """A host call that fails during compaction leaves a clean image with its content."""
     image = full()
     inner = MemoryFile(image)
     file = FailingFile(inner)
@@ -328,7 +328,7 @@ async def test_a_host_that_refuses(action: Action, nth: int, number: int) -> Non
     if action == "reserve" and nth > 1:
         nth = 1  # a table is reserved once
     async with opened(file, options=options) as disk:
-        await give_up(disk)
+        await discard_some(disk)
         await disk.flush()
         if action == "reserve":
             disk._components.layer.tables._reserved.clear()
@@ -340,14 +340,14 @@ async def test_a_host_that_refuses(action: Action, nth: int, number: int) -> Non
 
 @pytest.mark.expect_log("the disk is read-only from now on")
 async def test_a_datasync_that_fails() -> None:
-    """The close fails as it does without compaction, and NEED_CHECK stays."""
+    """A failed datasync during compaction fails the close, and NEED_CHECK stays set."""
     image = full()
     inner = MemoryFile(image)
     file = FailingFile(inner)
 
     async def session() -> None:
         async with opened(file) as disk:
-            await give_up(disk)
+            await discard_some(disk)
             await disk.flush()
             file.fail("datasync", 2)
 
@@ -358,7 +358,7 @@ async def test_a_datasync_that_fails() -> None:
 
 
 class SlowFile(MemoryFile):
-    """A file that takes a second for each write."""
+    """A file that needs a second for each write."""
 
     async def pwrite(self, offset: int, *parts: bytes | bytearray | memoryview) -> None:
         """Write, slowly."""
@@ -369,7 +369,7 @@ class SlowFile(MemoryFile):
 def test_the_time_is_limited(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a slow host only so much is moved as there is time for; the rest is logged."""
+    """On a slow host compaction stops at its limit in seconds, and the log says what is left."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(compaction, "_LIMITED_BATCH_BYTES", CLUSTER)
     image = full()
@@ -377,7 +377,7 @@ def test_the_time_is_limited(
 
     async def main() -> float:
         async with opened(file, options=replace(WRITABLE, compact_seconds=5.5)) as disk:
-            await give_up(disk)
+            await discard_some(disk)
             await disk.flush()
             began = trio.current_time()
         return trio.current_time() - began
@@ -387,7 +387,7 @@ def test_the_time_is_limited(
     assert found.errors == ()
     # Writes of tables and of the header come after the copies.
     assert 5 < took < 10
-    assert 0 < found.leaks < len(GIVEN_UP)
+    assert 0 < found.leaks < len(DISCARDED)
     assert reported(caplog) == found.leaks
     assert len(file.content) < len(image)
     assert difference(guest_bytes(file.content), emptied(image)) is None
@@ -395,7 +395,7 @@ def test_the_time_is_limited(
 
 
 class StoppingFile(RecordingFile):
-    """A file that has the compaction stopped when a number of calls is over."""
+    """A file that stops the compaction of a disk after a number of calls."""
 
     disk: Disk | None = None
     left = 1 << 30
@@ -412,7 +412,7 @@ class StoppingFile(RecordingFile):
 @pytest.mark.parametrize("seed", [0, 11])
 @pytest.mark.parametrize("step", range(3))
 async def test_stopped_at_any_moment(step: int, seed: int) -> None:
-    """The image is clean, and holds everything; what was moved is cut off."""
+    """A compaction stopped after any number of host calls leaves a clean, complete image."""
     stopped = 0
     for calls in range(step, 400, 11):
         grown = Grown(random.Random(seed))
@@ -434,29 +434,29 @@ async def test_stopped_at_any_moment(step: int, seed: int) -> None:
 
 
 async def test_stopped_before_it_began() -> None:
-    """Nothing is moved then."""
+    """A compaction that was stopped before it began moves nothing."""
     image = full()
     file = MemoryFile(image)
     async with opened(file) as disk:
-        await give_up(disk)
+        await discard_some(disk)
         disk.stop_compacting()
-    assert inspect_image(file.content).leaks == len(GIVEN_UP)
+    assert inspect_image(file.content).leaks == len(DISCARDED)
     assert not header_of(file.content).need_check
 
 
 class EndedError(Exception):
-    """What a block may be left by."""
+    """The error that ends a session."""
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-async def test_a_block_that_does_not_end_well(*, cancelled: bool) -> None:
-    """A program that fails or is cancelled wants to end: all is durable, and nothing moved."""
+async def test_a_session_that_fails_is_not_compacted(*, cancelled: bool) -> None:
+    """A session that fails or is cancelled is made durable, and nothing is moved."""
     image = full()
     file = MemoryFile(image)
 
     async def session(scope: trio.CancelScope) -> None:
         async with opened(file) as disk:
-            await give_up(disk)
+            await discard_some(disk)
             if cancelled:
                 scope.cancel()
                 await trio.lowlevel.checkpoint()
@@ -466,19 +466,19 @@ async def test_a_block_that_does_not_end_well(*, cancelled: bool) -> None:
         await session(scope)
     assert scope.cancelled_caught == cancelled
     assert file.closed
-    assert inspect_image(file.content).leaks == len(GIVEN_UP)
+    assert inspect_image(file.content).leaks == len(DISCARDED)
     assert not header_of(file.content).need_check
     assert difference(guest_bytes(file.content), emptied(image)) is None
 
 
 async def test_cancelled_while_it_compacts() -> None:
-    """A close that is cancelled gives up the rest of the compaction, and nothing else."""
+    """A cancelled close gives up the rest of the compaction, and closes the image cleanly."""
     image = full()
     inner = MemoryFile(image)
     file = FailingFile(inner)
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery, opened(file) as disk:
-            await give_up(disk)
+            await discard_some(disk)
             await disk.flush()
             held = file.hold("write", 3)
 
@@ -492,7 +492,7 @@ async def test_cancelled_while_it_compacts() -> None:
     assert inner.closed
     found = inspect_image(inner.content)
     assert found.errors == ()
-    assert 0 < found.leaks <= len(GIVEN_UP)
+    assert 0 < found.leaks <= len(DISCARDED)
     assert not header_of(inner.content).need_check
     assert difference(guest_bytes(inner.content), emptied(image)) is None
 
@@ -501,7 +501,7 @@ async def test_cancelled_while_it_compacts() -> None:
 async def test_a_bug_in_the_compaction_loses_no_data(
     compact: Literal["auto", "full"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was written before the close is in the image; NEED_CHECK stays."""
+    """An exception in the compaction loses no written data, and NEED_CHECK stays set."""
     image = full()
     file = MemoryFile(image)
 
@@ -512,7 +512,7 @@ async def test_a_bug_in_the_compaction_loses_no_data(
 
     async def session() -> None:
         async with opened(file, options=replace(WRITABLE, compact=compact)) as disk:
-            await give_up(disk)
+            await discard_some(disk)
             await disk.write((HELD + 10) * CLUSTER, b"new" * 100)
             # The first thing that a compaction needs, if it is not there yet.
             scan = SimpleNamespace(run=bug, finished=trio.Event())
@@ -527,25 +527,25 @@ async def test_a_bug_in_the_compaction_loses_no_data(
 
 
 async def test_tidying_before_the_close() -> None:
-    """Who wants to say what is left does not wait for the close."""
+    """Disk.tidy compacts at once, so its result can be reported before the close."""
     file = MemoryFile(full())
     async with opened(file) as disk:
-        await give_up(disk)
+        await discard_some(disk)
         await disk.autocompact()
         assert disk.statistics().free_clusters == 0
-        assert disk.statistics().file_bytes == len(full()) - len(GIVEN_UP) * CLUSTER
+        assert disk.statistics().file_bytes == len(full()) - len(DISCARDED) * CLUSTER
     await assert_minimal(file.content)
 
 
 @pytest.mark.parametrize("changed", [False, True])
 async def test_a_close_leaves_what_tidying_reported(*, changed: bool) -> None:
-    """One run does what the limits allow; the close makes a second one only if tables changed."""
+    """After Disk.tidy the close compacts again only if tables have changed."""
     file = MemoryFile(full())
     async with opened(file, options=replace(WRITABLE, compact_bytes=4 * CLUSTER)) as disk:
-        await give_up(disk)
+        await discard_some(disk)
         await disk.autocompact()
         statistics = disk.statistics()
-        assert statistics.free_clusters == len(GIVEN_UP) - 4
+        assert statistics.free_clusters == len(DISCARDED) - 4
         assert statistics.file_bytes == len(full()) - 4 * CLUSTER
         # A write in place changes no table.
         await disk.write((HELD - 10) * CLUSTER, b"x")
@@ -560,7 +560,7 @@ async def test_a_close_leaves_what_tidying_reported(*, changed: bool) -> None:
 
 
 async def test_a_progress_callback_is_for_one_compaction() -> None:
-    """A later one that nobody watches tells nobody."""
+    """A progress callback is not called for a later compaction."""
     told: list[tuple[int, int]] = []
     file = MemoryFile(full())
     async with opened(file, options=UNCOMPACTED) as disk:
@@ -612,8 +612,8 @@ def sliced() -> bytearray:
 
 
 @pytest.mark.parametrize(("walk", "looks"), [("L1 table", 1), ("owners", 15)])
-async def test_a_deadline_is_seen_at_each_slice_of_a_large_table(walk: str, looks: int) -> None:
-    """Other tasks run before each slice with data, also where no call waits for the host."""
+async def test_other_tasks_run_at_each_slice_of_a_large_table(walk: str, looks: int) -> None:
+    """Other tasks run at each slice of a table that compaction reads, also at a hole."""
     file = TurnFile(sliced())
     async with opened(file, options=UNCOMPACTED) as disk:
         await disk.wait_scanned()
@@ -637,7 +637,7 @@ async def test_a_deadline_is_seen_at_each_slice_of_a_large_table(walk: str, look
 @pytest.mark.parametrize("anchor", [0, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_where_a_number_of_used_clusters_begins(seed: int, anchor: int) -> None:
-    """As counting one by one says, across blocks."""
+    """FreeMap.tail_start agrees with counting one cluster at a time, across blocks."""
     choice = random.Random(seed)
     end = 2 * BLOCK + 100
     clusters = FreeMap(4, anchor)

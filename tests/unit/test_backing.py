@@ -1,4 +1,4 @@
-"""The chain of backing files: what an image may name, and what every refusal says."""
+"""Backing files: which names an image may have, and the message of every refusal."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ BASE = pattern(SIZE, 5)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Directories of one test: ``images`` holds the image, ``other`` lies beside it."""
+class Directories:
+    """The directories of one test: ``images`` holds the image, ``other`` is its sibling."""
 
     images: Path
     other: Path
@@ -50,9 +50,9 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def place(tmp_path: Path) -> Directories:
     """Two directories, each with a raw file ``base.img`` of its own."""
-    made = Place(tmp_path / "images", tmp_path / "other")
+    made = Directories(tmp_path / "images", tmp_path / "other")
     for number, directory in enumerate((made.images, made.other)):
         directory.mkdir()
         (directory / "base.img").write_bytes(BASE if not number else pattern(SIZE, 6))
@@ -77,7 +77,7 @@ async def refused(
     policy: BackingPolicy | None = None,
     error: type[QedError] = BackingRefusedError,
 ) -> None:
-    """Check that a chain is refused with one line that has all the words in it."""
+    """Assert that a chain is refused with one line that contains all the words."""
     descriptors = open_files()
     with pytest.raises(error) as caught:
         await read(path, policy)
@@ -93,17 +93,17 @@ async def refused(
 
 
 @pytest.mark.parametrize("name", ["base.img", "./base.img", "sub/../base.img", "link.img"])
-async def test_names_inside_the_directory(place: Place, name: str) -> None:
-    """Relative names start at the directory of the image that has them."""
+async def test_names_inside_the_directory(place: Directories, name: str) -> None:
+    """A relative name starts at the directory of the image that has it."""
     (place.images / "sub").mkdir()
     (place.images / "link.img").symlink_to("base.img")
     assert await read(place.image(name)) == BASE
 
 
 async def test_relative_to_the_image_and_not_to_the_caller(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Directories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caller's directory plays no part, however he names the image."""
+    """The working directory has no influence on where a relative name leads."""
     place.image("base.img")
     monkeypatch.chdir(place.other)
     assert await read("../images/top.qed") == BASE
@@ -112,13 +112,13 @@ async def test_relative_to_the_image_and_not_to_the_caller(
     assert await read("./top.qed") == BASE
 
 
-async def test_absolute_name_inside_the_directory(place: Place) -> None:
-    """An absolute name is judged by where it leads, like any other."""
+async def test_absolute_name_inside_the_directory(place: Directories) -> None:
+    """An absolute name is allowed if it leads into the directory of the image."""
     assert await read(place.image(str(place.images / "base.img"))) == BASE
 
 
-async def test_each_layer_s_names_are_its_own(place: Place) -> None:
-    """A base in a directory below names its own base relative to that directory."""
+async def test_each_layer_s_names_are_its_own(place: Directories) -> None:
+    """A base in a subdirectory names its own base relative to that subdirectory."""
     sub = place.images / "sub"
     sub.mkdir()
     (sub / "bottom.img").write_bytes(BASE)
@@ -128,8 +128,8 @@ async def test_each_layer_s_names_are_its_own(place: Place) -> None:
     assert await read(place.image("sub/middle.qed")) == expected
 
 
-async def test_base_is_confined_to_its_own_directory(place: Place) -> None:
-    """What a base in a directory below names is confined to that directory."""
+async def test_base_is_confined_to_its_own_directory(place: Directories) -> None:
+    """A base in a subdirectory may only name bases inside that subdirectory."""
     sub = place.images / "sub"
     sub.mkdir()
     (sub / "middle.qed").write_bytes(build_image(SIZE, backing=b"../base.img"))
@@ -140,16 +140,16 @@ async def test_base_is_confined_to_its_own_directory(place: Place) -> None:
     assert await read(path, policy) == BASE
 
 
-async def test_image_behind_a_symbolic_link(place: Place) -> None:
-    """Names start at the directory that the link is in, as QEMU has it."""
+async def test_image_behind_a_symbolic_link(place: Directories) -> None:
+    """A relative name starts at the directory of the symbolic link, as in QEMU."""
     place.image("base.img")
     (place.other / "link.qed").symlink_to(place.images / "top.qed")
     assert await read(str(place.other / "link.qed")) == pattern(SIZE, 6)
 
 
 @pytest.mark.parametrize("way", ["dots", "absolute", "link", "directory link", "hard dots"])
-async def test_outside_the_directory(place: Place, way: str) -> None:
-    """A base elsewhere is refused; the message names it and both ways to allow it."""
+async def test_outside_the_directory(place: Directories, way: str) -> None:
+    """A base outside the directory is refused with both options that allow it."""
     target = str(place.other / "base.img")
     (place.images / "link.img").symlink_to(target)
     (place.images / "elsewhere").symlink_to(place.other)
@@ -173,16 +173,16 @@ async def test_outside_the_directory(place: Place, way: str) -> None:
     assert await read(path, BackingPolicy(mode="any")) == outside
 
 
-async def test_directory_with_the_same_beginning(place: Place) -> None:
-    """``/images-secret`` does not lie inside ``/images``."""
+async def test_directory_with_the_same_prefix(place: Directories) -> None:
+    """``/images-secret`` is not inside ``/images``."""
     secret = place.images.with_name("images-secret")
     secret.mkdir()
     (secret / "base.img").write_bytes(BASE)
     await refused(place.image("../images-secret/base.img"), f"found {secret}/base.img")
 
 
-async def test_allowed_directory_may_be_a_link(place: Place) -> None:
-    """``backing_dir`` is resolved, with or without a slash at its end."""
+async def test_allowed_directory_may_be_a_link(place: Directories) -> None:
+    """``backing_dir`` is resolved through links, with or without a slash at its end."""
     link = place.images / "allowed"
     link.symlink_to(place.other)
     path = place.image("../other/base.img")
@@ -191,16 +191,16 @@ async def test_allowed_directory_may_be_a_link(place: Place) -> None:
     assert await read(path, BackingPolicy(directories=("/",)))
 
 
-async def test_backing_none(place: Place) -> None:
-    """No base at all, however harmless; an image without one opens."""
+async def test_backing_none(place: Directories) -> None:
+    """With backing=none every base is refused, and an image without a base opens."""
     policy = BackingPolicy(mode="none", trusted=str(place.images / "base.img"))
     await refused(place.image("base.img"), "base.img", "backing=none", policy=policy)
     (place.images / "flat.qed").write_bytes(build_image(SIZE, {0: b"flat"}))
     assert (await read(str(place.images / "flat.qed"), policy))[:4] == b"flat"
 
 
-async def test_trusted_base(place: Place) -> None:
-    """A base that the user named himself may lie anywhere; what it names may not."""
+async def test_trusted_base(place: Directories) -> None:
+    """A base that the user named may be anywhere, but the base that it names may not."""
     target = place.other / "base.img"
     policy = BackingPolicy(trusted=str(target))
     path = place.image(str(target))
@@ -231,26 +231,26 @@ async def test_trusted_base(place: Place) -> None:
         ":",
     ],
 )
-async def test_protocols_are_refused_by_name(place: Place, name: str) -> None:
-    """A name is a plain path; also where a file of such a name exists."""
+async def test_protocols_are_refused_by_name(place: Directories, name: str) -> None:
+    """A name with a protocol is refused, also where a file of that name exists."""
     for mode in ("confined", "any"):
         policy = BackingPolicy(mode=mode)
         await refused(place.image(name), name, "found a protocol", "./NAME", policy=policy)
 
 
-async def test_colon_in_a_plain_name(place: Place) -> None:
-    """A file whose name has a colon can be used when it is written as a path."""
+async def test_colon_in_a_plain_name(place: Directories) -> None:
+    """A file with a colon in its name can be a base if its name is written as a path."""
     (place.images / "a:b").write_bytes(BASE)
     assert await read(place.image("./a:b")) == BASE
 
 
-async def test_nul_in_a_name(place: Place) -> None:
-    """The name must not end earlier for the kernel than it does for the user."""
+async def test_nul_in_a_name(place: Directories) -> None:
+    """A name with a NUL byte is refused, since the kernel would read a shorter one."""
     await refused(place.image(b"base.img\0.qed"), "NUL", "base.img\\x00.qed")
 
 
-async def test_name_that_would_drive_a_terminal(place: Place) -> None:
-    """Names are escaped before they are shown."""
+async def test_name_that_would_drive_a_terminal(place: Directories) -> None:
+    """Control characters in a name are escaped in messages."""
     path = place.image(b"no\n\x1b[2Jsuch\xff")
     await refused(path, "no\\n\\x1b[2Jsuch\\xff", error=BackingError)
 
@@ -270,8 +270,8 @@ async def test_name_that_would_drive_a_terminal(place: Place) -> None:
         ("under a file", "Not a directory"),
     ],
 )
-async def test_base_that_is_no_file(place: Place, kind: str, words: str) -> None:
-    """Refused at once, without opening it: a FIFO would block and a device may act."""
+async def test_base_that_is_no_file(place: Directories, kind: str, words: str) -> None:
+    """A base that is not a regular file is refused without being opened."""
     name = kind.replace(" ", "-")
     target = place.images / name
     if kind == "directory":
@@ -292,8 +292,8 @@ async def test_base_that_is_no_file(place: Place, kind: str, words: str) -> None
         await refused(path, str(place.images / name), words, error=BackingError, policy=policy)
 
 
-async def test_image_that_is_its_own_base(place: Place) -> None:
-    """By its name, by a link and by a hard link."""
+async def test_image_that_is_its_own_base(place: Directories) -> None:
+    """An image that is its own base by name, symbolic link or hard link is refused."""
     for name in ("top.qed", "./top.qed", "link.qed", "hard.qed"):
         path = place.image(name)
         (place.images / "link.qed").unlink(missing_ok=True)
@@ -303,16 +303,16 @@ async def test_image_that_is_its_own_base(place: Place) -> None:
         await refused(path, f"backing file {place.images}/{name}", "loop", error=BackingError)
 
 
-async def test_loop_of_two(place: Place) -> None:
-    """Two images that name each other."""
+async def test_loop_of_two(place: Directories) -> None:
+    """Two images that name each other are refused."""
     path = place.image("second.qed")
     place.image("top.qed", "second.qed")
     with pytest.raises(BackingError, match=r"second.qed: backing file .*/top.qed: found a loop"):
         await read(path)
 
 
-async def test_longest_chain(place: Place) -> None:
-    """So many layers are followed and no more; every file is closed."""
+async def test_longest_chain(place: Directories) -> None:
+    """A chain of the maximum length opens, a longer one is refused, and every file is closed."""
     (place.images / "layer0").write_bytes(BASE)
     for number in range(1, MAX_DEPTH + 2):
         place.image(f"layer{number - 1}", f"layer{number}")
@@ -337,8 +337,8 @@ async def test_longest_chain(place: Place) -> None:
         (bytes(0x40) + b"\x7f\x10\xda\xbe", "a VDI image"),
     ],
 )
-async def test_base_of_another_format(place: Place, magic: bytes, what: str) -> None:
-    """Refused by what it is; taken as bytes only where the user or the header says so."""
+async def test_base_of_another_format(place: Directories, magic: bytes, what: str) -> None:
+    """A base of a foreign format is refused, unless the user or the header declares it raw."""
     content = magic.ljust(SIZE, b"\0")
     (place.images / "foreign").write_bytes(content)
     path = place.image("foreign")
@@ -347,15 +347,15 @@ async def test_base_of_another_format(place: Place, magic: bytes, what: str) -> 
     assert await read(place.image("foreign", raw=True)) == content
 
 
-async def test_no_probe_is_honoured(place: Place) -> None:
-    """A guest that writes a QED header into its raw disk gains nothing by it."""
+async def test_no_probe_is_honoured(place: Directories) -> None:
+    """A QED header that a guest writes into its raw base is not followed."""
     inside = bytes(build_image(SIZE, {0: b"x"}, backing=b"/etc/passwd"))
     (place.images / "guest.img").write_bytes(inside)
     assert await read(place.image("guest.img", raw=True)) == inside[:SIZE]
     await refused_inside(place)
 
 
-async def refused_inside(place: Place) -> None:
+async def refused_inside(place: Directories) -> None:
     """Without the bit the header inside is followed, and its name is confined in turn."""
     path = place.image("guest.img")
     with pytest.raises(BackingRefusedError, match=r"guest.img: backing file /etc/passwd: refused"):
@@ -363,8 +363,8 @@ async def refused_inside(place: Place) -> None:
     assert len(await read(path, BackingPolicy(format="raw"))) == SIZE
 
 
-async def test_format_override(place: Place) -> None:
-    """``backing_format`` wins over the magic and over NO_PROBE, in both directions."""
+async def test_format_override(place: Directories) -> None:
+    """``backing_format`` overrides the magic and NO_PROBE, in both directions."""
     image = build_image(SIZE, {0: b"inner"})
     (place.images / "inner.qed").write_bytes(image)
     for raw in (True, False):
@@ -376,14 +376,14 @@ async def test_format_override(place: Place) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, CLUSTER + 7])
-async def test_short_raw_base(place: Place, size: int) -> None:
-    """Past the end of a base, also of an odd length, there are zeros."""
+async def test_short_raw_base(place: Directories, size: int) -> None:
+    """Past the end of a base, also one of odd length, the disk reads as zeros."""
     (place.images / "short").write_bytes(BASE[:size])
     assert await read(place.image("short")) == BASE[:size].ljust(SIZE, b"\0")
 
 
-async def test_bad_header_in_a_base(place: Place) -> None:
-    """A base that cannot be opened says so by its own name."""
+async def test_bad_header_in_a_base(place: Directories) -> None:
+    """The message about a base that cannot be opened names the base."""
     (place.images / "bad.qed").write_bytes(build_image(SIZE, features=1 << 40))
     with pytest.raises(UnsupportedError, match=r"bad\.qed: header field features"):
         await read(place.image("bad.qed"))
@@ -392,8 +392,8 @@ async def test_bad_header_in_a_base(place: Place) -> None:
         await read(place.image("cut.qed"))
 
 
-async def test_base_that_needs_a_check_is_read(place: Place) -> None:
-    """A base is only read, so NEED_CHECK does not matter, also below a writable image."""
+async def test_base_that_needs_a_check_is_read(place: Directories) -> None:
+    """NEED_CHECK in a base does not matter, also below a writable image."""
     (place.images / "dirty.qed").write_bytes(build_image(SIZE, {0: b"dirty"}, features=2))
     before = (place.images / "dirty.qed").read_bytes()
     async with open_disk(place.image("dirty.qed"), OpenOptions(writable=True)) as disk:
@@ -402,8 +402,8 @@ async def test_base_that_needs_a_check_is_read(place: Place) -> None:
     assert (place.images / "dirty.qed").read_bytes() == before
 
 
-async def test_base_without_permission(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the host says about a base is passed on."""
+async def test_base_without_permission(place: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message about a base has the host's reason."""
     path = place.image("base.img")
     real = os.open
 
@@ -416,8 +416,8 @@ async def test_base_without_permission(place: Place, monkeypatch: pytest.MonkeyP
     await refused(path, "base.img", "Permission denied", error=BackingError)
 
 
-async def test_image_itself_missing(place: Place) -> None:
-    """That is no matter of backing files."""
+async def test_image_itself_missing(place: Directories) -> None:
+    """A missing image is reported as itself, not as a backing file."""
     with pytest.raises(HostError, match=r"nothing\.qed: cannot open"):
         await read(str(place.images / "nothing.qed"))
 
@@ -434,10 +434,10 @@ CHANGES: dict[str, Callable[[Disk], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-async def test_a_disk_without_its_base_changes_no_content(
+async def test_a_disk_opened_without_its_base_is_read_only(
     tmp_path: Path, change: Callable[[Disk], Awaitable[object]]
 ) -> None:
-    """What the base shows would be lost without a word: zeros around a write, for one."""
+    """A disk opened without its base refuses changes, which would hide the base."""
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
     base.write_bytes(build_image(SIZE, {0: pattern(CLUSTER, 1), 1: pattern(CLUSTER, 2)}))
     content = build_image(SIZE, {1: pattern(CLUSTER, 3)}, backing=b"base.qed")

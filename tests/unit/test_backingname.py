@@ -1,4 +1,4 @@
-"""Changing the name of the base: the old one or the new one, whatever a crash leaves."""
+"""Setting the backing name: a crash leaves the old name or the new one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def name_in(image: bytes | bytearray) -> tuple[bytes, bool]:
     return bytes(image[start : start + size]), header.backing_is_raw
 
 
-def test_places() -> None:
-    """The longest name fits into each, apart from the header and the list's descriptor."""
+def test_capacity_of_each_location() -> None:
+    """The longest name fits into each location, apart from the header and the descriptor."""
     assert HEADER_BYTES + MAX_SHORT_NAME_BYTES == SECTOR == LONG_NAME_OFFSETS[0]
     ends = [place + MAX_BACKING_NAME for place in LONG_NAME_OFFSETS]
     assert all(end < place for end, place in zip(ends, LONG_NAME_OFFSETS[1:], strict=False))
@@ -31,8 +31,8 @@ def test_places() -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-async def test_every_moment(seed: int) -> None:
-    """After each change, and whatever a power failure keeps of those not yet durable."""
+async def test_every_crash_state_has_the_old_or_the_new_name(seed: int) -> None:
+    """Every prefix and power failure leaves the old name or the new one."""
     chance = random.Random(seed)
     lengths = (0, 1, 300, MAX_SHORT_NAME_BYTES, MAX_SHORT_NAME_BYTES + 1, 700, MAX_BACKING_NAME)
     old = bytes(chance.choices(b"abc/", k=chance.choice(lengths)))

@@ -1,4 +1,4 @@
-"""The images and the models of the long measurements: no server, no clock."""
+"""The images and the models of the long measurements, without a server and a clock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MIB = 1 << 20
     ],
 )
 def test_chosen_clusters_are_different_ones_of_the_disk(disk: int, wanted: int) -> None:
-    """As many as were wanted, ascending, none twice, none behind the end."""
+    """Chosen clusters are as many as asked for, ascending, distinct, and on the disk."""
     clusters = choose(disk, wanted, np.random.default_rng(1))
     assert len(clusters) == wanted
     assert (np.diff(clusters) > 0).all()
@@ -40,7 +40,7 @@ def test_chosen_clusters_are_different_ones_of_the_disk(disk: int, wanted: int) 
 
 
 def test_areas_are_half_full() -> None:
-    """So the entries of some clusters stand together, and holes are between the others."""
+    """In each area half of the clusters are chosen, with holes between them."""
     clusters = choose(1 << 26, 256 * 40, np.random.default_rng(1))
     areas = np.unique(clusters // AREA_CLUSTERS)
     assert len(areas) == 40
@@ -48,13 +48,13 @@ def test_areas_are_half_full() -> None:
 
 
 def test_no_more_clusters_than_there_are() -> None:
-    """A disk that is too small is refused."""
+    """A disk with too few clusters is refused."""
     with pytest.raises(ValueError, match="found 11, expected at most 10"):
         choose(10, 11, np.random.default_rng(1))
 
 
 async def test_image_holds_each_cluster_where_it_is_said_to(tmp_path: Path) -> None:
-    """The library finds the same clusters at the same places, and nothing else."""
+    """The library finds exactly the allocated clusters, at the offsets that the model has."""
     path = tmp_path / "sparse.qed"
     clusters, offsets = build(path, 1 << 40, 700)
     places = dict(zip(clusters.tolist(), offsets.tolist(), strict=True))
@@ -70,7 +70,7 @@ async def test_image_holds_each_cluster_where_it_is_said_to(tmp_path: Path) -> N
 
 
 async def test_image_is_sound_and_small(tmp_path: Path) -> None:
-    """No error, no leak; hardly more than the pages of its tables is on the host."""
+    """The image has no errors and no leaks, and occupies little more than its tables."""
     path = tmp_path / "sparse.qed"
     clusters, _offsets = build(path, 1 << 46, 3000)
     assert not (await check(str(path))).before.counts
@@ -81,7 +81,7 @@ async def test_image_is_sound_and_small(tmp_path: Path) -> None:
 
 
 def test_original_is_read_where_it_was_stamped(tmp_path: Path) -> None:
-    """Each load reads clusters that are allocated, and "near" stays near."""
+    """Each load reads allocated clusters, and "near" reads adjacent ones."""
     original = scale.Original(scale.Cell("1T", 2000), tmp_path)
     clusters, offsets = build(tmp_path / "again.qed", 1 << 40, 2000)
     places = dict(zip(clusters.tolist(), offsets.tolist(), strict=True))
@@ -96,8 +96,8 @@ def test_original_is_read_where_it_was_stamped(tmp_path: Path) -> None:
     assert len(original.offsets("write")) == scale.WRITE_COUNT
 
 
-def test_flat_columns_are_told_from_others() -> None:
-    """A column counts as flat up to a factor of two."""
+def test_flat_columns_differ_from_others() -> None:
+    """A column is flat up to a factor of two."""
     row = dict.fromkeys(scale.COLUMNS, 1.0)
     results = {
         scale.Cell("1G", 10**4): row,
@@ -112,13 +112,13 @@ def test_flat_columns_are_told_from_others() -> None:
 
 
 def test_only_cells_that_fit_are_measured() -> None:
-    """A disk of 1 GiB has 16,384 clusters."""
+    """A disk of 1 GiB has 16,384 clusters, and only cells up to that are measured."""
     assert scale.Cell("1G", 16384).fits
     assert not scale.Cell("1G", 16385).fits
 
 
-def test_model_tells_one_write_from_another() -> None:
-    """What a block holds says which block it is and by which write."""
+def test_model_distinguishes_writes() -> None:
+    """The content of a block identifies the block and the write."""
     model = soak.Model(100, 8)
     assert model.expected(100, 8) == bytes(8 * soak.BLOCK_BYTES)
     first = model.write(102, 2)
@@ -140,14 +140,14 @@ def samples(*resident_mib: float) -> list[soak.Sample]:
 
 
 def test_growth_counts_from_the_second_minute() -> None:
-    """What comes before it is filling caches; a short run counts from its middle."""
+    """Growth is counted from the second minute on, or from the middle of a short run."""
     assert soak.growth(samples(40, 60, 70, 70, 69, 71)) == MIB
     assert soak.growth(samples(40, 60, 70, 70, 69, 79)) == 9 * MIB
     assert soak.growth(samples(40, 60, 61)) == MIB
 
 
 def test_slopes_are_of_the_second_half() -> None:
-    """In units a minute."""
+    """A slope covers the second half of a run, in units per minute."""
     by = soak.slopes(samples(0, 50, 60, 61, 62, 63, 64))
     assert by["resident"] == pytest.approx(MIB)
     assert by["length"] == pytest.approx(MIB)

@@ -21,7 +21,7 @@ from qedfuse.mount.shutdown import Shutdown
 from qedfuse.mount.system.unmount import BusyError
 from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
-from tests.unit.test_autocompaction import GIVEN_UP, full, give_up
+from tests.unit.test_autocompaction import DISCARDED, full, discard_some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,7 +122,7 @@ async def test_a_signal_ends_the_compaction(
         signals = SignalDispatcher(interrupted.append)
         await nursery.start(signals.run)
         async with opened(file) as disk:
-            await give_up(disk)
+            await discard_some(disk)
             await disk.flush()
             signals.handle_with(lambda _name: disk.stop_compacting())
             held = file.hold("write", 7)
@@ -139,7 +139,7 @@ async def test_a_signal_ends_the_compaction(
     assert inner.closed
     found = inspect_image(inner.content)
     assert found.errors == ()
-    assert 0 < found.leaks < len(GIVEN_UP)
+    assert 0 < found.leaks < len(DISCARDED)
 
 
 async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
