@@ -38,7 +38,7 @@ from tests.support.disks import (
     put_entry,
 )
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
-from tests.unit.test_compaction import Grown, assert_minimal
+from tests.unit.test_compaction import UsedImage, assert_minimal
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -85,19 +85,19 @@ def reported(caplog: pytest.LogCaptureFixture) -> int | None:
 async def test_an_ordinary_session_leaves_no_leak(seed: int) -> None:
     """A session on an image of any shape leaves no free cluster, within the bound."""
     choice = random.Random(seed)
-    grown = Grown(choice)
-    await grown.live()
-    header = header_of(grown.content)
+    used = UsedImage(choice)
+    await used.fill()
+    header = header_of(used.content)
     bound = header.geometry.bound(header.header_end, header.image_size)
-    file = LongestFile(grown.content)
+    file = LongestFile(used.content)
     async with opened(file) as disk:
-        number = choice.choice(grown.pool)
-        grown.data.pop(number, None)
+        number = choice.choice(used.pool)
+        used.data.pop(number, None)
         await disk.write(number * CLUSTER, b"x" * CLUSTER)
         await disk.discard(number * CLUSTER, CLUSTER)
-    grown.assert_holds(file.content)
+    used.assert_holds(file.content)
     assert not header_of(file.content).need_check
-    assert file.longest <= max(len(grown.content), bound)
+    assert file.longest <= max(len(used.content), bound)
     await assert_minimal(file.content)
 
 
@@ -415,14 +415,14 @@ async def test_stopped_at_any_moment(step: int, seed: int) -> None:
     """A compaction stopped after any number of host calls leaves a clean, complete image."""
     stopped = 0
     for calls in range(step, 400, 11):
-        grown = Grown(random.Random(seed))
-        await grown.live()
-        file = StoppingFile(grown.content)
+        used = UsedImage(random.Random(seed))
+        await used.fill()
+        file = StoppingFile(used.content)
         file.left = calls
         async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
             await disk.wait_scanned()
             file.disk = disk
-        grown.assert_holds(file.content)
+        used.assert_holds(file.content)
         found = inspect_image(file.content)
         assert found.errors == (), calls
         assert not header_of(file.content).need_check

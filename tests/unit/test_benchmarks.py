@@ -33,7 +33,7 @@ def outcome(cell: Cell, qedfuse: list[float], qemu: list[float], baseline: list[
 
 
 def test_ratio_is_of_medians() -> None:
-    """One round that went wrong does not move the ratio, as it would with means."""
+    """The ratio is of medians, so one round that went wrong does not move it."""
     found = outcome(RATE, [60, 1, 50], [20, 25, 1000], [100, 100, 100])
     assert found.ratio("qemu") == 2.0
     assert found.ratio("baseline") == 0.5
@@ -60,7 +60,7 @@ def test_missed_targets_are_named() -> None:
 
 
 def test_chain_is_held_against_one_image() -> None:
-    """What counts is the cost: 100 reads/s on one image may become 80 on the chain."""
+    """The chain is compared with one image by its cost per read, not by its ratio to QEMU."""
     fast = Outcome(CHAIN, {"qedfuse": [80], "single": [100]})
     slow = Outcome(CHAIN, {"qedfuse": [79], "single": [100]})
     assert fast.missed() == []
@@ -68,7 +68,7 @@ def test_chain_is_held_against_one_image() -> None:
 
 
 def test_markdown_has_a_row_for_each_cell() -> None:
-    """Median, spread, ratio and verdict; a note is numbered."""
+    """A row has median, spread, ratio and verdict, and its note is numbered."""
     rows = [
         outcome(RATE, [1, 2, 4], [1, 1, 1], [4, 4, 4]),
         Outcome(CHAIN, {}, ["qedfuse: it broke"]),
@@ -81,7 +81,7 @@ def test_markdown_has_a_row_for_each_cell() -> None:
 
 
 def test_filter() -> None:
-    """A regular expression is looked for in the names; nothing found is an error."""
+    """Cells are selected by a regular expression on their names, and matching none is an error."""
     assert [cell.name for cell in select_cells("^read-1m$")] == ["read-1m"]
     assert {cell.loop for cell in select_cells("p-t|o-t")} == {"buffered", "direct"}
     assert select_cells(None) == list(CELLS)
@@ -92,7 +92,7 @@ def test_filter() -> None:
 
 
 def test_plot_shows_ratios_and_targets(tmp_path: Path) -> None:
-    """Two dots and two bars on a row, the dots of a larger ratio further to the right."""
+    """A row of the plot has two dots and two bars, and a larger ratio is further right."""
     path = tmp_path / "plot.svg"
     report.plot(path, [outcome(replace(RATE, qemu_target=4, baseline_target=0.5), [2], [1], [8])])
     rows = ET.parse(path).getroot()  # noqa: S314  our own file
@@ -104,13 +104,13 @@ def test_plot_shows_ratios_and_targets(tmp_path: Path) -> None:
 
 
 def test_names_differ() -> None:
-    """Each cell can be asked for alone."""
+    """Each cell has a name of its own, so it can be run alone."""
     assert len({cell.name for cell in CELLS}) == len(CELLS)
     assert len({cell.title for cell in CELLS}) == len(CELLS)
 
 
-def test_everybody_is_first_in_turn() -> None:
-    """In as many rounds as there are contestants, each has been at every place."""
+def test_each_system_runs_first_in_turn() -> None:
+    """In as many rounds as there are systems, each system runs once at each position."""
     orders = rotated_orders(["qedfuse", "qemu", "baseline"], 3)
     assert orders == [
         ["qedfuse", "qemu", "baseline"],
@@ -121,13 +121,13 @@ def test_everybody_is_first_in_turn() -> None:
 
 
 def test_one_image_takes_part_beside_the_chain_only() -> None:
-    """Everywhere else it would be measured twice."""
+    """The single image is measured only in cells that compare it with the chain."""
     assert systems_of(RATE) == ["qedfuse", "qemu", "baseline"]
     assert systems_of(CHAIN) == ["qedfuse", "qemu", "baseline", "single"]
 
 
 def test_compare_counts_what_was_written() -> None:
-    """Each block is as expected, or says that it belongs where it is."""
+    """A block that was written is as expected, or is counted as missing from its offset."""
     before = bytes(range(1, 65)) * 128
     after = before[:4096] + reader.written(12288, 4096)
     assert reader.compare(before, before, 8192, 4096) == 0
@@ -143,7 +143,7 @@ def test_compare_counts_what_was_written() -> None:
     ],
 )
 def test_compare_notices_wrong_data(place: int, found: bytes) -> None:
-    """The message says where."""
+    """Wrong data is reported with its offset."""
     before = b"\xa5" * 8192
     disk = before[:place] + found + before[place + len(found) :]
     with pytest.raises(ValueError, match=f"^offset {place + 65536}: found"):
@@ -151,13 +151,13 @@ def test_compare_notices_wrong_data(place: int, found: bytes) -> None:
 
 
 def test_compare_notices_that_data_is_missing() -> None:
-    """A read that gives less than it should."""
+    """A short read is reported."""
     with pytest.raises(ValueError, match="found 4000 bytes, expected 4096"):
         reader.compare(b"x" * 4000, b"x" * 4096, 0, 0)
 
 
 def test_check_reads_the_whole_disk(tmp_path: Path) -> None:
-    """Also its last byte."""
+    """The check reads the disk up to its last byte."""
     disk, expected = tmp_path / "disk", tmp_path / "expected"
     for path in (disk, expected):
         path.write_bytes(bytes(3 << 20))
@@ -171,7 +171,7 @@ def test_check_reads_the_whole_disk(tmp_path: Path) -> None:
 
 
 def test_chain_reads_as_expected(tmp_path: Path) -> None:
-    """The chain has eight layers; the flat file beside it is what QEMU reads from it."""
+    """The chain has eight layers, and QEMU reads from it what the flat file holds."""
     images = Images(tmp_path, 64 * CLUSTER_BYTES)
     top = images.make("chain", "qedfuse")
     files = images.files("chain", top)

@@ -33,14 +33,14 @@ def outcome(qedimg: list[float], qemu_img: list[float], memory: float = 0) -> Ou
 
 
 def test_ratio_is_of_medians() -> None:
-    """More than one means faster; one round that went wrong does not move it."""
+    """A ratio of medians above one means faster, and one bad round does not move it."""
     found = outcome([1, 50, 1], [2, 2, 0.1])
     assert found.ratio == 2
     assert (found.missed(), found.verdict()) == ([], "met")
 
 
 def test_missed_targets_are_named() -> None:
-    """Speed, whole seconds and memory, each by itself."""
+    """Missed targets for speed, seconds and memory are named separately."""
     assert outcome([2], [1]).missed() == ["0.50 of qemu-img, expected 1"]
     assert outcome([1], [1], MAX_MEMORY_BYTES).missed() == ["256 MiB, expected less than 256"]
     assert Outcome(CREATE, {"qedimg": [0.31]}).missed() == ["0.31 s, expected 0.3"]
@@ -50,7 +50,7 @@ def test_missed_targets_are_named() -> None:
 
 
 def test_table_has_a_row_for_each_task() -> None:
-    """Medians with their spread, ratios, and how qemu-img was run."""
+    """A row has medians with their spread, ratios, and the arguments of qemu-img."""
     rows = [outcome([1, 2, 4], [4, 4, 4], 9 * MIB), Outcome(CREATE, failures=["qedimg: it broke"])]
     text = markdown(rows, {"processor": "slow"})
     assert "- processor: slow\n" in text
@@ -70,7 +70,7 @@ def test_data_has_every_figure() -> None:
 
 
 def test_tasks_are_of_commands_that_exist() -> None:
-    """Each can be asked for alone, and what it makes is compared with something."""
+    """Each task runs an existing command, has its own name, and its result is compared."""
     assert len({task.name for task in TASKS}) == len(TASKS)
     for task in TASKS:
         assert task.qedimg.split()[0] in COMMANDS
@@ -81,7 +81,7 @@ def test_tasks_are_of_commands_that_exist() -> None:
 
 
 def test_copies_are_compared_at_like_terms() -> None:
-    """Either both bring their copy to the host's disk, or neither does."""
+    """Either both systems flush their copy to the host's disk, or neither does."""
     copies = [task for task in TASKS if task.name.startswith("convert")]
     assert len(copies) == 6
     for task in copies:
@@ -91,7 +91,7 @@ def test_copies_are_compared_at_like_terms() -> None:
 
 
 def test_maps_are_compared_extent_by_extent() -> None:
-    """The layout of the lines does not matter, the extents do."""
+    """Two maps with the same extents are equal, whatever the layout of their lines."""
     lines = ['[{ "start": 0, "length": 4},\n', '{"length": 8, "start": 4}]\n']
     assert list(map_lines(lines)) == [{"start": 0, "length": 4}, {"start": 4, "length": 8}]
     assert list(map_lines(["[]\n"])) == []
@@ -104,7 +104,7 @@ def test_maps_are_compared_extent_by_extent() -> None:
 
 
 def test_launch_measures_the_program_alone() -> None:
-    """Not what the one had that started it; the exit code comes back."""
+    """Measurements cover the launched program only, and its exit code is returned."""
     ballast = bytearray(64 * MIB)
     ballast[::4096] = b"x" * (len(ballast) // 4096)
     command = (sys.executable, "-m", "benchmarks.launch")
@@ -119,7 +119,7 @@ def test_launch_measures_the_program_alone() -> None:
     assert min(seconds, busy) > 0
 
 
-def test_everybody_takes_a_turn() -> None:
+def test_systems_alternate() -> None:
     """Two systems alternate."""
     assert rotated_orders(["qedimg", "qemu-img"], 3) == [
         ["qedimg", "qemu-img"],
@@ -130,7 +130,7 @@ def test_everybody_takes_a_turn() -> None:
 
 @pytest.mark.parametrize("run_length", [1, 7, 16])
 def test_runs_follow_each_other_in_the_file(tmp_path: Path, run_length: int) -> None:
-    """Within a run, the next cluster of the disk is the next one of the file."""
+    """Within a run, adjacent clusters of the disk are adjacent in the file."""
     wanted = 1 << 14
     _clusters, offsets = build(tmp_path / "x.qed", 1 << 30, wanted, run=run_length)
     assert len(np.unique(offsets)) == wanted
@@ -141,8 +141,8 @@ def test_runs_follow_each_other_in_the_file(tmp_path: Path, run_length: int) -> 
     run("qemu-img", "check", "-q", "-f", "qed", str(tmp_path / "x.qed"))
 
 
-def test_disk_is_cut_into_runs() -> None:
-    """From end to end, without gaps."""
+def test_disk_is_divided_into_runs() -> None:
+    """Runs cover the disk from end to end without gaps."""
     end = 0
     for start, length in runs(1000, np.random.default_rng(1)):
         assert start == end

@@ -1,4 +1,4 @@
-"""The command line of ``qedfuse``: what it takes, in which order, and how it refuses."""
+"""The command line of ``qedfuse``: which arguments it accepts, in which order, and its refusals."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from qedfuse.mount.optionparser import KERNEL_FLAGS, known_options
 
 
 def test_options_may_stand_anywhere() -> None:
-    """Before, between and behind the paths."""
+    """Options are accepted before, between and after the paths."""
     assert parse_arguments(
         ["-o", "ro", "a", "-f", "b", "mnt", "--pidfile", "p", "-ouid=1"]
     ) == Arguments(["a", "b", "mnt"], ["ro", "uid=1"], foreground=True, pidfile="p")
     assert parse_arguments(["--", "-a", "-b"]).paths == ["-a", "-b"]
 
 
-def test_short_words_mean_options() -> None:
-    """-r is ro, -d implies -f, and -s is libfuse's."""
+def test_short_options() -> None:
+    """-r means ro, -d implies -f, and -s is libfuse's."""
     assert parse_arguments(["-rds", "a", "b"]) == Arguments(
         ["a", "b"], ["ro"], foreground=True, debug=True
     )
 
 
 def test_the_helper_of_mount_has_its_own_meanings() -> None:
-    """There -f is fake and -s sloppy; what else mount(8) and autofs pass is taken."""
+    """As mount.qedfuse, -f means fake, -s means sloppy, and what mount(8) passes is accepted."""
     assert parse_arguments(
         ["a", "mnt", "-sfnvrw", "-N", "ns", "-t", "fuse.qedfuse", "-o", "x"], helper=True
     ) == Arguments(["a", "mnt"], ["ro", "rw", "x"], fake=True, sloppy=True)
@@ -40,7 +40,7 @@ def test_the_helper_of_mount_has_its_own_meanings() -> None:
 
 @pytest.mark.parametrize("words", [["-z"], ["--frob"], ["-o"], ["--pidfile"], ["-n", "a", "b"]])
 def test_unknown_words_are_refused(words: list[str]) -> None:
-    """A word that is unknown or lacks its value is a usage error."""
+    """An unknown option and an option without its value are usage errors."""
     with pytest.raises(UsageError, match="see: qedfuse --help"):
         parse_arguments(words)
 
@@ -60,13 +60,13 @@ def test_unknown_words_are_refused(words: list[str]) -> None:
 def test_usage_errors_are_one_line_and_exit_code_1(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They go to stderr and say what is expected."""
+    """A usage error is one line on stderr that says what is expected, and exit code 1."""
     assert main(words) == 1
     assert capsys.readouterr() == ("", f"qedfuse: {message}\n")
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both go to stdout and succeed."""
+    """--help and --version print to stdout and succeed."""
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"qedfuse {qedfuse.__version__}\n"
     assert main(["-h"]) == 0
@@ -75,13 +75,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_names_every_option() -> None:
-    """What can be said is documented where people look first."""
+    """--help lists every option of the parser."""
     for name in known_options().keys() - KERNEL_FLAGS:
         assert name in USAGE
 
 
 def test_help_needs_no_heavy_module() -> None:
-    """Starting is quick: the event loop, FUSE and numpy are not even imported."""
+    """--help imports neither trio, pyfuse3 nor numpy."""
     code = (
         "import sys; from qedfuse.cli.qedfuse.main import main; main(['--version']);"
         "print(sorted({'trio', 'pyfuse3', 'numpy', 'construct'} & set(sys.modules)))"
@@ -91,7 +91,7 @@ def test_help_needs_no_heavy_module() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    """Nobody sees a traceback because they had read enough."""
+    """Output into a closed pipe ends the command without a traceback."""
     command = f"set -o pipefail; {sys.executable} -m qedfuse --help | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,7 +100,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_a_bug_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An unexpected exception is reported without a traceback, with an exit code of its own."""
+    """An unexpected exception is reported in one line without a traceback, with exit code 70."""
 
     def broken(_arguments: Arguments) -> int:
         msg = "no\nsuch luck"
@@ -118,7 +118,7 @@ def test_a_bug_is_one_line(
 def test_an_interrupt_is_quiet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C before the mount ends with the code that shells know."""
+    """Ctrl-C before the mount ends the command silently with exit code 130."""
 
     def interrupted(_arguments: Arguments) -> int:
         raise KeyboardInterrupt

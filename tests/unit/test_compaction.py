@@ -1,4 +1,4 @@
-"""Compaction: the file becomes as short as it can be, and nothing is lost on the way."""
+"""Compaction makes the file as short as possible, and loses nothing at any step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLUSTER: Final = 4096
 
 
 @dataclass
-class Grown:
+class UsedImage:
     """An image that a guest has written to and discarded from in several sessions."""
 
     choice: random.Random
@@ -47,8 +47,8 @@ class Grown:
     data: dict[int, bytes] = field(default_factory=dict)
     pool: list[int] = field(default_factory=list)
 
-    async def live(self) -> None:
-        """Make one, of random shape."""
+    async def fill(self) -> None:
+        """Write, discard and reopen at random, on an image of random shape."""
         choice = self.choice
         table_size = choice.choice((1, 2, 4, 8, 16))
         span = table_size * CLUSTER // 8
@@ -73,7 +73,7 @@ class Grown:
             self.content = bytes(file.content)
 
     def assert_holds(self, content: bytes | bytearray) -> None:
-        """Check that an image holds what the guest has written."""
+        """Assert that an image holds what the guest has written."""
         found = guest_bytes(content)
         for number in self.pool:
             expected = self.data.get(number, bytes(CLUSTER))
@@ -81,7 +81,7 @@ class Grown:
 
 
 async def assert_minimal(content: bytes | bytearray) -> None:
-    """Check that there is no cluster that nobody refers to, also by the project's own check."""
+    """Assert that every cluster is referenced, by the tests' reader and by the check."""
     found = inspect_image(content)
     assert (found.errors, found.leaked) == ((), ())
     file = MemoryFile(content, writable=False)
@@ -91,31 +91,31 @@ async def assert_minimal(content: bytes | bytearray) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 async def test_the_file_becomes_as_short_as_it_can_be(seed: int) -> None:
-    """Whatever the shape of the image and the order in which its clusters came."""
-    grown = Grown(random.Random(seed))
-    await grown.live()
-    header = header_of(grown.content)
+    """Compaction of an image of any shape leaves no free cluster, and keeps its content."""
+    used = UsedImage(random.Random(seed))
+    await used.fill()
+    header = header_of(used.content)
     bound = header.geometry.bound(header.header_end, header.image_size)
-    file = RecordingFile(grown.content)
+    file = RecordingFile(used.content)
     steps: list[tuple[int, int]] = []
     async with opened(file, options=UNCOMPACTED) as disk:
         moved = await disk.compact(lambda done, total: steps.append((done, total)))
-        for number in grown.pool:
+        for number in used.pool:
             got = await disk.read(number * CLUSTER, CLUSTER)
-            assert got == grown.data.get(number, bytes(CLUSTER))
-        await disk.write(grown.pool[0] * CLUSTER, b"y" * CLUSTER)
-    grown.data[grown.pool[0]] = b"y" * CLUSTER
-    grown.assert_holds(file.content)
+            assert got == used.data.get(number, bytes(CLUSTER))
+        await disk.write(used.pool[0] * CLUSTER, b"y" * CLUSTER)
+    used.data[used.pool[0]] = b"y" * CLUSTER
+    used.assert_holds(file.content)
     await assert_minimal(file.content)
     assert not header_of(file.content).need_check
-    assert len(file.content) <= max(len(grown.content), bound)
+    assert len(file.content) <= max(len(used.content), bound)
     if moved:
         assert steps[-1][0] == steps[-1][1] == moved * CLUSTER
         assert steps == sorted(steps)
 
 
-async def test_tables_that_nothing_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Free clusters one by one between data and tables: all tables are laid side by side."""
+async def test_tables_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that fit into no gap are packed side by side."""
     packed = 0
     pack = Compaction._pack_tables
 
@@ -144,7 +144,7 @@ async def test_tables_that_nothing_has_room_for(monkeypatch: pytest.MonkeyPatch)
 
 
 class MeasuredFile(MemoryFile):
-    """A file that knows how long it has been."""
+    """A file that keeps the greatest length that it ever had."""
 
     longest = 0
 
@@ -156,10 +156,10 @@ class MeasuredFile(MemoryFile):
 
 @pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("table_size", [2, 4, 16])
-async def test_how_far_tables_that_are_packed_lead_past_the_bound(
+async def test_packing_tables_exceeds_the_bound_by_the_tables_at_most(
     table_size: int, *, allowed: bool
 ) -> None:
-    """Not past it with -o compact; the tool takes what all tables take, and one more."""
+    """A close does not exceed the bound; a tool exceeds it by all tables and one more at most."""
     span, tables = table_size * 512, 3
     clusters: dict[int, bytes | int] = {n: b"%d" % n for n in range(tables * span)}
     image = build_image(tables * span * CLUSTER, clusters, table_size=table_size)
@@ -188,8 +188,8 @@ async def test_how_far_tables_that_are_packed_lead_past_the_bound(
         assert file.longest <= bound
 
 
-async def test_zero_clusters_bases_and_a_second_time() -> None:
-    """Entries that point nowhere stay; what is compact already is left alone."""
+async def test_zero_clusters_and_a_second_compaction() -> None:
+    """Zero entries and entries of the base stay, and a second compaction moves nothing."""
     clusters: dict[int, bytes | int] = {at: pattern(CLUSTER, at) for at in range(12)}
     clusters |= {20: ZERO, 21: ZERO}
     image = build_image(40 * CLUSTER, clusters, backing=b"base")
@@ -208,7 +208,7 @@ async def test_zero_clusters_bases_and_a_second_time() -> None:
 
 
 async def test_compacting_when_the_disk_is_closed() -> None:
-    """With the option it happens at the end, without a call."""
+    """With compact=full the close compacts the image."""
     image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
     put_entry(image, l2_entry_offset(image, 1), 0)
     file = MemoryFile(image)
@@ -221,10 +221,10 @@ async def test_compacting_when_the_disk_is_closed() -> None:
 @pytest.mark.parametrize(("action", "calls"), [("read", 7), ("write", 3), ("reserve", 1)])
 async def test_compaction_after_a_failed_one_completes(action: Action, calls: int) -> None:
     """A compaction that fails at any host call loses nothing, and the next one completes."""
-    grown = Grown(random.Random(11))
-    await grown.live()
+    used = UsedImage(random.Random(11))
+    await used.fill()
     for nth in itertools.count(1):
-        inner = MemoryFile(grown.content)
+        inner = MemoryFile(used.content)
         file = FailingFile(inner)
         async with opened(file, options=UNCOMPACTED) as disk:
             await disk.wait_scanned()
@@ -234,7 +234,7 @@ async def test_compaction_after_a_failed_one_completes(action: Action, calls: in
             except HostError:
                 await disk.compact()
             file.heal()
-        grown.assert_holds(inner.content)
+        used.assert_holds(inner.content)
         await assert_minimal(inner.content)
         if not file.struck[action]:
             break
@@ -242,8 +242,8 @@ async def test_compaction_after_a_failed_one_completes(action: Action, calls: in
 
 
 @pytest.mark.expect_log("(while compacting)")
-async def test_a_host_that_refuses_at_the_end() -> None:
-    """Closing goes on: the image is clean, if longer than it could be."""
+async def test_a_failed_compaction_does_not_fail_the_close() -> None:
+    """A close whose compaction fails leaves a clean image, with free clusters in its file."""
     image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
     put_entry(image, l2_entry_offset(image, 1), 0)
     inner = MemoryFile(image)
@@ -259,7 +259,7 @@ async def test_a_host_that_refuses_at_the_end() -> None:
 @pytest.mark.expect_log("not compacted: the image needs a check")
 @pytest.mark.expect_log("found table entries that point to nowhere")
 async def test_a_damaged_image_is_left_alone() -> None:
-    """Moving a cluster that has two owners would part them."""
+    """An image with a bad entry is not compacted."""
     image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
     put_entry(image, l2_entry_offset(image, 1), 0)
     put_entry(image, l2_entry_offset(image, 3), len(image) + CLUSTER)
@@ -273,20 +273,20 @@ async def test_a_damaged_image_is_left_alone() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_interrupted_after_any_write(seed: int) -> None:
-    """Each prefix of the host's writes is an image that holds everything."""
-    grown = Grown(random.Random(seed))
-    await grown.live()
-    file = RecordingFile(grown.content)
+    """Every prefix of the writes of a compaction is a sound image with the whole content."""
+    used = UsedImage(random.Random(seed))
+    await used.fill()
+    file = RecordingFile(used.content)
     async with opened(file, options=UNCOMPACTED) as disk:
         await disk.compact()
     for count, content in file.prefixes():
         found = inspect_image(content)
         assert found.errors == (), count
-        grown.assert_holds(content)
+        used.assert_holds(content)
 
 
 async def test_what_qemu_leaked(tmp_path: object) -> None:
-    """QEMU finds the image perfectly clean afterwards, and its content the same."""
+    """Compaction removes what QEMU has leaked, and QEMU finds the image clean and unchanged."""
     path = str(tmp_path) + "/vm.qed"
     qemu.create(path, 64 << 20)
     qemu.io(path, *(f"write -P {at + 1} {at * 3}M 1M" for at in range(12)))

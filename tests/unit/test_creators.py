@@ -1,4 +1,4 @@
-"""What both ways to make an image promise: `qedfuse.create_image` and `tools.creation.create`."""
+"""What both `qedfuse.create_image` and `tools.creation.create` promise about new images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def by_api(path: Path, *, overwrite: bool = False) -> None:
-    """Make an image as a program does."""
+    """Create an image through `qedfuse.create_image`."""
 
     async def make() -> None:
         await qedfuse.create_image(str(path), 1 << 20, overwrite=overwrite)
@@ -31,15 +31,15 @@ def by_api(path: Path, *, overwrite: bool = False) -> None:
 
 
 def by_tool(path: Path, *, overwrite: bool = False) -> None:
-    """Make one as qedimg does."""
+    """Create an image through the function behind qedimg create."""
     create(str(path), 1 << 20, overwrite=overwrite)
 
 
 pytestmark = pytest.mark.parametrize("make", [by_api, by_tool])
 
 
-def test_a_file_that_is_there_is_kept(tmp_path: Path, make: Callable[..., None]) -> None:
-    """Unless it is to be replaced; something else than a file is never."""
+def test_an_existing_file_is_kept(tmp_path: Path, make: Callable[..., None]) -> None:
+    """An existing file is replaced only on request, and a special file never is."""
     path = tmp_path / "old.qed"
     path.write_bytes(b"precious")
     with pytest.raises(UsageError, match=r"old\.qed: exists already"):
@@ -51,7 +51,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, make: Callable[..., None])
 
 
 def test_an_image_in_use_is_never_replaced(tmp_path: Path, make: Callable[..., None]) -> None:
-    """Whoever has it open goes on with the bytes that it had."""
+    """An image that is open is not replaced."""
     path = tmp_path / "vm.qed"
     make(path)
     before = path.read_bytes()
@@ -67,7 +67,7 @@ def test_an_image_in_use_is_never_replaced(tmp_path: Path, make: Callable[..., N
 def test_a_failure_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, make: Callable[..., None], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Whatever the host refuses: the old file keeps its bytes and its name."""
+    """A failed creation leaves the old file under its name, and no temporary file."""
     path = tmp_path / "old.qed"
     path.write_bytes(b"precious")
 
@@ -85,7 +85,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
 def test_the_name_is_durable_after_the_bytes(
     tmp_path: Path, make: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The image is complete and durable before it gets its name, and that is durable after."""
+    """The image is durable before it gets its name, and the name is durable on return."""
     path = tmp_path / "new.qed"
     real, synced = os.fsync, []
 

@@ -1,4 +1,4 @@
-"""Discards, ranges of zeros and zeros that are written: what they free and what is read."""
+"""Discards and writes of zeros: which clusters they free, and what the disk reads as afterwards."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ BASE: Final = pattern(40 * CLUSTER + 700, 7)
 
 
 def full(count: int = 10, **more: bytes) -> bytearray:
-    """Build an image whose first clusters hold data."""
+    """Return an image whose first clusters hold data."""
     return build_image(SIZE, {at: pattern(CLUSTER, at) for at in range(count)}, **more)  # type: ignore[arg-type]
 
 
 async def freed(disk: Disk) -> int:
-    """Flush, and tell how many clusters are free."""
+    """Flush, and return how many clusters are free."""
     await disk.wait_scanned()
     await disk.flush()
     statistics = disk.statistics()
@@ -76,7 +76,7 @@ async def freed(disk: Disk) -> int:
     ],
 )
 async def test_a_discarded_range_reads_as_zeros(start: int, length: int, *, based: bool) -> None:
-    """And nothing else changes, whatever was there: data, the base's data, nothing."""
+    """A discarded range reads as zeros, and the rest of the disk is unchanged."""
     file = MemoryFile(full(backing=b"base") if based else full())
     bases = [BASE] if based else []
     expected = bytearray(guest_bytes(file.content, BASE if based else b""))
@@ -92,7 +92,7 @@ async def test_a_discarded_range_reads_as_zeros(start: int, length: int, *, base
 
 
 async def test_what_a_discarded_cluster_becomes() -> None:
-    """Unallocated; a zero cluster only where the base has something to hide."""
+    """A discarded cluster becomes unallocated, or a zero cluster where the base has data."""
     file = MemoryFile(full(50, backing=b"base"))
     async with opened(file, [BASE]) as disk:
         await disk.discard(39 * CLUSTER, 4 * CLUSTER)
@@ -101,7 +101,7 @@ async def test_what_a_discarded_cluster_becomes() -> None:
 
 
 async def test_discarding_nothing_changes_nothing() -> None:
-    """No table is made, no bit set, not a byte written."""
+    """Discarding unallocated clusters writes nothing: no table, no NEED_CHECK."""
     sparse = build_image(SIZE, {3: pattern(CLUSTER, 3)}, backing=b"below")
     for image, bases in ((build_image(SIZE), []), (build_image(SIZE, backing=b"base"), [sparse])):
         file = RecordingFile(image)
@@ -113,7 +113,7 @@ async def test_discarding_nothing_changes_nothing() -> None:
 
 
 async def test_the_last_cluster_of_an_odd_disk_is_freed() -> None:
-    """Nobody sees what lies behind the end, so the cluster is whole."""
+    """A discard up to the end of the disk frees the last cluster, which is partly past it."""
     size = 3 * CLUSTER + 512
     file = MemoryFile(build_image(size, {3: pattern(CLUSTER, 1)}))
     async with opened(file) as disk:
@@ -122,7 +122,7 @@ async def test_the_last_cluster_of_an_odd_disk_is_freed() -> None:
 
 
 async def test_freed_clusters_go_back_to_the_host() -> None:
-    """In the middle they are punched out, at the end cut off, at the flush and not before."""
+    """At a flush, not before, freed clusters are punched out, or cut off at the end."""
     file = RecordingFile(full(10))
     length = file.size()
     async with opened(file, options=UNCOMPACTED) as disk:
@@ -141,7 +141,7 @@ async def test_freed_clusters_go_back_to_the_host() -> None:
 
 
 async def test_freed_clusters_are_used_before_the_file_grows() -> None:
-    """The lowest first, and they hold nothing of what they held."""
+    """Freed clusters are used again, the lowest first, and show nothing of their old content."""
     file = MemoryFile(full(10))
     async with opened(file) as disk:
         await disk.discard(2 * CLUSTER, 3 * CLUSTER)
@@ -158,7 +158,7 @@ async def test_freed_clusters_are_used_before_the_file_grows() -> None:
 
 
 async def test_a_freed_cluster_is_not_used_before_the_table_is_durable() -> None:
-    """Until the flush the old table on the disk still refers to it."""
+    """A freed cluster is not used while the table on the disk still refers to it."""
     file = MemoryFile(full(10))
     async with opened(file) as disk:
         await disk.wait_scanned()
@@ -171,8 +171,8 @@ async def test_a_freed_cluster_is_not_used_before_the_table_is_durable() -> None
     assert get_entry(file.content, l2_entry_offset(file.content, 21)) == old
 
 
-async def test_a_freed_cluster_is_not_used_while_somebody_reads_it() -> None:
-    """A read that began before the discard gets what was there, however late it ends."""
+async def test_a_freed_cluster_is_not_used_during_a_read_of_it() -> None:
+    """A read that began before the discard returns the old content, however late it ends."""
     file = FailingFile(MemoryFile(full(10)))
     got: list[bytes] = []
     async with opened(file) as disk:
@@ -195,8 +195,8 @@ async def test_a_freed_cluster_is_not_used_while_somebody_reads_it() -> None:
         assert await freed(disk) == 1
 
 
-async def test_a_freed_cluster_is_not_used_while_somebody_writes_to_it() -> None:
-    """A write in place that is late must not hit the next owner."""
+async def test_a_freed_cluster_is_not_used_during_a_write_to_it() -> None:
+    """A late write in place does not hit the next owner of the cluster."""
     inner = MemoryFile(full(10))
     file = FailingFile(inner)
     async with opened(file) as disk:
@@ -215,7 +215,7 @@ async def test_a_freed_cluster_is_not_used_while_somebody_writes_to_it() -> None
 
 
 async def test_a_full_file_waits_for_the_quarantine() -> None:
-    """Where only the quarantine stands in the way, it is flushed and the write goes on."""
+    """A write that only the quarantine stops flushes, waits for it, and completes."""
     size = 8 * CLUSTER
     file = RecordingFile(build_image(size, dict.fromkeys(range(8), b"a")))
     length = file.size()
@@ -229,7 +229,7 @@ async def test_a_full_file_waits_for_the_quarantine() -> None:
 
 
 async def test_without_discard_the_clusters_stay() -> None:
-    """The range reads as zeros, and nothing is given up."""
+    """With discard off a discarded range reads as zeros and frees no cluster."""
     file = RecordingFile(full(10))
     async with opened(file, options=replace(WRITABLE, discard=False)) as disk:
         before = [extent.kind for extent in await disk.extents(0, SIZE)]
@@ -243,7 +243,7 @@ async def test_without_discard_the_clusters_stay() -> None:
 
 @pytest.mark.expect_log("found table entries that point to nowhere")
 async def test_a_bad_entry_is_not_discarded() -> None:
-    """Nobody knows whose cluster it points to; the error is raised, and not logged as well."""
+    """A discard of a bad entry raises its error, logs nothing, and keeps the entry."""
     image = full(10)
     put_entry(image, l2_entry_offset(image, 4), len(image) + CLUSTER)
     async with opened(MemoryFile(image)) as disk:
@@ -254,7 +254,7 @@ async def test_a_bad_entry_is_not_discarded() -> None:
 
 
 async def test_a_read_only_disk_refuses() -> None:
-    """Without a change."""
+    """A disk opened read-only refuses discards and changes nothing."""
     file = MemoryFile(full(10), writable=False)
     async with opened(file, options=replace(WRITABLE, writable=False)) as disk:
         with pytest.raises(ReadOnlyError):
@@ -264,7 +264,7 @@ async def test_a_read_only_disk_refuses() -> None:
 
 
 async def test_a_discard_beside_a_write_into_the_same_new_cluster() -> None:
-    """The one that comes second waits for the first."""
+    """A discard and an allocating write of one cluster wait for each other."""
     file = FailingFile(MemoryFile(build_image(SIZE, {0: b"a"})))
     async with opened(file) as disk:
         await disk.wait_scanned()
@@ -280,7 +280,7 @@ async def test_a_discard_beside_a_write_into_the_same_new_cluster() -> None:
 
 
 async def test_a_discard_up_to_the_end_beside_a_resize() -> None:
-    """What the guest writes behind the old end is not given up with the last cluster."""
+    """A write past the old end survives a discard of the last cluster during a resize."""
     size = 9 * CLUSTER + 512
     image = build_image(size, {at: pattern(CLUSTER, at) for at in range(10)})
     file = FailingFile(MemoryFile(image))
@@ -303,7 +303,7 @@ async def test_a_discard_up_to_the_end_beside_a_resize() -> None:
 
 
 async def test_a_full_file_waits_for_what_is_being_punched() -> None:
-    """Clusters that the host is about to wipe come back; the file does not grow meanwhile."""
+    """A write waits for clusters that are being punched, and the file does not grow."""
     size = 8 * CLUSTER
     inner = MemoryFile(build_image(size, {at: pattern(CLUSTER, at) for at in range(8)}))
     file = FailingFile(inner)
@@ -324,7 +324,7 @@ async def test_a_full_file_waits_for_what_is_being_punched() -> None:
 
 @pytest.mark.parametrize("step", ["datasync", "punch"])
 async def test_space_on_its_way_back_is_waited_for(step: Literal["datasync", "punch"]) -> None:
-    """Writes that come while much is about to become free do not let the file grow."""
+    """Writes wait for clusters that are about to become free, and the file does not grow."""
     size = 2000 * CLUSTER
     inner = MemoryFile(build_image(size, dict.fromkeys(range(1000), b"a")))
     file = FailingFile(inner)
@@ -352,7 +352,7 @@ async def test_space_on_its_way_back_is_waited_for(step: Literal["datasync", "pu
 
 
 async def test_an_idle_disk_is_left_in_peace() -> None:
-    """After a write that failed at the end of the file, flushes cost nothing once all is done."""
+    """After a failed write at the end of the file, flushes of an idle disk cost no host call."""
     size = 8 * CLUSTER
     file = FailingFile(MemoryFile(build_image(size, {0: b"a"})))
     async with opened(file) as disk:
@@ -370,8 +370,8 @@ async def test_an_idle_disk_is_left_in_peace() -> None:
         assert file.calls["datasync"] == before
 
 
-async def test_zeros_over_what_a_discard_gives_up_meanwhile() -> None:
-    """Only its first cluster is gone: the rest reads as zeros all the same."""
+async def test_zeros_over_a_range_that_is_being_discarded() -> None:
+    """Zeros over a range whose first cluster is discarded meanwhile read as zeros everywhere."""
     file = FailingFile(MemoryFile(full(10)))
     async with opened(file, options=replace(WRITABLE, detect_zeroes="on")) as disk:
         await disk.wait_scanned()
@@ -396,7 +396,7 @@ async def test_zeros_over_what_a_discard_gives_up_meanwhile() -> None:
 async def test_zeros_that_are_written(
     mode: Literal["off", "on", "unmap"], kinds: list[Kind]
 ) -> None:
-    """Stored as data; in no new cluster; or in no cluster at all."""
+    """Written zeros are stored as data, or as zero clusters, or free clusters, as configured."""
     file = MemoryFile(full(10, backing=b"base"))
     async with opened(file, [BASE], replace(WRITABLE, detect_zeroes=mode)) as disk:
         await disk.write(0, bytes(60 * CLUSTER))
@@ -408,7 +408,7 @@ async def test_zeros_that_are_written(
 
 @pytest.mark.parametrize("mode", ["on", "unmap"])
 async def test_zeros_among_data(mode: Literal["on", "unmap"]) -> None:
-    """Only whole clusters count, and what lies between and around them is written."""
+    """Only whole clusters of zeros become zero clusters; the data around them is written."""
     file = MemoryFile(full(10))
     data = bytearray(pattern(12 * CLUSTER + 300, 3))
     for at in (1, 2, 5, 11):
@@ -430,7 +430,7 @@ async def test_zeros_among_data(mode: Literal["on", "unmap"]) -> None:
 
 @pytest.mark.parametrize("based", [False, True])
 async def test_allocating_keeps_the_content(*, based: bool) -> None:
-    """Each cluster has a place in the image afterwards, and room on the host."""
+    """Allocating a range keeps its content, and reserves space on the host."""
     inner = MemoryFile(full(3, backing=b"base") if based else full(3))
     bases = [BASE] if based else []
     expected = guest_bytes(inner.content, *bases)
@@ -453,7 +453,7 @@ async def test_allocating_keeps_the_content(*, based: bool) -> None:
 
 @pytest.mark.expect_log("punch: Input/output error (while giving space back to the host)")
 async def test_a_punch_that_fails_costs_only_space() -> None:
-    """It is logged once, and the clusters are used again all the same."""
+    """A failed punch is logged once, and the clusters are used again."""
     file = FailingFile(MemoryFile(full(10)))
     file.fail("punch", None)
     async with opened(file) as disk:
@@ -467,7 +467,7 @@ async def test_a_punch_that_fails_costs_only_space() -> None:
 
 
 async def test_space_that_was_only_set_aside_goes_back(tmp_path: Path) -> None:
-    """The host calls it a hole, although it takes up space."""
+    """Reserved but unwritten host space, which the host reports as a hole, is punched too."""
     path = tmp_path / "vm.qed"
     await create_image(str(path), 64 << 20)
     async with open_disk(str(path), OpenOptions(writable=True)) as disk:
@@ -482,7 +482,7 @@ async def test_space_that_was_only_set_aside_goes_back(tmp_path: Path) -> None:
 
 
 async def test_a_full_host_is_found_out_before_the_table_is_changed() -> None:
-    """No room to write a table back: the write is refused, its cluster free, a flush works."""
+    """Without host space for its table a write is refused, its cluster is freed, a flush works."""
     inner = MemoryFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(inner)
     async with opened(file) as disk:
@@ -502,7 +502,7 @@ async def test_a_full_host_is_found_out_before_the_table_is_changed() -> None:
 
 
 async def test_clusters_of_tables_that_could_not_be_written_stay_in_quarantine() -> None:
-    """A flush that fails frees nothing; the next one that works does."""
+    """A failed flush frees no cluster, and the next successful one does."""
     file = FailingFile(MemoryFile(full(10)))
     async with opened(file) as disk:
         await disk.wait_scanned()
@@ -516,7 +516,7 @@ async def test_clusters_of_tables_that_could_not_be_written_stay_in_quarantine()
 
 
 async def test_discards_in_steps_within_the_table_cache() -> None:
-    """A disk of many tables and no memory for them: tables are written back on the way."""
+    """A discard over more tables than the cache holds writes tables back on the way."""
     geometry = Geometry(CLUSTER, 1)
     size = 6 * geometry.table_span
     clusters = {at * 300: b"x" for at in range(size // CLUSTER // 300)}
@@ -540,7 +540,7 @@ async def test_many_clusters_in_no_order(
     known: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They are given up a table at a time, and all come out of quarantine in the end."""
+    """Clusters in random order are dropped a table at a time, and all become free."""
     monkeypatch.setattr(quarantine, "_MAX_SCATTERED_CLUSTERS", 300)
     chance, count = random.Random(3), 1200
     numbers = chance.sample(range(count), count)

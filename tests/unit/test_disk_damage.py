@@ -1,4 +1,4 @@
-"""What must not be forgotten when something has gone wrong."""
+"""A disk remembers damage and failures until they are repaired."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLUSTER = 4096
     ],
 )
 async def test_an_image_with_a_wild_entry_is_not_marked_clean(*, wild: bool) -> None:
-    """After the file has grown, only a check can tell a wild entry from a good one."""
+    """An image in which a bad entry was found keeps NEED_CHECK at its close."""
     image = build_image(1 << 20, {0: pattern(CLUSTER, 1), 5: pattern(CLUSTER, 2)})
     if wild:
         put_entry(image, l2_entry_offset(image, 5), len(image))
@@ -51,7 +51,7 @@ class _BrokenFile(MemoryFile):
 
 
 async def test_a_flush_that_broke_off_is_not_taken_for_done() -> None:
-    """Nobody knows what was written, so no later flush may succeed."""
+    """After a flush with an unexpected exception no later flush succeeds."""
     file = _BrokenFile(build_image(1 << 20))
     with pytest.raises(HostError, match="ended by RuntimeError"):  # noqa: PT012  closing raises
         async with opened(file) as disk:

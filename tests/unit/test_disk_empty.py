@@ -1,4 +1,4 @@
-"""Taking everything out of an image, and hiding a base in it."""
+"""Emptying an image that equals its base, and hiding the base by zero clusters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BASE = pattern(SIZE, 4)
 
 
 def same_as_base(chance: random.Random) -> bytearray:
-    """Make an overlay that has nothing that its base does not show as well."""
+    """Return an overlay that holds nothing that differs from its base."""
     clusters: dict[int, bytes | int] = {}
     for number in chance.sample(range(-(-SIZE // CLUSTER)), 60):
         clusters[number] = BASE[number * CLUSTER :][:CLUSTER]
@@ -36,8 +36,8 @@ def same_as_base(chance: random.Random) -> bytearray:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_emptying_at_every_moment(seed: int) -> None:
-    """The base shows through more and more, and reads the same; power failures included."""
+async def test_every_crash_state_of_emptying_reads_the_same(seed: int) -> None:
+    """At each step of emptying, power failures included, the disk reads the same."""
     chance = random.Random(seed)
     file = RecordingFile(same_as_base(chance))
     async with opened(file) as disk:
@@ -53,7 +53,7 @@ async def test_emptying_at_every_moment(seed: int) -> None:
 
 
 async def test_zero_clusters_go_as_well() -> None:
-    """What hid the base does so no longer; the disk may be used on."""
+    """Emptying removes zero clusters too, and the disk stays usable."""
     image = build_image(SIZE, {0: ZERO, 3: b"x", 513: ZERO}, backing=b"base")
     file = MemoryFile(image)
     async with opened(file, [BASE]) as disk:
@@ -67,7 +67,7 @@ async def test_zero_clusters_go_as_well() -> None:
 
 
 async def test_entries_past_the_end_stay() -> None:
-    """What lies past the disk's end is left to who grows the disk."""
+    """Emptying keeps entries past the end of the disk, which a resize may use."""
     image = build_image(SPAN + 2 * CLUSTER, {1: b"x", 513: b"y", 700: b"past"})
     file = MemoryFile(image)
     async with opened(file) as disk:
@@ -79,7 +79,7 @@ async def test_entries_past_the_end_stay() -> None:
 
 @pytest.mark.expect_log("found table entries that point to nowhere")
 async def test_what_cannot_be_emptied() -> None:
-    """A bad entry, and a disk that is read-only."""
+    """A bad entry and a read-only disk refuse to be emptied."""
     image = build_image(SIZE, {0: 3 * CLUSTER + 1})
     async with opened(MemoryFile(image)) as disk:
         with pytest.raises(CorruptImageError, match="unaligned"):
@@ -96,7 +96,7 @@ async def test_what_cannot_be_emptied() -> None:
 
 
 async def test_hiding_more_than_the_base_shows() -> None:
-    """Clusters become zero clusters also where there is nothing to hide yet."""
+    """Clusters become zero clusters also past the end of the base."""
     file = MemoryFile(build_image(SIZE, {2: b"data"}))
     async with opened(file) as disk:
         await disk.write_zero_clusters(0, 4 * CLUSTER)

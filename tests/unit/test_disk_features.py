@@ -1,4 +1,4 @@
-"""Feature bits: what is kept, what is cleared and when, what refuses the image."""
+"""Feature bits: which are kept, which are cleared and when, and which refuse the image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 64 * CLUSTER
 
 
 async def test_autoclear_is_cleared_durably_before_the_first_change() -> None:
-    """The header without the bits is on the disk before any other byte is written."""
+    """The header without autoclear bits is durable before any other byte is written."""
     file = RecordingFile(build_image(SIZE, {0: b"a"}, autoclear=0x8001, compat=0x4002))
     async with opened(file) as disk:
         assert disk.header.autoclear_features == 0x8001
@@ -35,7 +35,7 @@ async def test_autoclear_is_cleared_durably_before_the_first_change() -> None:
 
 
 async def test_every_writer_waits_for_the_autoclear_bits() -> None:
-    """A second writer does not slip through while the first is clearing the bits."""
+    """A second writer waits while the first one clears the autoclear bits."""
     recording = RecordingFile(build_image(SIZE, {0: b"a", 1: b"b"}, autoclear=1))
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
@@ -54,7 +54,7 @@ async def test_every_writer_waits_for_the_autoclear_bits() -> None:
     ["write", pytest.param("datasync", marks=pytest.mark.expect_log("read-only from now on"))],
 )
 async def test_bits_that_cannot_be_cleared_stop_all_changes(action: str) -> None:
-    """While the bits stand in the file, no write gets past them."""
+    """While autoclear bits are in the file, every write fails."""
     recording = RecordingFile(build_image(SIZE, {0: b"a"}, autoclear=1))
     file = FailingFile(recording)
     async with opened(file) as disk:
@@ -77,7 +77,7 @@ async def test_bits_that_cannot_be_cleared_stop_all_changes(action: str) -> None
 
 
 async def test_autoclear_goes_before_need_check_is_cleared() -> None:
-    """Clearing NEED_CHECK is a change like any other, also when nothing else is written."""
+    """Autoclear bits are cleared before NEED_CHECK is, also without any other write."""
     image = build_image(SIZE, {0: b"a"}, autoclear=1, features=2)
     file = RecordingFile(image)
     async with opened(file):
@@ -94,7 +94,7 @@ async def test_autoclear_goes_before_need_check_is_cleared() -> None:
 
 @pytest.mark.parametrize("writable", [True, False])
 async def test_nothing_is_written_without_a_change(*, writable: bool) -> None:
-    """Opening, reading, flushing and closing a clean image leaves every byte of it."""
+    """Opening, reading, flushing and closing a clean image writes nothing."""
     image = build_image(SIZE, {0: b"a"}, autoclear=1, compat=1, header_size=2)
     file = RecordingFile(image, writable=writable)
     async with opened(file) as disk:
@@ -104,7 +104,7 @@ async def test_nothing_is_written_without_a_change(*, writable: bool) -> None:
 
 
 async def test_compat_bits_and_header_extras_are_kept() -> None:
-    """What the header holds besides our fields stays through every header change."""
+    """Unknown compat bits and bytes after the header fields survive each header change."""
     image = build_image(SIZE, {0: b"a"}, compat=(1 << 63) | 2, header_size=2, backing=b"name")
     image[200:300] = b"e" * 100
     image[CLUSTER : CLUSTER + 100] = b"f" * 100
@@ -119,7 +119,7 @@ async def test_compat_bits_and_header_extras_are_kept() -> None:
 
 @pytest.mark.parametrize("bit", [3, 31, 32, 63])
 async def test_unknown_incompatible_bit_is_refused_by_number(bit: int) -> None:
-    """The message says which bit it is, for readers as for writers."""
+    """An unknown incompatible bit is refused by its number, for reading and writing."""
     image = build_image(SIZE, features=1 << bit)
     for writable in (True, False):
         file = RecordingFile(image, writable=writable)

@@ -1,4 +1,4 @@
-"""A host that is full or broken while data is written: reported, consistent, and it goes on."""
+"""A full or failing host: errors are reported, and the disk stays consistent and usable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = 2 * SPAN
 @pytest.mark.parametrize("short", [0, 100, 5000])
 @pytest.mark.parametrize("based", [False, True])
 async def test_failed_data_write(number: int, short: int, *, based: bool) -> None:
-    """A write into new clusters that fails leaves them as they were, and no leak for ever."""
+    """A failed write into new clusters leaves the disk unchanged and, after a close, no leak."""
     base = pattern(SIZE, 9) if based else b""
     inner = MemoryFile(build_image(SIZE, {0: b"a"}, backing=b"base" if based else b""))
     file = FailingFile(inner)
@@ -93,7 +93,7 @@ async def test_failure_at_each_step_of_an_allocating_write(action: Action, calls
 
 
 async def test_full_host_goes_on_serving() -> None:
-    """Reads and writes in place go on while nothing new can be written."""
+    """On a full host, reads and writes in place succeed."""
     inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER}))
     file = FailingFile(inner)
     async with opened(file) as disk:
@@ -113,7 +113,7 @@ async def test_full_host_goes_on_serving() -> None:
 
 
 async def fill(file: FailingFile, write: object) -> int:
-    """Write to one new cluster after the other until there is no room."""
+    """Write to one new cluster after the other, and return the number of the first that fails."""
     assert file.inner.size()
     for number in range(2, 512):
         try:
@@ -126,7 +126,7 @@ async def fill(file: FailingFile, write: object) -> int:
 
 @pytest.mark.parametrize("size", [None, 5 * CLUSTER])
 async def test_read_that_fails_or_comes_short(size: int | None) -> None:
-    """A host that cannot read, or a file cut while it is open, is an error and no zeros."""
+    """A failed or short host read raises an error instead of returning zeros."""
     inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER, 1: b"b" * CLUSTER, 3: b"c"}))
     file = FailingFile(inner)
     async with opened(file) as disk:

@@ -1,4 +1,4 @@
-"""Entries that point where they may not, and image files of an odd length."""
+"""Table entries that point to where they must not, and image files of odd length."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def places(image: bytearray) -> dict[str, int]:
 @pytest.mark.parametrize("writable", [pytest.param(True, marks=SCANNED), False])
 @pytest.mark.parametrize("place", list(places(image_with_data())))
 async def test_bad_l2_entry_costs_its_own_range_only(place: str, *, writable: bool) -> None:
-    """EIO for that cluster, with a reason; the neighbours work; nothing changes."""
+    """A bad L2 entry fails requests for its cluster with a reason, and no others."""
     image = image_with_data()
     put_entry(image, l2_entry_offset(image, 2), places(image)[place])
     file = RecordingFile(image, writable=writable)
@@ -85,7 +85,7 @@ async def test_bad_l2_entry_costs_its_own_range_only(place: str, *, writable: bo
 
 @SCANNED
 async def test_data_over_a_long_header() -> None:
-    """All clusters of a header of several are protected."""
+    """No entry may point into any cluster of a long header."""
     image = build_image(SPAN, {0: b"a", 1: b"b"}, header_size=3)
     put_entry(image, l2_entry_offset(image, 1), 2 * CLUSTER)
     file = RecordingFile(image)
@@ -99,7 +99,7 @@ async def test_data_over_a_long_header() -> None:
 @pytest.mark.parametrize("value", [1, 512, CLUSTER, 1 << 40, (1 << 64) - CLUSTER])
 @SCANNED
 async def test_bad_l1_entry_costs_its_own_range_only(value: int) -> None:
-    """What lies under other L1 entries reads and writes as ever."""
+    """A bad L1 entry fails requests for its range, and no others."""
     image = image_with_data()
     header = header_of(image)
     put_entry(image, header.l1_table_offset + 8, value)
@@ -118,7 +118,7 @@ async def test_bad_l1_entry_costs_its_own_range_only(value: int) -> None:
 
 @SCANNED
 async def test_table_that_the_file_cuts_short() -> None:
-    """A table needs its whole length inside the file."""
+    """An L1 entry whose table is not completely inside the file is bad."""
     image = build_image(2 * 2048 * CLUSTER, {0: b"a"}, table_size=4)
     header = header_of(image)
     put_entry(image, header.l1_table_offset + 8, len(image) - 2 * CLUSTER)
@@ -130,7 +130,7 @@ async def test_table_that_the_file_cuts_short() -> None:
 
 @pytest.mark.parametrize("writable", [pytest.param(True, marks=SCANNED), False])
 async def test_each_cluster_of_a_run_is_validated(*, writable: bool) -> None:
-    """A run that begins inside the file and ends outside is bad where it is outside."""
+    """Of a run across the end of the file only the clusters past the end are bad."""
     image = image_with_data()[: -2 * CLUSTER]
     async with opened(MemoryFile(image, writable=writable)) as disk:
         if writable:
@@ -147,7 +147,7 @@ async def test_each_cluster_of_a_run_is_validated(*, writable: bool) -> None:
 
 
 async def test_cluster_cut_short_reads_as_far_as_it_goes() -> None:
-    """For a reader, the bytes of the last cluster that are there are worth having."""
+    """A read-only disk returns the bytes that the file has of its last cluster."""
     image = image_with_data()[:-100]
     async with opened(MemoryFile(image, writable=False)) as disk:
         assert await disk.read(5 * CLUSTER, CLUSTER - 100) == b"\6" * (CLUSTER - 100)
@@ -157,7 +157,7 @@ async def test_cluster_cut_short_reads_as_far_as_it_goes() -> None:
 
 @SCANNED
 async def test_wild_entry_stays_bad_when_the_file_has_grown_over_it() -> None:
-    """An entry past the end of the file never gets to point at somebody else's new cluster."""
+    """An entry past the end of the file stays bad when the file grows over its offset."""
     image = build_image(2 * SPAN, {0: b"a", 512: b"b"})
     victim = len(image) + 3 * CLUSTER
     put_entry(image, l2_entry_offset(image, 7), victim)
@@ -180,7 +180,7 @@ async def test_wild_entry_stays_bad_when_the_file_has_grown_over_it() -> None:
 
 @SCANNED
 async def test_wild_l1_entry_stays_bad_when_the_file_has_grown_over_it() -> None:
-    """The same for a table: guest data must not be taken for entries."""
+    """An L1 entry past the end of the file stays bad when data is written there."""
     image = build_image(3 * SPAN, {0: b"a"})
     header = header_of(image)
     put_entry(image, header.l1_table_offset + 16, len(image) + 2 * CLUSTER)
@@ -196,7 +196,7 @@ async def test_wild_l1_entry_stays_bad_when_the_file_has_grown_over_it() -> None
 
 
 async def test_overlapping_tables_refuse_a_writer() -> None:
-    """Two L1 entries for one table, or tables that overlap, open for reading only."""
+    """An image with overlapping L2 tables opens for reading only."""
     image = build_image(3 * 2048 * CLUSTER, {0: b"a", 2048: b"b"}, table_size=4)
     header = header_of(image)
     table = get_entry(image, header.l1_table_offset)
@@ -209,8 +209,8 @@ async def test_overlapping_tables_refuse_a_writer() -> None:
             assert await disk.read(CLUSTER, 1) == b"\0"
 
 
-async def test_refused_image_is_left_as_it_is() -> None:
-    """What cannot be opened for writing keeps its NEED_CHECK and every other byte."""
+async def test_refused_image_is_unchanged() -> None:
+    """An image that is refused for writing keeps NEED_CHECK and every other byte."""
     image = build_image(3 * SPAN, {0: b"a", 512: b"b"}, features=2, autoclear=1)
     header = header_of(image)
     table = get_entry(image, header.l1_table_offset)
@@ -225,7 +225,7 @@ async def test_refused_image_is_left_as_it_is() -> None:
 
 @SCANNED
 async def test_table_past_the_end_of_the_disk_is_protected_too() -> None:
-    """Growing the disk must not bring a table into use that a guest could write to."""
+    """A resize does not bring a table into use that a guest could write to."""
     image = build_image(SPAN, {0: bytes(CLUSTER)})
     header = header_of(image)
     data = get_entry(image, l2_entry_offset(image, 0))
@@ -240,7 +240,7 @@ async def test_table_past_the_end_of_the_disk_is_protected_too() -> None:
 
 
 async def test_junk_in_an_odd_tail_does_not_show_up() -> None:
-    """What lies past the last whole cluster of the file is gone when a cluster is put there."""
+    """Bytes past the last whole cluster do not show in a cluster that is allocated there."""
     image = build_image(4 * CLUSTER, {0: b"a"}) + b"junk" * 700
     file = RecordingFile(image)
     async with opened(file) as disk:
@@ -252,7 +252,7 @@ async def test_junk_in_an_odd_tail_does_not_show_up() -> None:
 
 
 async def test_odd_tail_and_need_check_call_the_inspector(tmp_path: Path) -> None:
-    """A writable open has such images inspected, and refuses them where nobody can."""
+    """An odd tail or NEED_CHECK needs an inspector for writing, and is refused without one."""
     path = tmp_path / "odd.qed"
     asked: list[int] = []
 
@@ -292,7 +292,7 @@ async def test_odd_tail_and_need_check_call_the_inspector(tmp_path: Path) -> Non
 
 @SCANNED
 async def test_partial_write_before_a_bad_entry_is_in_place() -> None:
-    """A request that runs into a bad entry has written what lies before it, no more."""
+    """A write that meets a bad entry has written everything before it, and nothing after."""
     image = image_with_data()
     put_entry(image, l2_entry_offset(image, 2), 512)
     file = RecordingFile(image)

@@ -1,4 +1,4 @@
-"""Requests are counted by turns, and a turn is over when the last of its requests has ended."""
+"""Epochs: each request belongs to one, and it is drained when its last request has ended."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from trio.testing import wait_all_tasks_blocked
 from qedfuse.disk.space.epochs import Epochs
 
 
-def test_a_turn_without_requests_is_over_at_once() -> None:
-    """Nobody has to be waited for."""
+def test_an_epoch_without_requests_is_drained() -> None:
+    """An epoch without requests is drained immediately."""
     epochs = Epochs()
     assert epochs.is_drained(epochs.advance())
 
 
-def test_a_turn_waits_for_all_that_began_before() -> None:
-    """Also for those of earlier turns, and for nobody that began later."""
+def test_an_epoch_waits_for_all_earlier_requests() -> None:
+    """An epoch is drained when all requests of it and of earlier ones have ended."""
     epochs = Epochs()
     early = epochs.enter()
     first = epochs.advance()
@@ -31,8 +31,8 @@ def test_a_turn_waits_for_all_that_began_before() -> None:
     epochs.leave(after)
 
 
-async def test_waiting_for_a_turn() -> None:
-    """Who waits is woken when it is over, and not before."""
+async def test_waiting_for_an_epoch() -> None:
+    """A task that waits for an epoch is woken exactly when it is drained."""
     epochs = Epochs()
     request = epochs.enter()
     advance = epochs.advance()

@@ -1,4 +1,4 @@
-"""Each error has what both of its readers need: an errno for a guest, an exit code for a script."""
+"""Each error class has an errno for the guest and an exit code for scripts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def documented_codes() -> set[int]:
 
 @pytest.mark.parametrize("kind", list(tree()), ids=lambda kind: kind.__name__)
 def test_every_error_is_drawn_as_it_is(kind: type[QedError]) -> None:
-    """The drawing tells errno and exit code of each class, and they are right."""
+    """The tree in errors.py shows the errno and the exit code of each class."""
     symbol, code = drawn()[kind.__name__]
     assert kind.exit_code == code
     assert symbol == "(host's)" or kind.errno == getattr(errno, symbol) or kind is NoSpaceError
@@ -52,17 +52,17 @@ def test_every_error_is_drawn_as_it_is(kind: type[QedError]) -> None:
 
 
 def test_nothing_else_is_drawn() -> None:
-    """A class that has gone has left the drawing too."""
+    """The tree in errors.py shows no class that does not exist."""
     assert {kind.__name__ for kind in tree()} == drawn().keys()
 
 
 def test_every_exit_code_is_documented() -> None:
-    """A script's author finds every code in the README."""
+    """The README lists every exit code."""
     assert {kind.exit_code for kind in tree()} <= documented_codes()
 
 
 def test_only_kinds_that_a_script_treats_alike_share_a_code() -> None:
-    """A class has the code of its parent, or one that no other branch has."""
+    """A class has the exit code of its parent, or one that no other branch of the tree has."""
     owners: dict[int, type[QedError]] = {}
     for kind in tree():
         owner = owners.setdefault(kind.exit_code, kind)
@@ -75,7 +75,7 @@ def test_only_kinds_that_a_script_treats_alike_share_a_code() -> None:
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT])
 def test_host_error_keeps_the_hosts_errno(number: int) -> None:
-    """What the host said reaches whoever asked."""
+    """A HostError has the errno of the host's error."""
     error = HostError.from_os(OSError(number, "ignored"), "a.qed", "cannot read")
     assert type(error) is HostError
     assert error.errno == number
@@ -84,18 +84,18 @@ def test_host_error_keeps_the_hosts_errno(number: int) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_host_is_no_space(number: int) -> None:
-    """A full file system and a used-up quota can be told from other failures."""
+    """ENOSPC and EDQUOT become NoSpaceError, other errors do not."""
     error = HostError.from_os(OSError(number, "ignored"), "a.qed", "cannot write")
     assert type(error) is NoSpaceError
     assert error.errno == number
 
 
 def test_an_errno_is_always_there() -> None:
-    """An error of the host without a number still gives the guest one."""
+    """A host error without a number becomes EIO for the guest."""
     assert HostError.from_os(OSError("strange"), "a.qed", "cannot read").errno == errno.EIO
 
 
 def test_name_is_escaped() -> None:
-    """A name cannot forge a second line."""
+    """A file name with a newline gives a message of one line."""
     error = cannot_open("a\nb.qed", OSError(errno.ENOENT, "ignored"))
     assert str(error) == "a\\nb.qed: cannot open: No such file or directory"

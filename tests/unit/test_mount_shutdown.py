@@ -21,7 +21,7 @@ from qedfuse.mount.shutdown import Shutdown
 from qedfuse.mount.system.unmount import BusyError
 from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
-from tests.unit.test_autocompaction import DISCARDED, full, discard_some
+from tests.unit.test_autocompaction import DISCARDED, discard_some, full
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
