@@ -1,4 +1,4 @@
-"""The scheduler that pyfuse3 runs on: who reads next, how long to poll, and who gets a turn."""
+"""The scheduler of pyfuse3: which task reads, how long to poll, and when other tasks run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.mount.fuse.scheduler import (
-    BURST,
-    BURST_BESIDE_OTHERS,
+    MAX_BURST,
+    MAX_BURST_BESIDE_OTHERS,
     Scheduler,
     UnfairLock,
     default_poll_seconds,
@@ -22,11 +22,11 @@ from qedfuse.util.loopload import loop_load
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WINDOW: Final = 100e-6
+POLL_SECONDS: Final = 100e-6
 
 
 class Clock:
-    """Time that goes on by ``step`` seconds whenever somebody looks."""
+    """A clock that advances by ``step`` seconds with each reading."""
 
     def __init__(self, step: float = 10e-6) -> None:
         """Start at 0."""
@@ -34,14 +34,14 @@ class Clock:
         self.step = step
 
     def __call__(self) -> float:
-        """Tell the time."""
+        """Return the time."""
         self.now += self.step
         return self.now
 
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Give the two ends of a pipe: the first to wait on, the second to write requests to."""
+    """Make a pipe: requests are read from the first end and written to the second."""
     ends = os.pipe()
     yield ends
     for end in ends:
@@ -51,46 +51,46 @@ def pipe() -> Iterator[tuple[int, int]]:
 # --- the lock -------------------------------------------------------------------------------
 
 
-async def test_the_holder_gets_the_baton_back_before_who_waits() -> None:
-    """Until it waits for something else: then the one who waits takes over."""
-    baton, order = UnfairLock(), []
+async def test_the_last_holder_can_barge_before_the_waiters() -> None:
+    """A task acquires the lock again before a waiter; when it waits, the waiter gets the lock."""
+    lock, order = UnfairLock(), []
 
     async def other() -> None:
-        async with baton:
+        async with lock:
             order.append("other")
 
     async with trio.open_nursery() as nursery:
-        async with baton:
+        async with lock:
             nursery.start_soon(other)
             await wait_all_tasks_blocked()
         for number in range(3):
-            async with baton:
+            async with lock:
                 order.append(str(number))
         await wait_all_tasks_blocked()
-        async with baton:
+        async with lock:
             order.append("last")
     assert order == ["0", "1", "2", "other", "last"]
 
 
-async def test_nobody_holds_the_baton_beside_another() -> None:
-    """Whoever waits, works and is cancelled how he likes: one at a time, and never none."""
-    baton = UnfairLock()
+async def test_at_most_one_task_holds_the_lock() -> None:
+    """With tasks that wait, work and are cancelled, one holds the lock, and none waits forever."""
+    lock = UnfairLock()
     holders = most = served = 0
 
     async def work(number: int) -> None:
         nonlocal holders, most, served
-        for turn in range(20):
-            with trio.move_on_after(0 if (number + turn) % 7 == 0 else 60):
-                async with baton:
+        for step in range(20):
+            with trio.move_on_after(0 if (number + step) % 7 == 0 else 60):
+                async with lock:
                     holders += 1
                     most = max(most, holders)
                     try:
-                        for _ in range((number * turn) % 4):
+                        for _ in range((number * step) % 4):
                             await trio.lowlevel.checkpoint()
                         served += 1
                     finally:
                         holders -= 1
-                for _ in range((number + turn) % 3):
+                for _ in range((number + step) % 3):
                     await trio.lowlevel.checkpoint()
 
     with trio.fail_after(20):
@@ -101,17 +101,17 @@ async def test_nobody_holds_the_baton_beside_another() -> None:
     assert served > 100
 
 
-async def test_a_cancelled_waiter_leaves_the_baton_to_the_next() -> None:
-    """Its place in the queue goes with it."""
-    baton, got = UnfairLock(), []
+async def test_a_cancelled_waiter_leaves_the_lock_to_the_next() -> None:
+    """A cancelled waiter is removed from the queue, and all others get the lock."""
+    lock, got = UnfairLock(), []
 
     async def wait(name: str, scope: trio.CancelScope) -> None:
         with scope:
-            async with baton:
+            async with lock:
                 got.append(name)
 
     scopes = [trio.CancelScope() for _ in range(3)]
-    async with trio.open_nursery() as nursery, baton:
+    async with trio.open_nursery() as nursery, lock:
         for number, scope in enumerate(scopes):
             nursery.start_soon(wait, str(number), scope)
         await wait_all_tasks_blocked()
@@ -126,58 +126,58 @@ async def test_a_cancelled_waiter_leaves_the_baton_to_the_next() -> None:
 async def test_a_request_that_is_there_is_taken_without_a_checkpoint(
     pipe: tuple[int, int],
 ) -> None:
-    """But after a number of them everybody else has a turn."""
+    """After `MAX_BURST` ready requests in a row all other tasks run once."""
     os.write(pipe[1], b"x")
-    scheduler, turns = Scheduler(WINDOW, Clock()), 0
+    scheduler, runs = Scheduler(POLL_SECONDS, Clock()), 0
 
     async def others() -> None:
-        nonlocal turns
+        nonlocal runs
         while True:
             await trio.lowlevel.checkpoint()
-            turns += 1
+            runs += 1
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(others)
         await trio.lowlevel.checkpoint()
-        before = turns
-        for _ in range(BURST - 1):
+        before = runs
+        for _ in range(MAX_BURST - 1):
             await scheduler.wait_readable(pipe[0])
-        assert turns == before
-        # Which of the tasks that can run goes first is left to chance.
-        for _ in range(2 * BURST + 1):
+        assert runs == before
+        # trio runs runnable tasks in random order.
+        for _ in range(2 * MAX_BURST + 1):
             await scheduler.wait_readable(pipe[0])
-        assert before < turns <= before + 3
+        assert before < runs <= before + 3
         nursery.cancel_scope.cancel()
-    assert scheduler.statistics.waiting == 3 * BURST
-    assert scheduler.statistics.turns == 3
+    assert scheduler.statistics.ready == 3 * MAX_BURST
+    assert scheduler.statistics.yields == 3
 
 
-async def test_more_turns_while_a_thread_is_at_work(pipe: tuple[int, int]) -> None:
-    """What it brings is waited for by another request."""
+async def test_other_tasks_run_more_often_while_a_thread_is_running(pipe: tuple[int, int]) -> None:
+    """Another request waits for the thread, so bursts are shorter."""
     os.write(pipe[1], b"x")
-    scheduler = Scheduler(WINDOW, Clock())
+    scheduler = Scheduler(POLL_SECONDS, Clock())
     async with trio.to_thread.current_default_thread_limiter():
-        for _ in range(BURST):
+        for _ in range(MAX_BURST):
             await scheduler.wait_readable(pipe[0])
-    assert scheduler.statistics.turns == BURST // BURST_BESIDE_OTHERS
+    assert scheduler.statistics.yields == MAX_BURST // MAX_BURST_BESIDE_OTHERS
 
 
-async def test_the_next_request_is_polled_for_when_that_pays(pipe: tuple[int, int]) -> None:
-    """It comes while the clock is looked at: no sleep, no wake-up."""
+async def test_the_next_request_is_polled_for_if_that_has_succeeded(pipe: tuple[int, int]) -> None:
+    """A request that arrives while polling is taken without sleeping."""
     clock = Clock()
-    scheduler = Scheduler(WINDOW, clock)
+    scheduler = Scheduler(POLL_SECONDS, clock)
 
     class Sender(Clock):
-        """A clock that sends a request while it is looked at."""
+        """A clock that sends a request after some readings."""
 
         def __call__(self) -> float:
-            """Send when half of the window is over."""
-            if super().__call__() > WINDOW / 2:
+            """Send a request when half of the polling time is over."""
+            if super().__call__() > POLL_SECONDS / 2:
                 os.write(pipe[1], b"x")
                 self.step = 0
             return self.now
 
-    # A first request that the loop sleeps for, and that comes soon enough.
+    # The event loop sleeps for a first request, which arrives soon enough to enable polling.
     clock.step = 1e-6
     async with trio.open_nursery() as nursery:
         nursery.start_soon(scheduler.wait_readable, pipe[0])
@@ -192,8 +192,8 @@ async def test_the_next_request_is_polled_for_when_that_pays(pipe: tuple[int, in
 
 
 async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> None:
-    """Its task has to run for it to end."""
-    scheduler = Scheduler(WINDOW, Clock(step=0))
+    """The read ends only if its task runs, so the event loop must not poll here."""
+    scheduler = Scheduler(POLL_SECONDS, Clock(step=0))
     scheduler._adaptive_poll.record(0.0, slept=False)
     loop_load.polled_reads += 1
     try:
@@ -207,30 +207,28 @@ async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> N
     assert scheduler.statistics.slept == 1
 
 
-async def test_no_polling_while_a_thread_is_at_work(pipe: tuple[int, int]) -> None:
-    """Only trio sees its end, so the loop goes to trio."""
-    scheduler = Scheduler(WINDOW, Clock(step=0))
+async def test_no_polling_while_a_thread_is_running(pipe: tuple[int, int]) -> None:
+    """Only trio notices the end of the thread, so the event loop sleeps in trio."""
+    scheduler = Scheduler(POLL_SECONDS, Clock(step=0))
     scheduler._adaptive_poll.record(0.0, slept=False)
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             await trio.to_thread.current_default_thread_limiter().acquire()
             try:
-                # With a clock that stands still it would poll for ever.
+                # With a clock that does not advance, polling would never end.
                 nursery.start_soon(scheduler.wait_readable, pipe[0])
                 await wait_all_tasks_blocked()
                 os.write(pipe[1], b"x")
             finally:
                 trio.to_thread.current_default_thread_limiter().release()
     assert scheduler.statistics.slept == 1
-    assert scheduler._adaptive_poll.seconds, "what came late because of others says nothing"
+    assert scheduler._adaptive_poll.seconds, "a wait beside other work was recorded"
 
 
 @pytest.mark.parametrize("asleep", [True, False])
-async def test_the_end_reaches_who_waits_and_who_is_about_to(
-    pipe: tuple[int, int], *, asleep: bool
-) -> None:
-    """A mount that is to end does not wait for one more request."""
-    scheduler = Scheduler(WINDOW, Clock())
+async def test_closing_ends_current_and_later_waits(pipe: tuple[int, int], *, asleep: bool) -> None:
+    """A mount that ends does not wait for another request."""
+    scheduler = Scheduler(POLL_SECONDS, Clock())
     ended = []
 
     async def wait() -> None:
@@ -248,8 +246,8 @@ async def test_the_end_reaches_who_waits_and_who_is_about_to(
     assert len(ended) == 2
 
 
-async def test_whether_somebody_waits_can_be_asked(pipe: tuple[int, int]) -> None:
-    """Who is about to keep the loop to himself asks."""
+async def test_waiting_requests_are_reported_to_other_tasks(pipe: tuple[int, int]) -> None:
+    """Code that is about to block the event loop can ask whether a request is waiting."""
     with scheduled(0.0) as scheduler:
         assert not loop_load.has_requests()
         os.write(pipe[1], b"x")
@@ -262,7 +260,7 @@ async def test_whether_somebody_waits_can_be_asked(pipe: tuple[int, int]) -> Non
 
 
 def test_a_machine_with_one_processor_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would take the processor from the one who is to send the next request."""
+    """Polling would take the processor from the program that sends the next request."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {3})
     assert default_poll_seconds() == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 3})

@@ -1,23 +1,24 @@
-"""How the loop that takes requests from the kernel waits for the next one.
+"""How pyfuse3's tasks wait for the next request of the kernel.
 
-pyfuse3 takes its scheduler from its attribute ``trio``, which its asyncio mode replaces;
-`Scheduler` takes that place too.  It is trio with two things done otherwise, because a
-request that is answered from memory costs less than going to sleep and waking up:
+pyfuse3 calls its scheduler through its attribute ``trio``, which its asyncio mode replaces;
+`Scheduler` replaces it in the same way.  It is trio with two differences, because a request
+that is answered from memory costs less than putting the event loop to sleep and waking it.
 
-*The lock.*  pyfuse3 keeps several tasks, and a lock says which one reads from the kernel.
-trio's lock hands itself over to the next waiter, so each request would cost a switch of
-tasks.  `UnfairLock` stays with the task that has it for as long as that task answers at once.
-When that task waits for something, another one takes over.
+*The lock.*  pyfuse3 has several tasks, and a lock decides which of them reads from the kernel.
+trio's lock is fair: it is handed over to the next waiter, so each request would cost a switch
+of tasks.  `UnfairLock` allows barging: the task that releases it can take it again before the
+waiters, as long as it answers requests without waiting.  When that task waits for something
+else, another one takes the lock.
 
-*Waiting for the descriptor.*  It is polled before anything is waited for.  If there is
-nothing, other tasks have their turn; then, if that has paid lately, it is polled for some
-more microseconds; only then is the loop put to sleep.
+*Waiting for the descriptor.*  The descriptor is polled before anything else.  If there is no
+request, all other tasks run.  Then the descriptor is polled for some more microseconds, if such
+polling has succeeded lately (`AdaptivePoll`).  Only then does the event loop sleep.
 
-What keeps others from starving: after `BURST` requests in a row, or `BURST_BESIDE_OTHERS`
-while somebody waits for the host's disk, all other tasks that can run have their
-turn, and trio looks for threads that are done, timers and signals.  Nothing is polled for
-while a thread is at work, whose end only trio sees, or while a read of the host's file is
-polled for by another task.  Idle, the loop sleeps.
+Other tasks are not starved: after `MAX_BURST` requests in a row, or `MAX_BURST_BESIDE_OTHERS`
+while a request waits for the host's disk, all other runnable tasks run, and trio checks for
+finished threads, timers and signals.  The descriptor is not polled repeatedly while a worker
+thread is running, whose end only trio notices, or while another task polls for a read of the
+host's file.  An idle event loop sleeps.
 """
 
 from __future__ import annotations
@@ -41,64 +42,64 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-BURST: Final = 64
-"""Requests that are taken one after the other before all other tasks have a turn."""
+MAX_BURST: Final = 64
+"""Requests that are taken in a row before all other tasks run."""
 
-BURST_BESIDE_OTHERS: Final = 8
-"""The same while requests wait for worker threads, or for the host's disk."""
+MAX_BURST_BESIDE_OTHERS: Final = 8
+"""The same while other requests wait for worker threads or for the host's disk."""
 
-POLL_SECONDS: Final = 100e-6
-"""How long the descriptor is polled before the loop goes to sleep, if that pays."""
+DEFAULT_POLL_SECONDS: Final = 100e-6
+"""How long the descriptor is polled before the event loop sleeps."""
 
 
 @dataclass(slots=True)
 class SchedulerStatistics:
-    """What the waiting for requests came to.
+    """Counts how the tasks waited for requests, for the debug log.
 
     Attributes:
-        waiting: Requests that were there already.
-        polled: Requests that came while the descriptor was polled.
-        slept: How often the loop went to sleep instead.
-        turns: How often other tasks were let in.
-        vain: How often the descriptor was polled for nothing.
+        ready: Requests that had arrived before a task waited for them.
+        polled: Requests that arrived while the descriptor was polled.
+        slept: How often the event loop slept instead.
+        yields: How often all other tasks were run.
+        failed_polls: How often no request arrived while the descriptor was polled.
     """
 
-    waiting: int = 0
+    ready: int = 0
     polled: int = 0
     slept: int = 0
-    turns: int = 0
-    vain: int = 0
+    yields: int = 0
+    failed_polls: int = 0
 
 
 class UnfairLock:
-    """A lock whose holder keeps it as long as it does not wait for anything else.
+    """A lock that a task can acquire before those that have waited for it ("barging").
 
-    To acquire it while it is free is no checkpoint.  To release it wakes the task that
-    waited last, whose memory is warm, but does not give it the lock: it gets it if it is
-    still free when it runs.
+    Acquiring a free lock is no checkpoint.  Releasing the lock wakes the task that began to
+    wait last, whose memory is still in the processor's caches, but does not hand the lock over
+    to it: that task gets the lock only if it is still free when the task runs.
     """
 
     def __init__(self) -> None:
-        """Make a free one."""
+        """Make a lock that is free."""
         self._held = False
         self._waiting: list[trio.lowlevel.Task] = []
         self._woken = False
 
     async def __aenter__(self) -> None:
-        """Wait until it is free, and hold it."""
+        """Acquire the lock; wait while another task holds it."""
         while self._held:
             await self._wait()
         self._held = True
 
     async def __aexit__(self, *_: object) -> None:
-        """Let it go."""
+        """Release the lock and wake one waiter, if none has been woken already."""
         self._held = False
         if self._waiting and not self._woken:
             self._woken = True
             trio.lowlevel.reschedule(self._waiting.pop())
 
     async def _wait(self) -> None:
-        """Sleep until the holder lets go."""
+        """Sleep until the lock has been released."""
         task = trio.lowlevel.current_task()
         self._waiting.append(task)
 
@@ -106,13 +107,18 @@ class UnfairLock:
             self._waiting.remove(task)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        # Who was woken cannot be cancelled before it runs, so nobody's wake-up is lost.
+        # A task that was rescheduled cannot be cancelled before it runs, so no wake-up is lost.
         await trio.lowlevel.wait_task_rescheduled(abort)
         self._woken = False
 
 
 class Scheduler:
-    """Stands where pyfuse3 expects the module ``trio``, for one mount."""
+    """Replaces the module ``trio`` in pyfuse3, for one mount.
+
+    Attributes:
+        lowlevel: The scheduler itself, which also replaces ``trio.lowlevel``.
+        statistics: How the tasks waited for requests.
+    """
 
     ClosedResourceError = trio.ClosedResourceError
     Lock = UnfairLock
@@ -122,10 +128,10 @@ class Scheduler:
 
     def __init__(
         self,
-        poll_seconds: float = POLL_SECONDS,
+        poll_seconds: float = DEFAULT_POLL_SECONDS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Poll for up to ``poll_seconds`` before going to sleep; ``clock`` tells seconds."""
+        """Poll for up to ``poll_seconds`` before sleeping; ``clock`` returns seconds."""
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
         self._adaptive_poll = AdaptivePoll(poll_seconds)
@@ -136,23 +142,23 @@ class Scheduler:
         self._burst = 0
 
     async def wait_readable(self, fd: int) -> None:
-        """Return when there is a request to read; called by one task at a time.
+        """Wait until the kernel has a request on ``fd``; called by one task at a time.
 
         Raises:
-            trio.ClosedResourceError: The mount is to end.
+            trio.ClosedResourceError: `notify_closing` was called, because the mount ends.
         """
         if fd != self._fd:
             self._fd = fd
             self._poller.register(fd, select.POLLIN)
         statistics = self.statistics
         if self._poller.poll(0):
-            statistics.waiting += 1
+            statistics.ready += 1
             self._burst += 1
-            if self._burst >= (BURST_BESIDE_OTHERS if self._others_at_work() else BURST):
-                await self._turn()
+            if self._burst >= (MAX_BURST_BESIDE_OTHERS if self._is_loop_needed() else MAX_BURST):
+                await self._run_other_tasks()
             return
         since = self._clock()
-        await self._turn()
+        await self._run_other_tasks()
         if self._adaptive_poll.seconds and self._poll(since + self._adaptive_poll.seconds):
             statistics.polled += 1
             self._adaptive_poll.record(0.0, slept=False)
@@ -160,30 +166,31 @@ class Scheduler:
         if self._closing:
             raise trio.ClosedResourceError
         statistics.slept += 1
-        alone = not self._others_at_work()
+        # A wake-up may be late because of other work, and then says nothing about requests.
+        alone = not self._is_loop_needed()
         await trio.lowlevel.wait_readable(fd)
         if alone:
             self._adaptive_poll.record(self._clock() - since, slept=True)
 
     def _poll(self, end: float) -> bool:
-        """Poll until something is there (true), the time has come, or something else is up."""
+        """Poll until a request arrives; return False at time ``end`` or if the loop is needed."""
         poll, clock = self._poller.poll, self._clock
-        while not (self._others_at_work() or self._closing):
+        while not (self._is_loop_needed() or self._closing):
             if poll(0):
                 return True
             if clock() >= end:
-                self.statistics.vain += 1
+                self.statistics.failed_polls += 1
                 break
         return False
 
-    def _others_at_work(self) -> bool:
-        """Tell whether a request waits for something that only the loop sees."""
+    def _is_loop_needed(self) -> bool:
+        """Return whether another request waits for something that only the event loop notices."""
         return loop_load.polled_reads > 0 or loop_load.has_threads()
 
-    async def _turn(self) -> None:
-        """Let all other tasks run that can."""
+    async def _run_other_tasks(self) -> None:
+        """Let all other runnable tasks run once."""
         self._burst = 0
-        self.statistics.turns += 1
+        self.statistics.yields += 1
         await trio.lowlevel.checkpoint()
 
     def has_request(self) -> bool:
@@ -191,26 +198,29 @@ class Scheduler:
         return self._fd >= 0 and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:
-        """End `wait_readable`, the one that is under way and all that follow."""
+        """Make the current call of `wait_readable`, and all later ones, raise."""
         self._closing = True
         trio.lowlevel.notify_closing(fd)
 
 
 def default_poll_seconds() -> float:
-    """Tell how long to poll on this machine; on a single processor it would delay the caller."""
-    return POLL_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
+    """Return how long to poll; 0 on a single processor, where it would delay the next request."""
+    return DEFAULT_POLL_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
 
 
 @contextmanager
 def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
-    """Have pyfuse3 run on a scheduler of ours; None polls for what suits the machine.
+    """Run pyfuse3 with a `Scheduler` in the block.
 
-    It must be there whenever `pyfuse3.main` runs: pyfuse3 keeps the lock that it was given
-    first.
+    Every call of `pyfuse3.main` must be in the same block, because pyfuse3 keeps the lock that
+    it has made first.
+
+    Args:
+        poll_seconds: Longest time to poll for a request; None for the machine's default.
     """
     scheduler = Scheduler(default_poll_seconds() if poll_seconds is None else poll_seconds)
-    # The documented way in which pyfuse3's own asyncio mode puts itself in trio's place.
-    # Its type hints do not know of that.
+    # pyfuse3's own asyncio mode replaces trio in this documented way, which is missing from
+    # its type hints.
     before, pyfuse3.trio = pyfuse3.trio, scheduler  # type: ignore[attr-defined]
     try:
         with loop_load.request_source(scheduler.has_request):
