@@ -134,7 +134,7 @@ def test_a_server_that_goes_on_without_a_visible_copy_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If no copy is found, one line lists the possible reasons and the wait goes on."""
-    for name in ("_MOMENT_SECONDS", "_LONG_SECONDS"):
+    for name in ("_COPIES_REPORT_SECONDS", "_REPORT_SECONDS"):
         monkeypatch.setattr(umount, name, 0.0)
     lines: list[str] = []
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
@@ -147,7 +147,7 @@ def test_a_server_that_goes_on_without_a_visible_copy_is_reported(
         try:
             # No file system has this number.
             entry = MountEntry(1, 1, "9999:9999", "/mnt", FUSE_TYPE, "/vm.qed", 0)
-            assert umount._Ending(descriptor, process.pid, entry).wait(None, report)
+            assert umount.ServerProcess(descriptor, process.pid, entry).wait(None, report)
         finally:
             os.close(descriptor)
     assert len(lines) == 1
@@ -182,11 +182,13 @@ def test_a_new_mount_with_the_same_device_number_is_no_copy(image: Path, tmp_pat
         descriptor = os.pidfd_open(old.pid)
         try:
             # The mount record names the owner; for another user's mount the mount table does.
-            assert "still mounted" not in umount._Ending(descriptor, old.pid, entry).describe()
+            assert (
+                "still mounted" not in umount.ServerProcess(descriptor, old.pid, entry).describe()
+            )
             other = replace(entry, source="/other.qed")
             assert find_copies(entry.device)
             assert not find_copies(entry.device, other)
-            itself = umount._Ending(descriptor, mount.process.pid, entry)
+            itself = umount.ServerProcess(descriptor, mount.process.pid, entry)
             assert f"still mounted at {mount.mountpoint}; " in itself.describe()
         finally:
             os.close(descriptor)

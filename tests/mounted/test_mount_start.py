@@ -285,7 +285,7 @@ def test_a_fifo_as_pid_file_without_a_reader_is_refused(
     """A pid file that is a FIFO without a reader is refused instead of waited for."""
     os.mkfifo(tmp_path / "fifo")
     line = refused(image, mnt, "--pidfile", tmp_path / "fifo", code=2)
-    assert "found a FIFO that nobody reads" in line
+    assert "found a FIFO without a reader" in line
     assert not is_mounted(mnt)
 
 

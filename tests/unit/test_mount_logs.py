@@ -92,7 +92,7 @@ def test_tracebacks_read_no_source_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 UNCAUGHT: Final = """
 import threading, warnings
-from qedfuse.mount.process.logs import log_to_stderr, log_what_nobody_catches
+from qedfuse.mount.process.logs import log_to_stderr, log_uncaught
 
 class Bad:
     def __del__(self):
@@ -102,7 +102,7 @@ def fail():
     raise KeyError("thread")
 
 log_to_stderr()
-log_what_nobody_catches()
+log_uncaught()
 warnings.warn("careful", RuntimeWarning)
 Bad()
 thread = threading.Thread(target=fail)

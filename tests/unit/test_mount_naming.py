@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import HostError, MountpointError, NotQedError
-from qedfuse.mount.images.naming import Source, find_sources, view_name
+from qedfuse.mount.images.naming import Source, disk_file_name, find_sources
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ MAGIC = b"QED\0"
 )
 def test_names(path: str, name: bytes) -> None:
     """Only the suffix that is not true any more is replaced."""
-    assert view_name(path) == name
+    assert disk_file_name(path) == name
 
 
 def test_a_directory_stands_for_its_images(tmp_path: Path) -> None:

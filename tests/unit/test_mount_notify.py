@@ -36,7 +36,7 @@ def test_a_fifo_that_nobody_reads_is_refused(pidfile: Path) -> None:
     with pytest.raises(HostError) as caught:
         file.write()
     assert str(caught.value) == (
-        f"{pidfile}: cannot write the pid file: found a FIFO that nobody reads"
+        f"{pidfile}: cannot write the pid file: found a FIFO without a reader"
     )
     file.close()
 

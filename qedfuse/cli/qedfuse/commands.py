@@ -38,7 +38,7 @@ def mount(arguments: Arguments) -> int:
         log_to,
         log_to_stderr,
         log_to_stderr_without_waiting,
-        log_what_nobody_catches,
+        log_uncaught,
         system_log,
     )
 
@@ -63,7 +63,7 @@ def mount(arguments: Arguments) -> int:
         # Imported only in the process that serves: pyfuse3 must not be loaded before the fork.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
-        log_what_nobody_catches()
+        log_uncaught()
         request = MountRequest(
             *(sources, mountpoint, options, pidfile or None, arguments.fake, option_strings)
         )

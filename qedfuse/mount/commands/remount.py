@@ -1,9 +1,9 @@
-"""``mount -o remount``: changing what the kernel enforces, and refusing the rest.
+"""``mount -o remount``: changing the flags that the kernel enforces; all else is refused.
 
-The kernel can refuse writes by itself, so a disk that is open for writing can be made
-read-only and writable again without its server.  A server that has opened its images
-read-only cannot become a writer: that takes locks, a check of the image, and the
-kernel's write-back cache, all of which are decided at the start.
+The kernel can refuse writes by itself, so a writable mount can be made read-only and writable
+again without its server.  A server that has opened its images read-only cannot become a
+writer: that would take locks, a check of the image, and the kernel's write-back cache, all of
+which are decided when the mount begins.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from qedfuse.mount.options import MountOptions
 
 _MS_REMOUNT: Final = 1 << 5
-_READ_ONLY: Final = 1
+_MS_RDONLY: Final = 1
 _FLAGS: Final = {
-    "ro": _READ_ONLY,
+    "ro": _MS_RDONLY,
     "nosuid": 1 << 1,
     "nodev": 1 << 2,
     "noexec": 1 << 3,
@@ -39,7 +39,7 @@ _FLAGS: Final = {
     "nodiratime": 1 << 11,
     "relatime": 1 << 21,
 }
-"""Words for the kernel, from ``linux/mount.h``."""
+"""Options that are mount flags, with their values from ``linux/mount.h``."""
 _NEGATIONS: Final = {
     "rw": "ro",
     "exec": "noexec",
@@ -48,27 +48,29 @@ _NEGATIONS: Final = {
     "atime": "noatime",
     "diratime": "nodiratime",
 }
-_ALWAYS: Final = ("nosuid", "nodev")
-_FROM_TABLE: Final = ("user_id", "group_id", "blksize")
-"""What mount(8) copies from the mount table and is no option of ours."""
+"""Options that clear a mount flag."""
+_ALWAYS_SET: Final = ("nosuid", "nodev")
+_KERNEL_FUSE_OPTIONS: Final = ("user_id", "group_id", "blksize")
+"""Options that the kernel shows for every FUSE mount, and that mount(8) copies from there."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def remount(
-    mountpoint: str, texts: Iterable[str], *, fake: bool = False, sloppy: bool = False
+    mountpoint: str, lists: Iterable[str], *, fake: bool = False, sloppy: bool = False
 ) -> None:
-    """Change a mount of qedfuse as far as the kernel can do it alone.
+    """Change the flags of a mount that the kernel can change without the server.
 
     Args:
-        mountpoint: Where it is; absolute and free of links.
-        texts: What stood behind each ``-o``.
+        mountpoint: The mountpoint; absolute and free of symbolic links.
+        lists: The arguments of all ``-o``.
         fake: Check everything and change nothing.
-        sloppy: Drop unknown words, as mount(8)'s ``-s`` wants.
+        sloppy: Drop unknown options (``-s`` of mount(8)).
 
     Raises:
-        MountpointError: There is no such mount, or a disk in it is open for writing.
-        UsageError: An option cannot be changed.
+        MountpointError: There is no mount of qedfuse, no record of it, or a disk in it is open
+            for writing.
+        UsageError: An option is invalid or cannot be changed.
         PrivilegeError: The caller is not root.
         FuseError: The kernel refuses.
     """
@@ -76,39 +78,47 @@ def remount(
     found = find_record(entry.device, entry.owner)
     shown = printable(mountpoint)
     if found is None:
-        msg = f"{shown}: found no note of its process, so nothing can be remounted"
+        msg = f"{shown}: cannot remount: found no record of the process that serves it"
         raise MountpointError(msg)
-    flags, others = _sort(absolute_options(texts))
-    _check(shown, parse_options(found[1].options, sloppy=True), flags, others, sloppy=sloppy)
+    flags, others = _split_flags(absolute_options(lists))
+    _refuse_changes(
+        shown, parse_options(found[1].options, sloppy=True), flags, others, sloppy=sloppy
+    )
     if fake:
         return
-    number = sum(_FLAGS[word] for word in flags)
-    place = os.fsencode(mountpoint)
-    if _libc.mount(b"none", place, None, ctypes.c_ulong(_MS_REMOUNT | number), None) != 0:
+    bits = ctypes.c_ulong(_MS_REMOUNT | sum(_FLAGS[flag] for flag in flags))
+    if _libc.mount(b"none", os.fsencode(mountpoint), None, bits, None) != 0:
         raise _error(shown, ctypes.get_errno())
 
 
-def _sort(texts: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Split options into words for the kernel, as they stand in the end, and the others."""
-    flags: set[str] = set(_ALWAYS)
+def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Return the mount flags that lists of options result in, and all other options."""
+    flags: set[str] = set(_ALWAYS_SET)
     others: list[str] = []
-    for word in (word for text in texts for word in split_options(text)):
-        if word in _FLAGS:
-            flags.add(word)
-        elif word in _NEGATIONS:
-            flags.discard(_NEGATIONS[word])
-        elif word != "remount" and word.partition("=")[0] not in _FROM_TABLE:
-            others.append(word)
+    for option in (option for text in lists for option in split_options(text)):
+        if option in _FLAGS:
+            flags.add(option)
+        elif option in _NEGATIONS:
+            flags.discard(_NEGATIONS[option])
+        elif option != "remount" and option.partition("=")[0] not in _KERNEL_FUSE_OPTIONS:
+            others.append(option)
     return flags, others
 
 
-def _check(
+def _refuse_changes(
     shown: str, old: MountOptions, flags: set[str], others: list[str], *, sloppy: bool
 ) -> None:
-    """Refuse what the kernel cannot change without the server.
+    """Refuse changes that the kernel cannot make without the server.
+
+    Args:
+        shown: The mountpoint, for messages.
+        old: The options of the mount.
+        flags: The new mount flags.
+        others: The other options.
+        sloppy: Drop unknown options.
 
     Raises:
-        UsageError: There is something.
+        UsageError: An option is unknown or would change the mount.
     """
     if old.read_only and "ro" not in flags:
         msg = (
@@ -116,21 +126,21 @@ def _check(
             "again with rw)"
         )
         raise UsageError(msg)
-    for word in others:
-        if word == "allow_other" and old.allow_root:
-            continue  # from the mount table: the kernel knows allow_root by this name
-        if not is_in_effect(word, old, sloppy=sloppy):
+    for option in others:
+        if option == "allow_other" and old.allow_root:
+            continue  # from the mount table: allow_root is allow_other for the kernel
+        if not is_in_effect(option, old, sloppy=sloppy):
             msg = (
-                f"{shown}: option {printable(word)}: cannot be changed by remount (unmount, and "
+                f"{shown}: option {printable(option)}: cannot be changed by remount (unmount, and "
                 "mount again)"
             )
             raise UsageError(msg)
 
 
 def _error(shown: str, number: int) -> QedError:
-    """Explain why the kernel has refused."""
+    """Return the error for an errno of mount(2)."""
     if number == errno.EPERM:
-        return PrivilegeError(f"{shown}: cannot remount: only root may")
+        return PrivilegeError(f"{shown}: cannot remount: only root may do this")
     if number == errno.EBUSY:
         return MountpointError(
             f"{shown}: cannot remount: in use: a disk is open for writing (a loop device or a "

@@ -1,4 +1,4 @@
-"""``qedfuse umount``: unmount, and return when the process that served it is gone."""
+"""``qedfuse umount``: unmount, and return when the process that served the mount has ended."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-_MILLISECONDS: Final = 1000
+_MILLISECONDS_PER_SECOND: Final = 1000
 _MIN_ATTEMPT_SECONDS: Final = 2.0
-"""Shortest time for the unmount itself, which takes some milliseconds."""
-_MOMENT_SECONDS: Final = 1.0
-"""When to look for copies of a mount whose process has not ended."""
-_LONG_SECONDS: Final = 10.0
-"""When to report a process that has not ended for a reason that cannot be seen."""
+"""Shortest time limit for the unmount itself, which takes some milliseconds."""
+_COPIES_REPORT_SECONDS: Final = 1.0
+"""Time after which copies of the mount are reported if the process has not ended."""
+_REPORT_SECONDS: Final = 10.0
+"""Time after which a process that has not ended is reported for any reason."""
 
 
 class UnmountFailedError(QedError):
-    """The mount has gone, but its process reported a failure, or did not report at all."""
+    """The mount has not been unmounted in time, or its process failed or did not end in time."""
 
     def __init__(self, message: str, exit_code: int | None = None) -> None:
         super().__init__(message)
@@ -48,23 +48,22 @@ class UnmountFailedError(QedError):
 def unmount_and_wait(
     path: str, seconds: float | None = None, report: Callable[[str], None] = lambda _line: None
 ) -> None:
-    """Unmount and wait until everything is durable, unlocked and closed.
+    """Unmount and wait until all data is durable and the images are closed and unlocked.
 
-    Nothing is ever killed: a process that takes long is writing, or the mount has a copy
-    elsewhere.
+    The process is never killed: if it takes long, it is writing, or the mount has a copy in
+    another mount namespace.
 
     Args:
         path: The mountpoint.
-        seconds: How long all that may take; None for as long as it takes.
-        report: Called with a line that says what is being waited for, if that takes long.
+        seconds: The time limit; None for none.  With 0 the process is not waited for.
+        report: Called with a line about the reason if the wait is long.
 
     Raises:
-        MountpointError: It is not a mount of ours, or it is in use.
-        UnmountFailedError: The process failed at the end, or does not answer or has not
-            ended in time.
+        MountpointError: The path is no mount of qedfuse, or the mount is in use.
+        UnmountFailedError: The process failed at the end, does not answer, or has not ended
+            in time.
     """
     deadline = Deadline(seconds)
-    # A timeout of 0 unmounts and does not wait for the process.
     attempt = Deadline(None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS))
     waited = "" if seconds is None else f" (waited {seconds:g} s)"
     try:
@@ -76,7 +75,7 @@ def unmount_and_wait(
     process = None if found is None else _open_process(found[1])
     try:
         try:
-            call_in_child(partial(_take_away, mountpoint, entry), attempt.remaining())
+            call_in_child(partial(_unmount, mountpoint, entry), attempt.remaining())
         except TimeoutError:
             if _is_mounted(mountpoint, entry):
                 server = (
@@ -84,46 +83,48 @@ def unmount_and_wait(
                 )
                 msg = f"{shown}: not unmounted: {server} does not answer{waited}"
                 raise UnmountFailedError(msg) from None
-        if found is None and _hides_notes(mountpoint, entry.owner):
-            # Only now can the note be seen; a process that has ended well has removed it.
+        if found is None and _may_hide_records(mountpoint, entry.owner):
+            # The record is visible only now; a process that has ended well has removed it.
             found = find_record(entry.device, entry.owner)
             if found is None:
                 return
             process = _open_process(found[1])
         if found is None:
-            msg = f"{shown}: unmounted, but found no note of its process: it may still be writing"
+            msg = f"{shown}: unmounted, but found no record of its process: it may still be writing"
             raise UnmountFailedError(msg)
         if process is not None:
-            ending = _Ending(process, found[1].pid, entry)
-            if not ending.wait(deadline.remaining(), lambda line: report(f"{shown}: {line}")):
-                msg = f"{shown}: {ending.describe()}{waited}"
+            server_process = ServerProcess(process, found[1].pid, entry)
+            if not server_process.wait(
+                deadline.remaining(), lambda line: report(f"{shown}: {line}")
+            ):
+                msg = f"{shown}: {server_process.describe()}{waited}"
                 raise UnmountFailedError(msg)
     finally:
         if process is not None:
             os.close(process)
-    _report(shown, entry, found[0])
+    _raise_recorded_failure(shown, entry, found[0])
 
 
 def _find(path: str) -> tuple[str, MountEntry, tuple[Path, MountRecord] | None]:
-    """Return the mountpoint that a path leads to, the mount, and the note of its process."""
+    """Return the mountpoint that a path leads to, the mount, and its record if there is one."""
     mountpoint = resolve_mounted(path)
     entry = find_qedfuse_mount(mountpoint)
     return mountpoint, entry, find_record(entry.device, entry.owner)
 
 
 def _is_mounted(mountpoint: str, entry: MountEntry) -> bool:
-    """Return whether a mount is still there."""
+    """Return whether a mount still exists."""
     now = find_mount(mountpoint)
     return now is not None and now.device == entry.device
 
 
-def _hides_notes(mountpoint: str, owner: int) -> bool:
-    """Tell whether the notes of a user's mounts may lie under a mountpoint."""
+def _may_hide_records(mountpoint: str, owner: int) -> bool:
+    """Return whether a mount may cover a directory of its owner's mount records."""
     return any(is_below(resolve(str(path)), mountpoint) for path in record_directories(owner))
 
 
-def _take_away(mountpoint: str, entry: MountEntry) -> None:
-    """Unmount, unless somebody else does it at the same time."""
+def _unmount(mountpoint: str, entry: MountEntry) -> None:
+    """Unmount; succeed also if another process has unmounted at the same time."""
     try:
         unmount(mountpoint)
     except BusyError as error:
@@ -137,53 +138,56 @@ def _take_away(mountpoint: str, entry: MountEntry) -> None:
             raise
 
 
-def _open_process(note: MountRecord) -> int | None:
-    """Get hold of the process that wrote a note; None if it is gone already."""
+def _open_process(record: MountRecord) -> int | None:
+    """Return a pidfd of the process that wrote a record; None if that has ended."""
     try:
-        fd = os.pidfd_open(note.pid)
+        fd = os.pidfd_open(record.pid)
     except OSError:
         return None
-    # Looked at only now: while the descriptor is open the pid is not given away again.
-    if process_start(note.pid) != note.started:
+    # Compared only after the open: while the descriptor is open the pid is not reused.
+    if process_start(record.pid) != record.started:
         os.close(fd)
         return None
     return fd
 
 
-class _Ending:
-    """The process of a mount that has been unmounted, on its way to its end."""
+class ServerProcess:
+    """The process that served a mount, until its end."""
 
     def __init__(self, process: int, pid: int, entry: MountEntry) -> None:
-        """Watch the process ``pid`` by its descriptor; it served the mount ``entry``."""
+        """Wait for the process ``pid`` by its pidfd; it served the mount ``entry``."""
         self._process = process
         self._pid = pid
         self._entry = entry
 
     def wait(self, seconds: float | None, report: Callable[[str], None]) -> bool:
-        """Return whether the process has ended in ``seconds``; None is for ever.
+        """Wait for the end of the process; return False if it has not ended in ``seconds``.
 
-        ``report`` is called once if the wait is long, and early where the reason is seen.
+        With None the wait has no limit.  ``report`` is called once if the wait is long, and
+        earlier if the reason is known.
         """
         start = time.monotonic()
         reported = False
-        for moment in (_MOMENT_SECONDS, _LONG_SECONDS):
-            if seconds is not None and seconds <= moment:
+        for elapsed in (_COPIES_REPORT_SECONDS, _REPORT_SECONDS):
+            if seconds is not None and seconds <= elapsed:
                 break
-            if self._has_ended(start + moment - time.monotonic()):
+            if self._has_ended(start + elapsed - time.monotonic()):
                 return True
-            if not reported and (moment == _LONG_SECONDS or self._copies() is not None):
+            if not reported and (elapsed == _REPORT_SECONDS or self._copies() is not None):
                 report(self.describe())
                 reported = True
         return self._has_ended(None if seconds is None else start + seconds - time.monotonic())
 
     def _has_ended(self, seconds: float | None) -> bool:
-        """Wait for the end for up to ``seconds``; return False if it has not come."""
+        """Wait for up to ``seconds``; return whether the process has ended."""
         poll = select.poll()
         poll.register(self._process, select.POLLIN)
-        return bool(poll.poll(None if seconds is None else max(0.0, seconds) * _MILLISECONDS))
+        return bool(
+            poll.poll(None if seconds is None else max(0.0, seconds) * _MILLISECONDS_PER_SECOND)
+        )
 
     def describe(self) -> str:
-        """Say on one line why the process goes on."""
+        """Return one line about why the process has not ended."""
         copies = self._copies()
         if copies is None:
             return (
@@ -194,24 +198,24 @@ class _Ending:
         return f"unmounted here, but {copies}; process {self._pid} goes on until that is unmounted"
 
     def _copies(self) -> str | None:
-        """Say where else the file system is mounted; None if that cannot be seen."""
+        """Describe where else the file system is mounted; None if no other mount is visible."""
         found = find_record(self._entry.device, self._entry.owner)
         if found is not None and found[1].pid != self._pid:
-            return None  # the file system has gone, and a new one has its number
+            return None  # the file system is gone, and a new one has its device number
         return describe_copies(self._entry.device, self._entry)
 
 
-def _report(shown: str, entry: MountEntry, path: Path) -> None:
-    """Tell what the process left behind: nothing if all went well.
+def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
+    """Remove the record of a process that has ended, and raise the failure in it.
 
     Raises:
-        UnmountFailedError: It left a note.
+        UnmountFailedError: There was a record; a process that ends well removes its own.
     """
-    note = take_record(path, entry.owner)
-    if note is None:
+    record = take_record(path, entry.owner)
+    if record is None:
         return
-    if note.failure is not None:
-        msg = f"{shown}: unmounted, but its process failed: {printable(note.failure)}"
-        raise UnmountFailedError(msg, note.exit_code or None)
+    if record.failure is not None:
+        msg = f"{shown}: unmounted, but its process failed: {printable(record.failure)}"
+        raise UnmountFailedError(msg, record.exit_code or None)
     msg = f"{shown}: unmounted, but its process had ended without closing the images cleanly"
     raise UnmountFailedError(msg)

@@ -1,4 +1,4 @@
-"""What is to be mounted: sources made into images, and images given names in the mount."""
+"""The images of a mount: found by the sources that the user named, and their file names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Source:
     """An image to be mounted.
 
     Attributes:
-        path: The image, as an absolute path: the process that serves it runs in ``/``.
-        name: Its name in the mount.
-        is_named: Whether the user named the image, and not only its directory.
+        path: The absolute path of the image; the working directory of the server is ``/``.
+        name: The file name of the disk in the mount.
+        is_named: Whether the user named the image itself, and not its directory.
     """
 
     path: str
@@ -32,11 +32,11 @@ class Source:
     is_named: bool = True
 
 
-def view_name(path: str) -> bytes:
-    """Name the disk of an image: ``vm.qed`` becomes ``vm.raw``, ``x.img`` ``x.img.raw``.
+def disk_file_name(path: str) -> bytes:
+    """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
-    Only the suffix that says "QED" is replaced, since the disk is not that any more;
-    any other suffix tells something else about the file and stays.
+    Only the suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix may carry
+    other information and is kept.
     """
     name = os.path.basename(path)  # noqa: PTH119  also for names that are not text
     if name.endswith(_SUFFIX) and name != _SUFFIX:
@@ -45,19 +45,19 @@ def view_name(path: str) -> bytes:
 
 
 def find_sources(paths: Iterable[str]) -> list[Source]:
-    """Turn what the user named into images; a directory stands for the images in it.
+    """Return the images that sources stand for; a directory stands for all images in it.
 
     Raises:
         HostError: A directory cannot be read.
         NotQedError: A directory holds no image.
-        MountpointError: Two images would have one name.
+        MountpointError: Two images would have the same file name.
     """
     images: dict[bytes, Source] = {}
     for path in paths:
         absolute = os.path.abspath(path)  # noqa: PTH100  must not resolve links
         is_directory = os.path.isdir(absolute)  # noqa: PTH112
         for image in _images_in(absolute) if is_directory else [absolute]:
-            source = Source(image, view_name(image), is_named=not is_directory)
+            source = Source(image, disk_file_name(image), is_named=not is_directory)
             other = images.setdefault(source.name, source)
             if other is not source:
                 msg = (
@@ -69,7 +69,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
 
 
 def _images_in(directory: str) -> list[str]:
-    """List the QED images of a directory, by their magic, in the order of their names.
+    """List the QED images of a directory, recognised by their magic, sorted by name.
 
     Raises:
         HostError: The directory cannot be read.
@@ -87,9 +87,9 @@ def _images_in(directory: str) -> list[str]:
 
 
 def _is_image(path: str) -> bool:
-    """Tell whether a file begins like an image; what cannot be read is none."""
+    """Return whether a file has the magic of a QED image; False if it cannot be read."""
     try:
-        # Opening a FIFO or a device could wait or have effects, so look before.
+        # The type is checked first: opening a FIFO or a device could wait or have side effects.
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             return False
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)

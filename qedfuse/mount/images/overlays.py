@@ -1,4 +1,4 @@
-"""Opening the disk that a mount shows: the source itself, or an overlay that takes its writes."""
+"""Opening the disk of a source: the image itself, or an overlay to which writes go."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def disk_options(options: MountOptions) -> OpenOptions:
-    """Say how the disk is to be opened that the mount shows."""
+    """Return the options with which the disk is opened."""
     return OpenOptions(
         writable=not options.read_only,
         force_share=options.force_share,
@@ -46,7 +46,7 @@ def disk_options(options: MountOptions) -> OpenOptions:
 
 
 def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager[Disk]:
-    """Open what is to be seen of the image at ``path``, as the options want it."""
+    """Open the disk for the image at ``path``: itself, a snapshot or an overlay."""
     if options.snapshot:
         return _open_snapshot(path, options)
     if options.overlay is not None:
@@ -55,14 +55,14 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
 
 
 def _snapshot_directory() -> str:
-    """Choose where snapshots go: they may become large, and /tmp is often in memory."""
+    """Return the directory for snapshots, which may become large; /tmp is often in memory."""
     named = os.environ.get("TMPDIR")
     return named if named and os.path.isdir(named) else "/var/tmp"  # noqa: PTH112, S108  mkdtemp
 
 
 @asynccontextmanager
 async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Open the image for the mount, with the remedy in the message where there is one."""
+    """Open the image itself; the error for missing write permission names the remedy."""
     opened = False
     try:
         async with open_disk(path, disk_options(options), inspector=inspect_image) as disk:
@@ -78,44 +78,44 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
 
 @asynccontextmanager
 async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Open a temporary overlay that nobody can find any more once it is open."""
+    """Open a temporary overlay, whose file has no name any more once it is open."""
     directory = _snapshot_directory()
     try:
-        place = tempfile.mkdtemp(prefix="qedfuse-", dir=directory)
+        temporary = tempfile.mkdtemp(prefix="qedfuse-", dir=directory)
     except OSError as error:
         raise HostError.from_os(error, printable(directory), "cannot make the snapshot") from error
-    overlay = os.path.join(place, "snapshot.qed")  # noqa: PTH118
+    overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # It is gone when it is closed: nobody will ask how short it was.
-        opening = replace(_over(path, options), compact="off")
+        # The file is deleted when it is closed, so compaction would be useless.
+        opening = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, opening, inspector=inspect_image) as disk:
-            # Open files outlive their names: even a crash leaves nothing behind.
-            shutil.rmtree(place, ignore_errors=True)
+            # An unlinked file exists until it is closed, so even a crash leaves nothing behind.
+            shutil.rmtree(temporary, ignore_errors=True)
             yield disk
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @asynccontextmanager
 async def _open_overlay(path: str, overlay: str, options: MountOptions) -> AsyncIterator[Disk]:
     """Open the overlay that the user named; make it if it is missing."""
     if os.path.lexists(overlay):  # noqa: ASYNC240  before anything is served
-        await _check_base(overlay, path, options)
+        await _check_backing_file(overlay, path, options)
     else:
         await _make_overlay(overlay, path, options)
-    async with open_disk(overlay, _over(path, options), inspector=inspect_image) as disk:
+    async with open_disk(overlay, _overlay_options(path, options), inspector=inspect_image) as disk:
         yield disk
 
 
-def _over(source: str, options: MountOptions) -> OpenOptions:
-    """Let the source, which the user named himself, be the first base wherever it lies."""
+def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
+    """Return the options for an overlay; its source may lie anywhere, because the user named it."""
     opening = disk_options(options)
     return replace(opening, backing=replace(opening.backing, trusted=source))
 
 
 async def _make_overlay(overlay: str, source: str, options: MountOptions) -> None:
-    """Make an empty overlay of a source, with the source's own geometry.
+    """Make an empty overlay of a source, with the geometry of the source.
 
     Raises:
         QedError: The source is not a usable image, or the overlay cannot be made.
@@ -132,12 +132,12 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
         )
 
 
-async def _check_base(overlay: str, source: str, options: MountOptions) -> None:
-    """Make sure that an overlay that is there already is one of this source.
+async def _check_backing_file(overlay: str, source: str, options: MountOptions) -> None:
+    """Check that the backing file of an existing overlay is a source.
 
     Raises:
-        UsageError: It is not.
-        BackingError: Its base is missing.
+        UsageError: It is another file.
+        BackingError: It is missing.
     """
     with open_image_file(overlay, None) as file:
         header = await read_header(file)

@@ -1,8 +1,8 @@
-"""Which of the images of a mount are bases of others, and so can only be read.
+"""Images of a mount that are backing files of other images, and so must be read-only.
 
-An image that is written to under an overlay changes what the overlay shows, and two
-writers lock each other out.  In a directory with a golden image and its overlays the
-overlays are what the user wants to write to.
+Writes to a backing file change the content of its overlays, and the locks of a writable
+backing file and of its overlays exclude each other.  In a directory with a golden image and
+overlays of it, the user wants to write to the overlays.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _log = logging.getLogger(__name__)
 
 
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
-    """Return the sources to be opened read-only because others have them as a base.
+    """Return the sources that must be opened read-only as backing files of other sources.
 
     Raises:
-        ImageInUseError: One that the user named is among them, or two sources are one
-            file, in a mount that can be written to.
+        ImageInUseError: In a writable mount, the user named one of them itself, or two sources
+            are the same file.
     """
     if options.read_only or options.snapshot or options.overlay is not None:
-        return set()  # nothing is opened for writing but what the mount itself makes
+        return set()  # only images that the mount itself makes are opened for writing
     if options.backing.mode == "none":
-        return set()  # an image that has a base is refused
+        return set()  # images with a backing file are refused
     files = _files(sources)
     overlays: dict[Source, list[Source]] = {}
     for source in sources:
@@ -47,7 +47,7 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
         over = ", ".join(printable(overlay.path) for overlay in above)
         if base.is_named:
             msg = (
-                f"{shown}: in use: found a backing file of {over}, which is to be written to "
+                f"{shown}: in use: found a backing file of {over}, which would be writable "
                 "as well (name only the overlays, or mount all read-only with -r)"
             )
             raise ImageInUseError(msg)
@@ -56,10 +56,10 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
 
 
 def _files(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
-    """Return the sources by the files that they are.
+    """Return the sources by device and inode.
 
     Raises:
-        ImageInUseError: Two are one file.
+        ImageInUseError: Two sources are the same file.
     """
     files: dict[tuple[int, int] | None, Source] = {}
     for source in sources:
@@ -76,7 +76,7 @@ def _files(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Tell two names of one file; None for what is missing."""
+    """Return the device and inode of a file; None if there is no file."""
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError:

@@ -1,1 +1,1 @@
-"""The serving process: background, logs, readiness."""
+"""The serving process: background, signals, logs, announcements, limits and memory."""

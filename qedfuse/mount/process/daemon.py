@@ -1,11 +1,11 @@
-"""Going to the background, without ever claiming success too early.
+"""Running the server in the background; the command succeeds only when the disk can be used.
 
-The process forks before there is an event loop, a thread or a connection to the kernel:
-none of them survives a fork.  The child does everything and reports through a pipe; the
-parent waits for that, prints what went wrong, and ends with the child's exit code.
+The process forks before there is an event loop, a thread or a connection to the kernel, because
+none of them survives a fork.  The child does all the work and reports through a pipe.  The
+parent waits for the report, prints why the child has failed, and exits with its exit code.
 
-Whichever of the two ends early, no mount is left that nobody knows of: the parent passes
-signals on to the child, and a child that finds no parent to report to takes the mount back.
+If either process ends early, no mount is left that the user does not know of: the parent
+forwards signals to the child, and a child whose parent has ended undoes the mount.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _READY: Final = b"ready\n"
-_SILENT: Final = 32
-"""The exit code for a child that ended without a word: the mount failed."""
-_INTERRUPTED: Final = 130
-_FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_MOUNT_FAILED_EXIT_CODE: Final = 32
+"""The exit code for a child that ended without a message."""
+_INTERRUPTED_EXIT_CODE: Final = 130
+_FORWARDED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     """Run ``serve`` in a child; return in the parent when the child is ready or has failed.
 
     Args:
-        serve: Gets a function to call when the disk can be used, and returns an exit
-            code when it has ended.  What it prints to stderr before it is ready is seen
-            by the user.
+        serve: Called in the child with a function that it calls when the disk can be used;
+            returns the exit code of the child.  What it prints to stderr before it is ready
+            is shown to the user.
 
     Returns:
-        The exit code for the caller's process: 0 only if the disk can be used.  130 if a
-        signal came before; the child has been told to end.  A second signal has its default
-        action.
+        The exit code for the caller's process: 0 only if the disk can be used; 130 if a
+        signal arrived before, which the child has got as SIGTERM.  A second signal has its
+        default action.
 
     Raises:
         HostError: /proc is not mounted.
@@ -54,8 +54,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A signal must find us knowing the child, or it would go on alone.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    # Signals are blocked until the child is known: otherwise one could end only the parent.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     child = os.fork()
     if child == 0:
         os.close(reading)
@@ -65,17 +65,17 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         with _forwarded_signals(child, mask):
             return _wait(child, reading)
     except KeyboardInterrupt:
-        _read_report(reading)  # until the child has given up, so that it prints before we end
-        return _INTERRUPTED
+        _read_report(reading)  # wait for the end of the child, so that it prints first
+        return _INTERRUPTED_EXIT_CODE
     finally:
         os.close(reading)
 
 
 @contextmanager
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
-    """Unblock signals; the first ends the child and the body, by KeyboardInterrupt.
+    """Unblock signals; the first one is sent to the child and raises KeyboardInterrupt.
 
-    The child has left the terminal's group, so no signal of the terminal reaches it.
+    The child has a session of its own, so signals of the terminal do not reach it.
     """
 
     def forward(_number: int, _frame: object) -> None:
@@ -84,8 +84,10 @@ def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
         os.kill(child, signal.SIGTERM)
         raise KeyboardInterrupt
 
-    # What the caller ignores, as nohup(1) does, stays ignored.
-    forwarded = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    # Signals that are ignored stay ignored, such as SIGHUP under nohup(1).
+    forwarded = [
+        number for number in _FORWARDED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, forward) for number in forwarded}
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -104,20 +106,23 @@ def _be_child(
 ) -> None:
     """Serve and exit; never returns, since the caller's code belongs to the parent.
 
-    ``mask`` are the signals that are to be blocked from here on, and ``inherited`` the
-    descriptors of the caller.
+    Args:
+        serve: The function of `run_in_background`.
+        writing: The end of the pipe for the report.
+        mask: The signal mask before the fork, which is restored.
+        inherited: The descriptors of the caller, which are closed when the disk can be used.
     """
     code = 70
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        # A working directory would keep its file system from being unmounted.
+        # A file system cannot be unmounted while it has a working directory.
         os.chdir("/")
 
         def ready() -> None:
-            # The caller may wait for the end of a pipe, or for a lock, that this process
-            # holds by a descriptor which it knows nothing of.  Until here a source or a pid
-            # file may be named by its descriptor.
+            # An inherited descriptor may keep a pipe open or hold a lock for which the caller
+            # waits.  It is not closed earlier, because a source or the pid file may be named by
+            # its descriptor (/dev/fd/N).
             discard_standard_streams()
             close_descriptors(inherited)
             try:
@@ -136,19 +141,19 @@ def _be_child(
 
 
 def _wait(child: int, reading: int) -> int:
-    """Wait until the child is ready or has ended; give the exit code that says which."""
+    """Wait until the child is ready or has ended; return the exit code for the parent."""
     if _read_report(reading):
         return 0
-    # A number that is no process's any more must not get the signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    # After waitpid the pid may be reused, so no signal may be forwarded to it any more.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     _pid, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code > 0:
-        return code  # it has printed the reason itself
+        return code  # the child has printed the reason
     names = [known.name for known in signal.Signals if known == -code]
     how = "ended" if code == 0 else f"was killed by {(*names, f'signal {-code}')[0]}"
     sys.stderr.write(f"qedfuse: the process in the background {how} before the disk was ready\n")
-    return _SILENT
+    return _MOUNT_FAILED_EXIT_CODE
 
 
 def _read_report(reading: int) -> bool:

@@ -1,4 +1,4 @@
-"""Where messages go: stderr in front, the system's log in the background."""
+"""Configuration of the log: stderr in the foreground, the system log in the background."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SYSLOG: Final = "/dev/log"
 class _TracebackFormatter(logging.Formatter):
     """Formats tracebacks without the text of the source lines.
 
-    The source files may lie under the mountpoint of the process itself, which must not
-    wait for its own answer.
+    The source files may lie under the mountpoint of the process itself, and reading them would
+    wait for a reply of its own.
     """
 
     def formatException(self, ei: logging._SysExcInfoType) -> str:  # noqa: N802  logging's name
-        """Format an exception, with file, line and function of each frame."""
+        """Format an exception with the file, line and function of each frame."""
         if ei[1] is None:
             return super().formatException(ei)
         exception = traceback.TracebackException.from_exception(
@@ -37,7 +37,7 @@ class _TracebackFormatter(logging.Formatter):
 
 
 def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]) -> None:
-    """Keep the traceback module from reading source files, for all exceptions of a chain."""
+    """Prevent the traceback module from reading source files, for all exceptions of a chain."""
     if id(exception) in seen:
         return
     seen.add(id(exception))
@@ -51,7 +51,7 @@ def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]
 
 
 class _LineFormatter(_TracebackFormatter):
-    """Gives each message one line; only a traceback, which is for us, may follow."""
+    """Formats each message as one line, with a traceback after it only when debugging."""
 
     def __init__(self, *, tracebacks: bool) -> None:
         super().__init__("qedfuse: %(message)s")
@@ -59,7 +59,7 @@ class _LineFormatter(_TracebackFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if not self._tracebacks and record.exc_info and record.exc_info[1] is not None:
-            # The log of the system is read line by line, and so is stderr by users.
+            # Users and other programs read stderr line by line.
             error = record.exc_info[1]
             where = _origin(error)
             return (
@@ -70,7 +70,7 @@ class _LineFormatter(_TracebackFormatter):
 
 
 def _origin(error: BaseException) -> str:
-    """Name the file and the line that an exception came from."""
+    """Return the file and the line in which an exception was raised, in parentheses."""
     trace = error.__traceback__
     if trace is None:
         return ""
@@ -80,7 +80,7 @@ def _origin(error: BaseException) -> str:
 
 
 def log_to_stderr(*, debug: bool = False) -> None:
-    """Show messages on stderr; with ``debug``, every request and tracebacks too."""
+    """Log to stderr; with ``debug``, also every request and tracebacks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter(tracebacks=debug))
     log_to(handler)
@@ -88,7 +88,7 @@ def log_to_stderr(*, debug: bool = False) -> None:
 
 
 def log_to_stderr_without_waiting() -> None:
-    """Show messages on stderr as far as its reader takes them; the others are counted.
+    """Log to stderr without waiting for its reader; messages that would wait are dropped.
 
     For the time in which disks are served: a reader that is stopped must not stop them.
     """
@@ -98,13 +98,13 @@ def log_to_stderr_without_waiting() -> None:
 
 
 def system_log(path: str = _SYSLOG) -> logging.Handler:
-    """Connect to the system's log; where there is none, the handler drops everything.
+    """Return a handler for the system log; without a log daemon, one that drops everything.
 
-    The directory of the socket is looked up once: while a mount is served, its path may
-    lead through the mount.  A log daemon that is restarted is found in the same directory.
+    The directory of the socket is opened once, because its path may lead through the mount
+    later.  A log daemon that is restarted is found in the same directory.
 
     Args:
-        path: The socket.
+        path: The socket of the log daemon (syslog(3)).
     """
     try:
         directory, name = os.path.split(os.path.realpath(path))
@@ -112,15 +112,15 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
     except OSError:  # no log daemon, as in most containers
         return logging.NullHandler()
     handler = SystemLogHandler(f"/proc/self/fd/{handle}/{name}")
-    # With tracebacks: the log is the place for them.
+    # With tracebacks, which the terminal does not show.
     handler.setFormatter(_TracebackFormatter("%(message)s"))
     return handler
 
 
-def log_what_nobody_catches() -> None:
-    """Log warnings of Python and exceptions that nobody can catch, one line for each.
+def log_uncaught() -> None:
+    """Log Python's warnings, and exceptions that no code can catch, with one line each.
 
-    Python itself would read the source file for them, as for tracebacks.
+    Python's own handlers would read the source file for them, as for tracebacks.
     """
     sys.unraisablehook = _log_unraisable
     threading.excepthook = _log_thread_end
@@ -128,7 +128,7 @@ def log_what_nobody_catches() -> None:
 
 
 def _log_unraisable(lost: sys.UnraisableHookArgs) -> None:
-    """Log an exception from a place such as a destructor."""
+    """Log an exception that cannot be raised, such as one in a finalizer."""
     _log.error("internal error: %s", lost.err_msg or "exception ignored", exc_info=lost.exc_value)
 
 
@@ -145,12 +145,12 @@ def _log_warning(
     file: TextIO | None = None,  # noqa: ARG001  the signature of warnings.showwarning
     line: str | None = None,  # noqa: ARG001
 ) -> None:
-    """Log a warning of Python's own."""
+    """Log a warning of the module ``warnings``."""
     _log.warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
 
 
 def log_to(handler: logging.Handler) -> None:
-    """Make a handler the only one."""
+    """Replace all handlers of the root logger by one."""
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

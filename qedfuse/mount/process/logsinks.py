@@ -1,8 +1,8 @@
 """Log handlers that never wait for the reader of the log.
 
 The event loop logs, and while it waits no disk is served.  The reader of the log may even
-wait for one of the disks, when it keeps its files there.  So a message that the reader does
-not take now is dropped and counted, and the number is logged before the next message.
+wait for one of the disks, if it stores its files there.  So a message for which the reader has
+no space now is dropped and counted, and the number is logged before the next message.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from contextlib import suppress
 from logging.handlers import SysLogHandler
 from typing import Final
 
-_PIECE_BYTES: Final = select.PIPE_BUF
-"""What a pipe or a socket takes without waiting once poll(2) reports that it is writable."""
+_MAX_WRITE_BYTES: Final = select.PIPE_BUF
+"""Bytes that a pipe or a socket takes without waiting if poll(2) reports that it is writable."""
 
 
 class DroppingHandler(logging.Handler):
-    """Sends messages without waiting, and counts those that it had to drop."""
+    """Sends messages without waiting, and counts the messages that it drops."""
 
     def __init__(self) -> None:
-        """Begin with nothing dropped."""
+        """Start with no message dropped."""
         super().__init__()
         self._dropped = 0
 
@@ -39,7 +39,7 @@ class DroppingHandler(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Report what has been dropped if the reader takes messages again."""
+        """Report the number of dropped messages, if the reader takes messages again."""
         self.acquire()
         try:
             self._report_dropped()
@@ -58,11 +58,11 @@ class DroppingHandler(logging.Handler):
 
     @abstractmethod
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Format and send a message; return False if it was not sent, or not all of it."""
+        """Format and send a message; return False if it would wait; part may have been sent."""
 
 
 class StderrHandler(DroppingHandler):
-    """Writes a line for each message to standard error, as far as that takes it."""
+    """Writes each message as one line to standard error."""
 
     def __init__(self, descriptor: int) -> None:
         """Write to ``descriptor``, which stays open."""
@@ -70,8 +70,9 @@ class StderrHandler(DroppingHandler):
         self._descriptor = descriptor
         self._own = -1
         if os.isatty(descriptor):
-            # A writable terminal may take less than a piece, and make the rest wait.  On an
-            # open file description of its own O_NONBLOCK changes nothing for the shell.
+            # A writable terminal may take fewer bytes and then block.  With O_NONBLOCK on a
+            # separate open file description it does not block, and the shell, which shares
+            # the original one, is not affected.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
                 self._own = os.open(f"/proc/self/fd/{descriptor}", flags)
@@ -80,21 +81,21 @@ class StderrHandler(DroppingHandler):
         self._poll.register(self._descriptor, select.POLLOUT)
 
     def close(self) -> None:
-        """Close what was opened for a terminal as well."""
+        """Close the handler and the description that was opened for a terminal."""
         super().close()
         if self._own >= 0:
             os.close(self._own)
             self._own = -1
 
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Write in pieces that a writable pipe takes at once; see `DroppingHandler`."""
+        """Write in parts that a writable pipe takes without waiting; see `DroppingHandler`."""
         data = (self.format(record) + "\n").encode(errors="backslashreplace")
         try:
             while data:
-                # O_NONBLOCK would also change the terminal for the shell that shares it.
+                # poll(2) instead of O_NONBLOCK, which would affect other users of the pipe.
                 if not self._poll.poll(0):
                     return False
-                data = data[os.write(self._descriptor, data[:_PIECE_BYTES]) :]
+                data = data[os.write(self._descriptor, data[:_MAX_WRITE_BYTES]) :]
         except OSError:
             return False
         return True
@@ -111,12 +112,12 @@ class SystemLogHandler(DroppingHandler):
         self._socket: socket.socket | None = None
 
     def close(self) -> None:
-        """Disconnect as well."""
+        """Close the handler and the connection."""
         super().close()
         self._disconnect()
 
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Send to the daemon, also if that has been started anew; see `DroppingHandler`."""
+        """Send to the daemon, and reconnect if it was restarted; see `DroppingHandler`."""
         name = SysLogHandler.priority_map.get(record.levelname, "warning")
         priority = SysLogHandler.LOG_DAEMON << 3 | SysLogHandler.priority_names[name]
         text = f"<{priority}>{self._identity}{self.format(record)}\0"
@@ -124,7 +125,7 @@ class SystemLogHandler(DroppingHandler):
         return self._try_send_once(data) or (self._socket is None and self._try_send_once(data))
 
     def _try_send_once(self, data: bytes) -> bool:
-        """Send over the connection, or a new one; disconnect if it is broken."""
+        """Send over the current or a new connection; disconnect if that is broken."""
         try:
             if self._socket is None:
                 self._socket = _connect(self._path)
@@ -145,10 +146,10 @@ class SystemLogHandler(DroppingHandler):
 
 
 def _connect(path: str) -> socket.socket:
-    """Connect to the socket of a log daemon; the connection never blocks.
+    """Return a non-blocking connection to the socket of a log daemon.
 
     Raises:
-        OSError: Nobody listens there.
+        OSError: No daemon listens on the socket.
     """
     for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
         connection = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)

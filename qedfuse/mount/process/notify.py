@@ -1,7 +1,7 @@
-"""Telling others that the disk is ready: a pid file, and systemd's notification socket.
+"""Notifying other programs that the disk is ready: pid file and sd_notify(3).
 
-Both are found before the mount exists and used after that.  By then their paths may lead
-through the mount, and the serving process must never wait for an answer of its own.
+Both paths are opened before the mount exists and used after that.  By then the paths may lead
+through the mount, and the serving process must never wait for a reply of its own.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from qedfuse.util.descriptors import open_descriptors
 
 _CANNOT_WRITE: Final = "cannot write the pid file"
 _NOT_REPLACEABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
-_PID_BYTES: Final = 32
-"""No process number is longer."""
+_MAX_PID_FILE_BYTES: Final = 32
+"""Longer than any decimal pid."""
 
 
 class ServiceManager:
-    """The service manager that waits for news of this process, if one does."""
+    """The connection to the service manager that has started this process, if there is one."""
 
     def __init__(self) -> None:
-        """Connect to the socket that ``NOTIFY_SOCKET`` names.
+        """Connect to the socket that ``NOTIFY_SOCKET`` names; without one, do nothing.
 
-        A manager that does not listen is no reason to fail.
+        A manager that does not listen is no error.
         """
         self._socket: socket.socket | None = None
         self._sender: threading.Thread | None = None
         address = os.environ.get("NOTIFY_SOCKET", "")
         if not address.startswith(("/", "@")):
             return
-        if address.startswith("@"):  # the way to write an abstract name, which begins with NUL
+        if address.startswith("@"):  # stands for an abstract name, which begins with NUL
             address = "\0" + address[1:]
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         try:
@@ -48,10 +48,10 @@ class ServiceManager:
             self._socket = connection
 
     def notify(self, state: str) -> None:
-        """Send a line such as ``READY=1``; nothing happens if nobody listens.
+        """Send a line such as ``READY=1``, if there is a manager.
 
-        The caller never waits: a manager that is stopped must not stop the disks.  It may
-        be only slow, though, and then a thread waits for it.
+        The caller never waits, because a manager that is stopped must not stop the disks.  If
+        the socket is full, a thread waits instead.
         """
         if self._socket is None:
             return
@@ -77,7 +77,7 @@ class ServiceManager:
 
 
 def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
-    """Send a line when the lines before it have been sent, however long that takes."""
+    """Send a line after all earlier lines have been sent; waits without a limit."""
     if earlier is not None:
         earlier.join()
     with connection, contextlib.suppress(OSError):
@@ -85,14 +85,14 @@ def _send_after(earlier: threading.Thread | None, connection: socket.socket, sta
 
 
 class PidFile:
-    """The file that says which process serves the mount.
+    """The file that contains the pid of the process that serves the mount.
 
     Attributes:
-        path: The file, absolute and free of links.
+        path: The file, absolute and free of symbolic links.
     """
 
     def __init__(self, path: str) -> None:
-        """Open the directory of the file; the file itself stays as it is until `write`.
+        """Open the directory of the file; the file itself is unchanged until `write`.
 
         Raises:
             HostError: The directory cannot be opened, or the file is a directory.
@@ -111,8 +111,8 @@ class PidFile:
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
-            # Who has opened the file for this process, with a lock on it perhaps, means that
-            # file and not another one of its name.
+            # If the caller has opened the file for this process, perhaps with a lock on it,
+            # that file must be written and not be replaced by another of its name.
             self._is_open = found is not None and any(
                 os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
             )
@@ -124,10 +124,9 @@ class PidFile:
             raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
 
     def write(self) -> None:
-        """Write this process's number, as a line of its own.
+        """Write the pid of this process as one line, without waiting for a reader.
 
-        It never waits for a reader.  Readers of a regular file see the old content or the
-        new, and after a failure the old.
+        Readers of a regular file see the old content or the new; after a failure, the old.
 
         Raises:
             HostError: The file cannot be written.
@@ -139,13 +138,13 @@ class PidFile:
                 self._replace()
         except OSError as error:
             if error.errno == errno.ENXIO and stat.S_ISFIFO(os.fstat(self._handle).st_mode):
-                msg = f"{self._shown}: {_CANNOT_WRITE}: found a FIFO that nobody reads"
+                msg = f"{self._shown}: {_CANNOT_WRITE}: found a FIFO without a reader"
                 raise HostError(msg, errno.ENXIO) from error
             raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
         self._is_written = True
 
     def _replace(self) -> None:
-        """Write a new file and give it the name; write into the old one if that is open here."""
+        """Replace the file atomically; write into it if it is open or cannot be replaced."""
         directory = self._handle
         if self._is_open:
             self._write_to(self._name, directory)
@@ -159,7 +158,7 @@ class PidFile:
                 os.unlink(new, dir_fd=directory)
             if error.errno not in _NOT_REPLACEABLE:
                 raise
-            # The user may have been given only the file, also as a mount of its own.
+            # The user may have access only to the file, or the file is a mount of its own.
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
@@ -167,7 +166,7 @@ class PidFile:
 
     @staticmethod
     def _write_to(name: str, directory: int | None, flags: int = 0) -> None:
-        """Write the line over what is at the start of a file, and cut off the rest."""
+        """Overwrite a file with the line; a regular file is truncated after it."""
         flags |= os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
         if directory is not None:
             flags |= os.O_NOFOLLOW
@@ -180,9 +179,9 @@ class PidFile:
                 file.truncate(len(line))
 
     def remove(self) -> None:
-        """Remove the file if `write` has written it and it is still about this process.
+        """Remove the file if `write` has written it and it still has the pid of this process.
 
-        A special file is left alone.
+        A special file is not removed.
         """
         if self._is_special or not self._is_written:
             return
@@ -190,7 +189,10 @@ class PidFile:
         with contextlib.suppress(OSError, ValueError):
             fd = os.open(self._name, flags, dir_fd=self._handle)
             with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
-                if stat.S_ISREG(os.fstat(fd).st_mode) and int(file.read(_PID_BYTES)) == os.getpid():
+                if (
+                    stat.S_ISREG(os.fstat(fd).st_mode)
+                    and int(file.read(_MAX_PID_FILE_BYTES)) == os.getpid()
+                ):
                     os.unlink(self._name, dir_fd=self._handle)
 
     def close(self) -> None:
@@ -201,7 +203,7 @@ class PidFile:
 
 
 def _status(path: str) -> os.stat_result | None:
-    """Return what stat(2) says of a file; None if there is no file."""
+    """Return the result of stat(2); None if there is no file."""
     try:
         return os.stat(path)  # noqa: PTH116  a name, not a Path
     except FileNotFoundError:
