@@ -68,7 +68,7 @@ def make_environment(directory: Path) -> Path:
     It runs this tree; a real environment takes pip and half a minute.
     """
     (directory / "bin").mkdir(parents=True)
-    for name, module in (("qedfuse", "qedfuse"), ("qedimg", "qedimg.main")):
+    for name, module in (("qedfuse", "qedfuse.main"), ("qedimg", "qedimg.main")):
         program = directory / "bin" / name
         entry = _ENTRY.format(python=sys.executable, root=str(ROOT), module=module)
         program.write_text(entry, encoding="utf-8")
