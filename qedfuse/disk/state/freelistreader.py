@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
 
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
+from qedfuse.disk.space.freemap import BLOCK
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.freelist import (
     CLUSTER_HEADER_BYTES,
@@ -34,6 +36,7 @@ from qedfuse.ondisk.freelist import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from qedfuse.disk.space.freemap import FreeMap
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.freelist import Runs
     from qedfuse.ondisk.header import Header
@@ -234,3 +237,33 @@ def expand_runs(runs: Runs) -> Values:
     ends = np.cumsum(counts)
     within = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
     return np.repeat(runs[:, 0], counts) + within.astype(np.uint64)
+
+
+async def add_runs(clusters: FreeMap, runs: Runs) -> None:
+    """Add runs that ascend and do not touch to a map."""
+    first = runs[:, 0].astype(np.int64) + clusters.shift
+    last = first + runs[:, 1].astype(np.int64)
+    # Adding one run takes three microseconds; adding a block with several takes less.
+    within = first // BLOCK == (last - 1) // BLOCK
+    for start, count in runs[~within].tolist():
+        clusters.add(start, count)
+    first, last = first[within], last[within]
+    edges = np.flatnonzero(np.diff(first // BLOCK, prepend=-1)).tolist()
+    for begin, end in pairwise([*edges, len(first)]):
+        block = int(first[begin]) // BLOCK
+        clusters.add_block(
+            block, _bits_of(first[begin:end] % BLOCK, last[begin:end] - block * BLOCK)
+        )
+        await trio.lowlevel.checkpoint()
+
+
+def _bits_of(first: NDArray[np.int64], last: NDArray[np.int64]) -> int:
+    """Return an integer with the bits set from each ``first`` up to its ``last``.
+
+    The ranges do not touch.
+    """
+    change = np.zeros(BLOCK + 1, np.int8)
+    change[first] = 1
+    change[last] = -1
+    ones = np.packbits(np.cumsum(change[:BLOCK], dtype=np.int8).view(np.uint8), bitorder="little")
+    return int.from_bytes(ones.tobytes(), "little")

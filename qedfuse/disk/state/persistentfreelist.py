@@ -22,22 +22,22 @@ import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
-import trio
 
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
-from qedfuse.disk.space.freemap import BLOCK
-from qedfuse.disk.state.freelistreader import MAX_RUNS, backing_name_covers_descriptor, read_list
+from qedfuse.disk.state.freelistreader import (
+    MAX_RUNS,
+    add_runs,
+    backing_name_covers_descriptor,
+    read_list,
+)
 from qedfuse.disk.state.freelistwriter import refuse_occupied_descriptor, write_list
 from qedfuse.errors import CorruptImageError, HostError, QedError
 from qedfuse.ondisk.freelist import DESCRIPTOR_OFFSET
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.options import OpenOptions
     from qedfuse.disk.space.allocator import Allocator
-    from qedfuse.disk.space.freemap import FreeMap
     from qedfuse.disk.space.reclaim import Reclaim
     from qedfuse.disk.space.scan import Scan
     from qedfuse.disk.state.freelistreader import FreeList
@@ -112,7 +112,7 @@ class PersistentFreeList:
         listed = self._allocator.free.empty_like()
         holding_list = listed.empty_like()
         holding_list.add_many(found.holding_clusters)
-        await _fill(listed, found.runs)
+        await add_runs(listed, found.runs)
         self._scan.postpone(listed, holding_list)
 
     @property
@@ -181,31 +181,3 @@ class PersistentFreeList:
             )
             return None
         return np.array(found, np.uint64) if found else None
-
-
-async def _fill(clusters: FreeMap, runs: Runs) -> None:
-    """Add runs of clusters to a map."""
-    first = runs[:, 0].astype(np.int64) + clusters.shift
-    last = first + runs[:, 1].astype(np.int64)
-    # Adding one run takes three microseconds; adding a block with several takes less.
-    within = first // BLOCK == (last - 1) // BLOCK
-    for start, count in runs[~within].tolist():
-        clusters.add(start, count)
-    first, last = first[within], last[within]
-    edges = np.flatnonzero(np.diff(first // BLOCK, prepend=-1)).tolist()
-    for begin, end in itertools.pairwise([*edges, len(first)]):
-        block = int(first[begin]) // BLOCK
-        clusters.add_block(block, _bits(first[begin:end] % BLOCK, last[begin:end] - block * BLOCK))
-        await trio.lowlevel.checkpoint()
-
-
-def _bits(first: NDArray[np.int64], last: NDArray[np.int64]) -> int:
-    """Return an integer with the bits set from each ``first`` up to its ``last``.
-
-    The ranges do not touch.
-    """
-    change = np.zeros(BLOCK + 1, np.int8)
-    change[first] = 1
-    change[last] = -1
-    ones = np.packbits(np.cumsum(change[:BLOCK], dtype=np.int8).view(np.uint8), bitorder="little")
-    return int.from_bytes(ones.tobytes(), "little")
