@@ -68,7 +68,7 @@ COLUMNS: Final[Mapping[str, str]] = {
     "anywhere": "reads/s anywhere",
     "resident": "idle MiB",
     "loaded": "MiB after load",
-    "peak": "most MiB",
+    "peak": "peak MiB",
     "write": f"{WRITE_COUNT} writes, s",
     "flush": "flush, s",
     "unmount": "unmount, s",

@@ -117,7 +117,7 @@ CELLS: Final = (
         Fio("write", MIB, fsync_at_end=True, max_bytes=512 * MIB),
         1.5,
         0.8,
-        note="most of the time is the host disk's: the data has to get there",
+        note="dominated by the host's disk",
     ),
     Cell(
         "new-write-4k-16",
@@ -189,7 +189,7 @@ CELLS: Final = (
         "hole",
         "walk",
         2,
-        note="all of them answer lseek; one cluster of data ends the hole",
+        note="all systems implement lseek; one cluster of data ends the hole",
     ),
     Cell(
         "hole-read",
@@ -220,7 +220,7 @@ CELLS: Final = (
         RANDOM_READ_16,
         1,
         cold="host",
-        note="the host disk is what is measured",
+        note="dominated by the host's disk",
     ),
 )
 

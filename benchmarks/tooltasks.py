@@ -17,7 +17,7 @@ MAX_MEMORY_BYTES: Final = 256 * MIB
 """Bytes that a command of ours may take up."""
 COLUMNS: Final = (
     *("task", "qedimg, s", "qemu-img, s", "ratio", "target"),
-    "most MiB",
+    "peak MiB",
 )
 
 

@@ -70,7 +70,7 @@ def test_a_disk_that_ends_within_a_unit(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "a.raw").write_bytes(bytes(8192) + b"x" * 691_808)
     assert measured(capsys, "-O", "raw", str(tmp_path / "a.raw")) == (691_808, 700_000)
     assert main(["convert", "-v", str(tmp_path / "a.raw"), str(tmp_path / "a.qed")]) == 0
-    assert "700000 bytes of disk, of which 700000 are data" in capsys.readouterr().out
+    assert "disk of 700000 bytes, of which 700000 are data" in capsys.readouterr().out
 
 
 MISTAKES: Final = {

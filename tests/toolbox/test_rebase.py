@@ -87,7 +87,7 @@ def test_nothing_is_taken_over_that_both_show(
     length = top.stat().st_size
     assert main(["rebase", "-b", "copy.qed", str(top)]) == 0
     assert capsys.readouterr().out == (
-        f"{top}: has the base copy.qed; 0 bytes of the old one taken over as data, 0 as zeros\n"
+        f"{top}: has the base copy.qed; copied from the old one: 0 bytes as data, 0 as zeros\n"
     )
     assert top.stat().st_size == length
     before = content(top)
@@ -96,7 +96,7 @@ def test_nothing_is_taken_over_that_both_show(
     )
     assert main(["rebase", "-b", "two.qed", str(top)]) == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"0 bytes of the old one taken over as data, {CLUSTER} as zeros\n")
+    assert said.endswith(f"copied from the old one: 0 bytes as data, {CLUSTER} as zeros\n")
     assert top.stat().st_size == length + 2 * CLUSTER
     assert content(top) == before
 

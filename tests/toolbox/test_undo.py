@@ -59,7 +59,7 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
 
     assert main(["check", "-r", "all", str(path)]) == 3
     said = capsys.readouterr().out
-    assert "leaked space stays, as it may be what a bad entry named" in said
+    assert "leaked space stays, because a bad entry may have pointed to it" in said
     assert f"qedimg check -r leaks {path}\n" in said
     after = path.read_bytes()
     assert after[header_of(content).l1_end :] == content[header_of(content).l1_end :]
