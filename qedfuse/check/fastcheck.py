@@ -12,7 +12,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-from qedfuse.check.findings import CheckReport, Findings
+from qedfuse.check.findings import CheckReport, FindingCollector
 from qedfuse.check.headernotes import header_notes
 from qedfuse.errors import QedError
 from qedfuse.hostio.lockedfile import locked_descriptor, read_header_of
@@ -74,10 +74,10 @@ def _look(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckReport] |
     clusters = size >> geometry.cluster_bits
     if found is None or found[0] != clusters:
         return None
-    notes = Findings()
+    notes = FindingCollector()
     for oddity in header_notes(header, size, name):
         notes.add(oddity)
     report = CheckReport(
-        tuple(notes.kept), dict(notes.counts), found[1], clusters, fragmented_clusters=found[2]
+        tuple(notes.findings), dict(notes.counts), found[1], clusters, fragmented_clusters=found[2]
     )
     return header, size, report

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-MAX_KEPT: Final = 50
+MAX_FINDINGS_PER_CODE: Final = 50
 """Findings kept of each code; all are counted, but a hostile image could make billions."""
 
 
@@ -56,10 +56,10 @@ class Code(enum.Enum):
         """How bad findings of this kind are."""
         if self is Code.LEAKED_CLUSTERS:
             return Severity.LEAK
-        return Severity.NOTE if self in _NOTES else Severity.ERROR
+        return Severity.NOTE if self in _NOTE_CODES else Severity.ERROR
 
 
-_NOTES: Final = frozenset(
+_NOTE_CODES: Final = frozenset(
     {
         Code.HEADER_SIZE_ZERO,
         Code.NAME_IN_FIXED_HEADER,
@@ -75,11 +75,11 @@ _NOTES: Final = frozenset(
 )
 
 
-LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADICTED})
+FREE_LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADICTED})
 """Errors that are gone once the image's list of free clusters is dropped."""
 
 
-_NO_CLUSTER: Final = frozenset(
+_INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
 """What is wrong with entries that refer to no cluster of the disk's data."""
@@ -114,7 +114,7 @@ class CheckReport:
     """The outcome of a check.
 
     Attributes:
-        findings: Up to `MAX_KEPT` findings of each code.
+        findings: Up to `MAX_FINDINGS_PER_CODE` findings of each code.
         counts: How many there were of each code; for leaks, how many clusters.
         allocated_clusters: Data clusters that tables refer to.
         file_clusters: Clusters in the file.
@@ -141,12 +141,12 @@ class CheckReport:
     @property
     def referenced_clusters(self) -> int:
         """How many entries of tables refer to data, those included that cannot be right."""
-        return self.allocated_clusters + sum(self.counts.get(code, 0) for code in _NO_CLUSTER)
+        return self.allocated_clusters + sum(self.counts.get(code, 0) for code in _INVALID_L2_CODES)
 
     @property
     def table_errors(self) -> int:
         """How many of the errors are not just about the list of free clusters."""
-        return self.errors - sum(self.counts.get(code, 0) for code in LIST_CODES)
+        return self.errors - sum(self.counts.get(code, 0) for code in FREE_LIST_CODES)
 
     @property
     def leaks(self) -> int:
@@ -154,7 +154,7 @@ class CheckReport:
         return self.counts.get(Code.LEAKED_CLUSTERS, 0)
 
     @property
-    def doubtful(self) -> bool:
+    def is_implausible(self) -> bool:
         """Whether the tables seem not to be those of the image.
 
         One flipped bit in the header makes other bytes look like tables: then nearly
@@ -165,7 +165,7 @@ class CheckReport:
         return suspicious and bool(self.errors or self.leaks)
 
     @property
-    def worst(self) -> Severity | None:
+    def worst_severity(self) -> Severity | None:
         """The severity of the worst finding; None if there is none at all."""
         return max((code.severity for code in self.counts), default=None)
 
@@ -218,24 +218,24 @@ class RepairPlan:
 
 
 @dataclass(slots=True)
-class Findings:
+class FindingCollector:
     """Findings being collected: counted all, kept some."""
 
-    kept: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     counts: Counter[Code] = field(default_factory=Counter)
 
-    def room(self, code: Code) -> int:
+    def remaining(self, code: Code) -> int:
         """Tell how many more findings of a kind are kept."""
-        return max(0, MAX_KEPT - self.counts[code])
+        return max(0, MAX_FINDINGS_PER_CODE - self.counts[code])
 
     def add(self, finding: Finding, count: int = 1) -> None:
         """Count a finding that stands for ``count`` of its kind, and keep it if there is room."""
-        if self.room(finding.code):
-            self.kept.append(finding)
+        if self.remaining(finding.code):
+            self.findings.append(finding)
         if count:
             self.counts[finding.code] += count
 
-    def add_uncounted(self, code: Code, count: int) -> None:
+    def count_only(self, code: Code, count: int) -> None:
         """Count findings that there is no room for."""
         if count:
             self.counts[code] += count

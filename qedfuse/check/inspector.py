@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from qedfuse.check.findings import LIST_CODES, Severity
+from qedfuse.check.findings import FREE_LIST_CODES, Severity
 from qedfuse.errors import CorruptImageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         CorruptImageError: There is more.  Nothing has been changed.
     """
     # Loaded late: the walk needs much, and most images that are opened need no check.
-    from qedfuse.check.walk import check_image  # noqa: PLC0415
+    from qedfuse.check.checker import check_image  # noqa: PLC0415
 
     why = "was not closed cleanly" if header.need_check else "has no whole number of clusters"
     report = await check_image(file, header)
@@ -31,7 +31,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         first = next(
             item
             for item in report.findings
-            if item.severity is Severity.ERROR and item.code not in LIST_CODES
+            if item.severity is Severity.ERROR and item.code not in FREE_LIST_CODES
         )
         errors = report.table_errors
         found = f"{errors} errors" if errors > 1 else "1 error"

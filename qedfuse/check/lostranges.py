@@ -9,7 +9,7 @@ from qedfuse.check.findings import LostRange
 if TYPE_CHECKING:
     from qedfuse.check.findings import Code
 
-MAX_LOST: Final = 100_000
+MAX_LOST_RANGES: Final = 100_000
 """Ranges that are told apart; the last one grows to cover what is lost beyond that."""
 
 
@@ -36,7 +36,7 @@ class LostRanges:
         last = self.ranges[-1] if self.ranges else None
         if last is not None and last.code is code and last.start + last.length == start:
             self.ranges[-1] = LostRange(last.start, last.length + length, code)
-        elif last is not None and len(self.ranges) >= MAX_LOST:
+        elif last is not None and len(self.ranges) >= MAX_LOST_RANGES:
             begin = min(last.start, start)
             end = max(last.start + last.length, start + length)
             self.ranges[-1] = LostRange(begin, end - begin, last.code)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qedfuse.check.findings import Code
-from qedfuse.check.tables import Changes
+from qedfuse.check.tables import EntryChanges
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES
 
@@ -43,20 +43,24 @@ POISON_ENTRY: Final = 1
 """An L1 entry that is wrong however long the file gets."""
 
 
-class OutOfFile:
+class OutOfFileEntries:
     """What points past the end of one file."""
 
     def __init__(
-        self, file: HostFile, classifier: EntryClassifier, rewriter: Rewriter, losses: LostRanges
+        self,
+        file: HostFile,
+        classifier: EntryClassifier,
+        rewriter: Rewriter,
+        lost_ranges: LostRanges,
     ) -> None:
         """Look at a file as it was before the repair; ``classifier`` has its length."""
         self._file = file
         self._classifier = classifier
         self._geometry = classifier.header.geometry
         self._rewriter = rewriter
-        self._losses = losses
+        self._lost_ranges = lost_ranges
 
-    async def give_up(
+    async def clear_all(
         self, l1_entries: dict[int, int], tables: Iterable[tuple[int, int, bool]], empty: int
     ) -> None:
         """Make all of it harmless, durably, and note what is lost.
@@ -77,18 +81,18 @@ class OutOfFile:
                 async for first, values in read_table(
                     self._file, table, self._geometry.table_bytes
                 ):
-                    held.append(values[self._lose(index, first, values)])
+                    held.append(values[self._note_lost(index, first, values)])
             else:
                 kept.append((index, table))
         for index, table in kept:
             async for first, values in read_table(self._file, table, length):
-                lost = self._lose(index, first, values)
-                await self._clear(table, first, values, np.where(lost, empty, values))
-        held += await self._give_up_tables(l1_entries)
-        self._rewriter.avoid(np.unique(np.concatenate(held)))
-        await self._rewriter.settle()
+                lost = self._note_lost(index, first, values)
+                await self._write_changed(table, first, values, np.where(lost, empty, values))
+        held += await self._clear_l1_entries(l1_entries)
+        self._rewriter.set_avoided(np.unique(np.concatenate(held)))
+        await self._rewriter.sync_pending()
 
-    def _lose(self, l1_index: int, first: int, values: Values) -> Mask:
+    def _note_lost(self, l1_index: int, first: int, values: Values) -> Mask:
         """Note the entries of a slice that point past the end, and tell which they are."""
         lost = np.zeros(len(values), np.bool_)
         if len(values) and int(values.max()) >= self._classifier.file_size:
@@ -98,10 +102,10 @@ class OutOfFile:
             size = self._geometry.cluster_size
             start = l1_index * self._geometry.table_span + first * size
             for place in np.flatnonzero(lost).tolist():
-                self._losses.note(start + place * size, size, Code.L2_OUT_OF_FILE)
+                self._lost_ranges.note(start + place * size, size, Code.L2_OUT_OF_FILE)
         return lost
 
-    async def _give_up_tables(self, l1_entries: dict[int, int]) -> list[Values]:
+    async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
         """Overwrite entries of the L1 table, and give those that get a new table later.
 
         That they are lost has been noted.  The new tables go elsewhere than where the
@@ -110,16 +114,18 @@ class OutOfFile:
         later: list[Values] = []
         if not l1_entries:
             return later
-        changes, l1_table = Changes(l1_entries), self._classifier.header.l1_table_offset
+        changes, l1_table = EntryChanges(l1_entries), self._classifier.header.l1_table_offset
         async for first, values in read_table(self._file, l1_table, self._geometry.table_bytes):
             fixed = changes.applied(first, values)
             later.append(values[(fixed != values) & (fixed == POISON_ENTRY)])
-            await self._clear(l1_table, first, values, fixed)
+            await self._write_changed(l1_table, first, values, fixed)
         return later
 
-    async def _clear(self, table: int, first: int, old: Values, new: Values) -> None:
+    async def _write_changed(self, table: int, first: int, old: Values, new: Values) -> None:
         """Write the entries of a slice that have changed, all at once."""
         where = np.flatnonzero(old != new)
         if len(where):
             begin, end = int(where[0]), int(where[-1]) + 1
-            await self._rewriter.clear(table + (first + begin) * ENTRY_BYTES, new[begin:end])
+            await self._rewriter.clear_entries(
+                table + (first + begin) * ENTRY_BYTES, new[begin:end]
+            )

@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.findings import Code, RepairPlan
 from qedfuse.check.lostranges import LostRanges
-from qedfuse.check.outoffile import POISON_ENTRY, OutOfFile
-from qedfuse.check.rewrite import DryRun, Rewriter
-from qedfuse.check.tables import Changes, check_number, named_tables, overlapping
-from qedfuse.check.walk import check_image
+from qedfuse.check.outoffile import POISON_ENTRY, OutOfFileEntries
+from qedfuse.check.rewrite import DryRunRewriter, Rewriter
+from qedfuse.check.tables import EntryChanges, overlapping, read_l1_table, refuse_too_many_tables
 from qedfuse.disk.space.l2tables import claim_tables
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.hostio.tablewalk import read_table
@@ -94,15 +94,17 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     before = await check_image(file, sound)
     if not before.table_errors:
         if before.errors or header.need_check:
-            await rewriter.mark(need_check=False)
+            await rewriter.write_need_check(need_check=False)
             before = await check_image(file, sound.with_free_list(value=False))
         return RepairReport((), 0, 0, before)
     repair = _Repair(file, header, rewriter)
     await repair.run()
     after = await check_image(file, sound.with_free_list(value=False))
     if not after.errors:
-        await rewriter.mark(need_check=False)
-    return RepairReport(tuple(repair.losses.ranges), repair.copied, repair.losses.cleared, after)
+        await rewriter.write_need_check(need_check=False)
+    return RepairReport(
+        tuple(repair.lost_ranges.ranges), repair.copied, repair.lost_ranges.cleared, after
+    )
 
 
 async def plan_repair(file: HostFile, header: Header, save: Save | None = None) -> RepairPlan:
@@ -118,10 +120,10 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
         HostError: The host cannot read the file, or could not hold the repaired one.
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
-    draft = DryRun(file, header, save)
+    draft = DryRunRewriter(file, header, save)
     repair = _Repair(file, header, draft)
     await repair.run()
-    lost, cleared = tuple(repair.losses.ranges), repair.losses.cleared
+    lost, cleared = tuple(repair.lost_ranges.ranges), repair.lost_ranges.cleared
     return RepairPlan(lost, repair.copied, cleared, draft.written, draft.end)
 
 
@@ -146,7 +148,7 @@ class _Repair:
         self._l1_changes: dict[int, int] = {}
         # Zeros hide what the base has; without a base, nothing is as good.
         self._empty = ZERO if header.has_backing else UNALLOCATED
-        self.losses = LostRanges(header.image_size)
+        self.lost_ranges = LostRanges(header.image_size)
         self.copied = 0
 
     async def run(self) -> None:
@@ -154,12 +156,12 @@ class _Repair:
 
         New things become durable then, then L2 entries, then L1 entries.
         """
-        await self.rewriter.mark(need_check=True)
+        await self.rewriter.write_need_check(need_check=True)
         indices, tables = await self._find_tables()
         move = await self._find_moves(tables)
-        outside = OutOfFile(self._file, self._classifier, self.rewriter, self.losses)
+        outside = OutOfFileEntries(self._file, self._classifier, self.rewriter, self.lost_ranges)
         places = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
-        await outside.give_up(self._l1_outside, sorted(places), self._empty)
+        await outside.clear_all(self._l1_outside, sorted(places), self._empty)
         await self._complete_tables(indices, tables)
         await self.rewriter.extend(self._whole)
         await self._separate_tables(indices, tables, move)
@@ -169,7 +171,7 @@ class _Repair:
             async for first, values in read_table(self._file, source, self._geometry.table_bytes):
                 if (values > ZERO).any():
                     fixed = await self._repair_slice(index, first, values)
-                    await self.rewriter.replace(table + first * ENTRY_BYTES, values, fixed)
+                    await self.rewriter.replace_entries(table + first * ENTRY_BYTES, values, fixed)
         await self._write_l1()
 
     def _beyond(self, index: int) -> bool:
@@ -179,7 +181,7 @@ class _Repair:
     async def _find_tables(self) -> tuple[Indices, Values]:
         """Read the L1 table; give the entries that are good, sorted by their tables."""
         classifier = EntryClassifier(self._header, self._size)
-        indices, tables = await named_tables(
+        indices, tables = await read_l1_table(
             self._file, classifier, self._note_bad_tables, keep_short=True
         )
         order = np.lexsort((indices, tables))
@@ -189,12 +191,12 @@ class _Repair:
         """Note the L1 entries that are to be cleared; the L1 table is changed last."""
         span = self._geometry.table_span
         for place in np.flatnonzero(mask).tolist():
-            check_number(self._file, len(self._l1_bad) + 1)
+            refuse_too_many_tables(self._file, len(self._l1_bad) + 1)
             self._l1_bad.append(index := first + place)
             if code is Code.L1_OUT_OF_FILE:
                 zeros = self._empty != UNALLOCATED and not self._beyond(index)
                 self._l1_outside[index] = POISON_ENTRY if zeros else UNALLOCATED
-            self.losses.note((first + place) * span, span, code)
+            self.lost_ranges.note((first + place) * span, span, code)
 
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
         """Give the tables that run past the end of the file the rest of their entries.
@@ -212,14 +214,16 @@ class _Repair:
         for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
             missing = max(0, cut - table) // ENTRY_BYTES * geometry.cluster_size
             start = index * geometry.table_span + missing
-            self.losses.note(start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0)
+            self.lost_ranges.note(
+                start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0
+            )
         end = int(tables[-1]) + geometry.table_bytes
         if cut < self._size:
             old = bytes(await self._file.pread(cut, self._size - cut))
             half = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(cut, old, half)
         await self.rewriter.fill(cut, (end - cut) // ENTRY_BYTES, self._empty)
-        await self.rewriter.settle()
+        await self.rewriter.sync_pending()
         await self.rewriter.extend(end)
 
     async def _find_moves(self, tables: Values) -> Mask:
@@ -240,10 +244,10 @@ class _Repair:
                 self._tables.append((index, table, table))
             elif self._beyond(index):
                 self._l1_changes[index] = UNALLOCATED
-                self.losses.cleared += 1
+                self.lost_ranges.cleared += 1
             else:
                 copy = await self.rewriter.copy(table, self._geometry.table_bytes)
-                self._tables.append((index, copy, copy if self.rewriter.writes else table))
+                self._tables.append((index, copy, copy if self.rewriter.changes_file else table))
                 self._l1_changes[index] = copy
         self._tables.sort()
         moved = np.isin(self._classifier.tables, self._left)
@@ -289,7 +293,7 @@ class _Repair:
             fixed[mask] = self._empty
             # What points past the end was noted when it was given up.
             for place in np.flatnonzero(mask).tolist() if code is not Code.L2_OUT_OF_FILE else ():
-                self.losses.note(start + place * size, size, code)
+                self.lost_ranges.note(start + place * size, size, code)
         where = np.flatnonzero(good)
         taken = self._references.claim(values[where] >> np.uint64(self._geometry.cluster_bits))
         for place in where[taken].tolist():
@@ -298,7 +302,7 @@ class _Repair:
                 self.copied += 1
             else:
                 fixed[place] = UNALLOCATED
-                self.losses.cleared += 1
+                self.lost_ranges.cleared += 1
         self._report_doubts(start, values, good)
         return fixed
 
@@ -310,17 +314,17 @@ class _Repair:
             cut = geometry.floor(self._size)
             for place in np.flatnonzero(good & (values == cut)).tolist():
                 begin = start + place * size + self._size - cut
-                self.losses.note(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
+                self.lost_ranges.note(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
         over = self._classifier.with_tables(self._left).table_under(values) >= 0
         for place in np.flatnonzero(good & over).tolist():
-            self.losses.note(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
+            self.lost_ranges.note(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
 
     async def _write_l1(self) -> None:
         """Change the L1 table, now that all tables it will point to are right."""
         if not self._l1_changes:
             return
-        changes = Changes(self._l1_changes)
+        changes = EntryChanges(self._l1_changes)
         start = self._header.l1_table_offset
         async for first, values in read_table(self._file, start, self._geometry.table_bytes):
             fixed = changes.applied(first, values)
-            await self.rewriter.replace(start + first * ENTRY_BYTES, values, fixed)
+            await self.rewriter.replace_entries(start + first * ENTRY_BYTES, values, fixed)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Save = Callable[[int, bytes, bytes], None]
 
-_STEP_BYTES: Final = 1 << 20
+_COPY_BYTES: Final = 1 << 20
 
 
 class Rewriter:
@@ -31,74 +31,74 @@ class Rewriter:
 
     Attributes:
         end: The file's length in bytes, a whole number of clusters.
-        writes: Whether anything is written at all; see `DryRun`.
+        writes: Whether anything is written at all; see `DryRunRewriter`.
     """
 
-    writes = True
+    changes_file = True
 
     def __init__(self, file: HostFile, header: Header) -> None:
         """Prepare to change ``file``."""
         self._file = file
         self._header = header
-        self.end = self._place(header.geometry.ceil(file.size()))
+        self.end = self._representable(header.geometry.ceil(file.size()))
         self._avoided = np.empty(0, np.uint64)
-        self._unsettled = False
+        self._has_pending = False
 
-    async def mark(self, *, need_check: bool) -> None:
+    async def write_need_check(self, *, need_check: bool) -> None:
         """Set or clear NEED_CHECK, durably, after everything before is durable.
 
         A list of free clusters is dropped at the same time: it is not kept up to date.
         """
         await self._file.datasync()
-        await self._file.pwrite(0, self._marked(need_check=need_check))
+        await self._file.pwrite(0, self._built_header(need_check=need_check))
         await self._file.datasync()
         if self._header.free_list:
             await erase_descriptor(self._file, self._header)
 
-    def _marked(self, *, need_check: bool) -> bytes:
+    def _built_header(self, *, need_check: bool) -> bytes:
         """Build the header with NEED_CHECK set or cleared."""
         header = self._header.with_need_check(value=need_check).without_stale_autoclear()
         return build_header(header.with_free_list(value=False))
 
     async def extend(self, end: int) -> None:
         """Make the file at least ``end`` bytes long; what is added reads as zeros."""
-        self.end = max(self.end, self._place(end))
+        self.end = max(self.end, self._representable(end))
         if self._file.size() < self.end:
             await self._file.truncate(self.end)
             await self._file.datasync()
 
     async def copy(self, start: int, length: int) -> int:
         """Copy a range of the file to its end, holes as holes; give the copy's file offset."""
-        target = self._append(length)
+        target = self._allocate(length)
         await self._file.truncate(self.end)
         at = 0
         while at < length and (data := await self._file.next_data(start + at)) is not None:
             at = max(at, data - start)
             if at < length:
-                part = await self._file.pread(start + at, min(_STEP_BYTES, length - at))
+                part = await self._file.pread(start + at, min(_COPY_BYTES, length - at))
                 if any(part):
                     await self._file.pwrite(target + at, part)
-                at += _STEP_BYTES
+                at += _COPY_BYTES
         return target
 
     async def new_table(self, value: int, count: int) -> int:
         """Add a table whose first ``count`` entries have a value; give its file offset."""
-        target = self._append(self._header.geometry.table_bytes)
+        target = self._allocate(self._header.geometry.table_bytes)
         await self._file.truncate(self.end)
         await self.fill(target, count, value)
         return target
 
     async def fill(self, start: int, count: int, value: int) -> None:
         """Give ``count`` entries from a file offset on a value; they are zeros until now."""
-        at_once = _STEP_BYTES // ENTRY_BYTES
+        at_once = _COPY_BYTES // ENTRY_BYTES
         piece = value.to_bytes(ENTRY_BYTES, "little") * min(at_once, count)
         while count > 0 and value:
-            self._unsettled = True
+            self._has_pending = True
             await self._file.pwrite(start, piece[: count * ENTRY_BYTES])
             start += len(piece)
             count -= at_once
 
-    async def replace(self, offset: int, old: Values, new: Values) -> None:
+    async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
         """Write the entries that have changed, once what they point to is durable."""
         where = np.flatnonzero(old != new)
         if len(where):
@@ -112,22 +112,22 @@ class Rewriter:
         await self._file.datasync()
         await self._file.pwrite(offset, new)
 
-    async def clear(self, offset: int, new: Values) -> None:
+    async def clear_entries(self, offset: int, new: Values) -> None:
         """Write entries that refer to nothing, so that nothing has to be durable before."""
-        self._unsettled = True
+        self._has_pending = True
         await self._file.pwrite(offset, _bytes(new))
 
-    async def settle(self) -> None:
+    async def sync_pending(self) -> None:
         """Make durable what was cleared or filled, before the file gets longer."""
-        if self._unsettled:
+        if self._has_pending:
             await self._file.datasync()
-            self._unsettled = False
+            self._has_pending = False
 
-    def avoid(self, clusters: Values) -> None:
+    def set_avoided(self, clusters: Values) -> None:
         """Never put anything new into some clusters past the end: their file offsets, sorted."""
         self._avoided = clusters
 
-    def _append(self, length: int) -> int:
+    def _allocate(self, length: int) -> int:
         """Choose the file offset of something new of so many bytes."""
         target = self.end
         while True:
@@ -135,10 +135,10 @@ class Rewriter:
             if place == len(self._avoided) or self._avoided[place] >= target + length:
                 break
             target = int(self._avoided[place]) + self._header.cluster_size
-        self.end = self._place(target + length)
+        self.end = self._representable(target + length)
         return target
 
-    def _place(self, end: int) -> int:
+    def _representable(self, end: int) -> int:
         """Let an end of the file through that the host can count up to.
 
         Raises:
@@ -150,14 +150,14 @@ class Rewriter:
         return end
 
 
-class DryRun(Rewriter):
+class DryRunRewriter(Rewriter):
     """Writes nothing: adds up what a repair would write, and has saved what it would change.
 
     Attributes:
         written: Bytes so far, without the holes of what would be copied.
     """
 
-    writes = False
+    changes_file = False
 
     def __init__(self, file: HostFile, header: Header, save: Save | None = None) -> None:
         """Draft a repair of ``file``; ``save`` gets what each piece is and is to be."""
@@ -167,17 +167,17 @@ class DryRun(Rewriter):
         self._size = file.size()
         self._save = save or (lambda _offset, _old, _new: None)
 
-    async def mark(self, *, need_check: bool) -> None:  # noqa: ARG002  it is cleared in the end
+    async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  it is cleared in the end
         """Save the header, and the descriptor of a list of free clusters, which is erased."""
         old = bytes(await self._file.pread(0, HEADER_BYTES))
-        self._save(0, old, self._marked(need_check=False))
+        self._save(0, old, self._built_header(need_check=False))
         if self._header.free_list and not backing_name_covers_descriptor(self._header):
             old = bytes(await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES))
             self._save(DESCRIPTOR_OFFSET, old, bytes(len(old)))
 
     async def extend(self, end: int) -> None:
         """Note that the file would be longer."""
-        self.end = max(self.end, self._place(end))
+        self.end = max(self.end, self._representable(end))
 
     async def copy(self, start: int, length: int) -> int:
         """Count what would be copied."""
@@ -185,19 +185,19 @@ class DryRun(Rewriter):
         if self._last_copy[:2] != (start, length):
             self._last_copy = (start, length, await self._data_bytes(start, start + length))
         self.written += self._last_copy[2]
-        return self._append(length)
+        return self._allocate(length)
 
     async def new_table(self, _value: int, _count: int) -> int:
         """Count a table."""
         length = self._header.geometry.table_bytes
         self.written += length
-        return self._append(length)
+        return self._allocate(length)
 
     async def fill(self, _start: int, count: int, value: int) -> None:
         """Count entries."""
         self.written += count * ENTRY_BYTES if value else 0
 
-    async def clear(self, _offset: int, _new: Values) -> None:
+    async def clear_entries(self, _offset: int, _new: Values) -> None:
         """Leave entries as they are; they are counted and saved when their slice is repaired."""
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 MAX_TABLES: Final = 1 << 22
 """Most L2 tables that are looked at; 64 TiB in clusters of 64 KiB have 32768."""
 
-_STEP: Final = 1 << 13
+_TABLES_PER_STEP: Final = 1 << 13
 """Tables that are handled before other tasks get a turn."""
 
 
-async def named_tables(
+async def read_l1_table(
     file: HostFile,
     classifier: EntryClassifier,
     bad: Callable[[Code, int, Values, Mask], None],
@@ -63,13 +63,13 @@ async def named_tables(
             good &= ~mask
             bad(code, first, values, mask)
         where = np.flatnonzero(good)
-        check_number(file, count := count + len(where))
+        refuse_too_many_tables(file, count := count + len(where))
         indices.append(where + first)
         tables.append(values[where])
     return np.concatenate(indices), np.concatenate(tables)
 
 
-class Changes:
+class EntryChanges:
     """New values for some entries of a table, to be put into its slices one by one."""
 
     def __init__(self, entries: dict[int, int]) -> None:
@@ -85,7 +85,7 @@ class Changes:
         return fixed
 
 
-def check_number(file: HostFile, count: int) -> None:
+def refuse_too_many_tables(file: HostFile, count: int) -> None:
     """Refuse an image with more L1 entries than there is memory for."""
     if count > MAX_TABLES:
         msg = f"{file.name}: too large to check: found more than {MAX_TABLES} L1 entries in use"
@@ -101,8 +101,8 @@ async def overlapping(tables: Values, table_bytes: int) -> Mask:
     if len(tables) < 2 or (np.diff(tables) >= table_bytes).all():  # noqa: PLR2004
         return answer
     end = -1
-    for start in range(0, len(tables), _STEP):
-        for place, table in enumerate(tables[start : start + _STEP].tolist(), start):
+    for start in range(0, len(tables), _TABLES_PER_STEP):
+        for place, table in enumerate(tables[start : start + _TABLES_PER_STEP].tolist(), start):
             if table < end:
                 answer[place] = True
             else:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.repair import RepairReport, repair_image
-from qedfuse.check.walk import check_image
 from qedfuse.hostio.imagefile import read_header
 from tests.support.disks import get_entry, header_of, inspect_image, put_entry
 from tests.support.hostfiles import MemoryFile

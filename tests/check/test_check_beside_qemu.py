@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.findings import CheckReport, Code
 from qedfuse.check.repair import RepairReport, repair_image
-from qedfuse.check.walk import check_image
 from qedfuse.errors import HeaderError, NotQedError, UnsupportedError
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.findings import Code
 from qedfuse.check.inspector import inspect_image as inspector
-from qedfuse.check.walk import check_image
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import trio
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.repair import plan_repair, repair_image
-from qedfuse.check.walk import check_image
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
@@ -32,7 +32,7 @@ WIDE_HEADER: Final = Header(1 << 12, 16, 1 << 31, 0, 0, 0, 1 << 43, 1 << 30)
 PROGRAM: Final = """
 import resource, sys, trio
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
-from qedfuse.check.walk import check_image
+from qedfuse.check.checker import check_image
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.posixfile import PosixFile

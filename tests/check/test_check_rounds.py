@@ -11,9 +11,9 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.check.findings import MAX_KEPT, CheckReport, Code, Severity
+from qedfuse.check.checker import check_image
+from qedfuse.check.findings import MAX_FINDINGS_PER_CODE, CheckReport, Code, Severity
 from qedfuse.check.repair import plan_repair, repair_image
-from qedfuse.check.walk import check_image
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.imagefile import read_header
@@ -209,7 +209,7 @@ async def test_a_repair_of_a_sound_image_changes_nothing() -> None:
     content = image()
     before = bytes(content)
     found = await check(content)
-    assert (found.counts, found.worst, found.findings) == ({}, None, ())
+    assert (found.counts, found.worst_severity, found.findings) == ({}, None, ())
     assert found.allocated_clusters == len(CLUSTERS)
     await repair(content)
     assert content == before
@@ -275,7 +275,7 @@ async def test_many_findings_are_counted_but_not_all_kept() -> None:
     content = build_image(SIZE, dict.fromkeys(range(500), 3))
     found = await check(content)
     assert found.counts[Code.L2_RESERVED_BITS] == 500
-    assert len(found.findings) == MAX_KEPT
+    assert len(found.findings) == MAX_FINDINGS_PER_CODE
     assert found.as_json()["errors"] == 500
 
 

@@ -167,7 +167,7 @@ async def test_lost_ranges_are_bounded_and_cover_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Beyond a limit the last lost range covers all further ones, with what lies between them."""
-    monkeypatch.setattr(lostranges, "MAX_LOST", 3)
+    monkeypatch.setattr(lostranges, "MAX_LOST_RANGES", 3)
     content = build_image(SIZE, dict.fromkeys(range(0, 1000, 2), 3))
     lost = (await repair(content)).lost
     assert len(lost) == 3

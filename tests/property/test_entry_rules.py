@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pytest
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.fastcheck import fast_check
 from qedfuse.check.findings import Code, Severity
-from qedfuse.check.walk import check_image
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store

@@ -17,8 +17,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.repair import repair_image
-from qedfuse.check.walk import check_image
 from qedfuse.hostio.imagefile import read_header
 from tests.support import qemu
 from tests.support.crashoracle import CrashOracle

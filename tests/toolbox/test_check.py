@@ -366,13 +366,13 @@ def test_ctrl_c_during_a_check_changes_nothing(tmp_path: Path) -> None:
     path.write_bytes(content)
     script = """
 import os, signal, sys
-from qedfuse.check import walk
+from qedfuse.check import checker
 from qedfuse.cli.qedimg.main import main
-real = walk._Walk.read_l2
+real = checker._Checker.read_l2
 async def read_l2(self, progress):
     os.kill(os.getpid(), signal.SIGINT)
     await real(self, progress)
-walk._Walk.read_l2 = read_l2
+checker._Checker.read_l2 = read_l2
 sys.exit(main(sys.argv[1:]))
 """
     code, output, complaint = finish(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pytest
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.findings import Code
-from qedfuse.check.walk import check_image
 from qedfuse.cli.qedimg.infojson import as_json
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.check.walk import check_image
+from qedfuse.check.checker import check_image
 from qedfuse.disk.maintenance.compaction import Compaction
 from qedfuse.errors import HostError
 from qedfuse.hostio.imagefile import read_header

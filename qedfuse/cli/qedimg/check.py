@@ -239,7 +239,7 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print why leaked space was kept, and how to free it."""
     if result.leaks_kept:
         name = printable(arguments.image)
-        force = " --force" if result.after.doubtful and not result.after.errors else ""
+        force = " --force" if result.after.is_implausible and not result.after.errors else ""
         stays = "would stay" if result.dry else "stays"
         say(
             arguments,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qedfuse.check.entryclassifier import EntryClassifier
-from qedfuse.check.tables import named_tables
+from qedfuse.check.tables import read_l1_table
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO
 
@@ -52,7 +52,7 @@ async def count_allocation(
         bad += int(mask.sum())
 
     classifier = EntryClassifier(header, file.size())
-    _indices, tables = await named_tables(file, classifier, count_bad)
+    _indices, tables = await read_l1_table(file, classifier, count_bad)
     data = zero = 0
     for number, table in enumerate(tables.tolist()):
         async for _first, values in read_table(file, table, header.geometry.table_bytes):

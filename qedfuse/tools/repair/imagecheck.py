@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.check.checker import check_image
 from qedfuse.check.findings import RepairPlan
 from qedfuse.check.repair import plan_repair, repair_image
-from qedfuse.check.walk import check_image
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
@@ -178,7 +178,7 @@ def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport)
 
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
     """Tell whether something would be changed that seems not to be a table, or not leaked."""
-    return report.doubtful and (level == "all" or not report.errors)
+    return report.is_implausible and (level == "all" or not report.errors)
 
 
 def _doubt(file: PosixFile, report: CheckReport) -> str:

@@ -8,9 +8,9 @@ import numpy as np
 import trio
 
 from qedfuse.check.entryclassifier import EntryClassifier
-from qedfuse.check.findings import CheckReport, Code, Finding, Findings
+from qedfuse.check.findings import CheckReport, Code, Finding, FindingCollector
 from qedfuse.check.headernotes import header_notes
-from qedfuse.check.tables import named_tables, overlapping
+from qedfuse.check.tables import overlapping, read_l1_table
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
 from qedfuse.disk.space.ownerbitmap import MAPPED_CLUSTERS, OwnerBitmap
 from qedfuse.disk.state.freelistreader import expand_runs, read_list
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
-_SUSPICIOUS: Final = 16
+_MIN_SUSPICIOUS_LEAKS: Final = 16
 """More leaked clusters than this, and more than are in use, suggest a wrong cluster size."""
 
 
-_RUNS_SHOWN: Final = 3
+_MAX_RUNS_SHOWN: Final = 3
 """Runs of leaked clusters that are named."""
 
-_STEP: Final = 1 << 12
+_RUNS_PER_STEP: Final = 1 << 12
 """Listed runs that are handled before other tasks get a turn."""
 
-_SHORT: Final = 64
+_MAX_BATCHED_RUN_CLUSTERS: Final = 64
 """Listed runs of up to this many clusters are handled together."""
 
 
@@ -55,15 +55,15 @@ async def check_image(
         HostError: The host cannot read the file.
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
-    walk = _Walk(file, header)
+    walk = _Checker(file, header)
     await walk.read_l1()
     await walk.read_free_list()
     await walk.read_l2(progress or (lambda _done, _total: None))
-    await walk.claim_listed()
+    await walk.claim_free_list()
     return walk.report()
 
 
-class _Walk:
+class _Checker:
     """One check under way."""
 
     def __init__(self, file: HostFile, header: Header) -> None:
@@ -74,13 +74,13 @@ class _Walk:
         self._classifier = EntryClassifier(header, size)
         self._clusters = size >> self._geometry.cluster_bits
         # A cluster that the end of the file cuts off counts too: an entry may point to it.
-        self._references = OwnerBitmap(self._geometry.clusters(size), file.name)
+        self._owners = OwnerBitmap(self._geometry.clusters(size), file.name)
         # L1 indices and file offsets of the tables to read.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
-        self._listed: FreeList | None = None
-        # Clusters in the list that `_references` has not been told of.
-        self._unclaimed = 0
-        self._findings = Findings()
+        self._free_list: FreeList | None = None
+        # Clusters in the list that `_owners` has not been told of.
+        self._unclaimed_clusters = 0
+        self._findings = FindingCollector()
         for oddity in header_notes(header, size, file.name):
             self._findings.add(oddity)
         self._allocated = 0
@@ -90,9 +90,9 @@ class _Walk:
         """Find the L2 tables, and mark the clusters of all tables as used."""
         header, geometry = self._header, self._geometry
         bits = geometry.cluster_bits
-        self._references.claim_range(0, header.header_end >> bits)
-        self._references.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
-        indices, tables = await named_tables(self._file, self._classifier, self._bad_tables)
+        self._owners.claim_range(0, header.header_end >> bits)
+        self._owners.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
+        indices, tables = await read_l1_table(self._file, self._classifier, self._report_l1_entries)
         past = int((indices >= geometry.l1_used(header.image_size)).sum())
         if past:
             text = f"{self._file.name}: L1 table: found {past} entries past the disk's end"
@@ -103,51 +103,51 @@ class _Walk:
         self._report_overlaps(indices[losers], tables[losers])
         indices, tables = indices[~losers], tables[~losers]
         self._classifier = self._classifier.with_tables(tables)
-        await claim_tables(self._references, tables, geometry)
+        await claim_tables(self._owners, tables, geometry)
         held = await holding_data(self._file, tables, geometry.table_bytes)
         indices, tables = indices[held], tables[held]
         # In the order of the disk: of two owners of a cluster the first is taken for right.
         order = np.argsort(indices)
         self._tables = (indices[order], tables[order])
 
-    def _bad_tables(
+    def _report_l1_entries(
         self, code: Code, first: int, values: NDArray[np.uint64], mask: NDArray[np.bool_]
     ) -> None:
         """Report the marked entries of a slice of the L1 table."""
-        self._bad(code, "L1 entry", first, values, mask, self._geometry.table_span)
+        self._report_entries(code, "L1 entry", first, values, mask, self._geometry.table_span)
 
     def _report_overlaps(self, indices: NDArray[np.int64], tables: NDArray[np.uint64]) -> None:
         """Report tables that share clusters with another; the one that begins first stays."""
         code, span = Code.TABLE_OVERLAP, self._geometry.table_span
-        room = self._findings.room(code)
-        kept = zip(indices[:room].tolist(), tables[:room].tolist(), strict=True)
+        remaining = self._findings.remaining(code)
+        kept = zip(indices[:remaining].tolist(), tables[:remaining].tolist(), strict=True)
         for index, table in kept:
-            self._bad_one(code, f"L1 entry {index}", table, index * span, span)
-        self._findings.add_uncounted(code, len(indices[room:]))
+            self._report_entry(code, f"L1 entry {index}", table, index * span, span)
+        self._findings.count_only(code, len(indices[remaining:]))
 
     async def read_free_list(self) -> None:
         """Read the list of free clusters, if there is one, and judge it by itself."""
         if self._header.free_list:
             try:
                 tables = self._classifier.tables
-                self._listed = await read_list(self._file, self._header, tables)
+                self._free_list = await read_list(self._file, self._header, tables)
             except CorruptImageError as error:
                 self._findings.add(Finding(Code.FREE_LIST_BAD, str(error)))
 
-    async def claim_listed(self) -> None:
+    async def claim_free_list(self) -> None:
         """Count the listed clusters as accounted for."""
-        if self._listed is None:
+        if self._free_list is None:
             return
         if self._clusters > MAPPED_CLUSTERS:
             # Far more may be listed than can be kept one by one.
-            self._unclaimed = self._listed.clusters
+            self._unclaimed_clusters = self._free_list.clusters
             return
-        for start in range(0, len(self._listed.runs), _STEP):
-            runs = self._listed.runs[start : start + _STEP]
-            short = runs[:, 1] <= _SHORT
-            self._references.claim(expand_runs(runs[short]))
+        for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):
+            runs = self._free_list.runs[start : start + _RUNS_PER_STEP]
+            short = runs[:, 1] <= _MAX_BATCHED_RUN_CLUSTERS
+            self._owners.claim(expand_runs(runs[short]))
             for first, count in runs[~short].tolist():
-                self._references.claim_range(first, first + count)
+                self._owners.claim_range(first, first + count)
             await trio.lowlevel.checkpoint()
 
     async def read_l2(self, progress: Callable[[int, int], None]) -> None:
@@ -168,16 +168,16 @@ class _Walk:
                 for code, mask in self._classifier.l2_errors(values):
                     if code is not Code.L2_CUT_SHORT:
                         good &= ~mask
-                    self._bad(code, label, first, values, mask, size, start)
+                    self._report_entries(code, label, first, values, mask, size, start)
                 where = np.flatnonzero(good)
-                taken = self._references.claim(values[where] >> np.uint64(geometry.cluster_bits))
+                taken = self._owners.claim(values[where] >> np.uint64(geometry.cluster_bits))
                 duplicates = np.zeros(len(values), np.bool_)
                 duplicates[where[taken]] = True
                 code = Code.DUPLICATE_CLUSTER
-                self._bad(code, label, first, values, duplicates, size, start)
-                self._check_listed(label, first, values, good, start)
+                self._report_entries(code, label, first, values, duplicates, size, start)
+                self._report_listed_entries(label, first, values, good, start)
                 self._allocated += len(where)
-                self._note_past_end(l1_index, first + where)
+                self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], expected: int) -> int:
         """Count the clusters that do not follow the one before; give what would come next.
@@ -189,7 +189,7 @@ class _Walk:
         self._fragmented += expected > 0 and int(values[0]) != expected
         return int(values[-1]) + int(size)
 
-    def _check_listed(
+    def _report_listed_entries(
         self,
         label: str,
         first: int,
@@ -198,13 +198,15 @@ class _Walk:
         start: int,
     ) -> None:
         """Report good entries whose clusters are listed as free."""
-        if self._listed is not None:
+        if self._free_list is not None:
             clusters = values >> np.uint64(self._geometry.cluster_bits)
-            mask = good & self._listed.contains(clusters)
+            mask = good & self._free_list.contains(clusters)
             size = self._geometry.cluster_size
-            self._bad(Code.FREE_LIST_CONTRADICTED, label, first, values, mask, size, start)
+            self._report_entries(
+                Code.FREE_LIST_CONTRADICTED, label, first, values, mask, size, start
+            )
 
-    def _note_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
+    def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
         """Note entries for guest offsets that the disk does not have."""
         geometry = self._geometry
         inside = self._header.image_size - l1_index * geometry.table_span
@@ -217,7 +219,7 @@ class _Walk:
                 )
                 self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past)
 
-    def _bad(
+    def _report_entries(
         self,
         code: Code,
         label: str,
@@ -233,14 +235,14 @@ class _Walk:
         from guest offset ``start`` on.
         """
         where = np.flatnonzero(mask)
-        room = self._findings.room(code)
-        for place in where[:room]:
+        remaining = self._findings.remaining(code)
+        for place in where[:remaining]:
             index = first + int(place)
             where_on_disk = start + index * size
-            self._bad_one(code, f"{label} {index}", int(values[place]), where_on_disk, size)
-        self._findings.add_uncounted(code, len(where[room:]))
+            self._report_entry(code, f"{label} {index}", int(values[place]), where_on_disk, size)
+        self._findings.count_only(code, len(where[remaining:]))
 
-    def _bad_one(self, code: Code, label: str, value: int, start: int, size: int) -> None:
+    def _report_entry(self, code: Code, label: str, value: int, start: int, size: int) -> None:
         """Report one entry."""
         text = (
             f"{self._file.name}: {label}: found {value}, expected {self._classifier.expected(code)}"
@@ -250,10 +252,10 @@ class _Walk:
     def report(self) -> CheckReport:
         """Count the leaks and sum up."""
         # The cluster that the end of the file cuts off has an owner but is no whole cluster.
-        owned = self._references.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
-        leaked = max(0, self._clusters - owned - self._unclaimed)
+        owned = self._owners.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
+        leaked = max(0, self._clusters - owned - self._unclaimed_clusters)
         if leaked:
-            runs = self._references.free_runs(self._clusters, _RUNS_SHOWN)
+            runs = self._owners.free_runs(self._clusters, _MAX_RUNS_SHOWN)
             size = self._geometry.cluster_size
             places = ", ".join(f"{count} at {first * size}" for first, count in runs)
             text = (
@@ -261,17 +263,17 @@ class _Walk:
                 f"to, expected none (the first: {places})"
             )
             self._findings.add(Finding(Code.LEAKED_CLUSTERS, text, runs[0][0] * size), leaked)
-        if leaked > max(_SUSPICIOUS, 2 * self._allocated):
+        if leaked > max(_MIN_SUSPICIOUS_LEAKS, 2 * self._allocated):
             text = (
                 f"{self._file.name}: found {leaked} clusters leaked and {self._allocated} in use: "
                 f"header field cluster_size ({self._geometry.cluster_size}) may be wrong"
             )
             self._findings.add(Finding(Code.MOSTLY_LEAKED, text))
         return CheckReport(
-            findings=tuple(self._findings.kept),
+            findings=tuple(self._findings.findings),
             counts=dict(self._findings.counts),
             allocated_clusters=self._allocated,
             file_clusters=self._clusters,
-            listed_clusters=None if self._listed is None else self._listed.clusters,
+            listed_clusters=None if self._free_list is None else self._free_list.clusters,
             fragmented_clusters=self._fragmented,
         )
