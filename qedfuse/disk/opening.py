@@ -1,4 +1,4 @@
-"""Opening an image and its chain: locked, checked where need be, and closed in order."""
+"""Opening an image and its chain: lock, read the header, check if needed, and close."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
     Inspector: TypeAlias = Callable[[HostFile, Header], Awaitable[None]]
-    """Checks an image that needs it; raises to refuse the image."""
+    """Checks an image that needs a check; raises to refuse the image."""
 
 
 @asynccontextmanager
@@ -37,11 +37,11 @@ async def open_disk(
     Args:
         path: The image.
         options: How to open it; read-only by default.
-        inspector: Called before a writable open of an image that needs a check; it runs
-            the check and raises to refuse the image.
-        with_bases: Whether the disk shows its bases.  Without them an image that has one
-            can be looked at and worked on as a file (compacted, emptied, given another
-            base); what its base would show cannot be read, and nothing can be written.
+        inspector: Called if the image is opened for writing and needs a check; it checks
+            the image, and raises to refuse it.
+        with_bases: Whether to open the bases.  Without them an image that has a base can be
+            inspected and changed as a file (compacted, emptied, given another base), but
+            unallocated ranges cannot be read, and no range can be written.
 
     Raises:
         QedError: The image or a base cannot be opened, locked or trusted.
@@ -60,17 +60,18 @@ async def open_disk(
         # The disk closes the file when it is closed.
         async with disk.serving():
             if disk.scan_is_short:
-                # Otherwise the first writes after each crash would make the file longer.
+                # Without the scan no free cluster is known, so the first writes after each
+                # crash would make the file longer.
                 await disk.wait_scanned()
             yield disk
 
 
 async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:
-    """Have an image checked whose tables must not be trusted for writing as they are.
+    """Call the inspector if the tables of an image must not be trusted for writing.
 
-    That is an image with NEED_CHECK set, and one whose length is not a whole number of
-    clusters: the rest at its end is cut off when the file grows, which is harmless
-    unless a table refers to it.
+    That is so if NEED_CHECK is set, or if the length of the file is not a multiple of the
+    cluster size: the partial cluster at the end is cut off when the file grows, which loses
+    data if a table refers to it.
 
     Raises:
         NeedsCheckError: There is no inspector.

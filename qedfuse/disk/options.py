@@ -1,4 +1,4 @@
-"""How an image is to be opened."""
+"""Options for opening an image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class BackingPolicy:
     """Which backing files an image may use.  An image is hostile input: see docs/security.md.
 
     Attributes:
-        mode: ``confined`` to the directory of the image that names the base, ``any``
-            file, or ``none`` at all.
+        mode: ``confined`` allows bases in the directory of the image that names them,
+            ``any`` allows all files, ``none`` allows no base.
         directories: Further directories that a base may lie in.
-        format: What every base is taken for, whatever its magic says.
-        trusted: A file that the user named himself, allowed as the first base.
-        working_directory: Where names after ``file:`` begin; empty for the working
-            directory that the process has when it opens them.
+        format: The format of every base; None to decide by header and magic.
+        trusted: A path that the user has named, allowed as the first base.
+        working_directory: The directory that names after ``file:`` are relative to; empty
+            for the working directory of the process at the time of opening.
     """
 
     mode: Literal["confined", "any", "none"] = "confined"
@@ -37,21 +37,22 @@ class BackingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
-    """How an image is to be opened.
+    """Options for opening an image.
 
     Attributes:
-        writable: Open for writing; nobody else may have the image open then.
-        force_share: Read-only beside a writer; what is read may be torn or stale.
+        writable: Open for writing, which excludes all other openers.
+        force_share: Open read-only while another process may write; reads may return torn
+            or stale data.
         lock: Take the locks that QEMU understands.
         backing: Which backing files may be used.
-        cache_bytes: Memory for tables, shared by all images of the chain.
-        commit_seconds: Longest time that changed tables stay in memory only.
-        needcheck_seconds: Idle time after which NEED_CHECK is cleared.
-        discard: Whether discards give clusters up; if not, they write zeros in place.
-        detect_zeroes: Whether whole clusters of zeros are stored as data (``off``), take
-            no new cluster (``on``), or give up theirs as well (``unmap``).
-        free_list: Whether the image keeps a list of its free clusters when it is closed;
-            ``keep``: if it had one when it was opened.
+        cache_bytes: Memory in bytes for tables, shared by all images of the chain.
+        commit_seconds: Longest time in seconds that changed tables stay in memory only.
+        needcheck_seconds: Idle time in seconds after which NEED_CHECK is cleared.
+        discard: Whether discards deallocate clusters; if not, they write zeros in place.
+        detect_zeroes: Whether written clusters of zeros are stored as data (``off``), are
+            not allocated (``on``), or are also deallocated (``unmap``).
+        free_list: Whether a list of the free clusters is stored in the image when it is
+            closed; ``keep`` stores one if the image had one when it was opened.
         compact: Whether the highest clusters move into free ones when the image is closed:
             as far as the two limits allow (``auto``), all of them (``full``), or none
             (``off``).  ``auto`` leaves an image alone whose tables did not change, that

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.disk.lookup.backing import MAX_DEPTH
+from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import (
@@ -314,12 +314,12 @@ async def test_loop_of_two(place: Directories) -> None:
 async def test_longest_chain(place: Directories) -> None:
     """A chain of the maximum length opens, a longer one is refused, and every file is closed."""
     (place.images / "layer0").write_bytes(BASE)
-    for number in range(1, MAX_DEPTH + 2):
+    for number in range(1, MAX_CHAIN_DEPTH + 2):
         place.image(f"layer{number - 1}", f"layer{number}")
-    assert await read(str(place.images / f"layer{MAX_DEPTH}")) == BASE
+    assert await read(str(place.images / f"layer{MAX_CHAIN_DEPTH}")) == BASE
     descriptors = open_files()
-    with pytest.raises(BackingError, match=f"layer0: found a chain of more than {MAX_DEPTH}"):
-        await read(str(place.images / f"layer{MAX_DEPTH + 1}"))
+    with pytest.raises(BackingError, match=f"layer0: found a chain of more than {MAX_CHAIN_DEPTH}"):
+        await read(str(place.images / f"layer{MAX_CHAIN_DEPTH + 1}"))
     assert open_files() == descriptors
 
 

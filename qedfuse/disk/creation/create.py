@@ -1,7 +1,7 @@
-"""Making a new, empty image: the one way for all, the toolbox, the mount and the API.
+"""Creating an empty image, for the toolbox, the mount and the Python API.
 
-The image has a temporary name until it is complete and durable.  So at any moment the
-name holds what was there before, nothing, or a whole image.
+The image has a temporary name until it is complete and durable.  So at any moment the final
+name refers to the old file, to no file, or to a complete image.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ async def create_image(
     overwrite: bool = False,
     mode: int = 0o644,
 ) -> None:
-    """Make an image of ``size`` bytes, rounded up to whole sectors, at ``path``, durably.
+    """Create an image of ``size`` bytes, rounded up to whole sectors, at ``path``, durably.
 
     Args:
-        path: Where; an existing file is refused unless ``overwrite`` is given.
+        path: The new file; an existing one is refused unless ``overwrite`` is given.
         size: Bytes of the disk.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file, as it is stored: absolute, or relative to
-            the directory of the image.  The file is not looked at.
-        backing_is_raw: Never guess the backing file's format; it is raw.
-        overwrite: Replace a file that is there already, unless somebody has it open as
-            an image.  The new file has its owner and permissions.
-        mode: Permissions of a file where there was none, less the umask.
+        backing: Name of the backing file that the image stores: absolute, or relative to
+            the directory of the image.  The file is not opened.
+        backing_is_raw: The backing file is raw; its format is never probed.
+        overwrite: Replace an existing file, unless another process has it open as an image.
+            The new file gets its owner and permissions.
+        mode: Permissions of the new file if it replaces none, less the umask.
 
     Raises:
-        UsageError: A size is out of its range, the name is too long, or the file is there.
-        ImageError: What is there is not a regular file.
-        ImageInUseError: Somebody has the old file open, or has put another one there
-            meanwhile.
-        HostError: The file cannot be made; an old one is as it was.
+        UsageError: A size is out of its range, the backing name is too long, or the file
+            exists.
+        ImageError: The existing file is not a regular file.
+        ImageInUseError: Another process has the old file open, or has created another file
+            of that name meanwhile.
+        HostError: The file cannot be created; an old one is unchanged.
     """
-    # Loaded late: who makes images by `make_image` does not wait for an event loop to load.
+    # Imported late, because callers of `make_image` do not need an event loop.
     import trio  # noqa: PLC0415
 
     header = new_header(size, cluster_size, table_size, backing, backing_is_raw=backing_is_raw)
@@ -75,24 +76,24 @@ def make_image(
     mode: int = 0o644,
     fill: Callable[[str], object] | None = None,
 ) -> None:
-    """Make an image without any data at ``path``; it is durable on return.
+    """Create an image without any data at ``path``; it is durable on return.
 
-    Until it is complete there is nothing at ``path``, or the old file.
+    Until it is complete, ``path`` refers to the old file or to none.
 
     Args:
-        path: Where.
-        header: What `new_header` made.
-        backing: Name of the backing file, as it is stored.
-        overwrite: Replace a file that is there, unless somebody has it open as an image.
-        mode: Permissions of a file where there was none, less the umask.
-        fill: Called with the name that the image has until it is complete.
+        path: The new file.
+        header: A header that `new_header` has built.
+        backing: Name of the backing file that the image stores.
+        overwrite: Replace an existing file, unless another process has it open as an image.
+        mode: Permissions of the new file if it replaces none, less the umask.
+        fill: Called with the temporary name of the image before it is complete.
 
     Raises:
-        UsageError: The file is there.
-        ImageError: What is there is not a regular file.
-        ImageInUseError: Somebody has the old file open, or has put another one there
-            meanwhile.
-        HostError: The host refused, or is full; nothing is left behind.
+        UsageError: The file exists.
+        ImageError: The existing file is not a regular file.
+        ImageInUseError: Another process has the old file open, or has created another file
+            of that name meanwhile.
+        HostError: The host refused, or is full; no file is left behind.
     """
     with ExitStack() as stack:
         old = lock_replaced_file(path, stack, overwrite=overwrite)
@@ -102,14 +103,14 @@ def make_image(
             if fill is not None:
                 fill(new.path)
         except HostError as error:
-            # The user has never heard of the other name.
+            # The message must show the name that the user gave.
             text = str(error).replace(printable(new.path), printable(path))
             raise type(error)(text, error.errno) from error
         new.commit()
 
 
 def _write_empty(path: str, header: Header, backing: bytes) -> None:
-    """Write an image without any data over an empty file.
+    """Write the header and the backing name into an empty file; the L1 table is a hole.
 
     Raises:
         HostError: The host refused.

@@ -1,4 +1,4 @@
-"""The header of a new image, from what was asked for."""
+"""The header of a new image, from sizes and a backing name that the user has chosen."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from qedfuse.text import printable
 
 
 def backing_name(backing: str | None) -> bytes:
-    """Give the bytes of a base's name as an image stores them; none for no base.
+    """Return the bytes of a backing name as an image stores them; empty for no base.
 
     Raises:
-        UsageError: It is too long, not a path, or no name follows the protocol.
+        UsageError: The name is too long, not a path, or a protocol without a path.
     """
     name = os.fsencode(backing or "")
     if lacks_path(name):
@@ -42,7 +42,14 @@ def backing_name(backing: str | None) -> bytes:
 def new_header(
     size: int, cluster_size: int, table_size: int, backing: str | None, *, backing_is_raw: bool
 ) -> Header:
-    """Build the header of an empty image, after checking what was asked for.
+    """Build the header of an empty image, after validating the arguments.
+
+    Args:
+        size: Bytes of the disk, rounded up to whole sectors.
+        cluster_size: Bytes of a cluster.
+        table_size: Clusters of a table.
+        backing: Name of the backing file; None for no base.
+        backing_is_raw: Whether the format of the backing file must not be probed.
 
     Raises:
         UsageError: A size is out of its range, or the name is too long or not a path.

@@ -1,1 +1,1 @@
-"""Where the bytes of a disk lie: table cache, layers, backing chain; it only reads."""
+"""Lookup: how the disk is stored in the files of its chain; reads tables and data only."""

@@ -1,17 +1,17 @@
-"""Opening the chain of backing files that an image names, and refusing to be led astray.
+"""Opening the backing files of an image, as far as the policy for them allows.
 
-A backing file name is the classic attack on image formats: it can name any file that
-the user may read.  So a base must lie inside the directory of the image that names it
-unless the user says otherwise; the place is judged on the file that was really opened,
-not on its name, so that symbolic links and renames cannot get past it.
+A backing file name is the classic attack on image formats: it can name any file that the
+user may read.  So a base must lie inside the directory of the image that names it, unless
+the user allows others.  The policy is applied to the file that was opened and not to its
+name, so that symbolic links and renames cannot evade it.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from qedfuse.disk.lookup.backingpath import backing_path, has_protocol
+from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path, has_protocol
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.errors import (
     BackingError,
@@ -33,12 +33,9 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
-MAX_DEPTH: Final = 64
-"""Longest chain of backing files that is followed."""
-
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
-    """Read the name of the backing file as it stands in the header area.
+    """Read the name of the backing file from the header area.
 
     Raises:
         ImageError: The file ends within the name.
@@ -70,13 +67,20 @@ async def open_bases(
     *,
     name: str | None = None,
 ) -> list[Layer]:
-    """Open the chain below an image: the layers from depth 1 down, locked and read-only.
+    """Open the chain below an image; return the layers from depth 1 down, locked and read-only.
 
-    With ``name`` its base is looked for under this one, not the one that it stores.
+    Args:
+        path: The image.
+        file: The image's open file.
+        header: Its header.
+        options: The policy for bases, and whether to lock them.
+        store: Holds the table slices of all layers.
+        name: The name of the base, instead of the one that the image stores.
 
     Raises:
         BackingError: A base is missing, refused, in a loop, too deep or of another format.
-        ImageError: A QED base is not one that this version can open.
+        ImageError: A QED base cannot be opened by this version.
+        ImageInUseError: A base is locked by another process.
     """
     layers: list[Layer] = []
     seen = {_identity(file)}
@@ -111,22 +115,24 @@ async def open_bases(
 
 
 def _check_new(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
-    """Note one more file of the chain; refuse loops, and chains without an end."""
+    """Record one more file of the chain; raise BackingError for a loop or too many files."""
     identity = _identity(base)
     if identity in seen:
         msg = f"{image}: backing file {base.name}: found a loop in the chain"
         raise BackingError(msg)
-    if len(seen) > MAX_DEPTH:
-        msg = f"{image}: backing file {base.name}: found a chain of more than {MAX_DEPTH} files"
+    if len(seen) > MAX_CHAIN_DEPTH:
+        msg = (
+            f"{image}: backing file {base.name}: found a chain of more than {MAX_CHAIN_DEPTH} files"
+        )
         raise BackingError(msg)
     seen.add(identity)
 
 
 def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str | None) -> PosixFile:
-    """Open one backing file, if the policy lets ``image`` use it.
+    """Open one backing file of ``image``; ``trusted`` is a path that is always allowed.
 
     Raises:
-        BackingError: It is missing or not a regular file.
+        BackingError: The file is missing or not a regular file.
         BackingRefusedError: The policy forbids it.
     """
     shown = printable(path)
@@ -141,10 +147,10 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
     if policy.mode == "any" or (trusted is not None and _is_same_file(base, trusted)):
         return base
     directory = os.path.dirname(image.path) or "."  # noqa: PTH120
-    allowed = [os.path.realpath(place) for place in (directory, *policy.directories)]
-    # The kernel's own name for the file that is open: no link is left in it.
+    allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
+    # The kernel's path of the open file contains no symbolic links.
     real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
-    if any(real.startswith(place.rstrip("/") + "/") for place in allowed):
+    if any(real.startswith(parent.rstrip("/") + "/") for parent in allowed):
         return base
     base.close()
     msg = (
@@ -156,10 +162,13 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
 
 
 async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPolicy) -> bool:
-    """Decide what a base is: what the user says, what the header says, what its magic says.
+    """Return whether a base is QED: by the user's option, the header, or else its magic.
 
-    A raw base is written by a guest, which can put any magic there; that is why a
-    header may forbid looking at it (NO_PROBE).
+    A guest that writes to a raw base can put any magic there, so a header may forbid probing
+    (BACKING_FORMAT_NO_PROBE).
+
+    Raises:
+        BackingError: The magic is that of another image format.
     """
     if policy.format is not None:
         return policy.format == "qed"
@@ -170,19 +179,20 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
     if found is not None:
         msg = (
             f"{image}: backing file {base.name}: found a {found} image, expected QED or raw "
-            "(-o backing_format=raw takes its bytes as they are)"
+            "(-o backing_format=raw shows its bytes unchanged)"
         )
         raise BackingError(msg)
     return is_qed(start)
 
 
 def _identity(file: PosixFile) -> tuple[int, int]:
+    """Return device and inode."""
     status = file.stat()
     return status.st_dev, status.st_ino
 
 
 def _is_same_file(file: PosixFile, path: str) -> bool:
-    """Tell whether a path leads to the file that is open."""
+    """Return whether a path leads to the open file."""
     try:
         return os.path.samestat(file.stat(), os.stat(path))  # noqa: PTH116
     except (OSError, HostError):

@@ -1,12 +1,24 @@
-"""What the name of a backing file means as a path."""
+"""The names of backing files: what they mean as paths, and following them down a chain."""
 
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import QedError
+from qedfuse.hostio.regular import open_regular
+from qedfuse.ondisk.constants import HEADER_BYTES
+from qedfuse.ondisk.formats import is_qed
+from qedfuse.ondisk.header import parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_CHAIN_DEPTH: Final = 64
+"""Backing files of the longest chain that is followed."""
 
 _FILE: Final = "file:"
-"""QEMU's protocol for files: what follows is a path, with colons or without."""
+"""QEMU's protocol for files: the rest of the name is a path, which may contain colons."""
 
 
 def has_protocol(name: bytes) -> bool:
@@ -15,21 +27,64 @@ def has_protocol(name: bytes) -> bool:
 
 
 def lacks_path(name: bytes) -> bool:
-    """Return whether a name is the protocol for files and nothing else."""
+    """Return whether a name is the protocol for files without a path."""
     return name == os.fsencode(_FILE)
 
 
 def backing_path(image: str, name: str, directory: str = "") -> str:
-    """Return the path of the backing file that an image calls ``name``, without any I/O.
+    """Return the path of the backing file that an image names, without any I/O.
 
-    A plain name begins at the directory of the image.  After ``file:`` it begins at the
-    working directory, as in QEMU.
+    A plain name is relative to the directory of the image.  A path after ``file:`` is
+    relative to the working directory, as in QEMU.
 
     Args:
         image: The path of the image.
-        name: The name as it is stored; it has no other protocol.
+        name: The name in the image, without any other protocol.
         directory: The working directory; empty for that of the process.
     """
     if name.startswith(_FILE):
         return os.path.join(directory, name.removeprefix(_FILE))  # noqa: PTH118  no I/O
     return os.path.join(os.path.dirname(image), name)  # noqa: PTH118, PTH120  no I/O
+
+
+def chain_paths(image: str, directory: str = "") -> Iterator[str]:
+    """Yield the paths of the bases of an image, from the first down, by reading headers only.
+
+    The last path is that of a base that is not a readable image, or has no base itself; it
+    may not exist.  No policy for bases is applied.  A loop ends after `MAX_CHAIN_DEPTH` + 1
+    paths.  Names after ``file:`` are relative to ``directory``; empty is the working
+    directory.
+    """
+    path = image
+    for _ in range(MAX_CHAIN_DEPTH + 1):
+        name, is_last = _base_of(path)
+        if not name:
+            return
+        path = backing_path(path, name, directory)
+        yield path
+        if is_last:
+            return
+
+
+def _base_of(path: str) -> tuple[str, bool]:
+    """Return the name of an image's base, and whether that is raw and so has no base itself.
+
+    The name is empty if the image has no base or cannot be read.
+    """
+    try:
+        fd = open_regular(path, os.O_RDONLY)
+    except (OSError, QedError):
+        return "", True
+    try:
+        start = os.pread(fd, HEADER_BYTES, 0)
+        if not is_qed(start):
+            return "", True
+        header = parse_header(start, path)
+        if not header.has_backing:
+            return "", True
+        raw = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
+        return os.fsdecode(raw) if b"\0" not in raw else "", header.backing_is_raw
+    except (OSError, QedError):
+        return "", True
+    finally:
+        os.close(fd)

@@ -1,8 +1,8 @@
-"""The chain of images seen as one disk: an image, its base, the base's base."""
+"""The chain of an image, its base, the base's base and so on, as one disk."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.lookup.extents import Extent, Kind, joined
 from qedfuse.errors import BackingError, CorruptImageError, HostError
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
     from qedfuse.disk.lookup.layer import Layer
 
-_FLAT_BYTES = 1 << 22
-"""Longest range that is looked up in `FlattenedBacking`: longer ones are mostly holes."""
+_MAX_FLATTENED_BYTES: Final = 1 << 22
+"""Longest range that is looked up in `FlattenedBacking`; longer ranges are mostly holes, which
+a lookup layer by layer covers with few extents."""
 
 
 class Chain:
@@ -27,12 +28,12 @@ class Chain:
         *,
         lacks_base: bool = False,
     ) -> None:
-        """Stack layers that are open already.
+        """Show open layers as one disk.
 
         Args:
             layers: The image itself, then its bases.
             flattened: The layers below the image itself, merged.
-            lacks_base: The image has a base that was not opened, so what it would show
+            lacks_base: The image has a base that was not opened, so unallocated ranges
                 cannot be read.
         """
         self.layers = layers
@@ -41,15 +42,17 @@ class Chain:
 
     @property
     def has_base(self) -> bool:
-        """Whether anything shows through where the image itself has nothing."""
+        """Whether unallocated ranges of the image read as a base."""
         return len(self.layers) > 1
 
     async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:
-        """Tell how a range is stored, looking from ``depth`` downwards; 0 or 1.
+        """Return how a range is stored in the layers from ``depth`` (0 or 1) downwards.
 
-        What no layer has, and what lies past the end of a layer, comes out as zeros; at
-        depth 0 a range that the image itself and no base has is still told as
-        unallocated.
+        Ranges that no layer has allocated, or past the end of a layer, are of kind zero.
+        Without a base they stay of kind unallocated at depth 0.
+
+        Raises:
+            HostError: The host cannot read a table.
         """
         result: list[Extent] = []
         missing = [(start, start + length)]
@@ -60,23 +63,23 @@ class Chain:
             if not self.has_base:
                 return joined(found)
             result = [extent for extent in found if extent.kind is not Kind.UNALLOCATED]
-            missing = [(part.start, part.end) for part in found if part.kind is Kind.UNALLOCATED]
+            missing = [(gap.start, gap.end) for gap in found if gap.kind is Kind.UNALLOCATED]
         for first, last in missing:
             shown = None
-            if self.flattened is not None and last - first <= _FLAT_BYTES:
+            if self.flattened is not None and last - first <= _MAX_FLATTENED_BYTES:
                 shown = await self.flattened.extents(first, last)
             result += shown if shown is not None else await self._walk(first, last)
         result.sort(key=lambda extent: extent.start)
         return joined(result)
 
     async def stored(self, start: int, length: int) -> list[Extent]:
-        """Return how a range is stored, without what no layer has."""
+        """Return how a range is stored, without the ranges that no layer has allocated."""
         result, _missing = await self._descend(start, start + length, 0)
         result.sort(key=lambda extent: extent.start)
         return joined(result)
 
     async def _walk(self, start: int, end: int) -> list[Extent]:
-        """Tell how a range shows through the top image, by asking layer after layer."""
+        """Return how the layers below the top image store a range, by lookups layer by layer."""
         result, missing = await self._descend(start, end, 1)
         bottom = len(self.layers) - 1
         result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in missing]
@@ -85,10 +88,10 @@ class Chain:
     async def _descend(
         self, start: int, end: int, depth: int
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
-        """Ask layer after layer from ``depth`` down, each for what those above do not have.
+        """Look up a range layer by layer, in each layer the part that is unallocated above it.
 
         Returns:
-            The extents, in no order, and the ranges that no layer has.
+            The extents, in no order, and the ranges that no layer has allocated.
         """
         result: list[Extent] = []
         wanted = [(start, end)]
@@ -110,11 +113,11 @@ class Chain:
         return result, wanted
 
     async def read(self, start: int, length: int, depth: int = 0) -> bytes | bytearray:
-        """Read a range, looking from ``depth`` downwards.
+        """Read a range from the layers from ``depth`` (0 or 1) downwards.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            BackingError: A base that was not opened would show through.
+            BackingError: The range needs a base that was not opened.
             HostError: The host cannot read a file.
         """
         if not length:
@@ -125,7 +128,7 @@ class Chain:
             file = self.layers[first.depth].file
             data = await file.pread(first.file_offset, length)
             if len(data) < length:
-                self._cut_short(first, len(data))
+                self._raise_truncated(first, len(data))
             return data
         buffer = bytearray(length)
         view = memoryview(buffer)
@@ -133,10 +136,10 @@ class Chain:
             if extent.kind is Kind.DATA:
                 at = extent.start - start
                 file = self.layers[extent.depth].file
-                part = view[at : at + extent.length]
-                count = await file.pread_into(extent.file_offset, part)
+                target = view[at : at + extent.length]
+                count = await file.pread_into(extent.file_offset, target)
                 if count < extent.length:
-                    self._cut_short(extent, count)
+                    self._raise_truncated(extent, count)
             elif extent.kind is Kind.BAD:
                 raise CorruptImageError(extent.reason)
             elif extent.kind is Kind.UNALLOCATED and self.lacks_base:
@@ -147,8 +150,8 @@ class Chain:
                 raise BackingError(msg)
         return buffer
 
-    def _cut_short(self, extent: Extent, count: int) -> None:
-        """Refuse to make up what a file lost while we had it open."""
+    def _raise_truncated(self, extent: Extent, count: int) -> None:
+        """Raise HostError: the file became shorter while it was open, and its data is missing."""
         msg = (
             f"{self.layers[extent.depth].file.name}: data at {extent.file_offset}: found "
             f"{count} bytes, expected {extent.length}"
@@ -156,6 +159,6 @@ class Chain:
         raise HostError(msg)
 
     def close(self) -> None:
-        """Let all files go, the base last."""
+        """Close all files, the last base last."""
         for layer in self.layers:
             layer.file.close()

@@ -1,4 +1,4 @@
-"""The central word: an extent, a range of the disk that is stored in one way."""
+"""Extents: ranges of the disk that are stored in one way."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ class Kind(enum.Enum):
     """How a range of the disk is stored."""
 
     DATA = "data"
-    """In the file, at ``file_offset``."""
+    """Stored in the file, at ``file_offset``."""
     ZERO = "zero"
-    """As zeros, whatever a base says."""
+    """Reads as zeros, also where a base has data."""
     UNALLOCATED = "unallocated"
-    """Not in this image: a base shows through, or zeros."""
+    """Not stored in this image: reads as the base, or as zeros if there is none."""
     BAD = "bad"
-    """By a table entry that points where it may not; ``reason`` says how."""
+    """The table entry is invalid; ``reason`` says why."""
 
 
 class Extent(NamedTuple):
-    """A range of the disk; ``start``, ``length`` and ``file_offset`` in bytes.
+    """A range of the disk that is stored in one way.
 
-    ``depth`` counts from 0, the image itself, down the chain of backing files.
+    Attributes:
+        kind: How it is stored.
+        start: Guest offset of the first byte.
+        length: Length in bytes.
+        file_offset: File offset of the data; 0 for the other kinds.
+        depth: Number of the layer, from 0, the image itself, down the chain.
+        reason: For a bad extent, what is wrong with the table entry.
     """
 
     kind: Kind
@@ -41,7 +47,7 @@ class Extent(NamedTuple):
         return self.start + self.length
 
     def continued_by(self, other: Extent) -> bool:
-        """Tell whether ``other`` and this extent are stored as one."""
+        """Return whether ``other`` follows this extent, both on the disk and in the file."""
         return (
             self.kind is other.kind
             and self.end == other.start
@@ -52,7 +58,7 @@ class Extent(NamedTuple):
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:
-    """Join neighbours that are stored as one; the extents must be in order."""
+    """Join adjacent extents where one continues the other; the extents are in order."""
     result: list[Extent] = []
     for extent in extents:
         if result and result[-1].continued_by(extent):

@@ -60,7 +60,7 @@ class QedLayer:
 
     Attributes:
         file: The image file.
-        header: The image's header as it is valid now; `set_header` replaces it.
+        header: The current header of the image; `set_header` replaces it.
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.

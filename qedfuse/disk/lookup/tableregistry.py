@@ -32,7 +32,7 @@ class TableRegistry:
     """The L2 tables of one image, by their file offsets.
 
     Attributes:
-        header: The image's header as it is valid now.
+        header: The current header of the image.
         l2_tables: The file offsets of all L2 tables, ascending.
         damaged: Whether a bad entry was found; see `NeedCheck.clear`.
     """

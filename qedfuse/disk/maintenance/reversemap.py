@@ -1,7 +1,7 @@
 """The reverse map: which L2 entries refer to the clusters of a range of the file.
 
 The format does not record the entry of a cluster, so all tables may have to be read.  A
-caller that knows how many entries there are gets them as soon as they are found.  The tables
+caller that knows how many entries there are gets them once all are found.  The tables
 are read from the end of the file backwards, because that is where the clusters that were
 allocated last have their entries.
 """

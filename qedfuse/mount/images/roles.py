@@ -11,7 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from qedfuse.disk.lookup.chainpaths import chain_paths
+from qedfuse.disk.lookup.backingpath import chain_paths
 from qedfuse.errors import ImageInUseError
 from qedfuse.text import printable
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from qedfuse.disk.lookup.backingpath import backing_path
-from qedfuse.disk.lookup.chainpaths import chain_paths
+from qedfuse.disk.lookup.backingpath import backing_path, chain_paths
 from qedfuse.errors import BackingError, QedError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
