@@ -48,13 +48,13 @@ def test_who_may_not_read_the_image_may_not_read_the_backup(
     """It has the image's mode and owner, and less at the moment in which it is made."""
     path.chmod(mode)
     first: list[int] = []
-    real = module.like
+    real = module.copy_owner_and_mode
 
     def like(fd: int, image: os.stat_result) -> None:
         first.append(os.fstat(fd).st_mode & 0o777)
         real(fd, image)
 
-    monkeypatch.setattr(module, "like", like)
+    monkeypatch.setattr(module, "copy_owner_and_mode", like)
     assert main(["check", "-q", "-r", "all", str(path)]) in (0, 3)
     found = path.with_name("image.qed.before-repair").stat()
     assert found.st_mode & 0o7777 == mode
@@ -76,7 +76,7 @@ def test_a_group_that_it_cannot_have_gets_no_access(
     stat = path.stat()
     other = os.stat_result((*stat[:5], stat.st_gid + 1, *stat[6:]))
     with made.open("wb") as file:
-        module.like(file.fileno(), other)
+        module.copy_owner_and_mode(file.fileno(), other)
     assert made.stat().st_mode & 0o777 == 0o600
 
 
@@ -129,7 +129,7 @@ def test_a_backup_that_fails_half_way_is_removed(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     if action == "write":
-        monkeypatch.setattr(module, "like", fail)
+        monkeypatch.setattr(module, "copy_owner_and_mode", fail)
     else:
         monkeypatch.setattr(os, "fsync", fail)
     assert main(["check", "-q", "-r", "all", str(path)]) == 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from qedfuse.ondisk.header import Header, build_header
-from qedfuse.tools.inspection.info import MAX_L1_BYTES
+from qedfuse.tools.inspection.l1summary import MAX_L1_BYTES
 from tests.support.disks import build_image
 from tests.toolbox import memory
 from tests.toolbox.test_info import human, info, problems

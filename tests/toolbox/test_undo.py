@@ -79,7 +79,7 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert path.stat().st_size == len(content) - 302 * CLUSTER
     assert guest_bytes(path.read_bytes()) == guest_bytes(after)
     assert main(["check", "--undo", str(backup), str(path)]) == 1
-    assert "nothing is put back: file size: found" in capsys.readouterr().err
+    assert "nothing was restored: file size: found" in capsys.readouterr().err
     assert main(["check", "-q", str(path)]) == 0
 
 
@@ -181,7 +181,7 @@ def test_what_has_changed_since_is_refused(
 
     written = repaired.copy()
     put_entry(written, l2_entry_offset(content, 5), 7 * CLUSTER)
-    refused(written, b"".join(lines), "it is not as the repair has left it")
+    refused(written, b"".join(lines), "the image has changed since the repair")
     larger = repaired.copy()
     struct.pack_into("<Q", larger, 48, CLUSTER)
     refused(larger, b"".join(lines), "header: found another, expected that of the backup")
@@ -205,7 +205,7 @@ def test_a_backup_is_of_no_use_for_another_image(tmp_path: Path) -> None:
     put_entry(content, l2_entry_offset(content, 3), 1 << 50)
     _path, backup = saved_and_repaired(tmp_path, content)
     other = build_image(2 * ENTRIES * CLUSTER, {3: b"x"}, table_size=2)
-    with pytest.raises(QedError, match="nothing is put back"):
+    with pytest.raises(QedError, match="nothing was restored"):
         undo_in_memory(other, backup)
 
 

@@ -1,7 +1,7 @@
-/* Writes the extents that a piece of an L2 table describes, as qemu-img's map does.
+/* Writes the extents that a slice of an L2 table describes, in the formats of qemu-img map.
  *
- * Only for tables that are plainly right: at the first doubt it gives None and has changed
- * nothing, so that somebody else can go on from there.
+ * Only for valid tables: at the first entry that may be invalid it returns None and has
+ * changed nothing, so that the caller can continue from there.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -9,18 +9,18 @@
 #include <stdint.h>
 #include <string.h>
 
-#define COLUMN 16       /* characters of a column of the table for people */
-#define MOST_DIGITS 20  /* of a number; of a hexadecimal one with its 0x */
-#define JSON_LINE 192   /* characters, numbers included */
+#define COLUMN_CHARS 16     /* of a column of the table for people */
+#define MAX_DIGITS 20       /* of a number; of a hexadecimal one including its 0x */
+#define MAX_JSON_CHARS 192  /* of a line, numbers included */
 
-/* A range of the disk that is stored in one way; the value is that of its first entry. */
+/* A range of the disk that is stored in one way; the value is its first table entry. */
 struct extent {
     uint64_t start, length, value;
 };
 
 struct style {
     int json;
-    const char *name; /* what ends the lines for people */
+    const char *name; /* last column of the table for people */
     size_t name_length;
 };
 
@@ -34,18 +34,18 @@ static char *put(char *at, const char *text)
 
 static char *decimal(char *at, uint64_t number)
 {
-    char digits[MOST_DIGITS], *first = digits + MOST_DIGITS;
+    char digits[MAX_DIGITS], *first = digits + MAX_DIGITS;
 
     do {
         *--first = (char)('0' + number % 10);
         number /= 10;
     } while (number);
-    size_t length = (size_t)(digits + MOST_DIGITS - first);
+    size_t length = (size_t)(digits + MAX_DIGITS - first);
     memcpy(at, first, length);
     return at + length;
 }
 
-/* Write what printf makes of "%#-16x". */
+/* Write a number as printf does with "%#-16x". */
 static char *column(char *at, uint64_t number)
 {
     int digits = 1;
@@ -55,9 +55,9 @@ static char *column(char *at, uint64_t number)
         end = put(at, "0x");
     while (digits < 16 && number >> 4 * digits)
         digits++;
-    for (int place = digits - 1; place >= 0; place--)
-        *end++ = "0123456789abcdef"[number >> 4 * place & 15];
-    while (end < at + COLUMN)
+    for (int digit = digits - 1; digit >= 0; digit--)
+        *end++ = "0123456789abcdef"[number >> 4 * digit & 15];
+    while (end < at + COLUMN_CHARS)
         *end++ = ' ';
     return end;
 }
@@ -90,15 +90,15 @@ static char *write_extent(char *at, const struct extent *extent, const struct st
     return at + style->name_length;
 }
 
-/* Tell whether data lie over one of some tables, which are in order. */
-static int over_table(const struct extent *data, const uint64_t *tables, size_t count,
+/* Return whether an extent of data overlaps one of the tables, which are sorted. */
+static int overlaps_table(const struct extent *data, const uint64_t *tables, size_t count,
                       uint64_t table_bytes)
 {
     size_t first = 0, last = count;
 
     if (!count || data->value >= tables[count - 1] + table_bytes)
         return 0;
-    while (first < last) { /* the first table that begins behind the data */
+    while (first < last) { /* find the first table that begins after the data */
         size_t middle = first + (last - first) / 2;
         if (tables[middle] < data->value + data->length)
             first = middle + 1;
@@ -129,13 +129,13 @@ static PyObject *lines(PyObject *module, PyObject *args)
     memcpy(&now, pending.buf, sizeof now);
     style.name = name.buf;
     style.name_length = (size_t)name.len;
-    size_t longest = style.json ? JSON_LINE : 3 * MOST_DIGITS + style.name_length;
-    text = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * longest));
+    size_t max_chars = style.json ? MAX_JSON_CHARS : 3 * MAX_DIGITS + style.name_length;
+    text = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * max_chars));
     if (!text)
         goto end;
     char *at = PyBytes_AS_STRING(text);
-    int sure = 1;
-    for (size_t index = 0; sure && index < count;) {
+    int valid = 1;
+    for (size_t index = 0; valid && index < count;) {
         uint64_t value = values[index], step = now.value > 1 ? size : 0;
         uint64_t follows = now.value > 1 ? now.value + now.length : now.value;
         size_t first = index;
@@ -143,15 +143,15 @@ static PyObject *lines(PyObject *module, PyObject *args)
             follows += step;
             index++;
         }
-        if (index > first) { /* of a run it is enough to look at the last */
+        if (index > first) { /* the last entry of a run is its highest */
             now.length += (index - first) * size;
-            sure = now.value <= 1 || values[index - 1] <= high;
+            valid = now.value <= 1 || values[index - 1] <= high;
         } else if (value > 1 && (value & (size - 1) || value < low || value > high)) {
-            sure = 0;
+            valid = 0;
         } else {
             uint64_t start = now.start + now.length;
             if (now.length) {
-                sure = now.value <= 1 || !over_table(&now, tables.buf, (size_t)tables.len / 8,
+                valid = now.value <= 1 || !overlaps_table(&now, tables.buf, (size_t)tables.len / 8,
                                                      table_bytes);
                 at = write_extent(at, &now, &style);
             }
@@ -159,9 +159,9 @@ static PyObject *lines(PyObject *module, PyObject *args)
             index++;
         }
     }
-    if (sure && now.value > 1)
-        sure = !over_table(&now, tables.buf, (size_t)tables.len / 8, table_bytes);
-    if (sure) {
+    if (valid && now.value > 1)
+        valid = !overlaps_table(&now, tables.buf, (size_t)tables.len / 8, table_bytes);
+    if (valid) {
         memcpy(pending.buf, &now, sizeof now);
         _PyBytes_Resize(&text, at - PyBytes_AS_STRING(text));
     } else {
@@ -178,8 +178,9 @@ end:
 static PyMethodDef methods[] = {
     {"lines", lines, METH_VARARGS,
      "lines(entries, cluster_size, low, high, tables, table_bytes, pending, json, name)\n"
-     "Write the extents that end within some entries; None if anything may be wrong.\n"
-     "What is pending, (start, length, value), is the one that goes on; it is changed."},
+     "Return the text of the extents that end within some entries, or None if an entry may\n"
+     "be invalid.  pending (start, length, value) is the extent that may continue; it is\n"
+     "updated unless None is returned."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-"""Counting what the tables of an image refer to: slice by slice, so in little memory."""
+"""Counting the clusters that an image stores, slice by slice and so in little memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """How many clusters of the disk are stored in which way; what no table has is not counted.
+    """The numbers of tables and clusters that an image stores; the rest is unallocated.
 
     Attributes:
-        l2_tables: L1 entries in use that point to a table.
-        bad_tables: Those that do not.
-        data: Clusters with an entry that points to data, right or wrong.
-        zero: Clusters that read as zeros, whatever a base says.
+        l2_tables: L1 entries that point to a table.
+        bad_tables: L1 entries that are invalid.
+        data: Clusters whose entry is an offset, valid or not.
+        zero: Zero clusters, which read as zeros also over a base.
     """
 
     l2_tables: int
@@ -39,10 +39,15 @@ class Allocation:
 async def count_allocation(
     file: HostFile, header: Header, progress: Callable[[int, int], None] | None = None
 ) -> Allocation:
-    """Count what the tables refer to; ``progress`` is told of tables.
+    """Read all tables and count their entries.
+
+    Args:
+        file: The image.
+        header: Its header.
+        progress: Called with the number of L2 tables read so far and in all.
 
     Raises:
-        NeedsCheckError: The image has absurdly many tables.
+        NeedsCheckError: The image has more tables than a check allows.
         HostError: The host cannot read the file.
     """
     bad = 0

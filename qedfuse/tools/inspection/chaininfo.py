@@ -1,4 +1,4 @@
-"""What takes longer to find out about images: their chain, their tables, their free list."""
+"""Information that takes longer to read than `info`: the chain, all tables, the free list."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What is known of an image besides `ImageInfo`; None where it was not asked for."""
+    """More about an image than `ImageInfo` has.
+
+    Attributes:
+        free_list: None if the image has none.
+        allocation: None if it was not asked for.
+    """
 
     free_list: FreeListInfo | None = None
     allocation: Allocation | None = None
@@ -39,9 +44,15 @@ async def read_details(
     allocation: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Details:
-    """Read the free list of an image if it has one, and count its clusters if asked to.
+    """Read the free list of an image if it has one, and count its clusters if wanted.
 
-    An image that would be refused is not looked into.
+    Returns nothing about an image whose header is invalid.
+
+    Args:
+        info: The description of the image.
+        options: How to open it.
+        allocation: Whether to count clusters, which reads all tables.
+        progress: Called with the number of L2 tables read so far and in all.
 
     Raises:
         QedError: The image cannot be read.
@@ -62,7 +73,7 @@ async def read_details(
 async def describe_chain(
     path: str, image_format: Format = "auto", options: OpenOptions | None = None
 ) -> list[ImageInfo]:
-    """Describe an image and everything below it, as far as the options let it be opened.
+    """Describe an image and all its bases, which are opened by the rules of ``options``.
 
     Raises:
         BackingError: A base is missing, refused, in a loop, too deep or of another format.
@@ -71,7 +82,7 @@ async def describe_chain(
     options = options or OpenOptions()
     top = describe(path, image_format, share=options.force_share)
     if top.qed is None or not top.qed.readable:
-        # What a header names that makes no sense is not followed.
+        # The name of a base is not used if the header is invalid.
         return [top]
     with open_image_file(path, options.read_lock) as file:
         header = await read_header(file)
@@ -84,6 +95,6 @@ async def describe_chain(
 
 
 def _describe_layer(layer: Layer) -> ImageInfo:
-    """Describe a base by the file that is open."""
+    """Describe a base that is open."""
     file = cast("PosixFile", layer.file)
     return describe_open(file.fd, file.path, "raw" if isinstance(layer, RawLayer) else "qed")

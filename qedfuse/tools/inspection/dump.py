@@ -1,7 +1,7 @@
-"""The tables of an image entry by entry, for people who debug images, broken ones above all.
+"""The tables of an image entry by entry, for people who debug images, above all broken ones.
 
-Neighbouring entries that are stored as one come out as a range.  A table is read slice by
-slice and given out as it is read.
+Adjacent entries that describe adjacent clusters are combined into a range.  A table is read
+slice by slice, and its ranges are yielded as it is read.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ VERDICTS: Final = {
     Code.L2_CUT_SHORT: "cut short",
     Code.L2_OVER_METADATA: "over metadata",
 }
-"""What is said of entries that cannot be right."""
+"""The words for entries that are invalid."""
 
 _MAX_KNOWN_TABLES: Final = 1 << 16
-"""L2 tables that are known when entries of another are judged; 64 TiB have 32768."""
+"""L2 tables that L2 entries are compared with; a disk of 64 TiB has 32768."""
 
 
 @dataclass(frozen=True, slots=True)
 class EntryRange:
-    """Neighbouring entries of a table that follow each other in the file too, or are alike.
+    """Adjacent entries of a table that point to adjacent offsets, or have the same value.
 
     Attributes:
-        index: Of the first entry in its table.
-        count: How many there are.
-        value: Of the first one; each further one is `step` more.
-        step: Bytes from one value to the next.
-        guest_start: Where on the disk the range begins.
-        guest_length: How many bytes of the disk it describes.
-        verdict: ``ok``, ``zeros``, or what is wrong with it.
+        index: Index of the first entry in its table.
+        count: Number of entries.
+        value: Value of the first entry; each further one is `step` more.
+        step: Bytes from one value to the next; 0 if all are the same.
+        guest_start: Guest offset that the first entry describes.
+        guest_length: Bytes of the disk that the entries describe.
+        verdict: ``ok``, ``zeros``, or one of `VERDICTS`.
     """
 
     index: int
@@ -79,24 +79,24 @@ class EntryRange:
 
 
 class Dump:
-    """An image that is open to be looked at, whatever is wrong with it.
+    """An open image whose header and tables can be listed, even if they are invalid.
 
     Attributes:
-        name: The image, fit to be printed.
-        header: What its header says.
+        name: The image in messages, as printable text.
+        header: Its header.
     """
 
     def __init__(self, file: PosixFile, header: RawHeader) -> None:
-        """Look at a file that is open."""
+        """Read an open file, which the caller closes."""
         self._file = file
         self.name = file.name
         self.header = header
 
     def _header(self) -> Header:
-        """Give a header by which tables can be found.
+        """Return the header, if the L1 table can be found by it.
 
         Raises:
-            HeaderError: Of this one nobody could tell where entries are.
+            HeaderError: It cannot.
         """
         header = self.header.header
         if header is None:
@@ -107,10 +107,10 @@ class Dump:
         return header
 
     async def l1(self) -> AsyncGenerator[EntryRange, None]:
-        """Give the entries of the L1 table that are in use.
+        """Yield the entries of the L1 table that are in use.
 
         Raises:
-            ImageError: The header does not even say where it is.
+            ImageError: The header is too damaged to find the table.
         """
         header = self._header()
         classifier = EntryClassifier(header, self._file.size())
@@ -118,16 +118,16 @@ class Dump:
         async for first, values in read_table(self._file, header.l1_table_offset, step):
             verdicts = np.zeros(len(values), np.uint8)
             for code, mask in classifier.l1_errors(values):
-                verdicts[mask] = _NUMBERS[code]
+                verdicts[mask] = _VERDICT_NUMBERS[code]
             for item in _ranges(values, verdicts, step, values != UNALLOCATED):
                 yield _entry_range(item, first, 0, span)
 
     async def l2(self, l1_index: int) -> AsyncGenerator[EntryRange, None]:
-        """Give the entries in use of the L2 table that an L1 entry names.
+        """Yield the entries in use of the L2 table that an L1 entry points to.
 
         Raises:
-            UsageError: There is no such L1 entry, or it names no place of the file.
-            ImageError: The header does not even say where the L1 table is.
+            UsageError: As `table`.
+            ImageError: The header is too damaged to find the L1 table.
         """
         header = self._header()
         geometry = header.geometry
@@ -137,24 +137,24 @@ class Dump:
         async for first, values in read_table(self._file, table, geometry.table_bytes):
             verdicts = np.zeros(len(values), np.uint8)
             for code, mask in classifier.l2_errors(values):
-                verdicts[mask] = _NUMBERS[code]
+                verdicts[mask] = _VERDICT_NUMBERS[code]
             verdicts[values == ZERO] = _ZEROS
             for item in _ranges(values, verdicts, geometry.cluster_size, values != UNALLOCATED):
                 yield _entry_range(item, first, guest, geometry.cluster_size)
 
     async def table(self, l1_index: int) -> int:
-        """Give the file offset of the L2 table that an L1 entry names, right or wrong.
+        """Return the file offset that an L1 entry points to, whether it is valid or not.
 
         Raises:
-            UsageError: There is no such entry, or no place in the file where it points.
+            UsageError: There is no such entry, or its offset is not in the file.
         """
         header = self._header()
         if not 0 <= l1_index < header.geometry.entries:
             msg = f"{self.name}: L1 entry: found {l1_index}, expected 0 to "
             msg += f"{header.geometry.entries - 1}"
             raise UsageError(msg)
-        place = header.l1_table_offset + l1_index * ENTRY_BYTES
-        table = int.from_bytes(await self._file.pread(place, ENTRY_BYTES), "little")
+        position = header.l1_table_offset + l1_index * ENTRY_BYTES
+        table = int.from_bytes(await self._file.pread(position, ENTRY_BYTES), "little")
         if table == UNALLOCATED or table >= self._file.size():
             found = "0 (no table)" if table == UNALLOCATED else str(table)
             msg = (
@@ -181,27 +181,27 @@ class Dump:
 
 _NAMES: Final = (OK, ZEROS, *dict.fromkeys(VERDICTS.values()))
 _ZEROS: Final = _NAMES.index(ZEROS)
-_NUMBERS: Final = {code: _NAMES.index(word) for code, word in VERDICTS.items()}
+_VERDICT_NUMBERS: Final = {code: _NAMES.index(word) for code, word in VERDICTS.items()}
 
 
 def _ranges(
     values: Values, verdicts: NDArray[np.uint8], step: int, used: NDArray[np.bool_]
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """Cut entries into ranges: index, count, value, step, verdict."""
+    """Yield ranges of entries: index, count, value, step, verdict."""
     alike = (verdicts[1:] == verdicts[:-1]) & used[1:] & used[:-1]
     rising = alike & (values[1:] - values[:-1] == step)
     equal = alike & (values[1:] == values[:-1])
-    # A range goes on by one rule only: three entries that rise, or three that are equal.
+    # All entries of a range rise by the same step, or all are equal.
     first = 0
     count = len(values)
     breaks_rising = np.append(np.flatnonzero(~rising) + 1, count)
     breaks_equal = np.append(np.flatnonzero(~equal) + 1, count)
-    places = np.flatnonzero(used)
+    used_indices = np.flatnonzero(used)
     while first < count:
-        where = int(np.searchsorted(places, first))
-        if where == len(places):
+        following = int(np.searchsorted(used_indices, first))
+        if following == len(used_indices):
             return
-        first = int(places[where])
+        first = int(used_indices[following])
         by_rising = int(breaks_rising[np.searchsorted(breaks_rising, first, "right")])
         by_equal = int(breaks_equal[np.searchsorted(breaks_equal, first, "right")])
         end = max(by_rising, by_equal)
@@ -218,6 +218,14 @@ def _ranges(
 def _entry_range(
     item: tuple[int, int, int, int, int], first: int, guest: int, span: int
 ) -> EntryRange:
+    """Return a range of `_ranges` as it is listed.
+
+    Args:
+        item: The range within a slice.
+        first: Index in the table of the slice's first entry.
+        guest: Guest offset that the table's first entry describes.
+        span: Bytes of the disk that one entry describes.
+    """
     index, count, value, step, verdict = item
     index += first
     if count == 1:
@@ -229,7 +237,11 @@ def _entry_range(
 
 @asynccontextmanager
 async def open_dump(path: str, *, share: bool = False) -> AsyncIterator[Dump]:
-    """Open an image to look at what is in it.
+    """Open an image to list its header and tables.
+
+    Args:
+        path: The image.
+        share: Allow that another program writes to it.
 
     Raises:
         NotQedError: It has no QED magic.

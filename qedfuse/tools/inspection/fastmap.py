@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     Lines = Callable[[bytes, int, int, int, array[int], int, array[int], bool, bytes], bytes | None]
 
 _MAX_L1_BYTES: Final = 1 << 22
+"""An L1 table of which the disk uses more is left to `mapping`."""
+
 _MAX_NAME_CHARS: Final = 4096
+"""The extension allocates the name once for each extent; a longer one is left to `mapping`."""
 
 
 def _load() -> Lines | None:
-    """Load the extension; None if it was not built."""
+    """Return the extension's function; None if it was not built."""
     try:
         return importlib.import_module("qedfuse.tools.inspection._maplines").lines  # type: ignore[no-any-return]
     except ImportError:
@@ -48,11 +51,11 @@ _lines = _load()
 
 
 class FastMap:
-    """An image whose header and L1 table are plainly right, and that has no base.
+    """The map of an image without a base, whose header and L1 table are valid.
 
     Attributes:
         size: Bytes of the disk.
-        reached: How far `lines` got: what is before that is written.
+        reached: Guest offset up to which `lines` has yielded the extents.
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:
@@ -67,10 +70,14 @@ class FastMap:
         self.reached = 0
 
     def lines(self, *, as_json: bool, name: str) -> Iterator[str]:
-        """Write the extents up to the end, or up to a doubt; `reached` tells.
+        """Yield text with the extents, up to the first entry that may be invalid.
 
-        A line of JSON begins with the comma after the line before it.  ``name`` is what the
-        lines for people end with.
+        Afterwards `reached` is less than `size` if there was such an entry.
+
+        Args:
+            as_json: Write JSON, in which each line begins with the comma after the previous
+                line; else the lines of the table for people.
+            name: The image, as the last column of the table.
         """
         geometry = self._header.geometry
         ending = f"{name}\n".encode()
@@ -78,9 +85,9 @@ class FastMap:
         left = geometry.clusters(self.size)
         for table in self._tables:
             count = min(left, geometry.entries)
-            # The clusters of a table that is not there are one like the other.
+            # The clusters of a missing table are all alike: one entry stands for them.
             rest = count - 1 if table == UNALLOCATED else 0
-            for raw in self._pieces(table, count - rest):
+            for raw in self._slices(table, count - rest):
                 text = self._write(raw, pending, ending, as_json=as_json)
                 if text is None:
                     return
@@ -88,16 +95,17 @@ class FastMap:
                 self.reached = pending[0]
             pending[1] += rest * geometry.cluster_size
             left -= count
-        # The last cluster may be more than the disk has; a piece that is not data ends it.
+        # The last cluster may reach past the end of the disk.  An entry of another kind ends
+        # the pending extent.
         pending[1] = self.size - pending[0]
-        closing = array("Q", (UNALLOCATED if pending[2] else 1,)).tobytes()
-        text = self._write(closing, pending, ending, as_json=as_json)
+        other_kind = array("Q", (UNALLOCATED if pending[2] else 1,)).tobytes()
+        text = self._write(other_kind, pending, ending, as_json=as_json)
         if text is not None:
             yield text
             self.reached = self.size
 
-    def _pieces(self, table: int, count: int) -> Iterator[bytes]:
-        """Read a table piece by piece, as far as it describes the disk."""
+    def _slices(self, table: int, count: int) -> Iterator[bytes]:
+        """Yield the first ``count`` entries of a table, slice by slice."""
         left = count * ENTRY_BYTES
         position = table
         while left:
@@ -110,14 +118,17 @@ class FastMap:
             left -= length
 
     def _is_hole(self, position: int, length: int) -> bool:
-        """Tell whether the host has nothing for a range of the file."""
+        """Return whether a range of the file is a hole."""
         data = seek(self._fd, position, os.SEEK_DATA)
         return data is None or data >= position + length
 
     def _write(
         self, raw: bytes, pending: array[int], ending: bytes, *, as_json: bool
     ) -> str | None:
-        """Write what some entries add; None at a doubt."""
+        """Return the text of the extents that end within some entries; None if one may be invalid.
+
+        ``pending`` is the extent that the next entries may continue: start, length, value.
+        """
         limits = self._limits
         text = self._lines(
             raw,
@@ -135,23 +146,30 @@ class FastMap:
 
 @contextmanager
 def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]:
-    """Open an image if it is plainly right and has no base; None where somebody else must look.
+    """Open an image that can be mapped fast; yield None if `mapping` must map it.
 
-    With ``share`` it may be in use.
+    Args:
+        path: The image.
+        share: Allow that another program writes to it.
     """
     with ExitStack() as stack:
         found = None
-        # The extension takes tables in the byte order of most machines.
+        # The extension reads entries in the byte order of the file.
         if _lines is not None and sys.byteorder == "little":
             with suppress(OSError, QedError):
                 lock = LockMode.to_read(share=share)
                 fd = stack.enter_context(locked_descriptor(path, lock))
-                found = _look(fd, path, _lines)
+                found = _examine(fd, path, _lines)
         yield found
 
 
-def _look(fd: int, path: str, lines: Lines) -> FastMap | None:
-    """Return the map of an open image; None if `qedfuse.tools.inspection.mapping` must map it."""
+def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
+    """Return the map of an open image; None if it has a base or an invalid L1 entry.
+
+    Raises:
+        QedError: The header is invalid.
+        OSError: The file cannot be read.
+    """
     name = printable(path)
     header, size = read_header_of(fd, name)
     geometry = header.geometry
@@ -161,7 +179,7 @@ def _look(fd: int, path: str, lines: Lines) -> FastMap | None:
     tables = decode(os.pread(fd, used, header.l1_table_offset))
     limits = EntryLimits.for_l1(header, size)
     lowest = limits.lowest_clear
-    plain = all(
+    is_valid = all(
         table == UNALLOCATED or (table >= lowest and limits.is_valid(table)) for table in tables
     )
-    return FastMap(fd, header, tables, lines) if plain else None
+    return FastMap(fd, header, tables, lines) if is_valid else None

@@ -1,4 +1,4 @@
-"""What an image says about its free clusters: the persistent free list, read and summed up."""
+"""Reading and summarizing the persistent free list of an image."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from qedfuse.hostio.locking import LockMode
 
 @dataclass(frozen=True, slots=True)
 class FreeListInfo:
-    """What an image says about its free clusters.
+    """The free list of an image.
 
     Attributes:
-        present: Whether the feature bit is set, so that older programs refuse the image.
-        valid: Whether there is a list that can be believed.
-        runs: How many runs of clusters it has.
-        clusters: How many clusters are free.
-        bytes: How many bytes of the file that is.
-        list_clusters: How many of them hold the list.
-        problem: Why the list is not valid, in one line; empty if it is, or if there is none.
+        present: Whether the feature bit is set, with which QEMU refuses the image.
+        valid: Whether there is a list, and it is valid.
+        runs: Number of runs of free clusters.
+        clusters: Number of free clusters.
+        bytes: Bytes of the file in free clusters.
+        list_clusters: Number of free clusters that store the list.
+        problem: Why the list is invalid, in one line; empty if it is valid, or if there is
+            none.
     """
 
     present: bool
@@ -36,9 +37,11 @@ class FreeListInfo:
 
 
 async def describe_free_list(path: str, *, share: bool = False) -> FreeListInfo:
-    """Look at the list of an image; whether a table entry contradicts it, the check tells.
+    """Read the free list of an image; only a check compares it with the table entries.
 
-    With ``share`` it is read beside a program that writes to the image.
+    Args:
+        path: The image.
+        share: Allow that another program writes to it.
 
     Raises:
         QedError: The image cannot be opened, locked or read.

@@ -1,69 +1,51 @@
-"""What an image is, for people and for services that are handed images by strangers.
+"""What an image is, for people and for services that receive images from strangers.
 
-Nothing but the image itself is opened, and of it only the header, the backing file's name
-and the L1 table are read: no numpy, no trio, so that the answer is there in an instant.
+Only the image itself is opened, and of it only the header, the backing file's name and the
+L1 table are read.  Neither numpy nor trio is loaded, so the answer comes immediately.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
-from qedfuse.check.headernotes import header_notes
-from qedfuse.errors import HostError, NotQedError, QedError
+from qedfuse.errors import HostError, NotQedError
 from qedfuse.hostio.lockedfile import locked_descriptor
 from qedfuse.hostio.locking import LockMode
-from qedfuse.hostio.sparse import data_slices
-from qedfuse.ondisk.constants import MAX_OFFSET, SECTOR, UNALLOCATED, Feature
-from qedfuse.ondisk.entrylimits import EntryLimits
+from qedfuse.ondisk.constants import SECTOR, Feature
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
-from qedfuse.ondisk.table import SLICE_BYTES, decode
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import is_qed_image
+from qedfuse.tools.inspection.l1summary import L1Summary, summarize_l1
 from qedfuse.tools.inspection.nameresolution import BackingName, resolve_name
+from qedfuse.tools.inspection.problems import (
+    L1_DAMAGE,
+    Problem,
+    backing_problems,
+    header_problems,
+    l1_problems,
+)
 from qedfuse.tools.inspection.rawheader import RawHeader, read_raw
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from qedfuse.ondisk.header import Header
 
 Format: TypeAlias = Literal["auto", "qed", "raw"]
 
-MAX_L1_BYTES: Final = 8 << 20
-"""Bytes of an L1 table that are looked at, zeros not counted; the default one has 256 KiB."""
-
-
 _NAME_FIELDS: Final = frozenset({"backing_filename_offset", "backing_filename_size"})
+"""Header fields without which the backing file's name cannot be read."""
 
-_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
-"""Problems with the L1 table: parts of the disk cannot be read, or not be written to safely."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that is wrong or odd, in one line.
-
-    Attributes:
-        code: The word for scripts.
-        fatal: Whether the image is refused for it.
-    """
-
-    code: str
-    message: str
-    fatal: bool
+_STAT_BLOCK_BYTES: Final = 512
+"""The unit of st_blocks on every file system, see stat(2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class QedInfo:
-    """What is only to be said of QED images.
+    """The description of a QED image.
 
     Attributes:
-        header: All fields, right or wrong.
-        backing: The backing file that is named, if one is.
-        problems: What is wrong; empty for a sound image that was closed cleanly.
-        l2_tables: L1 entries in use; None if the table could not be read, or not all of it.
+        header: All fields, valid or not.
+        backing: The backing file that the header names; None if it names none.
+        problems: What is wrong; empty for a valid image that was closed cleanly.
+        l2_tables: L1 entries in use; None if not all of the table could be read.
     """
 
     header: RawHeader
@@ -73,19 +55,19 @@ class QedInfo:
 
     @property
     def readable(self) -> bool:
-        """Whether the tables can be read: the header says nothing impossible."""
+        """Whether the tables can be read: the header is valid."""
         return not self.header.problems
 
     @property
     def mountable(self) -> bool:
-        """Whether nothing about the file itself is in the way of a mount, read-only at least."""
+        """Whether nothing in the file itself prevents a mount, at least a read-only one."""
         return not any(problem.fatal for problem in self.problems)
 
     @property
     def sound(self) -> bool:
-        """Whether all L1 entries were read, and none is wrong: L2 tables are not looked at."""
+        """Whether all L1 entries were read and are valid; L2 tables are not read."""
         return self.l2_tables is not None and not any(
-            problem.code in _DAMAGE for problem in self.problems
+            problem.code in L1_DAMAGE for problem in self.problems
         )
 
     @property
@@ -95,35 +77,36 @@ class QedInfo:
 
     @property
     def has_free_list(self) -> bool:
-        """Whether the image says that it keeps a list of its free clusters."""
+        """Whether the feature bit of the persistent free list is set."""
         return bool(self.header.values.get("features", 0) & Feature.FREE_LIST)
 
     @property
     def names_backing(self) -> bool:
-        """Whether the image says that it has a base, even if it does not say which."""
+        """Whether the feature bit of a backing file is set, also if its name cannot be read."""
         return bool(self.header.values.get("features", 0) & Feature.BACKING_FILE)
 
     @property
     def escapes(self) -> bool:
-        """Whether the base is not plainly a file inside the image's directory."""
+        """Whether the backing file may lie outside the image's directory."""
         return self.backing.escapes if self.backing is not None else False
 
     @property
     def max_l2_tables(self) -> int | None:
-        """How many L2 tables the disk can use; None where the header makes no sense."""
+        """The number of L2 tables that the disk can use; None if the geometry is invalid."""
         header = self.header.header
         return None if header is None else header.geometry.l1_used(header.image_size)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What a file is; sizes in bytes.
+    """The description of a QED or raw file; sizes in bytes.
 
     Attributes:
         path: The file as it was named.
-        virtual_size: Size of the disk; None if the header is too short to tell.
+        format: ``qed`` or ``raw``.
+        virtual_size: Size of the disk; None if the header is too short to have it.
         file_size: Length of the file.
-        disk_usage: What the file takes up on the host.
+        disk_usage: Space that the file uses on the host.
         qed: None for a raw file.
     """
 
@@ -136,10 +119,15 @@ class ImageInfo:
 
 
 def describe(path: str, image_format: Format = "auto", *, share: bool = False) -> ImageInfo:
-    """Describe an image, one that must not be mounted as well; with ``share`` beside a writer.
+    """Describe a file, also an image that cannot be mounted.
+
+    Args:
+        path: The file.
+        image_format: What it is; ``auto`` detects it by its first bytes.
+        share: Allow that another program writes to it.
 
     Raises:
-        NotQedError: It is of a foreign format, or it is not QED and was said to be.
+        NotQedError: It is of a foreign format, or not QED although ``image_format`` is.
         ImageInUseError: Another program writes to it.
         QedError: It cannot be opened or read.
     """
@@ -151,7 +139,7 @@ def describe(path: str, image_format: Format = "auto", *, share: bool = False) -
 
 
 def describe_open(fd: int, path: str, image_format: Format = "auto") -> ImageInfo:
-    """Describe an image that is open, and locked if it is to be.
+    """Describe a file that the caller has opened, and locked if that is wanted.
 
     Raises:
         NotQedError: As `describe`.
@@ -159,8 +147,8 @@ def describe_open(fd: int, path: str, image_format: Format = "auto") -> ImageInf
     """
     name = printable(path)
     status = os.fstat(fd)
-    start = os.pread(fd, SIGNATURE_BYTES, 0)  # more than a header
-    usage = status.st_blocks * 512
+    start = os.pread(fd, SIGNATURE_BYTES, 0)  # longer than a header
+    usage = status.st_blocks * _STAT_BLOCK_BYTES
     if not is_qed_image(start, image_format, name):
         size = -(-status.st_size // SECTOR) * SECTOR
         return ImageInfo(path, "raw", size, status.st_size, usage)
@@ -168,116 +156,23 @@ def describe_open(fd: int, path: str, image_format: Format = "auto") -> ImageInf
         msg = f"{name}: not a QED image: found no QED magic, expected it at the file's beginning"
         raise NotQedError(msg)
     raw = read_raw(start, status.st_size, name)
-    tables, table_problems = _look_at_l1(fd, raw.header, status.st_size, name)
-    backing = _backing(fd, raw, path)
+    header = raw.header
+    l1 = L1Summary() if header is None else summarize_l1(fd, header, status.st_size)
+    backing = _read_backing(fd, raw, path)
     problems = (
-        *_header_problems(raw, status.st_size, name),
-        *table_problems,
-        *_backing_problems(raw, backing, name),
+        *header_problems(raw, status.st_size, name),
+        *l1_problems(l1, status.st_size, name),
+        *backing_problems(raw, backing, name),
     )
-    info = QedInfo(raw, backing, problems, tables)
+    info = QedInfo(raw, backing, problems, l1.used if l1.complete else None)
     return ImageInfo(path, "qed", raw.values.get("image_size"), status.st_size, usage, info)
 
 
-def _header_problems(raw: RawHeader, file_size: int, name: str) -> Iterator[Problem]:
-    """Say what is wrong with the header, and what is only odd."""
-    for error in raw.problems:
-        yield Problem(_word(error), str(error), fatal=True)
-    if raw.header is not None:
-        for finding in header_notes(raw.header, file_size, name):
-            yield Problem(finding.code.value, finding.message, fatal=False)
-
-
-def _word(error: QedError) -> str:
-    """Give the word for scripts for a refusal."""
-    field = getattr(error, "field", None)
-    if field is not None:
-        return f"bad-{field.replace('_', '-')}"
-    return "truncated-header" if isinstance(error, NotQedError) else "unknown-features"
-
-
-def _look_at_l1(
-    fd: int, header: Header | None, file_size: int, name: str
-) -> tuple[int | None, list[Problem]]:
-    """Count the L1 entries in use, and say how many of them cannot be right.
-
-    Returns:
-        The count, None if not all of the table was read; and what is wrong.
-    """
-    if header is None or header.l1_table_offset > MAX_OFFSET:
-        return None, []
-    limits = EntryLimits.for_l1(header, file_size)
-    used = wild = 0
-    tables: list[int] = []
-    start, left, complete = header.l1_table_offset, MAX_L1_BYTES, True
-    end = min(header.l1_end, file_size)
-    for offset in data_slices(fd, start, end - start):
-        raw = os.pread(fd, min(SLICE_BYTES, end - offset), offset) if left > 0 else b""
-        if not raw:
-            complete = False
-            break
-        if raw.count(0) == len(raw):
-            continue
-        left -= SLICE_BYTES
-        entries = decode(raw[: len(raw) & -8])
-        found = [value for value in entries if value != UNALLOCATED]
-        good = [value for value in found if limits.is_valid(value)]
-        used += len(found)
-        wild += len(found) - len(good)
-        tables += good
-    problems = list(_l1_problems(wild, _overlapping(tables, header), file_size, name))
-    return used if complete else None, problems
-
-
-def _overlapping(tables: list[int], header: Header) -> int:
-    """Count the tables that share clusters with one before them in the file."""
-    found, end = 0, 0
-    for table in sorted(tables):
-        if table < end:
-            found += 1
-        else:
-            end = table + header.geometry.table_bytes
-    return found
-
-
-def _l1_problems(wild: int, overlapping: int, file_size: int, name: str) -> Iterator[Problem]:
-    """Say how many L1 entries cannot be right; a mount refuses only what they describe."""
-    if wild:
-        msg = (
-            f"{name}: L1 table: found {wild} entries that point to no table, expected offsets of "
-            f"whole tables inside the file of {file_size} bytes, past the header and the L1 table"
-        )
-        yield Problem("l1-wild", msg, fatal=False)
-    if overlapping:
-        msg = (
-            f"{name}: L1 table: found {overlapping} tables that share clusters with another, "
-            "expected each to have its clusters for itself"
-        )
-        yield Problem("table-overlap", msg, fatal=False)
-
-
-def _backing(fd: int, raw: RawHeader, path: str) -> BackingName | None:
-    """Read the name of the backing file, if there is one that can be read."""
+def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | None:
+    """Read the name of the backing file; None if there is none, or none that can be read."""
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}
     if header is None or not header.has_backing or refused & _NAME_FIELDS:
         return None
     name = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
     return resolve_name(name, path, raw_format=header.backing_is_raw)
-
-
-def _backing_problems(raw: RawHeader, backing: BackingName | None, name: str) -> Iterator[Problem]:
-    """Say what no mount would accept about a backing file's name."""
-    if backing is None:
-        return
-    found, expected = len(os.fsencode(backing.name)), raw.values["backing_filename_size"]
-    if found < expected:
-        msg = f"{name}: backing file name: found {found} bytes of it, expected {expected}"
-        yield Problem("backing-name-cut-short", msg, fatal=True)
-    shown = printable(backing.name)
-    if backing.scheme is not None:
-        msg = f"{name}: backing file {shown}: found a protocol, expected a plain path"
-        yield Problem("backing-scheme", msg, fatal=True)
-    if "\0" in backing.name:
-        msg = f"{name}: backing file name: found a NUL byte in {shown}"
-        yield Problem("backing-nul", msg, fatal=True)

@@ -1,4 +1,4 @@
-"""A header as it stands in the file, right or wrong, and everything that is wrong with it."""
+"""A header as it is stored, valid or not, and everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
+"""Errors that are reported; a header has fewer fields."""
+
 _GEOMETRY_FIELDS: Final = frozenset({"cluster_size", "table_size"})
-"""Fields without which the others mean nothing."""
+"""Fields without which the others cannot be interpreted."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderField:
-    """One field: its name, where it lies, how long it is (in bytes), and its value."""
+    """One field: its name, its offset and length in bytes, and its value."""
 
     name: str
     offset: int
@@ -38,7 +40,7 @@ class HeaderField:
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """A set of feature bits: the number, the names of those that have one, and the others."""
+    """A set of feature bits: the number, the names of known bits, and the numbers of others."""
 
     value: int
     names: tuple[str, ...] = ()
@@ -47,13 +49,14 @@ class Bits:
 
 @dataclass(frozen=True, slots=True)
 class RawHeader:
-    """What the first bytes of a QED image say.
+    """The header in the first bytes of a QED image.
 
     Attributes:
         fields: The fields that the file is long enough for, in order.
-        problems: What each of those that are wrong should be, one line each.
-        header: The same as one value, whatever is wrong; None if the tables cannot be
-            cut up by it: the file is too short, or the geometry out of range.
+        problems: An error for each invalid field, one line each.
+        header: The fields as a header, even if some are invalid; None if tables cannot be
+            found by it, because the file is too short or the geometry out of range.
+        values: The values of the fields by name.
     """
 
     fields: tuple[HeaderField, ...]
@@ -62,11 +65,11 @@ class RawHeader:
     values: Mapping[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Make the fields' values known by their names."""
+        """Set ``values`` from the fields."""
         object.__setattr__(self, "values", {item.name: item.value for item in self.fields})
 
     def bits(self, name: str) -> Bits:
-        """Tell which bits of a field of features are set."""
+        """Return the bits that are set in a field of feature bits."""
         value = self.values.get(name, 0)
         known = tuple(Feature) if name == "features" else ()
         names = tuple(str(bit.name).lower() for bit in known if value & bit)
@@ -75,9 +78,12 @@ class RawHeader:
 
 
 def read_raw(data: bytes, file_size: int, name: str) -> RawHeader:
-    """Read the header of a file of ``file_size`` bytes, called ``name`` in messages.
+    """Parse a header without refusing it.
 
-    ``data`` are its first bytes, which begin with the QED magic.
+    Args:
+        data: The first bytes of the file, which begin with the QED magic.
+        file_size: Bytes of the file.
+        name: Its name in messages.
     """
     fields = tuple(_fields(data[:HEADER_BYTES]))
     if len(data) < HEADER_BYTES:
@@ -91,6 +97,7 @@ def read_raw(data: bytes, file_size: int, name: str) -> RawHeader:
 
 
 def _fields(data: bytes) -> Iterator[HeaderField]:
+    """Yield the fields for which there are enough bytes."""
     offset = 0
     for item in HEADER_STRUCT.subcons:
         length = item.sizeof()
@@ -102,7 +109,7 @@ def _fields(data: bytes) -> Iterator[HeaderField]:
 
 
 def _has_geometry(values: Mapping[str, int]) -> bool:
-    """Tell whether clusters and tables have sizes that can be computed with."""
+    """Return whether the sizes of clusters and tables are valid."""
     limits = {
         "cluster_size": (MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
         "table_size": (MIN_TABLE_SIZE, MAX_TABLE_SIZE),
@@ -114,17 +121,17 @@ def _has_geometry(values: Mapping[str, int]) -> bool:
 
 
 def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
-    """Find everything for which the image would be refused, not just the first thing.
+    """Yield all errors for which the image would be refused, not only the first.
 
-    Each time a field is refused, the next look is at a header in which it is harmless.  So
-    there is one judge of headers, and nothing is said here that he would not say.
+    `parse_header` stops at the first error.  So after each error the field is replaced by a
+    valid value and the header is parsed again: the rules are those of `parse_header` alone.
     """
     fields = HEADER_STRUCT.parse(data)
-    moved = False
+    l1_was_replaced = False
     for _ in range(_MAX_PROBLEMS):
         try:
             header = parse_header(HEADER_STRUCT.build(fields), name)
-            if not moved:
+            if not l1_was_replaced:
                 header.check_fits(file_size, name)
         except UnsupportedError as error:
             yield error
@@ -133,17 +140,17 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
             yield error
             if error.field in _GEOMETRY_FIELDS:
                 return
-            moved = moved or error.field == "l1_table_offset"
-            _mend(fields, error.field)
+            l1_was_replaced = l1_was_replaced or error.field == "l1_table_offset"
+            _make_valid(fields, error.field)
         else:
             return
 
 
-def _mend(fields: Any, name: str) -> None:  # noqa: ANN401  construct's own kind of record
-    """Give a field that was refused a value with which the others can be judged."""
+def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's own kind of record
+    """Replace a refused field by a value with which the other fields can be validated."""
     size = fields.cluster_size
     if name == "l1_table_offset":
-        # A header that reserves absurdly much is a problem of its own.
+        # An excessive header_size is an error of its own.
         fields.l1_table_offset = min(max(1, fields.header_size) * size, MAX_OFFSET // size * size)
     elif name == "header_size":
         fields.header_size = fields.l1_table_offset // size

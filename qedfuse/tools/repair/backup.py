@@ -1,4 +1,4 @@
-"""The old content of everything that a repair changes, kept beside the image."""
+"""The backup of a repair: the old content of every byte that it changes, beside the image."""
 
 from __future__ import annotations
 
@@ -13,32 +13,37 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-FIRST: Final = b"qedimg-check-backup 1"
-LAST: Final = b"complete"
+FIRST_LINE: Final = b"qedimg-check-backup 1"
+LAST_WORD: Final = b"complete"
+"""First word of the last line."""
 
 
 class Backup:
-    """A text file of old bytes: all that a repair is going to change, before it begins.
+    """A text file with all ranges that a repair will change, written before it begins.
 
-    The first line is `FIRST`.  Each line after it is one piece: its file offset, its bytes
-    as they were, and as they are to be, in hex.  The last line is "complete", with the
-    number of pieces, and the image's length before and after the repair.
+    The first line is `FIRST_LINE`.  Each line after it is one range: its file offset, its old
+    bytes and its new bytes, in hex.  The last line is "complete" with the number of ranges
+    and the length of the image before and after the repair.
 
-    The file is made when there is something to save, and never written over; one that is
-    not complete is removed.  Only who may read the image may read it.
+    The file is created when there is something to save.  An existing file is never
+    overwritten, and a backup that is not complete is removed.  It can be read by the users
+    who can read the image.
 
     Attributes:
-        path: Its name.
-        complete: Whether everything is saved, and durable.
+        path: Its path.
+        complete: Whether everything is saved and durable.
     """
 
     def __init__(self, path: str, image: os.stat_result) -> None:
-        """Save to ``path``, or to a name like it if that is taken; ``image`` is the image's."""
+        """Save to ``path``, or with a number appended if that exists.
+
+        ``image`` are the attributes of the image.
+        """
         self.path = path
         self.complete = False
         self._image = image
         self._file: BinaryIO | None = None
-        self._pieces = 0
+        self._ranges = 0
 
     def __enter__(self) -> Self:
         """Use the backup in a ``with`` block, which closes it."""
@@ -52,53 +57,58 @@ class Backup:
     ) -> None:
         """Close the file, and remove it unless it is complete."""
         if self._file is not None:
-            # What is still buffered is not worth an error now.
+            # A failure to write buffered bytes does not matter: the backup is either
+            # durable already or about to be removed.
             with contextlib.suppress(OSError):
                 self._file.close()
             if not self.complete:
                 os.unlink(self.path)  # noqa: PTH108  a name, not a Path
 
     def save(self, offset: int, old: bytes, new: bytes) -> None:
-        """Save bytes that are going to be changed.
+        """Save the old and the new bytes of a range, before it is changed.
 
         Raises:
-            HostError: They cannot be saved.
+            HostError: The host refused.
         """
-        with self._told():
+        with self._host_errors():
             if self._file is None:
                 self._file = self._create()
-                self._file.write(FIRST + b"\n")
+                self._file.write(FIRST_LINE + b"\n")
             self._file.write(b"%d %s %s\n" % (offset, old.hex().encode(), new.hex().encode()))
-            self._pieces += 1
+            self._ranges += 1
 
     def finish(self, before: int, after: int) -> None:
-        """Make the file durable, with its name; the lengths are the image's, in bytes.
+        """Complete the backup and make it durable.
+
+        Args:
+            before: Length of the image before the repair, in bytes.
+            after: Its length afterwards.
 
         Raises:
-            HostError: It cannot be made so.
+            HostError: The host refused.
         """
-        with self._told():
+        with self._host_errors():
             if self._file is not None:
-                self._file.write(b"%s %d %d %d\n" % (LAST, self._pieces, before, after))
+                self._file.write(b"%s %d %d %d\n" % (LAST_WORD, self._ranges, before, after))
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 sync_directory(self.path)
                 self.complete = True
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say what could not be done."""
+    def _host_errors(self) -> Iterator[None]:
+        """Raise an OSError of the block as a HostError about the backup."""
         try:
             yield
         except OSError as error:
             raise HostError.from_os(error, printable(self.path), "cannot save tables") from error
 
     def _create(self) -> BinaryIO:
-        """Make a file whose name is not taken, with the image's owner and mode."""
+        """Create a file under an unused name, with the image's owner and mode."""
         fd, number, wanted = -1, 1, self.path
         while fd < 0:
             try:
-                # Nobody else can open it before it has its owner and its mode.
+                # Start with mode 0600: until the owner and mode are set it must be private.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 fd = os.open(self.path, flags, 0o600)
             except FileExistsError:
@@ -106,7 +116,7 @@ class Backup:
                 self.path = f"{wanted}.{number}"
         file = os.fdopen(fd, "wb")
         try:
-            like(fd, self._image)
+            copy_owner_and_mode(fd, self._image)
         except OSError:
             file.close()
             os.unlink(self.path)  # noqa: PTH108
@@ -114,11 +124,11 @@ class Backup:
         return file
 
 
-def like(fd: int, image: os.stat_result) -> None:
-    """Give a new file the image's owner, if that is allowed, and its mode.
+def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
+    """Give a new file the image's owner and group, as far as permitted, and its mode.
 
-    A group or an owner that it cannot have gets no access by their bits either, since
-    these would then be somebody else's.
+    If the group cannot be set the file gets no permissions for its group: they would apply to
+    another group than the image's.
     """
     for uid, gid in ((image.st_uid, image.st_gid), (-1, image.st_gid)):
         with contextlib.suppress(PermissionError):
@@ -131,7 +141,7 @@ def like(fd: int, image: os.stat_result) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """Make the name of a new file durable."""
+    """Make the directory entry of a new file durable."""
     directory = os.path.dirname(path) or "."  # noqa: PTH120  a name, not a Path
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

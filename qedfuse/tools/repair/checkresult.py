@@ -1,6 +1,6 @@
-"""What checking the image at a path came to.
+"""The result of checking or repairing an image.
 
-It stands by itself because it must be at hand without loading what a check takes.
+A module of its own, because commands need it without loading what a check needs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What a check found, what was done about it, and what is left.
+    """What a check found, what a repair did, and what is left.
 
     Attributes:
-        before: What was found first.
-        after: What is left; the same as ``before`` if nothing was to be done.
+        before: What the check found first.
+        after: What is left; the same as ``before`` if nothing was repaired.
         total_clusters: Clusters of the disk.
-        bytes_before: Length of the file when it was found.
-        bytes_after: Length of the file now.
-        plan: What a repair would do to the tables, or has done.
-        backup: The file with the old tables, if any was changed.
-        dry: Whether the plan was only made.
-        needs_force: Whether the plan is refused unless it is forced.
-        leaks_kept: Whether leaks are left, or would be, since a repair may have made them.
-        undone: How many pieces were put back, if a repair was undone.
+        bytes_before: Length of the file before.
+        bytes_after: Length of the file afterwards.
+        plan: What a repair would change in the tables, or has changed.
+        backup: Path of the backup; None if no table was changed.
+        dry: Whether the plan was made and not carried out.
+        needs_force: Whether a repair is refused unless it is forced.
+        leaks_kept: Whether leaks are kept, or would be, because a repair may have caused
+            them.
+        undone: Number of ranges that were restored, if a repair was undone.
     """
 
     before: CheckReport
@@ -52,21 +53,21 @@ class CheckResult:
         report: CheckReport,
         **more: Any,  # noqa: ANN401  fields
     ) -> Self:
-        """Sum up a check that has changed nothing, of a file of ``size`` bytes."""
+        """Return the result of a check that has changed nothing, of a file of ``size`` bytes."""
         total = header.geometry.clusters(header.image_size)
         return cls(report, report, total, size, size, **{"plan": RepairPlan(), **more})
 
     @property
     def errors_fixed(self) -> int:
-        """How many errors have gone."""
+        """Number of errors that were repaired."""
         return max(0, self.before.errors - self.after.errors)
 
     @property
     def leaks_fixed(self) -> int:
-        """How many of the leaked clusters that were found first have gone."""
+        """Number of leaked clusters that were reclaimed."""
         return max(0, self.before.leaks - self.after.leaks)
 
     @property
     def lost(self) -> tuple[LostRange, ...]:
-        """The ranges of the disk that are damaged, or would be lost in a repair."""
+        """The ranges of the disk that are damaged, or would be lost by a repair."""
         return self.plan.lost

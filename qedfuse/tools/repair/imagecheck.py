@@ -1,4 +1,4 @@
-"""Checking the image at a path, mending it, and giving back the space that it leaks."""
+"""Checking an image, repairing its tables, and reclaiming the space that it leaks."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 _MAX_UNFORCED_BYTES: Final = 64 << 20
-"""Bytes that a repair writes without being forced to, however small the file is."""
+"""Bytes that a repair may write without being forced, however small the file is."""
 
-_SECTOR: Final = 512  # the unit of st_blocks, on every file system
+_STAT_BLOCK_BYTES: Final = 512
+"""The unit of st_blocks on every file system, see stat(2)."""
 
 
 async def check(path: str, *, share: bool = False, progress: Progress | None = None) -> CheckResult:
-    """Check an image and change nothing; its base is not looked at.
+    """Check an image and change nothing; its backing file is not opened.
 
     Args:
         path: The image.
-        share: Read beside a program that writes to it.
+        share: Allow that another program writes to it.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
@@ -60,7 +61,13 @@ async def plan(
     share: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Find out what `repair` would do, and change nothing.
+    """Return what `repair` would do, and change nothing.
+
+    Args:
+        path: The image.
+        level: As for `repair`.
+        share: Allow that another program writes to it.
+        progress: Called with the number of tables read so far and in all.
 
     Raises:
         QedError: As `check`.
@@ -89,44 +96,45 @@ async def repair(
     force: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Mend the tables of an image (``all``), or give back what it leaks.
+    """Repair the tables of an image (``all``), or reclaim what it leaks (``leaks``).
 
-    Leaked space is only given back while no table is bad: a bad entry may be meant for
-    it.  Nor does the run that mends give any back, or another with ``all`` as long as the
-    backup is there: what the entries named that were cleared is leaked then, and is all
-    that is left of the data.  Where space is given back, clusters move into the holes, so
-    that the file has none, and gets shorter.
+    Leaked clusters are reclaimed only if no table has an error: a bad entry may be meant for
+    one of them.  A run that repairs reclaims nothing, and neither does another run with
+    ``all`` while the backup exists: clusters of entries that were cleared are leaked then,
+    and are all that is left of the data.  When clusters are reclaimed, others move into
+    them, so that the file becomes shorter and has no holes.
 
     Args:
-        path: The image; nobody else may have it open.
-        level: What to mend.
-        force: Repair also where that writes far more than the file has, and where the
-            tables seem not to be the image's.
-        progress: Called with how much of the present step is done, and of how much.
+        path: The image; no other program may have it open.
+        level: What to repair.
+        force: Repair also if that writes far more than the file has, or if the tables seem
+            to be at another offset than the header says.
+        progress: Called with the work of the present step that is done, and all of it.
 
     Raises:
-        CorruptImageError: It would have to be forced.  Nothing has been changed.
+        CorruptImageError: The repair is refused without ``force``.  Nothing has been
+            changed.
         QedError: The image cannot be opened or locked, or the host refused.  The image
-            is no worse than before.
+            is not damaged further.
     """
     async with _opened(path, LockMode.WRITE) as (file, header):
         size = file.size()
         before = after = await check_image(file, header, progress)
         if _is_risky(before, level) and not force:
-            raise CorruptImageError(_doubt(file, before))
+            raise CorruptImageError(_implausible_message(file, before))
         done, saved = RepairPlan(), None
         keeps = _keeps_leaks(path, level, before)
         if before.errors and level == "all":
             with Backup(_backup_of(path), file.stat()) as backup:
                 done = await plan_repair(file, header, backup.save)
                 _refuse_excess(file, done, force=force)
-                _refuse_without_room(file, done)
+                _refuse_without_space(file, done)
                 backup.finish(size, done.end)
-            # All of it is durable: only now the image may change.
+            # The backup is complete and durable: only now the image may change.
             saved = backup.path
             after = (await repair_image(file, header)).after
         elif keeps and header.need_check:
-            # An interrupted repair that had no entry left to change.
+            # A repair was interrupted after its last entry: NEED_CHECK is all that is left.
             after = (await repair_image(file, header)).after
         if not keeps and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
@@ -144,15 +152,15 @@ async def repair(
 
 
 async def undo(path: str, saved: str, *, progress: Progress | None = None) -> CheckResult:
-    """Put back what a repair has changed, and check the image again.
+    """Undo a repair, and check the image again.
 
     Args:
-        path: The image; nobody else may have it open.
-        saved: The backup that the repair made.
+        path: The image; no other program may have it open.
+        saved: Path of the backup that the repair made.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
-        CorruptImageError: Something else has changed the image since.  It is as it was.
+        CorruptImageError: The image has changed since the repair.  Nothing was restored.
         QedError: The image or the backup cannot be used, or the host refused.
     """
     async with _opened(path, LockMode.WRITE) as (file, _header):
@@ -166,72 +174,76 @@ async def undo(path: str, saved: str, *, progress: Progress | None = None) -> Ch
 
 
 def _backup_of(path: str) -> str:
-    """Give the name of the first backup of an image."""
+    """Return the path of the first backup of an image."""
     return f"{path}.before-repair"
 
 
 def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
-    """Tell whether leaks may be what a repair has cut off, this one or an interrupted one."""
-    there = os.path.lexists(_backup_of(path))
-    return level == "all" and (report.errors > 0 or there)
+    """Return whether leaked clusters may be lost data of a repair, of this or of an earlier one."""
+    has_backup = os.path.lexists(_backup_of(path))
+    return level == "all" and (report.errors > 0 or has_backup)
 
 
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
-    """Tell whether something would be changed that seems not to be a table, or not leaked."""
+    """Return whether a repair may change what is no table, or reclaim what is in use."""
     return report.is_implausible and (level == "all" or not report.errors)
 
 
-def _doubt(file: PosixFile, report: CheckReport) -> str:
-    """Say why a repair is not done without being forced."""
+def _implausible_message(file: PosixFile, report: CheckReport) -> str:
+    """Return the message that a repair is refused because the header may be wrong."""
     return (
         f"{file.name}: not repaired: found {report.leaks} clusters leaked and "
-        f"{report.allocated_clusters} in use, expected more in use: what is damaged may be the "
-        "header, and the tables elsewhere (--force repairs all the same)"
+        f"{report.allocated_clusters} in use, expected more in use: the header may be "
+        "damaged, and the tables elsewhere (--force repairs anyway)"
     )
 
 
 def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:
-    """Refuse a repair by which a small file would fill the host.
+    """Refuse a repair that writes much more than the file has.
 
-    A few bytes of a hostile image can ask for thousands of tables, or copies of clusters.
+    A few bytes of a hostile image can cause thousands of new tables, or copies of clusters,
+    and so fill the host.
+
+    Raises:
+        CorruptImageError: The repair is not forced.
     """
     allowed = _allowed(file)
     if wanted.written > allowed and not force:
         msg = (
             f"{file.name}: not repaired: found damage that takes {format_size(wanted.written)} to "
             f"repair, expected at most {format_size(allowed)} for a file of its size (--force "
-            "does it all the same)"
+            "repairs anyway)"
         )
         raise CorruptImageError(msg)
 
 
-def _refuse_without_room(file: PosixFile, wanted: RepairPlan) -> None:
-    """Refuse a repair that would fill the host, and leave it full when it fails.
+def _refuse_without_space(file: PosixFile, wanted: RepairPlan) -> None:
+    """Refuse a repair for which the host has too little space.
 
     Raises:
-        NoSpaceError: There is not enough room for the copies.
+        NoSpaceError: The copies need more than is free.
     """
     host = os.fstatvfs(file.fd)
-    room = host.f_bavail * host.f_frsize
+    available = host.f_bavail * host.f_frsize
     needed = min(wanted.written, max(0, wanted.end - file.size()))
-    if needed > room:
+    if needed > available:
         msg = (
-            f"{file.name}: not repaired: found {format_size(room)} free on the host, expected "
-            f"{format_size(needed)} for copies of what has several owners"
+            f"{file.name}: not repaired: found {format_size(available)} free on the host, expected "
+            f"{format_size(needed)} for copies of clusters with several owners"
         )
         raise NoSpaceError(msg)
 
 
 def _allowed(file: PosixFile) -> int:
-    """Tell how much a repair may write without being forced to, in bytes."""
-    return max(_MAX_UNFORCED_BYTES, file.stat().st_blocks * _SECTOR)
+    """Return the bytes that a repair may write without being forced."""
+    return max(_MAX_UNFORCED_BYTES, file.stat().st_blocks * _STAT_BLOCK_BYTES)
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
-    """Give back what a sound image leaks, and clear NEED_CHECK; the base is not needed."""
+    """Reclaim what an image without errors leaks, and clear NEED_CHECK; its base is not opened."""
     header = await read_header(file)
     options = OpenOptions(writable=True, compact="off")
-    # The disk closes its descriptor; the lock stays as long as ours is there.
+    # The disk closes its descriptor.  The lock belongs to the open file, which ours keeps.
     own = PosixFile(os.dup(file.fd), path, writable=True)
     disk = Disk(own, header, [], options, make_store(options.cache_bytes), path)
     async with disk.serving():
@@ -240,6 +252,6 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
 
 @asynccontextmanager
 async def _opened(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
-    """Open and lock an image, and nothing that it refers to."""
+    """Open and lock an image without its backing file; yield it with its header."""
     with open_image_file(path, mode, writable=mode is LockMode.WRITE) as file:
         yield file, await read_header(file)

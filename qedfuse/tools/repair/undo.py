@@ -1,4 +1,4 @@
-"""Taking back a repair: every byte that it changed becomes again what its backup says."""
+"""Undoing a repair: every byte that it changed is restored from its backup."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.check.outoffile import POISON_ENTRY
 from qedfuse.errors import CorruptImageError, UsageError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES
 from qedfuse.ondisk.header import build_header, parse_header
 from qedfuse.text import printable
-from qedfuse.tools.repair.backup import FIRST, LAST
+from qedfuse.tools.repair.backup import FIRST_LINE, LAST_WORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,58 +20,60 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
-    Piece = tuple[int, bytes, bytes]
+    SavedRange = tuple[int, bytes, bytes]  # file offset, old bytes, new bytes
 
-MARKED: Final = (1).to_bytes(ENTRY_BYTES, "little")
-"""What an entry of an overlay may be while a repair is under way, and afterwards."""
+_POISON_BYTES: Final = POISON_ENTRY.to_bytes(ENTRY_BYTES, "little")
+"""An entry of an overlay may have this value during a repair, and after an interrupted one."""
 
 
 async def undo_repair(file: HostFile, saved: str) -> int:
-    """Put back what a repair changed, and give the image the length that it had.
+    """Restore what a repair changed, and the length of the image.
 
-    Only right as long as nothing else has changed the image: whatever can be seen of that
-    is refused, before anything is written.  Crash-safe: it can be run again.
+    This is correct only if nothing else has changed the image since.  All saved ranges are
+    compared before anything is written, and a difference is refused.  After a crash the undo
+    can be run again.
 
     Args:
         file: The image, open for writing and locked.
-        saved: The backup that the repair made.
+        saved: Path of the backup that the repair made.
 
     Returns:
-        The number of pieces that were put back.
+        The number of ranges that were restored.
 
     Raises:
-        CorruptImageError: The image is not as the repair has left it.
-        UsageError: The backup is none, or is not complete.
+        CorruptImageError: The image has changed since the repair.
+        UsageError: The file is no backup, or not complete.
         HostError: The host refused.
     """
     backup = _Backup(saved)
     try:
-        return await _put_back(file, backup)
+        return await _restore(file, backup)
     finally:
         backup.close()
 
 
-async def _put_back(file: HostFile, backup: _Backup) -> int:
-    """Verify everything, and then put it back in an order that a crash cannot spoil."""
+async def _restore(file: HostFile, backup: _Backup) -> int:
+    """Verify everything, then restore it in an order that leaves no crash unrepairable."""
     count = 0
-    for piece in backup.pieces():
-        await _verify(file, piece)
+    for saved in backup.ranges():
+        await _verify(file, saved)
         count += 1
     before, after = backup.lengths
     if not before <= file.size() <= after:
         expected = f"{before} to {after} bytes"
         raise CorruptImageError(_changed(file, "file size", f"{file.size()}", expected))
-    # NEED_CHECK says of whatever a crash leaves that it must not be trusted.
+    # After a crash NEED_CHECK makes every program check the image first.
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
     await file.datasync()
-    # The copies go before the entries come back: an entry that pointed past the end of the
-    # file would else point to one of them.  What points to a copy until it is put back
-    # points past the end for so long, which is an error and shows nobody's data.
+    # The repair's copies at the end are truncated before the entries are restored.  Otherwise
+    # an old entry that pointed past the end of the file would point to one of the copies.
+    # An entry that points to a copy then points past the end until it is restored: that is
+    # an error, and reads as no other cluster's data.
     await file.truncate(before)
     await file.datasync()
     original = b""
-    for offset, old, _new in backup.pieces():
+    for offset, old, _new in backup.ranges():
         if offset:
             await file.pwrite(offset, old)
         else:
@@ -81,39 +84,40 @@ async def _put_back(file: HostFile, backup: _Backup) -> int:
     return count
 
 
-async def _verify(file: HostFile, piece: Piece) -> None:
-    """Refuse a piece that is neither as it was nor as the repair made it, entry by entry."""
-    offset, old, new = piece
+async def _verify(file: HostFile, saved: SavedRange) -> None:
+    """Refuse a range of which an entry is neither as before nor as after the repair."""
+    offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))
     if not offset:
-        if _fixed(found, file.name) != _fixed(old, file.name):
+        if _unchanged_header(found, file.name) != _unchanged_header(old, file.name):
             raise CorruptImageError(_changed(file, "header", "another", "that of the backup"))
     elif found not in (old, new):
         for at in range(0, len(old), ENTRY_BYTES):
-            part = slice(at, at + ENTRY_BYTES)
-            if found[part] not in (old[part], new[part], MARKED[: len(old[part])]):
-                seen, expected = found[part].hex(), f"{old[part].hex()} or {new[part].hex()}"
+            entry = slice(at, at + ENTRY_BYTES)
+            if found[entry] not in (old[entry], new[entry], _POISON_BYTES[: len(old[entry])]):
+                seen, expected = found[entry].hex(), f"{old[entry].hex()} or {new[entry].hex()}"
                 raise CorruptImageError(_changed(file, f"byte {offset + at}", seen, expected))
 
 
-def _fixed(raw: bytes, name: str) -> Header:
-    """Read a header, without what a repair changes in it."""
+def _unchanged_header(raw: bytes, name: str) -> Header:
+    """Parse a header without the fields that a repair changes."""
     return replace(parse_header(raw, name), features=0, autoclear_features=0)
 
 
 def _changed(file: HostFile, what: str, found: str, expected: str) -> str:
-    """Say why nothing is put back."""
+    """Return the message that the image has changed since the repair."""
     return (
-        f"{file.name}: nothing is put back: {what}: found {found}, expected {expected}: "
-        "it is not as the repair has left it"
+        f"{file.name}: nothing was restored: {what}: found {found}, expected {expected}: "
+        "the image has changed since the repair"
     )
 
 
 class _Backup:
-    """A file that `qedfuse.tools.repair.backup.Backup` has made; long, and so read piece by piece.
+    """A file that `qedfuse.tools.repair.backup.Backup` has written; it is read range by range.
 
     Attributes:
-        lengths: The image's length before and after the repair, once all has been read.
+        lengths: Length of the image before and after the repair; known when all ranges
+            have been read.
     """
 
     def __init__(self, path: str) -> None:
@@ -121,20 +125,20 @@ class _Backup:
         self._file = os.fdopen(open_regular(path, os.O_RDONLY), "rb")
         self.lengths = (0, 0)
 
-    def pieces(self) -> Iterator[Piece]:
-        """Read the pieces: file offset, old bytes, new bytes; the header is the first.
+    def ranges(self) -> Iterator[SavedRange]:
+        """Yield the saved ranges; the header is the first.
 
         Raises:
-            UsageError: This is no backup, or one that is not complete.
+            UsageError: The file is no backup, or not complete.
         """
         self._file.seek(0)
-        if self._file.readline() != FIRST + b"\n":
+        if self._file.readline() != FIRST_LINE + b"\n":
             msg = f"{self._name}: found something else, expected the backup of a repair"
             raise UsageError(msg)
         for count, line in enumerate(self._file):
             words = line.split()
             try:
-                if words[0] == LAST:
+                if words[0] == LAST_WORD:
                     number, before, after = map(int, words[1:])
                     self.lengths = (before, after)
                     if number == count:
@@ -147,7 +151,7 @@ class _Backup:
             if len(old) != len(new) or (offset > 0) != (count > 0):
                 break
             yield offset, old, new
-        msg = f"{self._name}: found an incomplete or damaged backup, expected a whole one"
+        msg = f"{self._name}: found an incomplete or damaged backup, expected a complete one"
         raise UsageError(msg)
 
     def close(self) -> None:

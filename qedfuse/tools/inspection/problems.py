@@ -1,0 +1,88 @@
+"""What is wrong or odd about an image, found in its header, L1 table and backing file name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.check.headernotes import header_notes
+from qedfuse.errors import NotQedError
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.errors import QedError
+    from qedfuse.tools.inspection.l1summary import L1Summary
+    from qedfuse.tools.inspection.nameresolution import BackingName
+    from qedfuse.tools.inspection.rawheader import RawHeader
+
+L1_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
+"""Codes of problems with the L1 table: ranges of the disk cannot be read or written safely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong or odd.
+
+    Attributes:
+        code: The problem as a word for scripts.
+        message: One line.
+        fatal: Whether a mount refuses the image because of it.
+    """
+
+    code: str
+    message: str
+    fatal: bool
+
+
+def header_problems(raw: RawHeader, file_size: int, name: str) -> Iterator[Problem]:
+    """Yield what is wrong with a header, and then what is only odd."""
+    for error in raw.problems:
+        yield Problem(_code(error), str(error), fatal=True)
+    if raw.header is not None:
+        for finding in header_notes(raw.header, file_size, name):
+            yield Problem(finding.code.value, finding.message, fatal=False)
+
+
+def _code(error: QedError) -> str:
+    """Return the code for an error about the header."""
+    field = getattr(error, "field", None)
+    if field is not None:
+        return f"bad-{field.replace('_', '-')}"
+    return "truncated-header" if isinstance(error, NotQedError) else "unknown-features"
+
+
+def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
+    """Yield what is wrong with an L1 table; a mount refuses only the ranges concerned."""
+    if summary.invalid:
+        msg = (
+            f"{name}: L1 table: found {summary.invalid} entries that point to no table, expected "
+            f"offsets of whole tables inside the file of {file_size} bytes, past the header and "
+            "the L1 table"
+        )
+        yield Problem("l1-wild", msg, fatal=False)
+    if summary.overlapping:
+        msg = (
+            f"{name}: L1 table: found {summary.overlapping} tables that share clusters with "
+            "another, expected each to have clusters of its own"
+        )
+        yield Problem("table-overlap", msg, fatal=False)
+
+
+def backing_problems(raw: RawHeader, backing: BackingName | None, name: str) -> Iterator[Problem]:
+    """Yield why no mount would accept the name of a backing file; nothing if there is none."""
+    if backing is None:
+        return
+    found, expected = len(os.fsencode(backing.name)), raw.values["backing_filename_size"]
+    if found < expected:
+        msg = f"{name}: backing file name: found {found} bytes of it, expected {expected}"
+        yield Problem("backing-name-cut-short", msg, fatal=True)
+    shown = printable(backing.name)
+    if backing.scheme is not None:
+        msg = f"{name}: backing file {shown}: found a protocol, expected a plain path"
+        yield Problem("backing-scheme", msg, fatal=True)
+    if "\0" in backing.name:
+        msg = f"{name}: backing file name: found a NUL byte in {shown}"
+        yield Problem("backing-nul", msg, fatal=True)
