@@ -1,7 +1,7 @@
-"""The extension beside pyfuse3: each request gets one answer, whatever becomes of it.
+"""The extension beside pyfuse3: each request gets exactly one reply.
 
-libfuse itself is here, but no kernel: a session is made the way pyfuse3 makes it, what the
-kernel would say is made up, and what libfuse answers is collected.
+libfuse itself is here, but no kernel: a session is made in the way pyfuse3 makes it, the requests
+of the kernel are made up, and the replies of libfuse are collected.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def served(handler: Handler) -> None:
 
 
 def test_a_request_arrives_as_the_kernel_sent_it(wire: Wire) -> None:
-    """Operation, user, inode, mode or whence, start, length."""
+    """A request has the operation, user, inode, mode or whence, start and length of the kernel."""
     keeper = Keeper()
     served(keeper)
     wire.fallocate()
@@ -197,7 +197,7 @@ def test_a_request_arrives_as_the_kernel_sent_it(wire: Wire) -> None:
 
 
 def test_the_first_answer_counts(wire: Wire) -> None:
-    """Later ones go nowhere, the end of the handle included."""
+    """Only the first reply to a request is sent, and the end of its handle sends none."""
     keeper = Keeper()
     served(keeper)
     first, second = wire.fallocate(), wire.say(LSEEK, struct.pack("=QQII", 1, 0, 3, 0))
@@ -212,7 +212,7 @@ def test_the_first_answer_counts(wire: Wire) -> None:
 
 
 def test_a_request_that_is_let_go_answers_itself(wire: Wire) -> None:
-    """As when the task that had it is cancelled."""
+    """A request that is garbage-collected, as after a cancellation, replies with EINTR."""
     keeper = Keeper()
     served(keeper)
     number = wire.fallocate()
@@ -226,7 +226,7 @@ def test_a_request_that_is_let_go_answers_itself(wire: Wire) -> None:
 def test_an_answer_that_is_none_leaves_the_request_open(
     answer: Callable[[Request], None], wire: Wire
 ) -> None:
-    """It can still be answered."""
+    """A handler that returns None leaves the request open for a later reply."""
     keeper = Keeper()
     served(keeper)
     number = wire.fallocate()
@@ -238,7 +238,7 @@ def test_an_answer_that_is_none_leaves_the_request_open(
 
 
 def test_a_handler_that_fails(wire: Wire, complaints: list[str]) -> None:
-    """The kernel gets an answer and Python's hook the reason."""
+    """After an exception in the handler the kernel gets EIO and sys.unraisablehook the error."""
 
     def fail(*_about: object) -> None:
         msg = "no"
@@ -250,8 +250,8 @@ def test_a_handler_that_fails(wire: Wire, complaints: list[str]) -> None:
     assert complaints == ["no"]
 
 
-def test_nobody_there(wire: Wire, complaints: list[str]) -> None:
-    """Before a handler is set, and after it has been taken back."""
+def test_no_handler(wire: Wire, complaints: list[str]) -> None:
+    """Without a handler, before one is set and after it is removed, a request is refused."""
     extraops._extension.set_handler(None)  # type: ignore[union-attr]
     number = wire.fallocate()
     assert wire.answers == [(number, -errno.EINTR, b"")]
@@ -259,7 +259,7 @@ def test_nobody_there(wire: Wire, complaints: list[str]) -> None:
 
 
 def test_a_request_outlives_its_session(wire: Wire) -> None:
-    """It touches nothing of libfuse any more, whose memory is gone."""
+    """A request that outlives its session does not touch the memory of libfuse."""
     keeper = Keeper()
     served(keeper)
     for _ in range(3):
@@ -273,7 +273,7 @@ def test_a_request_outlives_its_session(wire: Wire) -> None:
 
 
 def test_a_request_of_an_earlier_session(wire: Wire) -> None:
-    """It does not answer one of the next session that lies at the same place in memory."""
+    """A request of an earlier session sends no reply in a new session at the same address."""
     keeper = Keeper()
     served(keeper)
     wire.fallocate()
@@ -295,7 +295,7 @@ def test_a_request_of_an_earlier_session(wire: Wire) -> None:
 
 @pytest.mark.parametrize("slots", [FALLOCATE_SLOT - 2, SLOTS, SLOTS + 20])
 def test_tables_of_any_size(slots: int) -> None:
-    """Pyfuse3 may have been built for an older libfuse or a newer one."""
+    """The extension accepts operation tables of an older and of a newer libfuse."""
     calls: list[int] = []
     reader = Operation(lambda _request, inode: calls.append(inode))
     wire = Wire(slots, {READ_SLOT: reader})
@@ -313,7 +313,7 @@ def test_tables_of_any_size(slots: int) -> None:
 
 
 def test_handlers_of_pyfuse3_come_first() -> None:
-    """Should it learn these requests, they are its own."""
+    """The extension does not replace operations that pyfuse3 has set."""
     calls: list[int] = []
     own = Operation(lambda _request, inode: calls.append(inode))
     wire = Wire(filled={FALLOCATE_SLOT: own})

@@ -1,4 +1,4 @@
-"""Long requests whose every step is done at once: others get a turn all the same."""
+"""Long requests that never have to wait still let other tasks run every few milliseconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCATTERED = dict.fromkeys(range(0, CLUSTERS, 2), b"x")
 
 
 class EagerFile(MemoryFile):
-    """A host file that is wholly in the page cache: no call ever lets others run."""
+    """A host file that is completely in the page cache: no call lets other tasks run."""
 
     async def _enter(self, action: Action) -> None:
         self.counts[action] += 1
@@ -66,7 +66,7 @@ WORK: dict[str, Callable[[Disk], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("work", WORK)
 async def test_host_calls_between_turns(work: str) -> None:
-    """They are few, whatever the number of clusters."""
+    """Between two runs of another task there are few host calls, however long a request is."""
     file = EagerFile(build_image(SIZE, SCATTERED))
     zeroes = "on" if work.startswith("zeros") else "off"
     options = replace(WRITABLE, discard=False, detect_zeroes=zeroes)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ async def test_host_calls_between_turns(work: str) -> None:
 
 
 async def test_looking_through_tables() -> None:
-    """Entries of all kinds side by side are many extents; not all at once."""
+    """Other tasks run during a search through a table with many small extents."""
     marks = dict.fromkeys(range(0, 8192, 2), ZERO)
     file = EagerFile(build_image(8192 * CLUSTER, marks, table_size=16))
     turns, done = 0, False
@@ -102,7 +102,7 @@ async def test_looking_through_tables() -> None:
 
 
 async def test_hiding_a_longer_base() -> None:
-    """Others run while the tables are made that hide it, and while they are written."""
+    """Other tasks run while the tables that hide a base are made and written."""
     size, tables = 100 * 512 * CLUSTER, 100
     file = EagerFile(build_image(CLUSTER, backing=b"base"))
     async with opened(file, [build_image(size)]) as disk:

@@ -1,4 +1,4 @@
-"""The short way into new clusters: what it writes, and what it leaves to the long way."""
+"""Fast allocation: what it writes to new clusters, and what it leaves to the slow path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BASE: Final = pattern(SIZE, 77)
 
 
 def image(clusters: dict[int, bytes | int] | None = None, **options: int | bytes) -> RecordingFile:
-    """Make a file that answers at once; cluster 500 has data, so that there is a table."""
+    """Return a cached file; cluster 500 has data, so that its L2 table exists."""
     content = build_image(SIZE, {500: b"there", **(clusters or {})}, **options)  # type: ignore[arg-type]
     file = RecordingFile(content)
     file.in_page_cache = True
@@ -45,8 +45,8 @@ async def make_ready(disk: Disk) -> None:
     await disk.read(0, disk.size)
 
 
-async def test_in_a_new_place_only_the_data_is_written() -> None:
-    """What nothing was ever written to reads as zeros."""
+async def test_new_clusters_get_only_the_data() -> None:
+    """In never-written clusters only the data is written, since the rest reads as zeros."""
     file = image()
     async with opened(file) as disk:
         await make_ready(disk)
@@ -64,8 +64,8 @@ async def test_in_a_new_place_only_the_data_is_written() -> None:
     assert inspect_image(file.content).leaks == 0
 
 
-async def test_a_place_that_was_used_is_written_whole() -> None:
-    """Or what was there would show; and it is nothing any more that may be punched."""
+async def test_reused_clusters_are_written_whole() -> None:
+    """A cluster that is used again is written whole and leaves the punch queue."""
     file = image(dict.fromkeys(range(5), b"s" * CLUSTER))
     file.can_punch = False
     async with opened(file) as disk:
@@ -85,7 +85,7 @@ async def test_a_place_that_was_used_is_written_whole() -> None:
 
 
 async def test_free_clusters_that_lie_apart_are_no_run() -> None:
-    """And stay free."""
+    """Free clusters that are not contiguous are not taken for one run, and stay free."""
     file = image(dict.fromkeys(range(9), b"s" * CLUSTER))
     async with opened(file) as disk:
         await make_ready(disk)
@@ -100,7 +100,7 @@ async def test_free_clusters_that_lie_apart_are_no_run() -> None:
 
 
 async def test_old_and_new_clusters_in_one_write() -> None:
-    """Each run gets its part: in place, in a hole, over a zero cluster, and again in place."""
+    """Each run of one write goes in place, into new clusters, or over zero clusters."""
     file = image({2: b"a" * CLUSTER, 3: b"b" * CLUSTER, 5: 1, 6: b"c" * CLUSTER, 7: b"d" * CLUSTER})
     async with opened(file) as disk:
         await make_ready(disk)
@@ -115,7 +115,7 @@ async def test_old_and_new_clusters_in_one_write() -> None:
 
 
 async def test_an_odd_tail_is_cut_off_first() -> None:
-    """Or it would show in a new cluster."""
+    """An odd tail of the file is cut off before a cluster is allocated there."""
     file = image()
     file.content += b"t" * 1000
     async with opened(file) as disk:
@@ -132,7 +132,7 @@ async def test_an_odd_tail_is_cut_off_first() -> None:
 
 
 async def test_around_the_data_the_base_is_copied() -> None:
-    """But not where a zero cluster hides it."""
+    """Around the data the base is copied, except where a zero cluster hides it."""
     file = image({3: 1}, backing=b"base")
     async with opened(file, [BASE]) as disk:
         await make_ready(disk)
@@ -150,7 +150,7 @@ async def test_around_the_data_the_base_is_copied() -> None:
 
 @pytest.mark.parametrize("short", [100 * 512, 96 * 512])
 async def test_what_the_base_has_past_the_end_is_not_copied(short: int) -> None:
-    """When the disk grows it must not show; and a base that ends earlier is zeros from there."""
+    """Bytes of the base past the end of the disk are not copied; a short base reads as zeros."""
     file = MemoryFile(build_image(100 * 512, {0: b"a"}, backing=b"base"))
     file.in_page_cache = True
     async with opened(file, [BASE if short == 100 * 512 else BASE[: short + 7]]) as disk:
@@ -171,8 +171,8 @@ async def test_what_the_base_has_past_the_end_is_not_copied(short: int) -> None:
     assert got == start.ljust(16 * CLUSTER, b"\0")
 
 
-async def test_the_file_grows_at_once_and_ahead() -> None:
-    """Many clusters cost one growth."""
+async def test_the_file_grows_ahead() -> None:
+    """The file grows once for many clusters."""
     file = image()
     async with opened(file) as disk:
         await make_ready(disk)
@@ -212,7 +212,7 @@ async def test_what_is_left_to_the_long_way() -> None:
 
 
 async def test_no_cluster_is_used_while_it_is_being_punched() -> None:
-    """Growing is left to who waits for that."""
+    """While a punch runs, a write that needs space is left to the slow path, which waits for it."""
     file = image(dict.fromkeys(range(300), b"s" * CLUSTER))
     async with opened(file) as disk:
         await make_ready(disk)
@@ -228,7 +228,7 @@ async def test_no_cluster_is_used_while_it_is_being_punched() -> None:
 
 
 async def test_a_failed_write_gives_the_run_back() -> None:
-    """And leaves no trace in the table."""
+    """A failed write returns its clusters and leaves the table unchanged."""
     file = image()
     async with opened(file) as disk:
         await make_ready(disk)
@@ -241,8 +241,10 @@ async def test_a_failed_write_gives_the_run_back() -> None:
         assert disk.statistics().file_bytes == end + CLUSTER
 
 
-async def test_a_change_at_once_keeps_the_bit(autojump_clock: trio.testing.MockClock) -> None:  # noqa: ARG001
-    """NEED_CHECK is cleared some seconds after the last change, however it was made."""
+async def test_a_fast_allocation_postpones_clearing_need_check(
+    autojump_clock: trio.testing.MockClock,
+) -> None:  # noqa: ARG001
+    """NEED_CHECK is cleared some seconds after the last fast allocation."""
     file = image()
     async with opened(file, options=OpenOptions(writable=True)) as disk:
         await make_ready(disk)

@@ -1,4 +1,4 @@
-"""The short way of a request: what it takes, and what it leaves to the long way."""
+"""The fast path of a request: what it takes, and what it leaves to the slow path."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ SIZE: Final = 2 * SLICE
 
 
 def in_page_cache(content: bytes | bytearray) -> MemoryFile:
-    """Make a file whose bytes are all in memory."""
+    """Return a file whose bytes are all in memory."""
     file = MemoryFile(content)
     file.in_page_cache = True
     return file
 
 
 async def touch(disk: Disk) -> None:
-    """Have all tables in memory."""
+    """Load all tables into the cache."""
     await disk.read(0, disk.size)
 
 
 async def test_neighbours_in_the_file_are_one_request() -> None:
-    """And what lies apart, or nowhere, is put together."""
+    """Contiguous clusters are one host read, and the parts of other reads are joined."""
     order = [0, 1, 2, 9, 8, 7, 20]
     file = in_page_cache(build_image(SIZE, {at: pattern(CLUSTER, at) for at in order}))
     expected = guest_bytes(file.content)
@@ -60,7 +60,7 @@ async def test_neighbours_in_the_file_are_one_request() -> None:
 
 
 async def test_the_end_of_a_slice() -> None:
-    """A request over two slices goes the long way, be it one run in the file or not."""
+    """A request across two slices is left to the slow path, even for one run in the file."""
     clusters = {at: pattern(CLUSTER, at) for at in (510, 511, 512, 513)}
     file = in_page_cache(build_image(SIZE, clusters))
     async with opened(file) as disk:
@@ -73,8 +73,8 @@ async def test_the_end_of_a_slice() -> None:
         assert bytes(got) == b"x" * (CLUSTER - 5)
 
 
-async def test_bad_entries_are_left_to_who_reports_them() -> None:
-    """A slice with one of them is not read at once at all."""
+async def test_bad_entries_are_left_to_the_slow_path() -> None:
+    """A slice with a bad entry is left to the slow path, which reports it."""
     image = build_image(SIZE, {at: pattern(CLUSTER, at) for at in range(4)})
     put_entry(image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, 0)) + 7)
     file = in_page_cache(image)
@@ -85,7 +85,7 @@ async def test_bad_entries_are_left_to_who_reports_them() -> None:
 
 
 async def test_writes_in_place_are_made_durable_by_the_next_flush() -> None:
-    """They count as written."""
+    """A write by the fast path is made durable by the next flush."""
     file = FailingFile(in_page_cache(build_image(SIZE, {0: pattern(CLUSTER, 0)})))
     file.try_write = file.inner.try_write  # type: ignore[assignment, method-assign]
     async with opened(file) as disk:
@@ -97,8 +97,8 @@ async def test_writes_in_place_are_made_durable_by_the_next_flush() -> None:
         assert (await disk.read(98, 7))[2:5] == b"new"
 
 
-async def test_what_is_not_overwritten_at_once() -> None:
-    """New clusters and zeros at first, the end of the disk, and disks where more is to be done."""
+async def test_writes_that_are_left_to_the_slow_path() -> None:
+    """Writes to new or zero clusters, or to the end of the disk, are left to the slow path."""
     clusters: dict[int, bytes | int] = {0: b"a", 1: 1, 5: b"b", 4: b"c", SIZE // CLUSTER - 1: b"d"}
     image = build_image(SIZE, clusters)
     for options in (WRITABLE, replace(WRITABLE, detect_zeroes="on"), OpenOptions()):
@@ -116,7 +116,7 @@ async def test_what_is_not_overwritten_at_once() -> None:
 
 
 async def test_not_before_the_first_change_is_announced() -> None:
-    """Where other programs' bits have to be cleared first, the first write does that."""
+    """The first write is left to the slow path if autoclear bits must be cleared."""
     file = in_page_cache(build_image(SIZE, {0: b"a"}, autoclear=0x30))
     async with opened(file) as disk:
         await touch(disk)
@@ -127,7 +127,7 @@ async def test_not_before_the_first_change_is_announced() -> None:
 
 
 async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
-    """Compaction moves them."""
+    """After a compaction the fast path reads tables at their new offsets."""
     file = in_page_cache(
         build_image(64 * SLICE, {512 * at: pattern(CLUSTER, at) for at in range(40)})
     )

@@ -1,4 +1,4 @@
-"""What shows through the holes of the top image, flattened: the same as asking each layer."""
+"""The flattened backing gives the same extents and bytes as asking each layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES: Final = (4096, 8192, 16384, 65536)
 
 
 def chain_of(chance: random.Random) -> tuple[bytearray, list[bytes]]:
-    """Make a chain of random depth, shapes and contents: the top image, and its bases."""
+    """Return a chain of random depth, shapes and contents: the top image, and its bases."""
     bases: list[bytes] = [pattern(chance.randrange(0, SIZE), 1)] if chance.random() < 0.5 else []
     for level in range(chance.randrange(0 if bases else 1, 5)):
         bases.insert(0, bytes(_image(chance, level + 2, based=bool(bases))))
@@ -42,7 +42,7 @@ def chain_of(chance: random.Random) -> tuple[bytearray, list[bytes]]:
 
 
 def _image(chance: random.Random, seed: int, *, based: bool) -> bytearray:
-    """Make one image: some clusters hold data, some zeros."""
+    """Return one image with some data clusters and some zero clusters."""
     size = chance.randrange(1, SIZE // 512) * 512
     cluster = chance.choice(SIZES)
     count = -(-size // cluster)
@@ -61,7 +61,7 @@ def _image(chance: random.Random, seed: int, *, based: bool) -> bytearray:
 
 
 def content(top: bytes | bytearray, bases: list[bytes]) -> bytes:
-    """Say what a chain reads as."""
+    """Return the bytes that a chain reads as."""
     below = b""
     for level, base in enumerate(reversed(bases)):
         raw = not level and not base.startswith(b"QED\0")
@@ -71,7 +71,7 @@ def content(top: bytes | bytearray, bases: list[bytes]) -> bytes:
 
 @pytest.mark.parametrize("seed", range(60))
 async def test_flat_or_not_is_the_same(seed: int) -> None:
-    """Whatever the chain: the extents below, and what is read, at once or with waiting."""
+    """For random chains the flattened extents and reads equal those of a walk of the layers."""
     chance = random.Random(seed)
     top, bases = chain_of(chance)
     expected = content(top, bases)
@@ -112,7 +112,7 @@ def _plain(extents: list[Extent]) -> list[Extent]:
 
 
 async def test_a_cluster_that_several_clusters_of_a_base_show_through() -> None:
-    """One after the other in the file they are one run; else each is asked for."""
+    """Several clusters of a base below one cluster are one run if they are contiguous."""
     whole = {number: pattern(4096, number) for number in range(16)}
     base = build_image(SIZE, whole, cluster_size=4096)
     order = [*range(16, 24), *range(31, 23, -1)]
@@ -128,8 +128,8 @@ async def test_a_cluster_that_several_clusters_of_a_base_show_through() -> None:
             assert difference(got, guest_bytes(image)[index * 65536 :][:65536]) is None
 
 
-async def test_bad_entries_and_cut_clusters_are_left_to_who_reports_them() -> None:
-    """They are mixed: the walk says what is wrong."""
+async def test_bad_entries_and_cut_clusters_are_left_to_the_walk() -> None:
+    """A slice with bad entries or cut clusters is left to the walk, which explains them."""
     base = build_image(SIZE, {at: pattern(65536, at) for at in range(3)}, cluster_size=65536)
     put_entry(base, l2_entry_offset(base, 1), 12345)
     del base[-1000:]
@@ -142,7 +142,7 @@ async def test_bad_entries_and_cut_clusters_are_left_to_who_reports_them() -> No
 
 
 async def test_a_base_with_many_more_clusters_is_not_gone_through() -> None:
-    """A slice of the top image can stand for millions of clusters of a base."""
+    """A slice above millions of clusters of a base is not flattened."""
     store = make_store(1 << 20)
     top = build_image(1 << 35, {}, cluster_size=1 << 26, table_size=1, backing=b"base")
     base = build_image(1 << 30, {0: b"x" * 4096}, cluster_size=4096, table_size=16)

@@ -1,4 +1,4 @@
-"""The persistent free list as bytes: what is written reads back, and what is wrong is noticed."""
+"""The persistent free list as bytes: it reads back, and every defect is detected."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SIZE: Final = 4 << 20
 def image(
     free: int = 40, *, table_size: int = 1, header_size: int = 1, backing: bytes = b""
 ) -> bytearray:
-    """Build an image in which ``free`` clusters are free, each apart from the next."""
+    """Return an image in which ``free`` clusters are free, none of them adjacent."""
     build = functools.partial(
         build_image, SIZE, table_size=table_size, header_size=header_size, backing=backing
     )
@@ -101,7 +101,7 @@ async def refused(content: bytes | bytearray, tables: list[int] | None = None) -
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=5, max_size=5), st.integers(0, 99))
 def test_a_descriptor_reads_back(fields: list[int], crc: int) -> None:
-    """What is built parses to the same values."""
+    """A descriptor that is built parses to the same values."""
     first, clusters, runs, free, length = fields
     descriptor = Descriptor(first, clusters, runs, free, length, crc)
     data = build_descriptor(descriptor)
@@ -114,7 +114,7 @@ def test_a_descriptor_reads_back(fields: list[int], crc: int) -> None:
     st.lists(st.tuples(*[st.integers(0, (1 << 64) - 1)] * 2), min_size=1, max_size=254),
 )
 def test_a_list_cluster_reads_back(behind: int, runs: list[tuple[int, int]]) -> None:
-    """What is built parses to the same runs, and ends with a sector."""
+    """A list cluster that is built parses to the same runs, and ends with a sector."""
     data = build_cluster(behind, array(runs))
     assert len(data) % 512 == 0
     cluster = parse_cluster_header(data, CLUSTER)
@@ -122,8 +122,8 @@ def test_a_list_cluster_reads_back(behind: int, runs: list[tuple[int, int]]) -> 
     assert (parse_runs(cluster, data) == array(runs)).all()
 
 
-def test_the_smallest_cluster_has_room_for_254_runs() -> None:
-    """Header of 32 bytes, runs of 16."""
+def test_the_smallest_cluster_holds_254_runs() -> None:
+    """A cluster of 4 KiB holds a header of 32 bytes and 254 runs of 16."""
     assert runs_in_cluster(4096) == 254
     with pytest.raises(BadListError, match="found 254, expected 1 to 253"):
         parse_cluster_header(build_cluster(0, array([(9, 1)] * 254)), 4095)
@@ -131,7 +131,7 @@ def test_the_smallest_cluster_has_room_for_254_runs() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), min_size=1, max_size=30))
 def test_expand_runs(gaps: list[tuple[int, int]]) -> None:
-    """Each cluster of each run is listed once, in order."""
+    """Expanding runs gives each cluster once, in order."""
     runs: list[tuple[int, int]] = []
     expected: list[int] = []
     at = 7
@@ -145,7 +145,7 @@ def test_expand_runs(gaps: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("free", [1, 2, 254, 255, 600])
 async def test_what_is_written_is_what_is_read(free: int) -> None:
-    """Also over several list clusters; a second reading of the format agrees."""
+    """A written list, also of several list clusters, reads back by two independent readers."""
     content = image(free)
     runs = leaked_runs(content)
     file = MemoryFile(content)
@@ -159,14 +159,14 @@ async def test_what_is_written_is_what_is_read(free: int) -> None:
 
 @pytest.mark.parametrize("free", [1, 300])
 async def test_what_the_tests_build_is_what_is_read(free: int) -> None:
-    """The other way round, so that the tests below begin with a good list."""
+    """A list built by the tests reads back by the code under test."""
     content = image(free)
     put_list(content)
     assert await read(content) == [list(run) for run in leaked_runs(content)]
 
 
 async def test_each_changed_byte_is_noticed_or_changes_nothing() -> None:
-    """Any byte of the descriptor and the list clusters."""
+    """Any changed byte of descriptor or list is detected or does not change the result."""
     content = image(300)
     put_list(content)
     good = await read(content)
@@ -212,14 +212,14 @@ BAD_FIELDS: Final = [
 
 @pytest.mark.parametrize(("fields", "message"), BAD_FIELDS)
 async def test_bad_descriptors(fields: dict[str, int], message: str) -> None:
-    """Each field is judged, although all checksums are right."""
+    """Each descriptor field out of range is refused, although all checksums are right."""
     content = image()
     put_list(content, **fields)
     assert message in await refused(content)
 
 
 async def test_bad_runs() -> None:
-    """Runs that no program of ours writes, under checksums that are right."""
+    """Runs that are unordered, overlapping or outside are refused, although checksums are right."""
     content = image()
     good = leaked_runs(content)
     clusters = len(content) // CLUSTER
@@ -247,7 +247,7 @@ async def test_bad_runs() -> None:
 
 
 async def test_a_table_of_several_clusters_lies_in_no_run() -> None:
-    """Neither its first cluster nor its last one, nor a run within it."""
+    """A run that contains any cluster of a table is refused."""
     content = image(table_size=4)
     good = leaked_runs(content)
     header = header_of(content)
@@ -263,7 +263,7 @@ async def test_a_table_of_several_clusters_lies_in_no_run() -> None:
 
 
 async def test_the_list_lies_in_free_clusters() -> None:
-    """Not where a table entry may point."""
+    """A list that lies in clusters that it does not name as free is refused."""
     content = image()
     used = leaked_runs(content)[0][0] - 1
     put_list(content, None, [used])
@@ -271,7 +271,7 @@ async def test_the_list_lies_in_free_clusters() -> None:
 
 
 async def test_a_chain_without_an_end() -> None:
-    """Loops are noticed at the first step back."""
+    """A loop of list clusters is refused at its first step back."""
     content = image()
     runs = leaked_runs(content)
     first, second = (run[0] * CLUSTER for run in runs[:2])
@@ -283,8 +283,8 @@ async def test_a_chain_without_an_end() -> None:
         assert "list cluster offset: found" in await refused(content)
 
 
-async def test_what_else_speaks_against_a_list() -> None:
-    """NEED_CHECK, a backing file name over the descriptor, no descriptor at all."""
+async def test_images_that_have_no_list() -> None:
+    """NEED_CHECK, a backing name over the descriptor, and no descriptor refuse the list."""
     content = image()
     put_list(content)
     content[16] |= 2
@@ -306,7 +306,7 @@ async def test_what_else_speaks_against_a_list() -> None:
 
 
 async def test_too_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list is read up to a limit."""
+    """A list with more runs than the limit is refused."""
     content = image(3)
     put_list(content)
     monkeypatch.setattr(freelistreader, "MAX_RUNS", 2)
@@ -336,7 +336,7 @@ trio.run(main)
 
 
 def test_hostile_counts_cost_nothing(tmp_path: Path) -> None:
-    """A sparse file that claims as many runs as a list may have, in clusters of 64 MiB."""
+    """A sparse file that claims the maximum of runs is refused with little memory."""
     header = Header(1 << 26, 16, 1, 1 << 60, 0, 0, 1 << 26, 1 << 40)
     length = 1 << 42
     content = bytearray(4096)
@@ -359,7 +359,7 @@ def test_hostile_counts_cost_nothing(tmp_path: Path) -> None:
 
 @given(st.integers(0, 1 << 32))
 def test_random_lists_are_read_or_refused_in_one_line(seed: int) -> None:
-    """Whatever stands in the fields and the runs, under checksums that are right."""
+    """Random fields and runs with right checksums are read, or refused in one line."""
     chance = random.Random(seed)
     content = image(6)
     good = leaked_runs(content)
@@ -387,5 +387,5 @@ def test_random_lists_are_read_or_refused_in_one_line(seed: int) -> None:
 
 
 def test_the_descriptor_is_in_the_smallest_cluster() -> None:
-    """The last sector of the first 4 KiB."""
+    """The descriptor is the last sector of the first 4 KiB."""
     assert DESCRIPTOR_OFFSET == DESCRIPTOR == 4096 - 512

@@ -1,4 +1,4 @@
-"""A disk and its persistent free list: adopted, made invalid in time, written again."""
+"""A disk adopts its free list at opening, invalidates it before a change, writes it at a close."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SPAN: Final = 512
 
 
 def image(leaked: int = 20, **options: int) -> bytearray:
-    """Build an image with data, and with single clusters between that nothing refers to."""
+    """Return an image with data, and with single unreferenced clusters between them."""
     numbers = range(2 * leaked + 2)
     content = build_image(SIZE, {n: pattern(CLUSTER, n) for n in numbers}, **options)  # type: ignore[arg-type]
     for number in numbers[1:-1:2]:
@@ -58,19 +58,19 @@ def image(leaked: int = 20, **options: int) -> bytearray:
 
 
 def with_list(leaked: int = 20, **options: int) -> bytearray:
-    """Build the same image with a true list."""
+    """Return the same image with a true list."""
     content = image(leaked, **options)
     put_list(content)
     return content
 
 
 def free_of(disk: Disk) -> list[tuple[int, int]]:
-    """List what a disk takes for free."""
+    """List the clusters that a disk takes for free."""
     return list(disk._components.allocator.free.runs())
 
 
 def check_true(content: bytes | bytearray) -> None:
-    """Check that an image is sound, and that its list, if it has one, is true and complete."""
+    """Assert that an image is sound, and that its list, if it has one, is true and complete."""
     assert inspect_image(content).errors == ()
     runs = listed(content)
     if runs is not None:
@@ -79,7 +79,7 @@ def check_true(content: bytes | bytearray) -> None:
 
 
 async def test_a_clean_close_writes_the_list() -> None:
-    """All that nothing refers to is listed, discarded clusters too, and the file does not grow."""
+    """A clean close lists all unreferenced clusters, and the file does not grow for it."""
     file = RecordingFile(image())
     async with opened(file, options=ON) as disk:
         await disk.discard(0, CLUSTER)
@@ -92,7 +92,7 @@ async def test_a_clean_close_writes_the_list() -> None:
 
 
 async def test_the_bit_comes_after_a_datasync_that_covers_the_list() -> None:
-    """List and descriptor, datasync, bit, datasync; NEED_CHECK was clear before."""
+    """The feature bit is written after a datasync that covers the list, and is made durable."""
     file = RecordingFile(image(300))
     async with opened(file, options=ON) as disk:
         await disk.discard(0, CLUSTER)
@@ -106,7 +106,7 @@ async def test_the_bit_comes_after_a_datasync_that_covers_the_list() -> None:
 
 
 async def test_a_list_spares_the_scan_until_a_table_changes() -> None:
-    """Reads and writes in place read no table for it; the first new cluster is a listed one."""
+    """With a list no table is read by a scan until the first table change, which uses the list."""
     content = with_list()
     runs = leaked_runs(content)
     file = MemoryFile(content)
@@ -128,7 +128,7 @@ async def test_a_list_spares_the_scan_until_a_table_changes() -> None:
 
 
 async def test_writes_in_place_bring_the_same_list_back_without_a_scan() -> None:
-    """True or not, it is as true as before: only the descriptor and the bit are written."""
+    """After writes in place only, the close writes the same list again without a scan."""
     for content in (with_list(), with_false_list()):
         file = RecordingFile(content)
         async with opened(file) as disk:
@@ -140,7 +140,7 @@ async def test_writes_in_place_bring_the_same_list_back_without_a_scan() -> None
 
 
 async def test_a_long_scan_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file grows until it has ended, and then listed clusters are used."""
+    """During a long scan the file grows, and after it listed clusters are used."""
     monkeypatch.setattr(scan, "_SHORT_SCAN_BYTES", 0)
     content = with_list()
     runs = leaked_runs(content)
@@ -158,7 +158,7 @@ async def test_a_long_scan_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("options", [WRITABLE, ON])
 async def test_a_disk_that_is_not_changed_keeps_its_list(options: object) -> None:
-    """Reading, flushing and closing change no byte of the file."""
+    """Reading, flushing and closing change no byte of an image with a list."""
     file = RecordingFile(with_list())
     async with opened(file, options=options) as disk:  # type: ignore[arg-type]
         assert await disk.read(0, disk.size) == guest_bytes(file.initial)
@@ -168,7 +168,7 @@ async def test_a_disk_that_is_not_changed_keeps_its_list(options: object) -> Non
 
 
 async def test_a_reader_ignores_the_list() -> None:
-    """Good or bad, it is no business of his."""
+    """A disk opened read-only ignores the list, true or not."""
     for content in (with_list(), image()):
         set_bit(content)
         file = MemoryFile(content, writable=False)
@@ -178,7 +178,7 @@ async def test_a_reader_ignores_the_list() -> None:
 
 @pytest.mark.parametrize("change", ["write", "discard", "resize", "allocate", "in place"])
 async def test_the_list_is_invalid_before_the_first_change(change: str) -> None:
-    """The header without the bit is durable before anything else is written."""
+    """The header without the feature bit is durable before anything else is written."""
     file = RecordingFile(with_list(autoclear=6))
     async with opened(file) as disk:
         if change == "write":
@@ -207,7 +207,7 @@ async def test_the_list_is_invalid_before_the_first_change(change: str) -> None:
 async def test_the_bound_holds_while_a_long_scan_is_under_way(
     monkeypatch: pytest.MonkeyPatch, *, together: bool
 ) -> None:
-    """Where the file may not grow any more, a write waits for the clusters that the scan finds."""
+    """A write that may not grow the file waits for the clusters that the scan finds."""
     monkeypatch.setattr(scan, "_SHORT_SCAN_BYTES", 0)
     clusters, data, leaked = 60, 22, 20
     numbers = range(data + leaked)
@@ -234,7 +234,7 @@ async def test_the_bound_holds_while_a_long_scan_is_under_way(
 
 
 async def test_off_drops_the_list_and_gives_its_clusters_back() -> None:
-    """Older programs can open the image again; where the list was, there is a hole."""
+    """free_list=off clears the bit and punches out the clusters of the list."""
     content = with_list()
     file = MemoryFile(content)
     async with opened(file, options=OFF) as disk:
@@ -249,7 +249,7 @@ async def test_off_drops_the_list_and_gives_its_clusters_back() -> None:
 
 
 async def test_no_free_cluster_no_list() -> None:
-    """The bit is set only while the list holds anything."""
+    """Without free clusters the bit is clear."""
     content = image(1)
     put_list(content)
     file = MemoryFile(content)
@@ -262,7 +262,7 @@ async def test_no_free_cluster_no_list() -> None:
 @pytest.mark.parametrize("kept", ["keep", "on"])
 @pytest.mark.expect_log("free list: descriptor checksum: found")
 async def test_a_broken_list_is_dropped_and_found_again_by_a_scan(kept: str) -> None:
-    """Durably, at once; the open goes on, and the close writes a new list."""
+    """A defective list is dropped durably at opening, and the close writes a new one."""
     content = with_list()
     content[DESCRIPTOR + 20] ^= 1
     file = MemoryFile(content)
@@ -278,7 +278,7 @@ async def test_a_broken_list_is_dropped_and_found_again_by_a_scan(kept: str) -> 
 @pytest.mark.parametrize("nth", [3, 4, 5])
 @pytest.mark.expect_log("the list is dropped, and the tables are scanned instead")
 async def test_a_list_that_the_host_cannot_read_is_dropped(nth: int) -> None:
-    """After header and L1 table come the descriptor, and a list cluster in two reads."""
+    """A list whose descriptor or clusters cannot be read is dropped."""
     content = with_list()
     inner = MemoryFile(content)
     file = FailingFile(inner)
@@ -291,7 +291,7 @@ async def test_a_list_that_the_host_cannot_read_is_dropped(nth: int) -> None:
 
 @pytest.mark.expect_log("found NEED_CHECK set as well")
 async def test_need_check_beside_a_list_drops_it() -> None:
-    """Whoever set it knew nothing of the list."""
+    """A list in an image with NEED_CHECK is dropped."""
     content = with_list()
     content[16] |= 2
     file = MemoryFile(content)
@@ -325,8 +325,8 @@ def with_false_list(place: int = 0) -> bytearray:
 @pytest.mark.expect_log("found 7 clusters listed as free that table entries refer to")
 @pytest.mark.parametrize("place", [0, 3])
 @pytest.mark.parametrize("act", ["write", "discard", "discard and write", "compact"])
-async def test_a_false_list_costs_nobody_a_byte(act: str, place: int) -> None:
-    """What it names is not handed out, cut off or punched before the tables say the same."""
+async def test_a_false_list_destroys_no_data(act: str, place: int) -> None:
+    """Used clusters that a false list names are not allocated, cut off or punched."""
     content = with_false_list(place)
     expected = bytearray(guest_bytes(content))
     file = MemoryFile(content)
@@ -348,7 +348,7 @@ async def test_a_false_list_costs_nobody_a_byte(act: str, place: int) -> None:
 
 @given(st.integers(0, 1 << 32))
 def test_a_map_of_runs_of_any_length(seed: int) -> None:
-    """Within a block of the map and across several, whatever the blocks are aligned to."""
+    """The map of a list is right for runs of any length and alignment, across blocks."""
     chance = random.Random(seed)
     runs, at = [], 20
     for _ in range(chance.randrange(1, 60)):
@@ -365,8 +365,8 @@ def test_a_map_of_runs_of_any_length(seed: int) -> None:
     assert clusters.slots == one_by_one.slots
 
 
-async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() -> None:
-    """A table that was written, forgotten and read again refers to what was listed."""
+async def test_entries_for_allocated_listed_clusters_are_no_contradiction() -> None:
+    """A table that is read again may refer to a listed cluster that was allocated meanwhile."""
     file = MemoryFile(with_list())
     async with opened(file, options=replace(WRITABLE, cache_bytes=0)) as disk:
         for n in range(15):
@@ -383,7 +383,7 @@ async def test_entries_for_clusters_that_were_handed_out_are_no_contradiction() 
 
 
 async def test_a_name_over_the_descriptor_is_refused_in_one_line() -> None:
-    """The extension cannot be used for such an image; without it the image can."""
+    """free_list=on is refused in one line if the backing name overlaps the descriptor."""
     content = build_image(SIZE, header_size=2, backing=b"n" * 600)
     content[56:60] = (DESCRIPTOR - 300).to_bytes(4, "little")
     content[DESCRIPTOR - 300 : DESCRIPTOR + 300] = b"n" * 600
@@ -403,7 +403,7 @@ async def test_a_name_over_the_descriptor_is_refused_in_one_line() -> None:
 
 @pytest.mark.expect_log("the backing file name over it")
 async def test_a_name_over_the_descriptor_is_not_wiped() -> None:
-    """The bit is cleared, the name stays."""
+    """Dropping a list clears the bit and keeps a backing name over the descriptor."""
     content = build_image(SIZE, header_size=2, backing=b"n" * 600)
     content[56:60] = (DESCRIPTOR - 300).to_bytes(4, "little")
     content[DESCRIPTOR - 300 : DESCRIPTOR + 300] = b"n" * 600
@@ -419,8 +419,8 @@ async def test_a_name_over_the_descriptor_is_not_wiped() -> None:
     assert file.content[64:CLUSTER] == content[64:CLUSTER]
 
 
-async def test_something_else_in_the_place_of_the_descriptor() -> None:
-    """Whoever put it there may need it."""
+async def test_foreign_bytes_at_the_descriptor_are_kept() -> None:
+    """Foreign bytes at the offset of the descriptor are not overwritten."""
     content = image()
     content[DESCRIPTOR + 77] = 1
     with pytest.raises(UsageError, match="found something else in bytes 3584 to 4095"):
@@ -435,7 +435,7 @@ async def test_something_else_in_the_place_of_the_descriptor() -> None:
 
 
 async def test_more_runs_than_a_list_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No list is written then: a scan is as quick."""
+    """With more runs than the limit no list is written."""
     monkeypatch.setattr(persistentfreelist, "MAX_RUNS", 19)
     file = MemoryFile(image())
     async with opened(file, options=ON):
@@ -446,7 +446,7 @@ async def test_more_runs_than_a_list_has(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.expect_log("while giving space back to the host")
 async def test_a_file_that_cannot_be_cut_gets_no_list() -> None:
-    """A list is complete, or there is none."""
+    """If the file cannot be truncated no list is written."""
     content = image()
     content.extend(bytes(5 * CLUSTER))
     inner = MemoryFile(content)
@@ -463,7 +463,7 @@ async def test_a_file_that_cannot_be_cut_gets_no_list() -> None:
 @pytest.mark.expect_log("found table entries that point to nowhere")
 @pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
 async def test_an_image_with_wild_entries_gets_no_list(*, changed: bool) -> None:
-    """It has to be checked first."""
+    """An image with bad entries gets no list."""
     content = image()
     put_entry(content, l2_entry_offset(content, 300), 1 << 40)
     file = MemoryFile(content)
@@ -477,7 +477,7 @@ async def test_an_image_with_wild_entries_gets_no_list(*, changed: bool) -> None
 
 @pytest.mark.expect_log("while writing the free list, which is left out")
 async def test_a_full_host_costs_the_list_only() -> None:
-    """The image is closed cleanly all the same."""
+    """On a full host the close is clean, without a list."""
     inner = MemoryFile(with_list())
     file = FailingFile(inner)
     async with opened(file) as disk:
@@ -493,10 +493,10 @@ async def test_a_full_host_costs_the_list_only() -> None:
 
 @pytest.mark.parametrize("nth", range(1, 12))
 @pytest.mark.parametrize("action", ["write", "datasync"])
-async def test_failures_leave_no_list_that_is_believed_and_untrue(
+async def test_failures_leave_no_false_list(
     action: str, nth: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever fails from the first change on to the end."""
+    """Whichever write or datasync fails, a valid list is true."""
     caplog.set_level(logging.CRITICAL, "qedfuse")
     inner = MemoryFile(with_list())
     file = FailingFile(inner)
@@ -513,8 +513,8 @@ async def test_failures_leave_no_list_that_is_believed_and_untrue(
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_no_crash_leaves_a_list_that_is_untrue(seed: int) -> None:
-    """Each prefix of the writes, and what power failures could have left of them."""
+async def test_crashes_leave_no_false_list(seed: int) -> None:
+    """After any prefix of the writes and any power failure, a valid list is true."""
     choice = random.Random(seed)
     file = RecordingFile(with_list(280) if seed == 0 else with_list())
     for _ in range(3):

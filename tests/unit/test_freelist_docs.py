@@ -1,4 +1,4 @@
-"""The worked example in docs/format-extensions.md, and the messages in docs/bad-input.md."""
+"""The example of docs/format-extensions.md and the messages in docs/bad-input.md are true."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLUSTER: Final = 4096
 
 
 def dump(content: bytes | bytearray, offset: int, length: int) -> list[str]:
-    """Show bytes as the document does: file offset, sixteen bytes in hexadecimal."""
+    """Return bytes as the document shows them: file offset, sixteen bytes in hexadecimal."""
     return [
         f"{at:08x}  {content[at : at + 8].hex(' ')}  {content[at + 8 : at + 16].hex(' ')}"
         for at in range(offset, offset + length, 16)
@@ -35,7 +35,7 @@ def dump(content: bytes | bytearray, offset: int, length: int) -> list[str]:
 
 
 async def test_the_example() -> None:
-    """Seven clusters are written and four of them discarded; the rest is the document's."""
+    """Seven writes and four discards give the bytes that the document shows."""
     file = MemoryFile(build_image(16 * CLUSTER))
     async with opened(file, options=replace(WRITABLE, free_list="on")) as disk:
         await disk.write(0, pattern(7 * CLUSTER, 1))
@@ -55,7 +55,7 @@ async def test_the_example() -> None:
 
 
 def test_the_numbers() -> None:
-    """Bit, places and sizes."""
+    """The document's feature bit, offsets and sizes are those of the code."""
     text = DOCUMENT.read_text()
     for number in (
         f"0x{Feature.FREE_LIST:016x}",
@@ -109,7 +109,7 @@ def numbers_aside(text: str) -> str:
 
 @pytest.mark.parametrize("row", ROWS)
 async def test_the_messages(row: str) -> None:
-    """What is said about each kind of bad list stands in the table."""
+    """The message about each kind of defective list is in the table."""
     content = image()
     ROWS[row](content)
     message = await refused(content)

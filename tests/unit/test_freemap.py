@@ -1,4 +1,4 @@
-"""The map of free clusters, against a set."""
+"""The map of free clusters agrees with a set of clusters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = (100, 5000, 13_000)
 
 
 def runs(clusters: set[int]) -> list[tuple[int, int]]:
-    """List the runs of a set."""
+    """Return the runs of a set."""
     result: list[tuple[int, int]] = []
     for cluster in sorted(clusters):
         if result and sum(result[-1]) == cluster:
@@ -25,7 +25,7 @@ def runs(clusters: set[int]) -> list[tuple[int, int]]:
 
 
 def block_runs(clusters: set[int], shift: int) -> list[tuple[int, int]]:
-    """List the runs of a set, cut at the borders of blocks."""
+    """Return the runs of a set, split at the borders of blocks."""
     result: list[tuple[int, int]] = []
     for cluster in sorted(clusters):
         if result and sum(result[-1]) == cluster and (cluster + shift) % BLOCK:
@@ -104,7 +104,7 @@ class Model:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_map_and_set_agree(seed: int) -> None:
-    """Whatever is done to them in whatever order."""
+    """After any operations the map and the set give the same answers."""
     model = Model(random.Random(seed))
     for _ in range(60):
         model.step()
@@ -114,7 +114,7 @@ def test_map_and_set_agree(seed: int) -> None:
 
 
 def test_a_block_without_free_clusters_costs_nothing() -> None:
-    """What was free and is no more leaves nothing behind."""
+    """A block without free clusters takes no memory."""
     free = FreeMap(4, 5)
     free.add(0, 1 << 20)
     assert len(free._blocks) == (1 << 20) // BLOCK + 1
@@ -124,7 +124,7 @@ def test_a_block_without_free_clusters_costs_nothing() -> None:
 
 
 def test_a_block_that_comes_and_goes_is_kept_once() -> None:
-    """Memory depends on the blocks, not on how often they were free."""
+    """The memory depends on the number of blocks, not on how often they became free."""
     free = FreeMap(1)
     free.add(0, 1)
     for _ in range(1000):
@@ -139,7 +139,7 @@ def test_a_block_that_comes_and_goes_is_kept_once() -> None:
 
 
 def test_taking_from_somewhere_on() -> None:
-    """The lowest run at or past a cluster, whatever lies before."""
+    """Taking from a cluster on gives the lowest run at or past it."""
     free = FreeMap(4)
     free.add(9, 8)
     free.add(BLOCK + 7, 2)

@@ -1,4 +1,4 @@
-"""The arithmetic on offsets, over every legal geometry."""
+"""The arithmetic on offsets, for every legal geometry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ offsets = st.integers(0, MAX_OFFSET)
 
 
 def test_default_geometry() -> None:
-    """QEMU's default: 64 KiB clusters, four to a table, 64 TiB at most."""
+    """The default is QEMU's: 64 KiB clusters, tables of four, 64 TiB at most."""
     geometry = Geometry(64 << 10, 4)
     assert geometry.cluster_bits == 16
     assert geometry.table_bytes == 256 << 10
@@ -29,7 +29,7 @@ def test_default_geometry() -> None:
 @pytest.mark.parametrize("table_size", TABLE_SIZES)
 @pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
 def test_largest_image_fits_tables_and_kernel(cluster_size: int, table_size: int) -> None:
-    """The largest disk is a whole number of sectors, addressable, and does not wrap at 64 bits."""
+    """The largest disk is whole sectors, addressable, and below 2**63 bytes."""
     geometry = Geometry(cluster_size, table_size)
     largest = geometry.max_image_size
     assert largest % SECTOR == 0
@@ -41,7 +41,7 @@ def test_largest_image_fits_tables_and_kernel(cluster_size: int, table_size: int
 
 @given(geometries, offsets)
 def test_indices_take_an_offset_apart(geometry: Geometry, offset: int) -> None:
-    """The two indices and the rest put together give the offset again."""
+    """The two table indices and the rest of an offset give the offset again."""
     l1 = geometry.l1_index(offset)
     l2 = geometry.l2_index(offset)
     rest = geometry.in_cluster(offset)
@@ -52,7 +52,7 @@ def test_indices_take_an_offset_apart(geometry: Geometry, offset: int) -> None:
 
 @given(geometries, offsets)
 def test_rounding(geometry: Geometry, offset: int) -> None:
-    """Down and up give the cluster boundaries next to the offset."""
+    """Rounding down and up gives the cluster boundaries next to an offset."""
     size = geometry.cluster_size
     down, up = geometry.floor(offset), geometry.ceil(offset)
     assert down % size == up % size == 0
@@ -64,7 +64,7 @@ def test_rounding(geometry: Geometry, offset: int) -> None:
 
 @given(geometries, offsets)
 def test_used_l1_entries_cover_the_disk(geometry: Geometry, size: int) -> None:
-    """As many L1 entries as the disk needs and not one more."""
+    """The number of used L1 entries is the smallest that covers the disk."""
     used = geometry.l1_used(size)
     assert used * geometry.table_span >= size
     assert max(0, used - 1) * geometry.table_span <= size
@@ -81,5 +81,5 @@ def test_used_l1_entries_cover_the_disk(geometry: Geometry, size: int) -> None:
     ],
 )
 def test_bound(image_size: int, expected: int) -> None:
-    """Header, L1, the L2 tables that can be needed, and one cluster per guest cluster."""
+    """The bound is the header, the L1 table, all L2 tables and one cluster per guest cluster."""
     assert Geometry(4096, 1).bound(4096, image_size) == expected

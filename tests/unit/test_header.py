@@ -1,4 +1,4 @@
-"""The header: each field's range, what is said about a bad one, and the way back to bytes."""
+"""The header: the range of each field, the message about a bad one, and building the bytes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def raw(**changes: int) -> bytes:
 
 
 def test_every_field_is_where_the_specification_says() -> None:
-    """A header in which all fields differ parses to just these values."""
+    """A header with a different value in each field parses to these values."""
     changes = {
         "cluster_size": 8192,
         "table_size": 2,
@@ -69,7 +69,7 @@ def test_every_field_is_where_the_specification_says() -> None:
 
 
 def test_bytes_behind_the_header_do_not_matter() -> None:
-    """More than 64 bytes may be given."""
+    """The parser ignores bytes after the header."""
     assert parse_header(raw() + b"name", "image") == parse_header(raw(), "image")
 
 
@@ -112,7 +112,7 @@ BAD: list[tuple[str, dict[str, int], str, str]] = [
 
 @pytest.mark.parametrize(("field", "changes", "found", "expected"), BAD)
 def test_bad_field(field: str, changes: dict[str, int], found: str, expected: str) -> None:
-    """Each field out of range is refused in one line: file, field, found, expected."""
+    """A field out of range is refused in one line with file, field, found and expected value."""
     with pytest.raises(HeaderError) as caught:
         parse_header(raw(**changes), "image.qed")
     message = str(caught.value)
@@ -124,7 +124,7 @@ def test_bad_field(field: str, changes: dict[str, int], found: str, expected: st
 
 
 def test_largest_disk_of_large_clusters_is_legal() -> None:
-    """Where the tables could address more than 2**63 bytes, the kernel's limit counts."""
+    """A disk of 2**63 - 512 bytes is legal where the tables could address more."""
     size = (1 << 63) - SECTOR
     changes = {"cluster_size": 1 << 26, "table_size": 16, "l1_table_offset": 1 << 26}
     assert parse_header(raw(**changes, image_size=size), "image").image_size == size
@@ -144,27 +144,27 @@ def test_largest_disk_of_large_clusters_is_legal() -> None:
     ],
 )
 def test_odd_headers_that_are_legal(changes: dict[str, int]) -> None:
-    """Oddities that QEMU opens, or that only the file's length can judge, are not refused."""
+    """Unusual headers that QEMU opens are accepted."""
     assert build_header(parse_header(raw(**changes), "image")) == raw(**changes)
 
 
 @pytest.mark.parametrize("data", [b"", b"Q", b"QFI\xfb" + bytes(100), bytes(64), raw(magic=1)])
 def test_not_qed(data: bytes) -> None:
-    """Another kind of file is told apart from a bad image."""
+    """A file without the magic is no QED image, and not a damaged one."""
     with pytest.raises(NotQedError, match=r"^image: not a QED image: .*found .*expected"):
         parse_header(data, "image")
 
 
 @pytest.mark.parametrize("length", [4, 60, 63])
 def test_truncated(length: int) -> None:
-    """A file that begins as an image but ends within the header."""
+    """A file that ends within the header is refused as truncated."""
     with pytest.raises(NotQedError) as caught:
         parse_header(raw()[:length], "image")
     assert str(caught.value) == f"image: truncated header: found {length} bytes, expected 64"
 
 
 def test_unknown_feature_bits_are_named() -> None:
-    """Incompatible bits that we do not know are refused with their numbers."""
+    """Unknown incompatible bits are refused by their numbers."""
     with pytest.raises(UnsupportedError, match=r"bits 0x8000000000000008 \(bit 3, 63\)") as caught:
         parse_header(raw(features=1 << 63 | 8 | KNOWN_FEATURES), "image")
     assert str(caught.value).endswith("expected only bits 0, 1, 2 and 60")
@@ -172,13 +172,13 @@ def test_unknown_feature_bits_are_named() -> None:
 
 
 def test_unknown_features_are_judged_before_other_fields() -> None:
-    """An image of a later version is unsupported, not broken, whatever its other fields hold."""
+    """Unknown incompatible bits are reported before any bad field."""
     with pytest.raises(UnsupportedError):
         parse_header(raw(features=8, cluster_size=3), "image")
 
 
 def test_l1_table_must_fit_the_file() -> None:
-    """The L1 table is wholly inside the file, to the last byte."""
+    """An L1 table that is not completely inside the file is refused."""
     header = parse_header(raw(), "image")
     end = 65536 + 4 * 65536
     assert header.l1_end == end
@@ -188,13 +188,13 @@ def test_l1_table_must_fit_the_file() -> None:
 
 
 def test_header_of_zero_clusters_still_has_one() -> None:
-    """With header_size 0, which QEMU opens, the first cluster is the header's all the same."""
+    """With header_size 0, which QEMU opens, the first cluster is the header's."""
     assert parse_header(raw(header_size=0), "image").header_end == 65536
     assert parse_header(raw(header_size=1), "image").header_end == 65536
 
 
 def test_bits_are_read_by_name_and_changed_one_by_one() -> None:
-    """Each change touches its own field and keeps every other bit."""
+    """Each change of a bit keeps all other bits and fields."""
     backing = {"backing_filename_offset": 64, "backing_filename_size": 3}
     changes = {"features": 5, "compat_features": 1 << 40, "autoclear_features": 3, **backing}
     header = parse_header(raw(**changes), "image")
@@ -246,7 +246,7 @@ def headers(draw: st.DrawFn) -> Header:
 
 @given(headers())
 def test_round_trip(header: Header) -> None:
-    """What is built parses to the same header."""
+    """A header that is built parses to the same values."""
     data = build_header(header)
     assert len(data) == 64
     assert parse_header(data, "image") == header
@@ -266,19 +266,19 @@ def outcome(data: bytes) -> bytes | None:
 
 @given(st.binary(min_size=56, max_size=70))
 def test_any_bytes_parse_or_are_refused_in_one_line(data: bytes) -> None:
-    """No bytes make the parser fail in another way, nor give a header out of range."""
+    """Any bytes parse to a header in range or are refused in one line."""
     data = raw()[:4] + data
     assert outcome(data) in (data[:64], None)
 
 
 @given(st.sampled_from(FIELDS), st.one_of(st.integers(0, 70), st.integers(0, (1 << 64) - 1)))
 def test_one_changed_field(field: str, value: int) -> None:
-    """One field of any value leaves a header that round-trips or is refused in one line."""
+    """Any value of one field gives a header that round-trips, or a refusal in one line."""
     narrow = field not in FIELDS[4:9]
     data = raw(**{field: value & 0xFFFFFFFF if narrow else value})
     assert outcome(data) in (data, None)
 
 
 def test_an_empty_backing_name_is_none() -> None:
-    """As for QEMU, which opens such an image without a base."""
+    """An image with an empty backing name has no base, as in QEMU."""
     assert not parse_header(raw(features=1), "image.qed").has_backing

@@ -1,4 +1,4 @@
-"""A change of the header that was reported as failed is not there, now or later."""
+"""A header change that was reported as failed is not in the file, now or later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHANGES: dict[str, Callable[[Disk], Awaitable[object]]] = {
 
 
 def in_header(content: bytes | bytearray) -> tuple[int, int, bytes]:
-    """Give what the changes change: the size, the features, the base's name."""
+    """Return what the changes change: the size, the features, the name of the base."""
     header = header_of(content)
     start = header.backing_filename_offset if header.has_backing else 0
     end = start + header.backing_filename_size if header.has_backing else 0
@@ -38,11 +38,11 @@ def in_header(content: bytes | bytearray) -> tuple[int, int, bytes]:
 
 @pytest.mark.parametrize("written", [0, 40, 1 << 20], ids=["nothing", "a part", "all of it"])
 @pytest.mark.parametrize("change", CHANGES)
-async def test_what_failed_is_taken_back(change: str, written: int) -> None:
-    """Whichever write of it fails, and whatever that left in the file.
+async def test_a_failed_change_is_undone(change: str, written: int) -> None:
+    """If any write of a header change fails, the header keeps its old value.
 
-    The disk and its header agree afterwards, and the next write of the header brings
-    the file back to what they say.
+    The disk and its header agree afterwards, and the next header write brings the file back to
+    them.
     """
     content = build_image(SIZE, {0: pattern(CLUSTER, 1)}, backing=b"the base")
     failures = nth = 0
@@ -85,8 +85,8 @@ async def test_what_failed_is_taken_back(change: str, written: int) -> None:
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "NEED_CHECK"])
 @pytest.mark.expect_log("the disk is read-only from now on")
-async def test_what_could_not_be_made_durable_is_not_there_at_the_next_open(change: str) -> None:
-    """Whichever datasync fails; the disk is read-only then, so nothing else puts it right."""
+async def test_a_change_that_is_not_durable_is_undone_in_the_file(change: str) -> None:
+    """If any datasync of a header change fails, the file gets the old header back."""
     content = build_image(SIZE, {0: pattern(CLUSTER, 1)}, backing=b"the base")
     taken_back = nth = began = 0
     inner, before, failed = RecordingFile(content), in_header(content), True
@@ -120,7 +120,7 @@ async def test_what_could_not_be_made_durable_is_not_there_at_the_next_open(chan
 
 @pytest.mark.parametrize("change", ["size", "short name"])
 async def test_the_header_in_memory_changes_when_it_is_durable(change: str) -> None:
-    """Until then whoever asks is told the old one, and the disk's size is the header's."""
+    """The header in memory changes only when the change is durable, together with the size."""
     content = build_image(SIZE, {0: pattern(CLUSTER, 1)}, backing=b"the base")
     file = MemoryFile(content)
     seen = []

@@ -1,4 +1,4 @@
-"""Memory that is not in use goes back to the system, but not at each flush."""
+"""The heap trimmer returns unused memory to the system, at most once per interval."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first time, and then when some time has gone by; nowhere if the C library cannot."""
+def test_the_heap_is_trimmed_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heap is trimmed at the first flush and after an interval, if the C library can."""
     calls: list[int] = []
     now = 0.0
     monkeypatch.setattr(heaptrimmer, "_malloc_trim", calls.append)

@@ -1,4 +1,4 @@
-"""The host's file: what it refuses to open, short and long transfers, failures."""
+"""The host's file: refusals at opening, short and long transfers, failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def file(tmp_path: Path) -> Iterator[PosixFile]:
 def test_only_regular_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, *, writable: bool
 ) -> None:
-    """Anything else is refused by what it is, without opening it: a FIFO would block."""
+    """A file that is not regular is refused by its kind, without being opened."""
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     with socket.socket(socket.AF_UNIX) as server:
         if kind == "fifo":
@@ -58,8 +58,8 @@ def test_only_regular_files(
     assert str(caught.value) == f"{kind}: found {words}, expected a regular file"
 
 
-def test_file_of_no_kind_at_all() -> None:
-    """What only the kernel knows how to name is refused like the others."""
+def test_file_of_unknown_kind() -> None:
+    """A file of a kind without a name is refused."""
     poll = os.eventfd(0)
     try:
         with pytest.raises(ImageError, match="found a special file, expected a regular file"):
@@ -72,7 +72,7 @@ def test_file_of_no_kind_at_all() -> None:
     ("name", "number"), [("missing", errno.ENOENT), ("loop", errno.ELOOP), ("x" * 300, 36)]
 )
 def test_open_failures_name_the_file(tmp_path: Path, name: str, number: int) -> None:
-    """What the host says about the name is passed on in one line."""
+    """A failed open is reported in one line with the file and the host's reason."""
     (tmp_path / "loop").symlink_to("loop")
     path = str(tmp_path / name)
     with pytest.raises(HostError) as caught:
@@ -82,7 +82,7 @@ def test_open_failures_name_the_file(tmp_path: Path, name: str, number: int) -> 
 
 
 def test_name_is_safe_to_print(tmp_path: Path) -> None:
-    """A name that would forge a line of output is escaped in messages, and opened as it is."""
+    """A name with a newline is escaped in messages and opened unchanged."""
     path = tmp_path / "two\nlines"
     path.write_bytes(b"here")
     file = PosixFile.open(str(path))
@@ -92,7 +92,7 @@ def test_name_is_safe_to_print(tmp_path: Path) -> None:
 
 
 def test_open_relative_to_a_directory(tmp_path: Path) -> None:
-    """A base is opened in the directory of the image that names it."""
+    """A file can be opened relative to a directory descriptor."""
     (tmp_path / "base").write_bytes(b"base")
     directory = os.open(tmp_path, os.O_PATH)
     try:
@@ -104,7 +104,7 @@ def test_open_relative_to_a_directory(tmp_path: Path) -> None:
 
 
 async def test_read_is_short_only_at_the_end(file: PosixFile) -> None:
-    """A read that goes past the end gives what there is."""
+    """A read is short only past the end of the file."""
     await file.pwrite(0, b"0123456789")
     assert await file.pread(2, 4) == b"2345"
     assert await file.pread(8, 4) == b"89"
@@ -120,7 +120,7 @@ async def test_read_is_short_only_at_the_end(file: PosixFile) -> None:
 async def test_read_without_the_page_cache(
     file: PosixFile, monkeypatch: pytest.MonkeyPatch, number: int | None
 ) -> None:
-    """What the page cache does not have, all or in part, comes from a worker thread."""
+    """Bytes that are not in the page cache are read by a worker thread."""
     await file.pwrite(0, bytes(range(200)))
     real = os.preadv
     flags_seen = []
@@ -144,7 +144,7 @@ async def test_read_without_the_page_cache(
 
 @pytest.mark.parametrize("count", [1, 1024, 1025, 3000])
 async def test_write_of_many_parts(file: PosixFile, count: int) -> None:
-    """More parts than the kernel takes at once arrive as one write, empty ones included."""
+    """More buffers than one system call takes are written as one write, empty ones included."""
     parts = [bytes([index % 251]) * ((index + 1) % 5) for index in range(count)]
     await file.pwrite(3, *parts)
     assert await file.pread(0, 1 << 20) == bytes(3) + b"".join(parts)
@@ -152,16 +152,16 @@ async def test_write_of_many_parts(file: PosixFile, count: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, INLINE_WRITE_BYTES, INLINE_WRITE_BYTES + 1])
 async def test_write_in_the_loop_and_in_a_thread(file: PosixFile, length: int) -> None:
-    """Small and large writes, of each kind of buffer, all get written whole."""
+    """Short and long writes of any buffer type are written completely."""
     data = os.urandom(length)
     await file.pwrite(1, data, bytearray(data), memoryview(data))
     assert await file.pread(0, 1 << 22) == (b"\0" + data * 3 if length else b"")
 
 
-async def test_write_that_the_host_takes_in_bits(
+async def test_short_writes_of_the_host_are_continued(
     file: PosixFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host that writes a few bytes at a time gets asked until all is written."""
+    """A write of which the host accepts a few bytes at a time is written completely."""
     real = os.pwritev
 
     def pwritev(fd: int, views: list[memoryview], offset: int) -> int:
@@ -173,7 +173,7 @@ async def test_write_that_the_host_takes_in_bits(
 
 
 async def test_holes(file: PosixFile) -> None:
-    """The next data is found across holes; there is none past the last."""
+    """next_data finds data across holes, and None past the last data."""
     megabyte = 1 << 20
     await file.truncate(8 * megabyte)
     await file.pwrite(4 * megabyte, b"x")
@@ -188,7 +188,7 @@ async def test_holes(file: PosixFile) -> None:
 async def test_file_system_that_keeps_no_holes(
     file: PosixFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where holes cannot be asked for, everything inside the file is data."""
+    """Where the host has no SEEK_DATA the whole file is data."""
 
     def lseek(*_: object) -> int:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -200,7 +200,7 @@ async def test_file_system_that_keeps_no_holes(
 
 
 async def test_truncate_and_datasync(file: PosixFile) -> None:
-    """The length goes both ways; what is added reads as zeros."""
+    """truncate() shortens and lengthens the file, and added bytes are zeros."""
     await file.pwrite(0, b"abcdef")
     await file.truncate(3)
     await file.truncate(5)
@@ -211,7 +211,7 @@ async def test_truncate_and_datasync(file: PosixFile) -> None:
 
 @pytest.mark.parametrize("length", [1, INLINE_WRITE_BYTES + 1])
 async def test_full_host(length: int) -> None:
-    """A full host is told apart from other failures, in the loop and in a thread."""
+    """A full host raises NoSpaceError, inline and in a thread."""
     full = PosixFile(os.open("/dev/full", os.O_RDWR), "full", writable=True)
     with pytest.raises(NoSpaceError) as caught:
         await full.pwrite(0, bytes(length))
@@ -221,7 +221,7 @@ async def test_full_host(length: int) -> None:
 
 
 async def test_failures_become_host_errors(tmp_path: Path) -> None:
-    """Each operation that the host refuses raises an error with its name and number."""
+    """Each failed system call raises a HostError with its name and errno."""
     path = tmp_path / "file"
     path.write_bytes(b"0123")
     read_only = PosixFile.open(str(path))
@@ -242,7 +242,7 @@ async def test_failures_become_host_errors(tmp_path: Path) -> None:
 
 
 def test_close_twice(file: PosixFile) -> None:
-    """Closing again does nothing, least of all to a descriptor of somebody else."""
+    """A second close does nothing to a descriptor that was opened meanwhile."""
     file.close()
     other = os.open("/dev/null", os.O_RDONLY)  # gets the number that is free now
     file.close()
@@ -251,7 +251,7 @@ def test_close_twice(file: PosixFile) -> None:
 
 
 def test_attributes_of_a_file_that_the_host_refuses(tmp_path: Path) -> None:
-    """Size and attributes are asked of the host like everything else: a line, no OSError."""
+    """Failed calls for size and attributes raise a HostError."""
     path = tmp_path / "file"
     path.write_bytes(b"x")
     file = PosixFile.open(str(path))

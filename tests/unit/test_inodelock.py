@@ -1,4 +1,4 @@
-"""The event loop never waits for the lock of the image's inode, and is not throttled for long."""
+"""The event loop never waits for the lock of the image's inode, nor is it throttled for long."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def opened(path: Path) -> Iterator[PosixFile]:
 async def test_nothing_is_changed_inline_while_a_thread_changes_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """Whatever the thread does; afterwards the file is changed inline again."""
+    """While a thread changes the file no change is made inline; afterwards it is again."""
     # Not because the machine is busy: a short write that takes long counts as throttled.
     monkeypatch.setattr(inlinepolicy, "_THROTTLED_SECONDS", math.inf)
     arguments: Any = {
@@ -121,7 +121,7 @@ async def test_nothing_is_changed_inline_while_a_thread_changes_the_file(
 
 
 async def test_a_change_that_fails_in_a_thread_blocks_nobody(tmp_path: Path) -> None:
-    """The file is changed inline afterwards as before, also when the caller was cancelled."""
+    """After a failed or cancelled change in a thread, changes are made inline again."""
     with opened(tmp_path / "file") as file:
         with pytest.raises(HostError, match="truncate"):
             await file.truncate(-1)
@@ -134,7 +134,7 @@ async def test_a_change_that_fails_in_a_thread_blocks_nobody(tmp_path: Path) -> 
 async def test_threads_that_change_a_file_leave_others_for_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many writes wait for the lock."""
+    """Writes of one file leave worker threads for reads."""
     with opened(tmp_path / "file") as file:
         lock = InodeLock(monkeypatch)
         lock.turns = 3
@@ -153,7 +153,7 @@ async def test_threads_that_change_a_file_leave_others_for_reads(
 async def test_writers_do_not_keep_each_other_in_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    """After one long write each has at most one write in a thread, and all others are inline."""
+    """After a long write each writer makes at most one write in a thread."""
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     writers = 8
     with opened(tmp_path / "file") as file:
@@ -182,8 +182,8 @@ async def test_writers_do_not_keep_each_other_in_threads(
 
 
 @pytest.mark.parametrize("event", ["cut", "throttled", "ended"])
-async def test_whoever_waits_for_short_writes_goes_on_when_others_take_the_lock(event: str) -> None:
-    """He does not wait until nobody writes in a thread any more, which might never be."""
+async def test_a_waiter_for_short_writes_is_not_starved(event: str) -> None:
+    """A task that waits for short writes in threads continues although new ones keep coming."""
     lock = inodelock.InodeLock()
     short, cut = threading.Event(), threading.Event()
     woken: list[int] = []
@@ -254,7 +254,7 @@ class Throttle:
 async def test_short_writes_that_the_kernel_throttles_go_to_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until one takes a short time there."""
+    """Throttled short writes go to a thread until one of them is fast."""
     throttle = Throttle(monkeypatch)
     with opened(tmp_path / "file") as file:
         throttle.seconds = 0.02
@@ -273,7 +273,7 @@ async def test_short_writes_that_the_kernel_throttles_go_to_a_thread(
 async def test_one_slow_short_write_is_no_throttling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may have waited for a processor; nor is another one that comes much later."""
+    """One slow short write, or two far apart, do not count as throttling."""
     throttle = Throttle(monkeypatch)
     with opened(tmp_path / "file") as file:
         for _ in range(3):
@@ -290,7 +290,7 @@ async def test_one_slow_short_write_is_no_throttling(
 async def test_a_fast_long_write_ends_the_throttling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody makes short writes too."""
+    """A fast long write ends the throttled state."""
     throttle = Throttle(monkeypatch)
     with opened(tmp_path / "file") as file:
         throttle.show(file)
@@ -305,7 +305,7 @@ async def test_a_fast_long_write_ends_the_throttling(
 async def test_throttling_is_forgotten_after_a_second_without_a_slow_short_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever long writes take meanwhile."""
+    """The throttled state ends a second after the last slow short write."""
     throttle = Throttle(monkeypatch)
     with opened(tmp_path / "file") as file:
         throttle.show(file)
@@ -326,7 +326,7 @@ async def test_throttling_is_forgotten_after_a_second_without_a_slow_short_write
 async def test_a_datasync_with_much_to_write_back_is_not_made_inline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However fast the last ones have been."""
+    """A datasync after much written data goes to a thread, however fast the last ones were."""
     threads: list[bool] = []
 
     def fdatasync(_fd: int) -> None:
@@ -345,7 +345,7 @@ async def test_a_datasync_with_much_to_write_back_is_not_made_inline(
 async def test_the_loop_never_waits_for_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Whatever a disk does: writes of all lengths, growth, discards, commits, the end."""
+    """A disk under all kinds of requests never waits for the inode's lock in the event loop."""
     chance = random.Random(seed)
     size = 64 << 20
     path = qemu.create(tmp_path / "image.qed", size)

@@ -37,7 +37,7 @@ PURE: Final = {"trio", "pyfuse3", "os", "io", "asyncio", "threading", "subproces
 
 
 def drawn() -> list[str]:
-    """Read the picture of the floors in docs/architecture.md: all modules, the lowest first."""
+    """Return the modules in the picture of docs/architecture.md, the lowest first."""
     picture = ARCHITECTURE.read_text("utf-8").partition("<!-- floors -->\n```text\n")[2]
     modules = []
     for line in reversed(picture.partition("```")[0].splitlines()):
@@ -48,7 +48,7 @@ def drawn() -> list[str]:
 
 
 def name_of(path: Path) -> str:
-    """Give the dotted name of a module below ``qedfuse``; a package has its own name."""
+    """Return the dotted name of a module below ``qedfuse``; a package has its own name."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -71,7 +71,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def uses(path: Path) -> set[str]:
-    """Give the modules of qedfuse that a module imports; packages only for their own names."""
+    """Return the modules of qedfuse that a module imports; packages only for their own names."""
     return {
         name.removeprefix("qedfuse.")
         for name in imported(path)
@@ -80,7 +80,7 @@ def uses(path: Path) -> set[str]:
 
 
 def is_package(name: str) -> bool:
-    """Tell whether a name is a package of qedfuse and no module."""
+    """Return whether a name is a package of qedfuse and no module."""
     return MODULES[name.removeprefix("qedfuse.")].name == "__init__.py"
 
 
@@ -95,25 +95,25 @@ def test_a_module_imports_only_modules_below_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_layer_uses_the_layers_below_it(name: str) -> None:
-    """A layer may be understood, and used, without the layers beside and above it."""
+    """A layer imports only the layers below it."""
     layer = name.partition(".")[0]
     used = {other.partition(".")[0] for other in uses(MODULES[name])}
     assert used - {layer} - FOR_ALL - MAY_IMPORT.get(layer, set()) == set()
 
 
 def test_the_picture_shows_every_module_once() -> None:
-    """A new module is given its place in docs/architecture.md first."""
+    """Every module is in the picture of docs/architecture.md exactly once."""
     assert sorted(FLOORS) == sorted(name for name in MODULES if not is_package(name))
 
 
 def test_ondisk_is_pure() -> None:
-    """The format is bytes to values: no I/O, no event loop."""
+    """Ondisk imports nothing that does I/O, and no event loop."""
     for path in (PACKAGE / "ondisk").glob("*.py"):
         assert not {name.split(".")[0] for name in imported(path)} & PURE, path
 
 
 def test_only_the_mount_imports_pyfuse3() -> None:
-    """Nothing below the mount needs pyfuse3, so tools and programs work without FUSE."""
+    """Only the mount imports pyfuse3."""
     for name, path in MODULES.items():
         if "pyfuse3" in {used.split(".")[0] for used in imported(path)}:
             assert name.startswith("mount."), name

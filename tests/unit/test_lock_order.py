@@ -1,4 +1,4 @@
-"""Locks are taken in the order that docs/concurrency.md gives them, whoever takes them."""
+"""Every task takes locks in the order that docs/concurrency.md lists."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ CLUSTERS: Final = 6 * SPAN
 
 
 def documented() -> list[str]:
-    """Read the order from the page."""
+    """Return the order from the page."""
     text = (ROOT / "docs" / "concurrency.md").read_text()
     section = text.split("## Locks, in the order", 1)[1].split("\n\n", 2)[1]
     return re.findall(r"^\d+\. `([\w.]+)`", section, re.MULTILINE)
 
 
 class Watch:
-    """Notes which locks each task holds when it asks for another one."""
+    """Records which locks each task holds when it asks for another one."""
 
     def __init__(self) -> None:
         """Know nothing yet."""
@@ -89,7 +89,7 @@ class Watch:
 
 
 class WatchedLock:
-    """A lock that tells who takes it."""
+    """A lock that reports which task takes it."""
 
     def __init__(self, watch: Watch, name: str, lock: trio.Lock) -> None:
         self._watch, self._name, self._lock = watch, name, lock
@@ -106,7 +106,7 @@ class WatchedLock:
 
 
 async def requests(disk: Disk, chance: random.Random) -> None:
-    """Do what a guest and its owner do, at random."""
+    """Make the requests of a guest and its owner, at random."""
     for _ in range(40):
         number = chance.randrange(CLUSTERS)
         match chance.randrange(12):
@@ -132,7 +132,7 @@ async def requests(disk: Disk, chance: random.Random) -> None:
 async def play(
     seed: int, tasks: int, compact: Literal["off", "full"], *, listed: bool
 ) -> set[tuple[str, str]]:
-    """Open a disk with leaks and stale autoclear bits, use it and close it; give the edges."""
+    """Use a disk with leaks and autoclear bits, and return the edges between locks."""
     chance = random.Random(seed)
     used = {n: pattern(CLUSTER, n) for n in chance.sample(range(3 * SPAN), 40)}
     content = build_image(CLUSTERS * CLUSTER - 512, used, autoclear=6)
@@ -157,7 +157,7 @@ async def play(
 
 
 async def test_the_order_is_that_of_the_page() -> None:
-    """No task asks for a lock while it holds one that comes later, or the same one."""
+    """No task asks for a lock while it holds the same or a later one of the page."""
     order = documented()
     edges: set[tuple[str, str]] = set()
     for seed, tasks in enumerate((0, 0, 1, 6)):
@@ -173,7 +173,7 @@ async def test_the_order_is_that_of_the_page() -> None:
 
 
 async def test_a_wrong_order_is_found() -> None:
-    """The watch itself sees what a task holds."""
+    """The watch detects a wrong order."""
     watch, one, two = Watch(), trio.Lock(), trio.Lock()
     first, second = WatchedLock(watch, "one", one), WatchedLock(watch, "two", two)
     async with second, first:

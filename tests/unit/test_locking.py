@@ -1,4 +1,4 @@
-"""The image locks on their own: who excludes whom, and what is left behind."""
+"""The image locks: which openers exclude each other, and how a conflict is reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def locked_bytes(fd: int) -> set[int]:
 def test_bytes_are_those_of_the_protocol(
     opened: Callable[[], int], mode: LockMode, expected: set[int]
 ) -> None:
-    """Each mode holds exactly the bytes that the protocol names."""
+    """Each mode locks exactly the bytes of QEMU's protocol."""
     fd = opened()
     lock_image(fd, mode, "image")
     assert locked_bytes(fd) == expected
@@ -65,7 +65,7 @@ def test_bytes_are_those_of_the_protocol(
 @pytest.mark.parametrize("second", LockMode)
 @pytest.mark.parametrize("first", LockMode)
 def test_who_excludes_whom(opened: Callable[[], int], first: LockMode, second: LockMode) -> None:
-    """Two opens in one process exclude each other just as two processes do."""
+    """Two opens in one process exclude each other like two processes."""
     lock_image(opened(), first, "image")
     fd = opened()
     readers = {LockMode.READ, LockMode.BASE, LockMode.SHARE}
@@ -79,7 +79,7 @@ def test_who_excludes_whom(opened: Callable[[], int], first: LockMode, second: L
 
 
 def test_closing_lets_the_next_one_in(opened: Callable[[], int], tmp_path: Path) -> None:
-    """The locks end with the last descriptor of the open file description, not before."""
+    """A lock ends with the last descriptor of its open file description."""
     fd = os.open(tmp_path / "image", os.O_RDWR)
     copy = os.dup(fd)
     lock_image(fd, LockMode.WRITE, "image")
@@ -93,7 +93,7 @@ def test_closing_lets_the_next_one_in(opened: Callable[[], int], tmp_path: Path)
 
 
 def test_message_is_one_line_with_file_lock_and_holder(opened: Callable[[], int]) -> None:
-    """The message names the file, the lock as QEMU does, and the process."""
+    """A conflict is one line with the file, the lock as in QEMU, and the process."""
     lock_image(opened(), LockMode.WRITE, "image")
     command = Path("/proc/self/comm").read_text(encoding="utf-8").strip()
     with pytest.raises(ImageInUseError) as caught:
@@ -104,7 +104,7 @@ def test_message_is_one_line_with_file_lock_and_holder(opened: Callable[[], int]
 
 
 def test_reopened_descriptor_is_another_opener(opened: Callable[[], int]) -> None:
-    """Opening /proc/self/fd/N makes a new open file description, which shares no locks."""
+    """A reopened /proc/self/fd/N is another opener, and conflicts."""
     fd = opened()
     lock_image(fd, LockMode.WRITE, "image")
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
@@ -116,7 +116,7 @@ def test_reopened_descriptor_is_another_opener(opened: Callable[[], int]) -> Non
 
 
 def test_posix_lock_is_found_too(opened: Callable[[], int]) -> None:
-    """A classic POSIX lock, which a kernel without OFD locks would leave us, excludes as well."""
+    """A POSIX lock of another process is a conflict."""
     writer = opened()
     fcntl.lockf(writer, fcntl.LOCK_SH, 1, 101)
     with pytest.raises(ImageInUseError, match=rf"\(pid {os.getpid()}\)"):
@@ -124,7 +124,7 @@ def test_posix_lock_is_found_too(opened: Callable[[], int]) -> None:
 
 
 def test_exclusive_lock_of_a_stranger_is_a_conflict(opened: Callable[[], int]) -> None:
-    """A write lock over one of our bytes, which QEMU never takes, is reported, not waited for."""
+    """A foreign write lock over the locked bytes is reported without waiting."""
     flock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     fcntl.fcntl(opened(), fcntl.F_OFD_SETLK, flock)
     fd = opened()
@@ -141,7 +141,7 @@ def test_file_system_without_locks_gets_a_warning(
     caplog: pytest.LogCaptureFixture,
     number: int,
 ) -> None:
-    """Where byte locks do not exist the image is used without, and the log says so once."""
+    """On a file system without byte locks the image opens, with one warning."""
 
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -157,7 +157,7 @@ def test_file_system_without_locks_gets_a_warning(
 def test_other_failures_are_the_host_s(
     opened: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that says nothing about locks is reported as it is."""
+    """Other errors of the lock call raise a HostError."""
 
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -169,7 +169,7 @@ def test_other_failures_are_the_host_s(
 
 
 def test_no_conflict_no_scan(opened: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other processes are looked at only when there is a conflict to explain."""
+    """Other processes are searched only after a conflict."""
 
     def scan(*_: object) -> list[object]:
         pytest.fail("scanned without a conflict")

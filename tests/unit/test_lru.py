@@ -1,4 +1,4 @@
-"""The cache keeps what was used last, within its budget."""
+"""The LRU cache keeps the values used last, within its budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cache(budget: int, pinned: set[bytes] | None = None) -> LRU[int, bytes]:
 
 
 def test_least_recently_used_goes_first() -> None:
-    """Looking a value up saves it; the one not looked at makes room."""
+    """The value that was not looked up is evicted first."""
     lru = cache(2)
     lru.put(1, b"a")
     lru.put(2, b"b")
@@ -39,7 +39,7 @@ def test_statistics_count_items_bytes_and_evictions() -> None:
 
 
 def test_pinned_values_stay_and_leave_later() -> None:
-    """Pinned values may exceed the budget; they go at the first put after they are free."""
+    """Pinned values may exceed the budget, and are evicted at the first put after unpinning."""
     pinned = {b"aaaa", b"bbbb"}
     lru = cache(4, pinned)
     lru.put(1, b"aaaa")
@@ -51,7 +51,7 @@ def test_pinned_values_stay_and_leave_later() -> None:
 
 
 def test_newest_value_stays_although_it_is_too_large() -> None:
-    """What was just put in is there for whoever put it in, however large."""
+    """The newest value stays in the cache, even if it alone exceeds the budget."""
     lru = cache(1)
     lru.put(1, b"larger than the budget")
     assert lru.get(1) == b"larger than the budget"
@@ -60,7 +60,7 @@ def test_newest_value_stays_although_it_is_too_large() -> None:
 
 
 def test_replacing_a_value_counts_it_once() -> None:
-    """A second value under a key takes the first one's place and weight."""
+    """A new value under a key replaces the weight of the old one."""
     lru = cache(10)
     lru.put(1, b"123")
     lru.put(1, b"12345")
@@ -73,7 +73,7 @@ def test_replacing_a_value_counts_it_once() -> None:
     st.lists(st.tuples(st.booleans(), st.integers(0, 8), st.binary(min_size=1, max_size=6))),
 )
 def test_agrees_with_a_plain_model(budget: int, steps: list[tuple[bool, int, bytes]]) -> None:
-    """Whatever is put and looked up, the cache holds what the rule says."""
+    """After any operations the cache holds the same values as a plain model."""
     lru = cache(budget)
     model: OrderedDict[int, bytes] = OrderedDict()
     for is_put, key, value in steps:
