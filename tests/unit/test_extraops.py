@@ -238,7 +238,7 @@ def test_an_answer_that_is_none_leaves_the_request_open(
 
 
 def test_a_handler_that_fails(wire: Wire, complaints: list[str]) -> None:
-    """After an exception in the handler the kernel gets EIO and sys.unraisablehook the error."""
+    """After an exception in the handler the kernel gets EINTR and sys.unraisablehook is called."""
 
     def fail(*_about: object) -> None:
         msg = "no"
@@ -251,7 +251,7 @@ def test_a_handler_that_fails(wire: Wire, complaints: list[str]) -> None:
 
 
 def test_no_handler(wire: Wire, complaints: list[str]) -> None:
-    """Without a handler, before one is set and after it is removed, a request is refused."""
+    """Without a handler, before one is set and after it is removed, a request gets EINTR."""
     extraops._extension.set_handler(None)  # type: ignore[union-attr]
     number = wire.fallocate()
     assert wire.answers == [(number, -errno.EINTR, b"")]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def test_the_heap_is_trimmed_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The heap is trimmed at the first flush and after an interval, if the C library can."""
+    """The heap is trimmed at the first call and after an interval, if the C library can."""
     calls: list[int] = []
     now = 0.0
     monkeypatch.setattr(heaptrimmer, "_malloc_trim", calls.append)
