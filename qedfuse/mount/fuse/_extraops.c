@@ -1,16 +1,16 @@
 /*
- * The two FUSE requests that pyfuse3 does not know: fallocate(2) and lseek(2).
+ * The two FUSE requests that pyfuse3 does not implement: fallocate(2) and lseek(2).
  *
- * pyfuse3 hands libfuse a table of operations in which these two are empty.  This module
- * is loaded with RTLD_GLOBAL before pyfuse3 is, and defines the function by which that
- * table is handed over.  So the call comes here first: the table is copied, the two empty
- * places are filled, and libfuse's own function is called with the copy.  Only libfuse's
- * public interface is used, nothing of pyfuse3's.
+ * pyfuse3 passes libfuse a table of operations (struct fuse_lowlevel_ops) in which these two
+ * are NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines the function
+ * to which pyfuse3 passes that table (symbol interposition).  So this module is called first:
+ * it copies the table, sets the two operations, and calls libfuse's own function with the
+ * copy.  It uses only libfuse's public interface, and nothing of pyfuse3's.
  *
- * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.
- * They make a `Request` of the call, hand it to the handler that Python has set, and
- * return; the request is answered later.  A request is answered exactly once: one that is
- * let go without an answer answers itself, so that the kernel never waits in vain.
+ * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  They
+ * make a `Request` object of the call, pass it to the handler that Python has set, and return;
+ * the request is answered later.  Each request is answered exactly once: one that is freed
+ * without an answer answers itself, so that the kernel does not wait forever.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -26,11 +26,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-static PyObject *handler;        /* what Python has set, or NULL */
-static int in_session;           /* whether there is a session, made by way of us */
-static unsigned long generation; /* of the session; requests of an old one are void */
+static PyObject *handler;        /* the Python function that gets the requests, or NULL */
+static int in_session;           /* whether a session exists that was made by this module */
+static unsigned long generation; /* of the session; requests of an earlier one are invalid */
 
-/* --- one request ------------------------------------------------------------------- */
+/* --- Request objects --------------------------------------------------------------- */
 
 typedef struct {
     PyObject_HEAD
@@ -38,12 +38,13 @@ typedef struct {
     unsigned long generation;
 } Request;
 
+/* Returns the request, which the caller must answer; NULL if that must not be done any more. */
 static fuse_req_t take(Request *self)
 {
     fuse_req_t request = self->request;
 
     self->request = NULL;
-    /* The end of a session frees its requests. */
+    /* libfuse frees all requests of a session with the session. */
     return self->generation == generation ? request : NULL;
 }
 
@@ -85,15 +86,15 @@ static void request_free(PyObject *self)
 }
 
 static PyMethodDef request_methods[] = {
-    {"error", request_error, METH_O, "Answer with an error number; 0 is success."},
-    {"offset", request_offset, METH_O, "Answer lseek(2) with an offset."},
+    {"error", request_error, METH_O, "Answer with an errno; 0 is success."},
+    {"offset", request_offset, METH_O, "Answer lseek(2) with an offset in bytes."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot request_slots[] = {
     {Py_tp_dealloc, request_free},
     {Py_tp_methods, request_methods},
-    {Py_tp_doc, "A request of the kernel, to be answered once."},
+    {Py_tp_doc, "A request of the kernel, which is answered once."},
     {0, NULL},
 };
 
@@ -106,13 +107,13 @@ static PyType_Spec request_spec = {
 
 static PyTypeObject *request_type;
 
-/* Hands a request to Python: handler(request, operation, uid, inode, mode, start, length). */
-static void hand_over(fuse_req_t request, const char *operation, fuse_ino_t inode, int mode,
+/* Calls handler(request, operation, uid, inode, mode, start, length). */
+static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t inode, int mode,
                       off_t start, off_t length)
 {
     PyGILState_STATE state = PyGILState_Ensure();
     Request *self = PyObject_New(Request, request_type);
-    PyObject *answer = NULL;
+    PyObject *result = NULL;
 
     if (self == NULL) {
         fuse_reply_err(request, ENOMEM);
@@ -122,14 +123,14 @@ static void hand_over(fuse_req_t request, const char *operation, fuse_ino_t inod
         if (handler == NULL)
             PyErr_SetString(PyExc_RuntimeError, "no handler is set");
         else
-            answer = PyObject_CallFunction(
+            result = PyObject_CallFunction(
                 handler, "OsIKiLL", self, operation, (unsigned int)fuse_req_ctx(request)->uid,
                 (unsigned long long)inode, mode, (long long)start, (long long)length);
     }
-    if (answer == NULL)
+    if (result == NULL)
         PyErr_WriteUnraisable(handler);
-    Py_XDECREF(answer);
-    Py_XDECREF(self); /* if the handler has not kept it, it answers itself now */
+    Py_XDECREF(result);
+    Py_XDECREF(self); /* if the handler has kept no reference, the request answers itself now */
     PyGILState_Release(state);
 }
 
@@ -137,19 +138,19 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t s
                          struct fuse_file_info *info)
 {
     (void)info;
-    hand_over(request, "fallocate", inode, mode, start, length);
+    call_handler(request, "fallocate", inode, mode, start, length);
 }
 
 static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t start, int whence,
                      struct fuse_file_info *info)
 {
     (void)info;
-    hand_over(request, "lseek", inode, whence, start, 0);
+    call_handler(request, "lseek", inode, whence, start, 0);
 }
 
-/* --- the way in -------------------------------------------------------------------- */
+/* --- interposed functions of libfuse ----------------------------------------------- */
 
-/* Finds a function of libfuse itself, where our own of the same name would be found first. */
+/* Returns a function of libfuse, although this module defines one of the same name; or NULL. */
 static void *in_libfuse(const char *name)
 {
     Dl_info info;
@@ -163,40 +164,43 @@ static void *in_libfuse(const char *name)
     found = dlsym(library, name);
 #ifdef __GLIBC__
     if (found == NULL)
-        found = dlvsym(library, name, "FUSE_3.0"); /* kept for old programs only */
+        found = dlvsym(library, name, "FUSE_3.0"); /* the version for old programs only */
 #endif
-    dlclose(library); /* it stays loaded: we are linked to it */
+    dlclose(library); /* it stays loaded, because this module is linked to it */
     return found;
 }
 
 /*
- * Copies the table that pyfuse3 made, and fills in what is empty.  Either side may have been
- * built for a newer libfuse, and know more operations than the other.
+ * Returns a copy of pyfuse3's table with the two operations set, and its size; NULL if there is
+ * no memory.  pyfuse3 or this module may have been built for a newer libfuse, with a larger
+ * table, than the other.
  */
 static struct fuse_lowlevel_ops *fill_in(const void *theirs, size_t *size)
 {
-    size_t least = sizeof(struct fuse_lowlevel_ops);
-    struct fuse_lowlevel_ops *ours = calloc(1, *size > least ? *size : least);
+    size_t min_size = sizeof(struct fuse_lowlevel_ops);
+    struct fuse_lowlevel_ops *ours = calloc(1, *size > min_size ? *size : min_size);
 
     if (ours == NULL)
         return NULL;
     memcpy(ours, theirs, *size);
-    if (*size < least)
-        *size = least;
-    /* Should pyfuse3 learn them one day, its own handlers count. */
+    if (*size < min_size)
+        *size = min_size;
+    /* A later pyfuse3 may implement them; then its own handlers are used. */
     if (ours->fallocate == NULL)
         ours->fallocate = on_fallocate;
     if (ours->lseek == NULL)
         ours->lseek = on_lseek;
     /*
-     * With this one libfuse takes requests from the kernel by way of a pipe, which costs two
-     * more system calls for each, and saves no copy: pyfuse3 makes bytes of the data anyway.
+     * With write_buf, libfuse reads requests from the kernel through a pipe (splice(2)).  That
+     * costs two more system calls for each and saves no copy, because pyfuse3 copies the data
+     * into a bytes object in any case.
      */
     if (ours->write != NULL)
         ours->write_buf = NULL;
     return ours;
 }
 
+/* Records that a session was made, or could not be made, with a table; returns the session. */
 static void *begin(void *session, struct fuse_lowlevel_ops *ours)
 {
     free(ours); /* libfuse has made a copy */
@@ -206,17 +210,17 @@ static void *begin(void *session, struct fuse_lowlevel_ops *ours)
 }
 
 /*
- * The two functions that we stand in for have names of their own here, because libfuse's
- * headers declare the second one in more than one way, and the first may be a macro.
+ * The two interposed functions have other names in C, because libfuse's headers declare the
+ * second one in different ways, and the first one may be a macro.
  */
-#define STANDS_IN_FOR(name) __asm__(name) __attribute__((visibility("default")))
+#define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))
 
 typedef void *(*make_plain)(void *, const void *, size_t, void *);
 typedef void *(*make_versioned)(void *, const void *, size_t, const void *, void *);
 
-/* What a pyfuse3 calls that was built for libfuse before 3.17. */
+/* Called by a pyfuse3 that was built for libfuse before 3.17. */
 void *new_session(void *args, const void *table, size_t size, void *userdata)
-    STANDS_IN_FOR("fuse_session_new");
+    INTERPOSES("fuse_session_new");
 
 void *new_session(void *args, const void *table, size_t size, void *userdata)
 {
@@ -226,9 +230,9 @@ void *new_session(void *args, const void *table, size_t size, void *userdata)
     return ours == NULL ? NULL : begin(make(args, ours, size, userdata), ours);
 }
 
-/* The same since libfuse 3.17. */
+/* Called by a pyfuse3 that was built for libfuse 3.17 or later. */
 void *new_session_versioned(void *args, const void *table, size_t size, const void *version,
-                            void *userdata) STANDS_IN_FOR("fuse_session_new_versioned");
+                            void *userdata) INTERPOSES("fuse_session_new_versioned");
 
 void *new_session_versioned(void *args, const void *table, size_t size, const void *version,
                             void *userdata)
@@ -265,9 +269,9 @@ static PyObject *end(PyObject *module, PyObject *unused)
 }
 
 static PyMethodDef module_methods[] = {
-    {"set_handler", set_handler, METH_O, "Set who gets the requests, or None."},
-    {"hooked", hooked, METH_NOARGS, "Tell whether libfuse's session was made by way of us."},
-    {"end", end, METH_NOARGS, "Forget the session: requests that are left are void."},
+    {"set_handler", set_handler, METH_O, "Set the function that gets the requests; None for none."},
+    {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
+    {"end", end, METH_NOARGS, "End the session: its open requests become invalid."},
     {NULL, NULL, 0, NULL},
 };
 
