@@ -527,7 +527,7 @@ async def test_a_bug_in_the_compaction_loses_no_data(
 
 
 async def test_tidying_before_the_close() -> None:
-    """Disk.tidy compacts at once, so its result can be reported before the close."""
+    """`Disk.autocompact` compacts before the close, so that its result can be reported."""
     file = MemoryFile(full())
     async with opened(file) as disk:
         await discard_some(disk)
