@@ -1,4 +1,4 @@
-"""Running qedimg in a process of its own, to see how much memory it takes."""
+"""Run qedimg in its own process, to measure its memory and the modules it loads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*words: str | Path) -> tuple[str, int, set[str]]:
     Returns:
         What it printed, the most memory it had in bytes, and the modules it loaded.
     """
-    # The usage that wait4(2) tells would include what this process had before the exec.
+    # The usage that wait4(2) reports would include the memory of this process before the exec.
     command = [sys.executable, "-c", _SCRIPT, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

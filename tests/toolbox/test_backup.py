@@ -1,4 +1,4 @@
-"""What a repair saves beside the image: who may read it, and that it is there for good."""
+"""The backup that a repair saves beside the image: who may read it, and that it is durable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLUSTER = 4096
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Give an image with a wild entry."""
+    """Give an image with a bad entry."""
     content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)}, table_size=2)
     put_entry(content, l2_entry_offset(content, 2), 1 << 40)
     image = tmp_path / "image.qed"
@@ -33,19 +33,19 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def loose() -> Iterator[None]:
-    """Forbid nothing in the modes of new files."""
+def without_umask() -> Iterator[None]:
+    """Set the umask to 0, so that only the program restricts the mode of new files."""
     before = os.umask(0)
     yield
     os.umask(before)
 
 
-@pytest.mark.usefixtures("loose")
+@pytest.mark.usefixtures("without_umask")
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
-def test_who_may_not_read_the_image_may_not_read_the_backup(
+def test_the_backup_has_the_mode_of_the_image(
     mode: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has the image's mode and owner, and less at the moment in which it is made."""
+    """The backup is created with mode 0600 and then gets the image's mode and owner."""
     path.chmod(mode)
     first: list[int] = []
     real = module.copy_owner_and_mode
@@ -62,10 +62,10 @@ def test_who_may_not_read_the_image_may_not_read_the_backup(
     assert first == [0o600]
 
 
-def test_a_group_that_it_cannot_have_gets_no_access(
+def test_the_group_gets_no_access_if_it_cannot_be_set(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the owner cannot be set, the group's bits would be for another group."""
+    """If the owner cannot be set, the group's permission bits are cleared: the group is another."""
     made = path.with_name("made")
     path.chmod(0o660)
 
@@ -80,7 +80,7 @@ def test_a_group_that_it_cannot_have_gets_no_access(
     assert made.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_name_that_leads_elsewhere_is_not_followed(path: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_not_followed(path: Path, tmp_path: Path) -> None:
     """A symbolic link in the backup's place is a name that is taken."""
     target = tmp_path / "elsewhere"
     path.with_name("image.qed.before-repair").symlink_to(target)
@@ -89,8 +89,8 @@ def test_a_name_that_leads_elsewhere_is_not_followed(path: Path, tmp_path: Path)
     assert path.with_name("image.qed.before-repair.2").stat().st_size
 
 
-def test_its_name_is_durable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both the file and its directory are synced."""
+def test_the_name_of_the_backup_is_durable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both the backup and its directory are synced."""
     synced: list[str] = []
     real = os.fsync
 
@@ -104,10 +104,10 @@ def test_its_name_is_durable(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"{path}.before-repair" in synced
 
 
-def test_what_cannot_be_saved_is_not_changed(
+def test_without_a_backup_nothing_is_changed(
     tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line, code 1, and not a byte of the image: its name leaves no room for another."""
+    """If the backup cannot be created, one line says so and the image does not change."""
     long = path.rename(tmp_path / f"{'x' * 245}.qed")
     before = long.read_bytes()
     assert main(["check", "-r", "all", str(long)]) == 1
@@ -122,7 +122,7 @@ def test_what_cannot_be_saved_is_not_changed(
 def test_a_backup_that_fails_half_way_is_removed(
     action: str, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether in a write or in an fsync: nothing has been changed, and nothing is left."""
+    """A backup whose write or fsync fails is removed, and the image does not change."""
     before = path.read_bytes()
 
     def fail(*_: object) -> None:
@@ -137,10 +137,10 @@ def test_a_backup_that_fails_half_way_is_removed(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_all_is_saved_before_anything_is_changed(
+def test_the_backup_is_complete_before_the_first_change(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first write to the image the backup is complete and durable, its name as well."""
+    """At the first write to the image the backup is complete and durable, and so is its name."""
     backup = path.with_name("image.qed.before-repair")
     synced: list[str] = []
     seen: list[tuple[bytes, list[str]]] = []

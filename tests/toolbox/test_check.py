@@ -1,4 +1,4 @@
-"""``qedimg check`` beside ``qemu-img check``, and what it leaves of a damaged image."""
+"""``qedimg check`` compared with ``qemu-img check``, and what it leaves of a damaged image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ QEMU_KEYS: Final = (
 
 
 def check(path: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
-    """Run the command with JSON; give its exit code and what it printed."""
+    """Run the command with JSON; give its exit code and its output."""
     code = main(["check", "--output", "json", *arguments, str(path)])
     said = capsys.readouterr()
     assert said.err == ""
@@ -53,12 +53,12 @@ def check(path: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tu
 
 
 def digest(path: Path) -> str:
-    """Sum up a file, its length included."""
+    """Return the hash of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def random_image(path: Path, chance: random.Random) -> Header:
-    """Have QEMU write an image of any geometry, with some clusters here and there.
+    """Let QEMU write an image of any geometry, with a few clusters at random places.
 
     QEMU opens no image whose tables have one cluster.
     """
@@ -83,7 +83,7 @@ def header(path: Path) -> Header:
 
 
 def entries(path: Path, table: int, count: int) -> list[tuple[int, int]]:
-    """List the entries of a table that are in use: their places in the file, and values."""
+    """List the entries of a table that are in use: their offsets in the file, and their values."""
     with path.open("rb") as file:
         file.seek(table)
         raw = file.read(8 * count)
@@ -99,7 +99,7 @@ def set_entry(path: Path, place: int, value: int) -> None:
 
 
 def damage(path: Path, chance: random.Random) -> None:
-    """Do something to an image that both programs see in the same way."""
+    """Damage an image in ways that both programs see alike."""
     head = header(path)
     count = head.geometry.entries
     tables = entries(path, head.l1_table_offset, count)
@@ -123,8 +123,10 @@ def damage(path: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_the_same_as_qemu(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any geometry, any damage: JSON field by field and the exit code; then repair and leaks."""
+def test_findings_and_repairs_agree_with_qemu(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON and exit code are QEMU's for any damage, and QEMU finds nothing after the repair."""
     chance = random.Random(seed)
     path = tmp_path / "image.qed"
     random_image(path, chance)
@@ -159,13 +161,13 @@ def test_the_same_as_qemu(seed: int, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_glance_says_the_same_as_the_check(
+def test_the_fast_check_agrees_with_the_check(
     seed: int,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the extension finds sound comes out as from the walk; it is there, and is used."""
+    """The fast check takes sound images, and its output is that of the check."""
     chance = random.Random(1000 + seed)
     path = tmp_path / "image.qed"
     random_image(path, chance)
@@ -178,8 +180,8 @@ def test_a_glance_says_the_same_as_the_check(
 
 
 @pytest.mark.parametrize("row", ["appended", "odd", "table-twice", "table-wild", "past-end"])
-def test_a_glance_does_not_judge(row: str, tmp_path: Path) -> None:
-    """Whatever is not plainly sound is left to the check."""
+def test_the_fast_check_leaves_doubtful_images_to_the_check(row: str, tmp_path: Path) -> None:
+    """The fast check gives up at anything that is not certainly sound."""
     path = tmp_path / "image.qed"
     content = build_image(40 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(9)})
     path.write_bytes(content)
@@ -198,8 +200,10 @@ def test_a_glance_does_not_judge(row: str, tmp_path: Path) -> None:
     assert fast_check(str(path)) is None
 
 
-def test_leaks_are_given_back_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file gets as short as it can be, QEMU agrees, and nothing else has changed."""
+def test_leaks_are_given_back_to_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a repair of leaks the file is as short as possible, and nothing else has changed."""
     path = tmp_path / "image.qed"
     content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(20)}, table_size=2)
     for number in (3, 4, 11):
@@ -218,7 +222,7 @@ def test_leaks_are_given_back_for_real(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_leaks_of_a_damaged_image_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What seems to be leaked may be what a bad entry was meant for."""
+    """Leaks of a damaged image are kept: a bad entry may have been meant for one of them."""
     path = tmp_path / "image.qed"
     content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)})
     put_entry(content, l2_entry_offset(content, 2), 1 << 40)
@@ -230,10 +234,10 @@ def test_leaks_of_a_damaged_image_stay(tmp_path: Path, capsys: pytest.CaptureFix
     assert "leaked space is not freed while there is damage" in capsys.readouterr().out
 
 
-def test_a_repair_keeps_the_old_tables_and_says_what_is_lost(
+def test_a_repair_saves_the_tables_and_reports_what_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the words for people; the backup has the bytes that were there."""
+    """A repair prints the lost ranges and the backup, which holds the old bytes of the tables."""
     path = tmp_path / "image.qed"
     content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)}, table_size=2)
     place = l2_entry_offset(content, 2)
@@ -260,10 +264,10 @@ def test_a_repair_keeps_the_old_tables_and_says_what_is_lost(
     assert capsys.readouterr().out == ""
 
 
-def test_a_small_file_does_not_fill_the_host(
+def test_a_repair_that_takes_much_space_needs_force(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A table for each bad entry of a hostile overlay is refused, in one line, unless forced."""
+    """A hostile overlay that needs a table for each bad entry is refused unless forced."""
     path = tmp_path / "image.qed"
     head = Header(65536, 4, 1, 1, 0, 0, 65536, 1 << 46, 64, 4)
     with path.open("wb") as file:
@@ -271,7 +275,7 @@ def test_a_small_file_does_not_fill_the_host(
         file.write(build_header(head) + b"base")
         file.seek(head.l1_table_offset)
         file.write((1 << 50 | 1).to_bytes(8, "little") * 300)
-        # One that is right: an image without any would be refused for that.
+        # One valid entry: without any, the image would be refused for that reason.
         file.write(head.l1_end.to_bytes(8, "little"))
         file.seek(head.l1_end)
         file.write((head.l1_end + 4 * 65536).to_bytes(8, "little"))
@@ -291,10 +295,10 @@ def test_a_small_file_does_not_fill_the_host(
     assert qemu.check(path).code == 0
 
 
-def test_a_file_that_cannot_grow_any_more(
+def test_a_repair_past_the_largest_file_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the repaired file would be longer than a file can be: one line, nothing changed."""
+    """If the repaired file would exceed the largest size, one line says so and nothing changes."""
     path = tmp_path / "image.qed"
     content = build_image(64 * CLUSTER, {0: b"a", 1: b"b"}, table_size=16)
     length = len(content)
@@ -314,7 +318,7 @@ def test_a_file_that_cannot_grow_any_more(
 def test_an_interrupted_repair_is_no_worse(
     moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cancelled at any write: what could be read still can, and a second repair ends well."""
+    """A repair cancelled at any write loses nothing that was readable, and can be repeated."""
     path = tmp_path / "image.qed"
     numbers = [*range(12), 600]
     content = build_image(2 << 21, {n: pattern(CLUSTER, n) for n in numbers})
@@ -360,7 +364,7 @@ def test_an_interrupted_repair_is_no_worse(
 
 
 def test_ctrl_c_during_a_check_changes_nothing(tmp_path: Path) -> None:
-    """The process ends with 130, without a word about it, and the image is as it was."""
+    """SIGINT during a check exits with 130 without a traceback, and the image does not change."""
     path = tmp_path / "image.qed"
     content = build_image(1 << 20, {0: b"a", 1: 1 << 40})
     path.write_bytes(content)
@@ -403,7 +407,7 @@ def test_mistakes_get_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not completed: code 1, as qemu-img's."""
+    """A usage error prints one line and exits with 1, as qemu-img does."""
     monkeypatch.chdir(tmp_path)
     qemu.create("image.qed", 1 << 20)
     (tmp_path / "text").write_text("no image" * 20, encoding="utf-8")
@@ -414,7 +418,7 @@ def test_mistakes_get_one_line(
 
 
 def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image in use is checked only with -U, and never repaired."""
+    """An image in use is checked only with -U and never repaired."""
     path = tmp_path / "image.qed"
     qemu.create(path, 1 << 20)
     with qemu.hold(path):
@@ -431,7 +435,7 @@ def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_an_overlay_is_checked_without_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A name in a header opens nothing, in a check as in a repair."""
+    """Neither a check nor a repair opens the backing file."""
     path = tmp_path / "image.qed"
     content = build_image(64 * CLUSTER, {0: b"a", 1: 2}, table_size=2, backing=b"/dev/zero")
     path.write_bytes(content)
@@ -440,10 +444,10 @@ def test_an_overlay_is_checked_without_its_base(
     assert get_entry(path.read_bytes(), l2_entry_offset(content, 1)) == ZERO
 
 
-def test_a_host_without_room_for_the_copies(
+def test_a_host_without_space_for_copies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is changed, and nothing of the little room there is taken."""
+    """A repair that needs more space than the host has is refused before any change."""
     place = tmp_path / "host"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", place], check=True)

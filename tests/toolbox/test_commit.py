@@ -1,4 +1,4 @@
-"""``qedimg commit``: the overlay's data in its base, beside qemu-img."""
+"""``qedimg commit``: the overlay's data in its base, compared with qemu-img."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ CLUSTER = 4096
 
 
 def draw(directory: Path, chance: random.Random) -> tuple[Path, Path]:
-    """Make an overlay over a chain; give it and its base."""
+    """Make an overlay over a random chain; give it and its base."""
     base = draw_chain(directory, chance, "base", chance.randrange(1, 4))
     return draw_image(directory / "top.qed", chance, base), base
 
 
-def sound(path: Path) -> bool:
-    """Tell whether QEMU finds no error; what zeros have freed in a base it counts as leaks."""
+def is_sound(path: Path) -> bool:
+    """Return whether QEMU finds no error; clusters freed by zeros are leaks for it."""
     return kind(path) == "raw" or qemu.check(path).code in {0, 3}
 
 
 def committed(top: bytes, base: bytes) -> bytes:
-    """Tell what a base has to hold afterwards."""
+    """Return the expected content of a base after the commit."""
     return top + base[len(top) :]
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_into_the_base(seed: int, tmp_path: Path) -> None:
-    """The base holds what the overlay showed, as QEMU's does; the overlay holds nothing."""
+def test_commit_into_the_base(seed: int, tmp_path: Path) -> None:
+    """The base holds what the overlay showed, as with QEMU, and the overlay is empty."""
     chance = random.Random(seed)
     place = tmp_path / "place"
     place.mkdir()
@@ -56,9 +56,9 @@ def test_into_the_base(seed: int, tmp_path: Path) -> None:
     assert content(base) == expected
     assert content(top) == before
     assert qemu.check(top).code == 0
-    assert sound(base)
+    assert is_sound(base)
     if kind(base) == "qed":
-        # What zeros have freed has been filled.
+        # Clusters that zeros freed were filled by compaction.
         assert qemu.check(base).code == 0
     header = header_of(top.read_bytes())
     assert top.stat().st_size == header.l1_end
@@ -70,33 +70,35 @@ def test_into_the_base(seed: int, tmp_path: Path) -> None:
     words = ("qemu-img", "commit", "-q", "-f", "qed", theirs / "top.qed")
     done = qemu.run(*words, codes=(0, 1))
     if done.returncode:
-        # It cannot give an image that has a base itself a larger size.
+        # QEMU cannot grow an image that has a base itself.
         assert "Operation not supported" in done.stderr
         assert len(before) > len(under)
         assert qemu.info(base).get("backing-filename")
     else:
         found = qemu.content(theirs / base.name, image_format=kind(base))
         assert_like_qemus(found, expected, under, has_base="backing-filename" in qemu.info(base))
-    # It may be done again, and there is nothing left to do.
+    # A second commit has nothing left to do.
     image = base.read_bytes()
     assert main(["commit", "-q", str(top)]) == 0
     assert base.read_bytes() == image
 
 
 @pytest.mark.parametrize("seed", range(100, 106))
-def test_the_overlay_may_be_kept(seed: int, tmp_path: Path) -> None:
-    """With -d it keeps every byte."""
+def test_keep_the_overlay(seed: int, tmp_path: Path) -> None:
+    """With -d the overlay keeps every byte."""
     top, base = draw(tmp_path, random.Random(seed))
     image, expected = top.read_bytes(), committed(content(top), content(base))
     assert main(["commit", "-d", "-q", str(top)]) == 0
     assert top.read_bytes() == image
     assert content(base) == expected
     assert content(top) == expected[: len(content(top))]
-    assert sound(base)
+    assert is_sound(base)
 
 
-def test_zeros_free_what_the_base_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Zero clusters become free space in the base, or zero clusters that hide what is below."""
+def test_zeros_free_clusters_of_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Zero clusters free the base's clusters, or become zero clusters that hide its base."""
     size, some = 64 * CLUSTER, dict.fromkeys(range(64), b"lowest")
     (tmp_path / "low.qed").write_bytes(build_image(size, some, table_size=2))
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
@@ -124,7 +126,7 @@ def test_zeros_free_what_the_base_has(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_zeros_are_holes_in_a_raw_base(tmp_path: Path) -> None:
-    """A raw base gives their space back, and grows without writing zeros."""
+    """Zeros become holes in a raw base, also where it grows."""
     base, top = tmp_path / "base.raw", tmp_path / "top.qed"
     base.write_bytes(b"b" * (1 << 20))
     qemu.create(top, 64 << 20, backing="base.raw", backing_format="raw")
@@ -138,8 +140,8 @@ def test_zeros_are_holes_in_a_raw_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.expect_log("refuses")
-def test_a_host_that_refuses(seed: int, tmp_path: Path, *, lasting: bool) -> None:
-    """Whichever change of a file fails, the overlay reads as before; a second try ends it."""
+def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -> None:
+    """Whichever change of a file fails, the overlay reads as before; a second commit succeeds."""
     chance = random.Random(2000 + seed)
     place, original = tmp_path / "place", tmp_path / "original"
     original.mkdir()
@@ -164,11 +166,11 @@ def test_a_host_that_refuses(seed: int, tmp_path: Path, *, lasting: bool) -> Non
                 refused += 1
         assert qemu.content(place / "top.qed") == before, when
         assert qemu.check(place / "top.qed").errors == 0, when
-        assert sound(place / base.name), when
+        assert is_sound(place / base.name), when
         trio.run(work)
         assert qemu.content(place / "top.qed") == before, when
         assert qemu.content(place / base.name, image_format=kind(base)) == expected, when
-        assert sound(place / base.name), when
+        assert is_sound(place / base.name), when
     assert refused
 
 
@@ -199,13 +201,13 @@ def test_the_base_is_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ours = [step for step in steps[:emptied] if step[0] == base.name]
         late = [step for step in steps[emptied:] if step[0] == base.name]
         synced = max(at for at, step in enumerate(ours) if step[1] == "datasync")
-        # What a crash may lose of the base is space that goes back to the host.
+        # After that sync the base only returns space, which a crash may lose.
         assert {what for _, what in ours[synced + 1 :]} <= {"punch", "truncate", "header"}
         assert {what for _, what in late} <= {"punch", "truncate", "header", "datasync"}
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line and a code each, and no file changes."""
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each refusal is one line with its exit code, and no file changes."""
     base, top, alone = tmp_path / "base.qed", tmp_path / "top.qed", tmp_path / "alone.qed"
     qemu.create(base, 1 << 20)
     qemu.create(top, 1 << 20, backing="base.qed")
@@ -234,8 +236,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     refused(top, code=17, text="No such file")
 
 
-def test_where_bases_may_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file outside the image's directory is only written to if the user allows it."""
+def test_a_base_outside_the_directory_needs_permission(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base outside the image's directory is written to only if the user allows it."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -253,7 +257,7 @@ def test_where_bases_may_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.expect_log("found table entries that point to nowhere")
 def test_a_damaged_overlay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bad entry is told, and nothing is taken out of the overlay."""
+    """A bad entry is reported, and the overlay keeps everything."""
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
     qemu.create(base, 1 << 20, cluster_size=CLUSTER, table_size=2)
     image = build_image(1 << 20, {0: b"x", 9: 3 * CLUSTER + 1}, table_size=2, backing=b"base.qed")

@@ -1,4 +1,4 @@
-"""``qedimg commit -b``: into a lower file of the chain, beside qemu-img."""
+"""``qedimg commit -b``: into a lower file of the chain, compared with qemu-img."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def below(directory: Path) -> list[Path]:
 
 @pytest.mark.parametrize("seed", range(200, 205))
 def test_the_base_holds_what_the_top_shows(seed: int, tmp_path: Path) -> None:
-    """As with qemu-img, the top image is kept, and shows over its chain what it showed."""
+    """The base holds what the top image showed, as with qemu-img, and the top image is kept."""
     chance = random.Random(seed)
     place = tmp_path / "place"
     place.mkdir()
@@ -55,7 +55,7 @@ def test_the_base_holds_what_the_top_shows(seed: int, tmp_path: Path) -> None:
         "qemu-img", "commit", "-q", "-f", "qed", "-b", base.name, theirs / "top.qed", codes=(0, 1)
     )
     if done.returncode:
-        # It cannot give an image that has a base itself a larger size.
+        # QEMU cannot grow an image that has a base itself.
         assert "Operation not supported" in done.stderr
         assert len(shown) > len(under)
         assert qemu.info(base).get("backing-filename")
@@ -66,7 +66,7 @@ def test_the_base_holds_what_the_top_shows(seed: int, tmp_path: Path) -> None:
 
 
 def make_chain(directory: Path) -> Path:
-    """Make a chain of three images, each of which has clusters of its own; give the top."""
+    """Make a chain of three images, each with its own clusters; give the top."""
     size = 64 * CLUSTER
     (directory / "low.qed").write_bytes(
         build_image(size, dict.fromkeys(range(32), b"low"), table_size=2)
@@ -84,7 +84,7 @@ def make_chain(directory: Path) -> Path:
 def test_names_of_the_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As qemu-img takes them, from the working directory, and by a link; others are refused."""
+    """A base of the chain is found by relative, absolute and linked names; others are refused."""
     make_chain(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.qed").symlink_to("low.qed")
@@ -103,7 +103,7 @@ def test_names_of_the_base(
         )
     assert main(["commit", "-b", "low.qed", "low.qed"]) == 17
     assert "expected one of: none" in capsys.readouterr().err
-    # The next one is not emptied into either.
+    # A commit into the next image keeps the overlay too.
     before = (tmp_path / "top.qed").read_bytes()
     assert main(["commit", "-b", "middle.qed", "top.qed"]) == 0
     assert "between" not in capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_names_of_the_base(
 
 @pytest.mark.parametrize("held", ["top.qed", "middle.qed", "low.qed"])
 def test_files_in_use(tmp_path: Path, held: str) -> None:
-    """A file of the chain that another program writes to is a reason to refuse."""
+    """A file of the chain that another program writes is a reason to refuse."""
     top = make_chain(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     file = PosixFile.open(str(tmp_path / held), writable=True)
@@ -127,8 +127,8 @@ def test_files_in_use(tmp_path: Path, held: str) -> None:
 
 @pytest.mark.expect_log("refuses")
 @pytest.mark.expect_log("was not closed cleanly")
-def test_a_host_that_refuses(tmp_path: Path) -> None:
-    """Wherever it stops, the top shows what it showed, and the same command finishes it."""
+def test_failing_changes_of_files(tmp_path: Path) -> None:
+    """Whichever change of a file fails, the top reads as before, and a second commit succeeds."""
     original, place = tmp_path / "original", tmp_path / "place"
     original.mkdir()
     shown = content(make_chain(original))

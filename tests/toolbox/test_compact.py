@@ -1,4 +1,4 @@
-"""``qedimg compact``: no free cluster, and what it says about it."""
+"""``qedimg compact``: no cluster is free afterwards, and the report says what it did."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def holey(path: Path, chance: random.Random, backing: str | None = None) -> None:
-    """Have QEMU write an image, and free some of its clusters."""
+def image_with_free_clusters(path: Path, chance: random.Random, backing: str | None = None) -> None:
+    """Let QEMU write an image, and free some of its clusters."""
     cluster_size, table_size = 1 << chance.randrange(12, 18), 1 << chance.randrange(1, 5)
     qemu.create(path, 8 << 20, cluster_size=cluster_size, table_size=table_size)
     for _ in range(6):
         qemu.io(path, f"write -P {chance.randrange(1, 256)} {chance.randrange(7 << 20)} 1M")
-    # Large enough for whole clusters, and small enough to leave some.
+    # Large enough for whole clusters, and small enough to leave some data.
     qemu.io(path, "write -z -u 2M 1M", "write -z -u 5M 512K")
     if backing is not None:
         qemu.run("qemu-img", "rebase", "-u", "-f", "qed", "-b", backing, "-F", "raw", path)
@@ -32,9 +32,9 @@ def holey(path: Path, chance: random.Random, backing: str | None = None) -> None
 def test_no_cluster_is_free_afterwards(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """QEMU finds no leak; the content is as before, and the file has what it says."""
+    """QEMU finds no leak afterwards, the content is the same, and the reported sizes are right."""
     path = tmp_path / "disk.qed"
-    holey(path, random.Random(seed))
+    image_with_free_clusters(path, random.Random(seed))
     with path.open("ab") as file:
         file.write(bytes(qemu.info(path)["cluster-size"] * 3))
     content, before = qemu.content(path), path.stat().st_size
@@ -52,9 +52,9 @@ def test_no_cluster_is_free_afterwards(
 
 
 def test_the_base_is_not_needed(tmp_path: Path) -> None:
-    """An overlay is compacted wherever its base is; zero clusters stay zero clusters."""
+    """An overlay is compacted without its base, and its zero clusters stay."""
     path = tmp_path / "top.qed"
-    holey(path, random.Random(9), backing="/nowhere/base")
+    image_with_free_clusters(path, random.Random(9), backing="/nowhere/base")
     assert main(["compact", "-q", str(path)]) == 0
     (tmp_path / "base").write_bytes(b"b" * (8 << 20))
     qemu.run("qemu-img", "rebase", "-u", "-f", "qed", "-b", "base", "-F", "raw", path)
@@ -64,8 +64,8 @@ def test_the_base_is_not_needed(tmp_path: Path) -> None:
 
 @pytest.mark.expect_log("references to clusters that have another owner")
 @pytest.mark.expect_log("not compacted: the image needs a check")
-def test_damage_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image with damaged tables is no success, and is not changed."""
+def test_damage_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image with damaged tables is refused and not changed."""
     path = tmp_path / "disk.qed"
     content = build_image(1 << 20, dict.fromkeys(range(9), b"x"), table_size=2)
     put_entry(content, l2_entry_offset(content, 3), get_entry(content, l2_entry_offset(content, 4)))
@@ -77,8 +77,8 @@ def test_damage_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["compact", "-q", str(path)]) == 0
 
 
-def test_what_cannot_be_compacted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image in use, and a file that is none: one line each."""
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image in use and a file that is no image are refused with one line each."""
     path = tmp_path / "disk.qed"
     qemu.create(path, 1 << 20)
     with qemu.hold(path):

@@ -1,4 +1,4 @@
-"""``qedimg compare`` beside qemu-img, and what it says of mistakes."""
+"""``qedimg compare`` compared with qemu-img, and its messages for mistakes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Captured = pytest.CaptureFixture[str]
 
 
-def peer(*words: object) -> tuple[int, str]:
-    """Have QEMU compare two disks: its exit code and what it says."""
+def by_qemu(*words: object) -> tuple[int, str]:
+    """Let QEMU compare two disks; give its exit code and output."""
     done = subprocess.run(
         ["qemu-img", "compare", *map(str, words)], capture_output=True, text=True, check=False
     )
@@ -31,26 +31,26 @@ def peer(*words: object) -> tuple[int, str]:
 
 
 def ours(capsys: Captured, *words: object) -> tuple[int, str]:
-    """Compare two disks."""
+    """Compare two disks; give the exit code and the output."""
     code = main(["compare", *map(str, words)])
     return code, capsys.readouterr().out
 
 
 def first_difference(one: bytes, other: bytes) -> int | None:
-    """Find the first byte that differs; past the end there are zeros."""
+    """Return the offset of the first byte that differs; a shorter disk continues with zeros."""
     size = max(len(one), len(other))
     one, other = one.ljust(size, b"\0"), other.ljust(size, b"\0")
     return next((at for at in range(size) if one[at] != other[at]), None) if one != other else None
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_what_is_said_of_two_disks(seed: int, tmp_path: Path, capsys: Captured) -> None:
-    """The same as QEMU says, but for the offset: ours is the byte's, not its sector's."""
+def test_output_agrees_with_qemu(seed: int, tmp_path: Path, capsys: Captured) -> None:
+    """Output and exit code are QEMU's, except that the offset is the byte's, not the sector's."""
     chance = random.Random(seed)
     one = draw_chain(tmp_path, chance, "one", chance.randrange(1, 4))
     bytes_of_one = content(one)
     if chance.random() < 0.7:
-        # The same content, put elsewhere, and perhaps changed in one place or made longer.
+        # The same content in another layout, perhaps changed in one byte or made longer.
         other = tmp_path / "other.raw"
         changed = bytearray(bytes_of_one)
         if chance.random() < 0.6:
@@ -68,7 +68,7 @@ def test_what_is_said_of_two_disks(seed: int, tmp_path: Path, capsys: Captured) 
         other = draw(tmp_path / f"other.{suffix}", chance)
     formats = ["-f", kind(one), "-F", kind(other)]
     found = ours(capsys, *formats, one, other)
-    expected = peer(*formats, one, other)
+    expected = by_qemu(*formats, one, other)
     assert found[0] == expected[0]
     where = first_difference(bytes_of_one, content(other))
     assert re.sub(r"\d+", "N", found[1]) == re.sub(r"\d+", "N", expected[1])
@@ -84,7 +84,7 @@ def test_what_is_said_of_two_disks(seed: int, tmp_path: Path, capsys: Captured) 
 
 
 def test_strict(tmp_path: Path, capsys: Captured) -> None:
-    """The size counts, and whether there is data or a hole."""
+    """With -s the size counts, and whether a range is data or a hole."""
     one, other = tmp_path / "one.qed", tmp_path / "other.qed"
     one.write_bytes(build_image(1 << 20, {3: bytes(4096), 5: b"x"}))
     other.write_bytes(build_image(1 << 20, {5: b"x"}))
@@ -104,8 +104,8 @@ def test_strict(tmp_path: Path, capsys: Captured) -> None:
     )
 
 
-def test_an_overlay_that_holds_nothing_is_like_its_base(tmp_path: Path, capsys: Captured) -> None:
-    """What is not there in the base shows as zeros through the overlay."""
+def test_an_empty_overlay_equals_its_base(tmp_path: Path, capsys: Captured) -> None:
+    """An overlay without clusters equals its base, also with -s."""
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
     base.write_bytes(build_image(1 << 20, {1: b"a", 5: 1, 9: b"q"}))
     top.write_bytes(build_image(1 << 20, {}, backing=b"base.qed"))
@@ -115,10 +115,8 @@ def test_an_overlay_that_holds_nothing_is_like_its_base(tmp_path: Path, capsys: 
     assert (code, said) == (1, "Strict mode: Offset 12288 block status mismatch!\n")
 
 
-def test_a_difference_before_another_allocation_is_told_first(
-    tmp_path: Path, capsys: Captured
-) -> None:
-    """And one behind it is not looked for."""
+def test_the_first_difference_is_reported(tmp_path: Path, capsys: Captured) -> None:
+    """With -s the first difference is reported, whether of content or of allocation."""
     one, other = tmp_path / "one.qed", tmp_path / "other.qed"
     one.write_bytes(build_image(1 << 20, {1: b"a", 9: b"q"}))
     other.write_bytes(build_image(1 << 20, {1: b"b", 2: bytes(9), 9: b"r"}))
@@ -129,7 +127,7 @@ def test_a_difference_before_another_allocation_is_told_first(
 
 
 def test_large_holes_cost_nothing(tmp_path: Path, capsys: Captured) -> None:
-    """A disk of 64 TiB with data at its end is compared by what it has."""
+    """Disks of 64 TiB with little data are compared by their data alone."""
     paths = [tmp_path / "one.qed", tmp_path / "other.qed"]
     for number, path in enumerate(paths):
         qemu.create(path, 64 << 40, cluster_size=1 << 20)
@@ -143,7 +141,7 @@ def test_large_holes_cost_nothing(tmp_path: Path, capsys: Captured) -> None:
 
 
 def test_mistakes(tmp_path: Path, capsys: Captured) -> None:
-    """One line each, and QEMU's exit codes."""
+    """Each mistake is one line with QEMU's exit code."""
     good, bad = tmp_path / "good.qed", tmp_path / "bad.qed"
     content_of_good = build_image(1 << 20, {0: b"a", 1: b"b"})
     good.write_bytes(content_of_good)

@@ -1,4 +1,4 @@
-"""Completion, by each of the three shells itself."""
+"""Completion, run by each of the three shells."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def _run(command: list[str | Path], directory: Path) -> list[str]:
 
 
 def bash(line: str, directory: Path) -> set[str]:
-    """Complete as bash does; what stands before "=" is not repeated."""
+    """Complete as bash does, which does not repeat the part before "="."""
     program = line.split(maxsplit=1)[0]
     script = SHARE / "bash-completion/completions" / program
     return set(_run(["bash", "--norc", "-c", _BASH, "bash", script, line, program], directory))
 
 
 def fish(line: str, directory: Path) -> set[str]:
-    """Complete as fish does, which repeats what is there, and tells what words are for."""
+    """Complete as fish does, which repeats the whole word and adds a description."""
     script = SHARE / "fish/vendor_completions.d" / f"{line.split(maxsplit=1)[0]}.fish"
     lines = _run(["fish", "--no-config", "-c", _FISH, script, line], directory)
     typed = line.rpartition(" ")[2]
@@ -57,7 +57,7 @@ def fish(line: str, directory: Path) -> set[str]:
 
 
 def zsh(line: str, directory: Path) -> set[str]:
-    """Complete as zsh does; each word of a list comes alone."""
+    """Complete as zsh does, word by word."""
     helper = Path(__file__).with_name("completion.zsh")
     lines = _run(["zsh", "-f", helper, SHARE / "zsh/site-functions", line], directory)
     return {line[8:].strip() for line in lines if line.startswith("offered:")}
@@ -68,7 +68,7 @@ SHELLS: Final = {"bash": bash, "zsh": zsh, "fish": fish}
 
 @pytest.fixture(params=SHELLS)
 def complete(request: pytest.FixtureRequest, tmp_path: Path) -> Complete:
-    """Give a function that completes a line, in a directory with two images and another one."""
+    """Give a function that completes a line, in a directory with two images and a directory."""
     (tmp_path / "vm.qed").touch()
     (tmp_path / "base.qed").touch()
     (tmp_path / "images").mkdir()
@@ -79,7 +79,7 @@ NAMES: Final = {"vm.qed", "base.qed", "images"}
 
 
 def test_commands(complete: Complete) -> None:
-    """The commands are offered, and nothing else."""
+    """After the program's name exactly the commands are offered."""
     named = {command.name for command in programs.qedimg().commands}
     assert complete("qedimg ") == named
     assert complete("qedimg ch") == {"check"}
@@ -87,14 +87,14 @@ def test_commands(complete: Complete) -> None:
 
 @pytest.mark.parametrize("command", programs.qedimg().commands, ids=lambda command: command.name)
 def test_options_of_a_command(complete: Complete, command: Command) -> None:
-    """All long options are offered, and none of another command."""
+    """Exactly the long options of the command are offered."""
     expected = {option.flags[-1] for option in command.options if len(option.flags[-1]) > 2}
     assert complete(f"qedimg {command.name} --") == {*expected, "--help"}
 
 
 @pytest.mark.parametrize("command", programs.qedimg().commands, ids=lambda command: command.name)
 def test_values_of_a_command(command: Command, tmp_path: Path) -> None:
-    """Behind each option with a few values these are offered (by bash, the quickest)."""
+    """After an option with fixed values exactly these are offered, in bash."""
     for option in command.options:
         for flag in option.flags if option.value is not None and option.value.words else ():
             assert option.value is not None
@@ -127,38 +127,38 @@ def test_values_of_a_command(command: Command, tmp_path: Path) -> None:
     ],
 )
 def test_line(complete: Complete, line: str, expected: set[str]) -> None:
-    """What may follow is offered, and what may not is not."""
+    """Exactly the words that may follow a line are offered."""
     assert complete(line) == expected
 
 
-def test_words_of_a_mount(complete: Complete) -> None:
-    """All words that ``-o`` takes are offered, each once or with each value."""
+def test_mount_options(complete: Complete) -> None:
+    """All words of -o are offered, each once or with each of its values."""
     words = {word.rpartition(",")[2].split("=")[0] for word in complete("qedfuse -o ")}
     assert words == programs.mount_words().keys()
 
 
-def test_words_of_a_mount_behind_a_comma(complete: Complete) -> None:
-    """A second word is completed as the first is."""
+def test_mount_options_after_a_comma(complete: Complete) -> None:
+    """A second word of -o is completed like the first."""
     words = {word.rpartition(",")[2] for word in complete("qedfuse -o ro,grow")}
     assert words == {"growable"}
 
 
 @pytest.mark.parametrize("line", ["qedimg create -b vm.qed x.qed 1", "qedimg create --table-size "])
 def test_numbers_are_not_completed(line: str, tmp_path: Path) -> None:
-    """A size is no name of a file."""
+    """No file is offered where a number is expected."""
     (tmp_path / "1.qed").touch()
     assert bash(line, tmp_path) == set()
     assert zsh(line, tmp_path) == set()
 
 
-def test_names_behind_the_double_dash(tmp_path: Path) -> None:
-    """No option is offered there."""
+def test_names_after_the_double_dash(tmp_path: Path) -> None:
+    """After ``--`` files are offered, and no options."""
     (tmp_path / "--odd.qed").touch()
     assert bash("qedimg check -- --", tmp_path) == {"--odd.qed"}
 
 
-def test_each_name_of_a_value_is_known() -> None:
-    """A value of an option or a command with a new name says here whether it is a file."""
+def test_each_placeholder_is_classified() -> None:
+    """A new placeholder of a value must be listed here unless it stands for a file."""
     free = {"SIZE", "[+|-]SIZE", "N", "FORMAT", "KEY=VALUE[,...]", "SECONDS", "OFFSET", "LENGTH"}
     values = [
         value
@@ -179,7 +179,7 @@ def test_each_name_of_a_value_is_known() -> None:
     ids=lambda command: command[0],
 )
 def test_syntax(command: list[str]) -> None:
-    """The shells themselves find nothing wrong."""
+    """The shells and shellcheck accept the scripts."""
     places = {"zsh": "zsh/site-functions", "fish": "fish/vendor_completions.d"}
     directory = SHARE / places.get(command[0], "bash-completion/completions")
     files = sorted(directory.iterdir())

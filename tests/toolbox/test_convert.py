@@ -1,4 +1,4 @@
-"""``qedimg convert`` beside ``qemu-img convert``: the same disks, sound images, nothing left."""
+"""``qedimg convert`` compared with ``qemu-img convert``: equal disks, no errors, no leftovers."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def names(directory: Path) -> set[str]:
     return set(os.listdir(directory))  # noqa: PTH208  names, not paths
 
 
-def sound(path: Path, *, leaks: bool = False) -> None:
-    """Have QEMU look for errors and leaks, of which there must be none.
+def assert_sound(path: Path, *, leaks: bool = False) -> None:
+    """Assert that QEMU finds neither errors nor leaks.
 
-    With ``leaks`` there may be clusters to use again, which QEMU calls leaks.
+    With ``leaks`` there may be free clusters, which are leaks for QEMU.
     """
     found = qemu.check(path)
     assert found.errors == 0, found.text
@@ -43,15 +43,15 @@ def sound(path: Path, *, leaks: bool = False) -> None:
 
 def geometry(chance: random.Random) -> list[str]:
     """Draw a geometry that QEMU can open."""
-    # What the tables of one image could address has to fit into 64 bits, or QEMU cannot.
+    # QEMU requires that the range of the tables fits into 64 bits.
     cluster, table = 1 << chance.randrange(12, 21), 1 << chance.randrange(1, 5)
     return ["--cluster-size", str(cluster), "--table-size", str(table)]
 
 
 def stored(path: Path) -> int:
-    """Count the bytes of a file that do not lie in holes.
+    """Return the bytes of a file that are not in holes.
 
-    Its blocks tell less: where they lie takes up blocks too, once the host has decided that.
+    st_blocks would count the host's extent blocks as well.
     """
     count = at = 0
     with path.open("rb") as file:
@@ -68,7 +68,7 @@ def stored(path: Path) -> int:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
-    """Any chain, into QED and into raw: sound, of the same content, and as short as it can be."""
+    """Any chain converts into a QED and a raw disk of the same content and of minimal length."""
     chance = random.Random(seed)
     top = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
     form = chains.kind(top)
@@ -79,7 +79,7 @@ def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
     assert main(["convert", "-f", form, *words, str(top), str(image)]) == 0
     assert main(["convert", "-f", form, "-O", "raw", *streams, str(top), str(raw)]) == 0
     assert names(tmp_path) == before | {image.name, raw.name}
-    sound(image)
+    assert_sound(image)
     expected = chains.content(top)
     assert raw.read_bytes() == expected
     assert chains.content(image) == expected
@@ -100,7 +100,7 @@ def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(16))
 def test_an_overlay_holds_what_differs(seed: int, tmp_path: Path) -> None:
-    """Over any base, related or not, the new image reads as the source does."""
+    """With -B the new image reads as the source and holds only what differs from the base."""
     chance = random.Random(f"overlay {seed}")
     source = chains.draw_chain(tmp_path, chance, "c", chance.randrange(2, 4))
     if chance.random() < 0.5:
@@ -110,7 +110,7 @@ def test_an_overlay_holds_what_differs(seed: int, tmp_path: Path) -> None:
     new = tmp_path / "new.qed"
     words = ["-B", base.name, "-F", chains.kind(base), *geometry(chance)]
     assert main(["convert", *words, "--compare", str(source), str(new)]) == 0
-    sound(new)
+    assert_sound(new)
     assert chains.content(new) == chains.content(source)
     assert qemu.info(new)["backing-filename"] == base.name
     rest = new.with_name("rest.qed")
@@ -119,8 +119,8 @@ def test_an_overlay_holds_what_differs(seed: int, tmp_path: Path) -> None:
     assert rest.stat().st_size == header.l1_end, "nothing differs from itself"
 
 
-def test_what_the_base_hides_needs_zero_clusters(tmp_path: Path) -> None:
-    """Zeros over data of the base take entries and no space."""
+def test_zeros_over_a_base_are_zero_clusters(tmp_path: Path) -> None:
+    """Zeros over data of the base become zero clusters, which take no space."""
     qemu.create(tmp_path / "base.qed", 1 << 20)
     qemu.io(tmp_path / "base.qed", f"write -P 7 0 {1 << 20}")
     source = tmp_path / "source.raw"
@@ -130,12 +130,12 @@ def test_what_the_base_hides_needs_zero_clusters(tmp_path: Path) -> None:
     header = header_of(new.read_bytes())
     assert new.stat().st_size == header.l1_end + header.geometry.table_bytes
     assert chains.content(new) == source.read_bytes()
-    sound(new)
+    assert_sound(new)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_writing_into_what_is_there(seed: int, tmp_path: Path) -> None:
-    """With -n the old content is gone as far as the source reaches, and kept past it."""
+def test_convert_into_an_existing_disk(seed: int, tmp_path: Path) -> None:
+    """With -n the target gets the source's content and keeps its own past the source's end."""
     chance = random.Random(f"existing {seed}")
     source = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 3))
     form, wanted = chains.kind(source), chains.content(source)
@@ -148,7 +148,7 @@ def test_writing_into_what_is_there(seed: int, tmp_path: Path) -> None:
         words = ["-f", form, "-n", "-O", found, "--compare", str(source), str(target)]
         assert main(["convert", *words]) == 0
         assert chains.content(target) == wanted + old[len(wanted) :]
-    sound(image, leaks=True)
+    assert_sound(image, leaks=True)
 
 
 def test_devices(tmp_path: Path) -> None:
@@ -163,13 +163,13 @@ def test_devices(tmp_path: Path) -> None:
     with loop_device(place) as device:
         assert main(["convert", "-O", "raw", str(image), device]) == 1
         assert main(["convert", "-n", "-O", "raw", str(image), device]) == 0
-    sound(image)
+    assert_sound(image)
     assert place.read_bytes() == content
 
 
 @pytest.mark.parametrize(("sparse", "holes"), [("0", 0), ("4k", 3), ("64k", 1), ("512", 4)])
 def test_sparse_sizes(sparse: str, holes: int, tmp_path: Path) -> None:
-    """Runs of zeros become holes from the length on that -S says."""
+    """Runs of zeros become holes from the length that -S gives."""
     data, content, lengths = b"d" * 4096, b"", (512, 4096, 8192, 1 << 17)
     for length in lengths:
         content += data + bytes(length)
@@ -184,21 +184,21 @@ def test_sparse_sizes(sparse: str, holes: int, tmp_path: Path) -> None:
     image = tmp_path / "new.qed"
     words = ["-S", sparse, "--cluster-size", "4k", "-f", "raw", str(raw), str(image)]
     assert main(["convert", *words]) == 0
-    sound(image)
+    assert_sound(image)
     full = qemu.check(image).data["allocated-clusters"] * 4096 >= len(content)
     assert full is (sparse == "0")
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pipes(seed: int, tmp_path: Path) -> None:
-    """Raw content comes from a pipe of unknown length, and goes into one in full."""
+    """Raw content is read from a pipe of unknown length and written to one in full."""
     chance = random.Random(f"pipe {seed}")
     content = chance.randbytes(3 << 20) + bytes(5 << 20) + chance.randbytes(chance.randrange(9999))
     program = [sys.executable, "-m", "qedfuse.cli.qedimg", "convert"]
     image, fifo = tmp_path / "a.qed", tmp_path / "fifo"
     words = [*program, *geometry(chance), "-", str(image)]
     subprocess.run(words, input=content, check=True)
-    sound(image)
+    assert_sound(image)
     padded = content + bytes(-len(content) % 512)
     assert qemu.content(image) == padded
     words = [*program, "-O", "raw", str(image), "-"]
@@ -214,8 +214,8 @@ def test_pipes(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["raw", "qed"])
 @pytest.mark.parametrize("length", [1, 66_000, 1 << 17, (1 << 20) + 7])
-def test_a_pipe_counts_as_the_same_file_does(tmp_path: Path, form: str, length: int) -> None:
-    """Of a last unit that the content does not fill only the content is data."""
+def test_a_pipe_reports_the_same_data_as_a_file(tmp_path: Path, form: str, length: int) -> None:
+    """A source counts the same bytes of data as a pipe and as a file."""
     content = bytes(1 << 20) + random.Random(length).randbytes(length)
     raw, fifo = tmp_path / "a.raw", tmp_path / "fifo"
     raw.write_bytes(content)
@@ -231,8 +231,8 @@ def test_a_pipe_counts_as_the_same_file_does(tmp_path: Path, form: str, length: 
 
 
 @pytest.mark.parametrize("words", ["fifo new", "-O raw a.raw fifo"])
-def test_ctrl_c_while_nobody_opens_the_other_end(words: str, tmp_path: Path) -> None:
-    """Waiting for the other end of a pipe can be ended like everything else."""
+def test_ctrl_c_while_a_fifo_has_no_other_end(words: str, tmp_path: Path) -> None:
+    """SIGINT ends the wait for the other end of a FIFO."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "a.raw").write_bytes(b"x" * 5000)
     script = (
@@ -253,7 +253,7 @@ def test_ctrl_c_while_nobody_opens_the_other_end(words: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form", ["qcow2", "vmdk", "vdi", "vpc"])
 def test_other_formats(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are made by qemu-img, and nothing else remains, whatever the name looks like to it."""
+    """Other formats are made by qemu-img, under any name, and no temporary file remains."""
     chance = random.Random(form)
     source = chains.draw_image(tmp_path / "a.qed", chance)
     monkeypatch.chdir(tmp_path)
@@ -269,7 +269,7 @@ def test_other_formats(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_option_that_qemu_img_refuses_fails_before_the_copy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody waits an hour for "invalid parameter"."""
+    """An option that qemu-img refuses is an error before any data is copied."""
     (tmp_path / "a.raw").write_bytes(b"x" * 5000)
     copies: list[object] = []
 
@@ -289,7 +289,7 @@ def test_an_option_that_qemu_img_refuses_fails_before_the_copy(
 def test_the_text_of_qemu_img_does_not_matter(
     formats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its versions list formats in different ways; only exit status and files count."""
+    """Exit status and files of qemu-img count, whatever its versions print."""
     real = shutil.which("qemu-img")
     wrapper = tmp_path / "bin" / "qemu-img"
     wrapper.parent.mkdir()
@@ -351,7 +351,7 @@ IN_BASE: Final = {
 
 
 def test_the_base_as_an_option_of_the_format(tmp_path: Path) -> None:
-    """-o backing_file and backing_fmt are -B and -F, as in qemu-img; both may be given."""
+    """-o backing_file and backing_fmt mean -B and -F, as in qemu-img."""
     base = qemu.create(tmp_path / "base.qed", 1 << 20)
     qemu.io(base, "write -P 1 0 512k")
     source = qemu.create(tmp_path / "source.qed", 1 << 20, backing="base.qed")
@@ -373,7 +373,7 @@ def test_the_base_as_an_option_of_the_format(tmp_path: Path) -> None:
 def test_mistakes_get_one_line_and_leave_nothing(
     row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message says what was found; no file is made or changed."""
+    """Each mistake is one line, and no file is created or changed."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.raw", "b.raw"):
         (tmp_path / name).write_bytes(b"x" * 5000)
@@ -401,7 +401,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
 def test_without_qemu_img(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What needs qemu-img says so."""
+    """Without qemu-img a foreign format is refused with a line that says so."""
     (tmp_path / "a.raw").write_bytes(b"x" * 5000)
     monkeypatch.setenv("PATH", str(tmp_path))
     target = tmp_path / "x.qcow2"
@@ -410,10 +410,10 @@ def test_without_qemu_img(
     assert names(tmp_path) == {"a.raw"}
 
 
-def test_comparing_notices_a_difference(
+def test_compare_detects_a_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy that is not the same never gets its name."""
+    """With --compare a copy that differs is an error and never gets its name."""
     (tmp_path / "a.raw").write_bytes(b"x" * (1 << 20))
 
     def spoil(name: str) -> None:
@@ -432,8 +432,10 @@ def test_comparing_notices_a_difference(
     assert names(tmp_path) == {"a.raw"}
 
 
-def test_a_bad_entry_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Damage is not copied as zeros."""
+def test_a_bad_entry_ends_the_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad entry ends the conversion instead of being copied as zeros."""
     image = qemu.create(tmp_path / "a.qed", 1 << 20)
     qemu.io(image, "write -P 1 0 64k")
     content = bytearray(image.read_bytes())
@@ -445,7 +447,7 @@ def test_a_bad_entry_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_large_clusters_and_disks_take_little_memory(tmp_path: Path) -> None:
-    """Neither 64 MiB clusters nor 64 TiB of nothing take more than 256 MiB."""
+    """Neither clusters of 64 MiB nor a sparse disk of 64 TiB take more than 256 MiB of memory."""
     raw = tmp_path / "a.raw"
     with raw.open("wb") as file:
         for at in (0, 1 << 30, (1 << 34) - 5):
@@ -464,10 +466,10 @@ def test_large_clusters_and_disks_take_little_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["-t", "writeback"], ["-t", "unsafe"]])
-def test_what_is_on_the_disk_when_it_ends(
+def test_the_new_file_is_durable(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file before it gets its name, then the name; with ``unsafe`` whenever it comes to it."""
+    """The file is synced before it gets its name, then its directory; with unsafe nothing is."""
     (tmp_path / "a.raw").write_bytes(b"x" * (1 << 20))
     synced = []
     real = os.fsync

@@ -1,4 +1,4 @@
-"""``qedimg create`` beside ``qemu-img create``, and what it refuses."""
+"""``qedimg create`` compared with ``qemu-img create``, and what it refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(directory: Path) -> set[str]:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_same_file_as_qemu(seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Any geometry, size and base, by our options or by theirs: the same bytes."""
+    """For any geometry, size and base the file is the same byte for byte as QEMU's."""
     chance = random.Random(seed)
     cluster_size, table_size = 1 << chance.randrange(12, 21), 1 << chance.randrange(5)
     most = min((cluster_size * table_size // 8) ** 2 * cluster_size, 1 << 45)
@@ -92,10 +92,10 @@ BASES: Final = {
 
 
 @pytest.mark.parametrize("row", [*USAGE, *(f"base {name}" for name in BASES)])
-def test_nonsense_gets_one_line_and_leaves_nothing(
+def test_mistakes_get_one_line_and_leave_nothing(
     row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message says what was found; no file is made or changed."""
+    """Each mistake is one line, and no file is created or changed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain").write_bytes(b"QFI\xfb" + bytes(5000))
     (tmp_path / "link").symlink_to("new.qed")
@@ -118,7 +118,7 @@ def test_nonsense_gets_one_line_and_leaves_nothing(
 def test_a_file_is_replaced_only_by_force(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither an image nor anything else is overwritten; what is in use is not even by force."""
+    """An existing file is replaced only with --force, and never while it is in use."""
     path = tmp_path / "old.qed"
     path.write_bytes(b"precious")
     assert main(["create", str(path), "1M"]) == 1
@@ -141,7 +141,7 @@ def test_a_file_is_replaced_only_by_force(
 def test_a_base_is_found_from_the_directory_of_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As QEMU finds it, wherever the command is run; its format is known by its magic."""
+    """A relative base begins at the image's directory, as with QEMU, and its format is detected."""
     (tmp_path / "images").mkdir()
     base, path = tmp_path / "images" / "base.qed", tmp_path / "images" / "top.qed"
     qemu.create(base, 3 << 20)
@@ -161,7 +161,7 @@ def test_a_base_is_found_from_the_directory_of_the_image(
 def test_tables_of_one_cluster_get_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """QEMU makes such images, and then cannot open them."""
+    """Tables of one cluster are created with a warning that QEMU cannot open them."""
     path = tmp_path / "new.qed"
     assert main(["create", "--table-size", "1", str(path), "1M"]) == 0
     assert main(["check", "-q", str(path)]) == 0
@@ -172,7 +172,7 @@ def test_tables_of_one_cluster_get_a_warning(
 
 @pytest.mark.parametrize(("cluster_size", "size"), [("4K", 3 << 20), ("1M", (20 << 20) + 512)])
 def test_full_preallocation(cluster_size: str, size: int, tmp_path: Path) -> None:
-    """Each cluster has a place and room; the disk reads as zeros and is sound."""
+    """With full preallocation each cluster is mapped and has space, and the disk reads as zeros."""
     path = tmp_path / "full.qed"
     words = ["create", "-q", "--preallocate", "full", "--cluster-size", cluster_size]
     assert main([*words, str(path), str(size)]) == 0
@@ -185,7 +185,7 @@ def test_full_preallocation(cluster_size: str, size: int, tmp_path: Path) -> Non
 def test_a_full_host_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line, no file, and an old file as it was."""
+    """On a full host one line is printed, no file is left, and an old file is unchanged."""
     path = tmp_path / "full.qed"
     path.write_bytes(b"precious")
     real = systemcalls.fallocate

@@ -1,4 +1,4 @@
-"""``qedimg dump``: entry by entry, right or wrong."""
+"""``qedimg dump``: the header and each table entry, valid or not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIB = 1 << 20
 def dump(
     *arguments: str | Path, capsys: pytest.CaptureFixture[str], code: int = 0
 ) -> tuple[Any, str]:
-    """Run the command with JSON; give what it printed, and what it complained of."""
+    """Run the command with JSON; give its output and its error message."""
     assert main(["dump", "--output", "json", *map(str, arguments)]) == code
     said = capsys.readouterr()
     assert bool(said.err) == bool(code), said.err
@@ -42,7 +42,7 @@ def ranges(value: dict[str, Any]) -> list[tuple[int, int, int, str]]:
 
 
 def expanded(value: dict[str, Any]) -> dict[int, int]:
-    """Give each entry that the ranges stand for."""
+    """Return each entry that the ranges stand for."""
     return {
         item["index"] + number: item["value"] + number * item["step"]
         for item in value["entries"]
@@ -52,7 +52,7 @@ def expanded(value: dict[str, Any]) -> dict[int, int]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_entry(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What QEMU wrote is there, each entry, and nothing else; all of it is right."""
+    """The entries of an image that QEMU wrote are listed exactly, each with a good verdict."""
     path = tmp_path / "disk.qed"
     draw_image(path, random.Random(seed), size_of=draw_any_size)
     content = path.read_bytes()
@@ -76,13 +76,13 @@ def test_every_entry(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def stored(content: bytes, table: int, count: int) -> dict[int, int]:
-    """Read a table: the entries in use by their numbers."""
+    """Read a table; return the entries in use by their indexes."""
     values = np.frombuffer(content, "<u8", count, table)
     return {at: int(values[at]) for at in np.flatnonzero(values).tolist()}
 
 
 def test_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each field, where it lies, its bytes, and what they mean."""
+    """Each header field is listed with its offset, value and meaning."""
     path = tmp_path / "disk.qed"
     path.write_bytes(build_image(MIB, backing=b"base", compat=32))
     value, _err = dump("header", path, capsys=capsys)
@@ -97,7 +97,7 @@ def test_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever is wrong with an entry is said, and neighbours alike are one range."""
+    """Each entry has its verdict, and consecutive entries of a kind are one range."""
     good = dict.fromkeys((0, 1, 2, 9), b"x")
     odd = {4: ZERO, 5: ZERO, 6: 4096 * 3 + 5, 7: 1 << 50, 8: CLUSTER, 11: (1 << 50) + CLUSTER}
     image = build_image(4 * MIB, {**good, **odd}, header_size=2)
@@ -133,7 +133,7 @@ def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unaligned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With larger clusters an offset can be wrong without a reserved bit."""
+    """With clusters above 4 KiB an offset can be unaligned without a reserved bit."""
     image = build_image(MIB, {0: b"x", 1: 0x11000}, cluster_size=1 << 16)
     path = tmp_path / "disk.qed"
     path.write_bytes(image)
@@ -142,7 +142,7 @@ def test_unaligned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_operands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A number for an L2 table, and only there."""
+    """An index is required for an L2 table, and refused elsewhere."""
     path = tmp_path / "disk.qed"
     path.write_bytes(build_image(MIB, {0: b"x"}))
     assert "found none" in dump("l2", path, capsys=capsys, code=1)[1]
@@ -154,7 +154,7 @@ def test_operands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_broken_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The tables are shown as long as anybody can tell where they are."""
+    """Tables of a broken header are listed if their place can still be determined."""
     path = tmp_path / "disk.qed"
     image = build_image(MIB, {0: b"x"})
     image[48:56] = b"\xff" * 8
@@ -175,7 +175,7 @@ def test_broken_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_random_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever is in an image, it ends with one of a few codes and one line at most."""
+    """Any content ends with a documented code and at most one line."""
     chance = random.Random(12)
     path = tmp_path / "random.qed"
     good = build_image(MIB, {0: b"x", 5: ZERO})
@@ -192,7 +192,7 @@ def test_random_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image in use is looked into only if that is asked for."""
+    """An image in use is dumped only with -U."""
     path = qemu.create(tmp_path / "disk.qed", MIB)
     with qemu.hold(path):
         assert "in use" in dump("l1", path, capsys=capsys, code=16)[1]
@@ -200,7 +200,7 @@ def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_hostile_image_takes_little_memory(tmp_path: Path) -> None:
-    """A table of 1 GiB comes out as it is read."""
+    """A table of 1 GiB is printed while it is read."""
     header = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 60)
     path = tmp_path / "hostile.qed"
     with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Backing names written ``file:NAME``, beside qemu-img."""
+"""Backing names written ``file:NAME``, compared with qemu-img."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Be in a directory with bases, and with another directory below that has others."""
+    """Enter a directory with bases, and a subdirectory with other bases of the same names."""
     (tmp_path / "sub").mkdir()
     for directory, number in ((tmp_path, 1), (tmp_path / "sub", 2)):
         for name in ("base.qed", "co:lon.qed"):
@@ -50,7 +50,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("top.qed", "file://{place}/sub/base.raw", "raw"),
     ],
 )
-def test_as_qemu_img_takes_them(
+def test_such_names_mean_the_same_as_for_qemu(
     place: Path, image: str, name: str, base_format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A name after file: begins at the working directory, wherever the image is."""
@@ -80,7 +80,7 @@ def test_as_qemu_img_takes_them(
 
 
 def test_such_a_name_can_be_given_to_every_command(place: Path) -> None:
-    """It is stored as it is."""
+    """Each command accepts such a name and stores it unchanged."""
     assert main(["create", "-q", "-b", "base.qed", "top.qed"]) == 0
     for words in (
         ["rebase", "-q", "-b", "file:base.qed", "top.qed"],
@@ -97,10 +97,10 @@ def test_such_a_name_can_be_given_to_every_command(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["file:/etc/passwd", "file:../outside.raw", "file:sub/../../out"])
-def test_it_is_confined_like_any_other(
+def test_such_names_are_confined_like_any_other(
     place: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What follows the prefix is a stranger's path."""
+    """A path after the prefix that leaves the directory is refused."""
     for out in ("outside.raw", "out"):
         (place.parent / out).write_bytes(b"secret" * 1000)
     qemu.create("top.qed", SIZE)
@@ -114,8 +114,8 @@ def test_it_is_confined_like_any_other(
     assert json.loads(capsys.readouterr().out)["safety"]["escapes-directory"]
 
 
-def test_mount_reads_them_from_where_it_is_started(place: Path) -> None:
-    """The process goes elsewhere before it opens anything."""
+def test_a_mount_resolves_such_names_at_its_start(place: Path) -> None:
+    """A mount resolves such names at the working directory in which it was started."""
     qemu.run("qemu-img", "create", "-q", "-f", "qed", "-b", "file:base.raw", "-F", "raw", "top.qed")
     with mounted("top.qed", place / "mnt") as directory:
         assert (directory / "top.raw").read_bytes() == b"\1" * SIZE
@@ -130,7 +130,7 @@ def test_mount_reads_them_from_where_it_is_started(place: Path) -> None:
 def test_programs_choose_where_such_names_begin(
     command: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at the working directory of the process, which has other files of these names."""
+    """A program can set the working directory for such names, which then is used everywhere."""
     policy = BackingPolicy(mode="any", working_directory=str(place))
     options = OpenOptions(writable=True, backing=policy)
     base, other = place / "base.raw", place / "sub" / "base.raw"
@@ -165,7 +165,7 @@ def test_programs_choose_where_such_names_begin(
 def test_a_loop_is_found_by_such_names(
     *, unsafe: bool, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the working directory of the process has another file of that name."""
+    """A base that is the image itself is refused, also with another file of that name nearby."""
     policy = BackingPolicy(mode="any", working_directory=str(place))
     monkeypatch.chdir(place / "sub")
     options = OpenOptions(backing=policy)
@@ -174,8 +174,8 @@ def test_a_loop_is_found_by_such_names(
         trio.run(partial(work, unsafe=unsafe, options=options))
 
 
-def test_the_rule_itself() -> None:
-    """Only this protocol is a path, and only at the start of the name."""
+def test_protocol_and_path_of_a_name() -> None:
+    """``file:`` at the start of a name is stripped; other prefixes before a colon are protocols."""
     assert not has_protocol(b"file:x:y")
     assert not has_protocol(b"./nbd:x")
     assert has_protocol(b"files:x")

@@ -1,4 +1,4 @@
-"""``qedimg freelist``: shown, kept and dropped, and what QEMU makes of it."""
+"""``qedimg freelist``: a list is shown, kept and dropped, and QEMU refuses it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_on_show_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """QEMU refuses the image while there is a list, and accepts it afterwards."""
+    """QEMU refuses an image while it has a list, and accepts it after ``freelist off``."""
     assert main(["freelist", "show", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: no list of free clusters\n"
     before = qemu.content(path)
@@ -52,7 +52,7 @@ def test_on_show_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_to_list(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a free cluster there is no list, and QEMU can open the image."""
+    """Without a free cluster no list is made, and QEMU can open the image."""
     assert main(["compact", "-q", str(path)]) == 0
     assert main(["freelist", "on", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: no cluster is free, so there is no list\n"
@@ -60,7 +60,7 @@ def test_nothing_to_list(path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_list_that_is_not_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shown as what it is; the reason is in the JSON too."""
+    """An invalid list is shown as invalid, with the reason."""
     content = bytearray(path.read_bytes())
     put_list(content)
     content.extend(bytes(CLUSTER))
@@ -75,7 +75,7 @@ def test_a_list_that_is_not_valid(path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_beside_a_writer(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only looking at it can be done beside a program that writes."""
+    """With -U a list of an image in use is shown, but not changed."""
     with qemu.hold(path):
         assert main(["freelist", "show", str(path)]) == 16
         assert main(["freelist", "show", "-U", str(path)]) == 0
@@ -85,7 +85,7 @@ def test_beside_a_writer(path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_base_is_not_needed(path: Path) -> None:
-    """An overlay gets its list wherever its base is."""
+    """A list of an overlay is made and dropped without its base."""
     qemu.run("qemu-img", "rebase", "-u", "-f", "qed", "-b", "/nowhere", "-F", "raw", path)
     assert main(["freelist", "on", "-q", str(path)]) == 0
     assert listed(path.read_bytes()) is not None

@@ -15,7 +15,7 @@ SCREEN_COLUMNS: Final = 80
 
 
 def test_help_fits_a_screen() -> None:
-    """With the prompt below it; every command is on it."""
+    """The usage lists every command and fits on a screen with the prompt below it."""
     lines = program.usage().splitlines()
     assert len(lines) < SCREEN_LINES
     assert max(map(len, lines)) < SCREEN_COLUMNS
@@ -25,7 +25,7 @@ def test_help_fits_a_screen() -> None:
 
 @pytest.mark.parametrize("name", program.COMMANDS)
 def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It has a description, exit codes and an example, in lines that fit."""
+    """The help of a command has a description, an example and exit codes, in lines that fit."""
     assert program.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: qedimg {name} ")
@@ -36,8 +36,8 @@ def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("name", program.COMMANDS)
-def test_example_can_be_typed(name: str) -> None:
-    """The command's own parser takes the example."""
+def test_the_example_is_accepted(name: str) -> None:
+    """The command's own parser accepts its example."""
     words = shlex.split(program.command(name).EXAMPLE.split("|")[0])
     assert words[:2] == ["qedimg", name]
     parsed = vars(program.make_parser(name).parse(words[2:]))
@@ -46,7 +46,7 @@ def test_example_can_be_typed(name: str) -> None:
 
 @pytest.mark.parametrize("name", program.COMMANDS)
 def test_every_option_has_a_help(name: str) -> None:
-    """And it is a phrase: it begins small, and has no full stop."""
+    """The help of each option is a phrase without a full stop."""
     for action in program.make_parser(name)._actions:
         if action.option_strings:
             assert action.help, action.option_strings

@@ -1,4 +1,4 @@
-"""``qedimg info`` beside ``qemu-img info``, and what it says besides."""
+"""``qedimg info`` compared with ``qemu-img info``, and what it reports besides."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ MIB = 1 << 20
 def info(
     *arguments: str | Path, capsys: pytest.CaptureFixture[str], code: int = 0
 ) -> tuple[Any, str]:
-    """Run the command with JSON; give what it printed, and what it complained of."""
+    """Run the command with JSON; give its output and its error message."""
     assert main(["info", "--output", "json", *map(str, arguments)]) == code
     said = capsys.readouterr()
     return json.loads(said.out or "null"), said.err
 
 
 def human(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run the command for people."""
+    """Run the command with text output; give the output."""
     assert main(["info", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
 def problems(value: dict[str, Any]) -> list[str]:
-    """Give the words for what is wrong."""
+    """Return the codes of the problems."""
     return [item["code"] for item in value["problems"]]
 
 
-def common(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Compare what both say of an image, field by field."""
+def assert_common_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Assert that both programs report the same in their common fields."""
     assert {key: ours.get(key) for key in theirs} == theirs
     own = {"format-specific", "safety", "problems"} if theirs["format"] == "qed" else set()
     if "children" not in theirs:  # before version 8.0
@@ -57,7 +57,7 @@ def common(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_scripts_for_a_newer_qemu_find_the_file(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is indexed in the output of QEMU 8.0 and later is there beside any version of it."""
+    """The ``children`` of QEMU 8.0 and later are reported, whatever QEMU is installed."""
     path = tmp_path / f"a.{form}"
     if form == "qed":
         qemu.create(path, MIB)
@@ -74,12 +74,14 @@ def test_scripts_for_a_newer_qemu_find_the_file(
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_the_same_as_qemu(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any chain: each field that both have, of each image and of the whole chain."""
+def test_fields_agree_with_qemu(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All common fields are QEMU's, for each image and for the whole chain."""
     chance = random.Random(seed)
     top = draw_chain(tmp_path, chance, "image", chance.randrange(1, 5), draw_any_size)
     for path in tmp_path.iterdir():
-        common(info(path, capsys=capsys)[0], qemu.info(path))
+        assert_common_fields(info(path, capsys=capsys)[0], qemu.info(path))
         lines = human(path, capsys=capsys).splitlines()
         theirs = qemu.run("qemu-img", "info", path).stdout.splitlines()
         words = ("image:", "file format:", "cluster_size:", "backing file")
@@ -89,16 +91,18 @@ def test_the_same_as_qemu(seed: int, tmp_path: Path, capsys: pytest.CaptureFixtu
     ours, _err = info("--backing-chain", top, capsys=capsys)
     found = qemu.run("qemu-img", "info", "--backing-chain", "--output=json", top).stdout
     for one, other in zip(ours, json.loads(found), strict=True):
-        common(one, other)
+        assert_common_fields(one, other)
 
 
-def test_qemu_has_the_same_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The names of a base are those that QEMU prints, seen from anywhere."""
+def test_names_of_the_base_are_those_of_qemu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names of a base are those that QEMU reports, and the resolved name is added."""
     (tmp_path / "sub").mkdir()
     base = qemu.create(tmp_path / "base.qed", MIB)
     path = qemu.create(tmp_path / "sub" / "top.qed", backing="../base.qed")
     value, _err = info(path, capsys=capsys)
-    common(value, qemu.info(path))
+    assert_common_fields(value, qemu.info(path))
     assert value["full-backing-filename"] == f"{tmp_path}/sub/../base.qed"
     assert value["format-specific"]["data"]["resolved-backing-filename"] == str(base)
     assert value["safety"]["escapes-directory"] is True
@@ -106,7 +110,7 @@ def test_qemu_has_the_same_keys(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_no_base_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What an image names need not exist, nor be allowed, unless the chain is asked for."""
+    """Without --backing-chain the base need not exist and is not opened."""
     path = tmp_path / "top.qed"
     path.write_bytes(build_image(MIB, backing=b"/no/such/file"))
     value, err = info(path, capsys=capsys)
@@ -129,7 +133,7 @@ def test_which_bases_may_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A chain that comes back to itself is refused, and one without an end."""
+    """A chain with a loop is refused, and so is one of more than 64 files."""
     for number in range(70):
         name = f"{number + 1}.qed".encode()
         (tmp_path / f"{number}.qed").write_bytes(build_image(MIB, backing=name))
@@ -155,8 +159,10 @@ def test_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (b"", ("dir", True)),
     ],
 )
-def test_where_a_name_leads(name: bytes, expected: tuple[str, bool], tmp_path: Path) -> None:
-    """Dots and links are followed, but only inside the directory."""
+def test_resolution_of_a_backing_name(
+    name: bytes, expected: tuple[str, bool], tmp_path: Path
+) -> None:
+    """Dots and links are resolved, and a name that leaves the directory is recognized."""
     (tmp_path / "dir" / "sub").mkdir(parents=True)
     (tmp_path / "dir" / "link").symlink_to("..")
     judged = resolve_name(name, str(tmp_path / "dir" / "top.qed"), raw_format=False)
@@ -165,7 +171,7 @@ def test_where_a_name_leads(name: bytes, expected: tuple[str, bool], tmp_path: P
 
 
 def test_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What QEMU would take for a protocol is told, and never taken for a file."""
+    """A name that QEMU would take for a protocol is reported and not treated as a file."""
     names = {b"json:{}": "json", b"nbd://host/x": "nbd", b":x": "", b"a/b:c": None, b"./b:c": None}
     for name, scheme in names.items():
         path = tmp_path / "top.qed"
@@ -177,8 +183,8 @@ def test_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ("backing-scheme" in problems(value)) == (scheme is not None)
 
 
-def test_needs_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image that was not closed cleanly says so; QEMU does not."""
+def test_need_check_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NEED_CHECK is reported, which QEMU does not do."""
     path = tmp_path / "dirty.qed"
     path.write_bytes(build_image(MIB, features=Feature.NEED_CHECK, table_size=2))
     value, _err = info(path, capsys=capsys)
@@ -190,7 +196,7 @@ def test_needs_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bits are told by name and by number."""
+    """Feature bits are reported by name and by number."""
     path = tmp_path / "features.qed"
     path.write_bytes(
         build_image(MIB, features=1 << 9, compat=1 << 40, autoclear=3, backing=b"base")
@@ -207,7 +213,7 @@ def test_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_allocation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Clusters are counted if asked for; L2 tables always, and those that are none."""
+    """Clusters are counted with --allocation, L2 tables always, and bad ones separately."""
     path = tmp_path / "disk.qed"
     image = build_image(8 * MIB, {0: b"x", 3: ZERO, 4: ZERO, 700: b"y", 1500: b"z"})
     path.write_bytes(image)
@@ -227,7 +233,7 @@ def test_allocation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_free_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A list is read and judged, and QEMU's refusal of it is no reason to refuse it."""
+    """A free list is reported as valid or not, although QEMU refuses the image."""
     content = build_image(MIB, dict.fromkeys(range(6), b"x"), table_size=2)
     for number in (1, 2, 4):
         put_entry(content, l2_entry_offset(content, number), 0)
@@ -247,11 +253,11 @@ def test_a_free_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "checksum" in found["problem"]
 
 
-def test_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Anything without a magic is raw; a foreign format is named; a directory is no file."""
+def test_files_that_are_no_qed_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without a magic is raw, a foreign format is named, and a directory is refused."""
     raw = tmp_path / "disk.raw"
     raw.write_bytes(b"x" * 1000)
-    common(info(raw, capsys=capsys)[0], qemu.info(raw))
+    assert_common_fields(info(raw, capsys=capsys)[0], qemu.info(raw))
     assert "magic" in info("-f", "qed", raw, capsys=capsys, code=12)[1]
     foreign = qemu.create(tmp_path / "foreign.img", MIB, image_format="qcow2")
     value, err = info(foreign, capsys=capsys, code=12)
@@ -263,7 +269,7 @@ def test_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image in use is not described unless that is asked for."""
+    """An image in use is described only with -U."""
     path = qemu.create(tmp_path / "disk.qed", MIB)
     with qemu.hold(path):
         assert "in use" in info(path, capsys=capsys, code=16)[1]
@@ -271,7 +277,7 @@ def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_from_python(tmp_path: Path) -> None:
-    """The function gives the same, as data."""
+    """The function returns the same as data."""
     path = tmp_path / "disk.qed"
     path.write_bytes(build_image(MIB, {0: b"x"}))
     found = tool.describe(str(path))

@@ -1,4 +1,4 @@
-"""``qedimg info`` on images that cannot be opened, and on those that are made to do harm."""
+"""``qedimg info`` on images that cannot be opened, and on hostile images."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ BROKEN: Final[Mapping[str, Mapping[str, int]]] = {
 
 
 @pytest.mark.parametrize("word", BROKEN)
-def test_headers_that_are_refused(
+def test_a_bad_field_is_named(
     word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each field that is wrong is named, and all the others are told."""
+    """A field that is wrong is reported as a problem, and all others are described."""
     path = tmp_path / "broken.qed"
     fields = {
         "cluster_size": CLUSTER, "table_size": 2, "header_size": 1, "features": 0,
@@ -65,8 +65,8 @@ def test_headers_that_are_refused(
     assert info("--backing-chain", path, capsys=capsys)[0] == [value]
 
 
-def test_everything_wrong_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All is told that can be told, not just the first thing."""
+def test_all_problems_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a header with many bad fields each is reported, not only the first."""
     path = tmp_path / "broken.qed"
     fields = {
         "cluster_size": CLUSTER, "table_size": 2, "header_size": 77, "features": 1 << 20 | 1,
@@ -93,7 +93,7 @@ def _header(**fields: int) -> Any:  # noqa: ANN401  what `build_header` takes fo
 def test_a_truncated_header(
     length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The fields that are there are told."""
+    """Of a truncated header the fields that exist are described."""
     path = tmp_path / "short.qed"
     path.write_bytes(build_image(MIB)[:length])
     value, _err = info(path, capsys=capsys)
@@ -104,7 +104,7 @@ def test_a_truncated_header(
 
 
 def test_random_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever follows the magic, it is described in one line for each thing that is wrong."""
+    """Any bytes after the magic are described, with one line for each problem."""
     chance = random.Random(11)
     path = tmp_path / "random.qed"
     good = build_image(MIB, {0: b"x"}, backing=b"base")
@@ -121,7 +121,7 @@ def test_random_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_names_cannot_forge_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a stranger wrote into an image is printed escaped."""
+    """Control characters of names in an image are printed escaped."""
     path = tmp_path / "top.qed"
     path.write_bytes(build_image(MIB, backing=b"x\nfile format: raw\x1b[2J\xff"))
     text = human(path, capsys=capsys)
@@ -131,8 +131,8 @@ def test_names_cannot_forge_lines(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert info(path, capsys=capsys)[0]["backing-filename"].endswith("\udcff")
 
 
-def test_it_is_quick_and_small(tmp_path: Path) -> None:
-    """An L1 table of 1 GiB is not read, and neither numpy nor trio is loaded for an answer."""
+def test_info_takes_little_memory_and_few_modules(tmp_path: Path) -> None:
+    """An L1 table of 1 GiB is not read, and neither numpy nor trio is loaded."""
     header = Header(1 << 26, 16, 1, 0, 0, 0, 1 << 26, 1 << 60)
     path = tmp_path / "hostile.qed"
     with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""One rule for L1 entries: what `info` says of an image's tables, the check and the disk say."""
+"""One rule for L1 entries: `info`, the check and the disk agree about each."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ L1_CODES: Final = {
 }
 
 
-async def look(content: bytes) -> tuple[CheckReport, bool]:
-    """Check an image, and tell whether a disk takes all its L1 entries for good."""
+async def inspect(content: bytes) -> tuple[CheckReport, bool]:
+    """Check an image, and return also whether a disk accepts all its L1 entries."""
     file = MemoryFile(content)
     header = await read_header(file)
     report = await check_image(file, header)
@@ -49,7 +49,7 @@ async def look(content: bytes) -> tuple[CheckReport, bool]:
 
 
 def is_safe(info: ImageInfo) -> bool:
-    """Give the verdict that a service reads."""
+    """Return the verdict ``safe-to-mount``."""
     return bool(as_json(info, None)["safety"]["safe-to-mount"])
 
 
@@ -59,7 +59,7 @@ def is_safe(info: ImageInfo) -> bool:
 async def test_all_agree_on_l1_entries(
     tmp_path: Path, table_size: int, header_size: int, tail: int
 ) -> None:
-    """Each offset in a small file, alone and beside another entry."""
+    """The three agree about each offset in a small file, alone and with another entry."""
     path = tmp_path / "image.qed"
     image = build_image(1 << 20, table_size=table_size, header_size=header_size)
     image.extend(bytes(8 * CLUSTER + tail))
@@ -70,7 +70,7 @@ async def test_all_agree_on_l1_entries(
         put_entry(image, l1_table, first)
         put_entry(image, l1_table + 8, second)
         path.write_bytes(image)
-        report, disk_agrees = await look(bytes(image))
+        report, disk_agrees = await inspect(bytes(image))
         sound = not L1_CODES & report.counts.keys()
         assert disk_agrees == sound, (first, second, report.counts)
         info = describe(str(path))
@@ -84,8 +84,8 @@ async def test_all_agree_on_l1_entries(
     assert verdicts == {(True, False), (False, False), (False, True)}
 
 
-def test_tables_that_were_not_all_read_are_not_called_safe(tmp_path: Path) -> None:
-    """An L1 table of which more is in use than is read at once may have anything in it."""
+def test_tables_that_were_not_read_are_not_safe(tmp_path: Path) -> None:
+    """An L1 table that is too long to be read completely is not called safe."""
     path = tmp_path / "image.qed"
     image = build_image(1 << 40, cluster_size=1 << 20, table_size=16)
     path.write_bytes(image)

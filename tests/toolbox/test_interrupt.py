@@ -1,8 +1,8 @@
-"""Ctrl-C at any moment: no half-made image remains, and none that was changed is damaged.
+"""SIGINT at any moment: no partial image remains, and none that was changed is damaged.
 
-The program runs in a process of its own, in which one of its changes to files, the n-th,
-or one of its reports of progress brings SIGINT; and so do all that follow, as from a user
-who keeps pressing Ctrl-C.  So each moment can be found again, whatever the machine does.
+The program runs in its own process, in which the n-th change of a file, or the n-th report of
+progress, sends SIGINT; and so do all that follow, as when a user keeps pressing Ctrl-C.  So
+each moment can be repeated on any machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 CLUSTER: Final = 4096
 CLUSTERS: Final = 300
-MOMENTS: Final = 5
-"""Interrupted runs of each command, for each kind of moment."""
+MAX_MOMENTS: Final = 5
+"""Interrupted runs of each command for each kind of moment, besides the first and last."""
 DONE, LEAKS, INTERRUPTED = 0, 3, 130
 
 _SCRIPT: Final = """
@@ -70,15 +70,15 @@ sys.exit(code)
 
 
 class Case(NamedTuple):
-    """A command and what it works on.
+    """A command, and the images that it uses.
 
     Attributes:
         words: The command line; images are in the working directory.
-        prepare: Makes the images; gives what the disk ``reads`` holds.
-        reads: The image that must read the same before, in between and after.
-        made: The file that the command makes, if it does.
-        images: Those that must be sound, whenever it ends.
-        keeps: What the command may leave beside them, as a pattern.
+        prepare: Makes the images; returns the content of the disk ``reads``.
+        reads: The image that must read the same before, during and after.
+        made: The file that the command creates, if it does.
+        images: Images that must be sound whenever the command ends.
+        keeps: A pattern of further files that the command may leave.
     """
 
     words: str
@@ -103,7 +103,7 @@ def fill(path: Path, disk: bytearray, chance: random.Random, share: float) -> No
 
 
 def create(path: Path, base: str = "") -> Path:
-    """Make an image with small clusters, so that there is much to change in little space."""
+    """Create an image with small clusters, so that few bytes need many changes."""
     return qemu.create(
         path,
         CLUSTERS * CLUSTER,
@@ -123,7 +123,7 @@ def chain(directory: Path, chance: random.Random) -> bytes:
 
 
 def sparse(directory: Path, chance: random.Random) -> bytes:
-    """Make an image of which half of the clusters in the file are free."""
+    """Make an image with free clusters: half of those in the file."""
     disk = bytearray(CLUSTERS * CLUSTER)
     path = create(directory / "top.qed")
     fill(path, disk, chance, 0.9)
@@ -135,14 +135,14 @@ def sparse(directory: Path, chance: random.Random) -> bytes:
     return bytes(disk)
 
 
-def blank(directory: Path, _chance: random.Random) -> bytes:
+def zeros(directory: Path, _chance: random.Random) -> bytes:
     """Make an image of zeros."""
     create(directory / "top.qed")
     return bytes(CLUSTERS * CLUSTER)
 
 
 def damaged(directory: Path, chance: random.Random) -> bytes:
-    """Make an image with leaks and wild entries where the disk holds zeros."""
+    """Make an image with leaks and with bad entries where the disk holds zeros."""
     disk = sparse(directory, chance)
     path = directory / "top.qed"
     image = bytearray(path.read_bytes())
@@ -170,7 +170,7 @@ CASES: Final = {
     ),
     "rebase-none": Case("rebase -b  top.qed", chain, "top.qed", images=("top.qed",)),
     "create": Case(
-        f"create --preallocate full new.qed {CLUSTERS * CLUSTER}", blank, "top.qed", "new.qed"
+        f"create --preallocate full new.qed {CLUSTERS * CLUSTER}", zeros, "top.qed", "new.qed"
     ),
     "check": Case("check -r all top.qed", damaged, "top.qed", keeps="top.qed.*"),
     "check-leaks": Case("check -r leaks top.qed", sparse, "top.qed", images=("top.qed",)),
@@ -179,7 +179,7 @@ CASES: Final = {
 
 
 def run(case: Case, directory: Path, when: int, kind: str) -> tuple[int, int]:
-    """Run the command, with a signal at a moment; give its exit code and how many moments."""
+    """Run the command with a signal at a moment; return its exit code and its number of moments."""
     total = directory.parent / "total"
     command = [sys.executable, "-c", _SCRIPT, str(when), kind, str(total), *case.words.split(" ")]
     code, _output, complaint = finish(start(command, directory=directory))
@@ -192,19 +192,21 @@ def run(case: Case, directory: Path, when: int, kind: str) -> tuple[int, int]:
 
 
 def content(path: Path, flat: Path) -> bytes:
-    """Read a disk by way of QEMU."""
+    """Read a disk through QEMU."""
     if path.suffix == ".raw":
         return path.read_bytes()
     qemu.run("qemu-img", "convert", "-f", "qed", "-O", "raw", path, flat)
     return flat.read_bytes()
 
 
-def judge(case: Case, directory: Path, disk: bytes, before: set[str], code: int) -> None:
-    """Look at everything that the command left."""
+def assert_left_sound(
+    case: Case, directory: Path, disk: bytes, before: set[str], code: int
+) -> None:
+    """Assert that all files that the command left are expected, sound and of the right content."""
     flat = directory.parent / "flat"
     expected = before | ({case.made} if case.made and code == DONE else set())
     if case.made and (directory / case.made).exists():
-        # The signal may have come after it got its name; then it is whole.
+        # A signal after the file got its name leaves a complete file.
         expected |= {case.made}
     kept = {path.name for path in directory.glob(case.keeps)} if case.keeps else set()
     assert {path.name for path in directory.iterdir()} - kept == expected - kept
@@ -221,7 +223,7 @@ def judge(case: Case, directory: Path, disk: bytes, before: set[str], code: int)
 @pytest.mark.parametrize("kind", ["before", "after", "report"])
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_at_any_moment(name: str, kind: str, tmp_path: Path) -> None:
-    """Nothing is half made or damaged, and the same command then gets it done."""
+    """An interrupted command leaves sound images, and the same command then succeeds."""
     case = CASES[name]
     chance = random.Random(f"{name} {kind}")
     original = tmp_path / "original"
@@ -233,9 +235,9 @@ def test_interrupted_at_any_moment(name: str, kind: str, tmp_path: Path) -> None
     code, total = run(case, place, 0, kind)
     assert code == DONE
     assert total > 0
-    judge(case, place, disk, before, code)
-    last = total if total <= MOMENTS else max(total - 2, 1)
-    moments = {1, last, *chance.sample(range(1, total + 1), min(MOMENTS, total))}
+    assert_left_sound(case, place, disk, before, code)
+    last = total if total <= MAX_MOMENTS else max(total - 2, 1)
+    moments = {1, last, *chance.sample(range(1, total + 1), min(MAX_MOMENTS, total))}
     interrupted = 0
     for when in sorted(moments):
         shutil.rmtree(place)
@@ -243,12 +245,12 @@ def test_interrupted_at_any_moment(name: str, kind: str, tmp_path: Path) -> None
         code, _ = run(case, place, when, kind)
         interrupted += code == INTERRUPTED
         if code == DONE or name != "check":
-            judge(case, place, disk, before, code)
+            assert_left_sound(case, place, disk, before, code)
         else:
-            # Some of it may be repaired, and nothing made worse.
+            # A partial repair may leave errors, but no more than before.
             worst = qemu.check(original / case.reads).errors
             assert qemu.check(place / case.reads).errors <= worst
         if code == INTERRUPTED and not (case.made and (place / case.made).exists()):
             assert run(case, place, 0, kind)[0] == DONE
-            judge(case, place, disk, before, DONE)
+            assert_left_sound(case, place, disk, before, DONE)
     assert interrupted > 0

@@ -1,4 +1,4 @@
-"""The program around the subcommands: words in, one line and an exit code out."""
+"""The program around the subcommands: arguments in, one line and an exit code out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCREEN_LINES, SCREEN_COLUMNS = 24, 80
 
 
 def failing(error: BaseException) -> Callable[[argparse.Namespace], int]:
-    """Give a command that fails."""
+    """Return a command that raises an error."""
 
     def run(_arguments: argparse.Namespace) -> NoReturn:
         raise error
@@ -36,7 +36,7 @@ def failing(error: BaseException) -> Callable[[argparse.Namespace], int]:
 
 
 def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command is on it; nothing scrolls away or wraps."""
+    """The help lists every command and fits on a screen."""
     assert program.main(["--help"]) == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
@@ -45,8 +45,8 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in program.COMMANDS if f"\n  {name} " not in text] == []
 
 
-def test_no_command_is_a_failure_that_helps(capsys: pytest.CaptureFixture[str]) -> None:
-    """A script that lost its arguments must not go on."""
+def test_no_command_prints_the_usage_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without arguments the usage is printed and the exit code is 1, so that scripts stop."""
     assert program.main([]) == 1
     assert "usage: qedimg COMMAND" in capsys.readouterr().out
 
@@ -55,7 +55,7 @@ def test_no_command_is_a_failure_that_helps(capsys: pytest.CaptureFixture[str]) 
 def test_help_of_a_command(
     form: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has an example and the exit codes, in lines that fit."""
+    """Each form of help prints the example and the exit codes, in lines that fit."""
     install(monkeypatch, lambda _arguments: 5)
     assert program.main(form) == 0
     text = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_help_of_a_command(
     ],
 )
 def test_unknown_command(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, with the nearest that there is."""
+    """An unknown command gets one line with the most similar command, if there is one."""
     assert program.main([name, "x"]) == 1
     assert capsys.readouterr().err == f"qedimg: {printable(name)}: {hint}\n"
 
@@ -110,7 +110,7 @@ def test_every_failure_is_one_line_and_a_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also what nobody thought of; never a traceback."""
+    """Every exception, expected or not, becomes one line and an exit code, never a traceback."""
     install(monkeypatch, failing(error))
     assert program.main(["fake"]) == code
     complaint = capsys.readouterr().err
@@ -118,8 +118,8 @@ def test_every_failure_is_one_line_and_a_code(
     assert complaint.count("\n") == 1
 
 
-def test_a_command_with_codes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error becomes FAILED, unless its own code is among them."""
+def test_a_command_with_its_own_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error becomes FAILED unless the command's own exit codes include its code."""
     codes = {0: "the same", 1: "different", 2: "failed", 16: "in use"}
     install(monkeypatch, failing(errors.ImageError("x")), EXIT_CODES=codes, FAILED=2)
     assert program.main(["fake"]) == 2
@@ -133,15 +133,15 @@ def test_a_command_with_codes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_command_that_cannot_be_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever is missing, it is said in one line."""
+    """A module that cannot be imported is reported in one line."""
     assert isinstance(program.COMMANDS, dict)
     monkeypatch.setitem(program.COMMANDS, "nosuch", "is not there")
     assert program.main(["nosuch"]) == 70
     assert capsys.readouterr().err.startswith("qedimg: internal error: ModuleNotFoundError: ")
 
 
-def test_traceback_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug can be looked at where it happens."""
+def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With QEDIMG_TRACEBACK an unexpected exception is raised."""
     install(monkeypatch, failing(ValueError("x")))
     monkeypatch.setenv("QEDIMG_TRACEBACK", "1")
     with pytest.raises(ValueError, match="x"):
@@ -149,7 +149,7 @@ def test_traceback_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quiet_and_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command has both, but not at once."""
+    """Every command has -q and -v, but not both together."""
     seen = []
 
     def run(arguments: argparse.Namespace) -> int:
@@ -165,7 +165,7 @@ def test_quiet_and_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("option", "seen"), [("-q", "EF"), ("", "EFW"), ("-v", "EFWI")])
 def test_log_goes_to_stderr(option: str, seen: str) -> None:
-    """Warnings as they come; -q keeps only errors, -v shows what is being done."""
+    """Warnings are printed to stderr; -q keeps only errors, -v adds information."""
     run = """
     import logging
     for level in ("INFO", "WARNING", "ERROR"):
@@ -179,7 +179,7 @@ def test_log_goes_to_stderr(option: str, seen: str) -> None:
 
 
 def shape(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the kinds of arguments that there are."""
+    """Give a parser each kind of argument."""
     parser.add_argument("image")
     parser.add_argument("more", nargs="*")
     parser.add_argument("-b", "--base")
@@ -202,10 +202,10 @@ def shape(parser: argparse.ArgumentParser) -> None:
         ("- a", ("-", ["a"], None, False)),
     ],
 )
-def test_words_as_they_are_meant(
+def test_arguments_are_parsed_as_meant(
     line: str, expected: tuple[str, list[str], str | None, bool]
 ) -> None:
-    """Options anywhere, negative sizes, and names that begin with a dash."""
+    """Options may stand anywhere, sizes may be negative, and names may begin with a dash."""
     parser = Parser(prog="qedimg fake", allow_abbrev=False)
     shape(parser)
     found = parser.parse(line.split(" "))
@@ -213,8 +213,8 @@ def test_words_as_they_are_meant(
 
 
 @pytest.mark.parametrize("line", ["a --nonsense", "a --bas x", "--shrink", "a --shrink=1", "-a"])
-def test_nonsense_is_refused(line: str) -> None:
-    """Abbreviations too: they would mean something else once there are more options."""
+def test_unknown_options_are_refused(line: str) -> None:
+    """Unknown options are refused, abbreviations included."""
     parser = Parser(prog="qedimg fake", allow_abbrev=False)
     shape(parser)
     with pytest.raises(errors.UsageError, match=r"\(see: qedimg fake --help\)$"):
@@ -222,15 +222,15 @@ def test_nonsense_is_refused(line: str) -> None:
 
 
 def test_a_bad_negative_number_is_named_as_it_was_typed() -> None:
-    """What marks it inside is not shown."""
+    """The message quotes a bad negative number as it was typed."""
     parser = Parser(prog="qedimg fake", allow_abbrev=False)
     parser.add_argument("size", type=int)
     with pytest.raises(errors.UsageError, match="invalid int value: '-1x' "):
         parser.parse(["-1x"])
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """A name in another encoding is printed escaped, whatever the terminal can show."""
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """A name in another encoding is printed escaped, whatever the locale."""
     name = os.fsencode(tmp_path) + b"/\xff\xe9\n"
     for locale in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C.UTF-8"}):
         code, output, complaint = qedimg(b"create", name, b"nonsense", environment=locale)
@@ -243,7 +243,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_behind_stdout() -> None:
-    """What was not printed is no success, wherever it is noticed."""
+    """Lost output is an error, at a write or at the end."""
     for command in (words("print('x'); return 0"), words("print('x' * 99999); return 0")):
         with Path("/dev/full").open("wb") as full:
             code, _output, complaint = finish(start(command, stdout=full))
@@ -251,20 +251,20 @@ def test_a_full_disk_behind_stdout() -> None:
 
 
 def test_a_full_disk_does_not_hide_the_result() -> None:
-    """The code of a command that ended is more than that its last line was lost."""
+    """The exit code of a command that has failed is kept when its last output is lost."""
     with Path("/dev/full").open("wb") as full:
         assert finish(start(words("print('damaged'); return 2"), stdout=full))[0] == 2
 
 
-def test_nobody_listens_to_complaints() -> None:
-    """The exit code tells all the same."""
+def test_exit_code_without_stderr() -> None:
+    """The exit code is right when the message cannot be printed."""
     with Path("/dev/full").open("wb") as full:
         assert qedimg("nosuch", stderr=full)[0] == 1
 
 
 @pytest.mark.parametrize("text", ["'x'", "'x' * 999999"], ids=["at the end", "on the way"])
-def test_a_reader_that_leaves(text: str) -> None:
-    """Silence, and the exit code of other programs."""
+def test_a_reader_that_closes_the_pipe(text: str) -> None:
+    """A closed pipe ends the program silently with the usual exit code."""
     reading, writing = os.pipe()
     os.close(reading)
     process = start(words(f"print({text}); return 0"), stdout=writing)
@@ -274,7 +274,7 @@ def test_a_reader_that_leaves(text: str) -> None:
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_stream_that_is_closed(number: int, tmp_path: Path) -> None:
-    """No file that is opened takes its place, or an image would get what is printed."""
+    """A file that is opened never gets the number of a closed standard stream."""
     path = tmp_path / "image"
     run = f"""
     with open({str(path)!r}, "wb", buffering=0) as file:
@@ -292,7 +292,7 @@ def test_a_stream_that_is_closed(number: int, tmp_path: Path) -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """Whoever asks for help or mistypes has not to wait for numpy and trio."""
+    """Help and usage errors load neither numpy nor trio."""
     script = """
 import sys
 from qedfuse.cli.qedimg.main import main
@@ -305,10 +305,10 @@ print(sorted({"numpy", "trio", "rich", "construct", "json", "logging"} & set(sys
 
 
 @pytest.mark.expect_log("a.qed: datasync: Input/output error")
-def test_a_failure_that_was_logged_is_not_told_twice(
+def test_a_logged_failure_is_not_printed_twice(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log's line says more: what follows from it."""
+    """An error that was logged is not printed again: the log has the consequence too."""
     path = tmp_path / "a.qed"
     assert program.main(["create", "-q", str(path), "1M"]) == 0
 

@@ -1,4 +1,4 @@
-"""``qedimg map`` beside ``qemu-img map``: the same text, whatever the chain."""
+"""``qedimg map`` compared with ``qemu-img map``: the same text for any chain."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FORMS = ("human", "json")
 def mapped(
     *arguments: str | Path, capsys: pytest.CaptureFixture[str], code: int = 0
 ) -> tuple[str, str]:
-    """Run the command; give what it printed, and what it complained of."""
+    """Run the command; give its output and its error message."""
     assert main(["map", *map(str, arguments)]) == code
     said = capsys.readouterr()
     assert bool(said.err) == bool(code), said.err
@@ -59,13 +59,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_the_same_as_qemu(
+def test_output_agrees_with_qemu(
     seed: int,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Any chain, geometry, content and range: the same text, for people and for scripts."""
+    """Text and JSON are QEMU's for any chain, geometry and range, with the fast map and without."""
     chance = random.Random(seed)
     top = draw_chain(tmp_path, chance, "image", chance.randrange(1, 5), draw_any_size)
     size = qemu.info(top)["virtual-size"]
@@ -84,7 +84,7 @@ def test_the_same_as_qemu(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_raw_file(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is no image is mapped as it lies on the host, as QEMU does."""
+    """A raw file is mapped by its extents on the host, as by QEMU."""
     chance = random.Random(seed)
     path = tmp_path / "disk.raw"
     with path.open("wb") as file:
@@ -99,8 +99,8 @@ def test_a_raw_file(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("start", ["1M", "7M"])
-def test_nothing_to_tell(start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A range without a byte gives one entry that says nothing: so does QEMU."""
+def test_an_empty_range(start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty range gives one empty entry, as with QEMU."""
     path = qemu.create(tmp_path / "disk.qed", 1 << 20)
     words = ("--output=json", f"--start-offset={start}", path)
     out, _err = mapped(*words, capsys=capsys)
@@ -110,8 +110,8 @@ def test_nothing_to_tell(start: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert mapped("-q", path, capsys=capsys)[0] == ""
 
 
-def test_pieces_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run over many pieces of many tables is one extent, a hole between them too."""
+def test_runs_are_joined_across_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run over many slices of many tables is one extent, and so is a hole between them."""
     size, geometry = 1 << 36, Header(4096, 16, 1, 0, 0, 0, 4096, 1 << 36).geometry
     tables = 3
     clusters = tables * geometry.entries
@@ -140,8 +140,8 @@ def test_pieces_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("way")
-def test_each_cluster_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tables in which no entry follows the one before it, more of them than are read at once."""
+def test_fragmented_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fragmented tables that are longer than one read are mapped like QEMU does."""
     chance = random.Random(5)
     count = 3 * 8192 + 77
     header = Header(4096, 16, 1, 0, 0, 0, 4096, count * CLUSTER)
@@ -166,7 +166,7 @@ def test_each_cluster_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def bad_image(path: Path) -> Path:
-    """Make an image with data, an entry that points nowhere, and data again."""
+    """Make an image with data, entries that point out of the file, and data again."""
     image = build_image(
         16 * CLUSTER, {2: b"x" * CLUSTER, 3: 1 << 40, 4: 12345, 5: ZERO, 6: b"x" * CLUSTER}
     )
@@ -176,7 +176,7 @@ def bad_image(path: Path) -> Path:
 
 @pytest.mark.usefixtures("way")
 def test_bad_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What can be told is told; nobody is told that he knows what he cannot know."""
+    """Bad entries are reported as neither data nor zeros, and the exit code is 13."""
     path = bad_image(tmp_path / "bad.qed")
     out, err = mapped("--output=json", path, capsys=capsys, code=13)
     entries: list[dict[str, Any]] = json.loads(out)
@@ -191,7 +191,7 @@ def test_bad_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def damaged_image(path: Path, chance: random.Random) -> None:
-    """Make an image of several tables with some of whatever can be wrong with entries."""
+    """Make an image of several tables with several kinds of bad entries."""
     chosen = [number for number in range(1500) if chance.random() < 1 / 3]
     clusters: dict[int, bytes | int] = dict.fromkeys(chosen, b"x")
     clusters |= {chance.randrange(1500): ZERO for _ in range(40)}
@@ -206,13 +206,13 @@ def damaged_image(path: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_damage_is_seen_as_by_a_reader(
+def test_damage_is_mapped_as_a_disk_reads_it(
     seed: int,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both ways tell the same, and what they call data is what a disk would read."""
+    """Both maps agree on damaged images, and their data is what a disk reads."""
     path = tmp_path / "damaged.qed"
     damaged_image(path, random.Random(seed))
     found = trio.run(map_image, str(path))
@@ -224,7 +224,7 @@ def test_damage_is_seen_as_by_a_reader(
 
 
 async def _compare_with_disk(path: str, size: int, found: list[MapEntry]) -> None:
-    """Ask a disk about each cluster; ``size`` is the file's in bytes."""
+    """Compare a map with a disk's extents, by clusters; ``size`` is the file's length in bytes."""
     async with open_disk(path) as disk:
         for entry in found:
             for start in range(entry.start, entry.start + entry.length, CLUSTER):
@@ -237,7 +237,7 @@ async def _compare_with_disk(path: str, size: int, found: list[MapEntry]) -> Non
 
 
 async def test_from_python(tmp_path: Path) -> None:
-    """The same, entry by entry, for who calls the function."""
+    """The function returns the same entries as data."""
     path = bad_image(tmp_path / "bad.qed")
     found = await map_image(str(path), start=5 * CLUSTER, length=CLUSTER + 1)
     assert found == [
@@ -248,8 +248,8 @@ async def test_from_python(tmp_path: Path) -> None:
         assert (opened.size, opened.files) == (16 * CLUSTER, [str(path)])
 
 
-async def test_the_policy_holds(tmp_path: Path) -> None:
-    """A base elsewhere is looked at if the caller says so."""
+async def test_the_backing_policy_of_the_function(tmp_path: Path) -> None:
+    """The function opens a base elsewhere only if its policy allows it."""
     (tmp_path / "inside").mkdir()
     base = qemu.create(tmp_path / "base.qed", 1 << 20)
     path = qemu.create(tmp_path / "inside" / "top.qed", backing=base)
@@ -260,7 +260,7 @@ async def test_the_policy_holds(tmp_path: Path) -> None:
 
 
 def test_bases_are_confined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without leave it is refused, with the code for backing files."""
+    """The command refuses a base elsewhere with 17 unless it is allowed."""
     (tmp_path / "inside").mkdir()
     base = qemu.create(tmp_path / "base.qed", 1 << 20)
     path = qemu.create(tmp_path / "inside" / "top.qed", backing=base)
@@ -269,8 +269,8 @@ def test_bases_are_confined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert_same_lines(out, by_qemu("--output=json", path))
 
 
-def test_what_cannot_be_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, and a code that tells what it was."""
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each refusal is one line with the exit code of its reason."""
     foreign = qemu.create(tmp_path / "foreign.img", 1 << 20, image_format="qcow2")
     assert "qcow" in mapped(foreign, capsys=capsys, code=12)[1]
     assert "magic" in mapped("-f", "qed", foreign, capsys=capsys, code=12)[1]
@@ -281,7 +281,7 @@ def test_what_cannot_be_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Who does not ask for it does not get a torn map."""
+    """An image in use is mapped only with -U."""
     path = qemu.create(tmp_path / "disk.qed", 1 << 20)
     with qemu.hold(path):
         assert "in use" in mapped(path, capsys=capsys, code=16)[1]

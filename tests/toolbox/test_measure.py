@@ -1,4 +1,4 @@
-"""``qedimg measure`` beside what ``qedimg convert`` makes."""
+"""``qedimg measure`` compared with what ``qedimg convert`` creates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def measured(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, int]:
-    """Measure; give what is required, and what is when all is written to."""
+    """Measure; return the required and the fully allocated size in bytes."""
     assert main(["measure", "--output", "json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"required", "fully-allocated"}
@@ -24,10 +24,10 @@ def measured(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, int]
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_as_long_as_what_is_made(
+def test_measured_sizes_are_exact(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To the byte, for any chain and geometry, empty, copied and full."""
+    """The measured sizes are the file's to the byte, empty, copied and fully allocated."""
     chance = random.Random(seed)
     source = chains.draw_chain(tmp_path, chance, "c", chance.randrange(1, 4))
     cluster, table = 1 << chance.randrange(12, 21), 1 << chance.randrange(1, 5)
@@ -48,7 +48,7 @@ def test_as_long_as_what_is_made(
 def test_over_a_base_and_raw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the base has is not counted; raw content needs its data and no tables."""
+    """Data of the base is not counted, and a raw target needs no tables."""
     monkeypatch.chdir(tmp_path)
     base = qemu.create(tmp_path / "base.qed", 1 << 20)
     qemu.io(base, "write -P 1 0 512k")
@@ -65,8 +65,10 @@ def test_over_a_base_and_raw(
     assert capsys.readouterr().out == ""
 
 
-def test_a_disk_that_ends_within_a_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only the bytes that it has are counted."""
+def test_a_disk_that_ends_within_a_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a last partial block only its own bytes are counted."""
     (tmp_path / "a.raw").write_bytes(bytes(8192) + b"x" * 691_808)
     assert measured(capsys, "-O", "raw", str(tmp_path / "a.raw")) == (691_808, 700_000)
     assert main(["convert", "-v", str(tmp_path / "a.raw"), str(tmp_path / "a.qed")]) == 0
@@ -87,7 +89,7 @@ MISTAKES: Final = {
 def test_mistakes_get_one_line(
     row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message says what was found."""
+    """Each mistake is one line that says what was found."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.raw").write_bytes(b"x" * 5000)
     words, expected = MISTAKES[row]

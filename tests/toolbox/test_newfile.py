@@ -1,4 +1,4 @@
-"""Files that get their name when they are complete: whatever the host, and whatever was there."""
+"""New files get their name when they are complete, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def names(directory: Path) -> set[str]:
 
 
 def without_links(*_: object) -> None:
-    """Refuse as FAT does."""
+    """Refuse hard links, as FAT does."""
     raise OSError(errno.EPERM, "no links here")
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_somebody_elses_file_is_never_replaced(
+def test_a_file_that_appears_meanwhile_is_not_replaced(
     *, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even one that appeared in between; also where a file has one name only."""
+    """A file that appears under the name meanwhile is kept, also on hosts without hard links."""
     if not links:
         monkeypatch.setattr(os, "link", without_links)
     with NewFile(str(tmp_path / "a")) as new:
@@ -63,7 +63,7 @@ def test_somebody_elses_file_is_never_replaced(
 def test_force_replaces_only_what_was_there_at_the_start(
     *, at_start: str, command: str, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that another process puts there meanwhile was never locked, so it may be in use."""
+    """With --force a file that appeared meanwhile is kept, because it was never locked."""
     if not links:
         monkeypatch.setattr(os, "link", without_links)
     raw, path, theirs = tmp_path / "raw", tmp_path / "a.qed", tmp_path / "theirs"
@@ -95,7 +95,7 @@ def test_force_replaces_only_what_was_there_at_the_start(
 
 
 def test_force_where_the_old_file_is_removed_meanwhile(tmp_path: Path) -> None:
-    """The name is free, so the new file takes it, with the permissions of the old one."""
+    """If the old file is removed meanwhile, the new one takes its name and permissions."""
     path = tmp_path / "a.qed"
     path.write_bytes(b"old")
     path.chmod(0o640)
@@ -109,16 +109,16 @@ def test_force_where_the_old_file_is_removed_meanwhile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", ["create IMAGE 1M", "convert RAW IMAGE", "convert -O qcow2 RAW IMAGE"]
 )
-def test_any_name_will_do_that_the_host_takes(name: str, words: str, tmp_path: Path) -> None:
-    """The temporary name is no longer than that."""
+def test_names_of_maximal_length(name: str, words: str, tmp_path: Path) -> None:
+    """A name as long as the host allows works: the temporary name is not longer."""
     (tmp_path / "raw").write_bytes(b"x" * 512)
     places = {"IMAGE": str(tmp_path / name), "RAW": str(tmp_path / "raw")}
     assert main([places.get(word, word) for word in [*words.split(), "-q"]]) == 0
     assert names(tmp_path) == {name, "raw"}
 
 
-def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
-    """The link stays; only with --force, of course."""
+def test_the_target_of_a_link_is_replaced(tmp_path: Path) -> None:
+    """With --force the target of a symbolic link is replaced, and the link stays."""
     place = tmp_path / "place"
     place.mkdir()
     old, link = place / "old.qed", tmp_path / "link.qed"
@@ -133,8 +133,8 @@ def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
     assert names(tmp_path) == {"link.qed", "place"}
 
 
-def test_who_could_use_the_old_file_can_use_the_new_one(tmp_path: Path) -> None:
-    """Owner, mode and attributes are taken over; meanwhile nobody else sees the content."""
+def test_owner_and_mode_of_the_replaced_file_are_kept(tmp_path: Path) -> None:
+    """Owner, mode and attributes are kept, and the temporary file has mode 0600."""
     path = tmp_path / "a.qed"
     path.write_bytes(b"old")
     os.chown(path, 1234, 2345)
@@ -156,7 +156,7 @@ def test_who_could_use_the_old_file_can_use_the_new_one(tmp_path: Path) -> None:
 def test_an_image_does_not_become_its_own_base(
     command: str, depth: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Replacing the lowest base by an overlay over the chain would lose it all."""
+    """An image is not replaced by an overlay over itself or over its own overlays."""
     base = qemu.create(tmp_path / "0.qed", 1 << 20)
     qemu.io(base, "write -P 7 0 64k")
     for number in range(1, depth + 1):
@@ -176,11 +176,11 @@ def test_an_image_does_not_become_its_own_base(
 
 
 def test_a_directory_that_may_not_be_read(tmp_path: Path) -> None:
-    """It cannot be told to be durable; that the file was made is said all the same."""
+    """In a directory that cannot be opened for its sync, a file is created successfully."""
     place = tmp_path / "place"
     place.mkdir()
     place.chmod(0o300)
-    # Root obeys no modes, unless it gives that power away.
+    # Root ignores permissions unless it drops these capabilities.
     without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     command = [*without, sys.executable, "-m", "qedfuse.cli.qedimg"]
     command += ["create", "-q", str(place / "a.qed"), "1M"]

@@ -1,4 +1,4 @@
-"""What subcommands print with."""
+"""Functions and options that subcommands share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.options import OpenOptions
 
 
-def test_quiet_silences_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing else is silenced."""
+def test_quiet_silences_messages_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """-q silences messages, but not results."""
     for quiet in (False, True):
         say(argparse.Namespace(quiet=quiet), "done")
         print_json({})
@@ -25,7 +25,7 @@ def test_quiet_silences_what_is_said(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_json_holds_any_name(capsys: pytest.CaptureFixture[str]) -> None:
-    """A name that is no text comes back as the bytes that it is."""
+    """JSON holds a name that is not UTF-8 such that its bytes can be restored."""
     name = b"caf\xe9 \xe2\x82\xac\n.qed"
     print_json({"filename": os.fsdecode(name)})
     text = capsys.readouterr().out
@@ -34,7 +34,7 @@ def test_json_holds_any_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table_lines_up() -> None:
-    """Text to the left, figures to the right, nothing after the last column."""
+    """Text is aligned left, numbers right, and lines have no trailing spaces."""
     text = table([("Name", "Bytes", "What"), ("a", 1, "x"), ("bcdef", 1000000, "")], right=(1,))
     assert text.splitlines() == [
         "Name     Bytes  What",
@@ -58,15 +58,15 @@ def options(*words: str, writable: bool = False) -> OpenOptions:
     return common.open_options(parsed(*words), writable=writable)
 
 
-def test_options_are_safe_unless_told_otherwise() -> None:
-    """Backing files are confined, locks honoured, nothing is changed."""
+def test_options_are_safe_by_default() -> None:
+    """By default backing files are confined, locks are honoured and nothing is written."""
     found = options()
     assert (found.writable, found.force_share) == (False, False)
     assert (found.backing.mode, found.backing.directories) == ("confined", ())
 
 
-def test_options_as_given() -> None:
-    """Each reaches the library."""
+def test_options_reach_the_library() -> None:
+    """Each shared option reaches the library."""
     found = options(
         *("-U", "--backing", "any", "--backing-dir", "/a"),
         *("--backing-dir", "/b", "--backing-format", "raw"),
@@ -77,14 +77,14 @@ def test_options_as_given() -> None:
     assert found.backing.format == "raw"
 
 
-def test_nobody_writes_beside_a_writer() -> None:
-    """-U is for reading."""
+def test_share_is_ignored_for_writing() -> None:
+    """-U does not apply to a command that writes."""
     found = options("-U", writable=True)
     assert (found.writable, found.force_share) == (True, False)
 
 
 def test_options_of_a_command_that_has_none() -> None:
-    """Only those are looked at that the subcommand has."""
+    """Options that a subcommand lacks have their defaults."""
     found = common.open_options(argparse.Namespace(), trusted="/base.raw")
     assert found.backing.mode == "confined"
     assert found.backing.trusted == "/base.raw"
@@ -92,12 +92,12 @@ def test_options_of_a_command_that_has_none() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("10G", 10 << 30), ("512", 512), ("64KiB", 65536)])
 def test_sizes(text: str, size: int) -> None:
-    """As everywhere in the project."""
+    """Sizes accept the units of the whole project."""
     assert common.size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5G", "-1", "1Q"])
-def test_no_sizes(text: str) -> None:
-    """The parser makes one line of it, with what was found."""
+def test_bad_sizes(text: str) -> None:
+    """A bad size is an error of the parser that says what was expected."""
     with pytest.raises(argparse.ArgumentTypeError, match="expected a number of bytes"):
         common.size(text)

@@ -1,4 +1,4 @@
-"""The man pages and completions in ``docs/share/`` say what the programs know."""
+"""The man pages and completions in ``docs/share/`` match the programs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PAGES: Final = ("man/man1/qedimg.1", "man/man8/qedfuse.8")
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, str]:
-    """Give all files as they should be."""
+    """Return all files as they should be, by name."""
     return tree.files()
 
 
-def test_what_is_shipped_is_up_to_date(made: dict[str, str]) -> None:
-    """If this fails: ``python -m qedfuse.cli.pages``."""
+def test_shipped_files_are_up_to_date(made: dict[str, str]) -> None:
+    """The shipped files are current; if not, run ``python -m qedfuse.cli.pages``."""
     shipped = {
         str(path.relative_to(SHARE)): path.read_text(encoding="utf-8")
         for path in SHARE.rglob("*")
@@ -40,7 +40,7 @@ def test_what_is_shipped_is_up_to_date(made: dict[str, str]) -> None:
 
 
 def test_everything_is_installed(made: dict[str, str]) -> None:
-    """The build takes each file to the place where it is looked for."""
+    """The build installs each file where it is looked for."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     places = settings["tool"]["setuptools"]["data-files"]
     assert all(patterns == [f"docs/{place}/*"] for place, patterns in places.items())
@@ -52,13 +52,13 @@ def test_everything_is_installed(made: dict[str, str]) -> None:
     "command",
     [
         ["groff", "-man", "-Tutf8", "-ww", "-z"],
-        # Whether another page is installed, and what year it is, is no matter of ours.
+        # Not -Wall: it would also check other installed pages and the date.
         ["mandoc", "-Tlint", "-Wstyle"],
     ],
     ids=lambda command: command[0],
 )
-def test_pages_are_sound_roff(command: list[str], page: str) -> None:
-    """Neither formatter has anything to complain of."""
+def test_formatters_accept_the_pages(command: list[str], page: str) -> None:
+    """Neither formatter reports anything about the pages."""
     done = subprocess.run([*command, SHARE / page], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
@@ -71,8 +71,8 @@ def rendered(path: Path) -> str:
     return " ".join(re.sub(".\b", "", done.stdout).split())
 
 
-def test_qedimg_page_tells_everything(made: dict[str, str], tmp_path: Path) -> None:
-    """All commands, options, examples and exit codes are on it, as they are typed."""
+def test_the_qedimg_page_is_complete(made: dict[str, str], tmp_path: Path) -> None:
+    """The page has all commands, options, examples and exit codes."""
     page = tmp_path / "qedimg.1"
     page.write_text(made[PAGES[0]], encoding="utf-8")
     text = rendered(page)
@@ -87,16 +87,16 @@ def test_qedimg_page_tells_everything(made: dict[str, str], tmp_path: Path) -> N
             assert f"{code} {meaning}" in text
 
 
-def test_qedfuse_page_tells_everything(made: dict[str, str], tmp_path: Path) -> None:
-    """All options, words behind ``-o`` and exit codes are on it."""
+def test_the_qedfuse_page_is_complete(made: dict[str, str], tmp_path: Path) -> None:
+    """The page has all options, words of -o and exit codes."""
     page = tmp_path / "qedfuse.8"
     page.write_text(made[PAGES[1]], encoding="utf-8")
     text = rendered(page)
     for words, meaning in programs.option_words():
         assert f"{words} {meaning}" in text
-    told = re.findall(r"\w+", " ".join(words for words, _ in programs.option_words()))
-    told += ["nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"]
-    assert set(programs.mount_words()) - set(told) == {"nodiratime", "relatime"}
+    words_on_page = re.findall(r"\w+", " ".join(words for words, _ in programs.option_words()))
+    words_on_page += ["nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"]
+    assert set(programs.mount_words()) - set(words_on_page) == {"nodiratime", "relatime"}
     for code, meaning in programs.exit_codes():
         assert f"{code} {meaning}" in text
     flags = [flag for option in programs.qedfuse().commands[0].options for flag in option.flags]
@@ -104,8 +104,8 @@ def test_qedfuse_page_tells_everything(made: dict[str, str], tmp_path: Path) -> 
     assert [flag for flag in flags if flag not in text] == []
 
 
-def test_known_words_are_words() -> None:
-    """Each word for ``-o`` is accepted by itself or with one of its values."""
+def test_listed_mount_options_are_accepted() -> None:
+    """Each word of -o is accepted, alone or with one of its values."""
     numbers = {
         "umask": "077",
         "commit": "5",
@@ -120,8 +120,8 @@ def test_known_words_are_words() -> None:
         parse_options([word + value])
 
 
-def test_flags_of_qedfuse_are_flags() -> None:
-    """Each option that the help lists is taken, with a value exactly if it has one."""
+def test_listed_flags_are_accepted() -> None:
+    """Each option of the help is accepted, with a value exactly if it has one."""
     for option in programs.qedfuse().commands[0].options:
         for flag in option.flags:
             words = [flag] if option.value is None else [flag, "value"]
@@ -133,7 +133,7 @@ def test_flags_of_qedfuse_are_flags() -> None:
     [r"back\slash", "-dash--", "'quote'", '"double"', ".dot", "a ^ b ~ c ` d", r"\fB \(aq \n"],
 )
 def test_text_survives_roff(text: str, tmp_path: Path) -> None:
-    """What roff would act on is shown as it is, at the beginning of a line as well."""
+    """Text that roff would interpret is shown literally, also at the start of a line."""
     page = tmp_path / "page.1"
     lines = ['.TH X 1 2026-01-01 "x"', ".SH NAME", r"x \- y", ".SH TEXT"]
     lines += [*roff.example(text), ".SH END", ".TP", roff.bold(text), "x"]
@@ -142,7 +142,7 @@ def test_text_survives_roff(text: str, tmp_path: Path) -> None:
 
 
 def test_paragraphs() -> None:
-    """Sentences have lines of their own, examples stay as they are, back quotes mark words."""
+    """Each sentence gets its own line, examples are unchanged, and back quotes mark words."""
     text = "One `-x`\nline.  Two; see mount(8).\n\n    as  it is\n\nLast."
     assert list(roff.paragraphs(text)) == [
         r"One \fB\-x\fR line.",

@@ -1,4 +1,4 @@
-"""How far a command is, as the user sees it: on a terminal, in a log, on SIGUSR1."""
+"""Progress as the user sees it: on a terminal, in a log, on SIGUSR1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def arguments(*, quiet: bool = False, wanted: bool = False) -> argparse.Namespace:
-    """Give what the command line says."""
+    """Return parsed arguments."""
     return argparse.Namespace(quiet=quiet, progress=wanted)
 
 
@@ -34,20 +34,20 @@ class Clock:
 
 
 def steps(report: Callable[[int, int], None], total: int) -> None:
-    """Report every step of some work."""
+    """Report each step of some work."""
     for done in range(total + 1):
         report(done, total)
 
 
-def test_nothing_in_a_log(capfd: pytest.CaptureFixture[str]) -> None:
-    """A pipe gets no progress that nobody asked for."""
+def test_no_progress_in_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
+    """A pipe gets no progress without -p."""
     with progress(arguments(), "Working") as report:
         steps(report, 1000)
     assert capfd.readouterr() == ("", "")
 
 
-def test_percentages_in_a_log(capfd: pytest.CaptureFixture[str]) -> None:
-    """With -p; each percentage once, however often it is reported."""
+def test_percentages_in_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
+    """With -p a pipe gets each percentage once, however often it is reported."""
     with progress(arguments(wanted=True), "Working") as report:
         steps(report, 5000)
     lines = capfd.readouterr().err.splitlines()
@@ -57,7 +57,7 @@ def test_percentages_in_a_log(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_quiet_wins(capfd: pytest.CaptureFixture[str]) -> None:
-    """-q says nothing but errors."""
+    """-q silences progress also with -p."""
     with progress(arguments(wanted=True, quiet=True), "Working") as report:
         steps(report, 100)
     assert capfd.readouterr() == ("", "")
@@ -67,14 +67,14 @@ def test_quiet_wins(capfd: pytest.CaptureFixture[str]) -> None:
     ("done", "total", "percent"), [(0, 0, 0.0), (5, 0, 0.0), (1, 3, 100 / 3), (7, 5, 100.0)]
 )
 def test_odd_reports(done: int, total: int, percent: float) -> None:
-    """Nothing to do, and more done than there was."""
+    """Work without steps is 0 %, and more steps than expected are 100 %."""
     meter = Meter("Working", bar=False, lines=False)
     meter.report(done, total)
     assert meter.percent == percent
 
 
 def test_usr1(capfd: pytest.CaptureFixture[str]) -> None:
-    """A line for each signal, also with -q: it was asked for."""
+    """SIGUSR1 prints one line each time, also with -q."""
     with progress(arguments(quiet=True), "Working") as report:
         signal.raise_signal(signal.SIGUSR1)
         report(1, 8)
@@ -85,7 +85,7 @@ def test_usr1(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_usr1_to_a_process_that_waits() -> None:
-    """It answers while the work is in the host's kernel and reports nothing."""
+    """SIGUSR1 is answered while the work waits in a system call and reports nothing."""
     run = """
     import trio
     async def work():
@@ -110,8 +110,8 @@ def test_usr1_to_a_process_that_waits() -> None:
     assert finish(process) == (0, "", "")
 
 
-def test_nobody_reads_the_progress() -> None:
-    """The work goes on."""
+def test_progress_without_a_reader() -> None:
+    """The work continues if stderr is a closed pipe."""
     run = """
     with progress(arguments, "Working") as report:
         for done in range(101):
@@ -128,7 +128,7 @@ def test_nobody_reads_the_progress() -> None:
 
 
 def on_terminal(run: str, *options: str) -> tuple[int, str, str]:
-    """Run ``fake`` with stderr on a terminal; give exit code, output, what the terminal got."""
+    """Run ``fake`` with stderr on a terminal; return exit code, output and the terminal's text."""
     master, slave = pty.openpty()
     process = start(words(run, *options), {"TERM": "xterm", "COLUMNS": "80"}, stderr=slave)
     os.close(slave)
@@ -144,7 +144,7 @@ def on_terminal(run: str, *options: str) -> tuple[int, str, str]:
 
 
 def plain(shown: str) -> str:
-    """Take colours and cursor movements out."""
+    """Remove colours and cursor movements."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
@@ -163,22 +163,22 @@ WORK = """
 
 
 def test_bar_on_a_terminal() -> None:
-    """Where the work takes longer than a second; it is gone when the work is done."""
+    """Work of more than a second shows a bar, which is erased at the end."""
     code, output, shown = on_terminal(WORK % 0.05)
     assert (code, output) == (0, "done\n")
     assert "Working [hard]" in plain(shown)
     assert "━" in shown
     assert re.search(r"\b100%|\b9\d%", plain(shown))
-    # The answer to the signal has a line for itself.
+    # The answer to the signal has its own line.
     assert "\r\x1b[2KWorking [hard]: 50.0 %\r\n" in shown
-    # The cursor is back, and the last thing that happens is that the line is erased.
+    # The cursor is visible again, and the line is erased last.
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
     assert shown.rindex("\x1b[2K") > shown.rindex("━")
 
 
 @pytest.mark.parametrize(("options", "bar"), [((), False), (("-p",), True), (("-p", "-q"), False)])
 def test_no_bar_for_quick_work(options: tuple[str, ...], bar: bool) -> None:  # noqa: FBT001
-    """Unless it is asked for."""
+    """Work of less than a second shows a bar only with -p."""
     code, output, shown = on_terminal(WORK % 0.0001, *options)
     assert (code, output) == (0, "done\n")
     assert ("━" in shown) is bar
@@ -186,7 +186,7 @@ def test_no_bar_for_quick_work(options: tuple[str, ...], bar: bool) -> None:  # 
 
 
 def test_bar_and_interrupt() -> None:
-    """The cursor comes back, and the complaint stands on a line of its own."""
+    """After an interrupt the cursor is visible, and the message has its own line."""
     run = """
     import trio
     async def work():
@@ -202,8 +202,8 @@ def test_bar_and_interrupt() -> None:
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 
-def test_bar_moves_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work may report each cluster; the terminal gets ten changes a second."""
+def test_bar_is_redrawn_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the work reports, the bar is redrawn at most ten times a second."""
     clock = Clock(monkeypatch)
     drawn = []
     meter = Meter("Working", bar=True, lines=False)
@@ -217,7 +217,7 @@ def test_bar_moves_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bar_without_a_report() -> None:
-    """What takes long before there is anything to report has a bar as well."""
+    """A bar is shown for work that reports nothing in its first second."""
     run = """
     with progress(arguments, "Working") as report:
         time.sleep(1.4)

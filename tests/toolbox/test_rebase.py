@@ -1,4 +1,4 @@
-"""``qedimg rebase``: the same content over another base, beside qemu-img."""
+"""``qedimg rebase``: the same content over another base, compared with qemu-img."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CLUSTER: Final = 4096
 
 
 def files(directory: Path, *without: Path) -> dict[str, bytes]:
-    """Read all files of a directory but some."""
+    """Read all files of a directory except some."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path not in without}
 
 
 def draw(directory: Path, chance: random.Random) -> tuple[Path, Path | None]:
-    """Make an overlay, and what may become its base: of another chain, of its own, or none."""
+    """Make an overlay, and a new base for it: of another chain, of its own, or none."""
     base = draw_chain(directory, chance, "old", chance.randrange(1, 4))
     top = draw_image(directory / "top.qed", chance, base)
     which = chance.random()
@@ -43,7 +43,7 @@ def draw(directory: Path, chance: random.Random) -> tuple[Path, Path | None]:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_content_stays(seed: int, tmp_path: Path) -> None:
-    """QEMU and we read what was there before; nothing but the overlay has changed."""
+    """The content is unchanged for both programs, and no other file has changed."""
     chance = random.Random(seed)
     place = tmp_path / "place"
     place.mkdir()
@@ -66,15 +66,15 @@ def test_content_stays(seed: int, tmp_path: Path) -> None:
     assert qemu.info(top).get("backing-filename") == qemu.info(theirs / "top.qed").get(
         "backing-filename"
     )
-    # QEMU's commonest case is a chain that ends up the same.
+    # QEMU arrives at the same content.
     assert qemu.content(theirs / "top.qed") == before
     assert top.stat().st_size <= (theirs / "top.qed").stat().st_size
 
 
-def test_nothing_is_taken_over_that_both_show(
+def test_ranges_that_both_bases_share_are_not_copied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A base that is a copy of the old one costs no cluster; zeros cost none but a table."""
+    """A base with equal content costs no cluster; zeros cost at most a table."""
     data = pattern(32 * CLUSTER, 3)
     base = {number: data[number * CLUSTER :][:CLUSTER] for number in range(32)}
     (tmp_path / "one.qed").write_bytes(build_image(1 << 20, base, table_size=2))
@@ -101,8 +101,8 @@ def test_nothing_is_taken_over_that_both_show(
     assert content(top) == before
 
 
-def test_clusters_longer_than_a_piece(tmp_path: Path) -> None:
-    """Clusters of 4 MiB are compared piece by piece, and taken over whole."""
+def test_clusters_longer_than_a_chunk(tmp_path: Path) -> None:
+    """Clusters of 4 MiB are compared in chunks, and copied whole."""
     size, cluster = 22 << 20, 4 << 20
     (tmp_path / "old.raw").write_bytes(bytes(6 << 20) + b"o" * (4 << 20) + b"s" * (8 << 20))
     new = bytearray((tmp_path / "old.raw").read_bytes())
@@ -129,7 +129,7 @@ def test_clusters_longer_than_a_piece(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.expect_log("refuses")
-def test_a_host_that_refuses(seed: int, tmp_path: Path, *, lasting: bool) -> None:
+def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -> None:
     """Whichever change of a file fails, the disk reads as before and has no damage."""
     chance = random.Random(1000 + seed)
     place = tmp_path / "place"
@@ -138,7 +138,7 @@ def test_a_host_that_refuses(seed: int, tmp_path: Path, *, lasting: bool) -> Non
     before, original = content(top), top.read_bytes()
     name = base.name if base else None
     if base is not None and seed % 2:
-        # A name that needs a sector of its own.
+        # A name that does not fit into the header's sector.
         name = "./" * 300 + base.name
 
     async def work() -> None:
@@ -161,14 +161,14 @@ def test_a_host_that_refuses(seed: int, tmp_path: Path, *, lasting: bool) -> Non
 
 
 def named(path: Path) -> tuple[str | None, int]:
-    """Give the base that QEMU finds, and the feature bits."""
+    """Return the base that QEMU finds, and the feature bits."""
     return qemu.info(path).get("backing-filename"), header_of(path.read_bytes()).features
 
 
 @pytest.mark.parametrize("length", [1, 40, 447, 448, 449, 1000, 1023])
 @pytest.mark.parametrize("old", [5, 448, 449, 1023])
 def test_names_of_any_length(length: int, old: int, tmp_path: Path) -> None:
-    """With -u the name alone changes, wherever there is room for it."""
+    """With -u only the name changes, whether it fits into the header's sector or not."""
     top = tmp_path / "top.qed"
     content_before = build_image(1 << 20, {3: b"x"}, table_size=2, backing=b"o" * old)
     top.write_bytes(content_before)
@@ -196,7 +196,7 @@ def test_names_of_any_length(length: int, old: int, tmp_path: Path) -> None:
 def test_the_name_is_the_old_or_the_new_one(
     old: bytes, new: bytes, tmp_path: Path, *, lasting: bool
 ) -> None:
-    """Whichever change of the file fails."""
+    """Whichever write fails, the image names the old or the new base."""
     top = tmp_path / "top.qed"
     image = build_image(1 << 20, {3: b"x"}, table_size=2, autoclear=1, backing=old)
 
@@ -217,7 +217,7 @@ def test_the_name_is_the_old_or_the_new_one(
 
 
 def test_unknown_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compatible ones stay, autoclear ones go, and incompatible ones stop it."""
+    """Unknown compatible bits stay, autoclear bits are cleared, incompatible ones are refused."""
     (tmp_path / "base.raw").write_bytes(b"b" * 9000)
     top = tmp_path / "top.qed"
     top.write_bytes(build_image(1 << 20, {0: b"x"}, table_size=2, compat=1 << 40, autoclear=1 << 5))
@@ -234,8 +234,8 @@ def test_unknown_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "unknown incompatible bits" in capsys.readouterr().err
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line and a code each, and the image stays as it was."""
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each refusal is one line with its exit code, and the image does not change."""
     top, loop = tmp_path / "top.qed", tmp_path / "loop.qed"
     (tmp_path / "base.raw").write_bytes(b"b" * 9000)
     (tmp_path / "bad.qed").write_bytes(b"QED\0" + bytes(60))
@@ -269,8 +269,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert main(["rebase", "-b", "base.raw", "-F", "raw", str(top)]) == 16
 
 
-def test_where_bases_may_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The new base is wherever the user says; the old one must be where bases may be."""
+def test_bases_outside_the_directory_need_permission(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bases outside the image's directory are opened only if the user allows it."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -290,7 +292,7 @@ def test_where_bases_may_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_damaged_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What cannot be read cannot be kept: the image still names the old base."""
+    """If the old base cannot be read, the image keeps it."""
     old = build_image(1 << 20, {0: b"x", 9: 3 * CLUSTER + 1}, table_size=2)
     (tmp_path / "old.qed").write_bytes(old)
     top = tmp_path / "top.qed"
@@ -298,7 +300,7 @@ def test_a_damaged_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["rebase", "-q", "-b", "", str(top)]) == 13
     assert "unaligned" in capsys.readouterr().err
     assert named(top)[0] == "old.qed"
-    # With -u nobody looks at it.
+    # With -u the old base is not opened.
     (tmp_path / "old.qed").unlink()
     assert main(["rebase", "-q", "-u", "-b", "", str(top)]) == 0
     assert named(top)[0] is None

@@ -1,4 +1,4 @@
-"""``qedimg resize``: beside ``qemu-img resize`` where that can do it, and shrinking."""
+"""``qedimg resize``: growing compared with ``qemu-img resize``, and shrinking."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPAN: Final = 512 * CLUSTER
 
 
 def random_disk(path: Path, chance: random.Random, backing: Path | None = None) -> int:
-    """Have QEMU write an image of any geometry; give its size."""
+    """Let QEMU write an image of any geometry; return its size in bytes."""
     cluster_size, table_size = 1 << chance.randrange(12, 20), 1 << chance.randrange(1, 5)
     size = chance.randrange(1, 1 << 13) * 512
     qemu.create(path, size, cluster_size=cluster_size, table_size=table_size, backing=backing)
@@ -50,7 +50,7 @@ def random_disk(path: Path, chance: random.Random, backing: Path | None = None) 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_growing_as_qemu_does(seed: int, tmp_path: Path) -> None:
-    """The same size and content as qemu-img's, said in each of the ways."""
+    """A disk grows to the same size and content as with qemu-img, however the size is written."""
     chance = random.Random(seed)
     ours, theirs = tmp_path / "ours.qed", tmp_path / "theirs.qed"
     size = random_disk(ours, chance)
@@ -66,7 +66,7 @@ def test_growing_as_qemu_does(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_an_overlay_shorter_than_its_base(seed: int, tmp_path: Path) -> None:
-    """What appears reads as zeros in both programs; the base's data does not come up."""
+    """The added range of an overlay reads as zeros in both programs, not as the longer base."""
     chance = random.Random(100 + seed)
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
     random_disk(base, chance)
@@ -82,7 +82,7 @@ def test_an_overlay_shorter_than_its_base(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_shrinking_and_growing_again(seed: int, tmp_path: Path) -> None:
-    """What was cut off is gone for good: by our growing, and by QEMU's."""
+    """Data that was cut off never comes back, whichever program grows the disk."""
     chance = random.Random(200 + seed)
     base, path = tmp_path / "base.qed", tmp_path / "disk.qed"
     overlay = chance.random() < 0.5
@@ -93,7 +93,7 @@ def test_shrinking_and_growing_again(seed: int, tmp_path: Path) -> None:
     less = chance.randrange(size // 512 + 1) * 512
     assert main(["resize", "-q", "--shrink", "--force", str(path), f"-{less}"]) == 0
     assert qemu.content(path) == before[: size - less]
-    # What became free within the file has been filled.
+    # Compaction has filled the free clusters.
     assert qemu.check(path).code == 0
     if overlay:
         # QEMU's growing shows the base.
@@ -121,7 +121,7 @@ def test_shrinking_and_growing_again(seed: int, tmp_path: Path) -> None:
 def test_refusals_change_nothing(
     words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line, and the file as it was."""
+    """Each refusal is one line, and the file does not change."""
     path = tmp_path / "disk.qed"
     qemu.create(path, 4 << 20)
     qemu.io(path, "write -P 7 2M 64K")
@@ -133,8 +133,10 @@ def test_refusals_change_nothing(
     assert path.read_bytes() == before
 
 
-def test_shrinking_to_what_is_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without force as long as nothing is lost; zeros around the new end are nothing."""
+def test_shrinking_to_the_end_of_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk shrinks without --force as long as only zeros are cut off."""
     path = tmp_path / "disk.qed"
     qemu.create(path, 8 << 20)
     qemu.io(path, "write -P 7 2M 32K", "write -z 3M 64K")
@@ -149,7 +151,7 @@ def test_shrinking_to_what_is_in_use(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_missing_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An overlay is not made larger without knowing what its base would show."""
+    """An overlay does not grow if its base cannot be opened."""
     (tmp_path / "images").mkdir()
     path, base = tmp_path / "images" / "top.qed", tmp_path / "base"
     create = ["create", "-q", "-F", "raw"]
@@ -165,7 +167,7 @@ def test_a_missing_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_data_past_the_end_takes_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Old data past the end of the disk is neither shown nor dropped without being told."""
+    """Old data past the end of the disk is dropped only with --force."""
     path = tmp_path / "disk.qed"
     image = build_image(CLUSTER, {0: b"a", 3: b"old", 600: b"older"}, table_size=2)
     path.write_bytes(image)
@@ -180,7 +182,7 @@ def test_data_past_the_end_takes_force(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With -p; of what goes, not of what stays."""
+    """With -p progress is reported for the clusters that are dropped."""
     path = tmp_path / "disk.qed"
     clusters = {n: bytes([n % 255 + 1]) for n in range(0, 4 * 1024, 3)}
     path.write_bytes(build_image(4 * SPAN, clusters))
@@ -191,7 +193,7 @@ def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shrink[1] = "-p"
     assert main(shrink) == 0
     shown = capfd.readouterr().err.splitlines()
-    # Half of the work is to drop the clusters, the other half to give them back.
+    # Half of the work is dropping the clusters, the other half freeing them.
     assert shown[:2] == ["Resizing: 25.0 %", "Resizing: 50.0 %"]
     assert shown[-1] == "Resizing: 100.0 %"
 
@@ -199,7 +201,7 @@ def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("based", [False, True])
 @pytest.mark.parametrize("size", [0, CLUSTER, 2 * CLUSTER + 512, SPAN, SPAN + CLUSTER])
 async def test_each_moment_of_shrinking_is_sound(size: int, *, based: bool) -> None:
-    """A crash leaves the old size, with zeros for what is gone already, or the new one."""
+    """A kill leaves the old size, with zeros in part of what is cut off, or the new size."""
     base = pattern(3 * SPAN, 5) if based else b""
     numbers = (0, 1, 2, 511, 513, 1030)
     image = build_image(
@@ -229,7 +231,7 @@ async def test_each_moment_of_shrinking_is_sound(size: int, *, based: bool) -> N
 
 
 async def test_clusters_are_used_again_after_shrinking() -> None:
-    """The space of dropped tables and data serves what is written later."""
+    """Clusters of dropped tables and data are reused by later writes."""
     image = build_image(3 * SPAN, {n: pattern(CLUSTER, n) for n in range(0, 1500, 100)})
     file = MemoryFile(image)
     async with opened(file) as disk:
@@ -247,8 +249,8 @@ async def test_clusters_are_used_again_after_shrinking() -> None:
 
 
 @pytest.mark.expect_log("found 1 references to clusters that have another owner")
-async def test_a_cluster_with_two_owners_is_not_given_back() -> None:
-    """Dropping one of two references leaves the other one its data."""
+async def test_a_cluster_with_two_owners_is_not_freed() -> None:
+    """Dropping one of two references to a cluster keeps the other one's data."""
     image = build_image(2 * SPAN, {0: pattern(CLUSTER, 1), 600: b"x"})
     put_entry(image, l2_entry_offset(image, 601), get_entry(image, l2_entry_offset(image, 0)))
     file = MemoryFile(image)
@@ -259,7 +261,7 @@ async def test_a_cluster_with_two_owners_is_not_given_back() -> None:
 
 
 async def states_of_shrinking(image: bytearray, base: bytes, size: int) -> set[bytes]:
-    """Shrink a disk, and give what a power loss may leave: any of the last writes, or none."""
+    """Shrink a disk; return states that a power loss may leave."""
     chance, states = random.Random(size), set()
     file = RecordingFile(image)
     async with opened(file, [base] if base else []) as disk:
@@ -273,32 +275,32 @@ async def states_of_shrinking(image: bytearray, base: bytes, size: int) -> set[b
 
 
 def tail(disk: bytes, size: int) -> NDArray[np.uint8]:
-    """Give the sectors of a disk from an offset on."""
+    """Return the sectors of a disk from an offset on."""
     return np.frombuffer(disk, np.uint8)[size:].reshape(-1, SECTOR)
 
 
-def old_data(content: bytes, base: bytes, size: int, full: int) -> bool:
-    """Tell whether old data came up if the disk was given its old size, and nothing else."""
+def reveals_old_data(content: bytes, base: bytes, size: int, full: int) -> bool:
+    """Return whether old data would show if only the disk's old size were restored."""
     grown = bytearray(content)
     grown[48:56] = full.to_bytes(8, "little")
     new, below = tail(guest_bytes(grown, base), size), tail(base.ljust(full, b"\0"), size)
     return not bool(((new == below).all(axis=1) | ~new.any(axis=1)).all())
 
 
-DISK: Final = 4 * SPAN
+DISK_BYTES: Final = 4 * SPAN
 NUMBERS: Final = (0, 1, 2, 3, 510, 511, 513, 600, 1030, 1031, 1540)
 
 
 @pytest.mark.parametrize("based", [False, True])
 @pytest.mark.parametrize("size", [0, CLUSTER + 512, SPAN - CLUSTER, 2 * SPAN + 512])
 async def test_power_loss_during_shrinking(size: int, *, based: bool) -> None:
-    """What stays of the disk has its data; of what goes, each sector has it or is zeros.
+    """After a power loss each sector cut off is old or zeros; in a smaller disk none is old.
 
     Once the disk is smaller, no old data is left to come up again.
     """
-    base = pattern(DISK, 5) if based else b""
+    base = pattern(DISK_BYTES, 5) if based else b""
     clusters = {n: pattern(CLUSTER, n) for n in NUMBERS}
-    image = build_image(DISK, clusters, backing=b"base" if based else b"")
+    image = build_image(DISK_BYTES, clusters, backing=b"base" if based else b"")
     before, sizes = guest_bytes(image, base), set()
     for content in await states_of_shrinking(image, base, size):
         assert inspect_image(content).errors == ()
@@ -307,18 +309,18 @@ async def test_power_loss_during_shrinking(size: int, *, based: bool) -> None:
         assert after[:size] == before[:size]
         new, old = tail(after, size), tail(before[: len(after)], size)
         assert ((new == old).all(axis=1) | ~new.any(axis=1)).all()
-        assert len(after) == DISK or not old_data(content, base, size, DISK)
-    assert sizes == {DISK, size}
+        assert len(after) == DISK_BYTES or not reveals_old_data(content, base, size, DISK_BYTES)
+    assert sizes == {DISK_BYTES, size}
 
 
 async def test_entries_must_be_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the barrier before the new size, a power loss leaves old data past the end."""
-    image = build_image(DISK, {n: pattern(CLUSTER, n) for n in NUMBERS})
+    image = build_image(DISK_BYTES, {n: pattern(CLUSTER, n) for n in NUMBERS})
     saboteur = Saboteur(monkeypatch)
     without_barrier("Resize.shrink")(saboteur)
     states = await states_of_shrinking(image, b"", SPAN)
     assert saboteur.strikes
     assert any(
-        header_of(content).image_size == SPAN and old_data(content, b"", SPAN, DISK)
+        header_of(content).image_size == SPAN and reveals_old_data(content, b"", SPAN, DISK_BYTES)
         for content in states
     )

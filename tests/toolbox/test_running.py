@@ -1,4 +1,4 @@
-"""Signals: the first one cancels what runs, and nothing stops it from putting things away."""
+"""Signals: the first one cancels the work, and the clean-up always runs to its end."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ signals = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.n
 
 
 def kill(number: int) -> None:
-    """Send this process a signal, which has arrived on return."""
+    """Send this process a signal, which has arrived when the function returns."""
     signal.raise_signal(number)
 
 
-def test_result_comes_back() -> None:
-    """With the arguments passed on."""
+def test_arguments_and_result() -> None:
+    """Arguments are passed on and the result is returned."""
 
     async def add(left: int, right: int) -> int:
         await trio.lowlevel.checkpoint()
@@ -45,8 +45,8 @@ def test_result_comes_back() -> None:
         assert run_async(add, 5, 6) == 11
 
 
-def test_errors_come_back_as_they_are() -> None:
-    """Not in a group, as from a nursery."""
+def test_errors_are_not_grouped() -> None:
+    """An exception is raised as itself, not in an exception group."""
 
     async def fail() -> None:
         await trio.lowlevel.checkpoint()
@@ -58,7 +58,7 @@ def test_errors_come_back_as_they_are() -> None:
 
 @signals
 def test_signal_cancels(number: int) -> None:
-    """What is put away, shielded, is put away to the end, although signals keep coming."""
+    """A signal cancels the work, and a shielded clean-up completes although signals continue."""
     done = []
 
     async def work() -> None:
@@ -80,7 +80,7 @@ def test_signal_cancels(number: int) -> None:
 
 
 def test_a_signal_when_the_work_is_done_ends_what_follows() -> None:
-    """Nobody is told that something was interrupted that is there, whole."""
+    """A signal during the last step keeps the result and cancels the next call."""
     begun = []
 
     async def work() -> int:
@@ -98,8 +98,8 @@ def test_a_signal_when_the_work_is_done_ends_what_follows() -> None:
     assert not begun
 
 
-def test_a_failure_is_told_also_after_a_signal() -> None:
-    """What went wrong while things were put away matters more."""
+def test_a_failure_during_clean_up_is_raised() -> None:
+    """An exception of the clean-up is raised instead of KeyboardInterrupt."""
 
     async def work() -> None:
         try:
@@ -114,7 +114,7 @@ def test_a_failure_is_told_also_after_a_signal() -> None:
 
 @signals
 def test_plain_code_is_interrupted_once(number: int) -> None:
-    """Its `finally` is not interrupted in turn, nor is what it runs there."""
+    """A `finally` of code outside trio is not interrupted again, nor are async calls in it."""
     done = []
 
     async def tidy() -> None:
@@ -137,7 +137,7 @@ def test_plain_code_is_interrupted_once(number: int) -> None:
 
 
 def test_ignored_signals_stay_ignored() -> None:
-    """As under nohup, or for what a shell starts in the background."""
+    """A signal that is ignored at the start, as under nohup, stays ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with interruptible():
@@ -148,7 +148,7 @@ def test_ignored_signals_stay_ignored() -> None:
 
 
 def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends the program without a traceback; there is nothing to put away yet."""
+    """While modules are imported SIGINT has its default action, which prints no traceback."""
     seen = []
 
     def stand_in() -> int:
@@ -169,7 +169,7 @@ def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> Non
     ["qedimg_program", "qedfuse_program"],
 )
 def test_interrupt_at_any_moment_of_the_start(program: str) -> None:
-    """From the first line on that is ours, no moment shows a traceback."""
+    """SIGINT at any moment of the start shows no traceback."""
     script = (
         "import os, sys; from qedfuse.cli.sigint import sigint_default; sigint_default(); "
         f"os.write(1, b'.'); from qedfuse.cli.entrypoints import {program}; sys.exit({program}())"
@@ -189,7 +189,7 @@ def test_interrupt_at_any_moment_of_the_start(program: str) -> None:
 
 
 def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's own handler is back while it runs, and not before and after that."""
+    """Python's own handler of SIGINT is active exactly while the command runs."""
     seen = []
 
     def stand_in(_words: object) -> int:
@@ -208,14 +208,14 @@ def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.Monk
 
 
 def test_usr1_without_progress_does_no_harm() -> None:
-    """It would end a program that has no handler."""
+    """SIGUSR1 without progress is ignored instead of ending the program."""
     with interruptible():
         kill(signal.SIGUSR1)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_interrupt_where_nobody_can_catch_it(capfd: pytest.CaptureFixture[str]) -> None:
-    """In a destructor; it shows no traceback, and what runs next is cancelled."""
+def test_interrupt_in_a_destructor(capfd: pytest.CaptureFixture[str]) -> None:
+    """A signal during a destructor prints nothing, and the next call is cancelled."""
 
     class Late:
         def __del__(self) -> None:
@@ -236,7 +236,7 @@ def test_interrupt_where_nobody_can_catch_it(capfd: pytest.CaptureFixture[str]) 
 def test_exit_code(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """130 and one line, whether the command runs trio or not."""
+    """Each signal exits with 130 and one line, in commands with and without trio."""
 
     async def work() -> int:
         kill(number)
@@ -273,7 +273,7 @@ BLOCKED = """
         finally:
             with trio.CancelScope(shield=True):
                 os.write(1, b"cancelled\\n")
-                # Until the test has sent more signals.
+                # The test sends more signals first.
                 await trio.to_thread.run_sync(os.read, 0, 1)
                 os.write(1, b"put away\\n")
     return run_async(work)
@@ -282,7 +282,7 @@ BLOCKED = """
 
 @signals
 def test_signals_to_a_process(number: int) -> None:
-    """From outside, while it waits; the second and third come while it puts things away."""
+    """Further signals from outside during the clean-up do not interrupt it."""
     reading, writing = os.pipe()
     process = start(words(BLOCKED), stdin=reading)
     os.close(reading)
@@ -299,7 +299,7 @@ def test_signals_to_a_process(number: int) -> None:
 
 
 def test_signal_while_threads_work() -> None:
-    """A thread in the host's kernel does not keep the loop from hearing of it."""
+    """A thread in a system call does not delay the handling of a signal."""
     run = """
     import functools, trio
     async def work():

@@ -1,4 +1,4 @@
-"""``-`` as a disk: whatever the standard streams are attached to, and whether they wait or not."""
+"""``-`` as a disk: standard streams that are files, sockets or closed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def raw(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("flags", [os.O_APPEND, 0])
-def test_a_file_is_written_where_it_is(flags: int, raw: Path, tmp_path: Path) -> None:
-    """After what others have written, not over it."""
+def test_a_file_is_written_from_its_position(flags: int, raw: Path, tmp_path: Path) -> None:
+    """Output begins at the file's position, after what others wrote."""
     out = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT | flags)
     try:
         os.write(out, b"header\n")
@@ -39,8 +39,8 @@ def test_a_file_is_written_where_it_is(flags: int, raw: Path, tmp_path: Path) ->
     assert (tmp_path / "out").read_bytes() == b"header\n" + raw.read_bytes() + b"trailer\n"
 
 
-def test_a_file_is_read_from_where_it_is(raw: Path, tmp_path: Path) -> None:
-    """What others have read is not part of the disk."""
+def test_a_file_is_read_from_its_position(raw: Path, tmp_path: Path) -> None:
+    """Input begins at the file's position, after what others read."""
     with raw.open("rb", buffering=0) as file:
         file.seek(512)
         command = [*PROGRAM, "convert", "-O", "raw", "-", str(tmp_path / "new.raw")]
@@ -53,7 +53,7 @@ def test_a_file_is_read_from_where_it_is(raw: Path, tmp_path: Path) -> None:
 def test_waiting_for_a_socket_can_be_ended(
     way: str, number: signal.Signals, raw: Path, tmp_path: Path
 ) -> None:
-    """As for a pipe, though a socket cannot be opened once more."""
+    """A signal ends the wait for a socket, which cannot be reopened like a pipe."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         if way == "reading":
@@ -66,7 +66,7 @@ def test_waiting_for_a_socket_can_be_ended(
             [*PROGRAM, "convert", *words], stdin=end, stdout=end, stderr=subprocess.PIPE
         )
         if way == "reading":
-            # The temporary file is made before anything is read.
+            # The temporary file exists before anything is read.
             while os.listdir(tmp_path) == ["a.raw"]:  # noqa: PTH208  names
                 assert process.poll() is None
         else:
@@ -87,10 +87,10 @@ def test_waiting_for_a_socket_can_be_ended(
         ("info -f raw RAW", 1, 1),
     ],
 )
-def test_closed_streams_are_no_success(
+def test_closed_streams_are_failures(
     words: str, closed: int, code: int, raw: Path, tmp_path: Path
 ) -> None:
-    """Nor do they mean anything else that an exit code says."""
+    """A closed standard stream exits with the command's code for failures."""
     places = {"RAW": str(raw), "NEW": str(tmp_path / "new.raw")}
     command = [*PROGRAM, *(places.get(word, word) for word in words.split())]
     shell = ["sh", "-c", f'exec "$@" {closed}{"<" if not closed else ">"}&-', "sh", *command]

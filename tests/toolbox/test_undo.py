@@ -1,4 +1,4 @@
-"""A repair loses nothing for good: what it cuts off stays, and it can be taken back."""
+"""A repair loses nothing permanently: clusters that it drops stay, and it can be undone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def two_tables() -> bytearray:
 
 
 def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a cleared L1 entry named stays in the file until -r leaks; --undo brings it back."""
+    """Clusters of a cleared L1 entry stay in the file until -r leaks, and --undo restores them."""
     path, backup = tmp_path / "image.qed", tmp_path / "image.qed.before-repair"
     content = two_tables()
     place = header_of(content).l1_table_offset + 8
@@ -83,8 +83,8 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["check", "-q", str(path)]) == 0
 
 
-def test_leaks_beside_a_repaired_entry_stay_as_with_qemu(tmp_path: Path) -> None:
-    """One bit of one L2 entry: its cluster is leaked, and not given back."""
+def test_the_cluster_of_a_repaired_entry_stays(tmp_path: Path) -> None:
+    """The cluster of a cleared L2 entry is leaked, and not freed."""
     path = tmp_path / "image.qed"
     content = two_tables()
     content[l2_entry_offset(content, 5) + 5] ^= 1
@@ -95,7 +95,7 @@ def test_leaks_beside_a_repaired_entry_stay_as_with_qemu(tmp_path: Path) -> None
 
 
 def saved_and_repaired(tmp_path: Path, content: bytes | bytearray) -> tuple[Path, Path]:
-    """Repair an image with the command; give the image and the backup."""
+    """Repair an image with the command; return the image and the backup."""
     path = tmp_path / "image.qed"
     path.write_bytes(content)
     assert main(["check", "-q", "-r", "all", "--force", str(path)]) in (0, 3)
@@ -103,8 +103,8 @@ def saved_and_repaired(tmp_path: Path, content: bytes | bytearray) -> tuple[Path
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_repair_can_be_taken_back(seed: int, tmp_path: Path) -> None:
-    """Random damage, with and without a base: afterwards every byte is as before."""
+def test_any_repair_can_be_undone(seed: int, tmp_path: Path) -> None:
+    """After an undo of the repair of random damage every byte is as before."""
     content = damaged(random.Random(seed), b"base.raw" if seed % 2 else b"")
     path, backup = saved_and_repaired(tmp_path, content)
     if not backup.exists():
@@ -117,8 +117,8 @@ def test_any_repair_can_be_taken_back(seed: int, tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_the_header_and_a_dropped_list_come_back(tmp_path: Path) -> None:
-    """Feature bits, autoclear bits and the descriptor of the list are saved as well."""
+def test_the_header_and_a_dropped_list_are_restored(tmp_path: Path) -> None:
+    """Feature bits, autoclear bits and the descriptor of the free list are restored."""
     content = two_tables()
     put_entry(content, l2_entry_offset(content, 299), 0)
     put_list(content)
@@ -132,7 +132,7 @@ def test_the_header_and_a_dropped_list_come_back(tmp_path: Path) -> None:
 
 
 def undo_in_memory(content: bytes | bytearray, backup: Path) -> RecordingFile:
-    """Take a repair back in memory."""
+    """Undo a repair in memory; return the file with its changes."""
 
     async def work() -> RecordingFile:
         file = RecordingFile(content)
@@ -143,8 +143,8 @@ def undo_in_memory(content: bytes | bytearray, backup: Path) -> RecordingFile:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_an_undo_that_a_crash_interrupts_can_be_run_again(seed: int, tmp_path: Path) -> None:
-    """After any change, and any power failure: NEED_CHECK is set, and the end is the same."""
+def test_an_interrupted_undo_can_be_repeated(seed: int, tmp_path: Path) -> None:
+    """A crash during an undo leaves NEED_CHECK, and a second undo has the same result."""
     chance = random.Random(seed)
     content = damaged(chance)
     path, backup = saved_and_repaired(tmp_path, content)
@@ -160,10 +160,8 @@ def test_an_undo_that_a_crash_interrupts_can_be_run_again(seed: int, tmp_path: P
         assert undo_in_memory(state, backup).content == content
 
 
-def test_what_has_changed_since_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In one line, and without a write: another entry, another image, a damaged backup."""
+def test_undo_refuses_a_changed_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An undo of a changed image, or with a damaged backup, is one line and no write."""
     content = two_tables()
     put_entry(content, l2_entry_offset(content, 3), 1 << 50)
     put_entry(content, l2_entry_offset(content, 8), 1 << 50)
@@ -199,8 +197,8 @@ def test_what_has_changed_since_is_refused(
     refused(repaired, b"".join(lines[1:]), "expected the backup of a repair")
 
 
-def test_a_backup_is_of_no_use_for_another_image(tmp_path: Path) -> None:
-    """Another header, or the same with other tables."""
+def test_undo_refuses_another_image(tmp_path: Path) -> None:
+    """A backup is refused for an image with another header or other tables."""
     content = two_tables()
     put_entry(content, l2_entry_offset(content, 3), 1 << 50)
     _path, backup = saved_and_repaired(tmp_path, content)
@@ -210,16 +208,16 @@ def test_a_backup_is_of_no_use_for_another_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["-r", "all"], ["-U"]])
-def test_undo_goes_with_no_repair(
+def test_undo_excludes_other_options(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line."""
+    """--undo with -r or -U is a usage error."""
     assert main(["check", *words, "--undo", "file", str(tmp_path / "image.qed")]) == 1
     assert capsys.readouterr().err.count("--undo: expected no -r and no -U with it") == 1
 
 
 def test_a_repair_that_was_killed_is_not_taken_for_none(tmp_path: Path) -> None:
-    """Run again after its last change but before NEED_CHECK is cleared, it keeps the leaks."""
+    """A repair repeated after a kill keeps the leaks if its backup exists."""
     path, backup = tmp_path / "image.qed", tmp_path / "image.qed.before-repair"
     content = two_tables()
     put_entry(content, header_of(content).l1_table_offset + 8, 0)
@@ -235,7 +233,7 @@ def test_a_repair_that_was_killed_is_not_taken_for_none(tmp_path: Path) -> None:
 
 
 def test_the_documented_format_is_enough(tmp_path: Path) -> None:
-    """The script in docs/repair.md takes a repair back without qedimg."""
+    """The script in docs/repair.md undoes a repair without qedimg."""
     content = two_tables()
     put_entry(content, l2_entry_offset(content, 3), 1 << 50)
     put_entry(content, l2_entry_offset(content, 8), get_entry(content, l2_entry_offset(content, 9)))

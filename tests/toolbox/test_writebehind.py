@@ -1,4 +1,4 @@
-"""Files written past the page cache: what has left it, and what did not reach the disk."""
+"""Write-behind: written data leaves the page cache, and write errors are reported."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ MIB = 1 << 20
 
 
 def cached(fd: int, offset: int) -> bool:
-    """Tell whether the page at an offset is in the page cache, without bringing it there."""
+    """Return whether the page at an offset is in the page cache, without loading it."""
     try:
         return os.preadv(fd, [bytearray(4096)], offset, os.RWF_NOWAIT) == 4096
     except BlockingIOError:
         return False
 
 
-def test_only_the_last_of_it_stays_in_the_page_cache(
+def test_only_the_last_writes_stay_in_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And all of it has been written."""
+    """Only the last writes are in the page cache, and all data is in the file."""
     monkeypatch.setattr(writebehind, "_MAX_IN_FLIGHT_BYTES", 4 * MIB)
     image = tmp_path / "host.img"
     with image.open("wb") as file:
@@ -51,8 +51,8 @@ def test_only_the_last_of_it_stays_in_the_page_cache(
             os.close(fd)
 
 
-def test_a_slow_disk_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By somebody who does not wait for it: what it has not got stays in memory."""
+def test_data_for_a_slow_disk_stays_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that does not wait keeps data for a slow disk in the page cache."""
     monkeypatch.setattr(writebehind, "_MAX_IN_FLIGHT_BYTES", 4 * MIB)
     monkeypatch.setattr(writebehind, "_MIN_BYTES_PER_SECOND", 1 << 60)
     image = tmp_path / "host.img"
@@ -71,16 +71,14 @@ def test_a_slow_disk_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def write_much(fd: int, behind: WriteBehind) -> None:
-    """Write more than there is room for."""
+    """Write more than may be in flight."""
     for number in range(32):
         os.pwrite(fd, b"x" * MIB, number * MIB)
         behind.wrote(number * MIB, MIB)
 
 
-def test_what_does_not_reach_the_disk_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel says it once: an fsync later on would succeed."""
+def test_a_write_back_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write-back error is raised at the next write: the kernel reports it only once."""
     monkeypatch.setattr(writebehind, "_MAX_IN_FLIGHT_BYTES", 2 * MIB)
     small = tmp_path / "small"
     small.mkdir()
@@ -101,7 +99,7 @@ def test_what_does_not_reach_the_disk_is_told(
 
 
 def test_pipes_are_left_alone() -> None:
-    """There is nothing to be had of them early."""
+    """Pipes are ignored: they have no page cache."""
     reader, writer = os.pipe()
     try:
         WriteBehind(writer, "pipe").wrote(0, 4096)
