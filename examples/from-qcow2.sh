@@ -21,20 +21,20 @@ mkfs.ext4 -q -d tree sample.raw
 qemu-img convert -f raw -O qcow2 sample.raw vm.qcow2
 rm sample.raw
 
-say "To QED: qemu-img unpacks it into a raw file with holes, and qedimg makes the image"
+say "To QED: qemu-img converts it to a raw file with holes, and qedimg converts that to QED"
 qemu-img convert -f qcow2 -O raw vm.qcow2 vm.raw
 qedimg convert -f raw -O qed vm.raw vm.qed
 qedimg compare -f raw -F qed vm.raw vm.qed
 rm vm.raw
 ls -ls -- vm.*
 
-say "Something is changed in it"
+say "A file is added to it"
 echo "It was a QED image for a while." >tree/history
 mount_disk vm.qed
 debugfs -w -R 'write tree/history history' disk/vm.raw 2>/dev/null
 unmount_disk
 
-say "Back to qcow2: qedimg hands the disk to qemu-img"
+say "Back to qcow2: qedimg passes the disk to qemu-img"
 qedimg convert -O qcow2 vm.qed back.qcow2
 qemu-img check back.qcow2
 qemu-img convert -f qcow2 -O raw back.qcow2 back.raw

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One golden image, two machines on it, and the next golden image from one of them.
+# A golden image, overlays of it for two machines, and a new golden image from one of them.
 #
 #   examples/golden-image.sh [DIRECTORY]
 #
@@ -12,7 +12,7 @@ set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/scratch.sh"
 install_packages mkfs.ext4=e2fsprogs
 
-say "The golden image: a disk with a file system and what all machines have"
+say "The golden image: a disk with the file system that all machines start from"
 qedimg create golden.qed 64M
 mkdir tree
 echo "release 1" >tree/release
@@ -20,7 +20,7 @@ mount_disk golden.qed
 mkfs.ext4 -q -d tree disk/golden.raw
 unmount_disk
 
-say "Two machines: overlays that have nothing of their own yet"
+say "Two machines: overlays that are still empty"
 qedimg create -b golden.qed web.qed
 qedimg create -b golden.qed mail.qed
 qedimg compare golden.qed web.qed
@@ -36,15 +36,15 @@ qedimg compare golden.qed web.qed || [ $? = 1 ]
 qedimg compare golden.qed mail.qed
 ls -ls -- *.qed
 
-say "The next golden image: a copy of the first, into which the change is committed"
-# The first one stays as it is: mail.qed still reads from it.
+say "The next golden image: a copy of the first one, into which the change is committed"
+# The first one must not change, because mail.qed still reads from it.
 qedimg convert -O qed golden.qed golden-2.qed
 qedimg rebase -u -b golden-2.qed -F qed web.qed
 qedimg commit web.qed
 qedimg compare golden-2.qed web.qed
 qedimg info --backing-chain web.qed
 
-say "Each machine has the release that it should have"
+say "Each machine has its own release"
 for machine in web mail; do
     mount_disk "$machine.qed" -o ro
     printf '%s: %s\n' "$machine" "$(debugfs -R 'cat release' "disk/$machine.raw" 2>/dev/null)"

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Installs qedfuse where mount(8) and /etc/fstab find it; run it as root.
 #
-#   examples/install.sh              a virtual environment in /opt/qedfuse, and links to it
-#   examples/install.sh --link VENV  only the links, to a virtual environment that is there
-#   examples/install.sh --uninstall  takes the links and /opt/qedfuse away
+#   examples/install.sh              create a virtual environment in /opt/qedfuse, and links to it
+#   examples/install.sh --link VENV  create only the links, to an existing virtual environment
+#   examples/install.sh --uninstall  remove the links and /opt/qedfuse
 #
-# The links: qedfuse and qedimg in /usr/local/bin, mount.qedfuse and mount.fuse.qedfuse in /sbin,
-# man pages and the completions of bash, zsh and fish in /usr/local/share.
-# mount(8) looks for its helpers in /sbin only and runs them with a PATH of its own, so a
-# program in a virtual environment is not found without them.
-# PREFIX, BINDIR, SBINDIR and DATADIR in the environment choose other places.
+# The links are qedfuse and qedimg in /usr/local/bin, mount.qedfuse and mount.fuse.qedfuse in
+# /sbin, and man pages and completions of bash, zsh and fish in /usr/local/share.
+# mount(8) looks for its helpers only in /sbin and runs them with its own PATH, so it does not
+# find a program in a virtual environment without them.
+# PREFIX, BINDIR, SBINDIR and DATADIR in the environment select other directories.
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 prefix=${PREFIX:-/opt/qedfuse}
 data=${DATADIR:-/usr/local/share}
-# Each link, and what it leads to in the environment.
+# Each link, and its target in the virtual environment.
 links=(
     "${BINDIR:-/usr/local/bin}/qedfuse=bin/qedfuse"
     "${BINDIR:-/usr/local/bin}/qedimg=bin/qedimg"
@@ -30,7 +30,7 @@ for page in man/man1/qedimg.1 man/man8/qedfuse.8 \
     links+=("$data/$page=share/$page")
 done
 
-# is_ours LINK=TARGET: did this script make it?  Only then may it be replaced or removed.
+# is_ours LINK=TARGET: whether this script made the link, and so may replace or remove it.
 is_ours() {
     [ -L "${1%=*}" ] && case $(readlink "${1%=*}") in */"${1##*=}") ;; *) false ;; esac
 }
@@ -40,11 +40,11 @@ make_links() {
     for pair in "${links[@]}"; do
         link=${pair%=*}
         [ ! -e "$link" ] && [ ! -L "$link" ] || is_ours "$pair" ||
-            die "$link: found a file that is not ours, expected nothing or our link"
+            die "$link: found a file of another program, expected nothing or a link of this script"
     done
     for pair in "${links[@]}"; do
         link=${pair%=*} target=$1/${pair##*=}
-        # An environment that was installed with "pip install -e" has no pages.
+        # An environment that was installed with "pip install -e" has no man pages.
         [ -e "$target" ] || continue
         mkdir -p "$(dirname "$link")"
         ln -sfn "$target" "$link"
@@ -68,7 +68,7 @@ uninstall() {
 
 install() {
     [ ! -e "$prefix" ] || [ -e "$prefix/.made-for" ] || [ -z "$(ls -A "$prefix")" ] ||
-        die "$prefix: found files that are not ours, expected nothing or an earlier installation"
+        die "$prefix: found other files, expected nothing or an earlier installation"
     install_packages "${runtime_needs[@]}"
     venv=$prefix
     make_venv

@@ -3,10 +3,10 @@
 
     examples/list_files.py IMAGE
 
-Nothing is mounted and no privileges are needed: `qedfuse.open` gives the disk as a binary
+Nothing is mounted and no privileges are needed: `qedfuse.open` returns the disk as a binary
 file, backing files included, and dissect (pip install dissect.volume dissect.fat
-dissect.extfs; its licence is the AGPL) reads partition tables and file systems out of any
-such file.
+dissect.extfs; its licence is the AGPL) reads partition tables and file systems from any
+binary file.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 def main(image: str) -> None:
-    """Print what is in an image."""
-    # The parsers read small pieces; the buffer makes larger ones of them.
+    """Print the partitions and files of an image."""
+    # The parsers make many small reads, which the buffer combines.
     with qedfuse.open(image) as disk, io.BufferedReader(disk, 1 << 16) as file:
         for title, volume in volumes(cast("BinaryIO", file)):
             kind, files = file_system(volume)
@@ -44,7 +44,7 @@ def main(image: str) -> None:
 
 
 def volumes(disk: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
-    """Give the partitions, or the disk itself where it is one file system."""
+    """Yield a title and a file for each partition, or for the disk if it is a file system."""
     if file_system(disk)[1] is not None:
         yield "disk", disk
         return
@@ -52,7 +52,7 @@ def volumes(disk: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     try:
         table = Disk(disk)
     except DiskError:
-        print("no partition table that is known, and no file system")
+        print("no known partition table, and no known file system")
         return
     for partition in table.partitions:
         title = f"partition {partition.number} at {partition.offset}, {partition.type_name}"
@@ -60,7 +60,7 @@ def volumes(disk: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def file_system(volume: BinaryIO) -> tuple[str, ExtFS | FATFS | None]:
-    """Recognise a file system."""
+    """Return the name of a volume's file system, and its reader; None if it is unknown."""
     for reader, error in ((ExtFS, ExtError), (FATFS, FatError)):
         volume.seek(0)
         try:
@@ -68,23 +68,23 @@ def file_system(volume: BinaryIO) -> tuple[str, ExtFS | FATFS | None]:
         except (error, EOFError, NotImplementedError):
             continue
         return {ExtFS: "ext2/3/4", FATFS: "FAT"}[reader], files
-    return "no file system that is known", None
+    return "no known file system", None
 
 
 def walk(files: ExtFS | FATFS | None) -> Iterator[Entry]:
-    """List all files with their paths."""
-    waiting = [] if files is None else [""]
-    while waiting:
-        place = waiting.pop()
-        for name, size, is_directory in entries(files, place):
-            path = f"{place}/{name}"
+    """Yield the path, the size in bytes and the kind of every file."""
+    pending = [] if files is None else [""]
+    while pending:
+        directory = pending.pop()
+        for name, size, is_directory in entries(files, directory):
+            path = f"{directory}/{name}"
             yield path, size, is_directory
             if is_directory:
-                waiting.append(path)
+                pending.append(path)
 
 
 def entries(files: ExtFS | FATFS, directory: str) -> Iterator[Entry]:
-    """List one directory."""
+    """Yield the entries of a directory, with their names instead of paths."""
     node = files.get(directory or "/")
     for child in node.iterdir():
         if isinstance(files, FATFS):

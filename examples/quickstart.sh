@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Sets up everything and shows the main job:  examples/quickstart.sh [IMAGE]
+# Installs what is needed, and demonstrates a mount:  examples/quickstart.sh [IMAGE]
 #
-# Without IMAGE: makes a sample QED image, mounts it, partitions it; as root also attaches
-# it to a loop device, makes a file system, writes a file and reads it back; unmounts, and
-# shows that the image is clean.  With IMAGE: mounts it read-only and shows its partitions.
-# Leaves nothing behind but the virtual environment in .venv.
+# Without IMAGE: creates a sample QED image, mounts and partitions it; as root it also attaches
+# the disk to a loop device, makes a file system, writes a file and reads it back; unmounts, and
+# checks that the image is clean.  With IMAGE: mounts it read-only and shows its partitions.
+# Leaves nothing behind except the virtual environment in .venv.
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 work='' mounted='' loop='' files=''
 
-# Takes away what is there, in the reverse order, at every exit.
+# Undoes everything, in reverse order, at every exit.
 clean_up() {
     local code=$?
     trap - EXIT
@@ -19,14 +19,14 @@ clean_up() {
     if release; then
         [ -z "$work" ] || rm -rf "$work"
     else
-        # Deleting now would delete what is on the disk.
+        # Deleting the directory now would delete the files on the mounted disk.
         printf 'quickstart.sh: left behind, because it is in use: %s\n' "$work" >&2
         code=$((code ? code : 1))
     fi
     exit "$code"
 }
 
-# Unmounts and detaches whatever is in use.
+# Unmounts and detaches everything that is in use.
 release() {
     if [ -n "$files" ]; then
         umount "$work/files" && files='' || return
@@ -41,7 +41,7 @@ release() {
     fi
 }
 
-# A loop device that somebody else (udev) looks at is let go a little later.
+# Waits for the loop device: while udev has it open, the kernel detaches it only later.
 wait_detached() {
     local tries=50
     while [ "$tries" -gt 0 ] && losetup "$loop" >/dev/null 2>&1; do
@@ -53,12 +53,12 @@ wait_detached() {
 # Finds the device of the loop device's first partition, as $node.
 find_partition() {
     local name=${loop#/dev/}p1 number
-    # A kernel without code for partition tables leaves it to partx.
+    # On a kernel that does not read partition tables itself, partx does.
     [ -e "/sys/class/block/$name" ] || partx --add "$loop"
     ! have udevadm || udevadm settle 2>/dev/null || true
     node=/dev/$name
     if [ ! -b "$node" ]; then
-        # Nobody makes nodes here: no udev runs, and /dev is not the kernel's own.
+        # Without udev, and without devtmpfs in /dev, the script must create the node.
         number=$(cat "/sys/class/block/$name/dev")
         node=$work/$name
         mknod "$node" b "${number%:*}" "${number#*:}"
@@ -82,7 +82,7 @@ show_image() {
 use_loop() {
     if ! loop=$(losetup --find --show --partscan "$disk" 2>"$work/said"); then
         loop=''
-        say "No loop device to be had here, so that part is left out: $(cat "$work/said")"
+        say "Skipping the loop device, which cannot be attached here: $(cat "$work/said")"
         return 0
     fi
     say "Attached to $loop; making a file system on its first partition"
@@ -100,11 +100,11 @@ use_loop() {
 
 show_sample() {
     local image=$work/sample.qed disk=$work/mnt/sample.raw
-    say "Making a QED image of 1 GiB"
+    say "Creating a QED image of 1 GiB"
     "$venv/bin/python" -c 'import sys, trio, qedfuse
 trio.run(qedfuse.create_image, sys.argv[1], 1 << 30)' "$image"
     mount_image "$image"
-    say "Mounted; the disk is a flat file now"
+    say "Mounted; the disk is a flat file"
     ls -ls "$disk"
     say "Partitioning it"
     printf 'label: dos\nsize=512MiB, type=83\ntype=83\n' | sfdisk --quiet "$disk"
@@ -112,7 +112,7 @@ trio.run(qedfuse.create_image, sys.argv[1], 1 << 30)' "$image"
     if [ "$(id -u)" = 0 ]; then
         use_loop
     else
-        say "Not root, so the part with losetup is left out"
+        say "Skipping the loop device, which needs root"
     fi
     say "Unmounting"
     release

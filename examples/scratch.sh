@@ -1,17 +1,17 @@
-# shellcheck shell=bash disable=SC2154  # setup.sh, which is sourced before, has the rest
-# A scratch directory for the examples, as $work; to be sourced with their arguments.
+# shellcheck shell=bash disable=SC2154  # setup.sh, which is sourced before, defines the rest
+# A scratch directory for the examples, as $work; source it with their arguments.
 #
-# It is made in the directory that the first argument names, or where TMPDIR says, and
-# is removed at every exit, after what is mounted in it.
+# It is created in the directory that the first argument names, or in TMPDIR, and is
+# unmounted and removed at every exit.
 
 work=''
 
-mount_disk() { # IMAGE [OPTION...]: its disk is $work/disk/NAME.raw then
+mount_disk() { # IMAGE [OPTION...]: mounts it as $work/disk/NAME.raw
     mkdir -p "$work/disk"
     qedfuse "$@" "$work/disk"
 }
 
-unmount_disk() { # everything is durable when it returns
+unmount_disk() { # returns when everything is durable
     qedfuse umount "$work/disk"
 }
 

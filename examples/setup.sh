@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2034  # used by the scripts that source this
-# Set-up that the scripts share; to be sourced, not run.
+# Set-up that the scripts share; source it, do not run it.
 #
-# Each function does nothing where nothing is missing, so it may be called every time.
+# Each function does nothing if nothing is missing, so the scripts call it every time.
 # Progress goes to stderr.  PYTHON names the Python to use (python3).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 python=${PYTHON:-python3}
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # an ordinary user has sfdisk, fdisk, losetup there
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # for ordinary users: sfdisk, fdisk, losetup
 
 say() { printf '== %s\n' "$*" >&2; }
 
@@ -16,7 +16,7 @@ die() {
     exit 1
 }
 
-# have WHAT: is it there?  A program, or one of the things that are no programs.
+# have WHAT: whether WHAT is installed: a program, or one of the other names below.
 have() {
     case $1 in
         lib:*) pkg-config --exists "${1#lib:}" ;;
@@ -29,14 +29,14 @@ sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' ;
     esac >/dev/null 2>&1
 }
 
-# What the project itself needs, as WHAT=PACKAGE (of Debian 12 and 13).
+# The needs of the project itself, as WHAT=PACKAGE (of Debian 12 and 13).
 # pyfuse3 has no binary package on PyPI, so pip builds it: compiler, headers, pkg-config.
 runtime_needs=(
     "$python=python3" python-venv=python3-venv python-headers=python3-dev
     fusermount3=fuse3 gcc=gcc c-headers=libc6-dev pkg-config=pkg-config lib:fuse3=libfuse3-dev
 )
 
-# install_packages WHAT=PACKAGE...: install the packages of what is missing.
+# install_packages WHAT=PACKAGE...: install the package of each WHAT that is missing.
 install_packages() {
     local need sudo='' missing=()
     for need; do
@@ -46,7 +46,7 @@ install_packages() {
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" != 0 ]; then
-        # Without a terminal nobody could type a password.
+        # Without a terminal sudo cannot ask for a password.
         if have sudo && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then sudo=sudo; else sudo=none; fi
     fi
     if [ "$sudo" = none ] || ! have apt-get; then
@@ -67,30 +67,30 @@ install_packages() {
     rm -f "$log"
 }
 
-# check_fuse: can anything be mounted here, and unmounted again?
+# check_fuse: end the script if FUSE cannot mount and unmount here.
 check_fuse() {
     [ -e /dev/fuse ] || [ "$(id -u)" != 0 ] || ! have modprobe || modprobe fuse 2>/dev/null || true
     [ -e /dev/fuse ] ||
         die "/dev/fuse is missing: load the kernel module (modprobe fuse) or give the container the device"
-    # fusermount3 needs it to unmount; a bare container may lack it.
+    # fusermount3 needs /etc/mtab to unmount; a minimal container may lack it.
     [ -e /etc/mtab ] || [ "$(id -u)" != 0 ] || ln -s ../proc/self/mounts /etc/mtab
     [ -e /etc/mtab ] || die "/etc/mtab is missing: as root: ln -s ../proc/self/mounts /etc/mtab"
 }
 
-# make_venv: a virtual environment in $venv that works with $python.
+# make_venv: create a virtual environment for $python in $venv, unless a working one exists.
 make_venv() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         die "$("$python" --version) is too old: found by the name $python, expected 3.11 or newer"
-    # An environment that was moved or half made is no use: its programs name their place.
+    # An environment that was moved or not completed is replaced: its scripts contain its path.
     if [ "$(cat "$venv/.made-for" 2>/dev/null)" != "$venv $("$python" --version)" ] ||
         ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-        say "Making a virtual environment in $venv"
+        say "Creating a virtual environment in $venv"
         "$python" -m venv --clear "$venv"
         printf '%s %s\n' "$venv" "$("$python" --version)" >"$venv/.made-for"
     fi
 }
 
-# install_project [EXTRA]: the project and what it needs, when what pip builds it from has changed.
+# install_project [EXTRA]: install the project and its needs, if its build inputs have changed.
 install_project() {
     make_venv
     local extra=${1:-} wanted stamp
@@ -98,7 +98,7 @@ install_project() {
     for stamp in "$venv/.installed-test" "$venv/.installed${extra:+-$extra}"; do
         [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
     done
-    say "Installing qedfuse${extra:+ and what its tests need} into $venv"
+    say "Installing qedfuse${extra:+ and the needs of its tests} into $venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         -e "$root${extra:+[$extra]}"
     printf '%s\n' "$wanted" >"$venv/.installed${extra:+-$extra}"

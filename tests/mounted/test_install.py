@@ -149,7 +149,7 @@ def test_a_foreign_file_is_not_replaced(environment: Path) -> None:
         """,
         environment,
     )
-    assert shown.startswith("install.sh: /sbin/mount.qedfuse: found a file that is not ours")
+    assert shown.startswith("install.sh: /sbin/mount.qedfuse: found a file of another program")
 
 
 def test_console_script_targets_exist() -> None:
