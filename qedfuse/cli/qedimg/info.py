@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from qedfuse.tools.inspection.chaininfo import Details
+    from qedfuse.tools.inspection.details import Details
     from qedfuse.tools.inspection.info import Format, ImageInfo
 
 EXAMPLE: Final = "qedimg info --output json vm.qed"
@@ -83,7 +83,7 @@ async def _read_details(
     arguments: argparse.Namespace, image: ImageInfo, report: Callable[[int, int], None]
 ) -> Details:
     """Return the details of an image."""
-    from qedfuse.tools.inspection.chaininfo import read_details  # noqa: PLC0415  a quick start
+    from qedfuse.tools.inspection.details import read_details  # noqa: PLC0415  a quick start
 
     options = common.open_options(arguments)
     return await read_details(image, options, allocation=arguments.allocation, progress=report)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qedfuse.ondisk.constants import SECTOR
 
 if TYPE_CHECKING:
-    from qedfuse.tools.inspection.chaininfo import Details
+    from qedfuse.tools.inspection.details import Details
     from qedfuse.tools.inspection.info import ImageInfo, QedInfo
     from qedfuse.tools.inspection.rawheader import Bits
 

@@ -10,7 +10,7 @@ from qedfuse.util.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qedfuse.tools.inspection.chaininfo import Details
+    from qedfuse.tools.inspection.details import Details
     from qedfuse.tools.inspection.info import ImageInfo, QedInfo
     from qedfuse.tools.inspection.nameresolution import BackingName
     from qedfuse.tools.inspection.rawheader import Bits

@@ -63,7 +63,7 @@ class RawStream(NamedTuple):
 
 
 class Conversion:
-    """One conversion; its source is open for as long as it is used."""
+    """One conversion; its source is open while it is used."""
 
     def __init__(
         self,

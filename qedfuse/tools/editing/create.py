@@ -35,7 +35,7 @@ class Creation:
         size: Bytes of the disk.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: The name of the backing file, as it is stored.
+        backing: The name of the backing file, as stored.
         backing_format: Format of the backing file.
     """
 

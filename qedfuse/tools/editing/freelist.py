@@ -20,7 +20,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
     open the image.  Once written the list is kept: a mount with default options rewrites it.
 
     Returns:
-        The list as it is afterwards.
+        The list that the image has afterwards.
 
     Raises:
         UsageError: The image has something else at the offset of the list's descriptor.

@@ -42,7 +42,7 @@ class RebaseResult:
     """The result of a rebase.
 
     Attributes:
-        backing: The name of the backing file, as it is stored now; None for none.
+        backing: The name of the backing file, as stored now; None for none.
         backing_format: Format of the backing file; None for none.
         copied_bytes: Bytes of the disk that were copied into the image as data.
         zero_bytes: Bytes of the disk that became zero clusters of the image.

@@ -1,7 +1,7 @@
 """The tables of an image entry by entry, for people who debug images, above all broken ones.
 
 Adjacent entries that describe adjacent clusters are combined into a range.  A table is read
-slice by slice, and its ranges are yielded as it is read.
+slice by slice, and the ranges of each slice are yielded before the next is read.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _ranges(
 def _entry_range(
     item: tuple[int, int, int, int, int], first: int, guest: int, span: int
 ) -> EntryRange:
-    """Return a range of `_ranges` as it is listed.
+    """Return a range of `_ranges` as an `EntryRange`.
 
     Args:
         item: The range within a slice.

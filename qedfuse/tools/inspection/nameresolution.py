@@ -17,7 +17,7 @@ class BackingName:
     """A backing file as an image names it.
 
     Attributes:
-        name: The name, as it is stored.
+        name: The name, as stored.
         path: Its path as QEMU composes it, relative to the working directory: the directory
             of the image, as it was named, and the name.  With a protocol only the name.
         resolved: The same as an absolute path without dots; also without symbolic links if
@@ -42,7 +42,7 @@ def resolve_name(raw: bytes, image: str, *, raw_format: bool) -> BackingName:
     """Resolve a backing file name from the header of ``image``.
 
     Args:
-        raw: The name, as it is stored.
+        raw: The name, as stored.
         image: Path of the image.
         raw_format: Whether the image states that the file is raw.
     """

@@ -1,4 +1,4 @@
-"""A header as it is stored, valid or not, and everything that is wrong with it."""
+"""A stored header, valid or not, and everything that is wrong with it."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class NewQedTarget(ParallelTarget):
         Args:
             descriptor: The file.
             header: The geometry and features; its image size is replaced in `finish`.
-            backing: Name of the backing file, as it is stored; empty for none.
+            backing: Name of the backing file, as stored; empty for none.
             name: Name of the file in messages.
         """
         self.descriptor = descriptor

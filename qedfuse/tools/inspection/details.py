@@ -1,4 +1,7 @@
-"""Counting the clusters that an image stores, slice by slice and so in little memory."""
+"""What takes longer to find out about an image than `info` does: its clusters, its free list.
+
+Clusters are counted slice by slice, so in little memory.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from typing import TYPE_CHECKING
 
 from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.tables import read_l1_table
+from qedfuse.disk.options import OpenOptions
+from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO
+from qedfuse.tools.inspection.freelistinfo import describe_free_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +23,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
+    from qedfuse.tools.inspection.freelistinfo import FreeListInfo
+    from qedfuse.tools.inspection.info import ImageInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,52 @@ class Allocation:
     bad_tables: int
     data: int
     zero: int
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """More about an image than `ImageInfo` has.
+
+    Attributes:
+        free_list: None if the image has none.
+        allocation: None if it was not asked for.
+    """
+
+    free_list: FreeListInfo | None = None
+    allocation: Allocation | None = None
+
+
+async def read_details(
+    info: ImageInfo,
+    options: OpenOptions | None = None,
+    *,
+    allocation: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Details:
+    """Read the free list of an image if it has one, and count its clusters if wanted.
+
+    Returns nothing about an image whose header is invalid.
+
+    Args:
+        info: The description of the image.
+        options: How to open it.
+        allocation: Whether to count clusters, which reads all tables.
+        progress: Called with the number of L2 tables read so far and in all.
+
+    Raises:
+        QedError: The image cannot be read.
+    """
+    options = options or OpenOptions()
+    if info.qed is None or not info.qed.readable:
+        return Details()
+    counted = None
+    if allocation:
+        with open_image_file(info.path, options.read_lock) as file:
+            counted = await count_allocation(file, await read_header(file), progress)
+    listed = None
+    if info.qed.header.header is not None and info.qed.header.header.free_list:
+        listed = await describe_free_list(info.path, share=options.force_share)
+    return Details(listed, counted)
 
 
 async def count_allocation(
