@@ -12,7 +12,7 @@ from qedfuse.check.findings import CheckReport, Code, Finding, FindingCollector
 from qedfuse.check.headernotes import header_notes
 from qedfuse.check.tables import overlapping, read_l1_table
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
-from qedfuse.disk.space.ownerbitmap import MAPPED_CLUSTERS, OwnerBitmap
+from qedfuse.disk.space.ownerbitmap import MAX_BITMAP_CLUSTERS, OwnerBitmap
 from qedfuse.disk.state.freelistreader import expand_runs, read_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.tablewalk import read_table
@@ -138,7 +138,7 @@ class _Checker:
         """Count the listed clusters as accounted for."""
         if self._free_list is None:
             return
-        if self._clusters > MAPPED_CLUSTERS:
+        if self._clusters > MAX_BITMAP_CLUSTERS:
             # Far more may be listed than can be kept one by one.
             self._unclaimed_clusters = self._free_list.clusters
             return

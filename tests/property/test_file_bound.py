@@ -143,8 +143,8 @@ async def test_no_guest_and_no_crash_takes_the_file_past_its_bound(
     choice = random.Random(seed)
     if seed % 2:
         # Small blocks, so that these small images have borders between blocks.
-        monkeypatch.setattr("qedfuse.disk.space.freemap.BLOCK", 32)
-        monkeypatch.setattr("qedfuse.disk.space.allocator.BLOCK", 32)
+        monkeypatch.setattr("qedfuse.disk.space.freemap.BLOCK_CLUSTERS", 32)
+        monkeypatch.setattr("qedfuse.disk.space.allocator.BLOCK_CLUSTERS", 32)
     table_size = choice.choice((1, 2, 4, 16))
     image = Image(choice, table_size, choice.randrange(1, 9), choice.randrange(1, 20))
     for _ in range(100):

@@ -19,7 +19,7 @@ from trio.testing import MockClock
 
 from qedfuse.disk.maintenance import compaction
 from qedfuse.disk.maintenance.reversemap import build_reverse_map
-from qedfuse.disk.space.freemap import BLOCK, FreeMap
+from qedfuse.disk.space.freemap import BLOCK_CLUSTERS, FreeMap
 from qedfuse.errors import CorruptImageError, HostError
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import SLICE_BYTES
@@ -639,7 +639,7 @@ async def test_other_tasks_run_at_each_slice_of_a_large_table(walk: str, looks: 
 def test_where_a_number_of_used_clusters_begins(seed: int, anchor: int) -> None:
     """FreeMap.tail_start agrees with counting one cluster at a time, across blocks."""
     choice = random.Random(seed)
-    end = 2 * BLOCK + 100
+    end = 2 * BLOCK_CLUSTERS + 100
     clusters = FreeMap(4, anchor)
     flags = np.zeros(end, np.bool_)
     for _ in range(choice.choice((1, 40, 3000))):
@@ -648,7 +648,9 @@ def test_where_a_number_of_used_clusters_begins(seed: int, anchor: int) -> None:
         flags[first : first + count] = True
         clusters.add(first, count)
     for _ in range(40):
-        used = choice.choice((0, 1, 2, 5, 100, BLOCK, 2 * BLOCK, 3 * BLOCK))
+        used = choice.choice(
+            (0, 1, 2, 5, 100, BLOCK_CLUSTERS, 2 * BLOCK_CLUSTERS, 3 * BLOCK_CLUSTERS)
+        )
         limit = choice.randrange(end + 1)
         expected = limit
         left = used

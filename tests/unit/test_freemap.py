@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from qedfuse.disk.space.freemap import BLOCK, FreeMap
+from qedfuse.disk.space.freemap import BLOCK_CLUSTERS, FreeMap
 
 SIZES = (100, 5000, 13_000)
 """Files in clusters: within one block of the map, and across several."""
@@ -28,7 +28,7 @@ def block_runs(clusters: set[int], shift: int) -> list[tuple[int, int]]:
     """Return the runs of a set, split at the borders of blocks."""
     result: list[tuple[int, int]] = []
     for cluster in sorted(clusters):
-        if result and sum(result[-1]) == cluster and (cluster + shift) % BLOCK:
+        if result and sum(result[-1]) == cluster and (cluster + shift) % BLOCK_CLUSTERS:
             result[-1] = (result[-1][0], result[-1][1] + 1)
         else:
             result.append((cluster, 1))
@@ -117,7 +117,7 @@ def test_a_block_without_free_clusters_costs_nothing() -> None:
     """A block without free clusters takes no memory."""
     free = FreeMap(4, 5)
     free.add(0, 1 << 20)
-    assert len(free._blocks) == (1 << 20) // BLOCK + 1
+    assert len(free._blocks) == (1 << 20) // BLOCK_CLUSTERS + 1
     free.remove(0, 1 << 20)
     assert (free._blocks, free.count, free.slots, free.lowest()) == ({}, 0, 0, None)
     assert free._heap == []
@@ -128,13 +128,13 @@ def test_a_block_that_comes_and_goes_is_kept_once() -> None:
     free = FreeMap(1)
     free.add(0, 1)
     for _ in range(1000):
-        free.add(BLOCK, 3)
-        free.remove(BLOCK, 3)
+        free.add(BLOCK_CLUSTERS, 3)
+        free.remove(BLOCK_CLUSTERS, 3)
     assert len(free._heap) == len(free._in_heap) == 2
     assert free.take(1) == (0, 1)
     assert free.lowest() is None
-    free.add(BLOCK, 3)
-    assert free.take(9) == (BLOCK, 3)
+    free.add(BLOCK_CLUSTERS, 3)
+    assert free.take(9) == (BLOCK_CLUSTERS, 3)
     assert (free.lowest(), free._heap, free._in_heap) == (None, [], set())
 
 
@@ -142,9 +142,9 @@ def test_taking_from_somewhere_on() -> None:
     """Taking from a cluster on gives the lowest run at or past it."""
     free = FreeMap(4)
     free.add(9, 8)
-    free.add(BLOCK + 7, 2)
+    free.add(BLOCK_CLUSTERS + 7, 2)
     assert free.take_from(12, 3) == (12, 3)
     assert free.take_from(15, 9) == (15, 2)
-    assert free.take_from(17, 9) == (BLOCK + 7, 2)
+    assert free.take_from(17, 9) == (BLOCK_CLUSTERS + 7, 2)
     assert free.take_from(17, 9) is None
     assert list(free.runs()) == [(9, 3)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from qedfuse.disk.space.freemap import BLOCK, FreeMap
+from qedfuse.disk.space.freemap import BLOCK_CLUSTERS, FreeMap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +110,7 @@ class Allocator:
         end, bound = self.end >> self._bits, self.bound >> self._bits
         spare = self._spare_slots(end)
         # A run that is taken costs at most this many slots.
-        worst = clusters // self.free.table + clusters // BLOCK + 2
+        worst = clusters // self.free.table + clusters // BLOCK_CLUSTERS + 2
         limit = clusters if spare >= worst else 1
         if self.free.count:
             if spare > 0:
@@ -147,8 +147,8 @@ class Allocator:
         end, table = self.end >> self._bits, self.free.table
         # A table across the border of two blocks would not count as a slot if a crash
         # lost it.
-        if (end + self.free.shift) % BLOCK > BLOCK - table:
-            end += -(end + self.free.shift) % BLOCK
+        if (end + self.free.shift) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
+            end += -(end + self.free.shift) % BLOCK_CLUSTERS
         if end + table > self.bound >> self._bits:
             found = self.free.find_run(table)
             if found is not None:

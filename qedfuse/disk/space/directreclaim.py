@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.scan import Scan
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
-_WORTH_SHARE: Final = 16
+_WORTH_DIVISOR: Final = 16
 _MIN_WORTH_BYTES: Final = 1 << 20
 _MAX_WORTH_BYTES: Final = 1 << 26
-"""How much in quarantine is worth a flush before the file grows: one part in
-``_WORTH_SHARE`` of the file, within these limits."""
+"""How much in quarantine is worth a flush before the file grows: the length of the file
+divided by ``_WORTH_DIVISOR``, within these limits."""
 
 
 class DirectReclaim:
@@ -48,7 +48,7 @@ class DirectReclaim:
     @property
     def _worth_bytes(self) -> int:
         """How many bytes in quarantine are worth a flush."""
-        share = self._allocator.end // _WORTH_SHARE
+        share = self._allocator.end // _WORTH_DIVISOR
         return max(_MIN_WORTH_BYTES, min(_MAX_WORTH_BYTES, share))
 
     def should_reclaim(self) -> bool:

@@ -22,8 +22,8 @@ MIN_GROWTH_BYTES: Final = 1 << 20
 """How far the file is grown ahead of what is needed, at least."""
 MAX_GROWTH_BYTES: Final = 1 << 24
 """The same, at most.  It takes up no space on the host before it is written to."""
-_GROWTH_SHARE: Final = 16
-"""Between the two limits the file is grown ahead by this part of its length."""
+_GROWTH_DIVISOR: Final = 16
+"""Between the two limits the file is grown ahead by its length divided by this."""
 
 
 class FileLength:
@@ -83,7 +83,7 @@ class FileLength:
 
     def _target(self, end: int) -> int:
         """Choose the file's new length: at least ``end``, and ahead of it within the bound."""
-        step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_SHARE))
+        step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_DIVISOR))
         return max(end, min(self._geometry.ceil(end + step), self._allocator.bound))
 
     async def truncate_tail(self) -> bool:

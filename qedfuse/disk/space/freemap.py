@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-BLOCK: Final = 4096
+BLOCK_CLUSTERS: Final = 4096
 """Clusters in a block; a multiple of the largest table."""
 
-_FULL: Final = (1 << BLOCK) - 1
+_FULL_BLOCK: Final = (1 << BLOCK_CLUSTERS) - 1
 """The bits of a block in which each cluster is free."""
 
 
@@ -36,7 +36,8 @@ class FreeMap:
         slots: How many tables fit into them; 0 if that is not counted.
         table: Clusters in a table, a power of two up to 16.
         shift: A block begins at each cluster n for which n + shift is a multiple of
-            `BLOCK`.  With tables side by side from ``anchor`` on, one of them begins there.
+            `BLOCK_CLUSTERS`.  If tables lie side by side from ``anchor`` on, one of them
+            begins there.
     """
 
     def __init__(self, table: int = 1, anchor: int = 0, *, counts_slots: bool = True) -> None:
@@ -70,7 +71,7 @@ class FreeMap:
                 heapq.heappush(self._heap, block)
                 self._in_heap.add(block)
             # All blocks that are entirely free share one integer.
-            self._blocks[block] = _FULL if new == _FULL else new
+            self._blocks[block] = _FULL_BLOCK if new == _FULL_BLOCK else new
         else:
             self._blocks.pop(block, None)
 
@@ -107,8 +108,8 @@ class FreeMap:
         """Split a run at the borders of blocks; yield each block and a mask of its bits."""
         start, end = first + self.shift, first + count + self.shift
         while start < end:
-            block, bit = divmod(start, BLOCK)
-            length = min(BLOCK - bit, end - start)
+            block, bit = divmod(start, BLOCK_CLUSTERS)
+            length = min(BLOCK_CLUSTERS - bit, end - start)
             yield block, ((1 << length) - 1) << bit
             start += length
 
@@ -121,11 +122,11 @@ class FreeMap:
     def add_many(self, clusters: NDArray[np.uint64]) -> None:
         """Make clusters free, in any order; one large call is cheaper than several."""
         positions = np.sort(clusters) + np.uint64(self.shift)
-        blocks, starts = np.unique(positions // BLOCK, return_index=True)
-        flags = np.zeros(BLOCK, np.uint8)
+        blocks, starts = np.unique(positions // BLOCK_CLUSTERS, return_index=True)
+        flags = np.zeros(BLOCK_CLUSTERS, np.uint8)
         bounds = pairwise([*starts.tolist(), len(positions)])
         for block, (first, last) in zip(blocks.tolist(), bounds, strict=True):
-            inside = positions[first:last] % BLOCK
+            inside = positions[first:last] % BLOCK_CLUSTERS
             flags[inside] = 1
             bits = int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
             flags[inside] = 0
@@ -145,7 +146,7 @@ class FreeMap:
         first = self.lowest()
         if first is None:
             return None
-        block = (first + self.shift) // BLOCK
+        block = (first + self.shift) // BLOCK_CLUSTERS
         bits = self._blocks[block]
         self._set_bits(block, bits, 0)
         return block, bits
@@ -178,7 +179,7 @@ class FreeMap:
         return self._cluster(block, _lowest_bit(self._blocks[block]))
 
     def _cluster(self, block: int, bit: int) -> int:
-        return block * BLOCK + bit - self.shift
+        return block * BLOCK_CLUSTERS + bit - self.shift
 
     def take(self, limit: int) -> tuple[int, int] | None:
         """Take the lowest run, or the first ``limit`` clusters of it.
@@ -189,7 +190,7 @@ class FreeMap:
         first = self.lowest()
         if first is None:
             return None
-        block, bit = divmod(first + self.shift, BLOCK)
+        block, bit = divmod(first + self.shift, BLOCK_CLUSTERS)
         bits = self._blocks[block]
         count = min(limit, _lowest_bit(~(bits >> bit)))
         self._set_bits(block, bits, bits & ~(((1 << count) - 1) << bit))
@@ -228,12 +229,12 @@ class FreeMap:
         position = end + self.shift
         found = 0
         while position > 0:
-            block, bit = divmod(position - 1, BLOCK)
+            block, bit = divmod(position - 1, BLOCK_CLUSTERS)
             used = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
             found += bit + 1 - used.bit_length()
             if used:
                 break
-            position = block * BLOCK
+            position = block * BLOCK_CLUSTERS
         return found
 
     def tail_start(self, end: int, used: int) -> int:
@@ -243,7 +244,7 @@ class FreeMap:
         """
         position, left = end + self.shift, used
         while position > self.shift:
-            block, bit = divmod(position - 1, BLOCK)
+            block, bit = divmod(position - 1, BLOCK_CLUSTERS)
             taken = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
             count = taken.bit_count()
             if count > left:
@@ -251,7 +252,7 @@ class FreeMap:
                     taken &= taken - 1
                 return self._cluster(block, _lowest_bit(taken) + 1)
             left -= count
-            position = block * BLOCK
+            position = block * BLOCK_CLUSTERS
         return 0
 
     def end(self) -> int:
@@ -280,7 +281,7 @@ class FreeMap:
 
     def take_from(self, start: int, limit: int) -> tuple[int, int] | None:
         """Take the lowest run at or past the cluster ``start``, as `take` does."""
-        block, bit = divmod(start + self.shift, BLOCK)
+        block, bit = divmod(start + self.shift, BLOCK_CLUSTERS)
         for candidate in sorted(number for number in self._blocks if number >= block):
             bits = self._blocks[candidate]
             if candidate == block:

@@ -2,7 +2,7 @@
 
 The owner of a cluster is the table entry, or the part of the header, that refers to it.
 A sparse file can have 2^51 clusters without holding any data, so a bitmap of all of them
-may not fit into memory.  Up to `MAPPED_CLUSTERS` there is a bitmap, whose memory the kernel
+may not fit into memory.  Up to `MAX_BITMAP_CLUSTERS` there is a bitmap, whose memory the kernel
 allocates only where it is touched; beyond, the numbers of the owned clusters are kept in
 sorted arrays, and how many is limited.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-MAPPED_CLUSTERS: Final = 1 << 31
+MAX_BITMAP_CLUSTERS: Final = 1 << 31
 """Largest file, in clusters, that gets a bitmap: 256 MiB for 128 TiB in 64 KiB clusters."""
 
 MAX_LISTED_CLUSTERS: Final = 1 << 24
@@ -44,7 +44,7 @@ class OwnerBitmap:
         self._name = name
         self.clusters = clusters
         self._map: NDArray[np.uint8] | None = None
-        if clusters <= MAPPED_CLUSTERS:
+        if clusters <= MAX_BITMAP_CLUSTERS:
             self._map = np.zeros(-(-clusters // 8), np.uint8)
         self._sorted: list[NDArray[np.uint64]] = []
         self.count = 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.space.freemap import BLOCK
+from qedfuse.disk.space.freemap import BLOCK_CLUSTERS
 from qedfuse.errors import HostError
 from qedfuse.hostio.tablewalk import holds_data
 
@@ -189,7 +189,11 @@ class Reclaim:
 
     def _trusted_bits(self, block: int) -> int:
         """Return a mask of the clusters in a block of the map that may be used again."""
-        untrusted = (self._untrusted_end >> self._bits) + self._allocator.free.shift - block * BLOCK
+        untrusted = (
+            (self._untrusted_end >> self._bits)
+            + self._allocator.free.shift
+            - block * BLOCK_CLUSTERS
+        )
         return -1 << max(0, untrusted)
 
     async def _punch(self, punches: int | None) -> None:
@@ -209,7 +213,7 @@ class Reclaim:
     async def _punch_some(self, clusters: FreeMap, max_runs: int) -> int:
         """Punch up to ``max_runs`` runs of a map; return how many were removed from it."""
         allocator, bits = self._allocator, self._bits
-        found = (clusters.take(BLOCK) for _ in range(max_runs))
+        found = (clusters.take(BLOCK_CLUSTERS) for _ in range(max_runs))
         taken = [run for run in found if run is not None]
         # These must not be handed out while the host is about to wipe them.
         for first, count in taken:

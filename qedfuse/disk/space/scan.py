@@ -20,7 +20,7 @@ import trio
 
 from qedfuse.disk.lookup.tablecache import L2
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
-from qedfuse.disk.space.freemap import BLOCK
+from qedfuse.disk.space.freemap import BLOCK_CLUSTERS
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
 from qedfuse.errors import QedError
 from qedfuse.hostio.tablewalk import DataSlices
@@ -199,18 +199,18 @@ class Scan:
             allocator.shrink(last << bits)
         shift = allocator.free.shift
         listed_in_use = 0
-        for block in range(-(-(last + shift) // BLOCK)):
-            first = block * BLOCK - shift
+        for block in range(-(-(last + shift) // BLOCK_CLUSTERS)):
+            first = block * BLOCK_CLUSTERS - shift
             # The file may have been cut meanwhile.
             last = min(last, allocator.end >> bits)
             if first >= last:
                 break
-            inside = (1 << min(BLOCK, last - first)) - 1
+            inside = (1 << min(BLOCK_CLUSTERS, last - first)) - 1
             if not block:
                 inside &= -1 << shift
             # No await between reading the recorded changes and adopting the rest: a
             # cluster that changes later is changed in the allocator's own map.
-            owned, listed = marking.owners.owned(first, BLOCK), self._listed.bits(block)
+            owned, listed = marking.owners.owned(first, BLOCK_CLUSTERS), self._listed.bits(block)
             unchanged = ~marking.changed.bits(block)
             found = inside & ~owned & unchanged
             if found:

@@ -16,7 +16,7 @@ import numpy as np
 import trio
 
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
-from qedfuse.disk.space.freemap import BLOCK
+from qedfuse.disk.space.freemap import BLOCK_CLUSTERS
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.freelist import (
     CLUSTER_HEADER_BYTES,
@@ -244,15 +244,16 @@ async def add_runs(clusters: FreeMap, runs: Runs) -> None:
     first = runs[:, 0].astype(np.int64) + clusters.shift
     last = first + runs[:, 1].astype(np.int64)
     # Adding one run takes three microseconds; adding a block with several takes less.
-    within = first // BLOCK == (last - 1) // BLOCK
+    within = first // BLOCK_CLUSTERS == (last - 1) // BLOCK_CLUSTERS
     for start, count in runs[~within].tolist():
         clusters.add(start, count)
     first, last = first[within], last[within]
-    edges = np.flatnonzero(np.diff(first // BLOCK, prepend=-1)).tolist()
+    edges = np.flatnonzero(np.diff(first // BLOCK_CLUSTERS, prepend=-1)).tolist()
     for begin, end in pairwise([*edges, len(first)]):
-        block = int(first[begin]) // BLOCK
+        block = int(first[begin]) // BLOCK_CLUSTERS
         clusters.add_block(
-            block, _bits_of(first[begin:end] % BLOCK, last[begin:end] - block * BLOCK)
+            block,
+            _bits_of(first[begin:end] % BLOCK_CLUSTERS, last[begin:end] - block * BLOCK_CLUSTERS),
         )
         await trio.lowlevel.checkpoint()
 
@@ -262,8 +263,10 @@ def _bits_of(first: NDArray[np.int64], last: NDArray[np.int64]) -> int:
 
     The ranges do not touch.
     """
-    change = np.zeros(BLOCK + 1, np.int8)
+    change = np.zeros(BLOCK_CLUSTERS + 1, np.int8)
     change[first] = 1
     change[last] = -1
-    ones = np.packbits(np.cumsum(change[:BLOCK], dtype=np.int8).view(np.uint8), bitorder="little")
+    ones = np.packbits(
+        np.cumsum(change[:BLOCK_CLUSTERS], dtype=np.int8).view(np.uint8), bitorder="little"
+    )
     return int.from_bytes(ones.tobytes(), "little")
