@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up all that the tests need, then runs lint, types and the whole suite.
-# Arguments go on to pytest:  tests/run.sh -k header
+# Sets up all that the tests need, then runs the linters, the type checker and all tests.
+# Arguments are passed to pytest:  tests/run.sh -k header
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Runs quickstart and the whole suite on bare Debian systems:
+# Runs quickstart and the whole suite on minimal Debian systems:
 #   tests/systems.sh [-d DIR] [bookworm|trixie]... [-- ARGUMENT...]
 #
-# As root, on a Debian.  Without a name: Debian 12 (bookworm) and Debian 13 (trixie).  Each
-# system is a directory with a minimal Debian, Python and pip, with this machine's kernel,
-# /dev/fuse and loop devices.  It gets a copy of what git tracks here, changes included, and
-# runs examples/quickstart.sh and tests/run.sh; ARGUMENTs go on to pytest.
+# Must be run as root, on a Debian.  Without a name it runs Debian 12 (bookworm) and Debian 13
+# (trixie).  Each system is a directory with a minimal Debian, Python and pip; it uses this
+# machine's kernel, /dev/fuse and loop devices.  It gets a copy of the files that git tracks
+# here, changes included, and runs examples/quickstart.sh and tests/run.sh; ARGUMENTs are
+# passed to pytest.
 #
-# DIR keeps the minimal systems (300 MB each) for the next time, and a system in which
-# something has failed (2 GB); without it everything is in a temporary directory and goes.
-# Registries and proxies are those of this machine: apt's sources with the name of the
-# release replaced, apt's Acquire options, /etc/pip.conf, proxy and PIP_ variables.
+# DIR keeps the minimal systems (300 MB each) for the next run, and a system in which a test
+# has failed (2 GB); without it a temporary directory is used and removed.  Registries and
+# proxies are those of this machine: apt's sources with the name of the release replaced,
+# apt's Acquire options, /etc/pip.conf, proxy and PIP_ variables.
 #
-# Exit code: 0 if everything has passed on each system, 1 if not.
+# Exit code: 0 if everything passes on each system, otherwise 1.
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 
 known=(bookworm trixie)
-place='' temporary='' to='' inside=''
+store='' temporary='' target='' inside=''
 systems=() arguments=()
 
 usage() {
@@ -31,7 +32,7 @@ while [ $# -gt 0 ]; do
         -h | --help) usage ;;
         -d)
             [ $# -gt 1 ] || die "-d: expected a directory"
-            place=$2
+            store=$2
             shift
             ;;
         --)
@@ -45,17 +46,17 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ ${#systems[@]} -gt 0 ] || systems=("${known[@]}")
-[ "$(id -u)" = 0 ] || die "expected to be run as root: it makes systems and enters them"
+[ "$(id -u)" = 0 ] || die "must be run as root: it makes systems and enters them"
 
-# Ends what runs, and removes what does not stay, at every exit.
+# Ends the running system and removes temporary files; runs at every exit.
 clean_up() {
     local code=$?
     trap - EXIT
     trap '' INT TERM
-    # unshare(1) heeds nothing else.  Its child is killed with it, and with that, as the first
-    # process of its namespace, all others; then the mounts are gone.
+    # unshare(1) ignores other signals.  Its child is killed with it; as that is the first process
+    # of its PID namespace, all others end too, and so do the mounts.
     [ -z "$inside" ] || { kill -KILL "$inside" && wait "$inside"; } 2>/dev/null || true
-    [ -z "$to" ] || detach_loops "$to"
+    [ -z "$target" ] || detach_loops "$target"
     [ -z "$temporary" ] || rm -rf --one-file-system "$temporary"
     exit "$code"
 }
@@ -70,7 +71,7 @@ own_codename() (
     [ "${ID:-}" != debian ] || printf '%s\n' "${VERSION_CODENAME:-}"
 )
 
-# mirror CODENAME: prints where this machine's apt gets that release from, or nothing.
+# mirror CODENAME: prints the URL from which this machine's apt gets that release, or nothing.
 mirror() {
     # shellcheck disable=SC2016  # for apt-get, not for the shell
     apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI)' \
@@ -78,28 +79,28 @@ mirror() {
         awk -v codename="$1" '$1 == codename && $2 == "main" { print $3; exit }'
 }
 
-# use_registries ROOT SYSTEM: a system's apt and pip use what this machine's use.
+# use_registries ROOT SYSTEM: gives a system's apt and pip the sources of this machine.
 use_registries() {
-    local to=$1 system=$2 from file
+    local target=$1 system=$2 from file
     from=$(own_codename)
     if [ -n "$from" ] && [ -n "$(mirror "$from")" ]; then
-        rm -f "$to/etc/apt/sources.list"
+        rm -f "$target/etc/apt/sources.list"
         for file in /etc/apt/sources.list /etc/apt/sources.list.d/debian.sources; do
-            [ ! -e "$file" ] || sed "s/\b$from\b/$system/g" "$file" >"$to$file"
+            [ ! -e "$file" ] || sed "s/\b$from\b/$system/g" "$file" >"$target$file"
         done
     fi
-    # Not the files: they may name programs that are not there.
-    apt-config dump | grep '^Acquire::' | grep -v IndexTargets >"$to/etc/apt/apt.conf.d/90machine" ||
+    # Not the files themselves: they may name programs that the system lacks.
+    apt-config dump | grep '^Acquire::' | grep -v IndexTargets >"$target/etc/apt/apt.conf.d/90machine" ||
         true
-    cp -aT /etc/apt/auth.conf.d "$to/etc/apt/auth.conf.d" 2>/dev/null || true
+    cp -aT /etc/apt/auth.conf.d "$target/etc/apt/auth.conf.d" 2>/dev/null || true
     for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
-        [ ! -e "$file" ] || cp -L "$file" "$to$file"
+        [ ! -e "$file" ] || cp -L "$file" "$target$file"
     done
 }
 
-# make_base SYSTEM: makes the minimal system, if it is not there.
+# make_base SYSTEM: makes the minimal system unless it exists.
 make_base() {
-    local base=$place/$1.base log=$place/$1.log own url
+    local base=$store/$1.base log=$store/$1.log own url
     [ ! -e "$base/.complete" ] || return 0
     say "$1: making a minimal system in $base"
     rm -rf --one-file-system "$base"
@@ -117,15 +118,15 @@ make_base() {
 }
 
 # enter ROOT COMMAND...: runs a command in a system.
-# What it has mounted and started ends with it, whatever happens.  It runs in the background,
-# so that a signal to this script has its effect at once.
+# Its mounts and processes always end with it.  It runs in the background, so that bash handles
+# a signal to this script while it waits.
 enter() {
     local name pass=() code=0
     local -r directory=$1
     shift
     for name in $(compgen -e); do
         case $name in
-            PIP_FIND_LINKS) [ -e "${!name}" ] || pass+=("$name=${!name}") ;; # a directory is not there
+            PIP_FIND_LINKS) [ -e "${!name}" ] || pass+=("$name=${!name}") ;; # the system lacks the directory
             CI | TERM | LANG | PIP_* | *_proxy | *_PROXY) pass+=("$name=${!name}") ;;
         esac
     done
@@ -133,12 +134,12 @@ enter() {
     unshare --mount --pid --fork --kill-child --propagation private sh -euc '
         directory=$1
         shift
-        mount --bind "$directory" "$directory" # so that "/" is a mount, as everywhere
+        mount --bind "$directory" "$directory" # so that "/" is a mount, as on other systems
         mount -t proc proc "$directory/proc"
         mount --rbind /sys "$directory/sys"
         mount --rbind /dev "$directory/dev"
         mount -t tmpfs tmpfs "$directory/run"
-        # A shell has its background ignore them.
+        # A shell starts background jobs with these signals ignored.
         exec chroot "$directory" env -i --default-signal=INT,QUIT "$@"' sh "$directory" \
         HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
         "${pass[@]}" "$@" </dev/null &
@@ -148,7 +149,7 @@ enter() {
     return "$code"
 }
 
-# detach_loops ROOT: detaches what a test that was killed has left attached.
+# detach_loops ROOT: detaches loop devices that a killed test has left.
 detach_loops() {
     local device file
     losetup --list --noheadings --output NAME,BACK-FILE | while read -r device file; do
@@ -163,14 +164,14 @@ make_system() {
     local changes
     make_base "$1"
     rm -rf --one-file-system "$2"
-    cp -a "$place/$1.base" "$2"
+    cp -a "$store/$1.base" "$2"
     mkdir "$2/src"
-    # A commit of the changes that no branch has; nothing if there are none.
+    # A commit of the uncommitted changes, on no branch; empty if there are none.
     changes=$(git_here -c user.name=tests -c user.email=tests stash create)
     git_here archive "${changes:-HEAD}" | tar -x -C "$2/src"
 }
 
-# try_system ROOT: does everything pass?
+# try_system ROOT: runs quickstart and the suite; fails if one of them does.
 try_system() {
     # shellcheck disable=SC2016  # expanded inside
     enter "$1" sh -euc '
@@ -179,7 +180,7 @@ try_system() {
         exec tests/run.sh "$@"' sh ${arguments[@]+"${arguments[@]}"}
 }
 
-# versions ROOT: prints what the system consists of, as far as it matters here.
+# versions ROOT: prints the versions that matter for the tests.
 versions() {
     # shellcheck disable=SC2016  # expanded inside
     enter "$1" sh -c '
@@ -188,37 +189,37 @@ versions() {
             libfuse3-dev qemu-utils e2fsprogs util-linux 2>/dev/null || true'
 }
 
-# Runs git on this tree, whoever it belongs to.
+# Runs git on this tree, whichever user owns it.
 git_here() {
     git -c safe.directory="$root" -C "$root" "$@"
 }
 
 install_packages debootstrap=debootstrap git=git unshare=util-linux losetup=mount
 check_fuse
-if [ -n "$place" ]; then
-    mkdir -p "$place"
+if [ -n "$store" ]; then
+    mkdir -p "$store"
 else
     temporary=$(mktemp -d)
-    place=$temporary
+    store=$temporary
 fi
-place=$(cd "$place" && pwd -P)
+store=$(cd "$store" && pwd -P)
 untracked=$(git_here ls-files --others --exclude-standard)
-[ -z "$untracked" ] || say "Not tracked by git, and so not tried: ${untracked//$'\n'/ }"
+[ -z "$untracked" ] || say "Not tracked by git, therefore not copied: ${untracked//$'\n'/ }"
 
 failed=0 summary=()
 for system in "${systems[@]}"; do
-    to=$place/$system
-    make_system "$system" "$to"
+    target=$store/$system
+    make_system "$system" "$target"
     say "$system: quickstart and the suite"
     result=passed
-    try_system "$to" || result=FAILED
-    summary+=("$system: $result ($(versions "$to"))")
-    detach_loops "$to"
+    try_system "$target" || result=FAILED
+    summary+=("$system: $result ($(versions "$target"))")
+    detach_loops "$target"
     if [ "$result" = passed ]; then
-        rm -rf --one-file-system "$to"
+        rm -rf --one-file-system "$target"
     else
         failed=1
-        [ -n "$temporary" ] || say "$system: left for a look: $to"
+        [ -n "$temporary" ] || say "$system: kept in $target"
     fi
 done
 printf '%s\n' "${summary[@]}"

@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# The virtual machine of these tests: a bare Debian 12 with Debian's own kernel, under QEMU.
+# The virtual machine of these tests: a minimal Debian 12 with Debian's kernel, under QEMU.
 # To be sourced; needs root, and `say` and `die` of examples/setup.sh.
 #
-# make_machine makes it in the directory $place, or brings it up to date:
+# make_machine makes it in the directory $vm_dir, or updates it:
 #   base/       its root directory; base.raw is the disk with it
-#   tree.tar    this checkout with what is not committed yet, installed: unpacked at each start
-# boot_machine boots it; each boot begins with base.raw as it is.
+#   tree.tar    this checkout with its uncommitted changes, installed: unpacked at each boot
+# boot_machine boots it; what a boot writes to base.raw is discarded.
 
-: "${place:?}" "${root:?}"
+: "${vm_dir:?}" "${root:?}"
 machine_disks=() # further arguments of QEMU
-base=$place/base
+base=$vm_dir/base
 
-# What the machine needs besides the kernel; the tests' own needs are as on any machine.
+# Packages of the machine, the kernel included.
 machine_packages=(
     linux-image-cloud-amd64 initramfs-tools zstd kmod iproute2 util-linux procps
     python3 python3-venv python3-dev git gcc libc6-dev pkg-config libfuse3-dev fuse3
@@ -29,7 +29,7 @@ in_base() (
     ' "$base" "$@" </dev/null
 )
 
-# copy_configuration: the base gets packages from where this machine gets its own.
+# copy_configuration: the base uses the package sources of this machine.
 copy_configuration() {
     local file
     rm -rf "$base"/etc/apt/sources.list*
@@ -51,11 +51,11 @@ make_base() {
         printf '%s\n' "${machine_packages[@]}"
         sed -n '/^requires/p; /^dependencies/,/^\]/p; /^test = /,/^\]/p' "$root/pyproject.toml"
     } | sha256sum)
-    [ "$digest" = "$(cat "$place/base.digest" 2>/dev/null)" ] && return
-    say "Making the machine (some minutes; once)"
-    rm -rf "$base" "$place/base.digest"
-    debootstrap --variant=minbase --include=ca-certificates bookworm "$base" >"$place/log" 2>&1 ||
-        die "debootstrap failed: see $place/log"
+    [ "$digest" = "$(cat "$vm_dir/base.digest" 2>/dev/null)" ] && return
+    say "Making the machine (takes minutes, once)"
+    rm -rf "$base" "$vm_dir/base.digest"
+    debootstrap --variant=minbase --include=ca-certificates bookworm "$base" >"$vm_dir/log" 2>&1 ||
+        die "debootstrap failed: see $vm_dir/log"
     copy_configuration
     mkdir -p "$base/etc/initramfs-tools/conf.d"
     echo MODULES=list >"$base/etc/initramfs-tools/conf.d/vm"
@@ -69,19 +69,19 @@ make_base() {
             python3 -m venv /opt/venv
             /opt/venv/bin/pip install -q --upgrade setuptools wheel
             /opt/venv/bin/pip install -q "/src[test]"
-            # Only what it needs stays: each run brings its own tree along.
+            # Only the dependencies stay: each boot unpacks its own tree.
             /opt/venv/bin/pip uninstall -q -y qedfuse
             apt-get clean
             rm -rf /root/.cache /src'
-    } >>"$place/log" 2>&1 || die "making the machine failed: see $place/log"
-    rm -f "$place/base.raw"
-    mke2fs -q -t ext4 -d "$base" "$place/base.raw" 16G >>"$place/log" 2>&1
-    cp -L "$base/vmlinuz" "$place/kernel"
-    cp -L "$base/initrd.img" "$place/initrd"
-    echo "$digest" >"$place/base.digest"
+    } >>"$vm_dir/log" 2>&1 || die "making the machine failed: see $vm_dir/log"
+    rm -f "$vm_dir/base.raw"
+    mke2fs -q -t ext4 -d "$base" "$vm_dir/base.raw" 16G >>"$vm_dir/log" 2>&1
+    cp -L "$base/vmlinuz" "$vm_dir/kernel"
+    cp -L "$base/initrd.img" "$vm_dir/initrd"
+    echo "$digest" >"$vm_dir/base.digest"
 }
 
-# copy_tree DIRECTORY: what git knows of this checkout, as it is now.
+# copy_tree DIRECTORY: copy the files of this checkout that git tracks or does not ignore.
 copy_tree() {
     rm -rf "$1"
     mkdir -p "$1"
@@ -89,44 +89,44 @@ copy_tree() {
         tar -C "$root" --null --files-from - --ignore-failed-read -c 2>/dev/null | tar -C "$1" -x
 }
 
-# make_machine: all that `boot_machine` needs.
+# make_machine: make or update all that `boot_machine` needs.
 make_machine() {
     local digest
     [ "$(id -u)" = 0 ] || die "needs root, for debootstrap and chroot"
     install_packages debootstrap=debootstrap qemu-system-x86_64=qemu-system-x86 \
         qemu-img=qemu-utils mke2fs=e2fsprogs unshare=util-linux git=git
-    mkdir -p "$place"
-    exec 9>"$place/lock"
-    flock -n 9 || die "$place: in use by another run"
+    mkdir -p "$vm_dir"
+    exec 9>"$vm_dir/lock"
+    flock -n 9 || die "$vm_dir: in use by another run"
     make_base
     copy_tree "$base/src"
     digest=$(tar -C "$base" --sort=name --mtime=@0 -c src | sha256sum)
-    if [ "$digest" != "$(cat "$place/tree.digest" 2>/dev/null)" ]; then
+    if [ "$digest" != "$(cat "$vm_dir/tree.digest" 2>/dev/null)" ]; then
         say "Installing this checkout in the machine"
-        rm -f "$place/tree.digest"
+        rm -f "$vm_dir/tree.digest"
         in_base /opt/venv/bin/pip install -q --no-deps --no-build-isolation -e \
-            /src >>"$place/log" 2>&1 || die "pip failed: see $place/log"
+            /src >>"$vm_dir/log" 2>&1 || die "pip failed: see $vm_dir/log"
         rm -rf "$base/src/build"
-        (cd "$base" && tar -cf "$place/tree.tar" src opt/venv/bin/qed* \
+        (cd "$base" && tar -cf "$vm_dir/tree.tar" src opt/venv/bin/qed* \
             opt/venv/lib/python3*/site-packages/*qedfuse*)
-        echo "$digest" >"$place/tree.digest"
+        echo "$digest" >"$vm_dir/tree.digest"
     fi
 }
 
-# boot_machine COMMAND...: boot, run the command as root, print what it prints; give its
+# boot_machine COMMAND...: boot, run the command as root and print its output; return its
 # exit status, or 125 if the machine ended without one.
 #   memory, limit    megabytes; longest run in seconds
 #   machine_disks    further arguments of QEMU
-#   cut_after        seconds after the line "CUT-ME" after which the plug is pulled
+#   cut_after        seconds from the line "CUT-ME" until QEMU is killed
 boot_machine() {
-    local run=$place/run line status=125
+    local run=$vm_dir/run line status=125
     local first='tar -xf /dev/vdb -C / && exec /src/tests/vm/init'
     rm -rf "$run"
     mkdir -p "$run/content/run" "$run/content/opt"
     { printf 'exec'; printf ' %q' "$@"; echo; } >"$run/content/run/command"
-    cp "$place/tree.tar" "$run/tree.tar"
+    cp "$vm_dir/tree.tar" "$run/tree.tar"
     tar -C "$run/content" -rf "$run/tree.tar" run/command
-    qemu-img create -q -f qcow2 -b "$place/base.raw" -F raw "$run/disk.qcow2"
+    qemu-img create -q -f qcow2 -b "$vm_dir/base.raw" -F raw "$run/disk.qcow2"
     while IFS= read -r line; do
         line=${line%$'\r'}
         case $line in
@@ -143,7 +143,7 @@ boot_machine() {
         esac
     done < <(exec timeout --kill-after 5 "${limit:-1800}" qemu-system-x86_64 \
         -accel "${VM_ACCEL:-tcg,thread=multi}" -cpu max -m "${memory:-1500}" -smp 2 \
-        -kernel "$place/kernel" -initrd "$place/initrd" \
+        -kernel "$vm_dir/kernel" -initrd "$vm_dir/initrd" \
         -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 no_timer_check init=/bin/sh -- -c \"$first\"" \
         -drive "file=$run/disk.qcow2,if=none,id=system,discard=unmap" \
         -device "virtio-blk-pci,drive=system" \

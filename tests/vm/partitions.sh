@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The README's first recipe, as written, where the kernel reads partition tables itself:
-# partitions of a mounted disk appear as devices, and file systems on them can be mounted.
+# The README's first recipe works as written where the kernel reads partition tables itself:
+# partitions of a mounted disk become devices, and file systems on them can be mounted.
 # Runs as root in the virtual machine.
 set -eu
 mkdir -p /srv/images
@@ -12,7 +12,7 @@ echo 'hello from a partition' >/srv/tree/file
 mkfs.ext4 -q -d /srv/tree -E offset=1048576 /srv/disk.raw 90M
 qedimg convert -O qed /srv/disk.raw /srv/images/vm.qed
 
-# Without partx the kernel must have made the devices.
+# No partx(8): the kernel must have made the devices.
 mkdir -p /mnt/vm
 qedfuse /srv/images/vm.qed /mnt/vm
 loop=$(losetup --find --show --partscan --direct-io=on /mnt/vm/vm.raw)

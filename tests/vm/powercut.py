@@ -1,11 +1,11 @@
-"""Power cuts: a workload until the plug is pulled, and a look at what is left of the disk.
+"""Power cuts: a workload that runs until the machine is killed, and a check of its disks.
 
 Runs as root in the virtual machine.  ``work`` makes a file system on the third drive, puts
-two images on it, and writes to both at the same time: to one as a raw disk, to the other
-through ext4 on a loop device.  After each fsync(2) that has returned it leaves a mark in
-the drive's log (`tests.vm.replay`).  ``check`` looks at disks made from such logs: what was
-synced is there, every other sector is as it was before or as it was written, and no check
-of a file system or an image finds an error.
+two images on it, and writes to both concurrently: to one as a raw disk, to the other through
+ext4 on a loop device.  After each fsync(2) it writes a mark, which appears in the drive's log
+(`tests.vm.replay`).  ``check`` examines disks made from such logs: what was synced is there,
+every other sector has its old or its new content, and no check of a file system or an image
+finds an error.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ FILES_BYTES: Final = 200 << 20
 OPERATIONS_PER_SYNC: Final = 10
 FILES_KEPT: Final = 30
 MAX_FILE_BYTES: Final = 200_000
-SECONDS: Final = 300
-"""After which a command is taken to hang."""
+TIMEOUT_SECONDS: Final = 300
+"""Timeout of a command."""
 
 _HOST: Final = Path("/srv/host")
 _RAW: Final = Path("/srv/raw")
@@ -55,7 +55,7 @@ def run(*command: str | Path, codes: tuple[int, ...] = (0,)) -> str:
     """
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        timeout=SECONDS,
+        timeout=TIMEOUT_SECONDS,
     )  # fmt: skip
     words = " ".join(map(str, command))
     assert done.returncode in codes, f"{words}: {done.returncode}: {done.stdout[-400:]}"
@@ -63,7 +63,7 @@ def run(*command: str | Path, codes: tuple[int, ...] = (0,)) -> str:
 
 
 class Marks:
-    """Leaves marks in the log of the drive, past its page cache."""
+    """Marks in the log of the drive, written with O_DIRECT."""
 
     def __init__(self, device: str) -> None:
         """Write to the end of ``device``."""
@@ -71,14 +71,14 @@ class Marks:
         self._start = os.lseek(self._fd, 0, os.SEEK_END) - MARK_AREA_BYTES
 
     def leave(self, kind: int, number: int) -> None:
-        """Say that all up to ``number`` is synced."""
-        with mmap.mmap(-1, _BLOCK) as page:  # aligned, as O_DIRECT wants it
+        """Record that all operations up to ``number`` are synced."""
+        with mmap.mmap(-1, _BLOCK) as page:  # aligned, as O_DIRECT requires
             page[: MARK.size] = MARK.pack(MARK_MAGIC, kind, number)
             os.pwrite(self._fd, page, self._start + kind * _BLOCK)
 
 
 def operation(seed: int, number: int) -> tuple[bool, int, int]:
-    """Give an operation on the raw disk: whether it is a discard, its first byte, its length."""
+    """Return an operation on the raw disk: whether it is a discard, its first byte, its length."""
     chance = random.Random(f"{seed} {number}")
     length = chance.choice((SECTOR, 4096, 20480, 1 << 16, 1 << 17, 1 << 20))
     start = chance.randrange(0, RAW_BYTES - length, SECTOR)
@@ -86,7 +86,7 @@ def operation(seed: int, number: int) -> tuple[bool, int, int]:
 
 
 def sectors(number: int, start: int, length: int) -> bytes:
-    """Give what operation ``number`` writes: each sector says so, and where it belongs."""
+    """Return the data of operation ``number``: each sector holds that number and its own."""
     first = start // SECTOR
     return b"".join(
         struct.pack("<QQ", number + 1, sector) * (SECTOR // 16)
@@ -95,7 +95,7 @@ def sectors(number: int, start: int, length: int) -> bytes:
 
 
 def file_content(seed: int, number: int) -> bytes:
-    """Give what file ``number`` holds."""
+    """Return the content of file ``number``."""
     chance = random.Random(f"{seed} file {number}")
     return chance.randbytes(chance.randrange(1, MAX_FILE_BYTES))
 
@@ -135,7 +135,7 @@ def write_files(seed: int, marks: Marks) -> None:
 
 
 def options(seed: int) -> tuple[list[str], str]:
-    """Give the mount options of the images, and the loop device's mode."""
+    """Return the mount options of the images, and whether the loop device uses direct I/O."""
     chance = random.Random(f"{seed} options")
     mount = chance.choice(([], ["-o", "commit=1"], ["-o", "detect_zeroes=unmap"]))
     return mount, chance.choice(("on", "off"))
@@ -143,8 +143,8 @@ def options(seed: int) -> tuple[list[str], str]:
 
 def work(device: str, seed: int) -> None:
     """Prepare the disk and write until the power fails."""
-    for place in (_HOST, _RAW, _DISK, _FILES):
-        place.mkdir(parents=True)
+    for directory in (_HOST, _RAW, _DISK, _FILES):
+        directory.mkdir(parents=True)
     size = int(run("blockdev", "--getsize64", device)) - MARK_AREA_BYTES
     run("mkfs.ext4", "-q", device, f"{size >> 10}k")
     run("mount", device, _HOST)
@@ -160,11 +160,11 @@ def work(device: str, seed: int) -> None:
     marks = Marks(device)
     marks.leave(READY, seed)
     for target in (write_raw, write_files):
-        threading.Thread(target=guarded, args=(target, seed, marks)).start()
+        threading.Thread(target=run_writer, args=(target, seed, marks)).start()
     print("CUT-ME", flush=True)
 
 
-def guarded(target: object, seed: int, marks: Marks) -> None:
+def run_writer(target: object, seed: int, marks: Marks) -> None:
     """Run a writer; end the program if it fails, so that the round fails."""
     try:
         target(seed, marks)  # type: ignore[operator]
@@ -175,7 +175,7 @@ def guarded(target: object, seed: int, marks: Marks) -> None:
 
 @contextmanager
 def opened(device: str) -> Iterator[None]:
-    """Mount the file system of a disk; afterwards nothing may be wrong with it."""
+    """Mount the file system of a disk; after the block its check must find nothing."""
     run("mount", device, _HOST)  # replays its journal
     try:
         yield
@@ -185,7 +185,7 @@ def opened(device: str) -> Iterator[None]:
 
 
 def check_images() -> None:
-    """Look at both images; leaked clusters (3) are no error."""
+    """Check both images; leaked clusters (code 3) are no error."""
     for name in _IMAGES:
         run("qedimg", "check", _HOST / f"{name}.qed", codes=(0, 3))
         run("qemu-img", "check", "-f", "qed", _HOST / f"{name}.qed", codes=(0, 3))
@@ -202,7 +202,7 @@ def mounted(name: str) -> Iterator[Path]:
 
 
 def check_raw(disk: Path, seed: int, synced: int) -> None:
-    """Compare each sector with what it may hold."""
+    """Compare each sector of the raw disk with the contents that it may hold."""
     allowed: list[set[int]] = [{0} for _ in range(RAW_BYTES // SECTOR)]
     for number in range(synced + OPERATIONS_PER_SYNC + 1):
         is_discard, start, length = operation(seed, number)
@@ -217,24 +217,24 @@ def check_raw(disk: Path, seed: int, synced: int) -> None:
             data = file.read(SECTOR)
             number, place = struct.unpack_from("<QQ", data)
             if number:
-                assert place == sector, f"raw: sector {sector} holds what belongs to {place}"
+                assert place == sector, f"raw: sector {sector} holds the data of {place}"
             whole = struct.pack("<QQ", number, sector if number else 0) * (SECTOR // 16)
-            assert data == whole, f"raw: sector {sector} holds two things"
+            assert data == whole, f"raw: sector {sector} is torn"
             assert number in values, f"raw: sector {sector} holds {number}, expected {values}"
 
 
 def check_files(disk: Path, seed: int, synced: int) -> None:
-    """Compare each file that was synced, and each that is there, with what it was given."""
+    """Check that each synced file exists, and that each file has its content."""
     loop = run("losetup", "--find", "--show", disk)
     try:
         run("mount", loop, _FILES)  # replays its journal
         try:
             names = {int(path.name) for path in _FILES.iterdir() if path.name.isdecimal()}
             due = set(range(max(0, synced - FILES_KEPT + 2), synced + 1))
-            assert due <= names, f"files: {sorted(due - names)} are not there"
+            assert due <= names, f"files: {sorted(due - names)} are missing"
             for number in names:
                 content = (_FILES / str(number)).read_bytes()
-                assert content == file_content(seed, number), f"file {number}: another content"
+                assert content == file_content(seed, number), f"file {number}: wrong content"
         finally:
             run("umount", _FILES)
         run("e2fsck", "-f", "-n", loop)
@@ -243,7 +243,7 @@ def check_files(disk: Path, seed: int, synced: int) -> None:
 
 
 def check(device: str) -> tuple[dict[str, object], list[str]]:
-    """Look at one disk; give the facts of its cut, and what is wrong."""
+    """Check one disk; return the facts of its cut, and what is wrong."""
     with Path(device).open("rb") as disk:
         disk.seek(-MARK_AREA_BYTES, os.SEEK_END)
         facts = json.loads(disk.read(MARK_AREA_BYTES).rstrip(b"\0"))
@@ -262,10 +262,10 @@ def check(device: str) -> tuple[dict[str, object], list[str]]:
 
 
 def check_all(count: int, first: int) -> int:
-    """Look at the disks of ``count`` rounds; print a line for each; give the exit code."""
+    """Check the disks of ``count`` rounds and print a line for each; return the exit code."""
     bad = 0
-    for place in (_HOST, _RAW, _DISK, _FILES):
-        place.mkdir(parents=True, exist_ok=True)
+    for directory in (_HOST, _RAW, _DISK, _FILES):
+        directory.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         facts, faults = check(f"/dev/vd{chr(ord('c') + number)}")
         bad += bool(faults)

@@ -1,4 +1,4 @@
-"""Memory pressure: the server and programs that write to its disk, short of memory together.
+"""Memory pressure: a server and programs that write to its disk share too little memory.
 
 Runs as root in the virtual machine.  Prints a table: how much each writer wrote, and its
 longest gap between two steps.  A case fails if a gap is longer than `LONGEST_GAP_SECONDS`,
@@ -22,11 +22,11 @@ LONGEST_GAP_SECONDS: Final = 5.0
 CGROUP_BYTES: Final = 200 << 20
 DISK_BYTES: Final = 4 << 30
 STEP_BYTES: Final = 1 << 20
-SETTLE_SECONDS: Final = 300
-"""How long unmounting may take after a case, which includes writing back what is dirty."""
+COMMAND_TIMEOUT_SECONDS: Final = 300
+"""Timeout of commands; an unmount writes back all dirty pages of a case."""
 
 _CGROUP: Final = Path("/sys/fs/cgroup/pressure")
-_WORK: Final = Path("/var/tmp/pressure")  # noqa: S108  the machine is thrown away
+_WORK: Final = Path("/var/tmp/pressure")  # noqa: S108  the machine is discarded
 _IMAGE: Final = _WORK / "vm.qed"
 _MOUNTPOINT: Final = _WORK / "disk"
 _RAW: Final = _MOUNTPOINT / "vm.raw"
@@ -38,12 +38,12 @@ class Case:
     """One case.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         writer: ``raw`` and ``mmap`` write to the mounted file, ``ext4`` and ``ext4-mmap`` to
             a file on ext4 on a loop device over it.
         in_cgroup: Server and writer share a memory cgroup with a limit; else there is none.
         direct_io: How the loop device is attached.
-        trim: Files are deleted and trimmed in the meantime.
+        trim: Files are deleted and trimmed meanwhile.
         flag: Without it the server has no CAP_SYS_RESOURCE, hence no ``PR_SET_IO_FLUSHER``.
     """
 
@@ -73,14 +73,14 @@ CASES: Final = (
 
 @dataclass(slots=True)
 class Result:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
         written: Bytes that the writer wrote.
         seconds: How long it wrote, without the last fsync.
         gap: The longest time between two steps, in seconds.
         fsync: How long the last fsync took, in seconds; -1 if it did not end.
-        oom_kills: Processes that the OOM killer took.
+        oom_kills: The number of processes that the OOM killer ended.
         faults: What is wrong.
     """
 
@@ -93,7 +93,7 @@ class Result:
 
 
 def pattern(step: int) -> bytes:
-    """Give the bytes that step number ``step`` writes."""
+    """Return the bytes that step number ``step`` writes."""
     return step.to_bytes(8, "little") * (STEP_BYTES // 8)
 
 
@@ -129,14 +129,14 @@ def trim() -> None:
 
 
 def run(*command: str | Path) -> str:
-    """Run a command, which must succeed; give its output."""
+    """Run a command, which must succeed; return its output."""
     return subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, timeout=SETTLE_SECONDS
+        command, check=True, stdout=subprocess.PIPE, text=True, timeout=COMMAND_TIMEOUT_SECONDS
     ).stdout
 
 
 def in_group(case: Case, *command: str | Path, drop: bool = False) -> list[str]:
-    """Give the command that runs ``command`` in the case's memory cgroup."""
+    """Return the command that runs ``command`` in the case's memory cgroup."""
     words = [str(word) for word in command]
     if drop:
         words = ["setpriv", "--bounding-set", "-sys_resource", *words]
@@ -146,12 +146,12 @@ def in_group(case: Case, *command: str | Path, drop: bool = False) -> list[str]:
 
 
 def this(*arguments: str | Path) -> list[str]:
-    """Give the command that runs a part of this program."""
+    """Return the command that runs a part of this program."""
     return [sys.executable, __file__, *(str(argument) for argument in arguments)]
 
 
 def measure(case: Case, path: Path, most: int, seconds: float) -> Result:
-    """Run the writer of a case and watch its steps."""
+    """Run the writer of a case and measure its steps."""
     words = this("--write", path, "--mib", str(most >> 20), "--seconds", str(seconds))
     if "mmap" in case.writer:
         words.append("--mapped")
@@ -180,7 +180,7 @@ def measure(case: Case, path: Path, most: int, seconds: float) -> Result:
 
 
 def verify(path: Path, written: int, result: Result) -> None:
-    """Read back what was written."""
+    """Compare the data with what the steps wrote."""
     with path.open("rb") as file:
         for step in range(written // STEP_BYTES):
             if file.read(STEP_BYTES) != pattern(step):
@@ -189,20 +189,20 @@ def verify(path: Path, written: int, result: Result) -> None:
 
 
 def oom_kills(case: Case) -> int:
-    """Give how many processes the OOM killer has taken."""
+    """Return how many processes the OOM killer has ended."""
     text = (_CGROUP / "memory.events" if case.in_cgroup else Path("/proc/vmstat")).read_text()
     return sum(int(line.split()[1]) for line in text.split("\n") if line.startswith("oom_kill "))
 
 
 def check(command: list[str | Path], result: Result) -> None:
-    """Run a check, which must find no error (leaked clusters are none)."""
+    """Run a check, which must find no error; leaked clusters are none."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in ((0, 3) if "check" in command else (0,)):
         result.faults.append(f"{command[0]}: {done.returncode}: {done.stdout[-300:]}")
 
 
 def run_case(case: Case, most: int, seconds: float) -> Result:
-    """Make an image, write to it under pressure, and look at what is left."""
+    """Make an image, write to it under pressure, and check image and data."""
     run("rm", "-rf", _WORK)
     _MOUNTPOINT.mkdir(parents=True)
     _FILES.mkdir()
@@ -224,7 +224,7 @@ def run_case(case: Case, most: int, seconds: float) -> Result:
     run("sync")
     result = measure(case, path, most, seconds)
     if not Path(f"/proc/{server}").exists():
-        result.faults.append("the server is gone")
+        result.faults.append("the server has ended")
         return result
     if device:
         run("umount", _FILES)
@@ -233,12 +233,12 @@ def run_case(case: Case, most: int, seconds: float) -> Result:
     result.oom_kills = oom_kills(case) - before
     if result.gap > LONGEST_GAP_SECONDS:
         result.faults.append(f"a gap of {result.gap:.1f} s")
-    look_at(device != "", path, result)
+    check_case(device != "", path, result)
     return result
 
 
-def look_at(has_files: bool, path: Path, result: Result) -> None:  # noqa: FBT001
-    """Check the image, and the data in it."""
+def check_case(has_files: bool, path: Path, result: Result) -> None:  # noqa: FBT001
+    """Check the image, the file system in it, and the data."""
     check(["qedimg", "check", _IMAGE], result)
     check(["qemu-img", "check", "-f", "qed", _IMAGE], result)
     Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -259,8 +259,8 @@ def main() -> int:
     """Run the cases that are named, or all; give the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", help="names of cases (all)")
-    parser.add_argument("--mib", type=int, default=600, help="how much is written at most")
-    parser.add_argument("--seconds", type=float, default=60, help="for how long at most")
+    parser.add_argument("--mib", type=int, default=600, help="the most that is written, in MiB")
+    parser.add_argument("--seconds", type=float, default=60, help="the longest time of writing")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--mapped", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--trim", action="store_true", help=argparse.SUPPRESS)

@@ -1,10 +1,11 @@
-"""A disk as a power cut could have left it, made from the log of all that reached the drive.
+"""Make a disk as a power cut could have left it, from the log of the drive's requests.
 
 The log is one of QEMU's driver ``blklogwrites``, in the format of Linux's dm-log-writes.
-A flush makes durable what was complete when it came.  Of what follows the last flush before
-the cut each 512-byte sector, on its own, is there or not: so a drive loses its cache.
+A flush makes durable all requests that were complete when it came.  After the last flush
+before the cut each 512-byte sector independently has its new content or not, as when a drive
+loses its cache.
 
-Needs nothing but Python; runs on the machine that started the virtual one.
+Needs only Python; runs on the host of the virtual machine.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 SECTOR: Final = 512
 MARK: Final = struct.Struct("<8sQQ")
-"""What a mark in the log holds: `MARK_MAGIC`, its kind, its number."""
+"""A mark in the log: `MARK_MAGIC`, its kind, its number."""
 MARK_MAGIC: Final = b"QEDMARK1"
 MARK_AREA_BYTES: Final = 1 << 20
-"""Marks are written to the end of the disk, which belongs to no file system."""
+"""Marks are written to the end of the disk, past its file system."""
 READY: Final = 0
-"""The kind of mark from which on a cut is allowed."""
+"""The kind of the mark after which a cut is allowed."""
 
 _MAGIC: Final = 0x6A736677736872
 _SUPER: Final = struct.Struct("<QQQI")
@@ -37,7 +38,7 @@ _MAX_SECTORS: Final = 1 << 20
 
 
 class Entry(NamedTuple):
-    """One request: its flags, the first sector, their number, and where its data is."""
+    """One request: its flags, first sector, number of sectors, and its data's offset in the log."""
 
     flags: int
     sector: int
@@ -46,10 +47,10 @@ class Entry(NamedTuple):
 
 
 def entries(log: BinaryIO) -> Iterator[Entry]:
-    """List the entries of a log, up to the first that was not written whole.
+    """List the entries of a log, up to the first one that is incomplete.
 
     Raises:
-        ValueError: It is no such log.
+        ValueError: The file is not such a log.
     """
     magic, version, _count, size = _SUPER.unpack(log.read(_SUPER.size))
     if (magic, version) != (_MAGIC, 1):
@@ -62,7 +63,7 @@ def entries(log: BinaryIO) -> Iterator[Entry]:
         sector, count, flags, _length = _ENTRY.unpack(log.read(_ENTRY.size))
         position += size
         data = 0 if flags & _DISCARD else count * SECTOR
-        # The superblock lags behind, so the first place never written to is the end.
+        # The superblock's count may be old, so the first entry of zeros is the end.
         if not (count or flags) or count > _MAX_SECTORS or position + data > end:
             return
         yield Entry(flags, sector, count, position)
@@ -70,7 +71,7 @@ def entries(log: BinaryIO) -> Iterator[Entry]:
 
 
 def read(log: BinaryIO, entry: Entry) -> bytes:
-    """Give the bytes that an entry writes."""
+    """Return the bytes that an entry writes."""
     if entry.flags & _DISCARD:
         return bytes(entry.length * SECTOR)
     log.seek(entry.offset)
@@ -78,7 +79,7 @@ def read(log: BinaryIO, entry: Entry) -> bytes:
 
 
 def find_marks(log: BinaryIO, found: list[Entry], first_sector: int) -> dict[int, tuple[int, int]]:
-    """Give kind and number of each mark, by its index in the log."""
+    """Return kind and number of each mark, by its index in the log."""
     marks = {}
     for index, entry in enumerate(found):
         if entry.sector >= first_sector and entry.length and not entry.flags & _DISCARD:
@@ -89,7 +90,7 @@ def find_marks(log: BinaryIO, found: list[Entry], first_sector: int) -> dict[int
 
 
 def replay(log: BinaryIO, size: int, target: BinaryIO, chance: random.Random) -> dict[str, object]:
-    """Make a disk of ``size`` bytes as it may be after a power cut at a random moment.
+    """Make a disk of ``size`` bytes as a power cut at a random moment may leave it.
 
     Returns:
         The facts of the cut: the length of the log and the cut's index, whether the cut is
@@ -101,7 +102,7 @@ def replay(log: BinaryIO, size: int, target: BinaryIO, chance: random.Random) ->
     if ready is None:
         msg = "the cut came before the workload began"
         raise ValueError(msg)
-    # Now and then only the memory is lost, and the drive keeps what it was given.
+    # In one of five cuts only the memory is lost, and the drive keeps all requests.
     is_whole = chance.random() < 0.2
     cut = len(found) if is_whole else chance.randrange(ready + 1, len(found) + 1)
     flushed = max((i for i in range(cut) if found[i].flags & _FLUSH), default=0)
@@ -125,7 +126,7 @@ def replay(log: BinaryIO, size: int, target: BinaryIO, chance: random.Random) ->
 
 
 def main() -> None:
-    """Read the command line, and write the disk with the facts of the cut at its end."""
+    """Parse the command line; write the disk, with the facts of the cut at its end."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--size", type=int, default=1 << 30, help="bytes of the disk")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests that need a machine of their own, in a virtual machine with Debian's kernel.  Not
-# part of tests/run.sh: without KVM they take from minutes to an hour.
+# Tests that need their own machine, in a virtual machine with Debian's kernel.  They are
+# not part of tests/run.sh: without KVM they take from minutes to an hour.
 #
 #   tests/vm/run.sh pressure [CASE...]            memory pressure; prints a table
 #   tests/vm/run.sh pressure-512                  the same in 512 MB without a memory cgroup
@@ -13,19 +13,19 @@
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../../examples/setup.sh"
-place=$(realpath -m "${VM_DIR:-/var/tmp/qedfuse-vm}")
+vm_dir=$(realpath -m "${VM_DIR:-/var/tmp/qedfuse-vm}")
 # shellcheck source=tests/vm/machine.sh
 . "$root/tests/vm/machine.sh"
-cuts_per_kill=4 # disks that are made from one log
+cuts_per_kill=4 # number of disks that are made from one log
 
 usage() {
     sed -n '/^#   /s/^# *//p' "${BASH_SOURCE[0]}" >&2
     exit 1
 }
 
-# powercut ROUNDS SEED: machines that are killed, and machines that look at what is left.
+# powercut ROUNDS SEED: kill machines, and check the disks that power cuts leave.
 powercut() {
-    local rounds=$1 seed=$2 work=$place/powercut round first status=0
+    local rounds=$1 seed=$2 work=$vm_dir/powercut round first status=0
     rm -rf "$work"
     mkdir -p "$work"
     printf '%s\n' '| round | log | cut at | synced | faults |' '| --- | --- | --- | --- | --- |'
@@ -45,7 +45,7 @@ powercut() {
     return "$status"
 }
 
-# kill_machine SEED: run the workload until the plug is pulled; the log of the drive is left.
+# kill_machine SEED: run the workload until QEMU is killed; the drive's log remains.
 kill_machine() {
     rm -f "$work/disk.raw" "$work/log.raw"
     truncate --size 1G "$work/disk.raw"
@@ -62,7 +62,7 @@ kill_machine() {
     }
 }
 
-# In a function, so that the script may be changed while it runs.
+# A function, so that bash has read the whole script before it runs.
 main() {
     [ $# -gt 0 ] || usage
     local what=$1
