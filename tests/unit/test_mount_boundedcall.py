@@ -1,4 +1,4 @@
-"""Calls that are given up after some time."""
+"""Calls in a child process that the caller abandons after a time limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qedfuse.util.descriptors import open_descriptors
 
 
 def test_the_child_keeps_nothing_of_its_caller_open() -> None:
-    """If it blocks in the kernel for ever, no pipe and no lock of the caller's stays held."""
+    """A child that blocks in the kernel keeps no descriptor of its caller open."""
     reading, writing = os.pipe()
     found = call_in_child(open_descriptors, 30)
     assert {reading, writing} & found == set()

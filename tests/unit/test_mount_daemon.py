@@ -1,4 +1,4 @@
-"""Going to the background: what the parent says about how the child fared."""
+"""Going to the background: what the parent reports about the child."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run(body: str, prelude: str = "") -> tuple[int, str]:
 
 
 def test_ready_is_success() -> None:
-    """The parent ends when the child is ready, and nothing later can change that."""
+    """The parent exits with 0 when the child is ready, whatever the child does later."""
     assert run("ready(); print('lost'); return 5") == (0, "")
 
 
 @pytest.mark.parametrize("code", [1, 12, 32])
 def test_a_failure_keeps_its_exit_code(code: int) -> None:
-    """What the child printed is seen, and its code is the parent's."""
+    """The parent passes on the child's output and exit code."""
     assert run(f"sys.stderr.write('why'); return {code}") == (code, "why")
 
 
@@ -44,8 +44,8 @@ def test_a_failure_keeps_its_exit_code(code: int) -> None:
     ("body", "how"),
     [("os._exit(0)", "ended"), ("os.kill(os.getpid(), 9)", "was killed by SIGKILL")],
 )
-def test_a_silent_death_is_told(body: str, how: str) -> None:
-    """The parent never claims success for a child that said nothing."""
+def test_a_silent_death_is_reported(body: str, how: str) -> None:
+    """The parent reports a child that ended without a message as a failure."""
     assert run(body) == (
         32,
         f"qedfuse: the process in the background {how} before the disk was ready\n",
@@ -53,14 +53,14 @@ def test_a_silent_death_is_told(body: str, how: str) -> None:
 
 
 def test_an_exception_is_a_failure() -> None:
-    """The child never returns into the caller's code, and never succeeds by accident."""
+    """An exception in the child ends it with a failure, and never returns to the caller."""
     code, _printed = run("raise SystemExit(0)")
     assert code == 70
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_child_too(name: str) -> None:
-    """Signals reach the parent only; the child is told, and has ended when the parent returns."""
+    """A signal to the parent ends the child before the parent returns."""
     body = (
         "signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b'told'), os._exit(0)));"
         f"os.kill(os.getppid(), signal.{name}); signal.pause()"
@@ -69,13 +69,13 @@ def test_a_signal_ends_the_child_too(name: str) -> None:
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    """What nohup(1) starts goes on without the terminal."""
+    """A SIGHUP that nohup(1) has ignored stays ignored in parent and child."""
     body = "os.kill(os.getppid(), signal.SIGHUP); ready(); return 0"
     assert run(body, "signal.signal(signal.SIGHUP, signal.SIG_IGN)") == (0, "")
 
 
-def test_a_second_signal_ends_the_parent_at_once() -> None:
-    """A child that does not end when it is told to keeps nobody waiting."""
+def test_a_second_signal_ends_the_parent() -> None:
+    """A second signal ends the parent even if the child does not end."""
     body = (
         "parent = os.getppid(); end = os.pidfd_open(parent);"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]);"
@@ -85,8 +85,8 @@ def test_a_second_signal_ends_the_parent_at_once() -> None:
     assert run(body)[0] == -signal.SIGHUP
 
 
-def test_a_child_that_nobody_waits_for_fails() -> None:
-    """When the parent was killed, being ready is an error: nobody knows of the mount."""
+def test_a_child_without_a_parent_fails() -> None:
+    """A child whose parent was killed fails when it becomes ready."""
     body = (
         "parent = os.pidfd_open(os.getppid()); os.kill(os.getppid(), signal.SIGKILL);"
         "select.select([parent], [], []); report = os.dup(1)\n"

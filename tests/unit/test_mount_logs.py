@@ -1,4 +1,4 @@
-"""The log: one line a message, tracebacks without source lines, and the log daemon's socket."""
+"""The log: one line per message, tracebacks without source lines, and the log daemon's socket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def receive(listener: socket.socket) -> str:
 
 
 def test_the_log_daemon_is_found_whatever_hides_its_socket(tmp_path: Path) -> None:
-    """Also after it was started anew: the directory of the socket is looked up once."""
+    """A restarted log daemon is found through the socket's directory, even if a mount hides it."""
     place = tmp_path / "run"
     place.mkdir()
     link = tmp_path / "log"
@@ -52,7 +52,7 @@ def test_the_log_daemon_is_found_whatever_hides_its_socket(tmp_path: Path) -> No
 
 
 def test_without_a_log_daemon_nothing_happens(tmp_path: Path) -> None:
-    """As in most containers."""
+    """Without a log daemon, as in most containers, messages are dropped silently."""
     system_log(str(tmp_path / "none")).handle(record())
     system_log(str(tmp_path / "none" / "none")).handle(record())
 
@@ -67,7 +67,7 @@ def fail() -> None:
 
 
 def test_tracebacks_read_no_source_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The files may lie under the mountpoint of the process that would read them."""
+    """Formatting a traceback opens no source file, which could be below the mountpoint."""
 
     def refuse(*_args: object, **_kwargs: object) -> NoReturn:
         pytest.fail("a source file is read")
@@ -111,8 +111,8 @@ thread.join()
 """
 
 
-def test_what_nobody_catches_is_logged_in_a_line() -> None:
-    """Python itself would show source lines."""
+def test_an_uncaught_exception_is_logged_in_a_line() -> None:
+    """An uncaught exception is logged in one line without source lines."""
     done = subprocess.run(
         [sys.executable, "-c", UNCAUGHT], capture_output=True, text=True, timeout=60, check=True
     )
@@ -131,10 +131,10 @@ def fill(writer: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-def test_a_log_daemon_that_does_not_read_is_not_waited_for(
+def test_a_log_daemon_that_does_not_read_is_skipped(
     tmp_path: Path, kind: socket.SocketKind
 ) -> None:
-    """What it does not take is counted, and the number is logged when it reads again."""
+    """Messages that the log daemon does not take are counted, and the count is logged later."""
     number = 4000  # more than any queue takes
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
@@ -169,8 +169,8 @@ def receive_all(listener: socket.socket) -> str:
     return "".join(received)
 
 
-def test_a_log_daemon_that_is_there_later_gets_the_number(tmp_path: Path) -> None:
-    """What was logged while it was not there counts as dropped."""
+def test_a_late_log_daemon_gets_the_number_dropped(tmp_path: Path) -> None:
+    """A log daemon that starts later gets the number of messages dropped before."""
     handler = system_log(str(tmp_path / "log"))
     handler.handle(record())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
@@ -179,8 +179,8 @@ def test_a_log_daemon_that_is_there_later_gets_the_number(tmp_path: Path) -> Non
         assert "1 message was dropped here" in receive(listener)
 
 
-def test_a_pipe_that_nobody_reads_is_not_waited_for() -> None:
-    """Standard error of a mount in front: a pager that is stopped must not stop the disks."""
+def test_a_pipe_without_a_reader_is_skipped() -> None:
+    """Logging to a full pipe does not block."""
     reader, writer = os.pipe()
     filler = os.open(f"/proc/self/fd/{writer}", os.O_WRONLY | os.O_NONBLOCK)
     handler = StderrHandler(writer)
@@ -205,8 +205,8 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for() -> None:
                 os.close(descriptor)
 
 
-def test_a_terminal_that_nobody_reads_is_not_waited_for() -> None:
-    """A terminal that counts as writable may take less than a line."""
+def test_a_terminal_without_a_reader_is_skipped() -> None:
+    """Logging to a stopped terminal does not block, also within a line."""
     reader, writer = os.openpty()
     handler = StderrHandler(writer)
     try:

@@ -1,4 +1,4 @@
-"""The serving process is part of the kernel's writeback path wherever that is permitted."""
+"""The serving process joins the kernel's writeback path where that is permitted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def protect(*arguments: str, before: tuple[str, ...] = ()) -> Any:  # noqa: ANN4
 
 
 def test_protected_exactly_where_the_capability_is() -> None:
-    """All threads and children have the flag, or one line says what is missing."""
+    """All threads and children get the flag, or one line says which capability is missing."""
     found = protect()
     permitted = may_be_io_flusher()
     assert found["before"] == 0
@@ -72,7 +72,7 @@ def test_protected_exactly_where_the_capability_is() -> None:
 )
 @pytest.mark.parametrize("user", ["root", "ordinary"])
 def test_a_refusal_is_one_line_and_harms_nothing(user: str) -> None:
-    """It names what was refused; an ordinary user's OOM score is left alone."""
+    """A refusal is one line that names what was refused, and leaves the OOM score unchanged."""
     drop = "--bounding-set -sys_resource"
     if user == "ordinary":
         drop = "--reuid 65534 --regid 65534 --clear-groups"
@@ -88,7 +88,7 @@ def test_a_refusal_is_one_line_and_harms_nothing(user: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's score is lowered")
 def test_a_chosen_oom_score_is_kept() -> None:
-    """What the administrator or the service manager has set is not overwritten."""
+    """An OOM score that the administrator has set is not overwritten."""
     found = protect("200")
     assert found["adj"] == 200
     assert "oom_score_adj" not in (found["refused"] or "")

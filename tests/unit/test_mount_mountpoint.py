@@ -26,7 +26,7 @@ broken
 
 
 def test_the_mount_table_is_read() -> None:
-    """Escapes are undone, the owner is found, broken lines are passed over."""
+    """Reading the mount table unescapes names, finds the owner and skips malformed lines."""
     assert list(parse_mounts(TABLE)) == [
         MountEntry(22, 1, "8:1", "/", "ext4", "/dev/sda1", 0, 1),
         MountEntry(40, 22, "0:42", "/mnt/a b", "fuse.qedfuse", "/x,y.qed", 1000),
@@ -36,7 +36,7 @@ def test_the_mount_table_is_read() -> None:
 
 @pytest.mark.parametrize("char", ODD)
 def test_any_character_can_be_in_a_name_of_the_mount_table(char: str) -> None:
-    """Only the newline ends a line and only the space ends a field, as the kernel writes them."""
+    """Any character of a name is read from the mount table as the kernel writes it."""
     line = f"40 22 0:42 / /mnt/a{char}b rw - fuse.qedfuse /{char}.qed rw,user_id=7\n"
     assert list(parse_mounts(line * 2)) == 2 * [
         MountEntry(40, 22, "0:42", f"/mnt/a{char}b", "fuse.qedfuse", f"/{char}.qed", 7)
@@ -44,14 +44,14 @@ def test_any_character_can_be_in_a_name_of_the_mount_table(char: str) -> None:
 
 
 def test_fit_mountpoints(tmp_path: Path) -> None:
-    """A directory is one for any number of disks, also when it is not empty; a file for one."""
+    """A directory, empty or not, fits any number of disks, and a file fits one."""
     (tmp_path / "file").touch()
     assert check_mountpoint(str(tmp_path), 3)
     assert not check_mountpoint(str(tmp_path / "file"), 1)
 
 
 def test_unfit_mountpoints(tmp_path: Path) -> None:
-    """Each refusal says what was found and what is expected."""
+    """Each refusal of a mountpoint says what was found and what is expected."""
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     for name, disks, reason in (
@@ -66,14 +66,14 @@ def test_unfit_mountpoints(tmp_path: Path) -> None:
 
 
 def test_a_missing_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without /dev/fuse nothing can be mounted, by nobody."""
+    """A missing /dev/fuse is refused with an explanation."""
     monkeypatch.setattr(privileges, "FUSE_DEVICE", str(tmp_path / "fuse"))
     with pytest.raises(PrivilegeError, match="modprobe fuse"):
         check_privileges(for_others=False)
 
 
 def test_a_forbidden_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason is the host's."""
+    """A /dev/fuse that cannot be opened is refused with the host's reason."""
 
     def deny(*_args: object) -> int:
         raise PermissionError(13, "denied")
@@ -96,7 +96,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("device")
 def test_a_missing_helper_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ordinary user needs fusermount3; root does not."""
+    """A missing fusermount3 is refused for ordinary users, and does not matter to root."""
     monkeypatch.setattr(privileges, "find_fusermount", lambda: None)
     with pytest.raises(PrivilegeError, match="fusermount3"):
         check_privileges(for_others=False, user=1000)
@@ -119,7 +119,7 @@ def test_allow_other_needs_a_line_in_the_configuration(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What fusermount3 would refuse is refused before, with the line that is missing."""
+    """allow_other without user_allow_other in fuse.conf is refused with the missing line."""
     path = tmp_path / "fuse.conf"
     path.write_text(conf)
     monkeypatch.setattr(privileges, "FUSE_CONF", str(path))
@@ -138,13 +138,13 @@ def test_allow_other_needs_a_line_in_the_configuration(
     ["/", "/dev", "/proc", "/proc/self", "/sys", "/sys/class", "/usr", "/usr/bin", "/etc", "/run"],
 )
 def test_what_the_server_or_libfuse_needs_is_no_mountpoint(path: str) -> None:
-    """It would wait for itself; and unmounting / makes the system's root read-only."""
+    """A mountpoint that covers what the server or libfuse needs is refused."""
     with pytest.raises(MountpointError, match="found a directory of the system"):
         check_mountpoint(path, 1)
 
 
 def test_the_libraries_of_the_system_are_no_mountpoint() -> None:
-    """From libfuse 3.17 on mount(8) is started when the kernel has mounted already."""
+    """A mountpoint that covers the system's libraries is refused, since mount(8) needs them."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     (library,) = set(re.findall(r"/\S+/libc\.so\.6", maps))
     with pytest.raises(MountpointError, match="found a directory of the system"):
@@ -152,7 +152,7 @@ def test_the_libraries_of_the_system_are_no_mountpoint() -> None:
 
 
 def test_what_leads_through_a_mountpoint() -> None:
-    """The mountpoint itself, and what is below it, not what only begins like it."""
+    """A path leads through a mountpoint if it is that directory or below it."""
     assert is_below("/a/b", "/a/b")
     assert is_below("/a/b/c", "/a/b")
     assert is_below("/a", "/")

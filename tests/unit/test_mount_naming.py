@@ -1,4 +1,4 @@
-"""Which images are mounted, and what they are called in the mount."""
+"""Which images are mounted, and their names in the mount."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MAGIC = b"QED\0"
     ],
 )
 def test_names(path: str, name: bytes) -> None:
-    """Only the suffix that is not true any more is replaced."""
+    """A name in the mount is that of the image without its suffix for QED."""
     assert disk_file_name(path) == name
 
 
 def test_a_directory_stands_for_its_images(tmp_path: Path) -> None:
-    """Images are known by their magic, whatever their name; the rest is passed over."""
+    """A directory as source means the files in it with the magic, whatever their names."""
     (tmp_path / "b.qed").write_bytes(MAGIC + b"...")
     (tmp_path / "a.img").write_bytes(MAGIC)
     (tmp_path / "c.qed").write_bytes(b"no")
@@ -49,14 +49,14 @@ def test_a_directory_stands_for_its_images(tmp_path: Path) -> None:
     ]
 
 
-def test_files_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that the user names is not judged here; its path becomes absolute."""
+def test_files_are_taken_without_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the user names is not probed, and its path becomes absolute."""
     monkeypatch.chdir(tmp_path)
     assert find_sources(["x.qed"]) == [Source(f"{tmp_path}/x.qed", b"x.raw")]
 
 
 def test_clashes_name_both(tmp_path: Path) -> None:
-    """Two images that would have one name are refused, naming both."""
+    """Two images with the same name in the mount are refused, and the message names both."""
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "vm.qed").write_bytes(MAGIC)
@@ -69,7 +69,7 @@ def test_clashes_name_both(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_images_is_refused(tmp_path: Path) -> None:
-    """Mounting nothing would hide that the wrong directory was named."""
+    """A directory without images is refused."""
     with pytest.raises(NotQedError, match="found no QED image"):
         find_sources([str(tmp_path)])
 
@@ -77,7 +77,7 @@ def test_a_directory_without_images_is_refused(tmp_path: Path) -> None:
 def test_an_unreadable_directory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host's reason is given."""
+    """An unreadable directory is refused with the host's reason."""
 
     def deny(_path: str) -> list[str]:
         raise PermissionError(13, "denied")

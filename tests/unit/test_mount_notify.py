@@ -1,4 +1,4 @@
-"""The pid file: it never hangs, and a reader never sees a part of it."""
+"""Writing the pid file never blocks, and a reader never sees a part of it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def pidfile(tmp_path: Path) -> Path:
     return tmp_path / "run" / "pid"
 
 
-def test_a_fifo_that_nobody_reads_is_refused(pidfile: Path) -> None:
-    """Waiting for a reader would stop the server with all its disks."""
+def test_a_fifo_without_a_reader_is_refused(pidfile: Path) -> None:
+    """A FIFO without a reader is refused instead of waited for."""
     os.mkfifo(pidfile)
     file = PidFile(str(pidfile))
     with pytest.raises(HostError) as caught:
@@ -42,7 +42,7 @@ def test_a_fifo_that_nobody_reads_is_refused(pidfile: Path) -> None:
 
 
 def test_a_full_fifo_is_refused(pidfile: Path) -> None:
-    """Nor does it wait for a reader that does not read."""
+    """A full FIFO is refused instead of waited for."""
     os.mkfifo(pidfile)
     reader = os.open(pidfile, os.O_RDONLY | os.O_NONBLOCK)
     writer = os.open(pidfile, os.O_WRONLY | os.O_NONBLOCK)
@@ -56,7 +56,7 @@ def test_a_full_fifo_is_refused(pidfile: Path) -> None:
 
 
 def test_a_fifo_with_a_reader_gets_the_number(pidfile: Path) -> None:
-    """And stays when the mount ends."""
+    """A FIFO with a reader gets the process id, and stays when the mount ends."""
     os.mkfifo(pidfile)
     reader = os.open(pidfile, os.O_RDONLY | os.O_NONBLOCK)
     file = PidFile(str(pidfile))
@@ -69,7 +69,7 @@ def test_a_fifo_with_a_reader_gets_the_number(pidfile: Path) -> None:
 
 
 def test_a_reader_sees_the_old_content_or_the_new(pidfile: Path) -> None:
-    """An existing file is replaced, not emptied and written to."""
+    """An existing pid file is replaced atomically."""
     pidfile.write_bytes(b"12345678\n")
     file = PidFile(str(pidfile))
     with pidfile.open("rb") as old:
@@ -97,7 +97,7 @@ def full() -> Iterator[None]:
 
 
 def test_a_failure_leaves_no_file(pidfile: Path) -> None:
-    """Nobody finds an empty pid file of a mount that was never made."""
+    """A failed write leaves no new pid file."""
     file = PidFile(str(pidfile))
     with pytest.raises(HostError, match="cannot write the pid file: File too large"), full():
         file.write()
@@ -106,8 +106,8 @@ def test_a_failure_leaves_no_file(pidfile: Path) -> None:
     file.close()
 
 
-def test_a_failure_leaves_an_old_file_as_it_was(pidfile: Path) -> None:
-    """It may be another process's, and about that it is still right."""
+def test_a_failure_leaves_an_old_file_unchanged(pidfile: Path) -> None:
+    """A failed write leaves an existing pid file unchanged."""
     pidfile.write_bytes(LINE)
     file = PidFile(str(pidfile))
     with pytest.raises(HostError), full():
@@ -117,8 +117,8 @@ def test_a_failure_leaves_an_old_file_as_it_was(pidfile: Path) -> None:
     assert pidfile.read_bytes() == LINE
 
 
-def test_a_file_in_a_directory_of_somebody_else_can_be_written_to() -> None:
-    """Who may write to the file and not to its directory has it written in place."""
+def test_a_file_in_an_unwritable_directory_is_written_in_place() -> None:
+    """A writable file in an unwritable directory is written in place."""
     with tempfile.TemporaryDirectory() as name:
         pidfile = Path(name) / "pid"
         pidfile.write_bytes(b"12345678901234567890\n")
@@ -141,7 +141,7 @@ def test_a_file_in_a_directory_of_somebody_else_can_be_written_to() -> None:
 
 @pytest.mark.parametrize("form", ["{path}", "/dev/fd/{descriptor}"])
 def test_a_file_that_is_open_here_is_written_in_place(pidfile: Path, form: str) -> None:
-    """A lock on it, or what a descriptor of it is read for, is meant for that very file."""
+    """A pid file that this process has open is written in place."""
     descriptor = os.open(pidfile, os.O_RDWR | os.O_CREAT)
     before = os.fstat(descriptor)
     file = PidFile(form.format(path=pidfile, descriptor=descriptor))
@@ -153,7 +153,7 @@ def test_a_file_that_is_open_here_is_written_in_place(pidfile: Path, form: str) 
 
 
 def test_a_file_that_was_removed_is_written_through_its_descriptor(pidfile: Path) -> None:
-    """Its name in /proc is the name of no file."""
+    """A removed pid file is written through its descriptor."""
     descriptor = os.open(pidfile, os.O_RDWR | os.O_CREAT)
     pidfile.unlink()
     file = PidFile(f"/dev/fd/{descriptor}")

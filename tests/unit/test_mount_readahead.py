@@ -1,4 +1,4 @@
-"""How far the kernel reads ahead: what is asked for, set, and told when it cannot be."""
+"""The kernel's read-ahead of a mount: the length that is set, and the message if it cannot be."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def setting(tmp_path: Path) -> Path:
 
 
 def test_lengths_are_whole_pages() -> None:
-    """A length is never rounded to nothing; the kernel's own is none of ours."""
+    """A length is rounded to whole pages, at least one, and the kernel's own stays unset."""
     assert readahead_bytes(None) == DEFAULT_READAHEAD_BYTES == 1 << 20
     assert readahead_bytes("kernel") is None
     assert readahead_bytes(0) == 0
@@ -42,21 +42,21 @@ def test_lengths_are_whole_pages() -> None:
     ("option", "found"), [(None, "1024\n"), (256 << 10, "256\n"), (0, "0\n"), ("kernel", "128\n")]
 )
 def test_the_length_is_set(tmp_path: Path, setting: Path, option: Readahead, found: str) -> None:
-    """In KiB, and in silence."""
+    """The length is written in KiB, without a message."""
     assert set_readahead(DEVICE, option, tmp_path) is None
     assert setting.read_text() == found
 
 
 def test_what_is_right_is_not_touched(tmp_path: Path, setting: Path) -> None:
-    """Nobody is told that he may not do what is done already."""
+    """A length that is right already is not written, so no refusal is reported."""
     setting.write_text("1024\n")
     before = setting.stat().st_mtime_ns
     assert set_readahead(DEVICE, None, tmp_path) is None
     assert setting.stat().st_mtime_ns == before
 
 
-def test_a_refusal_is_told_with_the_way_out(tmp_path: Path, setting: Path) -> None:
-    """One line: what is, what should be, why not, and what root may type."""
+def test_a_refusal_names_the_command_for_root(tmp_path: Path, setting: Path) -> None:
+    """A refusal is one line with the length found, the length wanted and a command for root."""
     setting.unlink()
     # A number that the kernel lets nobody write to, not even root.
     setting.symlink_to("/proc/sys/kernel/ngroups_max")
@@ -67,8 +67,8 @@ def test_a_refusal_is_told_with_the_way_out(tmp_path: Path, setting: Path) -> No
     )
 
 
-def test_a_kernel_that_has_no_such_file_is_told(tmp_path: Path, setting: Path) -> None:
-    """As in a container without /sys; and a file that holds no number is no crash."""
+def test_a_missing_file_in_sys_is_reported(tmp_path: Path, setting: Path) -> None:
+    """A missing or malformed file below /sys is reported in one line."""
     told = set_readahead("0:42", None, tmp_path)
     assert told is not None
     assert told.startswith("the kernel reads ahead an unknown length, expected 1024 KiB: ")

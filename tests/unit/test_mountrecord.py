@@ -1,4 +1,4 @@
-"""The notes by which ``qedfuse umount`` finds a process, and who is trusted to write them."""
+"""Mount records: how ``qedfuse umount`` finds a process, and whose records it trusts."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def keep_note() -> MountRecordFile:
 
 
 def test_processes_have_a_start() -> None:
-    """A process that is there has one, any other none."""
+    """A running process has a start time, and any other has none."""
     start = process_start(os.getpid())
     assert start is not None
     assert start > 0
     assert process_start(2**30) is None
 
 
-def test_a_note_is_found_until_the_end(place: Path) -> None:
-    """It says what it was made with, and a good end removes it."""
+def test_a_record_is_found_until_the_end(place: Path) -> None:
+    """A record has the values it was made with, and a clean end removes it."""
     keeper = keep_note()
     assert place.stat().st_mode & 0o777 == 0o700
     found = find_record(DEVICE, USER)
@@ -71,8 +71,8 @@ def test_a_note_is_found_until_the_end(place: Path) -> None:
     assert take_record(found[0], USER) is None
 
 
-def test_a_failure_stays_in_the_note() -> None:
-    """Whoever waited for the process learns why and how it ended."""
+def test_a_failure_stays_in_the_record() -> None:
+    """A failed process leaves its message and exit code in the record."""
     keeper = keep_note()
     keeper.finish("the host is full", 2)
     found = find_record(DEVICE, USER)
@@ -80,8 +80,8 @@ def test_a_failure_stays_in_the_note() -> None:
     assert (found[1].failure, found[1].exit_code) == ("the host is full", 2)
 
 
-def test_the_latest_note_counts(place: Path) -> None:
-    """A device number is given away again before its last process has ended."""
+def test_the_latest_record_counts(place: Path) -> None:
+    """Of several records for a device number the latest one is used."""
     keep_note()
     text = (place / f"{DEVICE}.{os.getpid()}").read_text()
     older = json.loads(text) | {"mountpoint": "/older", "started": 1}
@@ -91,8 +91,8 @@ def test_the_latest_note_counts(place: Path) -> None:
     assert found[1].mountpoint == "/mnt"
 
 
-def test_notes_of_killed_processes_are_swept(place: Path) -> None:
-    """Nobody else would remove them."""
+def test_records_of_killed_processes_are_removed(place: Path) -> None:
+    """Records of killed processes are removed."""
     place.mkdir(mode=0o700)
     dead = {"pid": os.getpid(), "started": 1, "mountpoint": "", "sources": []}
     (place / "0:7.3").write_text(json.dumps(dead))
@@ -101,7 +101,7 @@ def test_notes_of_killed_processes_are_swept(place: Path) -> None:
 
 
 def test_unsafe_directories_are_refused(place: Path) -> None:
-    """Where others can write, they could name any process."""
+    """A directory of records that other users can write to is refused."""
     place.mkdir()
     place.chmod(0o777)
     with pytest.raises(PrivilegeError, match="others can write"):
@@ -110,7 +110,7 @@ def test_unsafe_directories_are_refused(place: Path) -> None:
 
 
 def test_links_are_not_followed(place: Path, tmp_path: Path) -> None:
-    """Neither the directory nor a note may be a link."""
+    """A symbolic link as directory or as record is not followed."""
     other = tmp_path / "other"
     other.mkdir(mode=0o700)
     place.symlink_to(other)
@@ -126,8 +126,8 @@ def test_links_are_not_followed(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"pid": 1}', "\udcff", "9" * 5000, "[" * 100_000, "null", "1"]
 )
-def test_broken_notes_are_passed_over(place: Path, text: str) -> None:
-    """What makes no sense is no note."""
+def test_malformed_records_are_skipped(place: Path, text: str) -> None:
+    """Malformed records are skipped."""
     place.mkdir(mode=0o700)
     (place / f"{DEVICE}.1").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert find_record(DEVICE, USER) is None
@@ -146,10 +146,10 @@ def test_broken_notes_are_passed_over(place: Path, text: str) -> None:
         ("other", [1]),
     ],
 )
-def test_a_note_with_a_wrong_field_is_passed_over(
+def test_a_record_with_a_wrong_field_is_skipped(
     place: Path, field: str, values: list[object]
 ) -> None:
-    """Root reads the notes of all users."""
+    """A record with any field of a wrong type or value is skipped."""
     place.mkdir(mode=0o700)
     right = {"pid": 1, "started": 1, "mountpoint": "/mnt", "sources": ["/vm.qed"], "options": []}
     path = place / f"{DEVICE}.1"
@@ -160,10 +160,10 @@ def test_a_note_with_a_wrong_field_is_passed_over(
         assert find_record(DEVICE, USER) is None, value
 
 
-def test_a_note_is_removed_from_the_directory_that_was_checked(
+def test_a_record_is_removed_from_the_checked_directory(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its owner may put a link in the place of the directory at any time."""
+    """A record is removed by the descriptor of the directory that was checked."""
     keep_note().finish("failed", 2)
     name = f"{DEVICE}.{os.getpid()}"
     other = tmp_path / "other"
@@ -185,8 +185,8 @@ def test_a_note_is_removed_from_the_directory_that_was_checked(
     assert not (tmp_path / "moved" / name).exists()
 
 
-def test_a_note_survives_what_hides_its_directory(place: Path, tmp_path: Path) -> None:
-    """The directory is looked up once, by the constructor."""
+def test_a_record_works_in_a_hidden_directory(place: Path, tmp_path: Path) -> None:
+    """A record is updated and removed although a mount hides its directory."""
     keeper = MountRecordFile()
     place.rename(tmp_path / "elsewhere")
     keeper.write(DEVICE, own_note())
@@ -196,7 +196,7 @@ def test_a_note_survives_what_hides_its_directory(place: Path, tmp_path: Path) -
 
 
 def test_pid_files(tmp_path: Path) -> None:
-    """The file holds our number and is removed only while it is about us."""
+    """A pid file has the process id, and is removed only while it still has it."""
     path = tmp_path / "pid"
     with closing(PidFile(str(path))) as file:
         assert not path.exists(), "the disk cannot be used yet"
@@ -219,8 +219,8 @@ def test_pid_files(tmp_path: Path) -> None:
             PidFile(str(tmp_path / name))
 
 
-def test_a_pid_file_survives_what_hides_its_directory(tmp_path: Path) -> None:
-    """The directory is looked up once, links included."""
+def test_a_pid_file_works_in_a_hidden_directory(tmp_path: Path) -> None:
+    """A pid file is removed although a mount hides its directory."""
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run/pid")
     with closing(PidFile(str(tmp_path / "link"))) as file:
@@ -232,7 +232,7 @@ def test_a_pid_file_survives_what_hides_its_directory(tmp_path: Path) -> None:
 
 
 def test_a_pid_file_may_be_a_pipe(tmp_path: Path) -> None:
-    """With a name or without; it is not removed."""
+    """A pid file may be a named or an inherited pipe, which is not removed."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reading, writing = os.pipe()
@@ -253,7 +253,7 @@ def test_systemd_is_notified(
     monkeypatch: pytest.MonkeyPatch,
     abstract: bool,  # noqa: FBT001
 ) -> None:
-    """The line arrives at both kinds of socket, whatever hides the path meanwhile."""
+    """Systemd gets its line at both kinds of socket, although a mount hides the path."""
     name = f"@{tmp_path}" if abstract else str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", name)
     with closing(ServiceManager()) as nobody:
@@ -272,10 +272,10 @@ def test_systemd_is_notified(
         nobody.notify("READY=1")
 
 
-def test_a_service_manager_that_is_slow_is_not_waited_for(
+def test_a_slow_service_manager_gets_all_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lines arrive in their order once it reads: a lost READY would end the service."""
+    """A service manager that reads late gets all lines in order, and does not block the mount."""
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))

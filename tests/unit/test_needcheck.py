@@ -1,4 +1,4 @@
-"""NEED_CHECK: in the file before the tables change, gone when all is durable (D3)."""
+"""NEED_CHECK is in the file before the tables change, and cleared when all is durable (D3)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ BUSY = replace(IDLE, commit_seconds=1.0)
 
 
 def in_file(file: RecordingFile) -> bool:
-    """Tell whether the bit is set in the file now."""
+    """Return whether the bit is set in the file."""
     return header_of(file.content).need_check
 
 
 def bit_at_table_writes(file: RecordingFile) -> list[bool]:
-    """Tell for each table write whether the bit was durable in the file before it."""
+    """Return for each table write whether the bit was durable in the file before it."""
     content = bytearray(file.initial)
     durable = header_of(content).need_check
     result = []
@@ -47,7 +47,7 @@ def bit_at_table_writes(file: RecordingFile) -> list[bool]:
 
 
 async def test_set_before_the_first_table_write_and_cleared_at_close() -> None:
-    """The bit is durable before any table entry is, and closing takes it away again."""
+    """The bit is durable before the first table write, and a close clears it."""
     file = RecordingFile(IMAGE)
     async with opened(file) as disk:
         await disk.write(0, b"in place")
@@ -63,7 +63,7 @@ async def test_set_before_the_first_table_write_and_cleared_at_close() -> None:
 
 
 async def test_overlays_set_it_too() -> None:
-    """Copy on write changes tables like any other write."""
+    """A copy-on-write into an overlay sets the bit."""
     file = RecordingFile(build_image(SIZE, backing=b"base"))
     async with opened(file, [b"base" * 1000]) as disk:
         await disk.write(100, b"x")
@@ -75,7 +75,7 @@ async def test_overlays_set_it_too() -> None:
 async def test_cleared_by_the_background_task_after_idling(
     autojump_clock: MockClock, commit_seconds: float
 ) -> None:
-    """Some seconds after the last change, not before, and durably."""
+    """The bit is cleared durably some seconds after the last change, and not before."""
     file = RecordingFile(IMAGE)
     async with opened(file, options=replace(IDLE, commit_seconds=commit_seconds)) as disk:
         await disk.write(CLUSTER, b"new")
@@ -98,7 +98,7 @@ async def test_cleared_by_the_background_task_after_idling(
 
 
 async def test_not_cleared_while_a_write_is_under_way(autojump_clock: MockClock) -> None:
-    """However long a write takes, the bit stays until it is over."""
+    """The bit stays set during a write, however long that takes."""
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
     async with opened(file, options=BUSY) as disk, trio.open_nursery() as nursery:
@@ -150,7 +150,7 @@ async def test_change_that_comes_while_the_bit_is_cleared(
 
 @pytest.mark.expect_log("while clearing NEED_CHECK")
 async def test_not_cleared_after_a_failed_table_write(autojump_clock: MockClock) -> None:
-    """While a table cannot be written the bit stays; when it can, the bit goes."""
+    """The bit stays set while a table cannot be written, and is cleared once it is."""
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
     async with opened(file, options=IDLE) as disk:
@@ -170,7 +170,7 @@ async def test_not_cleared_after_a_failed_table_write(autojump_clock: MockClock)
 @pytest.mark.expect_log("while")
 @pytest.mark.parametrize("nth", [1, 2, 3])
 async def test_never_cleared_after_a_failed_datasync(autojump_clock: MockClock, nth: int) -> None:
-    """D7: neither the background task nor closing clears the bit then."""
+    """After a failed datasync neither the background task nor a close clears the bit (D7)."""
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
     with pytest.raises(HostError, match="datasync"):  # noqa: PT012  closing raises it
@@ -186,7 +186,7 @@ async def test_never_cleared_after_a_failed_datasync(autojump_clock: MockClock, 
 
 
 async def test_bit_that_could_not_be_written_protects_nothing() -> None:
-    """If setting the bit fails, the write fails, and the next one sets it again."""
+    """A write that cannot set the bit fails, and the next write sets it again."""
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
     async with opened(file) as disk:
@@ -200,7 +200,7 @@ async def test_bit_that_could_not_be_written_protects_nothing() -> None:
 
 
 async def test_second_writer_waits_for_the_bit_of_the_first() -> None:
-    """While one task is writing the bit, no other changes tables as if it were there."""
+    """While one task writes the bit, other tasks do not change tables."""
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
@@ -216,7 +216,7 @@ async def test_second_writer_waits_for_the_bit_of_the_first() -> None:
 
 
 async def test_bit_found_set_is_cleared_without_a_change(autojump_clock: MockClock) -> None:
-    """An image that was found to be sound at opening loses the bit after the same time."""
+    """A bit that a sound image had at opening is cleared after the same time."""
     image = build_image(SIZE, {0: b"a"}, features=2)
     file = RecordingFile(image)
     async with opened(file, options=IDLE):
@@ -228,7 +228,7 @@ async def test_bit_found_set_is_cleared_without_a_change(autojump_clock: MockClo
 
 
 async def test_file_is_cut_to_what_is_in_use_when_idle(autojump_clock: MockClock) -> None:
-    """What the file was grown ahead is given back, and grown again when it is needed."""
+    """An idle disk truncates what its file was grown ahead, and grows it again on need."""
     file = RecordingFile(IMAGE)
     async with opened(file, options=IDLE) as disk:
         await disk.write(CLUSTER, b"new")
@@ -245,7 +245,7 @@ async def test_file_is_cut_to_what_is_in_use_when_idle(autojump_clock: MockClock
 
 @pytest.mark.expect_log("while clearing NEED_CHECK")
 async def test_clearing_that_failed_is_tried_again(autojump_clock: MockClock) -> None:
-    """A header that could not be written is not taken for written the next time."""
+    """A failed clearing is tried again."""
     recording = RecordingFile(IMAGE)
     file = FailingFile(recording)
     async with opened(file, options=IDLE) as disk:

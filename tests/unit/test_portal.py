@@ -1,4 +1,4 @@
-"""The door from synchronous code into an event loop: every way in, and every way to the end."""
+"""The portal from synchronous code into an event loop: calls, failures, and every way it ends."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
-class Room:
-    """What the portals in these tests lead to; notes what happens to it."""
+class Resource:
+    """What the portals in these tests keep open; it records what happens to it."""
 
     def __init__(self) -> None:
         """Make a room that nobody is in."""
@@ -52,8 +52,8 @@ class Room:
 
 @asynccontextmanager
 async def room(
-    into: Room, *, enter: Exception | None = None, leave: Exception | None = None
-) -> AsyncIterator[Room]:
+    into: Resource, *, enter: Exception | None = None, leave: Exception | None = None
+) -> AsyncIterator[Resource]:
     """Open a room; fail at the door in either direction if told to."""
     await trio.lowlevel.checkpoint()
     if enter is not None:
@@ -72,8 +72,8 @@ def threads() -> list[str]:
 
 
 def test_calls_run_in_the_thread() -> None:
-    """Calls come back with their result or error, and the thread ends with close."""
-    portal = Portal(room(Room()), "test calls")
+    """A call returns its result or raises its error, and the thread ends with close()."""
+    portal = Portal(room(Resource()), "test calls")
     assert portal.is_alive()
     assert portal.call(portal.value.echo, 1) == 1
     with pytest.raises(LookupError, match="fail"):
@@ -86,8 +86,8 @@ def test_calls_run_in_the_thread() -> None:
 
 
 def test_error_on_the_way_in() -> None:
-    """What opening raises is raised where the portal is made; no thread is left."""
-    inside = Room()
+    """An error on entering the context is raised by the constructor, and no thread is left."""
+    inside = Resource()
     with pytest.raises(LookupError, match="enter"):
         Portal(room(inside, enter=LookupError("enter")), "test enter")
     assert threads() == []
@@ -95,8 +95,8 @@ def test_error_on_the_way_in() -> None:
 
 
 def test_error_on_the_way_out() -> None:
-    """What closing raises is raised by close, once; the thread ends all the same."""
-    portal = Portal(room(Room(), leave=LookupError("leave")), "test leave")
+    """An error on leaving the context is raised once, by close(), and the thread ends."""
+    portal = Portal(room(Resource(), leave=LookupError("leave")), "test leave")
     with pytest.raises(LookupError, match="leave"):
         portal.close()
     portal.close()
@@ -106,8 +106,8 @@ def test_error_on_the_way_out() -> None:
 
 
 def test_close_waits_for_calls_under_way() -> None:
-    """A call that is running when another thread closes finishes before the room is left."""
-    inside = Room()
+    """A call that is running during a close() ends before the context is left."""
+    inside = Resource()
     portal = Portal(room(inside), "test under way")
     results: list[str] = []
     caller = threading.Thread(target=lambda: results.append(portal.call(inside.wait)))
@@ -122,9 +122,9 @@ def test_close_waits_for_calls_under_way() -> None:
     assert inside.seen == ["waited", "left"]
 
 
-def test_many_threads_call_at_once() -> None:
-    """Calls from many threads all get their own answers."""
-    portal = Portal(room(Room()), "test many")
+def test_many_threads_call_concurrently() -> None:
+    """Concurrent calls of many threads get their own results."""
+    portal = Portal(room(Resource()), "test many")
     answers: dict[int, object] = {}
 
     def ask(number: int) -> None:
@@ -140,8 +140,8 @@ def test_many_threads_call_at_once() -> None:
 
 
 def test_ask_to_close_does_not_wait() -> None:
-    """It can be used in the portal's own thread, where waiting would be for ever."""
-    inside = Room()
+    """ask_to_close() can be called in the portal's own thread."""
+    inside = Resource()
     portal = Portal(room(inside), "test ask")
 
     async def ask() -> None:
@@ -153,9 +153,9 @@ def test_ask_to_close_does_not_wait() -> None:
 
 
 @pytest.mark.expect_log("test log: nobody asked")
-def test_failure_that_nobody_waits_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """If nobody calls close the log has what went wrong."""
-    portal = Portal(room(Room(), leave=LookupError("nobody asked")), "test log")
+def test_failure_without_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """An error on leaving the context is logged if close() is not called."""
+    portal = Portal(room(Resource(), leave=LookupError("nobody asked")), "test log")
     portal.ask_to_close()
     for thread in threading.enumerate():
         if thread.name == "test log":
@@ -165,15 +165,15 @@ def test_failure_that_nobody_waits_for_is_logged(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.expect_log("test crash: ")
 def test_crash_inside_fails_the_calls_under_way() -> None:
-    """When what is open breaks down, callers get an error instead of waiting for ever."""
-    inside = Room()
+    """If the event loop breaks down, running calls raise an error."""
+    inside = Resource()
 
     async def fail_once_entered() -> None:
         await trio.to_thread.run_sync(inside.entered.wait)
         raise LookupError
 
     @asynccontextmanager
-    async def breaks() -> AsyncIterator[Room]:
+    async def breaks() -> AsyncIterator[Resource]:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fail_once_entered)
@@ -216,9 +216,9 @@ def run_program(body: str) -> str:
 
 PROGRAM = """
 import gc, os, threading
-from tests.unit.test_portal import Portal, PortalClosedError, Room, room
+from tests.unit.test_portal import Portal, PortalClosedError, Resource, room
 
-class Loud(Room):
+class Loud(Resource):
     def note(self, what):
         print(what, flush=True)
 
@@ -228,17 +228,17 @@ portal = Portal(room(inside), "test exit")
 
 
 def test_program_that_ends_without_closing() -> None:
-    """What is open when the program ends is closed then."""
+    """At the end of the program open contexts are left."""
     assert run_program("print('end', flush=True)") == "end\nleft\n"
 
 
 def test_program_that_fails_without_closing() -> None:
-    """An unhandled error, or sys.exit, ends the program as well."""
+    """An unhandled exception, or sys.exit, ends a program with an open portal."""
     assert run_program("raise SystemExit(0)") == "left\n"
 
 
 def test_threads_may_go_on_after_the_main_thread() -> None:
-    """While another thread of the program runs, the portal stays open for it."""
+    """The portal stays open while another thread of the program runs."""
     body = """
 def work():
     threading.main_thread().join()
@@ -249,8 +249,8 @@ threading.Thread(target=work).start()
     assert run_program(body) == "waited\nwaited\nleft\n"
 
 
-def test_forked_child_is_told() -> None:
-    """A child cannot use its parent's portal, ends without hanging, and closes nothing."""
+def test_forked_child_gets_an_error() -> None:
+    """A forked child gets an error from its parent's portal, ends, and closes nothing."""
     # From Python 3.12 on a program that forks beside a thread, as this one does, is warned.
     body = """
 import warnings

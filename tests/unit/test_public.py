@@ -1,4 +1,4 @@
-"""The public names: which there are, and that they cost nothing before they are used."""
+"""The public names of the package, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PUBLIC = [
 
 
 def test_names() -> None:
-    """Just these names are public; each can be had and has a docstring."""
+    """Exactly the documented names are public, and each has a docstring."""
     assert qedfuse.__all__ == PUBLIC
     assert set(PUBLIC) <= set(dir(qedfuse))
     for name in PUBLIC:
@@ -32,19 +32,19 @@ def test_names() -> None:
 
 
 def test_names_are_the_things_themselves() -> None:
-    """A name is the object from its module, so that ``except qedfuse.QedError`` works."""
+    """A public name is the object of its module, so that ``except qedfuse.QedError`` works."""
     assert qedfuse.QedError is QedError
     assert qedfuse.open.__module__ == "qedfuse.api"
 
 
 def test_unknown_name() -> None:
-    """A name that is not there is missed as in any module."""
+    """An unknown name raises AttributeError."""
     with pytest.raises(AttributeError, match="module 'qedfuse' has no attribute 'missing'"):
         _ = qedfuse.missing  # type: ignore[attr-defined]
 
 
 def test_import_is_cheap() -> None:
-    """Importing the package imports none of its modules, nor what they need."""
+    """Importing the package imports none of its modules."""
     program = "import sys, qedfuse; print(*[name for name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -59,5 +59,5 @@ def test_import_is_cheap() -> None:
 
 
 def test_package_says_that_it_is_typed() -> None:
-    """Type checkers of other projects find the annotations."""
+    """The package has the marker py.typed."""
     assert (Path(qedfuse.__file__).parent / "py.typed").exists()

@@ -1,4 +1,4 @@
-"""Overlapping ranges wait for each other, in order; others do not."""
+"""Tasks wait for overlapping ranges, in order, and not for others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qedfuse.util.rangelock import RangeLock
 
 
 async def test_overlapping_claims_wait_in_order() -> None:
-    """Claims on one range are served first come, first served."""
+    """Tasks get overlapping ranges in the order in which they asked."""
     lock = RangeLock()
     order: list[int] = []
 
@@ -32,14 +32,14 @@ async def test_overlapping_claims_wait_in_order() -> None:
 
 
 async def test_neighbours_do_not_wait() -> None:
-    """Ranges that only touch are held at the same time."""
+    """Adjacent ranges are held at the same time."""
     lock = RangeLock()
     async with lock.hold(0, 10), lock.hold(10, 20), lock.hold(20, 30):
         assert lock.held == 3
 
 
 async def test_uncontended_claim_does_not_yield() -> None:
-    """Taking a free range does not let other tasks in between."""
+    """Taking a free range runs no other task."""
     lock = RangeLock()
     other_ran = trio.Event()
 
@@ -53,7 +53,7 @@ async def test_uncontended_claim_does_not_yield() -> None:
 
 
 async def test_later_claim_does_not_pass_an_earlier_waiter() -> None:
-    """A claim waits for overlapping waiters before it, so that a wide one is served too."""
+    """A task waits for earlier waiters of overlapping ranges, so no wide range starves."""
     lock = RangeLock()
     order: list[str] = []
 
@@ -71,7 +71,7 @@ async def test_later_claim_does_not_pass_an_earlier_waiter() -> None:
 
 
 async def test_cancelled_waiter_is_forgotten() -> None:
-    """Who gives up waiting does not hold up those behind him."""
+    """A cancelled waiter does not block later ones."""
     lock = RangeLock()
     done: list[str] = []
 
@@ -92,7 +92,7 @@ async def test_cancelled_waiter_is_forgotten() -> None:
 
 
 async def test_failure_inside_lets_go() -> None:
-    """An error in the block frees the range."""
+    """An exception in the block releases the range."""
     lock = RangeLock()
     with pytest.raises(LookupError):
         async with lock.hold(0, 1):
@@ -102,7 +102,7 @@ async def test_failure_inside_lets_go() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_never_two_owners(seed: int) -> None:
-    """Many tasks on random ranges never own a number together, and all are served."""
+    """Many tasks on random ranges never hold a number together, and all get their range."""
     rng = random.Random(seed)
     lock = RangeLock()
     owned: set[int] = set()

@@ -1,4 +1,4 @@
-"""What the README says of options and exit codes is what the program knows."""
+"""The README's options, commands and exit codes are those of the program."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def first_columns(text: str) -> str:
 
 
 def test_every_option_is_documented() -> None:
-    """The README and --help list the same words as the parser takes."""
+    """README and --help list the same options as the parser."""
     known = set(known_options()) - KERNEL_FLAGS
     table = section("Use").split("| `-o` |")[1]
     documented = set(re.findall(r"`([a-z_]+)", first_columns(table)))
@@ -36,7 +36,7 @@ def test_every_option_is_documented() -> None:
 
 
 def test_every_argument_is_documented() -> None:
-    """The README and --help list the same arguments of a mount."""
+    """README and --help list the same arguments of a mount."""
     found = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
     table = section("Use").split("| `-o` |")[0]
     documented = set(found.findall(first_columns(table)))
@@ -46,20 +46,20 @@ def test_every_argument_is_documented() -> None:
 
 
 def test_every_command_is_documented() -> None:
-    """The README's table lists the toolbox's commands, in the order of its help."""
+    """The README lists the commands of the toolbox in the order of its help."""
     listed = re.findall(r"^\| `qedimg (\w+)` \|", section("The toolbox"), re.MULTILINE)
     assert listed == list(COMMANDS)
 
 
 def test_exit_codes_agree() -> None:
-    """The README and --help list the same exit codes."""
+    """README and --help list the same exit codes."""
     codes = re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)
     usage = USAGE.split("Exit codes:")[1]
     assert codes == re.findall(r"\b(\d+) [a-zA-Z]", usage)
 
 
 def test_links_lead_somewhere() -> None:
-    """Every relative link of the README and the docs names a file that is there."""
+    """Every relative link of the README and the docs names an existing file."""
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,4 +1,4 @@
-"""Growing a disk: what is added reads as zeros, whatever lies there or beneath."""
+"""Growing a disk: added bytes read as zeros, whatever the file or the base has there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPAN = 512 * CLUSTER
 @pytest.mark.parametrize("new", [3 * CLUSTER + 512, 5 * CLUSTER, SPAN + CLUSTER + 512])
 @pytest.mark.parametrize("base_size", [0, CLUSTER + 100, 4 * CLUSTER, SPAN + 3 * CLUSTER])
 async def test_overlay_shorter_than_its_base(old: int, new: int, base_size: int) -> None:
-    """What lies past the old end of the disk never shows the base, also after a reopen."""
+    """Bytes past the old end never show the base, also after a reopen."""
     base = pattern(base_size, 2)
     file = MemoryFile(build_image(old, backing=b"base"))
     expected = base[:old].ljust(new, b"\0")
@@ -56,7 +56,7 @@ async def test_overlay_shorter_than_its_base(old: int, new: int, base_size: int)
 @pytest.mark.parametrize("entry", ["data", "zero", "none"])
 @pytest.mark.parametrize("based", [False, True])
 async def test_bytes_behind_the_end_in_the_last_cluster(entry: str, *, based: bool) -> None:
-    """What another program left in the last cluster past the end becomes zeros."""
+    """Foreign bytes in the last cluster past the end of the disk become zeros."""
     base = b"B" * (4 * CLUSTER)
     old = 2 * CLUSTER + 1024
     clusters: dict[int, bytes | int] = {0: b"first"}
@@ -77,7 +77,7 @@ async def test_bytes_behind_the_end_in_the_last_cluster(entry: str, *, based: bo
 
 
 async def test_writes_while_growing() -> None:
-    """Writes into the last cluster and far away go on while the disk grows."""
+    """Writes to the last cluster and elsewhere succeed while the disk grows."""
     old, new = 2 * CLUSTER + 1024, SPAN + 4 * CLUSTER
     base = b"B" * (2 * SPAN)
     file = MemoryFile(build_image(old, backing=b"base"))
@@ -103,7 +103,7 @@ async def test_writes_while_growing() -> None:
     ],
 )
 async def test_sizes_that_are_refused(size: int, words: str) -> None:
-    """Shrinking, odd sizes and more than the tables can address change nothing."""
+    """A smaller size, an odd size and a size beyond the tables are refused without a change."""
     file = RecordingFile(build_image(2 * CLUSTER))
     async with opened(file) as disk:
         with pytest.raises(UsageError, match=words):
@@ -114,7 +114,7 @@ async def test_sizes_that_are_refused(size: int, words: str) -> None:
 
 @pytest.mark.parametrize(("cluster_size", "table_size"), [(4096, 1), (4096, 16), (65536, 1)])
 async def test_largest_size(cluster_size: int, table_size: int) -> None:
-    """A disk can grow to all that its tables can address, and be written at its end."""
+    """A disk grows to all that its tables can address, and can be written at its end."""
     most = Geometry(cluster_size, table_size).max_image_size
     file = MemoryFile(build_image(512, cluster_size=cluster_size, table_size=table_size))
     async with opened(file) as disk:
@@ -126,7 +126,7 @@ async def test_largest_size(cluster_size: int, table_size: int) -> None:
 
 
 async def test_data_past_the_end_refuses_to_grow() -> None:
-    """Entries past the end of the disk would show old data; the image is left as it is."""
+    """A disk with table entries past its end is not grown."""
     for number in (3, 600):
         image = build_image(CLUSTER, {0: b"a", number: b"old"})
         file = RecordingFile(image)
@@ -169,7 +169,7 @@ async def test_failed_growing_can_be_tried_again(action: Action, calls: int) -> 
 
 
 async def test_new_size_is_durable_last() -> None:
-    """A crash before the new size is durable leaves the old disk; after it, zeros."""
+    """A crash during a resize leaves the old disk, or the new one with zeros."""
     base = b"B" * (4 * CLUSTER)
     file = RecordingFile(build_image(CLUSTER, backing=b"base"))
     async with opened(file, [base]) as disk:
@@ -183,7 +183,7 @@ async def test_new_size_is_durable_last() -> None:
 
 
 async def test_tables_past_the_end_of_a_shorter_disk_stay_in_use() -> None:
-    """A crash between hiding the base and the new size leaves tables that a retry uses."""
+    """A crash before the new size leaves tables that the next resize uses."""
     base = b"B" * (2 * SPAN)
     image = build_image(CLUSTER, {0: b"a", 512: ZERO}, backing=b"base")
     file = MemoryFile(image)

@@ -1,4 +1,4 @@
-"""The scan after opening: what nobody refers to is found, whatever happens meanwhile."""
+"""The scan after opening finds all unreferenced clusters, also beside changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPAN: Final = 512
 
 
 def leaky(*lost: int, count: int = 10, tail: int = 0) -> bytearray:
-    """Build an image of which some clusters have lost their reference."""
+    """Return an image in which some clusters have lost their reference."""
     image = build_image(SIZE, {at: pattern(CLUSTER, at) for at in range(count)})
     for at in lost:
         put_entry(image, l2_entry_offset(image, at), 0)
@@ -38,7 +38,7 @@ def leaky(*lost: int, count: int = 10, tail: int = 0) -> bytearray:
 
 
 async def test_leaks_are_free_space() -> None:
-    """They are used before the file grows, and an unmount gives the rest to the host."""
+    """Leaked clusters are used before the file grows, and a close cuts or punches the rest."""
     file = MemoryFile(leaky(2, 3, 5, 7))
     async with opened(file, options=UNCOMPACTED) as disk:
         await disk.wait_scanned()
@@ -53,7 +53,7 @@ async def test_leaks_are_free_space() -> None:
 
 
 async def test_leaks_at_the_end_are_cut_off() -> None:
-    """Also when nothing else is done with the disk."""
+    """Leaked clusters at the end are cut off without any other change."""
     file = MemoryFile(leaky(8, 9, tail=5))
     async with opened(file) as disk:
         await disk.wait_scanned()
@@ -62,7 +62,7 @@ async def test_leaks_at_the_end_are_cut_off() -> None:
 
 
 async def test_a_clean_image_without_leaks_is_left_alone() -> None:
-    """Opening and closing writes nothing."""
+    """Opening and closing an image without leaks writes nothing."""
     file = RecordingFile(leaky())
     async with opened(file) as disk:
         await disk.wait_scanned()
@@ -70,7 +70,7 @@ async def test_a_clean_image_without_leaks_is_left_alone() -> None:
 
 
 async def test_autoclear_bits_go_before_leaks_are_given_back() -> None:
-    """Cutting the file is a change like any other."""
+    """Autoclear bits are cleared before leaks are cut off."""
     image = build_image(SIZE, {0: b"a"}, autoclear=5) + bytes(3 * CLUSTER)
     file = RecordingFile(image)
     async with opened(file) as disk:
@@ -80,7 +80,7 @@ async def test_autoclear_bits_go_before_leaks_are_given_back() -> None:
 
 
 async def test_tables_past_the_end_of_the_disk_are_in_use() -> None:
-    """A resize that broke off leaves them, and the next one goes on with them."""
+    """Tables past the end of the disk are in use, and a resize uses them."""
     image = build_image(512 * CLUSTER * 3, dict.fromkeys((0, 600, 1100), b"x"))
     file = MemoryFile(image[:48] + (CLUSTER * 512).to_bytes(8, "little") + image[56:])
     async with opened(file) as disk:
@@ -90,7 +90,7 @@ async def test_tables_past_the_end_of_the_disk_are_in_use() -> None:
 
 @pytest.mark.parametrize("read_first", [False, True])
 async def test_changes_while_the_scan_is_under_way(*, read_first: bool) -> None:
-    """What is written or given up meanwhile is neither lost nor given out twice.
+    """Clusters written or dropped during the scan are neither lost nor allocated twice.
 
     The changes are made to a table that the scan has read already, or is going to read.
     """
@@ -129,8 +129,8 @@ async def test_changes_while_the_scan_is_under_way(*, read_first: bool) -> None:
 
 @pytest.mark.expect_log("found 1 references to clusters that have another owner")
 @pytest.mark.parametrize("read_first", [False, True])
-async def test_one_of_two_owners_gives_up_while_the_scan_is_under_way(*, read_first: bool) -> None:
-    """The other one keeps the cluster, whichever table the scan has read by then."""
+async def test_one_of_two_owners_drops_a_cluster_during_the_scan(*, read_first: bool) -> None:
+    """A cluster that one of two owners drops during the scan stays with the other."""
     image = build_image(2 * SPAN * CLUSTER, {at: pattern(CLUSTER, at) for at in (1, 2, SPAN)})
     shared = get_entry(image, l2_entry_offset(image, 2))
     put_entry(image, l2_entry_offset(image, SPAN + 2), shared)
@@ -151,8 +151,8 @@ async def test_one_of_two_owners_gives_up_while_the_scan_is_under_way(*, read_fi
 
 
 @pytest.mark.expect_log("found 1 references to clusters that have another owner")
-async def test_an_owner_in_a_table_to_come_gives_up_what_was_seen_with_another() -> None:
-    """The cluster was walked, but not by way of the one who gives it up."""
+async def test_an_owner_in_an_unread_table_drops_a_seen_cluster() -> None:
+    """A cluster that the scan saw with one owner stays when another one drops it."""
     tables = {at: pattern(CLUSTER, at) for at in (2, SPAN, 2 * SPAN)}
     image = build_image(3 * SPAN * CLUSTER, tables)
     shared = get_entry(image, l2_entry_offset(image, 2))
@@ -170,8 +170,8 @@ async def test_an_owner_in_a_table_to_come_gives_up_what_was_seen_with_another()
 
 
 @pytest.mark.expect_log("references to clusters that have another owner")
-async def test_both_owners_give_up_before_the_scan_gets_there() -> None:
-    """Then nobody owns it, but who knows who else did."""
+async def test_both_owners_drop_a_cluster_before_the_scan_reads_them() -> None:
+    """A cluster that two owners dropped before the scan read them is not used again."""
     image = build_image(2 * SPAN * CLUSTER, {at: pattern(CLUSTER, at) for at in (1, 2, SPAN)})
     shared = get_entry(image, l2_entry_offset(image, SPAN))
     put_entry(image, l2_entry_offset(image, SPAN + 2), shared)
@@ -187,7 +187,7 @@ async def test_both_owners_give_up_before_the_scan_gets_there() -> None:
 
 
 async def test_a_full_file_waits_for_the_scan() -> None:
-    """Rather than growing past its bound."""
+    """A write waits for the scan where the file would exceed its bound."""
     size = 8 * CLUSTER
     image = build_image(size, dict.fromkeys(range(8), b"x"))
     put_entry(image, l2_entry_offset(image, 3), 0)
@@ -206,7 +206,7 @@ async def test_a_full_file_waits_for_the_scan() -> None:
 
 @pytest.mark.expect_log("found 1 references to clusters that have another owner")
 async def test_clusters_with_two_owners_are_not_used_again() -> None:
-    """Whoever gives one up does not take it away from the other."""
+    """A cluster with two owners is not used again when one of them drops it."""
     image = leaky(count=10)
     put_entry(image, l2_entry_offset(image, 7), get_entry(image, l2_entry_offset(image, 2)))
     file = MemoryFile(image)
@@ -221,8 +221,8 @@ async def test_clusters_with_two_owners_are_not_used_again() -> None:
 
 
 @pytest.mark.expect_log("found table entries that point to nowhere")
-async def test_a_wild_entry_that_nobody_read_is_found() -> None:
-    """The bit stays set, because the file grows over the place that it points to."""
+async def test_a_wild_entry_is_found_by_the_scan() -> None:
+    """A bad entry that no request met is found, and NEED_CHECK stays set."""
     image = leaky()
     put_entry(image, l2_entry_offset(image, 30), len(image))
     file = MemoryFile(image)
@@ -235,7 +235,7 @@ async def test_a_wild_entry_that_nobody_read_is_found() -> None:
 @pytest.mark.expect_log("found table entries that point to nowhere")
 @pytest.mark.parametrize("level", [1, 2])
 async def test_what_a_wild_entry_may_have_pointed_to_is_kept(level: int) -> None:
-    """One flipped bit must not cost what it hides, because repair may find it."""
+    """In an image with a bad entry no cluster is freed, since repair may find its target."""
     image = leaky(3, tail=2)
     where = l2_entry_offset(image, 5) if level == 2 else header_of(image).l1_table_offset
     put_entry(image, where, get_entry(image, where) ^ 1 << 40)
@@ -253,7 +253,7 @@ async def test_what_a_wild_entry_may_have_pointed_to_is_kept(level: int) -> None
 
 @pytest.mark.expect_log("read: Input/output error (while looking for free space)")
 async def test_a_scan_that_fails_costs_only_space() -> None:
-    """The disk works; what is given up is not used again."""
+    """After a failed scan the disk works and uses no dropped cluster again."""
     file = FailingFile(MemoryFile(leaky(3)))
     file.fail("read", nth=3)
     async with opened(file) as disk:
@@ -266,10 +266,10 @@ async def test_a_scan_that_fails_costs_only_space() -> None:
         assert disk.statistics().file_bytes == end + CLUSTER
 
 
-async def test_closing_does_not_wait_for_a_scan_that_nobody_needs(
+async def test_closing_waits_for_the_scan_only_to_free_clusters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """But it does if there is something to give back."""
+    """A close waits for the scan only if there are clusters to give back."""
     runs = 0
     walk = Scan._walk
 

@@ -1,4 +1,4 @@
-"""Where data begins and ends, against what the extents of the chain say."""
+"""Seeking data and holes agrees with the extents of the chain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLE: Final = CLUSTER // 8
 
 
 async def data_of(disk: Disk) -> list[tuple[int, int]]:
-    """List the ranges of data, by the extents."""
+    """Return the ranges of data by the extents."""
     result: list[tuple[int, int]] = []
     for extent in await disk.extents(0, disk.size):
         if extent.kind in {Kind.DATA, Kind.BAD}:
@@ -35,7 +35,7 @@ async def data_of(disk: Disk) -> list[tuple[int, int]]:
 
 
 async def found_in(disk: Disk) -> list[tuple[int, int]]:
-    """List the same, by seeking from one to the next as cp does."""
+    """Return the same by seeking from one to the next, as cp does."""
     result = []
     at = 0
     while at < disk.size:
@@ -48,7 +48,7 @@ async def found_in(disk: Disk) -> list[tuple[int, int]]:
 
 
 def clusters(chance: random.Random, tables: int) -> dict[int, bytes | int]:
-    """Draw what lies where: data, zero clusters, and much that is nowhere."""
+    """Draw data clusters, zero clusters and many unallocated ones."""
     result: dict[int, bytes | int] = {}
     for table in chance.sample(range(tables), tables // 2):
         at = table * TABLE
@@ -63,7 +63,7 @@ def clusters(chance: random.Random, tables: int) -> dict[int, bytes | int]:
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_seeking_agrees_with_the_extents(seed: int) -> None:
-    """Over chains of images, bases longer and shorter, tables missing in some or in all."""
+    """For random chains, seeking finds the same ranges of data as the extents."""
     chance = random.Random(seed)
     sizes = [chance.randrange(3, 9) * TABLE * CLUSTER - 512 * chance.randrange(8) for _ in range(3)]
     images = [
@@ -84,7 +84,7 @@ async def test_seeking_agrees_with_the_extents(seed: int) -> None:
 
 @pytest.mark.expect_log("the image must be repaired")
 async def test_what_cannot_be_read_is_data() -> None:
-    """So that whoever copies the disk meets the error."""
+    """A bad entry counts as data, so that a copy meets its error."""
     image = build_image(3 * TABLE * CLUSTER, {0: b"a", 5: 777, 2 * TABLE: b"c"})
     put_entry(image, header_of(image).l1_table_offset + 8, 999)
     async with opened(MemoryFile(image)) as disk:
@@ -96,17 +96,17 @@ async def test_what_cannot_be_read_is_data() -> None:
 
 
 async def test_the_end_of_the_disk() -> None:
-    """Data up to it ends in a hole; there is nothing behind it."""
+    """The end of the disk is a hole, and past it there is nothing."""
     image = build_image(CLUSTER + 512, {1: b"x"})
     async with opened(MemoryFile(image)) as disk:
         assert await disk.next_hole(CLUSTER + 100) == CLUSTER + 512
         assert await disk.next_data(CLUSTER + 512) is None
 
 
-async def test_scattered_clusters_are_looked_at_in_small_pieces(
+async def test_scattered_clusters_are_searched_in_small_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever a table holds, memory and the pause for other requests stay small."""
+    """A search through scattered clusters looks at a bounded number of entries per step."""
     length = 8 * TABLE
     image = build_image(length * CLUSTER, dict.fromkeys(range(0, length, 2), b"d"))
     places = [l2_entry_offset(image, number) for number in range(0, length, 2)]

@@ -1,4 +1,4 @@
-"""Many askers for one thing cause one fetch."""
+"""Concurrent requests for one key share one fetch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qedfuse.util.singleflight import SingleFlight
 
 
 async def test_askers_share_one_fetch() -> None:
-    """Who asks while a fetch is under way waits for it and does not fetch."""
+    """A request during a fetch of the same key waits for it and does not fetch."""
     flights: SingleFlight[str] = SingleFlight()
     go = trio.Event()
     fetched = 0
@@ -34,7 +34,7 @@ async def test_askers_share_one_fetch() -> None:
 
 
 async def test_other_keys_do_not_wait() -> None:
-    """Fetches of different keys run at the same time."""
+    """Fetches of different keys run concurrently."""
     flights: SingleFlight[int] = SingleFlight()
     go = trio.Event()
     running = 0
@@ -53,7 +53,7 @@ async def test_other_keys_do_not_wait() -> None:
 
 
 async def test_next_asker_fetches_again() -> None:
-    """Nothing is remembered once a fetch has ended."""
+    """A request after the end of a fetch fetches again."""
     flights: SingleFlight[str] = SingleFlight()
     fetched = 0
 
@@ -67,7 +67,7 @@ async def test_next_asker_fetches_again() -> None:
 
 
 async def test_error_is_the_leader_s_alone() -> None:
-    """Those who waited for a fetch that failed do not get its error; they look again."""
+    """Tasks that waited for a failed fetch look again, and do not get its error."""
     flights: SingleFlight[str] = SingleFlight()
     go = trio.Event()
     waited: list[bool] = []
@@ -93,7 +93,7 @@ async def test_error_is_the_leader_s_alone() -> None:
 
 
 async def test_cancelled_leader_wakes_the_others() -> None:
-    """Who waits for a leader that is cancelled does not wait for ever."""
+    """A cancelled fetch wakes the tasks that wait for it."""
     flights: SingleFlight[str] = SingleFlight()
     outcome: list[bool] = []
 

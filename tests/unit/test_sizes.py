@@ -28,7 +28,7 @@ from qedfuse.util.sizes import format_size, parse_size
     ],
 )
 def test_parse(text: str, expected: int) -> None:
-    """Binary suffixes of either case, with or without the unit's name."""
+    """Binary suffixes of either case are parsed, with or without the unit."""
     assert parse_size(text) == expected
 
 
@@ -41,7 +41,7 @@ def test_parse(text: str, expected: int) -> None:
     ],
 )
 def test_parse_refuses(text: str) -> None:
-    """Anything else is a usage error in one line that shows what was found."""
+    """Any other text is a usage error in one line that shows it."""
     with pytest.raises(UsageError, match=r"^size: found .*, expected a number of bytes") as caught:
         parse_size(text)
     assert "\n" not in str(caught.value)
@@ -62,12 +62,12 @@ def test_parse_refuses(text: str) -> None:
     ],
 )
 def test_format(size: int, expected: str) -> None:
-    """The largest unit that leaves at least one."""
+    """A size is shown in the largest unit that gives at least one."""
     assert format_size(size) == expected
 
 
 @given(st.integers(1, 1023), st.sampled_from(["", "K", "M", "G", "T", "P", "E"]))
 def test_what_is_written_reads_back(number: int, unit: str) -> None:
-    """A whole number of units survives writing and reading."""
+    """A whole number of units is parsed from what was formatted."""
     size = parse_size(f"{number}{unit}")
     assert parse_size(format_size(size).replace(" ", "").removesuffix("ytes")) == size

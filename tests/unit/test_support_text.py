@@ -19,7 +19,7 @@ LONG = "".join(f"{number}\n" for number in range(25_000))
     ],
 )
 def test_the_first_difference_is_shown(found: str, expected: str) -> None:
-    """It is one short line, however long the texts are and however much differs."""
+    """The first different line is shown in one short line, whatever the length of the texts."""
     assert_same_lines(LONG, LONG)
     with pytest.raises(pytest.fail.Exception) as caught:
         assert_same_lines(found, LONG)

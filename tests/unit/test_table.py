@@ -1,4 +1,4 @@
-"""Table entries: to bytes and back, and cut into runs."""
+"""Table entries: conversion to bytes and back, and splitting into runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ tables = st.lists(entry_values, max_size=60)
 
 @given(tables)
 def test_entries_are_little_endian(values: list[int]) -> None:
-    """Bytes and entries are each other's counterpart, as struct has it."""
+    """Entries are encoded as little-endian 64-bit numbers and decode to the same values."""
     raw = struct.pack(f"<{len(values)}Q", *values)
     entries = decode(raw)
     assert list(entries) == values
@@ -34,7 +34,7 @@ def test_entries_are_little_endian(values: list[int]) -> None:
 
 @given(tables, st.data())
 def test_part_of_a_table(values: list[int], data: st.DataObject) -> None:
-    """A part is encoded alone and leaves the table as it is."""
+    """A part of a table is encoded without changing the table."""
     first = data.draw(st.integers(0, len(values)))
     last = data.draw(st.integers(first, len(values)))
     entries = array("Q", values)
@@ -43,7 +43,7 @@ def test_part_of_a_table(values: list[int], data: st.DataObject) -> None:
 
 
 def test_hosts_of_the_other_byte_order_swap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a big-endian host entries are swapped, in a copy."""
+    """On a big-endian host entries are swapped in a copy."""
     monkeypatch.setattr(table, "_BIG_ENDIAN", sys.byteorder == "little")
     assert list(decode(b"\1\2\3\4\5\6\7\x08")) == [int.from_bytes(b"\1\2\3\4\5\6\7\x08", "big")]
     entries = array("Q", [1, 2, 3])
@@ -52,7 +52,7 @@ def test_hosts_of_the_other_byte_order_swap(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_part_of_an_entry_is_refused() -> None:
-    """A table never ends within an entry; whoever cuts it so has made a mistake."""
+    """Bytes that end within an entry are refused."""
     with pytest.raises(ValueError, match="not a multiple"):
         decode(bytes(9))
 
@@ -74,7 +74,7 @@ def model_runs(values: list[int], first: int, last: int) -> list[tuple[int, int,
 
 @given(tables, st.data())
 def test_runs_agree_with_a_plain_model(values: list[int], data: st.DataObject) -> None:
-    """Each run is as long as it can be, and together they cover the range."""
+    """Runs are as long as possible and cover the range, as in a plain model."""
     first = data.draw(st.integers(0, len(values)))
     last = data.draw(st.integers(first, len(values)))
     assert list(runs(array("Q", values), first, last, SIZE)) == model_runs(values, first, last)
@@ -87,7 +87,7 @@ def test_runs_agree_with_a_plain_model(values: list[int], data: st.DataObject) -
 def test_long_runs_agree_with_a_plain_model(
     parts: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Long holes, which are skipped in steps, end where they end."""
+    """Long holes, which are skipped in steps, end where they do in a plain model."""
     values: list[int] = []
     for value, count in parts:
         values += [value] * count if value <= 1 else range(SIZE, (count + 1) * SIZE, SIZE)
@@ -98,7 +98,7 @@ def test_long_runs_agree_with_a_plain_model(
 
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2047, 2048, 2049])
 def test_holes_around_the_step(length: int) -> None:
-    """A hole of about the length that is skipped at once."""
+    """Holes of about the length of a step end where they do in a plain model."""
     entries = array("Q", [SIZE, *[0] * length, SIZE])
     expected = [(0, 1, SIZE), (1, length, 0), (length + 1, 1, SIZE)]
     assert list(runs(entries, 0, length + 2, SIZE)) == expected

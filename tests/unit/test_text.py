@@ -1,4 +1,4 @@
-"""Names are shown as they are, unless showing them would do something."""
+"""Names are shown unchanged, unless showing them could affect a terminal or a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qedfuse.text import printable
 
 @pytest.mark.parametrize("name", ["vm.qed", "a b.qed", "Grüße.qed", "C:\\disk.qed", "", "日本.qed"])
 def test_ordinary_names_stay(name: str) -> None:
-    """What is harmless is not touched, backslashes included."""
+    """Ordinary names are unchanged, backslashes included."""
     assert printable(name) == name
 
 
@@ -33,18 +33,18 @@ def test_ordinary_names_stay(name: str) -> None:
     ],
 )
 def test_dangerous_names_are_escaped(name: str | bytes | Path, shown: str) -> None:
-    """Control characters, turns of direction and bytes that are no text come out as escapes."""
+    """Control characters, direction marks and undecodable bytes are escaped."""
     assert printable(name) == shown
 
 
 @given(st.binary())
 def test_any_bytes_make_one_line(name: bytes) -> None:
-    """Whatever a directory holds, the result prints as one line."""
+    """Any file name is shown in one line."""
     assert printable(name).isprintable()
 
 
 @given(st.binary(), st.binary())
 def test_different_names_stay_different(one: bytes, other: bytes) -> None:
-    """Two files are never shown under one name, except for one that looks like an escape."""
+    """Different names are shown differently, unless one looks like an escape."""
     if "\\" not in os.fsdecode(one) + os.fsdecode(other):
         assert (printable(one) == printable(other)) == (os.fsdecode(one) == os.fsdecode(other))

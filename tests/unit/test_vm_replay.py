@@ -1,4 +1,4 @@
-"""What a power cut leaves of a disk, made from the log of its drive (`tests.vm.replay`)."""
+"""What a power cut leaves of a disk, rebuilt from the log of its drive (`tests.vm.replay`)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Log:
 
 
 def test_what_was_flushed_is_there_and_the_rest_is_there_or_not(tmp_path: Path) -> None:
-    """Sector by sector, in many cuts; a mark counts only if it came before the cut."""
+    """A cut keeps all flushed sectors, and any subset of those written since."""
     log = Log()
     log.write(8, b"a" * 2 * SECTOR)
     log.write(0, b"", FLUSH)
@@ -79,7 +79,7 @@ def test_what_was_flushed_is_there_and_the_rest_is_there_or_not(tmp_path: Path) 
 
 
 def test_a_log_that_ends_in_the_midst_of_an_entry_ends_before_it(tmp_path: Path) -> None:
-    """The plug may be pulled while the log is being written."""
+    """A log that ends within an entry is read up to that entry."""
     log = Log()
     log.write(8, b"a" * SECTOR)
     log.content += struct.pack("<QQQQ", 8, 1 << 30, 0, 0)
@@ -88,7 +88,7 @@ def test_a_log_that_ends_in_the_midst_of_an_entry_ends_before_it(tmp_path: Path)
 
 
 def test_a_cut_before_the_workload_is_refused(tmp_path: Path) -> None:
-    """It would show nothing, as would a file that is no log."""
+    """A cut before the workload, and a file that is no log, are refused."""
     log = Log()
     del log.content[SECTOR:]
     with pytest.raises(ValueError, match="before the workload"):

@@ -1,4 +1,4 @@
-"""Flushing: what it costs, who shares a round, and what a failure does (D2, D4, D7)."""
+"""Flushes: their number of host calls, shared cycles, and failures (D2, D4, D7)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZE = 4 * SPAN
 
 
 def table_writes(file: RecordingFile, tables: int = 3 * CLUSTER) -> list[int]:
-    """List the places of the writes to the L1 table and the first L2 table."""
+    """Return the offsets of the writes to the L1 table and the first L2 table."""
     return [
         change.offset
         for change in file.changes
@@ -43,7 +43,7 @@ def table_writes(file: RecordingFile, tables: int = 3 * CLUSTER) -> list[int]:
 
 
 async def test_allocations_write_no_tables(autojump_clock: MockClock) -> None:
-    """D4: many new clusters cost a few table writes at the flush, not one each."""
+    """Many new clusters cost a few table writes at the flush, not one each (D4)."""
     file = RecordingFile(build_image(SIZE))
     async with opened(file, options=replace(WRITABLE, commit_seconds=5.0)) as disk:
         for number in range(400):
@@ -60,7 +60,7 @@ async def test_allocations_write_no_tables(autojump_clock: MockClock) -> None:
 
 
 async def test_dirty_tables_are_written_when_they_exceed_their_budget() -> None:
-    """Memory for changed tables is bounded without any flush by the guest."""
+    """Dirty tables are written back when they exceed their budget, without a flush."""
     file = RecordingFile(build_image(64 * SPAN))
     options = replace(WRITABLE, cache_bytes=16 * CLUSTER)
     async with opened(file, options=options) as disk:
@@ -71,8 +71,8 @@ async def test_dirty_tables_are_written_when_they_exceed_their_budget() -> None:
     assert inspect_image(file.content).errors == ()
 
 
-async def test_round_costs_one_datasync_for_each_step_with_work() -> None:
-    """D2: a datasync after the data, after the L2 entries, after the L1 entries; no more."""
+async def test_cycle_costs_one_datasync_for_each_step_with_work() -> None:
+    """A cycle has one datasync each after data, L2 and L1 entries that were written (D2)."""
     file = RecordingFile(build_image(SIZE, {0: b"a"}))
     async with opened(file) as disk:
         for write, cost in (
@@ -88,8 +88,8 @@ async def test_round_costs_one_datasync_for_each_step_with_work() -> None:
             assert file.counts["datasync"] - before == cost, "nothing new, nothing to do"
 
 
-async def test_order_within_a_round() -> None:
-    """Data, sync, L2, sync, L1, sync."""
+async def test_order_within_a_cycle() -> None:
+    """A cycle writes data, datasync, L2 entries, datasync, L1 entries, datasync."""
     file = RecordingFile(build_image(SIZE))
     async with opened(file) as disk:
         await disk.write(0, b"data")
@@ -103,8 +103,8 @@ async def test_order_within_a_round() -> None:
     assert kinds == ["sync", 2, "sync", 1, "sync"]
 
 
-async def test_concurrent_flushes_share_a_round() -> None:
-    """Callers that come while a round is under way all share the next one."""
+async def test_concurrent_flushes_share_a_cycle() -> None:
+    """All flushes that come during a cycle share the next one."""
     recording = RecordingFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
@@ -122,8 +122,8 @@ async def test_concurrent_flushes_share_a_round() -> None:
         assert disk.statistics().writeback.cycles == 2
 
 
-async def test_joined_round_with_nothing_left_to_do() -> None:
-    """Whoever waited for a round that covered everything costs no further datasync."""
+async def test_joined_cycle_with_nothing_left_to_do() -> None:
+    """A flush that a running cycle covers completely costs no further datasync."""
     recording = RecordingFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
@@ -139,8 +139,8 @@ async def test_joined_round_with_nothing_left_to_do() -> None:
     assert recording.closed
 
 
-async def test_write_during_a_round_is_not_taken_for_durable() -> None:
-    """What is written while a round runs needs a round of its own."""
+async def test_write_during_a_cycle_is_not_taken_for_durable() -> None:
+    """A write during a cycle is made durable by the next one."""
     recording = RecordingFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(recording)
     async with opened(file) as disk, trio.open_nursery() as nursery:
@@ -170,7 +170,7 @@ async def flush_error(disk: Disk, errors: list[HostError]) -> None:
 @pytest.mark.expect_log("read-only from now on")
 @pytest.mark.parametrize("nth", [1, 2, 3])
 async def test_failed_datasync_ends_writing(nth: int) -> None:
-    """D7: reported to all who wait; then read-only with a reason; NEED_CHECK stays."""
+    """A failed datasync fails all waiting flushes and ends writing; NEED_CHECK stays (D7)."""
     recording = RecordingFile(build_image(SIZE))
     file = FailingFile(recording)
     errors: list[HostError] = []
@@ -201,8 +201,8 @@ async def test_failed_datasync_ends_writing(nth: int) -> None:
 
 
 @pytest.mark.expect_log("read-only from now on")
-async def test_joiners_of_a_failed_round_get_its_error() -> None:
-    """A flush that shares a round shares its failure."""
+async def test_joiners_of_a_failed_cycle_get_its_error() -> None:
+    """All flushes that share a failed cycle raise its error."""
     recording = RecordingFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(recording)
     errors: list[HostError] = []
@@ -225,7 +225,7 @@ async def test_joiners_of_a_failed_round_get_its_error() -> None:
 @pytest.mark.parametrize("number", [28, 5])
 @pytest.mark.parametrize("short", [0, 4])
 async def test_failed_table_write_is_reported_and_tried_again(number: int, short: int) -> None:
-    """Not a datasync: the tables stay in memory and the next flush writes them."""
+    """After a failed table write the tables stay dirty, and the next flush writes them."""
     recording = RecordingFile(build_image(SIZE))
     file = FailingFile(recording)
     async with opened(file) as disk:
@@ -253,7 +253,7 @@ async def test_failed_table_write_is_reported_and_tried_again(number: int, short
 async def test_background_failure_is_reported_to_the_next_flush(
     autojump_clock: MockClock,
 ) -> None:
-    """A write-back that nobody waited for is not forgotten."""
+    """A failure of the background write-back is raised by the next flush."""
     recording = RecordingFile(build_image(SIZE))
     file = FailingFile(recording)
     async with opened(file, options=replace(WRITABLE, commit_seconds=2.0)) as disk:
@@ -270,7 +270,7 @@ async def test_background_failure_is_reported_to_the_next_flush(
 
 @pytest.mark.parametrize("step", range(8))
 async def test_cancelled_flush(step: int) -> None:
-    """A flush that is cancelled harms nobody: not those who share it, not the tables."""
+    """A cancelled flush affects neither the flushes that share its cycle nor the tables."""
     recording = RecordingFile(build_image(SIZE))
     async with opened(recording) as disk:
         await disk.write(0, b"data")
@@ -290,7 +290,7 @@ async def test_cancelled_flush(step: int) -> None:
 
 
 async def test_closing_beside_the_background_flush(autojump_clock: MockClock) -> None:
-    """A flush by the timer that waits for a caller's round finds its file still open."""
+    """A background flush that waits for another cycle ends before the file is closed."""
     recording = RecordingFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(recording)
     async with opened(file, options=replace(WRITABLE, commit_seconds=1.0)) as disk:
@@ -305,7 +305,7 @@ async def test_closing_beside_the_background_flush(autojump_clock: MockClock) ->
 
 @pytest.mark.expect_log("the disk is read-only from now on")
 async def test_each_failed_flush_raises_an_error_of_its_own() -> None:
-    """Raised again, an exception would collect a traceback for every flush of the disk's life."""
+    """Each failed flush raises its own copy of the error, without the tracebacks of others."""
     inner = MemoryFile(build_image(SIZE, {0: b"x"}))
     file = FailingFile(inner)
     raised: list[HostError] = []
@@ -347,7 +347,7 @@ async def test_each_failed_flush_raises_an_error_of_its_own() -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_can_be_raised_again(error: QedError) -> None:
-    """A copy says and is the same, and has no traceback yet."""
+    """A copy of an error has the same message and attributes, and no traceback."""
     with pytest.raises(type(error)):
         raise error
     again = error.again()

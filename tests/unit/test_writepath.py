@@ -29,7 +29,7 @@ BASE = bytes([0xAA]) * (8 * CLUSTER)
 
 @pytest.mark.parametrize("flushed", [True, False])
 async def test_small_write_into_zero_cluster_keeps_the_rest_zero(*, flushed: bool) -> None:
-    """Around a write into a zero cluster there are zeros, not what the base has."""
+    """A small write into a zero cluster is surrounded by zeros, not by the base."""
     file = MemoryFile(build_image(8 * CLUSTER, {2: ZERO, 3: b"data"}, backing=b"base"))
     async with opened(file, [BASE]) as disk:
         await disk.write(2 * CLUSTER + 1024, b"x" * 512)
@@ -45,7 +45,7 @@ async def test_small_write_into_zero_cluster_keeps_the_rest_zero(*, flushed: boo
 
 
 async def test_small_write_into_reused_cluster_shows_nothing_old() -> None:
-    """A cluster that was given back unused is written whole when it is handed out again."""
+    """A cluster that is used again is written whole, and shows no old bytes."""
     inner = MemoryFile(build_image(8 * CLUSTER))
     file = FailingFile(inner)
     async with opened(file) as disk:
@@ -60,7 +60,7 @@ async def test_small_write_into_reused_cluster_shows_nothing_old() -> None:
 
 
 async def test_contiguous_run_is_one_host_write() -> None:
-    """A request over many new clusters is one host write, and so is a rewrite of it."""
+    """A write to many new clusters, and its repetition, are one host write each."""
     file = RecordingFile(build_image(64 * CLUSTER))
     async with opened(file) as disk:
         await disk.write(0, pattern(32 * CLUSTER, 1))
@@ -72,7 +72,7 @@ async def test_contiguous_run_is_one_host_write() -> None:
 
 
 async def test_copy_on_write_takes_the_rest_from_the_chain() -> None:
-    """Partial clusters are filled up from the base, and its short end with zeros."""
+    """Around a small write a new cluster has the bytes of the base, and zeros past its end."""
     base = pattern(2 * CLUSTER + 700, 3)
     file = MemoryFile(build_image(4 * CLUSTER, backing=b"base"))
     async with opened(file, [base]) as disk:
@@ -87,7 +87,7 @@ async def test_copy_on_write_takes_the_rest_from_the_chain() -> None:
 
 
 async def test_short_base_in_the_middle_of_a_chain() -> None:
-    """Past the end of a layer its own base does not show through: there are zeros."""
+    """Past the end of a layer the disk reads as zeros, not as the layers below."""
     bottom = bytes([7]) * (8 * CLUSTER)
     middle = build_image(3 * CLUSTER + 512, {1: ZERO}, backing=b"bottom")
     file = MemoryFile(build_image(6 * CLUSTER, {0: b"top"}, backing=b"middle"))
@@ -106,8 +106,8 @@ async def test_short_base_in_the_middle_of_a_chain() -> None:
     ]
 
 
-async def test_extents_without_a_base_tell_unallocated() -> None:
-    """Unallocated and zero are told apart; neighbours that are stored as one are one."""
+async def test_extents_without_a_base_distinguish_unallocated() -> None:
+    """Unallocated and zero extents are distinguished, and equal adjacent ones are joined."""
     file = MemoryFile(build_image(6 * CLUSTER, {1: b"a", 2: b"b", 4: ZERO}), writable=False)
     async with opened(file) as disk:
         extents = await disk.extents(0, 1 << 40)
@@ -121,7 +121,7 @@ async def test_extents_without_a_base_tell_unallocated() -> None:
 
 
 async def test_end_of_the_disk() -> None:
-    """Reads and writes are cut at the end; a write wholly past it says that there is no room."""
+    """Reads and writes are cut at the end of the disk, and a write past it raises NoSpaceError."""
     size = 2 * CLUSTER + 512
     file = MemoryFile(build_image(size))
     async with opened(file) as disk:
@@ -135,8 +135,8 @@ async def test_end_of_the_disk() -> None:
         assert await disk.extents(size, 10) == []
 
 
-async def test_disk_of_no_size() -> None:
-    """A disk of size 0 opens, reads nothing, takes nothing, and can grow."""
+async def test_disk_of_size_zero() -> None:
+    """A disk of size 0 opens, reads nothing, refuses writes, and can grow."""
     file = MemoryFile(build_image(0))
     async with opened(file) as disk:
         assert disk.size == 0
@@ -150,7 +150,7 @@ async def test_disk_of_no_size() -> None:
 
 
 async def test_read_only_disk_is_never_written() -> None:
-    """A disk that is open read-only refuses changes and leaves the file as it is."""
+    """A read-only disk refuses changes, and its file is unchanged."""
     image = build_image(4 * CLUSTER, {0: b"a"}, features=2, autoclear=5, compat=9)
     file = RecordingFile(image, writable=False)
     async with opened(file) as disk:
@@ -164,7 +164,7 @@ async def test_read_only_disk_is_never_written() -> None:
 
 
 async def test_many_writers_into_one_new_cluster() -> None:
-    """Writes at once into one new cluster all survive, whatever the order."""
+    """Concurrent writes into one new cluster all survive, in any order."""
     file = MemoryFile(build_image(4 * CLUSTER, backing=b"base"))
     async with opened(file, [BASE]) as disk, trio.open_nursery() as nursery:
         for number in range(64):
@@ -179,7 +179,7 @@ async def test_many_writers_into_one_new_cluster() -> None:
 
 
 async def test_many_writers_that_need_one_new_table() -> None:
-    """Writes at once that all need the same new L2 table make one."""
+    """Concurrent writes that need the same new L2 table make one."""
     file = MemoryFile(build_image(512 * CLUSTER))
     async with opened(file) as disk, trio.open_nursery() as nursery:
         for number in range(40):
@@ -192,7 +192,7 @@ async def test_many_writers_that_need_one_new_table() -> None:
 
 @pytest.mark.parametrize("step", range(14))
 async def test_cancelled_write_leaves_a_consistent_disk(step: int) -> None:
-    """A write that is cancelled at any of its steps has written sectors wholly or not at all."""
+    """A write cancelled at any step has written each sector completely or not at all."""
     image = build_image(1024 * CLUSTER, {0: b"a" * CLUSTER}, backing=b"base")
     file = MemoryFile(image)
     base = bytes([0xAA]) * (1024 * CLUSTER)
@@ -219,7 +219,7 @@ async def test_cancelled_write_leaves_a_consistent_disk(step: int) -> None:
 
 
 async def test_cache_smaller_than_a_slice() -> None:
-    """With a budget of nothing, tables are read again and again, and all is right."""
+    """With a cache budget of 0, requests are correct."""
     file = MemoryFile(build_image(2048 * CLUSTER))
     options = replace(WRITABLE, cache_bytes=0)
     expected = bytearray(2048 * CLUSTER)
@@ -239,7 +239,7 @@ async def test_cache_smaller_than_a_slice() -> None:
 
 
 async def test_new_table_where_old_bytes_are() -> None:
-    """A table that is put where a write failed before is emptied first."""
+    """A new table over old bytes is zeroed first."""
     size = 1024 * CLUSTER
     inner = MemoryFile(build_image(size))
     file = FailingFile(inner)
@@ -257,7 +257,7 @@ async def test_new_table_where_old_bytes_are() -> None:
 
 
 async def test_base_is_not_copied_past_the_end_of_the_disk() -> None:
-    """The last cluster has zeros behind the disk's end: it may grow one day."""
+    """The last cluster has zeros past the end of the disk."""
     size = 2 * CLUSTER + 512
     file = MemoryFile(build_image(size, backing=b"base"))
     async with opened(file, [BASE]) as disk:
@@ -269,7 +269,7 @@ async def test_base_is_not_copied_past_the_end_of_the_disk() -> None:
 
 
 async def test_what_no_layer_has_is_zero_with_a_base() -> None:
-    """Over a base, a range that nobody stores is told as zeros, not as showing through."""
+    """Over a base, a range that no layer has is reported as zeros."""
     bottom = build_image(4 * CLUSTER, {1: b"bottom"})
     file = MemoryFile(build_image(4 * CLUSTER, backing=b"bottom"), writable=False)
     async with opened(file, [bottom]) as disk:
