@@ -1,4 +1,4 @@
-"""The check: walk from the L1 table to every data cluster, and count what refers to what."""
+"""The check: read all tables, and count the references to each cluster of the file."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 _MIN_SUSPICIOUS_LEAKS: Final = 16
-"""More leaked clusters than this, and more than are in use, suggest a wrong cluster size."""
-
+"""More leaked clusters than this, and more than twice those in use, suggest a bad header."""
 
 _MAX_RUNS_SHOWN: Final = 3
-"""Runs of leaked clusters that are named."""
+"""Runs of leaked clusters whose offsets the message about them has."""
 
 _RUNS_PER_STEP: Final = 1 << 12
-"""Listed runs that are handled before other tasks get a turn."""
+"""Runs of the free list that are marked before other tasks run."""
 
 _MAX_BATCHED_RUN_CLUSTERS: Final = 64
-"""Listed runs of up to this many clusters are handled together."""
+"""Runs of the free list of up to this length are marked together, cluster by cluster."""
 
 
 async def check_image(
@@ -49,22 +48,22 @@ async def check_image(
     Args:
         file: The image.
         header: Its header.
-        progress: Called with the number of L2 tables read so far and in all.
+        progress: Called with the number of L2 tables that were read, and of all.
 
     Raises:
         HostError: The host cannot read the file.
         NeedsCheckError: The file is too large to be checked in bounded memory.
     """
-    walk = _Checker(file, header)
-    await walk.read_l1()
-    await walk.read_free_list()
-    await walk.read_l2(progress or (lambda _done, _total: None))
-    await walk.claim_free_list()
-    return walk.report()
+    checker = _Checker(file, header)
+    await checker.read_l1()
+    await checker.read_free_list()
+    await checker.read_l2(progress or (lambda _done, _total: None))
+    await checker.claim_free_list()
+    return checker.report()
 
 
 class _Checker:
-    """One check under way."""
+    """One check of one image; the steps are in the order of `check_image`."""
 
     def __init__(self, file: HostFile, header: Header) -> None:
         self._file = file
@@ -73,21 +72,21 @@ class _Checker:
         size = file.size()
         self._classifier = EntryClassifier(header, size)
         self._clusters = size >> self._geometry.cluster_bits
-        # A cluster that the end of the file cuts off counts too: an entry may point to it.
+        # Includes a cluster that the end of the file cuts short: an entry may point to it.
         self._owners = OwnerBitmap(self._geometry.clusters(size), file.name)
-        # L1 indices and file offsets of the tables to read.
+        # L1 indices and file offsets of the tables to read, in the order of the disk.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._free_list: FreeList | None = None
-        # Clusters in the list that `_owners` has not been told of.
+        # Clusters of the free list that are not marked in `_owners`.
         self._unclaimed_clusters = 0
         self._findings = FindingCollector()
-        for oddity in header_notes(header, size, file.name):
-            self._findings.add(oddity)
+        for note in header_notes(header, size, file.name):
+            self._findings.add(note)
         self._allocated = 0
         self._fragmented = 0
 
     async def read_l1(self) -> None:
-        """Find the L2 tables, and mark the clusters of all tables as used."""
+        """Find the L2 tables, and mark the clusters of the header and of all tables as owned."""
         header, geometry = self._header, self._geometry
         bits = geometry.cluster_bits
         self._owners.claim_range(0, header.header_end >> bits)
@@ -99,14 +98,14 @@ class _Checker:
             self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past)
         order = np.lexsort((indices, tables))
         indices, tables = indices[order], tables[order]
-        losers = await overlapping(tables, geometry.table_bytes)
-        self._report_overlaps(indices[losers], tables[losers])
-        indices, tables = indices[~losers], tables[~losers]
+        overlap = await overlapping(tables, geometry.table_bytes)
+        self._report_overlaps(indices[overlap], tables[overlap])
+        indices, tables = indices[~overlap], tables[~overlap]
         self._classifier = self._classifier.with_tables(tables)
         await claim_tables(self._owners, tables, geometry)
         held = await holding_data(self._file, tables, geometry.table_bytes)
         indices, tables = indices[held], tables[held]
-        # In the order of the disk: of two owners of a cluster the first is taken for right.
+        # In the order of the disk: of two owners of a cluster the first keeps it.
         order = np.argsort(indices)
         self._tables = (indices[order], tables[order])
 
@@ -117,7 +116,7 @@ class _Checker:
         self._report_entries(code, "L1 entry", first, values, mask, self._geometry.table_span)
 
     def _report_overlaps(self, indices: NDArray[np.int64], tables: NDArray[np.uint64]) -> None:
-        """Report tables that share clusters with another; the one that begins first stays."""
+        """Report tables that overlap one that begins before them in the file."""
         code, span = Code.TABLE_OVERLAP, self._geometry.table_span
         remaining = self._findings.remaining(code)
         kept = zip(indices[:remaining].tolist(), tables[:remaining].tolist(), strict=True)
@@ -126,7 +125,7 @@ class _Checker:
         self._findings.count_only(code, len(indices[remaining:]))
 
     async def read_free_list(self) -> None:
-        """Read the list of free clusters, if there is one, and judge it by itself."""
+        """Read the free list if the image has one, and report an invalid one."""
         if self._header.free_list:
             try:
                 tables = self._classifier.tables
@@ -135,18 +134,18 @@ class _Checker:
                 self._findings.add(Finding(Code.FREE_LIST_BAD, str(error)))
 
     async def claim_free_list(self) -> None:
-        """Count the listed clusters as accounted for."""
+        """Mark the clusters of the free list as owned, so that they do not count as leaked."""
         if self._free_list is None:
             return
         if self._clusters > MAX_BITMAP_CLUSTERS:
-            # Far more may be listed than can be kept one by one.
+            # The bitmap does not keep single clusters of so large a file: use the sum.
             self._unclaimed_clusters = self._free_list.clusters
             return
         for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):
             runs = self._free_list.runs[start : start + _RUNS_PER_STEP]
-            short = runs[:, 1] <= _MAX_BATCHED_RUN_CLUSTERS
-            self._owners.claim(expand_runs(runs[short]))
-            for first, count in runs[~short].tolist():
+            is_short = runs[:, 1] <= _MAX_BATCHED_RUN_CLUSTERS
+            self._owners.claim(expand_runs(runs[is_short]))
+            for first, count in runs[~is_short].tolist():
                 self._owners.claim_range(first, first + count)
             await trio.lowlevel.checkpoint()
 
@@ -154,8 +153,8 @@ class _Checker:
         """Check every entry of every L2 table."""
         geometry = self._geometry
         size = geometry.cluster_size
-        places = zip(*map(np.ndarray.tolist, self._tables), strict=True)
-        for done, (l1_index, table) in enumerate(places):
+        tables = zip(*map(np.ndarray.tolist, self._tables), strict=True)
+        for done, (l1_index, table) in enumerate(tables):
             progress(done, len(self._tables[0]))
             label = f"L1 entry {l1_index}: L2 entry"
             start = l1_index * geometry.table_span
@@ -180,9 +179,14 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], expected: int) -> int:
-        """Count the clusters that do not follow the one before; give what would come next.
+        """Count the clusters that do not follow the one before them in the file.
 
-        ``expected`` is 0 at the beginning of a table.
+        Args:
+            values: Offsets of clusters.
+            expected: The offset that would follow the one before; 0 if there is none.
+
+        Returns:
+            The offset that follows the last one.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented += int(np.count_nonzero(values[1:] - values[:-1] != size))
@@ -197,7 +201,7 @@ class _Checker:
         good: NDArray[np.bool_],
         start: int,
     ) -> None:
-        """Report good entries whose clusters are listed as free."""
+        """Report valid entries whose clusters are in the free list."""
         if self._free_list is not None:
             clusters = values >> np.uint64(self._geometry.cluster_bits)
             mask = good & self._free_list.contains(clusters)
@@ -207,7 +211,7 @@ class _Checker:
             )
 
     def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
-        """Note entries for guest offsets that the disk does not have."""
+        """Report how many entries are for guest offsets past the end of the disk."""
         geometry = self._geometry
         inside = self._header.image_size - l1_index * geometry.table_span
         if 0 < inside < geometry.table_span:
@@ -229,17 +233,23 @@ class _Checker:
         size: int,
         start: int = 0,
     ) -> None:
-        """Report the marked entries of a slice that begins at index ``first``.
+        """Report the entries of a slice that have an error.
 
-        Each entry describes ``size`` bytes of the disk; the table's first one those
-        from guest offset ``start`` on.
+        Args:
+            code: The error.
+            label: What messages call the table.
+            first: Index of the first entry of the slice.
+            values: The entries of the slice.
+            mask: Which of them have the error.
+            size: Bytes of the disk that each entry describes.
+            start: Guest offset that the first entry of the table describes.
         """
         where = np.flatnonzero(mask)
         remaining = self._findings.remaining(code)
-        for place in where[:remaining]:
-            index = first + int(place)
-            where_on_disk = start + index * size
-            self._report_entry(code, f"{label} {index}", int(values[place]), where_on_disk, size)
+        for at in where[:remaining].tolist():
+            index = first + at
+            guest_start = start + index * size
+            self._report_entry(code, f"{label} {index}", int(values[at]), guest_start, size)
         self._findings.count_only(code, len(where[remaining:]))
 
     def _report_entry(self, code: Code, label: str, value: int, start: int, size: int) -> None:
@@ -250,17 +260,17 @@ class _Checker:
         self._findings.add(Finding(code, text, value, start, size))
 
     def report(self) -> CheckReport:
-        """Count the leaks and sum up."""
-        # The cluster that the end of the file cuts off has an owner but is no whole cluster.
+        """Count the leaked clusters, and return all findings."""
+        # A cluster that the end of the file cuts short has an owner, but is no whole cluster.
         owned = self._owners.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
         leaked = max(0, self._clusters - owned - self._unclaimed_clusters)
         if leaked:
             runs = self._owners.free_runs(self._clusters, _MAX_RUNS_SHOWN)
             size = self._geometry.cluster_size
-            places = ", ".join(f"{count} at {first * size}" for first, count in runs)
+            shown = ", ".join(f"{count} at {first * size}" for first, count in runs)
             text = (
                 f"{self._file.name}: found {leaked} clusters of {size} bytes that nothing refers "
-                f"to, expected none (the first: {places})"
+                f"to, expected none (the first: {shown})"
             )
             self._findings.add(Finding(Code.LEAKED_CLUSTERS, text, runs[0][0] * size), leaked)
         if leaked > max(_MIN_SUSPICIOUS_LEAKS, 2 * self._allocated):

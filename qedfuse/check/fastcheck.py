@@ -1,9 +1,9 @@
-"""A first look at an image: most are sound, and that can be said in an instant.
+"""The fast check: it confirms that an image is sound, or leaves it to the check.
 
 The check needs numpy and trio, which take longer to load than the tables of a full image of
-1 TiB take to be read.  So a small extension walks the tables first (`_sweep.c`).  It knows
-only "sound" and "perhaps not"; the latter goes to the check.  It is optional: where it could
-not be built everything is checked in the longer way, with the same outcome.
+1 TiB take to be read.  So a small C extension (`_sweep.c`) reads the tables first.  It
+answers "sound" or "unknown"; an image of the latter kind goes to the check.  The extension
+is optional: where it is missing the check does everything, with the same results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def _load() -> Sweep | None:
-    """Load the extension; None if it was not built."""
+    """Return the function of the extension; None if it was not built."""
     try:
         return importlib.import_module("qedfuse.check._sweep").sweep  # type: ignore[no-any-return]
     except ImportError:
@@ -39,25 +39,27 @@ _sweep = _load()
 
 
 def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckReport] | None:
-    """Check an image if it is sound and not in use; None if the check must say what it is.
+    """Check an image; return None if it must be left to the check.
 
-    With ``share`` it may be in use.
+    Args:
+        path: The image.
+        share: Read beside a program that writes to it.  Without, None for such an image.
 
     Returns:
-        The header, the file's length in bytes, and the report.
+        The header, the file's length in bytes, and the report of a sound image.
     """
-    # The tables are in the byte order of most machines.
+    # The extension reads little-endian tables without conversion.
     if _sweep is None or sys.byteorder != "little":
         return None
     try:
         with locked_descriptor(path, LockMode.to_read(share=share)) as fd:
-            return _look(fd, printable(path), _sweep)
+            return _check_open(fd, printable(path), _sweep)
     except (OSError, QedError):
         return None
 
 
-def _look(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckReport] | None:
-    """Check an open image."""
+def _check_open(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckReport] | None:
+    """Check an open image; return None if it must be left to the check."""
     header, size = read_header_of(fd, name)
     geometry = header.geometry
     if header.free_list or geometry.in_cluster(size):
@@ -75,8 +77,8 @@ def _look(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckReport] |
     if found is None or found[0] != clusters:
         return None
     notes = FindingCollector()
-    for oddity in header_notes(header, size, name):
-        notes.add(oddity)
+    for note in header_notes(header, size, name):
+        notes.add(note)
     report = CheckReport(
         tuple(notes.findings), dict(notes.counts), found[1], clusters, fragmented_clusters=found[2]
     )

@@ -1,4 +1,4 @@
-"""What a check found and a repair does, as data: text, JSON and exit codes are views of it."""
+"""The results of checks and repairs as data, from which text, JSON and exit codes are made."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 MAX_FINDINGS_PER_CODE: Final = 50
-"""Findings kept of each code; all are counted, but a hostile image could make billions."""
+"""Findings of each code that are kept; the others are only counted.  An image can have billions."""
 
 
 class Severity(enum.IntEnum):
     """How bad a finding is."""
 
     NOTE = 0
-    """Odd, but harmless."""
+    """Unusual, but harmless."""
     LEAK = 1
-    """Space in the file that nothing refers to."""
+    """Clusters of the file that no table refers to."""
     ERROR = 2
-    """Tables that contradict each other or the file: data is lost or in danger."""
+    """Tables that contradict each other or the file: data is lost, or will be overwritten."""
 
 
 class Code(enum.Enum):
-    """The kinds of findings; the value is the word for scripts."""
+    """The kinds of findings; the value is what scripts see."""
 
     L1_RESERVED_BITS = "l1-reserved-bits"
     L1_UNALIGNED = "l1-unaligned"
@@ -76,25 +76,25 @@ _NOTE_CODES: Final = frozenset(
 
 
 FREE_LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADICTED})
-"""Errors that are gone once the image's list of free clusters is dropped."""
+"""Errors of the persistent free list only; dropping the list removes them."""
 
 
 _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
-"""What is wrong with entries that refer to no cluster of the disk's data."""
+"""Errors of L2 entries that cannot refer to a data cluster."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong or odd; offsets and lengths in bytes.
+    """One error, leak or note; offsets and lengths in bytes.
 
     Attributes:
-        code: What kind of thing.
-        message: One line: what was found where, and what was expected.
-        file_offset: Where in the file.
-        guest_start: Where on the disk the damage shows, if it does.
-        guest_length: How much of the disk it affects.
+        code: Its kind.
+        message: One line: where it is, what was found, and what was expected.
+        file_offset: Offset in the file, or the invalid entry itself; None if there is none.
+        guest_start: Where the range of the disk begins that it affects; None if it affects none.
+        guest_length: Length of that range.
     """
 
     code: Code
@@ -111,15 +111,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """The outcome of a check.
+    """The result of a check.
 
     Attributes:
         findings: Up to `MAX_FINDINGS_PER_CODE` findings of each code.
-        counts: How many there were of each code; for leaks, how many clusters.
+        counts: Number of findings of each code; for leaks, the number of clusters.
         allocated_clusters: Data clusters that tables refer to.
         file_clusters: Clusters in the file.
-        listed_clusters: Free clusters in the image's list; None if it has no list that
-            can be read.  They are not leaked.
+        listed_clusters: Clusters in the persistent free list, which are not leaked; None if
+            the image has no valid list.
         fragmented_clusters: Data clusters that do not follow the one before them in
             their table.
     """
@@ -133,44 +133,43 @@ class CheckReport:
 
     @property
     def errors(self) -> int:
-        """How many findings are worse than leaks."""
+        """The number of findings that are errors."""
         return sum(
             number for code, number in self.counts.items() if code.severity is Severity.ERROR
         )
 
     @property
     def referenced_clusters(self) -> int:
-        """How many entries of tables refer to data, those included that cannot be right."""
+        """The number of L2 entries that hold an offset, valid or not."""
         return self.allocated_clusters + sum(self.counts.get(code, 0) for code in _INVALID_L2_CODES)
 
     @property
     def table_errors(self) -> int:
-        """How many of the errors are not just about the list of free clusters."""
+        """The number of errors that are not only about the persistent free list."""
         return self.errors - sum(self.counts.get(code, 0) for code in FREE_LIST_CODES)
 
     @property
     def leaks(self) -> int:
-        """How many clusters nothing refers to."""
+        """The number of clusters that nothing refers to."""
         return self.counts.get(Code.LEAKED_CLUSTERS, 0)
 
     @property
     def is_implausible(self) -> bool:
-        """Whether the tables seem not to be those of the image.
+        """Whether what was read as tables is probably something else.
 
-        One flipped bit in the header makes other bytes look like tables: then nearly
-        everything in the file seems to be leaked, and the guest's data seems to be bad
-        entries.
+        One flipped bit in the header makes other bytes of the file look like tables.  Then
+        nearly all clusters seem to be leaked, and the guest's data are read as entries.
         """
         suspicious = not self.allocated_clusters or Code.MOSTLY_LEAKED in self.counts
         return suspicious and bool(self.errors or self.leaks)
 
     @property
     def worst_severity(self) -> Severity | None:
-        """The severity of the worst finding; None if there is none at all."""
+        """The highest severity of a finding; None if there is no finding."""
         return max((code.severity for code in self.counts), default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """Give the report as values that JSON knows."""
+        """Return the report as values for JSON."""
         return {
             "errors": self.errors,
             "leaks": self.leaks,
@@ -187,10 +186,10 @@ class CheckReport:
 
 @dataclass(frozen=True, slots=True)
 class LostRange:
-    """A range of the disk, in bytes, whose content is gone or cannot be trusted.
+    """A range of the disk, in bytes, whose data is lost or possibly wrong.
 
-    It reads as zeros now; only where a table lay over it (`Code.L2_OVER_METADATA`) it
-    may read as it did before.
+    It reads as zeros after the repair.  Only a range that a table overlapped
+    (`Code.L2_OVER_METADATA`) may read as before.
     """
 
     start: int
@@ -200,14 +199,14 @@ class LostRange:
 
 @dataclass(frozen=True, slots=True)
 class RepairPlan:
-    """What a repair would come to.
+    """What a repair would do.
 
     Attributes:
-        lost: What would have to be given up.
-        copied: Clusters that would get a copy of their own.
-        cleared: Entries that would be cleared.
-        written: Bytes that would be written, about.
-        end: Length that the file would have, in bytes; 0 if nothing is planned.
+        lost: Ranges whose data would be lost.
+        copied: Number of clusters that would be copied.
+        cleared: Number of entries that would be cleared.
+        written: Bytes that would be written, approximately.
+        end: Length of the file after the repair in bytes; 0 if nothing is planned.
     """
 
     lost: tuple[LostRange, ...] = ()
@@ -219,23 +218,23 @@ class RepairPlan:
 
 @dataclass(slots=True)
 class FindingCollector:
-    """Findings being collected: counted all, kept some."""
+    """Collects findings: all are counted, the first of each code are kept."""
 
     findings: list[Finding] = field(default_factory=list)
     counts: Counter[Code] = field(default_factory=Counter)
 
     def remaining(self, code: Code) -> int:
-        """Tell how many more findings of a kind are kept."""
+        """Return how many more findings of a code will be kept."""
         return max(0, MAX_FINDINGS_PER_CODE - self.counts[code])
 
     def add(self, finding: Finding, count: int = 1) -> None:
-        """Count a finding that stands for ``count`` of its kind, and keep it if there is room."""
+        """Add a finding that stands for ``count`` findings; keep it unless the limit is reached."""
         if self.remaining(finding.code):
             self.findings.append(finding)
         if count:
             self.counts[finding.code] += count
 
     def count_only(self, code: Code, count: int) -> None:
-        """Count findings that there is no room for."""
+        """Count findings without keeping them."""
         if count:
             self.counts[code] += count

@@ -1,4 +1,4 @@
-"""What is odd about a header although the image can be used."""
+"""What is unusual about the header of an image that can be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]:
-    """Find what QEMU never writes, but opens all the same; ``file_size`` is in bytes."""
+    """Yield a finding for each thing that QEMU accepts but never writes.
+
+    Args:
+        header: The header.
+        file_size: Length of the file in bytes.
+        name: What messages call the file.
+    """
     flagged = bool(header.features & Feature.BACKING_FILE)
     name_offset = header.backing_filename_offset
     compat, autoclear = header.compat_features, header.stale_autoclear
@@ -38,7 +44,7 @@ def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]
             header.backing_is_raw and not flagged,
             Code.NO_PROBE_WITHOUT_BACKING,
             "features",
-            "a raw backing file (bit 2) that there is not (bit 0)",
+            "bit 2 (raw backing file) without bit 0 (backing file)",
             "both bits or neither",
         ),
         (

@@ -1,4 +1,4 @@
-"""What happens before an image is opened for writing whose tables must not be trusted."""
+"""The check of an image that needs one before it is opened for writing."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _log = logging.getLogger(__name__)
 
 
 async def inspect_image(file: HostFile, header: Header) -> None:
-    """Check an image; go on if nothing worse than leaks is found, which cost only space.
+    """Check an image; return if it has no errors; log what it leaks, which costs only space.
 
     Raises:
-        CorruptImageError: There is more.  Nothing has been changed.
+        CorruptImageError: The check found errors.  Nothing has been changed.
     """
-    # Loaded late: the walk needs much, and most images that are opened need no check.
+    # Imported here: the checker takes long to load, and most opens do not need it.
     from qedfuse.check.checker import check_image  # noqa: PLC0415
 
     why = "was not closed cleanly" if header.need_check else "has no whole number of clusters"
     report = await check_image(file, header)
-    # A bad list of free clusters is dropped by the disk itself.
+    # The disk itself drops an invalid free list.
     if report.table_errors:
         first = next(
             item

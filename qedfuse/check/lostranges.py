@@ -1,4 +1,4 @@
-"""What a repair has to give up: ranges of the disk, to be told to the user."""
+"""The ranges of the disk whose data a repair cannot keep, for the report to the user."""
 
 from __future__ import annotations
 
@@ -10,25 +10,34 @@ if TYPE_CHECKING:
     from qedfuse.check.findings import Code
 
 MAX_LOST_RANGES: Final = 100_000
-"""Ranges that are told apart; the last one grows to cover what is lost beyond that."""
+"""Ranges that are recorded separately; the last one is extended over all further ones."""
 
 
 class LostRanges:
-    """What is lost so far.
+    """The ranges that are lost so far.
 
     Attributes:
-        ranges: What had to be given up, in the order in which it was found.
-        cleared: Entries that were cleared for that.
+        ranges: The lost ranges, in the order in which they were found.
+        cleared: Number of table entries that were cleared.
     """
 
     def __init__(self, image_size: int) -> None:
-        """Begin with nothing lost of a disk of so many bytes."""
+        """Begin with no lost range of a disk of ``image_size`` bytes."""
         self._image_size = image_size
         self.ranges: list[LostRange] = []
         self.cleared = 0
 
-    def note(self, start: int, length: int, code: Code, cleared: int = 1) -> None:
-        """Note a range of the disk that had to be given up; neighbours are joined."""
+    def add(self, start: int, length: int, code: Code, cleared: int = 1) -> None:
+        """Record a lost range of the disk, in bytes; adjacent ranges of one code are joined.
+
+        What lies past the end of the disk is left out.
+
+        Args:
+            start: Guest offset.
+            length: Length.
+            code: Why it is lost.
+            cleared: Number of entries that are cleared for it.
+        """
         self.cleared += cleared
         length = max(0, min(length, self._image_size - start))
         if not length:

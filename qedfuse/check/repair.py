@@ -196,7 +196,7 @@ class _Repair:
             if code is Code.L1_OUT_OF_FILE:
                 zeros = self._empty != UNALLOCATED and not self._beyond(index)
                 self._l1_outside[index] = POISON_ENTRY if zeros else UNALLOCATED
-            self.lost_ranges.note((first + place) * span, span, code)
+            self.lost_ranges.add((first + place) * span, span, code)
 
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
         """Give the tables that run past the end of the file the rest of their entries.
@@ -214,9 +214,7 @@ class _Repair:
         for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
             missing = max(0, cut - table) // ENTRY_BYTES * geometry.cluster_size
             start = index * geometry.table_span + missing
-            self.lost_ranges.note(
-                start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0
-            )
+            self.lost_ranges.add(start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0)
         end = int(tables[-1]) + geometry.table_bytes
         if cut < self._size:
             old = bytes(await self._file.pread(cut, self._size - cut))
@@ -293,7 +291,7 @@ class _Repair:
             fixed[mask] = self._empty
             # What points past the end was noted when it was given up.
             for place in np.flatnonzero(mask).tolist() if code is not Code.L2_OUT_OF_FILE else ():
-                self.lost_ranges.note(start + place * size, size, code)
+                self.lost_ranges.add(start + place * size, size, code)
         where = np.flatnonzero(good)
         taken = self._references.claim(values[where] >> np.uint64(self._geometry.cluster_bits))
         for place in where[taken].tolist():
@@ -314,10 +312,10 @@ class _Repair:
             cut = geometry.floor(self._size)
             for place in np.flatnonzero(good & (values == cut)).tolist():
                 begin = start + place * size + self._size - cut
-                self.lost_ranges.note(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
+                self.lost_ranges.add(begin, self._whole - self._size, Code.L2_CUT_SHORT, cleared=0)
         over = self._classifier.with_tables(self._left).table_under(values) >= 0
         for place in np.flatnonzero(good & over).tolist():
-            self.lost_ranges.note(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
+            self.lost_ranges.add(start + place * size, size, Code.L2_OVER_METADATA, cleared=0)
 
     async def _write_l1(self) -> None:
         """Change the L1 table, now that all tables it will point to are right."""

@@ -1,4 +1,4 @@
-"""Changes to an image under repair, in an order that a crash cannot spoil."""
+"""Writing to an image under repair, in an order that survives a crash."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ if TYPE_CHECKING:
     Save = Callable[[int, bytes, bytes], None]
 
 _COPY_BYTES: Final = 1 << 20
+"""Length of one read and one write of a copy, in bytes."""
 
 
 class Rewriter:
-    """Writes to an image: new things at the end of the file, entries in place.
+    """Writes to an image: copies and new tables at the end of the file, entries in place.
 
     Attributes:
-        end: The file's length in bytes, a whole number of clusters.
-        writes: Whether anything is written at all; see `DryRunRewriter`.
+        end: The file's length in bytes after what was allocated, a whole number of clusters.
+        changes_file: Whether anything is written; False in a `DryRunRewriter`.
     """
 
     changes_file = True
 
     def __init__(self, file: HostFile, header: Header) -> None:
-        """Prepare to change ``file``."""
+        """Prepare to change ``file``, whose header is ``header``."""
         self._file = file
         self._header = header
         self.end = self._representable(header.geometry.ceil(file.size()))
@@ -45,9 +46,10 @@ class Rewriter:
         self._has_pending = False
 
     async def write_need_check(self, *, need_check: bool) -> None:
-        """Set or clear NEED_CHECK, durably, after everything before is durable.
+        """Set or clear NEED_CHECK, durably; earlier writes are durable before it changes.
 
-        A list of free clusters is dropped at the same time: it is not kept up to date.
+        The persistent free list is dropped at the same time, since a repair does not
+        update it.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
@@ -56,19 +58,19 @@ class Rewriter:
             await erase_descriptor(self._file, self._header)
 
     def _built_header(self, *, need_check: bool) -> bytes:
-        """Build the header with NEED_CHECK set or cleared."""
+        """Encode the header with NEED_CHECK set or cleared, and without a free list."""
         header = self._header.with_need_check(value=need_check).without_stale_autoclear()
         return build_header(header.with_free_list(value=False))
 
     async def extend(self, end: int) -> None:
-        """Make the file at least ``end`` bytes long; what is added reads as zeros."""
+        """Make the file at least ``end`` bytes long, durably; the new bytes read as zeros."""
         self.end = max(self.end, self._representable(end))
         if self._file.size() < self.end:
             await self._file.truncate(self.end)
             await self._file.datasync()
 
     async def copy(self, start: int, length: int) -> int:
-        """Copy a range of the file to its end, holes as holes; give the copy's file offset."""
+        """Copy a range of the file to its end, holes as holes; return the copy's file offset."""
         target = self._allocate(length)
         await self._file.truncate(self.end)
         at = 0
@@ -82,24 +84,24 @@ class Rewriter:
         return target
 
     async def new_table(self, value: int, count: int) -> int:
-        """Add a table whose first ``count`` entries have a value; give its file offset."""
+        """Append a table whose first ``count`` entries have a value; return its file offset."""
         target = self._allocate(self._header.geometry.table_bytes)
         await self._file.truncate(self.end)
         await self.fill(target, count, value)
         return target
 
     async def fill(self, start: int, count: int, value: int) -> None:
-        """Give ``count`` entries from a file offset on a value; they are zeros until now."""
-        at_once = _COPY_BYTES // ENTRY_BYTES
-        piece = value.to_bytes(ENTRY_BYTES, "little") * min(at_once, count)
+        """Set ``count`` entries from a file offset on to a value; they must be 0 before."""
+        entries_per_write = _COPY_BYTES // ENTRY_BYTES
+        data = value.to_bytes(ENTRY_BYTES, "little") * min(entries_per_write, count)
         while count > 0 and value:
             self._has_pending = True
-            await self._file.pwrite(start, piece[: count * ENTRY_BYTES])
-            start += len(piece)
-            count -= at_once
+            await self._file.pwrite(start, data[: count * ENTRY_BYTES])
+            start += len(data)
+            count -= entries_per_write
 
     async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
-        """Write the entries that have changed, once what they point to is durable."""
+        """Write the changed entries at a file offset, after what they point to is durable."""
         where = np.flatnonzero(old != new)
         if len(where):
             begin, end = int(where[0]), int(where[-1]) + 1
@@ -108,38 +110,38 @@ class Rewriter:
             )
 
     async def overwrite(self, offset: int, _old: bytes, new: bytes) -> None:
-        """Write a piece of a table, after everything before is durable."""
+        """Write bytes of a table at a file offset, after all earlier writes are durable."""
         await self._file.datasync()
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, new: Values) -> None:
-        """Write entries that refer to nothing, so that nothing has to be durable before."""
+        """Write entries that point to nothing new, so no earlier write must be durable."""
         self._has_pending = True
         await self._file.pwrite(offset, _bytes(new))
 
     async def sync_pending(self) -> None:
-        """Make durable what was cleared or filled, before the file gets longer."""
+        """Make cleared and filled entries durable; to be called before the file grows."""
         if self._has_pending:
             await self._file.datasync()
             self._has_pending = False
 
     def set_avoided(self, clusters: Values) -> None:
-        """Never put anything new into some clusters past the end: their file offsets, sorted."""
+        """Never allocate some clusters past the end of the file, by their sorted file offsets."""
         self._avoided = clusters
 
     def _allocate(self, length: int) -> int:
-        """Choose the file offset of something new of so many bytes."""
+        """Allocate ``length`` bytes at the end of the file; return their file offset."""
         target = self.end
         while True:
-            place = int(np.searchsorted(self._avoided, target))
-            if place == len(self._avoided) or self._avoided[place] >= target + length:
+            index = int(np.searchsorted(self._avoided, target))
+            if index == len(self._avoided) or self._avoided[index] >= target + length:
                 break
-            target = int(self._avoided[place]) + self._header.cluster_size
+            target = int(self._avoided[index]) + self._header.cluster_size
         self.end = self._representable(target + length)
         return target
 
     def _representable(self, end: int) -> int:
-        """Let an end of the file through that the host can count up to.
+        """Return ``end`` if a file can be that long, in bytes.
 
         Raises:
             NoSpaceError: It cannot.
@@ -151,16 +153,16 @@ class Rewriter:
 
 
 class DryRunRewriter(Rewriter):
-    """Writes nothing: adds up what a repair would write, and has saved what it would change.
+    """Writes nothing: counts what a repair would write, and reports what it would change.
 
     Attributes:
-        written: Bytes so far, without the holes of what would be copied.
+        written: Bytes that would be written so far, holes of copies not counted.
     """
 
     changes_file = False
 
     def __init__(self, file: HostFile, header: Header, save: Save | None = None) -> None:
-        """Draft a repair of ``file``; ``save`` gets what each piece is and is to be."""
+        """Prepare; ``save`` is called with offset, old and new bytes of each change."""
         super().__init__(file, header)
         self.written = 0
         self._last_copy = (0, 0, 0)
@@ -168,7 +170,7 @@ class DryRunRewriter(Rewriter):
         self._save = save or (lambda _offset, _old, _new: None)
 
     async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  it is cleared in the end
-        """Save the header, and the descriptor of a list of free clusters, which is erased."""
+        """Save the header, and the descriptor of the free list, which a repair erases."""
         old = bytes(await self._file.pread(0, HEADER_BYTES))
         self._save(0, old, self._built_header(need_check=False))
         if self._header.free_list and not backing_name_covers_descriptor(self._header):
@@ -176,38 +178,38 @@ class DryRunRewriter(Rewriter):
             self._save(DESCRIPTOR_OFFSET, old, bytes(len(old)))
 
     async def extend(self, end: int) -> None:
-        """Note that the file would be longer."""
+        """Record the length that the file would have."""
         self.end = max(self.end, self._representable(end))
 
     async def copy(self, start: int, length: int) -> int:
-        """Count what would be copied."""
-        # Where one cluster has thousands of owners, it is looked at once.
+        """Count the bytes of a copy; return the file offset that it would have."""
+        # A cluster with thousands of owners is measured only the first time.
         if self._last_copy[:2] != (start, length):
             self._last_copy = (start, length, await self._data_bytes(start, start + length))
         self.written += self._last_copy[2]
         return self._allocate(length)
 
     async def new_table(self, _value: int, _count: int) -> int:
-        """Count a table."""
+        """Count the bytes of a table; return the file offset that it would have."""
         length = self._header.geometry.table_bytes
         self.written += length
         return self._allocate(length)
 
     async def fill(self, _start: int, count: int, value: int) -> None:
-        """Count entries."""
+        """Count the bytes of the entries."""
         self.written += count * ENTRY_BYTES if value else 0
 
     async def clear_entries(self, _offset: int, _new: Values) -> None:
-        """Leave entries as they are; they are counted and saved when their slice is repaired."""
+        """Do nothing: the entries are counted and saved when their slice is repaired."""
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
-        """Save and count a piece of a table; a new one has nothing that could be saved."""
+        """Count bytes of a table, and save them unless the table is a new one."""
         self.written += len(new)
         if offset < self._size:
             self._save(offset, old, new)
 
     async def _data_bytes(self, start: int, end: int) -> int:
-        """Count the bytes of a range of the file that are no holes."""
+        """Return how many bytes of a range of the file are not holes."""
         total = 0
         while start < end:
             await trio.lowlevel.checkpoint()
@@ -220,5 +222,5 @@ class DryRunRewriter(Rewriter):
 
 
 def _bytes(values: Values) -> bytes:
-    """Encode entries as they stand in the file."""
+    """Encode entries for the file."""
     return values.astype("<u8").tobytes()

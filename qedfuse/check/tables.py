@@ -1,7 +1,7 @@
-"""Which L2 tables an image has, and which of them share clusters.
+"""Which L2 tables an image has, which of them overlap, and new values for their entries.
 
-An L1 table can be 1 GiB and name 134 million tables, all of them holes of a sparse file:
-what is done for each is done on arrays, and other tasks run in between.
+An L1 table can be 1 GiB and point to 134 million tables, all of them holes of a sparse file.
+So the work for each table is done on arrays, and other tasks run in between.
 """
 
 from __future__ import annotations
@@ -28,27 +28,30 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 MAX_TABLES: Final = 1 << 22
-"""Most L2 tables that are looked at; 64 TiB in clusters of 64 KiB have 32768."""
+"""Limit for the L2 tables of an image that is checked; a disk of 64 TiB has 32768 by default."""
 
 _TABLES_PER_STEP: Final = 1 << 13
-"""Tables that are handled before other tasks get a turn."""
+"""Tables that are compared before other tasks run."""
 
 
 async def read_l1_table(
     file: HostFile,
     classifier: EntryClassifier,
-    bad: Callable[[Code, int, Values, Mask], None],
+    report: Callable[[Code, int, Values, Mask], None],
     *,
     keep_short: bool = False,
 ) -> tuple[Indices, Values]:
-    """Read the L1 table and give the index and the file offset of each good entry.
+    """Read the L1 table; return the indices and the file offsets of its valid entries.
 
-    ``bad`` is called for each kind of bad entries in each slice, with the kind, the
-    index of the slice's first entry, its entries, and which of them are meant.  With
-    ``keep_short`` a table of which the file holds only a part counts as good.
+    Args:
+        file: The image.
+        classifier: Its rules for entries.
+        report: Called for each code of errors in each slice, with the code, the index of
+            the first entry of the slice, the entries, and which of them have the error.
+        keep_short: Whether a table that the end of the file cuts short counts as valid.
 
     Raises:
-        NeedsCheckError: There are more than `MAX_TABLES`.
+        NeedsCheckError: There are more than `MAX_TABLES` valid entries.
     """
     indices: list[Indices] = [np.empty(0, np.int64)]
     tables: list[Values] = [np.empty(0, np.uint64)]
@@ -56,13 +59,13 @@ async def read_l1_table(
     header = classifier.header
     length = header.geometry.table_bytes
     async for first, values in read_table(file, header.l1_table_offset, length):
-        good = values != UNALLOCATED
+        valid = values != UNALLOCATED
         for code, mask in classifier.l1_errors(values):
             if keep_short and code is Code.L1_CUT_SHORT:
                 continue
-            good &= ~mask
-            bad(code, first, values, mask)
-        where = np.flatnonzero(good)
+            valid &= ~mask
+            report(code, first, values, mask)
+        where = np.flatnonzero(valid)
         refuse_too_many_tables(file, count := count + len(where))
         indices.append(where + first)
         tables.append(values[where])
@@ -70,15 +73,15 @@ async def read_l1_table(
 
 
 class EntryChanges:
-    """New values for some entries of a table, to be put into its slices one by one."""
+    """New values for some entries of a table."""
 
     def __init__(self, entries: dict[int, int]) -> None:
-        """Take the new values by index."""
+        """Change entries to new values, by index in the table."""
         self._indices = np.array(sorted(entries), np.int64)
         self._values = np.array([entries[index] for index in self._indices.tolist()], np.uint64)
 
     def applied(self, first: int, values: Values) -> Values:
-        """Give a slice that begins at index ``first`` with the new values."""
+        """Return a copy of the slice that begins at index ``first``, with the new values."""
         begin, end = np.searchsorted(self._indices, [first, first + len(values)])
         fixed = values.copy()
         fixed[self._indices[begin:end] - first] = self._values[begin:end]
@@ -86,26 +89,30 @@ class EntryChanges:
 
 
 def refuse_too_many_tables(file: HostFile, count: int) -> None:
-    """Refuse an image with more L1 entries than there is memory for."""
+    """Refuse an image with too many L1 entries to be checked in bounded memory.
+
+    Raises:
+        NeedsCheckError: ``count`` is more than `MAX_TABLES`.
+    """
     if count > MAX_TABLES:
         msg = f"{file.name}: too large to check: found more than {MAX_TABLES} L1 entries in use"
         raise NeedsCheckError(msg)
 
 
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
-    """Tell which of some tables, sorted by file offset, overlap one before them.
+    """Return which of some tables overlap one before them; ``tables`` are sorted file offsets.
 
-    Tables that are told so no longer count for those behind them.
+    A table that overlaps one before it is not compared with those after it.
     """
-    answer = np.zeros(len(tables), np.bool_)
+    overlap = np.zeros(len(tables), np.bool_)
     if len(tables) < 2 or (np.diff(tables) >= table_bytes).all():  # noqa: PLR2004
-        return answer
+        return overlap
     end = -1
     for start in range(0, len(tables), _TABLES_PER_STEP):
-        for place, table in enumerate(tables[start : start + _TABLES_PER_STEP].tolist(), start):
+        for index, table in enumerate(tables[start : start + _TABLES_PER_STEP].tolist(), start):
             if table < end:
-                answer[place] = True
+                overlap[index] = True
             else:
                 end = table + table_bytes
         await trio.lowlevel.checkpoint()
-    return answer
+    return overlap
