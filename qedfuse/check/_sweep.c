@@ -1,8 +1,13 @@
-/* Walks the tables of an image that is likely to be sound, and says nothing about any other.
+/* The fast check: reads all tables of an image, and confirms that it is sound or gives up.
  *
- * A full image of 1 TiB has 16.7 million entries.  Each is looked at once, in a hundredth of
- * the time that Python takes to start.  Whatever is not plainly right ends the walk without
- * an answer: what is wrong, the check in Python finds out.
+ * A full image of 1 TiB has 16.7 million entries; reading each of them takes a hundredth of
+ * the time that Python takes to start.  At the first entry that is not plainly valid the
+ * sweep ends without a result, and the check in Python reports what is wrong.
+ *
+ * The limits for entries are parameters, from qedfuse/ondisk/entrylimits.py: the ends of
+ * the header and of the file, and the L1 table.  An entry is valid if it is aligned and all
+ * clusters that it points to are whole, inside the file and without an owner; the metadata
+ * and the tables own their clusters.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -11,112 +16,114 @@
 #include <stdint.h>
 #include <unistd.h>
 
-#define PIECE 65536u /* bytes of a table that are read at once; tables are no shorter or whole */
-#define AHEAD 24 /* entries */
-#define MOST_CLUSTERS (UINT64_C(1) << 28) /* a map of 32 MiB */
-#define MOST_TABLE_BYTES (UINT64_C(1) << 30) /* in all: sparse tables are for the other check */
+#define READ_BYTES 65536u /* read from a table with one call; a shorter table is read whole */
+#define PREFETCH_ENTRIES 24 /* distance of the prefetch of the owner bitmap */
+#define MAX_CLUSTERS (UINT64_C(1) << 28) /* of the file: an owner bitmap of 32 MiB */
+#define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* of all tables; sparse ones are left to the check */
 
 struct image {
     int fd;
-    unsigned bits;       /* of an offset within a cluster */
-    uint64_t clusters;   /* whole ones in the file */
+    unsigned cluster_bits;
+    uint64_t clusters;   /* whole clusters of the file */
     uint64_t table_bytes;
-    uint64_t owned;      /* clusters that something refers to */
-    uint64_t data;       /* those that hold data */
-    uint64_t fragments;  /* data that does not follow what is before it in its table */
-    uint8_t *map;        /* a bit for each cluster that is owned */
+    uint64_t owned;      /* clusters with an owner */
+    uint64_t data;       /* data clusters */
+    uint64_t fragments;  /* data clusters that do not follow the one before in their table */
+    uint8_t *owners;     /* bitmap: clusters with an owner */
 };
 
-enum verdict { GOOD, UNSURE, INTERRUPTED };
+enum verdict { SOUND, UNKNOWN, INTERRUPTED };
 
-/* Give a cluster an owner; false if it had one, or is none. */
+/* Give the cluster at an offset an owner; return 0 if it has one, or is no whole cluster. */
 static inline int claim(struct image *image, uint64_t offset)
 {
-    uint64_t cluster = offset >> image->bits;
+    uint64_t cluster = offset >> image->cluster_bits;
     uint8_t bit = (uint8_t)(1u << (cluster & 7));
 
-    if (offset & ((UINT64_C(1) << image->bits) - 1) || cluster >= image->clusters ||
-        image->map[cluster >> 3] & bit)
+    if (offset & ((UINT64_C(1) << image->cluster_bits) - 1) || cluster >= image->clusters ||
+        image->owners[cluster >> 3] & bit)
         return 0;
-    image->map[cluster >> 3] |= bit;
+    image->owners[cluster >> 3] |= bit;
     image->owned++;
     return 1;
 }
 
+/* Give the clusters of a range an owner; return 0 as claim does. */
 static int claim_range(struct image *image, uint64_t start, uint64_t end)
 {
-    for (; start < end; start += UINT64_C(1) << image->bits)
+    for (; start < end; start += UINT64_C(1) << image->cluster_bits)
         if (!claim(image, start))
             return 0;
     return 1;
 }
 
-/* Read all of a piece of a table. */
-static int read_piece(int fd, uint64_t offset, uint64_t *entries, size_t length)
+/* Read length bytes of a table; return 0 if the file ends, on errors and on a signal. */
+static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
 {
-    char *at = (char *)entries;
+    char *next = (char *)entries;
 
     while (length) {
-        ssize_t count = pread(fd, at, length, (off_t)offset);
+        ssize_t count = pread(fd, next, length, (off_t)offset);
         if (count < 0 && errno == EINTR && !PyErr_CheckSignals())
             continue;
         if (count <= 0)
             return 0;
-        at += count;
+        next += count;
         offset += (uint64_t)count;
         length -= (size_t)count;
     }
     return 1;
 }
 
-/* Give the data clusters of one table their owner; only its first entries may be in use. */
-static enum verdict walk_table(struct image *image, uint64_t table, uint64_t in_use)
+/* Give the data clusters of one table their owner; only the first in_use entries may be used. */
+static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in_use)
 {
-    static uint64_t entries[PIECE / 8 + AHEAD];
-    uint64_t size = UINT64_C(1) << image->bits, last = 0, index = 0;
-    size_t length = image->table_bytes < PIECE ? (size_t)image->table_bytes : PIECE;
+    static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];
+    uint64_t size = UINT64_C(1) << image->cluster_bits, last = 0, index = 0;
+    size_t length = image->table_bytes < READ_BYTES ? (size_t)image->table_bytes : READ_BYTES;
 
-    for (uint64_t at = 0; at < image->table_bytes; at += length) {
-        if (!read_piece(image->fd, table + at, entries, length))
-            return PyErr_Occurred() ? INTERRUPTED : UNSURE;
-        for (size_t place = 0; place < length / 8; place++, index++) {
-            uint64_t value = entries[place];
-            /* Clusters that lie in no order make this a walk through all of the map. */
-            __builtin_prefetch(image->map + (entries[place + AHEAD] >> image->bits >> 3), 1);
+    for (uint64_t done = 0; done < image->table_bytes; done += length) {
+        if (!read_fully(image->fd, table + done, entries, length))
+            return PyErr_Occurred() ? INTERRUPTED : UNKNOWN;
+        for (size_t slot = 0; slot < length / 8; slot++, index++) {
+            uint64_t value = entries[slot];
+            uint64_t ahead = entries[slot + PREFETCH_ENTRIES];
+            /* Fragmented data means random access to the bitmap. */
+            __builtin_prefetch(image->owners + (ahead >> image->cluster_bits >> 3), 1);
             if (value <= 1)
                 continue;
             if (index >= in_use || !claim(image, value))
-                return UNSURE;
+                return UNKNOWN;
             image->data++;
             image->fragments += last && last + size != value;
             last = value;
         }
     }
-    return PyErr_CheckSignals() ? INTERRUPTED : GOOD;
+    return PyErr_CheckSignals() ? INTERRUPTED : SOUND;
 }
 
-/* Walk all tables that the L1 table names; it has been read. */
-static enum verdict walk(struct image *image, const uint64_t *l1, uint64_t disk_clusters)
+/* Sweep all tables that the L1 table, which has been read, points to. */
+static enum verdict sweep_tables(struct image *image, const uint64_t *l1, uint64_t disk_clusters)
 {
-    uint64_t count = image->table_bytes / 8, named = 0;
+    uint64_t count = image->table_bytes / 8, used = 0;
 
     for (uint64_t index = 0; index < count; index++) {
         uint64_t table = l1[index];
         if (!table)
             continue;
-        if (++named * image->table_bytes > MOST_TABLE_BYTES || index * count >= disk_clusters ||
-            table >> image->bits >= image->clusters ||
+        if (++used * image->table_bytes > MAX_TABLES_BYTES || index * count >= disk_clusters ||
+            table >> image->cluster_bits >= image->clusters ||
             !claim_range(image, table, table + image->table_bytes))
-            return UNSURE;
+            return UNKNOWN;
     }
     for (uint64_t index = 0; index < count; index++) {
         if (!l1[index])
             continue;
-        enum verdict found = walk_table(image, l1[index], disk_clusters - index * count);
-        if (found != GOOD)
+        enum verdict found = sweep_table(image, l1[index], disk_clusters - index * count);
+        if (found != SOUND)
             return found;
     }
-    return GOOD;
+    return SOUND;
 }
 
 static PyObject *sweep(PyObject *module, PyObject *args)
@@ -124,27 +131,27 @@ static PyObject *sweep(PyObject *module, PyObject *args)
     (void)module;
     struct image image = {0};
     unsigned long long header_end, l1_table, table_bytes, file_bytes, disk_clusters;
-    enum verdict found = UNSURE;
+    enum verdict found = UNKNOWN;
 
-    if (!PyArg_ParseTuple(args, "iIKKKKK", &image.fd, &image.bits, &header_end, &l1_table,
+    if (!PyArg_ParseTuple(args, "iIKKKKK", &image.fd, &image.cluster_bits, &header_end, &l1_table,
                           &table_bytes, &file_bytes, &disk_clusters))
         return NULL;
     image.table_bytes = table_bytes;
-    image.clusters = file_bytes >> image.bits;
-    if (image.clusters > MOST_CLUSTERS || table_bytes > MOST_TABLE_BYTES / 64 ||
-        l1_table >> image.bits >= image.clusters)
+    image.clusters = file_bytes >> image.cluster_bits;
+    if (image.clusters > MAX_CLUSTERS || table_bytes > MAX_TABLES_BYTES / 64 ||
+        l1_table >> image.cluster_bits >= image.clusters)
         Py_RETURN_NONE;
-    image.map = PyMem_RawCalloc(image.clusters / 8 + 1, 1);
+    image.owners = PyMem_RawCalloc(image.clusters / 8 + 1, 1);
     uint64_t *l1 = PyMem_RawMalloc(table_bytes);
-    if (image.map && l1 && read_piece(image.fd, l1_table, l1, table_bytes) &&
+    if (image.owners && l1 && read_fully(image.fd, l1_table, l1, table_bytes) &&
         claim_range(&image, 0, header_end) &&
         claim_range(&image, l1_table, l1_table + table_bytes))
-        found = walk(&image, l1, disk_clusters);
+        found = sweep_tables(&image, l1, disk_clusters);
     PyMem_RawFree(l1);
-    PyMem_RawFree(image.map);
+    PyMem_RawFree(image.owners);
     if (PyErr_Occurred())
         return NULL;
-    if (found != GOOD)
+    if (found != SOUND)
         Py_RETURN_NONE;
     return Py_BuildValue("KKK", (unsigned long long)image.owned, (unsigned long long)image.data,
                          (unsigned long long)image.fragments);
@@ -153,7 +160,8 @@ static PyObject *sweep(PyObject *module, PyObject *args)
 static PyMethodDef methods[] = {
     {"sweep", sweep, METH_VARARGS,
      "sweep(fd, cluster_bits, header_end, l1_table, table_bytes, file_bytes, disk_clusters)\n"
-     "Count clusters in use, data clusters and fragments; None if anything may be wrong."},
+     "Return the numbers of owned clusters, data clusters and fragments of a sound image,\n"
+     "or None."},
     {NULL, NULL, 0, NULL},
 };
 

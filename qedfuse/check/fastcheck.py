@@ -17,6 +17,7 @@ from qedfuse.check.headernotes import header_notes
 from qedfuse.errors import QedError
 from qedfuse.hostio.lockedfile import locked_descriptor, read_header_of
 from qedfuse.hostio.locking import LockMode
+from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -64,13 +65,14 @@ def _check_open(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckRep
     geometry = header.geometry
     if header.free_list or geometry.in_cluster(size):
         return None
+    limits = EntryLimits.for_l2(header, size)
     found = sweep(
         fd,
         geometry.cluster_bits,
-        header.header_end,
-        header.l1_table_offset,
-        geometry.table_bytes,
-        size,
+        limits.header_end,
+        limits.l1_start,
+        limits.table_bytes,
+        limits.file_size,
         geometry.clusters(header.image_size),
     )
     clusters = size >> geometry.cluster_bits
