@@ -1,4 +1,4 @@
-"""What a cell of the comparison is: a load, a state of the image, a unit and targets."""
+"""A cell of the comparison: a load, a state of the image, a unit and targets."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 
 Stage: TypeAlias = Literal["full", "empty", "overlay", "hole", "chain"]
-"""What the image is like before the load; see `benchmarks.images`."""
+"""The state of the image before the load; see `benchmarks.images`."""
 
 Unit: TypeAlias = Literal["IOPS", "MiB/s", "walks/s", "s"]
 
 Cold: TypeAlias = Literal["mount", "host"]
-"""Which caches are emptied first: the one above the server, or the host's as well."""
+"""The caches that are emptied first: the mount's page cache, or the host's as well."""
 
 
 @dataclass(frozen=True)
 class Fio:
-    """A load that fio makes.
+    """A load that fio generates.
 
     Attributes:
-        pattern: What fio calls ``rw``.
-        block: Bytes of a request.
-        depth: Requests in flight, of each process.
-        processes: How many work at once.
-        direct: With O_DIRECT, so that the kernel keeps nothing.
-        fsync: After each write; otherwise once at the end, if ``fsync_at_end``.
-        most: Bytes after which it ends, should the time not be over before; 0 for any.
+        pattern: fio's ``rw``.
+        block: Bytes per request.
+        depth: Requests in flight per process.
+        processes: The number of concurrent processes.
+        direct: Whether to use O_DIRECT, and so bypass the kernel's page cache.
+        fsync: Whether to call fsync after each write.
+        fsync_at_end: Whether to call fsync once, at the end.
+        max_bytes: The load ends after this number of bytes, if its time is not over before;
+            0 for no limit.
     """
 
     pattern: Literal["read", "write", "randread", "randwrite", "randrw"]
@@ -42,13 +44,12 @@ class Fio:
 
     @property
     def writes(self) -> bool:
-        """Whether the disk is changed."""
+        """Whether the load changes the disk."""
         return self.pattern not in {"read", "randread"}
 
 
 Plain: TypeAlias = Literal["walk", "copy", "tar"]
-"""Other loads: from hole to data and back with lseek; a source tree copied and synced;
-that tree read with tar."""
+"""Other loads: find all holes with lseek; copy a source tree and sync it; read it with tar."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,18 @@ class Cell:
     """A row of the table.
 
     Attributes:
-        name: For the command line; words between hyphens.
-        title: For the table.
-        unit: Of its figures; seconds are better when they are fewer.
-        stage: What the image is like.
-        load: What is done to it.
-        peer: How many times QEMU's rate ours should be; None where nothing is asked for.
-        limit: The same for the rate of the limit.
+        name: Its name on the command line; words between hyphens.
+        title: Its title in the table.
+        unit: The unit of its figures; less is better for seconds, more for all others.
+        stage: The state of the image before the load.
+        load: The load.
+        qemu_target: How many times QEMU's rate qedfuse should reach; None for no target.
+        baseline_target: The same for the baseline's rate.
         cold: Which caches are emptied before each measurement.
-        warm: The whole disk is read through the mount before the first measurement.
-        loop: Through an ext4 on a loop device, whose requests go to the mount by way of
-            the page cache or not.
-        note: What has to be known to read the row.
+        warm: Whether the whole disk is read through the mount before the first measurement.
+        loop: Whether the load runs on an ext4 on a loop device, and whether that device uses
+            the mount's page cache.
+        note: A remark that is needed to understand the row.
     """
 
     name: str
@@ -84,7 +85,7 @@ class Cell:
 
     @property
     def parallel(self) -> bool:
-        """Whether the server has several requests at a time, so that threads may pay."""
+        """Whether the server gets concurrent requests, so that threads may pay off."""
         load = self.load
         if self.loop or not isinstance(load, Fio):
             return True

@@ -1,4 +1,4 @@
-"""A file system on a disk, by way of a loop device."""
+"""An ext4 file system on a disk, through a loop device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ COPIES: Final = 3
 class FileSystem:
     """An ext4 on a disk, mounted at ``root`` while it is attached.
 
-    ``direct`` makes the loop device use O_DIRECT on the disk, but not while the file
-    system is made: the loop device sends one request at a time otherwise, and everybody,
-    QEMU 7.2 too, brings those to their places.  ``read_only`` means that it is only read
-    once it has been made.
+    Args:
+        disk: The disk.
+        root: The mountpoint, which is created.
+        direct: Whether the loop device uses O_DIRECT on the disk.  It does not while the
+            file system is made: with buffered I/O the loop device sends one request at a
+            time, which QEMU 7.2 too writes correctly.
+        read_only: Whether to mount it read-only once it has been made.
     """
 
     def __init__(self, disk: Path, root: Path, *, direct: bool, read_only: bool) -> None:
@@ -40,27 +43,27 @@ class FileSystem:
             BenchmarkError: That failed.
         """
         self._attach(direct=False)
-        # All of it now: what is left to the kernel would be done while we measure.
+        # Without lazy initialisation, which the kernel would continue during the measurement.
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", self._device)
         self._mount("rw")
 
     def attach(self) -> None:
-        """Mount it once more, as it is to be measured."""
+        """Attach and mount the file system for a measurement."""
         self._attach(direct=self._direct)
         self._mount("ro" if self._read_only else "rw")
 
     def detach(self) -> None:
-        """Unmount, and let go of the disk.
+        """Unmount the file system and detach the loop device.
 
         Raises:
-            BenchmarkError: Somebody uses it.
+            BenchmarkError: It is in use.
         """
         if self._mounted:
             run("umount", str(self.root))
             self._mounted = False
         if self._device:
             run("losetup", "--detach", self._device)
-            # Somebody who looks at the device (udev) keeps it for a moment.
+            # While udev has the device open, the kernel detaches it only later.
             end = time.monotonic() + DETACH_SECONDS
             while self._attached():
                 if time.monotonic() > end:
@@ -70,7 +73,7 @@ class FileSystem:
             self._device = ""
 
     def abandon(self) -> None:
-        """Take it away after a failure, as far as that is possible."""
+        """Unmount and detach after a failure, as far as that is possible."""
         with suppress(BenchmarkError):
             if self._mounted:
                 run("umount", "--lazy", str(self.root), seconds=10)
@@ -82,7 +85,7 @@ class FileSystem:
         options = ["--direct-io=on"] if direct else []
         command = ("losetup", "--find", "--show", *options, str(self._disk))
         self._device = run(*command).strip()
-        # The kernel takes the wish for direct I/O lightly.
+        # The kernel may silently ignore the request for direct I/O.
         found = run("losetup", "--noheadings", "--output", "DIO", self._device).strip()
         if found != str(int(direct)):
             msg = f"{self._device}: found direct I/O {found}, expected {direct:d}"
@@ -99,7 +102,7 @@ class FileSystem:
 
 
 def make_tree(directory: Path) -> Path:
-    """Copy part of Python's own library, several times, and give the directory."""
+    """Create a directory with several copies of part of Python's library; return its path."""
     tree = directory / "tree"
     if tree.exists():
         return tree

@@ -1,19 +1,20 @@
-"""How far an image grows under a hostile guest that also makes its server crash.
+"""Measure how far an image grows with a hostile guest and a server that crashes.
 
     python -m benchmarks.growth                an hour's worth of operations
     python -m benchmarks.growth --quick        five minutes' worth
 
-The guest does 20 operations a second (they run as fast as they can), and every 5 seconds'
-worth the process that serves the image is killed with SIGKILL in the middle of its work.
-The same operations go to qedfuse, by way of its library in a child process, and to QEMU's
-own driver, by way of qemu-io.  After each kill the length of both files and the space
-they take up are noted.
+The guest is assumed to do 20 operations a second (they run as fast as possible).  After
+every 5 seconds' worth, SIGKILL ends the process that serves the image, in the middle of its
+work.  The same operations go to qedfuse, through its library in a child process, and to
+QEMU's own driver, through qemu-io.  After each kill the length of both files, and the space
+that they take on the host, are recorded.
 
-There are two guests.  "random" writes and discards random ranges of a small disk: does
-the file stay within the bound that the size of the disk sets?  "moving" uses a small part
-of a large disk at any time, and discards what it leaves behind: does the file stay small?
+There are two guests.  "random" writes and discards random ranges of a small disk, to test
+whether the file stays within the bound that follows from the size of the disk.  "moving"
+uses a small part of a large disk at any time, and discards what it leaves behind, to test
+whether the file stays small.
 
-Prints a table; draws the curves.
+The output is a table and, with --plot, a chart.
 """
 
 from __future__ import annotations
@@ -48,18 +49,18 @@ MIB: Final = 1 << 20
 CLUSTER_BYTES: Final = 65536
 DISK_BYTES: Final = {"random": 256 * MIB, "moving": 64 << 30}
 WINDOW_BYTES: Final = 48 * MIB
-"""How much of its disk the moving guest uses at a time."""
+"""How much of its disk the moving guest uses at any time."""
 OPERATIONS_PER_SECOND: Final = 20
 KILL_SECONDS: Final = 5
 FLUSH_BELOW, WRITE_BELOW = 0.02, 0.6
-"""Chances: below the first it is a flush, below the second a write, else a discard."""
+"""A random number below the first is a flush, below the second a write, otherwise a discard."""
 SERVER: Final = (sys.executable, "-m", "benchmarks.growth")
 TASKS_IN_FLIGHT: Final = 4
-"""Operations that are under way at the same time."""
+"""The number of operations in flight."""
 
 
 class Operation(NamedTuple):
-    """What the guest does: ``start`` and ``length`` in bytes."""
+    """An operation of the guest; ``start`` and ``length`` are in bytes."""
 
     kind: Literal["write", "discard", "flush"]
     start: int = 0
@@ -70,7 +71,7 @@ Guest: TypeAlias = Literal["random", "moving"]
 
 
 def operations(guest: Guest, seed: int, life: int) -> Iterator[Operation]:
-    """Give what the guest does between two kills, without end."""
+    """Yield the guest's operations after kill number ``life``, without end."""
     choice = random.Random(f"{seed} {life}")
     lengths = (4096, 65536, 299_520, MIB) if guest == "random" else (4096, 65536, 131_072)
     for step in itertools.count():
@@ -88,7 +89,7 @@ def operations(guest: Guest, seed: int, life: int) -> Iterator[Operation]:
         if kind == "write":
             yield Operation(kind, window + choice.randrange(WINDOW_BYTES // 512) * 512, length)
         else:
-            # Some more than it moves on at a time, so that nothing is left behind.
+            # A longer range than the window has moved, so that no data is left behind.
             yield Operation(kind, max(0, window - 8 * WINDOW_BYTES), 8 * WINDOW_BYTES)
 
 
@@ -96,7 +97,7 @@ def operations(guest: Guest, seed: int, life: int) -> Iterator[Operation]:
 
 
 async def _serve(path: str, guest: Guest, seed: int, life: int) -> None:
-    """Carry operations out and print a dot for each, until somebody kills us."""
+    """Execute operations, and print a dot for each, until the process is killed."""
     stream = operations(guest, seed, life)
     options = OpenOptions(writable=True, commit_seconds=1.0)
     async with open_disk(path, options, inspector=inspect_image) as disk:
@@ -112,7 +113,7 @@ async def _serve(path: str, guest: Guest, seed: int, life: int) -> None:
 
 
 async def _carry_out(disk: Disk, operation: Operation) -> None:
-    """Do one thing."""
+    """Execute an operation."""
     if operation.kind == "write":
         await disk.write(operation.start, b"\xa5" * operation.length)
     elif operation.kind == "discard":
@@ -122,7 +123,7 @@ async def _carry_out(disk: Disk, operation: Operation) -> None:
 
 
 def live_with_qedfuse(path: Path, guest: Guest, seed: int, life: int, count: int) -> None:
-    """Have a server do ``count`` operations, and kill it while it does more."""
+    """Let a server execute ``count`` operations, and kill it while it executes more."""
     child = subprocess.Popen(
         [*SERVER, "--guest", guest, "--serve", str(path), str(seed), str(life)],
         stdout=subprocess.PIPE,
@@ -144,9 +145,9 @@ def live_with_qedfuse(path: Path, guest: Guest, seed: int, life: int, count: int
 
 
 def live_with_qemu(path: Path, guest: Guest, seed: int, life: int, count: int) -> None:
-    """Do the same with qemu-io."""
+    """Let qemu-io execute ``count`` operations, and kill it while it executes more."""
     child = subprocess.Popen(
-        # Line by line: with a pipe it would keep its answers to itself.
+        # Line-buffered: with a pipe its answers would stay in the buffer.
         ["stdbuf", "-oL", "qemu-io", "-f", "qed", "-d", "unmap", str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -164,14 +165,13 @@ def live_with_qemu(path: Path, guest: Guest, seed: int, life: int, count: int) -
         verb = "aio_write -P 165" if operation.kind == "write" else "discard"
         length = min(operation.length, DISK_BYTES[guest] - operation.start)
         child.stdin.write(f"{verb} {operation.start} {length}\n")
-    # It takes the lines one by one, but the last ones only when there is an end.
+    # qemu-io executes the last lines only at the end of its input.
     child.stdin.close()
     done, last = 0, ""
     while done < count:
         line = child.stdout.readline()
         if not line:
-            # Version 7.2 fails an assertion of its own now and then, which is as good as
-            # a kill.
+            # QEMU 7.2 sometimes fails an assertion, which has the same effect as a kill.
             if "Assertion" in last:
                 break
             msg = f"{path}: qemu-io ended by itself: {last}"
@@ -188,7 +188,7 @@ def live_with_qemu(path: Path, guest: Guest, seed: int, life: int, count: int) -
 
 @dataclass(frozen=True)
 class Sample:
-    """What a file had come to after so many operations, in bytes."""
+    """The length and the space of a file in bytes, after a number of operations."""
 
     operations: int
     length: int
@@ -196,7 +196,7 @@ class Sample:
 
 
 def measure(path: Path, count: int) -> Sample:
-    """Look at a file."""
+    """Return the present length and space of a file."""
     image = path.stat()
     return Sample(count, image.st_size, image.st_blocks * 512)
 
@@ -204,16 +204,16 @@ def measure(path: Path, count: int) -> Sample:
 def compare(
     guest: Guest, total: int, seed: int, directory: Path
 ) -> tuple[list[Sample], list[Sample]]:
-    """Run both; give the samples of qedfuse and of QEMU."""
-    ours, theirs = directory / "qedfuse.qed", directory / "qemu.qed"
-    for path in (ours, theirs):
+    """Run both systems; return the samples of qedfuse and of QEMU."""
+    qedfuse, qemu = directory / "qedfuse.qed", directory / "qemu.qed"
+    for path in (qedfuse, qemu):
         trio.run(create_image, str(path), DISK_BYTES[guest])
     step = OPERATIONS_PER_SECOND * KILL_SECONDS
-    results: tuple[list[Sample], list[Sample]] = ([measure(ours, 0)], [measure(theirs, 0)])
+    results: tuple[list[Sample], list[Sample]] = ([measure(qedfuse, 0)], [measure(qemu, 0)])
     for life in range(max(1, total // step)):
-        live_with_qedfuse(ours, guest, seed, life, step)
-        live_with_qemu(theirs, guest, seed, life, step)
-        for samples, path in zip(results, (ours, theirs), strict=True):
+        live_with_qedfuse(qedfuse, guest, seed, life, step)
+        live_with_qemu(qemu, guest, seed, life, step)
+        for samples, path in zip(results, (qedfuse, qemu), strict=True):
             samples.append(measure(path, (life + 1) * step))
         if sys.stderr.isatty():
             print(f"\r{life + 1} kills", end="", file=sys.stderr)
@@ -221,7 +221,7 @@ def compare(
 
 
 def main() -> None:
-    """Read the arguments, run, print and draw."""
+    """Parse the arguments, run, print the table and draw the chart."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -234,48 +234,48 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.serve:
         path, seed, life = arguments.serve
-        logging.disable(logging.WARNING)  # leaks after a kill are what this is about
+        logging.disable(logging.WARNING)  # each kill leaves leaks, which are logged
         trio.run(_serve, path, arguments.guest, int(seed), int(life))
     total = 300 * OPERATIONS_PER_SECOND if arguments.quick else arguments.operations
     guest: Guest = arguments.guest
     bound = Geometry(CLUSTER_BYTES, 4).bound(CLUSTER_BYTES, DISK_BYTES[guest])
     with tempfile.TemporaryDirectory() as directory:
-        ours, theirs = compare(guest, total, arguments.seed, Path(directory))
-    _print(ours, theirs, bound, f"guest {guest}, seed {arguments.seed}")
+        qedfuse, qemu = compare(guest, total, arguments.seed, Path(directory))
+    _print(qedfuse, qemu, bound, f"guest {guest}, seed {arguments.seed}")
     if arguments.plot:
-        _draw(arguments.plot, guest, ours, theirs, bound)
-    if max(sample.length for sample in ours) > bound:
+        _draw(arguments.plot, guest, qedfuse, qemu, bound)
+    if max(sample.length for sample in qedfuse) > bound:
         sys.exit("qedfuse: the file grew beyond its bound")
 
 
-def _print(ours: list[Sample], theirs: list[Sample], bound: int, what: str) -> None:
-    """Print a row for each twelfth of the time."""
+def _print(qedfuse: list[Sample], qemu: list[Sample], bound: int, what: str) -> None:
+    """Print a table with twelve rows."""
     print(f"{what}; bound {bound / MIB:.1f} MiB; sizes in MiB")
     print("operations    kills   qedfuse length   space     QEMU length   space")
-    for index in sorted({len(ours) * part // 12 for part in range(12)} | {len(ours) - 1}):
-        mine, other = ours[index], theirs[index]
+    for index in sorted({len(qedfuse) * part // 12 for part in range(12)} | {len(qedfuse) - 1}):
+        one, other = qedfuse[index], qemu[index]
         print(
-            f"{mine.operations:10}   {index:6}   {mine.length / MIB:14.1f}   "
-            f"{mine.space / MIB:5.1f}   {other.length / MIB:13.1f}   {other.space / MIB:5.1f}"
+            f"{one.operations:10}   {index:6}   {one.length / MIB:14.1f}   "
+            f"{one.space / MIB:5.1f}   {other.length / MIB:13.1f}   {other.space / MIB:5.1f}"
         )
 
 
-def _draw(path: Path, guest: Guest, ours: list[Sample], theirs: list[Sample], bound: int) -> None:
-    """Draw the curves."""
-    last = ours[-1].operations
+def _draw(path: Path, guest: Guest, qedfuse: list[Sample], qemu: list[Sample], bound: int) -> None:
+    """Draw the chart."""
+    last = qedfuse[-1].operations
 
     def line(name: str, samples: list[Sample], what: str, style: str) -> Line:
         points = [(item.operations, getattr(item, what) / MIB) for item in samples]
         return Line(name, points, style)
 
     lines = [
-        line("QEMU: file length", theirs, "length", "#c0392b"),
-        line("qedfuse: file length", ours, "length", "#2471a3"),
-        line("qedfuse: space taken", ours, "space", "#7fb3d5"),
+        line("QEMU: file length", qemu, "length", "#c0392b"),
+        line("qedfuse: file length", qedfuse, "length", "#2471a3"),
+        line("qedfuse: space taken", qedfuse, "space", "#7fb3d5"),
     ]
     if guest == "random":
         lines.append(Line("bound", [(0, bound / MIB), (last, bound / MIB)], "#555555"))
-    title = f"A {guest} guest on a disk of {DISK_BYTES[guest] // MIB} MiB, {len(ours) - 1} kills"
+    title = f"A {guest} guest on a disk of {DISK_BYTES[guest] // MIB} MiB, {len(qedfuse) - 1} kills"
     draw(path, title, ("operations", "MiB"), lines)
 
 

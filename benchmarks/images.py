@@ -1,6 +1,6 @@
-"""Images of the same content for everybody, and what a disk must read as.
+"""Images with the same content for all systems, and the content that a disk must have.
 
-A stage is a state in which a load finds the disk:
+A stage is the state of the disk before a load:
 
 - ``full``: every cluster is allocated and holds its own random data.
 - ``empty``: nothing is allocated.
@@ -9,8 +9,8 @@ A stage is a state in which a load finds the disk:
 - ``chain``: a full base below seven overlays, each of which holds a random eighth of the
   clusters.
 
-qedfuse and QEMU get a QED image each; the limit gets a flat file.  All the images are
-made by QEMU's tools.
+qedfuse and QEMU get a QED image each; the baseline gets a flat file.  All images are
+created by QEMU's tools.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ CLUSTER_BYTES: Final = 65536
 HOLE_BYTES: Final = 10 << 30
 OVERLAY_COUNT: Final = 7
 OVERLAY_FRACTION: Final = 8
-"""Each overlay of the chain holds one cluster in so many."""
+"""Each overlay of the chain holds one in 8 clusters."""
 CONSUMED_STAGES: Final = frozenset({"empty", "overlay"})
-"""Stages that a load uses up, so that each measurement needs an image of its own."""
+"""Stages that a load changes into another one, so that each measurement needs a new image."""
 _CHUNK_BYTES: Final = 16 << 20
 
 
 class Images:
-    """Makes images below ``directory``, of ``size`` bytes but for the holes."""
+    """Creates images below ``directory``; their disks have ``size`` bytes, except for ``hole``."""
 
     def __init__(self, directory: Path, size: int) -> None:
         self._directory = directory
         self._size = size
 
     def expected(self, stage: Stage) -> Path | None:
-        """Give a flat file with what the disk holds at first; None for zeros throughout."""
+        """Return a flat file with the content of the disk before the load; None if all zeros."""
         if stage == "empty":
             return None
         if stage == "chain":
@@ -70,7 +70,7 @@ class Images:
         return path
 
     def make(self, stage: Stage, system: System) -> Path:
-        """Give the image of one server; of a stage that is used up, a new one each time."""
+        """Return the image of a system; it is a new one each time for a consumed stage."""
         flat = system == "baseline"
         path = self._directory / f"{stage}-{system}.{'flat' if flat else 'qed'}"
         if path.exists() and stage not in CONSUMED_STAGES:
@@ -93,12 +93,12 @@ class Images:
                 self._copy(source, path)
             else:
                 _convert(source, path)
-        # So that all are in the cache in the same way; see `cache_file`.
+        # So that all images get into the page cache in the same way; see `cache_file`.
         evict_file(path)
         return path
 
     def files(self, stage: Stage, image: Path) -> list[Path]:
-        """Give all the files that are read when an image of a stage is."""
+        """Return all files that reads of an image of a stage may touch."""
         if image.suffix == ".flat":
             return [image]
         if stage == "overlay":
@@ -108,16 +108,16 @@ class Images:
         return [image]
 
     def disk_bytes(self, stage: Stage) -> int:
-        """Give the size of the disk."""
+        """Return the size of the disk in bytes."""
         return HOLE_BYTES if stage == "hole" else self._size
 
     def drop(self, stage: Stage) -> None:
-        """Delete the images of a stage, because they were written to or are done with."""
+        """Delete the images of a stage."""
         for path in self._directory.glob(f"{stage}-*"):
             path.unlink()
 
     def _base(self) -> Path:
-        """Give a full QED image that nobody writes to."""
+        """Return a full QED image that no load writes to."""
         path = self._directory / "base.qed"
         if not path.exists():
             source = self.expected("full")
@@ -126,7 +126,7 @@ class Images:
         return path
 
     def _overlay(self, path: Path, *, flat: bool) -> None:
-        """Make an overlay; the flat file is made once, for it takes no part in copying."""
+        """Create an overlay; the flat file is created only once, since no load consumes it."""
         if not flat:
             path.unlink(missing_ok=True)
             _create_over(self._base(), path)
@@ -136,11 +136,12 @@ class Images:
             self._copy(source, path)
 
     def _link(self, number: int) -> Path:
+        """Return the path of an overlay of the chain; 1 is the lowest."""
         name = "top" if number == OVERLAY_COUNT else str(number)
         return self._directory / f"link-{name}.qed"
 
     def _chain(self) -> None:
-        """Make the chain and the flat file of the same content, unless they are there."""
+        """Create the chain and a flat file with the same content, unless they exist."""
         flat = self._directory / "chain.expected"
         if flat.exists():
             return
@@ -185,18 +186,18 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def _create_over(below: Path, path: Path) -> None:
-    # By its bare name, so that it is found beside the overlay wherever that is.
+    # A relative name, which is resolved from the overlay's directory.
     run("qemu-img", "create", "-q", "-f", "qed", "-b", below.name, "-F", "qed", str(path))
 
 
 def cache_file(path: Path) -> None:
-    """Bring a file into the host's page cache, page by page.
+    """Bring a file into the host's page cache, in single pages.
 
-    A plain read lets the kernel keep it in pieces of up to 2 MiB, as it pleases, and 4 KiB
-    written into such a piece take ten times as long: the measurement would be of that.
+    After a plain read the kernel may keep it in large folios of up to 2 MiB, and a write of
+    4 KiB into such a folio takes ten times as long, which would dominate the measurement.
     """
     with path.open("rb", buffering=0) as file:
-        # The advice is followed in single pages; reading then waits for them.
+        # WILLNEED reads single pages; the read afterwards waits for them.
         for start in range(0, path.stat().st_size, _CHUNK_BYTES):
             os.posix_fadvise(file.fileno(), start, _CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
             while file.tell() < start + _CHUNK_BYTES and file.read(_CHUNK_BYTES):
@@ -204,7 +205,7 @@ def cache_file(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file to the host's disk, so that nobody pays for what another one wrote."""
+    """Write a file back to the host's disk, so that no later measurement waits for it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -213,7 +214,7 @@ def sync_file(path: Path) -> None:
 
 
 def evict_file(path: Path) -> None:
-    """Take a file out of the host's page cache."""
+    """Evict a file from the host's page cache."""
     sync_file(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:

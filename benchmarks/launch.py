@@ -1,9 +1,9 @@
-"""Runs one program and tells how long it took and the most memory it had.
+"""Run a program, and print its run time and its peak memory.
 
     python -m benchmarks.launch PROGRAM ARGUMENT...
 
-What a process had before it became another program counts as the other one's, so that a
-large program cannot measure a small one.  This one is small, and imports little.
+The kernel counts the memory that a process had before execve(2) as the new program's, so a
+large process cannot measure a small program.  This module is small, and imports little.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import time
 
 
 def launch(command: list[str]) -> tuple[float, float, int, int]:
-    """Run a program with its output thrown away.
+    """Run a program with its output discarded.
 
-    Gives seconds, seconds of CPU time, bytes of memory at the most, and the exit code.
+    Returns its run time and its CPU time in seconds, its peak memory in bytes, and its exit
+    code.
     """
     began = time.perf_counter()
-    nowhere = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-    pid = os.posix_spawnp(command[0], command, os.environ, file_actions=nowhere)
+    discard = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    pid = os.posix_spawnp(command[0], command, os.environ, file_actions=discard)
     _pid, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - began
     busy = usage.ru_utime + usage.ru_stime

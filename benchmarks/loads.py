@@ -1,4 +1,4 @@
-"""The loads: what is run against a disk, and what comes out of it as a number."""
+"""The loads: programs that run against a disk, and the figure that each gives."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SLACK_SECONDS: Final = 60.0
-"""How much longer than it should a load may take before it is given up."""
+"""How much longer than expected a load may take before it is killed."""
 CHECK_SECONDS: Final = 300.0
-"""How long a look at a whole disk may take."""
-STRETCH: Final = 5
-"""A load that ends after so many bytes gets so much more time, for the slower ones."""
+"""How long the verification of a whole disk may take."""
+TIME_FACTOR: Final = 5
+"""How much more time a load with a limit in bytes gets, so that slow systems reach it."""
 
 
 class Result(NamedTuple):
-    """What a measurement gave: a figure in the cell's unit, and how many writes."""
+    """The result of a measurement: a figure in the cell's unit, and the number of writes."""
 
     figure: float
     writes: int = 0
 
 
 def measure_fio(load: Fio, file: Path, seconds: float, unit: str, size: int) -> Result:
-    """Run fio on a file that is there, and is ``size`` bytes long.
+    """Run fio on an existing file of ``size`` bytes.
 
     Raises:
         BenchmarkError: It failed, or took far too long.
     """
-    runtime = seconds * (STRETCH if load.max_bytes else 1)
+    runtime = seconds * (TIME_FACTOR if load.max_bytes else 1)
     command = [
         *("fio", "--name=cell", f"--filename={str(file).replace(':', chr(92) + ':')}"),
         *(f"--rw={load.pattern}", f"--bs={load.block}", f"--direct={load.direct:d}"),
         *(f"--iodepth={load.depth}", f"--numjobs={load.processes}", "--group_reporting"),
         f"--ioengine={'libaio' if load.depth > 1 else 'psync'}",
-        # The file is there and keeps its length; and its cache is none of fio's business.
+        # fio must neither change the length of the file nor drop its cache.
         *("--allow_file_create=0", "--fallocate=none", "--invalidate=0"),
         *(f"--runtime={round(runtime * 1000)}ms", "--output-format=json"),
         f"--size={min(load.max_bytes, size)}" if load.max_bytes else "--time_based",
@@ -51,7 +51,7 @@ def measure_fio(load: Fio, file: Path, seconds: float, unit: str, size: int) -> 
     if load.fsync_at_end:
         command.append("--end_fsync=1")
     if load.writes:
-        # Each request says where it belongs, so that the disk can be checked afterwards.
+        # Each request contains its offset, so that the disk can be verified afterwards.
         pattern = f'--verify_pattern=%o"{MARKER.decode()}"'
         command += ["--verify=pattern", pattern, "--do_verify=0"]
     job = _job(run(*command, seconds=runtime + SLACK_SECONDS))
@@ -61,8 +61,8 @@ def measure_fio(load: Fio, file: Path, seconds: float, unit: str, size: int) -> 
 
 
 def _job(output: str) -> dict[str, Any]:
-    """Give what fio says of its (only) group of processes."""
-    # It may say something in plain words first.
+    """Return fio's results for its only group of processes."""
+    # fio may print plain text before the JSON.
     job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
     if job["error"]:
         msg = f"fio: found error {job['error']}, expected none"
@@ -71,10 +71,10 @@ def _job(output: str) -> dict[str, Any]:
 
 
 def verified_writes(file: Path) -> None:
-    """Write at random, 16 in flight, and read all of it back, checksummed; not timed.
+    """Write at random with 16 requests in flight, and verify the checksums of what is read.
 
     Raises:
-        BenchmarkError: Something else came back.
+        BenchmarkError: Other data was read.
     """
     run(
         *("fio", "--name=verify", f"--filename={file}", "--rw=randwrite", "--bs=4k"),
@@ -85,7 +85,7 @@ def verified_writes(file: Path) -> None:
 
 
 def lay_out(file: Path, size: int) -> None:
-    """Write a file of ``size`` bytes for fio to use."""
+    """Create a file of ``size`` bytes for fio."""
     run(
         *("fio", "--name=lay", f"--filename={file}", "--rw=write", "--bs=1m", "--end_fsync=1"),
         f"--size={size}",
@@ -94,11 +94,11 @@ def lay_out(file: Path, size: int) -> None:
 
 
 def read(word: str, disk: Path, *arguments: str) -> float:
-    """Run `benchmarks.reader`.
+    """Run `benchmarks.reader`, and return the number that it prints.
 
     Raises:
         BenchmarkError: It failed, or took far too long.
-        WrongDataError: What was read is not what should be there.
+        WrongDataError: The disk has other content than expected.
     """
     command = (sys.executable, "-m", "benchmarks.reader", word, str(disk), *arguments)
     output = run(*command, seconds=CHECK_SECONDS).strip()
@@ -108,7 +108,7 @@ def read(word: str, disk: Path, *arguments: str) -> float:
 
 
 def copy_and_sync(tree: Path, target: Path) -> Result:
-    """Copy a source tree into a file system and sync that; gives seconds."""
+    """Copy a source tree into a file system and sync it; the result is in seconds."""
     start = time.monotonic()
     run("cp", "-a", str(tree), str(target), seconds=2 * SLACK_SECONDS)
     run("sync", "--file-system", str(target), seconds=2 * SLACK_SECONDS)
@@ -116,9 +116,9 @@ def copy_and_sync(tree: Path, target: Path) -> Result:
 
 
 def read_with_tar(target: Path) -> Result:
-    """Read a directory with tar; gives seconds."""
+    """Read a directory with tar; the result is in seconds."""
     start = time.monotonic()
-    # By way of a pipe: tar does not read the files at all when it sees /dev/null.
+    # Through a pipe: with /dev/null as its output tar does not read the files.
     script = 'set -o pipefail; tar -cf - -C "$1" . | cat >/dev/null'
     run("bash", "-c", script, "bash", str(target), seconds=2 * SLACK_SECONDS)
     return Result(time.monotonic() - start)

@@ -1,7 +1,7 @@
-"""A disk mounted as users do it, and what the process that serves it takes up.
+"""A disk mounted by the command, and the resources that its process uses.
 
-Like `benchmarks.servers` nothing here touches the disk itself, so that a server that
-hangs does not take the measurement with it.
+As in `benchmarks.servers`, no code here accesses the disk itself, so that a server that
+hangs does not block the measurement.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 STOP_SECONDS: Final = 120.0
 IDLE_SECONDS: Final = 0.4
-"""Without any work for so long a process counts as idle; CPU time comes in steps of 10 ms."""
+"""A process that uses no CPU time for this long is idle; CPU time has a resolution of 10 ms."""
 _KIB: Final = 1024
 
 
 class Usage(NamedTuple):
-    """What a process takes up now: memory in bytes, the most so far, descriptors, threads."""
+    """The resources of a process: memory and peak memory in bytes, descriptors, threads."""
 
     resident: int
     peak: int
@@ -36,7 +36,7 @@ class Usage(NamedTuple):
 
 
 def usage(pid: int) -> Usage:
-    """Look at a process.
+    """Return the resources that a process uses.
 
     Raises:
         BenchmarkError: It has ended.
@@ -59,7 +59,7 @@ def usage(pid: int) -> Usage:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Give how long a process has been at work.
+    """Return the CPU time of a process in seconds.
 
     Raises:
         BenchmarkError: It has ended.
@@ -72,13 +72,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_until_idle(pid: int, most: float = 120.0) -> None:
-    """Return when a process has nothing more to do.
+def wait_until_idle(pid: int, timeout_seconds: float = 120.0) -> None:
+    """Return when a process uses no CPU time any more.
 
     Raises:
-        BenchmarkError: It has ended, or is at work for longer than ``most`` seconds.
+        BenchmarkError: It has ended, or is still busy after ``timeout_seconds``.
     """
-    end = time.monotonic() + most
+    end = time.monotonic() + timeout_seconds
     before = cpu_seconds(pid)
     while time.monotonic() < end:
         time.sleep(IDLE_SECONDS)
@@ -86,21 +86,21 @@ def wait_until_idle(pid: int, most: float = 120.0) -> None:
         if now == before:
             return
         before = now
-    msg = f"process {pid}: at work for {most:.0f} s, expected it to be idle"
+    msg = f"process {pid}: busy for {timeout_seconds:.0f} s, expected it to be idle"
     raise BenchmarkError(msg)
 
 
 class Mounted:
-    """An image mounted by the command qedfuse, from ``with`` on.
+    """An image that the command qedfuse mounts, as a context manager.
 
     Attributes:
         disk: The flat file.
-        pid: The process that serves it.
-        start_seconds: What the command took until it returned.
+        pid: The process that serves it; 0 if it is not mounted.
+        start_seconds: How long the command took to return.
     """
 
     def __init__(self, qedfuse: str, image: Path, mountpoint: Path, *options: str) -> None:
-        """Prepare; ``mountpoint`` is made, and taken away at the end."""
+        """Prepare a mount; ``mountpoint`` is created, and removed at the end."""
         self._options = options
         self._qedfuse = qedfuse
         self._image = image
@@ -125,10 +125,10 @@ class Mounted:
         return self
 
     def stop(self) -> float:
-        """Unmount; give the seconds until the command has returned and the process is gone.
+        """Unmount; return the seconds until the command has returned and the process has ended.
 
         Raises:
-            BenchmarkError: The command failed, or has left the process behind.
+            BenchmarkError: The command failed, or the process is still there.
         """
         began = time.monotonic()
         run(self._qedfuse, "umount", str(self._mountpoint), seconds=STOP_SECONDS)
@@ -147,7 +147,7 @@ class Mounted:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End a process that is still there, and take the mountpoint away."""
+        """Kill the process if it is still there, and remove the mountpoint."""
         if self.pid:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -158,7 +158,7 @@ class Mounted:
 
 
 def _runs(pid: int) -> bool:
-    """Tell whether a process is there and more than an exit code that nobody collects."""
+    """Return whether a process exists and is no zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -167,5 +167,5 @@ def _runs(pid: int) -> bool:
 
 
 def program() -> str:
-    """Give the command to measure: the one beside this Python, unless QEDFUSE names one."""
+    """Return the command to measure: QEDFUSE, or by default the one beside this Python."""
     return os.environ.get("QEDFUSE") or str(Path(sys.executable).with_name("qedfuse"))

@@ -1,15 +1,15 @@
-/* The limit: what FUSE itself can do.  One file passed through, and nothing else.
+/* The baseline: a pass-through file system for a single file, to measure FUSE itself.
  *
- *     passthrough FILE MOUNTPOINT        serves MOUNTPOINT/disk.raw, in front, until unmounted
+ *     passthrough FILE MOUNTPOINT        serves MOUNTPOINT/disk.raw until unmounted
  *
- * What a server could save is saved: libfuse's low-level interface, no path lookups,
- * requests of up to 1 MiB, the kernel's write-back cache, names and attributes that never
- * expire, one buffer for all answers.  What is left is the way to the kernel and back,
- * and one system call on a flat file.
+ * It avoids all costs that a server can avoid: it uses libfuse's low-level interface, no
+ * path lookups, requests of up to 1 MiB, the kernel's write-back cache, names and attributes
+ * that never expire, and one buffer per thread for all answers.  What remains is the way from
+ * the kernel and back, and one system call on a flat file.
  *
- * There is one thread, unless THREADS in the environment says "many": the benchmark asks
- * for them where several requests come at once, for that is where they pay.  Data goes
- * through memory and not through pipes, as it does in qedfuse.
+ * It has one thread, unless the environment variable THREADS is "many", which the benchmark
+ * sets for concurrent requests, where threads pay off.  As in qedfuse, data goes through
+ * memory and not through pipes.
  */
 #define FUSE_USE_VERSION 312
 #define _GNU_SOURCE
@@ -25,13 +25,13 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-enum { DISK = 2, MOST = 1 << 20 };
+enum { DISK_INODE = 2, MAX_REQUEST_BYTES = 1 << 20 };
 
 static const double FOREVER = 86400.0;
 static const char NAME[] = "disk.raw";
 
 static int file;
-static _Thread_local char *answer; /* of MOST bytes, made by the first read of a thread */
+static _Thread_local char *answer; /* MAX_REQUEST_BYTES, allocated by a thread's first read */
 
 static void describe(fuse_ino_t inode, struct stat *what)
 {
@@ -52,9 +52,9 @@ static void on_init(void *data, struct fuse_conn_info *connection)
     (void)data;
     if (connection->capable & FUSE_CAP_WRITEBACK_CACHE)
         connection->want |= FUSE_CAP_WRITEBACK_CACHE;
-    connection->max_read = MOST; /* as in the options, or libfuse refuses */
-    connection->max_write = MOST;
-    connection->max_readahead = MOST;
+    connection->max_read = MAX_REQUEST_BYTES; /* as in the options, or libfuse refuses */
+    connection->max_write = MAX_REQUEST_BYTES;
+    connection->max_readahead = MAX_REQUEST_BYTES;
     connection->max_background = 64;
     connection->congestion_threshold = 48;
 }
@@ -62,13 +62,13 @@ static void on_init(void *data, struct fuse_conn_info *connection)
 static void on_lookup(fuse_req_t request, fuse_ino_t parent, const char *name)
 {
     struct fuse_entry_param entry = {
-        .ino = DISK, .attr_timeout = FOREVER, .entry_timeout = FOREVER};
+        .ino = DISK_INODE, .attr_timeout = FOREVER, .entry_timeout = FOREVER};
 
     if (parent != FUSE_ROOT_ID || strcmp(name, NAME) != 0) {
         fuse_reply_err(request, ENOENT);
         return;
     }
-    describe(DISK, &entry.attr);
+    describe(DISK_INODE, &entry.attr);
     fuse_reply_entry(request, &entry);
 }
 
@@ -93,7 +93,7 @@ static void on_setattr(fuse_req_t request, fuse_ino_t inode, struct stat *wanted
 
 static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
 {
-    if (inode != DISK) {
+    if (inode != DISK_INODE) {
         fuse_reply_err(request, EISDIR);
         return;
     }
@@ -114,7 +114,7 @@ static void on_readdir(fuse_req_t request, fuse_ino_t inode, size_t room, off_t 
         fuse_reply_buf(request, NULL, 0);
         return;
     }
-    describe(DISK, &what);
+    describe(DISK_INODE, &what);
     size = fuse_add_direntry(request, entry, sizeof entry, NAME, &what, 1);
     fuse_reply_buf(request, entry, size <= room ? size : 0);
 }
@@ -126,11 +126,11 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
 
     (void)inode;
     (void)info;
-    if (answer == NULL && (answer = aligned_alloc(4096, MOST)) == NULL) {
+    if (answer == NULL && (answer = aligned_alloc(4096, MAX_REQUEST_BYTES)) == NULL) {
         fuse_reply_err(request, ENOMEM);
         return;
     }
-    done = pread(file, answer, size < MOST ? size : MOST, offset);
+    done = pread(file, answer, size < MAX_REQUEST_BYTES ? size : MAX_REQUEST_BYTES, offset);
     if (done < 0)
         fuse_reply_err(request, errno);
     else
@@ -191,7 +191,7 @@ static void on_statfs(fuse_req_t request, fuse_ino_t inode)
         fuse_reply_statfs(request, &what);
 }
 
-/* What is missing is answered with ENOSYS, once, and the kernel does not ask again. */
+/* libfuse answers a missing operation with ENOSYS, and the kernel does not send it again. */
 static const struct fuse_lowlevel_ops operations = {
     .init = on_init,
     .lookup = on_lookup,

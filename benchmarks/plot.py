@@ -1,4 +1,4 @@
-"""Curves and dot plots as SVG files, without a library."""
+"""Line charts and dot plots as SVG files, without a library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
 
 def draw(path: Path, title: str, axes: tuple[str, str], lines: Sequence[Line]) -> None:
-    """Write the curves to a file; ``axes`` names what runs along x and y."""
+    """Write curves to a file; ``axes`` are the names of the x and the y axis."""
     max_x = max(x for line in lines for x, _ in line.points) or 1
     max_y = 1.1 * max(y for line in lines for _, y in line.points) or 1
 
@@ -80,7 +80,7 @@ def draw(path: Path, title: str, axes: tuple[str, str], lines: Sequence[Line]) -
 
 
 class Mark(NamedTuple):
-    """A place on a row: a dot, or the upright bar of a target."""
+    """A value on a row: a dot, or a vertical bar for a target."""
 
     value: float
     colour: str
@@ -102,7 +102,7 @@ ROW_WIDTH: Final = 1080
 def draw_rows(
     path: Path, title: str, legend: Sequence[tuple[str, str]], rows: Sequence[Row]
 ) -> None:
-    """Write a dot plot to a file, along powers of two; ``legend`` names the colours."""
+    """Write a dot plot with a logarithmic axis to a file; ``legend`` names the colours."""
     values = [mark.value for row in rows for mark in row.marks if mark.value > 0]
     low = floor(log2(min([*values, 0.5])))
     high = ceil(log2(max([*values, 2.0])))

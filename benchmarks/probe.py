@@ -1,14 +1,14 @@
-"""Reads and writes single blocks of a disk, in a process that can be given up if it hangs.
+"""Read and write single blocks of a disk, in a process that can be killed if it hangs.
 
     python -m benchmarks.probe first DISK OFFSETS
     python -m benchmarks.probe read DISK OFFSETS SECONDS
     python -m benchmarks.probe write DISK OFFSETS
 
-OFFSETS is a file of numbers of 64 bits.  "first" reads one block and prints the seconds
-that took, opening the disk included.  "read" reads the blocks one after the other, over
-and over, and prints reads a second.  "write" writes each once, then flushes, and prints
-the seconds of each.  Blocks are 4096 bytes; their first bytes tell their offset, which is
-compared.  Everything is O_DIRECT.
+OFFSETS is a file of 64-bit numbers.  "first" opens the disk, reads one block and prints the
+seconds that this took.  "read" reads the blocks one after the other, repeatedly, and prints
+reads per second.  "write" writes each block once, then flushes, and prints the seconds of
+both.  Blocks have 4096 bytes, begin with their offset, which is verified, and are read and
+written with O_DIRECT.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ BLOCK_BYTES: Final = 4096
 
 
 def stamp(offset: int) -> bytes:
-    """Give what the block at an offset begins with."""
+    """Return the first bytes of the block at an offset."""
     return offset.to_bytes(8, "little") + MARKER
 
 
 def _read(descriptor: int, buffer: mmap.mmap, offset: int) -> None:
-    """Read one block.
+    """Read a block into ``buffer``.
 
     Raises:
-        ValueError: It is another one.
+        ValueError: It is the block of another offset.
     """
     os.preadv(descriptor, [buffer], offset)
     if buffer[:16] != stamp(offset):
@@ -45,7 +45,7 @@ def _read(descriptor: int, buffer: mmap.mmap, offset: int) -> None:
 
 
 def first(disk: str, offsets: array[int]) -> str:
-    """Read one block."""
+    """Open the disk and read the first block; return the seconds."""
     buffer = mmap.mmap(-1, BLOCK_BYTES)
     began = time.monotonic()
     descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
@@ -54,7 +54,7 @@ def first(disk: str, offsets: array[int]) -> str:
 
 
 def read(disk: str, offsets: array[int], seconds: float) -> str:
-    """Read blocks for some time, after each was read once if there is time for that."""
+    """Read each block once, then read blocks for ``seconds``; return reads per second."""
     buffer = mmap.mmap(-1, BLOCK_BYTES)
     descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
     end = time.monotonic() + seconds
@@ -73,7 +73,7 @@ def read(disk: str, offsets: array[int], seconds: float) -> str:
 
 
 def write(disk: str, offsets: array[int]) -> str:
-    """Write each block, and flush."""
+    """Write each block, then flush; return the seconds of both."""
     buffer = mmap.mmap(-1, BLOCK_BYTES)
     descriptor = os.open(disk, os.O_RDWR | os.O_DIRECT)
     began = time.monotonic()
@@ -86,7 +86,7 @@ def write(disk: str, offsets: array[int]) -> str:
 
 
 def main() -> None:
-    """Do one thing and print the figures, or say in one line what is wrong."""
+    """Run one action and print its figures, or one line about wrong data."""
     word, disk, name, *rest = sys.argv[1:]
     offsets = array("Q", Path(name).read_bytes())
     try:

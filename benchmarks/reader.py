@@ -1,14 +1,14 @@
-"""Reads a disk in a process of its own, which can be given up if the disk hangs.
+"""Read a disk, in a process that can be killed if the disk hangs.
 
     python -m benchmarks.reader check DISK EXPECTED [BLOCK]
     python -m benchmarks.reader walk DISK SECONDS
-    python -m benchmarks.reader forget DISK
+    python -m benchmarks.reader drop-cache DISK
 
-"check" compares the whole disk with a flat file ("-": zeros), by several readers at once
-and not in order; of one of more than 2 GiB that was only read from, a part.  A block of BLOCK bytes
-may hold what fio wrote there instead; how many do is printed.  "walk" goes from data to
-hole and on, over and over, and prints walks a second.  "drop-cache" takes the disk out of the
-page cache.
+"check" compares the whole disk with a flat file ("-" stands for zeros), with concurrent
+reads in random order; of a disk of more than 2 GiB that was not written to, it compares a
+sample.  A block of BLOCK bytes may hold what fio wrote there instead; the number of such
+blocks is printed.  "walk" finds all holes with lseek, repeatedly, and prints walks per
+second.  "drop-cache" evicts the disk from the page cache.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES: Final = 1 << 20
 MAX_CHUNKS_COMPARED: Final = 2048
-"""From so many on a disk that was only read from is not compared as a whole."""
+"""If a disk that was not written to has more chunks, only a sample is compared."""
 SAMPLED_CHUNKS: Final = 256
 SMALL_BYTES: Final = 4096
 SMALL_READS: Final = 4096
 READERS: Final = 16
 WRONG_PREFIX: Final = "wrong data: "
-"""What is printed instead of a number begins like this if the disk is not as expected."""
+"""The beginning of the line that is printed instead of a number if the content is wrong."""
 MARKER: Final = b"qedfuse!"
-"""Follows the offset of the request in what fio writes, up to the end of the request."""
+"""fio fills each write with the offset of the request and this marker, alternating."""
 
 
 def written(offset: int, length: int) -> bytes:
-    """Give what a write request of fio's holds; see `benchmarks.loads`."""
+    """Return the data of a write request of fio's; see `benchmarks.loads`."""
     return (offset.to_bytes(8, "little") + MARKER) * (length // 16)
 
 
 def compare(found: bytes, expected: bytes, offset: int, block: int) -> int:
-    """Count the blocks that hold what fio wrote; all others must be as expected.
+    """Return the number of blocks that hold what fio wrote; all others must be as expected.
 
     Raises:
-        ValueError: Some are neither; the message says where and what.
+        ValueError: A block is neither; the message has its offset and content.
     """
     if found == expected:
         return 0
@@ -76,10 +76,10 @@ def compare(found: bytes, expected: bytes, offset: int, block: int) -> int:
 
 
 def check(disk: str, expected: str, block: int, flags: int = os.O_DIRECT) -> int:
-    """Compare a whole disk; give the number of blocks that hold what fio wrote.
+    """Compare a disk; return the number of blocks that hold what fio wrote.
 
     Raises:
-        ValueError: Some other data was found.
+        ValueError: A block has other content.
     """
     with ExitStack() as stack:
         file = stack.enter_context(os.fdopen(os.open(disk, os.O_RDONLY | flags), "rb", 0))
@@ -99,8 +99,8 @@ def check(disk: str, expected: str, block: int, flags: int = os.O_DIRECT) -> int
         order.shuffle(large)
         if len(large) > MAX_CHUNKS_COMPARED and not block:
             large = [*large[:SAMPLED_CHUNKS], (size - 1) // CHUNK_BYTES * CHUNK_BYTES]
-        # Several at a time of those that the loads use as well: what is mixed up when
-        # requests overlap would not show if they came one by one.
+        # Concurrent requests, of the size that the loads use as well: a server that mixes up
+        # overlapping requests would answer sequential ones correctly.
         count = 0 if block > SMALL_BYTES else SMALL_READS
         small = [order.randrange(size // SMALL_BYTES) * SMALL_BYTES for _ in range(count)]
         with ThreadPoolExecutor(READERS) as pool:
@@ -111,17 +111,17 @@ def check(disk: str, expected: str, block: int, flags: int = os.O_DIRECT) -> int
 
 
 def _read(descriptor: int, offset: int, length: int) -> bytes:
-    """Read into memory that begins at a page, as O_DIRECT wants it."""
+    """Read into page-aligned memory, which O_DIRECT requires."""
     with mmap.mmap(-1, length) as buffer:
         count = os.preadv(descriptor, [buffer], offset)
         return buffer[:count]
 
 
 def walk(disk: str, seconds: float) -> float:
-    """Give how many times a second all the borders between data and holes are found.
+    """Return how many times per second all borders between data and holes are found.
 
     Raises:
-        ValueError: They are not where the disk has them.
+        ValueError: They are elsewhere.
     """
     descriptor = os.open(disk, os.O_RDONLY)
     size = os.fstat(descriptor).st_size
@@ -141,7 +141,7 @@ def walk(disk: str, seconds: float) -> float:
 
 
 def drop_cache(disk: str) -> float:
-    """Take a disk out of the page cache of its mount."""
+    """Evict a disk from the page cache of its mount."""
     descriptor = os.open(disk, os.O_RDWR)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -149,7 +149,7 @@ def drop_cache(disk: str) -> float:
 
 
 def main() -> None:
-    """Do one thing and print a number, or say in one line what is wrong."""
+    """Run one action and print its number, or one line about wrong data."""
     word, disk, *rest = sys.argv[1:]
     actions: dict[str, Callable[[], float]] = {
         "check": lambda: check(disk, rest[0], int((rest[1:] or ["0"])[0])),

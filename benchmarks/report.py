@@ -1,4 +1,4 @@
-"""What came out: medians, ratios, whether a target is met, and how that is shown."""
+"""The results: medians, ratios and targets, as a table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TITLES: Final[Mapping[System, str]] = {
 
 @dataclass
 class Outcome:
-    """A cell and the figures of each who took part.
+    """The result of a cell.
 
     Attributes:
-        cell: Which one.
-        figures: In the cell's unit, one for each round.
-        failures: What went wrong, a line each.
-        remarks: What has to be known besides, such as the wrong data of somebody else.
+        cell: The cell.
+        figures: Each system's figures in the cell's unit, one per round.
+        failures: A line for each failure.
+        remarks: Further lines for the reader, such as wrong data of QEMU.
     """
 
     cell: Cell
@@ -44,24 +44,24 @@ class Outcome:
     remarks: list[str] = field(default_factory=list)
 
     def fail(self, system: System, what: str) -> None:
-        """Note what went wrong; QEMU's faults are for the reader, and fail nobody's run."""
+        """Record a failure; QEMU's are only remarks, which do not fail the run."""
         notes = self.remarks if system == "qemu" else self.failures
         notes.append(f"{TITLES[system]} {what}")
 
     def median(self, system: System) -> float | None:
-        """Give the median of somebody's figures, None where there are none."""
+        """Return the median of a system's figures, or None without figures."""
         figures = self.figures.get(system)
         return median(figures) if figures else None
 
     def ratio(self, other: System) -> float | None:
-        """Give how many times as fast as another one we are."""
+        """Return how many times as fast as ``other`` qedfuse is, or None without figures."""
         ours, theirs = self.median("qedfuse"), self.median(other)
         if not ours or not theirs:
             return None
         return theirs / ours if self.cell.unit == "s" else ours / theirs
 
     def missed(self) -> list[str]:
-        """Give the targets that are missed, in words."""
+        """Return a phrase for each target that is missed."""
         found = []
         for what, ratio, target in (
             ("QEMU", self.ratio("qemu"), self.cell.qemu_target),
@@ -75,7 +75,7 @@ class Outcome:
         return found
 
     def verdict(self) -> str:
-        """Say in one word what became of the targets; nothing where there are none."""
+        """Return the verdict on the targets in one word; empty if there are none."""
         if self.failures:
             return "failed"
         if self.cell.qemu_target is None and self.cell.baseline_target is None:
@@ -91,19 +91,19 @@ class Outcome:
 
 
 def number(figure: float) -> str:
-    """Write a figure with as many digits as mean something."""
-    if figure >= 100:  # noqa: PLR2004  three digits, in any case
+    """Return a figure with three significant digits."""
+    if figure >= 100:  # noqa: PLR2004  without decimals, which are not significant
         return f"{figure:,.0f}"
     return f"{figure:.3g}"
 
 
 def spread(figures: Sequence[float]) -> str:
-    """Write a median and, in brackets, the least and the most."""
+    """Return the median and, in brackets, the minimum and the maximum."""
     return f"{number(median(figures))} ({number(min(figures))} to {number(max(figures))})"
 
 
 def markdown(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> str:
-    """Write the table, with what it was measured on above and the notes below."""
+    """Return the table, with ``facts`` above and notes below."""
     lines = [f"- {name}: {fact}" for name, fact in facts.items()]
     lines += [
         "",
@@ -146,7 +146,7 @@ def _target(value: float | None) -> str:
 
 
 def as_json(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> dict[str, Any]:
-    """Give everything as data, with each single figure."""
+    """Return everything as JSON, with every single figure."""
     return {
         "facts": dict(facts),
         "cells": [
@@ -189,11 +189,11 @@ def plot(path: Path, outcomes: Iterable[Outcome]) -> None:
                 marks.append(Mark(target, colour, target=True))
         rows.append(Row(outcome.cell.title, marks))
     legend = [("qedfuse / QEMU", "#2471a3"), ("qedfuse / baseline", "#d68910")]
-    draw_rows(path, "How many times as fast; a bar is the target", legend, rows)
+    draw_rows(path, "Speed ratios; a bar is the target", legend, rows)
 
 
 def facts(directory: Path, qedfuse: str, settings: str) -> dict[str, str]:
-    """Say what it was measured on, and by what."""
+    """Describe the machine, the versions and the settings of a measurement."""
     cpu = re.search(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
     memory = re.search(r"^MemTotal:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
     filesystem = run("findmnt", "-n", "-o", "FSTYPE,OPTIONS", "--target", str(directory)).strip()

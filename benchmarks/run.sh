@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sets up all that the measurements need, then measures qedfuse beside QEMU and a limit:
+# Installs what the measurements need, then measures qedfuse, QEMU and a baseline:
 #
 #   benchmarks/run.sh                   every cell, in about half an hour
 #   benchmarks/run.sh --quick           every cell, in about five minutes
 #   benchmarks/run.sh --cells 1m        the cells whose names contain "1m"
 #
-# Arguments go on to benchmarks/speed.py; --help tells them all.  QEDFUSE names the program
-# to measure, where it is not the one of this checkout.
+# Arguments are passed to benchmarks/speed.py; --help lists them.  QEDFUSE names the program
+# to measure, if it is not that of this checkout.
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
@@ -17,6 +17,6 @@ install_packages "${runtime_needs[@]}" \
     losetup=mount mount=mount mkfs.ext4=e2fsprogs findmnt=util-linux
 install_project ""
 check_fuse
-# For the measurements' own Python too, which looks for losetup and mkfs.ext4.
+# The Python program also looks for losetup and mkfs.ext4 there.
 export PATH
 exec "$venv/bin/python" -m benchmarks.speed "$@"

@@ -1,4 +1,4 @@
-"""One cell for one of those that take part: set up, measured again and again, checked."""
+"""A runner: sets up a cell for one system, measures it repeatedly, and verifies the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from benchmarks.servers import BenchmarkError, Programs, Server, System, WrongDa
 
 @dataclass(frozen=True)
 class Environment:
-    """Where it all happens: directory, images and programs; seconds of a measurement."""
+    """What all runners share.
+
+    Attributes:
+        directory: Where images and mountpoints are created.
+        images: The images.
+        programs: The programs that are measured.
+        seconds: The length of a measurement.
+    """
 
     directory: Path
     images: Images
@@ -25,26 +32,30 @@ class Environment:
 
 
 class Runner:
-    """Takes part in a cell; `finish` has to be called whatever happened."""
+    """Runs a cell on a system; `finish` or `abort` must be called in the end.
+
+    Attributes:
+        system: The system.
+        wrong: A description of wrong content, once the disk has been verified.
+    """
 
     def __init__(self, system: System, cell: Cell, environment: Environment) -> None:
         self.system: Final = system
         self._cell = cell
         self._environment = environment
-        # A file system that is kept over the rounds needs no new image each time.
+        # A file system that is kept over all rounds needs no new image each time.
         self._fresh = cell.stage in CONSUMED_STAGES and (not cell.loop or cell.load == "copy")
         size = environment.images.disk_bytes(cell.stage)
-        # A file on a file system leaves room for that and for the tree.
+        # A file on a file system leaves space for metadata and for the tree.
         self._size = size // 4 if cell.loop else size
         self._server: Server | None = None
         self._file_system: FileSystem | None = None
         self._writes = 0
         self._warmed = False
         self.wrong = ""
-        """What the disk held that it should not hold, once it was checked."""
 
     def measure(self, *, last: bool) -> float:
-        """Measure once, and check what the disk holds after the last time.
+        """Measure once and return the figure; verify the disk after the ``last`` time.
 
         Raises:
             BenchmarkError: It failed.
@@ -64,7 +75,7 @@ class Runner:
             except BenchmarkError as error:
                 if self._file_system is None:
                     raise
-                # It cannot be read back: somewhere below, the disk holds something else.
+                # The file system cannot be read: the disk below it has wrong content.
                 self.wrong = str(error)
         if self._fresh:
             self.finish()
@@ -75,7 +86,7 @@ class Runner:
         """Unmount, so that the image holds everything.
 
         Raises:
-            BenchmarkError: That failed; nothing is left mounted all the same.
+            BenchmarkError: That failed; nothing is left mounted nevertheless.
         """
         filesystem, self._file_system = self._file_system, None
         server, self._server = self._server, None
@@ -93,19 +104,20 @@ class Runner:
             server.stop()
 
     def abort(self) -> None:
-        """Take everything away after a failure."""
+        """Kill the server and unmount everything after a failure."""
         if self._server is not None:
-            # First of all, so that whoever waits for it goes on.
+            # First, because processes that use the disk wait for the server.
             self._server.kill()
         if self._file_system is not None:
             self._file_system.abandon()
         self._server = self._file_system = None
 
     def _start(self) -> None:
+        """Start the server, and prepare the file system if the cell has one."""
         environment, cell = self._environment, self._cell
         image = environment.images.make(cell.stage, self.system)
         if cell.cold != "host":
-            # Before a server reads any of it, and the kernel reads ahead in its own way.
+            # Before the server reads the files, after which the kernel would read ahead.
             for file in environment.images.files(cell.stage, image):
                 cache_file(file)
         self._server = Server(
@@ -127,7 +139,7 @@ class Runner:
             self._file_system.attach()
 
     def _arrange_caches(self, server: Server) -> None:
-        """Make warm what is to be warm, and cold what is to be cold."""
+        """Fill or empty the page caches as the cell requires."""
         cell = self._cell
         if self._file_system is not None and cell.load == "tar":
             self._file_system.detach()
@@ -141,7 +153,7 @@ class Runner:
             else:
                 cache_file(file)
         if cell.cold == "host":
-            with suppress(PermissionError):  # without it the files are cold, which is most of it
+            with suppress(PermissionError):  # the files' data has been evicted already
                 Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")
         if cell.warm and not self._warmed:
             everything = Fio("read", 1 << 20, direct=False, max_bytes=1 << 40)
@@ -149,7 +161,7 @@ class Runner:
             self._warmed = True
 
     def _load(self, server: Server) -> loads.Result:
-        """Run the load."""
+        """Run the load and return its result."""
         cell, environment = self._cell, self._environment
         if cell.load == "walk":
             return loads.Result(loads.read("walk", server.disk, str(environment.seconds)))
@@ -162,13 +174,18 @@ class Runner:
         return loads.read_with_tar(self._file_system.root / "tree")
 
     def _check(self, server: Server) -> None:
-        """Look at the whole disk, or at the files on it."""
+        """Verify the whole disk, or the files on it.
+
+        Raises:
+            WrongDataError: The content is wrong.
+            BenchmarkError: It cannot be read.
+        """
         cell, environment = self._cell, self._environment
         if self._file_system is not None:
             if isinstance(cell.load, Fio):
                 loads.verified_writes(self._file_system.root / "file")
                 return
-            # What is compared comes from the image, not from a cache.
+            # The comparison must read the image, not a cache.
             self._file_system.detach()
             loads.read("drop-cache", server.disk)
             self._file_system.attach()

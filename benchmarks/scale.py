@@ -1,19 +1,19 @@
-"""What a disk costs by its size and by how much of it is allocated.
+"""Measure how the cost of a disk depends on its size and on the number of its clusters.
 
     python -m benchmarks.scale                1 GiB to 64 TiB, 10^4 to 10^7 clusters
-    python -m benchmarks.scale --quick        the corners of that, once each
+    python -m benchmarks.scale --quick        a few of these disks, once each
 
 Each image has real tables, and data clusters that are holes of the host's file, see
-`benchmarks.sparse`; it is in the host's page cache.  Each round takes a new copy: it is
-mounted by the command, as users do it, read from, written to and unmounted; and it is
-opened once more by way of the library, in a process of its own, to see how long it takes
-until the free space of the file is known.  What counts is the median of the rounds.
+`benchmarks.sparse`; it is in the host's page cache.  Each round uses a new copy: the command
+mounts it, and it is read from, written to and unmounted.  It is also opened by the library,
+in a separate process, to measure the time until its free space is known.  The result is the
+median of the rounds.
 
-Reads are of 4 KiB, O_DIRECT, one at a time, and each is compared with what was written
-there.  "near" reads within 16 GiB of disk, of which all tables are in memory; "anywhere"
-reads all over the disk, whose tables are in memory as far as there is room for them.
+Reads have 4 KiB, use O_DIRECT, are sequential in time, and are verified.  "near" reads
+within 16 GiB of disk, whose tables are all in memory; "anywhere" reads in the whole disk,
+whose tables are in memory as far as the cache allows.
 
-Prints a table, and which columns are flat.
+The output is a table, and a list of the columns that are flat.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ QUICK: Final = (("1G", 10**4), ("64T", 10**4), ("64T", 10**6))
 ROUNDS, SECONDS = 3, 1.0
 QUICK_SECONDS: Final = 0.4
 SAMPLE_BLOCKS: Final = 4096
-"""Different blocks that are read; each lies in another cluster as far as there are so many."""
+"""The number of different blocks that are read, in different clusters if there are enough."""
 WRITE_COUNT: Final = 1000
 NEAR_BYTES: Final = 16 << 30
 FLAT_FACTOR: Final = 2.0
-"""A column is flat if its largest figure is at most so many times its smallest."""
+"""A column is flat if the ratio of its largest to its smallest figure is at most this."""
 MIB: Final = 1 << 20
 ROOT: Final = Path(__file__).resolve().parents[1]
 
@@ -79,27 +79,27 @@ COLUMNS: Final[Mapping[str, str]] = {
 
 
 class Cell(NamedTuple):
-    """A disk: its size as users write it, and how many of its clusters are allocated."""
+    """A disk: its size, such as 64G, and the number of its allocated clusters."""
 
     size: str
     clusters: int
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has so many clusters."""
+        """Whether the disk has at least this number of clusters."""
         return self.clusters <= GEOMETRY.clusters(parse_size(self.size))
 
 
 class Original:
-    """An image that is copied for each round, and the places where it is looked at.
+    """An image that is copied for each round, and the offsets that the loads use.
 
     Attributes:
         path: The image.
-        tables: How many L2 tables it has.
+        tables: The number of its L2 tables.
     """
 
     def __init__(self, cell: Cell, directory: Path) -> None:
-        """Make the image of a cell."""
+        """Create the image of a cell."""
         self.path: Final = directory / "original.qed"
         self._directory = directory
         size = parse_size(cell.size)
@@ -127,15 +127,15 @@ class Original:
         self.list(name).write_bytes(offsets.astype("<u8").tobytes())
 
     def list(self, name: str) -> Path:
-        """Give the file with the guest offsets of a load."""
+        """Return the file with the guest offsets of a load."""
         return self._directory / f"{name}.offsets"
 
     def offsets(self, name: str) -> NDArray[np.int64]:
-        """Give the guest offsets of a load."""
+        """Return the guest offsets of a load."""
         return np.fromfile(self.list(name), "<u8").astype(np.int64)
 
     def copy(self) -> Path:
-        """Make a copy that may be changed; it is in the page cache and on the disk."""
+        """Create a copy that may be changed; it is in the page cache and on the host's disk."""
         path = self._directory / "copy.qed"
         path.unlink(missing_ok=True)
         run("cp", "--sparse=always", str(self.path), str(path), seconds=300)
@@ -144,10 +144,10 @@ class Original:
 
 
 def probe(word: str, disk: Path, original: Original, *more: str, load: str = "") -> list[float]:
-    """Have a load run on a disk.
+    """Run `benchmarks.probe` on a disk, and return its figures.
 
     Raises:
-        BenchmarkError: It failed or found wrong data.
+        BenchmarkError: It failed, or found wrong data.
     """
     command = (sys.executable, "-m", "benchmarks.probe", word, str(disk))
     said = run(*command, str(original.list(load or word)), *more, seconds=300)
@@ -157,10 +157,10 @@ def probe(word: str, disk: Path, original: Original, *more: str, load: str = "")
 
 
 def measure(original: Original, seconds: float, directory: Path) -> dict[str, float]:
-    """Take one round; give the figures of `COLUMNS`.
+    """Measure one round; return the figures of `COLUMNS`.
 
     Raises:
-        BenchmarkError: Something failed.
+        BenchmarkError: A measurement failed.
     """
     figures: dict[str, float] = {}
     image = original.copy()
@@ -169,7 +169,7 @@ def measure(original: Original, seconds: float, directory: Path) -> dict[str, fl
     with Mounted(program(), image, directory / "mnt") as mounted:
         figures["start"] = mounted.start_seconds
         figures["first"] = probe("first", mounted.disk, original)[0] * 1000
-        # What is to be found out in the background shall not slow down what follows.
+        # The scan in the background must not slow down the loads.
         wait_until_idle(mounted.pid)
         figures["resident"] = usage(mounted.pid).resident / MIB
         for load in ("near", "anywhere"):
@@ -183,7 +183,7 @@ def measure(original: Original, seconds: float, directory: Path) -> dict[str, fl
 
 
 async def _scan(path: str) -> dict[str, float]:
-    """Open an image for writing and wait until its free space is known."""
+    """Open an image for writing; return the seconds until it is open, and until it is scanned."""
     began, busy = time.monotonic(), time.process_time()
     async with open_disk(path, OpenOptions(writable=True)) as disk:
         opened = time.monotonic() - began
@@ -193,7 +193,7 @@ async def _scan(path: str) -> dict[str, float]:
 
 
 def flatness(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Give how many times its smallest figure each column's largest one is."""
+    """Return the ratio of the largest to the smallest figure of each column."""
     rows = list(rows)
     found = {}
     for column in COLUMNS:
@@ -203,7 +203,7 @@ def flatness(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def markdown(results: Mapping[Cell, Mapping[str, float]], tables: Mapping[Cell, int]) -> str:
-    """Write the table, and below it which columns are flat."""
+    """Return the table, and below it the lists of flat columns and of the others."""
     head = ["disk", "clusters", "L2 tables", *COLUMNS.values()]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for cell, row in results.items():
@@ -221,7 +221,7 @@ def markdown(results: Mapping[Cell, Mapping[str, float]], tables: Mapping[Cell, 
 def compare(
     cells: Sequence[Cell], rounds: int, seconds: float, directory: Path
 ) -> tuple[dict[Cell, dict[str, float]], dict[Cell, int]]:
-    """Measure each cell; give the medians, and how many L2 tables each image had."""
+    """Measure each cell; return the medians, and the number of L2 tables of each image."""
     results, tables = {}, {}
     for cell in cells:
         began = time.monotonic()
@@ -236,7 +236,7 @@ def compare(
 
 
 def main() -> None:
-    """Read the arguments, measure, and print."""
+    """Parse the arguments, measure, and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -252,7 +252,7 @@ def main() -> None:
     if arguments.scan:
         print(json.dumps(trio.run(_scan, arguments.scan)))
         return
-    # Those who install a program have it compiled; here the first round does it.
+    # An installed program is compiled to byte code; here the first round must store that.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     cells = [Cell(*pair) for pair in QUICK]
     if not arguments.quick or arguments.sizes or arguments.clusters:
@@ -281,7 +281,7 @@ def _as_json(
     tables: Mapping[Cell, int],
     about: Mapping[str, str],
 ) -> str:
-    """Give everything as data."""
+    """Return everything as JSON."""
     rows: list[dict[str, Any]] = [
         {**cell._asdict(), "tables": tables[cell], **row} for cell, row in results.items()
     ]

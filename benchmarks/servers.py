@@ -1,8 +1,8 @@
-"""The three that are measured, each serving one disk: qedfuse, QEMU and the limit.
+"""The systems that are measured, each serving one disk: qedfuse, QEMU and the baseline.
 
-A server that is killed or hangs may leave whoever uses its disk stuck in the kernel.  So
-nothing here touches a disk in this process: `run` starts a program, and gives it up when
-its time is over; `Server.stop` then ends the server, which frees the program.
+A process that uses the disk of a server that hangs is blocked in the kernel.  Therefore this
+process never accesses a disk itself: `run` starts a program, and abandons it after a
+timeout; `Server.stop` then ends the server, which unblocks the program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from qedfuse.mount.system.mounttable import find_mount
 
 System: TypeAlias = Literal["qedfuse", "qemu", "baseline", "single"]
-"""``single`` is qedfuse too, on one image with the content of a chain."""
+"""``single`` is qedfuse on a single image with the content of the chain."""
 
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 60.0
@@ -31,14 +31,14 @@ class BenchmarkError(Exception):
 
 
 class WrongDataError(BenchmarkError):
-    """A disk held something else than was written there."""
+    """A disk has other content than was written to it."""
 
 
 def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
-    """Run a program, with ``text`` to read, to its end and give what it printed.
+    """Run a program with ``text`` as its input, and return its output.
 
     Raises:
-        BenchmarkError: It failed, or did not end within ``seconds`` and was given up.
+        BenchmarkError: It failed, or did not end within ``seconds`` and was killed.
     """
     environment = {**os.environ, "LC_ALL": "C"}
     child = subprocess.Popen(
@@ -53,15 +53,15 @@ def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
     try:
         output, complaint = child.communicate(text, timeout=seconds)
     except BaseException as error:
-        # Not waited for: it may be stuck until the server that it waits for ends.
+        # Without waiting: it may be blocked in the kernel until the server ends.
         os.killpg(child.pid, signal.SIGKILL)
         if isinstance(error, subprocess.TimeoutExpired):
             msg = f"{command[0]}: found no end after {seconds:.0f} s"
             raise BenchmarkError(msg) from None
         raise
     if child.returncode:
-        text = complaint.strip() or output.strip() or "it said nothing"
-        # The last one that says something new: advice follows, further in.
+        text = complaint.strip() or output.strip() or "no output"
+        # The last line that is not indented; indented lines only add advice.
         line = [line for line in text.splitlines() if line[:1].strip()][-1]
         msg = f"{command[0]}: exit code {child.returncode}: {line}"
         raise BenchmarkError(msg)
@@ -69,16 +69,16 @@ def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
 
 
 class Programs(NamedTuple):
-    """Paths of what is measured, but for QEMU, which is found on the PATH."""
+    """The paths of the measured programs, except QEMU's, which are found on the PATH."""
 
     qedfuse: str
     baseline: str
 
 
 class Server:
-    """Serves one disk until `stop`; ``disk`` is the flat file that appears.
+    """Serves one disk until `stop`; ``disk`` is its flat file.
 
-    ``threads`` is for the limit, which has one or many of them.
+    ``threads`` makes the baseline use many threads instead of one.
     """
 
     def __init__(
@@ -125,13 +125,17 @@ class Server:
             raise
 
     def _wait_until_there(self, host: int) -> None:
-        """Return when the disk can be used; ``host`` is the device below the mountpoint."""
+        """Return when the disk can be used; ``host`` is the device number of the directory.
+
+        Raises:
+            BenchmarkError: The server has ended, or has not mounted in time.
+        """
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             if self._process.poll() is not None:
                 msg = f"{self.system}: the server ended by itself: {self._last_words()}"
                 raise BenchmarkError(msg)
-            # By way of the kernel's list, because a file system that hangs would hang us.
+            # Read from the mount table, because accessing the file system may block.
             device = _mounted_at(self._mountpoint)
             if device is not None and device != host:
                 if self.system == "baseline":
@@ -143,13 +147,13 @@ class Server:
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "no output"
 
     def stop(self) -> None:
-        """Unmount and wait for the end, so that the image holds everything.
+        """Unmount and wait for the server's end, so that the image holds everything.
 
         Raises:
-            BenchmarkError: It ended badly, or had to be killed.
+            BenchmarkError: The server failed, or had to be killed.
         """
         try:
             if self._process.poll() is not None:
@@ -164,7 +168,7 @@ class Server:
             try:
                 code = self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                msg = f"{self.system}: found no end {STOP_SECONDS:.0f} s after it was told to"
+                msg = f"{self.system}: still running {STOP_SECONDS:.0f} s after the unmount"
                 raise BenchmarkError(msg) from None
             if code:
                 msg = f"{self.system}: exit code {code}: {self._last_words()}"
@@ -173,7 +177,7 @@ class Server:
             self.kill()
 
     def kill(self) -> None:
-        """End it, whatever state it is in, and take its mountpoint away."""
+        """Kill the server in any state, and remove its mountpoint."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -188,7 +192,7 @@ class Server:
 
 
 def _qemu_command(image: Path, mountpoint: Path) -> list[str]:
-    """Give QEMU's command line, with its defaults for whatever concerns speed."""
+    """Return QEMU's command line, with its defaults for whatever concerns speed."""
     file = {"driver": "file", "filename": str(image)}
     node = {"driver": "qed", "node-name": "disk", "file": file}
     export = {
@@ -207,7 +211,7 @@ def _qemu_command(image: Path, mountpoint: Path) -> list[str]:
 
 
 def _mounted_at(path: Path) -> int | None:
-    """Give the device of what is mounted exactly there, as in st_dev, or None."""
+    """Return the device number (st_dev) of the mount at ``path``, or None if there is none."""
     entry = find_mount(str(path))
     if entry is None:
         return None
@@ -216,7 +220,7 @@ def _mounted_at(path: Path) -> int | None:
 
 
 def _raise_read_ahead(device: int) -> None:
-    """Let the kernel read as far ahead as qedfuse has it do, where that is allowed."""
+    """Set the kernel's read-ahead to the same value as qedfuse, if that is permitted."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
         Path(f"/sys/class/bdi/{number}/read_ahead_kb").write_text(

@@ -1,17 +1,17 @@
-"""Whether a mounted disk takes up more with time: a long, mixed load, looked at all the while.
+"""A soak test: watch the resources of a mounted disk under a long, mixed load.
 
     python -m benchmarks.soak                    ten minutes
     python -m benchmarks.soak --minutes 60
 
-A disk of 16 GiB is mounted by the command, as users do it.  A process of its own reads,
-writes, discards and flushes at random, with O_DIRECT, and remembers what each block must
-hold; each block that is read is compared.  It discards as much as it writes, so that never
-more than some hundred MiB are allocated, anywhere on the disk.  Every five seconds the
-server's memory, descriptors and threads are looked at, and the image's length and space.
+The command mounts a disk of 16 GiB.  Separate processes read, write, discard and flush at
+random, with O_DIRECT; each has a model of the content of its part of the disk, with which it
+compares every block that it reads.  They discard as much as they write, so that never more
+than some hundred MiB are allocated, at random offsets.  Every five seconds the server's
+memory, descriptors and threads are recorded, and the image's length and space.
 
-Prints a table and how fast each figure grew in the second half.  Ends with 1 if the
-memory grew by more than 8 MiB from the second minute to the end, if a byte was wrong, or
-if the image was not sound in the end.
+The output is a table, with the growth of each figure in the second half.  The exit code is 1
+if the memory grew by more than 8 MiB from the second minute to the end, if a byte was wrong,
+or if the image was not sound in the end.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ DISK_BYTES: Final = 16 << 30
 BLOCK_BYTES: Final = 4096
 SAMPLE_INTERVAL_SECONDS: Final = 5.0
 WARM_UP_SECONDS: Final = 120.0
-"""What is taken up by then is no growth: caches fill, and the allocator gets its memory."""
+"""Memory used by then is no growth: caches fill up, and malloc keeps memory for reuse."""
 MAX_GROWTH_BYTES: Final = 8 * MIB
 MAX_WRITTEN_BYTES: Final = 384 * MIB
-"""With more than this written, writing stops until enough is discarded."""
+"""If more than this is allocated, discards replace writes."""
 LENGTHS_BYTES: Final = (4096, 4096, 4096, 16384, 65536, 262_144, MIB)
 LOAD_PROCESSES: Final = 4
-"""Processes that put load on the disk, each on a part of its own."""
+"""The number of processes that use the disk, each its own part."""
 LOAD: Final = (sys.executable, "-m", "benchmarks.soak", "--load")
 _PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
@@ -61,33 +61,33 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Model:
-    """What a part of a disk must hold: the number of the write that each block is from.
+    """The expected content of a part of a disk: for each block the number of its last write.
 
-    Block and write number fill each block; a block that was never written, or was
-    discarded, is all zeros.
+    A written block is filled with its own number and that of the write; a block that was
+    never written, or was discarded, is all zeros.
     """
 
     def __init__(self, first: int, count: int) -> None:
-        """Know a part, ``count`` blocks from block ``first`` on, to be zeros."""
+        """Create the model of ``count`` blocks of zeros from block ``first`` on."""
         self.first: Final = first
         self.count: Final = count
         self._writes = np.zeros(count, np.uint32)
         self._number = 0
 
     def write(self, block: int, count: int) -> bytes:
-        """Note a write of ``count`` blocks; give what is to be written."""
+        """Record a write of ``count`` blocks; return the data to write."""
         self._number += 1
         index = block - self.first
         self._writes[index : index + count] = self._number
         return self.expected(block, count)
 
     def discard(self, block: int, count: int) -> None:
-        """Note that blocks were made zeros."""
+        """Record that blocks have become zeros."""
         index = block - self.first
         self._writes[index : index + count] = 0
 
     def expected(self, block: int, count: int) -> bytes:
-        """Give what blocks must hold."""
+        """Return the expected content of blocks."""
         index = block - self.first
         blocks = []
         for at, number in enumerate(self._writes[index : index + count].tolist(), block):
@@ -97,25 +97,25 @@ class Model:
 
 
 class Load:
-    """Operations at random on a part of a disk, each compared with a model."""
+    """Executes random operations on a part of a disk, and compares reads with a model."""
 
     def __init__(self, disk: str, model: Model, seed: int) -> None:
-        """Open the disk; nobody else may write to the part of the model."""
+        """Open the disk; no other process may write to the model's part of it."""
         self._descriptor = os.open(disk, os.O_RDWR | os.O_DIRECT)
         self._model = model
         self._choice = random.Random(seed)
         self._buffer = mmap.mmap(-1, max(LENGTHS_BYTES))
         self._max_written_bytes = MAX_WRITTEN_BYTES // LOAD_PROCESSES
-        # What was written and is to be discarded some day: ranges of blocks.
+        # Ranges of blocks that were written and not discarded yet.
         self._areas: list[tuple[int, int]] = []
         self._filled = 0
         self.operations = 0
 
     def run(self, seconds: float) -> None:
-        """Go on for some time.
+        """Execute random operations for some time.
 
         Raises:
-            ValueError: Something else was read than was written.
+            ValueError: A read returned wrong data.
         """
         kinds: Sequence[Callable[[], None]] = (self.read, self.write, self.discard, self.flush)
         end = time.monotonic() + seconds
@@ -124,7 +124,7 @@ class Load:
             self.operations += 1
 
     def _range(self) -> tuple[int, int]:
-        """Choose a range of the part, in blocks; more often than not there is data."""
+        """Return a random range of the part, in blocks; most begin where data was written."""
         model, choice = self._model, self._choice
         count = choice.choice(LENGTHS_BYTES) // BLOCK_BYTES
         if self._areas and choice.random() < 0.7:  # noqa: PLR2004
@@ -134,10 +134,10 @@ class Load:
         return block, min(count, model.first + model.count - block)
 
     def read(self) -> None:
-        """Read a range and compare it.
+        """Read a random range, and compare it with the model.
 
         Raises:
-            ValueError: It holds something else.
+            ValueError: It has wrong content.
         """
         block, count = self._range()
         self._compare(block, count)
@@ -156,7 +156,7 @@ class Load:
             raise ValueError(msg)
 
     def write(self) -> None:
-        """Write a range; where too much is written already, discard instead."""
+        """Write a random range; if too much is allocated, discard instead."""
         if self._filled * BLOCK_BYTES > self._max_written_bytes:
             self.discard()
             return
@@ -169,7 +169,7 @@ class Load:
         self._filled += count
 
     def discard(self) -> None:
-        """Discard all the clusters that one of the writes has touched."""
+        """Discard all clusters that one of the writes has touched."""
         if not self._areas:
             return
         index = self._choice.randrange(len(self._areas))
@@ -189,21 +189,21 @@ class Load:
         self._model.discard(first, last - first)
 
     def flush(self) -> None:
-        """Flush."""
+        """Flush the disk."""
         os.fsync(self._descriptor)
 
     def compare_all(self) -> None:
-        """Read whatever was written and not discarded.
+        """Read all ranges that were written and not discarded, and compare them.
 
         Raises:
-            ValueError: It holds something else.
+            ValueError: One has wrong content.
         """
         for block, count in sorted(set(self._areas)):
             self._compare(block, count)
 
 
 def put_load_on(disk: str, seconds: float, part: int, seed: int) -> None:
-    """Be one of the processes that use the disk; print how many operations there were."""
+    """Use one part of the disk, in a child process; print the number of operations."""
     count = DISK_BYTES // BLOCK_BYTES // LOAD_PROCESSES
     load = Load(disk, Model(part * count, count), seed + part)
     try:
@@ -220,7 +220,7 @@ def put_load_on(disk: str, seconds: float, part: int, seed: int) -> None:
 
 
 class Sample(NamedTuple):
-    """What server and image took up after so many seconds; sizes in bytes."""
+    """The resources of server and image at a time; sizes in bytes."""
 
     seconds: float
     resident: int
@@ -231,7 +231,7 @@ class Sample(NamedTuple):
 
 
 def sample(began: float, pid: int, image: Path) -> Sample:
-    """Look once."""
+    """Return the present resources of server and image."""
     used, file = usage(pid), image.stat()
     passed = time.monotonic() - began
     return Sample(
@@ -240,7 +240,7 @@ def sample(began: float, pid: int, image: Path) -> Sample:
 
 
 def slopes(samples: Sequence[Sample]) -> dict[str, float]:
-    """Give how much each figure grew in a minute of the second half, by least squares."""
+    """Return the growth of each figure per minute in the second half, by least squares."""
     half = [item for item in samples if item.seconds >= samples[-1].seconds / 2]
     minutes = [item.seconds / 60 for item in half]
     return {
@@ -250,9 +250,9 @@ def slopes(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def growth(samples: Sequence[Sample]) -> int:
-    """Give by how many bytes the memory grew after it had time to settle.
+    """Return the growth of the memory in bytes, after a warm-up.
 
-    A run that is too short for that counts from its middle on.
+    In a run that is too short for the warm-up, growth is counted from the middle on.
     """
     settled = min(WARM_UP_SECONDS, samples[-1].seconds / 2)
     before = next(item for item in samples if item.seconds >= settled)
@@ -260,11 +260,11 @@ def growth(samples: Sequence[Sample]) -> int:
 
 
 def watch(mounted: Mounted, image: Path, seconds: float, seed: int) -> tuple[list[Sample], int]:
-    """Run the load; give the samples and how many operations there were.
+    """Run the load; return the samples and the number of operations.
 
     Raises:
         BenchmarkError: The server ended.
-        WrongDataError: The load did not read what it had written.
+        WrongDataError: The load read wrong data.
     """
     children = [
         subprocess.Popen(
@@ -299,7 +299,7 @@ def watch(mounted: Mounted, image: Path, seconds: float, seed: int) -> tuple[lis
 
 
 def table(samples: Sequence[Sample]) -> str:
-    """Write a row for each twentieth of the time, and how fast each figure grew."""
+    """Return a table with twenty rows, and the growth of each figure."""
     lines = [
         "| minutes | memory, MiB | descriptors | threads | file length, MiB | space, MiB |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -320,7 +320,7 @@ def table(samples: Sequence[Sample]) -> str:
 
 
 def main() -> None:
-    """Read the arguments, run, and print."""
+    """Parse the arguments, run the test, and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -343,10 +343,10 @@ def main() -> None:
 
 
 def soak(directory: Path, seconds: float, seed: int) -> int:
-    """Run and print; give by how many bytes the memory grew.
+    """Run the test and print the results; return the growth of the memory in bytes.
 
     Raises:
-        BenchmarkError: Something failed, or the image is not sound.
+        BenchmarkError: A program failed, or the image is not sound.
     """
     image = directory / "soak.qed"
     run("qemu-img", "create", "-q", "-f", "qed", str(image), str(DISK_BYTES))
@@ -363,10 +363,10 @@ def soak(directory: Path, seconds: float, seed: int) -> int:
 
 
 def check(image: Path) -> str:
-    """Have QEMU check an image; give what it said in one line.
+    """Check an image with qemu-img; return its findings in one line.
 
     Raises:
-        BenchmarkError: There are errors in it.
+        BenchmarkError: The image has errors.
     """
     done = subprocess.run(
         ["qemu-img", "check", "--output=json", str(image)],
@@ -375,14 +375,14 @@ def check(image: Path) -> str:
         check=False,
         timeout=300,
     )
-    # QEMU knows of no free space: what was discarded and not used again counts as leaked.
+    # QEMU has no concept of free space: discarded clusters that are not reused count as leaked.
     if done.returncode not in {0, 3}:
         msg = f"{image.name}: qemu-img check: exit code {done.returncode}: {done.stderr.strip()}"
         raise BenchmarkError(msg)
     found = json.loads(done.stdout)
     return (
         f"qemu-img check: {found['check-errors']} errors, {found.get('corruptions', 0)} "
-        f"corruptions, {found.get('leaks', 0)} clusters to be used again"
+        f"corruptions, {found.get('leaks', 0)} free clusters"
     )
 
 

@@ -1,15 +1,14 @@
-"""Images of any size that take up little: real tables, data clusters that are holes.
+"""Images of any size that take little space: real tables, and data clusters that are holes.
 
-A cluster that was never written costs the host nothing, yet its entry is as real to the
-reader of a table as any other.  So an image with ten million clusters is made in a second
-and takes up what its tables do.
+A data cluster that was never written takes no space on the host, but its table entry is a
+real one.  So an image with ten million clusters is created in a second, and takes only the
+space of its tables.
 
-A guest fills its disk here and there.  So the disk is cut into areas of 32 MiB, as many
-as one page of table entries describes; some of the areas, anywhere on the disk, are half
-full (more of them where that is not enough), and the others are empty.  The clusters lie
-in the file in no order at all, which is the worst that can happen to whoever looks for
-neighbours, or in runs of some length that lie in no order.  The tables lie in front of the
-data, in no order either.
+The allocated clusters imitate a guest, which fills its disk in places.  The disk is divided
+into areas of 32 MiB, whose entries fill a page of a table; some random areas are half full
+(fuller if that is not enough), and the others are empty.  In the file the clusters are in
+random order, the worst case for code that merges neighbours, or in runs that are in random
+order.  The tables are before the data, in random order as well.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _HEADER_END: Final = GEOMETRY.cluster_size
 
 
 def choose(disk_clusters: int, wanted: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Choose the clusters of a disk that are allocated: their numbers, ascending.
+    """Return the numbers of the clusters of a disk to allocate, in ascending order.
 
     Raises:
         ValueError: The disk has fewer clusters than are wanted.
@@ -52,7 +51,7 @@ def choose(disk_clusters: int, wanted: int, random: np.random.Generator) -> NDAr
         if len(candidates) >= wanted:
             break
         used += 1  # the last area may be a short one
-    # A random subset, without sorting what is many millions.
+    # A random subset, without sorting millions of numbers.
     taken = np.zeros(len(candidates), np.bool_)
     taken[random.permutation(len(candidates))[:wanted]] = True
     clusters: NDArray[np.int64] = candidates[taken].astype(np.int64)
@@ -62,14 +61,14 @@ def choose(disk_clusters: int, wanted: int, random: np.random.Generator) -> NDAr
 def build(
     path: Path, disk_bytes: int, wanted: int, seed: int = 1, run: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Make an image; give its allocated clusters by their numbers, and their file offsets.
+    """Create an image; return the numbers of its allocated clusters, and their file offsets.
 
     Args:
-        path: The image, which is made anew.
-        disk_bytes: Size of the disk.
-        wanted: How many clusters of it are allocated.
-        seed: Another one makes another image of the same size.
-        run: How many clusters follow each other in the file as they do on the disk.
+        path: The image, which is replaced.
+        disk_bytes: The size of the disk.
+        wanted: The number of allocated clusters.
+        seed: The seed of the random choices.
+        run: The number of clusters that are adjacent both in the file and on the disk.
 
     Raises:
         ValueError: The disk has fewer clusters than are wanted.

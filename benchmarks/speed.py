@@ -1,18 +1,18 @@
-"""How fast a disk is through qedfuse, beside QEMU's own FUSE export and what FUSE can do.
+"""Measure the speed of a disk through qedfuse, QEMU's own FUSE export, and plain FUSE.
 
     benchmarks/run.sh                     every cell, in about half an hour
     benchmarks/run.sh --quick             every cell, in about five minutes
-    benchmarks/run.sh --cells randread    the cells whose names contain that
+    benchmarks/run.sh --cells randread    the cells whose names contain "randread"
 
-"qedfuse" is the command qedfuse; "qemu" is qemu-storage-daemon with a writable FUSE export of
-an image with the same content; "baseline" is benchmarks/passthrough.c on a flat file with
-that content.  They take turns, in another order each round.  What counts is the median of
-the rounds and the ratio of two medians, more than one meaning that qedfuse is faster.
-After its last round each disk is compared with what it should hold.
+The system "qedfuse" is the command qedfuse; "qemu" is qemu-storage-daemon with a writable
+FUSE export of an image with the same content; "baseline" is benchmarks/passthrough.c on a
+flat file with that content.  They are measured in alternation, in another order each round.
+The result is the median of the rounds and the ratio of two medians; a ratio above one means
+that qedfuse is faster.  After the last round the content of each disk is verified.
 
-Ends with 0 also where targets are missed, for that depends on the machine; with 1 when a
-measurement failed or a byte was wrong; then the table is printed all the same.  QEMU's
-failures and wrong bytes are only noted.
+The exit code is 1 if a measurement failed or a byte was wrong, and the table is printed
+nevertheless.  Missed targets, which depend on the machine, and QEMU's failures and wrong
+bytes are only printed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 def compile_baseline(directory: Path) -> str:
-    """Build the pass-through and give its path.
+    """Build the pass-through file system, and return the path of the program.
 
     Raises:
         BenchmarkError: It does not compile.
@@ -63,12 +63,12 @@ def compile_baseline(directory: Path) -> str:
 
 
 def systems_of(cell: Cell) -> list[System]:
-    """Give who is measured in a cell."""
+    """Return the systems that are measured in a cell."""
     return [system for system in get_args(System) if system != "single" or cell.stage == "chain"]
 
 
 def rotated_orders(systems: Sequence[T], rounds: int) -> list[list[T]]:
-    """Give the order of each round: whoever was first is the last in the next one."""
+    """Return an order for each round; the first of a round is the last of the next one."""
     orders = []
     for number_ in range(rounds):
         first = number_ % len(systems)
@@ -79,7 +79,7 @@ def rotated_orders(systems: Sequence[T], rounds: int) -> list[list[T]]:
 def run_cell(
     cell: Cell, systems: Sequence[System], environment: Environment, rounds: int
 ) -> Outcome:
-    """Measure one cell; who fails comes back in the next round."""
+    """Measure a cell on all systems; one that fails starts anew in the next round."""
     outcome = Outcome(cell)
     runners = {system: Runner(system, cell, environment) for system in systems}
     try:
@@ -102,7 +102,7 @@ def run_cell(
 
 
 def _measure_once(runner: Runner, outcome: Outcome, *, last: bool) -> bool:
-    """Measure once; False if that failed."""
+    """Measure once and record the figure; return False if that failed."""
     system = runner.system
     try:
         figure = runner.measure(last=last)
@@ -116,7 +116,7 @@ def _measure_once(runner: Runner, outcome: Outcome, *, last: bool) -> bool:
 
 
 def _line(outcome: Outcome) -> str:
-    """Say in one line what came out."""
+    """Return the result of a cell as a line."""
     parts = [f"{system} {number(outcome.median(system) or 0)}" for system in outcome.figures]
     parts.append(outcome.cell.unit)
     for other in get_args(System):
@@ -172,7 +172,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Read the arguments, measure, and show what came out."""
+    """Parse the arguments, measure, and print the results."""
     arguments = _arguments()
     if arguments.list:
         _list()
@@ -198,11 +198,11 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> tuple[list[Outcome], dict[str, str]]:
-    """Measure the cells that are wanted; give them and what they were measured on.
+    """Measure the selected cells; return their results, and a description of the machine.
 
     Raises:
         BenchmarkError: The set-up failed.
-        ValueError: No cell is wanted.
+        ValueError: No cell is selected.
     """
     cells = select_cells(arguments.cells)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
@@ -220,7 +220,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[Outcome], dict[str, st
         environment = Environment(directory, Images(directory, size << 20), programs, seconds)
         for cell in cells:
             if cell.loop and os.geteuid() != 0:
-                print(f"{cell.name}: left out, because only root attaches loop devices")
+                print(f"{cell.name}: skipped, because only root can attach loop devices")
                 continue
             systems = [system for system in systems_of(cell) if system in wanted]
             began = time.monotonic()
@@ -233,7 +233,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[Outcome], dict[str, st
 
 
 def _remove(directory: Path) -> None:
-    """Delete everything, unless something is mounted there still."""
+    """Delete the directory, unless something is still mounted in it."""
     if any(mount.path.startswith(f"{directory}/") for mount in read_mounts()):
         print(f"run.sh: left behind, because it is in use: {directory}", file=sys.stderr)
         return

@@ -1,4 +1,4 @@
-"""The cells that are measured, and the ratios they should reach."""
+"""The cells that are measured, and their target ratios."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from benchmarks.cells import KIB, MIB, Cell, Fio
 RANDOM_READ_16: Final = Fio("randread", 4 * KIB, depth=16)
 RANDOM_WRITE_16: Final = Fio("randwrite", 4 * KIB, depth=16)
 CAT_BYTES: Final = 128 * KIB
-"""What cat(1) and cp(1) read at a time."""
+"""The size of a read of cat(1) and cp(1)."""
 
 _NO_CACHE: Final = "QEMU's mount has no page cache, every read goes to the server"
 _FLAT: Final = "the baseline has no base to copy from"
 
 
 def _loop_cells() -> list[Cell]:
-    """Give the same three loads through a loop device, attached in two ways."""
+    """Return the cells with a loop device: three loads, buffered and with direct I/O."""
     cells = []
     random = Fio("randrw", 4 * KIB, depth=16)
     kinds: tuple[Literal["buffered", "direct"], ...] = ("buffered", "direct")
@@ -225,14 +225,14 @@ CELLS: Final = (
 )
 
 CHAIN_COST: Final = 1.25
-"""Most that a read through the chain may cost, in reads of one image of the same content."""
+"""The target for the cost of a read through the chain, in reads of a single image."""
 
 
 def select_cells(pattern: str | None) -> list[Cell]:
-    """Give the cells whose name a regular expression is found in, all for None.
+    """Return the cells whose names match a regular expression, or all for None.
 
     Raises:
-        ValueError: It is no regular expression, or is found nowhere.
+        ValueError: It is no regular expression, or matches no name.
     """
     try:
         found = [cell for cell in CELLS if re.search(pattern or "", cell.name)]

@@ -1,18 +1,17 @@
-"""How fast the commands of qedimg are, beside qemu-img's, and how much memory they take.
+"""Measure the speed and the memory of qedimg's commands, beside those of qemu-img.
 
     benchmarks/toolbox.sh                     every task, in about half an hour
     benchmarks/toolbox.sh --quick             smaller disks and three rounds
-    benchmarks/toolbox.sh --tasks convert     the tasks whose names contain that
+    benchmarks/toolbox.sh --tasks convert     the tasks whose names contain "convert"
 
-"qedimg" is qedimg, "qemu-img" is qemu-img doing the same.  Of its own accord qemu-img's `convert`
-does not bring the copy to the host's disk; both are measured with that and without.  They
-take turns, in another order each round.  Times are of whole processes, from their start to
-their end; sources are in the host's page cache, unless it is said that they are not.  What
-counts is the ratio of two medians, more than one meaning that qedimg is faster.  After the
-last round what was made is compared with what it should be.
+qemu-img's `convert` does not flush the copy to the host's disk by default; both programs are
+measured with and without the flush.  They are measured in alternation, in another order each
+round.  Times are of whole processes, from start to end; sources are in the host's page cache
+unless the task says otherwise.  The result is the ratio of two medians; a ratio above one
+means that qedimg is faster.  After the last round the created files are verified.
 
-Ends with 0 also where targets are missed, for that depends on the machine; with 1 when a
-measurement failed or a byte was wrong.
+The exit code is 1 if a measurement failed or a byte was wrong.  Missed targets, which depend
+on the machine, are only printed.
 """
 
 from __future__ import annotations
@@ -66,14 +65,14 @@ class Bench:
         self._programs = {"qedimg": list(qedimg), "qemu-img": ["qemu-img"]}
 
     def run_task(self, task: Task, rounds: int) -> Outcome:
-        """Let all take turns, then look at what they made."""
+        """Measure a task with both programs in alternation, then verify what they created."""
         outcome = Outcome(task)
         wanted = {"qedimg": task.qedimg, "qemu-img": task.qemu_img}
         commands = {
             system: self._command(task, system, words) for system, words in wanted.items() if words
         }
         if task.expected:
-            # Images without data are in the page cache, as far as there is any of them.
+            # The other images have hardly any data, and their tables are cached already.
             cache_file(self._files.path(task.source))
         for order in rotated_orders(list(commands), rounds):
             for system in order:
@@ -117,14 +116,14 @@ class Bench:
         outcome.seconds.setdefault(system, []).append(seconds)
         outcome.memory.setdefault(system, []).append(memory)
         if target.exists():
-            # Nobody pays for what another one left in the host's page cache.
+            # So that the next program does not wait for the writeback of this one's data.
             sync_file(target)
 
     def _verify(self, task: Task, commands: Mapping[str, Sequence[str]]) -> None:
-        """Compare what was made with what it should be.
+        """Verify what the programs have created or printed.
 
         Raises:
-            BenchmarkError: It is something else.
+            BenchmarkError: A file has other content than expected, or is damaged.
             ValueError: The maps differ.
         """
         if task.name == "map-json":
@@ -144,10 +143,10 @@ class Bench:
 
 
 def check(image: Path) -> None:
-    """Have QEMU check an image.
+    """Check an image with qemu-img.
 
     Raises:
-        BenchmarkError: It found an error, or leaks in a file that is not too long for it.
+        BenchmarkError: It has errors, or leaks that are not due to QEMU's wrong count.
     """
     done = subprocess.run(
         ["qemu-img", "check", "-q", "-f", "qed", str(image)], capture_output=True, check=False
@@ -159,7 +158,7 @@ def check(image: Path) -> None:
 
 
 def map_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Give the extents of a JSON map, of which each line holds one."""
+    """Yield the extents of a JSON map that has one on each line."""
     for line in lines:
         text = line.strip().removeprefix("[").removesuffix("]").rstrip(",")
         if text:
@@ -167,7 +166,7 @@ def map_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def same_maps(ours: Sequence[str], theirs: Sequence[str]) -> None:
-    """Compare two JSON maps extent by extent, without holding either in memory.
+    """Compare the JSON maps that two commands print, without holding either in memory.
 
     Raises:
         ValueError: They differ.
@@ -187,7 +186,7 @@ def same_maps(ours: Sequence[str], theirs: Sequence[str]) -> None:
 
 
 def _line(outcome: Outcome, seconds: float) -> str:
-    """Say in one line what came out."""
+    """Return the result of a task as a line."""
     parts = [f"{system} {number(median(found))} s" for system, found in outcome.seconds.items()]
     if outcome.ratio is not None:
         parts.append(f"qedimg/qemu-img {outcome.ratio:.2f}")
@@ -198,7 +197,7 @@ def _line(outcome: Outcome, seconds: float) -> str:
 
 
 def program() -> list[str]:
-    """Give the command to measure: QEDIMG, or the one of this checkout."""
+    """Return the command to measure: QEDIMG, or by default that of this checkout."""
     if "QEDIMG" in os.environ:
         return shlex.split(os.environ["QEDIMG"])
     installed = Path(sys.executable).with_name("qedimg")
@@ -208,7 +207,7 @@ def program() -> list[str]:
 
 
 def main() -> None:
-    """Read the arguments, measure, and show what came out."""
+    """Parse the arguments, measure, and print the results."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/toolbox.sh",
         description=__doc__,

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sets up all that the measurements need, then measures qedimg beside qemu-img:
+# Installs what the measurements need, then measures qedimg and qemu-img:
 #
 #   benchmarks/toolbox.sh                   every task, in about twenty minutes
 #   benchmarks/toolbox.sh --quick           smaller disks, in about two minutes
 #   benchmarks/toolbox.sh --tasks convert   the tasks whose names contain "convert"
 #
-# Arguments go on to benchmarks/toolbox.py; --help tells them all.  QEDIMG is the command to
-# measure, where it is not the one of this checkout.
+# Arguments are passed to benchmarks/toolbox.py; --help lists them.  QEDIMG is the command to
+# measure, if it is not that of this checkout.
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"

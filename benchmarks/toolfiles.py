@@ -1,13 +1,13 @@
-"""What the toolbox is measured on: images of 1 TiB that take up little, and disks of real data.
+"""The images for the toolbox's benchmarks: sparse images of 1 TiB, and disks with real data.
 
-- ``full``: every cluster of a large disk is allocated; runs of 16 follow each other in the
-  file.  Its data are holes of the host's file, its tables are real.
-- ``scattered``: the same, but no cluster follows its neighbour.
-- ``mixed``: random data, zeros that are written out, and holes, in runs of 1 to 32 clusters;
-  as a flat file and as a QED image, in which some of the zeros are entries of the table.
-- ``chain``: three overlays over ``mixed``, each with runs of its own all over the disk.
+- ``full``: every cluster of a large disk is allocated, in runs of 16 clusters that are
+  adjacent in the file.  Its data clusters are holes of the host's file, its tables are real.
+- ``scattered``: the same, but no two neighbours are adjacent in the file.
+- ``mixed``: random data, written zeros, and holes, in runs of 1 to 32 clusters; as a flat
+  file and as a QED image, in which some of the zeros are zero clusters.
+- ``chain``: three overlays over ``mixed``, each with runs in all parts of the disk.
 
-The flat files beside them are what the disks must read as.
+The flat files beside them have the content of the disks.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 CLUSTER_BYTES: Final = GEOMETRY.cluster_size
 MAX_RUN_CLUSTERS: Final = 32
-"""Clusters in a run of ``mixed``, at the most."""
+"""The longest run of ``mixed``."""
 OVERLAY_COUNT: Final = 3
 FULL_RUN_CLUSTERS: Final = 16
 
 
 class Files:
-    """Makes the files below a directory, each when it is first asked for.
+    """Creates the files below a directory, each at its first use.
 
     Attributes:
-        directory: Where they are.
-        size: Bytes of the disks with data.
-        large: Bytes of the disks without.
+        directory: The directory.
+        size: The size in bytes of the disks with data.
+        large: The size in bytes of the sparse disks.
     """
 
     def __init__(self, directory: Path, size: int, large: int) -> None:
@@ -45,7 +45,7 @@ class Files:
         self.large: Final = large
 
     def path(self, name: str) -> Path:
-        """Give a file by its name: ``full.qed``, ``mixed.raw``; one that is not made as it is."""
+        """Return the path of a file such as ``full.qed`` or ``mixed.raw``, created if needed."""
         path = self.directory / name
         maker = {
             "full.qed": self._full,
@@ -64,7 +64,7 @@ class Files:
         build(path, self.large, GEOMETRY.clusters(self.large), run=run_length)
 
     def _mixed(self, _path: Path) -> None:
-        """Make the flat file, have QEMU make an image of it, and write zeros of both kinds."""
+        """Create the flat file, convert it with QEMU, and write zeros of both kinds."""
         random = np.random.default_rng(3)
         flat, image = self.directory / "mixed.raw", self.directory / "mixed.qed"
         zeros = []
@@ -85,7 +85,7 @@ class Files:
         run("qemu-io", "-f", "qed", str(image), seconds=300, text="".join(zeros))
 
     def _chain(self, _path: Path) -> None:
-        """Lay overlays over ``mixed``, and make the same changes to a copy of the flat file."""
+        """Create overlays over ``mixed``, and make the same changes to a copy of the flat file."""
         random = np.random.default_rng(4)
         below, source = self.path("mixed.qed"), self.path("mixed.raw")
         flat = self.directory / "chain.raw"
@@ -112,7 +112,7 @@ class Files:
 
 
 def runs(clusters: int, random: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Cut a disk into runs: first cluster and length of each."""
+    """Divide a disk into runs of random length; yield the first cluster and the length."""
     start = 0
     while start < clusters:
         length = min(int(random.integers(1, MAX_RUN_CLUSTERS + 1)), clusters - start)

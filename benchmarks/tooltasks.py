@@ -1,4 +1,4 @@
-"""What the toolbox is measured at, what came out of it, and how that is shown."""
+"""The tasks of the toolbox's benchmarks, and their results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MIB: Final = 1 << 20
 MAX_MEMORY_BYTES: Final = 256 * MIB
-"""Bytes that a command of ours may take up."""
+"""The limit on the peak memory of qedimg."""
 COLUMNS: Final = (
     *("task", "qedimg, s", "qemu-img, s", "ratio", "target"),
     "peak MiB",
@@ -22,22 +22,22 @@ COLUMNS: Final = (
 
 
 class Task(NamedTuple):
-    """Something that both can do.
+    """A job for both programs.
 
-    In the commands, ``{source}`` and ``{target}`` are paths; a target is made anew.
+    In the arguments, ``{source}`` and ``{target}`` are paths; a target does not exist before.
 
     Attributes:
-        name: By which it is asked for.
-        title: For the table.
-        us: Arguments of qedimg.
-        peer: Arguments of qemu-img; empty where it has nothing like it.
+        name: Its name on the command line.
+        title: Its title in the table.
+        qedimg: The arguments of qedimg.
+        qemu_img: The arguments of qemu-img; empty if it has no such command.
         source: The file that is read, if any.
-        target: The end of the name of the file that is made, if any.
-        expected: The flat file that says what the target must read as.
-        ratio: How many times as fast as ``qemu_img`` we should be.
-        seconds: The longest we should take.
-        cold: Whether the source is taken out of the host's page cache each time.
-        peer_code: What qemu-img may end with besides 0.
+        target: The extension of the file that is created, if any.
+        expected: The flat file with the expected content of the target.
+        ratio: How many times as fast as qemu-img qedimg should be.
+        seconds: How long qedimg may take.
+        cold: Whether the source is evicted from the host's page cache each time.
+        qemu_img_code: An exit code of qemu-img that is no failure, besides 0.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Task(NamedTuple):
 
 
 def _convert(name: str, title: str, source: str, target: str, cache: str = "writeback") -> Task:
-    """Give a task that copies a disk."""
+    """Return a task that copies a disk."""
     form, goal = ("raw" if end.endswith("raw") else "qed" for end in (source, target))
     words = f"convert -t {cache} -f {form} -O {goal} {{source}} {{target}}"
     return Task(
@@ -68,7 +68,7 @@ def _convert(name: str, title: str, source: str, target: str, cache: str = "writ
 
 LEAKS_CODE: Final = 3
 MISCOUNTED_BYTES: Final = 4 << 30
-"""QEMU counts too many clusters of files of that many bytes, and takes those for leaked."""
+"""In files of this length and more QEMU counts too many clusters, and reports them as leaked."""
 
 TASKS: Final = (
     Task("check", "check, full disk", "check {source}", "check -f qed {source}",
@@ -104,12 +104,12 @@ TASKS: Final = (
     Task("compare", "compare raw and QED", "compare {source} {directory}/mixed.raw",
          "compare {source} {directory}/mixed.raw", source="mixed.qed"),
 )  # fmt: skip
-"""What is measured, and the targets."""
+"""The tasks, with their targets."""
 
 
 @dataclass
 class Outcome:
-    """What came out of a task: seconds and bytes of memory of each round, by who."""
+    """The result of a task: seconds and bytes of memory of each round, by program."""
 
     task: Task
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -118,12 +118,12 @@ class Outcome:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as the peer we are."""
+        """How many times as fast as qemu-img qedimg is; None without figures."""
         ours, theirs = self.seconds.get("qedimg"), self.seconds.get("qemu-img")
         return median(theirs) / median(ours) if ours and theirs else None
 
     def missed(self) -> list[str]:
-        """Say which targets are missed, and by what."""
+        """Return a phrase for each target that is missed."""
         found = []
         ratio, ours = self.ratio, self.seconds.get("qedimg")
         if self.task.ratio is not None and ratio is not None and ratio < self.task.ratio:
@@ -136,14 +136,14 @@ class Outcome:
         return found
 
     def verdict(self) -> str:
-        """Say in one word what became of the targets."""
+        """Return the verdict on the targets in one word."""
         if self.failures:
             return "failed"
         return "missed" if self.missed() else "met"
 
 
 def markdown(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> str:
-    """Write the table, with what it was measured on above and the notes below."""
+    """Return the table, with ``about`` above and notes below."""
     lines = [f"- {name}: {fact}" for name, fact in about.items()]
     lines += [
         "",
@@ -165,14 +165,14 @@ def markdown(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> str:
         row = [task.title, *shown, ratio, target, memory]
         lines.append(f"| {' | '.join([*row, outcome.verdict()])} |")
         notes += [f"- {task.name}: {what}" for what in (*outcome.failures, *outcome.missed())]
-    lines += ["", "qemu-img runs as follows, and qedimg alike:", ""]
+    lines += ["", "The arguments of qemu-img, and those of qedimg accordingly:", ""]
     lines += [f"- {outcome.task.name}: `qemu-img {outcome.task.qemu_img}`" for outcome in outcomes
               if outcome.task.qemu_img]  # fmt: skip
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 
 def as_json(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> dict[str, Any]:
-    """Give everything as data, with each single figure."""
+    """Return everything as JSON, with every single figure."""
     return {
         "facts": dict(about),
         "tasks": [

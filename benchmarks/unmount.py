@@ -1,18 +1,18 @@
-"""How long an unmount takes, and what QEMU's check finds afterwards, with and without compaction.
+"""Measure the time of an unmount, and the leaks afterwards, with and without compaction.
 
     python -m benchmarks.unmount [--dir DIRECTORY]
 
-Each image is mounted by the command and used; the clock runs from ``qedfuse umount`` until
-the process has gone, once with each value of ``compact``:
+The command mounts each image, which is then used; the measured time is from
+``qedfuse umount`` to the end of the process, once for each value of ``compact``:
 
-    day         1 GiB: ext4 is made, files of 600 MiB come, every other one goes, fstrim
+    day         1 GiB: ext4 is made, 600 MiB of files are written, half are deleted, fstrim
     half full   20 GiB, half allocated, of which 500 MiB are discarded in runs of any length
-    full        1 TiB, all of it allocated, of which 100 clusters are discarded one by one
-    cold        the same, with the tables out of the host's page cache
+    full        1 TiB, fully allocated, of which 100 clusters are discarded one by one
+    cold        the same, with the tables evicted from the host's page cache
 
 Clusters that are neither moved nor read are holes (`benchmarks.sparse`); the last GiB of
-the file of "half full", which is what moves, is data.  "left" is what `qedimg check` finds
-leaked, without those that QEMU's count makes up in files from 4 GiB on.
+the file of "half full", from which clusters move, is data.  "left" is the number of clusters
+that `qedimg check` finds leaked; QEMU counts more, wrongly, in files of 4 GiB and more.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODES: Final = ("off", "auto", "full")
 
 
 class Scenario(NamedTuple):
-    """An image, what is done to it while it is mounted, and whether its tables are cold."""
+    """An image, its use while it is mounted, and whether its tables are cold at the end."""
 
     name: str
     make: Callable[[Path], None]
@@ -54,12 +54,12 @@ class Scenario(NamedTuple):
 
 
 def make_empty(path: Path) -> None:
-    """Make an image of 1 GiB."""
+    """Create an image of 1 GiB."""
     run(str(Path(program()).with_name("qedimg")), "create", "-q", str(path), "1G")
 
 
 def spend_a_day(disk: Path, directory: Path) -> None:
-    """Make a file system, and write, delete and trim on it."""
+    """Make a file system, write and delete files on it, and trim it."""
     chance = random.Random(1)
     files = FileSystem(disk, directory / "root", direct=False, read_only=False)
     files.root.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def spend_a_day(disk: Path, directory: Path) -> None:
         run("sync", "-f", str(files.root))
         for path in paths[::2]:
             path.unlink()
-        # The journal has to let go of what was freed.
+        # Freed blocks can be trimmed only after the journal has been committed.
         run("sync", "-f", str(files.root))
         run("fstrim", str(files.root))
     finally:
@@ -79,7 +79,7 @@ def spend_a_day(disk: Path, directory: Path) -> None:
 
 
 def make_half_full(path: Path) -> None:
-    """Make an image of 20 GiB that is half full; the end of its file is data."""
+    """Create an image of 20 GiB that is half full; the end of its file is data."""
     _, offsets = build(path, 20 * GIB, 10 * GIB // GEOMETRY.cluster_size, run=64)
     end = int(offsets.max()) + GEOMETRY.cluster_size
     with path.open("r+b", buffering=0) as file:
@@ -89,7 +89,7 @@ def make_half_full(path: Path) -> None:
 
 
 def discard_runs(disk: Path, _directory: Path) -> None:
-    """Discard 500 MiB, a few clusters here and there."""
+    """Discard 500 MiB in short runs at random offsets."""
     chance = random.Random(2)
     left = 500 * MIB
     with disk.open("r+b", buffering=0) as file:
@@ -102,13 +102,13 @@ def discard_runs(disk: Path, _directory: Path) -> None:
 
 
 def make_full(path: Path) -> None:
-    """Make an image of 1 TiB that is full."""
+    """Create an image of 1 TiB that is full."""
     build(path, 1024 * GIB, 1024 * GIB // GEOMETRY.cluster_size)
     sync_file(path)
 
 
 def discard_some(disk: Path, _directory: Path) -> None:
-    """Discard 100 clusters, anywhere."""
+    """Discard 100 single clusters at random offsets."""
     chance = random.Random(3)
     with disk.open("r+b", buffering=0) as file:
         for _ in range(100):
@@ -126,7 +126,7 @@ SCENARIOS: Final = (
 
 
 def leaked(path: Path) -> int:
-    """Give how many clusters of an image are leaked.
+    """Return the number of leaked clusters of an image.
 
     Raises:
         BenchmarkError: The image is damaged.
@@ -141,12 +141,12 @@ def leaked(path: Path) -> int:
 
 
 def measure(scenario: Scenario, mode: str, directory: Path) -> tuple[float, int]:
-    """Use an image once; give the seconds that the unmount took, and the clusters leaked."""
+    """Run a scenario; return the seconds of the unmount, and the number of leaked clusters."""
     path = directory / "vm.qed"
     path.unlink(missing_ok=True)
     scenario.make(path)
     with Mounted(program(), path, directory / "mnt", "-o", f"compact={mode}") as mounted:
-        # The scan is over long before an ordinary mount ends.
+        # In practice the scan has ended long before an unmount.
         wait_until_idle(mounted.pid)
         scenario.use(mounted.disk, directory)
         wait_until_idle(mounted.pid)
@@ -158,7 +158,7 @@ def measure(scenario: Scenario, mode: str, directory: Path) -> tuple[float, int]
 
 
 def main() -> None:
-    """Read the arguments, measure, and print."""
+    """Parse the arguments, measure, and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -131,11 +131,11 @@ def test_man_pages_and_completions_are_found(environment: Path) -> None:
         """,
         environment,
     )
-    assert "qedimg - make, inspect" in shown
+    assert "qedimg - create, inspect" in shown
     assert "qedfuse - show QED disk images" in shown
     assert "complete -F _qedimg qedimg" in shown
     assert "_qedfuse _qedimg" in shown
-    assert "check\tlook for damage" in shown
+    assert "check\tfind damage" in shown
 
 
 def test_a_foreign_file_is_not_replaced(environment: Path) -> None:
