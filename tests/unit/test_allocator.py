@@ -168,3 +168,34 @@ async def test_largest_file_offset_is_like_a_full_host() -> None:
     with pytest.raises(NoSpaceError, match=f"expected at most {MAX_OFFSET}"):
         await space.manager.allocate(1)
     assert space.allocator.end == MAX_OFFSET - MAX_OFFSET % CLUSTER
+
+
+async def test_try_allocate_hands_out_what_allocate_would() -> None:
+    """Without waiting it hands out the same clusters, as long as they are neighbours."""
+    file = RecordingFile(bytes(2 * CLUSTER))
+    file.in_page_cache = True
+    space = make(file)
+    first = space.manager.try_allocate(3)
+    assert first == Run(2 * CLUSTER, 3 * CLUSTER, never_written=True)
+    space.manager.release(Run(2 * CLUSTER, CLUSTER, never_written=True))
+    assert space.manager.try_allocate(1) == Run(2 * CLUSTER, CLUSTER, never_written=False)
+    assert space.manager.try_allocate(1) == Run(5 * CLUSTER, CLUSTER, never_written=True)
+
+
+async def test_try_allocate_changes_nothing_if_it_returns_none() -> None:
+    """Clusters that are not neighbours, or that the file would have to grow for, stay free."""
+    file = MemoryFile(bytes(2 * CLUSTER))
+    file.in_page_cache = True
+    space = make(file)
+    runs = [space.manager.try_allocate(1) for _ in range(3)]
+    assert runs[1] is not None
+    space.manager.release(runs[1])
+    assert space.manager.try_allocate(2) is None
+    assert list(space.allocator.free.runs()) == [(3, 1)]
+    end = space.allocator.end
+    async with space.length.lock:
+        # No free run is left, and the file does not reach over 2000 more clusters.
+        assert space.manager.try_allocate(1) == runs[1]._replace(never_written=False)
+        assert space.manager.try_allocate(2000) is None
+    assert space.allocator.end == end
+    assert space.allocator.free.count == 0

@@ -1,0 +1,92 @@
+"""The marks of the scan: changes of clusters and of tables while the scan is running."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qedfuse.disk.space.freemap import FreeMap
+from qedfuse.disk.space.marking import Marking
+
+CLUSTERS = 100
+TABLE, NEXT_TABLE = 4096, 8192
+"""File offsets of two slices; the scan marks the first of them first."""
+
+
+@pytest.fixture
+def marking() -> Marking:
+    """Record the changes of a file of 100 clusters, before any slice is marked."""
+    marking = Marking(FreeMap(), "image")
+    marking.begin(CLUSTERS)
+    marking.restart()
+    return marking
+
+
+def refer_to(*clusters: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Make the entries of a slice."""
+    return np.array(clusters, np.uint64)
+
+
+def test_marked_clusters_have_an_owner(marking: Marking) -> None:
+    """What a slice refers to is owned, and nothing else is; later clusters are ignored."""
+    marking.mark(TABLE, refer_to(3, 5, CLUSTERS + 1))
+    assert marking.owners.owned(0, CLUSTERS + 2) == 1 << 3 | 1 << 5
+    assert marking.duplicates == 0
+
+
+def test_a_second_reference_is_a_duplicate(marking: Marking) -> None:
+    """Two entries that refer to one cluster are counted."""
+    marking.mark(TABLE, refer_to(3, 5))
+    marking.mark(NEXT_TABLE, refer_to(5))
+    assert marking.duplicates == 1
+
+
+def test_changes_are_recorded_only_during_a_scan(marking: Marking) -> None:
+    """A cluster that changes its state before `begin` or after `end` is not recorded."""
+    marking.record_change(7, 2)
+    marking.end()
+    marking.record_change(20, 1)
+    marking.record_drop(30, 1, TABLE)
+    assert list(marking.changed.runs()) == [(7, 2)]
+
+
+def test_a_dropped_cluster_is_recorded_as_changed(marking: Marking) -> None:
+    """The scan must not take it for free: it is in quarantine."""
+    marking.record_drop(5, 1, TABLE)
+    assert marking.changed.count_free(5, 1) == 1
+
+
+@pytest.mark.parametrize("marked_before", [False, True])
+def test_one_owner_drops_its_cluster(marking: Marking, *, marked_before: bool) -> None:
+    """The only reference to a cluster makes no duplicate, whether it was marked or not."""
+    if marked_before:
+        marking.mark(TABLE, refer_to(5))
+    marking.record_drop(5, 1, TABLE)
+    if not marked_before:
+        marking.mark(TABLE, refer_to())
+    assert marking.duplicates == 0
+    assert marking.owners.owned(5, 1) == 1
+
+
+def test_a_drop_does_not_hide_a_second_owner(marking: Marking) -> None:
+    """A slice that is marked later does not show what it has dropped, but it was an owner."""
+    marking.mark(TABLE, refer_to(5))
+    marking.record_drop(5, 1, NEXT_TABLE)
+    assert marking.duplicates == 1
+
+
+def test_two_drops_of_one_cluster_are_two_owners(marking: Marking) -> None:
+    """Neither of them may have been marked."""
+    marking.record_drop(5, 1, TABLE)
+    marking.record_drop(5, 1, NEXT_TABLE)
+    assert marking.duplicates >= 1
+
+
+def test_a_restart_keeps_what_was_dropped(marking: Marking) -> None:
+    """A walk that starts again still finds the other owner of a dropped cluster."""
+    marking.mark(TABLE, refer_to(6))
+    marking.record_drop(5, 1, TABLE)
+    marking.restart()
+    assert marking.owners.owned(0, 10) == 1 << 5
+    marking.mark(TABLE, refer_to(5))
+    assert marking.duplicates == 1
