@@ -107,8 +107,7 @@ class MetadataOperations(pyfuse3.Operations):
         """Enlarge a disk to at least ``end`` bytes.
 
         Raises:
-            FUSEError: ENOSPC, the disk is not growable; EFBIG, the tables cannot address so
-                many bytes.
+            FUSEError: ENOSPC, the disk is not growable; EFBIG, the tables cannot address the size.
             QedError: The disk could not be changed.
         """
         if not self.growable:
