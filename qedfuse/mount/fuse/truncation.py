@@ -64,7 +64,8 @@ class Truncation:
             ``size``, in attributes that expire immediately.
 
         Raises:
-            FUSEError: EPERM, the options do not allow it; EFBIG, the tables cannot address the size.
+            FUSEError: EPERM, the options do not allow it; EFBIG, the tables cannot address the
+                size.
             QedError: The disk could not be changed; part of the range may be zeroed.
         """
         disk = exported.disk
