@@ -222,15 +222,15 @@ def test_refusals_before_the_mount_leave_no_trace(image: Path, mnt: Path, tmp_pa
     [
         # libfuse mounts between the first and the second call.
         "calls = iter([set, fail]); attach.fuse_descriptors = lambda: next(calls)()",
-        "session.find_new_mount = fail",
-        "session.set_readahead = fail",
+        "serving.find_new_mount = fail",
+        "serving.set_readahead = fail",
     ],
 )
 def test_a_failure_right_after_the_mount_unmounts(image: Path, mnt: Path, failure: str) -> None:
     """A failure right after the mount leaves no dead mountpoint and no lock."""
     prelude = f"""
 import os
-from qedfuse.mount import session
+from qedfuse.mount import serving
 from qedfuse.mount.fuse import attach
 
 def fail(*args):
