@@ -103,8 +103,8 @@ class _Checker:
         indices, tables = indices[~overlap], tables[~overlap]
         self._classifier = self._classifier.with_tables(tables)
         await claim_tables(self._owners, tables, geometry)
-        held = await holding_data(self._file, tables, geometry.table_bytes)
-        indices, tables = indices[held], tables[held]
+        has_data = await holding_data(self._file, tables, geometry.table_bytes)
+        indices, tables = indices[has_data], tables[has_data]
         # In the order of the disk: of two owners of a cluster the first keeps it.
         order = np.argsort(indices)
         self._tables = (indices[order], tables[order])

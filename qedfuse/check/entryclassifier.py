@@ -1,6 +1,6 @@
-"""Which code of a finding the check gives to an invalid table entry.
+"""The classification of table entries: valid, or the code of a finding.
 
-Everything is done on whole slices with numpy: a full 1 TiB image has 16.7 million entries.
+Entries are classified a slice at a time: a full image of 1 TiB has 16.7 million of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 _L1_CODES: Final = {violation: Code[f"L1_{violation.name}"] for violation in Violation}
 _L2_CODES: Final = {violation: Code[f"L2_{violation.name}"] for violation in Violation}
 
+_EXPECTED_BESIDE_OTHERS: Final = {
+    Code.TABLE_OVERLAP: "a table that shares no cluster with another",
+    Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
+    Code.FREE_LIST_CONTRADICTED: "a cluster that the free list does not have",
+}
+"""What was expected of entries that are invalid only because of other entries or the list."""
+
 
 class EntryClassifier:
     """Sorts the entries of tables into valid ones and kinds of invalid ones.
@@ -33,7 +40,7 @@ class EntryClassifier:
     Attributes:
         header: The header of the image.
         file_size: Length of the file in bytes.
-        tables: File offsets of the L2 tables known so far, ascending.
+        tables: File offsets of the L2 tables that data must not overlap, ascending.
     """
 
     def __init__(self, header: Header, file_size: int, tables: Values = NO_TABLES) -> None:
@@ -64,15 +71,8 @@ class EntryClassifier:
 
     def expected(self, code: Code) -> str:
         """Describe what was expected instead of an entry with an error."""
-        return self._EXPECTED.get(code) or next(
-            rules.limits.expected(violation)
-            for rules, codes in ((self._l1_rules, _L1_CODES), (self._l2_rules, _L2_CODES))
-            for violation, named in codes.items()
-            if named is code
-        )
-
-    _EXPECTED: Final = {
-        Code.TABLE_OVERLAP: "a table that shares no cluster with another",
-        Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
-        Code.FREE_LIST_CONTRADICTED: "a cluster that the free list does not have",
-    }
+        for rules, codes in ((self._l1_rules, _L1_CODES), (self._l2_rules, _L2_CODES)):
+            for violation, violation_code in codes.items():
+                if code is violation_code:
+                    return rules.limits.expected(violation)
+        return _EXPECTED_BESIDE_OTHERS[code]

@@ -77,9 +77,9 @@ class Rewriter:
         while at < length and (data := await self._file.next_data(start + at)) is not None:
             at = max(at, data - start)
             if at < length:
-                part = await self._file.pread(start + at, min(_COPY_BYTES, length - at))
-                if any(part):
-                    await self._file.pwrite(target + at, part)
+                chunk = await self._file.pread(start + at, min(_COPY_BYTES, length - at))
+                if any(chunk):
+                    await self._file.pwrite(target + at, chunk)
                 at += _COPY_BYTES
         return target
 
