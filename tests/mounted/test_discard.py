@@ -297,12 +297,13 @@ def test_a_sparse_copy_beside_a_writer_is_complete(disk: Path, tmp_path: Path) -
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=1", device)
         with file_system(device, tmp_path / "fs") as place:
             stop = threading.Event()
+            written: list[Path] = []
 
             def write() -> None:
-                number = 0
                 while not stop.is_set():
-                    (place / f"file{number % 9}").write_bytes(os.urandom(700_000))
-                    number += 1
+                    path = place / f"file{len(written) % 9}"
+                    path.write_bytes(os.urandom(700_000))
+                    written.append(path)
 
             writer = threading.Thread(target=write)
             writer.start()
@@ -312,6 +313,7 @@ def test_a_sparse_copy_beside_a_writer_is_complete(disk: Path, tmp_path: Path) -
             finally:
                 stop.set()
                 writer.join()
+            assert written, "nothing was written beside the copies"
             run("fsfreeze", "-f", place)
             try:
                 run("cp", "--sparse=auto", disk, tmp_path / "copy")

@@ -140,8 +140,12 @@ def test_zeros_are_holes_in_a_raw_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.expect_log("refuses")
-def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -> None:
+def test_failing_changes_of_files(
+    seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, lasting: bool
+) -> None:
     """Whichever change of a file fails, the overlay reads as before; a second commit succeeds."""
+    # Most of the second commits, but not all, find an image that was not closed cleanly.
+    caplog.set_level("ERROR", "qedfuse.check.inspector")
     chance = random.Random(2000 + seed)
     place, original = tmp_path / "place", tmp_path / "original"
     original.mkdir()
@@ -155,7 +159,7 @@ def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -
     shutil.copytree(original, place)
     with failing(0) as changes:
         trio.run(work)
-    total, refused = changes.count, 0
+    total, reported = changes.count, 0
     for when in sorted({1, total - 1, total, *chance.sample(range(1, total + 1), min(10, total))}):
         shutil.rmtree(place)
         shutil.copytree(original, place)
@@ -163,7 +167,7 @@ def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -
             try:
                 trio.run(work)
             except* HostError:
-                refused += 1
+                reported += 1
         assert qemu.content(place / "top.qed") == before, when
         assert qemu.check(place / "top.qed").errors == 0, when
         assert is_sound(place / base.name), when
@@ -171,7 +175,8 @@ def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -
         assert qemu.content(place / "top.qed") == before, when
         assert qemu.content(place / base.name, image_format=kind(base)) == expected, when
         assert is_sound(place / base.name), when
-    assert refused
+    # Not all: a punch that fails is ignored, and so is a truncation of free space.
+    assert reported > 0
 
 
 def test_the_base_is_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,13 @@ from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools.inspection import fastmap
 from qedfuse.tools.inspection.mapping import MapEntry, map_image, open_map
 from tests.support import qemu
-from tests.support.chains import draw_any_size, draw_chain
-from tests.support.disks import build_image, l2_entry_offset, put_entry
+from tests.support.chains import draw_any_size, draw_chain, kind
+from tests.support.disks import build_image, header_of, l2_entry_offset, put_entry
 from tests.support.text import assert_same_lines
 from tests.toolbox import memory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 CLUSTER = 4096
@@ -50,12 +51,29 @@ def by_qemu(*arguments: str | Path) -> str:
     return re.sub(r'("data": (?:true|false))', r'\1, "compressed": false', text)
 
 
-@pytest.fixture(params=["quick", "thorough"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let a test map with the extension, as far as that goes, and without it."""
-    if request.param == "thorough":
+def count_fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets an item for each call of the fast map's extension."""
+    lines, calls = fastmap._lines, list[int]()
+    assert lines is not None, "the extension was not built"
+
+    def counted(*arguments: Any) -> bytes | None:  # noqa: ANN401  passed on
+        calls.append(1)
+        return lines(*arguments)
+
+    monkeypatch.setattr(fastmap, "_lines", counted)
+    return calls
+
+
+@pytest.fixture(params=["fast", "slow"])
+def path_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test with the fast map, which it must use, and without it."""
+    if request.param == "slow":
         monkeypatch.setattr(fastmap, "_lines", None)
-    return str(request.param)
+        yield "slow"
+    else:
+        calls = count_fast_calls(monkeypatch)
+        yield "fast"
+        assert calls, "the fast map was not used"
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -75,8 +93,11 @@ def test_output_agrees_with_qemu(
         ranges.append((f"--start-offset={start}", f"--max-length={length}"))
     asked = [(*options, f"--output={form}", str(top)) for options in ranges for form in FORMS]
     expected = [by_qemu(*words) for words in asked]
+    fast_calls = count_fast_calls(monkeypatch)
     for words, text in zip(asked, expected, strict=True):
         assert_same_lines(mapped(*words, capsys=capsys)[0], text)
+    is_single_image = kind(top) == "qed" and not header_of(top.read_bytes()[:64]).has_backing
+    assert bool(fast_calls) is is_single_image
     monkeypatch.setattr(fastmap, "_lines", None)
     for words, text in zip(asked, expected, strict=True):
         assert_same_lines(mapped(*words, capsys=capsys)[0], text)
@@ -139,7 +160,7 @@ def test_runs_are_joined_across_tables(tmp_path: Path, capsys: pytest.CaptureFix
     assert [entry.length for entry in found if not entry.present] == [500 * span, size - 503 * span]
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("path_taken")
 def test_fragmented_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fragmented tables that are longer than one read are mapped like QEMU does."""
     chance = random.Random(5)
@@ -174,7 +195,7 @@ def bad_image(path: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("path_taken")
 def test_bad_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bad entries are reported as neither data nor zeros, and the exit code is 13."""
     path = bad_image(tmp_path / "bad.qed")
@@ -190,8 +211,8 @@ def test_bad_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     mapped("--max-length", str(3 * CLUSTER), path, capsys=capsys)
 
 
-def damaged_image(path: Path, chance: random.Random) -> None:
-    """Make an image of several tables with several kinds of bad entries."""
+def damaged_image(path: Path, chance: random.Random) -> bool:
+    """Make an image with several kinds of bad entries; return whether an L1 entry is bad."""
     chosen = [number for number in range(1500) if chance.random() < 1 / 3]
     clusters: dict[int, bytes | int] = dict.fromkeys(chosen, b"x")
     clusters |= {chance.randrange(1500): ZERO for _ in range(40)}
@@ -200,9 +221,11 @@ def damaged_image(path: Path, chance: random.Random) -> None:
     for _ in range(chance.randrange(4)):
         number = chance.choice(sorted(clusters))
         put_entry(image, l2_entry_offset(image, number), chance.choice(wrong))
-    if not chance.randrange(3):
+    has_bad_table = not chance.randrange(3)
+    if has_bad_table:
         put_entry(image, CLUSTER + 8 * chance.randrange(3), chance.choice(wrong))
     path.write_bytes(image[: len(image) - chance.choice([0, 0, CLUSTER, 20_000])])
+    return has_bad_table
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -214,10 +237,12 @@ def test_damage_is_mapped_as_a_disk_reads_it(
 ) -> None:
     """Both maps agree on damaged images, and their data is what a disk reads."""
     path = tmp_path / "damaged.qed"
-    damaged_image(path, random.Random(seed))
+    has_bad_table = damaged_image(path, random.Random(seed))
     found = trio.run(map_image, str(path))
     code = 13 if any(entry.bad for entry in found) else 0
+    fast_calls = count_fast_calls(monkeypatch)
     texts = [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
+    assert fast_calls or has_bad_table
     monkeypatch.setattr(fastmap, "_lines", None)
     assert texts == [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
     trio.run(_compare_with_disk, str(path), path.stat().st_size, found)

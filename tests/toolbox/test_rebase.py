@@ -147,17 +147,18 @@ def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -
     with failing(0) as changes:
         trio.run(work)
     assert content(top) == before
-    total, refused = changes.count, 0
+    total, reported = changes.count, 0
     for when in sorted({1, total - 1, total, *chance.sample(range(1, total + 1), min(10, total))}):
         top.write_bytes(original)
         with failing(when, lasting=lasting):
             try:
                 trio.run(work)
             except* HostError:
-                refused += 1
+                reported += 1
         assert qemu.content(top) == before, when
         assert qemu.check(top).errors == 0, when
-    assert refused
+    # Not all: a punch that fails is ignored.
+    assert reported > 0
 
 
 def named(path: Path) -> tuple[str | None, int]:
