@@ -69,7 +69,7 @@ class Components:
             lacks_base=header.has_backing and not bases,
         )
 
-        # Write-back, which the quarantine observes, and the guard before the first write
+        # Write-back, observed by the quarantine, and the guard before the first write
         empty_map = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()
         self.quarantine = Quarantine(self.epochs, empty_map)
@@ -100,7 +100,7 @@ class Components:
         )
         self.flusher = Flusher(self.writeback, self.reclaim, options.commit_seconds)
         self.scan = Scan(self.layer, self.allocator, self.reclaim, marking)
-        self.space = SpaceManager(
+        space = SpaceManager(
             file,
             self.allocator,
             self.length,
@@ -138,12 +138,12 @@ class Components:
 
         # Data path
         self.table_writer = TableWriter(
-            self.layer, self.space, self.writeback, self.flusher, options.cache_bytes // 2
+            self.layer, space, self.writeback, self.flusher, options.cache_bytes // 2
         )
         self.write_path = WritePath(
             self.chain,
             self.layer,
-            self.space,
+            space,
             self.table_writer,
             self.writeback,
             self.needcheck,
@@ -153,7 +153,7 @@ class Components:
             self.chain,
             self.layer,
             self.writeback,
-            self.space,
+            space,
             self.needcheck,
             self.table_writer,
             self.write_path,
@@ -172,7 +172,7 @@ class Components:
         mover = Mover(
             self.layer,
             self.allocator,
-            self.space,
+            space,
             self.table_writer,
             self.writeback,
             self.flusher,
@@ -180,7 +180,7 @@ class Components:
             self.reclaim,
         )
         self.compaction = Compaction(
-            self.layer, self.allocator, self.space, mover, self.flusher, self.reclaim
+            self.layer, self.allocator, space, mover, self.flusher, self.reclaim
         )
         self.resize = Resize(
             self.chain,

@@ -1,8 +1,8 @@
 """The file never outgrows its bound, whatever a guest and crashes do together.
 
-The allocator alone, so that many lives of an image fit into a second.  A guest that
-knows how the allocator works writes, discards and has tables made; crashes bring back
-the tables as they were at the last commit, and what was given out since is free again.
+Tests the allocation alone, so that many lives of an image fit into a second.  A guest that
+knows how the allocator works writes, discards and allocates tables; a crash restores the
+tables of the last flush, and the clusters that were handed out since are free again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Image:
         self.open()
 
     def open(self) -> None:
-        """Open the image; the scan is over at once."""
+        """Open the image, and find its free clusters without a scan."""
         space = make_space(
             self.file, self.header, self.bound, lambda: self.count - len(self.tables)
         )

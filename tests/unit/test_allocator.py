@@ -171,7 +171,7 @@ async def test_largest_file_offset_is_like_a_full_host() -> None:
 
 
 async def test_try_allocate_hands_out_what_allocate_would() -> None:
-    """Without waiting it hands out the same clusters, as long as they are neighbours."""
+    """It hands out the same clusters as `allocate` if they are neighbours."""
     file = RecordingFile(bytes(2 * CLUSTER))
     file.in_page_cache = True
     space = make(file)
