@@ -6,6 +6,7 @@ So the work for each table is done on arrays, and other tasks run in between.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from qedfuse.check.findings import Code
 from qedfuse.errors import NeedsCheckError
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import UNALLOCATED
+from qedfuse.ondisk.entrylimits import overlaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,17 +104,16 @@ def refuse_too_many_tables(file: HostFile, count: int) -> None:
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
     """Return which of some tables overlap one before them; ``tables`` are sorted file offsets.
 
-    A table that overlaps one before it is not compared with those after it.
+    `qedfuse.ondisk.entrylimits.overlaps` has the rule.
     """
-    overlap = np.zeros(len(tables), np.bool_)
+    mask = np.zeros(len(tables), np.bool_)
     if len(tables) < 2 or (np.diff(tables) >= table_bytes).all():  # noqa: PLR2004
-        return overlap
-    end = -1
-    for start in range(0, len(tables), _TABLES_PER_STEP):
-        for index, table in enumerate(tables[start : start + _TABLES_PER_STEP].tolist(), start):
-            if table < end:
-                overlap[index] = True
-            else:
-                end = table + table_bytes
+        return mask
+    steps = range(0, len(tables), _TABLES_PER_STEP)
+    ordered = (table for at in steps for table in tables[at : at + _TABLES_PER_STEP].tolist())
+    found = overlaps(ordered, table_bytes)
+    for at in steps:
+        step = np.fromiter(islice(found, _TABLES_PER_STEP), np.bool_)
+        mask[at : at + len(step)] = step
         await trio.lowlevel.checkpoint()
-    return overlap
+    return mask

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Final, Literal
 from qedfuse.ondisk.constants import MIN_CLUSTER_SIZE, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from qedfuse.ondisk.header import Header
 
 RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
@@ -164,3 +166,17 @@ class EntryLimits:
                 f"a whole {self.target} inside the file of {self.file_size} bytes"
             ),
         }[violation]
+
+
+def overlaps(tables: Iterable[int], table_bytes: int) -> Iterator[bool]:
+    """Yield for each L2 table, in ascending order, whether it overlaps one before it.
+
+    The one that begins first counts as the owner of the clusters.  A table that overlaps it
+    owns none, so the tables after it are not compared with it.
+    """
+    end = 0
+    for table in tables:
+        is_overlapping = table < end
+        if not is_overlapping:
+            end = table + table_bytes
+        yield is_overlapping

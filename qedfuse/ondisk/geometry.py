@@ -7,15 +7,38 @@ offset in the cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import Final, NewType
 
-from qedfuse.ondisk.constants import ENTRY_BYTES, MAX_OFFSET, SECTOR
+from qedfuse.ondisk.constants import (
+    ENTRY_BYTES,
+    MAX_CLUSTER_SIZE,
+    MAX_OFFSET,
+    MAX_TABLE_SIZE,
+    MIN_CLUSTER_SIZE,
+    MIN_TABLE_SIZE,
+    SECTOR,
+)
 
 GuestOffset = NewType("GuestOffset", int)
 """A byte position on the disk that the guest sees."""
 
 FileOffset = NewType("FileOffset", int)
 """A byte position in the image file."""
+
+
+SIZE_LIMITS: Final = {
+    "cluster_size": (MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
+    "table_size": (MIN_TABLE_SIZE, MAX_TABLE_SIZE),
+}
+"""The least and the largest value of the fields that make a geometry; all are powers of two."""
+
+
+def expected_size(field_name: str, value: int) -> str | None:
+    """Describe what a field of `SIZE_LIMITS` must be; None if its value is valid."""
+    minimum, maximum = SIZE_LIMITS[field_name]
+    if minimum <= value <= maximum and not value & (value - 1):
+        return None
+    return f"a power of two from {minimum} to {maximum}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,11 @@ from qedfuse.ondisk.constants import (
     KNOWN_FEATURES,
     MAGIC,
     MAX_BACKING_NAME,
-    MAX_CLUSTER_SIZE,
-    MAX_TABLE_SIZE,
-    MIN_CLUSTER_SIZE,
-    MIN_TABLE_SIZE,
     SECTOR,
     Feature,
 )
 from qedfuse.ondisk.formats import is_qed
-from qedfuse.ondisk.geometry import Geometry
+from qedfuse.ondisk.geometry import SIZE_LIMITS, Geometry, expected_size
 
 HEADER_STRUCT: Final[Any] = Struct(
     "magic" / Int32ul,
@@ -171,8 +167,10 @@ def parse_header(data: bytes, name: str) -> Header:
             f"(bit {bits}), expected only bits 0, 1, 2 and 60"
         )
         raise UnsupportedError(msg)
-    _check_power(name, "cluster_size", raw.cluster_size, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
-    _check_power(name, "table_size", raw.table_size, MIN_TABLE_SIZE, MAX_TABLE_SIZE)
+    for size_field in SIZE_LIMITS:
+        expected = expected_size(size_field, raw[size_field])
+        if expected is not None:
+            raise HeaderError(name, size_field, raw[size_field], expected)
     header = Header(
         cluster_size=raw.cluster_size,
         table_size=raw.table_size,
@@ -198,13 +196,6 @@ def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
     header = parse_header(data, name)
     header.check_fits(file_size, name)
     return header
-
-
-def _check_power(name: str, field_name: str, value: int, minimum: int, maximum: int) -> None:
-    """Check that a field is a power of two within its limits."""
-    if not minimum <= value <= maximum or value & (value - 1):
-        expected = f"a power of two from {minimum} to {maximum}"
-        raise HeaderError(name, field_name, value, expected)
 
 
 def _check_offsets(header: Header, name: str) -> None:

@@ -9,13 +9,10 @@ from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import (
     HEADER_BYTES,
     MAX_BACKING_NAME,
-    MAX_CLUSTER_SIZE,
-    MAX_TABLE_SIZE,
-    MIN_CLUSTER_SIZE,
-    MIN_TABLE_SIZE,
     SECTOR,
     Feature,
 )
+from qedfuse.ondisk.geometry import expected_size
 from qedfuse.ondisk.header import Header
 from qedfuse.text import printable
 
@@ -54,12 +51,10 @@ def new_header(
     Raises:
         UsageError: A size is out of its range, or the name is too long or not a path.
     """
-    for what, value, least, most in (
-        ("cluster size", cluster_size, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
-        ("table size", table_size, MIN_TABLE_SIZE, MAX_TABLE_SIZE),
-    ):
-        if not least <= value <= most or value & (value - 1):
-            msg = f"{what}: found {value}, expected a power of two from {least} to {most}"
+    for field, value in (("cluster_size", cluster_size), ("table_size", table_size)):
+        expected = expected_size(field, value)
+        if expected is not None:
+            msg = f"{field.replace('_', ' ')}: found {value}, expected {expected}"
             raise UsageError(msg)
     name = backing_name(backing)
     features = 0

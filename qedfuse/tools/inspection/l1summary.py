@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.hostio.sparse import data_slices
 from qedfuse.ondisk.constants import ENTRY_BYTES, MAX_OFFSET, UNALLOCATED
-from qedfuse.ondisk.entrylimits import EntryLimits
+from qedfuse.ondisk.entrylimits import EntryLimits, overlaps
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 
 if TYPE_CHECKING:
@@ -60,16 +60,5 @@ def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
         values = [value for value in entries if value != UNALLOCATED]
         used += len(values)
         tables += [value for value in values if limits.is_valid(value)]
-    overlapping = _count_overlapping(tables, header.geometry.table_bytes)
+    overlapping = sum(overlaps(sorted(tables), limits.table_bytes))
     return L1Summary(used, used - len(tables), overlapping, complete)
-
-
-def _count_overlapping(tables: list[int], table_bytes: int) -> int:
-    """Count the tables that share clusters with a table before them in the file."""
-    found, end = 0, 0
-    for table in sorted(tables):
-        if table < end:
-            found += 1
-        else:
-            end = table + table_bytes
-    return found

@@ -9,13 +9,10 @@ from qedfuse.errors import HeaderError, NotQedError, QedError, UnsupportedError
 from qedfuse.ondisk.constants import (
     HEADER_BYTES,
     KNOWN_FEATURES,
-    MAX_CLUSTER_SIZE,
     MAX_OFFSET,
-    MAX_TABLE_SIZE,
-    MIN_CLUSTER_SIZE,
-    MIN_TABLE_SIZE,
     Feature,
 )
+from qedfuse.ondisk.geometry import SIZE_LIMITS, expected_size
 from qedfuse.ondisk.header import HEADER_STRUCT, Header, parse_header
 
 if TYPE_CHECKING:
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 _MAX_PROBLEMS: Final = 16
 """Errors that are reported; a header has fewer fields."""
 
-_GEOMETRY_FIELDS: Final = frozenset({"cluster_size", "table_size"})
+_GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
 """Fields without which the others cannot be interpreted."""
 
 
@@ -110,14 +107,7 @@ def _fields(data: bytes) -> Iterator[HeaderField]:
 
 def _has_geometry(values: Mapping[str, int]) -> bool:
     """Return whether the sizes of clusters and tables are valid."""
-    limits = {
-        "cluster_size": (MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
-        "table_size": (MIN_TABLE_SIZE, MAX_TABLE_SIZE),
-    }
-    return all(
-        least <= values[name] <= most and not values[name] & (values[name] - 1)
-        for name, (least, most) in limits.items()
-    )
+    return all(expected_size(name, values[name]) is None for name in SIZE_LIMITS)
 
 
 def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
