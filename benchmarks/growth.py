@@ -93,7 +93,7 @@ def operations(guest: Guest, seed: int, life: int) -> Iterator[Operation]:
             yield Operation(kind, max(0, window - 8 * WINDOW_BYTES), 8 * WINDOW_BYTES)
 
 
-# --- qedfuse, in a process of its own ---------------------------------------------------
+# --- qedfuse, in a child process --------------------------------------------------------
 
 
 async def _serve(path: str, guest: Guest, seed: int, life: int) -> None:

@@ -55,10 +55,10 @@ class Outcome:
 
     def ratio(self, other: System) -> float | None:
         """Return how many times as fast as ``other`` qedfuse is, or None without figures."""
-        ours, theirs = self.median("qedfuse"), self.median(other)
-        if not ours or not theirs:
+        own_rate, other_rate = self.median("qedfuse"), self.median(other)
+        if not own_rate or not other_rate:
             return None
-        return theirs / ours if self.cell.unit == "s" else ours / theirs
+        return other_rate / own_rate if self.cell.unit == "s" else own_rate / other_rate
 
     def missed(self) -> list[str]:
         """Return a phrase for each target that is missed."""

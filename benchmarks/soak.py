@@ -57,7 +57,7 @@ _PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
-# --- the load, in a process of its own ----------------------------------------------------
+# --- the load, in a child process --------------------------------------------------------
 
 
 class Model:

@@ -165,22 +165,22 @@ def map_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
-def same_maps(ours: Sequence[str], theirs: Sequence[str]) -> None:
+def same_maps(qedimg: Sequence[str], qemu_img: Sequence[str]) -> None:
     """Compare the JSON maps that two commands print, without holding either in memory.
 
     Raises:
         ValueError: They differ.
     """
     with (
-        subprocess.Popen(ours, stdout=subprocess.PIPE, text=True) as qedimg,
-        subprocess.Popen(theirs, stdout=subprocess.PIPE, text=True) as qemu_img,
+        subprocess.Popen(qedimg, stdout=subprocess.PIPE, text=True) as first,
+        subprocess.Popen(qemu_img, stdout=subprocess.PIPE, text=True) as second,
     ):
-        assert qedimg.stdout is not None
-        assert qemu_img.stdout is not None
-        for one, other in zip_longest(map_lines(qedimg.stdout), map_lines(qemu_img.stdout)):
+        assert first.stdout is not None
+        assert second.stdout is not None
+        for one, other in zip_longest(map_lines(first.stdout), map_lines(second.stdout)):
             if one != other:
-                qedimg.kill()
-                qemu_img.kill()
+                first.kill()
+                second.kill()
                 msg = f"map: found {one}, expected {other}"
                 raise ValueError(msg)
 
@@ -226,7 +226,7 @@ def main() -> None:
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     size = arguments.size or (QUICK_SIZE if arguments.quick else SIZE)
     large = arguments.large or (QUICK_LARGE if arguments.quick else LARGE)
-    # Those who install a program have it compiled; here the first round does it.
+    # An installed program is compiled to byte code; here the first round must store that.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     outcomes = []
     directory = Path(tempfile.mkdtemp(prefix="qedfuse-toolbox-", dir=arguments.dir))

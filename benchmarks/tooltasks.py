@@ -119,17 +119,17 @@ class Outcome:
     @property
     def ratio(self) -> float | None:
         """How many times as fast as qemu-img qedimg is; None without figures."""
-        ours, theirs = self.seconds.get("qedimg"), self.seconds.get("qemu-img")
-        return median(theirs) / median(ours) if ours and theirs else None
+        qedimg, qemu_img = self.seconds.get("qedimg"), self.seconds.get("qemu-img")
+        return median(qemu_img) / median(qedimg) if qedimg and qemu_img else None
 
     def missed(self) -> list[str]:
         """Return a phrase for each target that is missed."""
         found = []
-        ratio, ours = self.ratio, self.seconds.get("qedimg")
+        ratio, qedimg = self.ratio, self.seconds.get("qedimg")
         if self.task.ratio is not None and ratio is not None and ratio < self.task.ratio:
             found.append(f"{ratio:.2f} of qemu-img, expected {self.task.ratio:g}")
-        if self.task.seconds is not None and ours and median(ours) > self.task.seconds:
-            found.append(f"{median(ours):.2f} s, expected {self.task.seconds:g}")
+        if self.task.seconds is not None and qedimg and median(qedimg) > self.task.seconds:
+            found.append(f"{median(qedimg):.2f} s, expected {self.task.seconds:g}")
         most = max(self.memory.get("qedimg", [0]))
         if most >= MAX_MEMORY_BYTES:
             found.append(f"{most / MIB:.0f} MiB, expected less than {MAX_MEMORY_BYTES / MIB:.0f}")
