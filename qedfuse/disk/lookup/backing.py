@@ -9,6 +9,7 @@ name, so that symbolic links and renames cannot evade it.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path, has_protocol
@@ -27,6 +28,8 @@ from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import BackingPolicy, OpenOptions
@@ -112,6 +115,16 @@ async def open_bases(
             opened.file.close()
         raise
     return layers
+
+
+@contextmanager
+def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
+    """Close the files of the layers that are in the list at the end of the ``with`` block."""
+    try:
+        yield layers
+    finally:
+        for layer in layers:
+            layer.file.close()
 
 
 def _check_new(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:

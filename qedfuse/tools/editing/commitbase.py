@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from qedfuse.disk.lookup.backing import open_bases
+from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError, ImageInUseError
@@ -159,12 +159,9 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
         bases = await open_bases(
             overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
         )
-    try:
+    with closing_layers(bases):
         base = cast("PosixFile", bases[0].file)
         return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
-    finally:
-        for layer in bases:
-            layer.file.close()
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, cast
 
-from qedfuse.disk.lookup.backing import open_bases
+from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
@@ -128,13 +128,11 @@ async def open_upper_images(
         QedError: An image cannot be opened or locked.
     """
     lock = LockMode.READ if options.lock else None
-    layers: list[Layer] = []
     with open_image_file(path, lock) as file:
-        try:
-            header, store = await read_header(file), make_store(options.cache_bytes)
-            top = QedLayer(file, header, store)
-            await top.scan_l1()
-            layers = await open_bases(path, file, header, options, store)
+        header, store = await read_header(file), make_store(options.cache_bytes)
+        top = QedLayer(file, header, store)
+        await top.scan_l1()
+        with closing_layers(await open_bases(path, file, header, options, store)) as layers:
             depth = _depth_of(path, base, layers, options.backing.working_directory)
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
@@ -144,9 +142,6 @@ async def open_upper_images(
                 layer.file.close()
             del layers[depth - 1 :]
             yield UpperImages(Chain([top, *layers]), file), base_file
-        finally:
-            for layer in layers:
-                layer.file.close()
 
 
 def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> int:

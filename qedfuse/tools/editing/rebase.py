@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.creation.newheader import backing_name
-from qedfuse.disk.lookup.backing import open_bases
+from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.layer import RawLayer
@@ -141,7 +141,7 @@ async def _new_chain(
             make_store(options.cache_bytes),
             name=backing,
         )
-    try:
+    with closing_layers(bases):
         if isinstance(bases[0], RawLayer) and backing_format != "raw":
             if backing_format is None:
                 raise UsageError(_no_format(disk.path, backing))
@@ -151,9 +151,6 @@ async def _new_chain(
             )
             raise BackingError(msg)
         yield Chain([top, *bases])
-    finally:
-        for layer in bases:
-            layer.file.close()
 
 
 def _no_format(path: str, backing: str) -> str:

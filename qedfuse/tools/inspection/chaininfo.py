@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from qedfuse.disk.lookup.backing import open_bases
+from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
@@ -33,12 +33,8 @@ async def describe_chain(
         return [top]
     with open_image_file(path, options.read_lock) as file:
         header = await read_header(file)
-        layers = await open_bases(path, file, header, options, make_store(0))
-        try:
+        with closing_layers(await open_bases(path, file, header, options, make_store(0))) as layers:
             return [top, *(_describe_layer(layer) for layer in layers)]
-        finally:
-            for layer in layers:
-                layer.file.close()
 
 
 def _describe_layer(layer: Layer) -> ImageInfo:

@@ -6,7 +6,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from qedfuse.disk.lookup.backing import open_bases
+from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
@@ -19,7 +19,6 @@ from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from qedfuse.disk.lookup.layer import Layer
     from qedfuse.tools.source.chainruns import ChainRuns
 
 Format: TypeAlias = Literal["auto", "qed", "raw"]
@@ -80,21 +79,16 @@ async def open_map(
     """
     options = options or OpenOptions()
     with open_image_file(path, options.read_lock) as file:
-        layers: list[Layer] = []
-        try:
-            start = await file.pread(0, SIGNATURE_BYTES)
-            if is_qed_image(start, image_format, file.name):
-                header = await read_header(file)
-                store = make_store(options.cache_bytes)
-                layer = QedLayer(file, header, store)
-                await layer.scan_l1()
-                layers = [layer, *await open_bases(path, file, header, options, store)]
-            else:
-                layers = [RawLayer(file)]
-            yield ChainRunReader(layers)
-        finally:
-            for opened in layers[1:]:
-                opened.file.close()
+        start = await file.pread(0, SIGNATURE_BYTES)
+        if not is_qed_image(start, image_format, file.name):
+            yield ChainRunReader([RawLayer(file)])
+            return
+        header = await read_header(file)
+        store = make_store(options.cache_bytes)
+        layer = QedLayer(file, header, store)
+        await layer.scan_l1()
+        with closing_layers(await open_bases(path, file, header, options, store)) as bases:
+            yield ChainRunReader([layer, *bases])
 
 
 async def map_image(
