@@ -13,7 +13,6 @@ from tests.support import qemu
 from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, is_mounted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 SIZE: Final = 4 << 20
@@ -37,15 +36,6 @@ def image(tmp_path: Path) -> Path:
     path = qemu.create(tmp_path / "vm.qed", SIZE)
     qemu.io(path, "write -P 7 0 64k")
     return path
-
-
-@pytest.fixture
-def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory to mount on; clean up what is left there."""
-    path = tmp_path / "mnt"
-    path.mkdir()
-    yield path
-    clean_up(path)
 
 
 def start(script: str, *words: str | Path, **variables: str) -> subprocess.Popen[str]:

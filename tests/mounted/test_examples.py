@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import qemu
-from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
+from tests.support.sandbox import ROOT, run_in_sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,12 +31,6 @@ UNITS: Final = sorted((EXAMPLES / "systemd").iterdir())
 _INSTALLED: Final = f"""
 {EXAMPLES}/install.sh --link "$1" 2>/dev/null
 """
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> Path:
-    """Give an installation that the examples can link to."""
-    return make_environment(tmp_path / "environment")
 
 
 @pytest.fixture
@@ -81,7 +75,7 @@ def test_every_script_is_run() -> None:
 
 
 @pytest.mark.parametrize("script", SHOWN)
-def test_script(script: str, environment: Path) -> None:
+def test_script(script: str, installation: Path) -> None:
     """A script prints what it promises, and its directory is empty afterwards."""
     shown = run_in_sandbox(
         f"""
@@ -91,7 +85,7 @@ def test_script(script: str, environment: Path) -> None:
         ! findmnt --types fuse.qedfuse
         test -z "$(ls -A /srv/scratch)"
         """,
-        environment,
+        installation,
     )
     assert [text for text in SHOWN[script] if text not in shown] == [], shown
 
@@ -103,7 +97,7 @@ def test_script_help_is_its_header(script: str) -> None:
     assert f"examples/{script} [DIRECTORY]" in done.stdout
 
 
-def test_interrupt_cleans_up(environment: Path, tmp_path: Path) -> None:
+def test_interrupt_cleans_up(installation: Path, tmp_path: Path) -> None:
     """An interrupt while a disk is mounted unmounts it and removes all files."""
     place = tmp_path / "scratch"
     place.mkdir()
@@ -119,7 +113,7 @@ def test_interrupt_cleans_up(environment: Path, tmp_path: Path) -> None:
         text=True,
         timeout=TIMEOUT,
         check=False,
-        env={**os.environ, "PATH": f"{stop}:{environment / 'bin'}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{stop}:{installation / 'bin'}:{os.environ['PATH']}"},
     )
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "the files are copied out" in done.stderr
@@ -167,7 +161,7 @@ def list_files(image: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_fstab_lines(environment: Path, image: Path) -> None:
+def test_fstab_lines(installation: Path, image: Path) -> None:
     """mount(8) mounts each line of the example fstab, and the guest's files are there."""
     shown = run_in_sandbox(
         f"""
@@ -186,7 +180,7 @@ def test_fstab_lines(environment: Path, image: Path) -> None:
         qedfuse umount /mnt/vm
         qedfuse umount /mnt/golden
         """,
-        environment,
+        installation,
         image,
     )
     assert "the guest is called guest" in shown
@@ -194,7 +188,7 @@ def test_fstab_lines(environment: Path, image: Path) -> None:
     assert "permissions: 444" in shown
 
 
-def test_units_pass_systemd_analyze(environment: Path) -> None:
+def test_units_pass_systemd_analyze(installation: Path) -> None:
     """systemd-analyze verify finds nothing wrong with the units."""
     shown = run_in_sandbox(
         f"""
@@ -203,7 +197,7 @@ def test_units_pass_systemd_analyze(environment: Path) -> None:
         cp {EXAMPLES}/systemd/* /srv/units
         SYSTEMD_UNIT_PATH=/srv/units: systemd-analyze verify --man=no /srv/units/*
         """,
-        environment,
+        installation,
     )
     assert shown == ""
 
@@ -215,7 +209,7 @@ def read_unit(name: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def test_mount_units_do_what_the_fstab_does(environment: Path, image: Path) -> None:
+def test_mount_units_do_what_the_fstab_does(installation: Path, image: Path) -> None:
     """mount(8), run as systemd runs it for the mount units, mounts the disk and its file system."""
     commands = []
     for name in ("mnt-vm.mount", "mnt-root.mount"):
@@ -234,13 +228,13 @@ def test_mount_units_do_what_the_fstab_does(environment: Path, image: Path) -> N
         umount /mnt/root
         qedfuse umount /mnt/vm
         """,
-        environment,
+        installation,
         image,
     )
     assert shown == "guest\n"
 
 
-def test_service_starts_and_stops(environment: Path, image: Path) -> None:
+def test_service_starts_and_stops(installation: Path, image: Path) -> None:
     """The service notifies systemd when the disk is ready, and exits with 0 when stopped."""
     service = read_unit("qedfuse-vm.service")
     assert service["Type"] == "notify"
@@ -264,7 +258,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
 END
         {sys.executable} /srv/manager.py '{service["ExecStart"]}' '{service["ExecStop"]}'
         """,
-        environment,
+        installation,
         image,
     )
     # The service logs to the same output: without CAP_SYS_RESOURCE that it is not protected.

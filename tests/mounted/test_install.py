@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support import qemu
-from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
+from tests.support.sandbox import ROOT, run_in_sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,14 +25,8 @@ ODD_NAMES = [
 INSTALL = f"{ROOT}/examples/install.sh"
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Path:
-    """Give an installation that install.sh can link to."""
-    return make_environment(tmp_path / "environment")
-
-
 @pytest.mark.parametrize("fstype", ["fuse.qedfuse", "qedfuse"])
-def test_mount_finds_the_helper(environment: Path, tmp_path: Path, fstype: str) -> None:
+def test_mount_finds_the_helper(installation: Path, tmp_path: Path, fstype: str) -> None:
     """mount(8) mounts both types after the installation; findmnt shows source and type."""
     image = qemu.create(tmp_path / "vm.qed", 1 << 20)
     shown = run_in_sandbox(
@@ -43,14 +37,14 @@ def test_mount_finds_the_helper(environment: Path, tmp_path: Path, fstype: str) 
         findmnt --noheadings --output SOURCE,FSTYPE /mnt
         qedfuse umount /mnt
         """,
-        environment,
+        installation,
         image,
     )
     assert f"{image} fuse.qedfuse" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_fstab_finds_the_mount_of_any_name(environment: Path, tmp_path: Path, name: str) -> None:
+def test_fstab_finds_the_mount_of_any_name(installation: Path, tmp_path: Path, name: str) -> None:
     """An image of any name is mounted once by two mount -a, and umount(8) finds it in two ways."""
     image = qemu.create(tmp_path / "vm.qed", 1 << 20).rename(tmp_path / name)
     shown = run_in_sandbox(
@@ -69,14 +63,14 @@ def test_fstab_finds_the_mount_of_any_name(environment: Path, tmp_path: Path, na
             ! grep ' /mnt .* - fuse.qedfuse ' /proc/self/mountinfo
         done
         """,
-        environment,
+        installation,
         image,
     )
     if name.isprintable():
         assert shown.split("\n")[-3:-1] == [str(image)] * 2
 
 
-def test_mount_passes_on_the_error(environment: Path, tmp_path: Path) -> None:
+def test_mount_passes_on_the_error(installation: Path, tmp_path: Path) -> None:
     """mount(8) passes on the command's message and exit code."""
     image = tmp_path / "vm.qed"
     image.write_bytes(b"not an image" * 100)
@@ -88,14 +82,14 @@ def test_mount_passes_on_the_error(environment: Path, tmp_path: Path) -> None:
         echo "code $code"
         ! findmnt /mnt --types fuse.qedfuse
         """,
-        environment,
+        installation,
         image,
     )
     assert f"qedfuse: {image}: " in shown
     assert "code 12\n" in shown
 
 
-def test_uninstall_removes_exactly_what_was_installed(environment: Path) -> None:
+def test_uninstall_removes_exactly_what_was_installed(installation: Path) -> None:
     """Uninstalling leaves the system as it was; installing or uninstalling twice is harmless."""
     run_in_sandbox(
         f"""
@@ -111,11 +105,11 @@ def test_uninstall_removes_exactly_what_was_installed(environment: Path) -> None
         test -x "$1/bin/qedfuse"
         test "$before" = "$(listed)"
         """,
-        environment,
+        installation,
     )
 
 
-def test_man_pages_and_completions_are_found(environment: Path) -> None:
+def test_man_pages_and_completions_are_found(installation: Path) -> None:
     """The man pages are installed, and each shell finds the completion of both programs."""
     shown = run_in_sandbox(
         f"""
@@ -129,7 +123,7 @@ def test_man_pages_and_completions_are_found(environment: Path) -> None:
         zsh -fc 'autoload -Uz compinit; compinit -u -D; echo "$_comps[qedfuse] $_comps[qedimg]"'
         fish --no-config -c 'source fish/vendor_completions.d/qedimg.fish; complete -C"qedimg ch"'
         """,
-        environment,
+        installation,
     )
     assert "qedimg - create, inspect" in shown
     assert "qedfuse - show QED disk images" in shown
@@ -138,7 +132,7 @@ def test_man_pages_and_completions_are_found(environment: Path) -> None:
     assert "check\tfind damage" in shown
 
 
-def test_a_foreign_file_is_not_replaced(environment: Path) -> None:
+def test_a_foreign_file_is_not_replaced(installation: Path) -> None:
     """The installation refuses, with one line, to replace a program that it did not install."""
     shown = run_in_sandbox(
         f"""
@@ -147,7 +141,7 @@ def test_a_foreign_file_is_not_replaced(environment: Path) -> None:
         test "$(cat /sbin/mount.qedfuse)" = theirs
         test ! -e /usr/local/bin/qedfuse
         """,
-        environment,
+        installation,
     )
     assert shown.startswith("install.sh: /sbin/mount.qedfuse: found a file of another program")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
+from tests.support.disks import has_need_check
 from tests.support.mounted import mounted
 
 if TYPE_CHECKING:
@@ -54,12 +54,6 @@ def same_tree(one: Path, other: Path) -> bool:
     )
 
 
-def need_check(image: Path) -> bool:
-    """Return whether NEED_CHECK is set in the file."""
-    with image.open("rb") as file:
-        return parse_header(file.read(64), str(image)).need_check
-
-
 @pytest.fixture
 def raw(tmp_path: Path, tree: Path) -> Path:
     """Give a raw disk with a partition and an ext4 file system."""
@@ -98,7 +92,7 @@ def test_a_qemu_image_is_read_exactly_and_changed(raw: Path, tree: Path, tmp_pat
         change_through_loop(disk, tree, tmp_path)
         ours = tmp_path / "ours.raw"
         run("cp", "--sparse=always", disk, ours)
-    assert not need_check(image)
+    assert not has_need_check(image)
     assert "No errors" in run("qemu-img", "check", image)
     theirs = tmp_path / "theirs.raw"
     run("qemu-img", "convert", "-O", "raw", image, theirs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tests.support.sandbox import make_environment, run_in_sandbox
+from tests.support.sandbox import run_in_sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,9 +23,8 @@ PREPARE: Final = """
 REMOVED: Final = "the working directory has been removed: expected absolute names"
 
 
-def test_a_removed_working_directory(tmp_path: Path) -> None:
+def test_a_removed_working_directory(installation: Path) -> None:
     """In a removed directory, absolute names work and a relative one gets a line that says why."""
-    environment = make_environment(tmp_path / "environment")
     script = """
         cd /srv/gone
         rmdir /srv/gone
@@ -41,16 +40,15 @@ def test_a_removed_working_directory(tmp_path: Path) -> None:
         fails 1 qedimg create -b "$image" b.qed
         if findmnt /srv/m; then exit 1; fi
     """
-    lines = run_in_sandbox(PREPARE + script, environment).splitlines()
+    lines = run_in_sandbox(PREPARE + script, installation).splitlines()
     assert lines[0] == "a.raw"
     assert lines[1:5] == [f"qedfuse: {REMOVED}"] * 4
     assert lines[5] == f"qedimg: a.qed: cannot open: No such file or directory ({REMOVED})"
     assert lines[6:] == [f"qedimg: {REMOVED}"]
 
 
-def test_a_system_without_proc(tmp_path: Path) -> None:
+def test_a_system_without_proc(installation: Path) -> None:
     """Without /proc each command prints one line that says so, and fails."""
-    environment = make_environment(tmp_path / "environment")
     script = """
         mount -t tmpfs sandbox /proc
         fails 2 qedfuse "$image" /srv/m
@@ -59,5 +57,5 @@ def test_a_system_without_proc(tmp_path: Path) -> None:
         fails 1 qedimg info "$image"
     """
     missing = "/proc: found no proc file system, expected one (as root: mount -t proc proc /proc)"
-    lines = run_in_sandbox(PREPARE + script, environment).splitlines()
+    lines = run_in_sandbox(PREPARE + script, installation).splitlines()
     assert lines == [f"qedfuse: {missing}"] * 3 + [f"qedimg: {missing}"]

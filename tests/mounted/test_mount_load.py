@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import qedfuse
-from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
+from tests.support.disks import has_need_check
 from tests.support.mounted import clean_up, front, mounted
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ os.fsync(fd)
 """
 
 
-def need_check(image: Path) -> bool:
-    """Return whether NEED_CHECK is set in the file."""
-    with image.open("rb") as file:
-        return parse_header(file.read(64), str(image)).need_check
-
-
 def test_processes_write_concurrently_into_the_same_clusters(tmp_path: Path) -> None:
     """Four writers, buffered and direct, share each new cluster and lose nothing."""
     image = qemu.create(tmp_path / "shared.qed", DISK_BYTES)
@@ -53,8 +47,8 @@ def test_processes_write_concurrently_into_the_same_clusters(tmp_path: Path) -> 
             for number in range(4)
         ]
         assert [writer.wait() for writer in writers] == [0, 0, 0, 0]
-        assert need_check(image), "the tables have changed on disk"
-    assert not need_check(image)
+        assert has_need_check(image), "the tables have changed on disk"
+    assert not has_need_check(image)
     expected = b"".join((b"%08d" % index) * 512 for index in range(blocks))
     assert qemu.content(image)[: len(expected)] == expected
     assert qemu.check(image).code == 0
@@ -85,7 +79,7 @@ def test_a_killed_server_loses_nothing_that_was_flushed(seed: int, tmp_path: Pat
         with suppress(OSError):  # the flush of the close finds no server
             os.close(fd)
         clean_up(mount.mountpoint)
-    assert need_check(image)
+    assert has_need_check(image)
     with qedfuse.open(image, "r+b") as disk:
         content = disk.read()
     for block in range(DISK_BYTES // BLOCK_BYTES):
@@ -93,4 +87,4 @@ def test_a_killed_server_loses_nothing_that_was_flushed(seed: int, tmp_path: Pat
         old = flushed.get(block, bytes(BLOCK_BYTES))
         assert found in (old, *pending.get(block, [])), block
     assert qemu.check(image).code in (0, 3)
-    assert not need_check(image)
+    assert not has_need_check(image)

@@ -51,15 +51,6 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory to mount on; clean up what is left there."""
-    path = tmp_path / "mnt"
-    path.mkdir()
-    yield path
-    clean_up(path)
-
-
 def put(disk: Path, data: bytes, start: int = 0) -> None:
     """Write to a disk."""
     with disk.open("r+b") as file:

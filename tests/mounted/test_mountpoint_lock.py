@@ -20,22 +20,12 @@ from qedfuse.mount.system.mountpointlock import (
 )
 from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from tests.support import qemu
-from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, is_locked
+from tests.support.mounted import COMMAND, TIMEOUT, environment, is_locked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from trio.testing import MockClock
-
-
-@pytest.fixture
-def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory to mount on; clean up what is left there."""
-    path = tmp_path / "mnt"
-    path.mkdir()
-    yield path
-    clean_up(path)
 
 
 def hold(mountpoint: Path) -> socket.socket:

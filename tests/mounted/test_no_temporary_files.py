@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from tests.support.sandbox import make_environment, run_in_sandbox
+from tests.support.sandbox import run_in_sandbox
 
 KEEP: Final = """
     mkdir /run/environment
@@ -58,12 +58,11 @@ SERVE: Final = """
     [("read-only", "rw", "Read-only file system"), ("full", "ro", "No space left on device")],
 )
 def test_no_command_needs_temporary_files(
-    kind: str, option: str, reason: str, tmp_path: Path
+    kind: str, option: str, reason: str, installation: Path
 ) -> None:
     """On a read-only or full system each command works, and a snapshot fails with the reason."""
-    environment = make_environment(tmp_path / "environment")
     script = KEEP + PREPARE + NO_PLACE[kind] + SERVE
-    printed = run_in_sandbox(script, environment, Path(option))
+    printed = run_in_sandbox(script, installation, Path(option))
     *lines, code = printed.partition("a snapshot:\n")[2].splitlines()
     assert code == "2", printed
     assert len(lines) == 1, printed

@@ -10,10 +10,9 @@ import pytest
 
 from qedfuse.mount.process.openfiles import MAX_OTHER_FILES
 from tests.support import qemu
-from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment
+from tests.support.mounted import COMMAND, TIMEOUT, environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 IMAGES: Final = 60
@@ -29,15 +28,6 @@ def images(tmp_path: Path) -> Path:
     for number in range(1, IMAGES):
         shutil.copyfile(first, directory / f"{number}.qed")
     return directory
-
-
-@pytest.fixture
-def mnt(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty directory to mount on; clean up what is left there."""
-    path = tmp_path / "mnt"
-    path.mkdir()
-    yield path
-    clean_up(path)
 
 
 def run(limit: str, *words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from qedfuse.ondisk.constants import Feature
 from tests.support import qemu
-from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
+from tests.support.sandbox import ROOT, run_in_sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,13 +81,14 @@ def as_script(blocks: list[tuple[str, str]]) -> str:
     return "\n".join(ways[language].format(text) for language, text in blocks)
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a raw disk with one partition at sector 2048, and ext4 with one file on it."""
-    tree = tmp_path / "tree"
+    directory = tmp_path_factory.mktemp("raw")
+    tree = directory / "tree"
     tree.mkdir()
     (tree / "hello.txt").write_text("Hello from the guest\n", encoding="utf-8")
-    disk = tmp_path / "disk.raw"
+    disk = directory / "disk.raw"
     with disk.open("wb") as file:
         file.truncate(64 << 20)
     run_in_sandbox(
@@ -102,10 +103,10 @@ def raw(tmp_path: Path) -> Path:
     return disk
 
 
-@pytest.fixture
-def images(tmp_path: Path, raw: Path) -> Path:
+@pytest.fixture(scope="module")
+def images(raw: Path) -> Path:
     """Give a directory with the images that the recipes use: ``vm.qed`` and ``damaged.qed``."""
-    directory = tmp_path / "images"
+    directory = raw.with_name("images")
     directory.mkdir()
     qemu.convert(raw, directory / "vm.qed", source_format="raw", target_format="qed")
     content = bytearray((directory / "vm.qed").read_bytes())
@@ -122,9 +123,8 @@ def test_every_recipe_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_recipe(name: str, images: Path, raw: Path, tmp_path: Path) -> None:
+def test_recipe(name: str, images: Path, raw: Path, installation: Path) -> None:
     """A recipe does what it promises on a machine where the project is installed."""
-    environment = make_environment(tmp_path / "environment")
     shown = run_in_sandbox(
         f"""
         {ROOT}/examples/install.sh --link "$1" 2>/dev/null
@@ -136,7 +136,7 @@ def test_recipe(name: str, images: Path, raw: Path, tmp_path: Path) -> None:
         ! findmnt --types fuse.qedfuse
         echo "changed images: $(for image in *.qed; do cmp "$2/$image" "$image" || :; done 2>&1)"
         """,
-        environment,
+        installation,
         images,
         raw,
     )

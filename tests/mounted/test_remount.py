@@ -120,9 +120,8 @@ def run(program: Path, directory: Path, *words: str | Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_mount_remounts_with_and_without_fstab(image: Path, tmp_path: Path) -> None:
+def test_mount_remounts_with_and_without_fstab(image: Path, installation: Path) -> None:
     """A remount by mount(8), which adds the options of fstab or the mount table, works."""
-    environment = make_environment(tmp_path / "environment")
     shown = run_in_sandbox(
         f"""
         {ROOT}/examples/install.sh --link "$1" >/dev/null 2>&1
@@ -138,7 +137,7 @@ def test_mount_remounts_with_and_without_fstab(image: Path, tmp_path: Path) -> N
         state
         qedfuse umount /mnt
         """,
-        environment,
+        installation,
         image,
     )
     plain = "nosuid,nodev,relatime"

@@ -14,10 +14,10 @@ from qedfuse.errors import FuseError
 from qedfuse.mount.commands.umount import UnmountFailedError
 from qedfuse.mount.system.boundedcall import call_in_child
 from qedfuse.mount.system.unmount import unmount_by_fusermount
-from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
+from tests.support.disks import has_need_check
 from tests.support.mounted import front, is_locked, is_mounted, mounted, qedfuse, refused
-from tests.support.sandbox import make_environment, run_in_sandbox
+from tests.support.sandbox import run_in_sandbox
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,11 +30,6 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 def image(tmp_path: Path) -> Path:
     """Give an empty image of 8 MiB."""
     return qemu.create(tmp_path / "vm.qed", SIZE)
-
-
-def need_check(image: Path) -> bool:
-    """Return whether NEED_CHECK is set in the file."""
-    return parse_header(image.read_bytes()[:64], "image").need_check
 
 
 def put(disk: Path, data: bytes) -> None:
@@ -50,7 +45,7 @@ def test_umount_ends_everything_cleanly(image: Path, tmp_path: Path) -> None:
         assert is_locked(image)
         subprocess.run(["umount", mount.mountpoint], check=True)
         assert mount.finish()[0] == 0
-    assert not need_check(image)
+    assert not has_need_check(image)
     assert not is_locked(image)
     assert qemu.check(image).code == 0
     assert qemu.content(image)[:70000] == b"x" * 70000
@@ -65,7 +60,7 @@ def test_a_signal_unmounts(image: Path, tmp_path: Path, number: signal.Signals) 
         code, log = mount.finish()
         assert code == 0, log
         assert not is_mounted(mount.mountpoint)
-    assert not need_check(image)
+    assert not has_need_check(image)
     assert qemu.content(image)[:70000] == b"x" * 70000
 
 
@@ -84,7 +79,7 @@ def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
             assert disk.write(b"y" * 100) == 100
         code, log = mount.finish()
         assert code == 0, log
-    assert not need_check(image)
+    assert not has_need_check(image)
     assert qemu.content(image)[100:300] == b"y" * 100 + b"x" * 100
 
 
@@ -121,7 +116,7 @@ def test_a_second_signal_ends_a_busy_mount_and_keeps_what_was_written(
         with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
             os.close(disk)
         assert not is_mounted(mount.mountpoint)
-    assert not need_check(image)
+    assert not has_need_check(image)
     assert qemu.content(image)[:70000] == b"x" * 70000
 
 
@@ -160,7 +155,7 @@ def test_tasks_of_signals_end_before_the_session(image: Path, tmp_path: Path) ->
         code, log = mount.finish()
         assert code == 0, log
         assert "the flush returns\n" in log
-    assert not need_check(image)
+    assert not has_need_check(image)
     assert qemu.content(image)[: 4 << 20] == b"x" * (4 << 20)
 
 
@@ -240,7 +235,7 @@ def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) 
         assert done.returncode == 32
         assert "without closing the images cleanly" in done.stderr
         assert not is_mounted(mount.mountpoint)
-    assert need_check(image)
+    assert has_need_check(image)
     assert qemu.content(image)[:70000] == b"x" * 70000
 
 
@@ -277,9 +272,8 @@ def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
     assert "busy\\u2028not permitted" in str(caught.value)
 
 
-def test_a_stopped_server_is_not_waited_for_without_limit(image: Path, tmp_path: Path) -> None:
+def test_a_stopped_server_is_not_waited_for_without_limit(image: Path, installation: Path) -> None:
     """A remount returns although the server is stopped, and umount with a timeout fails in time."""
-    environment = make_environment(tmp_path / "environment")
     shown = run_in_sandbox(
         """
         export PATH="$2/bin:$PATH"
@@ -302,7 +296,7 @@ def test_a_stopped_server_is_not_waited_for_without_limit(image: Path, tmp_path:
         wait "$tail"
         """,
         image,
-        environment,
+        installation,
     )
     line, outcome = shown.splitlines()
     code, server = outcome.split()
@@ -310,7 +304,7 @@ def test_a_stopped_server_is_not_waited_for_without_limit(image: Path, tmp_path:
     assert f"process {server} " in line
     assert line.startswith("qedfuse: /srv/disk: ")
     assert line.endswith(" (waited 0.2 s)")
-    assert not need_check(image)
+    assert not has_need_check(image)
 
 
 def test_a_call_in_a_child_has_a_timeout() -> None:

@@ -21,6 +21,7 @@ from tests.support.hostfiles import MemoryFile
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -42,6 +43,12 @@ _MAGIC_BYTES: Final = MAGIC.to_bytes(4, "little")
 def header_of(content: bytes | bytearray) -> Header:
     """Read the header of an image in memory without judging it."""
     return Header(*struct.unpack_from("<4x3L5Q2L", content))
+
+
+def has_need_check(image: Path) -> bool:
+    """Return whether NEED_CHECK is set in an image file."""
+    with image.open("rb") as file:
+        return header_of(file.read(64)).need_check
 
 
 def build_image(

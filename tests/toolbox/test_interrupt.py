@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CLUSTER: Final = 4096
 CLUSTERS: Final = 300
-MAX_MOMENTS: Final = 5
+MAX_MOMENTS: Final = 3
 """Interrupted runs of each command for each kind of moment, besides the first and last."""
 DONE, LEAKS, INTERRUPTED = 0, 3, 130
 
