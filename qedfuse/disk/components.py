@@ -16,8 +16,10 @@ from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.maintenance.compaction import Compaction
+from qedfuse.disk.maintenance.datacompaction import DataCompaction
 from qedfuse.disk.maintenance.mover import Mover
 from qedfuse.disk.maintenance.resize import Resize
+from qedfuse.disk.maintenance.tablecompaction import TableCompaction
 from qedfuse.disk.space.allocator import Allocator
 from qedfuse.disk.space.directreclaim import DirectReclaim
 from qedfuse.disk.space.epochs import Epochs
@@ -179,8 +181,10 @@ class Components:
             self.needcheck,
             self.reclaim,
         )
+        data = DataCompaction(self.layer, self.allocator, mover, self.flusher)
+        self.table_compaction = TableCompaction(self.layer, self.allocator, space, mover, data)
         self.compaction = Compaction(
-            self.layer, self.allocator, space, mover, self.flusher, self.reclaim
+            self.layer, self.allocator, self.table_compaction, data, self.flusher, self.reclaim
         )
         self.resize = Resize(
             self.chain,

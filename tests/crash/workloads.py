@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from qedfuse.disk.datapath import discard
-from qedfuse.disk.maintenance import compaction
+from qedfuse.disk.maintenance import datacompaction
 from qedfuse.disk.space import quarantine, reclaim
 from qedfuse.disk.space.scan import Scan
 from qedfuse.errors import QedError
@@ -172,13 +172,13 @@ class Workload:
             else (discard._MAX_CLUSTERS_ONE_BY_ONE, quarantine._MAX_SCATTERED_CLUSTERS)
         )
         # In the other half compaction makes many small batches.
-        batch = compaction._LIMITED_BATCH_BYTES if together else 3 * CLUSTER
+        batch = datacompaction._LIMITED_BATCH_BYTES if together else 3 * CLUSTER
         # Without deterministic scheduling, the order also depends on addresses of objects.
         with (
             patch.object(discard, "_MAX_CLUSTERS_ONE_BY_ONE", new=few),
             patch.object(reclaim, "_MIN_SCATTERED_RUNS", new=few),
             patch.object(quarantine, "_MAX_SCATTERED_CLUSTERS", new=scattered),
-            patch.object(compaction, "_LIMITED_BATCH_BYTES", new=batch),
+            patch.object(datacompaction, "_LIMITED_BATCH_BYTES", new=batch),
             patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True),
         ):
             trio._core._run._r.seed(seed)

@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from qedfuse.disk.maintenance import compaction
+from qedfuse.disk.maintenance import datacompaction
 from qedfuse.disk.maintenance.reversemap import build_reverse_map
 from qedfuse.disk.space.freemap import BLOCK_CLUSTERS, FreeMap
 from qedfuse.errors import CorruptImageError, HostError
@@ -371,7 +371,7 @@ def test_the_time_is_limited(
 ) -> None:
     """On a slow host compaction stops at its limit in seconds, and the log says what is left."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(compaction, "_LIMITED_BATCH_BYTES", CLUSTER)
+    monkeypatch.setattr(datacompaction, "_LIMITED_BATCH_BYTES", CLUSTER)
     image = full()
     file = SlowFile(image)
 
@@ -622,7 +622,7 @@ async def test_other_tasks_run_at_each_slice_of_a_large_table(walk: str, looks: 
             nursery.start_soon(file.count_turns)
             file.looks.clear()
             if walk == "L1 table":
-                assert len(await disk._components.compaction._tables()) == 1
+                assert len(await disk._components.table_compaction.list_tables()) == 1
             else:
                 owners = await build_reverse_map(
                     layer, layer.geometry.cluster_size, len(file.content)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.check.checker import check_image
-from qedfuse.disk.maintenance.compaction import Compaction
+from qedfuse.disk.maintenance.tablecompaction import TableCompaction
 from qedfuse.errors import HostError
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.ondisk.constants import ZERO
@@ -33,6 +33,7 @@ from tests.support.disks import (
 from tests.support.hostfiles import Change, FailingFile, MemoryFile, RecordingFile, Sync
 
 if TYPE_CHECKING:
+    from qedfuse.disk.maintenance.datacompaction import MoveCounter
     from tests.support.hostfiles import Action
 
 CLUSTER: Final = 4096
@@ -117,14 +118,16 @@ async def test_the_file_becomes_as_short_as_it_can_be(seed: int) -> None:
 async def test_tables_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables that fit into no gap are packed side by side."""
     packed = 0
-    pack = Compaction._pack_tables
+    pack = TableCompaction._pack
 
-    async def counted(self: Compaction, most: int | None, *, within_bound: bool) -> None:
+    async def counted(
+        self: TableCompaction, most: int | None, counter: MoveCounter, *, within_bound: bool
+    ) -> None:
         nonlocal packed
         packed += 1
-        await pack(self, most, within_bound=within_bound)
+        await pack(self, most, counter, within_bound=within_bound)
 
-    monkeypatch.setattr(Compaction, "_pack_tables", counted)
+    monkeypatch.setattr(TableCompaction, "_pack", counted)
     span = 4 * 512
     clusters: dict[int, bytes | int] = {}
     for table in range(4):

@@ -12,7 +12,7 @@ import pyfuse3
 import pytest
 import trio
 
-from qedfuse.disk.maintenance import compaction
+from qedfuse.disk.maintenance import datacompaction
 from qedfuse.errors import HostError
 from qedfuse.mount import shutdown
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
@@ -114,7 +114,7 @@ async def test_a_signal_ends_the_compaction(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the mount is gone a signal ends the compaction; the disk is closed cleanly."""
-    monkeypatch.setattr(compaction, "_LIMITED_BATCH_BYTES", CLUSTER)
+    monkeypatch.setattr(datacompaction, "_LIMITED_BATCH_BYTES", CLUSTER)
     inner = MemoryFile(full())
     file = FailingFile(inner)
     async with trio.open_nursery() as nursery:

@@ -1,0 +1,107 @@
+"""Compaction of data clusters: those past a cluster move to the lowest free ones.
+
+A move is counted, so that a compaction can stay within its limits and report its progress.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.disk.maintenance.reversemap import build_reverse_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.disk.lookup.layer import QedLayer
+    from qedfuse.disk.maintenance.mover import Mover
+    from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.flusher import Flusher
+
+_BATCH_BYTES: Final = 1 << 26
+"""Most data that is moved between two flushes."""
+_LIMITED_BATCH_BYTES: Final = 1 << 23
+"""The same for a compaction with limits, which ends between two batches."""
+
+
+class MoveCounter:
+    """Counts the clusters that one compaction has moved, and reports the progress.
+
+    Attributes:
+        moved: How many clusters have been moved.
+    """
+
+    def __init__(self, report: Callable[[int, int], None] | None, cluster_bits: int) -> None:
+        """Start at 0; ``report`` is called with the bytes moved, and with all that will be."""
+        self.moved = 0
+        self._report = report
+        self._bits = cluster_bits
+        self._expected = 0
+
+    def expect(self, clusters: int) -> None:
+        """Set how many clusters will be moved in all."""
+        self._expected = clusters
+
+    def add(self, clusters: int) -> None:
+        """Count ``clusters`` as moved, and report the progress."""
+        self.moved += clusters
+        if self._report is not None:
+            # A data cluster that gives way to a table is moved twice.
+            total = max(self._expected, self.moved)
+            self._report(self.moved << self._bits, total << self._bits)
+
+
+class DataCompaction:
+    """Moves the highest data clusters of an image down."""
+
+    def __init__(
+        self, layer: QedLayer, allocator: Allocator, mover: Mover, flusher: Flusher
+    ) -> None:
+        """Compact the data of ``layer``; ``mover`` moves its clusters."""
+        self._layer = layer
+        self._allocator = allocator
+        self._mover = mover
+        self._flusher = flusher
+        self._bits = allocator.cluster_bits
+
+    def target(self, most: int | None = None) -> int:
+        """Return the cluster at which the file can end if up to ``most`` clusters are moved."""
+        end, free = self._allocator.end >> self._bits, self._allocator.free
+        target = max(end - free.count, self._allocator.anchor)
+        return target if most is None else max(target, free.tail_start(end, max(0, most)))
+
+    def count_used_from(self, cluster: int) -> int:
+        """Return how many clusters are in use from a cluster on."""
+        end = self._allocator.end >> self._bits
+        return max(0, end - cluster - self._allocator.free.count_free(cluster, end - cluster))
+
+    async def move(
+        self, first: int, counter: MoveCounter, *, last: int | None = None, limited: bool = False
+    ) -> None:
+        """Move the data clusters from ``first`` on to the lowest free ones, the highest first.
+
+        Args:
+            first: The first cluster that moves.
+            counter: Counts the moves.
+            last: The cluster before which the clusters to move end, and from which on they
+                are moved; None to move all up to the end of the file.
+            limited: Stop reading tables once all owners are found, and flush more often.
+                Requires that no table lies from ``first`` on.
+
+        Raises:
+            CorruptImageError: A table entry is bad, or a cluster has two owners.
+            HostError: The host refused; clusters that were moved before stay moved.
+        """
+        end = self._allocator.end if last is None else last << self._bits
+        count = self.count_used_from(first)
+        if not count:
+            return
+        owners = await build_reverse_map(
+            self._layer, first << self._bits, end, count if limited else None
+        )
+        step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
+        # The clusters of a batch move in the order of their guest offsets, so that clusters
+        # that are adjacent on the disk become adjacent in the file.
+        for stop in range(len(owners.entries), 0, -step):
+            entries = owners.entries[max(0, stop - step) : stop]
+            await self._mover.move_data(entries, last, counter.add)
+            await self._flusher.flush()

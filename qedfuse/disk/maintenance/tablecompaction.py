@@ -1,0 +1,140 @@
+"""Compaction of L2 tables, which need adjacent free clusters and so move before the data."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qedfuse.disk.lookup.tablecache import L1
+from qedfuse.hostio.tablewalk import DataSlices
+from qedfuse.ondisk.constants import ENTRY_BYTES
+
+if TYPE_CHECKING:
+    from qedfuse.disk.lookup.layer import QedLayer
+    from qedfuse.disk.maintenance.datacompaction import DataCompaction, MoveCounter
+    from qedfuse.disk.maintenance.mover import Mover
+    from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.space.spacemanager import SpaceManager
+
+log = logging.getLogger(__name__)
+
+
+class TableCompaction:
+    """Moves the highest L2 tables of an image down."""
+
+    def __init__(
+        self,
+        layer: QedLayer,
+        allocator: Allocator,
+        space: SpaceManager,
+        mover: Mover,
+        data: DataCompaction,
+    ) -> None:
+        """Compact the tables of ``layer``; ``data`` moves data that has to give way to them."""
+        self._layer = layer
+        self._allocator = allocator
+        self._space = space
+        self._mover = mover
+        self._data = data
+        self._bits = allocator.cluster_bits
+        self._table_size = layer.geometry.table_size  # in clusters
+
+    async def list_tables(self) -> dict[int, int]:
+        """Return the L1 index of each L2 table, by the table's first cluster.
+
+        No slice may be dirty.
+        """
+        layer, found = self._layer, {}
+        start = layer.header.l1_table_offset
+        async for offset in DataSlices(layer.file, start, layer.geometry.table_bytes):
+            first = (offset - start) // ENTRY_BYTES
+            entries = (await layer.tables.load(start, first, L1)).entries
+            for index in np.flatnonzero(np.frombuffer(entries, np.uint64)).tolist():
+                found[entries[index] >> self._bits] = first + index
+        return found
+
+    def _end_of_tables(self) -> int:
+        """Return the first cluster after the last L2 table."""
+        tables = self._layer.l2_tables
+        return (int(tables[-1]) >> self._bits) + self._table_size if len(tables) else 0
+
+    async def move(
+        self, left: int, most: int | None, counter: MoveCounter, *, within_bound: bool
+    ) -> int:
+        """Move tables from past the target to before it; return the target.
+
+        Args:
+            left: How many clusters may still be moved, which decides the target.
+            most: How many clusters the whole compaction may move; None for no limit.
+            counter: Counts the moves.
+            within_bound: See `Compaction.run`.
+
+        Returns:
+            The target: a higher one if a table past it could not be moved.
+        """
+        target = self._data.target(left)
+        if most is not None and target > self._data.target():
+            target = self._after_table(target)
+        if self._end_of_tables() <= target:
+            return target
+        tables = await self.list_tables()
+        for table in sorted(tables, reverse=True):
+            if table + self._table_size <= target:
+                break
+            free = self._allocator.free
+            slot = free.find_slot() or free.find_run(self._table_size)
+            if slot is None or slot + self._table_size > target:
+                await self._pack(most, counter, within_bound=within_bound)
+                break
+            self._allocator.claim(slot, self._table_size)
+            await self._mover.move_table(tables[table], table, slot)
+            counter.add(self._table_size)
+        return max(target, self._end_of_tables())
+
+    def _after_table(self, cluster: int) -> int:
+        """Return the first cluster after the table that a cluster lies in, else the cluster."""
+        tables = self._layer.l2_tables
+        number = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
+        if number < 0:
+            return cluster
+        return max(cluster, (int(tables[number]) >> self._bits) + self._table_size)
+
+    async def _pack(self, most: int | None, counter: MoveCounter, *, within_bound: bool) -> None:
+        """Move all tables next to each other, directly after the L1 table.
+
+        This helps if the free clusters are scattered so that no table fits between them.
+        Data in these clusters moves up first, and the file may become longer for that time.
+        Does nothing if that exceeds the bound (``within_bound``) or ``most``.
+        """
+        allocator, size = self._allocator, self._table_size
+        tables = await self.list_tables()
+        first = allocator.anchor
+        last = first + len(tables) * size
+        end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
+        fits = end + (last - first) + size <= bound
+        # Every table may have to move, and the same amount of data may have to give way.
+        affordable = most is None or counter.moved + 2 * (last - first) <= most
+        if last > self._data.target() or (within_bound and not fits) or not affordable:
+            log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)
+            return
+        await self._data.move(first, counter, last=last)
+        for slot in range(first, last, size):
+            if slot in tables:
+                continue
+            # A table that overlaps the slot moves to the end of the file first.
+            table = min((at for at in tables if slot < at < slot + size), default=None)
+            if table is not None:
+                run = await self._space.allocate_table_at_end()
+                end_slot = run.offset >> self._bits
+                await self._mover.move_table(tables[table], table, end_slot)
+                counter.add(size)
+                tables[end_slot] = tables.pop(table)
+                table = end_slot
+            else:
+                table = max(tables)
+            allocator.claim(slot, size)
+            await self._mover.move_table(tables[table], table, slot)
+            counter.add(size)
+            tables[slot] = tables.pop(table)
