@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import print_json, say, table
+from qedfuse.cli.qedimg.output import print_json, print_line, table
 
 if TYPE_CHECKING:
     from qedfuse.disk.options import OpenOptions
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def test_quiet_silences_messages_only(capsys: pytest.CaptureFixture[str]) -> None:
     """-q silences messages, but not results."""
     for quiet in (False, True):
-        say(argparse.Namespace(quiet=quiet), "done")
+        print_line(argparse.Namespace(quiet=quiet), "done")
         print_json({})
     assert capsys.readouterr().out == "done\n{}\n{}\n"
 

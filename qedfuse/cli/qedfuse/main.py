@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = arguments.debug
         return _ACTIONS[arguments.action](arguments)
     except QedError as error:
-        return _complain(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last resort: one line in place of a traceback
         if debug:
             raise
-        return _complain_of_bug(error)
+        return _fail_with_bug(error)
 
 
 def _umount(words: Sequence[str]) -> int:
@@ -76,7 +76,7 @@ def _print(text: str) -> int:
         raise
     except OSError as error:
         discard_unwritten(sys.stdout)
-        return _complain(f"standard output: {error.strerror}", HostError.exit_code)
+        return _fail(f"standard output: {error.strerror}", HostError.exit_code)
     return 0
 
 
@@ -89,18 +89,18 @@ def _print_message(message: str) -> None:
         pass
 
 
-def _complain(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     """Print why the command failed; return ``code``."""
     _print_message(message)
     return code
 
 
-def _complain_of_bug(error: Exception) -> int:
+def _fail_with_bug(error: Exception) -> int:
     """Print a line about an exception that is not a `QedError`; return the exit code."""
     if is_caused_by_removal(error):
-        return _complain(REMOVED, HostError.exit_code)
+        return _fail(REMOVED, HostError.exit_code)
     kind = type(error).__name__
-    return _complain(f"internal error: {kind}: {printable(str(error))} (see: -d)", BUG)
+    return _fail(f"internal error: {kind}: {printable(str(error))} (see: -d)", BUG)
 
 
 _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.check.fastcheck import fast_check
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
@@ -188,17 +188,17 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     report = result.before
     for finding in sorted(report.findings, key=lambda item: -item.severity):
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
-        say(arguments, line)
+        print_line(arguments, line)
     # A single finding represents all leaked clusters.
     hidden = sum(report.counts.values()) - report.leaks - len(report.findings)
     hidden += any(item.code.value == "leaked-clusters" for item in report.findings)
     name = printable(arguments.image)
     if hidden > 0:
-        say(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
+        print_line(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
     if arguments.repair:
         _print_repair(arguments, result)
     if result.undone:
-        say(
+        print_line(
             arguments,
             f"restored: {result.undone} ranges; the file had {result.bytes_before} bytes and has "
             f"{result.bytes_after}",
@@ -212,23 +212,23 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
     would = "would be " if result.dry else ""
     for lost in result.lost:
         text = f"lost: {lost.length} bytes of the disk at {lost.start} ({lost.code.value})"
-        say(arguments, f"would be {text}" if result.dry else text)
+        print_line(arguments, f"would be {text}" if result.dry else text)
     if done.cleared or done.copied:
-        say(
+        print_line(
             arguments,
             f"{would}repaired: {done.cleared} entries cleared, {done.copied} clusters copied, "
             f"about {format_size(done.written)} written",
         )
     if result.backup is not None:
-        say(arguments, f"backup of the tables: {printable(result.backup)}")
+        print_line(arguments, f"backup of the tables: {printable(result.backup)}")
     if result.dry:
         if result.before.leaks and not result.before.errors and not result.leaks_kept:
-            say(arguments, f"would be freed: {result.before.leaks} leaked clusters")
+            print_line(arguments, f"would be freed: {result.before.leaks} leaked clusters")
         if result.needs_force:
-            say(arguments, "this needs --force")
+            print_line(arguments, "this needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
         freed = "" if result.leaks_kept else f"freed: {result.leaks_fixed} leaked clusters; "
-        say(
+        print_line(
             arguments,
             f"{freed}the file had {result.bytes_before} bytes and has {result.bytes_after}",
         )
@@ -241,13 +241,13 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
         name = printable(arguments.image)
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
         stays = "would stay" if result.dry else "stays"
-        say(
+        print_line(
             arguments,
             f"leaked space {stays}, because a bad entry may have pointed to it; once you are "
             f"satisfied with the repair, free it with: qedimg check -r leaks{force} {name}",
         )
     elif result.before.leaks and result.after.errors and not result.dry:
-        say(arguments, "leaked space is not freed while there is damage (see: -r all)")
+        print_line(arguments, "leaked space is not freed while there is damage (see: -r all)")
 
 
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
@@ -256,7 +256,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     used = report.allocated_clusters
     notes = sum(count for code, count in report.counts.items() if not code.severity)
     listed = report.listed_clusters
-    say(
+    print_line(
         arguments,
         f"{printable(arguments.image)}: {_state(report)}: errors: {report.errors}, leaked "
         f"clusters: {report.leaks}, notes: {notes}"
@@ -264,7 +264,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     )
     if total:
         parts = report.fragmented_clusters / used if used else 0.0
-        say(
+        print_line(
             arguments,
             f"{used}/{total} = {used / total:.2%} allocated, {parts:.2%} fragmented",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import say
+from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.text import printable
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         text += "; the images between them must not be used any more"
     if not arguments.keep and arguments.base is None:
         text += f"; the overlay's file had {result.bytes_before} bytes and has {result.bytes_after}"
-    say(arguments, text)
+    print_line(arguments, text)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.text import printable
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 0
     left = f", {result.free_clusters} clusters are still free" if result.free_clusters else ""
-    say(
+    print_line(
         arguments,
         f"{printable(arguments.image)}: the file had {result.bytes_before} bytes and has "
         f"{result.bytes_after}; {result.moved_clusters} clusters moved{left}",

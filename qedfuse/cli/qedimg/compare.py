@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import complain, print_json, say
+from qedfuse.cli.qedimg.output import print_error, print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     with progress(arguments, "Comparing") as report:
         result = run_async(_work, arguments, report)
     if isinstance(result, str):
-        complain(result)
+        print_error(result)
         return UNREADABLE
     if arguments.output == "json":
         print_json(
@@ -102,12 +102,12 @@ def _print(arguments: argparse.Namespace, result: Comparison) -> None:
     shorter, longer = sorted(result.sizes)
     differ_first = result.offset is not None and result.offset < shorter
     if shorter != longer and not (arguments.strict or differ_first):
-        say(arguments, "Warning: Image size mismatch!")
+        print_line(arguments, "Warning: Image size mismatch!")
     if result.identical:
-        say(arguments, "Images are identical.")
+        print_line(arguments, "Images are identical.")
     elif result.reason == "size":
-        say(arguments, "Strict mode: Image size mismatch!")
+        print_line(arguments, "Strict mode: Image size mismatch!")
     elif result.reason == "allocation":
-        say(arguments, f"Strict mode: Offset {result.offset} block status mismatch!")
+        print_line(arguments, f"Strict mode: Offset {result.offset} block status mismatch!")
     else:
-        say(arguments, f"Content mismatch at offset {result.offset}!")
+        print_line(arguments, f"Content mismatch at offset {result.offset}!")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.geometry import add_base, add_geometry, find_base, take_options
-from qedfuse.cli.qedimg.output import say
+from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         result = run_async(work)
     if arguments.verbose and result.file_bytes:
-        say(
+        print_line(
             arguments,
             f"{printable(arguments.target)}: disk of {result.size} bytes, of which "
             f"{result.data_bytes} are data; file of {result.file_bytes} bytes",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.geometry import add_base, add_geometry, take_options
-from qedfuse.cli.qedimg.output import say
+from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     base = ""
     if made.backing is not None:
         base = f", over {printable(made.backing)} ({made.backing_format})"
-    say(
+    print_line(
         arguments,
         f"{printable(made.path)}: created: {made.size} bytes, clusters of {made.cluster_size} "
         f"bytes, tables of {made.table_size} clusters{base}",

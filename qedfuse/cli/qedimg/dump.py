@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import print_json, say, table
+from qedfuse.cli.qedimg.output import print_json, print_line, table
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
 
@@ -106,9 +106,9 @@ def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
         )
         for item in header.fields
     ]
-    say(arguments, table(rows, right=(0, 3)))
+    print_line(arguments, table(rows, right=(0, 3)))
     for line in problems:
-        say(arguments, f"problem: {line}")
+        print_line(arguments, f"problem: {line}")
 
 
 def _meaning(header: RawHeader, item: HeaderField) -> str:
@@ -134,7 +134,7 @@ async def _show(
         head = json.dumps({"filename": arguments.image, **about})
         sys.stdout.write(f'{head[:-1]}, "entries": [')
     else:
-        say(
+        print_line(
             arguments,
             _COLUMNS.format("Entry", "Count", "File offset", "Guest offset", "Length", "Verdict"),
         )
@@ -145,7 +145,7 @@ async def _show(
                 sys.stdout.write(separator + json.dumps(_as_json(item)))
                 separator = ",\n"
             else:
-                say(arguments, _as_text(item))
+                print_line(arguments, _as_text(item))
     if as_json:
         sys.stdout.write("\n]}\n")
 

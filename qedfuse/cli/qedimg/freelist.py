@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
@@ -44,9 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output == "json":
         print_json(_as_json(arguments.image, info))
     elif arguments.action == "on" and not info.present:
-        say(arguments, f"{printable(arguments.image)}: no cluster is free, so there is no list")
+        print_line(
+            arguments, f"{printable(arguments.image)}: no cluster is free, so there is no list"
+        )
     else:
-        say(arguments, f"{printable(arguments.image)}: {_describe(info)}")
+        print_line(arguments, f"{printable(arguments.image)}: {_describe(info)}")
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.infojson import as_json
 from qedfuse.cli.qedimg.infotext import as_text
-from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.tools.inspection.info import describe
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         values: list[dict[str, Any]] = [as_json(*item) for item in described]
         print_json(values if arguments.backing_chain else values[0])
     else:
-        say(arguments, "\n\n".join(as_text(*item) for item in described))
+        print_line(arguments, "\n\n".join(as_text(*item) for item in described))
     return 0
 
 

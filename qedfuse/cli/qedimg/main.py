@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 import qedfuse
 from qedfuse.cli.qedimg.output import (
     BROKEN_PIPE,
-    complain,
     finish_output,
     output_failed,
+    print_error,
 )
 from qedfuse.cli.qedimg.parser import Parser
 from qedfuse.cli.qedimg.running import Interruption, interruptible
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _guarded(words, interruption)
     except KeyboardInterrupt:  # the signal came after the work was done
         code = _INTERRUPTED
-    return finish_output(code, _failed(words[0] if words else ""))
+    return finish_output(code, _failure_code(words[0] if words else ""))
 
 
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
@@ -169,8 +169,8 @@ def _guarded(words: Sequence[str], interruption: Interruption) -> int:
         if isinstance(error, KeyboardInterrupt) or (
             interruption.came and not isinstance(error, QedError)
         ):
-            return _complain("interrupted", _INTERRUPTED)
-        return _explain(name, error)
+            return _fail("interrupted", _INTERRUPTED)
+        return _report_failure(name, error)
 
 
 def _run(name: str, words: Sequence[str]) -> int:
@@ -217,51 +217,51 @@ def _first_error(error: BaseException) -> BaseException:
     return error
 
 
-def _explain(name: str, error: BaseException) -> int:
+def _report_failure(name: str, error: BaseException) -> int:
     """Print a line about a failure, unless it was logged already; return the exit code."""
     if isinstance(error, QedError):
-        code = _code(name, error)
+        code = _exit_code(name, error)
         if error.errno == errno.ENOENT and is_removed():
-            return _complain(f"{error} ({REMOVED})", code)
+            return _fail(f"{error} ({REMOVED})", code)
         # Looked up, not imported: an import may be what failed.
         log = sys.modules.get(f"{_PACKAGE}.log")
         logged = log is not None and log.was_logged(error)
-        return code if logged else _complain(str(error), code)
+        return code if logged else _fail(str(error), code)
     if isinstance(error, OSError):
-        return _explain_os_error(error, _code(name, error))
+        return _report_os_error(error, _exit_code(name, error))
     if isinstance(error, MemoryError):
-        return _complain("there is not enough memory", _code(name, error))
+        return _fail("there is not enough memory", _exit_code(name, error))
     if "QEDIMG_TRACEBACK" in os.environ:
         raise error
     what = f"{type(error).__name__}: {error}"
-    return _complain(f"internal error: {what} (QEDIMG_TRACEBACK=1 shows where)", _BUG)
+    return _fail(f"internal error: {what} (QEDIMG_TRACEBACK=1 shows where)", _BUG)
 
 
-def _explain_os_error(error: OSError, code: int) -> int:
+def _report_os_error(error: OSError, code: int) -> int:
     """Print a line about a failed system call; return the exit code."""
     if is_caused_by_removal(error):
-        return _complain(REMOVED, code)
+        return _fail(REMOVED, code)
     if error.filename is None:
         return output_failed(error, code)
-    return _complain(f"{error.filename}: {error.strerror}", code)
+    return _fail(f"{error.filename}: {error.strerror}", code)
 
 
-def _code(name: str, error: BaseException) -> int:
+def _exit_code(name: str, error: BaseException) -> int:
     """Return the exit code for an error."""
     # Looked up, not imported: an import may be what failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)
     wanted = error.exit_code if isinstance(error, QedError) else _FAILED
-    return wanted if wanted >= _FIRST_OWN_CODE and wanted in codes else _failed(name)
+    return wanted if wanted >= _FIRST_OWN_CODE and wanted in codes else _failure_code(name)
 
 
-def _failed(name: str) -> int:
+def _failure_code(name: str) -> int:
     """Return the exit code of a subcommand for a failure that has no code of its own."""
     failed: int = getattr(sys.modules.get(f"{_PACKAGE}.{name}"), "FAILED", _FAILED)
     return failed
 
 
-def _complain(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     """Print why the command failed; return ``code``."""
-    complain(message)
+    print_error(message)
     return code

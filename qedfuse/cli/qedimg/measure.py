@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.geometry import add_base, add_geometry, take_options
-from qedfuse.cli.qedimg.output import print_json, say
+from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
@@ -69,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output == "json":
         print_json({"required": found.required, "fully-allocated": found.fully_allocated})
     else:
-        say(arguments, f"required size: {found.required}")
-        say(arguments, f"fully allocated size: {found.fully_allocated}")
+        print_line(arguments, f"required size: {found.required}")
+        print_line(arguments, f"fully allocated size: {found.fully_allocated}")
     return 0
 
 

@@ -17,7 +17,7 @@ BROKEN_PIPE: Final = 141
 _FAILED: Final = 1
 
 
-def say(arguments: argparse.Namespace, text: str) -> None:
+def print_line(arguments: argparse.Namespace, text: str) -> None:
     """Print a line to stdout, unless ``-q`` was given."""
     if not arguments.quiet:
         sys.stdout.write(f"{text}\n")
@@ -51,7 +51,7 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
     return "\n".join(lines)
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error message to stderr; if that fails, the exit code alone reports it."""
     try:
         sys.stderr.write(f"qedimg: {printable(message)}\n")
@@ -79,5 +79,5 @@ def finish_output(code: int, failed: int = _FAILED) -> int:
 def output_failed(error: OSError, code: int) -> int:
     """Report that stdout could not be written, once; return ``code``."""
     discard_unwritten(sys.stdout)
-    complain(f"standard output: {error.strerror or error}")
+    print_error(f"standard output: {error.strerror or error}")
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import say
+from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.text import printable
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"; copied from the old one: {result.copied_bytes} bytes as data, "
             f"{result.zero_bytes} as zeros"
         )
-    say(arguments, text)
+    print_line(arguments, text)
     return 0
 
 

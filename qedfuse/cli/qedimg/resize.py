@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.output import say
+from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.text import printable
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         text += f"; the file had {result.bytes_before} bytes and has {result.bytes_after}"
         if result.free_clusters:
             text += f", {result.free_clusters} clusters in it are free (see: qedimg compact)"
-    say(arguments, text)
+    print_line(arguments, text)
     return 0
 
 
