@@ -1,4 +1,4 @@
-"""Parsing ``-o``: each option is looked up, its value is checked, and `MountOptions` result.
+"""Parsing the options of ``-o`` into `MountOptions`.
 
 Options come from four sources: qedfuse's own, mount flags that the kernel enforces, options
 meant for mount(8) or systemd, and libfuse's.  The last two are dropped.  An unknown option is

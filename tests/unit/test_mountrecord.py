@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import HostError, PrivilegeError
-from qedfuse.mount.process.notify import PidFile, ServiceManager
+from qedfuse.mount.process.pidfile import PidFile
+from qedfuse.mount.process.servicemanager import ServiceManager
 from qedfuse.mount.system import mountrecord
 from qedfuse.mount.system.mountrecord import (
     MountRecord,

@@ -11,7 +11,8 @@ import os
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import QedError
-from qedfuse.mount.process.notify import PidFile, ServiceManager
+from qedfuse.mount.process.pidfile import PidFile
+from qedfuse.mount.process.servicemanager import ServiceManager
 from qedfuse.mount.system.mountpoint import is_below
 from qedfuse.mount.system.mountrecord import MountRecord, MountRecordFile, process_start
 from qedfuse.text import printable

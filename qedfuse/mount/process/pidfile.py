@@ -1,6 +1,6 @@
-"""Notifying other programs that the disk is ready: pid file and sd_notify(3).
+"""The pid file of a mount.
 
-Both paths are opened before the mount exists and used after that.  By then the paths may lead
+Its directory is opened before the mount exists and used after that.  By then the path may lead
 through the mount, and the serving process must never wait for a reply of its own.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
 import stat
-import threading
 from typing import Final
 
 from qedfuse.errors import HostError
@@ -22,66 +20,6 @@ _CANNOT_WRITE: Final = "cannot write the pid file"
 _NOT_REPLACEABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 _MAX_PID_FILE_BYTES: Final = 32
 """Longer than any decimal pid."""
-
-
-class ServiceManager:
-    """The connection to the service manager that has started this process, if there is one."""
-
-    def __init__(self) -> None:
-        """Connect to the socket that ``NOTIFY_SOCKET`` names; without one, do nothing.
-
-        A manager that does not listen is no error.
-        """
-        self._socket: socket.socket | None = None
-        self._sender: threading.Thread | None = None
-        address = os.environ.get("NOTIFY_SOCKET", "")
-        if not address.startswith(("/", "@")):
-            return
-        if address.startswith("@"):  # stands for an abstract name, which begins with NUL
-            address = "\0" + address[1:]
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        try:
-            connection.connect(os.fsencode(address))
-        except OSError:
-            connection.close()
-        else:
-            self._socket = connection
-
-    def notify(self, state: str) -> None:
-        """Send a line such as ``READY=1``, if there is a manager.
-
-        The caller never waits, because a manager that is stopped must not stop the disks.  If
-        the socket is full, a thread waits instead.
-        """
-        if self._socket is None:
-            return
-        with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
-            if self._sender is None:
-                try:
-                    self._socket.send(state.encode(), socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    pass
-                else:
-                    return
-            sender = threading.Thread(
-                target=_send_after, args=(self._sender, self._socket.dup(), state), daemon=True
-            )
-            sender.start()
-            self._sender = sender
-
-    def close(self) -> None:
-        """Disconnect."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-
-def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
-    """Send a line after all earlier lines have been sent; waits without a limit."""
-    if earlier is not None:
-        earlier.join()
-    with connection, contextlib.suppress(OSError):
-        connection.send(state.encode())
 
 
 class PidFile:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import HostError
-from qedfuse.mount.process.notify import PidFile
+from qedfuse.mount.process.pidfile import PidFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
