@@ -7,7 +7,7 @@ import os
 import resource
 import stat
 import tempfile
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,3 +163,55 @@ def test_a_file_that_was_removed_is_written_through_its_descriptor(pidfile: Path
     file.remove()
     file.close()
     os.close(descriptor)
+
+
+def test_pid_files(tmp_path: Path) -> None:
+    """A pid file has the process id, and is removed only while it still has it."""
+    path = tmp_path / "pid"
+    with closing(PidFile(str(path))) as file:
+        assert not path.exists(), "the disk cannot be used yet"
+        file.write()
+        assert path.read_text() == f"{os.getpid()}\n"
+        file.remove()
+        assert not path.exists()
+        file.remove()
+        path.write_text("1\n")
+        file.remove()
+        assert path.exists()
+        path.unlink()
+        path.symlink_to(tmp_path / "other")
+        file.write()
+        assert path.read_text() == f"{os.getpid()}\n"
+        assert not path.is_symlink()
+        assert not (tmp_path / "other").exists(), "a link that came meanwhile was followed"
+    for name in ("none/pid", "."):
+        with pytest.raises(HostError, match="cannot write the pid file"):
+            PidFile(str(tmp_path / name))
+
+
+def test_a_pid_file_works_in_a_hidden_directory(tmp_path: Path) -> None:
+    """A pid file is removed although a mount hides its directory."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run/pid")
+    with closing(PidFile(str(tmp_path / "link"))) as file:
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        file.write()
+        assert (tmp_path / "elsewhere" / "pid").read_text() == f"{os.getpid()}\n"
+        file.remove()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_pid_file_may_be_a_pipe(tmp_path: Path) -> None:
+    """A pid file may be a named or an inherited pipe, which is not removed."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reading, writing = os.pipe()
+    named = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for name, end in ((str(fifo), named), (f"/proc/self/fd/{writing}", reading)):
+        with closing(PidFile(name)) as file:
+            file.write()
+            assert os.read(end, 100) == b"%d\n" % os.getpid()
+            file.remove()
+    assert fifo.exists()
+    for fd in (reading, writing, named):
+        os.close(fd)

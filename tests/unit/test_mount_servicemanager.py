@@ -1,0 +1,61 @@
+"""Notifying the service manager: every line arrives, and the mount never waits."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qedfuse.mount.process.servicemanager import ServiceManager
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_notified(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    abstract: bool,  # noqa: FBT001
+) -> None:
+    """Systemd gets its line at both kinds of socket, although a mount hides the path."""
+    name = f"@{tmp_path}" if abstract else str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", name)
+    with closing(ServiceManager()) as unconnected:
+        unconnected.notify("READY=1")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name.replace("@", "\0", 1))
+        manager = ServiceManager()
+        if not abstract:
+            (tmp_path / "notify").unlink()
+        manager.notify("READY=1")
+        assert listener.recv(100) == b"READY=1"
+    with closing(manager):
+        manager.notify("STOPPING=1")  # the listener is closed
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    with closing(ServiceManager()) as unconnected:
+        unconnected.notify("READY=1")
+
+
+def test_a_slow_service_manager_gets_all_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service manager that reads late gets all lines in order, and does not block the mount."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        with closing(ServiceManager()) as manager:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+                other.connect(str(tmp_path / "notify"))
+                other.settimeout(0)
+                with suppress(BlockingIOError):
+                    while True:
+                        other.send(b"WATCHDOG=1")
+            manager.notify("READY=1")
+            manager.notify("STOPPING=1")
+        received = [b""]
+        while received[-1] != b"STOPPING=1":
+            received.append(listener.recv(100))
+    assert received[-3:] == [b"WATCHDOG=1", b"READY=1", b"STOPPING=1"]
