@@ -1,4 +1,7 @@
-"""Random geometry and random requests in random order, against a bytearray."""
+"""Random requests in random order, on images of random geometry, agree with a bytearray.
+
+Each machine counts which paths its requests took; a fixture fails if a path was never taken.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import hashlib
 import os
 import tempfile
 import tracemalloc
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pytest
 import trio
@@ -45,10 +49,12 @@ from tests.support.eventloop import EventLoopThread, HeldContext
 from tests.support.hostfiles import MemoryFile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qedfuse.disk.disk import Disk
 
-BUDGETS = (0, 20_000, 1 << 20)
-"""Table caches: for nothing, for a few slices, for all."""
+CACHE_BYTES = (0, 20_000, 1 << 20)
+"""Budgets of the table cache: for no slice, for a few, for all."""
 
 cluster_sizes = st.sampled_from([4096, 8192, 65536])
 table_sizes = st.sampled_from([1, 2, 4, 16])
@@ -59,15 +65,21 @@ lengths = st.one_of(
 
 
 def fitting_size(size: int, cluster_size: int, table_size: int) -> int:
-    """Keep a size within what a model in memory can mirror."""
+    """Return a size in whole sectors that the geometry allows and a model in memory can mirror."""
     return min(sector_ceil(size), Geometry(cluster_size, table_size).max_image_size, 9 << 20)
 
 
 class DiskMachine(RuleBasedStateMachine):
-    """A disk of random shape over a random chain, and a bytearray that says what is right."""
+    """A disk of random shape over a random chain, and a bytearray with its expected content.
+
+    Attributes:
+        taken: How often each path was taken, by all machines together.
+    """
+
+    taken: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
-        """Start a loop; the disk comes with `start`."""
+        """Start an event loop; `start` opens the disk."""
         super().__init__()
         self.loop = EventLoopThread()
         self.held: HeldContext | None = None
@@ -82,7 +94,7 @@ class DiskMachine(RuleBasedStateMachine):
         layers=st.lists(st.tuples(st.integers(0, 3 << 20), st.integers(0, 9)), max_size=3),
         zeros=st.sets(st.integers(0, 60), max_size=6),
         data=st.sets(st.integers(0, 60), max_size=6),
-        budget=st.sampled_from(BUDGETS),
+        budget=st.sampled_from(CACHE_BYTES),
         detect_zeroes=st.sampled_from(["off", "on", "unmap"]),
         discard=st.sampled_from([True, True, True, False]),
     )
@@ -100,7 +112,7 @@ class DiskMachine(RuleBasedStateMachine):
         *,
         discard: bool,
     ) -> None:
-        """Build the chain, bottom first, and open it."""
+        """Build the chain, the lowest image first, and open it."""
         self.bases: list[bytes] = []
         below = b""
         for level, (length, seed) in enumerate(layers):
@@ -141,13 +153,13 @@ class DiskMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        """Open the disk on the present content."""
+        """Open the disk on the content that the last close has left."""
         self.file = MemoryFile(self.content)
         self.held = HeldContext(self.loop, opened(self.file, self.bases, self.options))
         self.disk: Disk = self.held.value
 
     def close(self) -> None:
-        """Close the disk and check what it has left."""
+        """Close the disk, and check the image file and the disk's content."""
         assert self.held is not None
         held, self.held = self.held, None
         held.leave()
@@ -160,38 +172,61 @@ class DiskMachine(RuleBasedStateMachine):
         assert not header_of(self.content).need_check
         assert difference(guest_bytes(self.content, self.below), self.model) is None
 
-    def place(self, fraction: float, *, aligned: bool) -> int:
-        """Turn a fraction into a guest offset."""
+    def offset_at(self, fraction: float, *, aligned: bool) -> int:
+        """Return the guest offset at a fraction of the disk."""
         start = int(fraction * len(self.model))
         return start - start % self.geometry.cluster_size if aligned else start
 
     def fresh(self, length: int) -> bytes:
-        """Make data unlike that of any other write."""
+        """Return data that differs from that of every other write."""
         self.serial += 1
         return pattern(length, self.serial)
 
     @precondition(lambda self: len(self.model) > 0)
-    @rule(fraction=fractions, length=lengths, aligned=st.booleans(), in_page_cache=st.booleans())
-    def write(self, fraction: float, length: int, *, aligned: bool, in_page_cache: bool) -> None:
-        """Write somewhere, perhaps over the end."""
-        start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
-        data = self.fresh(length)
+    @rule(fraction=fractions, length=lengths, aligned=st.booleans(), cached=st.booleans())
+    def write(self, fraction: float, length: int, *, aligned: bool, cached: bool) -> None:
+        """Write, perhaps past the end; by the fast path if the file is cached and that takes it."""
+        start = min(self.offset_at(fraction, aligned=aligned), len(self.model) - 1)
         expected = min(length, len(self.model) - start)
-
-        async def write() -> int:
-            self.file.in_page_cache = in_page_cache
-            at_once = self.disk.try_write(start, data)
-            self.file.in_page_cache = False
-            return len(data) if at_once else await self.disk.write(start, data)
-
-        assert self.loop.run(write) == expected
+        data = self.fresh(length)
+        if not self.try_write(start, data, cached=cached):
+            assert self.loop.run(self.disk.write, start, data) == expected
         self.model[start : start + expected] = data[:expected]
+
+    @precondition(lambda self: len(self.model) > 0)
+    @rule(fraction=fractions, length=st.integers(1, 9000), times=st.integers(2, 4))
+    def overwrite(self, fraction: float, length: int, times: int) -> None:
+        """Write to a range several times, from the second time on by the fast path if possible.
+
+        The first write allocates the clusters and loads their tables.
+        """
+        start = self.offset_at(fraction, aligned=False)
+        length = min(length, len(self.model) - start)
+        for number in range(times):
+            data = self.fresh(length)
+            if not self.try_write(start, data, cached=bool(number)):
+                assert self.loop.run(self.disk.write, start, data) == length
+            self.model[start : start + length] = data
+
+    def try_write(self, start: int, data: bytes, *, cached: bool) -> bool:
+        """Write by the fast path; False, without a change, if that does not take the write."""
+
+        async def write() -> bool:
+            self.file.in_page_cache = cached
+            fast = self.disk.try_write(start, data)
+            self.file.in_page_cache = False
+            return fast
+
+        fast = self.loop.run(write)
+        if cached:
+            self.taken["fast write" if fast else "write left to the slow path"] += 1
+        return fast
 
     @precondition(lambda self: len(self.model) > 0)
     @rule(fraction=fractions, clusters=st.integers(1, 40), aligned=st.booleans())
     def write_zeros(self, fraction: float, clusters: int, *, aligned: bool) -> None:
-        """Write zeros, which may become holes."""
-        start = min(self.place(fraction, aligned=aligned), len(self.model) - 1)
+        """Write zeros, which may become zero clusters."""
+        start = min(self.offset_at(fraction, aligned=aligned), len(self.model) - 1)
         length = min(clusters * self.geometry.cluster_size // 2, len(self.model) - start)
         self.loop.run(self.disk.write, start, bytes(length))
         self.model[start : start + length] = bytes(length)
@@ -199,17 +234,19 @@ class DiskMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.model) > 0)
     @rule(fraction=fractions, length=lengths | st.integers(1, 5 << 20), aligned=st.booleans())
     def discard(self, fraction: float, length: int, *, aligned: bool) -> None:
-        """Discard somewhere, perhaps over the end."""
-        start = self.place(fraction, aligned=aligned)
+        """Discard, perhaps past the end."""
+        start = self.offset_at(fraction, aligned=aligned)
+        before = self.disk.statistics().quarantined_clusters
         self.loop.run(self.disk.discard, start, length)
+        self.taken["discard"] += self.disk.statistics().quarantined_clusters > before
         length = min(length, len(self.model) - start)
         self.model[start : start + length] = bytes(length)
 
     @precondition(lambda self: len(self.model) > 0)
     @rule(fraction=fractions, length=lengths)
     def allocate(self, fraction: float, length: int) -> None:
-        """Give a range its place in the file; it reads as before."""
-        start = self.place(fraction, aligned=False)
+        """Allocate a range; it reads as before."""
+        start = self.offset_at(fraction, aligned=False)
         self.loop.run(self.disk.allocate, start, length)
         length = min(length, len(self.model) - start)
         for extent in self.loop.run(self.disk.extents, start, length):
@@ -217,7 +254,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def discard_all(self) -> None:
-        """Discard the whole disk: with the next flush nothing is left but tables."""
+        """Discard the whole disk: after a flush only tables are in use."""
         self.loop.run(self.disk.wait_scanned)
         self.loop.run(self.disk.discard, 0, len(self.model))
         self.model[:] = bytes(len(self.model))
@@ -233,17 +270,18 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(fraction=fractions, length=lengths, aligned=st.booleans())
     def read(self, fraction: float, length: int, *, aligned: bool) -> None:
-        """Read somewhere, perhaps over the end."""
-        start = self.place(fraction, aligned=aligned)
+        """Read, perhaps past the end; by the slow path, and by the fast path if that takes it."""
+        start = self.offset_at(fraction, aligned=aligned)
         expected = self.model[start : start + length]
 
         async def read() -> None:
             assert difference(await self.disk.read(start, length), expected) is None
-            # The tables are in memory now, but for those that the budget has no room for.
+            # The tables are in memory now, as far as the budget allows.
             self.file.in_page_cache = True
-            at_once = self.disk.try_read(start, length)
+            fast = self.disk.try_read(start, length)
             self.file.in_page_cache = False
-            assert at_once is None or difference(bytes(at_once), expected) is None
+            self.taken["read left to the slow path" if fast is None else "fast read"] += 1
+            assert fast is None or difference(bytes(fast), expected) is None
 
         self.loop.run(read)
 
@@ -255,25 +293,26 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
-        """Flush: what is in the file now is the disk."""
+        """Flush; the file then holds the content of the disk."""
         self.loop.run(self.disk.flush)
         assert difference(guest_bytes(self.file.content, self.below), self.model) is None
         assert inspect_image(self.file.content).errors == ()
 
     @rule()
     def reopen(self) -> None:
-        """Close and open again."""
+        """Close the disk and open it again."""
         self.close()
         self.open()
 
     @rule(more=st.integers(0, 1 << 20), odd=st.booleans())
     def grow(self, more: int, *, odd: bool) -> None:
-        """Grow the disk; what is added is zeros, also over a longer base."""
+        """Grow the disk; added bytes are zeros, also over a longer base."""
         size = len(self.model) + (more if odd else more // 65536 * 65536)
         size = max(
             len(self.model),
             fitting_size(size, self.geometry.cluster_size, self.geometry.table_size),
         )
+        self.taken["growth"] += size > len(self.model)
         self.loop.run(self.disk.resize, size)
         self.model.extend(bytes(size - len(self.model)))
         assert self.disk.size == size
@@ -287,7 +326,7 @@ class DiskMachine(RuleBasedStateMachine):
         flush=st.booleans(),
         discards=st.lists(st.tuples(st.integers(0, 12_000), st.integers(1, 20_000)), max_size=3),
     )
-    def write_at_once(
+    def write_concurrently(
         self,
         fraction: float,
         parts: list[tuple[int, int]],
@@ -295,8 +334,8 @@ class DiskMachine(RuleBasedStateMachine):
         *,
         flush: bool,
     ) -> None:
-        """Write and discard at once: each byte comes from one of those, or is as it was."""
-        start = self.place(fraction, aligned=True)
+        """Write and discard concurrently; each byte comes from one of these, or is unchanged."""
+        start = self.offset_at(fraction, aligned=True)
         writes = [
             (start + offset, bytes([number + 1]) * length)
             for number, (offset, length) in enumerate(parts)
@@ -314,6 +353,7 @@ class DiskMachine(RuleBasedStateMachine):
                 nursery.start_soon(self.disk.read, start, 20_000)
 
         self.loop.run(batch)
+        self.taken["concurrent writes"] += len(writes) > 1
         ends = [at + len(data) for at, data in writes]
         end = max([start, *ends, *(start + at + length for at, length in discards)])
         got = self.loop.run(self.disk.read, start, end - start)
@@ -325,9 +365,10 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def extents(self) -> None:
-        """Extents cover the disk without gaps, and zeros are zeros."""
+        """Extents cover the disk without gaps, and only data extents hold data."""
         at = 0
         for extent in self.loop.run(self.disk.extents, 0, len(self.model)):
+            self.taken[f"extent of kind {extent.kind.name}, depth {min(extent.depth, 1)}"] += 1
             assert extent.start == at
             assert extent.length > 0
             assert extent.kind is not Kind.BAD
@@ -338,23 +379,24 @@ class DiskMachine(RuleBasedStateMachine):
 
     @invariant()
     def cache_is_bounded(self) -> None:
-        """Keep the cache to its budget, but for what must stay in it."""
+        """Check that the table cache stays within its budget, except for pinned slices."""
         if self.held is not None:
-            # Within a round at most the slices of one write or of one flush are held.
+            # At most six slices are pinned by one write or one cycle; 300 bytes each for the
+            # objects around them.
             slack = 6 * (min(65536, self.geometry.table_bytes) + 300)
             statistics = self.disk.statistics().tables
             assert statistics.weight <= self.options.cache_bytes + slack
 
     @invariant()
     def file_is_bounded(self) -> None:
-        """Keep the file within what the size of the disk allows, whatever the guest does."""
+        """Check that the file stays within its bound."""
         if self.held is not None:
             header = header_of(self.file.content)
             bound = self.geometry.bound(header.header_end, header.image_size)
             assert self.file.size() <= max(bound, self.longest)
 
     def teardown(self) -> None:
-        """Close, and ask QEMU about one image in eight, by its content."""
+        """Close the disk, and show QEMU one image in eight, chosen by its content."""
         try:
             if self.held is not None:
                 self.close()
@@ -366,7 +408,7 @@ class DiskMachine(RuleBasedStateMachine):
 
 
 def ask_qemu(content: bytes) -> None:
-    """Have QEMU check an image, as one without a base: it would insist on opening that."""
+    """Let QEMU check an image, without its backing name: QEMU would open that file."""
     header = header_of(content)
     image = build_header(replace(header, features=0)) + content[64:]
     if header.table_size == 1:
@@ -374,11 +416,36 @@ def ask_qemu(content: bytes) -> None:
     descriptor = os.memfd_create("image")
     try:
         os.write(descriptor, image)
+        DiskMachine.taken["checked by QEMU"] += 1
         result = qemu.check(f"/proc/{os.getpid()}/fd/{descriptor}")
         note(result.text)
         assert result.errors == 0
     finally:
         os.close(descriptor)
+
+
+PATHS = (
+    "fast write",
+    "write left to the slow path",
+    "fast read",
+    "read left to the slow path",
+    "discard",
+    "growth",
+    "concurrent writes",
+    "extent of kind DATA, depth 0",
+    "extent of kind DATA, depth 1",
+    "extent of kind ZERO, depth 0",
+    "checked by QEMU",
+)
+"""The paths that the requests of a run must take."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_path_is_taken() -> Iterator[None]:
+    """Fail if the machines of this run have never taken one of the `PATHS`."""
+    yield
+    missing = [path for path in PATHS if not DiskMachine.taken[path]]
+    assert not missing or not DiskMachine.taken, f"never: {missing}; taken: {DiskMachine.taken}"
 
 
 TestDisk = DiskMachine.TestCase
@@ -392,7 +459,7 @@ TestDisk.settings = settings(
 
 # --- large geometries, in sparse files ------------------------------------------------
 
-FAR = [
+LARGE_GEOMETRIES = [
     # cluster size, table size, disk size
     (64 << 20, 16, 64 << 40),
     (64 << 20, 16, (1 << 63) - 512),
@@ -403,16 +470,16 @@ FAR = [
 ]
 
 
-@pytest.mark.parametrize(("cluster_size", "table_size", "size"), FAR)
+@pytest.mark.parametrize(("cluster_size", "table_size", "size"), LARGE_GEOMETRIES)
 async def test_far_offsets(tmp_path: Path, cluster_size: int, table_size: int, size: int) -> None:
-    """Few writes far apart: right after a reopen, in little memory and little disk space."""
+    """A few writes far apart read back after a reopen, with little memory and disk space."""
     path = str(tmp_path / "far.qed")
     await create_image(path, size, cluster_size=cluster_size, table_size=table_size)
     span = Geometry(cluster_size, table_size).table_span
     # The ends of the disk, its middle, and across the end of a table.
-    places = {0, size // 3 + 12345, size // 2 + 77, size - 900}
-    places |= {span - 50} if span < size else set()
-    written = {start: pattern(900, start % 97) for start in places}
+    starts = {0, size // 3 + 12345, size // 2 + 77, size - 900}
+    starts |= {span - 50} if span < size else set()
+    written = {start: pattern(900, start % 97) for start in starts}
     options = OpenOptions(writable=True, lock=False, cache_bytes=1 << 20)
     tracemalloc.start()
     try:
@@ -430,7 +497,11 @@ async def test_far_offsets(tmp_path: Path, cluster_size: int, table_size: int, s
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+    # A slice of 64 KiB for each write and its copies, beside numpy's and trio's own objects;
+    # a whole table of these geometries has up to 1 GiB.
     assert peak < 24 << 20
+    # Data and zeros around it, in at most five clusters of which only the written blocks are
+    # allocated, and the blocks of the tables.
     used = Path(path).stat().st_blocks * 512  # noqa: ASYNC240  nothing runs beside it
     assert used < 40 << 20
     if cluster_size < 1 << 22:  # QEMU overflows with larger clusters
@@ -438,7 +509,7 @@ async def test_far_offsets(tmp_path: Path, cluster_size: int, table_size: int, s
 
 
 def expected_around(written: dict[int, bytes], start: int, size: int, length: int) -> bytes:
-    """Give what a range of an otherwise empty disk holds."""
+    """Return what a range of an otherwise empty disk holds."""
     result = bytearray(max(0, min(length, size - start)))
     for at, data in written.items():
         for index, byte in enumerate(data):
@@ -457,7 +528,7 @@ def expected_around(written: dict[int, bytes], start: int, size: int, length: in
 async def test_any_geometry(
     cluster_bits: int, table_size: int, fraction: float, length: int
 ) -> None:
-    """Each legal geometry at its largest size: one write anywhere reads back."""
+    """On a disk of any legal geometry and its largest size, a write anywhere reads back."""
     geometry = Geometry(1 << cluster_bits, table_size)
     size = geometry.max_image_size
     start = min(int(fraction * size), size - length) if fraction < 1 else size - length

@@ -1,1 +1,1 @@
-"""What the tests share: models, stand-ins and the real peers."""
+"""Shared by the tests: models, test doubles, and wrappers of QEMU and of real mounts."""

@@ -1,4 +1,4 @@
-"""Chains of images that QEMU made, drawn at random; and a host that fails halfway."""
+"""Random chains of images, made by QEMU, and a host that fails at a chosen change."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_DISK_BYTES: Final = 6 << 20
-"""Largest disk of a chain whose content is going to be read."""
+"""The largest disk that `draw_size` returns: tests read such disks completely."""
 _MAX_WRITE_BYTES: Final = 1 << 21
-"""Longest write, so that large clusters do not make large files."""
+"""The longest write, so that large clusters do not make large files."""
 _MAX_TABLE_BYTES: Final = 1 << 24
 
 _WRITE_UNITS_BYTES: Final = (512, 4096, 65536, 300 * 512, 1 << 20)
@@ -34,7 +34,7 @@ def draw_size(chance: random.Random) -> int:
 
 
 def draw_any_size(chance: random.Random) -> int:
-    """Draw the size of a disk that may be tiny or mostly empty, and need not be whole sectors."""
+    """Draw the size of a disk in bytes, from empty to 256 MiB, not always whole sectors."""
     small = chance.choice((0, 1, 511, 4096)) + chance.randrange(1 << 22)
     return chance.choice((small, chance.randrange(1, 1 << 28)))
 
@@ -42,9 +42,9 @@ def draw_any_size(chance: random.Random) -> int:
 def _fill(
     path: Path, size: int, chance: random.Random, image_format: str = "qed", unit: int = 512
 ) -> None:
-    """Have QEMU write bytes, zeros as data and zeros as zero clusters to a disk.
+    """Write data, zeros as data and zeros as zero clusters to a disk, through QEMU.
 
-    Only whole sectors are written to; ``unit`` is a length that matters to the image.
+    Only whole sectors are written.  Some writes are aligned to ``unit``, in bytes.
     """
     size -= size % 512
     commands = []
@@ -61,7 +61,7 @@ def _fill(
 def draw_raw(
     path: Path, chance: random.Random, size_of: Callable[[random.Random], int] = draw_size
 ) -> Path:
-    """Make a raw file with holes in it, and with data at odd places."""
+    """Make a raw file with holes and with data at unaligned offsets; return its path."""
     size = size_of(chance)
     with path.open("wb") as file:
         file.truncate(size)
@@ -80,10 +80,10 @@ def draw_image(
     backing: Path | None = None,
     size_of: Callable[[random.Random], int] = draw_size,
 ) -> Path:
-    """Make an image, of some geometry, and perhaps over a base in the same directory."""
+    """Make an image of random geometry, over a base in the same directory if one is given."""
     size = -(-size_of(chance) // 512) * 512
     cluster_size = 1 << chance.randrange(12, 22)
-    # It cannot open what it makes with tables of one cluster, until they hold something.
+    # QEMU cannot open its own images with tables of one cluster while they are empty.
     table_size = min(1 << chance.randrange(1, 5), _MAX_TABLE_BYTES // cluster_size)
     qemu.create(
         path,
@@ -104,7 +104,7 @@ def draw_chain(
     depth: int,
     size_of: Callable[[random.Random], int] = draw_size,
 ) -> Path:
-    """Make ``depth`` images over each other, the lowest raw now and then; give the top."""
+    """Make ``depth`` images on top of each other, the lowest sometimes raw; return the top."""
     top = None
     for level in range(depth):
         name = directory / f"{prefix}{level}"
@@ -117,12 +117,12 @@ def draw_chain(
 
 
 def kind(path: Path) -> str:
-    """Give the format of a file of these chains."""
+    """Return the format of a file of these chains, ``qed`` or ``raw``."""
     return path.suffix[1:]
 
 
 def content(path: Path) -> bytes:
-    """Read a disk both through QEMU and through ours, which must agree."""
+    """Return the content of a disk, read through QEMU and through qedfuse, which must agree."""
     found = qemu.content(path, image_format=kind(path))
     if kind(path) == "qed":
         assert trio.run(_read, path) == found
@@ -130,10 +130,10 @@ def content(path: Path) -> bytes:
 
 
 def assert_like_qemus(found: bytes, expected: bytes, under: bytes, *, has_base: bool) -> None:
-    """Compare a base to which qemu-img has committed with what it has to hold.
+    """Compare a base after ``qemu-img commit`` with its expected content.
 
-    ``under`` is what it held before.  If it has a base itself, qemu-img's writes into a part
-    of a zero cluster bring back what that hid.
+    ``under`` is its content before.  If it has a base itself, a known difference is allowed:
+    when qemu-img writes a part of a zero cluster, the rest shows the bytes of the base again.
     """
     assert len(found) == len(expected)
     for at in range(0, len(found), 512):
@@ -143,7 +143,7 @@ def assert_like_qemus(found: bytes, expected: bytes, under: bytes, *, has_base: 
 
 
 async def _read(path: Path) -> bytes:
-    """Read a disk in pieces of an odd length."""
+    """Return the content of a disk, read in parts of an odd length."""
     options = OpenOptions(backing=BackingPolicy("any"))
     async with open_disk(str(path), options) as disk:
         parts = [await disk.read(at, 777_777) for at in range(0, disk.size, 777_777)]
@@ -151,39 +151,43 @@ async def _read(path: Path) -> bytes:
 
 
 class ChangeCounter:
-    """Counts the changes that are made to host files, and fails one of them.
+    """Counts the changes to host files, and decides which of them fail.
 
     Attributes:
-        count: How many there were.
+        count: How many changes there were.
+        struck: How many of them failed.
     """
 
     def __init__(self, when: int, *, lasting: bool) -> None:
-        """Fail change number ``when``, from 1, and with ``lasting`` all that follow."""
+        """Fail change number ``when``, from 1, and all later ones if ``lasting``; 0 is none."""
         self.count = 0
+        self.struck = 0
         self._when = when
         self._lasting = lasting
 
     def fails(self) -> bool:
-        """Count one more; tell whether it fails."""
+        """Count one more change, and return whether it fails."""
         self.count += 1
-        return self.count == self._when or (self._lasting and 0 < self._when < self.count)
+        fails = self.count == self._when or (self._lasting and 0 < self._when < self.count)
+        self.struck += fails
+        return fails
 
 
 @contextmanager
 def failing(when: int, *, lasting: bool = False) -> Iterator[ChangeCounter]:
-    """Have the host refuse the change number ``when`` of any file inside the block."""
+    """Let the host refuse change number ``when``, from 1, of any file inside the block."""
     changes = ChangeCounter(when, lasting=lasting)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pwrite", "truncate", "datasync", "punch"):
             patch.setattr(PosixFile, name, _asking(changes, getattr(PosixFile, name)))
-        # What must not wait for anything is done by the calls above.
+        # Changes that must not block are made by the calls above instead.
         for name in ("try_write", "try_grow"):
             patch.setattr(PosixFile, name, lambda *_: False)
         yield changes
 
 
 def _asking(changes: ChangeCounter, method: Any) -> Any:  # noqa: ANN401  any method of a file
-    """Put a failure in front of a method."""
+    """Return a method that fails if ``changes`` says so, and otherwise calls ``method``."""
 
     async def call(file: PosixFile, *arguments: Any) -> None:  # noqa: ANN401
         if changes.fails():

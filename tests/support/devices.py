@@ -1,4 +1,4 @@
-"""Loop devices and file systems for tests, and the commands that make them."""
+"""Loop devices and mounted file systems for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(*command: str | Path) -> str:
-    """Run a command that must succeed and give its output."""
+    """Run a command that must succeed; return its output."""
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, check=False
     )
@@ -22,10 +22,10 @@ def run(*command: str | Path) -> str:
 
 @contextmanager
 def loop_device(path: Path, *options: str) -> Iterator[str]:
-    """Attach a file to a loop device and detach it again."""
+    """Attach a file to a loop device for the block; yield the path of the device."""
     device = run("losetup", "--find", "--show", *options, path).strip()
     name = Path(device).name
-    # A kernel without code for partition tables leaves them to partx.
+    # Where the kernel does not read partition tables, partx adds the partitions.
     by_hand = "--partscan" in options and not Path(f"/sys/class/block/{name}p1").exists()
     if by_hand:
         run("partx", "--add", device)
@@ -39,7 +39,7 @@ def loop_device(path: Path, *options: str) -> Iterator[str]:
 
 @contextmanager
 def file_system(device: str | Path, directory: Path) -> Iterator[Path]:
-    """Mount a file system and unmount it again."""
+    """Mount a file system for the block; yield its directory, which is created if missing."""
     directory.mkdir(exist_ok=True)
     run("mount", device, directory)
     try:

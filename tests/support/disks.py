@@ -1,4 +1,4 @@
-"""Small images built byte by byte, and `Disk` objects on host files that tests control."""
+"""Small images built byte by byte, independent readers of them, and `Disk` on test host files."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 WRITABLE: Final = OpenOptions(
     writable=True, commit_seconds=3600.0, needcheck_seconds=3600.0, compact_seconds=3600.0
 )
-"""Options under which nothing happens by itself within a test, until the disk is closed."""
+"""Options under which no background task changes the image before the disk is closed."""
 
 UNCOMPACTED: Final = replace(WRITABLE, compact="off")
-"""The same where a close leaves free clusters where they are."""
+"""The same without compaction at the close."""
 
 _MAGIC_BYTES: Final = MAGIC.to_bytes(4, "little")
 
 
 def header_of(content: bytes | bytearray) -> Header:
-    """Read the header of an image in memory without judging it."""
+    """Return the header of an image in memory, without validation."""
     return Header(*struct.unpack_from("<4x3L5Q2L", content))
 
 
@@ -63,10 +63,10 @@ def build_image(
     autoclear: int = 0,
     backing: bytes = b"",
 ) -> bytearray:
-    """Build an image of ``size`` guest bytes.
+    """Return an image with a disk of ``size`` bytes.
 
-    ``clusters`` maps numbers of guest clusters to what they hold: bytes, padded with
-    zeros to a cluster, or an integer that becomes the table entry as it is.
+    ``clusters`` maps numbers of guest clusters to their content: bytes, which are padded with
+    zeros to a cluster, or an integer, which becomes the table entry unchanged.
     """
     header = Header(
         cluster_size=cluster_size,
@@ -99,17 +99,17 @@ def build_image(
 
 
 def put_entry(image: bytearray, offset: int, value: int) -> None:
-    """Write one table entry at a file offset."""
+    """Write one table entry into ``image`` at a file offset."""
     image[offset : offset + 8] = value.to_bytes(8, "little")
 
 
 def get_entry(image: bytes | bytearray, offset: int) -> int:
-    """Read one table entry at a file offset."""
+    """Return the table entry at a file offset."""
     return int.from_bytes(image[offset : offset + 8], "little")
 
 
 def l2_entry_offset(image: bytes | bytearray, number: int) -> int:
-    """Give the file offset of the L2 entry of a guest cluster; its table must exist."""
+    """Return the file offset of the L2 entry of a guest cluster, whose table must exist."""
     header = header_of(image)
     l1_index, l2_index = divmod(number, header.geometry.entries)
     table = get_entry(image, header.l1_table_offset + 8 * l1_index)
@@ -124,9 +124,9 @@ async def opened(
     options: OpenOptions = WRITABLE,
     store: SliceStore | None = None,
 ) -> AsyncIterator[Disk]:
-    """Open a disk on a host file, over bases in memory; close it at the end of the block.
+    """Open a disk on a host file, over bases in memory, for the block.
 
-    A base is taken for a QED image if it begins with the magic.
+    The nearest base comes first.  A base is a QED image if it begins with the magic, else raw.
     """
     store = store or make_store(options.cache_bytes)
     header = await read_header(file)
@@ -137,7 +137,7 @@ async def opened(
 
 
 async def base_layer(content: bytes | bytearray, depth: int, store: SliceStore) -> Layer:
-    """Make one base of a chain."""
+    """Return the layer of one base in memory."""
     file = MemoryFile(content, name=f"base{depth}", writable=False)
     file.in_page_cache = True
     if not content.startswith(_MAGIC_BYTES):
@@ -149,7 +149,7 @@ async def base_layer(content: bytes | bytearray, depth: int, store: SliceStore) 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_image` found: each error in words, and where the leaked clusters are."""
+    """The result of `inspect_image`: each error in words, and the offsets of leaked clusters."""
 
     errors: tuple[str, ...]
     leaked: tuple[int, ...] = ()
@@ -161,7 +161,7 @@ class Inspection:
 
 
 def inspect_image(content: bytes | bytearray) -> Inspection:
-    """Check an image in memory; small, and independent of the checker under test."""
+    """Check an image in memory, independently of the code under test."""
     errors: list[str] = []
     try:
         header = header_of(content)
@@ -175,13 +175,13 @@ def inspect_image(content: bytes | bytearray) -> Inspection:
     if header.l1_end > length:
         return Inspection(("the L1 table is not inside the file",))
     owners[: header.l1_end // size] += 1
-    for place in _entries(content, header.l1_table_offset, geometry.table_bytes, errors, "L1"):
-        if place % size or place < header.header_end or place + geometry.table_bytes > length:
-            errors.append(f"L1 entry {place} is wild")
+    for table in _entries(content, header.l1_table_offset, geometry.table_bytes, errors, "L1"):
+        if table % size or table < header.header_end or table + geometry.table_bytes > length:
+            errors.append(f"L1 entry {table} is wild")
             continue
-        first = place // size
+        first = table // size
         owners[first : first + geometry.table_size] += 1
-        for data in _entries(content, place, geometry.table_bytes, errors, "L2"):
+        for data in _entries(content, table, geometry.table_bytes, errors, "L2"):
             if data == ZERO:
                 continue
             if data % size or data < header.header_end or data + size > length:
@@ -197,7 +197,7 @@ def inspect_image(content: bytes | bytearray) -> Inspection:
 def _entries(
     content: bytes | bytearray, offset: int, length: int, errors: list[str], what: str
 ) -> Iterable[int]:
-    """Read the entries of a table that are in use."""
+    """Return the entries of a table that are not 0; note a table that is cut short."""
     raw = content[offset : offset + length]
     if len(raw) < length:
         errors.append(f"{what} table at {offset} is cut short")
@@ -207,9 +207,9 @@ def _entries(
 
 
 def guest_bytes(content: bytes | bytearray, base: bytes | bytearray = b"") -> bytes:
-    """Read a whole disk from an image in memory; ``base`` is what the base's disk holds.
+    """Return the content of the disk of an image in memory, over a base with content ``base``.
 
-    Independent of the code under test.  Entries must be good.
+    Independent of the code under test.  The table entries must be sound.
     """
     header = header_of(content)
     size = header.image_size
@@ -226,7 +226,7 @@ def guest_bytes(content: bytes | bytearray, base: bytes | bytearray = b"") -> by
 
 
 def _mapping(content: bytes | bytearray, header: Header) -> Iterator[tuple[int, int]]:
-    """List the L2 entries in use: guest offset and value."""
+    """Yield the guest offset and the value of each L2 entry that is not 0."""
     geometry = header.geometry
     tables = _table(content, header.l1_table_offset, geometry.table_bytes)
     for l1_index in np.flatnonzero(tables).tolist():
@@ -242,14 +242,14 @@ def _table(content: bytes | bytearray, offset: int, length: int) -> NDArray[np.u
 
 @functools.cache
 def pattern(length: int, seed: int) -> bytes:
-    """Make bytes that tell where they come from."""
+    """Return bytes without zeros that differ for each ``seed``, and within themselves."""
     step = np.arange(length, dtype=np.uint64)
     mixed = (step // 7 + step * 13 + seed * 101) % 251 + 1
     return mixed.astype(np.uint8).tobytes()
 
 
 def difference(got: bytes | bytearray, expected: bytes | bytearray) -> str | None:
-    """Say where two long byte strings first differ; None if they do not."""
+    """Return in words where two long byte strings first differ; None if they are equal."""
     if got == expected:
         return None
     if len(got) != len(expected):

@@ -1,4 +1,4 @@
-"""A subcommand ``fake`` of qedimg that does what a test says, here or in its own process."""
+"""A subcommand ``fake`` of qedimg whose body a test defines, in this or in another process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def install(
     add_arguments: Callable[[argparse.ArgumentParser], Any] = lambda _parser: None,
     **more: object,
 ) -> None:
-    """Make ``fake`` a subcommand in this process; ``more`` is what its module has besides."""
+    """Install ``fake`` as a subcommand in this process; ``more`` are attributes of its module."""
     module = ModuleType("qedfuse.cli.qedimg.fake")
     vars(module).update(
         {"EXAMPLE": "qedimg fake", "DESCRIPTION": "Does what a test says.", **more},
@@ -54,9 +54,9 @@ def install(
 
 
 def words(run: str, *arguments: str) -> list[str]:
-    """Give the command line of a process in which ``fake`` runs the body of a function.
+    """Return the command line of a process in which ``fake`` runs the body of a function.
 
-    The body has ``arguments``, and the framework's `progress` and `run_async`.
+    The body can use ``arguments``, and `progress` and `run_async` of qedimg.
     """
     body = textwrap.indent(textwrap.dedent(run), "    ")
     script = f"{_PROLOGUE}\ndef run(arguments):\n{body}\nfake.run = run\nsys.exit(program.main())\n"
@@ -72,10 +72,10 @@ def start(
     stderr: IO[bytes] | int = subprocess.PIPE,
     directory: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process that finds the project."""
+    """Start a process that can import the project."""
     return subprocess.Popen(
         command,
-        # Output is to be buffered as it is for users.
+        # The output is buffered, as it is for users.
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""} | (environment or {}),
         stdin=stdin,
         stdout=stdout,
@@ -85,12 +85,12 @@ def start(
 
 
 def finish(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
-    """Wait for a process; give its exit code and what it printed."""
+    """Wait for a process; return its exit code, its output and its errors."""
     output, complaint = process.communicate(timeout=60)
     return process.returncode, (output or b"").decode(), (complaint or b"").decode()
 
 
 def qedimg(*arguments: str | bytes, **more: Any) -> tuple[int, str, str]:  # noqa: ANN401
-    """Run the program itself; give its exit code and what it printed."""
+    """Run the program qedimg; return its exit code, its output and its errors."""
     command: list[Any] = [sys.executable, "-m", "qedfuse.cli.qedimg", *arguments]
     return finish(start(command, **more))

@@ -18,7 +18,7 @@ _CLUSTER: Final = struct.Struct("<8sQII8x")
 
 
 def join(clusters: Sequence[int]) -> list[tuple[int, int]]:
-    """Join neighbouring clusters to runs."""
+    """Return the runs, as (first, count), that contiguous clusters form."""
     runs: list[tuple[int, int]] = []
     for cluster in sorted(clusters):
         if runs and sum(runs[-1]) == cluster:
@@ -29,7 +29,7 @@ def join(clusters: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def leaked_runs(content: bytes | bytearray) -> list[tuple[int, int]]:
-    """Give the runs of clusters that no table refers to."""
+    """Return the runs of clusters that no table refers to."""
     size = header_of(content).cluster_size
     return join([offset // size for offset in inspect_image(content).leaked])
 
@@ -43,31 +43,31 @@ def set_bit(content: bytearray, *, value: bool = True) -> None:
 def put_list(
     content: bytearray,
     runs: Sequence[tuple[int, int]] | None = None,
-    places: Sequence[int] | None = None,
+    list_clusters: Sequence[int] | None = None,
     /,
     **fields: int,
 ) -> None:
-    """Give an image a list, by default a true one of all that its tables do not refer to.
+    """Write a free list into an image, by default a true one of all unreferenced clusters.
 
-    ``places`` are the clusters that hold the list, by default as many of the lowest as
-    it needs, and ``fields`` replace fields of the descriptor.  All checksums are right.
+    ``list_clusters`` are the clusters that hold the list, by default the lowest free ones.
+    ``fields`` replace fields of the descriptor.  All checksums are right.
     """
     size = header_of(content).cluster_size
     runs = leaked_runs(content) if runs is None else runs
     each = (size - 32) // 16
     needed = -(-len(runs) // each)
-    if places is None:
-        places = [first + place for first, count in runs for place in range(count)][:needed]
+    if list_clusters is None:
+        list_clusters = [first + n for first, count in runs for n in range(count)][:needed]
     body = b"".join(struct.pack("<QQ", *run) for run in runs)
-    for number, place in enumerate(places):
+    for number, cluster in enumerate(list_clusters):
         part = body[16 * each * number : 16 * each * (number + 1)]
-        behind = places[number + 1] * size if number + 1 < len(places) else 0
-        put_cluster(content, place * size, behind, part)
+        last = number + 1 == len(list_clusters)
+        put_cluster(content, cluster * size, 0 if last else list_clusters[number + 1] * size, part)
     values = {
         "version": 1,
         "list_crc": zlib.crc32(body),
-        "first_cluster": places[0] * size,
-        "list_clusters": len(places),
+        "first_cluster": list_clusters[0] * size,
+        "list_clusters": len(list_clusters),
         "runs": len(runs),
         "free_clusters": sum(count for _, count in runs),
         "file_bytes": len(content),
@@ -76,11 +76,11 @@ def put_list(
     set_bit(content)
 
 
-def put_cluster(content: bytearray, offset: int, behind: int, body: bytes) -> None:
-    """Write one list cluster at a file offset; ``behind`` is the offset of the next."""
-    head = _CLUSTER.pack(b"QEDFRUNS", behind, len(body) // 16, 0)
+def put_cluster(content: bytearray, offset: int, following: int, body: bytes) -> None:
+    """Write one list cluster at a file offset; ``following`` is the offset of the next one."""
+    head = _CLUSTER.pack(b"QEDFRUNS", following, len(body) // 16, 0)
     crc = zlib.crc32(head + body)
-    data = _CLUSTER.pack(b"QEDFRUNS", behind, len(body) // 16, crc) + body
+    data = _CLUSTER.pack(b"QEDFRUNS", following, len(body) // 16, crc) + body
     content[offset : offset + len(data)] = data
 
 
@@ -91,7 +91,7 @@ def put_descriptor(content: bytearray, *fields: int) -> None:
 
 
 def listed(content: bytes | bytearray) -> list[tuple[int, int]] | None:
-    """Read the runs of an image's list; None if the bit is clear.  The list must be good."""
+    """Return the runs of an image's list, which must be sound; None if the bit is clear."""
     (features,) = struct.unpack_from("<Q", content, 16)
     if not features & BIT:
         return None
@@ -104,21 +104,21 @@ def listed(content: bytes | bytearray) -> list[tuple[int, int]] | None:
     assert not any(sector[56:508])
     body = b""
     size = header_of(content).cluster_size
-    places = []
+    list_clusters = []
     for _ in range(clusters):
         assert offset % size == 0
-        places.append(offset // size)
-        magic, behind, runs, own = _CLUSTER.unpack_from(content, offset)
+        list_clusters.append(offset // size)
+        magic, following, runs, own = _CLUSTER.unpack_from(content, offset)
         assert magic == b"QEDFRUNS"
         part = content[offset + 32 : offset + 32 + 16 * runs]
-        assert own == zlib.crc32(part, zlib.crc32(_CLUSTER.pack(magic, behind, runs, 0)))
+        assert own == zlib.crc32(part, zlib.crc32(_CLUSTER.pack(magic, following, runs, 0)))
         body += part
-        offset = behind
+        offset = following
     assert offset == 0
     assert crc == zlib.crc32(body)
     found = [struct.unpack_from("<QQ", body, at) for at in range(0, len(body), 16)]
     assert len(found) == count
     assert sum(run[1] for run in found) == free
-    free_clusters = {first + place for first, many in found for place in range(many)}
-    assert set(places) <= free_clusters
-    return [(first, many) for first, many in found]
+    free_clusters = {first + n for first, count in found for n in range(count)}
+    assert set(list_clusters) <= free_clusters
+    return [(first, count) for first, count in found]

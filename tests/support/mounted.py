@@ -1,4 +1,4 @@
-"""Real mounts for tests: the command as users run it, and always cleaned up."""
+"""Real mounts for tests, made by the command that users run, and always cleaned up."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ sys.exit(qedfuse_program())
 """
 TREE: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 30.0
-"""Seconds after which a command that does not end is taken to hang."""
+"""Seconds after which a command is taken to hang."""
 
 
 def _command(prelude: str) -> tuple[str, ...]:
-    """Give the command, which runs Python code first if there is some."""
+    """Return the command line of qedfuse, which runs the Python code ``prelude`` first."""
     return (sys.executable, "-c", f"{prelude}\n{_RUN}") if prelude else COMMAND
 
 
 def environment() -> dict[str, str]:
-    """Give the environment in which the command is this tree's."""
+    """Return an environment in which the command is that of this tree."""
     return {**os.environ, "PYTHONPATH": str(TREE), "PYTHONWARNINGS": "error"}
 
 
@@ -62,7 +62,7 @@ def qedfuse(
 
 
 def refused(*words: StrPath, code: int) -> str:
-    """Run a mount that must fail with ``code``; give its one line, without the name in front."""
+    """Run a mount that must fail with ``code``; return its message without the command's name."""
     done = qedfuse(*words)
     assert done.returncode == code, (done.returncode, done.stderr)
     lines = done.stderr.splitlines()
@@ -73,12 +73,12 @@ def refused(*words: StrPath, code: int) -> str:
 
 
 def is_mounted(mountpoint: StrPath) -> bool:
-    """Ask the mount table, which never waits for anybody."""
+    """Return whether the mount table lists the mountpoint; this never waits for a server."""
     return find_mount(os.path.realpath(mountpoint)) is not None
 
 
 def is_locked(image: Path) -> bool:
-    """Tell whether somebody holds a lock on the image."""
+    """Return whether a process holds a lock on the image."""
     with image.open("rb") as file:
         asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         found: int = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0]
@@ -86,32 +86,35 @@ def is_locked(image: Path) -> bool:
 
 
 def clean_up(mountpoint: StrPath) -> None:
-    """Take away whatever is left of a mount."""
+    """Unmount everything that is left at a mountpoint."""
     while is_mounted(mountpoint):
         subprocess.run(["umount", "-l", os.fspath(mountpoint)], check=True)
 
 
 @contextmanager
 def mounted(source: StrPath, mountpoint: StrPath, *options: StrPath) -> Iterator[Path]:
-    """Mount in the background; unmount with ``qedfuse umount``, which must succeed."""
-    place = Path(mountpoint)
-    if not place.exists():
-        place.mkdir()
-    done = qedfuse(source, place, *options)
+    """Mount in the background for the block; ``qedfuse umount`` at its end must succeed.
+
+    The mountpoint is created if it is missing.
+    """
+    directory = Path(mountpoint)
+    if not directory.exists():
+        directory.mkdir()
+    done = qedfuse(source, directory, *options)
     assert (done.returncode, done.stderr) == (0, ""), done
     try:
-        yield place
-        done = qedfuse("umount", place)
-        # Whatever makes a mount namespace on the machine meanwhile has a copy for a moment.
+        yield directory
+        done = qedfuse("umount", directory)
+        # A mount namespace that another process makes meanwhile keeps a copy for a moment.
         lines = [line for line in done.stderr.split("\n") if "still mounted at" not in line]
         assert (done.returncode, lines) == (0, [""]), done
-        assert not is_mounted(place)
+        assert not is_mounted(directory)
     finally:
-        clean_up(place)
+        clean_up(directory)
 
 
 UNPROTECTED: Final = "not protected while memory is short"
-"""What a line of the log says where CAP_SYS_RESOURCE is missing, as in most containers."""
+"""Part of a log line that occurs without CAP_SYS_RESOURCE, as in most containers."""
 
 IO_FLUSHER: Final = 0x0018_0000
 """PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of linux/sched.h: what PR_SET_IO_FLUSHER sets."""
@@ -120,14 +123,14 @@ _CAP_SYS_RESOURCE: Final = 24
 
 
 def may_be_io_flusher() -> bool:
-    """Tell whether this process may use PR_SET_IO_FLUSHER: it has CAP_SYS_RESOURCE."""
+    """Return whether this process has CAP_SYS_RESOURCE, which PR_SET_IO_FLUSHER needs."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     capabilities = int(status.partition("\nCapEff:")[2].split()[0], 16)
     return bool(capabilities >> _CAP_SYS_RESOURCE & 1)
 
 
 def io_flusher_flags(pid: int) -> dict[str, int]:
-    """Give the flags of `IO_FLUSHER` that each thread of a process has, by the thread's number."""
+    """Return for each thread of a process, by its id, which flags of `IO_FLUSHER` it has."""
     flags = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         fields = (task / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -136,17 +139,17 @@ def io_flusher_flags(pid: int) -> dict[str, int]:
 
 
 class FrontMount:
-    """A mount whose process stays in front, so that a test can look at its end.
+    """A mount whose process stays in the foreground, so that a test sees its exit and its log.
 
     Attributes:
         process: The process.
-        mountpoint: Where it has mounted.
+        mountpoint: The mountpoint.
         unprotected: Lines of its log with `UNPROTECTED`.  They depend on the machine, so
             `read_line` and `finish` leave them out.
     """
 
     def __init__(self, process: subprocess.Popen[str], mountpoint: Path) -> None:
-        """Wrap a process that has mounted already."""
+        """Wrap a process that has mounted."""
         self.process = process
         self.mountpoint = mountpoint
         self.unprotected: list[str] = []
@@ -157,7 +160,7 @@ class FrontMount:
         self.process.send_signal(number)
 
     def read_line(self) -> str:
-        """Wait for the next line of its log; an empty one if the log has ended."""
+        """Wait for the next line of its log and return it; an empty one if the log has ended."""
         while True:
             line, newline, rest = self._received.partition("\n")
             if not newline and (more := self._receive()):
@@ -169,14 +172,14 @@ class FrontMount:
             self.unprotected.append(line)
 
     def _receive(self) -> str:
-        """Wait for more of its log."""
+        """Wait for more of its log and return it; an empty string if the log has ended."""
         assert self.process.stderr is not None
         ready, _, _ = select.select([self.process.stderr], [], [], TIMEOUT)
         assert ready, "no line in the log"
         return os.read(self.process.stderr.fileno(), 1 << 16).decode(errors="backslashreplace")
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the end; give the exit code and the rest of the log."""
+        """Wait for its exit; return the exit code and the rest of the log."""
         _out, log = self.process.communicate(timeout=TIMEOUT)
         log = self._received + log
         self._received = ""
@@ -187,7 +190,7 @@ class FrontMount:
 
 @contextmanager
 def front(*words: StrPath, prelude: str = "") -> Iterator[FrontMount]:
-    """Mount in front; the last word that is not an option is the mountpoint, as in ``words``.
+    """Mount in the foreground for the block; the last of ``words`` is the mountpoint.
 
     ``prelude`` is Python code that the process runs before the command.
     """
@@ -196,7 +199,7 @@ def front(*words: StrPath, prelude: str = "") -> Iterator[FrontMount]:
         mountpoint.mkdir()
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        # The pid file is a pipe: its end tells that the disk is ready.
+        # The pid file is a pipe: a line in it means that the disk is ready.
         [
             *_command(prelude),
             "-f",

@@ -1,7 +1,7 @@
-"""QEMU's own tools, wrapped thinly: the peer that decides what a QED image is.
+"""Thin wrappers of QEMU's tools, the reference for what a QED image is.
 
-Each function runs one command and returns what it printed, as data where the tool can.
-A command that fails raises `QemuError` with everything it printed.
+Each function runs one command and returns its output, as data where the tool supports that.
+A command that fails raises `QemuError` with its whole output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 StrPath: TypeAlias = str | os.PathLike[str]
 
 TIMEOUT: Final = 120.0
-"""Seconds after which a tool that does not end is taken to hang."""
+"""Seconds after which a tool is taken to hang."""
 
 _PROMPT: Final = b"qemu-io> "
 
@@ -32,7 +32,7 @@ class QemuError(Exception):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What ``qemu-img check`` found; ``code`` is 0 clean, 1 failed, 2 errors, 3 leaks."""
+    """The result of ``qemu-img check``; ``code`` is 0 clean, 1 failed, 2 errors, 3 leaks."""
 
     code: int
     data: dict[str, Any]
@@ -50,7 +50,7 @@ class CheckResult:
 
 
 def run(*command: StrPath, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
-    """Run a tool to its end; an exit code that is not among ``codes`` is a failure."""
+    """Run a tool to its end; an exit code that is not in ``codes`` raises `QemuError`."""
     done = subprocess.run(
         [os.fspath(word) for word in command],
         stdin=subprocess.DEVNULL,
@@ -77,7 +77,7 @@ def create(
     backing: StrPath | None = None,
     backing_format: str = "qed",
 ) -> Path:
-    """Make an image; sizes in bytes, ``table_size`` in clusters."""
+    """Make an image and return its path; sizes in bytes, ``table_size`` in clusters."""
     options = {"cluster_size": cluster_size, "table_size": table_size}
     given = ",".join(f"{name}={value}" for name, value in options.items() if value is not None)
     command: list[StrPath] = ["qemu-img", "create", "-q", "-f", image_format]
@@ -93,16 +93,16 @@ def create(
 
 
 def info(path: StrPath, *, force_share: bool = False) -> dict[str, Any]:
-    """Describe an image as ``qemu-img info`` does."""
+    """Return the output of ``qemu-img info``."""
     share = ("-U",) if force_share else ()
     data: dict[str, Any] = json.loads(run("qemu-img", "info", *share, "--output=json", path).stdout)
     return data
 
 
 def check(path: StrPath, *, repair: str | None = None) -> CheckResult:
-    """Check an image, and repair ``leaks`` or ``all`` of it.
+    """Check an image, and repair ``leaks`` or ``all`` if asked to.
 
-    What is wrong with the image is in the result; only a check that could not be made raises.
+    Defects of the image are in the result; only a check that could not be made raises.
     """
     fix = ("-r", repair) if repair else ()
     command = ("qemu-img", "check", "-f", "qed", *fix, "--output=json", path)
@@ -116,7 +116,7 @@ def check(path: StrPath, *, repair: str | None = None) -> CheckResult:
 def compare(
     first: StrPath, second: StrPath, *, first_format: str = "qed", second_format: str = "raw"
 ) -> bool:
-    """Tell whether two disks have the same content, zeros past the shorter one's end."""
+    """Return whether two disks have the same content; past its end a disk counts as zeros."""
     formats = ("-f", first_format, "-F", second_format)
     return run("qemu-img", "compare", *formats, first, second, codes=(0, 1)).returncode == 0
 
@@ -128,14 +128,14 @@ def convert(
     source_format: str = "qed",
     target_format: str = "raw",
 ) -> Path:
-    """Copy a disk into a new image of another format; ``options`` go to the tool."""
+    """Copy a disk into a new image and return its path; ``options`` go to the tool."""
     formats = ("-f", source_format, "-O", target_format)
     run("qemu-img", "convert", *formats, *options, source, target)
     return Path(target)
 
 
 def content(path: StrPath, *, image_format: str = "qed") -> bytes:
-    """Read a whole disk through QEMU; for small ones."""
+    """Return the content of a small disk, read through QEMU."""
     target = Path(f"{os.fspath(path)}.content")
     try:
         return convert(path, target, source_format=image_format).read_bytes()
@@ -144,7 +144,7 @@ def content(path: StrPath, *, image_format: str = "qed") -> bytes:
 
 
 def map_extents(path: StrPath, *, image_format: str = "qed") -> list[dict[str, Any]]:
-    """List the extents of a disk as ``qemu-img map`` does."""
+    """Return the extents of a disk as ``qemu-img map`` lists them."""
     command = ("qemu-img", "map", "-f", image_format, "--output=json", path)
     extents: list[dict[str, Any]] = json.loads(run(*command).stdout)
     return extents
@@ -157,7 +157,7 @@ def io(
     read_only: bool = False,
     force_share: bool = False,
 ) -> str:
-    """Run qemu-io commands on an image, such as ``write -P 0x5a 0 64k``; give their output.
+    """Run qemu-io commands, such as ``write -P 0x5a 0 64k``, and return their output.
 
     A read whose pattern does not match (``read -P``) is a failure like any other.
     """
@@ -178,14 +178,14 @@ class HeldImage:
         self._answer()
 
     def command(self, words: str) -> str:
-        """Run one command and give its output once it is done."""
+        """Run one command and return its output."""
         assert self._process.stdin is not None
         self._process.stdin.write(words.encode() + b"\n")
         self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> str:
-        """Read up to the next prompt."""
+        """Return the output up to the next prompt."""
         assert self._process.stdout is not None
         output = self._process.stdout.fileno()
         answer = b""
@@ -228,7 +228,7 @@ def hold(
 def _io_command(
     path: StrPath, image_format: str, *, read_only: bool, force_share: bool
 ) -> list[StrPath]:
-    """Build the command line of a qemu-io."""
+    """Return the command line of qemu-io."""
     command: list[StrPath] = ["qemu-io", "-f", image_format]
     if read_only or force_share:
         command.append("-r")

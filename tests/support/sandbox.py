@@ -1,8 +1,8 @@
-"""Scripts that change the system, run where only they see the change.
+"""A sandbox for scripts that change the system.
 
-A script gets mounts and processes of its own: empty ``/srv``, ``/mnt``, ``/opt`` and
-``/run``, and copies of ``/etc``, ``/sbin`` and parts of ``/usr/local`` that vanish with it.
-Loop devices are the machine's; those that it leaves attached are detached.
+A script runs in its own mount and process namespace, with empty ``/srv``, ``/mnt``, ``/opt``
+and ``/run``, and with copies of ``/etc``, ``/sbin`` and parts of ``/usr/local`` that vanish with
+it.  Loop devices belong to the machine; those that a script leaves attached are detached.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 60.0
-"""Seconds after which a script that does not end is taken to hang."""
+"""Seconds after which a script is taken to hang."""
 
 _SEPARATE: Final = """
 set -eu
 if mount --make-rprivate / 2>/dev/null; then
     exec bash -c "$@"
 fi
-# The root of a chroot is no mount, so it is made one.
+# The root of a chroot is not a mount point, so the tree is bind-mounted first.
 mount --rbind / /mnt
 mount --make-rprivate /mnt
 exec chroot /mnt bash -c "$@"
 """
-"""Keeps the mounts that follow from being seen by anybody else."""
+"""Makes the mounts that follow invisible outside the namespace."""
 
 _PROLOGUE: Final = """
 set -eu
@@ -40,14 +40,15 @@ leave() {
     exit "$code"
 }
 trap leave EXIT
-for place in /srv /mnt /opt /run; do
-    mount -t tmpfs sandbox "$place"
+for directory in /srv /mnt /opt /run; do
+    mount -t tmpfs sandbox "$directory"
 done
 mkdir -p /run/copies
-for place in /etc /usr/sbin /usr/local/bin /usr/local/share; do
-    copy=/run/copies/$(basename "$place")
+for directory in /etc /usr/sbin /usr/local/bin /usr/local/share; do
+    copy=/run/copies/$(basename "$directory")
     mkdir "$copy" "$copy.work"
-    mount -t overlay -o "lowerdir=$place,upperdir=$copy,workdir=$copy.work" sandbox "$place"
+    mount -t overlay -o "lowerdir=$directory,upperdir=$copy,workdir=$copy.work" \\
+        sandbox "$directory"
 done
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mkdir /srv/images
@@ -63,9 +64,9 @@ sys.exit(main())
 
 
 def make_environment(directory: Path) -> Path:
-    """Make what an installation looks like to examples/install.sh: programs and pages.
+    """Make a directory with programs and man pages, as examples/install.sh expects, and return it.
 
-    It runs this tree; a real environment takes pip and half a minute.
+    Its programs run this tree; installing a real environment with pip takes half a minute.
     """
     (directory / "bin").mkdir(parents=True)
     for name, module in (("qedfuse", "qedfuse.main"), ("qedimg", "qedimg.main")):
@@ -78,7 +79,7 @@ def make_environment(directory: Path) -> Path:
 
 
 def run_in_sandbox(script: str, *arguments: Path) -> str:
-    """Run a bash script that must succeed, with arguments; give what it printed."""
+    """Run a bash script that must succeed, with arguments; return its output."""
     done = subprocess.run(
         ["unshare", "--mount", "--propagation=unchanged", "--pid", "--fork", "--kill-child",
          "--mount-proc", "bash", "-c", _SEPARATE, "sandbox", _PROLOGUE + script, "sandbox",

@@ -8,9 +8,9 @@ import pytest
 
 
 def assert_same_lines(found: str, expected: str) -> None:
-    """Fail with the first lines that differ, if two texts are not the same.
+    """Fail with the first pair of lines that differ, if two texts are not equal.
 
-    pytest's diff of 25,000 lines takes minutes, in which a failure looks like a hang.
+    pytest's own diff of 25,000 lines takes minutes, so that a failure looks like a hang.
     """
     if found == expected:
         return

@@ -241,8 +241,9 @@ async def test_a_failed_write_gives_the_run_back() -> None:
         assert disk.statistics().file_bytes == end + CLUSTER
 
 
-@pytest.mark.usefixtures("autojump_clock")
-async def test_a_fast_allocation_postpones_clearing_need_check() -> None:
+async def test_a_fast_allocation_postpones_clearing_need_check(
+    autojump_clock: trio.testing.MockClock,  # noqa: ARG001  pytest-trio uses the clock
+) -> None:
     """NEED_CHECK is cleared some seconds after the last fast allocation."""
     file = image()
     async with opened(file, options=OpenOptions(writable=True)) as disk:

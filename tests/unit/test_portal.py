@@ -22,7 +22,7 @@ class Resource:
     """What the portals in these tests keep open; it records what happens to it."""
 
     def __init__(self) -> None:
-        """Make a room that nobody is in."""
+        """Create a closed resource."""
         self.seen: list[str] = []
         self.entered = threading.Event()
         self.go = threading.Event()
@@ -51,10 +51,10 @@ class Resource:
 
 
 @asynccontextmanager
-async def room(
+async def opened_resource(
     into: Resource, *, enter: Exception | None = None, leave: Exception | None = None
 ) -> AsyncIterator[Resource]:
-    """Open a room; fail at the door in either direction if told to."""
+    """Open a resource; raise ``enter`` on entering or ``leave`` on leaving."""
     await trio.lowlevel.checkpoint()
     if enter is not None:
         raise enter
@@ -73,7 +73,7 @@ def threads() -> list[str]:
 
 def test_calls_run_in_the_thread() -> None:
     """A call returns its result or raises its error, and the thread ends with close()."""
-    portal = Portal(room(Resource()), "test calls")
+    portal = Portal(opened_resource(Resource()), "test calls")
     assert portal.is_alive()
     assert portal.call(portal.value.echo, 1) == 1
     with pytest.raises(LookupError, match="fail"):
@@ -89,14 +89,14 @@ def test_error_on_the_way_in() -> None:
     """An error on entering the context is raised by the constructor, and no thread is left."""
     inside = Resource()
     with pytest.raises(LookupError, match="enter"):
-        Portal(room(inside, enter=LookupError("enter")), "test enter")
+        Portal(opened_resource(inside, enter=LookupError("enter")), "test enter")
     assert threads() == []
     assert inside.seen == []
 
 
 def test_error_on_the_way_out() -> None:
     """An error on leaving the context is raised once, by close(), and the thread ends."""
-    portal = Portal(room(Resource(), leave=LookupError("leave")), "test leave")
+    portal = Portal(opened_resource(Resource(), leave=LookupError("leave")), "test leave")
     with pytest.raises(LookupError, match="leave"):
         portal.close()
     portal.close()
@@ -108,7 +108,7 @@ def test_error_on_the_way_out() -> None:
 def test_close_waits_for_calls_under_way() -> None:
     """A call that is running during a close() ends before the context is left."""
     inside = Resource()
-    portal = Portal(room(inside), "test under way")
+    portal = Portal(opened_resource(inside), "test under way")
     results: list[str] = []
     caller = threading.Thread(target=lambda: results.append(portal.call(inside.wait)))
     caller.start()
@@ -124,7 +124,7 @@ def test_close_waits_for_calls_under_way() -> None:
 
 def test_many_threads_call_concurrently() -> None:
     """Concurrent calls of many threads get their own results."""
-    portal = Portal(room(Resource()), "test many")
+    portal = Portal(opened_resource(Resource()), "test many")
     answers: dict[int, object] = {}
 
     def ask(number: int) -> None:
@@ -142,7 +142,7 @@ def test_many_threads_call_concurrently() -> None:
 def test_ask_to_close_does_not_wait() -> None:
     """ask_to_close() can be called in the portal's own thread."""
     inside = Resource()
-    portal = Portal(room(inside), "test ask")
+    portal = Portal(opened_resource(inside), "test ask")
 
     async def ask() -> None:
         portal.ask_to_close()
@@ -155,7 +155,7 @@ def test_ask_to_close_does_not_wait() -> None:
 @pytest.mark.expect_log("test log: nobody asked")
 def test_failure_without_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """An error on leaving the context is logged if close() is not called."""
-    portal = Portal(room(Resource(), leave=LookupError("nobody asked")), "test log")
+    portal = Portal(opened_resource(Resource(), leave=LookupError("nobody asked")), "test log")
     portal.ask_to_close()
     for thread in threading.enumerate():
         if thread.name == "test log":
@@ -216,14 +216,14 @@ def run_program(body: str) -> str:
 
 PROGRAM = """
 import gc, os, threading
-from tests.unit.test_portal import Portal, PortalClosedError, Resource, room
+from tests.unit.test_portal import Portal, PortalClosedError, Resource, opened_resource
 
 class Loud(Resource):
     def note(self, what):
         print(what, flush=True)
 
 inside = Loud()
-portal = Portal(room(inside), "test exit")
+portal = Portal(opened_resource(inside), "test exit")
 """
 
 
