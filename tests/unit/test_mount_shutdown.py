@@ -26,6 +26,8 @@ from tests.unit.test_autocompaction import DISCARDED, discard_some, full
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from trio.testing import MockClock
+
     from qedfuse.disk.disk import Disk
 
 CLUSTER = 4096
@@ -162,9 +164,9 @@ async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
 
 @pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")
 @pytest.mark.expect_log("SIGTERM: cannot find its other mounts: [Errno 24] Too many open files")
-@pytest.mark.usefixtures("autojump_clock")
 async def test_a_lack_of_descriptors_does_not_end_the_server(
     monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
 ) -> None:
     """The mount table is read again a second later, and the mount is unmounted then."""
     lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
@@ -190,9 +192,9 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
 
 @pytest.mark.expect_log("second signal: ended while in use")
 @pytest.mark.expect_log("/mnt: ended by force before everything was durable")
-@pytest.mark.usefixtures("autojump_clock")
 async def test_a_forced_unmount_that_loses_data_is_a_failure(
     monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
 ) -> None:
     """A flush that exceeds its time limit makes the forced unmount a HostError."""
     terminated: list[bool] = []
