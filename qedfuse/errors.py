@@ -14,10 +14,10 @@
     │   └── NeedsCheckError       EIO      15  must be checked first, and the caller does not check
     ├── ImageInUseError           EBUSY    16  another program has the image open
     ├── BackingError              ENOENT   17  a backing file cannot be used
-    │   └── BackingRefusedError   EPERM    17  ... because the security rules forbid it
+    │   └── BackingRefusedError   EPERM    17  ... because the backing file policy forbids it
     ├── MountpointError           EBUSY    18  the mountpoint is missing, busy, stale or ambiguous
-    ├── PrivilegeError            EPERM    19  the user may not mount like this
-    └── FuseError                 EIO      21  libfuse or the kernel's FUSE refused
+    ├── PrivilegeError            EPERM    19  the user has no permission for the mount
+    └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
 
 The columns are the class, the errno that a guest gets, and the exit code of a command.
 ``str(error)`` is one line that can be printed unchanged: names in it are escaped.
