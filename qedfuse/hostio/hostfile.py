@@ -37,16 +37,13 @@ class HostFile(Protocol):
         """Fill ``view`` from a file offset; return the bytes read, fewer only at the file's end."""
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Return False if the read would block or fails; ``view`` is then undefined.
-
-        True means that all of ``view`` is filled.
-        """
+        """Fill ``view``; return False, with ``view`` undefined, if that would block or fails."""
 
     def can_write_inline(self, length: int) -> bool:
         """Return whether `try_write` may write ``length`` bytes now: it takes only a copy."""
 
     def try_write(self, offset: int, data: Buffer) -> bool:
-        """Return False if the write would block or fails; it may then be partly done.
+        """Write ``data``; return False, perhaps partly written, if that would block or fails.
 
         The caller then writes the whole range again with `pwrite`.
         """
@@ -58,7 +55,7 @@ class HostFile(Protocol):
         """Make all earlier writes and the file's length durable."""
 
     def try_grow(self, size: int) -> bool:
-        """Return False if making the file longer would block or fails; nothing changes then."""
+        """Make the file longer; return False, with no change, if that would block or fails."""
 
     async def truncate(self, size: int) -> None:
         """Set the file's length in bytes; added bytes read as zeros."""

@@ -128,14 +128,14 @@ class PosixFile:
             return None
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Return False if the read would block or fails; ``view`` is then undefined."""
+        """Fill ``view``; return False, with ``view`` undefined, if that would block or fails."""
         try:
             return os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view)
         except OSError:
             return False
 
     def try_write(self, offset: int, data: Buffer) -> bool:
-        """Return False if the write would block or fails; it may then be partly done."""
+        """Write ``data``; return False, perhaps partly written, if that would block or fails."""
         if not self.can_write_inline(len(data)):
             return False
         since = time.perf_counter()
@@ -177,7 +177,7 @@ class PosixFile:
         self._policy.record_datasync(time.perf_counter() - since, is_inline=is_inline)
 
     def try_grow(self, size: int) -> bool:
-        """Return False if making the file longer would block or fails; nothing changes then.
+        """Make the file longer; return False, with no change, if that would block or fails.
 
         A call that cuts nothing off takes some microseconds.
         """

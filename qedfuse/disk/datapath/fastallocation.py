@@ -55,7 +55,7 @@ class FastAllocation:
         self._size = layer.geometry.cluster_size
 
     def try_write(self, slice_: Slice, first: int, count: int, start: int, data: Buffer) -> bool:
-        """Return False if the write would block or fails; no entry has changed then.
+        """Allocate and write; return False, with no entry changed, if that would block or fails.
 
         Args:
             slice_: Holds the entries of the clusters, which are all unallocated or all zero
@@ -77,8 +77,8 @@ class FastAllocation:
         ):
             return False
         length = count << self._bits
-        # Steps that may fail come before the allocation: clusters that are released are no
-        # longer blank.
+        # Steps that may fail come before the allocation: a run that is allocated and released
+        # no longer counts as never written.
         shown = self._read_base(slice_.entries[index], base, length) if len(data) < length else 0
         if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
             return False
@@ -120,7 +120,7 @@ class FastAllocation:
         return shown if self._files[depth].try_read(offset, self._buffer[:shown]) else None
 
     def _fill(self, run: Run, inside: int, data: Buffer, shown: int) -> bool:
-        """Return False if writing a run would block or fails; its content is then undefined.
+        """Write a run; return False, with its content undefined, if that would block or fails.
 
         The data begins ``inside`` bytes into the run.  Around it the run gets the first
         ``shown`` bytes of the buffer, and zeros after those.

@@ -75,7 +75,7 @@ class FastPath:
         self._slice_mask = layer.tables.slice_entries - 1
 
     def try_read(self, start: int, length: int) -> memoryview | None:
-        """Return the bytes of a guest range; None if the read would block or fails.
+        """Read a guest range; return None if that would block or fails.
 
         The view is valid until the next call of any method.
         """
@@ -124,9 +124,9 @@ class FastPath:
         return self._files[depth], value + (start & self._cluster_mask)
 
     def try_write(self, start: int, data: Buffer) -> bool:
-        """Return False if the write would block or fails; it may then be partly done.
+        """Write ``data``; return False, perhaps partly written, if that would block or fails.
 
-        The caller then writes the whole range again.
+        The caller then writes the whole range again on the slow path.
         """
         end = start + len(data)
         if not start < end <= self._layer.header.image_size:
@@ -167,10 +167,10 @@ class FastPath:
         return True
 
     def try_seek(self, start: int, *, data: bool) -> int | None:
-        """Return the first guest offset at or past ``start`` that is data, or that is not.
+        """Find the first data, or hole, at or past a guest offset; None if that would block.
 
-        Returns the size of the disk if there is none, and None if the search would block or
-        take too long.
+        Returns its guest offset, or the size of the disk if there is none.  Returns None also
+        if the search takes more than `_MAX_SLICES_PER_SEEK` slices, or if there is a base.
         """
         size = self._layer.header.image_size
         if self._flattened is not None:
