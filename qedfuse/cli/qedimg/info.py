@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
+    from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.inspection.details import Details
-    from qedfuse.tools.inspection.info import Format, ImageInfo
+    from qedfuse.tools.inspection.info import ImageInfo
 
 EXAMPLE: Final = "qedimg info --output json vm.qed"
 DESCRIPTION: Final = """\
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Describe the image, or the chain; return the exit code."""
-    form: Format = arguments.format or "auto"
+    form: FormatChoice = arguments.format or "auto"
     if arguments.backing_chain:
         images = run_async(_chain, arguments, form)
     else:
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _chain(arguments: argparse.Namespace, form: Format) -> list[ImageInfo]:
+async def _chain(arguments: argparse.Namespace, form: FormatChoice) -> list[ImageInfo]:
     """Return the descriptions of an image and its backing files."""
     from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  a quick start
 

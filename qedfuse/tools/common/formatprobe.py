@@ -11,10 +11,15 @@ from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_luks, is_
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from typing import Literal
+    from typing import Literal, TypeAlias
+
+    ImageFormat: TypeAlias = Literal["raw", "qed"]
+
+    FormatChoice: TypeAlias = Literal["auto", "raw", "qed"]
+    """A format, or ``auto`` to detect it by the first bytes."""
 
 
-def probe_format(path: str) -> Literal["raw", "qed"]:
+def probe_format(path: str) -> ImageFormat:
     """Return the format of a file or block device by its first bytes.
 
     Raises:
@@ -32,7 +37,7 @@ def probe_format(path: str) -> Literal["raw", "qed"]:
     return format_of(start, printable(path))
 
 
-def format_of(start: bytes | bytearray | memoryview, name: str) -> Literal["raw", "qed"]:
+def format_of(start: bytes | bytearray | memoryview, name: str) -> ImageFormat:
     """Return the format of a copy's source by its first bytes; ``name`` is for the message.
 
     Raises:
@@ -51,9 +56,7 @@ def format_of(start: bytes | bytearray | memoryview, name: str) -> Literal["raw"
     return "raw"
 
 
-def is_qed_image(
-    start: bytes | bytearray, image_format: Literal["auto", "qed", "raw"], name: str
-) -> bool:
+def is_qed_image(start: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
     """Return whether a file is described as QED: as the user says, else by its first bytes.
 
     Raises:

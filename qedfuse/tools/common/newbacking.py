@@ -18,7 +18,7 @@ from qedfuse.ondisk.header import parse_header
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from typing import Literal
+    from qedfuse.tools.common.formatprobe import ImageFormat
 
 
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
@@ -48,8 +48,8 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
 
 
 def size_and_format(
-    image: str, backing: str, wanted: Literal["raw", "qed"] | None
-) -> tuple[int, Literal["raw", "qed"]]:
+    image: str, backing: str, wanted: ImageFormat | None
+) -> tuple[int, ImageFormat]:
     """Return the size in bytes and the format of the backing file of a new image.
 
     The file is not locked: it may be in use.  The files below it are only compared with the

@@ -28,9 +28,9 @@ from qedfuse.tools.target.rawtarget import ExistingRawTarget, NewRawTarget, Stre
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from typing import Literal
 
     from qedfuse.disk.options import OpenOptions
+    from qedfuse.tools.common.formatprobe import ImageFormat
     from qedfuse.tools.common.pipe import Stream
     from qedfuse.tools.copying.diskcopy import WriteBehindMode
     from qedfuse.tools.copying.imagespec import ImageSpec
@@ -243,6 +243,6 @@ class Conversion:
             directory = options.backing.working_directory
             base = backing_path(self._path, self._spec.backing, directory)
             options = replace(options, backing=replace(options.backing, trusted=base))
-        copy_format: Literal["raw", "qed"] = "raw" if self._spec.format == "raw" else "qed"
+        copy_format: ImageFormat = "raw" if self._spec.format == "raw" else "qed"
         async with open_source(path, copy_format, options) as copy:
             await verify_copy(self._source, copy, self._name)

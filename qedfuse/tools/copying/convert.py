@@ -17,8 +17,8 @@ from qedfuse.tools.source.source import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal
 
+    from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.copying.conversion import ConvertResult
     from qedfuse.tools.source.source import Source
 
@@ -30,7 +30,7 @@ async def convert(
     target_path: str,
     spec: ImageSpec | None = None,
     *,
-    source_format: Literal["auto", "raw", "qed"] = "auto",
+    source_format: FormatChoice = "auto",
     into_existing: bool = False,
     overwrite: bool = False,
     compare: bool = False,

@@ -18,9 +18,9 @@ from qedfuse.tools.target.qedtarget import NewQedTarget
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from typing import Literal
 
     from qedfuse.disk.options import OpenOptions
+    from qedfuse.tools.common.formatprobe import ImageFormat
     from qedfuse.tools.source.source import Source
 
 DEFAULT_SPARSE_SIZE: Final = 4096
@@ -46,7 +46,7 @@ class ImageSpec:
     cluster_size: int = DEFAULT_CLUSTER_SIZE
     table_size: int = DEFAULT_TABLE_SIZE
     backing: str | None = None
-    backing_format: Literal["raw", "qed"] | None = None
+    backing_format: ImageFormat | None = None
     sparse_size: int = DEFAULT_SPARSE_SIZE
     foreign_options: tuple[str, ...] = ()
 

@@ -18,7 +18,8 @@ from qedfuse.tools.target.rawtarget import NewRawTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal
+
+    from qedfuse.tools.common.formatprobe import FormatChoice
 
     Progress = Callable[[int, int], None]
 
@@ -60,7 +61,7 @@ async def measure(
     path: str,
     spec: ImageSpec,
     *,
-    source_format: Literal["auto", "raw", "qed"] = "auto",
+    source_format: FormatChoice = "auto",
     image: str = "",
     options: OpenOptions | None = None,
     progress: Progress | None = None,

@@ -18,7 +18,8 @@ from qedfuse.tools.common.newbacking import size_and_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal
+
+    from qedfuse.tools.common.formatprobe import ImageFormat
 
     Progress = Callable[[int, int], None]
 
@@ -27,7 +28,7 @@ _ALLOCATION_CHUNK_BYTES: Final = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class Creation:
+class CreateResult:
     """The image that was created.
 
     Attributes:
@@ -54,11 +55,11 @@ def create(
     cluster_size: int = DEFAULT_CLUSTER_SIZE,
     table_size: int = DEFAULT_TABLE_SIZE,
     backing: str | None = None,
-    backing_format: Literal["raw", "qed"] | None = None,
+    backing_format: ImageFormat | None = None,
     unsafe: bool = False,
     overwrite: bool = False,
     fill: Callable[[str], object] | None = None,
-) -> Creation:
+) -> CreateResult:
     """Create an image; until it is complete ``path`` is absent, or still the old file.
 
     Args:
@@ -96,7 +97,7 @@ def create(
         size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"
     )
     make_image(path, header, backing, overwrite=overwrite, fill=fill)
-    return Creation(path, header.image_size, cluster_size, table_size, backing, backing_format)
+    return CreateResult(path, header.image_size, cluster_size, table_size, backing, backing_format)
 
 
 async def preallocate(path: str, progress: Progress | None = None) -> None:

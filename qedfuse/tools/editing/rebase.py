@@ -30,9 +30,9 @@ from qedfuse.tools.editing.rebasecopy import RebaseCopy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from typing import Literal
 
     from qedfuse.disk.disk import Disk
+    from qedfuse.tools.common.formatprobe import ImageFormat
 
     Progress = Callable[[int, int], None]
 
@@ -58,7 +58,7 @@ async def rebase(
     path: str,
     backing: str | None,
     *,
-    backing_format: Literal["raw", "qed"] | None = None,
+    backing_format: ImageFormat | None = None,
     unsafe: bool = False,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
@@ -110,7 +110,7 @@ async def rebase(
 async def _new_chain(
     disk: Disk,
     backing: str | None,
-    backing_format: Literal["raw", "qed"] | None,
+    backing_format: ImageFormat | None,
     options: OpenOptions,
 ) -> AsyncIterator[Chain]:
     """Yield the chain of the image over its new base; its first layer is the disk's own.

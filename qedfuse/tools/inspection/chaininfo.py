@@ -14,11 +14,12 @@ from qedfuse.tools.inspection.info import describe, describe_open
 if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.hostio.posixfile import PosixFile
-    from qedfuse.tools.inspection.info import Format, ImageInfo
+    from qedfuse.tools.common.formatprobe import FormatChoice
+    from qedfuse.tools.inspection.info import ImageInfo
 
 
 async def describe_chain(
-    path: str, image_format: Format = "auto", options: OpenOptions | None = None
+    path: str, image_format: FormatChoice = "auto", options: OpenOptions | None = None
 ) -> list[ImageInfo]:
     """Describe an image and all its bases, which are opened by the rules of ``options``.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, NotQedError
 from qedfuse.hostio.lockedfile import locked_descriptor
@@ -28,7 +28,8 @@ from qedfuse.tools.inspection.problems import (
 )
 from qedfuse.tools.inspection.rawheader import RawHeader, read_raw
 
-Format: TypeAlias = Literal["auto", "qed", "raw"]
+if TYPE_CHECKING:
+    from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
 
 _NAME_FIELDS: Final = frozenset({"backing_filename_offset", "backing_filename_size"})
 """Header fields without which the backing file's name cannot be read."""
@@ -111,14 +112,14 @@ class ImageInfo:
     """
 
     path: str
-    format: Literal["qed", "raw"]
+    format: ImageFormat
     virtual_size: int | None
     file_size: int
     disk_usage: int
     qed: QedInfo | None = None
 
 
-def describe(path: str, image_format: Format = "auto", *, share: bool = False) -> ImageInfo:
+def describe(path: str, image_format: FormatChoice = "auto", *, share: bool = False) -> ImageInfo:
     """Describe a file, also an image that cannot be mounted.
 
     Args:
@@ -138,7 +139,7 @@ def describe(path: str, image_format: Format = "auto", *, share: bool = False) -
             raise HostError.from_os(error, printable(path), "read") from error
 
 
-def describe_open(fd: int, path: str, image_format: Format = "auto") -> ImageInfo:
+def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> ImageInfo:
     """Describe a file that the caller has opened, and locked if that is wanted.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
@@ -19,9 +19,8 @@ from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.source.chainruns import ChainRuns
-
-Format: TypeAlias = Literal["auto", "qed", "raw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def map_entries(batch: ChainRuns) -> Iterator[MapEntry]:
 
 @asynccontextmanager
 async def open_map(
-    path: str, image_format: Format = "auto", options: OpenOptions | None = None
+    path: str, image_format: FormatChoice = "auto", options: OpenOptions | None = None
 ) -> AsyncIterator[ChainRunReader]:
     """Open an image and its chain read-only, to read which runs are stored where.
 
@@ -93,7 +92,7 @@ async def open_map(
 
 async def map_image(
     path: str,
-    image_format: Format = "auto",
+    image_format: FormatChoice = "auto",
     options: OpenOptions | None = None,
     *,
     start: int = 0,

@@ -11,10 +11,10 @@ from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 
 if TYPE_CHECKING:
     import os
-    from typing import Literal
 
     from qedfuse.disk.disk import Disk
     from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.tools.common.formatprobe import ImageFormat
 
 _KINDS: Final = {UNALLOCATED: Kind.UNALLOCATED, ZEROS: Kind.ZERO, HOLE: Kind.ZERO, DATA: Kind.DATA}
 
@@ -22,7 +22,7 @@ _KINDS: Final = {UNALLOCATED: Kind.UNALLOCATED, ZEROS: Kind.ZERO, HOLE: Kind.ZER
 class QedSource:
     """A QED image and its bases, locked for reading."""
 
-    format: Literal["raw", "qed"] = "qed"
+    format: ImageFormat = "qed"
 
     def __init__(self, disk: Disk, path: str) -> None:
         """Read an open disk, which the caller closes."""

@@ -21,7 +21,8 @@ from qedfuse.tools.common.formatprobe import probe_format
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from typing import Literal
+
+    from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
@@ -39,7 +40,7 @@ class Source(Protocol):
     """
 
     size: int
-    format: Literal["raw", "qed"]
+    format: ImageFormat
     name: str
     path: str
 
@@ -63,7 +64,7 @@ class Source(Protocol):
 class RawSource:
     """A raw file or a device, whose bytes are those of the disk."""
 
-    format: Literal["raw", "qed"] = "raw"
+    format: ImageFormat = "raw"
 
     def __init__(self, fd: int, path: str) -> None:
         """Read an open file, which the caller closes."""
@@ -116,7 +117,7 @@ def _seek(fd: int, at: int, whence: int, end: int) -> int:
 @asynccontextmanager
 async def open_source(
     path: str,
-    format: Literal["auto", "raw", "qed"] = "auto",  # noqa: A002  the term of qemu-img
+    format: FormatChoice = "auto",  # noqa: A002  the term of qemu-img
     options: OpenOptions | None = None,
 ) -> AsyncIterator[Source]:
     """Open a disk for reading; close it at the end of the ``async with`` block.
