@@ -58,9 +58,10 @@ each other's data.
 """
 
 QEDFUSE_OPTIONS: Final = """\
-Options are separated by commas; a comma within a value is written `\\,` and a backslash
-`\\\\`.  An unknown option is an error.  Options for mount(8) or systemd.mount(5), such as
-`noauto`, `nofail`, `_netdev` and `x-...`, are accepted and ignored.
+The default and other values are in parentheses.  Options are separated by commas; a
+comma within a value is written `\\,` and a backslash `\\\\`.  An unknown option is an
+error.  Options for mount(8) or systemd.mount(5), such as `noauto`, `nofail`, `_netdev`
+and `x-...`, are accepted and ignored.
 """
 
 QEDFUSE_UMOUNT: Final = """\

@@ -18,11 +18,12 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
   -f, --foreground       stay in the foreground
   -d, --debug            stay in the foreground and log each request
   -r, --read-only        the same as -o ro
-  -s                     ignored, as libfuse's (from mount(8): ignore unknown options)
+  -s                     ignored (from mount(8): ignore unknown options)
   --pidfile FILE         write the process number to FILE once the disk can be used
   -h, --help             show this help
   -V, --version          show the version
 
+Options of -o; the default and other values are in parentheses:
   ro, rw                 whether the disk can be written to (rw)
   allow_other            let other users access the mount, within uid, gid and umask
   allow_root             let root access the mount, but no other user
