@@ -25,9 +25,9 @@ from tests.support import qemu
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SIZE: Final = 64 << 20
-CLUSTER: Final = 65536
-TABLE: Final = 4 * CLUSTER
+DISK_BYTES: Final = 64 << 20
+CLUSTER_BYTES: Final = 65536
+TABLE: Final = 4 * CLUSTER_BYTES
 ADDRESS_SPACE_BYTES: Final = 700 << 20
 """Address space that the command may use; hostile images must not need more."""
 
@@ -91,7 +91,7 @@ class Image:
 def image(tmp_path: Path) -> Image:
     """Give an image of 64 MiB with six data clusters, as QEMU writes it."""
     path = tmp_path / "bad.qed"
-    qemu.create(path, SIZE)
+    qemu.create(path, DISK_BYTES)
     qemu.io(path, "write -P 1 0 384k")
     return Image(path)
 
@@ -165,7 +165,7 @@ REFUSED: Final[dict[str, tuple[Callable[[Image], None], int, tuple[str, ...]]]] 
     "l1-zero": (header(l1_table_offset=0), 12, ("l1_table_offset", "found 0")),
     "l1-unaligned": (header(l1_table_offset=65537), 12, ("l1_table_offset", "found 65537")),
     "l1-outside": (header(l1_table_offset=1 << 40), 12, ("l1_table_offset", str(1 << 40))),
-    "l1-cut": (truncate_to(CLUSTER + TABLE - 1), 12, ("l1_table_offset", "whole table")),
+    "l1-cut": (truncate_to(CLUSTER_BYTES + TABLE - 1), 12, ("l1_table_offset", "whole table")),
     "size-huge": (header(image_size=1 << 63), 12, ("image_size", str(1 << 63))),
     "size-odd": (header(image_size=513), 12, ("image_size", "found 513", "multiple of 512")),
     "name-outside": (
@@ -221,7 +221,7 @@ def test_a_backing_file_of_a_wrong_kind_is_refused(kind: str, image: Image, tmp_
         base.symlink_to("/etc/passwd")
         words = ("/etc/passwd", "backing_dir")
     else:
-        qemu.create(base, SIZE)
+        qemu.create(base, DISK_BYTES)
         Image(base).name_backing(b"bad.qed")
         words = ("loop",)
     refused(tmp_path, image.path, 17, words)
@@ -236,7 +236,7 @@ def test_a_source_of_a_wrong_kind_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, tmp_path / "missing.qed", 2, ("No such file",))
 
 
-L1 = CLUSTER
+L1 = CLUSTER_BYTES
 """Where QEMU puts the L1 table, in bytes."""
 
 
@@ -249,7 +249,7 @@ TABLES: Final[dict[str, Callable[[Image], None]]] = {
     "l1-outside": lambda image: image.put_entry(L1, 0, 1 << 40),
     "l1-one": lambda image: image.put_entry(L1, 0, 1),
     "l1-overrun": lambda image: image.put_entry(
-        L1, 0, image.path.stat().st_size // CLUSTER * CLUSTER - CLUSTER
+        L1, 0, image.path.stat().st_size // CLUSTER_BYTES * CLUSTER_BYTES - CLUSTER_BYTES
     ),
     "l1-itself": lambda image: image.put_entry(L1, 0, L1),
     "l2-unaligned": lambda image: image.put_entry(_l2(image), 0, image.entry(_l2(image), 0) + 8),
@@ -260,7 +260,7 @@ TABLES: Final[dict[str, Callable[[Image], None]]] = {
     "l2-over-l1": lambda image: image.put_entry(_l2(image), 1, L1),
     "l2-over-header": lambda image: image.put_entry(_l2(image), 1, 0x1000),
     "cut-one-cluster": lambda image: os.truncate(
-        image.path, image.path.stat().st_size - CLUSTER - 100
+        image.path, image.path.stat().st_size - CLUSTER_BYTES - 100
     ),
 }
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from qedfuse.check.findings import CheckReport, LostRange
 
-CLUSTER: Final = 4096
-SPAN: Final = 512 * CLUSTER
-SIZE: Final = 4 * SPAN
-BASE: Final = b"\xbb" * SIZE
+CLUSTER_BYTES: Final = 4096
+TABLE_SPAN_BYTES: Final = 512 * CLUSTER_BYTES
+DISK_BYTES: Final = 4 * TABLE_SPAN_BYTES
+BASE: Final = b"\xbb" * DISK_BYTES
 
 
 async def check(content: bytearray) -> CheckReport:
@@ -46,10 +46,10 @@ def l1_entry(content: bytearray, index: int) -> int:
 
 def cluster(disk: bytes, number: int) -> bytes:
     """Cut a guest cluster out of a disk."""
-    return disk[number * CLUSTER : (number + 1) * CLUSTER]
+    return disk[number * CLUSTER_BYTES : (number + 1) * CLUSTER_BYTES]
 
 
-def move_table_to_the_end(content: bytearray, *, table_bytes: int = CLUSTER) -> int:
+def move_table_to_the_end(content: bytearray, *, table_bytes: int = CLUSTER_BYTES) -> int:
     """Put the first L2 table behind everything else; give its new file offset."""
     entry = l1_entry(content, 0)
     old, new = get_entry(content, entry), len(content)
@@ -61,19 +61,19 @@ def move_table_to_the_end(content: bytearray, *, table_bytes: int = CLUSTER) -> 
 def readable(content: bytearray, base: bytes) -> bytes:
     """Read a damaged disk as a careful reader does: only through usable entries."""
     header = header_of(content)
-    disk = bytearray(base.ljust(SIZE, b"\0"))
-    for l1_index in range(SIZE // SPAN):
+    disk = bytearray(base.ljust(DISK_BYTES, b"\0"))
+    for l1_index in range(DISK_BYTES // TABLE_SPAN_BYTES):
         table = get_entry(content, header.l1_table_offset + 8 * l1_index)
-        if table % CLUSTER or table < header.l1_end or table >= len(content):
+        if table % CLUSTER_BYTES or table < header.l1_end or table >= len(content):
             continue
         for index in range(512):
             value = get_entry(content, table + 8 * index)
-            start = l1_index * SPAN + index * CLUSTER
+            start = l1_index * TABLE_SPAN_BYTES + index * CLUSTER_BYTES
             if value == 1:
-                disk[start : start + CLUSTER] = bytes(CLUSTER)
-            elif value >= header.l1_end and not value % CLUSTER and value < len(content):
-                disk[start : start + CLUSTER] = content[value : value + CLUSTER].ljust(
-                    CLUSTER, b"\0"
+                disk[start : start + CLUSTER_BYTES] = bytes(CLUSTER_BYTES)
+            elif value >= header.l1_end and not value % CLUSTER_BYTES and value < len(content):
+                disk[start : start + CLUSTER_BYTES] = content[value : value + CLUSTER_BYTES].ljust(
+                    CLUSTER_BYTES, b"\0"
                 )
     return bytes(disk)
 
@@ -83,8 +83,10 @@ def assert_lossless(after: bytes, lost: Iterable[LostRange], before: bytes) -> N
     reported = {
         number
         for item in lost
-        for number in range(item.start // CLUSTER, -(-(item.start + item.length) // CLUSTER))
+        for number in range(
+            item.start // CLUSTER_BYTES, -(-(item.start + item.length) // CLUSTER_BYTES)
+        )
     }
     differing = np.frombuffer(after, np.uint8) != np.frombuffer(before, np.uint8)
-    changed = np.flatnonzero(differing.reshape(-1, CLUSTER).any(axis=1)).tolist()
+    changed = np.flatnonzero(differing.reshape(-1, CLUSTER_BYTES).any(axis=1)).tolist()
     assert set(changed) <= reported, set(changed) - reported

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-SIZE: Final = 64 << 20
-CLUSTER: Final = 65536
-L1: Final = CLUSTER
+DISK_BYTES: Final = 64 << 20
+CLUSTER_BYTES: Final = 65536
+L1: Final = CLUSTER_BYTES
 DATA: Final = 6
 """Number of guest clusters that hold data, from the first on."""
 
@@ -38,8 +38,10 @@ class Image:
     def __init__(self, path: Path) -> None:
         """Create it."""
         self.path = path
-        qemu.create(path, SIZE)
-        qemu.io(path, *(f"write -P {n + 1} {n * CLUSTER} {CLUSTER}" for n in range(DATA)))
+        qemu.create(path, DISK_BYTES)
+        qemu.io(
+            path, *(f"write -P {n + 1} {n * CLUSTER_BYTES} {CLUSTER_BYTES}" for n in range(DATA))
+        )
         self.l2 = self.entry(L1, 0)
         self.end = path.stat().st_size
 
@@ -68,7 +70,7 @@ class Image:
         os.truncate(self.path, self.end + change)
 
 
-ENTRIES: Final = 4 * CLUSTER // 8
+ENTRIES: Final = 4 * CLUSTER_BYTES // 8
 MISSING_TABLE: Final = frozenset(range(DATA))
 NOTHING: Final[frozenset[int]] = frozenset()
 
@@ -87,7 +89,7 @@ TABLE_ROWS: Final[
     "l1-outside": (lambda i: i.l1_entry(0, 1 << 40), Code.L1_OUT_OF_FILE, 2, 2, MISSING_TABLE),
     "l1-is-1": (lambda i: i.l1_entry(0, 1), Code.L1_RESERVED_BITS, 2, 2, MISSING_TABLE),
     "l1-overruns": (
-        lambda i: i.l1_entry(0, i.end - CLUSTER), Code.L1_CUT_SHORT, 2, 2, MISSING_TABLE,
+        lambda i: i.l1_entry(0, i.end - CLUSTER_BYTES), Code.L1_CUT_SHORT, 2, 2, MISSING_TABLE,
     ),
     "l1-is-l1": (lambda i: i.l1_entry(0, L1), Code.L1_OVER_METADATA, 2, 2, MISSING_TABLE),
     "l1-twice": (lambda i: i.l1_entry(1, i.l2), Code.TABLE_OVERLAP, 2, 2, NOTHING),
@@ -100,14 +102,14 @@ TABLE_ROWS: Final[
     "l2-twice": (lambda i: i.l2_entry(1, i.entry(i.l2, 0)), Code.DUPLICATE_CLUSTER, 2, 2, NOTHING),
     "l2-is-l2": (lambda i: i.l2_entry(1, i.l2), Code.L2_OVER_METADATA, 2, 2, frozenset({1})),
     "l2-is-l1": (lambda i: i.l2_entry(1, L1), Code.L2_OVER_METADATA, 2, 2, frozenset({1})),
-    "appended": (lambda i: i.resize(10 * CLUSTER), Code.LEAKED_CLUSTERS, 3, 3, NOTHING),
+    "appended": (lambda i: i.resize(10 * CLUSTER_BYTES), Code.LEAKED_CLUSTERS, 3, 3, NOTHING),
     "l2-cleared": (lambda i: i.l2_entry(2, 0), Code.LEAKED_CLUSTERS, 3, 3, NOTHING),
     "cut-1-cluster": (
-        lambda i: i.resize(-CLUSTER - 100), Code.L2_OUT_OF_FILE, 2, 2, frozenset({4, 5}),
+        lambda i: i.resize(-CLUSTER_BYTES - 100), Code.L2_OUT_OF_FILE, 2, 2, frozenset({4, 5}),
     ),
     # QEMU rounds the file's length up and sees nothing wrong.
     "cut-100-bytes": (lambda i: i.resize(-100), Code.L2_CUT_SHORT, 2, 0, frozenset({5})),
-    "past-size": (lambda i: i.put(48, "<Q", CLUSTER), Code.PAST_IMAGE_SIZE, 0, 0, NOTHING),
+    "past-size": (lambda i: i.put(48, "<Q", CLUSTER_BYTES), Code.PAST_IMAGE_SIZE, 0, 0, NOTHING),
     "need-check": (lambda i: i.put(16, "<Q", 2), Code.NEED_CHECK_SET, 0, 0, NOTHING),
     "compat": (lambda i: i.put(24, "<Q", 1), Code.UNKNOWN_COMPAT, 0, 0, NOTHING),
     "autoclear": (lambda i: i.put(32, "<Q", 1), Code.UNKNOWN_AUTOCLEAR, 0, 0, NOTHING),
@@ -162,14 +164,14 @@ def test_verdicts_agree_and_repair_satisfies_qemu(row: str, tmp_path: Path) -> N
     assert result.after.errors == 0
     assert result.after.leaks == check(image.path).leaks
     assert qemu.check(image.path).code in (0, 3)
-    reported = {item.start // CLUSTER + n for item in result.lost
-                for n in range(-(-item.length // CLUSTER))}  # fmt: skip
+    reported = {item.start // CLUSTER_BYTES + n for item in result.lost
+                for n in range(-(-item.length // CLUSTER_BYTES))}  # fmt: skip
     assert reported & set(range(DATA)) == lost
     disk = qemu.content(image.path)
     gone = lost | ({2} if row == "l2-cleared" else set()) | ({1} if row == "l2-twice" else set())
-    for number in set(range(min(DATA, len(disk) // CLUSTER))) - gone:
-        part = disk[number * CLUSTER : (number + 1) * CLUSTER]
-        assert part == bytes([number + 1]) * CLUSTER, number
+    for number in set(range(min(DATA, len(disk) // CLUSTER_BYTES))) - gone:
+        part = disk[number * CLUSTER_BYTES : (number + 1) * CLUSTER_BYTES]
+        assert part == bytes([number + 1]) * CLUSTER_BYTES, number
 
 
 HEADER_ROWS: Final[dict[str, tuple[int, str, int]]] = {

@@ -21,13 +21,13 @@ from tests.support.hostfiles import MemoryFile
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER: Final = 4096
-SIZE: Final = 100 * CLUSTER
+CLUSTER_BYTES: Final = 4096
+DISK_BYTES: Final = 100 * CLUSTER_BYTES
 
 
 def image() -> bytearray:
     """Build an image with four free clusters and a list of them."""
-    content = build_image(SIZE, {n: pattern(CLUSTER, n) for n in range(6)})
+    content = build_image(DISK_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(6)})
     for number in range(1, 5):
         put_entry(content, l2_entry_offset(content, number), 0)
     put_list(content)
@@ -42,7 +42,7 @@ async def test_a_list_is_counted_and_a_contradicted_one_is_dropped(tmp_path: Pat
     report = (await check(str(path))).after
     assert (report.counts, report.listed_clusters) == ({}, 4)
 
-    put_entry(content, l2_entry_offset(content, 9), 4 * CLUSTER)
+    put_entry(content, l2_entry_offset(content, 9), 4 * CLUSTER_BYTES)
     path.write_bytes(content)
     report = (await check(str(path))).after
     assert set(report.counts) == {Code.FREE_LIST_CONTRADICTED}
@@ -73,10 +73,10 @@ async def test_a_bad_list_alone_does_not_refuse_an_image() -> None:
 
 async def test_more_listed_clusters_than_fit_in_a_map(tmp_path: Path) -> None:
     """Listed clusters of a sparse file that is too long for a map are counted, not marked."""
-    content = build_image(SIZE, {0: pattern(CLUSTER, 0)})
-    first, length = len(content) // CLUSTER, (1 << 44) - CLUSTER
-    put_entry(content, l2_entry_offset(content, 1), length - CLUSTER)
-    content.extend(bytes(CLUSTER))
+    content = build_image(DISK_BYTES, {0: pattern(CLUSTER_BYTES, 0)})
+    first, length = len(content) // CLUSTER_BYTES, (1 << 44) - CLUSTER_BYTES
+    put_entry(content, l2_entry_offset(content, 1), length - CLUSTER_BYTES)
+    content.extend(bytes(CLUSTER_BYTES))
     put_list(content, [(first, 1 << 28)], [first], file_bytes=length)
     path = tmp_path / "sparse.qed"
     path.write_bytes(content)
@@ -88,6 +88,6 @@ async def test_more_listed_clusters_than_fit_in_a_map(tmp_path: Path) -> None:
         file.close()
     assert found.errors == 0
     assert found.listed_clusters == 1 << 28
-    assert found.leaks == length // CLUSTER - first - (1 << 28) - 1
+    assert found.leaks == length // CLUSTER_BYTES - first - (1 << 28) - 1
     assert set(found.counts) == {Code.LEAKED_CLUSTERS, Code.MOSTLY_LEAKED}
     assert header_of(content).free_list

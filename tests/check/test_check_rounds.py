@@ -39,16 +39,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-CLUSTER: Final = 8192
-ENTRIES: Final = CLUSTER // 8
-SIZE: Final = 2 * ENTRIES * CLUSTER
-CLUSTERS: Final = {number: pattern(CLUSTER, number) for number in (3, 0, 7, 1100, 1101, 5)}
+CLUSTER_BYTES: Final = 8192
+ENTRIES: Final = CLUSTER_BYTES // 8
+DISK_BYTES: Final = 2 * ENTRIES * CLUSTER_BYTES
+CLUSTERS: Final = {number: pattern(CLUSTER_BYTES, number) for number in (3, 0, 7, 1100, 1101, 5)}
 """Guest clusters with data, in the order in which they lie in the file; two L2 tables."""
 
 
 def image(**options: int | bytes) -> bytearray:
     """Build the image that the tests damage."""
-    return build_image(SIZE, CLUSTERS, cluster_size=CLUSTER, table_size=1, **options)  # type: ignore[arg-type]
+    return build_image(DISK_BYTES, CLUSTERS, cluster_size=CLUSTER_BYTES, table_size=1, **options)  # type: ignore[arg-type]
 
 
 def set_l2(number: int, value: Callable[[bytearray], int]) -> Callable[[bytearray], None]:
@@ -101,9 +101,9 @@ def cut_table_short(content: bytearray) -> None:
 
 def add_free(content: bytearray, count: int) -> int:
     """Add free clusters and a used one behind them; give the first."""
-    free = len(content) // CLUSTER
-    content.extend(bytes((count + 1) * CLUSTER))
-    put_entry(content, l2_entry_offset(content, 10), (free + count) * CLUSTER)
+    free = len(content) // CLUSTER_BYTES
+    content.extend(bytes((count + 1) * CLUSTER_BYTES))
+    put_entry(content, l2_entry_offset(content, 10), (free + count) * CLUSTER_BYTES)
     return free
 
 
@@ -111,7 +111,7 @@ def listed_and_used(content: bytearray) -> None:
     """List two clusters as free, and then refer to one of them."""
     free = add_free(content, 2)
     put_list(content, [(free, 2)])
-    put_entry(content, l2_entry_offset(content, 9), (free + 1) * CLUSTER)
+    put_entry(content, l2_entry_offset(content, 9), (free + 1) * CLUSTER_BYTES)
 
 
 CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
@@ -123,7 +123,10 @@ CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
     ),
     Code.L1_OUT_OF_FILE: (set_l1(1, len), frozenset(range(ENTRIES, 2 * ENTRIES))),
     Code.L1_CUT_SHORT: (cut_table_short, frozenset(range(ENTRIES + 77, 2 * ENTRIES))),
-    Code.L1_OVER_METADATA: (set_l1(1, lambda _c: CLUSTER), frozenset(range(ENTRIES, 2 * ENTRIES))),
+    Code.L1_OVER_METADATA: (
+        set_l1(1, lambda _c: CLUSTER_BYTES),
+        frozenset(range(ENTRIES, 2 * ENTRIES)),
+    ),
     Code.TABLE_OVERLAP: (set_l1(2, lambda c: get_entry(c, l1_entry(c, 0))), frozenset()),
     Code.L2_RESERVED_BITS: (set_l2(3, lambda _c: 2), frozenset({3})),
     Code.L2_UNALIGNED: (set_l2(3, lambda _c: 3 * 4096), frozenset({3})),
@@ -136,7 +139,7 @@ CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
     ),
     Code.FREE_LIST_BAD: (set_header(16, "<Q", int(Feature.FREE_LIST)), frozenset()),
     Code.FREE_LIST_CONTRADICTED: (listed_and_used, frozenset()),
-    Code.LEAKED_CLUSTERS: (add(3 * CLUSTER), frozenset()),
+    Code.LEAKED_CLUSTERS: (add(3 * CLUSTER_BYTES), frozenset()),
     Code.HEADER_SIZE_ZERO: (set_header(12, "<I", 0), frozenset()),
     Code.NAME_IN_FIXED_HEADER: (name_in_fixed_header, frozenset()),
     Code.BACKING_NAME_EMPTY: (set_header(16, "<Q", int(Feature.BACKING_FILE)), frozenset()),
@@ -145,8 +148,8 @@ CASES: Final[dict[Code, tuple[Callable[[bytearray], None], frozenset[int]]]] = {
     Code.UNKNOWN_COMPAT: (set_header(24, "<Q", 1 << 40), frozenset()),
     Code.UNKNOWN_AUTOCLEAR: (set_header(32, "<Q", 3), frozenset()),
     Code.ODD_TAIL: (add(7), frozenset()),
-    Code.PAST_IMAGE_SIZE: (set_header(48, "<Q", 1101 * CLUSTER), frozenset()),
-    Code.MOSTLY_LEAKED: (add(40 * CLUSTER), frozenset()),
+    Code.PAST_IMAGE_SIZE: (set_header(48, "<Q", 1101 * CLUSTER_BYTES), frozenset()),
+    Code.MOSTLY_LEAKED: (add(40 * CLUSTER_BYTES), frozenset()),
 }
 
 
@@ -182,18 +185,18 @@ async def test_damage_is_found_and_repaired_and_other_data_stays(code: Code) -> 
         return  # the header now names a base that is not there
     after = guest_bytes(content)
     size = len(after)
-    reported = {item.start // CLUSTER + place for item in result.lost
-                for place in range(-(-item.length // CLUSTER))}  # fmt: skip
-    assert reported == {number for number in lost if number * CLUSTER < size}
+    reported = {item.start // CLUSTER_BYTES + place for item in result.lost
+                for place in range(-(-item.length // CLUSTER_BYTES))}  # fmt: skip
+    assert reported == {number for number in lost if number * CLUSTER_BYTES < size}
     if code is Code.TABLE_OVERLAP:
         # Two guest ranges read the same before; they still do, each with its own clusters.
-        span = ENTRIES * CLUSTER
+        span = ENTRIES * CLUSTER_BYTES
         expected[2 * span : 3 * span] = expected[:span]
     if code is Code.DUPLICATE_CLUSTER:
-        expected[9 * CLUSTER : 10 * CLUSTER] = CLUSTERS[1101]
-    for number in range(size // CLUSTER):
+        expected[9 * CLUSTER_BYTES : 10 * CLUSTER_BYTES] = CLUSTERS[1101]
+    for number in range(size // CLUSTER_BYTES):
         if number not in lost:
-            part = slice(number * CLUSTER, (number + 1) * CLUSTER)
+            part = slice(number * CLUSTER_BYTES, (number + 1) * CLUSTER_BYTES)
             assert after[part] == expected[part], number
 
 
@@ -225,7 +228,7 @@ async def test_listed_clusters_are_not_leaked() -> None:
     found = await check(content)
     assert (found.errors, found.leaks, found.listed_clusters) == (0, 9, 91)
     leaks = next(item for item in found.findings if item.code is Code.LEAKED_CLUSTERS)
-    places = [f"{count} at {(free + n) * CLUSTER}" for count, n in ((3, 0), (1, 4), (5, 95))]
+    places = [f"{count} at {(free + n) * CLUSTER_BYTES}" for count, n in ((3, 0), (1, 4), (5, 95))]
     assert ", ".join(places) in leaks.message
     assert found.as_json()["listed_clusters"] == 91
     await repair(content)
@@ -273,7 +276,7 @@ async def test_a_plan_saves_what_the_repair_changes() -> None:
 
 async def test_many_findings_are_counted_but_not_all_kept() -> None:
     """Findings beyond a limit are counted but not kept: a hostile image cannot fill the memory."""
-    content = build_image(SIZE, dict.fromkeys(range(500), 3))
+    content = build_image(DISK_BYTES, dict.fromkeys(range(500), 3))
     found = await check(content)
     assert found.counts[Code.L2_RESERVED_BITS] == 500
     assert len(found.findings) == MAX_FINDINGS_PER_CODE
@@ -323,8 +326,10 @@ def damage_at_random(content: bytearray, chance: random.Random) -> None:
 def test_random_damage_is_always_found_and_repaired(seed: int) -> None:
     """After random overwrites the check ends and agrees with a simple one, and a repair heals."""
     chance = random.Random(seed)
-    numbers = chance.sample(range(SIZE // CLUSTER), 30)
-    content = build_image(SIZE, {number: pattern(CLUSTER, number) for number in numbers})
+    numbers = chance.sample(range(DISK_BYTES // CLUSTER_BYTES), 30)
+    content = build_image(
+        DISK_BYTES, {number: pattern(CLUSTER_BYTES, number) for number in numbers}
+    )
     damage_at_random(content, chance)
     found = trio.run(check, content)
     plain = inspect_image(content)
@@ -342,9 +347,9 @@ def test_qemu_agrees_with_the_check_and_the_repair(seed: int, tmp_path: Path) ->
     """qemu-img check agrees on random damage, except for a last cluster that is cut short."""
     chance = random.Random(seed)
     size, table = chance.choice([(4096, 2), (8192, 4), (65536, 2)])
-    numbers = chance.sample(range(SIZE // size), 20)
+    numbers = chance.sample(range(DISK_BYTES // size), 20)
     content = build_image(
-        SIZE, {number: pattern(size, number) for number in numbers},
+        DISK_BYTES, {number: pattern(size, number) for number in numbers},
         cluster_size=size, table_size=table,
     )  # fmt: skip
     damage_at_random(content, chance)

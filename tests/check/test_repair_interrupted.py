@@ -19,9 +19,9 @@ from qedfuse.tools.repair.backup import Backup
 from qedfuse.tools.repair.undo import undo_repair
 from tests.check.memoryimages import (
     BASE,
-    CLUSTER,
-    SIZE,
-    SPAN,
+    CLUSTER_BYTES,
+    DISK_BYTES,
+    TABLE_SPAN_BYTES,
     assert_lossless,
     cluster,
     l1_entry,
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 Damage = tuple[bytearray, set[int]]
 """An image, and the guest clusters whose entries point past its end."""
 
-ENTRIES: Final = SPAN // CLUSTER
-ZEROS: Final = bytes(CLUSTER)
+ENTRIES: Final = TABLE_SPAN_BYTES // CLUSTER_BYTES
+ZEROS: Final = bytes(CLUSTER_BYTES)
 
 
 def image(backing: bytes) -> bytearray:
     """Build an image of two tables."""
     numbers = (*range(12), 100, 101, 102, 103, 600, 601)
     return build_image(
-        SIZE, {number: pattern(CLUSTER, number) for number in numbers}, backing=backing
+        DISK_BYTES, {number: pattern(CLUSTER_BYTES, number) for number in numbers}, backing=backing
     )
 
 
@@ -67,9 +67,9 @@ def share(content: bytearray, number: int, other: int) -> None:
 
 def point_past(content: bytearray, numbers: range | tuple[int, ...], skip: int = 0) -> set[int]:
     """Make the entries of guest clusters point to successive clusters past the end."""
-    end = -(-len(content) // CLUSTER) * CLUSTER
+    end = -(-len(content) // CLUSTER_BYTES) * CLUSTER_BYTES
     for place, number in enumerate(numbers, skip):
-        put_entry(content, l2_entry_offset(content, number), end + place * CLUSTER)
+        put_entry(content, l2_entry_offset(content, number), end + place * CLUSTER_BYTES)
     return set(numbers)
 
 
@@ -93,7 +93,7 @@ def wild_table(backing: bytes) -> Damage:
     content = image(backing)
     share(content, 4, 0)
     share(content, 5, 1)
-    put_entry(content, l1_entry(content, 1), len(content) + CLUSTER)
+    put_entry(content, l1_entry(content, 1), len(content) + CLUSTER_BYTES)
     put_entry(content, l1_entry(content, 2), len(content))
     return content, set(range(ENTRIES, 3 * ENTRIES))
 
@@ -156,11 +156,11 @@ def shows_nothing_else(state: bytearray, damage: set[int]) -> None:
     header = header_of(state)
     for number in damage:
         table = get_entry(state, header.l1_table_offset + 8 * (number // ENTRIES))
-        if table % CLUSTER or not header.l1_end <= table <= len(state) - CLUSTER:
+        if table % CLUSTER_BYTES or not header.l1_end <= table <= len(state) - CLUSTER_BYTES:
             continue
         value = get_entry(state, table + 8 * (number % ENTRIES))
-        if value % CLUSTER == 0:
-            assert not state[value : value + CLUSTER].strip(b"\0") or not value, number
+        if value % CLUSTER_BYTES == 0:
+            assert not state[value : value + CLUSTER_BYTES].strip(b"\0") or not value, number
 
 
 @pytest.mark.parametrize("backing", [b"", b"base.raw"], ids=["alone", "overlay"])
@@ -174,7 +174,9 @@ def test_entries_past_the_end_never_show_other_data(kind: str, backing: bytes) -
     reported = {
         number
         for item in result.lost
-        for number in range(item.start // CLUSTER, -(-(item.start + item.length) // CLUSTER))
+        for number in range(
+            item.start // CLUSTER_BYTES, -(-(item.start + item.length) // CLUSTER_BYTES)
+        )
     }
     assert wild <= reported
     chance = random.Random(kind)

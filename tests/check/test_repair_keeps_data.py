@@ -20,9 +20,9 @@ from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.header import Header, build_header
 from tests.check.memoryimages import (
     BASE,
-    CLUSTER,
-    SIZE,
-    SPAN,
+    CLUSTER_BYTES,
+    DISK_BYTES,
+    TABLE_SPAN_BYTES,
     assert_lossless,
     check,
     cluster,
@@ -48,47 +48,53 @@ if TYPE_CHECKING:
 
 async def test_a_lost_table_of_an_overlay_hides_the_base() -> None:
     """A lost table of an overlay becomes zeros, as reported; other ranges show the base."""
-    content = build_image(SIZE, {0: pattern(CLUSTER, 1), 600: b"x"}, backing=b"base.raw")
+    content = build_image(
+        DISK_BYTES, {0: pattern(CLUSTER_BYTES, 1), 600: b"x"}, backing=b"base.raw"
+    )
     put_entry(content, l1_entry(content, 1), 123)
     result = await repair(content)
-    assert result.lost == (LostRange(SPAN, SPAN, Code.L1_RESERVED_BITS),)
+    assert result.lost == (LostRange(TABLE_SPAN_BYTES, TABLE_SPAN_BYTES, Code.L1_RESERVED_BITS),)
     after = guest_bytes(content, BASE)
-    assert not any(after[SPAN : 2 * SPAN])
-    assert cluster(after, 0) == pattern(CLUSTER, 1)
-    assert after[CLUSTER:SPAN] == BASE[CLUSTER:SPAN]
-    assert after[2 * SPAN :] == BASE[2 * SPAN :]
+    assert not any(after[TABLE_SPAN_BYTES : 2 * TABLE_SPAN_BYTES])
+    assert cluster(after, 0) == pattern(CLUSTER_BYTES, 1)
+    assert after[CLUSTER_BYTES:TABLE_SPAN_BYTES] == BASE[CLUSTER_BYTES:TABLE_SPAN_BYTES]
+    assert after[2 * TABLE_SPAN_BYTES :] == BASE[2 * TABLE_SPAN_BYTES :]
 
 
 @pytest.mark.parametrize("backing", [b"", b"base.raw"])
-@pytest.mark.parametrize("cut", [4, 100, 5000, 3 * CLUSTER])
+@pytest.mark.parametrize("cut", [4, 100, 5000, 3 * CLUSTER_BYTES])
 async def test_a_table_cut_short_keeps_its_remaining_entries(cut: int, backing: bytes) -> None:
     """A table cut short keeps its entries; exactly the missing ones are reported as lost."""
-    entries = 4 * CLUSTER // 8
+    entries = 4 * CLUSTER_BYTES // 8
     content = build_image(
-        4 * entries * CLUSTER,
-        {0: pattern(CLUSTER, 1), 300: pattern(CLUSTER, 2), entries - 1: pattern(CLUSTER, 3)},
+        4 * entries * CLUSTER_BYTES,
+        {
+            0: pattern(CLUSTER_BYTES, 1),
+            300: pattern(CLUSTER_BYTES, 2),
+            entries - 1: pattern(CLUSTER_BYTES, 3),
+        },
         table_size=4,
         backing=backing,
     )
-    base = b"\xbb" * (4 * entries * CLUSTER) if backing else b""
-    move_table_to_the_end(content, table_bytes=4 * CLUSTER)
+    base = b"\xbb" * (4 * entries * CLUSTER_BYTES) if backing else b""
+    move_table_to_the_end(content, table_bytes=4 * CLUSTER_BYTES)
     del content[-cut:]
     result = await repair(content)
     missing = -(-cut // 8)
-    start = (entries - missing) * CLUSTER
-    assert result.lost == (LostRange(start, missing * CLUSTER, Code.L1_CUT_SHORT),)
+    start = (entries - missing) * CLUSTER_BYTES
+    assert result.lost == (LostRange(start, missing * CLUSTER_BYTES, Code.L1_CUT_SHORT),)
     after = guest_bytes(content, base)
-    assert cluster(after, 0) == pattern(CLUSTER, 1)
-    assert cluster(after, 300) == pattern(CLUSTER, 2)
-    assert not any(after[start : entries * CLUSTER])
-    assert cluster(after, 7) == (base or bytes(CLUSTER))[:CLUSTER]
+    assert cluster(after, 0) == pattern(CLUSTER_BYTES, 1)
+    assert cluster(after, 300) == pattern(CLUSTER_BYTES, 2)
+    assert not any(after[start : entries * CLUSTER_BYTES])
+    assert cluster(after, 7) == (base or bytes(CLUSTER_BYTES))[:CLUSTER_BYTES]
 
 
 async def test_a_table_over_the_l1_table_is_not_completed() -> None:
     """A table that overlaps the L1 table and is cut short is cleared, not completed."""
-    content = build_image(SIZE, table_size=2)
+    content = build_image(DISK_BYTES, table_size=2)
     damaged = bytearray(content)
-    put_entry(damaged, l1_entry(damaged, 0), l1_entry(damaged, 0) + CLUSTER)
+    put_entry(damaged, l1_entry(damaged, 0), l1_entry(damaged, 0) + CLUSTER_BYTES)
     result = await repair(damaged)
     assert [item.code for item in result.lost] == [Code.L1_OVER_METADATA]
     assert damaged == content
@@ -97,29 +103,33 @@ async def test_a_table_over_the_l1_table_is_not_completed() -> None:
 async def test_data_under_a_wild_table_stays() -> None:
     """An L1 entry that points to a data cluster does not cost the guest that cluster."""
     numbers = (3, 0, 7)
-    content = build_image(SIZE, {number: pattern(CLUSTER, number) for number in numbers})
+    content = build_image(
+        DISK_BYTES, {number: pattern(CLUSTER_BYTES, number) for number in numbers}
+    )
     place = get_entry(content, l2_entry_offset(content, 7))
     put_entry(content, l1_entry(content, 1), place)
     result = await repair(content)
     after = guest_bytes(content)
     for number in numbers:
-        assert cluster(after, number) == pattern(CLUSTER, number)
+        assert cluster(after, number) == pattern(CLUSTER_BYTES, number)
     assert get_entry(content, l2_entry_offset(content, 7)) == place, "moved without need"
-    assert {item.start for item in result.lost} == {7 * CLUSTER, SPAN}
+    assert {item.start for item in result.lost} == {7 * CLUSTER_BYTES, TABLE_SPAN_BYTES}
 
 
 async def test_a_wild_entry_over_a_table_does_not_cost_the_table() -> None:
     """An L2 entry that points to a table is lost, and the table's mapping stays."""
-    content = build_image(SIZE, {0: pattern(CLUSTER, 1), 1: b"x", 600: pattern(CLUSTER, 2)})
+    content = build_image(
+        DISK_BYTES, {0: pattern(CLUSTER_BYTES, 1), 1: b"x", 600: pattern(CLUSTER_BYTES, 2)}
+    )
     put_entry(content, l2_entry_offset(content, 600), get_entry(content, l1_entry(content, 0)))
     result = await repair(content)
-    assert result.lost == (LostRange(600 * CLUSTER, CLUSTER, Code.L2_OVER_METADATA),)
-    assert cluster(guest_bytes(content), 0) == pattern(CLUSTER, 1)
+    assert result.lost == (LostRange(600 * CLUSTER_BYTES, CLUSTER_BYTES, Code.L2_OVER_METADATA),)
+    assert cluster(guest_bytes(content), 0) == pattern(CLUSTER_BYTES, 1)
 
 
 async def test_clusters_past_the_disk_are_not_copied() -> None:
     """A repair copies no shared clusters past the disk's end, so it cannot fill the host."""
-    content = build_image(1 << 20, {number: pattern(CLUSTER, number) for number in range(20)})
+    content = build_image(1 << 20, {number: pattern(CLUSTER_BYTES, number) for number in range(20)})
     before = guest_bytes(content)
     for index in range(1, 400):
         put_entry(content, l1_entry(content, index), get_entry(content, l1_entry(content, 0)))
@@ -154,7 +164,7 @@ def test_a_copy_of_a_hole_is_a_hole(tmp_path: Path) -> None:
 
 async def test_a_refusal_comes_before_any_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """An image that is too large to check is refused before NEED_CHECK or anything else changes."""
-    content = build_image(SIZE, {0: b"x", 600: b"y", 1100: 2})
+    content = build_image(DISK_BYTES, {0: b"x", 600: b"y", 1100: 2})
     monkeypatch.setattr("qedfuse.check.tables.MAX_TABLES", 2)
     file = MemoryFile(content)
     header = await read_header(file)
@@ -168,32 +178,32 @@ async def test_lost_ranges_are_bounded_and_cover_everything(
 ) -> None:
     """Beyond a limit the last lost range covers all further ones, with what lies between them."""
     monkeypatch.setattr(lostranges, "MAX_LOST_RANGES", 3)
-    content = build_image(SIZE, dict.fromkeys(range(0, 1000, 2), 3))
+    content = build_image(DISK_BYTES, dict.fromkeys(range(0, 1000, 2), 3))
     lost = (await repair(content)).lost
     assert len(lost) == 3
     assert all(
-        any(item.start <= number * CLUSTER < item.start + item.length for item in lost)
+        any(item.start <= number * CLUSTER_BYTES < item.start + item.length for item in lost)
         for number in range(0, 1000, 2)
     )
 
 
 def damaged(chance: random.Random, backing: bytes = b"") -> bytearray:
     """Build an image with several kinds of damage."""
-    numbers = chance.sample(range(SIZE // CLUSTER), 16)
+    numbers = chance.sample(range(DISK_BYTES // CLUSTER_BYTES), 16)
     content = build_image(
-        SIZE, {number: pattern(CLUSTER, number) for number in numbers}, backing=backing
+        DISK_BYTES, {number: pattern(CLUSTER_BYTES, number) for number in numbers}, backing=backing
     )
     places = [l1_entry(content, index) for index in range(4)]
     tables = [get_entry(content, place) for place in places]
     entries = [l2_entry_offset(content, number) for number in numbers]
     inside = [get_entry(content, entry) for entry in entries]
     end = len(content)
-    wild = [8, CLUSTER, end - CLUSTER, end, end + CLUSTER, 1 << 50]
+    wild = [8, CLUSTER_BYTES, end - CLUSTER_BYTES, end, end + CLUSTER_BYTES, 1 << 50]
     for _ in range(3):
         put_entry(content, chance.choice(entries), chance.choice([*inside, *tables, *wild]))
     put_entry(content, chance.choice(places), chance.choice([*inside, *tables, *wild]))
     if chance.random() < 0.3:
-        del content[-chance.randrange(1, 2 * CLUSTER) :]
+        del content[-chance.randrange(1, 2 * CLUSTER_BYTES) :]
     return content
 
 

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-CLUSTER: Final = 4096
+CLUSTER_BYTES: Final = 4096
 
 
 def flip_l1_offset(content: bytearray) -> None:
     """Flip one bit of the header, so that guest data is read as the L1 table."""
-    struct.pack_into("<Q", content, 40, header_of(content).l1_table_offset ^ (8 * CLUSTER))
+    struct.pack_into("<Q", content, 40, header_of(content).l1_table_offset ^ (8 * CLUSTER_BYTES))
 
 
 def flip_cluster_size(content: bytearray) -> None:
@@ -54,7 +54,9 @@ def test_suspicious_tables_are_not_repaired(
 ) -> None:
     """Without --force such a repair prints one line, exits with 1 and changes nothing."""
     damage, level = DAMAGE[row]
-    content = build_image(512 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(310)}, table_size=1)
+    content = build_image(
+        512 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(310)}, table_size=1
+    )
     damage(content)
     path = tmp_path / "image.qed"
     path.write_bytes(content)
@@ -76,7 +78,7 @@ def test_suspicious_tables_are_not_repaired(
 def test_need_check_of_an_empty_image_is_cleared(tmp_path: Path) -> None:
     """A repair clears NEED_CHECK of an empty image: without leaks an empty table is plausible."""
     path = tmp_path / "image.qed"
-    content = build_image(512 * CLUSTER)
+    content = build_image(512 * CLUSTER_BYTES)
     content[16] |= 2
     path.write_bytes(content)
     assert main(["check", "-q", "-r", "all", str(path)]) == 0
@@ -86,7 +88,7 @@ def test_need_check_of_an_empty_image_is_cleared(tmp_path: Path) -> None:
 def test_repair_of_leaks_changes_no_damaged_image(tmp_path: Path) -> None:
     """With ``-r leaks`` a damaged image is reported and not changed."""
     path = tmp_path / "image.qed"
-    content = build_image(512 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(310)})
+    content = build_image(512 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(310)})
     lose_the_table(content)
     path.write_bytes(content)
     assert main(["check", "-q", "-r", "leaks", str(path)]) == 2

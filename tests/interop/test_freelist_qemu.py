@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 KEEP: Final = OpenOptions(writable=True, compact="off")
 ON: Final = OpenOptions(writable=True, free_list="on")
-CLUSTER: Final = 65536
-SIZE: Final = 8 << 20
+CLUSTER_BYTES: Final = 65536
+DISK_BYTES: Final = 8 << 20
 COMPAT: Final = 1 << 40 | 3
 AUTOCLEAR: Final = 1 << 62 | 9
 
@@ -68,8 +68,8 @@ class Shared:
 
     def ranges(self, count: int) -> list[tuple[int, int, int]]:
         """Choose sectors to change: start and length in bytes, and a byte to write."""
-        starts = [self.choice.randrange(SIZE // 512 - 300) * 512 for _ in range(count)]
-        return [(at, self.choice.choice((512, CLUSTER, 100_352)), n % 250 + 1)
+        starts = [self.choice.randrange(DISK_BYTES // 512 - 300) * 512 for _ in range(count)]
+        return [(at, self.choice.choice((512, CLUSTER_BYTES, 100_352)), n % 250 + 1)
                 for n, at in enumerate(starts)]  # fmt: skip
 
     def qemu_commands(self, count: int) -> list[str]:
@@ -82,13 +82,13 @@ class Shared:
 
     def qemu_crashes(self) -> None:
         """Kill QEMU after a flush, while clusters are allocated that no table refers to."""
-        empty = [n * CLUSTER for n in range(SIZE // CLUSTER)
-                 if not any(self.model[n * CLUSTER : (n + 1) * CLUSTER])]  # fmt: skip
+        empty = [n * CLUSTER_BYTES for n in range(DISK_BYTES // CLUSTER_BYTES)
+                 if not any(self.model[n * CLUSTER_BYTES : (n + 1) * CLUSTER_BYTES])]  # fmt: skip
         with qemu.hold(f"blkdebug::{self.path}") as held:
             for words in (*self.qemu_commands(2), "flush", "break l2_update stop"):
                 held.command(words)
             # Zeros, so that the content is the same whether the write is lost or not.
-            held.command(f"aio_write -P 0 {empty[-1]} {CLUSTER}")
+            held.command(f"aio_write -P 0 {empty[-1]} {CLUSTER_BYTES}")
             held.command("wait_break stop")
             os.kill(held.pid, signal.SIGKILL)
 
@@ -97,11 +97,15 @@ class Shared:
         for start, length, byte in self.ranges(4):
             await disk.write(start, bytes([byte]) * length)
             self.model[start : start + length] = bytes([byte]) * length
-        used = [n for n in range(SIZE // CLUSTER) if any(self.model[n * CLUSTER :][:CLUSTER])]
+        used = [
+            n
+            for n in range(DISK_BYTES // CLUSTER_BYTES)
+            if any(self.model[n * CLUSTER_BYTES :][:CLUSTER_BYTES])
+        ]
         for number in self.choice.sample(used, discards):
-            start = number * CLUSTER
-            await disk.discard(start, CLUSTER)
-            self.model[start : start + CLUSTER] = bytes(CLUSTER)
+            start = number * CLUSTER_BYTES
+            await disk.discard(start, CLUSTER_BYTES)
+            self.model[start : start + CLUSTER_BYTES] = bytes(CLUSTER_BYTES)
 
     async def change_cleanly(self, options: OpenOptions, **given: int) -> None:
         """Open the image with qedfuse, change it, and close it cleanly."""
@@ -113,10 +117,10 @@ class Shared:
         async with open_disk(str(self.path), KEEP, inspector=inspector) as disk:
             await disk.wait_scanned()
             while disk.statistics().free_clusters:
-                for number in range(SIZE // CLUSTER):
+                for number in range(DISK_BYTES // CLUSTER_BYTES):
                     if not disk.statistics().free_clusters:
                         break
-                    await disk.allocate(number * CLUSTER, CLUSTER)
+                    await disk.allocate(number * CLUSTER_BYTES, CLUSTER_BYTES)
 
     async def compare(self) -> None:
         """Compare the content, as qedfuse reads it and as the file's tables map it."""
@@ -158,8 +162,8 @@ class Shared:
 
 async def begin(path: Path, compat: int, autoclear: int) -> Shared:
     """Let QEMU create an image and qedfuse add a list to it."""
-    shared = Shared(path, bytearray(SIZE), random.Random(f"{compat} {autoclear}"))
-    qemu.create(path, SIZE)
+    shared = Shared(path, bytearray(DISK_BYTES), random.Random(f"{compat} {autoclear}"))
+    qemu.create(path, DISK_BYTES)
     qemu.io(path, *shared.qemu_commands(12))
     shared.put_bits(compat, autoclear)
     await shared.change_cleanly(ON)
@@ -225,7 +229,7 @@ async def test_a_crash_before_the_first_change_leaves_the_list(tmp_path: Path) -
     shared = await begin(tmp_path / "shared.qed", 0, 0)
     crashed = tmp_path / "crashed.qed"
     async with open_disk(str(shared.path), KEEP) as disk:
-        await disk.read(0, SIZE)
+        await disk.read(0, DISK_BYTES)
         await disk.flush()
         shutil.copy(shared.path, crashed)
     assert crashed.read_bytes() == shared.path.read_bytes()
@@ -274,18 +278,18 @@ async def test_an_image_with_a_list_as_a_base(tmp_path: Path) -> None:
 async def test_show_enable_drop(tmp_path: Path) -> None:
     """The functions of ``qedimg freelist`` show, enable and drop a list."""
     path = tmp_path / "image.qed"
-    qemu.create(path, SIZE)
+    qemu.create(path, DISK_BYTES)
     qemu.io(path, "write -P 1 0 1M")
     assert await freelistinfo.describe_free_list(str(path)) == freelistinfo.FreeListInfo(
         present=False
     )
     assert not (await freelist.enable(str(path))).present
     async with open_disk(str(path), KEEP) as disk:
-        await disk.discard(0, 3 * CLUSTER)
-        await disk.discard(5 * CLUSTER, CLUSTER)
+        await disk.discard(0, 3 * CLUSTER_BYTES)
+        await disk.discard(5 * CLUSTER_BYTES, CLUSTER_BYTES)
     found = await freelist.enable(str(path))
     assert found == freelistinfo.FreeListInfo(
-        present=True, valid=True, runs=2, clusters=4, bytes=4 * CLUSTER, list_clusters=1
+        present=True, valid=True, runs=2, clusters=4, bytes=4 * CLUSTER_BYTES, list_clusters=1
     )
     assert await freelist.enable(str(path)) == found
     await freelist.drop(str(path))

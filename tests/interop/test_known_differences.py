@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIB: Final = 1 << 20
-CLUSTER: Final = 4096
+CLUSTER_BYTES: Final = 4096
 TABLES: Final = 2
 """Clusters in a table; QEMU refuses images with one (see below)."""
 
@@ -63,7 +63,7 @@ def features(path: Path) -> int:
     return header_of(path.read_bytes()).features
 
 
-DATA: Final = b"\x55" * CLUSTER
+DATA: Final = b"\x55" * CLUSTER_BYTES
 
 
 # Content of the disk
@@ -81,7 +81,7 @@ def test_only_the_first_cluster_of_a_request_is_checked_against_the_end(tmp_path
     """Clusters past the end of the file read as zeros if the request begins before the end."""
     path = image(tmp_path / "a.qed", {0: DATA, 1: DATA, 2: DATA})
     with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - 2 * CLUSTER)
+        file.truncate(path.stat().st_size - 2 * CLUSTER_BYTES)
     qemu.io(path, "read -P 0x55 0 4k", "read -P 0 -s 4k -l 8k 0 12k", read_only=True)
     with pytest.raises(qemu.QemuError, match="Invalid argument"):
         qemu.io(path, "read 4k 4k", read_only=True)
@@ -112,7 +112,7 @@ def test_write_zeroes_keeps_allocated_clusters(tmp_path: Path) -> None:
     place = entry(path, 0)
     qemu.io(path, "write -z -u 0 4k")
     assert entry(path, 0) == place
-    assert path.read_bytes()[place : place + CLUSTER] == bytes(CLUSTER)
+    assert path.read_bytes()[place : place + CLUSTER_BYTES] == bytes(CLUSTER_BYTES)
 
 
 def test_leaked_clusters_are_never_used(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_write_that_fails_leaks_its_cluster(tmp_path: Path) -> None:
     words = ("-c", "write 4k 4k", "-c", "write 8k 4k", f"json:{json.dumps(node)}")
     assert "No space left" in fails("qemu-io", *words)
     assert entry(path, 1) == 0
-    assert entry(path, 2) == length + CLUSTER
+    assert entry(path, 2) == length + CLUSTER_BYTES
 
 
 def test_a_list_of_free_clusters_is_refused(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_check_needs_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["leaks", "all"])
 def test_a_repair_clears_entries_and_leaves_leaks(tmp_path: Path, way: str) -> None:
     """Both kinds of repair clear bad entries, so that the base shows; leaks and duplicates stay."""
-    base = image(tmp_path / "base.qed", dict.fromkeys(range(5), b"\x66" * CLUSTER))
+    base = image(tmp_path / "base.qed", dict.fromkeys(range(5), b"\x66" * CLUSTER_BYTES))
     clusters: dict[int, bytes | int] = {0: DATA, 1: 1 << 40, 2: DATA, 3: DATA}
     path = image(tmp_path / "a.qed", clusters, backing=base.name.encode())
     content = bytearray(path.read_bytes())
@@ -382,7 +382,7 @@ def test_data_past_the_end_appears_after_growing(tmp_path: Path) -> None:
     """Data past the disk's end becomes visible when the disk grows."""
     path = image(tmp_path / "a.qed", {300: DATA})
     qemu.run("qemu-img", "resize", path, "2M")
-    qemu.io(path, f"read -P 0x55 {300 * CLUSTER} 4k", read_only=True)
+    qemu.io(path, f"read -P 0x55 {300 * CLUSTER_BYTES} 4k", read_only=True)
 
 
 def test_rebase_refuses_unknown_compat_bits(tmp_path: Path) -> None:
@@ -395,7 +395,9 @@ def test_rebase_refuses_unknown_compat_bits(tmp_path: Path) -> None:
 def test_commit_leaves_the_overlay(tmp_path: Path) -> None:
     """Commit keeps the overlay's data, and zeros free no cluster of the base."""
     base = image(tmp_path / "base.qed", {0: DATA, 1: DATA})
-    top = image(tmp_path / "top.qed", {0: b"\x66" * CLUSTER, 1: ZERO}, backing=base.name.encode())
+    top = image(
+        tmp_path / "top.qed", {0: b"\x66" * CLUSTER_BYTES, 1: ZERO}, backing=base.name.encode()
+    )
     before, place = top.read_bytes(), entry(base, 1)
     qemu.run("qemu-img", "commit", "-q", top)
     assert top.read_bytes() == before

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-SIZE = 1 << 20
+DISK_BYTES = 1 << 20
 
 READERS: dict[str, Callable[[Path], object]] = {
     "qemu-io -r": lambda path: qemu.io(path, "read 0 512", read_only=True),
@@ -29,7 +29,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 WRITERS: dict[str, Callable[[Path], object]] = {
     "qemu-io": lambda path: qemu.io(path, "read 0 512"),
     "check -r": partial(qemu.check, repair="all"),
-    "resize": lambda path: qemu.run("qemu-img", "resize", "-f", "qed", path, str(2 * SIZE)),
+    "resize": lambda path: qemu.run("qemu-img", "resize", "-f", "qed", path, str(2 * DISK_BYTES)),
     "rebase": lambda path: qemu.run("qemu-img", "rebase", "-f", "qed", "-u", "-b", "", path),
 }
 
@@ -37,7 +37,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """Let QEMU create a small image."""
-    return qemu.create(tmp_path / "image.qed", SIZE)
+    return qemu.create(tmp_path / "image.qed", DISK_BYTES)
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def test_our_writer_excludes_all(image: Path, tool: str) -> None:
 def test_our_writer_allows_forced_readers(image: Path) -> None:
     """QEMU reads beside a writer of qedfuse with -U."""
     with locked(image, LockMode.WRITE):
-        assert qemu.info(image, force_share=True)["virtual-size"] == SIZE
+        assert qemu.info(image, force_share=True)["virtual-size"] == DISK_BYTES
         assert "512/512" in qemu.io(image, "read 0 512", force_share=True)
 
 
@@ -101,10 +101,10 @@ def test_our_sharing_reader_excludes_nothing(image: Path) -> None:
 def test_raw_base_is_protected(tmp_path: Path) -> None:
     """A lock on a raw base excludes its writers, and QEMU may read the chain over it."""
     base = tmp_path / "base.raw"
-    base.write_bytes(b"\xaa" * SIZE)
+    base.write_bytes(b"\xaa" * DISK_BYTES)
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base, backing_format="raw")
     with locked(base, LockMode.BASE):
-        assert qemu.content(overlay) == b"\xaa" * SIZE
+        assert qemu.content(overlay) == b"\xaa" * DISK_BYTES
         qemu.io(overlay, "write -P 1 0 512")
         write = partial(qemu.io, image_format="raw")
         assert is_locked_out(lambda path: write(path, "write 0 512"), base)
@@ -114,7 +114,7 @@ def test_raw_base_is_protected(tmp_path: Path) -> None:
 def test_raw_base_in_use_by_qemu_s_chain(tmp_path: Path) -> None:
     """A raw base that QEMU reads below an overlay can be a base of qedfuse too."""
     base = tmp_path / "base.raw"
-    base.write_bytes(bytes(SIZE))
+    base.write_bytes(bytes(DISK_BYTES))
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base, backing_format="raw")
     with qemu.hold(overlay), locked(base, LockMode.BASE):
         pass
@@ -160,7 +160,7 @@ def test_qemu_s_forced_reader_excludes_nothing(image: Path) -> None:
 @pytest.mark.parametrize("mode", LockMode)
 def test_qed_base_of_qemu_s_chain(tmp_path: Path, mode: LockMode) -> None:
     """A QED base below an overlay that QEMU has open can be read by qedfuse, but not written."""
-    base = qemu.create(tmp_path / "base.qed", SIZE)
+    base = qemu.create(tmp_path / "base.qed", DISK_BYTES)
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base)
     with qemu.hold(overlay):
         if mode is LockMode.WRITE:

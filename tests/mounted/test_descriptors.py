@@ -15,7 +15,7 @@ from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, is_mo
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE: Final = 4 << 20
+DISK_BYTES: Final = 4 << 20
 CLOSINGS: Final = [" ".join(words) for words in product(*(("", f"{n}>&-") for n in range(3)))]
 """Redirections of a shell that close some of the three standard descriptors."""
 
@@ -33,7 +33,7 @@ os.write(report, b"%d" % report)
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """Give an image whose first cluster is filled with 7."""
-    path = qemu.create(tmp_path / "vm.qed", SIZE)
+    path = qemu.create(tmp_path / "vm.qed", DISK_BYTES)
     qemu.io(path, "write -P 7 0 64k")
     return path
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MIB: Final = 1 << 20
-CLUSTER: Final = 65536
+CLUSTER_BYTES: Final = 65536
 PUNCH: Final = 3
 KEEP_SIZE: Final = 1
 ZERO_RANGE: Final = 16
@@ -88,7 +88,7 @@ def test_a_discarded_range_reads_as_zeros_and_takes_no_space(
         fallocate(file.fileno(), mode, MIB + 100, 2 * MIB)
         os.fsync(file.fileno())
         assert blocks(disk) == blocks(image)
-        assert before - blocks(image) >= 2 * MIB - 2 * CLUSTER
+        assert before - blocks(image) >= 2 * MIB - 2 * CLUSTER_BYTES
         file.seek(0)
         expected = bytes(MIB) + b"\xa5" * 100 + bytes(2 * MIB) + b"\xa5" * (MIB - 100)
         assert difference(file.read(4 * MIB), expected) is None
@@ -104,11 +104,11 @@ def test_a_discard_drops_cached_pages(disk: Path) -> None:
         fallocate(file.fileno(), PUNCH, 0, 2 * MIB)
         file.seek(0)
         assert not any(file.read(2 * MIB))
-        file.seek(CLUSTER)
+        file.seek(CLUSTER_BYTES)
         file.write(b"new")
         file.flush()
         os.fsync(file.fileno())
-        file.seek(CLUSTER)
+        file.seek(CLUSTER_BYTES)
         assert file.read(10) == b"new" + bytes(7)
 
 
@@ -246,17 +246,17 @@ def test_holes_along_a_chain(tmp_path: Path) -> None:
     with base.open("wb") as file:
         for at in (1, 5, 9):
             file.seek(at * MIB)
-            file.write(b"b" * CLUSTER)
+            file.write(b"b" * CLUSTER_BYTES)
         file.truncate(32 * MIB)
     overlay = qemu.create(tmp_path / "vm.qed", 40 * MIB, backing=base, backing_format="raw")
     with mounted(overlay, tmp_path / "mnt") as place:
         path = place / "vm.raw"
         with path.open("r+b") as file:
             file.seek(20 * MIB)
-            file.write(b"o" * CLUSTER)
-            fallocate(file.fileno(), PUNCH, 5 * MIB, CLUSTER)
+            file.write(b"o" * CLUSTER_BYTES)
+            fallocate(file.fileno(), PUNCH, 5 * MIB, CLUSTER_BYTES)
         starts = [at * MIB for at in (1, 9, 20)]
-        assert extents(path) == [(start, start + CLUSTER) for start in starts]
+        assert extents(path) == [(start, start + CLUSTER_BYTES) for start in starts]
         with path.open("rb") as file:
             assert os.lseek(file.fileno(), 2 * MIB, os.SEEK_HOLE) == 2 * MIB
             with pytest.raises(OSError) as caught:  # noqa: PT011
@@ -274,7 +274,7 @@ def test_copies_are_no_larger_than_the_data(disk: Path, tmp_path: Path) -> None:
     run("tar", "-C", copies[2].parent, "-xf", tmp_path / "vm.tar")
     assert blocks(tmp_path / "vm.tar") < 4 * MIB
     for copy in copies:
-        assert blocks(copy) <= 3 * MIB + CLUSTER, copy
+        assert blocks(copy) <= 3 * MIB + CLUSTER_BYTES, copy
         run("cmp", disk, copy)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DISK_BYTES: Final = 6 << 20
-CLUSTER: Final = 4096
+CLUSTER_BYTES: Final = 4096
 BLOCK: Final = 4096
 WRITERS: Final = 3
 ROUNDS: Final = 20
@@ -129,7 +129,7 @@ class Countdown:
 @pytest.mark.timeout(300)
 def test_repeated_kills_lose_nothing_that_was_synced(tmp_path: Path) -> None:
     """Synced data survives each kill, other data is old or new, and the file stays in bounds."""
-    image = qemu.create(tmp_path / "disk.qed", DISK_BYTES, cluster_size=CLUSTER, table_size=2)
+    image = qemu.create(tmp_path / "disk.qed", DISK_BYTES, cluster_size=CLUSTER_BYTES, table_size=2)
     header = parse_header(image.read_bytes()[:64], str(image))
     bound = header.geometry.bound(header.header_end, DISK_BYTES)
     content = bytes(DISK_BYTES)

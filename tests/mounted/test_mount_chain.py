@@ -16,7 +16,7 @@ from tests.support.mounted import clean_up, front, mounted, qedfuse, refused
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE = 1 << 20
+DISK_BYTES = 1 << 20
 
 
 @pytest.fixture
@@ -24,14 +24,16 @@ def images(tmp_path: Path) -> Path:
     """Give a directory with a chain of three, a second overlay, and an image without a base."""
     directory = tmp_path / "images"
     directory.mkdir()
-    qemu.create(directory / "zz-golden.qed", SIZE)
+    qemu.create(directory / "zz-golden.qed", DISK_BYTES)
     qemu.io(directory / "zz-golden.qed", "write -P 1 0 64k")
-    qemu.create(directory / "m-middle.qed", SIZE, backing="zz-golden.qed", backing_format="qed")
+    qemu.create(
+        directory / "m-middle.qed", DISK_BYTES, backing="zz-golden.qed", backing_format="qed"
+    )
     qemu.io(directory / "m-middle.qed", "write -P 2 64k 64k")
     # One sorts before its base, the other after it.
     for name in ("a-top.qed", "n-top.qed"):
-        qemu.create(directory / name, SIZE, backing="m-middle.qed", backing_format="qed")
-    qemu.create(directory / "single.qed", SIZE)
+        qemu.create(directory / name, DISK_BYTES, backing="m-middle.qed", backing_format="qed")
+    qemu.create(directory / "single.qed", DISK_BYTES)
     return directory
 
 
@@ -52,7 +54,7 @@ def test_bases_are_read_only_beside_their_overlays(images: Path, tmp_path: Path)
         ]
         for name in ("a-top", "n-top", "single"):
             with (mnt / f"{name}.raw").open("r+b") as disk:
-                disk.seek(SIZE // 2)
+                disk.seek(DISK_BYTES // 2)
                 disk.write(b"new" * 100)
         for name in ("zz-golden", "m-middle"):
             base = mnt / f"{name}.raw"
@@ -60,7 +62,7 @@ def test_bases_are_read_only_beside_their_overlays(images: Path, tmp_path: Path)
             with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
                 base.open("r+b")
             with pytest.raises(OSError):  # noqa: PT011  EROFS or EPERM
-                os.truncate(base, 2 * SIZE)
+                os.truncate(base, 2 * DISK_BYTES)
         data = (mnt / "n-top.raw").read_bytes()
         assert data[:131072] == b"\1" * 65536 + b"\2" * 65536
         assert (mnt / "m-middle.raw").read_bytes()[:131072] == data[:131072]

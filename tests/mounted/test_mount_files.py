@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SIZE = (8 << 20) + 512
+DISK_BYTES = (8 << 20) + 512
 """Not a whole number of pages: the last page of the kernel's cache is partial."""
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """Give an image whose first and last cluster are filled with 7."""
-    path = qemu.create(tmp_path / "vm.qed", SIZE)
-    qemu.io(path, "write -P 7 0 64k", f"write -P 7 {SIZE - 512} 512")
+    path = qemu.create(tmp_path / "vm.qed", DISK_BYTES)
+    qemu.io(path, "write -P 7 0 64k", f"write -P 7 {DISK_BYTES - 512} 512")
     return path
 
 
@@ -65,10 +65,10 @@ def fails(*numbers: int) -> Iterator[None]:
     assert caught.value.errno in numbers
 
 
-def settled_size(disk: Path) -> int:
+def corrected_size(disk: Path) -> int:
     """Return the size once the server has corrected it after a write past the end."""
     deadline = time.monotonic() + 10
-    while (size := disk.stat().st_size) != SIZE and time.monotonic() < deadline:
+    while (size := disk.stat().st_size) != DISK_BYTES and time.monotonic() < deadline:
         os.sched_yield()
     return size
 
@@ -76,7 +76,7 @@ def settled_size(disk: Path) -> int:
 def test_attributes_are_those_of_disk_and_image(disk: Path, image: Path) -> None:
     """st_size is the disk's; st_blocks, times and statvfs are those of the image file."""
     found, file = disk.stat(), image.stat()
-    assert found.st_size == SIZE
+    assert found.st_size == DISK_BYTES
     assert found.st_blocks == file.st_blocks
     assert found.st_mtime_ns == file.st_mtime_ns
     assert stat.S_IMODE(found.st_mode) == 0o600
@@ -88,7 +88,7 @@ def test_bytes_around_a_small_write_stay(disk: Path, image: Path) -> None:
     """A write of ten bytes changes ten bytes, in the disk and in the image."""
     with opened(disk, os.O_WRONLY) as fd:
         os.write(fd, b"A" * 10)
-    assert disk.stat().st_size == SIZE
+    assert disk.stat().st_size == DISK_BYTES
     expected = b"A" * 10 + b"\7" * 8182
     assert disk.read_bytes()[:8192] == expected
     with opened(disk, os.O_RDONLY) as fd:
@@ -98,43 +98,43 @@ def test_bytes_around_a_small_write_stay(disk: Path, image: Path) -> None:
 
 def test_truncate_is_refused(disk: Path) -> None:
     """A truncation fails with EPERM unless it is to the disk's own size."""
-    os.truncate(disk, SIZE)
-    for size in (100, SIZE - 512, SIZE + 512):
+    os.truncate(disk, DISK_BYTES)
+    for size in (100, DISK_BYTES - 512, DISK_BYTES + 512):
         with fails(errno.EPERM):
             os.truncate(disk, size)
-    assert disk.stat().st_size == SIZE
+    assert disk.stat().st_size == DISK_BYTES
 
 
 def test_reads_are_short_at_the_end(disk: Path) -> None:
     """Reads end at the end of the disk."""
     with opened(disk, os.O_RDONLY) as fd:
-        assert os.pread(fd, 4096, SIZE - 512) == b"\7" * 512
-        assert os.pread(fd, 4096, SIZE) == b""
-        assert os.pread(fd, 4096, SIZE + (1 << 30)) == b""
+        assert os.pread(fd, 4096, DISK_BYTES - 512) == b"\7" * 512
+        assert os.pread(fd, 4096, DISK_BYTES) == b""
+        assert os.pread(fd, 4096, DISK_BYTES + (1 << 30)) == b""
 
 
 @pytest.mark.parametrize("disk", ["file", "direct_io"], indirect=True)
 def test_writes_are_short_at_the_end_and_fail_past_it(disk: Path) -> None:
     """Without the write-back cache a write is short at the end and fails with ENOSPC past it."""
     with opened(disk) as fd:
-        assert os.pwrite(fd, b"x" * 4096, SIZE - 100) == 100
+        assert os.pwrite(fd, b"x" * 4096, DISK_BYTES - 100) == 100
         with fails(errno.ENOSPC):
-            os.pwrite(fd, b"x", SIZE)
-    assert disk.stat().st_size == SIZE
+            os.pwrite(fd, b"x", DISK_BYTES)
+    assert disk.stat().st_size == DISK_BYTES
 
 
 @pytest.mark.parametrize("disk", ["directory"], indirect=True)
 def test_cached_writes_past_the_end_fail_at_fsync_or_close(disk: Path) -> None:
     """With the write-back cache fsync or close reports ENOSPC, and the size is corrected."""
     with opened(disk) as fd:
-        os.pwrite(fd, b"x" * 4096, SIZE - 100)
+        os.pwrite(fd, b"x" * 4096, DISK_BYTES - 100)
         with fails(errno.ENOSPC):
             os.fsync(fd)
     fd = os.open(disk, os.O_RDWR)
-    os.pwrite(fd, b"x" * 4096, SIZE + (1 << 20))
+    os.pwrite(fd, b"x" * 4096, DISK_BYTES + (1 << 20))
     with fails(errno.ENOSPC):
         os.close(fd)
-    assert settled_size(disk) == SIZE
+    assert corrected_size(disk) == DISK_BYTES
     assert disk.read_bytes()[-200:] == b"\7" * 100 + b"x" * 100
 
 
@@ -142,25 +142,25 @@ def test_cached_writes_past_the_end_fail_at_fsync_or_close(disk: Path) -> None:
 def test_a_reader_does_not_consume_the_writers_error(disk: Path) -> None:
     """The writer's fsync gets ENOSPC although a reader's close sent the write past the end."""
     with opened(disk) as fd:
-        os.pwrite(fd, b"x" * 4096, SIZE - 100)
+        os.pwrite(fd, b"x" * 4096, DISK_BYTES - 100)
         os.close(os.open(disk, os.O_RDONLY))
         with fails(errno.ENOSPC):
             os.fsync(fd)
-    assert settled_size(disk) == SIZE
+    assert corrected_size(disk) == DISK_BYTES
 
 
 def test_a_disk_cannot_be_overfilled(disk: Path, tmp_path: Path) -> None:
     """Writing more than fits fails with ENOSPC, and all that fits is there."""
     source = tmp_path / "source"
-    source.write_bytes(os.urandom(SIZE + 3 * 65536))
+    source.write_bytes(os.urandom(DISK_BYTES + 3 * 65536))
     done = subprocess.run(
         ["dd", f"if={source}", f"of={disk}", "bs=64k", "conv=notrunc"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert os.strerror(errno.ENOSPC) in done.stderr
-    assert settled_size(disk) == SIZE
-    assert disk.read_bytes() == source.read_bytes()[:SIZE]
+    assert corrected_size(disk) == DISK_BYTES
+    assert disk.read_bytes() == source.read_bytes()[:DISK_BYTES]
 
 
 def test_unaligned_io(disk: Path) -> None:
@@ -180,7 +180,7 @@ def test_direct_io(disk: Path) -> None:
         page[:] = b"d" * 4096
         assert os.pwritev(fd, [page], 4096) == 4096
         with fails(errno.ENOSPC):
-            os.pwritev(fd, [page], (SIZE + 4095) // 4096 * 4096)
+            os.pwritev(fd, [page], (DISK_BYTES + 4095) // 4096 * 4096)
     assert disk.read_bytes()[4000:8200] == b"\7" * 96 + b"d" * 4096 + b"\7" * 8
 
 
@@ -242,18 +242,18 @@ def test_growable(image: Path, tmp_path: Path) -> None:
     """With growable, truncation and writes past the end enlarge the disk; it never shrinks."""
     with mounted(image, tmp_path / "mnt", "-o", "growable") as directory:
         disk = directory / "vm.raw"
-        os.truncate(disk, SIZE * 2)
-        assert disk.stat().st_size == SIZE * 2
+        os.truncate(disk, DISK_BYTES * 2)
+        assert disk.stat().st_size == DISK_BYTES * 2
         with fails(errno.EPERM):
-            os.truncate(disk, SIZE)
+            os.truncate(disk, DISK_BYTES)
         with opened(disk) as fd:
-            assert os.pwrite(fd, b"n" * 70000, SIZE * 3) == 70000
+            assert os.pwrite(fd, b"n" * 70000, DISK_BYTES * 3) == 70000
             os.fsync(fd)
-        assert disk.stat().st_size >= SIZE * 3 + 70000
-    assert qemu.info(image)["virtual-size"] == -(-(SIZE * 3 + 70000) // 512) * 512
+        assert disk.stat().st_size >= DISK_BYTES * 3 + 70000
+    assert qemu.info(image)["virtual-size"] == -(-(DISK_BYTES * 3 + 70000) // 512) * 512
     content = qemu.content(image)
-    assert content[SIZE * 3 : SIZE * 3 + 70000] == b"n" * 70000
-    assert not any(content[SIZE : SIZE * 3])
+    assert content[DISK_BYTES * 3 : DISK_BYTES * 3 + 70000] == b"n" * 70000
+    assert not any(content[DISK_BYTES : DISK_BYTES * 3])
     assert qemu.check(image).code == 0
 
 
@@ -277,7 +277,7 @@ def test_owner_and_mode_follow_the_options(image: Path, tmp_path: Path) -> None:
 )
 def test_a_synchronous_write_is_durable(options: str, flags: int, tmp_path: Path) -> None:
     """A write with O_DSYNC, O_SYNC or the option sync survives a kill once it has returned."""
-    image = qemu.create(tmp_path / "vm.qed", SIZE)
+    image = qemu.create(tmp_path / "vm.qed", DISK_BYTES)
     with (
         front(image, "-o", f"commit=3600,{options}", tmp_path / "mnt") as mount,
         mmap.mmap(-1, 4096) as page,

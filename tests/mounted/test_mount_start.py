@@ -40,13 +40,13 @@ from tests.support.mounted import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SIZE = 4 << 20
+DISK_BYTES = 4 << 20
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """Give an image whose first cluster is filled with 7."""
-    path = qemu.create(tmp_path / "vm.qed", SIZE)
+    path = qemu.create(tmp_path / "vm.qed", DISK_BYTES)
     qemu.io(path, "write -P 7 0 64k")
     return path
 
@@ -117,7 +117,7 @@ def test_relative_paths_begin_at_the_working_directory(image: Path, mnt: Path) -
 
 def test_the_mount_table_shows_source_and_type(tmp_path: Path, mnt: Path) -> None:
     """The mount table shows source and type, also for names with commas, blanks and backslashes."""
-    odd = qemu.create(tmp_path / "a,b c\\d.qed", SIZE)
+    odd = qemu.create(tmp_path / "a,b c\\d.qed", DISK_BYTES)
     with mounted(odd, mnt) as directory:
         words = ("findmnt", "-no", "SOURCE,FSTYPE,OPTIONS", "-r", str(directory))
         found = qemu.run(*words).stdout.encode().decode("unicode_escape").strip()
@@ -128,7 +128,7 @@ def test_the_mount_table_shows_source_and_type(tmp_path: Path, mnt: Path) -> Non
 def test_names_that_are_not_utf8(tmp_path: Path, mnt: Path) -> None:
     """An image whose name is not UTF-8 is shown under the same bytes."""
     name = os.fsdecode(b"\xff\xfe.qed")
-    image = qemu.create(tmp_path / "x.qed", SIZE).rename(tmp_path / name)
+    image = qemu.create(tmp_path / "x.qed", DISK_BYTES).rename(tmp_path / name)
     with mounted(image, mnt) as directory:
         assert [os.fsencode(path.name) for path in directory.iterdir()] == [b"\xff\xfe.raw"]
 
@@ -163,7 +163,7 @@ def test_read_ahead(image: Path, mnt: Path, option: str, found: int) -> None:
     """The kernel reads ahead as far as the option says by the time the command returns."""
     with mounted(image, mnt, "-o", option) as directory:
         assert read_ahead(directory) == found
-        assert (directory / "vm.raw").read_bytes() == b"\7" * 65536 + bytes(SIZE - 65536)
+        assert (directory / "vm.raw").read_bytes() == b"\7" * 65536 + bytes(DISK_BYTES - 65536)
 
 
 def read_ahead(mountpoint: Path) -> int:
@@ -180,7 +180,7 @@ ANY_NAME = "a b\u2028\u2029\x85\x0c\x0b\x1c\x1d\x1e\r\t\n\\134#, é" + os.fsdeco
 def test_any_name_can_be_a_mountpoint(image: Path, tmp_path: Path) -> None:
     """A mountpoint of any name is found again in the mount table."""
     with mounted(image, tmp_path / ANY_NAME) as directory:
-        assert (directory / "vm.raw").stat().st_size == SIZE
+        assert (directory / "vm.raw").stat().st_size == DISK_BYTES
         assert "in use" in refused(image, directory, code=18)
 
 
@@ -201,7 +201,7 @@ def test_refusals_before_the_mount_leave_no_trace(image: Path, mnt: Path, tmp_pa
     assert "cannot write the pid file" in refused(image, mnt, "--pidfile", "/proc/x/y", code=2)
     assert "taken by" in refused(image, image, mnt, code=18)
     (tmp_path / "file").touch()
-    other = qemu.create(tmp_path / "other.qed", SIZE)
+    other = qemu.create(tmp_path / "other.qed", DISK_BYTES)
     assert "expected a directory" in refused(image, other, tmp_path / "file", code=18)
     assert "found 2 images" in refused(image, other, mnt, "-o", "overlay=/x", code=1)
     assert not is_mounted(mnt)
@@ -282,7 +282,7 @@ def test_a_fifo_as_pid_file_without_a_reader_is_refused(
 
 def test_a_mountpoint_in_use_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:
     """A mountpoint in use is refused with the command that unmounts it."""
-    other = qemu.create(tmp_path / "other.qed", SIZE)
+    other = qemu.create(tmp_path / "other.qed", DISK_BYTES)
     with mounted(image, mnt):
         assert f"qedfuse umount {mnt}" in refused(other, mnt, code=18)
 
@@ -314,7 +314,7 @@ def test_two_images_and_a_directory_of_images(image: Path, mnt: Path, tmp_path: 
     images = tmp_path / "images"
     images.mkdir()
     for name in ("a.qed", "b.img"):
-        qemu.create(images / name, SIZE)
+        qemu.create(images / name, DISK_BYTES)
     done = qedfuse(image, images, mnt)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(names(mnt)) == ["a.raw", "b.img.raw", "vm.raw"]
@@ -323,7 +323,7 @@ def test_two_images_and_a_directory_of_images(image: Path, mnt: Path, tmp_path: 
     assert qedfuse("umount", mnt).returncode == 0
     assert qemu.content(images / "b.img")[12340:12350] == b"\0" * 5 + b"bbbb" + b"\0"
     assert qemu.content(images / "a.qed")[12345:12349] == b"aaaa"
-    assert qemu.content(image) == b"\7" * 65536 + bytes(SIZE - 65536)
+    assert qemu.content(image) == b"\7" * 65536 + bytes(DISK_BYTES - 65536)
 
 
 def test_snapshot_drops_all_writes(image: Path, mnt: Path, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_overlay_takes_all_writes(image: Path, mnt: Path, tmp_path: Path) -> Non
 
 def test_an_overlay_of_another_source_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:
     """An overlay of another source is refused with a line that names both."""
-    other = qemu.create(tmp_path / "other.qed", SIZE)
+    other = qemu.create(tmp_path / "other.qed", DISK_BYTES)
     overlay = qemu.create(tmp_path / "top.qed", backing=other)
     line = refused(image, mnt, "-o", f"overlay={overlay}", code=1)
     assert str(other) in line
@@ -476,7 +476,7 @@ def user_directory() -> Iterator[Path]:
     # Not in the directory of the test, which the user may not search.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         path = Path(name)
-        qemu.create(path / "vm.qed", SIZE)
+        qemu.create(path / "vm.qed", DISK_BYTES)
         (path / "mnt").mkdir()
         for entry in (path, path / "vm.qed", path / "mnt"):
             os.chown(entry, USER_ID, USER_ID)

@@ -18,7 +18,7 @@ from tests.support import qemu
 from tests.support.mounted import COMMAND, TREE
 from tests.support.sandbox import run_in_sandbox
 
-SIZE: Final = 16 << 20
+DISK_BYTES: Final = 16 << 20
 
 PROGRAM: Final = r"""
 import ctypes, errno, mmap, os, select, signal, socket, stat, subprocess, sys
@@ -163,7 +163,7 @@ def test_a_mount_may_cover_files_that_its_server_uses(
     """A mount over its image's directory, the interpreter or its records never waits for itself."""
     directory = tmp_path / "images" / "d"
     directory.mkdir(parents=True)
-    image = qemu.create(directory / "vm.qed", SIZE)
+    image = qemu.create(directory / "vm.qed", DISK_BYTES)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     mountpoint = (directory / covered).resolve()
@@ -197,7 +197,7 @@ USER: Final = """
 
 def test_an_ordinary_user_may_cover_files_that_the_server_uses(tmp_path: Path) -> None:
     """A user's mount over its own image, with fusermount3, never waits for itself."""
-    image = qemu.create(tmp_path / "vm.qed", SIZE)
+    image = qemu.create(tmp_path / "vm.qed", DISK_BYTES)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     program.chmod(0o644)

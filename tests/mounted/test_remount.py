@@ -16,13 +16,13 @@ from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE = 1 << 20
+DISK_BYTES = 1 << 20
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """Give an empty image."""
-    return qemu.create(tmp_path / "vm.qed", SIZE)
+    return qemu.create(tmp_path / "vm.qed", DISK_BYTES)
 
 
 def test_a_disk_becomes_read_only_and_writable_again(image: Path, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-SIZE: Final = (4 << 20) + 512
-PAGE: Final = 4096
+DISK_BYTES: Final = (4 << 20) + 512
+PAGE_BYTES: Final = 4096
 OLD: Final = b"\xff"
 
 MOUNTS: Final = {
@@ -64,8 +64,8 @@ COMMANDS: Final = {
 @contextmanager
 def mount_full(directory: Path, way: str, *options: str) -> Iterator[Path]:
     """Mount an image full of old bytes; give the disk; the image is sound afterwards."""
-    image = qemu.create(directory / "vm.qed", SIZE)
-    qemu.io(image, f"write -P 0xff 0 {SIZE}")
+    image = qemu.create(directory / "vm.qed", DISK_BYTES)
+    qemu.io(image, f"write -P 0xff 0 {DISK_BYTES}")
     place = directory / "mnt"
     words = ",".join((*MOUNTS[way], *options))
     if "file" in way:
@@ -79,8 +79,8 @@ def make_backup(directory: Path) -> Path:
     """Make a raw backup with some data, also in its last sector, and many zeros."""
     source = directory / "backup.raw"
     with source.open("wb") as file:
-        file.truncate(SIZE)
-        for start, length in ((0, 1), (70_000, 5_000), (2 << 20, 1 << 20), (SIZE - 512, 512)):
+        file.truncate(DISK_BYTES)
+        for start, length in ((0, 1), (70_000, 5_000), (2 << 20, 1 << 20), (DISK_BYTES - 512, 512)):
             file.seek(start)
             file.write(random.Random(start).randbytes(length))
     return source
@@ -96,7 +96,7 @@ def read_direct(disk: Path) -> bytes:
     """Read a disk with O_DIRECT, past the kernel's cache."""
     fd = os.open(disk, os.O_RDONLY | os.O_DIRECT)
     try:
-        with mmap.mmap(-1, SIZE + PAGE) as buffer:
+        with mmap.mmap(-1, DISK_BYTES + PAGE_BYTES) as buffer:
             return buffer[: os.preadv(fd, [buffer], 0)]
     finally:
         os.close(fd)
@@ -119,8 +119,8 @@ def test_truncation_is_refused_by_default(way: str, tmp_path: Path) -> None:
                 truncate(disk, fd)
             assert caught.value.errno == errno.EPERM
         os.close(fd)
-        expected = OLD * 100 + b"new" + OLD * (SIZE - 103)
-        assert disk.stat().st_size == SIZE
+        expected = OLD * 100 + b"new" + OLD * (DISK_BYTES - 103)
+        assert disk.stat().st_size == DISK_BYTES
         assert disk.read_bytes() == expected
         assert read_direct(disk) == expected
 
@@ -132,14 +132,14 @@ def test_programs_fail_by_default(tmp_path: Path) -> None:
         for command in COMMANDS.values():
             assert run(command, backup, disk) != 0, command
         assert run('truncate -s 0 "$2"', backup, disk) != 0
-        assert disk.read_bytes() == OLD * SIZE
+        assert disk.read_bytes() == OLD * DISK_BYTES
         assert run('dd if="$1" of="$2" bs=64k conv=notrunc status=none', backup, disk) == 0
         assert disk.read_bytes() == backup.read_bytes()
 
 
 def test_a_refused_truncation_is_logged_once_for_each_disk(tmp_path: Path) -> None:
     """The first refusal of each disk logs a line with three alternatives."""
-    images = [qemu.create(tmp_path / name, SIZE) for name in ("a.qed", "b.qed")]
+    images = [qemu.create(tmp_path / name, DISK_BYTES) for name in ("a.qed", "b.qed")]
     with front(*images, tmp_path / "mnt") as mount:
         for name in ("a.raw", "b.raw"):
             for _ in range(3):
@@ -164,28 +164,28 @@ def test_programs_restore_a_disk(way: str, tmp_path: Path) -> None:
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         for name, command in COMMANDS.items():
             with disk.open("r+b") as file:
-                file.write(OLD * SIZE)
-            assert disk.read_bytes() == OLD * SIZE
+                file.write(OLD * DISK_BYTES)
+            assert disk.read_bytes() == OLD * DISK_BYTES
             assert run(command, backup, disk) == 0, name
-            assert disk.stat().st_size == SIZE
+            assert disk.stat().st_size == DISK_BYTES
             assert read_direct(disk) == expected, name
         assert disk.read_bytes() == expected
         for command in (': >"$2"', 'truncate -s 0 "$2"'):
             assert run(command, backup, disk) == 0
-            assert disk.read_bytes() == bytes(SIZE)
+            assert disk.read_bytes() == bytes(DISK_BYTES)
             assert run('cat "$1" 1<>"$2"', backup, disk) == 0
         assert run('echo short >"$2"', backup, disk) == 0
-        assert disk.read_bytes() == b"short\n" + bytes(SIZE - 6)
+        assert disk.read_bytes() == b"short\n" + bytes(DISK_BYTES - 6)
 
 
 def test_a_copy_from_one_disk_of_a_mount_to_another(tmp_path: Path) -> None:
     """A copy between two disks of a mount by cp, which leaves out holes, is exact."""
     images = tmp_path / "images"
     images.mkdir()
-    source = qemu.create(images / "source.qed", SIZE)
+    source = qemu.create(images / "source.qed", DISK_BYTES)
     qemu.io(source, "write -P 1 1M 64k")
-    target = qemu.create(images / "target.qed", SIZE)
-    qemu.io(target, f"write -P 0xff 0 {SIZE}")
+    target = qemu.create(images / "target.qed", DISK_BYTES)
+    qemu.io(target, f"write -P 0xff 0 {DISK_BYTES}")
     with mounted(images, tmp_path / "mnt", "-o", "truncate=zero") as place:
         subprocess.run(["cp", place / "source.raw", place / "target.raw"], check=True)
         assert (place / "target.raw").read_bytes() == (place / "source.raw").read_bytes()
@@ -195,23 +195,23 @@ def test_a_copy_from_one_disk_of_a_mount_to_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["cached", "direct_io", "file"])
 def test_a_truncated_disk_shows_no_old_data(way: str, tmp_path: Path) -> None:
     """Data that was cached or mapped before reads as zeros, and what is written then is kept."""
-    expected = bytes(3 * PAGE - 1) + b"new" + bytes(SIZE - 3 * PAGE - 2)
+    expected = bytes(3 * PAGE_BYTES - 1) + b"new" + bytes(DISK_BYTES - 3 * PAGE_BYTES - 2)
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
-        mapped = mmap.mmap(fd, SIZE, access=mmap.ACCESS_READ) if way != "direct_io" else None
+        mapped = mmap.mmap(fd, DISK_BYTES, access=mmap.ACCESS_READ) if way != "direct_io" else None
         for truncate in WAYS.values():
-            os.pwrite(fd, OLD * SIZE, 0)
+            os.pwrite(fd, OLD * DISK_BYTES, 0)
             os.pwrite(fd, b"not synced", 5000)
             cached = disk.read_bytes()
             assert cached[:16] == OLD * 16
             assert mapped is None or mapped[:] == cached
             truncate(disk, fd)
-            assert os.fstat(fd).st_size == disk.stat().st_size == SIZE
-            assert mapped is None or mapped[:] == bytes(SIZE)
-            assert os.lseek(fd, 0, os.SEEK_END) == SIZE
-            assert os.pread(fd, SIZE, 0) == bytes(SIZE)
-            assert read_direct(disk) == read_mapped(disk) == bytes(SIZE)
-            os.pwrite(fd, b"new", 3 * PAGE - 1)
+            assert os.fstat(fd).st_size == disk.stat().st_size == DISK_BYTES
+            assert mapped is None or mapped[:] == bytes(DISK_BYTES)
+            assert os.lseek(fd, 0, os.SEEK_END) == DISK_BYTES
+            assert os.pread(fd, DISK_BYTES, 0) == bytes(DISK_BYTES)
+            assert read_direct(disk) == read_mapped(disk) == bytes(DISK_BYTES)
+            os.pwrite(fd, b"new", 3 * PAGE_BYTES - 1)
             assert disk.read_bytes() == read_direct(disk) == expected
             assert mapped is None or mapped[:] == expected
         os.close(fd)
@@ -223,18 +223,20 @@ def test_a_truncated_disk_shows_no_old_data(way: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["cached", "file"])
 def test_dirty_pages_of_a_map_do_not_come_back(way: str, tmp_path: Path) -> None:
     """Dirty pages of a memory map are dropped by a truncation and never written after it."""
-    expected = bytes(PAGE) + b"\2" + bytes(SIZE - PAGE - 1)
+    expected = bytes(PAGE_BYTES) + b"\2" + bytes(DISK_BYTES - PAGE_BYTES - 1)
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
-        with mmap.mmap(fd, SIZE) as mapped:
+        with mmap.mmap(fd, DISK_BYTES) as mapped:
             for truncate in (WAYS["O_WRONLY"], WAYS["by handle"]):
-                for at in range(0, SIZE, PAGE):
+                for at in range(0, DISK_BYTES, PAGE_BYTES):
                     mapped[at] = 1
                 truncate(disk, fd)
-                assert disk.stat().st_size == os.fstat(fd).st_size == SIZE
-                assert disk.read_bytes() == read_direct(disk) == read_mapped(disk) == bytes(SIZE)
-                assert mapped[:] == bytes(SIZE)
-                mapped[PAGE] = 2
+                assert disk.stat().st_size == os.fstat(fd).st_size == DISK_BYTES
+                assert (
+                    disk.read_bytes() == read_direct(disk) == read_mapped(disk) == bytes(DISK_BYTES)
+                )
+                assert mapped[:] == bytes(DISK_BYTES)
+                mapped[PAGE_BYTES] = 2
                 mapped.flush()
                 os.fsync(fd)
                 assert disk.read_bytes() == read_direct(disk) == expected
@@ -248,12 +250,12 @@ def test_a_smaller_size_zeros_what_lies_past_it(way: str, tmp_path: Path) -> Non
     cut = (1 << 20) + 1000
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
-        with mmap.mmap(fd, SIZE) as mapped:
-            for at in (0, cut - 1, cut, SIZE - 1):
+        with mmap.mmap(fd, DISK_BYTES) as mapped:
+            for at in (0, cut - 1, cut, DISK_BYTES - 1):
                 mapped[at] = 1
             os.ftruncate(fd, cut)
-            assert disk.stat().st_size == os.fstat(fd).st_size == SIZE
-            expected = b"\1" + OLD * (cut - 2) + b"\1" + bytes(SIZE - cut)
+            assert disk.stat().st_size == os.fstat(fd).st_size == DISK_BYTES
+            expected = b"\1" + OLD * (cut - 2) + b"\1" + bytes(DISK_BYTES - cut)
             assert disk.read_bytes() == read_direct(disk) == expected
             assert mapped[:] == expected
         os.close(fd)
@@ -270,17 +272,17 @@ def test_a_smaller_backup_is_restored(way: str, tmp_path: Path) -> None:
     with mount_full(tmp_path, way, "truncate=zero") as disk:
         for name, command in COMMANDS.items():
             with disk.open("r+b") as file:
-                file.write(OLD * SIZE)
+                file.write(OLD * DISK_BYTES)
             assert run(command, backup, disk) == 0, name
-            assert disk.stat().st_size == SIZE
-            assert read_direct(disk) == backup.read_bytes() + bytes(SIZE - (2 << 20)), name
+            assert disk.stat().st_size == DISK_BYTES
+            assert read_direct(disk) == backup.read_bytes() + bytes(DISK_BYTES - (2 << 20)), name
 
 
 def test_the_size_is_restored_without_a_request(tmp_path: Path) -> None:
     """The server restores the size itself: accesses to a memory map do not ask for it."""
     with mount_full(tmp_path, "cached", "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
-        with mmap.mmap(fd, SIZE) as mapped:
+        with mmap.mmap(fd, DISK_BYTES) as mapped:
             mapped[0] = 1
             os.ftruncate(fd, 0)
             # The kernel's write into the map is checked like a load, but fails with an
@@ -293,14 +295,14 @@ def test_the_size_is_restored_without_a_request(tmp_path: Path) -> None:
                     break
                 os.sched_yield()
             os.close(source)
-            assert mapped[SIZE - 1] == 0
+            assert mapped[DISK_BYTES - 1] == 0
         os.close(fd)
 
 
 def test_a_truncation_that_fails_is_not_hidden_by_the_cache(tmp_path: Path) -> None:
     """A truncation that fails halfway is reported, and the part that was zeroed is visible."""
-    image = qemu.create(tmp_path / "vm.qed", SIZE, cluster_size=4096, table_size=2)
-    qemu.io(image, f"write -P 0xff 0 {SIZE}")
+    image = qemu.create(tmp_path / "vm.qed", DISK_BYTES, cluster_size=4096, table_size=2)
+    qemu.io(image, f"write -P 0xff 0 {DISK_BYTES}")
     with image.open("r+b") as file:
         file.seek(header_of(image.read_bytes()).l1_table_offset + 8)
         file.seek(int.from_bytes(file.read(8), "little"))
@@ -332,19 +334,19 @@ def test_a_truncation_that_fails_is_not_hidden_by_the_cache(tmp_path: Path) -> N
 def test_random_operations_match_a_model(mode: str, way: str, tmp_path: Path) -> None:
     """Random writes, stores, reads and truncations always match the model."""
     chance = random.Random(f"{mode} {way}")
-    model = bytearray(OLD * SIZE)
+    model = bytearray(OLD * DISK_BYTES)
     with mount_full(tmp_path, way, f"truncate={mode}") as disk:
         fd = os.open(disk, os.O_RDWR)
         for _ in range(60):
-            start = chance.randrange(SIZE - 20_000)
-            length = chance.choice([1, 512, PAGE, 20_000])
+            start = chance.randrange(DISK_BYTES - 20_000)
+            length = chance.choice([1, 512, PAGE_BYTES, 20_000])
             what = chance.choice(["write", "write", "store", "truncate", "resize", "read"])
             data = chance.randbytes(length)
             if what == "write":
                 assert os.pwrite(fd, data, start) == length
                 model[start : start + length] = data
             elif what == "store" and way != "direct_io":
-                with mmap.mmap(fd, SIZE) as pages:
+                with mmap.mmap(fd, DISK_BYTES) as pages:
                     pages[start : start + length] = data
                 model[start : start + length] = data
             elif what == "truncate":
@@ -381,4 +383,4 @@ def test_a_read_only_disk_refuses_truncation(tmp_path: Path) -> None:
                 with pytest.raises(OSError) as caught:  # noqa: PT011
                     truncate(disk, -1)
                 assert caught.value.errno == errno.EROFS
-        assert disk.read_bytes() == OLD * SIZE
+        assert disk.read_bytes() == OLD * DISK_BYTES

@@ -22,14 +22,14 @@ from tests.support.sandbox import run_in_sandbox
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE = 8 << 20
+DISK_BYTES = 8 << 20
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """Give an empty image of 8 MiB."""
-    return qemu.create(tmp_path / "vm.qed", SIZE)
+    return qemu.create(tmp_path / "vm.qed", DISK_BYTES)
 
 
 def put(disk: Path, data: bytes) -> None:

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
     from qedfuse.hostio.hostfile import Buffer
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Give an image with a bad entry."""
-    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)}, table_size=2)
+    content = build_image(
+        64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)}, table_size=2
+    )
     put_entry(content, l2_entry_offset(content, 2), 1 << 40)
     image = tmp_path / "image.qed"
     image.write_bytes(content)

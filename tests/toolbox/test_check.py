@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from qedfuse.hostio.hostfile import Buffer
 
-CLUSTER: Final = 4096
+CLUSTER_BYTES: Final = 4096
 QEMU_KEYS: Final = (
     "filename", "format", "check-errors", "total-clusters", "allocated-clusters",
     "fragmented-clusters", "corruptions", "leaks",
@@ -172,27 +172,27 @@ def test_the_fast_check_agrees_with_the_check(
     path = tmp_path / "image.qed"
     random_image(path, chance)
     assert fast_check(str(path)) is not None
-    quick = check(path, capsys=capsys)
+    fast = check(path, capsys=capsys)
     monkeypatch.setattr("qedfuse.check.fastcheck._sweep", None)
     assert fast_check(str(path)) is None
-    assert quick == check(path, capsys=capsys)
-    assert quick[0] == 0
+    assert fast == check(path, capsys=capsys)
+    assert fast[0] == 0
 
 
 @pytest.mark.parametrize("row", ["appended", "odd", "table-twice", "table-wild", "past-end"])
 def test_the_fast_check_leaves_doubtful_images_to_the_check(row: str, tmp_path: Path) -> None:
     """The fast check gives up at anything that is not certainly sound."""
     path = tmp_path / "image.qed"
-    content = build_image(40 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(9)})
+    content = build_image(40 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(9)})
     path.write_bytes(content)
     assert fast_check(str(path)) is not None
     table = header_in(content).l1_table_offset
     if row in ("appended", "odd"):
-        os.truncate(path, len(content) + (CLUSTER if row == "appended" else 1))
+        os.truncate(path, len(content) + (CLUSTER_BYTES if row == "appended" else 1))
     elif row == "table-twice":
         set_entry(path, table + 8, get_entry(content, table))
     elif row == "table-wild":
-        set_entry(path, table, (1 << 64) - CLUSTER)
+        set_entry(path, table, (1 << 64) - CLUSTER_BYTES)
     else:
         place = l2_entry_offset(content, 8)
         set_entry(path, place, 0)
@@ -205,17 +205,19 @@ def test_leaks_are_given_back_to_the_host(
 ) -> None:
     """After a repair of leaks the file is as short as possible, and nothing else has changed."""
     path = tmp_path / "image.qed"
-    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(20)}, table_size=2)
+    content = build_image(
+        64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(20)}, table_size=2
+    )
     for number in (3, 4, 11):
         put_entry(content, l2_entry_offset(content, number), 0)
     content[16] |= Feature.NEED_CHECK
-    path.write_bytes(content + b"x" * 7 * CLUSTER)
+    path.write_bytes(content + b"x" * 7 * CLUSTER_BYTES)
     before = guest_bytes(content)
     assert check(path, capsys=capsys)[0] == 3
     code, found = check(path, "-r", "leaks", capsys=capsys)
     assert (code, found["leaks-fixed"], found.get("leaks")) == (0, 10, None)
     after = path.read_bytes()
-    assert len(after) == found["repair"]["file-size"] == len(content) - 3 * CLUSTER
+    assert len(after) == found["repair"]["file-size"] == len(content) - 3 * CLUSTER_BYTES
     assert guest_bytes(after) == before
     assert not header_in(after).need_check
     assert qemu.check(path).code == 0
@@ -224,7 +226,7 @@ def test_leaks_are_given_back_to_the_host(
 def test_leaks_of_a_damaged_image_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Leaks of a damaged image are kept: a bad entry may have been meant for one of them."""
     path = tmp_path / "image.qed"
-    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)})
+    content = build_image(64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)})
     put_entry(content, l2_entry_offset(content, 2), 1 << 40)
     path.write_bytes(content)
     code, found = check(path, "-r", "leaks", capsys=capsys)
@@ -239,17 +241,25 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
 ) -> None:
     """A repair prints the lost ranges and the backup, which holds the old bytes of the tables."""
     path = tmp_path / "image.qed"
-    content = build_image(64 * CLUSTER, {n: pattern(CLUSTER, n) for n in range(5)}, table_size=2)
+    content = build_image(
+        64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)}, table_size=2
+    )
     place = l2_entry_offset(content, 2)
     put_entry(content, place, 1 << 40)
     put_entry(content, place + 8, get_entry(content, place + 16))
     path.write_bytes(content)
     assert main(["check", "-r", "all", "--dry-run", str(path)]) == 2
-    assert f"would be lost: {CLUSTER} bytes of the disk at {2 * CLUSTER}" in capsys.readouterr().out
+    assert (
+        f"would be lost: {CLUSTER_BYTES} bytes of the disk at {2 * CLUSTER_BYTES}"
+        in capsys.readouterr().out
+    )
     assert os.listdir(tmp_path) == ["image.qed"]  # noqa: PTH208  names
     assert main(["check", "-r", "all", str(path)]) == 3
     said = capsys.readouterr().out
-    assert f"\nlost: {CLUSTER} bytes of the disk at {2 * CLUSTER} (l2-out-of-file)\n" in said
+    assert (
+        f"\nlost: {CLUSTER_BYTES} bytes of the disk at {2 * CLUSTER_BYTES} (l2-out-of-file)\n"
+        in said
+    )
     assert "repaired: 1 entries cleared, 1 clusters copied" in said
     backup = tmp_path / "image.qed.before-repair"
     assert f"backup of the tables: {backup}\n" in said
@@ -258,8 +268,8 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
         assert content[int(offset) :].startswith(bytes.fromhex(old))
     disk = guest_bytes(path.read_bytes())
     for number in (0, 1, 3, 4):
-        part = disk[number * CLUSTER : (number + 1) * CLUSTER]
-        assert part == pattern(CLUSTER, 4 if number == 3 else number)
+        part = disk[number * CLUSTER_BYTES : (number + 1) * CLUSTER_BYTES]
+        assert part == pattern(CLUSTER_BYTES, 4 if number == 3 else number)
     assert main(["check", "-q", str(path)]) == 3
     assert capsys.readouterr().out == ""
 
@@ -300,17 +310,17 @@ def test_a_repair_past_the_largest_file_is_refused(
 ) -> None:
     """If the repaired file would exceed the largest size, one line says so and nothing changes."""
     path = tmp_path / "image.qed"
-    content = build_image(64 * CLUSTER, {0: b"a", 1: b"b"}, table_size=16)
+    content = build_image(64 * CLUSTER_BYTES, {0: b"a", 1: b"b"}, table_size=16)
     length = len(content)
     put_entry(content, header_in(content).l1_table_offset, length)
     path.write_bytes(content + bytes(100))
     before = digest(path)
-    monkeypatch.setattr("qedfuse.check.rewrite.MAX_OFFSET", length + CLUSTER)
+    monkeypatch.setattr("qedfuse.check.rewrite.MAX_OFFSET", length + CLUSTER_BYTES)
     for word in ("--force", "--dry-run"):
         assert main(["check", "-r", "all", word, str(path)]) == 1
         said = capsys.readouterr()
         assert (said.out, said.err.count("\n")) == ("", 1)
-        assert f"file size: found {length + 16 * CLUSTER}, expected at most" in said.err
+        assert f"file size: found {length + 16 * CLUSTER_BYTES}, expected at most" in said.err
     assert digest(path) == before
 
 
@@ -325,7 +335,7 @@ def test_an_interrupted_repair_is_no_worse(
     """A repair cancelled at any write loses nothing that was readable, and can be repeated."""
     path = tmp_path / "image.qed"
     numbers = [*range(12), 600]
-    content = build_image(2 << 21, {n: pattern(CLUSTER, n) for n in numbers})
+    content = build_image(2 << 21, {n: pattern(CLUSTER_BYTES, n) for n in numbers})
     l1 = header_in(content).l1_table_offset
     for number in (3, 5):
         value = get_entry(content, l2_entry_offset(content, 0))
@@ -333,7 +343,7 @@ def test_an_interrupted_repair_is_no_worse(
     put_entry(content, l2_entry_offset(content, 7), 1 << 45)
     put_entry(content, l1 + 16, get_entry(content, l1))
     path.write_bytes(content)
-    expected = {n: pattern(CLUSTER, 0 if n in (3, 5) else n) for n in numbers if n != 7}
+    expected = {n: pattern(CLUSTER_BYTES, 0 if n in (3, 5) else n) for n in numbers if n != 7}
     writes = 0
 
     async def interrupted() -> None:
@@ -353,7 +363,10 @@ def test_an_interrupted_repair_is_no_worse(
 
     def readable() -> bool:
         disk = guest_bytes(path.read_bytes())
-        return all(disk[n * CLUSTER : (n + 1) * CLUSTER] == part for n, part in expected.items())
+        return all(
+            disk[n * CLUSTER_BYTES : (n + 1) * CLUSTER_BYTES] == part
+            for n, part in expected.items()
+        )
 
     trio.run(interrupted)
     monkeypatch.undo()
@@ -441,7 +454,7 @@ def test_an_overlay_is_checked_without_its_base(
 ) -> None:
     """Neither a check nor a repair opens the backing file."""
     path = tmp_path / "image.qed"
-    content = build_image(64 * CLUSTER, {0: b"a", 1: 2}, table_size=2, backing=b"/dev/zero")
+    content = build_image(64 * CLUSTER_BYTES, {0: b"a", 1: 2}, table_size=2, backing=b"/dev/zero")
     path.write_bytes(content)
     code, found = check(path, "-r", "all", capsys=capsys)
     assert (code, found["corruptions-fixed"]) == (0, 1)

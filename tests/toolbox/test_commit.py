@@ -22,7 +22,7 @@ from tests.support.disks import build_image, get_entry, header_of, l2_entry_offs
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 
 
 def draw(directory: Path, chance: random.Random) -> tuple[Path, Path]:
@@ -99,7 +99,7 @@ def test_zeros_free_clusters_of_the_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Zero clusters free the base's clusters, or become zero clusters that hide its base."""
-    size, some = 64 * CLUSTER, dict.fromkeys(range(64), b"lowest")
+    size, some = 64 * CLUSTER_BYTES, dict.fromkeys(range(64), b"lowest")
     (tmp_path / "low.qed").write_bytes(build_image(size, some, table_size=2))
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
     base.write_bytes(
@@ -116,12 +116,14 @@ def test_zeros_free_clusters_of_the_base(
     before = content(top)
     assert main(["commit", str(top)]) == 0
     said = capsys.readouterr().out
-    assert f"{CLUSTER} bytes of data and {32 * CLUSTER} of zeros went into {base}" in said
+    assert (
+        f"{CLUSTER_BYTES} bytes of data and {32 * CLUSTER_BYTES} of zeros went into {base}" in said
+    )
     image = base.read_bytes()
     entries = [get_entry(image, l2_entry_offset(image, number)) for number in range(64)]
     assert entries[8:40] == [ZERO] * 32
     assert [number for number in range(64) if entries[number] > ZERO] == [*range(8), 50]
-    assert base.stat().st_blocks * 512 <= (1 + 2 + 2 + 9) * CLUSTER
+    assert base.stat().st_blocks * 512 <= (1 + 2 + 2 + 9) * CLUSTER_BYTES
     assert content(top) == content(base) == before
 
 
@@ -264,8 +266,10 @@ def test_a_base_outside_the_directory_needs_permission(
 def test_a_damaged_overlay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bad entry is reported, and the overlay keeps everything."""
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
-    qemu.create(base, 1 << 20, cluster_size=CLUSTER, table_size=2)
-    image = build_image(1 << 20, {0: b"x", 9: 3 * CLUSTER + 1}, table_size=2, backing=b"base.qed")
+    qemu.create(base, 1 << 20, cluster_size=CLUSTER_BYTES, table_size=2)
+    image = build_image(
+        1 << 20, {0: b"x", 9: 3 * CLUSTER_BYTES + 1}, table_size=2, backing=b"base.qed"
+    )
     top.write_bytes(image)
     assert main(["commit", str(top)]) == 13
     assert "unaligned" in capsys.readouterr().err

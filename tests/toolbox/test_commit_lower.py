@@ -22,7 +22,7 @@ from tests.support.disks import build_image
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 
 
 def below(directory: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def test_the_base_holds_what_the_top_shows(seed: int, tmp_path: Path) -> None:
 
 def make_chain(directory: Path) -> Path:
     """Make a chain of three images, each with its own clusters; give the top."""
-    size = 64 * CLUSTER
+    size = 64 * CLUSTER_BYTES
     (directory / "low.qed").write_bytes(
         build_image(size, dict.fromkeys(range(32), b"low"), table_size=2)
     )

@@ -30,7 +30,7 @@ def by_qemu(*words: object) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def ours(capsys: Captured, *words: object) -> tuple[int, str]:
+def by_qedimg(capsys: Captured, *words: object) -> tuple[int, str]:
     """Compare two disks; give the exit code and the output."""
     code = main(["compare", *map(str, words)])
     return code, capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_output_agrees_with_qemu(seed: int, tmp_path: Path, capsys: Captured) ->
         draw, suffix = chance.choice(((draw_image, "qed"), (draw_raw, "raw")))
         other = draw(tmp_path / f"other.{suffix}", chance)
     formats = ["-f", kind(one), "-F", kind(other)]
-    found = ours(capsys, *formats, one, other)
+    found = by_qedimg(capsys, *formats, one, other)
     expected = by_qemu(*formats, one, other)
     assert found[0] == expected[0]
     where = first_difference(bytes_of_one, content(other))
@@ -80,7 +80,7 @@ def test_output_agrees_with_qemu(seed: int, tmp_path: Path, capsys: Captured) ->
     main(["compare", "--output", "json", *formats, str(one), str(other)])
     answer = json.loads(capsys.readouterr().out)
     assert (answer["identical"], answer["offset"]) == (where is None, where)
-    assert ours(capsys, "-q", *formats, one, other) == (found[0], "")
+    assert by_qedimg(capsys, "-q", *formats, one, other) == (found[0], "")
 
 
 def test_strict(tmp_path: Path, capsys: Captured) -> None:
@@ -88,17 +88,17 @@ def test_strict(tmp_path: Path, capsys: Captured) -> None:
     one, other = tmp_path / "one.qed", tmp_path / "other.qed"
     one.write_bytes(build_image(1 << 20, {3: bytes(4096), 5: b"x"}))
     other.write_bytes(build_image(1 << 20, {5: b"x"}))
-    assert ours(capsys, one, other) == (0, "Images are identical.\n")
-    assert ours(capsys, "-s", one, one)[0] == 0
-    assert ours(capsys, "-s", one, other) == (
+    assert by_qedimg(capsys, one, other) == (0, "Images are identical.\n")
+    assert by_qedimg(capsys, "-s", one, one)[0] == 0
+    assert by_qedimg(capsys, "-s", one, other) == (
         1,
         "Strict mode: Offset 12288 block status mismatch!\n",
     )
     other.write_bytes(build_image(1 << 20, {3: b"y", 5: b"x"}))
-    assert ours(capsys, "-s", one, other) == (1, "Content mismatch at offset 12288!\n")
+    assert by_qedimg(capsys, "-s", one, other) == (1, "Content mismatch at offset 12288!\n")
     other.write_bytes(build_image(2 << 20, {3: bytes(4096), 5: b"x"}))
-    assert ours(capsys, "-s", one, other) == (1, "Strict mode: Image size mismatch!\n")
-    assert ours(capsys, one, other) == (
+    assert by_qedimg(capsys, "-s", one, other) == (1, "Strict mode: Image size mismatch!\n")
+    assert by_qedimg(capsys, one, other) == (
         0,
         "Warning: Image size mismatch!\nImages are identical.\n",
     )
@@ -109,9 +109,9 @@ def test_an_empty_overlay_equals_its_base(tmp_path: Path, capsys: Captured) -> N
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"
     base.write_bytes(build_image(1 << 20, {1: b"a", 5: 1, 9: b"q"}))
     top.write_bytes(build_image(1 << 20, {}, backing=b"base.qed"))
-    assert ours(capsys, "-s", base, top) == (0, "Images are identical.\n")
+    assert by_qedimg(capsys, "-s", base, top) == (0, "Images are identical.\n")
     top.write_bytes(build_image(1 << 20, {3: bytes(4096)}, backing=b"base.qed"))
-    code, said = ours(capsys, "-s", base, top)
+    code, said = by_qedimg(capsys, "-s", base, top)
     assert (code, said) == (1, "Strict mode: Offset 12288 block status mismatch!\n")
 
 
@@ -120,9 +120,9 @@ def test_the_first_difference_is_reported(tmp_path: Path, capsys: Captured) -> N
     one, other = tmp_path / "one.qed", tmp_path / "other.qed"
     one.write_bytes(build_image(1 << 20, {1: b"a", 9: b"q"}))
     other.write_bytes(build_image(1 << 20, {1: b"b", 2: bytes(9), 9: b"r"}))
-    assert ours(capsys, "-s", one, other) == (1, "Content mismatch at offset 4096!\n")
+    assert by_qedimg(capsys, "-s", one, other) == (1, "Content mismatch at offset 4096!\n")
     other.write_bytes(build_image(1 << 20, {1: b"a", 2: bytes(9), 9: b"r"}))
-    code, said = ours(capsys, "-s", one, other)
+    code, said = by_qedimg(capsys, "-s", one, other)
     assert (code, said) == (1, "Strict mode: Offset 8192 block status mismatch!\n")
 
 
@@ -132,12 +132,12 @@ def test_large_holes_cost_nothing(tmp_path: Path, capsys: Captured) -> None:
     for number, path in enumerate(paths):
         qemu.create(path, 64 << 40, cluster_size=1 << 20)
         qemu.io(path, f"write -P {5 + number} {(64 << 40) - 4096} 4096")
-    assert ours(capsys, paths[0], paths[0])[0] == 0
-    assert ours(capsys, *paths) == (1, f"Content mismatch at offset {(64 << 40) - 4096}!\n")
+    assert by_qedimg(capsys, paths[0], paths[0])[0] == 0
+    assert by_qedimg(capsys, *paths) == (1, f"Content mismatch at offset {(64 << 40) - 4096}!\n")
     largest = str(tmp_path / "largest.qed")
     wide = ["--cluster-size", "64M", "--table-size", "16"]
     assert main(["create", "-q", *wide, largest, str((1 << 63) - 512)]) == 0
-    assert ours(capsys, largest, largest) == (0, "Images are identical.\n")
+    assert by_qedimg(capsys, largest, largest) == (0, "Images are identical.\n")
 
 
 def test_mistakes(tmp_path: Path, capsys: Captured) -> None:

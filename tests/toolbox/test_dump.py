@@ -20,7 +20,7 @@ from tests.toolbox import memory
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 MIB = 1 << 20
 
 
@@ -99,13 +99,20 @@ def test_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each entry has its verdict, and consecutive entries of a kind are one range."""
     good = dict.fromkeys((0, 1, 2, 9), b"x")
-    odd = {4: ZERO, 5: ZERO, 6: 4096 * 3 + 5, 7: 1 << 50, 8: CLUSTER, 11: (1 << 50) + CLUSTER}
+    odd = {
+        4: ZERO,
+        5: ZERO,
+        6: 4096 * 3 + 5,
+        7: 1 << 50,
+        8: CLUSTER_BYTES,
+        11: (1 << 50) + CLUSTER_BYTES,
+    }
     image = build_image(4 * MIB, {**good, **odd}, header_size=2)
-    table = get_entry(image, 2 * CLUSTER)
+    table = get_entry(image, 2 * CLUSTER_BYTES)
     length = len(image)
-    put_entry(image, 2 * CLUSTER + 8, 4097)
-    put_entry(image, 2 * CLUSTER + 16, 1 << 62)
-    put_entry(image, 2 * CLUSTER + 24, 2 * CLUSTER)
+    put_entry(image, 2 * CLUSTER_BYTES + 8, 4097)
+    put_entry(image, 2 * CLUSTER_BYTES + 16, 1 << 62)
+    put_entry(image, 2 * CLUSTER_BYTES + 24, 2 * CLUSTER_BYTES)
     path = tmp_path / "disk.qed"
     path.write_bytes(image + bytes(100))
     put_entry(image, table + 8 * 12, length)
@@ -114,17 +121,17 @@ def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (0, 1, table, "ok"),
         (1, 1, 4097, "reserved"),
         (2, 1, 1 << 62, "past the end"),
-        (3, 1, 2 * CLUSTER, "over metadata"),
+        (3, 1, 2 * CLUSTER_BYTES, "over metadata"),
     ]
-    first = table + CLUSTER
+    first = table + CLUSTER_BYTES
     assert ranges(dump("l2", "0", path, capsys=capsys)[0]) == [
         (0, 3, first, "ok"),
         (4, 2, ZERO, "zeros"),
         (6, 1, 4096 * 3 + 5, "reserved"),
         (7, 1, 1 << 50, "past the end"),
-        (8, 1, CLUSTER, "over metadata"),
-        (9, 1, first + 3 * CLUSTER, "ok"),
-        (11, 1, (1 << 50) + CLUSTER, "past the end"),
+        (8, 1, CLUSTER_BYTES, "over metadata"),
+        (9, 1, first + 3 * CLUSTER_BYTES, "ok"),
+        (11, 1, (1 << 50) + CLUSTER_BYTES, "past the end"),
         (12, 1, length, "cut short"),
     ]
     assert main(["dump", "l2", "0", str(path)]) == 0

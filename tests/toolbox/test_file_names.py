@@ -25,7 +25,7 @@ from tests.support.mounted import mounted, qedfuse, refused
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZE = 1 << 20
+DISK_BYTES = 1 << 20
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sub").mkdir()
     for directory, number in ((tmp_path, 1), (tmp_path / "sub", 2)):
         for name in ("base.qed", "co:lon.qed"):
-            qemu.create(f"{directory}/{name}", SIZE)
+            qemu.create(f"{directory}/{name}", DISK_BYTES)
             qemu.io(f"{directory}/{name}", f"write -P {number} 0 64k")
-        (directory / "base.raw").write_bytes(bytes([number]) * SIZE)
+        (directory / "base.raw").write_bytes(bytes([number]) * DISK_BYTES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -103,7 +103,7 @@ def test_such_names_are_confined_like_any_other(
     """A path after the prefix that leaves the directory is refused."""
     for out in ("outside.raw", "out"):
         (place.parent / out).write_bytes(b"secret" * 1000)
-    qemu.create("top.qed", SIZE)
+    qemu.create("top.qed", DISK_BYTES)
     words = ["-u", "-F", "raw", "-b", name, "top.qed"]
     qemu.run("qemu-img", "rebase", "-f", "qed", *words)
     (place / "mnt").mkdir()
@@ -118,7 +118,7 @@ def test_a_mount_resolves_such_names_at_its_start(place: Path) -> None:
     """A mount resolves such names at the working directory in which it was started."""
     qemu.run("qemu-img", "create", "-q", "-f", "qed", "-b", "file:base.raw", "-F", "raw", "top.qed")
     with mounted("top.qed", place / "mnt") as directory:
-        assert (directory / "top.raw").read_bytes() == b"\1" * SIZE
+        assert (directory / "top.raw").read_bytes() == b"\1" * DISK_BYTES
     with mounted("top.qed", place / "mnt", "-o", "overlay=over.qed") as directory:
         (directory / "top.raw").open("r+b").close()
     done = qedfuse(place / "top.qed", place / "mnt", cwd="/")
@@ -147,18 +147,18 @@ def test_programs_choose_where_such_names_begin(
         result = trio.run(partial(commit, top, base="file:base.raw", options=options))
         assert result.base == str(base)
     elif command == "rebase":
-        qemu.create(place / "other.qed", SIZE)
+        qemu.create(place / "other.qed", DISK_BYTES)
         rebased = partial(rebase, top, "file:other.qed", backing_format="qed", options=options)
-        assert trio.run(rebased).copied_bytes == SIZE - (64 << 10)
+        assert trio.run(rebased).copied_bytes == DISK_BYTES - (64 << 10)
     elif command == "convert":
         work = partial(convert, top, new, base_layout, compare=True, options=options)
         assert trio.run(work).data_bytes == 64 << 10
     else:
         needs = trio.run(partial(measure, top, base_layout, image=new, options=options))
-        assert needs.required < SIZE
+        assert needs.required < DISK_BYTES
     assert other.read_bytes() == before
     if command.startswith("commit"):
-        assert base.read_bytes() == b"\7" * (64 << 10) + b"\1" * (SIZE - (64 << 10))
+        assert base.read_bytes() == b"\7" * (64 << 10) + b"\1" * (DISK_BYTES - (64 << 10))
 
 
 @pytest.mark.parametrize("unsafe", [False, True])

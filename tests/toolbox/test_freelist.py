@@ -15,13 +15,13 @@ from tests.support.freelists import listed, put_list
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Give an image with three free clusters."""
-    content = build_image(1 << 20, {n: pattern(CLUSTER, n) for n in range(6)}, table_size=2)
+    content = build_image(1 << 20, {n: pattern(CLUSTER_BYTES, n) for n in range(6)}, table_size=2)
     for number in (1, 2, 4):
         put_entry(content, l2_entry_offset(content, number), 0)
     path = tmp_path / "disk.qed"
@@ -43,7 +43,7 @@ def test_on_show_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["freelist", "show", "--output", "json", str(path)]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "filename": str(path), "format": "qed", "present": True, "valid": True, "runs": 2,
-        "free-clusters": 3, "free-bytes": 3 * CLUSTER, "list-clusters": 1,
+        "free-clusters": 3, "free-bytes": 3 * CLUSTER_BYTES, "list-clusters": 1,
     }  # fmt: skip
     assert main(["freelist", "off", "--output", "json", str(path)]) == 0
     said = capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_a_list_that_is_not_valid(path: Path, capsys: pytest.CaptureFixture[str]
     """An invalid list is shown as invalid, with the reason."""
     content = bytearray(path.read_bytes())
     put_list(content)
-    content.extend(bytes(CLUSTER))
+    content.extend(bytes(CLUSTER_BYTES))
     path.write_bytes(content)
     assert main(["freelist", "show", str(path)]) == 0
     assert "that is not valid: " in (said := capsys.readouterr().out)

@@ -20,7 +20,7 @@ from tests.support.disks import build_image, l2_entry_offset, put_entry
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 MIB = 1 << 20
 
 
@@ -165,9 +165,9 @@ def test_resolution_of_a_backing_name(
     """Dots and links are resolved, and a name that leaves the directory is recognized."""
     (tmp_path / "dir" / "sub").mkdir(parents=True)
     (tmp_path / "dir" / "link").symlink_to("..")
-    judged = resolve_name(name, str(tmp_path / "dir" / "top.qed"), raw_format=False)
+    resolved = resolve_name(name, str(tmp_path / "dir" / "top.qed"), raw_format=False)
     where = os.path.normpath(tmp_path / expected[0])
-    assert (judged.resolved, judged.escapes) == (where, expected[1])
+    assert (resolved.resolved, resolved.escapes) == (where, expected[1])
 
 
 def test_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_allocation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert value["format-specific"]["data"]["allocation"] == {
         "l2-tables": 3, "bad-tables": 0, "data-clusters": 3, "zero-clusters": 2,
     }  # fmt: skip
-    image[CLUSTER + 8 * 3 : CLUSTER + 8 * 4] = (1 << 40).to_bytes(8, "little")
+    image[CLUSTER_BYTES + 8 * 3 : CLUSTER_BYTES + 8 * 4] = (1 << 40).to_bytes(8, "little")
     path.write_bytes(image)
     value, _err = info("--allocation", path, capsys=capsys)
     assert value["format-specific"]["data"]["allocation"]["bad-tables"] == 1
@@ -281,7 +281,7 @@ def test_from_python(tmp_path: Path) -> None:
     path = tmp_path / "disk.qed"
     path.write_bytes(build_image(MIB, {0: b"x"}))
     found = tool.describe(str(path))
-    assert (found.format, found.virtual_size, found.file_size) == ("qed", MIB, 4 * CLUSTER)
+    assert (found.format, found.virtual_size, found.file_size) == ("qed", MIB, 4 * CLUSTER_BYTES)
     assert found.qed is not None
     assert found.qed.l2_tables == 1
     assert found.qed.mountable

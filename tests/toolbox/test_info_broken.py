@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 MIB = 1 << 20
 
 BROKEN: Final[Mapping[str, Mapping[str, int]]] = {
@@ -49,12 +49,12 @@ def test_a_bad_field_is_named(
     """A field that is wrong is reported as a problem, and all others are described."""
     path = tmp_path / "broken.qed"
     fields = {
-        "cluster_size": CLUSTER, "table_size": 2, "header_size": 1, "features": 0,
-        "compat_features": 0, "autoclear_features": 0, "l1_table_offset": CLUSTER,
+        "cluster_size": CLUSTER_BYTES, "table_size": 2, "header_size": 1, "features": 0,
+        "compat_features": 0, "autoclear_features": 0, "l1_table_offset": CLUSTER_BYTES,
         "image_size": MIB,
     }  # fmt: skip
     head = build_header(_header(**{**fields, **BROKEN[word]}))
-    path.write_bytes(head.ljust(3 * CLUSTER, b"\0"))
+    path.write_bytes(head.ljust(3 * CLUSTER_BYTES, b"\0"))
     value, err = info(path, capsys=capsys)
     assert err == ""
     assert problems(value) == [word]
@@ -69,7 +69,7 @@ def test_all_problems_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     """Of a header with many bad fields each is reported, not only the first."""
     path = tmp_path / "broken.qed"
     fields = {
-        "cluster_size": CLUSTER, "table_size": 2, "header_size": 77, "features": 1 << 20 | 1,
+        "cluster_size": CLUSTER_BYTES, "table_size": 2, "header_size": 77, "features": 1 << 20 | 1,
         "compat_features": 4, "autoclear_features": 8, "l1_table_offset": 5, "image_size": 7,
         "backing_filename_offset": 1, "backing_filename_size": 9999,
     }  # fmt: skip
@@ -99,7 +99,7 @@ def test_a_truncated_header(
     value, _err = info(path, capsys=capsys)
     assert problems(value) == ["truncated-header"]
     assert value["virtual-size"] == (MIB if length >= 56 else None)
-    assert value["cluster-size"] == (CLUSTER if length >= 8 else None)
+    assert value["cluster-size"] == (CLUSTER_BYTES if length >= 8 else None)
     assert "truncated header" in human(path, capsys=capsys)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qedfuse.check.findings import CheckReport
 
-CLUSTER: Final = 4096
+CLUSTER_BYTES: Final = 4096
 L1_CODES: Final = {
     Code.L1_RESERVED_BITS,
     Code.L1_UNALIGNED,
@@ -54,7 +54,7 @@ def is_safe(info: ImageInfo) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("table_size", "header_size", "tail"), [(1, 1, 0), (2, 1, 512), (2, 3, CLUSTER)]
+    ("table_size", "header_size", "tail"), [(1, 1, 0), (2, 1, 512), (2, 3, CLUSTER_BYTES)]
 )
 async def test_all_agree_on_l1_entries(
     tmp_path: Path, table_size: int, header_size: int, tail: int
@@ -62,9 +62,14 @@ async def test_all_agree_on_l1_entries(
     """The three agree about each offset in a small file, alone and with another entry."""
     path = tmp_path / "image.qed"
     image = build_image(1 << 20, table_size=table_size, header_size=header_size)
-    image.extend(bytes(8 * CLUSTER + tail))
-    offsets = [*range(CLUSTER, len(image) + 2 * CLUSTER, CLUSTER), 512, CLUSTER + 8, (1 << 64) - 1]
-    l1_table = header_size * CLUSTER
+    image.extend(bytes(8 * CLUSTER_BYTES + tail))
+    offsets = [
+        *range(CLUSTER_BYTES, len(image) + 2 * CLUSTER_BYTES, CLUSTER_BYTES),
+        512,
+        CLUSTER_BYTES + 8,
+        (1 << 64) - 1,
+    ]
+    l1_table = header_size * CLUSTER_BYTES
     verdicts = set()
     for first, second in itertools.product(offsets, (0, 0x9000, 0xA000)):
         put_entry(image, l1_table, first)

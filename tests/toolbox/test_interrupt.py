@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-CLUSTER: Final = 4096
+CLUSTER_BYTES: Final = 4096
 CLUSTERS: Final = 300
 MAX_MOMENTS: Final = 3
 """Interrupted runs of each command for each kind of moment, besides the first and last."""
@@ -93,12 +93,12 @@ def fill(path: Path, disk: bytearray, chance: random.Random, share: float) -> No
     """Write to some clusters of an image through QEMU, and to the model."""
     commands = []
     for cluster in chance.sample(range(CLUSTERS), int(CLUSTERS * share)):
-        start_at, value = cluster * CLUSTER, chance.randrange(256)
-        commands.append(f"write -P {value} {start_at} {CLUSTER}")
-        disk[start_at : start_at + CLUSTER] = bytes([value]) * CLUSTER
+        start_at, value = cluster * CLUSTER_BYTES, chance.randrange(256)
+        commands.append(f"write -P {value} {start_at} {CLUSTER_BYTES}")
+        disk[start_at : start_at + CLUSTER_BYTES] = bytes([value]) * CLUSTER_BYTES
     for cluster in chance.sample(range(CLUSTERS), 8):
-        commands.append(f"write -z {cluster * CLUSTER} {CLUSTER}")
-        disk[cluster * CLUSTER : (cluster + 1) * CLUSTER] = bytes(CLUSTER)
+        commands.append(f"write -z {cluster * CLUSTER_BYTES} {CLUSTER_BYTES}")
+        disk[cluster * CLUSTER_BYTES : (cluster + 1) * CLUSTER_BYTES] = bytes(CLUSTER_BYTES)
     qemu.io(path, *commands)
 
 
@@ -106,8 +106,8 @@ def create(path: Path, base: str = "") -> Path:
     """Create an image with small clusters, so that few bytes need many changes."""
     return qemu.create(
         path,
-        CLUSTERS * CLUSTER,
-        cluster_size=CLUSTER,
+        CLUSTERS * CLUSTER_BYTES,
+        cluster_size=CLUSTER_BYTES,
         table_size=2,
         backing=base or None,
     )
@@ -115,7 +115,7 @@ def create(path: Path, base: str = "") -> Path:
 
 def chain(directory: Path, chance: random.Random) -> bytes:
     """Make an overlay over a base, and another base of other content."""
-    disk = bytearray(CLUSTERS * CLUSTER)
+    disk = bytearray(CLUSTERS * CLUSTER_BYTES)
     fill(create(directory / "base.qed"), disk, chance, 0.6)
     fill(create(directory / "top.qed", "base.qed"), disk, chance, 0.4)
     fill(create(directory / "other.qed"), bytearray(disk), chance, 0.6)
@@ -124,13 +124,13 @@ def chain(directory: Path, chance: random.Random) -> bytes:
 
 def sparse(directory: Path, chance: random.Random) -> bytes:
     """Make an image with free clusters: half of those in the file."""
-    disk = bytearray(CLUSTERS * CLUSTER)
+    disk = bytearray(CLUSTERS * CLUSTER_BYTES)
     path = create(directory / "top.qed")
     fill(path, disk, chance, 0.9)
     image = bytearray(path.read_bytes())
     for number in chance.sample(range(CLUSTERS), CLUSTERS // 2):
         put_entry(image, l2_entry_offset(image, number), 0)
-        disk[number * CLUSTER : (number + 1) * CLUSTER] = bytes(CLUSTER)
+        disk[number * CLUSTER_BYTES : (number + 1) * CLUSTER_BYTES] = bytes(CLUSTER_BYTES)
     path.write_bytes(image)
     return bytes(disk)
 
@@ -138,7 +138,7 @@ def sparse(directory: Path, chance: random.Random) -> bytes:
 def zeros(directory: Path, _chance: random.Random) -> bytes:
     """Make an image of zeros."""
     create(directory / "top.qed")
-    return bytes(CLUSTERS * CLUSTER)
+    return bytes(CLUSTERS * CLUSTER_BYTES)
 
 
 def damaged(directory: Path, chance: random.Random) -> bytes:
@@ -170,7 +170,7 @@ CASES: Final = {
     ),
     "rebase-none": Case("rebase -b  top.qed", chain, "top.qed", images=("top.qed",)),
     "create": Case(
-        f"create --preallocate full new.qed {CLUSTERS * CLUSTER}", zeros, "top.qed", "new.qed"
+        f"create --preallocate full new.qed {CLUSTERS * CLUSTER_BYTES}", zeros, "top.qed", "new.qed"
     ),
     "check": Case("check -r all top.qed", damaged, "top.qed", keeps="top.qed.*"),
     "check-leaks": Case("check -r leaks top.qed", sparse, "top.qed", images=("top.qed",)),

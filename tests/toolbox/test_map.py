@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-CLUSTER = 4096
+CLUSTER_BYTES = 4096
 FORMS = ("human", "json")
 
 
@@ -165,13 +165,13 @@ def test_fragmented_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """Fragmented tables that are longer than one read are mapped like QEMU does."""
     chance = random.Random(5)
     count = 3 * 8192 + 77
-    header = Header(4096, 16, 1, 0, 0, 0, 4096, count * CLUSTER)
+    header = Header(4096, 16, 1, 0, 0, 0, 4096, count * CLUSTER_BYTES)
     geometry = header.geometry
     tables = header.geometry.l1_used(header.image_size)
     first = 4096 + geometry.table_bytes * (1 + tables)
     places = list(range(count))
     chance.shuffle(places)
-    values = [chance.choice([0, ZERO, first + place * CLUSTER]) for place in places]
+    values = [chance.choice([0, ZERO, first + place * CLUSTER_BYTES]) for place in places]
     path = tmp_path / "disk.qed"
     with path.open("wb") as file:
         file.write(build_header(header))
@@ -181,7 +181,7 @@ def test_fragmented_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             file.write(table.to_bytes(8, "little"))
         file.seek(4096 + geometry.table_bytes)
         file.write(b"".join(value.to_bytes(8, "little") for value in values))
-        file.truncate(first + count * CLUSTER)
+        file.truncate(first + count * CLUSTER_BYTES)
     for words in (("--output=json", path), (path,)):
         assert_same_lines(mapped(*words, capsys=capsys)[0], by_qemu(*words))
 
@@ -189,7 +189,8 @@ def test_fragmented_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def bad_image(path: Path) -> Path:
     """Make an image with data, entries that point out of the file, and data again."""
     image = build_image(
-        16 * CLUSTER, {2: b"x" * CLUSTER, 3: 1 << 40, 4: 12345, 5: ZERO, 6: b"x" * CLUSTER}
+        16 * CLUSTER_BYTES,
+        {2: b"x" * CLUSTER_BYTES, 3: 1 << 40, 4: 12345, 5: ZERO, 6: b"x" * CLUSTER_BYTES},
     )
     path.write_bytes(image)
     return path
@@ -202,13 +203,13 @@ def test_bad_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out, err = mapped("--output=json", path, capsys=capsys, code=13)
     entries: list[dict[str, Any]] = json.loads(out)
     unknown = [item for item in entries if item["present"] and not item["zero"] | item["data"]]
-    assert [item["start"] for item in unknown] == [3 * CLUSTER, 4 * CLUSTER]
-    assert sum(item["length"] for item in entries) == 16 * CLUSTER
+    assert [item["start"] for item in unknown] == [3 * CLUSTER_BYTES, 4 * CLUSTER_BYTES]
+    assert sum(item["length"] for item in entries) == 16 * CLUSTER_BYTES
     assert sum(item["data"] for item in entries) == 2
     assert "2 extents" in err
     assert err.count("\n") == 1
     assert len(mapped(path, capsys=capsys, code=13)[0].splitlines()) == 3
-    mapped("--max-length", str(3 * CLUSTER), path, capsys=capsys)
+    mapped("--max-length", str(3 * CLUSTER_BYTES), path, capsys=capsys)
 
 
 def damaged_image(path: Path, chance: random.Random) -> bool:
@@ -216,15 +217,24 @@ def damaged_image(path: Path, chance: random.Random) -> bool:
     chosen = [number for number in range(1500) if chance.random() < 1 / 3]
     clusters: dict[int, bytes | int] = dict.fromkeys(chosen, b"x")
     clusters |= {chance.randrange(1500): ZERO for _ in range(40)}
-    image = build_image(1500 * CLUSTER, clusters)
-    wrong = [7, 4097, CLUSTER, 3 * CLUSTER, len(image), 1 << 40, 1 << 63, (1 << 64) - CLUSTER]
+    image = build_image(1500 * CLUSTER_BYTES, clusters)
+    wrong = [
+        7,
+        4097,
+        CLUSTER_BYTES,
+        3 * CLUSTER_BYTES,
+        len(image),
+        1 << 40,
+        1 << 63,
+        (1 << 64) - CLUSTER_BYTES,
+    ]
     for _ in range(chance.randrange(4)):
         number = chance.choice(sorted(clusters))
         put_entry(image, l2_entry_offset(image, number), chance.choice(wrong))
     has_bad_table = not chance.randrange(3)
     if has_bad_table:
-        put_entry(image, CLUSTER + 8 * chance.randrange(3), chance.choice(wrong))
-    path.write_bytes(image[: len(image) - chance.choice([0, 0, CLUSTER, 20_000])])
+        put_entry(image, CLUSTER_BYTES + 8 * chance.randrange(3), chance.choice(wrong))
+    path.write_bytes(image[: len(image) - chance.choice([0, 0, CLUSTER_BYTES, 20_000])])
     return has_bad_table
 
 
@@ -252,8 +262,8 @@ async def _compare_with_disk(path: str, size: int, found: list[MapEntry]) -> Non
     """Compare a map with a disk's extents, by clusters; ``size`` is the file's length in bytes."""
     async with open_disk(path) as disk:
         for entry in found:
-            for start in range(entry.start, entry.start + entry.length, CLUSTER):
-                extent = (await disk.extents(start, CLUSTER))[0]
+            for start in range(entry.start, entry.start + entry.length, CLUSTER_BYTES):
+                extent = (await disk.extents(start, CLUSTER_BYTES))[0]
                 assert (extent.kind is Kind.BAD) == entry.bad
                 assert (extent.kind is Kind.DATA) == entry.data
                 if entry.data:
@@ -264,13 +274,17 @@ async def _compare_with_disk(path: str, size: int, found: list[MapEntry]) -> Non
 async def test_from_python(tmp_path: Path) -> None:
     """The function returns the same entries as data."""
     path = bad_image(tmp_path / "bad.qed")
-    found = await map_image(str(path), start=5 * CLUSTER, length=CLUSTER + 1)
+    found = await map_image(str(path), start=5 * CLUSTER_BYTES, length=CLUSTER_BYTES + 1)
     assert found == [
-        MapEntry(5 * CLUSTER, CLUSTER, 0, present=True, zero=True, data=False, offset=None),
-        MapEntry(6 * CLUSTER, 1, 0, present=True, zero=False, data=True, offset=found[1].offset),
+        MapEntry(
+            5 * CLUSTER_BYTES, CLUSTER_BYTES, 0, present=True, zero=True, data=False, offset=None
+        ),
+        MapEntry(
+            6 * CLUSTER_BYTES, 1, 0, present=True, zero=False, data=True, offset=found[1].offset
+        ),
     ]
     async with open_map(str(path)) as opened:
-        assert (opened.size, opened.files) == (16 * CLUSTER, [str(path)])
+        assert (opened.size, opened.files) == (16 * CLUSTER_BYTES, [str(path)])
 
 
 async def test_the_backing_policy_of_the_function(tmp_path: Path) -> None:

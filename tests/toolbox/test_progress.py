@@ -134,8 +134,8 @@ def on_terminal(run: str, *options: str) -> tuple[int, str, str]:
     os.close(slave)
     shown = bytearray()
     try:
-        while piece := os.read(master, 65536):
-            shown += piece
+        while data := os.read(master, 65536):
+            shown += data
     except OSError:  # the end of a terminal
         pass
     os.close(master)

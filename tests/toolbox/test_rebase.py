@@ -21,7 +21,7 @@ from tests.support.disks import build_image, get_entry, header_of, l2_entry_offs
 if TYPE_CHECKING:
     from pathlib import Path
 
-CLUSTER: Final = 4096
+CLUSTER_BYTES: Final = 4096
 
 
 def files(directory: Path, *without: Path) -> dict[str, bytes]:
@@ -75,14 +75,16 @@ def test_ranges_that_both_bases_share_are_not_copied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A base with equal content costs no cluster; zeros cost at most a table."""
-    data = pattern(32 * CLUSTER, 3)
-    base = {number: data[number * CLUSTER :][:CLUSTER] for number in range(32)}
+    data = pattern(32 * CLUSTER_BYTES, 3)
+    base = {number: data[number * CLUSTER_BYTES :][:CLUSTER_BYTES] for number in range(32)}
     (tmp_path / "one.qed").write_bytes(build_image(1 << 20, base, table_size=2))
     (tmp_path / "two.qed").write_bytes(
-        build_image(1 << 20, {**base, 40: b"only here"}, cluster_size=2 * CLUSTER, table_size=2)
+        build_image(
+            1 << 20, {**base, 40: b"only here"}, cluster_size=2 * CLUSTER_BYTES, table_size=2
+        )
     )
     top = tmp_path / "top.qed"
-    qemu.create(top, 1 << 20, cluster_size=CLUSTER, table_size=2, backing="one.qed")
+    qemu.create(top, 1 << 20, cluster_size=CLUSTER_BYTES, table_size=2, backing="one.qed")
     shutil.copy(tmp_path / "one.qed", tmp_path / "copy.qed")
     length = top.stat().st_size
     assert main(["rebase", "-b", "copy.qed", str(top)]) == 0
@@ -96,8 +98,8 @@ def test_ranges_that_both_bases_share_are_not_copied(
     )
     assert main(["rebase", "-b", "two.qed", str(top)]) == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"copied from the old one: 0 bytes as data, {CLUSTER} as zeros\n")
-    assert top.stat().st_size == length + 2 * CLUSTER
+    assert said.endswith(f"copied from the old one: 0 bytes as data, {CLUSTER_BYTES} as zeros\n")
+    assert top.stat().st_size == length + 2 * CLUSTER_BYTES
     assert content(top) == before
 
 
@@ -185,7 +187,7 @@ def test_names_of_any_length(length: int, old: int, tmp_path: Path) -> None:
         if base_format == "raw":
             bits |= Feature.BACKING_FORMAT_NO_PROBE
         assert named(top) == (os.fsdecode(name), bits)
-        assert top.read_bytes()[CLUSTER:] == content_before[CLUSTER:]
+        assert top.read_bytes()[CLUSTER_BYTES:] == content_before[CLUSTER_BYTES:]
     assert main(["rebase", "-q", "-u", "-b", "", str(top)]) == 0
     assert named(top) == (None, 0)
 
@@ -294,7 +296,7 @@ def test_bases_outside_the_directory_need_permission(
 
 def test_a_damaged_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """If the old base cannot be read, the image keeps it."""
-    old = build_image(1 << 20, {0: b"x", 9: 3 * CLUSTER + 1}, table_size=2)
+    old = build_image(1 << 20, {0: b"x", 9: 3 * CLUSTER_BYTES + 1}, table_size=2)
     (tmp_path / "old.qed").write_bytes(old)
     top = tmp_path / "top.qed"
     top.write_bytes(build_image(1 << 20, {1: b"y"}, table_size=2, backing=b"old.qed"))

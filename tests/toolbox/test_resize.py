@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-CLUSTER: Final = 4096
-SPAN: Final = 512 * CLUSTER
+CLUSTER_BYTES: Final = 4096
+TABLE_SPAN_BYTES: Final = 512 * CLUSTER_BYTES
 
 
 def random_disk(path: Path, chance: random.Random, backing: Path | None = None) -> int:
@@ -169,7 +169,7 @@ def test_a_missing_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_data_past_the_end_takes_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Old data past the end of the disk is dropped only with --force."""
     path = tmp_path / "disk.qed"
-    image = build_image(CLUSTER, {0: b"a", 3: b"old", 600: b"older"}, table_size=2)
+    image = build_image(CLUSTER_BYTES, {0: b"a", 3: b"old", 600: b"older"}, table_size=2)
     path.write_bytes(image)
     assert main(["resize", str(path), "4M"]) == 13
     assert "past the end of the disk at 4096, expected none: the image takes" in (
@@ -185,11 +185,11 @@ def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With -p progress is reported for the clusters that are dropped."""
     path = tmp_path / "disk.qed"
     clusters = {n: bytes([n % 255 + 1]) for n in range(0, 4 * 1024, 3)}
-    path.write_bytes(build_image(4 * SPAN, clusters))
-    shrink = ["resize", "-q", "--shrink", "--force", str(path), str(2 * SPAN)]
+    path.write_bytes(build_image(4 * TABLE_SPAN_BYTES, clusters))
+    shrink = ["resize", "-q", "--shrink", "--force", str(path), str(2 * TABLE_SPAN_BYTES)]
     assert main(shrink) == 0
     assert capfd.readouterr().err == ""
-    path.write_bytes(build_image(4 * SPAN, clusters))
+    path.write_bytes(build_image(4 * TABLE_SPAN_BYTES, clusters))
     shrink[1] = "-p"
     assert main(shrink) == 0
     shown = capfd.readouterr().err.splitlines()
@@ -199,13 +199,18 @@ def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("based", [False, True])
-@pytest.mark.parametrize("size", [0, CLUSTER, 2 * CLUSTER + 512, SPAN, SPAN + CLUSTER])
+@pytest.mark.parametrize(
+    "size",
+    [0, CLUSTER_BYTES, 2 * CLUSTER_BYTES + 512, TABLE_SPAN_BYTES, TABLE_SPAN_BYTES + CLUSTER_BYTES],
+)
 async def test_each_moment_of_shrinking_is_sound(size: int, *, based: bool) -> None:
     """A kill leaves the old size, with zeros in part of what is cut off, or the new size."""
-    base = pattern(3 * SPAN, 5) if based else b""
+    base = pattern(3 * TABLE_SPAN_BYTES, 5) if based else b""
     numbers = (0, 1, 2, 511, 513, 1030)
     image = build_image(
-        3 * SPAN, {n: pattern(CLUSTER, n) for n in numbers}, backing=b"base" if based else b""
+        3 * TABLE_SPAN_BYTES,
+        {n: pattern(CLUSTER_BYTES, n) for n in numbers},
+        backing=b"base" if based else b"",
     )
     before = guest_bytes(image, base)
     file = RecordingFile(image)
@@ -220,9 +225,9 @@ async def test_each_moment_of_shrinking_is_sound(size: int, *, based: bool) -> N
         after = guest_bytes(content, base)
         assert after[:size] == before[:size]
         for number in numbers:
-            part = slice(max(size, number * CLUSTER), (number + 1) * CLUSTER)
+            part = slice(max(size, number * CLUSTER_BYTES), (number + 1) * CLUSTER_BYTES)
             assert after[part] == before[part] or not any(after[part]), number
-    assert sizes == {3 * SPAN, size}
+    assert sizes == {3 * TABLE_SPAN_BYTES, size}
     end = header_of(file.content)
     used = end.geometry.l1_used(size)
     l1 = [get_entry(file.content, end.l1_table_offset + 8 * n) for n in range(512)]
@@ -232,32 +237,34 @@ async def test_each_moment_of_shrinking_is_sound(size: int, *, based: bool) -> N
 
 async def test_clusters_are_used_again_after_shrinking() -> None:
     """Clusters of dropped tables and data are reused by later writes."""
-    image = build_image(3 * SPAN, {n: pattern(CLUSTER, n) for n in range(0, 1500, 100)})
+    image = build_image(
+        3 * TABLE_SPAN_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(0, 1500, 100)}
+    )
     file = MemoryFile(image)
     async with opened(file) as disk:
         await disk.shrink(0, force=True)
         await disk.flush()
-        await disk.resize(3 * SPAN)
+        await disk.resize(3 * TABLE_SPAN_BYTES)
         for number in range(0, 1500, 100):
-            await disk.write(number * CLUSTER, pattern(CLUSTER, number + 1))
+            await disk.write(number * CLUSTER_BYTES, pattern(CLUSTER_BYTES, number + 1))
     assert len(file.content) <= len(image)
     assert inspect_image(file.content).errors == ()
     after = guest_bytes(file.content)
     for number in range(0, 1500, 100):
-        part = after[number * CLUSTER : (number + 1) * CLUSTER]
-        assert part == pattern(CLUSTER, number + 1)
+        part = after[number * CLUSTER_BYTES : (number + 1) * CLUSTER_BYTES]
+        assert part == pattern(CLUSTER_BYTES, number + 1)
 
 
 @pytest.mark.expect_log("found 1 references to clusters that have another owner")
 async def test_a_cluster_with_two_owners_is_not_freed() -> None:
     """Dropping one of two references to a cluster keeps the other one's data."""
-    image = build_image(2 * SPAN, {0: pattern(CLUSTER, 1), 600: b"x"})
+    image = build_image(2 * TABLE_SPAN_BYTES, {0: pattern(CLUSTER_BYTES, 1), 600: b"x"})
     put_entry(image, l2_entry_offset(image, 601), get_entry(image, l2_entry_offset(image, 0)))
     file = MemoryFile(image)
     async with opened(file) as disk:
-        await disk.shrink(SPAN, force=True)
-        await disk.write(CLUSTER, pattern(CLUSTER, 2))
-        assert await disk.read(0, CLUSTER) == pattern(CLUSTER, 1)
+        await disk.shrink(TABLE_SPAN_BYTES, force=True)
+        await disk.write(CLUSTER_BYTES, pattern(CLUSTER_BYTES, 2))
+        assert await disk.read(0, CLUSTER_BYTES) == pattern(CLUSTER_BYTES, 1)
 
 
 async def states_of_shrinking(image: bytearray, base: bytes, size: int) -> set[bytes]:
@@ -287,19 +294,21 @@ def reveals_old_data(content: bytes, base: bytes, size: int, full: int) -> bool:
     return not bool(((new == below).all(axis=1) | ~new.any(axis=1)).all())
 
 
-DISK_BYTES: Final = 4 * SPAN
+DISK_BYTES: Final = 4 * TABLE_SPAN_BYTES
 NUMBERS: Final = (0, 1, 2, 3, 510, 511, 513, 600, 1030, 1031, 1540)
 
 
 @pytest.mark.parametrize("based", [False, True])
-@pytest.mark.parametrize("size", [0, CLUSTER + 512, SPAN - CLUSTER, 2 * SPAN + 512])
+@pytest.mark.parametrize(
+    "size", [0, CLUSTER_BYTES + 512, TABLE_SPAN_BYTES - CLUSTER_BYTES, 2 * TABLE_SPAN_BYTES + 512]
+)
 async def test_power_loss_during_shrinking(size: int, *, based: bool) -> None:
     """After a power loss each sector cut off is old or zeros; in a smaller disk none is old.
 
     Once the disk is smaller, no old data is left to come up again.
     """
     base = pattern(DISK_BYTES, 5) if based else b""
-    clusters = {n: pattern(CLUSTER, n) for n in NUMBERS}
+    clusters = {n: pattern(CLUSTER_BYTES, n) for n in NUMBERS}
     image = build_image(DISK_BYTES, clusters, backing=b"base" if based else b"")
     before, sizes = guest_bytes(image, base), set()
     for content in await states_of_shrinking(image, base, size):
@@ -315,12 +324,13 @@ async def test_power_loss_during_shrinking(size: int, *, based: bool) -> None:
 
 async def test_entries_must_be_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the barrier before the new size, a power loss leaves old data past the end."""
-    image = build_image(DISK_BYTES, {n: pattern(CLUSTER, n) for n in NUMBERS})
+    image = build_image(DISK_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in NUMBERS})
     saboteur = Saboteur(monkeypatch)
     without_barrier("Resize.shrink")(saboteur)
-    states = await states_of_shrinking(image, b"", SPAN)
+    states = await states_of_shrinking(image, b"", TABLE_SPAN_BYTES)
     assert saboteur.strikes
     assert any(
-        header_of(content).image_size == SPAN and reveals_old_data(content, b"", SPAN, DISK_BYTES)
+        header_of(content).image_size == TABLE_SPAN_BYTES
+        and reveals_old_data(content, b"", TABLE_SPAN_BYTES, DISK_BYTES)
         for content in states
     )

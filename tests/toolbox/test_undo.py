@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
     from qedfuse.hostio.hostfile import Buffer
 
-CLUSTER: Final = 4096
-ENTRIES: Final = 2 * CLUSTER // 8
+CLUSTER_BYTES: Final = 4096
+ENTRIES: Final = 2 * CLUSTER_BYTES // 8
 
 
 def two_tables() -> bytearray:
     """Build an image of two full tables with 300 clusters each."""
     numbers = [*range(300), *range(ENTRIES, ENTRIES + 300)]
     return build_image(
-        2 * ENTRIES * CLUSTER, {n: pattern(CLUSTER, n) for n in numbers}, table_size=2
+        2 * ENTRIES * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in numbers}, table_size=2
     )
 
 
@@ -76,7 +76,7 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert path.read_bytes() == content
     path.write_bytes(after)
     assert main(["check", "-q", "-r", "leaks", str(path)]) == 0
-    assert path.stat().st_size == len(content) - 302 * CLUSTER
+    assert path.stat().st_size == len(content) - 302 * CLUSTER_BYTES
     assert guest_bytes(path.read_bytes()) == guest_bytes(after)
     assert main(["check", "--undo", str(backup), str(path)]) == 1
     assert "nothing was restored: file size: found" in capsys.readouterr().err
@@ -178,12 +178,12 @@ def test_undo_refuses_a_changed_image(tmp_path: Path, capsys: pytest.CaptureFixt
         assert path.read_bytes() == image
 
     written = repaired.copy()
-    put_entry(written, l2_entry_offset(content, 5), 7 * CLUSTER)
+    put_entry(written, l2_entry_offset(content, 5), 7 * CLUSTER_BYTES)
     refused(written, b"".join(lines), "the image has changed since the repair")
     larger = repaired.copy()
-    struct.pack_into("<Q", larger, 48, CLUSTER)
+    struct.pack_into("<Q", larger, 48, CLUSTER_BYTES)
     refused(larger, b"".join(lines), "header: found another, expected that of the backup")
-    refused(repaired + bytes(CLUSTER), b"".join(lines), "file size: found")
+    refused(repaired + bytes(CLUSTER_BYTES), b"".join(lines), "file size: found")
     first, rest = lines[0], lines[1:]
     for saved in (
         lines[:-1],
@@ -202,7 +202,7 @@ def test_undo_refuses_another_image(tmp_path: Path) -> None:
     content = two_tables()
     put_entry(content, l2_entry_offset(content, 3), 1 << 50)
     _path, backup = saved_and_repaired(tmp_path, content)
-    other = build_image(2 * ENTRIES * CLUSTER, {3: b"x"}, table_size=2)
+    other = build_image(2 * ENTRIES * CLUSTER_BYTES, {3: b"x"}, table_size=2)
     with pytest.raises(QedError, match="nothing was restored"):
         undo_in_memory(other, backup)
 
