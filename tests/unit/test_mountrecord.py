@@ -61,11 +61,11 @@ def test_a_record_is_found_until_the_end(directory: Path) -> None:
     assert directory.stat().st_mode & 0o777 == 0o700
     found = find_record(DEVICE, USER)
     assert found is not None
-    assert found[1] == own_record()
+    assert found.record == own_record()
     assert find_record("0:4", USER) is None
     file.finish(None, 0)
     assert find_record(DEVICE, USER) is None
-    assert take_record(found[0], USER) is None
+    assert take_record(found.path, USER) is None
 
 
 def test_a_failure_stays_in_the_record() -> None:
@@ -74,7 +74,7 @@ def test_a_failure_stays_in_the_record() -> None:
     file.finish("the host is full", 2)
     found = find_record(DEVICE, USER)
     assert found is not None
-    assert (found[1].failure, found[1].exit_code) == ("the host is full", 2)
+    assert (found.record.failure, found.record.exit_code) == ("the host is full", 2)
 
 
 def test_the_latest_record_counts(directory: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_latest_record_counts(directory: Path) -> None:
     (directory / f"{DEVICE}.1").write_text(json.dumps(older))
     found = find_record(DEVICE, USER)
     assert found is not None
-    assert found[1].mountpoint == "/mnt"
+    assert found.record.mountpoint == "/mnt"
 
 
 def test_records_of_killed_processes_are_removed(directory: Path) -> None:

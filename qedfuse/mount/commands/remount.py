@@ -82,7 +82,7 @@ def remount(
         raise MountpointError(msg)
     flags, others = _split_flags(absolute_options(lists))
     _refuse_changes(
-        shown, parse_options(found[1].options, sloppy=True), flags, others, sloppy=sloppy
+        shown, parse_options(found.record.options, sloppy=True), flags, others, sloppy=sloppy
     )
     if fake:
         return

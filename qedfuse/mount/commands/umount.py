@@ -13,6 +13,7 @@ from qedfuse.mount.system.boundedcall import Deadline, call_in_child
 from qedfuse.mount.system.mountcopies import describe_copies
 from qedfuse.mount.system.mountpoint import is_below, resolve, resolve_mounted
 from qedfuse.mount.system.mountrecord import (
+    FoundRecord,
     MountRecord,
     find_record,
     process_start,
@@ -72,14 +73,14 @@ def unmount_and_wait(
         msg = f"{printable(path)}: not unmounted: a path to it does not answer{waited}"
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
-    process = None if found is None else _open_process(found[1])
+    process = None if found is None else _open_process(found.record)
     try:
         try:
             call_in_child(partial(_unmount, mountpoint, entry), attempt.remaining())
         except TimeoutError:
             if _is_mounted(mountpoint, entry):
                 server = (
-                    "the process that serves it" if found is None else f"process {found[1].pid}"
+                    "the process that serves it" if found is None else f"process {found.record.pid}"
                 )
                 msg = f"{shown}: not unmounted: {server} does not answer{waited}"
                 raise UnmountFailedError(msg) from None
@@ -88,12 +89,12 @@ def unmount_and_wait(
             found = find_record(entry.device, entry.owner)
             if found is None:
                 return
-            process = _open_process(found[1])
+            process = _open_process(found.record)
         if found is None:
             msg = f"{shown}: unmounted, but found no record of its process: it may still be writing"
             raise UnmountFailedError(msg)
         if process is not None:
-            server_process = ServerProcess(process, found[1].pid, entry)
+            server_process = ServerProcess(process, found.record.pid, entry)
             if not server_process.wait(
                 deadline.remaining(), lambda line: report(f"{shown}: {line}")
             ):
@@ -102,10 +103,10 @@ def unmount_and_wait(
     finally:
         if process is not None:
             os.close(process)
-    _raise_recorded_failure(shown, entry, found[0])
+    _raise_recorded_failure(shown, entry, found.path)
 
 
-def _find(path: str) -> tuple[str, MountEntry, tuple[Path, MountRecord] | None]:
+def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
     """Return the mountpoint that a path leads to, the mount, and its record if there is one."""
     mountpoint = resolve_mounted(path)
     entry = find_qedfuse_mount(mountpoint)
@@ -200,7 +201,7 @@ class ServerProcess:
     def _copies(self) -> str | None:
         """Describe where else the file system is mounted; None if no other mount is visible."""
         found = find_record(self._entry.device, self._entry.owner)
-        if found is not None and found[1].pid != self._pid:
+        if found is not None and found.record.pid != self._pid:
             return None  # the file system is gone, and a new one has its device number
         return describe_copies(self._entry.device, self._entry)
 

@@ -18,7 +18,7 @@ import os
 import stat
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.text import printable
@@ -50,6 +50,13 @@ class MountRecord:
     failure: str | None = None
     exit_code: int = 0
     options: tuple[str, ...] = ()
+
+
+class FoundRecord(NamedTuple):
+    """A mount record and its file."""
+
+    path: Path
+    record: MountRecord
 
 
 def process_start(pid: int) -> int | None:
@@ -172,7 +179,7 @@ class MountRecordFile:
             os.close(self._directory)
 
 
-def find_record(device: str, user: int) -> tuple[Path, MountRecord] | None:
+def find_record(device: str, user: int) -> FoundRecord | None:
     """Find the record of a mount that ``user`` has made; None if there is no trusted one."""
     found = []
     for directory in record_directories(user):
@@ -183,11 +190,11 @@ def find_record(device: str, user: int) -> tuple[Path, MountRecord] | None:
         try:
             for name in os.listdir(opened):  # noqa: PTH208  of a descriptor
                 if name.rpartition(".")[0] == device and (record := _read(opened, name, user)):
-                    found.append((directory / name, record))  # noqa: PERF401  two conditions
+                    found.append(FoundRecord(directory / name, record))  # noqa: PERF401  two conditions
         finally:
             os.close(opened)
     # Device numbers are reused: an older record with this number is of a mount that is gone.
-    return max(found, key=lambda pair: pair[1].started, default=None)
+    return max(found, key=lambda one: one.record.started, default=None)
 
 
 def take_record(path: Path, user: int) -> MountRecord | None:
