@@ -33,7 +33,7 @@ LSEEK: Final = 46
 READ_SLOT: Final = 15
 FALLOCATE_SLOT: Final = 40
 SLOTS: Final = 44
-"""Of libfuse 3.14; the places of the older ones never change."""
+"""The operations of libfuse 3.14; the indices of older ones never change."""
 
 Writer = ctypes.CFUNCTYPE(
     ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
@@ -52,7 +52,7 @@ class Arguments(ctypes.Structure):
 
 
 class Buffer(ctypes.Structure):
-    """struct fuse_buf, with room for what may be added to it."""
+    """struct fuse_buf, with padding for fields that later versions add."""
 
     _fields_ = (
         ("size", ctypes.c_size_t),
@@ -60,7 +60,7 @@ class Buffer(ctypes.Structure):
         ("mem", ctypes.c_char_p),
         ("fd", ctypes.c_int),
         ("pos", ctypes.c_longlong),
-        ("room", ctypes.c_char * 32),
+        ("padding", ctypes.c_char * 32),
     )
 
 
@@ -77,14 +77,14 @@ class InOut(ctypes.Structure):
 
 
 class Wire:
-    """A session of libfuse, and both ends of its connection.
+    """A session of libfuse, with a test in place of the kernel.
 
     Attributes:
-        answers: What libfuse has answered: number of the request, error, payload.
+        answers: The replies of libfuse: number of the request, error, payload.
     """
 
     def __init__(self, slots: int = SLOTS, filled: dict[int, object] | None = None) -> None:
-        """Begin a session with a table of so many operations, all empty but ``filled``."""
+        """Make a session with a table of ``slots`` operations, all NULL except ``filled``."""
         assert extraops._extension is not None
         self.answers: list[tuple[int, int, bytes]] = []
         library = ctypes.CDLL(extraops._extension.__file__)
@@ -108,24 +108,24 @@ class Wire:
         library.fuse_pkgversion.restype = ctypes.c_char_p
         version = [int(part) for part in library.fuse_pkgversion().split(b".")[:2]]
         size = [ctypes.c_size_t(ctypes.sizeof(io))] if version >= [3, 17] else []
-        # The descriptor is used for nothing; libfuse closes it at the end.
-        place = os.open(os.devnull, os.O_RDWR)
-        done = library.fuse_session_custom_io(self._session, ctypes.byref(io), *size, place)
+        # The descriptor is not used; libfuse closes it at the end.
+        unused = os.open(os.devnull, os.O_RDWR)
+        done = library.fuse_session_custom_io(self._session, ctypes.byref(io), *size, unused)
         assert done == 0
         self._number = 0
-        self.say(INIT, struct.pack("=IIII", 7, 38, 65536, 0))
+        self.send(INIT, struct.pack("=IIII", 7, 38, 65536, 0))
         self.answers.clear()
 
     def _collect(self, _fd: int, vectors: int, count: int, _data: object) -> int:
-        """Take what libfuse writes to the kernel."""
+        """Collect a reply that libfuse writes to the kernel."""
         parts = (Vector * count).from_address(vectors)
         said = b"".join(ctypes.string_at(part.base, part.length) for part in parts)
         _length, error, number = struct.unpack_from("=IiQ", said)
         self.answers.append((number, error, said[16:]))
         return len(said)
 
-    def say(self, operation: int, body: bytes) -> int:
-        """Hand libfuse a request as user 7 on inode 5; give its number."""
+    def send(self, operation: int, body: bytes) -> int:
+        """Pass a request of user 7 on inode 5 to libfuse; return its number."""
         self._number += 1
         length = 40 + len(body)
         said = struct.pack("=IIQQIIII", length, operation, self._number, 5, 7, 8, 9, 0) + body
@@ -135,11 +135,11 @@ class Wire:
         return self._number
 
     def fallocate(self) -> int:
-        """Say that 8192 bytes at 4096 be punched."""
-        return self.say(FALLOCATE, struct.pack("=QQQII", 1, 4096, 8192, 3, 0))
+        """Send a request to punch a hole of 8192 bytes at 4096."""
+        return self.send(FALLOCATE, struct.pack("=QQQII", 1, 4096, 8192, 3, 0))
 
     def close(self) -> None:
-        """End the session, as pyfuse3 does it after us."""
+        """End the session, as pyfuse3 does after the extension was detached."""
         if self._open:
             self._library.fuse_session_destroy(self._session)
             self._open = False
@@ -147,7 +147,7 @@ class Wire:
 
 @pytest.fixture
 def wire() -> Iterator[Wire]:
-    """Give a session."""
+    """Make a session and end it."""
     wire = Wire()
     yield wire
     extraops.end()
@@ -156,33 +156,33 @@ def wire() -> Iterator[Wire]:
 
 @pytest.fixture
 def complaints(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect the errors that C code can tell nobody."""
+    """Collect the exceptions that C code cannot raise."""
     found: list[str] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: found.append(str(what.exc_value)))
     return found
 
 
 class Keeper:
-    """Keeps the requests it gets.
+    """A handler that keeps the requests it gets.
 
     Attributes:
         requests: The requests, oldest first.
-        told: What they were about.
+        arguments: The arguments of each, without the request.
     """
 
     def __init__(self) -> None:
-        """Keep nothing yet."""
+        """Start without requests."""
         self.requests: list[Request] = []
-        self.told: list[tuple[object, ...]] = []
+        self.arguments: list[tuple[object, ...]] = []
 
-    def __call__(self, request: Request, *about: object) -> None:
+    def __call__(self, request: Request, *arguments: object) -> None:
         """Keep a request."""
         self.requests.append(request)
-        self.told.append(about)
+        self.arguments.append(arguments)
 
 
 def served(handler: Handler) -> None:
-    """Send requests to a handler; the session is known to have come by way of us."""
+    """Pass the requests of the session to a handler."""
     assert extraops.serve(handler) is None
 
 
@@ -191,8 +191,8 @@ def test_a_request_arrives_as_the_kernel_sent_it(wire: Wire) -> None:
     keeper = Keeper()
     served(keeper)
     wire.fallocate()
-    wire.say(LSEEK, struct.pack("=QQII", 1, 1 << 45, 4, 0))
-    assert keeper.told == [("fallocate", 7, 5, 3, 4096, 8192), ("lseek", 7, 5, 4, 1 << 45, 0)]
+    wire.send(LSEEK, struct.pack("=QQII", 1, 1 << 45, 4, 0))
+    assert keeper.arguments == [("fallocate", 7, 5, 3, 4096, 8192), ("lseek", 7, 5, 4, 1 << 45, 0)]
     assert wire.answers == []
 
 
@@ -200,7 +200,7 @@ def test_the_first_answer_counts(wire: Wire) -> None:
     """Only the first reply to a request is sent, and the end of its handle sends none."""
     keeper = Keeper()
     served(keeper)
-    first, second = wire.fallocate(), wire.say(LSEEK, struct.pack("=QQII", 1, 0, 3, 0))
+    first, second = wire.fallocate(), wire.send(LSEEK, struct.pack("=QQII", 1, 0, 3, 0))
     keeper.requests[1].offset(12345)
     keeper.requests[0].error(0)
     for request in keeper.requests:
@@ -240,7 +240,7 @@ def test_an_answer_that_is_none_leaves_the_request_open(
 def test_a_handler_that_fails(wire: Wire, complaints: list[str]) -> None:
     """After an exception in the handler the kernel gets EINTR and sys.unraisablehook is called."""
 
-    def fail(*_about: object) -> None:
+    def fail(*_arguments: object) -> None:
         msg = "no"
         raise ValueError(msg)
 
@@ -303,13 +303,13 @@ def test_tables_of_any_size(slots: int) -> None:
     served(keeper)
     try:
         wire.fallocate()
-        wire.say(15, bytes(40))
+        wire.send(15, bytes(40))
     finally:
         keeper.requests.clear()
         extraops.end()
         wire.close()
     assert calls == [5]
-    assert keeper.told == [("fallocate", 7, 5, 3, 4096, 8192)]
+    assert keeper.arguments == [("fallocate", 7, 5, 3, 4096, 8192)]
 
 
 def test_handlers_of_pyfuse3_come_first() -> None:
@@ -324,4 +324,4 @@ def test_handlers_of_pyfuse3_come_first() -> None:
     finally:
         extraops.end()
         wire.close()
-    assert (calls, keeper.told) == ([5], [])
+    assert (calls, keeper.arguments) == ([5], [])

@@ -62,10 +62,10 @@ def test_an_exception_is_a_failure() -> None:
 def test_a_signal_ends_the_child_too(name: str) -> None:
     """A signal to the parent ends the child before the parent returns."""
     body = (
-        "signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b'told'), os._exit(0)));"
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b'terminated'), os._exit(0)));"
         f"os.kill(os.getppid(), signal.{name}); signal.pause()"
     )
-    assert run(body) == (130, "told")
+    assert run(body) == (130, "terminated")
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

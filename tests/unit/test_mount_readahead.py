@@ -58,7 +58,7 @@ def test_what_is_right_is_not_touched(tmp_path: Path, setting: Path) -> None:
 def test_a_refusal_names_the_command_for_root(tmp_path: Path, setting: Path) -> None:
     """A refusal is one line with the length found, the length wanted and a command for root."""
     setting.unlink()
-    # A number that the kernel lets nobody write to, not even root.
+    # A file with a number that the kernel makes read-only, even for root.
     setting.symlink_to("/proc/sys/kernel/ngroups_max")
     assert set_readahead(DEVICE, 4 << 20, tmp_path) == (
         f"the kernel reads ahead 65536 KiB, expected 4096 KiB: {setting}: "
@@ -69,12 +69,12 @@ def test_a_refusal_names_the_command_for_root(tmp_path: Path, setting: Path) -> 
 
 def test_a_missing_file_in_sys_is_reported(tmp_path: Path, setting: Path) -> None:
     """A missing or malformed file below /sys is reported in one line."""
-    told = set_readahead("0:42", None, tmp_path)
-    assert told is not None
-    assert told.startswith("the kernel reads ahead an unknown length, expected 1024 KiB: ")
-    assert os.strerror(errno.ENOENT) in told
+    refusal = set_readahead("0:42", None, tmp_path)
+    assert refusal is not None
+    assert refusal.startswith("the kernel reads ahead an unknown length, expected 1024 KiB: ")
+    assert os.strerror(errno.ENOENT) in refusal
     assert not (tmp_path / "0:42").exists()
     setting.write_text("much\n")
-    told = set_readahead(DEVICE, None, tmp_path)
-    assert told is not None
-    assert told.isprintable()
+    refusal = set_readahead(DEVICE, None, tmp_path)
+    assert refusal is not None
+    assert refusal.isprintable()
