@@ -1,7 +1,7 @@
-"""Walking through a table slice by slice, past the holes of a sparse file.
+"""Reading a table slice by slice, without the holes of a sparse file.
 
-A table can be 1 GiB of holes.  Each walk asks the host where the next data is and reads
-only the slices that hold some, 64 KiB at a time; other tasks run in between.
+A table can be 1 GiB of holes.  So a walk through a table asks the host where the next data
+is, and visits only the slices of 64 KiB that hold some.  Other tasks run between slices.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def read_table(
 class DataSlices:
     """The slices of a table that hold data: an asynchronous iterator over file offsets.
 
-    It is no generator: Python complains of those that an error in the loop leaves unfinished.
+    A class and no generator: Python warns about an asynchronous generator that an exception
+    in the loop leaves unfinished.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class DataSlices:
         return self
 
     async def __anext__(self) -> int:
-        """Return the file offset of the next slice with data; other tasks run before it."""
+        """Return the file offset of the next slice with data, after other tasks have run."""
         await trio.lowlevel.checkpoint()
         if self._next >= self._end:
             raise StopAsyncIteration

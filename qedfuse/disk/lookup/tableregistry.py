@@ -135,7 +135,7 @@ class TableRegistry:
         return None if bad is None else bad.tobytes()
 
     def _find_bad(self, level: int, values: Values) -> Mask | None:
-        """Do what `find_bad` does, with arrays of numpy."""
+        """Return for each entry whether it is bad, and set ``damaged``; None if none is bad."""
         bad = self.entry_rules(level).invalid_mask(values)
         if bad is not None:
             self.damaged = True
