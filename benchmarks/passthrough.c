@@ -102,7 +102,7 @@ static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info 
     fuse_reply_open(request, info);
 }
 
-static void on_readdir(fuse_req_t request, fuse_ino_t inode, size_t room, off_t from,
+static void on_readdir(fuse_req_t request, fuse_ino_t inode, size_t capacity, off_t from,
                        struct fuse_file_info *info)
 {
     char entry[256];
@@ -116,7 +116,7 @@ static void on_readdir(fuse_req_t request, fuse_ino_t inode, size_t room, off_t 
     }
     describe(DISK_INODE, &what);
     size = fuse_add_direntry(request, entry, sizeof entry, NAME, &what, 1);
-    fuse_reply_buf(request, entry, size <= room ? size : 0);
+    fuse_reply_buf(request, entry, size <= capacity ? size : 0);
 }
 
 static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t offset,

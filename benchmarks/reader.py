@@ -64,7 +64,7 @@ def compare(found: bytes, expected: bytes, offset: int, block: int) -> int:
         if len(part) != len(wanted):
             msg = f"offset {offset + start}: found {len(part)} bytes, expected {len(wanted)}"
             raise ValueError(msg)
-        at = next(at for at, pair in enumerate(zip(part, wanted, strict=True)) if len({*pair}) > 1)
+        at = next(i for i, pair in enumerate(zip(part, wanted, strict=True)) if len({*pair}) > 1)
         msg = (
             f"offset {offset + start + at}: found {part[at : at + 16].hex()}, "
             f"expected {wanted[at : at + 16].hex()}"
@@ -106,8 +106,8 @@ def check(disk: str, expected: str, block: int, flags: int = os.O_DIRECT) -> int
         with ThreadPoolExecutor(READERS) as pool:
             for _ in pool.map(lambda offset: look(offset, SMALL_BYTES), small):
                 pass
-            pieces = dict.fromkeys(large)
-            return sum(pool.map(lambda offset: look(offset, CHUNK_BYTES), pieces))
+            chunks = dict.fromkeys(large)
+            return sum(pool.map(lambda offset: look(offset, CHUNK_BYTES), chunks))
 
 
 def _read(descriptor: int, offset: int, length: int) -> bytes:

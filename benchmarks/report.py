@@ -133,7 +133,7 @@ def markdown(outcomes: Iterable[Outcome], facts: Mapping[str, str]) -> str:
         ]
         words = [cell.title + mark, cell.unit, *figures, *ratios, outcome.verdict()]
         lines.append(f"| {' | '.join(words)} |")
-    lines += ["", *(f"{place}. {note}" for place, note in enumerate(notes, 1))]
+    lines += ["", *(f"{index}. {note}" for index, note in enumerate(notes, 1))]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -115,11 +115,13 @@ class Original:
         )
         with self.path.open("r+b", buffering=0) as file:
             for name, chosen in (("anywhere", everywhere), ("near", near)):
-                places = clusters[chosen] * GEOMETRY.cluster_size + blocks
-                file_places = offsets[chosen] + blocks
-                for place, at in zip(places.tolist(), file_places.tolist(), strict=True):
-                    os.pwrite(file.fileno(), stamp(place), at)
-                self._note(name, places)
+                guest_offsets = clusters[chosen] * GEOMETRY.cluster_size + blocks
+                file_offsets = offsets[chosen] + blocks
+                for guest_offset, file_offset in zip(
+                    guest_offsets.tolist(), file_offsets.tolist(), strict=True
+                ):
+                    os.pwrite(file.fileno(), stamp(guest_offset), file_offset)
+                self._note(name, guest_offsets)
         self._note("first", self.offsets("anywhere")[-1:])
         self._note("write", random.integers(0, size // BLOCK_BYTES, WRITE_COUNT) * BLOCK_BYTES)
 
@@ -150,10 +152,10 @@ def probe(word: str, disk: Path, original: Original, *more: str, load: str = "")
         BenchmarkError: It failed, or found wrong data.
     """
     command = (sys.executable, "-m", "benchmarks.probe", word, str(disk))
-    said = run(*command, str(original.list(load or word)), *more, seconds=300)
-    if said.startswith(WRONG_PREFIX):
-        raise WrongDataError(said.strip())
-    return [float(figure) for figure in said.split()]
+    output = run(*command, str(original.list(load or word)), *more, seconds=300)
+    if output.startswith(WRONG_PREFIX):
+        raise WrongDataError(output.strip())
+    return [float(figure) for figure in output.split()]
 
 
 def measure(original: Original, seconds: float, directory: Path) -> dict[str, float]:

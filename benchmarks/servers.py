@@ -51,7 +51,7 @@ def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
         start_new_session=True,
     )
     try:
-        output, complaint = child.communicate(text, timeout=seconds)
+        output, errors = child.communicate(text, timeout=seconds)
     except BaseException as error:
         # Without waiting: it may be blocked in the kernel until the server ends.
         os.killpg(child.pid, signal.SIGKILL)
@@ -60,7 +60,7 @@ def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
             raise BenchmarkError(msg) from None
         raise
     if child.returncode:
-        text = complaint.strip() or output.strip() or "no output"
+        text = errors.strip() or output.strip() or "no output"
         # The last line that is not indented; indented lines only add advice.
         line = [line for line in text.splitlines() if line[:1].strip()][-1]
         msg = f"{command[0]}: exit code {child.returncode}: {line}"

@@ -291,10 +291,10 @@ def watch(mounted: Mounted, image: Path, seconds: float, seed: int) -> tuple[lis
             child.kill()
     operations = 0
     for child in children:
-        said, complaint = child.communicate(timeout=60)
+        output, errors = child.communicate(timeout=60)
         if child.returncode:
-            raise WrongDataError(complaint.strip() or f"the load ended with {child.returncode}")
-        operations += int(said)
+            raise WrongDataError(errors.strip() or f"the load ended with {child.returncode}")
+        operations += int(output)
     return samples, operations
 
 
@@ -304,11 +304,11 @@ def table(samples: Sequence[Sample]) -> str:
         "| minutes | memory, MiB | descriptors | threads | file length, MiB | space, MiB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    places = sorted({len(samples) * part // 20 for part in range(20)} | {len(samples) - 1})
+    indices = sorted({len(samples) * part // 20 for part in range(20)} | {len(samples) - 1})
     lines += [
         f"| {item.seconds / 60:.1f} | {item.resident / MIB:.1f} | {item.descriptors} | "
         f"{item.threads} | {item.length / MIB:.0f} | {item.space / MIB:.0f} |"
-        for item in (samples[index] for index in places)
+        for item in (samples[index] for index in indices)
     ]
     by = slopes(samples)
     lines.append(

@@ -82,8 +82,8 @@ def build(
     tables = l2_start + random.permutation(len(owners)) * GEOMETRY.table_bytes
     data_start = l2_start + len(owners) * GEOMETRY.table_bytes
     runs = random.permutation(-(-wanted // run))
-    places = (runs[:, None] * run + np.arange(run)).ravel()
-    offsets = data_start + places[places < wanted] * GEOMETRY.cluster_size
+    positions = (runs[:, None] * run + np.arange(run)).ravel()
+    offsets = data_start + positions[positions < wanted] * GEOMETRY.cluster_size
     header = Header(
         cluster_size=GEOMETRY.cluster_size,
         table_size=GEOMETRY.table_size,

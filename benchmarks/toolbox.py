@@ -67,9 +67,11 @@ class Bench:
     def run_task(self, task: Task, rounds: int) -> Outcome:
         """Measure a task with both programs in alternation, then verify what they created."""
         outcome = Outcome(task)
-        wanted = {"qedimg": task.qedimg, "qemu-img": task.qemu_img}
+        arguments_by_system = {"qedimg": task.qedimg, "qemu-img": task.qemu_img}
         commands = {
-            system: self._command(task, system, words) for system, words in wanted.items() if words
+            system: self._command(task, system, words)
+            for system, words in arguments_by_system.items()
+            if words
         }
         if task.expected:
             # The other images have hardly any data, and their tables are cached already.
@@ -91,12 +93,12 @@ class Bench:
 
     def _command(self, task: Task, system: str, words: str) -> list[str]:
         source = self._files.path(task.source) if task.source else Path()
-        places = {
+        placeholders = {
             "source": source,
             "target": self._target(task, system),
             "directory": self._files.directory,
         }
-        return [*self._programs[system], *(word.format(**places) for word in words.split())]
+        return [*self._programs[system], *(word.format(**placeholders) for word in words.split())]
 
     def _measure(self, outcome: Outcome, system: str, command: Sequence[str]) -> None:
         target = self._target(outcome.task, system)
@@ -105,11 +107,11 @@ class Bench:
             evict_file(self._files.path(outcome.task.source))
         try:
             launcher = (sys.executable, "-m", "benchmarks.launch")
-            said = run(*launcher, *command, seconds=TASK_TIMEOUT_SECONDS).split()
+            output = run(*launcher, *command, seconds=TASK_TIMEOUT_SECONDS).split()
         except BenchmarkError as error:
             outcome.failures.append(f"{system}: {error}")
             return
-        seconds, _busy, memory, code = map(float, said)
+        seconds, _busy, memory, code = map(float, output)
         if code and (system == "qedimg" or code != outcome.task.qemu_img_code):
             outcome.failures.append(f"{system}: {shlex.join(command)}: exit code {code:.0f}")
             return

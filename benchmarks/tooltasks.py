@@ -130,9 +130,9 @@ class Outcome:
             found.append(f"{ratio:.2f} of qemu-img, expected {self.task.ratio:g}")
         if self.task.seconds is not None and qedimg and median(qedimg) > self.task.seconds:
             found.append(f"{median(qedimg):.2f} s, expected {self.task.seconds:g}")
-        most = max(self.memory.get("qedimg", [0]))
-        if most >= MAX_MEMORY_BYTES:
-            found.append(f"{most / MIB:.0f} MiB, expected less than {MAX_MEMORY_BYTES / MIB:.0f}")
+        peak = max(self.memory.get("qedimg", [0]))
+        if peak >= MAX_MEMORY_BYTES:
+            found.append(f"{peak / MIB:.0f} MiB, expected less than {MAX_MEMORY_BYTES / MIB:.0f}")
         return found
 
     def verdict(self) -> str:
