@@ -32,7 +32,7 @@ async def foreign_image(
 
     Args:
         path: Final name of the image.
-        temporary: Name at which the image is put.
+        temporary: Path at which the image is put in the end; it is replaced.
         wanted: Its format, as qemu-img calls it.
         options: Arguments for ``-o`` of qemu-img.
 
@@ -49,13 +49,13 @@ async def foreign_image(
     directory, name = os.path.split(path)
     start = os.fsdecode(os.fsencode(name)[:_MAX_NAME_PREFIX_BYTES])
     try:
-        # The image has its final name from the beginning: some formats store the name.
         work_directory = tempfile.mkdtemp(prefix=f".{start}.", suffix=".part", dir=directory or ".")
     except OSError as error:
         raise cannot_open(path, error) from error
     try:
-        # "./" where the name is relative: qemu-img takes "a:b/c" for a protocol, "-a" for options.
+        # "./" before a relative name: for qemu-img "a:b/c" has a protocol, and "-a" is an option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
+        # Its final name from the beginning: some formats store the name of the file in it.
         image = os.path.join(".", work_directory, "image", name)  # noqa: PTH118
         os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
         await _try_options(program, path, wanted, words, image)

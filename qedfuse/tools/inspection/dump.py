@@ -96,7 +96,7 @@ class Dump:
         """Return the header, if the L1 table can be found by it.
 
         Raises:
-            HeaderError: It cannot.
+            HeaderError: It cannot be found.
         """
         header = self.header.header
         if header is None:

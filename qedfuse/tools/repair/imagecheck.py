@@ -49,7 +49,7 @@ async def check(path: str, *, share: bool = False, progress: Progress | None = N
     Raises:
         QedError: The image cannot be opened, locked or read.
     """
-    async with _opened(path, LockMode.to_read(share=share)) as (file, header):
+    async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
         report = await check_image(file, header, progress)
         return CheckResult.of_check(header, file.size(), report)
 
@@ -72,12 +72,12 @@ async def plan(
     Raises:
         QedError: As `check`.
     """
-    async with _opened(path, LockMode.to_read(share=share)) as (file, header):
+    async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
         report = await check_image(file, header, progress)
         wanted = RepairPlan()
         if report.table_errors and level == "all":
             wanted = await plan_repair(file, header)
-        risky = wanted.written > _allowed(file) or _is_risky(report, level)
+        risky = wanted.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
             header,
             file.size(),
@@ -117,7 +117,7 @@ async def repair(
         QedError: The image cannot be opened or locked, or the host refused.  The image
             is not damaged further.
     """
-    async with _opened(path, LockMode.WRITE) as (file, header):
+    async with _open_image(path, LockMode.WRITE) as (file, header):
         size = file.size()
         before = after = await check_image(file, header, progress)
         if _is_risky(before, level) and not force:
@@ -125,7 +125,7 @@ async def repair(
         done, saved = RepairPlan(), None
         keeps = _keeps_leaks(path, level, before)
         if before.errors and level == "all":
-            with Backup(_backup_of(path), file.stat()) as backup:
+            with Backup(_backup_path(path), file.stat()) as backup:
                 done = await plan_repair(file, header, backup.save)
                 _refuse_excess(file, done, force=force)
                 _refuse_without_space(file, done)
@@ -151,21 +151,21 @@ async def repair(
         )
 
 
-async def undo(path: str, saved: str, *, progress: Progress | None = None) -> CheckResult:
+async def undo(path: str, backup: str, *, progress: Progress | None = None) -> CheckResult:
     """Undo a repair, and check the image again.
 
     Args:
         path: The image; no other program may have it open.
-        saved: Path of the backup that the repair made.
+        backup: Path of the backup that the repair made.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was restored.
         QedError: The image or the backup cannot be used, or the host refused.
     """
-    async with _opened(path, LockMode.WRITE) as (file, _header):
+    async with _open_image(path, LockMode.WRITE) as (file, _header):
         size = file.size()
-        count = await undo_repair(file, saved)
+        count = await undo_repair(file, backup)
         header = await read_header(file)
         result = CheckResult.of_check(
             header, file.size(), await check_image(file, header, progress), undone=count
@@ -173,14 +173,14 @@ async def undo(path: str, saved: str, *, progress: Progress | None = None) -> Ch
         return replace(result, bytes_before=size)
 
 
-def _backup_of(path: str) -> str:
+def _backup_path(path: str) -> str:
     """Return the path of the first backup of an image."""
     return f"{path}.before-repair"
 
 
 def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
     """Return whether leaked clusters may be lost data of a repair, of this or of an earlier one."""
-    has_backup = os.path.lexists(_backup_of(path))
+    has_backup = os.path.lexists(_backup_path(path))
     return level == "all" and (report.errors > 0 or has_backup)
 
 
@@ -207,7 +207,7 @@ def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:
     Raises:
         CorruptImageError: The repair is not forced.
     """
-    allowed = _allowed(file)
+    allowed = _max_unforced_bytes(file)
     if wanted.written > allowed and not force:
         msg = (
             f"{file.name}: not repaired: found damage that takes {format_size(wanted.written)} to "
@@ -234,7 +234,7 @@ def _refuse_without_space(file: PosixFile, wanted: RepairPlan) -> None:
         raise NoSpaceError(msg)
 
 
-def _allowed(file: PosixFile) -> int:
+def _max_unforced_bytes(file: PosixFile) -> int:
     """Return the bytes that a repair may write without being forced."""
     return max(_MAX_UNFORCED_BYTES, file.stat().st_blocks * _STAT_BLOCK_BYTES)
 
@@ -251,7 +251,7 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
 
 
 @asynccontextmanager
-async def _opened(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
+async def _open_image(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
     """Open and lock an image without its backing file; yield it with its header."""
     with open_image_file(path, mode, writable=mode is LockMode.WRITE) as file:
         yield file, await read_header(file)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     SavedRange = tuple[int, bytes, bytes]  # file offset, old bytes, new bytes
 
 _POISON_BYTES: Final = POISON_ENTRY.to_bytes(ENTRY_BYTES, "little")
-"""An entry of an overlay may have this value during a repair, and after an interrupted one."""
+"""An L1 entry of an overlay may have this value during a repair, and after an interrupted one."""
 
 
-async def undo_repair(file: HostFile, saved: str) -> int:
+async def undo_repair(file: HostFile, backup_path: str) -> int:
     """Restore what a repair changed, and the length of the image.
 
     This is correct only if nothing else has changed the image since.  All saved ranges are
@@ -35,7 +35,7 @@ async def undo_repair(file: HostFile, saved: str) -> int:
 
     Args:
         file: The image, open for writing and locked.
-        saved: Path of the backup that the repair made.
+        backup_path: The backup that the repair made.
 
     Returns:
         The number of ranges that were restored.
@@ -45,7 +45,7 @@ async def undo_repair(file: HostFile, saved: str) -> int:
         UsageError: The file is no backup, or not complete.
         HostError: The host refused.
     """
-    backup = _Backup(saved)
+    backup = _Backup(backup_path)
     try:
         return await _restore(file, backup)
     finally:
@@ -53,7 +53,7 @@ async def undo_repair(file: HostFile, saved: str) -> int:
 
 
 async def _restore(file: HostFile, backup: _Backup) -> int:
-    """Verify everything, then restore it in an order that leaves no crash unrepairable."""
+    """Verify everything, then restore it in an order in which a crash loses nothing."""
     count = 0
     for saved in backup.ranges():
         await _verify(file, saved)

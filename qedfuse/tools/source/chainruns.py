@@ -104,7 +104,7 @@ class ChainRunReader:
             yield last
 
     async def read(self, start: int, end: int) -> ChainRuns:
-        """Return how the chain stores a range, or the beginning of it; never empty runs."""
+        """Return how the chain stores a range, or the beginning of it; never empty."""
         await trio.lowlevel.checkpoint()
         runs = await self._layers[0].read(start, end)
         depths = np.zeros(len(runs.starts), np.int64)
