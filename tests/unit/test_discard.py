@@ -337,7 +337,7 @@ async def test_space_on_its_way_back_is_waited_for(step: Literal["datasync", "pu
         await disk.discard(0, 500 * CLUSTER)
         async with trio.open_nursery() as nursery:
             with file.hold(step) as held:
-                # It makes room itself, if nobody else does.
+                # This write reclaims clusters itself if no other task does.
                 if step == "datasync":
                     nursery.start_soon(disk.write, 1200 * CLUSTER, pattern(20 * CLUSTER, 1))
                 else:

@@ -39,7 +39,7 @@ def image(clusters: dict[int, bytes | int] | None = None, **options: int | bytes
 
 
 async def make_ready(disk: Disk) -> None:
-    """Have done what only the first change costs."""
+    """Make the change that sets NEED_CHECK and reserves space for the table."""
     await disk.wait_scanned()
     await disk.write(501 * CLUSTER, b"first")
     await disk.read(0, disk.size)
@@ -140,7 +140,8 @@ async def test_around_the_data_the_base_is_copied() -> None:
         for start, data in ((9 * CLUSTER + 5, b"new"), (3 * CLUSTER + 5, b"new")):
             assert disk.try_write(start, data)
             expected[start : start + len(data)] = data
-        # A whole cluster needs nothing of the base; the ends of two are put together by others.
+        # A whole cluster needs no bytes of the base; a write to parts of two is left to the
+        # slow path.
         assert disk.try_write(20 * CLUSTER, b"w" * 2 * CLUSTER)
         expected[20 * CLUSTER : 22 * CLUSTER] = b"w" * 2 * CLUSTER
         assert not disk.try_write(30 * CLUSTER + 1, b"w" * CLUSTER)
@@ -159,7 +160,7 @@ async def test_what_the_base_has_past_the_end_is_not_copied(short: int) -> None:
         await disk.read(0, disk.size)
         at = 100 * 512 - 512
         if disk.try_write(at, b"end"):
-            assert short == 100 * 512, "a base that ends within a cluster is not looked up at once"
+            assert short == 100 * 512, "a base that ends within a cluster is left to the slow path"
         else:
             await disk.write(at, b"end")
         await disk.resize(SIZE)
@@ -184,20 +185,22 @@ async def test_the_file_grows_ahead() -> None:
         assert len(file.content) >= 400 * CLUSTER
 
 
-async def test_what_is_left_to_the_long_way() -> None:
-    """A table not ready, somebody else at the same cluster, tables to write back, a slow file."""
+async def test_writes_that_are_left_to_the_slow_path() -> None:
+    """A write is left if its table is not ready, its cluster locked or the budget used up."""
     file = image({0: b"s", 1: b"s", 2: b"s", 700: b"s"})
     async with opened(file) as disk:
         await disk.wait_scanned()
         await disk.read(0, disk.size)
-        assert not disk.try_write(9 * CLUSTER, b"x"), "NEED_CHECK is not set, no room for the table"
+        assert not disk.try_write(9 * CLUSTER, b"x"), (
+            "NEED_CHECK is not set, no space is reserved for the table"
+        )
         await make_ready(disk)
-        assert not disk.try_write(701 * CLUSTER, b"x"), "no room for this part of the table"
+        assert not disk.try_write(701 * CLUSTER, b"x"), "no space is reserved for this slice"
         async with disk._components.write_path.allocating.hold(9 * CLUSTER, 10 * CLUSTER):
             assert not disk.try_write(8 * CLUSTER, b"x" * 2 * CLUSTER)
             assert disk.try_write(10 * CLUSTER, b"x")
         async with disk._components.write_path.allocating.hold(4 * CLUSTER, 5 * CLUSTER):
-            assert not disk.try_write(0, b"x" * 5 * CLUSTER), "the last part is somebody else's"
+            assert not disk.try_write(0, b"x" * 5 * CLUSTER), "another task holds the last cluster"
         assert not disk.try_write(SIZE - 1, b"xx")
         disk._components.table_writer._dirty_budget = 0
         assert not disk.try_write(12 * CLUSTER, b"x")
@@ -205,7 +208,7 @@ async def test_what_is_left_to_the_long_way() -> None:
         end = disk.statistics().file_bytes
         async with disk._components.length.lock:
             done = [disk.try_write(number * CLUSTER, b"x") for number in range(20, 400)]
-            assert not all(done), "growing waits for who cuts"
+            assert not all(done), "growth waits for the lock of the file length"
         file.in_page_cache = False
         assert not disk.try_write(450 * CLUSTER, b"x")
         assert disk.statistics().file_bytes == end + sum(done) * CLUSTER
@@ -220,7 +223,7 @@ async def test_no_cluster_is_used_while_it_is_being_punched() -> None:
         assert not disk.try_write(400 * CLUSTER, b"x")
         disk._components.reclaim.punching_clusters = 0
         assert disk.try_write(400 * CLUSTER, b"x")
-        # So much in quarantine is worth a flush.
+        # With this many clusters in quarantine a flush is made before the file grows.
         await disk.discard(0, 290 * CLUSTER)
         assert not disk.try_write(401 * CLUSTER, b"x")
         await disk.flush()

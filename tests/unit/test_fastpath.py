@@ -140,7 +140,7 @@ async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
         await disk.flush()
         tables = list(disk._components.layer.l2_tables)
         await disk.compact()
-        assert list(disk._components.layer.l2_tables) != tables, "the case is none"
+        assert list(disk._components.layer.l2_tables) != tables, "no table has moved"
         for at in range(10, 40):
             assert disk.try_write(at * SLICE, b"x") or await disk.write(at * SLICE, b"x")
             got = disk.try_read(at * SLICE + 1, 99)
@@ -150,8 +150,8 @@ async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_seeking_at_once_finds_what_the_long_way_finds(seed: int) -> None:
-    """Data and holes, over slices that are full, empty, mixed or not there."""
+async def test_a_seek_finds_what_the_slow_path_finds(seed: int) -> None:
+    """Data and holes are found in slices that are full, empty or mixed, and past missing tables."""
     chance = random.Random(seed)
     size = 6 * SLICE - chance.randrange(8) * 512
     clusters: dict[int, bytes | int] = {}
@@ -172,8 +172,8 @@ async def test_seeking_at_once_finds_what_the_long_way_finds(seed: int) -> None:
             assert disk.try_seek(start, data=False) == await disk.next_hole(start)
 
 
-async def test_seeking_over_many_tables_that_are_not_there() -> None:
-    """One look at the L1 table passes over them; a long search is left to the long way."""
+async def test_a_seek_skips_many_missing_tables() -> None:
+    """A seek skips missing tables by one search of the L1 table, and gives up after many slices."""
     size = 512 * SLICE
     file = in_page_cache(
         build_image(size, {500 * 512 + 3: b"x", **{at * 512: 1 for at in range(100)}})

@@ -28,11 +28,11 @@ class Resource:
         self.go = threading.Event()
 
     def note(self, what: str) -> None:
-        """Remember what happened."""
+        """Record an event."""
         self.seen.append(what)
 
     async def echo(self, value: object) -> object:
-        """Give back what was given, from the event loop's thread."""
+        """Return the argument, from the event loop's thread."""
         await trio.lowlevel.checkpoint()
         self.note(threading.current_thread().name)
         return value
@@ -43,7 +43,7 @@ class Resource:
         raise LookupError(msg)
 
     async def wait(self) -> str:
-        """Say that the call is under way, and end when told to."""
+        """Set ``entered``, and return once the test allows it."""
         self.entered.set()
         await trio.to_thread.run_sync(self.go.wait)
         self.note("waited")
@@ -152,15 +152,17 @@ def test_ask_to_close_does_not_wait() -> None:
     assert inside.seen == ["left"]
 
 
-@pytest.mark.expect_log("test log: nobody asked")
+@pytest.mark.expect_log("test log: close was not called")
 def test_failure_without_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """An error on leaving the context is logged if close() is not called."""
-    portal = Portal(opened_resource(Resource(), leave=LookupError("nobody asked")), "test log")
+    portal = Portal(
+        opened_resource(Resource(), leave=LookupError("close was not called")), "test log"
+    )
     portal.ask_to_close()
     for thread in threading.enumerate():
         if thread.name == "test log":
             thread.join()
-    assert [record.getMessage() for record in caplog.records] == ["test log: nobody asked"]
+    assert [record.getMessage() for record in caplog.records] == ["test log: close was not called"]
 
 
 @pytest.mark.expect_log("test crash: ")
@@ -190,7 +192,7 @@ def test_crash_inside_fails_the_calls_under_way() -> None:
 
     with pytest.raises(PortalClosedError):
         portal.call(hang)
-    # While it is being left, and after that.
+    # Once while the context is being left, and once after that.
     with pytest.raises(PortalClosedError):
         portal.call(inside.echo, 1)
     inside.go.set()
@@ -201,7 +203,7 @@ def test_crash_inside_fails_the_calls_under_way() -> None:
 
 
 def run_program(body: str) -> str:
-    """Run a program of its own and give what it printed; it must end, and without complaint."""
+    """Run a program in a process of its own; return its output.  It must end without an error."""
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-c", PROGRAM + body],
         capture_output=True,
