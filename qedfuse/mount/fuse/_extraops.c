@@ -39,7 +39,7 @@ typedef struct {
 } Request;
 
 /* Returns the request, which the caller must answer; NULL if that must not be done any more. */
-static fuse_req_t take(Request *self)
+static fuse_req_t take_request(Request *self)
 {
     fuse_req_t request = self->request;
 
@@ -55,7 +55,7 @@ static PyObject *request_error(PyObject *self, PyObject *number)
 
     if (value == -1 && PyErr_Occurred())
         return NULL;
-    request = take((Request *)self);
+    request = take_request((Request *)self);
     if (request != NULL)
         fuse_reply_err(request, (int)value);
     Py_RETURN_NONE;
@@ -68,7 +68,7 @@ static PyObject *request_offset(PyObject *self, PyObject *offset)
 
     if (value == -1 && PyErr_Occurred())
         return NULL;
-    request = take((Request *)self);
+    request = take_request((Request *)self);
     if (request != NULL)
         fuse_reply_lseek(request, (off_t)value);
     Py_RETURN_NONE;
@@ -77,7 +77,7 @@ static PyObject *request_offset(PyObject *self, PyObject *offset)
 static void request_free(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
-    fuse_req_t request = take((Request *)self);
+    fuse_req_t request = take_request((Request *)self);
 
     if (request != NULL)
         fuse_reply_err(request, EINTR);
@@ -175,35 +175,35 @@ static void *in_libfuse(const char *name)
  * no memory.  pyfuse3 or this module may have been built for a newer libfuse, with a larger
  * table, than the other.
  */
-static struct fuse_lowlevel_ops *fill_in(const void *theirs, size_t *size)
+static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *size)
 {
     size_t min_size = sizeof(struct fuse_lowlevel_ops);
-    struct fuse_lowlevel_ops *ours = calloc(1, *size > min_size ? *size : min_size);
+    struct fuse_lowlevel_ops *copy = calloc(1, *size > min_size ? *size : min_size);
 
-    if (ours == NULL)
+    if (copy == NULL)
         return NULL;
-    memcpy(ours, theirs, *size);
+    memcpy(copy, original, *size);
     if (*size < min_size)
         *size = min_size;
     /* A later pyfuse3 may implement them; then its own handlers are used. */
-    if (ours->fallocate == NULL)
-        ours->fallocate = on_fallocate;
-    if (ours->lseek == NULL)
-        ours->lseek = on_lseek;
+    if (copy->fallocate == NULL)
+        copy->fallocate = on_fallocate;
+    if (copy->lseek == NULL)
+        copy->lseek = on_lseek;
     /*
      * With write_buf, libfuse reads requests from the kernel through a pipe (splice(2)).  That
      * costs two more system calls for each and saves no copy, because pyfuse3 copies the data
      * into a bytes object in any case.
      */
-    if (ours->write != NULL)
-        ours->write_buf = NULL;
-    return ours;
+    if (copy->write != NULL)
+        copy->write_buf = NULL;
+    return copy;
 }
 
 /* Records that a session was made, or could not be made, with a table; returns the session. */
-static void *begin(void *session, struct fuse_lowlevel_ops *ours)
+static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
 {
-    free(ours); /* libfuse has made a copy */
+    free(copy); /* libfuse has copied the table */
     in_session = session != NULL;
     generation++;
     return session;
@@ -225,9 +225,9 @@ void *new_session(void *args, const void *table, size_t size, void *userdata)
 void *new_session(void *args, const void *table, size_t size, void *userdata)
 {
     make_plain make = (make_plain)in_libfuse("fuse_session_new");
-    struct fuse_lowlevel_ops *ours = make == NULL ? NULL : fill_in(table, &size);
+    struct fuse_lowlevel_ops *copy = make == NULL ? NULL : complete_table(table, &size);
 
-    return ours == NULL ? NULL : begin(make(args, ours, size, userdata), ours);
+    return copy == NULL ? NULL : session_made(make(args, copy, size, userdata), copy);
 }
 
 /* Called by a pyfuse3 that was built for libfuse 3.17 or later. */
@@ -238,9 +238,9 @@ void *new_session_versioned(void *args, const void *table, size_t size, const vo
                             void *userdata)
 {
     make_versioned make = (make_versioned)in_libfuse("fuse_session_new_versioned");
-    struct fuse_lowlevel_ops *ours = make == NULL ? NULL : fill_in(table, &size);
+    struct fuse_lowlevel_ops *copy = make == NULL ? NULL : complete_table(table, &size);
 
-    return ours == NULL ? NULL : begin(make(args, ours, size, version, userdata), ours);
+    return copy == NULL ? NULL : session_made(make(args, copy, size, version, userdata), copy);
 }
 
 /* --- the module -------------------------------------------------------------------- */

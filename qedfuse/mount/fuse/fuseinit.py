@@ -125,24 +125,24 @@ async def negotiate_init(fd: int, readahead: int | None = None) -> None:
         FuseError: The kernel or libfuse has refused.
     """
     device = os.dup(fd)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    proxy_end, libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         await trio.lowlevel.wait_readable(device)
         request = mask_request(os.read(device, _MAX_MESSAGE_BYTES), _ATOMIC_O_TRUNC)
-        os.dup2(theirs.fileno(), fd, inheritable=False)
-        ours.setblocking(False)  # noqa: FBT003
-        ours.send(request)
+        os.dup2(libfuse_end.fileno(), fd, inheritable=False)
+        proxy_end.setblocking(False)  # noqa: FBT003
+        proxy_end.send(request)
         async with background_tasks() as nursery:
             nursery.start_soon(pyfuse3.main)
-            await trio.lowlevel.wait_readable(ours)
+            await trio.lowlevel.wait_readable(proxy_end)
             # The tasks that wait for the socket have to end before ``fd`` is the device again.
             nursery.cancel_scope.cancel()
-        os.write(device, patch_reply(ours.recv(_MAX_MESSAGE_BYTES), readahead))
+        os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead))
     except OSError as error:
         msg = f"{FUSE_DEVICE}: cannot agree with the kernel: {os.strerror(error.errno or 0)}"
         raise FuseError(msg) from error
     finally:
         os.dup2(device, fd, inheritable=False)
         os.close(device)
-        ours.close()
-        theirs.close()
+        proxy_end.close()
+        libfuse_end.close()

@@ -72,15 +72,15 @@ class Launderer:
         Raises:
             OSError: The host refuses a socket pair or a process.
         """
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self.socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with child_end:
             try:
                 self.pid = os.fork()
             except OSError:
                 self.socket.close()
                 raise
             if self.pid == 0:
-                _be_child(theirs)
+                _be_child(child_end)
 
     def __enter__(self) -> Self:
         """Do nothing: the constructor has started the process."""

@@ -150,7 +150,7 @@ def _wait(child: int, reading: int) -> int:
     code = os.waitstatus_to_exitcode(status)
     if code > 0:
         return code  # the child has printed the reason
-    names = [known.name for known in signal.Signals if known == -code]
+    names = [number.name for number in signal.Signals if number == -code]
     how = "ended" if code == 0 else f"was killed by {(*names, f'signal {-code}')[0]}"
     sys.stderr.write(f"qedfuse: the process in the background {how} before the disk was ready\n")
     return _MOUNT_FAILED_EXIT_CODE

@@ -79,11 +79,11 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
     Raises:
         FuseError: There is none.
     """
-    known = {entry.mount_id for entry in before}
+    old = {entry.mount_id for entry in before}
     device = _device(connection)
     found = None
     for entry in read_mounts():
-        is_new = entry.path == mountpoint and entry.mount_id not in known
+        is_new = entry.path == mountpoint and entry.mount_id not in old
         if is_new and entry.fstype == FUSE_TYPE and device in (None, entry.device):
             found = entry
     if found is None:

@@ -105,7 +105,9 @@ def _open_directory(path: Path, user: int, *, make: bool) -> int:
     found = os.fstat(fd)
     if found.st_uid != user or stat.S_IMODE(found.st_mode) & 0o022:
         os.close(fd)
-        msg = f"{printable(path)}: found a directory that others can write to, expected our own"
+        msg = (
+            f"{printable(path)}: found a directory that others can write to, expected a private one"
+        )
         raise PrivilegeError(msg)
     return fd
 
