@@ -93,11 +93,19 @@ class CrashOracle:
         # flush and for a size of the disk.
         self._base_refused: dict[tuple[int, int], NDArray[np.bool_]] = {}
         self._zeros_refused: dict[tuple[int, int], NDArray[np.bool_]] = {}
+        self._promises: dict[int, tuple[int, int]] = {}
         self._initial = initial
         self._bound = max(
             len(history.file.initial),
             first.geometry.bound(first.header_end, history.sectors * SECTOR),
         )
+
+    def promises(self, prefix: int) -> tuple[int, int]:
+        """Return what was promised after ``prefix`` changes, as `History.promises` does."""
+        found = self._promises.get(prefix)
+        if found is None:
+            found = self._promises[prefix] = self._history.promises(prefix)
+        return found
 
     def header(self, state: State) -> Header:
         """Return the header of a state."""
@@ -212,7 +220,7 @@ class CrashOracle:
             return list(tables.errors)
         header = self.header(state)
         problems = []
-        least = self._history.least_size(prefix)
+        flushed, least = self.promises(prefix)
         if header.image_size < least:
             return [f"the disk has {header.image_size} bytes, and was grown to {least}"]
         if state.length > self._bound:
@@ -227,7 +235,7 @@ class CrashOracle:
             problems += free_list_problems(content, header, tables.owned)
         if failure is not None:
             problems += self._out_of_order(failure, state, tables)
-        return problems + self._wrong_data(self._history.flushed(prefix), header, state, tables)
+        return problems + self._wrong_data(flushed, header, state, tables)
 
     def _out_of_order(self, failure: PowerFailure, state: State, tables: Tables) -> list[str]:
         """Return which writes may be durable before a write that must precede them (D2, D3).

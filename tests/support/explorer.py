@@ -193,7 +193,7 @@ class Explorer:
         self, state_id: StateId, state: State, failure: PowerFailure | None = None
     ) -> None:
         """Judge a state, unless the same state was judged by the same promises."""
-        promises = self._history.promises(state_id.prefix)
+        promises = self._oracle.promises(state_id.prefix)
         key = hash((promises, state.length, state.ids.tobytes()))
         if key in self._seen:
             return

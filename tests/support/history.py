@@ -280,7 +280,7 @@ class History:
         return max([len(self._first) * SECTOR, *sizes])
 
     def promises(self, count: int) -> tuple[int, int]:
-        """Return a key that is equal for crash points at which the same was promised."""
+        """Return `flushed` and `least_size`: all that was promised after ``count`` changes."""
         return self.flushed(count), self.least_size(count)
 
     def allowed(self, flushed: int) -> AllowedContents:
