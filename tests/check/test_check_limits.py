@@ -156,8 +156,8 @@ def test_overlapping_claims_count_each_cluster_once() -> None:
             owned.update(range(first, last))
             single = [chance.randrange(size) for _ in range(5)]
             taken = references.claim(np.array(single, np.uint64)).tolist()
-            for place, cluster in enumerate(single):
-                assert taken[place] == (cluster in owned)
+            for index, cluster in enumerate(single):
+                assert taken[index] == (cluster in owned)
                 owned.add(cluster)
         assert references.count == len(owned)
         free = [

@@ -185,8 +185,8 @@ async def test_damage_is_found_and_repaired_and_other_data_stays(code: Code) -> 
         return  # the header now names a base that is not there
     after = guest_bytes(content)
     size = len(after)
-    reported = {item.start // CLUSTER_BYTES + place for item in result.lost
-                for place in range(-(-item.length // CLUSTER_BYTES))}  # fmt: skip
+    reported = {item.start // CLUSTER_BYTES + offset for item in result.lost
+                for offset in range(-(-item.length // CLUSTER_BYTES))}  # fmt: skip
     assert reported == {number for number in lost if number * CLUSTER_BYTES < size}
     if code is Code.TABLE_OVERLAP:
         # Two guest ranges read the same before; they still do, each with its own clusters.
@@ -228,8 +228,8 @@ async def test_listed_clusters_are_not_leaked() -> None:
     found = await check(content)
     assert (found.errors, found.leaks, found.listed_clusters) == (0, 9, 91)
     leaks = next(item for item in found.findings if item.code is Code.LEAKED_CLUSTERS)
-    places = [f"{count} at {(free + n) * CLUSTER_BYTES}" for count, n in ((3, 0), (1, 4), (5, 95))]
-    assert ", ".join(places) in leaks.message
+    runs = [f"{count} at {(free + n) * CLUSTER_BYTES}" for count, n in ((3, 0), (1, 4), (5, 95))]
+    assert ", ".join(runs) in leaks.message
     assert found.as_json()["listed_clusters"] == 91
     await repair(content)
     assert content == before
@@ -311,7 +311,7 @@ def damage_at_random(content: bytearray, chance: random.Random) -> None:
     """Overwrite a few entries, and sometimes cut off the end."""
     header = header_of(content)
     entries = [header.l1_table_offset + 8 * index for index in range(3)]
-    tables = [get_entry(content, place) for place in entries]
+    tables = [get_entry(content, offset) for offset in entries]
     entries += [table + 8 * index for table in tables if table for index in range(12)]
     size = len(content)
     for _ in range(chance.randrange(1, 4)):

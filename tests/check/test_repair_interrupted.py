@@ -68,8 +68,8 @@ def share(content: bytearray, number: int, other: int) -> None:
 def point_past(content: bytearray, numbers: range | tuple[int, ...], skip: int = 0) -> set[int]:
     """Make the entries of guest clusters point to successive clusters past the end."""
     end = -(-len(content) // CLUSTER_BYTES) * CLUSTER_BYTES
-    for place, number in enumerate(numbers, skip):
-        put_entry(content, l2_entry_offset(content, number), end + place * CLUSTER_BYTES)
+    for index, number in enumerate(numbers, skip):
+        put_entry(content, l2_entry_offset(content, number), end + index * CLUSTER_BYTES)
     return set(numbers)
 
 

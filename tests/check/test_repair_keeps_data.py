@@ -106,13 +106,13 @@ async def test_data_under_a_wild_table_stays() -> None:
     content = build_image(
         DISK_BYTES, {number: pattern(CLUSTER_BYTES, number) for number in numbers}
     )
-    place = get_entry(content, l2_entry_offset(content, 7))
-    put_entry(content, l1_entry(content, 1), place)
+    offset = get_entry(content, l2_entry_offset(content, 7))
+    put_entry(content, l1_entry(content, 1), offset)
     result = await repair(content)
     after = guest_bytes(content)
     for number in numbers:
         assert cluster(after, number) == pattern(CLUSTER_BYTES, number)
-    assert get_entry(content, l2_entry_offset(content, 7)) == place, "moved without need"
+    assert get_entry(content, l2_entry_offset(content, 7)) == offset, "moved without need"
     assert {item.start for item in result.lost} == {7 * CLUSTER_BYTES, TABLE_SPAN_BYTES}
 
 
@@ -193,15 +193,15 @@ def damaged(chance: random.Random, backing: bytes = b"") -> bytearray:
     content = build_image(
         DISK_BYTES, {number: pattern(CLUSTER_BYTES, number) for number in numbers}, backing=backing
     )
-    places = [l1_entry(content, index) for index in range(4)]
-    tables = [get_entry(content, place) for place in places]
+    offsets = [l1_entry(content, index) for index in range(4)]
+    tables = [get_entry(content, offset) for offset in offsets]
     entries = [l2_entry_offset(content, number) for number in numbers]
     inside = [get_entry(content, entry) for entry in entries]
     end = len(content)
     wild = [8, CLUSTER_BYTES, end - CLUSTER_BYTES, end, end + CLUSTER_BYTES, 1 << 50]
     for _ in range(3):
         put_entry(content, chance.choice(entries), chance.choice([*inside, *tables, *wild]))
-    put_entry(content, chance.choice(places), chance.choice([*inside, *tables, *wild]))
+    put_entry(content, chance.choice(offsets), chance.choice([*inside, *tables, *wild]))
     if chance.random() < 0.3:
         del content[-chance.randrange(1, 2 * CLUSTER_BYTES) :]
     return content

@@ -109,10 +109,10 @@ def test_discards_do_nothing(tmp_path: Path) -> None:
 def test_write_zeroes_keeps_allocated_clusters(tmp_path: Path) -> None:
     """Write-zeroes with leave to unmap writes zeros into the allocated data cluster."""
     path = image(tmp_path / "a.qed", {0: DATA})
-    place = entry(path, 0)
+    offset = entry(path, 0)
     qemu.io(path, "write -z -u 0 4k")
-    assert entry(path, 0) == place
-    assert path.read_bytes()[place : place + CLUSTER_BYTES] == bytes(CLUSTER_BYTES)
+    assert entry(path, 0) == offset
+    assert path.read_bytes()[offset : offset + CLUSTER_BYTES] == bytes(CLUSTER_BYTES)
 
 
 def test_leaked_clusters_are_never_used(tmp_path: Path) -> None:
@@ -398,10 +398,10 @@ def test_commit_leaves_the_overlay(tmp_path: Path) -> None:
     top = image(
         tmp_path / "top.qed", {0: b"\x66" * CLUSTER_BYTES, 1: ZERO}, backing=base.name.encode()
     )
-    before, place = top.read_bytes(), entry(base, 1)
+    before, offset = top.read_bytes(), entry(base, 1)
     qemu.run("qemu-img", "commit", "-q", top)
     assert top.read_bytes() == before
-    assert entry(base, 1) == place
+    assert entry(base, 1) == offset
     qemu.io(base, "read -P 0x66 0 4k", "read -P 0 4k 4k", read_only=True)
 
 

@@ -32,8 +32,8 @@ def test_no_leaks_after_files_came_and_went(option: str, code: int, tmp_path: Pa
     chance = random.Random(5)
     kept = {}
     with (
-        mounted(image, tmp_path / "mnt", "-o", option) as place,
-        loop_device(place / "vm.raw") as device,
+        mounted(image, tmp_path / "mnt", "-o", option) as mountpoint,
+        loop_device(mountpoint / "vm.raw") as device,
     ):
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
         with file_system(device, tmp_path / "day") as directory:
@@ -51,8 +51,8 @@ def test_no_leaks_after_files_came_and_went(option: str, code: int, tmp_path: Pa
     found = qemu.check(image)
     assert (found.errors, found.code) == (0, code), found.text
     with (
-        mounted(image, tmp_path / "mnt", "-r") as place,
-        loop_device(place / "vm.raw", "--read-only") as device,
+        mounted(image, tmp_path / "mnt", "-r") as mountpoint,
+        loop_device(mountpoint / "vm.raw", "--read-only") as device,
     ):
         run("e2fsck", "-fn", device)
         run("mount", "-o", "ro,noload", device, tmp_path / "day")
@@ -73,8 +73,8 @@ def test_no_leaks_after_random_writes_and_discards(seed: int, tmp_path: Path) ->
     image = qemu.create(tmp_path / "vm.qed", size, cluster_size=cluster_size, table_size=table_size)
     model = bytearray(size)
     for _ in range(2):
-        with mounted(image, tmp_path / "mnt", "-o", UNLIMITED) as place:
-            descriptor = os.open(place / "vm.raw", os.O_RDWR)
+        with mounted(image, tmp_path / "mnt", "-o", UNLIMITED) as mountpoint:
+            descriptor = os.open(mountpoint / "vm.raw", os.O_RDWR)
             try:
                 for _ in range(60):
                     start = chance.randrange(size // 4096) * 4096
@@ -93,9 +93,9 @@ def test_no_leaks_after_random_writes_and_discards(seed: int, tmp_path: Path) ->
         assert difference(qemu.content(image), model) is None
 
 
-def write_and_punch(image: Path, place: Path) -> None:
+def write_and_punch(image: Path, mountpoint: Path) -> None:
     """Fill 32 clusters of a mounted disk, and punch every third one of the first half."""
-    with (place / f"{image.stem}.raw").open("r+b") as file:
+    with (mountpoint / f"{image.stem}.raw").open("r+b") as file:
         file.write(b"\xa5" * 2 * MIB)
         os.fsync(file.fileno())
         for number in range(0, 16, 3):
@@ -105,23 +105,23 @@ def write_and_punch(image: Path, place: Path) -> None:
 def test_remaining_free_clusters_are_logged(tmp_path: Path) -> None:
     """The log says how many free clusters are left, as QEMU counts, and how to remove them."""
     image = qemu.create(tmp_path / "vm.qed", 8 * MIB)
-    place = tmp_path / "mnt"
-    place.mkdir()
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
     options = f"{UNLIMITED},compact_size=192K"
     process = subprocess.Popen(
-        [*COMMAND, image, place, "-f", "-o", options],
+        [*COMMAND, image, mountpoint, "-f", "-o", options],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
     )
     try:
-        while not (place / "vm.raw").exists():
+        while not (mountpoint / "vm.raw").exists():
             assert process.poll() is None
-        write_and_punch(image, place)
-        assert qedfuse("umount", place).returncode == 0
+        write_and_punch(image, mountpoint)
+        assert qedfuse("umount", mountpoint).returncode == 0
         assert process.wait(TIMEOUT) == 0
     finally:
-        clean_up(place)
+        clean_up(mountpoint)
         process.kill()
         shown = process.communicate()[1]
     assert f"{image}: 3 free clusters (196608 bytes) are left within the file" in shown
@@ -135,8 +135,8 @@ def test_remaining_free_clusters_are_logged(tmp_path: Path) -> None:
 def test_images_of_a_mount_share_compact_time(tmp_path: Path) -> None:
     """When compact_time has passed, compaction stops for all images, and all are closed."""
     images = [qemu.create(tmp_path / f"{name}.qed", 8 * MIB) for name in "ab"]
-    with mounted(tmp_path, tmp_path / "mnt", "-o", "compact_time=0.000001") as place:
+    with mounted(tmp_path, tmp_path / "mnt", "-o", "compact_time=0.000001") as mountpoint:
         for image in images:
-            write_and_punch(image, place)
+            write_and_punch(image, mountpoint)
     for image in images:
         assert (qemu.check(image).errors, qemu.check(image).leaks) == (0, 6)

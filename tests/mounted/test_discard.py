@@ -63,8 +63,8 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture
 def disk(image: Path, tmp_path: Path) -> Iterator[Path]:
     """Give that image, mounted, with data from 1 MiB to 4 MiB."""
-    with mounted(image, tmp_path / "mnt") as place:
-        path = place / "vm.raw"
+    with mounted(image, tmp_path / "mnt") as mountpoint:
+        path = mountpoint / "vm.raw"
         with path.open("r+b") as file:
             file.seek(MIB)
             file.write(b"\xa5" * 3 * MIB)
@@ -136,9 +136,9 @@ def test_fallocate_at_the_end_of_the_disk(disk: Path, image: Path) -> None:
 
 def test_zeroing_past_the_end_grows_a_growable_disk(image: Path, tmp_path: Path) -> None:
     """A zero range past the end of a growable disk makes it larger, like any file."""
-    with mounted(image, tmp_path / "mnt", "-o", "growable") as place:
-        run("fallocate", "-z", "-o", "63MiB", "-l", "2MiB", place / "vm.raw")
-        assert (place / "vm.raw").stat().st_size == 65 * MIB
+    with mounted(image, tmp_path / "mnt", "-o", "growable") as mountpoint:
+        run("fallocate", "-z", "-o", "63MiB", "-l", "2MiB", mountpoint / "vm.raw")
+        assert (mountpoint / "vm.raw").stat().st_size == 65 * MIB
     assert header_of(image.read_bytes()[:64]).image_size == 65 * MIB
 
 
@@ -147,8 +147,8 @@ def test_allocated_space_is_reserved_on_the_host(
     options: tuple[str, ...], image: Path, tmp_path: Path
 ) -> None:
     """Space allocated by fallocate(1) or posix_fallocate(3) is reserved and keeps its content."""
-    with mounted(image, tmp_path / "mnt", *options) as place:
-        path = place / "vm.raw"
+    with mounted(image, tmp_path / "mnt", *options) as mountpoint:
+        path = mountpoint / "vm.raw"
         with path.open("r+b", buffering=0) as file:
             file.seek(MIB)
             file.write(b"\xa5" * 100)
@@ -168,8 +168,8 @@ def test_allocation_past_the_end_grows_a_growable_disk(
     options: str, image: Path, tmp_path: Path
 ) -> None:
     """An allocation past the end grows the disk; KEEP_SIZE and too large sizes change nothing."""
-    with mounted(image, tmp_path / "mnt", "-o", options) as place:
-        path = place / "vm.raw"
+    with mounted(image, tmp_path / "mnt", "-o", options) as mountpoint:
+        path = mountpoint / "vm.raw"
         with path.open("r+b", buffering=0) as file:
             file.seek(64 * MIB - 5)
             file.write(b"12345")
@@ -198,9 +198,11 @@ def test_allocation_past_the_end_grows_a_growable_disk(
 def test_a_read_only_disk_refuses_discards(image: Path, tmp_path: Path) -> None:
     """A discard of a read-only disk fails, and the image stays the same byte for byte."""
     before = image.read_bytes()
-    with mounted(image, tmp_path / "mnt", "-o", "ro") as place:
+    with mounted(image, tmp_path / "mnt", "-o", "ro") as mountpoint:
         done = subprocess.run(
-            ["fallocate", "-p", "-l", "1MiB", place / "vm.raw"], capture_output=True, check=False
+            ["fallocate", "-p", "-l", "1MiB", mountpoint / "vm.raw"],
+            capture_output=True,
+            check=False,
         )
         assert done.returncode != 0
     assert image.read_bytes() == before
@@ -208,8 +210,8 @@ def test_a_read_only_disk_refuses_discards(image: Path, tmp_path: Path) -> None:
 
 def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
     """With nodiscard a punched range reads as zeros and keeps its clusters."""
-    with mounted(image, tmp_path / "mnt", "-o", "nodiscard") as place:
-        path = place / "vm.raw"
+    with mounted(image, tmp_path / "mnt", "-o", "nodiscard") as mountpoint:
+        path = mountpoint / "vm.raw"
         with path.open("r+b") as file:
             file.write(b"\xa5" * MIB)
             os.fsync(file.fileno())
@@ -225,8 +227,8 @@ def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "kept"), [("off", True), ("on", True), ("unmap", False)])
 def test_detect_zeroes_mode(mode: str, *, kept: bool, image: Path, tmp_path: Path) -> None:
     """Written zeros take no space with detect_zeroes=on, and free space only with unmap."""
-    with mounted(image, tmp_path / "mnt", "-o", f"detect_zeroes={mode}") as place:
-        path = place / "vm.raw"
+    with mounted(image, tmp_path / "mnt", "-o", f"detect_zeroes={mode}") as mountpoint:
+        path = mountpoint / "vm.raw"
         with path.open("r+b") as file:
             file.write(b"\xa5" * MIB)
             os.fsync(file.fileno())
@@ -249,8 +251,8 @@ def test_holes_along_a_chain(tmp_path: Path) -> None:
             file.write(b"b" * CLUSTER_BYTES)
         file.truncate(32 * MIB)
     overlay = qemu.create(tmp_path / "vm.qed", 40 * MIB, backing=base, backing_format="raw")
-    with mounted(overlay, tmp_path / "mnt") as place:
-        path = place / "vm.raw"
+    with mounted(overlay, tmp_path / "mnt") as mountpoint:
+        path = mountpoint / "vm.raw"
         with path.open("r+b") as file:
             file.seek(20 * MIB)
             file.write(b"o" * CLUSTER_BYTES)
@@ -295,13 +297,13 @@ def test_a_sparse_copy_beside_a_writer_is_complete(disk: Path, tmp_path: Path) -
     """Sparse copies of a disk in use succeed, and a copy of the frozen disk is equal to it."""
     with loop_device(disk) as device:
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=1", device)
-        with file_system(device, tmp_path / "fs") as place:
+        with file_system(device, tmp_path / "fs") as mountpoint:
             stop = threading.Event()
             written: list[Path] = []
 
             def write() -> None:
                 while not stop.is_set():
-                    path = place / f"file{len(written) % 9}"
+                    path = mountpoint / f"file{len(written) % 9}"
                     path.write_bytes(os.urandom(700_000))
                     written.append(path)
 
@@ -314,12 +316,12 @@ def test_a_sparse_copy_beside_a_writer_is_complete(disk: Path, tmp_path: Path) -
                 stop.set()
                 writer.join()
             assert written, "nothing was written beside the copies"
-            run("fsfreeze", "-f", place)
+            run("fsfreeze", "-f", mountpoint)
             try:
                 run("cp", "--sparse=auto", disk, tmp_path / "copy")
                 run("cmp", disk, tmp_path / "copy")
             finally:
-                run("fsfreeze", "-u", place)
+                run("fsfreeze", "-u", mountpoint)
 
 
 # --- block devices and file systems -----------------------------------------------------
@@ -341,7 +343,10 @@ def test_discards_of_a_loop_device(disk: Path, image: Path) -> None:
 def test_fstrim_keeps_the_image_small(tmp_path: Path) -> None:
     """Four times 100 MB written, deleted and trimmed on a disk of 300 MB leave a small image."""
     image = qemu.create(tmp_path / "vm.qed", 300 * MIB)
-    with mounted(image, tmp_path / "mnt") as place, loop_device(place / "vm.raw") as device:
+    with (
+        mounted(image, tmp_path / "mnt") as mountpoint,
+        loop_device(mountpoint / "vm.raw") as device,
+    ):
         run("mkfs.ext4", "-q", device)
         with file_system(device, tmp_path / "fs") as files:
             for _ in range(4):
@@ -359,7 +364,10 @@ def test_fstrim_keeps_the_image_small(tmp_path: Path) -> None:
 def test_a_file_system_mounted_with_discard(tmp_path: Path) -> None:
     """A file system mounted with -o discard frees deleted files without fstrim."""
     image = qemu.create(tmp_path / "vm.qed", 200 * MIB)
-    with mounted(image, tmp_path / "mnt") as place, loop_device(place / "vm.raw") as device:
+    with (
+        mounted(image, tmp_path / "mnt") as mountpoint,
+        loop_device(mountpoint / "vm.raw") as device,
+    ):
         run("mkfs.ext4", "-q", device)
         files = tmp_path / "fs"
         files.mkdir()

@@ -99,15 +99,15 @@ def test_script_help_is_its_header(script: str) -> None:
 
 def test_interrupt_cleans_up(installation: Path, tmp_path: Path) -> None:
     """An interrupt while a disk is mounted unmounts it and removes all files."""
-    place = tmp_path / "scratch"
-    place.mkdir()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     # A program that is found before the real one stops the script at the right moment.
     stop = tmp_path / "stop"
     stop.mkdir()
     (stop / "debugfs").write_text("#!/bin/sh\nkill -INT $PPID\nexit 1\n", encoding="utf-8")
     (stop / "debugfs").chmod(0o755)
     done = subprocess.run(
-        [EXAMPLES / "recover-files.sh", place],
+        [EXAMPLES / "recover-files.sh", scratch],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -117,7 +117,7 @@ def test_interrupt_cleans_up(installation: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "the files are copied out" in done.stderr
-    assert list(place.iterdir()) == []
+    assert list(scratch.iterdir()) == []
 
 
 def test_list_files(image: Path) -> None:

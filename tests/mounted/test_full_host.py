@@ -36,22 +36,22 @@ FULL: Final = (errno.ENOSPC, errno.EIO)
 @contextmanager
 def host(kind: str, tmp_path: Path) -> Iterator[Path]:
     """Mount a small file system."""
-    place = tmp_path / "host"
-    place.mkdir()
+    host_directory = tmp_path / "host"
+    host_directory.mkdir()
     command: list[str | Path]
     if kind == "tmpfs":
-        command = ["mount", "-t", "tmpfs", "-o", f"size={HOST_BYTES}", "tmpfs", place]
+        command = ["mount", "-t", "tmpfs", "-o", f"size={HOST_BYTES}", "tmpfs", host_directory]
     else:
         device = tmp_path / "device"
         with device.open("wb") as file:
             file.truncate(HOST_BYTES)
         subprocess.run(["mkfs.ext4", "-q", "-m0", device], check=True)
-        command = ["mount", "-o", "loop", device, place]
+        command = ["mount", "-o", "loop", device, host_directory]
     subprocess.run(command, check=True)
     try:
-        yield place
+        yield host_directory
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", host_directory], check=True)
 
 
 @contextmanager
@@ -108,9 +108,9 @@ def test_a_disk_recovers_when_the_host_has_space_again(
     kind: str, through: str, tmp_path: Path
 ) -> None:
     """On a full host new writes fail, reads and overwrites work, and freed space helps."""
-    with host(kind, tmp_path) as place:
-        image = qemu.create(place / "disk.qed", DISK_BYTES)
-        ballast = place / "ballast"
+    with host(kind, tmp_path) as host_directory:
+        image = qemu.create(host_directory / "disk.qed", DISK_BYTES)
+        ballast = host_directory / "ballast"
         ballast.write_bytes(b"x" * BALLAST_BYTES)
         with (
             mounted(image, tmp_path / "mnt", "-o", "commit=1") as directory,
@@ -139,7 +139,7 @@ def test_a_disk_recovers_when_the_host_has_space_again(
             if kind == "ext4":
                 # Blocks of a deleted file are free when the journal says so.  The file system
                 # alone: sync(2) waits for all others of the machine too, busy ones as well.
-                subprocess.run(["sync", "--file-system", place], check=True)
+                subprocess.run(["sync", "--file-system", host_directory], check=True)
             user.fill(written + BALLAST_BYTES // BLOCK_BYTES // 2)
             user.check()
             os.fsync(fd)
@@ -155,8 +155,10 @@ def test_a_disk_recovers_when_the_host_has_space_again(
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_unmount_of_a_full_host_keeps_all_accepted_data(kind: str, tmp_path: Path) -> None:
     """On a full host the unmount succeeds, and everything that was accepted is in the image."""
-    with host(kind, tmp_path) as place:
-        image = qemu.create(place / "disk.qed", DISK_BYTES, cluster_size=4096, table_size=2)
+    with host(kind, tmp_path) as host_directory:
+        image = qemu.create(
+            host_directory / "disk.qed", DISK_BYTES, cluster_size=4096, table_size=2
+        )
         with (
             mounted(image, tmp_path / "mnt") as directory,
             guest("file", directory / "disk.raw") as fd,
@@ -175,8 +177,8 @@ def test_unmount_of_a_full_host_keeps_all_accepted_data(kind: str, tmp_path: Pat
 
 def test_fallocate_of_more_than_the_host_has(tmp_path: Path) -> None:
     """An allocation of more than the host has fails with ENOSPC; the disk stays usable."""
-    with host("tmpfs", tmp_path) as place:
-        image = qemu.create(place / "disk.qed", DISK_BYTES // 4)
+    with host("tmpfs", tmp_path) as host_directory:
+        image = qemu.create(host_directory / "disk.qed", DISK_BYTES // 4)
         with mounted(image, tmp_path / "mnt", "-o", "growable") as directory:
             disk = directory / "disk.raw"
             for _ in range(2):

@@ -147,8 +147,8 @@ def test_a_read_only_mount_has_no_helper(image: Path, tmp_path: Path) -> None:
 def test_stores_into_a_memory_map_are_data(image: Path, tmp_path: Path) -> None:
     """Stores into a shared memory map are reported as data."""
     with (
-        mounted(image, tmp_path / "mnt") as place,
-        (place / "vm.raw").open("r+b") as file,
+        mounted(image, tmp_path / "mnt") as mountpoint,
+        (mountpoint / "vm.raw").open("r+b") as file,
         mmap.mmap(file.fileno(), 4 * MIB) as pages,
     ):
         pages[2 * MIB : 2 * MIB + 5] = b"hello"
@@ -161,8 +161,8 @@ def test_stores_into_a_memory_map_are_data(image: Path, tmp_path: Path) -> None:
 def growing(tmp_path: Path) -> Iterator[Path]:
     """Mount a growable image of 1 MiB; give the disk."""
     image = qemu.create(tmp_path / "grow.qed", MIB)
-    with mounted(image, tmp_path / "mnt", "-o", "growable") as place:
-        yield place / "grow.raw"
+    with mounted(image, tmp_path / "mnt", "-o", "growable") as mountpoint:
+        yield mountpoint / "grow.raw"
     assert qemu.check(image).errors == 0
 
 

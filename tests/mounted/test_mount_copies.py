@@ -157,9 +157,9 @@ def test_a_server_that_goes_on_without_a_visible_copy_is_reported(
 
 def test_copies_are_found_for_all_processes_of_a_namespace(image: Path, tmp_path: Path) -> None:
     """A copy is found if only one process sees it: mount tables end at each process's root."""
-    place = tmp_path / "chroot"
-    place.mkdir()
-    command = f"{_SEPARATE} exec {sys.executable} -c '{_CHROOTED_PARENT}' {place}"
+    chroot = tmp_path / "chroot"
+    chroot.mkdir()
+    command = f"{_SEPARATE} exec {sys.executable} -c '{_CHROOTED_PARENT}' {chroot}"
     with front(image, tmp_path / "mnt") as mount:
         device = find_qedfuse_mount(str(mount.mountpoint)).device
         with subprocess.Popen(

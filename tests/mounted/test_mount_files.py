@@ -36,14 +36,14 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture(params=["directory", "file", "direct_io"])
 def disk(request: pytest.FixtureRequest, image: Path, tmp_path: Path) -> Iterator[Path]:
     """Mount the image in each way that the kernel treats differently; give the disk."""
-    place = tmp_path / "mnt"
+    mountpoint = tmp_path / "mnt"
     if request.param == "file":
-        place.touch()
-        with mounted(image, place) as file:
+        mountpoint.touch()
+        with mounted(image, mountpoint) as file:
             yield file
     else:
         options = ("-o", "direct_io") if request.param == "direct_io" else ()
-        with mounted(image, place, *options) as directory:
+        with mounted(image, mountpoint, *options) as directory:
             yield directory / "vm.raw"
 
 

@@ -72,7 +72,7 @@ def test_a_killed_server_loses_nothing_that_was_flushed(seed: int, tmp_path: Pat
             pending.setdefault(block, []).append(bytes(buffer))
             if step % 40 == 39:
                 os.fsync(fd)
-                flushed.update((place, versions[-1]) for place, versions in pending.items())
+                flushed.update((number, versions[-1]) for number, versions in pending.items())
                 pending.clear()
         mount.signal(signal.SIGKILL)
         mount.process.wait()

@@ -47,9 +47,9 @@ def assert_nothing_left(directory: Path) -> None:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """Give an empty directory for temporary files."""
-    place = tmp_path / "temporary"
-    place.mkdir()
-    return place
+    path = tmp_path / "temporary"
+    path.mkdir()
+    return path
 
 
 def test_without_arguments(directory: Path) -> None:

@@ -66,11 +66,11 @@ def mount_full(directory: Path, way: str, *options: str) -> Iterator[Path]:
     """Mount an image full of old bytes; give the disk; the image is sound afterwards."""
     image = qemu.create(directory / "vm.qed", DISK_BYTES)
     qemu.io(image, f"write -P 0xff 0 {DISK_BYTES}")
-    place = directory / "mnt"
+    mountpoint = directory / "mnt"
     words = ",".join((*MOUNTS[way], *options))
     if "file" in way:
-        place.touch()
-    with mounted(image, place, *(("-o", words) if words else ())) as point:
+        mountpoint.touch()
+    with mounted(image, mountpoint, *(("-o", words) if words else ())) as point:
         yield point if "file" in way else point / "vm.raw"
     assert qemu.check(image).errors == 0
 
@@ -186,9 +186,9 @@ def test_a_copy_from_one_disk_of_a_mount_to_another(tmp_path: Path) -> None:
     qemu.io(source, "write -P 1 1M 64k")
     target = qemu.create(images / "target.qed", DISK_BYTES)
     qemu.io(target, f"write -P 0xff 0 {DISK_BYTES}")
-    with mounted(images, tmp_path / "mnt", "-o", "truncate=zero") as place:
-        subprocess.run(["cp", place / "source.raw", place / "target.raw"], check=True)
-        assert (place / "target.raw").read_bytes() == (place / "source.raw").read_bytes()
+    with mounted(images, tmp_path / "mnt", "-o", "truncate=zero") as mountpoint:
+        subprocess.run(["cp", mountpoint / "source.raw", mountpoint / "target.raw"], check=True)
+        assert (mountpoint / "target.raw").read_bytes() == (mountpoint / "source.raw").read_bytes()
     assert qemu.content(target) == qemu.content(source)
 
 

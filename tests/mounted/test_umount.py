@@ -264,10 +264,10 @@ def test_umount_returns_when_the_process_is_gone(image: Path, tmp_path: Path) ->
 
 def test_a_mountpoint_called_busy_is_not_taken_for_busy(tmp_path: Path) -> None:
     """A mountpoint whose name contains "busy" is not taken for a busy mount."""
-    place = tmp_path / "busy\u2028not permitted"
-    place.mkdir()
+    mountpoint = tmp_path / "busy\u2028not permitted"
+    mountpoint.mkdir()
     with pytest.raises(FuseError) as caught:
-        unmount_by_fusermount(str(place), lazy=False)
+        unmount_by_fusermount(str(mountpoint), lazy=False)
     assert type(caught.value) is FuseError
     assert "busy\\u2028not permitted" in str(caught.value)
 

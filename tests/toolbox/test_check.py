@@ -67,11 +67,11 @@ def random_image(path: Path, chance: random.Random) -> Header:
     span = cluster_size * (cluster_size * table_size // 8)
     size = chance.randrange(1, min(3 * span, 1 << 36) // 512) * 512
     qemu.create(path, size, cluster_size=cluster_size, table_size=table_size)
-    places = [chance.randrange(size // 512) * 512 for _ in range(chance.randrange(1, 9))]
+    offsets = [chance.randrange(size // 512) * 512 for _ in range(chance.randrange(1, 9))]
     writes = []
-    for place in places:
-        length = min(size - place, chance.choice([512, 4096, cluster_size, 5 * cluster_size]))
-        writes.append(f"write -P {chance.randrange(1, 256)} {place} {min(length, 1 << 21)}")
+    for offset in offsets:
+        length = min(size - offset, chance.choice([512, 4096, cluster_size, 5 * cluster_size]))
+        writes.append(f"write -P {chance.randrange(1, 256)} {offset} {min(length, 1 << 21)}")
     qemu.io(path, *writes)
     return header(path)
 
@@ -88,13 +88,13 @@ def entries(path: Path, table: int, count: int) -> list[tuple[int, int]]:
         file.seek(table)
         raw = file.read(8 * count)
     values = [(table + at, get_entry(raw, at)) for at in range(0, len(raw), 8)]
-    return [(place, value) for place, value in values if value]
+    return [(offset, value) for offset, value in values if value]
 
 
-def set_entry(path: Path, place: int, value: int) -> None:
+def set_entry(path: Path, offset: int, value: int) -> None:
     """Overwrite an entry."""
     with path.open("r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(value.to_bytes(8, "little"))
 
 
@@ -107,15 +107,15 @@ def damage(path: Path, chance: random.Random) -> None:
     size, length = head.cluster_size, path.stat().st_size
     for _ in range(chance.randrange(4)):
         kind = chance.randrange(6)
-        place, value = chance.choice(data)
+        offset, value = chance.choice(data)
         if kind == 0:
-            set_entry(path, place, 0)
+            set_entry(path, offset, 0)
         elif kind == 1:
-            set_entry(path, place, chance.choice([length, 1 << 40, 1 << 62, (1 << 64) - size]))
+            set_entry(path, offset, chance.choice([length, 1 << 40, 1 << 62, (1 << 64) - size]))
         elif kind == 2:
-            set_entry(path, place, value + chance.choice([8, 512]))
+            set_entry(path, offset, value + chance.choice([8, 512]))
         elif kind == 3:
-            set_entry(path, place, chance.choice(data)[1])
+            set_entry(path, offset, chance.choice(data)[1])
         elif kind == 4:
             os.truncate(path, max(path.stat().st_size, length) + size * chance.randrange(1, 9))
         else:
@@ -194,9 +194,9 @@ def test_the_fast_check_leaves_doubtful_images_to_the_check(row: str, tmp_path: 
     elif row == "table-wild":
         set_entry(path, table, (1 << 64) - CLUSTER_BYTES)
     else:
-        place = l2_entry_offset(content, 8)
-        set_entry(path, place, 0)
-        set_entry(path, place + 8 * 40, get_entry(content, place))
+        offset = l2_entry_offset(content, 8)
+        set_entry(path, offset, 0)
+        set_entry(path, offset + 8 * 40, get_entry(content, offset))
     assert fast_check(str(path)) is None
 
 
@@ -244,9 +244,9 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
     content = build_image(
         64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)}, table_size=2
     )
-    place = l2_entry_offset(content, 2)
-    put_entry(content, place, 1 << 40)
-    put_entry(content, place + 8, get_entry(content, place + 16))
+    offset = l2_entry_offset(content, 2)
+    put_entry(content, offset, 1 << 40)
+    put_entry(content, offset + 8, get_entry(content, offset + 16))
     path.write_bytes(content)
     assert main(["check", "-r", "all", "--dry-run", str(path)]) == 2
     assert (
@@ -264,8 +264,8 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
     backup = tmp_path / "image.qed.before-repair"
     assert f"backup of the tables: {backup}\n" in said
     for line in backup.read_text(encoding="ascii").splitlines()[1:-1]:
-        offset, old, _new = line.split()
-        assert content[int(offset) :].startswith(bytes.fromhex(old))
+        entry_offset, old, _new = line.split()
+        assert content[int(entry_offset) :].startswith(bytes.fromhex(old))
     disk = guest_bytes(path.read_bytes())
     for number in (0, 1, 3, 4):
         part = disk[number * CLUSTER_BYTES : (number + 1) * CLUSTER_BYTES]
@@ -465,17 +465,17 @@ def test_a_host_without_space_for_copies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A repair that needs more space than the host has is refused before any change."""
-    place = tmp_path / "host"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", place], check=True)
+    host = tmp_path / "host"
+    host.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", host], check=True)
     try:
-        path = place / "image.qed"
+        path = host / "image.qed"
         content = build_image(4 << 20, dict.fromkeys(range(300), b"x"))
         for number in range(150, 300):
             first = get_entry(content, l2_entry_offset(content, number - 150))
             put_entry(content, l2_entry_offset(content, number), first)
         path.write_bytes(content)
-        ballast = (place / "ballast").open("wb")
+        ballast = (host / "ballast").open("wb")
         with ballast:
             ballast.write(bytes((3 << 20) - len(content) - (300 << 10)))
         assert main(["check", "-q", "-r", "all", str(path)]) == 1
@@ -484,8 +484,8 @@ def test_a_host_without_space_for_copies(
         assert " KiB free on the host, expected 600 KiB for copies" in said
         assert said.count("\n") == 1
         assert path.read_bytes() == content
-        assert sorted(os.listdir(place)) == ["ballast", "image.qed"]  # noqa: PTH208  names
-        (place / "ballast").unlink()
+        assert sorted(os.listdir(host)) == ["ballast", "image.qed"]  # noqa: PTH208  names
+        (host / "ballast").unlink()
         assert main(["check", "-q", "-r", "all", str(path)]) == 3
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", host], check=True)

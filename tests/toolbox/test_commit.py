@@ -45,13 +45,13 @@ def committed(top: bytes, base: bytes) -> bytes:
 def test_commit_into_the_base(seed: int, tmp_path: Path) -> None:
     """The base holds what the overlay showed, as with QEMU, and the overlay is empty."""
     chance = random.Random(seed)
-    place = tmp_path / "place"
-    place.mkdir()
-    top, base = draw(place, chance)
+    directory = tmp_path / "place"
+    directory.mkdir()
+    top, base = draw(directory, chance)
     before, under = content(top), content(base)
     expected = committed(before, under)
     theirs = tmp_path / "theirs"
-    shutil.copytree(place, theirs)
+    shutil.copytree(directory, theirs)
     assert main(["commit", "-q", str(top)]) == 0
     assert content(base) == expected
     assert content(top) == before
@@ -65,7 +65,7 @@ def test_commit_into_the_base(seed: int, tmp_path: Path) -> None:
     assert not any(top.read_bytes()[header.l1_table_offset :])
     assert header.has_backing
     assert not header.need_check
-    assert {path.name for path in place.iterdir()} == {path.name for path in theirs.iterdir()}
+    assert {path.name for path in directory.iterdir()} == {path.name for path in theirs.iterdir()}
     assert content(base) == expected
     words = ("qemu-img", "commit", "-q", "-f", "qed", theirs / "top.qed")
     done = qemu.run(*words, codes=(0, 1))
@@ -149,34 +149,34 @@ def test_failing_changes_of_files(
     # Most of the second commits, but not all, find an image that was not closed cleanly.
     caplog.set_level("ERROR", "qedfuse.check.inspector")
     chance = random.Random(2000 + seed)
-    place, original = tmp_path / "place", tmp_path / "original"
+    directory, original = tmp_path / "place", tmp_path / "original"
     original.mkdir()
     draw(original, chance)
     top, base = original / "top.qed", max(set(original.iterdir()) - {original / "top.qed"})
     before, expected = content(top), committed(content(top), content(base))
 
     async def work() -> None:
-        await commit(str(place / "top.qed"))
+        await commit(str(directory / "top.qed"))
 
-    shutil.copytree(original, place)
+    shutil.copytree(original, directory)
     with failing(0) as changes:
         trio.run(work)
     total, reported = changes.count, 0
     for when in sorted({1, total - 1, total, *chance.sample(range(1, total + 1), min(10, total))}):
-        shutil.rmtree(place)
-        shutil.copytree(original, place)
+        shutil.rmtree(directory)
+        shutil.copytree(original, directory)
         with failing(when, lasting=lasting):
             try:
                 trio.run(work)
             except* HostError:
                 reported += 1
-        assert qemu.content(place / "top.qed") == before, when
-        assert qemu.check(place / "top.qed").errors == 0, when
-        assert is_sound(place / base.name), when
+        assert qemu.content(directory / "top.qed") == before, when
+        assert qemu.check(directory / "top.qed").errors == 0, when
+        assert is_sound(directory / base.name), when
         trio.run(work)
-        assert qemu.content(place / "top.qed") == before, when
-        assert qemu.content(place / base.name, image_format=kind(base)) == expected, when
-        assert is_sound(place / base.name), when
+        assert qemu.content(directory / "top.qed") == before, when
+        assert qemu.content(directory / base.name, image_format=kind(base)) == expected, when
+        assert is_sound(directory / base.name), when
     # Not all: a punch that fails is ignored, and so is a truncation of free space.
     assert reported > 0
 
@@ -198,9 +198,9 @@ def test_the_base_is_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("try_write", "try_grow"):
         monkeypatch.setattr(PosixFile, name, lambda *_: False)
     for seed in range(6):
-        place = tmp_path / str(seed)
-        place.mkdir()
-        top, base = draw(place, random.Random(3000 + seed))
+        directory = tmp_path / str(seed)
+        directory.mkdir()
+        top, base = draw(directory, random.Random(3000 + seed))
         steps.clear()
         assert main(["commit", "-q", str(top)]) == 0
         emptied = steps.index((top.name, "pwrite"))

@@ -34,17 +34,17 @@ def below(directory: Path) -> list[Path]:
 def test_the_base_holds_what_the_top_shows(seed: int, tmp_path: Path) -> None:
     """The base holds what the top image showed, as with qemu-img, and the top image is kept."""
     chance = random.Random(seed)
-    place = tmp_path / "place"
-    place.mkdir()
-    draw_chain(place, chance, "base", 3)
-    files = below(place)
-    top = draw_image(place / "top.qed", chance, files[-1])
+    directory = tmp_path / "place"
+    directory.mkdir()
+    draw_chain(directory, chance, "base", 3)
+    files = below(directory)
+    top = draw_image(directory / "top.qed", chance, files[-1])
     base = files[chance.randrange(2)]
     shown, under = content(top), content(base)
     expected = shown + under[len(shown) :]
-    kept = {path: path.read_bytes() for path in place.iterdir() if path != base}
+    kept = {path: path.read_bytes() for path in directory.iterdir() if path != base}
     theirs = tmp_path / "theirs"
-    shutil.copytree(place, theirs)
+    shutil.copytree(directory, theirs)
     assert main(["commit", "-q", "-b", base.name, str(top)]) == 0
     assert content(base) == expected
     assert content(top) == shown
@@ -129,20 +129,20 @@ def test_files_in_use(tmp_path: Path, held: str) -> None:
 @pytest.mark.expect_log("was not closed cleanly")
 def test_failing_changes_of_files(tmp_path: Path) -> None:
     """Whichever change of a file fails, the top reads as before, and a second commit succeeds."""
-    original, place = tmp_path / "original", tmp_path / "place"
+    original, directory = tmp_path / "original", tmp_path / "place"
     original.mkdir()
     shown = content(make_chain(original))
-    top, reported = place / "top.qed", 0
+    top, reported = directory / "top.qed", 0
 
     async def work() -> None:
         await commit(str(top), base="low.qed")
 
-    shutil.copytree(original, place)
+    shutil.copytree(original, directory)
     with failing(0) as changes:
         trio.run(work)
     for when in range(1, changes.count + 1):
-        shutil.rmtree(place)
-        shutil.copytree(original, place)
+        shutil.rmtree(directory)
+        shutil.copytree(original, directory)
         with failing(when, lasting=True):
             try:
                 trio.run(work)
@@ -150,5 +150,5 @@ def test_failing_changes_of_files(tmp_path: Path) -> None:
                 reported += 1
         assert qemu.content(top) == shown, when
         trio.run(work)
-        assert qemu.content(place / "low.qed") == shown == qemu.content(top), when
+        assert qemu.content(directory / "low.qed") == shown == qemu.content(top), when
     assert reported == changes.count

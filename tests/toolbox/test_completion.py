@@ -180,8 +180,8 @@ def test_each_placeholder_is_classified() -> None:
 )
 def test_syntax(command: list[str]) -> None:
     """The shells and shellcheck accept the scripts."""
-    places = {"zsh": "zsh/site-functions", "fish": "fish/vendor_completions.d"}
-    directory = SHARE / places.get(command[0], "bash-completion/completions")
+    directories = {"zsh": "zsh/site-functions", "fish": "fish/vendor_completions.d"}
+    directory = SHARE / directories.get(command[0], "bash-completion/completions")
     files = sorted(directory.iterdir())
     assert len(files) == 2
     for file in files:

@@ -155,16 +155,16 @@ def test_devices(tmp_path: Path) -> None:
     """A block device is a source, and with -n a target."""
     chance = random.Random(5)
     content = chance.randbytes(1 << 20) + bytes(1 << 20) + chance.randbytes(1 << 20)
-    raw, image, place = tmp_path / "a.raw", tmp_path / "a.qed", tmp_path / "b.raw"
+    raw, image, target = tmp_path / "a.raw", tmp_path / "a.qed", tmp_path / "b.raw"
     raw.write_bytes(content)
-    place.write_bytes(b"x" * len(content))
+    target.write_bytes(b"x" * len(content))
     with loop_device(raw) as device:
         assert main(["convert", device, str(image)]) == 0
-    with loop_device(place) as device:
+    with loop_device(target) as device:
         assert main(["convert", "-O", "raw", str(image), device]) == 1
         assert main(["convert", "-n", "-O", "raw", str(image), device]) == 0
     assert_sound(image)
-    assert place.read_bytes() == content
+    assert target.read_bytes() == content
 
 
 @pytest.mark.parametrize(("sparse", "holes"), [("0", 0), ("4k", 3), ("64k", 1), ("512", 4)])

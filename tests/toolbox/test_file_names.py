@@ -29,7 +29,7 @@ DISK_BYTES = 1 << 20
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Enter a directory with bases, and a subdirectory with other bases of the same names."""
     (tmp_path / "sub").mkdir()
     for directory, number in ((tmp_path, 1), (tmp_path / "sub", 2)):
@@ -47,14 +47,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("top.qed", "file:./base.qed", "qed"),
         ("sub/top.qed", "file:base.raw", "raw"),
         ("sub/top.qed", "file:co:lon.qed", "qed"),
-        ("top.qed", "file://{place}/sub/base.raw", "raw"),
+        ("top.qed", "file://{cwd}/sub/base.raw", "raw"),
     ],
 )
 def test_such_names_mean_the_same_as_for_qemu(
-    place: Path, image: str, name: str, base_format: str, capsys: pytest.CaptureFixture[str]
+    cwd: Path, image: str, name: str, base_format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A name after file: begins at the working directory, wherever the image is."""
-    name = name.format(place=place)
+    name = name.format(cwd=cwd)
     options = ["-b", name, "-F", base_format]
     theirs = image.replace("top", "theirs")
     qemu.run("qemu-img", "create", "-q", "-f", "qed", *options, theirs)
@@ -76,10 +76,10 @@ def test_such_names_mean_the_same_as_for_qemu(
             assert ours[key] == said[key] == name
         assert ours["safety"]["scheme"] is None
         assert main(["convert", "-q", "-O", "raw", *anywhere, path, "flat.raw", "--force"]) == 0
-        assert (place / "flat.raw").read_bytes() == qemu.content(path)
+        assert (cwd / "flat.raw").read_bytes() == qemu.content(path)
 
 
-def test_such_a_name_can_be_given_to_every_command(place: Path) -> None:
+def test_such_a_name_can_be_given_to_every_command(cwd: Path) -> None:
     """Each command accepts such a name and stores it unchanged."""
     assert main(["create", "-q", "-b", "base.qed", "top.qed"]) == 0
     for words in (
@@ -89,7 +89,7 @@ def test_such_a_name_can_be_given_to_every_command(place: Path) -> None:
     ):
         assert main(words) == 0
         assert qemu.info(words[-1])["backing-filename"] == "file:base.qed"
-    assert qemu.content("copy.qed") == (place / "base.raw").read_bytes()
+    assert qemu.content("copy.qed") == (cwd / "base.raw").read_bytes()
     before = qemu.content("copy.qed")
     assert main(["commit", "-q", "copy.qed"]) == 0
     assert qemu.content("base.qed") == before
@@ -98,56 +98,56 @@ def test_such_a_name_can_be_given_to_every_command(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["file:/etc/passwd", "file:../outside.raw", "file:sub/../../out"])
 def test_such_names_are_confined_like_any_other(
-    place: Path, name: str, capsys: pytest.CaptureFixture[str]
+    cwd: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A path after the prefix that leaves the directory is refused."""
     for out in ("outside.raw", "out"):
-        (place.parent / out).write_bytes(b"secret" * 1000)
+        (cwd.parent / out).write_bytes(b"secret" * 1000)
     qemu.create("top.qed", DISK_BYTES)
     words = ["-u", "-F", "raw", "-b", name, "top.qed"]
     qemu.run("qemu-img", "rebase", "-f", "qed", *words)
-    (place / "mnt").mkdir()
-    assert "refused: found" in refused(f"{place}/top.qed", place / "mnt", code=17)
+    (cwd / "mnt").mkdir()
+    assert "refused: found" in refused(f"{cwd}/top.qed", cwd / "mnt", code=17)
     assert main(["map", "-q", "top.qed"]) == 17
     capsys.readouterr()
     assert main(["info", "--output", "json", "top.qed"]) == 0
     assert json.loads(capsys.readouterr().out)["safety"]["escapes-directory"]
 
 
-def test_a_mount_resolves_such_names_at_its_start(place: Path) -> None:
+def test_a_mount_resolves_such_names_at_its_start(cwd: Path) -> None:
     """A mount resolves such names at the working directory in which it was started."""
     qemu.run("qemu-img", "create", "-q", "-f", "qed", "-b", "file:base.raw", "-F", "raw", "top.qed")
-    with mounted("top.qed", place / "mnt") as directory:
+    with mounted("top.qed", cwd / "mnt") as directory:
         assert (directory / "top.raw").read_bytes() == b"\1" * DISK_BYTES
-    with mounted("top.qed", place / "mnt", "-o", "overlay=over.qed") as directory:
+    with mounted("top.qed", cwd / "mnt", "-o", "overlay=over.qed") as directory:
         (directory / "top.raw").open("r+b").close()
-    done = qedfuse(place / "top.qed", place / "mnt", cwd="/")
+    done = qedfuse(cwd / "top.qed", cwd / "mnt", cwd="/")
     assert done.returncode == 17
     assert "top.qed: backing file /base.raw: cannot open" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["commit", "commit lower", "rebase", "convert", "measure"])
 def test_programs_choose_where_such_names_begin(
-    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program can set the working directory for such names, which then is used everywhere."""
-    policy = BackingPolicy(mode="any", working_directory=str(place))
+    policy = BackingPolicy(mode="any", working_directory=str(cwd))
     options = OpenOptions(writable=True, backing=policy)
-    base, other = place / "base.raw", place / "sub" / "base.raw"
-    top = str(place / "top.qed")
+    base, other = cwd / "base.raw", cwd / "sub" / "base.raw"
+    top = str(cwd / "top.qed")
     qemu.run("qemu-img", "create", "-q", "-f", "qed", "-b", "file:base.raw", "-F", "raw", top)
     qemu.io(top, "write -P 7 0 64k")
     before = other.read_bytes()
-    monkeypatch.chdir(place / "sub")
+    monkeypatch.chdir(cwd / "sub")
     base_layout = ImageSpec(backing="file:base.raw", backing_format="raw")
-    new = str(place / "new.qed")
+    new = str(cwd / "new.qed")
     if command == "commit":
         assert trio.run(partial(commit, top, options=options)).base == str(base)
     elif command == "commit lower":
         result = trio.run(partial(commit, top, base="file:base.raw", options=options))
         assert result.base == str(base)
     elif command == "rebase":
-        qemu.create(place / "other.qed", DISK_BYTES)
+        qemu.create(cwd / "other.qed", DISK_BYTES)
         rebased = partial(rebase, top, "file:other.qed", backing_format="qed", options=options)
         assert trio.run(rebased).copied_bytes == DISK_BYTES - (64 << 10)
     elif command == "convert":
@@ -163,13 +163,13 @@ def test_programs_choose_where_such_names_begin(
 
 @pytest.mark.parametrize("unsafe", [False, True])
 def test_a_loop_is_found_by_such_names(
-    *, unsafe: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+    *, unsafe: bool, cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A base that is the image itself is refused, also with another file of that name nearby."""
-    policy = BackingPolicy(mode="any", working_directory=str(place))
-    monkeypatch.chdir(place / "sub")
+    policy = BackingPolicy(mode="any", working_directory=str(cwd))
+    monkeypatch.chdir(cwd / "sub")
     options = OpenOptions(backing=policy)
-    work = partial(rebase, str(place / "base.qed"), "file:base.qed", backing_format="qed")
+    work = partial(rebase, str(cwd / "base.qed"), "file:base.qed", backing_format="qed")
     with pytest.raises(BackingError):
         trio.run(partial(work, unsafe=unsafe, options=options))
 

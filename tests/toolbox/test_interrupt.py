@@ -230,27 +230,27 @@ def test_interrupted_at_any_moment(name: str, kind: str, tmp_path: Path) -> None
     original.mkdir()
     disk = case.prepare(original, chance)
     before = {path.name for path in original.iterdir()}
-    place = tmp_path / "place"
-    shutil.copytree(original, place)
-    code, total = run(case, place, 0, kind)
+    directory = tmp_path / "place"
+    shutil.copytree(original, directory)
+    code, total = run(case, directory, 0, kind)
     assert code == DONE
     assert total > 0
-    assert_left_sound(case, place, disk, before, code)
+    assert_left_sound(case, directory, disk, before, code)
     last = total if total <= MAX_MOMENTS else max(total - 2, 1)
     moments = {1, last, *chance.sample(range(1, total + 1), min(MAX_MOMENTS, total))}
     interrupted = 0
     for when in sorted(moments):
-        shutil.rmtree(place)
-        shutil.copytree(original, place)
-        code, _ = run(case, place, when, kind)
+        shutil.rmtree(directory)
+        shutil.copytree(original, directory)
+        code, _ = run(case, directory, when, kind)
         interrupted += code == INTERRUPTED
         if code == DONE or name != "check":
-            assert_left_sound(case, place, disk, before, code)
+            assert_left_sound(case, directory, disk, before, code)
         else:
             # A partial repair may leave errors, but no more than before.
             worst = qemu.check(original / case.reads).errors
-            assert qemu.check(place / case.reads).errors <= worst
-        if code == INTERRUPTED and not (case.made and (place / case.made).exists()):
-            assert run(case, place, 0, kind)[0] == DONE
-            assert_left_sound(case, place, disk, before, DONE)
+            assert qemu.check(directory / case.reads).errors <= worst
+        if code == INTERRUPTED and not (case.made and (directory / case.made).exists()):
+            assert run(case, directory, 0, kind)[0] == DONE
+            assert_left_sound(case, directory, disk, before, DONE)
     assert interrupted > 0

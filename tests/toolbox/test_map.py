@@ -169,9 +169,9 @@ def test_fragmented_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     geometry = header.geometry
     tables = header.geometry.l1_used(header.image_size)
     first = 4096 + geometry.table_bytes * (1 + tables)
-    places = list(range(count))
-    chance.shuffle(places)
-    values = [chance.choice([0, ZERO, first + place * CLUSTER_BYTES]) for place in places]
+    order = list(range(count))
+    chance.shuffle(order)
+    values = [chance.choice([0, ZERO, first + position * CLUSTER_BYTES]) for position in order]
     path = tmp_path / "disk.qed"
     with path.open("wb") as file:
         file.write(build_header(header))

@@ -67,18 +67,18 @@ def test_force_replaces_only_what_was_there_at_the_start(
     if not links:
         monkeypatch.setattr(os, "link", without_links)
     raw, path, theirs = tmp_path / "raw", tmp_path / "a.qed", tmp_path / "theirs"
-    place = tmp_path / "place.qed" if at_start == "a link" else path
+    target = tmp_path / "place.qed" if at_start == "a link" else path
     raw.write_bytes(b"x" * 512)
     theirs.write_bytes(b"theirs")
     if at_start != "nothing":
-        place.write_bytes(b"old")
+        target.write_bytes(b"old")
     if at_start == "a link":
         path.symlink_to("place.qed")
     moves: list[Path] = []
 
     def meanwhile(*_: object) -> None:
         if not moves:
-            moves.append(theirs.rename(place))
+            moves.append(theirs.rename(target))
 
     make: dict[str, Callable[[], object]] = {
         "create": partial(create, str(path), 1 << 20, overwrite=True, fill=meanwhile),
@@ -90,8 +90,8 @@ def test_force_replaces_only_what_was_there_at_the_start(
         make[command]()
     assert "\n" not in str(caught.value)
     assert moves
-    assert place.read_bytes() == b"theirs"
-    assert names(tmp_path) == {"raw", "a.qed", place.name}
+    assert target.read_bytes() == b"theirs"
+    assert names(tmp_path) == {"raw", "a.qed", target.name}
 
 
 def test_force_where_the_old_file_is_removed_meanwhile(tmp_path: Path) -> None:
@@ -112,16 +112,16 @@ def test_force_where_the_old_file_is_removed_meanwhile(tmp_path: Path) -> None:
 def test_names_of_maximal_length(name: str, words: str, tmp_path: Path) -> None:
     """A name as long as the host allows works: the temporary name is not longer."""
     (tmp_path / "raw").write_bytes(b"x" * 512)
-    places = {"IMAGE": str(tmp_path / name), "RAW": str(tmp_path / "raw")}
-    assert main([places.get(word, word) for word in [*words.split(), "-q"]]) == 0
+    paths = {"IMAGE": str(tmp_path / name), "RAW": str(tmp_path / "raw")}
+    assert main([paths.get(word, word) for word in [*words.split(), "-q"]]) == 0
     assert names(tmp_path) == {name, "raw"}
 
 
 def test_the_target_of_a_link_is_replaced(tmp_path: Path) -> None:
     """With --force the target of a symbolic link is replaced, and the link stays."""
-    place = tmp_path / "place"
-    place.mkdir()
-    old, link = place / "old.qed", tmp_path / "link.qed"
+    directory = tmp_path / "place"
+    directory.mkdir()
+    old, link = directory / "old.qed", tmp_path / "link.qed"
     old.write_bytes(b"old")
     link.symlink_to("place/old.qed")
     assert main(["create", "-q", str(link), "1M"]) == 1
@@ -129,7 +129,7 @@ def test_the_target_of_a_link_is_replaced(tmp_path: Path) -> None:
     assert main(["create", "-q", "--force", str(link), "1M"]) == 0
     assert link.is_symlink()
     assert qemu.check(old).code == 0
-    assert names(place) == {"old.qed"}
+    assert names(directory) == {"old.qed"}
     assert names(tmp_path) == {"link.qed", "place"}
 
 
@@ -177,13 +177,13 @@ def test_an_image_does_not_become_its_own_base(
 
 def test_a_directory_that_may_not_be_read(tmp_path: Path) -> None:
     """In a directory that cannot be opened for its sync, a file is created successfully."""
-    place = tmp_path / "place"
-    place.mkdir()
-    place.chmod(0o300)
+    directory = tmp_path / "place"
+    directory.mkdir()
+    directory.chmod(0o300)
     # Root ignores permissions unless it drops these capabilities.
     without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     command = [*without, sys.executable, "-m", "qedfuse.cli.qedimg"]
-    command += ["create", "-q", str(place / "a.qed"), "1M"]
+    command += ["create", "-q", str(directory / "a.qed"), "1M"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert qemu.check(place / "a.qed").code == 0
+    assert qemu.check(directory / "a.qed").code == 0

@@ -42,9 +42,9 @@ def test_shipped_files_are_up_to_date(made: dict[str, str]) -> None:
 def test_everything_is_installed(made: dict[str, str]) -> None:
     """The build installs each file where it is looked for."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    places = settings["tool"]["setuptools"]["data-files"]
-    assert all(patterns == [f"docs/{place}/*"] for place, patterns in places.items())
-    assert {f"share/{name}".rpartition("/")[0] for name in made} == places.keys()
+    directories = settings["tool"]["setuptools"]["data-files"]
+    assert all(patterns == [f"docs/{directory}/*"] for directory, patterns in directories.items())
+    assert {f"share/{name}".rpartition("/")[0] for name in made} == directories.keys()
 
 
 @pytest.mark.parametrize("page", PAGES)

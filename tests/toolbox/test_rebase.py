@@ -45,19 +45,19 @@ def draw(directory: Path, chance: random.Random) -> tuple[Path, Path | None]:
 def test_content_stays(seed: int, tmp_path: Path) -> None:
     """The content is unchanged for both programs, and no other file has changed."""
     chance = random.Random(seed)
-    place = tmp_path / "place"
-    place.mkdir()
-    top, base = draw(place, chance)
-    before, others = content(top), files(place, top)
+    directory = tmp_path / "place"
+    directory.mkdir()
+    top, base = draw(directory, chance)
+    before, others = content(top), files(directory, top)
     theirs = tmp_path / "theirs"
-    shutil.copytree(place, theirs)
+    shutil.copytree(directory, theirs)
     words = ["-b", base.name if base else ""]
     if base is not None:
         words += ["-F", kind(base)]
     assert main(["rebase", "-q", *words, str(top)]) == 0
     assert qemu.check(top).code == 0
     assert content(top) == before
-    assert files(place, top) == others
+    assert files(directory, top) == others
     header = header_of(top.read_bytes())
     assert not header.need_check
     assert header.has_backing == (base is not None)
@@ -134,9 +134,9 @@ def test_clusters_longer_than_a_chunk(tmp_path: Path) -> None:
 def test_failing_changes_of_files(seed: int, tmp_path: Path, *, lasting: bool) -> None:
     """Whichever change of a file fails, the disk reads as before and has no damage."""
     chance = random.Random(1000 + seed)
-    place = tmp_path / "place"
-    place.mkdir()
-    top, base = draw(place, chance)
+    directory = tmp_path / "place"
+    directory.mkdir()
+    top, base = draw(directory, chance)
     before, original = content(top), top.read_bytes()
     name = base.name if base else None
     if base is not None and seed % 2:

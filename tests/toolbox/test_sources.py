@@ -207,11 +207,11 @@ def test_batches_are_of_whole_blocks(
         assert (batch.start, batch.start % block_size) == (at, 0)
         assert batch.end > at
         for extents, content in zip((batch.extents, batch.base_extents), contents, strict=True):
-            place = at
+            position = at
             for extent in extents:
-                assert extent.start == place
-                place = extent.end
-                assert extent.kind is Kind.DATA or not any(content[extent.start : place])
-            assert place == max(at, min(batch.end, len(content)))
+                assert extent.start == position
+                position = extent.end
+                assert extent.kind is Kind.DATA or not any(content[extent.start : position])
+            assert position == max(at, min(batch.end, len(content)))
         at = batch.end
     assert at == len(contents[0])

@@ -91,8 +91,8 @@ def test_closed_streams_are_failures(
     words: str, closed: int, code: int, raw: Path, tmp_path: Path
 ) -> None:
     """A closed standard stream exits with the command's code for failures."""
-    places = {"RAW": str(raw), "NEW": str(tmp_path / "new.raw")}
-    command = [*PROGRAM, *(places.get(word, word) for word in words.split())]
+    paths = {"RAW": str(raw), "NEW": str(tmp_path / "new.raw")}
+    command = [*PROGRAM, *(paths.get(word, word) for word in words.split())]
     shell = ["sh", "-c", f'exec "$@" {closed}{"<" if not closed else ">"}&-', "sh", *command]
     done = subprocess.run(shell, stderr=subprocess.PIPE, check=False)
     assert done.returncode == code, done.stderr

@@ -51,8 +51,8 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     """Clusters of a cleared L1 entry stay in the file until -r leaks, and --undo restores them."""
     path, backup = tmp_path / "image.qed", tmp_path / "image.qed.before-repair"
     content = two_tables()
-    place = header_of(content).l1_table_offset + 8
-    content[place + 4] ^= 1
+    entry_offset = header_of(content).l1_table_offset + 8
+    content[entry_offset + 4] ^= 1
     path.write_bytes(content)
     assert main(["check", "-r", "all", "--dry-run", str(path)]) == 2
     assert "leaked space would stay" in capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"qedimg check -r leaks {path}\n" in said
     after = path.read_bytes()
     assert after[header_of(content).l1_end :] == content[header_of(content).l1_end :]
-    assert get_entry(after, place) == 0
+    assert get_entry(after, entry_offset) == 0
     # Running it again does not confirm the repair.
     assert main(["check", "--output", "json", "-r", "all", str(path)]) == 3
     found = json.loads(capsys.readouterr().out)
