@@ -1,1 +1,1 @@
-"""Checking an image: what its tables refer to, what is wrong, and how to mend it."""
+"""The check of an image and its repair."""

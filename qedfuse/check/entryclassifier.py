@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.findings import Code
-from qedfuse.ondisk.entrylimits import EntryLimits, Violation
-from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
+from qedfuse.ondisk.entrylimits import EntryLimits
+from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules, Violation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,5 +74,5 @@ class EntryClassifier:
         for rules, codes in ((self._l1_rules, _L1_CODES), (self._l2_rules, _L2_CODES)):
             for violation, violation_code in codes.items():
                 if code is violation_code:
-                    return rules.limits.expected(violation)
+                    return rules.expected(violation)
         return _EXPECTED_BESIDE_OTHERS[code]

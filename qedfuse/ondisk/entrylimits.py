@@ -1,4 +1,4 @@
-"""Which file offsets a table entry may hold: the rule, as plain numbers.
+"""The limits for the file offsets in table entries, as plain numbers.
 
 Image metadata is untrusted.  An entry that points to the header or to a table would let a
 guest overwrite it.  An entry that points past the end of the file would name another
@@ -14,9 +14,7 @@ Source: QEMU's QED specification, "L1 table" and "L2 tables"; `qed_check_table_o
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from qedfuse.ondisk.constants import MIN_CLUSTER_SIZE, UNALLOCATED, ZERO
 
@@ -29,31 +27,7 @@ RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
 """Mask of the low bits of an entry that are zero in every offset, whatever the cluster size."""
 
 
-class Violation(enum.Enum):
-    """Why an entry is invalid; where several rules are broken, the first one here counts."""
-
-    RESERVED_BITS = enum.auto()
-    UNALIGNED = enum.auto()
-    OUT_OF_FILE = enum.auto()
-    OVER_METADATA = enum.auto()
-    """The target overlaps the header, the L1 table or an L2 table."""
-    CUT_SHORT = enum.auto()
-    """The target begins inside the file and ends past it."""
-
-    @property
-    def found(self) -> str:
-        """A word or two for messages, to follow the entry's value."""
-        return {
-            Violation.RESERVED_BITS: "unaligned",
-            Violation.UNALIGNED: "unaligned",
-            Violation.OUT_OF_FILE: "outside the file",
-            Violation.OVER_METADATA: "over the header or a table",
-            Violation.CUT_SHORT: "cut short by the end of the file",
-        }[self]
-
-
-@dataclass(frozen=True, slots=True)
-class EntryLimits:
+class EntryLimits(NamedTuple):
     """The limits for the entries of one level of tables; offsets and lengths in bytes.
 
     The L2 tables are not part of them: a data cluster must not overlap those either.
@@ -143,29 +117,6 @@ class EntryLimits:
             and self.header_end <= offset <= self.highest
             and not self.before_l1 < offset < self.l1_end
         )
-
-    def expected(self, violation: Violation) -> str:
-        """Describe what was expected instead of an entry that breaks a rule."""
-        table = self.target == "table"
-        return {
-            Violation.RESERVED_BITS: (
-                "0 or an offset whose low 12 bits are 0"
-                if table
-                else "0, 1 or an offset whose low 12 bits are 0"
-            ),
-            Violation.UNALIGNED: f"a multiple of {self.cluster_size}",
-            Violation.OUT_OF_FILE: (
-                f"{'a table' if table else 'an offset'} inside the file of {self.file_size} bytes"
-            ),
-            Violation.OVER_METADATA: (
-                "an offset past the header and the L1 table"
-                if table
-                else "a cluster apart from the header and all tables"
-            ),
-            Violation.CUT_SHORT: (
-                f"a whole {self.target} inside the file of {self.file_size} bytes"
-            ),
-        }[violation]
 
 
 def overlaps(tables: Iterable[int], table_bytes: int) -> Iterator[bool]:

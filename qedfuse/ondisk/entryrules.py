@@ -1,27 +1,53 @@
-"""The validity of table entries, for whole slices of a table at a time.
+"""The validity of table entries, and what to report about invalid ones.
 
-What makes an entry valid is written in `qedfuse.ondisk.entrylimits`; here the same limits
-are applied to arrays, together with the L2 tables that a data cluster must not overlap.
+The limits are those of `qedfuse.ondisk.entrylimits`.  Here they are applied to the entries of
+a whole slice, together with the L2 tables that a data cluster must not overlap.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
-from qedfuse.ondisk.entrylimits import RESERVED_BITS, EntryLimits, Violation
+from qedfuse.ondisk.entrylimits import RESERVED_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
+    from qedfuse.ondisk.entrylimits import EntryLimits
+
     Values: TypeAlias = NDArray[np.uint64]
     Mask: TypeAlias = NDArray[np.bool_]
 
 NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
+
+
+class Violation(enum.Enum):
+    """Why an entry is invalid; where several rules are broken, the first one here counts."""
+
+    RESERVED_BITS = enum.auto()
+    UNALIGNED = enum.auto()
+    OUT_OF_FILE = enum.auto()
+    OVER_METADATA = enum.auto()
+    """The target overlaps the header, the L1 table or an L2 table."""
+    CUT_SHORT = enum.auto()
+    """The target begins inside the file and ends past it."""
+
+    @property
+    def found(self) -> str:
+        """A word or two for messages, to follow the entry's value."""
+        return {
+            Violation.RESERVED_BITS: "unaligned",
+            Violation.UNALIGNED: "unaligned",
+            Violation.OUT_OF_FILE: "outside the file",
+            Violation.OVER_METADATA: "over the header or a table",
+            Violation.CUT_SHORT: "cut short by the end of the file",
+        }[self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +151,35 @@ class EntryRules:
         inside = ordered - self.tables[before - 1] < np.uint64(self.limits.table_bytes)
         return bool(((before > 0) & inside).any())
 
+    def expected(self, violation: Violation) -> str:
+        """Describe what was expected instead of an entry that breaks a rule."""
+        limits = self.limits
+        table = limits.target == "table"
+        return {
+            Violation.RESERVED_BITS: (
+                "0 or an offset whose low 12 bits are 0"
+                if table
+                else "0, 1 or an offset whose low 12 bits are 0"
+            ),
+            Violation.UNALIGNED: f"a multiple of {limits.cluster_size}",
+            Violation.OUT_OF_FILE: (
+                f"{'a table' if table else 'an offset'} inside the file of {limits.file_size} bytes"
+            ),
+            Violation.OVER_METADATA: (
+                "an offset past the header and the L1 table"
+                if table
+                else "a cluster apart from the header and all tables"
+            ),
+            Violation.CUT_SHORT: (
+                f"a whole {limits.target} inside the file of {limits.file_size} bytes"
+            ),
+        }[violation]
+
     def explain(self, value: int) -> str:
         """Say what is wrong with an entry that `valid_mask` found invalid."""
         for violation, broken in self.violations(np.array([value], np.uint64)):
             if broken[0] and not (violation is Violation.CUT_SHORT and self.allow_cut_short):
-                expected = self.limits.expected(violation)
+                expected = self.expected(violation)
                 return f"found {value} ({violation.found}), expected {expected}"
         # A writer has changed the length of the file since the entry was read.
         return f"found {value}, which was outside the file, expected an offset inside it"

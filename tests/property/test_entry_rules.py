@@ -24,8 +24,8 @@ from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO
-from qedfuse.ondisk.entrylimits import EntryLimits, Violation
-from qedfuse.ondisk.entryrules import EntryRules
+from qedfuse.ondisk.entrylimits import EntryLimits
+from qedfuse.ondisk.entryrules import EntryRules, Violation
 from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools.inspection.dump import open_dump
 from qedfuse.tools.inspection.fastmap import open_fast_map
