@@ -114,7 +114,11 @@ class SpaceManager:
         )
 
     async def allocate_lowest(self, clusters: int) -> Run | None:
-        """Hand out the lowest free run of up to ``clusters`` clusters; None if nothing is free."""
+        """Hand out the lowest free run of up to ``clusters`` clusters; None if nothing is free.
+
+        Raises:
+            HostError: The host refused to grow the file.
+        """
         found = self._free.take(clusters)
         return found and await self._grow_over(*found)
 
