@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.errors import HostError, ImageInUseError, QedError, UsageError, cannot_open
+from qedfuse.hostio.systemcalls import fsync_path
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class NewFile:
             if self._old is not None:
                 _copy_attributes(self._old, self.path)
             if durable:
-                self._sync(self.path)
+                fsync_path(self.path)
             if self._old is not None and self._is_at_name(self._old):
                 os.replace(self.path, self._final)  # noqa: PTH105
             else:
@@ -108,7 +109,7 @@ class NewFile:
                 # A directory that may not be read cannot be opened for fsync(2).  The file is
                 # complete nevertheless, and the kernel will write its name to the disk.
                 with suppress(PermissionError):
-                    self._sync(os.path.dirname(self._final) or ".")  # noqa: PTH120
+                    fsync_path(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
             raise self._taken() from error
         except OSError as error:
@@ -148,15 +149,6 @@ class NewFile:
             os.replace(self.path, self._final)  # noqa: PTH105
         else:
             os.unlink(self.path)  # noqa: PTH108
-
-    @staticmethod
-    def _sync(path: str) -> None:
-        """Make a file or a directory durable (fsync(2))."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _copy_attributes(old: int, new: str) -> None:

@@ -56,6 +56,19 @@ def sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def fsync_path(path: str) -> None:
+    """Make a file or a directory durable, named by its path (fsync(2)).
+
+    Raises:
+        OSError: It cannot be opened, or the host refused.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
     """Fill ``view`` from byte ``done`` on; return the bytes filled, fewer only at the file's end.
 

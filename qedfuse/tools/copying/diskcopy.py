@@ -17,7 +17,7 @@ from qedfuse.tools.common.blocks import classify, masked_bytes
 from qedfuse.tools.common.workerpool import WorkerPool
 from qedfuse.tools.source.chunks import Chunker, read_segments
 from qedfuse.tools.source.extentbatches import extent_batches
-from qedfuse.tools.target.target import ParallelTarget, finish_target, write_all
+from qedfuse.tools.target.target import ParallelTarget, finish_target, perform_writes
 from qedfuse.util.backgroundtasks import periodic_progress
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class DiskCopy:
             ticket.wait()
             writes = target.assign_offsets(chunk.start, content.data, data, zeros)
             if target.descriptor >= 0:
-                write_all(target.descriptor, writes, target.name)
+                perform_writes(target.descriptor, writes, target.name)
             self._count(chunk, data)
             ticket.finish()
             if behind is not None:

@@ -10,7 +10,7 @@ import trio
 from qedfuse.errors import UsageError
 from qedfuse.tools.common.blocks import classify, masked_bytes
 from qedfuse.tools.common.formatprobe import format_of
-from qedfuse.tools.target.target import ParallelTarget, finish_target, write_all
+from qedfuse.tools.target.target import ParallelTarget, finish_target, perform_writes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,9 @@ async def copy_stream(
             )
             if isinstance(target, ParallelTarget):
                 writes = target.assign_offsets(size, content.data, data, zeros)
-                await trio.to_thread.run_sync(write_all, target.descriptor, writes, target.name)
+                await trio.to_thread.run_sync(
+                    perform_writes, target.descriptor, writes, target.name
+                )
             else:
                 await target.write_chunk(size, content.data, data)
             size += count

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.systemcalls import fsync_path
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Backup:
                 self._file.write(b"%s %d %d %d\n" % (LAST_WORD, self._ranges, before, after))
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                sync_directory(self.path)
+                directory = os.path.dirname(self.path) or "."  # noqa: PTH120  a name, not a Path
+                fsync_path(directory)
                 self.complete = True
 
     @contextlib.contextmanager
@@ -138,13 +140,3 @@ def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     if os.fstat(fd).st_gid != image.st_gid:
         mode &= ~0o060
     os.fchmod(fd, mode)
-
-
-def sync_directory(path: str) -> None:
-    """Make the directory entry of a new file durable."""
-    directory = os.path.dirname(path) or "."  # noqa: PTH120  a name, not a Path
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -6,12 +6,12 @@ are in no chunk.
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.errors import HostError
+from qedfuse.hostio.systemcalls import read_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -195,14 +195,11 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None
 
 
 def _read(view: memoryview, segment: Segment, name: str) -> None:
-    """Read one whole segment, with as many calls as the host needs."""
-    done = 0
-    while done < segment.length:
-        try:
-            count = os.preadv(segment.descriptor, (view[done:],), segment.offset + done)
-        except OSError as error:
-            raise HostError.from_os(error, name, "read") from error
-        if not count:
-            msg = f"{name}: data at {segment.offset}: found {done} bytes, expected {segment.length}"
-            raise HostError(msg)
-        done += count
+    """Read one whole segment into ``view``, which has its length."""
+    try:
+        done = read_all(segment.descriptor, segment.offset, view, 0)
+    except OSError as error:
+        raise HostError.from_os(error, name, "read") from error
+    if done < segment.length:
+        msg = f"{name}: data at {segment.offset}: found {done} bytes, expected {segment.length}"
+        raise HostError(msg)

@@ -15,7 +15,7 @@ from qedfuse.ondisk.header import build_header
 from qedfuse.ondisk.table import SLICE_BYTES
 from qedfuse.tools.common.blocks import mask_ranges
 from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
-from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, write_all
+from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, perform_writes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -147,7 +147,7 @@ class NewQedTarget(ParallelTarget):
         except OSError as error:
             raise HostError.from_os(error, self.name, "truncate") from error
         writes.append(Write(0, [memoryview(header)]))
-        write_all(self.descriptor, writes, self.name)
+        perform_writes(self.descriptor, writes, self.name)
 
 
 class ExistingQedTarget(SequentialTarget):

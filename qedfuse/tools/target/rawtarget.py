@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.errors import HostError
-from qedfuse.hostio.systemcalls import fallocate
+from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.tools.common.blocks import mask_ranges
 from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
-from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, write_all
+from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, perform_writes
 
 if TYPE_CHECKING:
     from qedfuse.tools.common.blocks import Mask
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES: Final = 4096
 _MIN_BLOCK_BYTES: Final = 512
-_PUNCH_HOLE: Final = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZEROS: Final = memoryview(bytes(1 << 20))
 _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}
 
@@ -112,7 +111,7 @@ class ExistingRawTarget(SequentialTarget):
             end = min(last * self.block_size, len(view))
             await self._zero(start + first * self.block_size, start + end)
         writes = _data_writes(start, view, data, self.block_size)
-        await trio.to_thread.run_sync(write_all, self.descriptor, writes, self.name)
+        await trio.to_thread.run_sync(perform_writes, self.descriptor, writes, self.name)
 
     async def finish(self, size: int) -> None:
         """Zero the rest of the disk, and make the file durable if wanted."""
@@ -136,7 +135,7 @@ class ExistingRawTarget(SequentialTarget):
         """Punch a hole, or write zeros if the host has no holes; for a worker thread."""
         if self._can_punch:
             try:
-                fallocate(self.descriptor, _PUNCH_HOLE, start, end - start)
+                fallocate(self.descriptor, FALLOC_PUNCH_HOLE, start, end - start)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise

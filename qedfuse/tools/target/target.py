@@ -120,8 +120,8 @@ async def finish_target(target: Target, size: int) -> None:
         await target.finish(size)
 
 
-def write_all(descriptor: int, writes: list[Write], name: str) -> None:
-    """Write all bytes, with as many calls as the host needs; for a worker thread.
+def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
+    """Write all bytes of some writes, with as many calls as needed; for a worker thread.
 
     Raises:
         HostError: The host refused.
