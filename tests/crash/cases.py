@@ -98,6 +98,30 @@ class Case:
 
 _REUSE: Final = "wwwwdddzffrs"
 
+_FREE_LIST: Final = Case(
+    "",
+    actions="wwddzf",
+    actions_per_task=8,
+    sessions=3,
+    leaked=40,
+    options=replace(OPTIONS, free_list="on"),
+)
+"""Short sessions, at whose ends a persistent free list is written."""
+
+_LARGE_DISCARDS: Final = Case(
+    "",
+    table_size=4,
+    table_spans=4.01,
+    allocated=90,
+    allocated_within=300,
+    leaked=0,
+    tasks=2,
+    actions="wwDf",
+    actions_per_task=8,
+    sessions=2,
+)
+"""Large discards, after which tables at the end of the file can move down."""
+
 CASES: Final = (
     Case("writes", table_size=2),
     Case("discards", actions="wwwdddzfrs"),
@@ -171,25 +195,8 @@ CASES: Final = (
     Case("large tables", table_size=4, table_spans=1.02, actions=_REUSE, actions_per_task=24),
     Case("small cache", actions=_REUSE, options=replace(OPTIONS, cache_bytes=0)),
     Case("zeroes", actions="wwzzzdfrs", options=replace(OPTIONS, detect_zeroes="unmap")),
-    Case(
-        "free list",
-        table_size=2,
-        actions="wwddzf",
-        actions_per_task=8,
-        tasks=2,
-        sessions=4,
-        leaked=40,
-        options=replace(OPTIONS, free_list="on"),
-    ),
-    Case(
-        "free list after a crash",
-        actions="wwddzf",
-        actions_per_task=8,
-        sessions=3,
-        starts_crashed=True,
-        leaked=40,
-        options=replace(OPTIONS, free_list="on"),
-    ),
+    replace(_FREE_LIST, name="free list", table_size=2, tasks=2, sessions=4),
+    replace(_FREE_LIST, name="free list after a crash", starts_crashed=True),
     Case(
         "compaction",
         actions="wwddzf",
@@ -225,31 +232,15 @@ CASES: Final = (
         linger_probability=0.1,
         options=replace(OPTIONS, compact="full", free_list="on"),
     ),
-    Case(
-        "compaction that moves tables",
+    replace(
+        _LARGE_DISCARDS,
+        name="compaction that moves tables",
+        table_size=1,
         table_spans=5.1,
         allocated=120,
-        allocated_within=300,
-        leaked=0,
-        tasks=2,
-        actions="wwDf",
-        actions_per_task=8,
-        sessions=2,
         compacts=True,
     ),
-    Case(
-        "compaction that packs tables",
-        table_size=4,
-        table_spans=4.01,
-        allocated=90,
-        allocated_within=300,
-        leaked=0,
-        tasks=2,
-        actions="wwDf",
-        actions_per_task=8,
-        sessions=2,
-        compacts=True,
-    ),
+    replace(_LARGE_DISCARDS, name="compaction that packs tables", compacts=True),
     Case(
         "automatic compaction within limits",
         actions="wwddzf",
@@ -271,17 +262,6 @@ CASES: Final = (
         linger_probability=0.2,
         options=replace(OPTIONS, compact_seconds=4.0),
     ),
-    Case(
-        "automatic compaction of tables",
-        table_size=4,
-        table_spans=4.01,
-        allocated=90,
-        allocated_within=300,
-        leaked=0,
-        tasks=2,
-        actions="wwDf",
-        actions_per_task=8,
-        sessions=2,
-    ),
+    replace(_LARGE_DISCARDS, name="automatic compaction of tables"),
     Case("no discard", actions="wwdddfrs", options=replace(OPTIONS, discard=False)),
 )

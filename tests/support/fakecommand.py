@@ -75,7 +75,7 @@ def start(
     """Start a process that can import the project."""
     return subprocess.Popen(
         command,
-        # The output is buffered, as it is for users.
+        # The output is buffered, as in the command of users.
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""} | (environment or {}),
         stdin=stdin,
         stdout=stdout,

@@ -62,11 +62,11 @@ class Host:
         self.slept = self.tried = 0
 
     def clock(self) -> float:
-        """Tell the time."""
+        """Return the time in seconds."""
         return self.now
 
     def ready(self) -> bool:
-        """Tell whether the data is there."""
+        """Return whether the data is there."""
         assert loop_load.polled_reads == 1
         self.tried += 1
         self.now += MAX_RETRY_SECONDS / 10

@@ -57,7 +57,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def header_of(path: Path) -> Header:
-    """Read the header as it is in the file."""
+    """Return the header in the file."""
     return parse_header(path.read_bytes()[:64], "image")
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -23,6 +23,17 @@ from qedfuse.disk.space.freemap import BLOCK_CLUSTERS, FreeMap
 from qedfuse.errors import CorruptImageError, HostError
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import SLICE_BYTES
+from tests.support.compactible import (
+    ALLOCATED,
+    CLUSTER,
+    DISCARDED,
+    LongestFile,
+    UsedImage,
+    assert_minimal,
+    content_after_discards,
+    discard_some,
+    full_image,
+)
 from tests.support.disks import (
     UNCOMPACTED,
     WRITABLE,
@@ -38,7 +49,6 @@ from tests.support.disks import (
     put_entry,
 )
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
-from tests.unit.test_compaction import UsedImage, assert_minimal
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -46,30 +56,6 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.options import OpenOptions
     from tests.support.hostfiles import Action
-
-CLUSTER: Final = 4096
-HELD: Final = 60
-"""Clusters of the images here; every other one of the first half is given up."""
-DISCARDED: Final = tuple(range(0, HELD // 2, 2))
-
-
-def full() -> bytearray:
-    """Return an image whose clusters lie in the file in the order of the disk."""
-    return build_image(100 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(HELD)})
-
-
-def emptied(image: bytearray) -> bytes:
-    """Return the content of the disk after `discard_some`."""
-    left = bytearray(guest_bytes(image))
-    for number in DISCARDED:
-        left[number * CLUSTER : (number + 1) * CLUSTER] = bytes(CLUSTER)
-    return bytes(left)
-
-
-async def discard_some(disk: Disk) -> None:
-    """Discard the clusters `DISCARDED`, which makes holes in the file."""
-    for number in DISCARDED:
-        await disk.discard(number * CLUSTER, CLUSTER)
 
 
 def reported(caplog: pytest.LogCaptureFixture) -> int | None:
@@ -85,8 +71,7 @@ def reported(caplog: pytest.LogCaptureFixture) -> int | None:
 async def test_an_ordinary_session_leaves_no_leak(seed: int) -> None:
     """A session on an image of any shape leaves no free cluster, within the bound."""
     choice = random.Random(seed)
-    used = UsedImage(choice)
-    await used.fill()
+    used = await UsedImage.make(choice)
     header = header_of(used.content)
     bound = header.geometry.bound(header.header_end, header.image_size)
     file = LongestFile(used.content)
@@ -101,27 +86,13 @@ async def test_an_ordinary_session_leaves_no_leak(seed: int) -> None:
     await assert_minimal(file.content)
 
 
-class LongestFile(RecordingFile):
-    """A recording file that keeps the greatest length that it ever had."""
-
-    def __init__(self, content: bytes | bytearray) -> None:
-        """Begin with ``content``."""
-        super().__init__(content)
-        self.longest = len(content)
-
-    def change(self, change: object) -> None:
-        """Make a change."""
-        super().change(change)  # type: ignore[arg-type]
-        self.longest = max(self.longest, len(self.content))
-
-
 @pytest.mark.parametrize("clusters", [0, 1, 4, 7, 14, 15])
 async def test_no_more_is_moved_than_the_limit_allows(
     clusters: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The highest clusters move up to the limit in bytes, and the log says what is left."""
     caplog.set_level(logging.INFO)
-    image = full()
+    image = full_image()
     file = RecordingFile(image)
     options = replace(WRITABLE, compact_bytes=clusters * CLUSTER + 17)
     async with opened(file, options=options) as disk:
@@ -132,12 +103,12 @@ async def test_no_more_is_moved_than_the_limit_allows(
     assert found.leaks == len(DISCARDED) - clusters
     assert reported(caplog) == (found.leaks or None)
     assert ("qedimg compact image" in caplog.text) == bool(found.leaks)
-    assert difference(guest_bytes(file.content), emptied(image)) is None
+    assert difference(guest_bytes(file.content), content_after_discards(image)) is None
     # What stays free takes up no space.
     assert not any(any(file.content[at : at + CLUSTER]) for at in found.leaked)
-    places = [get_entry(file.content, l2_entry_offset(file.content, at)) for at in range(HELD)]
-    for number in range(HELD - clusters, HELD):
-        assert places[number] < get_entry(image, l2_entry_offset(image, HELD // 2))
+    places = [get_entry(file.content, l2_entry_offset(file.content, at)) for at in range(ALLOCATED)]
+    for number in range(ALLOCATED - clusters, ALLOCATED):
+        assert places[number] < get_entry(image, l2_entry_offset(image, ALLOCATED // 2))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +123,7 @@ async def test_no_more_is_moved_than_the_limit_allows(
 )
 async def test_which_options_compact(options: OpenOptions, left: int) -> None:
     """compact=off and a free list turn compaction off, and compact=full ignores its limits."""
-    file = MemoryFile(full())
+    file = MemoryFile(full_image())
     async with opened(file, options=options) as disk:
         await discard_some(disk)
     assert inspect_image(file.content).leaks == left
@@ -160,7 +131,7 @@ async def test_which_options_compact(options: OpenOptions, left: int) -> None:
 
 def leaky() -> bytearray:
     """Return an image with leaked clusters."""
-    image = full()
+    image = full_image()
     for number in DISCARDED:
         put_entry(image, l2_entry_offset(image, number), 0)
     return image
@@ -171,7 +142,7 @@ async def test_without_a_table_change_nothing_is_moved() -> None:
     file = RecordingFile(leaky())
     async with opened(file) as disk:
         await disk.wait_scanned()
-        await disk.read(0, HELD * CLUSTER)
+        await disk.read(0, ALLOCATED * CLUSTER)
         await disk.write(CLUSTER, b"in place")
     changed = [change for change in file.changes if not isinstance(change, Sync)]
     assert all(getattr(change, "data", b"")[:8] in (b"in place", b"") for change in changed)
@@ -290,12 +261,14 @@ async def test_a_table_that_exceeds_the_limit_stays() -> None:
 async def test_a_damaged_image_is_left_alone() -> None:
     """No entry of an image with two owners of a cluster is changed."""
     image = leaky()
-    put_entry(image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, HELD - 1)))
+    put_entry(
+        image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, ALLOCATED - 1))
+    )
     file = MemoryFile(image)
     async with opened(file) as disk:
         await disk.wait_scanned()
         await disk.write(80 * CLUSTER, b"new")
-    for number in range(HELD):
+    for number in range(ALLOCATED):
         offset = l2_entry_offset(image, number)
         assert get_entry(file.content, offset) == get_entry(image, offset)
 
@@ -303,7 +276,7 @@ async def test_a_damaged_image_is_left_alone() -> None:
 @pytest.mark.parametrize("unaligned", [False, True])
 async def test_entries_that_a_sound_image_does_not_have(*, unaligned: bool) -> None:
     """A reverse map refuses two owners of a cluster and an unaligned entry."""
-    image = full()
+    image = full_image()
     entry = l2_entry_offset(image, 3)
     put_entry(image, entry, get_entry(image, l2_entry_offset(image, 50)) + 512 * unaligned)
     async with opened(MemoryFile(image), options=replace(UNCOMPACTED, writable=False)) as disk:
@@ -320,7 +293,7 @@ async def test_entries_that_a_sound_image_does_not_have(*, unaligned: bool) -> N
 @pytest.mark.expect_log("(while compacting)")
 async def test_a_failed_call_leaves_a_clean_image(action: Action, nth: int, number: int) -> None:
     """A host call that fails during compaction leaves a clean image with its content."""
-    image = full()
+    image = full_image()
     inner = MemoryFile(image)
     file = FailingFile(inner)
     # Small batches, and no cache: there are as many calls as can fail.
@@ -335,13 +308,13 @@ async def test_a_failed_call_leaves_a_clean_image(action: Action, nth: int, numb
         file.fail(action, nth, number)
     assert not header_of(inner.content).need_check
     assert inspect_image(inner.content).errors == ()
-    assert difference(guest_bytes(inner.content), emptied(image)) is None
+    assert difference(guest_bytes(inner.content), content_after_discards(image)) is None
 
 
 @pytest.mark.expect_log("the disk is read-only from now on")
 async def test_a_datasync_that_fails() -> None:
     """A failed datasync during compaction fails the close, and NEED_CHECK stays set."""
-    image = full()
+    image = full_image()
     inner = MemoryFile(image)
     file = FailingFile(inner)
 
@@ -372,7 +345,7 @@ def test_the_time_is_limited(
     """On a slow host compaction stops at its limit in seconds, and the log says what is left."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(datacompaction, "_LIMITED_BATCH_BYTES", CLUSTER)
-    image = full()
+    image = full_image()
     file = SlowFile(image)
 
     async def main() -> float:
@@ -390,7 +363,7 @@ def test_the_time_is_limited(
     assert 0 < found.leaks < len(DISCARDED)
     assert reported(caplog) == found.leaks
     assert len(file.content) < len(image)
-    assert difference(guest_bytes(file.content), emptied(image)) is None
+    assert difference(guest_bytes(file.content), content_after_discards(image)) is None
     assert not header_of(file.content).need_check
 
 
@@ -414,9 +387,8 @@ class StoppingFile(RecordingFile):
 async def test_stopped_at_any_moment(step: int, seed: int) -> None:
     """A compaction stopped after any number of host calls leaves a clean, complete image."""
     stopped = 0
+    used = await UsedImage.make(random.Random(seed))
     for calls in range(step, 400, 11):
-        used = UsedImage(random.Random(seed))
-        await used.fill()
         file = StoppingFile(used.content)
         file.left = calls
         async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
@@ -435,7 +407,7 @@ async def test_stopped_at_any_moment(step: int, seed: int) -> None:
 
 async def test_stopped_before_it_began() -> None:
     """A compaction that was stopped before it began moves nothing."""
-    image = full()
+    image = full_image()
     file = MemoryFile(image)
     async with opened(file) as disk:
         await discard_some(disk)
@@ -451,7 +423,7 @@ class EndedError(Exception):
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_session_that_fails_is_not_compacted(*, cancelled: bool) -> None:
     """A session that fails or is cancelled is made durable, and nothing is moved."""
-    image = full()
+    image = full_image()
     file = MemoryFile(image)
 
     async def session(scope: trio.CancelScope) -> None:
@@ -468,12 +440,12 @@ async def test_a_session_that_fails_is_not_compacted(*, cancelled: bool) -> None
     assert file.closed
     assert inspect_image(file.content).leaks == len(DISCARDED)
     assert not header_of(file.content).need_check
-    assert difference(guest_bytes(file.content), emptied(image)) is None
+    assert difference(guest_bytes(file.content), content_after_discards(image)) is None
 
 
 async def test_cancelled_while_it_compacts() -> None:
     """A cancelled close gives up the rest of the compaction, and closes the image cleanly."""
-    image = full()
+    image = full_image()
     inner = MemoryFile(image)
     file = FailingFile(inner)
     with trio.CancelScope() as scope:
@@ -494,7 +466,7 @@ async def test_cancelled_while_it_compacts() -> None:
     assert found.errors == ()
     assert 0 < found.leaks <= len(DISCARDED)
     assert not header_of(inner.content).need_check
-    assert difference(guest_bytes(inner.content), emptied(image)) is None
+    assert difference(guest_bytes(inner.content), content_after_discards(image)) is None
 
 
 @pytest.mark.parametrize("compact", ["auto", "full"])
@@ -502,7 +474,7 @@ async def test_a_bug_in_the_compaction_loses_no_data(
     compact: Literal["auto", "full"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exception in the compaction loses no written data, and NEED_CHECK stays set."""
-    image = full()
+    image = full_image()
     file = MemoryFile(image)
 
     async def bug(*_: object, **__: object) -> None:
@@ -513,7 +485,7 @@ async def test_a_bug_in_the_compaction_loses_no_data(
     async def session() -> None:
         async with opened(file, options=replace(WRITABLE, compact=compact)) as disk:
             await discard_some(disk)
-            await disk.write((HELD + 10) * CLUSTER, b"new" * 100)
+            await disk.write((ALLOCATED + 10) * CLUSTER, b"new" * 100)
             # The first thing that a compaction needs, if it is not there yet.
             scan = SimpleNamespace(run=bug, finished=trio.Event())
             monkeypatch.setattr(disk._components, "scan", scan)
@@ -521,36 +493,36 @@ async def test_a_bug_in_the_compaction_loses_no_data(
     with pytest.RaisesGroup(RuntimeError, flatten_subgroups=True, allow_unwrapped=True):
         await session()
     assert file.closed
-    assert guest_bytes(file.content)[(HELD + 10) * CLUSTER :].startswith(b"new" * 100)
+    assert guest_bytes(file.content)[(ALLOCATED + 10) * CLUSTER :].startswith(b"new" * 100)
     assert header_of(file.content).need_check
     assert inspect_image(file.content).errors == ()
 
 
 async def test_tidying_before_the_close() -> None:
     """`Disk.autocompact` compacts before the close, so that its result can be reported."""
-    file = MemoryFile(full())
+    file = MemoryFile(full_image())
     async with opened(file) as disk:
         await discard_some(disk)
         await disk.autocompact()
         assert disk.statistics().free_clusters == 0
-        assert disk.statistics().file_bytes == len(full()) - len(DISCARDED) * CLUSTER
+        assert disk.statistics().file_bytes == len(full_image()) - len(DISCARDED) * CLUSTER
     await assert_minimal(file.content)
 
 
 @pytest.mark.parametrize("changed", [False, True])
 async def test_a_close_leaves_what_tidying_reported(*, changed: bool) -> None:
     """After Disk.tidy the close compacts again only if tables have changed."""
-    file = MemoryFile(full())
+    file = MemoryFile(full_image())
     async with opened(file, options=replace(WRITABLE, compact_bytes=4 * CLUSTER)) as disk:
         await discard_some(disk)
         await disk.autocompact()
         statistics = disk.statistics()
         assert statistics.free_clusters == len(DISCARDED) - 4
-        assert statistics.file_bytes == len(full()) - 4 * CLUSTER
+        assert statistics.file_bytes == len(full_image()) - 4 * CLUSTER
         # A write in place changes no table.
-        await disk.write((HELD - 10) * CLUSTER, b"x")
+        await disk.write((ALLOCATED - 10) * CLUSTER, b"x")
         if changed:
-            await disk.discard((HELD - 10) * CLUSTER, CLUSTER)
+            await disk.discard((ALLOCATED - 10) * CLUSTER, CLUSTER)
     left = inspect_image(file.content).leaks
     if changed:
         assert left < statistics.free_clusters
@@ -562,7 +534,7 @@ async def test_a_close_leaves_what_tidying_reported(*, changed: bool) -> None:
 async def test_a_progress_callback_is_for_one_compaction() -> None:
     """A progress callback is not called for a later compaction."""
     told: list[tuple[int, int]] = []
-    file = MemoryFile(full())
+    file = MemoryFile(full_image())
     async with opened(file, options=UNCOMPACTED) as disk:
         await disk.discard(0, CLUSTER)
         await disk.compact(lambda done, total: told.append((done, total)))

@@ -132,7 +132,7 @@ def test_model_distinguishes_writes() -> None:
 
 
 def samples(*resident_mib: float) -> list[soak.Sample]:
-    """Give what was seen, a sample a minute."""
+    """Return what was seen, a sample a minute."""
     return [
         soak.Sample(60.0 * minute, int(mib * MIB), 11, 3, minute * MIB, 0)
         for minute, mib in enumerate(resident_mib)

@@ -28,7 +28,7 @@ CHAIN = next(cell for cell in CELLS if cell.stage == "chain")
 
 
 def outcome(cell: Cell, qedfuse: list[float], qemu: list[float], baseline: list[float]) -> Outcome:
-    """Give what came out of a cell."""
+    """Return what came out of a cell."""
     return Outcome(cell, {"qedfuse": qedfuse, "qemu": qemu, "baseline": baseline})
 
 

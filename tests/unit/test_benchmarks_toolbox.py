@@ -28,7 +28,7 @@ CREATE = next(task for task in TASKS if task.name == "create")
 
 
 def outcome(qedimg: list[float], qemu_img: list[float], memory: float = 0) -> Outcome:
-    """Give what came out of a check."""
+    """Return what came out of a check."""
     return Outcome(CHECK, {"qedimg": qedimg, "qemu-img": qemu_img}, {"qedimg": [memory]})
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.check.checker import check_image
 from qedfuse.disk.maintenance.tablecompaction import TableCompaction
 from qedfuse.errors import HostError
-from qedfuse.hostio.imagefile import read_header
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.tools.editing.compact import CompactResult, compact
 from tests.support import qemu
+from tests.support.compactible import CLUSTER, LongestFile, UsedImage, assert_minimal
 from tests.support.disks import (
     UNCOMPACTED,
     WRITABLE,
@@ -30,71 +29,17 @@ from tests.support.disks import (
     pattern,
     put_entry,
 )
-from tests.support.hostfiles import Change, FailingFile, MemoryFile, RecordingFile, Sync
+from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
 
 if TYPE_CHECKING:
     from qedfuse.disk.maintenance.datacompaction import MoveCounter
     from tests.support.hostfiles import Action
 
-CLUSTER: Final = 4096
-
-
-@dataclass
-class UsedImage:
-    """An image that a guest has written to and discarded from in several sessions."""
-
-    choice: random.Random
-    content: bytes = b""
-    data: dict[int, bytes] = field(default_factory=dict)
-    pool: list[int] = field(default_factory=list)
-
-    async def fill(self) -> None:
-        """Write, discard and reopen at random, on an image of random shape."""
-        choice = self.choice
-        table_size = choice.choice((1, 2, 4, 8, 16))
-        span = table_size * CLUSTER // 8
-        tables = choice.randrange(1, 7)
-        self.content = bytes(build_image(span * tables * CLUSTER, {}, table_size=table_size))
-        for table in range(tables):
-            places = choice.sample(range(min(300, span)), choice.choice((1, 5, 20)))
-            self.pool += [table * span + place for place in places]
-        for _ in range(choice.randrange(1, 4)):
-            file = MemoryFile(self.content)
-            async with opened(file, options=UNCOMPACTED) as disk:
-                await disk.wait_scanned()
-                for number in choice.sample(self.pool, choice.randrange(len(self.pool) + 1)):
-                    if choice.random() < 0.6:
-                        self.data[number] = bytes([choice.randrange(1, 256)]) * CLUSTER
-                        await disk.write(number * CLUSTER, self.data[number])
-                    else:
-                        self.data.pop(number, None)
-                        await disk.discard(number * CLUSTER, CLUSTER)
-                    if choice.random() < 0.05:
-                        await disk.flush()
-            self.content = bytes(file.content)
-
-    def assert_holds(self, content: bytes | bytearray) -> None:
-        """Assert that an image holds what the guest has written."""
-        found = guest_bytes(content)
-        for number in self.pool:
-            expected = self.data.get(number, bytes(CLUSTER))
-            assert found[number * CLUSTER : (number + 1) * CLUSTER] == expected, number
-
-
-async def assert_minimal(content: bytes | bytearray) -> None:
-    """Assert that every cluster is referenced, by the tests' reader and by the check."""
-    found = inspect_image(content)
-    assert (found.errors, found.leaked) == ((), ())
-    file = MemoryFile(content, writable=False)
-    report = await check_image(file, await read_header(file))
-    assert report.findings == ()
-
 
 @pytest.mark.parametrize("seed", range(60))
 async def test_the_file_becomes_as_short_as_it_can_be(seed: int) -> None:
     """Compaction of an image of any shape leaves no free cluster, and keeps its content."""
-    used = UsedImage(random.Random(seed))
-    await used.fill()
+    used = await UsedImage.make(random.Random(seed))
     header = header_of(used.content)
     bound = header.geometry.bound(header.header_end, header.image_size)
     file = RecordingFile(used.content)
@@ -146,17 +91,6 @@ async def test_tables_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(guest_bytes(file.content), expected) is None
 
 
-class MeasuredFile(MemoryFile):
-    """A file that keeps the greatest length that it ever had."""
-
-    longest = 0
-
-    def change(self, change: Change) -> None:
-        """Change the file."""
-        super().change(change)
-        self.longest = max(self.longest, len(self.content))
-
-
 @pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("table_size", [2, 4, 16])
 async def test_packing_tables_exceeds_the_bound_by_the_tables_at_most(
@@ -180,7 +114,7 @@ async def test_packing_tables_exceeds_the_bound_by_the_tables_at_most(
     header = header_of(image)
     bound = header.geometry.bound(header.header_end, header.image_size)
     assert len(image) == bound
-    file = MeasuredFile(image)
+    file = LongestFile(image)
     async with opened(file, options=UNCOMPACTED) as disk:
         await disk.compact(within_bound=not allowed)
     if allowed:
@@ -224,8 +158,7 @@ async def test_compacting_when_the_disk_is_closed() -> None:
 @pytest.mark.parametrize(("action", "calls"), [("read", 7), ("write", 3), ("reserve", 1)])
 async def test_compaction_after_a_failed_one_completes(action: Action, calls: int) -> None:
     """A compaction that fails at any host call loses nothing, and the next one completes."""
-    used = UsedImage(random.Random(11))
-    await used.fill()
+    used = await UsedImage.make(random.Random(11))
     for nth in itertools.count(1):
         inner = MemoryFile(used.content)
         file = FailingFile(inner)
@@ -277,8 +210,7 @@ async def test_a_damaged_image_is_left_alone() -> None:
 @pytest.mark.parametrize("seed", range(6))
 async def test_interrupted_after_any_write(seed: int) -> None:
     """Every prefix of the writes of a compaction is a sound image with the whole content."""
-    used = UsedImage(random.Random(seed))
-    await used.fill()
+    used = await UsedImage.make(random.Random(seed))
     file = RecordingFile(used.content)
     async with opened(file, options=UNCOMPACTED) as disk:
         await disk.compact()

@@ -71,7 +71,7 @@ def image(
 
 
 def array(runs: list[tuple[int, int]]) -> NDArray[np.uint64]:
-    """Give runs as the code under test wants them."""
+    """Return runs as the code under test wants them."""
     return np.array(runs, np.uint64).reshape(-1, 2)
 
 
@@ -88,7 +88,7 @@ async def read(content: bytes | bytearray, tables: list[int] | None = None) -> l
 
 
 async def refused(content: bytes | bytearray, tables: list[int] | None = None) -> str:
-    """Give the message with which a list is refused."""
+    """Return the message with which a list is refused."""
     with pytest.raises(CorruptImageError) as caught:
         await read(content, tables)
     message = str(caught.value)

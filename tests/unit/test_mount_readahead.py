@@ -21,7 +21,7 @@ PAGE = os.sysconf("SC_PAGESIZE")
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Path:
-    """Give a mount's file as the kernel has it, with the kernel's value."""
+    """Return a mount's file as the kernel has it, with the kernel's value."""
     path = tmp_path / DEVICE / "read_ahead_kb"
     path.parent.mkdir()
     path.write_text("128\n")

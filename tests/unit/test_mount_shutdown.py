@@ -19,9 +19,9 @@ from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.process.signals import SIGNALS, SignalDispatcher
 from qedfuse.mount.shutdown import Shutdown
 from qedfuse.mount.system.unmount import BusyError
+from tests.support.compactible import DISCARDED, discard_some, full_image
 from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
-from tests.unit.test_autocompaction import DISCARDED, discard_some, full
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,7 +117,7 @@ async def test_a_signal_ends_the_compaction(
 ) -> None:
     """After the mount is gone a signal ends the compaction; the disk is closed cleanly."""
     monkeypatch.setattr(datacompaction, "_LIMITED_BATCH_BYTES", CLUSTER)
-    inner = MemoryFile(full())
+    inner = MemoryFile(full_image())
     file = FailingFile(inner)
     async with trio.open_nursery() as nursery:
         interrupted: list[str] = []

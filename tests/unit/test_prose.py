@@ -45,7 +45,7 @@ def files() -> list[Path]:
 
 
 def prose(path: Path) -> list[tuple[int, str]]:
-    """Give the lines of a file, of Python only comments and strings, with their numbers."""
+    """Return the lines of a file, of Python only comments and strings, with their numbers."""
     if path.suffix != ".py":
         return list(enumerate(path.read_text("utf-8").splitlines(), 1))
     lines = []

@@ -15,12 +15,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:
-    """Give one section of the README."""
+    """Return one section of the README."""
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def first_columns(text: str) -> str:
-    """Give the first column of all tables in a text."""
+    """Return the first column of all tables in a text."""
     return "\n".join(re.findall(r"^\| (.*?) \|", text.replace("\\|", "/"), re.MULTILINE))
 
 

@@ -40,7 +40,7 @@ class Log:
         self.write((SIZE - MARK_AREA_BYTES) // SECTOR + kind, mark)
 
     def cut(self, path: Path, seed: int) -> tuple[dict[str, object], bytes]:
-        """Give the facts of a cut, and the disk that it leaves."""
+        """Return the facts of a cut, and the disk that it leaves."""
         path.write_bytes(self.content + bytes(1 << 16))
         with path.open("rb") as log:
             target = io.BytesIO(bytes(SIZE))
