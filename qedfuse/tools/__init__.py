@@ -1,1 +1,1 @@
-"""What can be done to an image as a whole: functions that return data and print nothing."""
+"""Operations on whole images: functions that return data and print nothing."""

@@ -1,1 +1,1 @@
-"""What several tools share: formats, pipes, block comparison, worker threads."""
+"""Shared by several tools: formats, pipes, blocks of content, worker threads, opening to write."""

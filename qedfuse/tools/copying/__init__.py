@@ -1,1 +1,1 @@
-"""Copying, comparing and measuring whole disks."""
+"""Convert, compare and measure whole disks."""

@@ -1,1 +1,1 @@
-"""Changing one image: create, commit, rebase, resize, compact, free list."""
+"""Create or change one image: create, commit, rebase, resize, compact, free list."""

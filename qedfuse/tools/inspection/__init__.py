@@ -1,1 +1,1 @@
-"""Describing an image without changing it."""
+"""Describe an image without changing it: info, map, dump, free list."""

@@ -1,1 +1,1 @@
-"""Checking the image at a path, repairing it, and undoing a repair."""
+"""Check an image, repair it with a backup, and undo a repair."""

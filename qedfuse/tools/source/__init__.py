@@ -1,1 +1,1 @@
-"""A disk that is only read, and the order in which it is read."""
+"""Read-only disks: how they store their content, in runs, extents and chunks."""

@@ -1,1 +1,1 @@
-"""What a copy is written to."""
+"""The targets of a copy: new files, existing files, images and pipes."""
