@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.hostio.systemcalls import fallocate
+from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from tests.fuzz.model import SECTOR
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 GONE: Final = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV, errno.EINTR}
 """Errors that programs get when the server has been killed."""
 
-_KEEP_SIZE: Final = 1
-_PUNCH: Final = 2 | _KEEP_SIZE
-_ZERO_RANGE: Final = 16 | _KEEP_SIZE
+_ZERO_RANGE: Final = 16 | FALLOC_KEEP_SIZE
 
 
 class Worker:
@@ -156,12 +154,14 @@ class Worker:
 
     def _allocate(self, start: int, length: int) -> None:
         """Allocate space, which keeps the content."""
-        fallocate(self._fds[0], self._chance.choice([0, _KEEP_SIZE]), start, length)
+        fallocate(self._fds[0], self._chance.choice([0, FALLOC_KEEP_SIZE]), start, length)
 
     def _free(self, start: int, length: int) -> None:
         """Punch or zero a range."""
         number = self._model.begin(start, bytes(length))
-        fallocate(self._fds[0], self._chance.choice([_PUNCH, _ZERO_RANGE]), start, length)
+        fallocate(
+            self._fds[0], self._chance.choice([FALLOC_PUNCH_HOLE, _ZERO_RANGE]), start, length
+        )
         self._model.end(number)
 
     def _read(self, start: int, length: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.hostio.systemcalls import fallocate
+from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.disks import difference
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIB: Final = 1 << 20
-PUNCH: Final = 3
 UNLIMITED: Final = "compact_time=600"
 """Compaction runs to its end however slow the machine is; the limit has tests of its own."""
 
@@ -84,7 +83,7 @@ def test_no_leaks_after_random_writes_and_discards(seed: int, tmp_path: Path) ->
                         os.pwrite(descriptor, model[start : start + length], start)
                     else:
                         model[start : start + length] = bytes(length)
-                        fallocate(descriptor, PUNCH, start, length)
+                        fallocate(descriptor, FALLOC_PUNCH_HOLE, start, length)
                     if chance.random() < 0.1:
                         os.fsync(descriptor)
             finally:
@@ -99,7 +98,7 @@ def write_and_punch(image: Path, mountpoint: Path) -> None:
         file.write(b"\xa5" * 2 * MIB)
         os.fsync(file.fileno())
         for number in range(0, 16, 3):
-            fallocate(file.fileno(), PUNCH, number * 65536, 65536)
+            fallocate(file.fileno(), FALLOC_PUNCH_HOLE, number * 65536, 65536)
 
 
 def test_remaining_free_clusters_are_logged(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import qedfuse
-from qedfuse.hostio.systemcalls import fallocate
+from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.mount.fuse import extraops
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 MIB: Final = 1 << 20
 CLUSTER_BYTES: Final = 65536
-PUNCH: Final = 3
-KEEP_SIZE: Final = 1
-ZERO_RANGE: Final = 16
+FALLOC_ZERO_RANGE: Final = 16
 
 
 def blocks(path: Path) -> int:
@@ -78,7 +76,9 @@ def test_the_extension_is_built() -> None:
     assert extraops._extension is not None, extraops._load_error
 
 
-@pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE])
+@pytest.mark.parametrize(
+    "mode", [FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE]
+)
 def test_a_discarded_range_reads_as_zeros_and_takes_no_space(
     mode: int, disk: Path, image: Path
 ) -> None:
@@ -101,7 +101,7 @@ def test_a_discard_drops_cached_pages(disk: Path) -> None:
         file.flush()
         file.seek(0)
         file.read(4 * MIB)
-        fallocate(file.fileno(), PUNCH, 0, 2 * MIB)
+        fallocate(file.fileno(), FALLOC_PUNCH_HOLE, 0, 2 * MIB)
         file.seek(0)
         assert not any(file.read(2 * MIB))
         file.seek(CLUSTER_BYTES)
@@ -123,9 +123,9 @@ def test_other_fallocate_modes_are_refused(mode: int, disk: Path) -> None:
 def test_fallocate_at_the_end_of_the_disk(disk: Path, image: Path) -> None:
     """A punch past the end is cut there, an allocation past it fails, and the size stays."""
     with disk.open("r+b") as file:
-        fallocate(file.fileno(), PUNCH, 3 * MIB, 1 << 40)
-        fallocate(file.fileno(), KEEP_SIZE, 60 * MIB, 4 * MIB)
-        for mode in (ZERO_RANGE, KEEP_SIZE, 0):
+        fallocate(file.fileno(), FALLOC_PUNCH_HOLE, 3 * MIB, 1 << 40)
+        fallocate(file.fileno(), FALLOC_KEEP_SIZE, 60 * MIB, 4 * MIB)
+        for mode in (FALLOC_ZERO_RANGE, FALLOC_KEEP_SIZE, 0):
             with pytest.raises(OSError) as caught:  # noqa: PT011
                 fallocate(file.fileno(), mode, 50 * MIB, 15 * MIB)
             assert caught.value.errno == errno.ENOSPC
@@ -174,9 +174,9 @@ def test_allocation_past_the_end_grows_a_growable_disk(
             file.seek(64 * MIB - 5)
             file.write(b"12345")
             for mode, length, number in (
-                (KEEP_SIZE, 2 * MIB, errno.EOPNOTSUPP),
+                (FALLOC_KEEP_SIZE, 2 * MIB, errno.EOPNOTSUPP),
                 (0, 1 << 60, errno.EFBIG),
-                (ZERO_RANGE, 1 << 60, errno.EFBIG),
+                (FALLOC_ZERO_RANGE, 1 << 60, errno.EFBIG),
             ):
                 with pytest.raises(OSError) as caught:  # noqa: PT011
                     fallocate(file.fileno(), mode, 63 * MIB, length)
@@ -216,7 +216,7 @@ def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
             file.write(b"\xa5" * MIB)
             os.fsync(file.fileno())
             before = qemu.map_extents(image, image_format="raw")
-            fallocate(file.fileno(), PUNCH, 0, MIB)
+            fallocate(file.fileno(), FALLOC_PUNCH_HOLE, 0, MIB)
             os.fsync(file.fileno())
             file.seek(0)
             assert not any(file.read(MIB))
@@ -256,7 +256,7 @@ def test_holes_along_a_chain(tmp_path: Path) -> None:
         with path.open("r+b") as file:
             file.seek(20 * MIB)
             file.write(b"o" * CLUSTER_BYTES)
-            fallocate(file.fileno(), PUNCH, 5 * MIB, CLUSTER_BYTES)
+            fallocate(file.fileno(), FALLOC_PUNCH_HOLE, 5 * MIB, CLUSTER_BYTES)
         starts = [at * MIB for at in (1, 9, 20)]
         assert extents(path) == [(start, start + CLUSTER_BYTES) for start in starts]
         with path.open("rb") as file:
@@ -417,7 +417,7 @@ def test_without_the_extension(image: Path, tmp_path: Path) -> None:
             file.write(b"x")
             file.flush()
             with pytest.raises(OSError) as caught:  # noqa: PT011
-                fallocate(file.fileno(), PUNCH, 0, MIB)
+                fallocate(file.fileno(), FALLOC_PUNCH_HOLE, 0, MIB)
             assert caught.value.errno == errno.EOPNOTSUPP
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 64 * MIB
         run(sys.executable, "-m", "qedfuse", "umount", mountpoint)

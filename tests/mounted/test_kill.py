@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.hostio.systemcalls import fallocate
+from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.ondisk.header import parse_header
 from tests.support import qemu
 from tests.support.disks import guest_bytes, header_of, inspect_image
@@ -28,8 +28,6 @@ BLOCK: Final = 4096
 WRITERS: Final = 3
 ROUNDS: Final = 20
 """Kills of a real process; tests/crash tries the states between any two writes."""
-PUNCH: Final = 3
-"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE."""
 DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 """Errors of a mount whose server was killed."""
 
@@ -87,7 +85,7 @@ class Writer(threading.Thread):
             count = min(self._random.randrange(1, 9), self._blocks[-1] + 1 - block)
             for number in range(block, block + count):
                 self.allowed[number].append(bytes(BLOCK))
-            fallocate(fd, PUNCH, block * BLOCK, count * BLOCK)
+            fallocate(fd, FALLOC_PUNCH_HOLE, block * BLOCK, count * BLOCK)
         elif action == "f":
             os.fsync(fd)
             for versions in self.allowed.values():
