@@ -153,6 +153,7 @@ class History:
         flushes: All flushes, and closes that succeeded.
         resizes: All resizes.
         misread: What reads returned and must not.
+        fast_writes: How many writes the fast path took.
     """
 
     def __init__(self, file: RecordingFile, below: Stamps, numbered_from: int = 0) -> None:
@@ -168,6 +169,7 @@ class History:
         self.flushes: list[Request] = []
         self.resizes: list[Request] = []
         self.misread: list[str] = []
+        self.fast_writes = 0
         self._disk: Disk | None = None
         self._clock = 0
         self._allowed: dict[int, AllowedContents] = {}
@@ -206,7 +208,9 @@ class History:
         event = self._change(first, count)
         event.number = self._numbered_from + len(self.changes)
         data = stamped(write_stamps(event.number, first, count))
-        if not self.disk.try_write(first * SECTOR, data):
+        if self.disk.try_write(first * SECTOR, data):
+            self.fast_writes += 1
+        else:
             assert await self.disk.write(first * SECTOR, data) == len(data)
         self._end(event)
 
