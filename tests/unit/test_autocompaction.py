@@ -545,33 +545,33 @@ async def test_a_progress_callback_is_for_one_compaction() -> None:
     assert told == []
 
 
-class TurnFile(MemoryFile):
+class EagerFile(MemoryFile):
     """A file that answers without waiting, as a real one does from the host's cache.
 
     Attributes:
-        turns: How often other tasks have run.
-        looks: How often the host was asked about a place of the file, by turn.
+        switches: How often another task has run.
+        looks: How often the host was searched for data, by the switch before it.
     """
 
     def __init__(self, content: bytes | bytearray) -> None:
         """Begin with ``content``."""
         super().__init__(content)
-        self.turns = 0
+        self.switches = 0
         self.looks: Counter[int] = Counter()
 
     async def _enter(self, action: Action) -> None:
-        """Begin a call, without a turn for others."""
+        """Start a call, without letting other tasks run."""
         self.counts[action] += 1
 
     async def next_data(self, offset: int) -> int | None:
         """Find where data begins."""
-        self.looks[self.turns] += 1
+        self.looks[self.switches] += 1
         return await super().next_data(offset)
 
-    async def count_turns(self) -> None:
-        """Count the turns of other tasks."""
+    async def count_switches(self) -> None:
+        """Count how often this task runs."""
         while True:
-            self.turns += 1
+            self.switches += 1
             await trio.lowlevel.checkpoint()
 
 
@@ -586,12 +586,12 @@ def sliced() -> bytearray:
 @pytest.mark.parametrize(("walk", "looks"), [("L1 table", 1), ("owners", 15)])
 async def test_other_tasks_run_at_each_slice_of_a_large_table(walk: str, looks: int) -> None:
     """Other tasks run at each slice of a table that compaction reads, also at a hole."""
-    file = TurnFile(sliced())
+    file = EagerFile(sliced())
     async with opened(file, options=UNCOMPACTED) as disk:
         await disk.wait_scanned()
         layer = disk._components.layer
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(file.count_turns)
+            nursery.start_soon(file.count_switches)
             file.looks.clear()
             if walk == "L1 table":
                 assert len(await disk._components.table_compaction.list_tables()) == 1
@@ -602,7 +602,7 @@ async def test_other_tasks_run_at_each_slice_of_a_large_table(walk: str, looks: 
                 assert len(owners.clusters) == 16
             nursery.cancel_scope.cancel()
     assert sum(file.looks.values()) >= looks
-    # Two where the scheduler takes this task last, and then first.
+    # Two if the scheduler runs the other task first in one batch and last in the next.
     assert max(file.looks.values()) <= 2
 
 

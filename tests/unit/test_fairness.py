@@ -65,7 +65,7 @@ WORK: dict[str, Callable[[Disk], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("work", WORK)
-async def test_host_calls_between_turns(work: str) -> None:
+async def test_host_calls_between_other_tasks(work: str) -> None:
     """Between two runs of another task there are few host calls, however long a request is."""
     file = EagerFile(build_image(SIZE, SCATTERED))
     zeroes = "on" if work.startswith("zeros") else "off"

@@ -120,7 +120,7 @@ async def test_nothing_is_changed_inline_while_a_thread_changes_the_file(
         assert await file.pread(5 << 20, 5) == b"short"
 
 
-async def test_a_change_that_fails_in_a_thread_blocks_nobody(tmp_path: Path) -> None:
+async def test_a_change_that_fails_in_a_thread_blocks_no_other(tmp_path: Path) -> None:
     """After a failed or cancelled change in a thread, changes are made inline again."""
     with opened(tmp_path / "file") as file:
         with pytest.raises(HostError, match="truncate"):

@@ -64,7 +64,9 @@ def test_bytes_are_those_of_the_protocol(
 
 @pytest.mark.parametrize("second", LockMode)
 @pytest.mark.parametrize("first", LockMode)
-def test_who_excludes_whom(opened: Callable[[], int], first: LockMode, second: LockMode) -> None:
+def test_which_modes_exclude_each_other(
+    opened: Callable[[], int], first: LockMode, second: LockMode
+) -> None:
     """Two opens in one process exclude each other like two processes."""
     lock_image(opened(), first, "image")
     fd = opened()
