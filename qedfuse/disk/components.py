@@ -1,7 +1,7 @@
 """The objects that an opened image consists of, built bottom up.
 
-Each is complete when its constructor returns, and is given what stands below it.  `Disk`
-is what callers see of them; `Lifecycle` starts and stops them.
+Each object is complete when its constructor returns, which receives the objects that it
+uses.  Callers see the objects only through `Disk`; `Lifecycle` starts and stops them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class Components:
-    """The objects of one disk; the module of each describes it."""
+    """The objects of one disk; the module of each object describes it."""
 
     def __init__(
         self,
@@ -72,9 +72,13 @@ class Components:
         )
 
         # Write-back, observed by the quarantine, and the guard before the first write
-        empty_map = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
+        #
+        # The maps of the quarantine and of the marking are made like this one, which stays
+        # empty.  It has the anchor of the allocator's map, so all maps have the same blocks:
+        # tables can lie side by side from the end of the L1 table on.
+        map_template = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()
-        self.quarantine = Quarantine(self.epochs, empty_map)
+        self.quarantine = Quarantine(self.epochs, map_template)
         self.header_store = HeaderStore(file, header)
         self.writeback = MetadataWriteback(file, self.layer.tables, self.quarantine)
         eraser = DescriptorEraser(file, self.header_store, self.writeback)
@@ -83,7 +87,7 @@ class Components:
         )
 
         # Space
-        marking = Marking(empty_map, file.name)
+        marking = Marking(map_template, file.name)
         self.allocator = Allocator(
             header,
             header.geometry.floor(file.size()),

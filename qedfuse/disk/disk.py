@@ -318,7 +318,7 @@ class Disk:
         self._components.resize.check(size)
         self._refuse_without_base("resize")
         await self._first_write_guard.prepare_write()
-        await self._components.resize.resize(size, force=force)
+        await self._components.resize.grow(size, force=force)
 
     async def shrink(
         self, size: int, *, force: bool = False, progress: Callable[[int, int], None] | None = None

@@ -15,25 +15,28 @@ if TYPE_CHECKING:
     from qedfuse.hostio.inodelock import InodeLock
 
 INLINE_WRITE_BYTES: Final = 1 << 18
-"""Writes up to this length are short: the copy to the page cache costs less than a round trip
-to a worker thread."""
+"""Writes up to this length are always short: the copy to the page cache costs less than a
+round trip to a worker thread."""
 MAX_INLINE_WRITE_BYTES: Final = 1 << 20
-"""Writes up to this length are short as long as the host takes them within `_INLINE_SECONDS`.
-When the host's memory is full of dirty pages, the kernel makes writers wait."""
+"""Longer writes up to this length are short only while such writes have lately taken at most
+`_INLINE_SECONDS`, because the kernel makes writers wait when memory is full of dirty pages."""
 _INLINE_SECONDS: Final = 1e-3
-"""A call that took no longer the last times may block the event loop."""
+"""Calls that have lately taken at most this long may block the event loop."""
 _THROTTLED_SECONDS: Final = 8e-3
 """A short write that takes longer may have been throttled: the kernel's shortest pause for a
 task that dirties pages faster than the disk takes them is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
-"""Bytes that may have been written since the last datasync for the next one to be inline."""
+"""Most bytes written since the last datasync began with which the next datasync is inline."""
 
 
 class InlinePolicy:
-    """Decides for one file, from how long its last calls took and from its `InodeLock`."""
+    """Decides which calls on one file are made inline.
+
+    The decisions rest on how long the last calls took, and on the file's `InodeLock`.
+    """
 
     def __init__(self, inode: InodeLock) -> None:
-        """Decide for the file with this inode; no call has been made yet."""
+        """Decide for the file whose lock ``inode`` observes; no call has been made yet."""
         self._inode = inode
         self._long_writes = AdaptivePoll(_INLINE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_INLINE_SECONDS)
@@ -47,7 +50,7 @@ class InlinePolicy:
 
     def can_write_inline(self, length: int) -> bool:
         """Return whether the event loop may write ``length`` bytes itself now."""
-        return (not self._inode.holders or self._inode.is_free()) and self.is_short(length)
+        return (not self._inode.contention or self._inode.recheck_free()) and self.is_short(length)
 
     def record_write(self, length: int, seconds: float) -> None:
         """Record how long a write of ``length`` bytes took, inline or in a thread."""
@@ -61,17 +64,18 @@ class InlinePolicy:
             self._inode.record_slow_write(seconds)
 
     def begin_datasync(self) -> bool:
-        """Return whether the event loop may make the datasync that begins now itself.
+        """Record that a datasync begins; return whether the event loop may make it itself.
 
-        It may if the last datasyncs were faster than a round trip to a thread, if there is
-        little to write back, and if no request waits for the event loop meanwhile.
+        Returns True if the last datasyncs took at most `_INLINE_SECONDS`, if there is little
+        to write back, if there is no contention for the inode's lock, and if no request
+        would have to wait for the event loop meanwhile.
         """
         is_little = self._unsynced_bytes <= _MAX_INLINE_DATASYNC_BYTES
         self._unsynced_bytes = 0
         return (
             self._datasyncs.seconds > 0
             and is_little
-            and self._inode.is_free()
+            and self._inode.recheck_free()
             and not loop_load.has_requests()
         )
 

@@ -18,54 +18,66 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 _MAX_THREADS: Final = 4
-"""Worker threads that change one file concurrently.  The kernel lets one of them pass at a
-time, and the remaining threads of the process are for reads."""
-_THROTTLED_FOR_SECONDS: Final = 1.0
-"""How long a slow write says anything about writes that begin later.  The kernel's longest
-pause for a throttled writer is 200 ms."""
+"""Most worker threads that change one file concurrently.  The kernel lets only one of them
+change the file at a time, so more threads would only wait; they are left to reads."""
+_MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
+"""Longest time between two slow writes of which the second confirms that the kernel throttles,
+and longest time for which throttling is assumed after the last slow write.  The kernel's
+longest pause for a throttled writer is 200 ms."""
 
 
 class InodeLock:
-    """Counts the calls that may hold the lock of one file's inode.
+    """Counts the reasons for which a call in the event loop might wait for one inode's lock.
 
-    The event loop changes the file inline only while there are none.
+    The event loop changes the file inline only while ``contention`` is 0.  Otherwise every
+    change goes to a worker thread, also a short write.
 
-    While there are holders, short writes go to a thread too.  Such a write counts as a
-    holder, but does not send other short writes to a thread: a task that finds only short
-    writes as holders waits for their end.  Otherwise several writers would keep each other
-    in threads permanently.
+    A short write in a thread counts as contention, so a second short write would have to go
+    to a thread as well, and several writers could keep each other in threads permanently.
+    Therefore a short write that finds no contention except other short writes waits for
+    their end (`wait_for_short_writes`), and then runs inline.
 
     Attributes:
-        holders: Calls in threads that hold the lock or wait for it, plus one while the
-            kernel throttles short writes.
-        is_throttled: Whether the kernel throttles short writes, as far as is known.
+        contention: How many calls in threads hold the lock or wait for it, plus one while
+            the kernel is assumed to throttle short writes.
+        is_throttled: Whether the kernel is assumed to throttle short writes.
     """
 
     def __init__(self) -> None:
-        """Start without holders."""
-        self.holders = 0
+        """Start without contention."""
+        self.contention = 0
         self.is_throttled = False
-        self._short_writes = 0  # holders that are short writes
-        self._waiting = trio.lowlevel.ParkingLot()  # tasks that wait for the end of those
-        self._slow_at = float("-inf")
+        self._short_writes = 0  # how many of the calls in threads are short writes
+        self._waiting = trio.lowlevel.ParkingLot()  # tasks in `wait_for_short_writes`
+        self._slow_at = float("-inf")  # when the last slow write ended
         self._threads = trio.Semaphore(_MAX_THREADS)
 
-    def is_free(self) -> bool:
-        """Return whether there are no holders; first ends the throttling if its time is over."""
-        if self.is_throttled and time.perf_counter() - self._slow_at > _THROTTLED_FOR_SECONDS:
+    def recheck_free(self) -> bool:
+        """Return whether there is no contention now.
+
+        First ends the throttling if no slow write has been recorded for a second.
+        """
+        if self.is_throttled and time.perf_counter() - self._slow_at > _MAX_SLOW_WRITE_GAP_SECONDS:
             self.end_throttling()
-        return not self.holders
+        return not self.contention
 
     async def wait_for_short_writes(self) -> None:
-        """Wait while all holders are short writes; return when none is left or another comes."""
-        if 0 < self.holders == self._short_writes:
+        """Wait until the short writes in threads have ended, if there is no other contention.
+
+        Returns immediately if there is none or another kind of contention.  Returns early
+        when another kind begins.
+        """
+        if 0 < self.contention == self._short_writes:
             await self._waiting.park()
 
     async def in_thread(
         self, function: Callable[[*Args], T], *args: *Args, is_short_write: bool = False
     ) -> T:
-        """Make a call that takes the lock in a worker thread; return its result."""
-        self.holders += 1
+        """Make a call that takes the lock in a worker thread; return its result.
+
+        An error of ``function`` is raised.
+        """
+        self.contention += 1
         if is_short_write:
             self._short_writes += 1
         elif self._waiting:
@@ -74,28 +86,28 @@ class InodeLock:
             async with self._threads:
                 return await trio.to_thread.run_sync(function, *args)
         finally:
-            self.holders -= 1
+            self.contention -= 1
             if is_short_write:
                 self._short_writes -= 1
                 if not self._short_writes and self._waiting:
                     self._waiting.unpark_all()
 
     def record_slow_write(self, seconds: float) -> None:
-        """Record that a short write has just ended that may have been throttled.
+        """Record that a short write that took ``seconds`` has just ended, perhaps throttled.
 
-        Two such writes within `_THROTTLED_FOR_SECONDS` count as throttling.  A single one
-        may have waited for a processor instead.
+        Throttling is assumed if the write began at most `_MAX_SLOW_WRITE_GAP_SECONDS` after
+        the end of the last slow write.  A single slow write may have waited for a processor.
         """
         now = time.perf_counter()
-        follows = now - seconds - self._slow_at <= _THROTTLED_FOR_SECONDS
+        follows = now - seconds - self._slow_at <= _MAX_SLOW_WRITE_GAP_SECONDS
         self._slow_at = now
         if follows and not self.is_throttled:
             self.is_throttled = True
-            self.holders += 1
+            self.contention += 1
             self._waiting.unpark_all()
 
     def end_throttling(self) -> None:
-        """Record that the kernel does not throttle short writes now."""
+        """Assume from now on that the kernel does not throttle short writes."""
         if self.is_throttled:
             self.is_throttled = False
-            self.holders -= 1
+            self.contention -= 1

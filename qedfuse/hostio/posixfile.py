@@ -150,7 +150,7 @@ class PosixFile:
         """Write the parts at a file offset, one behind the other, as one write."""
         length = sum(map(len, parts))
         is_short = self._is_short(length)
-        if is_short and self._inode.holders:
+        if is_short and self._inode.contention:
             await self._inode.wait_for_short_writes()
         if is_short and self.can_write_inline(length):
             try:
@@ -181,7 +181,7 @@ class PosixFile:
 
         A call that cuts nothing off takes some microseconds.
         """
-        if not self._inode.is_free():
+        if not self._inode.recheck_free():
             return False
         try:
             os.ftruncate(self.fd, size)
@@ -240,7 +240,7 @@ class PosixFile:
         if offset > MAX_OFFSET:
             return None
         try:
-            if self._inode.is_free():
+            if self._inode.recheck_free():
                 return seek(self.fd, offset, whence)
             return await trio.to_thread.run_sync(seek, self.fd, offset, whence)
         except OSError as error:
@@ -277,7 +277,7 @@ class PosixFile:
             OSError: The file belongs to another user.
         """
         set_times = partial(os.utime, self.fd, ns=(atime_ns, mtime_ns))
-        if self._inode.is_free():
+        if self._inode.recheck_free():
             set_times()
         else:
             await self._inode.in_thread(set_times)

@@ -6,12 +6,15 @@
 Each portal has a thread with a trio event loop, in which an async context manager is open.
 It ends in one of these ways:
 
-- `close` lets running calls finish, leaves the context manager and waits for that.
-- A portal that is still open when the program ends is closed then.  Python waits for the
-  portal's thread, and a watcher thread closes the portal once the main thread and all other
-  threads of the program have ended.  (``atexit`` would be too late: since Python 3.12 its
-  functions cannot start threads, and closing a file may need one to wait for the disk.)
-- After ``os.fork`` the child has no portal thread; every call there fails immediately.
+- `close` lets running calls finish, leaves the context manager and waits until the thread
+  has ended.
+- A portal that is still open when the program ends is closed then.  A watcher thread does
+  so once the main thread has ended and all other threads too, except daemon threads and
+  threads of portals.  Python waits for the portal's thread before it exits.  (``atexit``
+  would be too late: since Python 3.12 its functions cannot start threads, and closing a
+  file may need one to wait for the disk.)
+- After ``os.fork`` the child has no portal thread, so every call fails immediately there.
+  The portal goes on in the parent.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ Args = TypeVarTuple("Args")
 
 
 class PortalClosedError(RuntimeError):
-    """The portal's event loop has ended, or runs in another process."""
+    """The portal is closing or closed, or its event loop runs in another process."""
 
 
 class Portal(Generic[T]):
@@ -52,14 +55,15 @@ class Portal(Generic[T]):
     def __init__(self, manager: AbstractAsyncContextManager[T], name: str) -> None:
         """Start a thread called ``name`` and enter ``manager`` in it.
 
-        Raises the error of entering it; the thread has ended then.
+        Raises:
+            BaseException: The error of entering ``manager``; the thread has ended then.
         """
         self._opened: Future[T] = Future()
         self._pending: set[Future[Any]] = set()
         self._failure: BaseException | None = None
         self._close_requested = False
-        self._close_called = False  # a caller waits in `close` and gets the error
-        self._log_failure = False  # no caller did when leaving the manager began
+        self._close_called = False  # a caller is in `close`, which raises the error to it
+        self._log_failure = False  # no caller was in `close` when leaving the manager began
         self._closing = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
@@ -76,16 +80,19 @@ class Portal(Generic[T]):
             raise
 
     def is_alive(self) -> bool:
-        """Return whether the portal's thread runs; it does not in a forked child."""
+        """Return whether the portal's thread runs in this process: never in a forked child."""
         return self._thread.is_alive()
 
     def call(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
         """Run an async function in the event loop; return its result or raise its error.
 
-        An interrupted caller (KeyboardInterrupt) does not stop the function.
+        The portal's own thread must not call this: it would wait for itself.  If the caller
+        is interrupted while it waits (KeyboardInterrupt), the function continues.
 
         Raises:
-            PortalClosedError: The event loop has ended or runs in another process.
+            PortalClosedError: The portal is closing or closed, or the event loop runs in
+                another process.  If the portal began to close during the call, the function
+                may have been cancelled halfway.
         """
         future: Future[R] = Future()
         # Recorded before it is queued: when the loop ends, `_run` fails all recorded futures.
@@ -105,7 +112,10 @@ class Portal(Generic[T]):
     def close(self) -> None:
         """Leave the context manager and wait until the thread has ended.
 
-        Raises the error of leaving it, the first time; further calls do nothing.
+        Further calls do nothing.  The portal's own thread must not call this.
+
+        Raises:
+            BaseException: The error of leaving the context manager; raised only once.
         """
         self._close_called = True
         self.ask_to_close()
@@ -115,9 +125,11 @@ class Portal(Generic[T]):
             raise failure
 
     def ask_to_close(self) -> None:
-        """Start to close the portal without waiting for that; an error is logged.
+        """Start to close the portal, and return without waiting until it is closed.
 
-        Unlike `close` this is safe in a finalizer, which may run in the portal's own thread.
+        An error of leaving the context manager is logged, unless a caller is in `close` by
+        the time leaving begins; then `close` raises the error.  Unlike `close` this function
+        is safe in a finalizer, which may run in the portal's own thread.
         """
         self._close_requested = True
         if self._token is not None and self.is_alive():
@@ -132,12 +144,12 @@ class Portal(Generic[T]):
             if self._opened.done():
                 self._failure = error
                 if self._log_failure:
-                    # No caller may ever call `close` and get the error, so log it.
+                    # Perhaps no caller will ever get the error from `close`.
                     _log.error("%s: %s", self._thread.name, error)
             else:
                 self._opened.set_exception(error)
         finally:
-            # Fail the calls that the loop did not run.  Later calls find the loop finished.
+            # Fail the calls that the loop did not run.  Later calls find that it has ended.
             for future in list(self._pending):
                 if not future.done():
                     future.set_exception(_closed())
@@ -145,9 +157,9 @@ class Portal(Generic[T]):
 
     async def _serve(self, manager: AbstractAsyncContextManager[T]) -> None:
         """Keep the context manager open until closing is requested."""
-        # This sets the token before it reads _close_requested.  ask_to_close writes
-        # _close_requested before it reads the token.  So at least one of the two notices the
-        # other, and the request is not lost.
+        # `_serve` sets the token before it reads `_close_requested`.  `ask_to_close` sets
+        # `_close_requested` before it reads the token.  So at least one of the two sees what
+        # the other has set, and the request is not lost.
         self._token = trio.lowlevel.current_trio_token()
         async with manager as value, trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -157,12 +169,13 @@ class Portal(Generic[T]):
                     await self._closing.wait()
             finally:
                 self._log_failure = not self._close_called
-                # No call starts from here on.  Running calls finish before the manager is
-                # left, or are cancelled if the block raises.
+                # No call starts from here on.  The nursery waits for the running calls
+                # before the context manager is left.  If the wait for `_closing` has
+                # raised, the nursery cancels the running calls first.
                 self._nursery = None
 
     def _start(self, future: Future[R], function: Callable[[], Awaitable[R]]) -> None:
-        """Start a call; runs in the event loop."""
+        """Start a call, or fail its future if the portal is closing.  Runs in the event loop."""
         if self._nursery is None:
             future.set_exception(_closed())
         else:
@@ -170,7 +183,7 @@ class Portal(Generic[T]):
 
 
 async def _carry_out(future: Future[R], function: Callable[[], Awaitable[R]]) -> None:
-    """Run one call and set the result or the error of its future."""
+    """Run one call and store its result or its error in ``future``."""
     try:
         result = await function()
     except trio.Cancelled:
@@ -183,7 +196,9 @@ async def _carry_out(future: Future[R], function: Callable[[], Awaitable[R]]) ->
 
 
 def _closed() -> PortalClosedError:
-    return PortalClosedError("the event loop that this call needs has ended")
+    return PortalClosedError(
+        "the event loop that the call needs has ended or runs in another process"
+    )
 
 
 class _PortalThread(threading.Thread):
@@ -199,10 +214,11 @@ class _Watcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, portal: Portal[Any]) -> None:
-        """Close a portal when the program ends."""
+        """Close ``portal`` when the program ends, unless it has ended before."""
         with self._lock:
             self._portals.add(portal)
-            # One thread for all portals; a forked child does not have it.
+            # One thread watches all portals.  A forked child does not have this thread, so
+            # the first portal in the child starts another.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="portals", daemon=True)
                 self._thread.start()
@@ -215,7 +231,7 @@ class _Watcher:
     def _run(self) -> None:
         """Wait for the end of the program, then close the portals that are open."""
         threading.main_thread().join()
-        # Threads that Python waits for may still use a portal.
+        # Python waits for all threads except daemons, so these may still use a portal.
         while users := [
             thread
             for thread in threading.enumerate()

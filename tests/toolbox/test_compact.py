@@ -63,7 +63,7 @@ def test_the_base_is_not_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.expect_log("references to clusters that have another owner")
-@pytest.mark.expect_log("not compacted: the image needs a check")
+@pytest.mark.expect_log("not compacted: the free clusters are not known")
 def test_damage_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An image with damaged tables is refused and not changed."""
     path = tmp_path / "disk.qed"

@@ -214,7 +214,7 @@ async def test_a_waiter_for_short_writes_is_not_starved(event: str) -> None:
             short.set()
             cut.set()
     lock.end_throttling()
-    assert lock.is_free()
+    assert lock.recheck_free()
 
 
 class Throttle:

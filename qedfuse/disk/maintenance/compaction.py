@@ -5,9 +5,14 @@ are as many clusters in use past the target as free ones before it, so every dat
 past the target finds a free one, whichever is the lowest.  Tables move first, because a
 table needs adjacent free clusters.
 
-A compaction with limits has a higher target: the cluster past which no more clusters are in
-use than may be moved.  If it ends early, because its time is over or because it was stopped,
-the clusters that have moved were the highest, and the file is cut as far as that.
+A compaction may be limited to a number of moves.  If more clusters than that are in use past
+the target, the target is set higher, so that only as many clusters as may move are in use
+past it.
+
+The file is cut by the flushes: `Reclaim.run`, which each of them runs, cuts off the free
+clusters at the end of the file.  A compaction can end early, because its time is over or
+because it was stopped.  The clusters moved until then were the highest, so the file can
+still be cut to the highest cluster in use.
 
 `qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.
 """
@@ -38,10 +43,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_MOVES_PER_PASS: Final = 1 << 20
-"""Most clusters whose owners are found in one pass over the tables; takes 32 MiB of memory."""
+"""Most clusters whose owners are found in one pass over the tables.  Takes 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
-"""Most L2 tables of an image that is compacted: 2 PiB of disk with clusters of 64 KiB."""
+"""Most L2 tables that an image may have to be compacted; with 64 KiB clusters 2 PiB of disk."""
 
 
 class Limits(NamedTuple):
@@ -49,7 +54,8 @@ class Limits(NamedTuple):
 
     Attributes:
         bytes: Most bytes that may be moved.
-        seconds: How long it may take; a system call that is running then is waited for.
+        seconds: How long the compaction may take.  A system call that is running at the end
+            of this time is still waited for.
     """
 
     bytes: int
@@ -88,26 +94,33 @@ class Compaction:
     ) -> int:
         """Move the highest clusters and cut the file; return how many clusters were moved.
 
-        No other request may be running.
+        The caller must ensure that no other request is running.  Nothing is moved, and a
+        warning is logged, if the scan has not found all free clusters, if the image is
+        damaged, or if it has too many tables.  A corrupt table entry ends the compaction;
+        it is logged, and the image is marked as damaged.  Reaching a limit is no error.
 
         Args:
             progress: Called with the bytes that have been moved, and with all that will be.
-            within_bound: Never let the file exceed its bound, even if clusters stay free
-                because of that.
+            within_bound: Never let the file become longer than its bound.  Tables may then
+                be unable to move, and clusters stay free in the file.
             limits: How much may be moved, and how long that may take; None for no limits.
 
         Raises:
             HostError: The host refused; the image is sound, but not fully compacted.
         """
         if not self._allocator.scan_complete or self._layer.damaged:
-            log.warning("%s: not compacted: the image needs a check", self._layer.file.name)
+            log.warning(
+                "%s: not compacted: the free clusters are not known for certain; check the image",
+                self._layer.file.name,
+            )
             return 0
         if len(self._layer.l2_tables) > _MAX_TABLES:
             log.warning("%s: not compacted: too many L2 tables", self._layer.file.name)
             return 0
         counter = MoveCounter(progress, self._bits)
         try:
-            # Clusters that are about to be cut off need not be punched first.
+            # Punch nothing during the compaction: most free clusters are filled by a move
+            # or cut off with the end of the file, so punching them would be wasted work.
             with self._reclaim.punching_suspended():
                 await self._flusher.flush()
                 with trio.CancelScope() as self._scope:
@@ -117,7 +130,8 @@ class Compaction:
                         self._scope.cancel()
                     await self._shorten(limits, counter, within_bound=within_bound)
         except CorruptImageError as error:
-            # If a cluster with two owners moved, only one of them would point to the copy.
+            # `build_reverse_map` has found a bad entry, or a cluster with two owners.  Such a
+            # cluster is never moved, because only one owner would point to the copy.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
             self._layer.mark_damaged()
         finally:
@@ -125,7 +139,7 @@ class Compaction:
         return counter.moved
 
     def stop(self) -> None:
-        """End the running compaction, and prevent all later ones.
+        """End the running compaction, and let later ones end before they move anything.
 
         Clusters that have been moved stay moved.
         """
@@ -136,13 +150,20 @@ class Compaction:
     async def _shorten(
         self, limits: Limits | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        """Move the highest clusters, as many as the limits allow."""
-        most = None if limits is None else limits.bytes >> self._bits
-        counter.expect(self._data.count_used_from(self._data.target(most)))
+        """Move the highest clusters until none is free, the limits are reached or none can move.
+
+        Each pass of the loop moves up to `_MAX_MOVES_PER_PASS` clusters.
+        """
+        max_moves = None if limits is None else limits.bytes >> self._bits
+        counter.expect(self._data.count_used_from(self._data.target(max_moves)))
         while self._allocator.free.count:
             before = counter.moved
-            left = _MAX_MOVES_PER_PASS if most is None else min(_MAX_MOVES_PER_PASS, most - before)
-            target = await self._tables.move(left, most, counter, within_bound=within_bound)
-            await self._data.move(target, counter, limited=most is not None)
+            pass_moves = _MAX_MOVES_PER_PASS
+            if max_moves is not None:
+                pass_moves = min(pass_moves, max_moves - before)
+            target = await self._tables.move(
+                pass_moves, max_moves, counter, within_bound=within_bound
+            )
+            await self._data.move(target, counter, limited=max_moves is not None)
             if counter.moved == before:
                 break

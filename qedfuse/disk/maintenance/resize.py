@@ -1,15 +1,24 @@
 """Changing the size of the disk.
 
-Growing: the added range reads as zeros, whatever a base or the file holds there.  The
-changes that ensure this are durable before the new size is.
+Growing: the added range reads as zeros, whatever a base or the file holds there.  Three
+things could show through in the added range: bytes past the end of the disk in its last
+cluster, table entries past the end, and a base that is longer than the disk.  They are
+zeroed, refused or dropped, and hidden by zero clusters.  These changes are durable before
+the new size is.
 
-Shrinking has three steps: entries of the range that is cut off are dropped, then the size
-changes, and then the tables past the new end are removed.  Each step is durable before the
-next.  After a crash before the second step the disk has its old size, and the last range
-reads as zeros where it held data: the user has asked to lose that data, and the image is
-sound.  In the other order a crash would leave entries past the end of the disk.  A program
-that later grows the disk without looking for them would show the old data there.  Tables
-are removed last, because without them an overlay would show its base's data meanwhile.
+Shrinking has three steps, each durable before the next one begins:
+
+1. The clusters of the range to be cut off are deallocated, and the bytes past the new end in
+   the new last cluster are zeroed.
+2. The size changes.
+3. The tables past the new end are removed.
+
+After a crash before step 2 the disk has its old size, and the range to be cut off may read
+as zeros where it held data.  The user has asked to lose that data, and the image is sound.
+If step 2 came first, a crash could leave entries past the end of the disk.  A program that
+later grew the disk without looking for such entries would show the old data there.  Tables
+are removed last, because before step 2 they hold the zero clusters that hide the base: an
+overlay without them would show its base's data in the range to be cut off.
 """
 
 from __future__ import annotations
@@ -44,18 +53,18 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
 
-_COMPARE_CHUNK_BYTES: Final = 1 << 20
-"""Most bytes that are read in one call to see whether they are zeros."""
+_ZERO_CHECK_BYTES: Final = 1 << 20
+"""Most bytes that are read in one call to find out whether they are zeros."""
 
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Clusters of a table that are looked up before other tasks may run."""
+"""Most clusters of a table that are looked up before other tasks may run."""
 
 
 class Resize:
-    """Changes the size of a disk.
+    """Changes the size of a disk, and empties it.
 
     Attributes:
-        lock: Held while the size changes, and by tasks that need the size to stay.
+        lock: Held while the size changes, and by tasks that need the size to stay the same.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class Resize:
         flusher: Flusher,
         header_store: HeaderStore,
         allocator: Allocator,
-        discards: Discard,
+        discard: Discard,
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
@@ -81,19 +90,25 @@ class Resize:
         self._flusher = flusher
         self._header_store = header_store
         self._allocator = allocator
-        self._discards = discards
+        self._discard = discard
         self._needcheck = needcheck
         self._reclaim = reclaim
         self.lock = trio.Lock()
 
     def check(self, size: int, *, shrink: bool = False) -> None:
-        """Raise if the disk cannot have a size in bytes.
+        """Raise unless the disk can get this size in bytes by growing, or by shrinking.
+
+        The present size is always accepted, and then nothing changes.
+
+        Args:
+            size: The new size in bytes.
+            shrink: Whether the disk shall shrink rather than grow.
 
         Raises:
-            UsageError: The disk would shrink, or grow with ``shrink``, or its tables cannot
-                address that much.
+            UsageError: The size is smaller without ``shrink`` or larger with it, is not a
+                multiple of 512, or is more than the tables can address.
         """
-        name, old, most = (
+        name, old, max_size = (
             self._layer.file.name,
             self._layer.size,
             self._layer.geometry.max_image_size,
@@ -104,29 +119,34 @@ class Resize:
         if size < old and not shrink:
             msg = f"{name}: size: found {size}, expected at least {old}: no shrinking"
             raise UsageError(msg)
-        if size % SECTOR or not 0 <= size <= most:
-            msg = f"{name}: size: found {size}, expected a multiple of {SECTOR} up to {most}"
+        if size % SECTOR or not 0 <= size <= max_size:
+            msg = f"{name}: size: found {size}, expected a multiple of {SECTOR} up to {max_size}"
             raise UsageError(msg)
 
-    async def resize(self, size: int, *, force: bool = False) -> None:
-        """Grow the disk to a size that `check` has accepted, durably.
+    async def grow(self, size: int, *, force: bool = False) -> None:
+        """Grow the disk to ``size`` bytes, durably; do nothing if it is at least as large.
 
-        With ``force`` clusters that entries past the old end refer to are deallocated.
+        Args:
+            size: The new size, which the caller has passed to `check`.
+            force: Whether to deallocate the clusters to which table entries past the old
+                end refer, instead of raising an error.
 
         Raises:
-            CorruptImageError: Table entries past the end are in use.
+            CorruptImageError: A table entry for the added range is bad, or refers to data
+                without ``force``; the disk has its old size.
             HostError: The host refused; the disk has its old size.
         """
         async with self.lock:
             if size <= self._layer.size:
                 return
             await self._zero_past_end(size, force=force)
-            # The zeros and the entries that hide the base must be durable before the size.
+            # The zeros, and the entries that hide the base, must be durable before the size
+            # is: after a crash the added range must not show what was there before.
             await self._writeback.barrier()
             await self._set_size(size)
 
     async def _set_size(self, size: int) -> None:
-        """Write the size into the header, durably, and use it from then on.
+        """Write the size into the header, durably; afterwards the disk has this size.
 
         Raises:
             HostError: The host refused; the disk has its old size.
@@ -140,50 +160,60 @@ class Resize:
     async def _zero_past_end(self, size: int, *, force: bool) -> None:
         """Make the range from the disk's end to ``size`` read as zeros once the disk grows.
 
-        The last cluster may hold bytes past the end of the disk, and a base that is longer
-        than the disk would show through after it.
+        The last cluster may hold bytes past the end of the disk.  In the clusters after it
+        a base that is longer than the disk would show through.
 
         Raises:
-            CorruptImageError: Table entries past the end are in use.
+            CorruptImageError: As `grow`.
         """
         geometry = self._layer.geometry
-        old, past = self._layer.size, geometry.ceil(self._layer.size)
+        old, cluster_end = self._layer.size, geometry.ceil(self._layer.size)
         base_end = max((base.size for base in self._chain.layers[1:]), default=0)
-        if past < size:
-            extent = await self._first_in_use(past, size)
+        if cluster_end < size:
+            extent = await self._first_in_use(cluster_end, size)
             if extent is not None and force and extent.kind is Kind.DATA:
-                await self._discards.drop(past, geometry.ceil(size))
+                await self._discard.drop(cluster_end, geometry.ceil(size))
             elif extent is not None:
-                cure = "must be repaired" if extent.kind is Kind.BAD else "takes force to drop them"
+                is_bad = extent.kind is Kind.BAD
+                cure = "the image must be repaired first" if is_bad else "--force drops the data"
                 msg = (
-                    f"{self._layer.file.name}: resize: found table entries for "
-                    f"{extent.start}, past the end of the disk at {old}, expected none: the "
-                    f"image {cure} first"
+                    f"{self._layer.file.name}: resize: found a table entry in use for guest "
+                    f"offset {extent.start}, past the end of the disk at {old}, expected "
+                    f"none: {cure}"
                 )
                 raise CorruptImageError(msg)
-        if old < past:
-            await self._write_path.zero_range(old, min(past, size))
-        if past < min(size, base_end):
-            await self._write_path.write_zero_clusters(past, geometry.ceil(min(size, base_end)))
+        if old < cluster_end:
+            await self._write_path.zero_range(old, min(cluster_end, size))
+        if cluster_end < min(size, base_end):
+            await self._write_path.write_zero_clusters(
+                cluster_end, geometry.ceil(min(size, base_end))
+            )
 
     async def shrink(self, size: int, progress: Progress | None = None) -> None:
-        """Shrink the disk to a size that `check` has accepted, durably.
+        """Shrink the disk to ``size`` bytes, durably, and drop the data past the new end.
 
-        ``progress`` is called with how much work is done and how much there is, in any unit.
+        The caller has passed ``size`` to `check`, and has checked with `refuse_data` that
+        there is no data, unless data may be lost.
+
+        Args:
+            size: The new size in bytes.
+            progress: Called with how much work is done and how much there is, in any unit.
 
         Raises:
-            CorruptImageError: A table entry for the range that is cut off is bad.
+            CorruptImageError: A table entry for the range to be cut off is bad; the disk has
+                its old size, and a part of the range may read as zeros.
             HostError: The host refused; the disk has its old size or the new one.
         """
         geometry = self._layer.geometry
         async with self.lock:
             old = self._layer.size
-            # Bytes past the end in the last cluster would show again if the disk grew.
+            # Zero the bytes past the new end in the new last cluster: another program might
+            # later grow the disk without zeroing them, and show them again.
             last = await self._first_in_use(size, min(old, geometry.ceil(size)))
             if last is not None:
                 await self._write_path.zero_range(last.start, last.end)
-            await self._discards.drop(geometry.ceil(size), geometry.ceil(old), _half(progress))
-            async with periodic_progress(self._giving_back(progress)):
+            await self._discard.drop(geometry.ceil(size), geometry.ceil(old), _first_half(progress))
+            async with periodic_progress(self._report_second_half(progress)):
                 await self._writeback.barrier()
                 if size < old:
                     await self._set_size(size)
@@ -191,41 +221,51 @@ class Resize:
                 await self._flusher.flush()
 
     async def empty(self, progress: Progress | None = None) -> None:
-        """Deallocate all clusters and remove all tables, so that the disk shows only its base.
+        """Make all clusters unallocated, so that the disk shows only its base, durably.
 
-        Tables are removed last, as by `shrink`; ``progress`` is called as by `shrink`.
+        All tables are removed after that, and the free clusters are cut off or punched.
+
+        Args:
+            progress: Called with how much work is done and how much there is, in any unit.
 
         Raises:
-            CorruptImageError: A table entry is bad.
-            HostError: The host refused; a part may have been deallocated.
+            CorruptImageError: A table entry is bad; a part may be unallocated now.
+            HostError: The host refused; a part may be unallocated now.
         """
         async with self.lock:
             end = self._layer.geometry.ceil(self._layer.size)
-            await self._discards.clear(0, end, _half(progress))
-            async with periodic_progress(self._giving_back(progress)):
+            await self._discard.clear(0, end, _first_half(progress))
+            async with periodic_progress(self._report_second_half(progress)):
                 await self._writeback.barrier()
                 await self._drop_tables(0)
                 await self._flusher.flush()
 
-    def _giving_back(self, progress: Progress | None) -> Callable[[], None] | None:
-        """Return a function that reports the second half of the work: space goes to the host."""
+    def _report_second_half(self, progress: Progress | None) -> Callable[[], None] | None:
+        """Return a function that reports how far the second half of the work is.
+
+        In the second half the space of the dropped clusters is returned to the host.
+        Returns None without ``progress``.
+        """
         if progress is None:
             return None
-        most = max(1, self._reclaim.pending_clusters)
-        return lambda: progress(2 * most - min(most, self._reclaim.pending_clusters), 2 * most)
+        total = max(1, self._reclaim.pending_clusters)
+        return lambda: progress(2 * total - min(total, self._reclaim.pending_clusters), 2 * total)
 
     async def refuse_data(self, size: int) -> None:
         """Raise if the image itself, without its bases, holds data past ``size``.
 
-        Zeros in the cluster in which the new end lies do not count.
+        Zeros in the cluster in which ``size`` lies do not count as data.  In the clusters
+        after it every allocated cluster and every bad entry counts.
 
         Raises:
             UsageError: There is data.
+            CorruptImageError: The entry of the cluster in which ``size`` lies is bad.
+            HostError: The host cannot read the image.
         """
         geometry, found = self._layer.geometry, None
         start, cluster_end = size, min(self._layer.size, geometry.ceil(size))
         while found is None and start < cluster_end:
-            stop = min(start + _COMPARE_CHUNK_BYTES, cluster_end)
+            stop = min(start + _ZERO_CHECK_BYTES, cluster_end)
             extent = await self._first_in_use(start, stop)
             if extent is not None and any(await self._chain.read(start, stop - start)):
                 found = start
@@ -236,7 +276,7 @@ class Resize:
         if found is not None:
             msg = (
                 f"{self._layer.file.name}: size: found data at {found}, past the new end at "
-                f"{size}, expected none (--force drops it)"
+                f"{size}, expected none (--force drops the data)"
             )
             raise UsageError(msg)
 
@@ -244,7 +284,9 @@ class Resize:
         """Return the first extent of data or of a bad entry in a range; None if there is none."""
         geometry = self._layer.geometry
         while start < end:
-            # A whole table with scattered clusters has too many extents for one lookup.
+            # One lookup covers a part of a table at most: the clusters of a whole table can
+            # be scattered over so many extents that other tasks would wait too long.  The
+            # range of a missing table is one extent, so one lookup covers all of it.
             table, reason = await self._layer.table_at(geometry.l1_index(start))
             step = min(geometry.table_span, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
             step = step if table or reason else geometry.table_span
@@ -257,11 +299,15 @@ class Resize:
         return None
 
     async def _drop_tables(self, first: int) -> None:
-        """Remove the empty tables of the L1 entries from ``first`` on."""
+        """Remove the tables without data of the L1 entries from ``first`` on.
+
+        Zero clusters in these tables are lost.  No slice may be dirty.
+        """
         layer, step = self._layer, self._layer.tables.slice_entries
         start, length = layer.header.l1_table_offset, layer.geometry.table_bytes
         skip = (first - first % step) * ENTRY_BYTES
-        # All slices have been written back, so a hole of the file has no entries.
+        # The caller has written all slices back, so holes of the file, which are skipped,
+        # have no entries.
         async for offset in DataSlices(layer.file, start, length, skip=skip):
             index = (offset - start) // ENTRY_BYTES
             slice_ = await layer.tables.load(start, index, L1)
@@ -270,7 +316,7 @@ class Resize:
                 await self._drop_table(l1_index)
 
     async def _drop_table(self, l1_index: int) -> None:
-        """Remove one table, unless an entry of it is in use."""
+        """Remove the table of an L1 entry, unless it is bad or holds data or bad entries."""
         layer, span = self._layer, self._layer.geometry.table_span
         table, reason = await layer.table_at(l1_index)
         if reason or await self._first_in_use(l1_index * span, (l1_index + 1) * span):
@@ -287,6 +333,6 @@ class Resize:
             self._writeback.note_write()
 
 
-def _half(progress: Progress | None) -> Progress | None:
-    """Return a function that reports the first half of the work."""
-    return None if progress is None else lambda done, whole: progress(done, 2 * whole)
+def _first_half(progress: Progress | None) -> Progress | None:
+    """Return a function that reports the first half of the work; None without ``progress``."""
+    return None if progress is None else lambda done, total: progress(done, 2 * total)
