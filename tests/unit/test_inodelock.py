@@ -190,7 +190,7 @@ async def test_a_waiter_for_short_writes_is_not_starved(event: str) -> None:
 
     async def wait() -> None:
         await lock.wait_for_short_writes()
-        woken.append(lock.holders)
+        woken.append(lock.contention)
 
     async with trio.open_nursery() as nursery:
         try:

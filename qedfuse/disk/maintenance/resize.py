@@ -284,9 +284,9 @@ class Resize:
         """Return the first extent of data or of a bad entry in a range; None if there is none."""
         geometry = self._layer.geometry
         while start < end:
-            # One lookup covers a part of a table at most: the clusters of a whole table can
-            # be scattered over so many extents that other tasks would wait too long.  The
-            # range of a missing table is one extent, so one lookup covers all of it.
+            # One lookup covers a part of a table at most: a whole table of scattered clusters
+            # has an extent for each, and collecting them would delay other tasks too long.
+            # The range of a missing table is one extent, so one lookup covers all of it.
             table, reason = await self._layer.table_at(geometry.l1_index(start))
             step = min(geometry.table_span, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
             step = step if table or reason else geometry.table_span
