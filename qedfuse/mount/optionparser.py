@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.disk.options import BackingPolicy
 from qedfuse.errors import UsageError
-from qedfuse.mount.options import MountOptions, consistent
+from qedfuse.mount.options import MountOptions, validated
 from qedfuse.mount.optionsyntax import split_options
 from qedfuse.text import printable
 from qedfuse.util.sizes import parse_size
@@ -72,7 +72,7 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions
     options = MountOptions(
         **found.fields, backing=BackingPolicy(**backing), kernel_flags=tuple(found.kernel_flags)
     )
-    return consistent(options, explicit_rw=found.fields.get("read_only") is False)
+    return validated(options, explicit_rw=found.fields.get("read_only") is False)
 
 
 def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""The options of a mount, and which of them exclude each other."""
+"""The options of a mount, and the check that no two of them exclude each other."""
 
 from __future__ import annotations
 
@@ -21,34 +21,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """The options of one mount, which ``-o`` sets; immutable.
+    """The options of one mount, as set by ``-o`` and by defaults; immutable.
 
     Attributes:
         read_only: The mount refuses all changes (``ro``).
-        allow_other: Users other than the caller may access the mount.
-        allow_root: Besides the caller, root may access the mount.
-        uid: Owner of the disks; None for the caller.
-        gid: Group of the disks; None for the caller's.
-        umask: Permission bits cleared from 0666; None clears all but the owner's.
+        allow_other: Users other than the user who mounts may access the mount.
+        allow_root: Besides the user who mounts, root may access the mount.
+        uid: Owner of the disks; None for the user who mounts.
+        gid: Group of the disks; None for the group of the user who mounts.
+        umask: Permission bits cleared from 0666; None clears the bits of group and others.
         direct_io: The kernel's page cache is not used.
         backing: Which backing files may be used.
-        force_share: Read-only, without a lock against a program that writes to the image.
+        force_share: The mount is read-only, and another program may write to the image.
         growable: truncate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
             refused or writes zeros to the range that it cuts off.
-        commit_seconds: Longest time for which changed tables stay in memory only.
-        cache_bytes: Memory for tables, for each image.
-        discard: Discards free clusters; otherwise they write zeros.
+        commit_seconds: Longest time in seconds for which changed tables stay in memory only.
+        cache_bytes: Most memory in bytes for the tables of one disk, its backing files
+            included.
+        discard: Whether discards free clusters; if not, discards write zeros.
         detect_zeroes: How written zeros are stored (`OpenOptions`).
         free_list: Whether images keep a persistent free list (`OpenOptions`).
         compact: How far the image files are compacted when the mount ends (`OpenOptions`).
-        compact_bytes: Bytes that ``auto`` may move in each of them.
-        compact_seconds: Time that ``auto`` may take for all of them together.
-        poll_seconds: Longest time for which the server polls for the next request; None for
-            the default of the machine.
-        readahead: Length of the kernel's read-ahead (`qedfuse.mount.system.readahead`).
+        compact_bytes: Most bytes that ``compact=auto`` moves in each image.
+        compact_seconds: Longest time in seconds that ``compact=auto`` takes for all images
+            together.
+        poll_seconds: Longest time in seconds for which the server polls for the next request;
+            None for the default of the machine.
+        readahead: Longest read-ahead of the kernel in bytes, ``kernel`` to leave it to the
+            kernel, or None for the default (`qedfuse.mount.system.readahead`).
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
-        overlay: Writes go to this QED image, which is made if missing.
+        overlay: Path of a QED image to which writes go, and which is made if missing; None to
+            write to the image itself.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
 
@@ -82,10 +86,12 @@ class MountOptions:
         directories = tuple(map(os.path.abspath, self.backing.directories))
         overlay = None if self.overlay is None else os.path.abspath(self.overlay)  # noqa: PTH100
         try:
-            working = os.getcwd()  # noqa: PTH109
-        except OSError:  # it has been removed; relative names are not found
-            working = "/"
-        backing = replace(self.backing, directories=directories, working_directory=working)
+            working_directory = os.getcwd()  # noqa: PTH109
+        except OSError:  # the working directory has been removed, so no relative name is found
+            working_directory = "/"
+        backing = replace(
+            self.backing, directories=directories, working_directory=working_directory
+        )
         return replace(self, overlay=overlay, backing=backing)
 
     def for_read_only_disk(self) -> MountOptions:
@@ -93,36 +99,40 @@ class MountOptions:
         return replace(self, read_only=True, growable=False, compact="off")
 
 
-def consistent(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Return options with those set that others imply.
+def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
+    """Check that no two options exclude each other; return them with ``read_only`` completed.
+
+    The option ``force_share`` implies ``read_only``.
 
     Args:
         options: The options.
-        explicit_rw: Whether ``rw`` was given, and is not only the default.
+        explicit_rw: Whether the user gave ``rw``, which is also the default.
 
     Raises:
         UsageError: Two options exclude each other.
     """
-    written = options.snapshot or options.overlay is not None
-    writer = "snapshot" if options.snapshot else "overlay"
-    reads_only = options.read_only or options.force_share
-    contradictions = (
+    has_overlay = options.snapshot or options.overlay is not None
+    overlay_option = "snapshot" if options.snapshot else "overlay"
+    is_read_only = options.read_only or options.force_share
+    read_only_option = "ro" if options.read_only else "force_share"
+    conflicts = (
         (options.force_share and explicit_rw, "rw", "force_share"),
         (options.snapshot and options.overlay is not None, "snapshot", "overlay"),
-        (written and options.force_share, writer, "force_share"),
-        (written and options.read_only, "ro", writer),
-        (options.compact == "full" and reads_only, "compact", "ro"),
-        (options.growable and reads_only, "growable", "ro"),
-        (options.truncate == "zero" and reads_only, "truncate=zero", "ro"),
-        # The source becomes the backing file of the overlay, so options about backing files
-        # would apply to the source itself.
-        (written and options.backing.format is not None, "backing_format", writer),
-        (written and options.backing.mode == "none", "backing=none", writer),
+        (has_overlay and options.force_share, overlay_option, "force_share"),
+        (has_overlay and options.read_only, "ro", overlay_option),
+        (options.compact == "full" and is_read_only, "compact=full", read_only_option),
+        (options.growable and is_read_only, "growable", read_only_option),
+        (options.truncate == "zero" and is_read_only, "truncate=zero", read_only_option),
+        # The image that the user mounts is the backing file of the overlay.  So backing_format
+        # would set the format of that image, and backing=none would refuse that image.  The
+        # other options about backing files never refuse it, because the user has named it.
+        (has_overlay and options.backing.format is not None, "backing_format", overlay_option),
+        (has_overlay and options.backing.mode == "none", "backing=none", overlay_option),
         (bool(options.backing.directories) and options.backing.mode != "confined",
          "backing_dir", f"backing={options.backing.mode}"),
     )  # fmt: skip
-    for wrong, first, second in contradictions:
-        if wrong:
-            msg = f"options {first} and {second}: exclude each other"
+    for is_conflict, first, second in conflicts:
+        if is_conflict:
+            msg = f"options {first} and {second} exclude each other"
             raise UsageError(msg)
-    return replace(options, read_only=reads_only)
+    return replace(options, read_only=is_read_only)

@@ -60,7 +60,7 @@ def seeking(disk: Path) -> Iterator[subprocess.Popen[str]]:
             writer.kill()
 
 
-def helpers(pid: int) -> list[int]:
+def launderers(pid: int) -> list[int]:
     """List the children of a process."""
     found = []
     for path in Path("/proc").glob("[0-9]*/status"):
@@ -74,14 +74,14 @@ def helpers(pid: int) -> list[int]:
 
 
 def wait_until_blocked(pid: int) -> int:
-    """Return the helper of a process once one of its threads waits uninterruptibly."""
+    """Return the launderer of a process once one of its threads waits uninterruptibly."""
     end = time.monotonic() + TIMEOUT
     while time.monotonic() < end:
-        for helper in helpers(pid):
-            for thread in Path(f"/proc/{helper}/task").iterdir():
+        for launderer in launderers(pid):
+            for thread in Path(f"/proc/{launderer}/task").iterdir():
                 if "\nState:\tD" in (thread / "status").read_text():
-                    return helper
-    msg = "no helper thread waits for the kernel"
+                    return launderer
+    msg = "no launderer thread waits for the kernel"
     raise AssertionError(msg)
 
 
@@ -99,9 +99,9 @@ def test_a_server_killed_during_laundering_ends(image: Path, tmp_path: Path) -> 
 
 
 def test_a_second_signal_ends_a_mount_during_laundering(image: Path, tmp_path: Path) -> None:
-    """A second SIGTERM during laundering ends the mount with code 0 and leaves no helper."""
+    """A second SIGTERM during laundering ends the mount with code 0 and leaves no launderer."""
     with front(image, tmp_path / "mnt") as mount, seeking(mount.mountpoint / "vm.raw") as writer:
-        helper = wait_until_blocked(mount.process.pid)
+        launderer = wait_until_blocked(mount.process.pid)
         mount.signal(signal.SIGTERM)
         assert "still in use" in mount.read_line()
         wait_until_blocked(mount.process.pid)
@@ -109,23 +109,23 @@ def test_a_second_signal_ends_a_mount_during_laundering(image: Path, tmp_path: P
         code, _log = mount.finish()
         assert code == 0
         assert writer.wait(TIMEOUT) == 1
-        assert not Path(f"/proc/{helper}").exists()
+        assert not Path(f"/proc/{launderer}").exists()
     assert qemu.check(image).errors == 0
 
 
-def test_without_the_helper_everything_is_data(image: Path, tmp_path: Path) -> None:
-    """Without the helper no hole is reported while a program may write; one line logs it."""
+def test_without_the_launderer_everything_is_data(image: Path, tmp_path: Path) -> None:
+    """Without the launderer no hole is reported while a program may write; one line logs it."""
     with front(image, tmp_path / "mnt") as mount:
         path = mount.mountpoint / "vm.raw"
         with path.open("r+b", buffering=0) as file:
             file.write(b"x" * 4096)
             assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 0
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 65536
-            (helper,) = helpers(mount.process.pid)
-            os.kill(helper, signal.SIGKILL)
+            (launderer,) = launderers(mount.process.pid)
+            os.kill(launderer, signal.SIGKILL)
             assert os.lseek(file.fileno(), 8 * MIB, os.SEEK_DATA) == 8 * MIB
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 1 << 30
-        assert "a helper process has failed" in mount.read_line()
+        assert "the launderer (a helper process) has failed" in mount.read_line()
         with path.open("rb") as file:
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 65536, (
                 "no descriptor is open for writing"
@@ -134,12 +134,12 @@ def test_without_the_helper_everything_is_data(image: Path, tmp_path: Path) -> N
         assert mount.finish()[0] == 0
 
 
-def test_a_read_only_mount_has_no_helper(image: Path, tmp_path: Path) -> None:
-    """A read-only mount needs no laundering and starts no helper."""
+def test_a_read_only_mount_has_no_launderer(image: Path, tmp_path: Path) -> None:
+    """A read-only mount needs no laundering and starts no launderer."""
     with front("-r", image, tmp_path / "mnt") as mount:
         with (mount.mountpoint / "vm.raw").open("rb") as file:
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 0
-        assert helpers(mount.process.pid) == []
+        assert launderers(mount.process.pid) == []
         mount.signal(signal.SIGTERM)
         assert mount.finish()[0] == 0
 
@@ -198,21 +198,21 @@ def test_the_hole_of_a_grown_full_disk_is_at_its_new_end(growing: Path) -> None:
         assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 2 * MIB
 
 
-def test_without_the_helper_growth_is_data_or_an_error(tmp_path: Path) -> None:
-    """Without the helper, lseek(2) past the server's end reports data or EIO, never a hole."""
+def test_without_the_launderer_growth_is_data_or_an_error(tmp_path: Path) -> None:
+    """Without the launderer, lseek(2) past the server's end reports data or EIO, never a hole."""
     image = qemu.create(tmp_path / "grow.qed", MIB)
     with front(image, "-o", "growable", tmp_path / "mnt") as mount:
         path = mount.mountpoint / "grow.raw"
         with path.open("r+b", buffering=0) as file:
             file.write(b"x")
             assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 65536
-            (helper,) = helpers(mount.process.pid)
-            os.kill(helper, signal.SIGKILL)
+            (launderer,) = launderers(mount.process.pid)
+            os.kill(launderer, signal.SIGKILL)
             os.pwrite(file.fileno(), b"G" * 512, 2 * MIB)
             assert os.lseek(file.fileno(), MIB, os.SEEK_DATA) == MIB
             with pytest.raises(OSError) as caught:  # noqa: PT011
                 os.lseek(file.fileno(), MIB, os.SEEK_HOLE)
             assert caught.value.errno == errno.EIO
-        assert "a helper process has failed" in mount.read_line()
+        assert "the launderer (a helper process) has failed" in mount.read_line()
         mount.signal(signal.SIGTERM)
         assert mount.finish()[0] == 0

@@ -239,7 +239,7 @@ class Shrunk:
 
 async def test_a_size_fixup_never_discards_data() -> None:
     """If the disk has grown since the fix-up read its size, the truncation is refused."""
-    exported = ExportedDisk(cast("Disk", Shrunk()), b"vm.raw", 2, correcting=4096)
+    exported = ExportedDisk(cast("Disk", Shrunk()), b"vm.raw", 2, fixup_size=4096)
     truncation = Truncation(MountOptions(growable=True, truncate="zero"), drop_pages)
     with pytest.raises(pyfuse3.FUSEError) as caught:
         await truncation.set_size(exported, 4096)

@@ -1,4 +1,4 @@
-"""Laundering by the helper process, and what the end of the session means for it."""
+"""Laundering by the launderer, and what the end of the session means for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.mount.fuse.launderer import ERROR, Launderer
+from qedfuse.mount.fuse.launderer import ANSWER, Launderer
 from qedfuse.mount.fuse.laundering import Laundering
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ async def test_the_session_may_end_while_a_task_waits() -> None:
             byte, (passed,), _flags, _address = socket.recv_fds(theirs, 1, 1)
             os.close(passed)
             assert byte
-            assert len(theirs.recv(64)) > ERROR.size
+            assert len(theirs.recv(64)) > ANSWER.size
             laundering.stop()
         assert answers == [False]
         assert await laundering.launder(exported_disk()) is False

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
 
 HANDLE_DIRECT: Final = 1 << 62
-"""The bit of a file handle for O_DIRECT.  A handle is the inode with these bits."""
+"""Bit of a file handle: opened with O_DIRECT.
+
+A file handle is the inode number of the disk together with the `HANDLE_FLAGS` that apply."""
 HANDLE_WRITER: Final = 1 << 61
-"""The bit for any access mode but O_RDONLY."""
+"""Bit of a file handle: opened with an access mode other than O_RDONLY."""
 HANDLE_SYNC: Final = 1 << 60
-"""The bit of a handle each of whose writes must be durable when it returns."""
+"""Bit of a file handle: each write must be durable before the reply."""
 HANDLE_FLAGS: Final = HANDLE_DIRECT | HANDLE_WRITER | HANDLE_SYNC
 
 
@@ -32,11 +34,13 @@ class ExportedDisk:
         opened: The number of open handles.
         writers: The number of open handles that may write.
         writing: The number of write requests in progress on the slow path.
-        blocks: The ``st_blocks`` that the kernel has cached; -1 if it will ask for it.
+        blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
+            if the kernel has none cached.
         read_only: Whether the disk is read-only although the mount is writable.
-        overrun: Whether a write from the kernel's cache went past the end of the disk and has
-            not been reported to its writer yet.
-        correcting: The size to which `SizeFixup` is truncating the disk; -1 if it is not.
+        overrun: Whether a write from the kernel's cache went past the end of the disk, and the
+            error has not been reported to a writer yet.
+        fixup_size: The size in bytes to which `SizeFixup` is truncating the file; -1 while
+            `SizeFixup` does not work on the file.
     """
 
     disk: Disk
@@ -48,7 +52,7 @@ class ExportedDisk:
     writing: int = 0
     blocks: int = -1
     overrun: bool = False
-    correcting: int = -1
+    fixup_size: int = -1
 
 
 class ExportedDisks:
@@ -75,12 +79,12 @@ class ExportedDisks:
         return sum(exported.opened for exported in self)
 
     def handle_opened(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Count a new handle."""
+        """Count a new handle; ``writer`` if it may write."""
         exported.opened += 1
         exported.writers += writer
 
     def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Stop counting a handle; the last one sets the event of `next_last_close`."""
+        """Stop counting a handle; if no disk has one left, set the event of `next_last_close`."""
         exported.opened -= 1
         exported.writers -= writer
         if not self.open_handles:
@@ -88,10 +92,13 @@ class ExportedDisks:
             self._last_close = trio.Event()
 
     def next_last_close(self) -> trio.Event:
-        """Return an event that is set the next time when the last open handle is closed."""
+        """Return an event that is set when the last open handle of all disks is closed.
+
+        The event is not set because no handle is open now.
+        """
         return self._last_close
 
     def stop_compacting(self) -> None:
-        """End the compaction of all disks; what it has moved so far is kept."""
+        """End the compaction of all disks; clusters that were moved already stay moved."""
         for exported in self:
             exported.disk.stop_compacting()

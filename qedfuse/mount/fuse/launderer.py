@@ -1,17 +1,18 @@
-"""The helper process that has the kernel write back and drop pages of a disk.
+"""The launderer: a helper process that makes the kernel write back and drop pages of a disk.
 
-The notification that asks for this (FUSE_NOTIFY_INVAL_INODE) is a write(2) that returns when
-the server has taken the writes.  Until then the process that made it cannot end, not even by
-SIGKILL, and the connection does not end either.  So if the server sent it and was killed
-meanwhile, the server would never end, and the users of the disk would wait forever.
+The kernel does this for the notification FUSE_NOTIFY_INVAL_INODE.  The notification is a
+write(2) that returns only when the server has answered the kernel's write requests for the
+pages.  Until then the process that called write(2) cannot end, not even by SIGKILL, and neither
+can the connection to the kernel.  If the server itself called write(2) and were then killed, it
+would never end, and the programs that use the disk would wait forever.
 
-Therefore this process sends it, over a second descriptor of the connection.  When the server
-has ended, this process answers the remaining requests of the kernel with errors until the
-write(2) returns.  Then it ends, and the connection ends with it.
+Therefore the launderer calls write(2), on a second descriptor of the connection.  When the
+server has ended, the launderer answers the remaining requests of the kernel with errors until
+the write(2) returns.  Then the launderer ends, and the connection ends with it.
 
-It is forked before the mount exists, and executes no program.  The files of the interpreter
-may lie under the mountpoint: a server that started a program after mounting could wait for a
-reply of its own.  Until the process gets the connection it only sleeps.
+The launderer is forked before the mount exists, and executes no program.  The files of the
+interpreter may lie under the mountpoint, so a server that started a program after mounting
+could wait for a reply of its own.  The launderer sleeps until it gets the connection.
 """
 
 from __future__ import annotations
@@ -43,31 +44,39 @@ _FUSE_DEV_IOC_CLONE: Final = 0x8004E500
 _IN_HEADER: Final = struct.Struct("=IIQ")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
 _WITHOUT_REPLY: Final = (2, 36, 41, 42)
-"""The requests without a reply: FORGET, INTERRUPT, NOTIFY_REPLY and BATCH_FORGET."""
+"""The operations that get no reply: FORGET, INTERRUPT, NOTIFY_REPLY and BATCH_FORGET."""
 
 _MAX_REQUEST_BYTES: Final = 1 << 24
+"""More bytes than any request of the kernel has."""
 _MAX_NOTIFICATION_BYTES: Final = 64
+"""More bytes than a notification has."""
 _WORKER_CHECK_MILLISECONDS: Final = 20
+"""Longest time between two checks whether the worker thread has ended."""
 _MAX_END_MILLISECONDS: Final = 5000
+"""Longest time for which the server waits for the end of the launderer."""
 
-ERROR: Final = struct.Struct("=i")
-"""An answer of the process: an errno, or 0."""
+ANSWER: Final = struct.Struct("=i")
+"""An answer of the launderer: the errno of its write(2), or 0 if the write(2) succeeded."""
 
 
 class Launderer:
-    """The server's end of the helper process.
+    """The launderer as the server sees it: a child process and a socket to it.
 
-    The server sends one notification for the kernel at a time through the socket, and the
-    process answers each with an errno (`ERROR`).  The first message is any byte together with
-    the descriptor of the connection (SCM_RIGHTS).
+    The server sends messages through the socket.  The first message is any one byte together
+    with the descriptor of the connection to the kernel (SCM_RIGHTS), and gets no answer.  Each
+    further message is one notification for the kernel, which the launderer answers with an
+    `ANSWER`.  The server must not send a notification before it has the answer to the previous
+    one.
 
     Attributes:
         socket: The server's end of the socket pair.
-        pid: The process.
+        pid: The pid of the launderer.
     """
 
     def __init__(self) -> None:
-        """Fork the process; call this before there is a second thread.
+        """Fork the launderer.
+
+        The caller must not have a second thread, because a thread does not survive a fork.
 
         Raises:
             OSError: The host refuses a socket pair or a process.
@@ -83,7 +92,7 @@ class Launderer:
                 _be_child(child_end)
 
     def __enter__(self) -> Self:
-        """Do nothing: the constructor has started the process."""
+        """Do nothing, because the constructor has started the launderer."""
         return self
 
     def __exit__(
@@ -92,40 +101,42 @@ class Launderer:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        """Stop the process and wait for its end."""
+        """Stop the launderer and wait for its end, at most 5 seconds."""
         self.stop()
         self.wait()
 
     def stop(self) -> None:
-        """Have the process end, by closing the server's end of the socket pair."""
+        """Make the launderer end, by closing the server's end of the socket pair."""
         self.socket.close()
 
     def wait(self) -> bool:
-        """Wait for the end of the process; return False if it lasts more than 5 seconds."""
+        """Wait for the end of the launderer; return False if it has not ended in 5 seconds."""
         try:
-            process = os.pidfd_open(self.pid)
-        except ProcessLookupError:  # it has been waited for already
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:  # an earlier call has waited for its end
             return True
         try:
             end = select.poll()
-            end.register(process, select.POLLIN)
+            end.register(pidfd, select.POLLIN)
             if not end.poll(_MAX_END_MILLISECONDS):
                 return False
         finally:
-            os.close(process)
+            os.close(pidfd)
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
         return True
 
 
 def _be_child(commands: socket.socket) -> NoReturn:
-    """Run the helper process; never returns, since the caller's code belongs to the server."""
+    """Run as the launderer, and exit; the code after the call belongs to the server."""
     try:
-        # Signals of the terminal are meant for the server; this process ends after it.
+        # Signals from the terminal are meant for the server.  The launderer must outlive the
+        # server, so it leaves the server's session and ignores the signals that end a mount.
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        # Locks, pipes and the terminal of the server must be released when the server ends.
+        # The launderer must keep no lock, pipe, terminal or directory in use that is released
+        # when the server ends.
         os.chdir("/")
         discard_standard_streams()
         close_descriptors(open_descriptors() - {*STANDARD, commands.fileno()})
@@ -135,9 +146,9 @@ def _be_child(commands: socket.socket) -> NoReturn:
 
 
 def _serve(commands: socket.socket) -> None:
-    """Send notifications until the server's end of the socket pair is closed."""
+    """Send notifications, and fail the kernel's requests once the server's socket is closed."""
     _byte, received, _flags, _address = socket.recv_fds(commands, 1, 1)
-    if not received:  # the session has ended and has never sent a notification
+    if not received:  # the server has ended, or has closed its socket, without a notification
         return
     (connection,) = received
     device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -146,13 +157,16 @@ def _serve(commands: socket.socket) -> None:
     worker = threading.Thread(target=_send_notifications, args=(device, commands), daemon=True)
     worker.start()
     end = select.poll()
-    end.register(commands, 0)
+    end.register(commands, 0)  # no events: poll(2) waits only for POLLHUP
     end.poll()
     _fail_requests(device, worker)
 
 
 def _send_notifications(device: int, commands: socket.socket) -> None:
-    """Write notifications to the kernel, one after the other, and answer each with an errno."""
+    """Write notifications to the kernel, one at a time; return when the socket is closed.
+
+    Each notification is answered with the errno of its write(2), or with 0 (`ANSWER`).
+    """
     while message := commands.recv(_MAX_NOTIFICATION_BYTES):
         number = 0
         try:
@@ -160,7 +174,7 @@ def _send_notifications(device: int, commands: socket.socket) -> None:
         except OSError as error:
             number = error.errno or errno.EIO
         try:
-            commands.send(ERROR.pack(number))
+            commands.send(ANSWER.pack(number))
         except OSError:
             return
 
@@ -179,5 +193,5 @@ def _fail_requests(device: int, worker: threading.Thread) -> None:
         except BlockingIOError:
             continue
         except OSError as error:
-            if error.errno == errno.ENODEV:  # the connection has ended by itself
+            if error.errno == errno.ENODEV:  # the connection has ended, so write(2) returns
                 worker.join()

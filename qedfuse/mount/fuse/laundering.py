@@ -1,10 +1,10 @@
 """Making the kernel write back and drop the pages that it has cached of a range of a disk.
 
-The name is the kernel's: FUSE_NOTIFY_INVAL_INODE (struct fuse_notify_inval_inode_out) drops the
-pages of a range, and before a dirty page is dropped the kernel writes it back, by
+The kernel drops the pages of a range when it gets the notification FUSE_NOTIFY_INVAL_INODE
+(struct fuse_notify_inval_inode_out).  Before it drops a dirty page, it writes the page back by
 ``launder_folio`` of the file system's address space operations (fuse_launder_folio in
-fs/fuse/file.c).  The notification is sent by a helper process, for the reasons given in
-`qedfuse.mount.fuse.launderer`.
+fs/fuse/file.c).  Hence the name of this module.  The launderer, a helper process, sends the
+notification, for the reasons given in `qedfuse.mount.fuse.launderer`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from qedfuse.mount.fuse import launderer
+from qedfuse.mount.fuse.launderer import ANSWER
 
 if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
@@ -31,133 +31,163 @@ _log = logging.getLogger(__name__)
 _INVALIDATE: Final = struct.Struct("=IiQQqq")
 _NOTIFY_INVAL_INODE: Final = 2
 _TO_LAST_PAGE: Final = 0
-"""The length of a range that reaches to the last page that the kernel has cached."""
+"""The length in a notification for a range that ends with the last page that the kernel has
+cached of the file."""
 
 _MAX_DROP_SECONDS: Final = 1.0
-_MAX_ARRIVAL_CHECKS: Final = 1000
-_ARRIVAL_CHECK_SECONDS: Final = 0.001
+"""Longest time to wait until the kernel has dropped the pages of a disk."""
+_MAX_WRITE_CHECKS: Final = 1000
+"""Most checks whether the kernel's writes to a disk have ended, before giving up."""
+_WRITE_CHECK_SECONDS: Final = 0.001
+"""Time between two of these checks."""
 
 
 class Laundering:
-    """The server's connection to the helper process.
+    """Makes the kernel write back and drop cached pages, through the launderer.
 
-    Before `connect` and after `stop`, and without a helper process, nothing can be laundered,
-    and the methods return False.
+    Before `connect`, after `stop`, and if there is no launderer, nothing is laundered, and
+    `launder` and `try_drop_pages` return False.
     """
 
-    def __init__(self, process: Launderer | None) -> None:
-        """Use the helper process, which has been forked; None if there is none."""
-        self._launderer = process
-        self._connection = -1
-        self._failed = False
+    def __init__(self, launderer: Launderer | None) -> None:
+        """Use the launderer, which has been forked; None if there is no launderer."""
+        self._launderer = launderer
+        self._fuse_connection = -1
+        self._stopped = False
         self._lock = trio.Lock()
         self._socket: trio.socket.SocketType | None = None
-        self._unread = 0
-        self._incoming = select.poll()
+        self._unread_answers = 0
+        self._request_poll = select.poll()
 
-    def connect(self, connection: int) -> None:
-        """Work on the connection to the kernel with the descriptor ``connection``."""
-        self._connection = connection
-        self._incoming.register(connection, select.POLLIN)
+    def connect(self, fuse_connection: int) -> None:
+        """Set the connection to the kernel, by its descriptor; laundering works from now on."""
+        self._fuse_connection = fuse_connection
+        self._request_poll.register(fuse_connection, select.POLLIN)
 
     async def launder(self, exported: ExportedDisk, start: int = 0, end: int | None = None) -> bool:
-        """Have the kernel write back and drop what it has cached of a range.
-
-        Args:
-            exported: The disk.
-            start: Guest offset.
-            end: Guest offset; None for the end of what the kernel has cached, which can lie
-                past the end of the disk while the disk is growing.
-
-        Returns:
-            Whether all of it has reached the disk.  If not, the range may hold any data.
-        """
-        length = _TO_LAST_PAGE if end is None else end - start
-        async with self._lock:
-            number = await self._notify(exported, start, length)
-        # ENOENT: the kernel does not know the inode any more, so it has nothing cached.
-        return number in {0, errno.ENOENT} and await self._wait_for_writes(exported)
-
-    async def try_drop_pages(self, exported: ExportedDisk) -> bool:
-        """Have the kernel drop all pages that it has cached of a disk; give up after a second.
-
-        While the kernel waits for the reply to a truncation, it cannot drop dirty pages.
-
-        Returns:
-            False if the kernel has not dropped them in that time, or cannot be asked.  It may
-            still drop them later.
-        """
-        with trio.move_on_after(_MAX_DROP_SECONDS):
-            async with self._lock:
-                number = await self._notify(exported, 0, _TO_LAST_PAGE, abandon=True)
-                return number in {0, errno.ENOENT}
-        return False
-
-    async def _notify(
-        self, exported: ExportedDisk, start: int, length: int, *, abandon: bool = False
-    ) -> int:
-        """Have a notification sent to the kernel; return the errno of its write(2), 0 for none.
+        """Make the kernel write back and drop the pages that it has cached of a range.
 
         Args:
             exported: The disk.
             start: Guest offset of the range.
-            length: Bytes of the range.
-            abandon: If the task is cancelled, leave the answer of the process for the next
-                caller to skip.  Otherwise the process is stopped.
+            end: Guest offset of the end of the range, more than ``start``; None for the last
+                page that the kernel has cached, which can lie past the end of the disk if the
+                disk can grow.
+
+        Returns:
+            True if all data that the kernel had cached for the range has reached the disk.
+            False if the kernel may have data for the range that the disk has not; then the
+            caller must not treat any part of the range as a hole.
+        """
+        length = _TO_LAST_PAGE if end is None else end - start
+        async with self._lock:
+            number = await self._notify(exported, start, length)
+        # ENOENT means that the kernel does not know the inode, so it has no page of the disk.
+        return number in {0, errno.ENOENT} and await self._wait_for_writes(exported)
+
+    async def try_drop_pages(self, exported: ExportedDisk) -> bool:
+        """Make the kernel drop all pages that it has cached of a disk; give up after a second.
+
+        The time is limited because the kernel cannot drop a dirty page while it waits for the
+        reply to a truncation.
+
+        Returns:
+            True if the kernel has dropped all pages.  False if not, or if there is no
+            launderer; the kernel may then drop the pages later.
+        """
+        with trio.move_on_after(_MAX_DROP_SECONDS):
+            async with self._lock:
+                number = await self._notify(exported, 0, _TO_LAST_PAGE, keep_launderer=True)
+                return number in {0, errno.ENOENT}
+        return False
+
+    async def _notify(
+        self, exported: ExportedDisk, start: int, length: int, *, keep_launderer: bool = False
+    ) -> int:
+        """Let the launderer write one notification to the kernel, and wait for its answer.
+
+        The caller must hold the lock.  If the launderer has failed, it is stopped.
+
+        Args:
+            exported: The disk.
+            start: Guest offset of the range.
+            length: Bytes of the range, or `_TO_LAST_PAGE`.
+            keep_launderer: What happens if this task is cancelled while the launderer waits
+                for the kernel.  If True, the launderer goes on, and the next call skips its
+                late answer.  If False, the launderer is stopped, because the callers of
+                `launder` are cancelled only when the mount ends.
+
+        Returns:
+            The errno of the launderer's write(2) to the kernel, and 0 if it succeeded;
+            ENOTCONN if no launderer is running, or if `connect` has not been called.
         """
         message = _INVALIDATE.pack(
             *(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, exported.inode, start, length)
         )
-        if self._launderer is None or self._failed or self._connection < 0:
+        if self._launderer is None or self._stopped or self._fuse_connection < 0:
             return errno.ENOTCONN
         try:
             if self._socket is None:
-                socket.send_fds(self._launderer.socket, [b"c"], [self._connection])
+                socket.send_fds(self._launderer.socket, [b"c"], [self._fuse_connection])
                 self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
-            while self._unread:
-                answer = await self._socket.recv(launderer.ERROR.size)
-                self._unread -= 1
+            while self._unread_answers:  # to notifications whose task was cancelled
+                answer = await self._socket.recv(ANSWER.size)
+                self._unread_answers -= 1
             await self._socket.send(message)
-            self._unread += 1
-            answer = await self._socket.recv(launderer.ERROR.size)
-            self._unread -= 1
+            self._unread_answers += 1
+            answer = await self._socket.recv(ANSWER.size)
+            self._unread_answers -= 1
         except OSError as error:
             answer = b""
             _log.debug("launderer: %s", error)
         except trio.ClosedResourceError:  # `stop` was called while this task waited
             return errno.ENOTCONN
         except trio.Cancelled:
-            if not abandon:
+            if not keep_launderer:
                 self.stop()
             raise
-        if len(answer) < launderer.ERROR.size:
-            _log.warning("a helper process has failed: holes in disks in use are reported as data")
+        if len(answer) < ANSWER.size:
+            _log.warning(
+                "the launderer (a helper process) has failed: lseek(2) reports holes as data in "
+                "disks that are open for writing"
+            )
             self.stop()
             return errno.ENOTCONN
-        return int(launderer.ERROR.unpack(answer)[0])
+        return int(ANSWER.unpack(answer)[0])
 
     async def _wait_for_writes(self, exported: ExportedDisk) -> bool:
-        """Wait until no write request is on its way to the disk; return False if that lasts.
+        """Wait until the kernel's write requests have reached a disk.
 
-        Before Linux 6.16 the kernel counts pages whose writeback is in progress as clean, and
-        does not wait for them.
+        This is necessary before Linux 6.16, where laundering does not wait for pages whose
+        writeback is already in progress.
+
+        Returns:
+            False if, after `_MAX_WRITE_CHECKS` checks, a write is still in progress or the
+            kernel has requests that were not read.
         """
-        for _ in range(_MAX_ARRIVAL_CHECKS):
-            # If no write is in progress and no request is waiting, the kernel has none queued.
-            if not exported.writing and not self._incoming.poll(0):
+        for _ in range(_MAX_WRITE_CHECKS):
+            # The kernel has no write queued if it offers no request and the server has no
+            # write in progress.
+            if not exported.writing and not self._request_poll.poll(0):
                 return True
-            await trio.sleep(_ARRIVAL_CHECK_SECONDS)
+            await trio.sleep(_WRITE_CHECK_SECONDS)
         return False
 
     def stop(self) -> None:
-        """Have the process end; call it before the connection is closed."""
-        self._failed = True
+        """Make the launderer end; nothing can be laundered afterwards.
+
+        The caller must call this before it closes the connection to the kernel.
+        """
+        self._stopped = True
         if self._socket is not None:
             self._socket.close()
         if self._launderer is not None:
             self._launderer.stop()
 
     def wait(self) -> None:
-        """Wait for the end of the process; call it after the connection has been closed."""
+        """Wait for the end of the launderer, at most 5 seconds; log if it has not ended.
+
+        The caller must call `stop` and close the connection to the kernel before this.
+        """
         if self._launderer is not None and not self._launderer.wait():
-            _log.warning("helper process %d does not end", self._launderer.pid)
+            _log.warning("launderer: process %d does not end", self._launderer.pid)

@@ -1,9 +1,14 @@
 """Correcting the size of a disk that the kernel has cached.
 
 With the write-back cache the kernel alone decides the size of a file, and a buffered write
-past the end increases it.  That write fails later, when the server gets the dirty pages, but
-the wrong size stays.  The kernel takes over a size only from the reply to a truncation, so
+past the end increases the size.  When the server gets the dirty pages, their writeback fails,
+but the kernel keeps the wrong size.  It then replaces the size only after a truncation.  So
 the server truncates its own file, through the mount, to the size of the disk.
+
+Without the write-back cache, the kernel can have cached a wrong size after a truncation with
+``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  It then replaces the size after any change
+of attributes.  So the server sets the permissions of its own file, through the mount, to the
+permissions that the file has already.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class SizeFixup:
-    """Corrects sizes in the background, one disk after the other."""
+    """Corrects sizes that the kernel has cached, in the background and one disk at a time."""
 
     def __init__(self, directory: str) -> None:
         """Correct the sizes of files in the mount on ``directory``."""
@@ -34,53 +39,70 @@ class SizeFixup:
         self._wake = trio.Event()
 
     def request(self, exported: ExportedDisk) -> None:
-        """Request a correction: the kernel may take a disk for longer than it is."""
+        """Request a correction, because the kernel may have cached a wrong size of a disk."""
         self._pending[exported.inode] = exported
         self._wake.set()
 
     async def run(self, device: str) -> None:
-        """Make the corrections until cancelled; ``device`` is the mount's ``MAJOR:MINOR``."""
+        """Correct sizes until cancelled; a failed correction is logged and not repeated.
+
+        Args:
+            device: The device number of the mount, ``MAJOR:MINOR``.
+        """
         major, minor = device.split(":")
-        number = os.makedev(int(major), int(minor))
+        st_dev = os.makedev(int(major), int(minor))
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
             while self._pending:
                 _inode, exported = self._pending.popitem()
                 path = os.path.join(os.fsencode(self._directory), exported.name)  # noqa: PTH118
-                exported.correcting = exported.disk.size
+                exported.fixup_size = exported.disk.size
                 try:
-                    # In a thread: the kernel sends the requests for this to the server itself.
+                    # In a thread, because the system calls wait for replies of this server.
                     await trio.to_thread.run_sync(
-                        self._correct, path, number, exported.correcting, abandon_on_cancel=True
+                        self._correct, path, st_dev, exported.fixup_size, abandon_on_cancel=True
                     )
                 except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
-                # Not reached after a cancellation, when the thread may still be running.
-                exported.correcting = -1
+                # After a cancellation ``fixup_size`` keeps its value: the thread may still
+                # truncate the file, and `Truncation` must not take that for a user's request.
+                exported.fixup_size = -1
 
-    def _correct(self, path: bytes, device: int, size: int) -> None:
-        """Make the kernel take over the size of a file of the mount.
+    def _correct(self, path: bytes, st_dev: int, size: int) -> None:
+        """Make the kernel replace the size that it has cached of a file of the mount.
+
+        If the path leads to a file of another file system, nothing is changed.
+
+        Args:
+            path: The path of the file.
+            st_dev: The device number of the mount, as in stat(2).
+            size: The size of the disk in bytes.
 
         Raises:
-            OSError: The file is not accessible.
+            OSError: The file is not accessible, or its size or permissions cannot be set.
         """
         # O_PATH, because the close of an ordinary descriptor would consume the error that is
         # meant for the writer.
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            # The mount may be covered or gone by now, and the path lead to another file.
             found = os.fstat(fd)
-            if found.st_dev == device and found.st_size == size:
-                # Without the write-back cache the kernel takes over the size from any reply to
-                # a change of attributes.  A truncation would make the kernel ignore the size
-                # in replies to concurrent requests.
+            if found.st_dev != st_dev:
+                # The mount is gone, or another mount covers it.
+                return
+            if found.st_size == size:
+                # With the write-back cache, fstat(2) returns the size that the kernel has
+                # cached, so there is nothing to correct, and the chmod(2) changes nothing.
+                # Without that cache, fstat(2) returns the server's size, and the kernel may
+                # ignore this size if other requests are in progress.  It never ignores the
+                # size in the reply to chmod(2).  A truncation would also correct the size, but
+                # during a truncation the kernel ignores the size in replies to other requests.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode))  # noqa: PTH101
-            elif found.st_dev == device:
-                # The truncation drops dirty pages past the end.  Their writeback has to fail
-                # before that, or the error would never be reported to their writer.
-                with contextlib.suppress(OSError):
-                    sync_mount(self._directory)
-                os.truncate(f"/proc/self/fd/{fd}", size)
+                return
+            # The truncation drops dirty pages past the end.  Their writeback must fail before
+            # that, because otherwise the error would never be reported to their writer.
+            with contextlib.suppress(OSError):
+                sync_mount(self._directory)
+            os.truncate(f"/proc/self/fd/{fd}", size)
         finally:
             os.close(fd)

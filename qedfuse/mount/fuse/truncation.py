@@ -1,25 +1,30 @@
 """truncate(2) and open(2) with O_TRUNC on a disk, whose size is fixed.
 
-The kernel does not send O_TRUNC in the open request (see `qedfuse.mount.fuse.fuseinit`); a
-SETATTR request with the size 0 follows, as for truncate(2).  By default it is refused.  A
-program that has truncated a file to 0 successfully leaves out the zeros that it copies, and
-old bytes would remain in those ranges.  With ``truncate=zero`` the disk is zeroed, as by a
-discard of all of it, and keeps its size.  A truncation to a size between 0 and that of the
-disk zeroes the range past it: cp(1) makes one for a source that ends in a hole.  The range
-that was cut off reads as zeros, as in a file that is truncated and made longer again.
+For an open with O_TRUNC the kernel sends an open request without O_TRUNC, because of
+`qedfuse.mount.fuse.fuseinit`, and then a SETATTR request with the size 0.  For truncate(2) it
+sends such a SETATTR request as well.
 
-The pages in the kernel's cache have to be dropped as well.  While the kernel waits for the
-reply to SETATTR, it holds the lock of the inode and sends no dirty page (FUSE_NOWRITE in
-fs/fuse).  So with ``truncate=zero`` the write-back cache is off: then only a shared memory map
-makes pages dirty.
+By default a SETATTR request with a smaller size is refused.  If a truncation to 0 succeeded
+and did nothing, old bytes would remain on the disk, because a program that copies into an
+empty file need not write zeros.  With ``truncate=zero`` a truncation to 0 zeroes the whole
+disk, as a discard does, and the disk keeps its size.  A truncation to a size between 0 and the
+size of the disk zeroes the range past the requested size.  cp(1) makes such a truncation for a
+source that ends in a hole.  The range that was cut off reads as zeros, as in a file that is
+truncated and made longer again.
 
-- Without dirty pages the kernel drops all pages before the reply, when it is asked to, and
-  the reply gives the size that the disk still has.
-- With a dirty page the kernel cannot do that before the reply: it would have to write the
-  page back first.  Then the reply gives the requested size, and the kernel drops all pages
-  past it by itself, the dirty ones without writing them back.  The attributes in this reply
-  expire immediately, so the next request for the size or for data past it gets the real size.
-  `SizeFixup` makes such a request right after, in case no program does.
+After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  While
+the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no dirty
+page (FUSE_NOWRITE in fs/fuse).  So with ``truncate=zero`` the write-back cache is off, and only
+a shared memory map can make pages dirty.
+
+- If no page is dirty, the server makes the kernel drop all pages before the reply, and the
+  reply gives the size that the disk still has.
+- If a page is dirty, the kernel cannot drop the pages before the reply, because it would have
+  to write the dirty page back first.  Then the reply gives the requested size.  So the kernel
+  itself drops all pages past the requested size, and does not write the dirty ones back.  The
+  attributes in this reply expire immediately, so the next request for the size, or for data
+  past the requested size, gets the real size.  `SizeFixup` makes such a request right after
+  the reply, in case no program does.
 """
 
 from __future__ import annotations
@@ -45,12 +50,13 @@ class Truncation:
     def __init__(
         self, options: MountOptions, try_drop_pages: Callable[[ExportedDisk], Awaitable[bool]]
     ) -> None:
-        """Set the options of the mount.
+        """Decide by the options of the mount; no disk has been truncated yet.
 
         Args:
-            options: The options.
-            try_drop_pages: Has the kernel drop the pages that it has cached of a disk; returns
-                False if it did not within a short time.
+            options: The options of the mount.
+            try_drop_pages: Makes the kernel drop the pages that it has cached of a disk
+                (`Laundering.try_drop_pages`); returns False if the kernel may not have dropped
+                all of them.
         """
         self._options = options
         self._try_drop_pages = try_drop_pages
@@ -60,19 +66,20 @@ class Truncation:
         """Carry out a SETATTR request for ``size`` bytes.
 
         Returns:
-            Whether the reply to the kernel must give the real size.  Otherwise it must give
-            ``size``, in attributes that expire immediately.
+            True if the reply to the kernel must give the real size of the disk.  False if the
+            reply must give ``size``, in attributes that expire immediately.
 
         Raises:
-            FUSEError: EPERM, the options do not allow it; EFBIG, the tables cannot address the
-                size.
+            FUSEError: EPERM, the options do not allow this size, or the request is an outdated
+                one of `SizeFixup`; EFBIG, the tables cannot address the size.
             QedError: The disk could not be changed; part of the range may be zeroed.
         """
         disk = exported.disk
         if size == disk.size:
             return True
-        if size == exported.correcting and size < disk.size:
-            # The disk has grown since `SizeFixup` read its size; no user wants a truncation.
+        if size == exported.fixup_size and size < disk.size:
+            # The request comes from `SizeFixup`, and the disk has grown since `SizeFixup` read
+            # its size.  To carry the request out would discard data, which no user asked for.
             raise FUSEError(errno.EPERM)
         if size == 0 or (size < disk.size and self._options.truncate == "zero"):
             return await self._zero_from(exported, size)
@@ -84,25 +91,36 @@ class Truncation:
         return True
 
     async def _zero_from(self, exported: ExportedDisk, start: int) -> bool:
-        """Zero a disk from an offset to its end; the result is that of `set_size`."""
+        """Zero a disk from guest offset ``start`` to its end; keep its size.
+
+        Returns:
+            Whether the kernel has dropped its pages, so that the reply can give the real size.
+
+        Raises:
+            FUSEError: EPERM, the option ``truncate`` does not allow it; the refusal is logged
+                once for each disk.
+            QedError: The disk could not be changed; part of the range may be zeroed.
+        """
         if self._options.truncate == "refuse":
             self._explain(exported)
             raise FUSEError(errno.EPERM)
         try:
             await exported.disk.discard(start, exported.disk.size - start)
         finally:
-            # Also after a failure: programs must see the content that the disk has now, if not
-            # before the reply, then as soon as dirty pages have been written back.
+            # The pages are dropped after a failure as well, because a part of the range may be
+            # zeroed, and programs must see the content that the disk has now.  If the kernel
+            # cannot drop the pages in time, it drops them after it has written back the dirty
+            # ones.
             dropped = await self._try_drop_pages(exported)
         return dropped
 
     def _explain(self, exported: ExportedDisk) -> None:
-        """Log the alternatives to a refused truncation, once for each disk."""
+        """Log the alternatives to a refused truncation, unless logged for this disk before."""
         if exported.inode not in self._explained:
             self._explained.add(exported.inode)
             _log.warning(
                 "%s: an open with O_TRUNC, or a truncation to 0, was refused and nothing is "
-                "changed: a disk keeps its size; write with conv=notrunc or qedimg convert -n, "
-                "or mount with -o truncate=zero to have the disk emptied",
+                "changed, because a disk keeps its size; write with conv=notrunc or qedimg "
+                "convert -n, or mount with -o truncate=zero to fill the disk with zeros",
                 exported.disk.name,
             )
