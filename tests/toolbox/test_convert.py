@@ -346,7 +346,7 @@ MISTAKES: Final = {
 }
 IN_BASE: Final = {
     "missing": ("-B gone a.raw x", "x: backing file gone: cannot open"),
-    "no-format": ("-B b.raw a.raw x", "b.raw: found no QED magic, expected one, or -F raw"),
+    "no-format": ("-B b.raw a.raw x", "b.raw: found no QED magic, expected a QED image, or -F raw"),
 }
 
 

@@ -84,7 +84,7 @@ BASES: Final = {
     "missing": ("-b gone IMAGE", "backing file gone: cannot open: No such file"),
     "itself": ("-b IMAGE IMAGE 1M", "found the image itself"),
     "by-link": ("-b link IMAGE --force 1M", "found the image itself"),
-    "unknown": ("-b plain IMAGE", "found no QED magic, expected a format: -F raw"),
+    "unknown": ("-b plain IMAGE", "found no QED magic, expected a QED image, or -F raw"),
     "not-qed": ("-b plain -F qed IMAGE", "found no QED magic, expected a QED image"),
     "directory": ("-b . -F raw IMAGE", "found a directory, expected a regular file"),
     "broken": ("-b broken IMAGE", "header field cluster_size: found 3"),

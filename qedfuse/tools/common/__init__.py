@@ -1,1 +1,1 @@
-"""Shared by several tools: formats, pipes, blocks of content, worker threads, opening to write."""
+"""What several tools share: format detection, pipes, block masks, worker threads, and opening."""

@@ -1,4 +1,4 @@
-"""Content examined block by block: which blocks are zeros, which are equal in two buffers."""
+"""Masks of blocks: which blocks of a buffer are zeros, and which are equal in two buffers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 _SAMPLED_WORDS_PER_BLOCK: Final = 4
-"""64-bit words of a block that are tested before the whole block is."""
+"""64-bit words of each block that are tested first."""
 
 
 def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
     """Return a mask of the blocks that hold only zeros; the last block may be short."""
     whole = len(buffer) // block_size * block_size
     rows = buffer[:whole].view(np.uint64).reshape(-1, block_size // 8)
-    # A few words show most data to be data.  Only the other blocks are read in full.
+    # In most blocks of data one of a few sampled words is nonzero.  Only blocks in which all
+    # sampled words are zero are read in full.
     zero: Mask = np.logical_not(rows[:, :: block_size // 8 // _SAMPLED_WORDS_PER_BLOCK].any(axis=1))
     for row in np.flatnonzero(zero):
         zero[row] = not rows[row].any()
@@ -47,9 +48,11 @@ def classify(
 
     Args:
         content: A chunk of the disk.
-        block_size: Bytes.
-        min_zero_bytes: Shorter runs of zeros count as data; with 0 all zeros do.
-        base: What the base shows in the same range; blocks equal to it are in neither mask.
+        block_size: Bytes in a block.
+        min_zero_bytes: Bytes.  0 makes all zeros count as data.  Without a base, a shorter
+            run of zeros counts as data as well.
+        base: Content of the base in the same range, if there is a base.  Blocks that are
+            equal in both are in neither mask.
     """
     count = -(-len(content) // block_size)
     zero = zero_blocks(content, block_size) if min_zero_bytes else np.zeros(count, np.bool_)
@@ -58,7 +61,8 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A run at either end may continue in the next chunk, and be long enough there.
+            # A run at either end of the chunk stays zeros, however short: it may continue in
+            # the neighbouring chunk, and be long enough in all.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False
@@ -66,12 +70,12 @@ def classify(
 
 
 def masked_bytes(mask: Mask, block_size: int, length: int) -> int:
-    """Return the bytes in the marked blocks of ``length`` bytes, whose last block may be short."""
+    """Return how many of ``length`` bytes are in marked blocks; the last block may be short."""
     past_end = len(mask) * block_size - length if len(mask) and mask[-1] else 0
     return int(mask.sum()) * block_size - past_end
 
 
 def mask_ranges(mask: Mask) -> list[tuple[int, int]]:
-    """Return the ranges of indices, end excluded, in which a mask is true."""
+    """Return the runs of true values in a mask as (first index, index past the last)."""
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]

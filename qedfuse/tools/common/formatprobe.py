@@ -23,9 +23,9 @@ def probe_format(path: str) -> ImageFormat:
     """Return the format of a file or block device by its first bytes.
 
     Raises:
-        UsageError: It is an image of a foreign format.
-        HostError: It cannot be opened or read.
-        ImageError: It is neither a regular file nor a block device.
+        UsageError: The file is an image of a foreign format.
+        HostError: The file cannot be opened or read.
+        ImageError: The file is neither a regular file nor a block device.
     """
     fd = open_raw(path, os.O_RDONLY)
     try:
@@ -38,10 +38,14 @@ def probe_format(path: str) -> ImageFormat:
 
 
 def format_of(start: bytes | bytearray | memoryview, name: str) -> ImageFormat:
-    """Return the format of a copy's source by its first bytes; ``name`` is for the message.
+    """Return the format of the source of a copy by its first bytes.
+
+    Args:
+        start: The first bytes, `SIGNATURE_BYTES` or all that the source has.
+        name: Name of the source in the message.
 
     Raises:
-        UsageError: It is an image of a foreign format.
+        UsageError: The source is an image of a foreign format.
     """
     start = bytes(start[:SIGNATURE_BYTES])
     if is_qed(start):
@@ -57,10 +61,17 @@ def format_of(start: bytes | bytearray | memoryview, name: str) -> ImageFormat:
 
 
 def is_qed_image(start: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
-    """Return whether a file is described as QED: as the user says, else by its first bytes.
+    """Return whether a command must treat a file as QED.
+
+    The choice of the user decides.  With ``auto`` the first bytes decide.
+
+    Args:
+        start: The first bytes of the file, `SIGNATURE_BYTES` or all that it has.
+        image_format: The choice of the user.
+        name: Name of the file in the message.
 
     Raises:
-        NotQedError: The user says nothing, and it is an image of a foreign format.
+        NotQedError: The format is ``auto`` and the file is an image of a foreign format.
     """
     if image_format == "auto":
         found = foreign_format(start)

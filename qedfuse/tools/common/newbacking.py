@@ -1,7 +1,7 @@
 """Checks of a backing file before its name is written into an image.
 
-Nothing here is asynchronous, and nothing imports trio or numpy: a script that creates images
-by the dozen should not wait for an event loop to be loaded.
+Nothing here is asynchronous, and nothing imports trio or numpy, so that a command that creates
+an image does not wait until they are loaded.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Refuse a backing file that is the image itself, directly or through the chain below it.
 
-    Only names are followed, as far as they lead to files.  Whether those files can be used
-    as backing files is not tested.
+    The names in the headers of the chain are followed up to a file that is missing or is no
+    image.  Whether the files can be used as backing files is not tested.
 
     Args:
         image: The file that will name the backing file; it need not exist.
         backing: Name of the backing file, absolute or relative to the image's directory.
-        directory: Where names after ``file:`` begin; empty for the working directory.
+        directory: Directory to which names after ``file:`` are relative; empty for the
+            working directory.
 
     Raises:
         BackingError: The image is among the files of the chain.
@@ -52,16 +53,17 @@ def size_and_format(
 ) -> tuple[int, ImageFormat]:
     """Return the size in bytes and the format of the backing file of a new image.
 
-    The file is not locked: it may be in use.  The files below it are only compared with the
-    image by name.
+    The backing file may be in use, because it is not locked.  It and the chain below it must
+    not lead back to the image, see `refuse_backing_loop`.
 
     Args:
         image: The new image.
         backing: Name of the backing file, absolute or relative to the image's directory.
-        wanted: Its format; None accepts QED only.
+        wanted: Format of the backing file; None accepts only QED.
 
     Raises:
-        BackingError: It is missing, the image itself, or not of the wanted format.
+        BackingError: The backing file is missing, is the image itself or leads to it, or is
+            not of the wanted format.
     """
     path = backing_path(image, backing)
     about, shown = f"{printable(image)}: backing file", printable(path)
@@ -84,13 +86,13 @@ def size_and_format(
     except OSError as error:
         msg = f"{about} {shown}: {error.strerror}"
         raise BackingError(msg) from error
-    expected = "a QED image" if wanted else "a format: -F raw reads its bytes unchanged"
+    expected = "a QED image" if wanted else "a QED image, or -F raw for any other content"
     msg = f"{about} {shown}: found no QED magic, expected {expected}"
     raise BackingError(msg)
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    """Return whether two names lead to one file, which need not exist yet."""
+    """Return whether two names lead to the same file; the file need not exist yet."""
     return os.path.realpath(first) == os.path.realpath(second) or (
         os.path.exists(first)  # noqa: PTH110
         and os.path.exists(second)  # noqa: PTH110

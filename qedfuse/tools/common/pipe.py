@@ -1,4 +1,4 @@
-"""Pipes and standard streams with raw content; waiting for them can be cancelled."""
+"""Reading and writing pipes and standard streams; a cancellation ends a wait for the other end."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ class Stream:
     """An open stream, read or written at its current position.
 
     Attributes:
-        name: Its name in messages.
+        name: Name of the stream in messages.
     """
 
     def __init__(self, descriptor: int, name: str, *, blocking: bool) -> None:
-        """Take ownership of an open file; ``blocking`` says whether calls on it block."""
+        """Take ownership of a descriptor; ``blocking`` is whether O_NONBLOCK is not set on it."""
         self._descriptor = descriptor
         self._blocking = blocking
         self.name = name
 
     async def read(self, view: memoryview) -> int:
-        """Read what is available into a buffer; return its length in bytes, 0 at the end.
+        """Wait until bytes are available and read them; return their number, 0 at the end.
+
+        Fewer bytes than the length of ``view`` may be read.
 
         Raises:
             HostError: The host refused.
@@ -45,7 +47,7 @@ class Stream:
             raise HostError.from_os(error, self.name, "read") from error
 
     async def write(self, view: memoryview) -> None:
-        """Write all of a buffer.
+        """Write all of a buffer; wait for the reader where necessary.
 
         Raises:
             BrokenPipeError: The reading end is closed.
@@ -66,10 +68,15 @@ class Stream:
             raise HostError.from_os(error, self.name, "write") from error
 
     async def _call(self, call: Callable[[], int], wait: Callable[[int], object]) -> int:
-        """Make a system call that transfers bytes, and wait until it can."""
+        """Make a system call that transfers bytes; return their number.
+
+        Args:
+            call: Makes the system call.
+            wait: Waits until the descriptor is ready for the call.
+        """
         if self._blocking:
-            # Another process shares the open file and does not expect O_NONBLOCK on it.
-            # So a thread blocks, and a cancellation abandons it.
+            # O_NONBLOCK would also apply to the processes that share the open file, and they
+            # do not expect it.  So the call blocks a thread, which a cancellation abandons.
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
         while True:
             try:
@@ -86,7 +93,7 @@ class Stream:
 
 
 def is_stream(path: str) -> bool:
-    """Return whether a path is a stream: ``-``, a FIFO or a socket, also by way of /dev/stdin."""
+    """Return whether a path is ``-``, a FIFO or a socket; links such as /dev/stdin are followed."""
     if path == "-":
         return True
     try:
@@ -99,14 +106,18 @@ def is_stream(path: str) -> bool:
 async def open_stream(path: str, access: int) -> Stream:
     """Open a pipe, or a standard stream if the name is ``-``.
 
+    Args:
+        path: Name of the pipe.
+        access: ``os.O_RDONLY`` or ``os.O_WRONLY``.
+
     Raises:
-        HostError: It cannot be opened.
+        HostError: The pipe cannot be opened.
     """
     if path == "-":
         return _standard(access)
     try:
-        # Opening a FIFO blocks until the other end is opened.  In a thread that can be
-        # abandoned, the user can still interrupt it.
+        # Opening a FIFO blocks until the other end is opened.  The call is made in a thread
+        # that a cancellation abandons, so that the user can interrupt the command.
         fd = await trio.to_thread.run_sync(
             os.open, path, access | os.O_CLOEXEC, abandon_on_cancel=True
         )
@@ -121,12 +132,12 @@ def _standard(access: int) -> Stream:
     fd, name = _STANDARD[access], _NAMES[access]
     if stat.S_ISFIFO(os.fstat(fd).st_mode):
         try:
-            # A second open file can be made nonblocking without affecting processes that
-            # share the first.  Only for a pipe: a regular file that is opened again
-            # would be written from its beginning.
-            again = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:  # it belongs to another user
+            # The pipe is opened again, because O_NONBLOCK on a second open file does not
+            # affect processes that share the first.  A regular file must not be opened
+            # again: the second open file would begin at offset 0.
+            reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:  # for example, the pipe belongs to another user: use the first
             pass
         else:
-            return Stream(again, name, blocking=False)
+            return Stream(reopened, name, blocking=False)
     return Stream(os.dup(fd), name, blocking=True)

@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 
 class Ticket:
-    """An item's position in the order of items: its turn begins when the previous one ends."""
+    """An item's position in the order of items; its turn begins when the previous is finished."""
 
     def __init__(self, previous: Ticket | None) -> None:
-        """Come after another ticket; None for the first."""
+        """Create the ticket after ``previous``, which is None for the first."""
         self._previous = previous
         self._finished = threading.Event()
 
     def wait(self) -> None:
         """Block the thread until the previous ticket is finished.
 
-        The previous item was taken earlier, so a thread is already working on it: there is
-        no deadlock.
+        This cannot deadlock: the previous item was taken earlier, so another thread is
+        already working on it, and finishes its ticket in any case.
         """
         if self._previous is not None:
             self._previous._finished.wait()  # noqa: SLF001  the same class
@@ -49,18 +49,23 @@ class WorkerPool(Generic[T]):
     """A few threads, each with its own function that is called with items and their tickets."""
 
     def __init__(self, workers: Sequence[Callable[[T, Ticket], None]]) -> None:
-        """Use one thread for each function, which may own buffers: its calls do not overlap."""
+        """Use one thread for each function.
+
+        Calls of one function do not overlap, so the function may own buffers.
+        """
         self._workers = workers
         self._taking = threading.Lock()
         self._last: Ticket | None = None
 
     async def run(self, items: Iterator[T]) -> None:
-        """Process all items; an exception in one thread ends the work of all.
+        """Process all items, and raise the exception of a worker.
 
-        After a cancellation each thread finishes the item that it has taken.
+        After an exception in one thread, or a cancellation, each other thread finishes the
+        item that it has taken and takes no further one.
         """
         for first in items:
-            # Starts no thread without an item: large disks have long ranges with no work.
+            # No thread is started unless there is an item, because large disks have long
+            # ranges without work.  The threads take all items, so this block runs only once.
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:
@@ -79,5 +84,6 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # Without this the items after one that failed would wait forever.
+                # A worker that raises has not finished its ticket, and the workers of later
+                # items would wait for it forever.
                 ticket.finish()

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 def open_writable(
     path: str, options: OpenOptions | None = None, *, with_bases: bool = True
 ) -> AbstractAsyncContextManager[Disk]:
-    """Open an image for writing, for an ``async with`` block; check it first if it needs that.
+    """Return a context manager that opens an image for writing.
+
+    The image is checked first if NEED_CHECK is set, or if the length of the file is not a
+    multiple of the cluster size.
 
     Args:
         path: The image.
-        options: How to open it; ``writable`` is set in any case.
-        with_bases: As for `open_disk`.
+        options: How to open it; ``writable`` is always set.
+        with_bases: Whether to open the bases, see `open_disk`.
 
     Raises:
         CorruptImageError: The check found damage.

@@ -93,7 +93,9 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
     try:
         found = probe_format(path) if spec.backing_format != "raw" else "raw"
         if found != (spec.backing_format or "qed"):
-            expected = "a QED image" if spec.backing_format else "one, or -F raw"
+            expected = "a QED image"
+            if spec.backing_format is None:
+                expected += ", or -F raw for any other content"
             msg = f"{printable(path)}: found no QED magic, expected {expected}"
             raise BackingError(msg)
         async with AsyncExitStack() as stack:

@@ -1,1 +1,1 @@
-"""Read-only disks: how they store their content, in runs, extents and chunks."""
+"""Disks that are only read: how they store their content, as runs, extents and chunks."""

@@ -1,8 +1,8 @@
 """How a whole chain stores a range of the disk, as arrays: the runs of each layer combined.
 
-A layer shows through where the layers above it have nothing.  The chain is read range by
-range, each as long as a few slices of tables describe, so a disk of any size takes little
-memory.  All work is done on whole arrays.
+Where the upper layers store nothing, the disk reads as the layer below them.  One call
+returns at most the range that a few reads of tables describe, so a disk of any size takes
+little memory.  All work is done on whole arrays.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ChainRuns:
 
     Attributes:
         starts: Guest offset of each run.
-        lengths: Bytes of the disk.
-        depths: Layer that stores each run; 0 is the image itself.
+        lengths: Length of each run in bytes.
+        depths: Number of the layer that stores each run; 0 is the image itself.
         kinds: As in `Runs`.
         offsets: As in `Runs`, in the file of the layer.
     """
@@ -55,7 +55,7 @@ class ChainRuns:
         return int(self.starts[-1] + self.lengths[-1])
 
     def count_bad(self) -> int:
-        """Return the number of runs whose table entry is invalid."""
+        """Return the number of `BAD` runs; each is the range of one invalid table entry."""
         return int((self.kinds == BAD).sum())
 
     def slice_of(self, which: slice) -> ChainRuns:
@@ -74,11 +74,11 @@ class ChainRunReader:
 
     Attributes:
         size: Bytes of the disk.
-        files: Paths of the chain's files as they were named, the image itself first.
+        files: Paths by which the chain's files were opened, the image itself first.
     """
 
     def __init__(self, layers: list[Layer]) -> None:
-        """Read open layers, the image itself first."""
+        """Read ``layers``, the image itself first, which the caller has opened and closes."""
         self._layers = [
             QedRunReader(layer) if isinstance(layer, QedLayer) else RawRunReader(layer)
             for layer in layers
@@ -89,7 +89,14 @@ class ChainRunReader:
     async def batches(
         self, start: int = 0, length: int | None = None
     ) -> AsyncGenerator[ChainRuns, None]:
-        """Yield the runs of a range in order, each as long as possible also across batches."""
+        """Yield the runs of a range of the disk in order, in batches.
+
+        Adjacent runs are joined also where one batch ends and the next begins.
+
+        Args:
+            start: Guest offset in bytes.
+            length: Bytes; None for all up to the end of the disk.
+        """
         end = self.size if length is None else min(self.size, start + length)
         last: ChainRuns | None = None  # may continue in the next batch
         while start < end:
@@ -104,7 +111,7 @@ class ChainRunReader:
             yield last
 
     async def read(self, start: int, end: int) -> ChainRuns:
-        """Return how the chain stores a range, or the beginning of it; never empty."""
+        """Return the runs from ``start`` on, up to ``end`` or an earlier offset; never empty."""
         await trio.lowlevel.checkpoint()
         runs = await self._layers[0].read(start, end)
         depths = np.zeros(len(runs.starts), np.int64)
@@ -115,32 +122,37 @@ class ChainRunReader:
                 break
             first = int(runs.starts[unallocated[0]])
             last = int(unallocated[-1]) + 1
-            # Past the end of a layer the layers below it do not show through.
+            # Past its end a layer reads as zeros, even where the layers below it are longer.
             size = min(size, layer.size)
             stop = min(size, int(runs.starts[last]) if last < len(runs.starts) else runs.end)
             if first >= stop:
                 break
             below = await layer.read(first, stop)
-            runs, depths = _overlaid(runs, depths, below, depth, short=below.end < stop)
+            is_partial = below.end < stop
+            runs, depths = _overlaid(runs, depths, below, depth, below_is_partial=is_partial)
         lengths = np.diff(runs.starts, append=runs.end)
         return _joined(ChainRuns(runs.starts, lengths, depths, runs.kinds, runs.offsets))
 
 
 def _overlaid(
-    above: Runs, depths: Array, below: Runs, depth: int, *, short: bool
+    above: Runs, depths: Array, below: Runs, depth: int, *, below_is_partial: bool
 ) -> tuple[Runs, Array]:
-    """Return the runs of some layers combined with those of the layer below them.
+    """Combine the runs of the upper layers with those of the next layer below.
 
     Args:
         above: Runs of the upper layers.
-        depths: The layer of each.
-        below: Runs of the lower layer, where the upper ones are unallocated.
-        depth: The lower layer.
-        short: Whether ``below`` covers only a part of the range; the result then ends with
-            it.
+        depths: Number of the layer that stores each run of ``above``.
+        below: Runs of the lower layer, from the first to the last range that is unallocated
+            in ``above``.
+        depth: Number of the lower layer.
+        below_is_partial: Whether ``below`` ends before that range does, because one call
+            returns a limited number of runs.  The result then ends where ``below`` ends.
+
+    Returns:
+        The combined runs, and the number of the layer that stores each.
     """
     starts = np.union1d(above.starts, np.append(below.starts, below.end))
-    end = min(above.end, below.end) if short else above.end
+    end = min(above.end, below.end) if below_is_partial else above.end
     starts = starts[starts < end]
     upper = np.searchsorted(above.starts, starts, "right") - 1
     lower = np.searchsorted(below.starts, starts, "right") - 1
@@ -155,7 +167,15 @@ def _overlaid(
 
 
 def _offset_within(runs: Runs, numbers: NDArray[np.intp], starts: Array) -> Array:
-    """Return how far into its run each guest offset is; 0 for a run without a file offset."""
+    """Return the distance in bytes of each guest offset from the start of its run.
+
+    The distance is 0 if the run has no file offset.
+
+    Args:
+        runs: The runs.
+        numbers: Index of the run of each guest offset.
+        starts: The guest offsets.
+    """
     has_offset = (runs.kinds[numbers] == DATA) | (runs.kinds[numbers] == HOLE)
     return np.where(has_offset, starts - runs.starts[numbers], 0)
 
@@ -172,7 +192,11 @@ def _concatenated(first: ChainRuns, second: ChainRuns) -> ChainRuns:
 
 
 def _joined(runs: ChainRuns) -> ChainRuns:
-    """Return the runs with those joined that continue each other in one file."""
+    """Return the runs, with adjacent ones joined if they have the same layer and kind.
+
+    Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs
+    stay separate, so that each invalid entry is counted.
+    """
     joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
     has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)
     follows = runs.offsets[:-1] + runs.lengths[:-1] == runs.offsets[1:]

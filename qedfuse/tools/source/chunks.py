@@ -1,7 +1,7 @@
-"""A disk cut into the chunks that a copy or a comparison reads, and reading a chunk.
+"""Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-Ranges that are known to be zeros, or that are the same bytes of the same file in both disks,
-are in no chunk.
+A range is in no chunk if the extents already show that it is zeros, or that both disks store
+it as the same bytes of the same file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 MAX_CHUNK_BYTES: Final = 4 << 20
-"""Bytes of the disk in a chunk: enough to make the cost of the chunk itself negligible."""
+"""Most bytes of the disk in a chunk; large enough that the cost per chunk is negligible."""
 
 _MAX_BRIDGED_HOLE_BYTES: Final = 1 << 18
-"""A hole up to this length is read as data: that costs less than two chunks beside it."""
+"""Longest hole that is read as part of one chunk; a longer one separates two chunks.
+
+Reading a short hole costs less than a second chunk.
+"""
 
 
 class Segment(NamedTuple):
-    """Bytes of a file that belong into a chunk, ``at`` bytes from the chunk's beginning."""
+    """Bytes of a file that belong to a chunk, ``at`` bytes from the chunk's beginning."""
 
     descriptor: int
     offset: int
@@ -42,9 +45,9 @@ class Chunk(NamedTuple):
     Attributes:
         start: Guest offset.
         length: Bytes.
-        segments: Where its data lies; the rest is zeros.
-        base_segments: Where the data of the other disk lies in the same range, if there is
-            another disk.
+        segments: The data of the chunk in files; the rest of the chunk is zeros.
+        base_segments: The data of the other disk in the same range, if there is another
+            disk; the rest of that range is zeros.
     """
 
     start: int
@@ -65,21 +68,23 @@ class Chunker:
         base: Source | None = None,
         include_zeros: bool = False,
     ) -> None:
-        """Cut batches of ``source``, whose files and those of ``base`` must stay open.
+        """Cut batches of ``source``; the caller must keep the files of both disks open.
 
         Args:
             source: The disk.
-            block_size: Bytes; chunks begin and end at multiples of it.
+            block_size: Bytes; chunks begin at multiples of it, and end at multiples of it or
+                at the end of the disk.
             max_chunk_bytes: Bytes; a chunk does not cross a multiple of it.
-            base: Another disk to read beside the first.  Where both have the same bytes of
-                the same file there is no chunk.
-            include_zeros: Also make chunks of ranges that are known to be zeros.
+            base: Another disk to read beside ``source``.  A range that both store as the
+                same bytes of the same file is in no chunk.
+            include_zeros: Whether to put all ranges into chunks, zeros and shared bytes
+                included.
         """
         self._block_size = block_size
         self._max_chunk_bytes = max_chunk_bytes
         self._include_zeros = include_zeros
         self._has_base = base is not None
-        # Files by depth: device and inode, and descriptor.
+        # For each depth: device and inode of the layer's file, and its descriptor.
         self._source_ids = [(info.st_dev, info.st_ino) for info in source.files()]
         self._base_ids = [(info.st_dev, info.st_ino) for info in base.files()] if base else []
         self._source_fds = [source.descriptor(depth) for depth in range(len(self._source_ids))]
@@ -108,7 +113,7 @@ class Chunker:
                 at = stop
 
     def _unshared(self, data: list[Extent], base_data: list[Extent]) -> list[tuple[int, int]]:
-        """Return the ranges in which either disk has data that the other does not share."""
+        """Return the ranges in which either disk has data, except data that both share."""
         edges = sorted(
             {edge for extent in (*data, *base_data) for edge in (extent.start, extent.end)}
         )
@@ -130,7 +135,7 @@ class Chunker:
         return result
 
     def _is_shared(self, upper: Extent, lower: Extent) -> bool:
-        """Return whether two extents that overlap are the same bytes of one file."""
+        """Return whether two extents are the same bytes of one file where they overlap."""
         return (
             self._source_ids[upper.depth] == self._base_ids[lower.depth]
             and upper.file_offset - upper.start == lower.file_offset - lower.start
@@ -140,7 +145,14 @@ class Chunker:
 def _aligned(
     ranges: Iterable[tuple[int, int]], block_size: int, start: int, end: int
 ) -> Iterable[tuple[int, int]]:
-    """Widen ranges within a batch to whole blocks, and join those with a short hole between."""
+    """Widen ranges to whole blocks, and join ranges with a short hole between them.
+
+    Args:
+        ranges: Guest offsets (start, end), ascending.
+        block_size: Bytes in a block.
+        start: Guest offset where the batch begins, a multiple of ``block_size``.
+        end: Guest offset where the batch ends; no range is widened past it.
+    """
     first = last = start
     for left, right in ranges:
         begin, stop = left - left % block_size, min(right + -right % block_size, end)
@@ -157,13 +169,16 @@ class _SegmentCursor:
     """Finds the segments of one range after another, in ascending order."""
 
     def __init__(self, extents: list[Extent], descriptors: list[int]) -> None:
-        """Begin at the first extent of a batch; ``descriptors`` are its files by depth."""
+        """Begin at the first of the data extents; ``descriptors`` are the files by depth."""
         self._extents = extents
         self._descriptors = descriptors
         self._next = 0
 
     def within(self, start: int, end: int) -> tuple[Segment, ...]:
-        """Return the segments within a range; the range of a later call must lie behind it."""
+        """Return the segments within a range of the disk.
+
+        The caller must pass ranges in ascending order, without overlaps.
+        """
         result = []
         while self._next < len(self._extents):
             extent = self._extents[self._next]
@@ -179,7 +194,12 @@ class _SegmentCursor:
 
 
 def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None:
-    """Fill a buffer with the segments of a chunk and zeros between them; for a worker thread.
+    """Fill a buffer with the segments of a chunk, and with zeros elsewhere; blocks the thread.
+
+    Args:
+        buffer: As long as the chunk.
+        segments: The segments in ascending order.
+        name: Name of the disk in messages.
 
     Raises:
         HostError: The host refused, or a file has become shorter.
@@ -195,7 +215,7 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None
 
 
 def _read(view: memoryview, segment: Segment, name: str) -> None:
-    """Read one whole segment into ``view``, which has its length."""
+    """Read one whole segment into ``view``, which is as long as the segment."""
     try:
         done = read_all(segment.descriptor, segment.offset, view, 0)
     except OSError as error:

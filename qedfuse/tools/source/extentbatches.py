@@ -1,6 +1,6 @@
-"""A disk walked in batches of extents, optionally beside another disk.
+"""Walking through the extents of a disk in batches, optionally beside another disk.
 
-Each batch says how the disk stores a range, and how the other disk stores the same range.
+Each batch describes how the disk stores a range, and how the other disk stores the same range.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 _BATCH_BYTES: Final = 1 << 28
-"""A batch is complete when it covers this many bytes of the disk."""
+"""A batch is complete when it covers at least this many bytes of the disk."""
 
 _BATCH_EXTENTS: Final = 1 << 14
-"""A batch is complete when it has this many extents, however few bytes they cover."""
+"""A batch is also complete when it has at least this many extents, and covers a whole block."""
 
 
 class ExtentBatch(NamedTuple):
-    """A range of a disk.
+    """How a disk, and possibly another disk, stores a range.
 
     Attributes:
-        start: Guest offset where it begins.
-        end: Guest offset where it ends.
-        extents: How the disk stores it, in order and without gaps.
-        base_extents: How the other disk stores it, up to the end of that disk.
+        start: Guest offset where the range begins.
+        end: Guest offset where the range ends.
+        extents: The extents of the disk, in order and without gaps.
+        base_extents: The extents of the other disk, in order and without gaps, up to the end
+            of that disk; empty if there is no other disk.
     """
 
     start: int
@@ -42,7 +43,7 @@ class ExtentBatch(NamedTuple):
 async def extent_batches(
     source: Source, block_size: int, base: Source | None = None
 ) -> AsyncGenerator[ExtentBatch, None]:
-    """Yield batches that cover a whole disk; a bad entry raises after the ranges before it.
+    """Yield batches that cover a whole disk.
 
     Args:
         source: The disk.
@@ -51,7 +52,8 @@ async def extent_batches(
         base: Another disk, in which each range is looked up as well.
 
     Raises:
-        CorruptImageError: A table entry of either disk is bad.
+        CorruptImageError: A table entry of either disk is bad.  All whole blocks before the
+            range of that entry have been yielded.
         HostError: The host cannot read a file.
     """
     at, size = 0, source.size
@@ -77,7 +79,10 @@ async def extent_batches(
 
 
 async def _read_batch(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
-    """Return extents for a batch, of at least a whole block or up to the end of the disk."""
+    """Return the extents from ``start`` on, for one batch.
+
+    They end when a batch is complete, at or past ``end``, or at the end of the disk.
+    """
     found: list[Extent] = []
     at, end = start, min(end, source.size)
     while at < end:
@@ -91,7 +96,7 @@ async def _read_batch(source: Source, start: int, end: int, block_size: int) -> 
 
 
 def _before(end: int, extents: list[Extent]) -> list[Extent]:
-    """Return what lies before an offset; the last extent is shortened to it."""
+    """Return the extents before a guest offset; one that crosses the offset is shortened."""
     return [
         extent._replace(length=min(extent.end, end) - extent.start)
         for extent in extents

@@ -20,12 +20,12 @@ _KINDS: Final = {UNALLOCATED: Kind.UNALLOCATED, ZEROS: Kind.ZERO, HOLE: Kind.ZER
 
 
 class QedSource:
-    """A QED image and its bases, locked for reading."""
+    """A QED image and its bases as a `Source`."""
 
     format: ImageFormat = "qed"
 
     def __init__(self, disk: Disk, path: str) -> None:
-        """Read an open disk, which the caller closes."""
+        """Read a disk that the caller has opened and closes."""
         self._disk = disk
         self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path
@@ -33,7 +33,10 @@ class QedSource:
         self.size = disk.size
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how the chain stores a range or its beginning; holes of raw bases are zeros."""
+        """Return how the chain stores a range, or its beginning, as `Source.extents` does.
+
+        Holes of raw bases are zeros.
+        """
         end = min(start + length, self.size)
         if start >= end:
             return []
@@ -44,16 +47,16 @@ class QedSource:
             *(column.tolist() for column in columns), strict=True
         ):
             if kind == BAD:
-                # Runs carry no reason; the extents of the disk do.
+                # The message for the user needs the reason, which a run does not have.
                 result += await self._disk.extents(at, count)
             else:
                 result.append(Extent(_KINDS[kind], at, count, offset, depth))
         return result
 
     def descriptor(self, depth: int) -> int:
-        """Return the descriptor of a layer's file."""
+        """Return the descriptor of the file of the layer at ``depth``."""
         return cast("PosixFile", self._disk.chain.layers[depth].file).fd
 
     def files(self) -> list[os.stat_result]:
-        """Return the attributes of the image and of its bases, by depth."""
+        """Return the file attributes (stat(2)) of the image and of its bases, by depth."""
         return [layer.file.stat() for layer in self._disk.chain.layers]

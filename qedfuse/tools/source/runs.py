@@ -30,16 +30,16 @@ ZEROS: Final = 1
 DATA: Final = 2
 """Data at an offset of the file."""
 HOLE: Final = 3
-"""Zeros at an offset of the file, which has a hole there."""
+"""A hole of a raw file, which reads as zeros; it has an offset in the file."""
 BAD: Final = 4
-"""A table entry with an invalid offset."""
+"""The range of a table entry that is invalid."""
 
-_TABLE_READ_BYTES: Final = 1 << 18
-"""Bytes of a table in one read, and in one array."""
+_MAX_TABLE_READ_BYTES: Final = 1 << 18
+"""Most bytes of a table in one read, and so in one array."""
 _MAX_TABLE_READS_PER_CALL: Final = 4
-"""Reads of tables for which one call returns the runs."""
+"""Most reads of tables for one call, which then returns the runs found so far."""
 _MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
-"""Runs of a raw file that one call returns."""
+"""Most runs of a raw file that one call returns."""
 
 
 @dataclass(slots=True)
@@ -49,8 +49,8 @@ class Runs:
     Attributes:
         starts: Guest offset of each run.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD`.
-        offsets: File offset of each run of kind `DATA` or `HOLE`, and the table entry of a
-            `BAD` one; meaningless for the others.
+        offsets: File offset of each run of kind `DATA` or `HOLE`; meaningless for the other
+            kinds.
         end: Guest offset where the last run ends.
     """
 
@@ -64,14 +64,14 @@ class QedRunReader:
     """Reads the runs of a QED image from its tables."""
 
     def __init__(self, layer: QedLayer) -> None:
-        """Read the tables of an open layer, whose L1 table has been read."""
+        """Read the tables of an open layer; the caller must have called its `scan_l1`."""
         self._layer = layer
         self._geometry = layer.geometry
         self.size = layer.size
         self.name = layer.file.name
 
     async def read(self, start: int, end: int) -> Runs:
-        """Return the runs from ``start`` on, at most up to ``end``."""
+        """Return the runs from ``start`` on, up to ``end`` or an earlier offset."""
         geometry, layer = self._geometry, self._layer
         found: list[Runs] = []
         at = start
@@ -94,7 +94,16 @@ class QedRunReader:
         return _concatenate(found)
 
     async def _in_table(self, table: int, start: int, end: int) -> Runs:
-        """Return the runs that one read of an L2 table describes."""
+        """Return the runs that one read of an L2 table describes.
+
+        A hole of the file in the table is entries of 0, which are unallocated, so it is not
+        read.
+
+        Args:
+            table: File offset of the table.
+            start: Guest offset where the runs begin.
+            end: Guest offset where they end at the latest, within the range of the table.
+        """
         geometry = self._geometry
         index = geometry.l2_index(start)
         position = table + index * ENTRY_BYTES
@@ -103,19 +112,26 @@ class QedRunReader:
         table_end = table + last * ENTRY_BYTES
         if data is None or data >= table_end:
             return _single(start, UNALLOCATED, end)
-        if data - position >= _TABLE_READ_BYTES:
+        if data - position >= _MAX_TABLE_READ_BYTES:
             count = (data - position) // ENTRY_BYTES
             return _single(
                 start, UNALLOCATED, geometry.floor(start) + count * geometry.cluster_size
             )
-        raw = await self._layer.file.pread(position, min(_TABLE_READ_BYTES, table_end - position))
-        values = _entries(raw)
+        length = min(_MAX_TABLE_READ_BYTES, table_end - position)
+        values = _entries(await self._layer.file.pread(position, length))
         stop = min(end, geometry.floor(start) + len(values) * geometry.cluster_size)
         return self._runs(values, start, stop)
 
     def _runs(self, values: Array, start: int, end: int) -> Runs:
-        """Join the entries of a range into runs, each as long as possible."""
+        """Join the entries of a range into runs, each as long as possible.
+
+        Args:
+            values: The entries from that of the cluster at ``start`` on.
+            start: Guest offset where the runs begin, possibly inside a cluster.
+            end: Guest offset where the runs end.
+        """
         size = self._geometry.cluster_size
+        # An entry of 0 is `UNALLOCATED`, 1 is `ZEROS`, and any other is an offset.
         kinds = np.minimum(values.view(np.uint64), DATA).astype(np.uint8)
         before, after = values[:-1], values[1:]
         joined = (after - before == size) & (kinds[:-1] == DATA) & (kinds[1:] == DATA)
@@ -139,14 +155,15 @@ class RawRunReader:
     """Reads the runs of a raw file: data and holes."""
 
     def __init__(self, layer: Layer) -> None:
-        """Read an open layer."""
+        """Read a layer that the caller has opened and closes."""
         self._file = layer.file
-        # QEMU rounds the size of a disk up to whole sectors.
+        # As in QEMU, the size of a raw disk is the length of its file in whole sectors,
+        # rounded up.
         self.size = -(-layer.size // SECTOR) * SECTOR
         self.name = layer.file.name
 
     async def read(self, start: int, end: int) -> Runs:
-        """Return the runs from ``start`` on, at most up to ``end``."""
+        """Return the runs from ``start`` on, up to ``end`` or an earlier offset."""
         starts: list[int] = []
         kinds: list[int] = []
         at = start
@@ -166,12 +183,12 @@ class RawRunReader:
 
 
 def _single(start: int, kind: int, end: int) -> Runs:
-    """Return one run without an offset."""
+    """Return a single run of a kind without a file offset."""
     return Runs(np.array([start]), np.array([kind], np.uint8), np.zeros(1, np.int64), end)
 
 
 def _concatenate(parts: list[Runs]) -> Runs:
-    """Return the runs of adjacent ranges as one."""
+    """Return the runs of adjacent ranges as one `Runs`."""
     if len(parts) == 1:
         return parts[0]
     return Runs(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
-"""Extents of a raw file that one call returns."""
+"""A call stops when it has at least this many extents of a raw file."""
 
 
 class Source(Protocol):
@@ -35,8 +35,8 @@ class Source(Protocol):
     Attributes:
         size: Bytes of the disk.
         format: ``raw`` or ``qed``.
-        name: Its name in messages.
-        path: Its path on the host.
+        name: Name of the disk in messages.
+        path: Path of the file on the host.
     """
 
     size: int
@@ -47,34 +47,37 @@ class Source(Protocol):
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, as extents in order.
 
-        May return only the beginning of the range, so that a list has a limited length.
-        Empty only if the range begins at or past the end of the disk.
+        May return only the beginning of the range, so that the list has a limited length.
+        The list is empty only if the range begins at or past the end of the disk.
 
         Raises:
             HostError: The host cannot read a file.
         """
 
     def descriptor(self, depth: int, /) -> int:
-        """Return the descriptor of the layer at ``depth``, which data extents refer to."""
+        """Return the descriptor of the file of the layer at ``depth``.
+
+        The file offsets of data extents with that depth refer to this file.
+        """
 
     def files(self) -> list[os.stat_result]:
-        """Return the attributes of the files of all layers, by depth."""
+        """Return the file attributes (stat(2)) of all layers, by depth."""
 
 
 class RawSource:
-    """A raw file or a device, whose bytes are those of the disk."""
+    """A raw file or block device, whose bytes are those of the disk."""
 
     format: ImageFormat = "raw"
 
     def __init__(self, fd: int, path: str) -> None:
-        """Read an open file, which the caller closes."""
+        """Read a file that the caller has opened and closes."""
         self._fd = fd
         self.path = path
         self.name = printable(path)
         self.size = length_of(fd, self.name)
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return data and holes of a range, or of the beginning of it."""
+        """Return the data and holes of a range, or of its beginning, as `Source.extents` does."""
         await trio.lowlevel.checkpoint()
         end = min(start + length, self.size)
         result: list[Extent] = []
@@ -98,7 +101,7 @@ class RawSource:
         return self._fd
 
     def files(self) -> list[os.stat_result]:
-        """Return the attributes of the only file."""
+        """Return the file attributes (stat(2)) of the only file."""
         return [status_of(self._fd, self.name)]
 
 
@@ -124,20 +127,21 @@ async def open_source(
 
     Args:
         path: A QED image, or a regular file or block device with raw content.
-        format: Its format; ``auto`` detects it by its first bytes.
-        options: How to open it; ``writable`` is ignored.
+        format: Format of the file; ``auto`` detects the format by the first bytes.
+        options: How to open the file; ``writable`` is ignored.
 
     Raises:
-        UsageError: It is an image of another format.
-        QedError: The image or a base cannot be opened or locked, or is not trusted.
+        UsageError: The format is ``auto`` and the file is an image of a foreign format.
+        QedError: The file or a base cannot be opened or locked, or a base is not trusted.
     """
     options = options or OpenOptions()
     if format == "auto":
         format = probe_format(path)  # noqa: A001
     if format == "qed":
-        # Loaded here: a raw source needs none of it, and it takes a while to load.
-        from qedfuse.disk.opening import open_disk  # noqa: PLC0415
-        from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415
+        # Imported late, because a raw source does not need these modules and should not wait
+        # until they are loaded.
+        from qedfuse.disk.opening import open_disk  # noqa: PLC0415  see above
+        from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415  see above
 
         async with open_disk(path, replace(options, writable=False)) as disk:
             yield QedSource(disk, path)

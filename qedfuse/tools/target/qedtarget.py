@@ -1,4 +1,4 @@
-"""QED targets: a new image, laid out in the order of its disk, and an existing image."""
+"""QED targets: a new image, whose clusters lie in the order of the disk, and an existing image."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class _TableSlice:
 
     Attributes:
         entries: The entries of the slice.
-        offset: Where the slice lies in the file, in bytes.
-        number: Which slice it is, counted over all tables of its level; -1 for none yet.
+        offset: File offset of the slice in bytes.
+        number: Index of the slice, counted over all tables of its level; -1 before the first.
     """
 
     def __init__(self, length: int) -> None:
@@ -43,7 +43,7 @@ class _TableSlice:
         self.number = -1
 
     def take_writes(self) -> list[Write]:
-        """Return the write of the entries, none if none is set; clear the entries."""
+        """Return the write of the entries and clear them; return an empty list if none is set."""
         if not self.entries.any():
             return []
         content = self.entries.byteswap() if _BIG_ENDIAN else self.entries.copy()
@@ -52,10 +52,11 @@ class _TableSlice:
 
 
 class NewQedTarget(ParallelTarget):
-    """A new image: L2 tables where they are first needed, data clusters between them.
+    """A new image.
 
-    The header is written last.  Of each level of tables one slice is in memory, whatever
-    the geometry.
+    Each L2 table is allocated before the first of its data clusters, so tables and data
+    clusters alternate in the file.  The header is written last.  Of each level of tables one
+    slice is in memory, whatever the geometry.
 
     Attributes:
         end: Length of the file so far, in bytes.
@@ -66,7 +67,7 @@ class NewQedTarget(ParallelTarget):
 
         Args:
             descriptor: The file.
-            header: The geometry and features; its image size is replaced in `finish`.
+            header: The geometry and features; `finish` replaces its image size.
             backing: Name of the backing file, as stored; empty for none.
             name: Name of the file in messages.
         """
@@ -75,7 +76,8 @@ class NewQedTarget(ParallelTarget):
         self.block_size = header.cluster_size
         self._header = header
         self._backing = backing
-        # A chunk lies within one slice of one table: all are powers of two.
+        # `assign_offsets` needs each chunk within one slice of one table.  The lengths of
+        # chunks, slices and tables are powers of two, so a chunk crosses no boundary.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -84,7 +86,11 @@ class NewQedTarget(ParallelTarget):
         self._l2 = _TableSlice(self._slice_length)
 
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
-        """Assign the clusters of a chunk adjacent offsets at the end of the file."""
+        """Assign adjacent offsets at the end of the file to the data clusters of a chunk.
+
+        Entries are set in the table slices in memory.  If the chunk is the first of its
+        slices, the writes of the completed slices are returned as well.
+        """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
             return []
@@ -103,7 +109,7 @@ class NewQedTarget(ParallelTarget):
         return [*writes, Write(offset, buffers)] if buffers else writes
 
     def _check_size(self, size: int) -> None:
-        """Refuse a disk that is larger than the tables can address."""
+        """Raise UsageError if a disk of ``size`` bytes is larger than the tables can address."""
         maximum = self._geometry.max_image_size
         if size > maximum:
             msg = (
@@ -113,7 +119,10 @@ class NewQedTarget(ParallelTarget):
             raise UsageError(msg)
 
     def _select_slices(self, start: int) -> list[Write]:
-        """Make the slices for a guest offset current; return the writes of the previous ones."""
+        """Make the L1 and L2 slices for a guest offset current; return the writes of the old ones.
+
+        An L2 table is allocated at the end of the file if the L1 entry has none yet.
+        """
         number = (start >> self._geometry.cluster_bits) // self._slice_length
         if number == self._l2.number:
             return []
@@ -135,7 +144,10 @@ class NewQedTarget(ParallelTarget):
         return writes
 
     def finish(self, size: int) -> None:
-        """Write the remaining entries, and the header last."""
+        """Write the last slices, set the length of the file, and write the header last.
+
+        ``size`` is rounded up to whole sectors.
+        """
         size = -(-size // SECTOR) * SECTOR
         self._check_size(size)
         writes = [*self._l2.take_writes(), *self._l1.take_writes()]
@@ -151,31 +163,34 @@ class NewQedTarget(ParallelTarget):
 
 
 class ExistingQedTarget(SequentialTarget):
-    """An existing image, written through its open disk like by a guest; zeros are discarded."""
+    """An existing image, written through its open disk as a guest would; zeros are discarded."""
 
     def __init__(self, disk: Disk) -> None:
         """Write to an open disk that is at least as large as the source."""
         self._disk = disk
         self.block_size = disk.header.cluster_size
-        self._at = 0
+        self._written_end = 0  # guest offset up to which data is written or discarded
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Discard the range up to the chunk and the zeros in it; write the data."""
+        """Write the data blocks; discard the zeros before ``start``, between and after them."""
         await self._discard(start)
         for first, last in mask_ranges(data):
             await self._discard(start + first * self.block_size)
             content = view[first * self.block_size : last * self.block_size]
             await self._disk.write(start + first * self.block_size, content)
-            self._at = start + first * self.block_size + len(content)
+            self._written_end = start + first * self.block_size + len(content)
         await self._discard(start + len(view))
 
     async def finish(self, size: int) -> None:
-        """Discard the rest of the disk that was copied, and make everything durable."""
+        """Discard everything from the last chunk up to ``size``, and make the image durable."""
         await self._discard(size)
         await self._disk.flush()
 
     async def _discard(self, end: int) -> None:
-        """Make everything from the last write up to an offset zeros."""
-        if self._at < end:
-            await self._disk.discard(self._at, end - self._at)
-            self._at = end
+        """Discard from the end of the last write or discard up to a guest offset.
+
+        The range then reads as zeros.
+        """
+        if self._written_end < end:
+            await self._disk.discard(self._written_end, end - self._written_end)
+            self._written_end = end

@@ -25,14 +25,19 @@ _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODE
 
 
 class NewRawTarget(ParallelTarget):
-    """A new raw file, with holes where the disk has zeros; it has no base."""
+    """A new raw file without a base.  Blocks that are not written stay holes."""
 
     max_chunk_bytes = MAX_CHUNK_BYTES
 
     def __init__(self, descriptor: int, name: str, sparse_size: int = _BLOCK_BYTES) -> None:
         """Write to an open, empty file; write nothing if ``descriptor`` is negative.
 
-        ``sparse_size`` is the length in bytes of the shortest hole.
+        Args:
+            descriptor: The file.
+            name: Name of the file in messages.
+            sparse_size: Shortest run of zeros, in bytes, that the caller will leave as a
+                hole.  Only the block size depends on it here: 512 bytes for 512 to 4095,
+                else 4096.
         """
         self.descriptor = descriptor
         self.name = name
@@ -46,11 +51,11 @@ class NewRawTarget(ParallelTarget):
         data: Mask,
         zeros: Mask,  # noqa: ARG002  there is no base to hide
     ) -> list[Write]:
-        """Return writes of the data at the offsets that it has on the disk."""
+        """Return the writes of the data; the file offset of each is its guest offset."""
         return _data_writes(start, view, data, self.block_size)
 
     def finish(self, size: int) -> None:
-        """Set the length of the file."""
+        """Set the length of the file to ``size`` bytes."""
         if self.descriptor < 0:
             return
         try:
@@ -67,46 +72,52 @@ class StreamTarget(SequentialTarget):
     def __init__(self, stream: Stream) -> None:
         """Write to an open stream."""
         self._stream = stream
-        self._at = 0
+        self._written_bytes = 0
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:  # noqa: ARG002
-        """Write zeros up to the chunk, and all of the chunk."""
+        """Write zeros up to ``start``, then all of the chunk, zeros included."""
         await self._write_zeros(start)
         await self._stream.write(view)
-        self._at = start + len(view)
+        self._written_bytes = start + len(view)
 
     async def finish(self, size: int) -> None:
-        """Write zeros up to the end of the disk."""
+        """Write zeros up to ``size``, the end of the disk."""
         await self._write_zeros(size)
 
     async def _write_zeros(self, end: int) -> None:
-        """Write zeros up to an offset."""
-        while self._at < end:
-            zeros = _ZEROS[: end - self._at]
+        """Write zeros from the end of the written bytes up to a guest offset."""
+        while self._written_bytes < end:
+            zeros = _ZEROS[: end - self._written_bytes]
             await self._stream.write(zeros)
-            self._at += len(zeros)
+            self._written_bytes += len(zeros)
 
 
 class ExistingRawTarget(SequentialTarget):
-    """An existing file or block device; ranges of zeros become holes where the host has them."""
+    """An existing file or block device.
+
+    Zeros are punched as holes, or written if the host does not support holes there.
+    """
 
     block_size = _BLOCK_BYTES
 
     def __init__(self, descriptor: int, name: str, *, durable: bool = True) -> None:
         """Write to an open file that is at least as long as the disk.
 
-        With ``durable`` it ends with an fsync.
+        Args:
+            descriptor: The file.
+            name: Name of the file in messages.
+            durable: Whether `finish` makes the file durable with fsync(2).
         """
         self._durable = durable
         self.descriptor = descriptor
         self.name = name
-        self._at = 0
+        self._written_end = 0  # guest offset where the last chunk ended
         self._can_punch = True
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Zero the range up to the chunk and the zeros in it; write the data."""
-        await self._zero(self._at, start)
-        self._at = start + len(view)
+        """Zero the file from the last chunk up to ``start``; then zero and write this chunk."""
+        await self._zero(self._written_end, start)
+        self._written_end = start + len(view)
         for first, last in mask_ranges(~data):
             end = min(last * self.block_size, len(view))
             await self._zero(start + first * self.block_size, start + end)
@@ -114,8 +125,8 @@ class ExistingRawTarget(SequentialTarget):
         await trio.to_thread.run_sync(perform_writes, self.descriptor, writes, self.name)
 
     async def finish(self, size: int) -> None:
-        """Zero the rest of the disk, and make the file durable if wanted."""
-        await self._zero(self._at, size)
+        """Zero the file from the last chunk up to ``size``; fsync it unless not ``durable``."""
+        await self._zero(self._written_end, size)
         if not self._durable:
             return
         try:
@@ -124,7 +135,7 @@ class ExistingRawTarget(SequentialTarget):
             raise HostError.from_os(error, self.name, "fsync") from error
 
     async def _zero(self, start: int, end: int) -> None:
-        """Make a range read as zeros."""
+        """Make a range of the file read as zeros; do nothing if the range is empty."""
         if start < end:
             try:
                 await trio.to_thread.run_sync(self._zero_blocking, start, end)
@@ -132,7 +143,7 @@ class ExistingRawTarget(SequentialTarget):
                 raise HostError.from_os(error, self.name, "write") from error
 
     def _zero_blocking(self, start: int, end: int) -> None:
-        """Punch a hole, or write zeros if the host has no holes; for a worker thread."""
+        """Punch a hole, or write zeros if the host cannot punch; for a worker thread."""
         if self._can_punch:
             try:
                 fallocate(self.descriptor, FALLOC_PUNCH_HOLE, start, end - start)
@@ -147,7 +158,7 @@ class ExistingRawTarget(SequentialTarget):
 
 
 def _data_writes(start: int, view: memoryview, data: Mask, block_size: int) -> list[Write]:
-    """Return writes of the marked blocks of a chunk, at the offsets that they have on the disk."""
+    """Return writes of the marked blocks of a chunk; each file offset is the guest offset."""
     return [
         Write(start + first * block_size, [view[first * block_size : last * block_size]])
         for first, last in mask_ranges(data)

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from qedfuse.tools.common.blocks import Mask
 
 _MAX_BYTES_PER_WRITE: Final = 1 << 18
-"""Bytes in one pwritev(2).
+"""Most bytes in one pwritev(2).
 
-The host allocates page cache for all of them together.  In a virtual machine, large
-contiguous memory is what was returned to the hypervisor, which is slow to provide it again.
+The host allocates the page cache for one call together, and prefers large contiguous memory.
+In a virtual machine that memory may have been returned to the hypervisor, and getting it back
+is slow.
 """
 
 
@@ -36,13 +37,16 @@ class Write(NamedTuple):
 
 
 class ParallelTarget(ABC):
-    """A new file.  Offsets are assigned chunk by chunk, in order; writing needs no order.
+    """A new file.
+
+    File offsets are assigned to the chunks in the order of the disk.  The writes can then be
+    performed in any order.
 
     Attributes:
         block_size: Bytes; chunks are searched for zeros in blocks of this size.
-        max_chunk_bytes: Bytes that a chunk may have.
+        max_chunk_bytes: Most bytes in one chunk.
         descriptor: The open file; negative if nothing is written, as in a measurement.
-        name: Its name in messages.
+        name: Name of the file in messages.
     """
 
     block_size: int
@@ -54,14 +58,16 @@ class ParallelTarget(ABC):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign file offsets to the next chunk, and return the writes that store it.
 
-        Called in worker threads, for one chunk at a time and in the order of the disk.  What
-        is in no chunk reads as zeros, or as the base.
+        The caller must call this for one chunk at a time, in the order of the disk, and may
+        do so in worker threads.  A range that is in no chunk, and a block in neither mask,
+        reads as the base, or as zeros if there is no base.
 
         Args:
-            start: Guest offset.
+            start: Guest offset of the chunk.
             view: Content of the chunk.
-            data: Blocks to store as data.
-            zeros: Blocks to store as zeros, because the base has something else there.
+            data: Mask of the blocks to store as data.
+            zeros: Mask of the blocks to store as zeros, because the base has other content
+                there.
 
         Raises:
             UsageError: The disk is larger than the target can be.
@@ -69,7 +75,10 @@ class ParallelTarget(ABC):
 
     @abstractmethod
     def finish(self, size: int) -> None:
-        """Complete the file after all writes, for a disk of ``size`` bytes; may block.
+        """Give the file its metadata and length for a disk of ``size`` bytes; may block.
+
+        The caller must have performed all writes.  Nothing is made durable:
+        `qedfuse.hostio.newfile.NewFile.commit` does that.
 
         Raises:
             QedError: The file cannot be completed.
@@ -81,7 +90,7 @@ class SequentialTarget(ABC):
 
     Attributes:
         block_size: Bytes; chunks are searched for zeros in blocks of this size.
-        max_chunk_bytes: Bytes that a chunk may have.
+        max_chunk_bytes: Most bytes in one chunk.
     """
 
     block_size: int
@@ -89,20 +98,25 @@ class SequentialTarget(ABC):
 
     @abstractmethod
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Write zeros from the end of the chunk before up to the next one, and then that.
+        """Write zeros from the end of the previous chunk up to ``start``, then write this chunk.
+
+        The caller must write the chunks in the order of the disk.
 
         Args:
-            start: Guest offset.
+            start: Guest offset of the chunk.
             view: Content of the chunk.
-            data: Blocks that are not zeros.
+            data: Mask of the blocks to write as data; the other blocks are zeros.
 
         Raises:
-            QedError: It cannot be written.
+            QedError: The chunk cannot be written.
         """
 
     @abstractmethod
     async def finish(self, size: int) -> None:
-        """Write zeros from the last chunk up to ``size`` bytes, and make all durable if wanted.
+        """Write zeros from the end of the last chunk up to ``size``, the end of the disk.
+
+        A file or an image is then made durable, unless the target was created with
+        ``durable=False``.
 
         Raises:
             QedError: The target cannot be completed.
@@ -121,7 +135,7 @@ async def finish_target(target: Target, size: int) -> None:
 
 
 def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
-    """Write all bytes of some writes, with as many calls as needed; for a worker thread.
+    """Perform writes completely, with as many system calls as needed; blocks the thread.
 
     Raises:
         HostError: The host refused.
@@ -143,7 +157,10 @@ def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
 
 
 def _vectors(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Split and gather buffers into vectors of `_MAX_BYTES_PER_WRITE` bytes, except the last."""
+    """Yield the bytes of all buffers in vectors for pwritev(2), split where a vector is full.
+
+    Each vector has `_MAX_BYTES_PER_WRITE` bytes.  Only the last may have fewer.
+    """
     vector: list[memoryview] = []
     available = _MAX_BYTES_PER_WRITE
     for buffer in buffers:
