@@ -1,64 +1,48 @@
 """Each barrier is needed: without it the explorer finds a crash state that breaks a promise.
 
 Each *sabotage* removes one barrier from the code under test: a datasync, a quarantine, an order
-of steps.  It counts how often it was struck, so that a sabotage that removes nothing (after a
-renaming, for example) fails its test instead of showing that the barrier is not needed.
+of steps.  `Saboteur` makes sure that it does: without that, a sabotage that removes nothing
+would show that the barrier is not needed.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
 
 from qedfuse.disk.autocompaction import AutoCompaction
+from qedfuse.disk.maintenance.resize import Resize
 from qedfuse.disk.space.epochs import Epochs
 from qedfuse.disk.space.marking import Marking
 from qedfuse.disk.space.quarantine import Quarantine
 from qedfuse.disk.space.reclaim import Reclaim
 from qedfuse.disk.space.spacemanager import SpaceManager
 from qedfuse.disk.state.needcheck import NeedCheck
+from qedfuse.disk.state.persistentfreelist import PersistentFreeList
+from qedfuse.disk.writeback.firstwrite import FirstWriteGuard
+from qedfuse.disk.writeback.headerstore import HeaderStore
 from qedfuse.disk.writeback.metadata import MetadataWriteback
 from tests.crash.cases import CASES, CLUSTER
 from tests.crash.workloads import run_case
 from tests.support.explorer import Exploration, Explorer
+from tests.support.sabotage import Saboteur, without_barrier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from qedfuse.disk.lookup.tablecache import WriteBack
     from qedfuse.disk.space.allocator import Allocator, Run
     from qedfuse.disk.space.epochs import Epoch
+    from tests.support.sabotage import Sabotage
 
 STATES: Final = 3000
 """How many states of power failures are judged for each seed, beside all prefixes."""
 MAX_SEEDS: Final = 12
 """With how many seeds a violation is looked for, at most."""
-
-
-class Saboteur:
-    """Replaces functions of the code under test.
-
-    Attributes:
-        patch: What replaces them, and restores them later.
-        strikes: How often a replaced function left something out or did it too early.
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        """Replace nothing yet."""
-        self.patch = patch
-        self.strikes = 0
-
-    def strike(self) -> None:
-        """Count one barrier left out."""
-        self.strikes += 1
-
-
-Sabotage: TypeAlias = "Callable[[Saboteur], None]"
 
 
 def without_datasync(nth: int) -> Sabotage:
@@ -83,30 +67,8 @@ def without_datasync(nth: int) -> Sabotage:
             else:
                 saboteur.strike()
 
-        saboteur.patch.setattr(MetadataWriteback, "_cycle", counted_cycle)
-        saboteur.patch.setattr(MetadataWriteback, "_sync_or_give_back", leaky_sync)
-
-    return sabotage
-
-
-def without_barrier(caller: str, nth: int = 1, of: int = 1) -> Sabotage:
-    """Leave out the ``nth`` of the ``of`` barriers that the function ``caller`` waits for."""
-
-    def sabotage(saboteur: Saboteur) -> None:
-        barrier = MetadataWriteback.barrier
-        seen = 0
-
-        async def leaky(self: MetadataWriteback) -> None:
-            nonlocal seen
-            if sys._getframe(1).f_code.co_qualname == caller:
-                seen = seen % of + 1
-                if seen == nth:
-                    saboteur.strike()
-                    self.note_write()
-                    return
-            await barrier(self)
-
-        saboteur.patch.setattr(MetadataWriteback, "barrier", leaky)
+        saboteur.replace(MetadataWriteback, "_cycle", counted_cycle)
+        saboteur.replace(MetadataWriteback, "_sync_or_give_back", leaky_sync)
 
     return sabotage
 
@@ -119,7 +81,7 @@ def need_check_not_set(saboteur: Saboteur) -> None:
         saboteur.strike()
         yield
 
-    saboteur.patch.setattr(NeedCheck, "changing", changing)
+    saboteur.replace(NeedCheck, "changing", changing)
 
 
 def need_check_cleared_early(saboteur: Saboteur) -> None:
@@ -133,7 +95,7 @@ def need_check_cleared_early(saboteur: Saboteur) -> None:
         self._writeback.note_write()
         return True
 
-    saboteur.patch.setattr(NeedCheck, "clear", clear)
+    saboteur.replace(NeedCheck, "clear", clear)
 
 
 def no_quarantine(saboteur: Saboteur) -> None:
@@ -143,7 +105,7 @@ def no_quarantine(saboteur: Saboteur) -> None:
         saboteur.strike()
         self._allocator.give_back(offset >> self._bits, length >> self._bits)
 
-    saboteur.patch.setattr(Reclaim, "retire", retire)
+    saboteur.replace(Reclaim, "retire", retire)
 
 
 def quarantine_ends_before_the_cycle(saboteur: Saboteur) -> None:
@@ -162,8 +124,8 @@ def quarantine_ends_before_the_cycle(saboteur: Saboteur) -> None:
             saboteur.strike()
             allocators[self].give_back_block(*reusable)
 
-    saboteur.patch.setattr(Reclaim, "__init__", remember)
-    saboteur.patch.setattr(Quarantine, "cycle_began", cycle_began)
+    saboteur.replace(Reclaim, "__init__", remember)
+    saboteur.replace(Quarantine, "cycle_began", cycle_began)
 
 
 def sealed_late(saboteur: Saboteur) -> None:
@@ -175,7 +137,7 @@ def sealed_late(saboteur: Saboteur) -> None:
         self.cycle_began()
         durable(self)
 
-    saboteur.patch.setattr(Quarantine, "cycle_durable", late)
+    saboteur.replace(Quarantine, "cycle_durable", late)
 
 
 def taken_for_never_written(saboteur: Saboteur) -> None:
@@ -187,7 +149,7 @@ def taken_for_never_written(saboteur: Saboteur) -> None:
         saboteur.strikes += not run.never_written
         return run._replace(never_written=True)
 
-    saboteur.patch.setattr(SpaceManager, "_grow_over", never_written)
+    saboteur.replace(SpaceManager, "_grow_over", never_written)
 
 
 def unwatched_scan(saboteur: Saboteur) -> None:
@@ -195,8 +157,8 @@ def unwatched_scan(saboteur: Saboteur) -> None:
 
     Each of the two methods prevents that alone.
     """
-    saboteur.patch.setattr(Marking, "record_drop", lambda *_: saboteur.strike())
-    saboteur.patch.setattr(Marking, "record_change", lambda *_: None)
+    saboteur.replace(Marking, "record_drop", lambda *_: saboteur.strike())
+    saboteur.replace(Marking, "record_change", lambda *_: None)
 
 
 def epochs_always_drained(saboteur: Saboteur) -> None:
@@ -207,7 +169,7 @@ def epochs_always_drained(saboteur: Saboteur) -> None:
         saboteur.strikes += not is_drained(self, epoch)
         return True
 
-    saboteur.patch.setattr(Epochs, "is_drained", drained)
+    saboteur.replace(Epochs, "is_drained", drained)
 
 
 def early_punch(saboteur: Saboteur) -> None:
@@ -222,7 +184,7 @@ def early_punch(saboteur: Saboteur) -> None:
             await self._file.punch((first * CLUSTER, count * CLUSTER))
         await cycle(self)
 
-    saboteur.patch.setattr(MetadataWriteback, "_cycle", punching)
+    saboteur.replace(MetadataWriteback, "_cycle", punching)
 
 
 AUTO: Final = "automatic compaction within limits"
@@ -238,7 +200,7 @@ def early_punch_of_discards(saboteur: Saboteur) -> None:
         pass
 
     early_punch(saboteur)
-    saboteur.patch.setattr(AutoCompaction, "run", no_compaction)
+    saboteur.replace(AutoCompaction, "run", no_compaction)
 
 
 BARRIERS: Final[dict[str, tuple[Sabotage, str, str]]] = {
@@ -259,16 +221,16 @@ BARRIERS: Final[dict[str, tuple[Sabotage, str, str]]] = {
     "automatic compaction: quarantine": (no_quarantine, AUTO, "holds|owners"),
     "automatic compaction: punch after durable": (early_punch, AUTO, "holds zeros"),
     "epochs": (epochs_always_drained, "slow host", ""),
-    "autoclear": (without_barrier("FirstWriteGuard.prepare_write"), "autoclear", "autoclear"),
-    "resize, before": (without_barrier("Resize.resize"), "grow", "show"),
-    "resize, after": (without_barrier("HeaderStore.change"), "grow", "was grown"),
+    "autoclear": (without_barrier(FirstWriteGuard.prepare_write), "autoclear", "autoclear"),
+    "resize, before": (without_barrier(Resize.grow), "grow", "show"),
+    "resize, after": (without_barrier(HeaderStore.change), "grow", "was grown"),
     "free list, list before bit": (
-        without_barrier("PersistentFreeList.save", 1, 2),
+        without_barrier(PersistentFreeList.save, 1, 2),
         "free list",
         "free",
     ),
     "free list, dropped first": (
-        without_barrier("FirstWriteGuard.prepare_write"),
+        without_barrier(FirstWriteGuard.prepare_write),
         "free list",
         "free",
     ),
@@ -277,7 +239,7 @@ BARRIERS: Final[dict[str, tuple[Sabotage, str, str]]] = {
 
 REDUNDANT_BARRIERS: Final[dict[str, tuple[Sabotage, str]]] = {
     "discard: punch after durable": (early_punch_of_discards, "reuse"),
-    "free list, bit at the end": (without_barrier("PersistentFreeList.save", 2, 2), "free list"),
+    "free list, bit at the end": (without_barrier(PersistentFreeList.save, 2, 2), "free list"),
 }
 """Barriers whose absence no crash state shows.
 
@@ -290,21 +252,32 @@ def explore(name: str, sabotage: Sabotage, expected: str = "") -> Exploration:
     """Run and explore a sabotaged case with several seeds; return the results.
 
     It stops at a violation, an error or a read whose message matches ``expected``.
+
+    Raises:
+        AssertionError: The sabotage has left nothing out, or one of the functions that it
+            replaces was not called.
     """
     case = next(case for case in CASES if case.name == name)
     found = Exploration()
+    uncalled: list[set[str]] = []
     strikes = 0
     for seed in range(MAX_SEEDS):
         with pytest.MonkeyPatch.context() as patch:
             saboteur = Saboteur(patch)
             sabotage(saboteur)
             workload = run_case(case, seed, may_fail=True)
+        uncalled.append(saboteur.uncalled)
+        if not saboteur.strikes:
+            # The run was like one without sabotage.
+            continue
         strikes += saboteur.strikes
         explorer = Explorer(name, seed, workload.history, workload.bases)
         found.misread += [*workload.history.misread, *map(str, workload.errors)]
         found.add(trio.run(explorer.explore, STATES))
         if any(re.search(expected, message) for message in messages(found)):
             break
+    never_called = set.intersection(*uncalled)
+    assert not never_called, f"the sabotage replaced functions that nothing calls: {never_called}"
     assert strikes, "the sabotage left nothing out"
     return found
 
@@ -332,3 +305,33 @@ def test_barrier_is_redundant(barrier: str) -> None:
     found = explore(case, sabotage)
     assert not found.violations, found.report()
     assert found.states > STATES
+
+
+def never_strikes(saboteur: Saboteur) -> None:
+    """Replace a function, and leave nothing out."""
+    saboteur.replace(NeedCheck, "note_change", NeedCheck.note_change)
+
+
+def uncalled_beside_a_strike(saboteur: Saboteur) -> None:
+    """Leave something out, and replace one more function, which the case does not call."""
+    need_check_not_set(saboteur)
+    saboteur.replace(Resize, "shrink", Resize.shrink)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "complaint"),
+    [
+        (never_strikes, "left nothing out"),
+        (without_barrier(Resize.grow), "left nothing out"),
+        (uncalled_beside_a_strike, "Resize.shrink"),
+        (lambda saboteur: saboteur.replace(Resize, "resizing", len), "no Resize.resizing"),
+        (without_barrier(PersistentFreeList.save), "more than 1 barriers"),
+    ],
+    ids=["no strike", "barrier not met", "not called", "no such function", "wrong number"],
+)
+@pytest.mark.usefixtures("no_log")
+def test_sabotage_that_removes_nothing_fails(sabotage: Sabotage, complaint: str) -> None:
+    """A sabotage that does not remove the barrier it names fails, whatever the case shows."""
+    case = "free list" if "barriers" in complaint else "idle"
+    with pytest.raises(AssertionError, match=complaint):
+        explore(case, sabotage, "")

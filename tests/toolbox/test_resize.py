@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from tests.crash.test_barriers import Saboteur, without_barrier
+from qedfuse.disk.maintenance.resize import Resize
 from tests.support import qemu
 from tests.support.crashrecording import CrashRecording
 from tests.support.disks import (
@@ -26,6 +26,7 @@ from tests.support.disks import (
     put_entry,
 )
 from tests.support.hostfiles import SECTOR, MemoryFile, RecordingFile
+from tests.support.sabotage import Saboteur, without_barrier
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -326,9 +327,10 @@ async def test_entries_must_be_dropped_first(monkeypatch: pytest.MonkeyPatch) ->
     """Without the barrier before the new size, a power loss leaves old data past the end."""
     image = build_image(DISK_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in NUMBERS})
     saboteur = Saboteur(monkeypatch)
-    without_barrier("Resize.shrink")(saboteur)
+    without_barrier(Resize.shrink)(saboteur)
     states = await states_of_shrinking(image, b"", TABLE_SPAN_BYTES)
     assert saboteur.strikes
+    assert not saboteur.uncalled
     assert any(
         header_of(content).image_size == TABLE_SPAN_BYTES
         and reveals_old_data(content, b"", TABLE_SPAN_BYTES, DISK_BYTES)

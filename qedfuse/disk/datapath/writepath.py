@@ -244,11 +244,3 @@ class WritePath:
                 start += (stop - first) * geometry.cluster_size
                 await self._table_writer.limit_dirty()
                 await trio.lowlevel.checkpoint()
-
-    def can_allocate_now(self, start: int, end: int) -> bool:
-        """Return whether a guest range of clusters may be allocated without waiting.
-
-        No other task may be allocating any of them or giving them up, and the dirty slices
-        must fit in their budget.
-        """
-        return self.allocating.is_free(start, end) and self._table_writer.is_within_budget()
