@@ -59,7 +59,7 @@ if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any attri
         if module is None:
             msg = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(msg)
-        from importlib import import_module  # noqa: PLC0415  a quick start
+        from importlib import import_module  # noqa: PLC0415  imported late: import qedfuse must not load it
 
         value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
         return value

@@ -68,7 +68,7 @@ def test_suspicious_tables_are_not_repaired(
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
     assert main(["check", "-r", level, "--dry-run", str(path)]) in (2, 3)
-    assert "this needs --force" in capsys.readouterr().out
+    assert "the repair needs --force" in capsys.readouterr().out
     main(["check", "--output", "json", "-r", level, "--dry-run", str(path)])
     assert json.loads(capsys.readouterr().out)["repair"]["needs-force"] is True
     assert path.read_bytes() == content

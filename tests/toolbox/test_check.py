@@ -262,7 +262,7 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
     )
     assert "repaired: 1 entries cleared, 1 clusters copied" in said
     backup = tmp_path / "image.qed.before-repair"
-    assert f"backup of the tables: {backup}\n" in said
+    assert f"backup of all that the repair has changed: {backup}\n" in said
     for line in backup.read_text(encoding="ascii").splitlines()[1:-1]:
         entry_offset, old, _new = line.split()
         assert content[int(entry_offset) :].startswith(bytes.fromhex(old))
@@ -409,7 +409,7 @@ sys.exit(main(sys.argv[1:]))
     [
         ("--dry-run IMAGE", "--dry-run: expected -r as well"),
         ("--force IMAGE", "--force: expected -r as well"),
-        ("-U -r all IMAGE", "-U: a repair needs the image for itself"),
+        ("-U -r all IMAGE", "-U: a repair needs an image that no other program has open"),
         ("-r most IMAGE", "invalid choice: 'most'"),
         ("gone", "gone: cannot open: No such file or directory"),
         (".", "found a directory, expected a regular file"),

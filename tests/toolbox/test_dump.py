@@ -157,7 +157,7 @@ def test_operands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no table" in dump("l2", "1", path, capsys=capsys, code=1)[1]
     assert "0 to 511" in dump("l2", "512", path, capsys=capsys, code=1)[1]
     assert "two operands" in dump("l1", "1", path, capsys=capsys, code=1)[1]
-    assert "what" in dump("l3", path, capsys=capsys, code=1)[1]
+    assert "structure" in dump("l3", path, capsys=capsys, code=1)[1]
 
 
 def test_broken_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

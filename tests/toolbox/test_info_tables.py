@@ -10,7 +10,7 @@ import pytest
 
 from qedfuse.check.checker import check_image
 from qedfuse.check.findings import Code
-from qedfuse.cli.qedimg.infojson import as_json
+from qedfuse.cli.qedimg.infojson import json_value
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import CorruptImageError
@@ -50,7 +50,7 @@ async def inspect(content: bytes) -> tuple[CheckReport, bool]:
 
 def is_safe(info: ImageInfo) -> bool:
     """Return the verdict ``safe-to-mount``."""
-    return bool(as_json(info, None)["safety"]["safe-to-mount"])
+    return bool(json_value(info, None)["safety"]["safe-to-mount"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The text of the man pages that is not in the programs' own help.
+"""The text of the man pages that the programs' help does not contain.
 
-An empty line begins a paragraph, indented lines are an example that is not filled, and
-back quotes mark words that are typed literally.
+In these texts an empty line begins a paragraph.  Indented lines are an example, whose lines
+are not joined.  Back quotes mark words that are typed literally.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 DATE: Final = "2026-11-27"
-"""The date of the last review of the pages."""
+"""The date in the footer of the pages: when their text was last reviewed."""
 
 QEDIMG_NAME: Final = "create, inspect, check, convert and repair QED disk images"
 
@@ -18,9 +18,10 @@ qedimg is the toolbox for disk images in QEMU's QED format.  It needs no QEMU.  
 qemu-img(1) has the same command, the options, JSON keys and exit codes are the same as
 far as possible.
 
-qedimg takes the same locks as QEMU, so it does not touch an image that another program
-has open; `-U` reads beside a writer.  A new image gets its name only when it is complete,
-so no partial file is left behind, not even after Ctrl-C.
+qedimg takes the same locks as QEMU.  It does not read an image that another program has
+open for writing, unless `-U` is given, and does not change an image that another program
+has open.  A new image gets its name only when it is complete, so no partial file is left
+behind, not even after Ctrl-C.
 
 Sizes are in bytes, or have a suffix `K`, `M`, `G`, `T`, `P` or `E` (powers of 1024).
 Options and operands may be in any order; all words after `--` are operands.
@@ -29,14 +30,14 @@ Options and operands may be in any order; all words after `--` are operands.
 QEDIMG_BACKING: Final = """\
 The name of the base is stored in the image, so an untrusted image may name any of your
 files.  Therefore a base is used only if it is in the directory of the image that names
-it, or below, unless `--backing any` or `--backing-dir` allows more.  `info` opens a base
-only with `--backing-chain`, `check` never does.
+it or in a directory below, unless `--backing any` or `--backing-dir` allows more.  `info`
+opens a base only with `--backing-chain`.  `check` never opens a base.
 """
 
 QEDIMG_SIGNALS: Final = """\
-`SIGINT` and `SIGTERM` end a command cleanly: a partial file is removed, and an image that
-was being changed is sound.  `SIGUSR1` prints the progress.  A progress bar appears on a
-terminal if the work takes more than a second.
+`SIGINT`, `SIGTERM` and `SIGHUP` end a command cleanly: a partial file is removed, and an
+image that was being changed is closed in a sound state.  `SIGUSR1` prints the progress.  A
+progress bar appears on a terminal if the work takes more than a second.
 """
 
 QEDIMG_ENVIRONMENT: Final = (
@@ -47,27 +48,28 @@ QEDFUSE_NAME: Final = "show QED disk images as flat raw files"
 
 QEDFUSE: Final = """\
 qedfuse mounts disk images in QEMU's QED format as flat raw files, for reading and for
-writing, backing files included.  losetup(8), fdisk(8), dd(1), fsck(8) and every other
-program then work on the disk as on a raw image.
+writing, with the content of their backing files.  losetup(8), fdisk(8), dd(1), fsck(8) and
+every other program then work on the disk as on a raw image.
 
 The command returns when the disk can be used, and a background process serves the mount.
-Writes are durable after fsync(2), which includes every clean unmount.
+Writes are durable after fsync(2), and after a clean unmount.
 
 An image is locked as QEMU locks it: a running virtual machine and a mount cannot corrupt
 each other's data.
 """
 
 QEDFUSE_OPTIONS: Final = """\
-The default and other values are in parentheses.  Options are separated by commas; a
-comma within a value is written `\\,` and a backslash `\\\\`.  An unknown option is an
-error.  Options for mount(8) or systemd.mount(5), such as `noauto`, `nofail`, `_netdev`
-and `x-...`, are accepted and ignored.
+Parentheses after an option contain its default and, if it accepts only certain values,
+the other values.  Options are separated by commas; a comma within a value is written `\\,`
+and a backslash `\\\\`.  An unknown option is an error.  Options for mount(8) or
+systemd.mount(5), such as `noauto`, `nofail`, `_netdev` and `x-...`, are accepted and
+ignored.
 """
 
 QEDFUSE_UMOUNT: Final = """\
 `qedfuse umount` unmounts, and returns when everything is durable and the process that
 served the mount has ended.  With `--timeout` it gives up after that number of seconds.
-After a plain umount(8) or fusermount3(1) the process takes a moment longer.
+umount(8) and fusermount3(1) do not wait for the process: it ends shortly after they return.
 """
 
 QEDFUSE_FSTAB: Final = """\
@@ -77,15 +79,16 @@ fstab(5) accept the types `qedfuse` and `fuse.qedfuse`:
     /srv/images/vm.qed  /mnt/vm    fuse.qedfuse  noauto  0  0
     /mnt/vm/vm.raw      /mnt/root  ext4  noauto,loop,offset=1048576  0  0
 
-If mount(8) runs the command, `-f` does everything except the mount, and `-s` ignores
+If mount(8) runs qedfuse, `-f` and `-s` have the meaning that mount(8) gives them: with
+`-f` qedfuse checks and opens the image but does not mount, and with `-s` it ignores
 unknown options.
 """
 
 QEDFUSE_SIGNALS: Final = """\
-`SIGTERM` and `SIGINT` make everything durable immediately and unmount; a disk that is in
-use is served until its last close.  A second signal does not wait for that: the mount ends
-within 10 seconds, and if not everything is durable by then, the log says so and the exit
-code is 2.
+After `SIGTERM` or `SIGINT` the process makes everything durable immediately and unmounts.
+If a program has the disk open, the process serves the disk until the last close.  After a
+second signal the process does not wait for the last close: the mount ends within 10
+seconds, and if not everything is durable by then, the log says so and the exit code is 2.
 """
 
 QEDFUSE_EXAMPLES: Final = """\
@@ -112,6 +115,8 @@ The kernel's file system drivers do not expect hostile input: use them to mount 
 system in an image only if you trust the image.  Read other images with programs that run
 without privileges.
 
-If the process that serves a mount has died, the mountpoint stays dead on purpose: an empty
-directory would look like an empty disk.  `fusermount3 -u` removes it.
+If the process that serves a mount has died, every access to the mountpoint fails until the
+mount is removed, because an empty directory would look like an empty disk.
+`fusermount3 -u MOUNTPOINT` removes the mount, but not the directory.
+
 """

@@ -102,7 +102,7 @@ def _remount(arguments: Arguments) -> int:
         QedError: The remount failed.
     """
     from qedfuse.mount.commands.remount import remount  # noqa: PLC0415
-    from qedfuse.mount.system.mountpoint import resolve_mounted  # noqa: PLC0415  a quick start
+    from qedfuse.mount.system.mountpoint import resolve_mounted  # noqa: PLC0415  imported late: load only what the action needs
 
     if not arguments.paths:
         msg = "remount: found no mountpoint (see: qedfuse --help)"
@@ -138,7 +138,7 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
     Raises:
         QedError: The unmount failed, or ``timeout_seconds`` have passed.
     """
-    from qedfuse.mount.commands.umount import unmount_and_wait  # noqa: PLC0415  a quick start
+    from qedfuse.mount.commands.umount import unmount_and_wait  # noqa: PLC0415  imported late: load only what the action needs
 
     unmount_and_wait(mountpoint, timeout_seconds, report)
     return 0

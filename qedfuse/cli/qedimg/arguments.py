@@ -87,7 +87,7 @@ def open_options(
         writable: Whether to open the image for writing.
         trusted: A base that the user has named, which the backing file policy then allows.
     """
-    from qedfuse.disk.options import BackingPolicy, OpenOptions  # noqa: PLC0415  a quick --help
+    from qedfuse.disk.options import BackingPolicy, OpenOptions  # noqa: PLC0415  imported late: --help must not load it
 
     policy = BackingPolicy(
         mode=getattr(arguments, "backing", "confined"),

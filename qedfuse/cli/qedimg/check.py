@@ -22,27 +22,28 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg check -r all --dry-run vm.qed"
 DESCRIPTION: Final = """\
-Find damage and leaked space, and print a line for each finding, notes included.
-Only the image itself is read, never its base.
+Find damage and leaked space, and print a line for each finding.  Findings that are
+unusual but harmless are printed as notes.  Only the image itself is read, never its
+base.
 
--r leaks frees leaked space: the highest clusters move into the gaps, and the file is
-cut off after the last one.  An image with worse damage is left alone.
+-r leaks frees leaked space: it moves the highest clusters of the file into the free
+ones and shortens the file.  It does not change an image that has damage.
 
--r all repairs damage: a cluster with several owners is copied for each of them, and
-an entry that points nowhere is cleared.  The ranges of the disk whose content is lost
-or doubtful are listed.  Everything that the repair changes is saved beside the image
-first, in IMAGE.before-repair; --undo puts it back, as long as nothing else has changed
-the image.  A repair that is interrupted can be run again.
+-r all repairs damage.  It copies a cluster with several owners, so that each owner has
+its own, and clears each entry that points nowhere.  It lists the ranges of the disk
+whose content is lost or doubtful.  Before it changes anything it saves the old content
+in IMAGE.before-repair, and --undo with this file reverts the repair unless something
+else has changed the image since.  If a repair is interrupted, run it again.
 
-A run that repairs frees no space, and exits with 3 if there is leaked space: the
-cluster that a cleared entry pointed to is leaked now, and may be your data.  Look at
-the disk, but read-only, since a mount for writing reuses leaked space.  Once you are
-satisfied, free it with -r leaks; -r all does so only if the image has no damage and
-IMAGE.before-repair does not exist.
+After -r all has repaired damage, the clusters that cleared entries pointed to are
+leaked, and may hold your data.  Therefore the same run frees no space, and exits with 3
+if any is leaked.  Look at the disk, but only read it: a mount for writing reuses leaked
+space.  When you no longer need the leaked clusters, free them with -r leaks.  -r all
+frees them only if the image has no damage and IMAGE.before-repair does not exist.
 
-If nothing in an image is in use, or far more is leaked than in use, -r leaks and
--r all need --force: a wrong bit in the header has the same effect, and the repair
-would overwrite data."""
+If nothing in an image is in use, or far more clusters are leaked than in use, the header
+may be damaged, and a repair could overwrite data.  Then -r leaks and -r all need
+--force.  -r all also needs it to write far more data than the file has."""
 
 SOUND: Final = 0
 FAILED: Final = 1
@@ -52,7 +53,7 @@ EXIT_CODES: Final = {
     SOUND: "sound, or completely repaired",
     FAILED: "not completed, or refused without --force",
     ERRORS: "damage remains",
-    LEAKS: "leaked space remains, and nothing worse, also after a repair",
+    LEAKS: "no damage, but leaked space remains",
     70: "a bug",
     130: "interrupted",
 }
@@ -74,11 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="repair even if that writes far more data than the file has, or if hardly "
-        "anything seems to be in use",
+        help="repair even if that writes far more data than the file has, or if far more "
+        "clusters are leaked than in use",
     )
     parser.add_argument(
-        "--undo", metavar="FILE", help="revert a repair, from the backup that it made"
+        "--undo", metavar="FILE", help="revert the repair that saved the old content in FILE"
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -86,21 +87,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, repair or revert a repair, as the arguments say; return the exit code."""
+    """Check, repair or revert a repair, and print the result; return the exit code.
+
+    Raises:
+        UsageError: The options conflict.
+        QedError: The check, the repair or the reversal failed, or was refused.
+    """
     if (arguments.dry_run or arguments.force) and not arguments.repair:
         option = "--dry-run" if arguments.dry_run else "--force"
         msg = f"{option}: expected -r as well (see: qedimg check --help)"
         raise UsageError(msg)
     if arguments.force_share and arguments.repair and not arguments.dry_run:
-        msg = "-U: a repair needs the image for itself"
+        msg = "-U: a repair needs an image that no other program has open"
         raise UsageError(msg)
     if arguments.undo is not None and (arguments.repair or arguments.force_share):
-        msg = "--undo: expected no -r and no -U with it (see: qedimg check --help)"
+        msg = "--undo: expected neither -r nor -U (see: qedimg check --help)"
         raise UsageError(msg)
     result = _try_fast_check(arguments)
     if result is None:
-        with progress(arguments, "Checking") as report:
-            result = run_async(_work, arguments, report)
+        with progress(arguments, "Checking") as on_progress:
+            result = run_async(_work, arguments, on_progress)
     if arguments.output == "json":
         print_json(_as_json(arguments, result))
     else:
@@ -111,39 +117,48 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
-    """Return the result if the image is plainly sound; otherwise None, for the full check."""
+    """Return the result of the fast check, or None if the full check is needed.
+
+    The fast check cannot repair, and gives up at the first entry that is not valid.
+    """
     if arguments.repair is not None or arguments.undo is not None:
         return None
     found = fast_check(arguments.image, share=arguments.force_share)
     return found and CheckResult.of_check(*found)
 
 
-async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CheckResult:
-    """Run the full check, a dry run, a repair, or its reversal."""
-    from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  a quick --help
+async def _work(
+    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
+) -> CheckResult:
+    """Return the result of the full check, of a dry run, of a repair, or of its reversal."""
+    from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  imported late: --help must not load it
 
     path, level, share = arguments.image, arguments.repair, arguments.force_share
     if arguments.undo is not None:
-        return await undo(path, arguments.undo, progress=report)
+        return await undo(path, arguments.undo, progress=on_progress)
     if level is None:
-        return await check(path, share=share, progress=report)
+        return await check(path, share=share, progress=on_progress)
     if arguments.dry_run:
-        return await plan(path, level, share=share, progress=report)
-    return await repair(path, level, force=arguments.force, progress=report)
+        return await plan(path, level, share=share, progress=on_progress)
+    return await repair(path, level, force=arguments.force, progress=on_progress)
 
 
 def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, Any]:
-    """Return the JSON: qemu-img's keys, omitted when it omits them, then qedfuse's own."""
-    report = result.after
+    """Return the result as JSON values: first qemu-img's keys, then the others.
+
+    As in qemu-img's output, an optional key whose number is 0 is omitted.
+    """
+    after = result.after
     repaired = bool(arguments.repair) and not result.dry
     optional = {
-        "corruptions": report.errors,
-        "leaks": report.leaks,
+        "corruptions": after.errors,
+        "leaks": after.leaks,
         "corruptions-fixed": result.errors_fixed if repaired else 0,
         "leaks-fixed": result.leaks_fixed if repaired else 0,
         "total-clusters": result.total_clusters,
-        "allocated-clusters": report.referenced_clusters,
-        "fragmented-clusters": report.fragmented_clusters,
+        # qemu-img also counts L2 entries that cannot refer to a data cluster; the text does not.
+        "allocated-clusters": after.referenced_clusters,
+        "fragmented-clusters": after.fragmented_clusters,
     }
     value: dict[str, Any] = {
         "filename": arguments.image,
@@ -151,9 +166,9 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "check-errors": 0,
         **{key: number for key, number in optional.items() if number},
     }
-    # The findings are those before a repair, since they are what it repaired.
-    shown = result.before
-    value |= {key.replace("_", "-"): item for key, item in shown.as_json().items() if key in _OWN}
+    # The list of findings shows what was repaired, so it is the list from before the repair.
+    found = result.before.as_json()
+    value |= {key.replace("_", "-"): found[key] for key in _ADDED_KEYS}
     if arguments.repair:
         value["repair"] = {
             "dry-run": result.dry,
@@ -179,19 +194,21 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
     return value
 
 
-_OWN: Final = ("file_clusters", "listed_clusters", "counts", "findings")
-"""The keys of `CheckReport.as_json` that qemu-img's JSON lacks."""
+_ADDED_KEYS: Final = ("file_clusters", "listed_clusters", "counts", "findings")
+"""The keys of `CheckReport.as_json` that are added to qemu-img's."""
 
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the findings, the outcome of a repair, and a summary."""
-    report = result.before
-    for finding in sorted(report.findings, key=lambda item: -item.severity):
+    before = result.before
+    for finding in sorted(before.findings, key=lambda item: -item.severity):
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
         print_line(arguments, line)
-    # A single finding represents all leaked clusters.
-    hidden = sum(report.counts.values()) - report.leaks - len(report.findings)
-    hidden += any(item.code.value == "leaked-clusters" for item in report.findings)
+    # Only the first findings of each code are kept, but all are counted.  The leaked clusters
+    # are left out on both sides: one finding stands for all of them, but each is counted.
+    counted = sum(before.counts.values()) - before.leaks
+    shown = sum(item.code.value != "leaked-clusters" for item in before.findings)
+    hidden = counted - shown
     name = printable(arguments.image)
     if hidden > 0:
         print_line(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
@@ -208,24 +225,26 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print what a repair did, or would do in a dry run, and what is lost."""
-    done = result.plan
+    plan = result.plan
     would = "would be " if result.dry else ""
     for lost in result.lost:
         text = f"lost: {lost.length} bytes of the disk at {lost.start} ({lost.code.value})"
         print_line(arguments, f"would be {text}" if result.dry else text)
-    if done.cleared or done.copied:
+    if plan.cleared or plan.copied:
         print_line(
             arguments,
-            f"{would}repaired: {done.cleared} entries cleared, {done.copied} clusters copied, "
-            f"about {format_size(done.written)} written",
+            f"{would}repaired: {plan.cleared} entries cleared, {plan.copied} clusters copied, "
+            f"about {format_size(plan.written)} written",
         )
     if result.backup is not None:
-        print_line(arguments, f"backup of the tables: {printable(result.backup)}")
+        print_line(
+            arguments, f"backup of all that the repair has changed: {printable(result.backup)}"
+        )
     if result.dry:
         if result.before.leaks and not result.before.errors and not result.leaks_kept:
             print_line(arguments, f"would be freed: {result.before.leaks} leaked clusters")
         if result.needs_force:
-            print_line(arguments, "this needs --force")
+            print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
         freed = "" if result.leaks_kept else f"freed: {result.leaks_fixed} leaked clusters; "
         print_line(
@@ -236,7 +255,7 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print why leaked space was kept, and how to free it."""
+    """Print why leaked space was kept, and how to free it; nothing if none was kept."""
     if result.leaks_kept:
         name = printable(arguments.image)
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
@@ -244,7 +263,7 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
         print_line(
             arguments,
             f"leaked space {stays}, because a bad entry may have pointed to it; once you are "
-            f"satisfied with the repair, free it with: qedimg check -r leaks{force} {name}",
+            f"satisfied with the repair, free the space with: qedimg check -r leaks{force} {name}",
         )
     elif result.before.leaks and result.after.errors and not result.dry:
         print_line(arguments, "leaked space is not freed while there is damage (see: -r all)")
@@ -252,26 +271,28 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image at the end, in counts."""
-    report, total = result.after, result.total_clusters
-    used = report.allocated_clusters
-    notes = sum(count for code, count in report.counts.items() if not code.severity)
-    listed = report.listed_clusters
+    after, total = result.after, result.total_clusters
+    # Without L2 entries that cannot refer to a data cluster; the JSON counts them as well.
+
+    used = after.allocated_clusters
+    notes = sum(count for code, count in after.counts.items() if not code.severity)
+    listed = after.listed_clusters
     print_line(
         arguments,
-        f"{printable(arguments.image)}: {_state(report)}: errors: {report.errors}, leaked "
-        f"clusters: {report.leaks}, notes: {notes}"
+        f"{printable(arguments.image)}: {_state(after)}: errors: {after.errors}, leaked "
+        f"clusters: {after.leaks}, notes: {notes}"
         + ("" if listed is None else f", free clusters in the list: {listed}"),
     )
     if total:
-        parts = report.fragmented_clusters / used if used else 0.0
+        fragmented = after.fragmented_clusters / used if used else 0.0
         print_line(
             arguments,
-            f"{used}/{total} = {used / total:.2%} allocated, {parts:.2%} fragmented",
+            f"{used}/{total} = {used / total:.2%} allocated, {fragmented:.2%} fragmented",
         )
 
 
 def _state(report: CheckReport) -> str:
-    """Return the state of the image in one or two words."""
+    """Return the state of an image in one or two words; notes do not matter."""
     if report.errors:
         return "damaged"
     return "leaks space" if report.leaks else "sound"

@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Commit the overlay, and print how much was written; return the exit code."""
-    with progress(arguments, "Committing") as report:
-        result = run_async(_work, arguments, report)
+    with progress(arguments, "Committing") as on_progress:
+        result = run_async(_work, arguments, on_progress)
     text = (
         f"{printable(arguments.image)}: {result.copied_bytes} bytes of data and "
         f"{result.zero_bytes} of zeros went into {result.base}"
@@ -65,14 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CommitResult:
+async def _work(
+    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
+) -> CommitResult:
     """Commit with the options of the command line."""
-    from qedfuse.tools.editing.commit import commit  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.commit import commit  # noqa: PLC0415  imported late: --help must not load it
 
     return await commit(
         arguments.image,
         base=arguments.base,
         keep=arguments.keep,
         options=common.open_options(arguments, writable=True),
-        progress=report,
+        progress=on_progress,
     )

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compact the image, and print how short it has become; return the exit code."""
-    with progress(arguments, "Compacting") as report:
-        result = run_async(_work, arguments, report)
+    with progress(arguments, "Compacting") as on_progress:
+        result = run_async(_work, arguments, on_progress)
     if arguments.output == "json":
         print_json(
             {
@@ -56,8 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> CompactResult:
+async def _work(
+    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
+) -> CompactResult:
     """Compact the image of the command line."""
-    from qedfuse.tools.editing.compact import compact  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.compact import compact  # noqa: PLC0415  imported late: --help must not load it
 
-    return await compact(arguments.image, progress=report)
+    return await compact(arguments.image, progress=on_progress)

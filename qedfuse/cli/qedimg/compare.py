@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare the disks, and print the result; return the exit code."""
-    with progress(arguments, "Comparing") as report:
-        result = run_async(_work, arguments, report)
+    with progress(arguments, "Comparing") as on_progress:
+        result = run_async(_work, arguments, on_progress)
     if isinstance(result, str):
         print_error(result)
         return UNREADABLE
@@ -79,10 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(
-    arguments: argparse.Namespace, report: Callable[[int, int], None]
+    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
 ) -> Comparison | str:
     """Compare the disks; return the error message if one can be opened but not read."""
-    from qedfuse.errors import QedError  # noqa: PLC0415  a quick --help
+    from qedfuse.errors import QedError  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.tools.copying.compare import compare  # noqa: PLC0415
     from qedfuse.tools.source.source import open_source  # noqa: PLC0415
 
@@ -92,7 +92,7 @@ async def _work(
         open_source(arguments.second, arguments.second_format, options) as second,
     ):
         try:
-            return await compare(first, second, strict=arguments.strict, progress=report)
+            return await compare(first, second, strict=arguments.strict, progress=on_progress)
         except QedError as error:
             return str(error)
 

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Copy the disk; return the exit code."""
-    from qedfuse.tools.copying.convert import convert  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.convert import convert  # noqa: PLC0415  imported late: --help must not load it
 
     spec = _image_spec(arguments)
     if spec.format == "qed" and not arguments.into_existing and not _qemu_can_open(spec):
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             spec.cluster_size,
             spec.table_size,
         )
-    with progress(arguments, "Converting") as report:
+    with progress(arguments, "Converting") as on_progress:
 
         async def work() -> ConvertResult:
             return await convert(
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
                 durable=arguments.cache != "unsafe",
                 streams=arguments.streams,
                 options=common.open_options(arguments),
-                progress=report,
+                progress=on_progress,
             )
 
         result = run_async(work)
@@ -136,7 +136,7 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
     Raises:
         UsageError: The options contradict each other.
     """
-    from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  imported late: --help must not load it
 
     if arguments.compress:
         msg = "-c: QED has no compression; qemu-img convert -c makes a compressed qcow2 image"

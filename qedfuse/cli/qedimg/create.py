@@ -88,5 +88,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _fill(arguments: argparse.Namespace, path: str) -> None:
     """Allocate each cluster of the new image at ``path``."""
-    with progress(arguments, "Allocating") as report:
-        run_async(preallocate, path, report)
+    with progress(arguments, "Allocating") as on_progress:
+        run_async(preallocate, path, on_progress)

@@ -21,17 +21,23 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg dump l2 0 vm.qed"
 DESCRIPTION: Final = """\
-Show the fields of the header, the entries in use of the L1 table, or those of the L2 table
-that L1 entry N points to, with a verdict on each: ok, zeros, reserved, unaligned, past the
-end, cut short, over metadata.  Entries of a contiguous run are shown as one range.
+Show the fields of the header, the entries in use of the L1 table, or those of the L2
+table that L1 entry N points to.  For each entry a verdict is shown: ok, zeros, reserved,
+unaligned, past the end, cut short, or over metadata.  Adjacent entries that point to
+adjacent offsets, or have the same value, are shown as one range.
 
-The command is made for broken images, and shows what cannot be valid as well."""
+The command is made for broken images, and shows invalid fields and entries as well."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
-    parser.add_argument("what", choices=("header", "l1", "l2"))
-    parser.add_argument("number", metavar="N", nargs="?", help="which L2 table: its L1 entry")
+    parser.add_argument("structure", choices=("header", "l1", "l2"))
+    parser.add_argument(
+        "l1_index",
+        metavar="N",
+        nargs="?",
+        help="the index of the L1 entry that points to the table",
+    )
     parser.add_argument("image", metavar="IMAGE")
     common.add_output(parser)
     common.add_share(parser)
@@ -39,44 +45,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the header or the table; return the exit code."""
-    run_async(_work, arguments, _number(arguments))
+    run_async(_work, arguments, _l1_index(arguments))
     return 0
 
 
-def _number(arguments: argparse.Namespace) -> int:
-    """Return the number of the L2 table, which ``l2`` requires; 0 for ``header`` and ``l1``.
+def _l1_index(arguments: argparse.Namespace) -> int:
+    """Return the index of the L1 entry, which ``l2`` requires; 0 for ``header`` and ``l1``.
 
     Raises:
-        UsageError: It is missing, superfluous, or no number.
+        UsageError: The index is missing, superfluous, no number, or too long.
     """
-    text = arguments.number
-    if arguments.what != "l2":
+    text = arguments.l1_index
+    if arguments.structure != "l2":
         if text is not None:
-            msg = f"dump {arguments.what}: found two operands, expected the image only"
+            msg = f"dump {arguments.structure}: found two operands, expected the image only"
+
             raise UsageError(msg)
         return 0
     if text is None or not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
         found = "none" if text is None else text
-        msg = f"dump l2: number of an L1 entry: found {found}, expected one such as 0"
+        msg = (
+            f"dump l2: index of an L1 entry: found {found}, expected a number of at most "
+            f"{_MAX_DIGITS} digits"
+        )
         raise UsageError(msg)
     return int(text)
 
 
 _MAX_DIGITS: Final = 18
+"""Most digits of an index: longer than any valid index, but short enough to be converted."""
 
 
-async def _work(arguments: argparse.Namespace, number: int) -> None:
-    """Print the header or the table; ``number`` is that of the L2 table."""
-    from qedfuse.tools.inspection.dump import open_dump  # noqa: PLC0415  a quick --help
+async def _work(arguments: argparse.Namespace, l1_index: int) -> None:
+    """Print the header, the L1 table, or the L2 table that an L1 entry points to."""
+    from qedfuse.tools.inspection.dump import open_dump  # noqa: PLC0415  imported late: --help must not load it
 
-    async with open_dump(arguments.image, share=arguments.force_share) as found:
-        if arguments.what == "header":
-            _show_header(arguments, found.header)
-        elif arguments.what == "l1":
-            await _show(arguments, {}, found.l1())
+    async with open_dump(arguments.image, share=arguments.force_share) as dump:
+        if arguments.structure == "header":
+            _show_header(arguments, dump.header)
+        elif arguments.structure == "l1":
+            await _show(arguments, {}, dump.l1())
         else:
-            about = {"l1-index": number, "table-offset": await found.table(number)}
-            await _show(arguments, about, found.l2(number))
+            location = {"l1-index": l1_index, "table-offset": await dump.table(l1_index)}
+            await _show(arguments, location, dump.l2(l1_index))
 
 
 def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
@@ -112,7 +123,7 @@ def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
 
 
 def _meaning(header: RawHeader, item: HeaderField) -> str:
-    """Return what the value of a field stands for: names of bits, or its unit."""
+    """Return what the value of a field stands for: magic, names of bits, or its unit."""
     if item.name == "magic":
         return "QED\\0"
     if item.name.endswith("features"):
@@ -126,12 +137,14 @@ _COLUMNS: Final = "{:>10}  {:>10}  {:>18}  {:>18}  {:>18}  {}"
 
 
 async def _show(
-    arguments: argparse.Namespace, about: dict[str, Any], ranges: AsyncGenerator[EntryRange, None]
+    arguments: argparse.Namespace,
+    location: dict[str, Any],
+    ranges: AsyncGenerator[EntryRange, None],
 ) -> None:
-    """Print ranges of entries as they arrive, after the keys and values in ``about``."""
+    """Print ranges of entries as they arrive; JSON begins with the keys of ``location``."""
     as_json = arguments.output == "json"
     if as_json:
-        head = json.dumps({"filename": arguments.image, **about})
+        head = json.dumps({"filename": arguments.image, **location})
         sys.stdout.write(f'{head[:-1]}, "entries": [')
     else:
         print_line(
@@ -151,7 +164,7 @@ async def _show(
 
 
 def _as_json(item: EntryRange) -> dict[str, Any]:
-    """Return a range of entries as JSON."""
+    """Return a range of entries as JSON values."""
     return {
         "index": item.index,
         "count": item.count,

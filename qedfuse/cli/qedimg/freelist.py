@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show, make or drop the list; return the exit code."""
     if arguments.force_share and arguments.action != "show":
-        msg = f"-U: freelist {arguments.action} needs the image for itself"
+        msg = f"-U: freelist {arguments.action} needs an image that no other program has open"
         raise UsageError(msg)
     with progress(arguments, "Scanning"):  # the scan reports no progress
         info = run_async(_work, arguments)
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
     """Show, make or drop the list; return what the image has afterwards."""
-    from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.tools.inspection.freelistinfo import describe_free_list  # noqa: PLC0415
 
     if arguments.action == "on":

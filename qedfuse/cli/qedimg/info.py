@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.infojson import as_json
+from qedfuse.cli.qedimg.infojson import json_value
 from qedfuse.cli.qedimg.infotext import as_text
 from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         images = [describe(arguments.image, form, share=arguments.force_share)]
     described = [(image, _details(arguments, image)) for image in images]
     if arguments.output == "json":
-        values: list[dict[str, Any]] = [as_json(*item) for item in described]
+        values: list[dict[str, Any]] = [json_value(*item) for item in described]
         print_json(values if arguments.backing_chain else values[0])
     else:
         print_line(arguments, "\n\n".join(as_text(*item) for item in described))
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _chain(arguments: argparse.Namespace, form: FormatChoice) -> list[ImageInfo]:
     """Return the descriptions of an image and its backing files."""
-    from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  a quick start
+    from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  imported late: plain info must not load it
 
     return await describe_chain(arguments.image, form, common.open_options(arguments))
 
@@ -76,15 +76,15 @@ def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
     """Return the details that need the tables or the free list; None if there are none."""
     if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
         return None
-    with progress(arguments, "Counting") as report:
-        return run_async(_read_details, arguments, image, report)
+    with progress(arguments, "Counting") as on_progress:
+        return run_async(_read_details, arguments, image, on_progress)
 
 
 async def _read_details(
-    arguments: argparse.Namespace, image: ImageInfo, report: Callable[[int, int], None]
+    arguments: argparse.Namespace, image: ImageInfo, on_progress: Callable[[int, int], None]
 ) -> Details:
     """Return the details of an image."""
-    from qedfuse.tools.inspection.details import read_details  # noqa: PLC0415  a quick start
+    from qedfuse.tools.inspection.details import read_details  # noqa: PLC0415  imported late: plain info must not load it
 
     options = common.open_options(arguments)
-    return await read_details(image, options, allocation=arguments.allocation, progress=report)
+    return await read_details(image, options, allocation=arguments.allocation, progress=on_progress)

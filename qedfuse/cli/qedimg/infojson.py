@@ -1,4 +1,4 @@
-"""The JSON of ``qedimg info``: qemu-img's keys and, below them, qedfuse's own."""
+"""The JSON of ``qedimg info``: the keys that qemu-img prints, and more."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.rawheader import Bits
 
 
-def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
-    """Return an image's description; keys that qemu-img has are in its order."""
-    value: dict[str, Any] = {"children": [{"name": "file", "info": _file(image)}]}
+def json_value(image: ImageInfo, details: Details | None) -> dict[str, Any]:
+    """Return the description of an image as values for JSON.
+
+    The keys that qemu-img prints too are in the same order as in qemu-img's output.
+    ``details`` are None if the tables and the free list were not read.
+    """
+    value: dict[str, Any] = {"children": [{"name": "file", "info": _host_file(image)}]}
     qed = image.qed
     backing = None if qed is None else qed.backing
     if backing is not None and backing.is_raw:
@@ -25,8 +29,8 @@ def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
         value["cluster-size"] = qed.header.values.get("cluster_size")
     value |= {"format": image.format, "actual-size": image.disk_usage}
     if qed is not None:
-        data = _data(image, qed, details)
-        value["format-specific"] = {"type": "qed", "data": data}
+        properties = _qed_properties(image, qed, details)
+        value["format-specific"] = {"type": "qed", "data": properties}
     if backing is not None:
         value["full-backing-filename"] = backing.path
         value["backing-filename"] = backing.name
@@ -40,8 +44,8 @@ def as_json(image: ImageInfo, details: Details | None) -> dict[str, Any]:
     return value
 
 
-def _file(image: ImageInfo) -> dict[str, Any]:
-    """Describe the file below an image, as qemu-img does since version 8.0."""
+def _host_file(image: ImageInfo) -> dict[str, Any]:
+    """Describe the host's file that stores an image, as qemu-img does since version 8.0."""
     return {
         "children": [],
         "virtual-size": -(-image.file_size // SECTOR) * SECTOR,
@@ -53,10 +57,10 @@ def _file(image: ImageInfo) -> dict[str, Any]:
     }
 
 
-def _data(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, Any]:
+def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, Any]:
     """Return the properties that only a QED image has."""
     fields = qed.header.values
-    data: dict[str, Any] = {
+    properties: dict[str, Any] = {
         "file-length": image.file_size,
         "table-size": fields.get("table_size"),
         "header-size": fields.get("header_size"),
@@ -72,25 +76,25 @@ def _data(image: ImageInfo, qed: QedInfo, details: Details | None) -> dict[str, 
         "l2-tables-possible": qed.max_l2_tables,
     }
     if qed.backing is not None:
-        data["resolved-backing-filename"] = qed.backing.resolved
+        properties["resolved-backing-filename"] = qed.backing.resolved
     if details is not None and details.allocation is not None:
         counted = details.allocation
-        data["allocation"] = {
+        properties["allocation"] = {
             "l2-tables": counted.l2_tables,
             "bad-tables": counted.bad_tables,
             "data-clusters": counted.data,
             "zero-clusters": counted.zero,
         }
-    return data
+    return properties
 
 
 def _bits(bits: Bits) -> dict[str, Any]:
-    """Return feature bits by value, by name, and the numbers of unknown ones."""
+    """Return a field of feature bits: its value, names of known bits, numbers of unknown bits."""
     return {"value": bits.value, "names": list(bits.names), "unknown-bits": list(bits.unknown)}
 
 
 def _free_list(qed: QedInfo, details: Details | None) -> dict[str, Any]:
-    """Describe the list of free clusters; only its presence is known without ``details``."""
+    """Describe the persistent free list; without ``details``, only whether there is one."""
     if not qed.has_free_list:
         return {"present": False}
     found = None if details is None else details.free_list
@@ -110,7 +114,7 @@ def _free_list(qed: QedInfo, details: Details | None) -> dict[str, Any]:
 
 
 def _safety(qed: QedInfo) -> dict[str, Any]:
-    """Return what a service needs to decide whether to accept an untrusted image."""
+    """Return the facts by which a service can decide whether to accept an untrusted image."""
     backing, bits = qed.backing, qed.header.bits("features")
     return {
         "has-backing": qed.names_backing,

@@ -190,7 +190,7 @@ def _run(name: str, words: Sequence[str]) -> int:
         arguments = parser.parse(words)
     except SystemExit as end:  # --help has been printed
         return int(end.code or 0)
-    from qedfuse.cli.qedimg.log import set_up_logging  # noqa: PLC0415  a quick --help
+    from qedfuse.cli.qedimg.log import set_up_logging  # noqa: PLC0415  imported late: --help must not load it
 
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
     return command(name).run(arguments)

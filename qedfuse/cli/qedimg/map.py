@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """List the extents; return the exit code."""
     # On a terminal the list itself shows the progress.
-    with progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as report:
-        listed = _list_fast(arguments, report)
+    with progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as on_progress:
+        listed = _list_fast(arguments, on_progress)
         if not listed.complete:
-            run_async(_list_rest, arguments, listed, report)
+            run_async(_list_rest, arguments, listed, on_progress)
     return 0
 
 
@@ -79,7 +79,7 @@ class _Listed(NamedTuple):
     complete: bool = False
 
 
-def _list_fast(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> _Listed:
+def _list_fast(arguments: argparse.Namespace, on_progress: Callable[[int, int], None]) -> _Listed:
     """Print as many extents as the C extension can list; return how many that are."""
     nothing = _Listed(head=False, extents=False, end=arguments.start_offset)
     part = arguments.start_offset or arguments.max_length is not None
@@ -95,7 +95,7 @@ def _list_fast(arguments: argparse.Namespace, report: Callable[[int, int], None]
             # Each line of JSON begins with a comma, the first one included.
             sys.stdout.write(text if written or not as_json else text.removeprefix(",\n"))
             written = written or bool(text)
-            report(found.reached, found.size)
+            on_progress(found.reached, found.size)
         if found.reached < found.size:
             return _Listed(head=True, extents=written, end=found.reached)
     if as_json:
@@ -109,14 +109,14 @@ def _is_silent(arguments: argparse.Namespace) -> bool:
 
 
 async def _list_rest(
-    arguments: argparse.Namespace, listed: _Listed, report: Callable[[int, int], None]
+    arguments: argparse.Namespace, listed: _Listed, on_progress: Callable[[int, int], None]
 ) -> None:
     """Print the extents after those in ``listed``.
 
     Raises:
         CorruptImageError: There were bad table entries; all extents have been printed.
     """
-    from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  a quick start
+    from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  imported late: the fast map must not load it
     from qedfuse.tools.inspection.mapping import open_map  # noqa: PLC0415
 
     options = common.open_options(arguments)
@@ -134,7 +134,7 @@ async def _list_rest(
             async for batch in batches:
                 write(text.body(batch))
                 bad += batch.count_bad()
-                report(int(batch.starts[-1] + batch.lengths[-1]) - start, end - start)
+                on_progress(int(batch.starts[-1] + batch.lengths[-1]) - start, end - start)
         write(text.tail(arguments.start_offset))
     if bad:
         msg = (

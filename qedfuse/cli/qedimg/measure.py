@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, and print the lengths; return the exit code."""
-    from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  imported late: --help must not load it
 
     take_options(arguments, "-B")
     spec = ImageSpec(
@@ -80,7 +80,7 @@ def _measure(arguments: argparse.Namespace, spec: ImageSpec) -> Measurement:
     Raises:
         UsageError: Both a source and a size were given, or neither.
     """
-    from qedfuse.tools.copying.measure import measure, measure_empty  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.copying.measure import measure, measure_empty  # noqa: PLC0415  imported late: --help must not load it
 
     if (arguments.size is None) == (arguments.source is None):
         found = "neither" if arguments.size is None else "both"
@@ -88,7 +88,7 @@ def _measure(arguments: argparse.Namespace, spec: ImageSpec) -> Measurement:
         raise UsageError(msg)
     if arguments.source is None:
         return measure_empty(arguments.size, spec)
-    with progress(arguments, "Measuring") as report:
+    with progress(arguments, "Measuring") as on_progress:
 
         async def work() -> Measurement:
             return await measure(
@@ -96,7 +96,7 @@ def _measure(arguments: argparse.Namespace, spec: ImageSpec) -> Measurement:
                 spec,
                 source_format=arguments.source_format or "auto",
                 options=common.open_options(arguments),
-                progress=report,
+                progress=on_progress,
             )
 
         return run_async(work)

@@ -28,7 +28,7 @@ def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
 
     File names that are not valid UTF-8 are escaped as lone surrogates.
     """
-    import json  # noqa: PLC0415  a quick start
+    import json  # noqa: PLC0415  imported late: text must not load it
 
     sys.stdout.write(json.dumps(value, indent=4, ensure_ascii=True) + "\n")
 

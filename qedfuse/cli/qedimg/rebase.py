@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Change the base, and print how much was copied; return the exit code."""
-    with progress(arguments, "Rebasing") as report:
-        result = run_async(_work, arguments, report)
+    with progress(arguments, "Rebasing") as on_progress:
+        result = run_async(_work, arguments, on_progress)
     base = "no base" if result.backing is None else f"the base {printable(result.backing)}"
     text = f"{printable(arguments.image)}: has {base}"
     if not arguments.unsafe:
@@ -63,9 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> RebaseResult:
+async def _work(
+    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
+) -> RebaseResult:
     """Rebase with the options of the command line."""
-    from qedfuse.tools.editing.rebase import rebase  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.rebase import rebase  # noqa: PLC0415  imported late: --help must not load it
 
     return await rebase(
         arguments.image,
@@ -73,5 +75,5 @@ async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None
         backing_format=arguments.base_format,
         unsafe=arguments.unsafe,
         options=common.open_options(arguments, writable=True),
-        progress=report,
+        progress=on_progress,
     )

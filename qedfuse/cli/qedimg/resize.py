@@ -55,8 +55,8 @@ def _change(text: str) -> tuple[int, bool]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Change the size, and print the result; return the exit code."""
-    with progress(arguments, "Resizing") as report:
-        result = run_async(_work, arguments, report)
+    with progress(arguments, "Resizing") as on_progress:
+        result = run_async(_work, arguments, on_progress)
     text = f"{printable(arguments.image)}: had {result.size_before} bytes, has {result.size}"
     if result.size < result.size_before:
         text += f"; the file had {result.bytes_before} bytes and has {result.bytes_after}"
@@ -66,9 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None]) -> ResizeResult:
+async def _work(
+    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
+) -> ResizeResult:
     """Resize with the options of the command line."""
-    from qedfuse.tools.editing.resize import resize  # noqa: PLC0415  a quick --help
+    from qedfuse.tools.editing.resize import resize  # noqa: PLC0415  imported late: --help must not load it
 
     size, relative = arguments.size
     return await resize(
@@ -78,5 +80,5 @@ async def _work(arguments: argparse.Namespace, report: Callable[[int, int], None
         shrink=arguments.shrink,
         force=arguments.force,
         options=common.open_options(arguments, writable=True),
-        progress=report,
+        progress=on_progress,
     )

@@ -54,7 +54,7 @@ class Interruption:
         Raises:
             KeyboardInterrupt: A signal has cancelled it.
         """
-        import trio  # noqa: PLC0415  a quick --help
+        import trio  # noqa: PLC0415  imported late: --help must not load it
 
         self._deferred = True
         try:
