@@ -1,11 +1,11 @@
 """Automatic compaction: moving clusters into free ones when a disk is closed.
 
-QEMU does not know free clusters within a file: its check counts each as leaked, and its
-driver never uses it again.  So a close moves the highest clusters into the free ones, as
-far as that takes a second or so (`OpenOptions.compact_seconds`), and logs what is left.
+QEMU knows no free clusters within a file: its check counts each of them as leaked, and its
+driver never uses them again.  So when a disk is closed, its highest clusters are moved into
+the free ones for about a second (`OpenOptions.compact_seconds`), and what is left is logged.
 
-It happens at a close and not when the disk is idle, because no request may run meanwhile:
-a write in place takes no lock, and would be lost if it hit a cluster that is being copied.
+Compaction does not run while the disk is in use, because no request may run meanwhile: a
+write in place takes no lock, and would be lost if it hit a cluster that is being copied.
 Besides, a guest could make the host copy its clusters again and again.
 """
 
@@ -34,19 +34,21 @@ class AutoCompaction:
         """How often tables had been written when the last run ended; None before it."""
 
     async def run(self, *, within_bound: bool = True) -> None:
-        """Compact as the options say; if the host refuses, that is logged and costs space.
+        """Compact as the options say, and make the result durable.
 
-        Does nothing if no table has changed since the last run, which has done what the
-        limits allow.  No request may be under way.  See `Compaction.run` for
-        ``within_bound``.
+        Does nothing if no table has changed since the last run, which has already done all
+        that the limits allow.  The caller must ensure that no request is running.  If the
+        host refuses, a warning is logged, and the file stays longer.  See `Compaction.run`
+        for ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():
             return
         try:
             if components.writeback.dirty_tables:
-                # A bug in what follows must not lose what the guest has written.  This is
-                # a barrier, because a flush would punch what is cut off later.
+                # Make what the guest has written durable first, so that a bug in the
+                # compaction cannot lose it.  This is a barrier and not a flush, because a
+                # flush would punch clusters that the compaction fills or cuts off.
                 await components.writeback.barrier()
             if options.compact == "full":
                 await components.first_write_guard.prepare_write()
@@ -62,10 +64,14 @@ class AutoCompaction:
                 log.warning("%s (while compacting)", error)
 
     async def _run_within_limits(self, *, within_bound: bool) -> None:
-        """Compact as far as the limits of the options allow, if the free clusters are known."""
+        """Compact as far as the limits of the options allow.
+
+        Does nothing if the free clusters are not known for certain.
+        """
         components, options = self._components, self._components.options
         if components.quarantine.count and not components.scan.finished.is_set():
-            # The close would run it in any case.
+            # This costs no extra time: with clusters in quarantine the close would run the
+            # scan in any case.
             await components.scan.run()
         if components.allocator.scan_complete and not components.layer.damaged:
             self._has_run_within_limits = True
@@ -80,20 +86,23 @@ class AutoCompaction:
         )
 
     def _is_due(self) -> bool:
-        """Return whether to compact: the options say so, and ``auto`` has a reason."""
+        """Return whether the options demand compaction, and with ``auto`` whether it is useful."""
         components = self._components
         if components.options.compact != "auto":
             return components.options.compact == "full"
         return (
             components.options.discard
-            # A free list names the free clusters, so they need not go.
+            # If the image keeps a free list, the free clusters are not lost to it.
             and not components.persistent_free_list.wanted
             # Reading an image must not rewrite it, however many clusters are leaked in it.
             and components.writeback.has_changed_tables
         )
 
     def report(self) -> None:
-        """Log what automatic compaction has left, once the file has its final length."""
+        """Log how many free clusters a compaction within limits has left; silent if none.
+
+        The caller must call this when the file has its final length.
+        """
         components = self._components
         left = components.allocator.free.count
         if self._has_run_within_limits and left:

@@ -41,8 +41,9 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
     """Read the name of the backing file from the header area.
 
     Raises:
-        ImageError: The file ends within the name.
+        CorruptImageError: The file ends within the name.
         BackingRefusedError: The name is not a plain path.
+        HostError: The host cannot read the file.
     """
     size = header.backing_filename_size
     raw = bytes(await file.pread(header.backing_filename_offset, size))
@@ -75,15 +76,18 @@ async def open_bases(
     Args:
         path: The image.
         file: The image's open file.
-        header: Its header.
+        header: The image's header.
         options: The policy for bases, and whether to lock them.
         store: Holds the table slices of all layers.
-        name: The name of the base, instead of the one that the image stores.
+        name: The name of the first base, instead of the one that the image stores; None
+            to read the stored one.
 
     Raises:
-        BackingError: A base is missing, refused, in a loop, too deep or of another format.
-        ImageError: A QED base cannot be opened by this version.
+        BackingError: A base is missing, refused or of another format, or the chain is a
+            loop or too long.
+        ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.
+        HostError: The host cannot read or lock a base.  In all cases all bases are closed.
     """
     layers: list[Layer] = []
     seen = {_identity(file)}
@@ -119,7 +123,7 @@ async def open_bases(
 
 @contextmanager
 def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """Close the files of the layers that are in the list at the end of the ``with`` block."""
+    """At the end of the ``with`` block close the files of the layers then in the list."""
     try:
         yield layers
     finally:
@@ -142,7 +146,9 @@ def _check_new(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
 
 
 def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str | None) -> PosixFile:
-    """Open one backing file of ``image``; ``trusted`` is a path that is always allowed.
+    """Open one backing file of ``image``, if the policy allows it.
+
+    ``trusted`` is a path that is allowed although it lies in another directory.
 
     Raises:
         BackingError: The file is missing or not a regular file.
@@ -175,13 +181,15 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
 
 
 async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPolicy) -> bool:
-    """Return whether a base is QED: by the user's option, the header, or else its magic.
+    """Return whether a base is a QED image rather than raw.
 
-    A guest that writes to a raw base can put any magic there, so a header may forbid probing
-    (BACKING_FORMAT_NO_PROBE).
+    The user's option decides, then the header of the image that names the base, then the
+    base's magic.  A guest that writes to a raw base can put any magic there, so a header may
+    forbid probing (BACKING_FORMAT_NO_PROBE).
 
     Raises:
         BackingError: The magic is that of another image format.
+        HostError: The host cannot read the base.
     """
     if policy.format is not None:
         return policy.format == "qed"
@@ -199,7 +207,7 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
 
 
 def _identity(file: PosixFile) -> tuple[int, int]:
-    """Return device and inode."""
+    """Return the device and the inode of a file, which no other file has."""
     status = file.stat()
     return status.st_dev, status.st_ino
 

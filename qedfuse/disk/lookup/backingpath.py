@@ -1,4 +1,4 @@
-"""The names of backing files: what they mean as paths, and following them down a chain."""
+"""The names of backing files: the paths that they stand for, and the paths of a whole chain."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_CHAIN_DEPTH: Final = 64
-"""Backing files of the longest chain that is followed."""
+"""Most backing files in a chain."""
 
 _FILE: Final = "file:"
 """QEMU's protocol for files: the rest of the name is a path, which may contain colons."""
 
 
 def has_protocol(name: bytes) -> bool:
-    """Return whether QEMU would take a name for something else than a file."""
+    """Return whether QEMU would take a name for something other than the path of a file."""
     return b":" in name.split(b"/", 1)[0] and not name.startswith(os.fsencode(_FILE))
 
 
 def lacks_path(name: bytes) -> bool:
-    """Return whether a name is the protocol for files without a path."""
+    """Return whether a name is ``file:`` with no path after it."""
     return name == os.fsencode(_FILE)
 
 
@@ -50,10 +50,10 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
-    The last path is that of a base that is not a readable image, or has no base itself; it
-    may not exist.  No policy for bases is applied.  A loop ends after `MAX_CHAIN_DEPTH` + 1
-    paths.  Names after ``file:`` are relative to ``directory``; empty is the working
-    directory.
+    The chain ends at a base that is raw, that has no base itself, or that cannot be read; the
+    last path may even lead to no file.  If the chain is a loop, it ends after
+    `MAX_CHAIN_DEPTH` + 1 paths.  No policy for bases is applied.  Names after ``file:`` are
+    relative to ``directory``, or to the working directory of the process if it is empty.
     """
     path = image
     for _ in range(MAX_CHAIN_DEPTH + 1):
@@ -67,9 +67,10 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
 
 
 def _base_of(path: str) -> tuple[str, bool]:
-    """Return the name of an image's base, and whether that is raw and so has no base itself.
+    """Return the name of an image's base, and whether the chain ends with that base.
 
-    The name is empty if the image has no base or cannot be read.
+    It does if the header says that the base is raw.  The name is empty if the image has no
+    base or cannot be read.
     """
     try:
         fd = open_regular(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The chain of an image, its base, the base's base and so on, as one disk."""
+"""The chain as one disk: an image, its base, the base's base and so on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
 
 _MAX_FLATTENED_BYTES: Final = 1 << 22
-"""Longest range that is looked up in `FlattenedBacking`; longer ranges are mostly holes, which
-a lookup layer by layer covers with few extents."""
+"""Longest range that is looked up in `FlattenedBacking`.  Longer ranges are mostly holes, so a
+lookup layer by layer is faster for them: it covers a hole with one extent."""
 
 
 class Chain:
@@ -32,7 +32,7 @@ class Chain:
 
         Args:
             layers: The image itself, then its bases.
-            flattened: The layers below the image itself, merged.
+            flattened: The layers below the image itself, merged; None if there are none.
             lacks_base: The image has a base that was not opened, so unallocated ranges
                 cannot be read.
         """
@@ -48,8 +48,9 @@ class Chain:
     async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:
         """Return how a range is stored in the layers from ``depth`` (0 or 1) downwards.
 
-        Ranges that no layer has allocated, or past the end of a layer, are of kind zero.
-        Without a base they stay of kind unallocated at depth 0.
+        A range that no layer has allocated is of kind zero, and so is a range past the end
+        of a layer, unless a layer above has allocated it.  If the image has no base,
+        unallocated ranges are of kind unallocated.
 
         Raises:
             HostError: The host cannot read a table.
@@ -73,7 +74,11 @@ class Chain:
         return joined(result)
 
     async def stored(self, start: int, length: int) -> list[Extent]:
-        """Return how a range is stored, without the ranges that no layer has allocated."""
+        """Return how a range is stored, leaving out the ranges that no layer has allocated.
+
+        Raises:
+            HostError: The host cannot read a table.
+        """
         result, _missing = await self._descend(start, start + length, 0)
         result.sort(key=lambda extent: extent.start)
         return joined(result)
@@ -88,7 +93,7 @@ class Chain:
     async def _descend(
         self, start: int, end: int, depth: int
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
-        """Look up a range layer by layer, in each layer the part that is unallocated above it.
+        """Look up a range layer by layer, in each layer only what is unallocated above it.
 
         Returns:
             The extents, in no order, and the ranges that no layer has allocated.
@@ -145,13 +150,16 @@ class Chain:
             elif extent.kind is Kind.UNALLOCATED and self.lacks_base:
                 msg = (
                     f"{self.layers[0].file.name}: read: found a base to read from at "
-                    f"{extent.start}, and the image opened without it"
+                    f"{extent.start}, but the image was opened without its base"
                 )
                 raise BackingError(msg)
         return buffer
 
     def _raise_truncated(self, extent: Extent, count: int) -> None:
-        """Raise HostError: the file became shorter while it was open, and its data is missing."""
+        """Raise HostError for data that is missing because its file became shorter while open.
+
+        Only the first ``count`` bytes of ``extent`` are there.
+        """
         msg = (
             f"{self.layers[extent.depth].file.name}: data at {extent.file_offset}: found "
             f"{count} bytes, expected {extent.length}"

@@ -19,7 +19,7 @@ class Kind(enum.Enum):
     UNALLOCATED = "unallocated"
     """Not stored in this image: reads as the base, or as zeros if there is none."""
     BAD = "bad"
-    """The table entry is invalid; ``reason`` says why."""
+    """The table entry is invalid, or the file ends before the data; ``reason`` says which."""
 
 
 class Extent(NamedTuple):
@@ -30,8 +30,8 @@ class Extent(NamedTuple):
         start: Guest offset of the first byte.
         length: Length in bytes.
         file_offset: File offset of the data; 0 for the other kinds.
-        depth: Number of the layer, from 0, the image itself, down the chain.
-        reason: For a bad extent, what is wrong with the table entry.
+        depth: Number of the layer: 0 is the image itself, 1 its base and so on.
+        reason: For a bad extent a message about what is wrong; empty for the other kinds.
     """
 
     kind: Kind
@@ -58,7 +58,10 @@ class Extent(NamedTuple):
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:
-    """Join adjacent extents where one continues the other; the extents are in order."""
+    """Join adjacent extents where one continues the other.
+
+    The extents must be in the order of their guest offsets.
+    """
     result: list[Extent] = []
     for extent in extents:
         if result and result[-1].continued_by(extent):

@@ -1,17 +1,18 @@
 """The backing chain flattened: for each cluster of the top image, which base holds its data.
 
 Backing files do not change while the disk is open.  So for each slice of the top image's
-tables the lookups in all layers below are merged once; from then on a lookup costs the same
-however long the chain is.  The result is an array with one code for each cluster of the top
-image:
+tables the lookups in all layers below are merged once.  From then on the length of the chain
+does not matter for a lookup.  The result is an array with one code for each cluster of the
+top image:
 
-    MIXED                  the cluster is not one run in one layer: look up layer by layer
+    MIXED                  the cluster is not one run in one layer, so each read must look it
+                           up layer by layer
     ZEROS                  the cluster is unallocated in all layers, or zeros in one
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
                            file offsets are multiples of 4096, and no chain is that deep
 
-These arrays are kept in the store of the table cache, and are evicted and made again like
-slices of tables.
+The arrays are kept in the store of the table cache.  They are evicted like slices of tables,
+and made again when they are needed.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ ZEROS: Final = 1
 _DEPTH_BIAS: Final = 2
 """What is added to a depth in a code, so that no code for data equals `MIXED` or `ZEROS`."""
 _DEPTH_MASK: Final = 4095
+"""The bits of a code for data that hold the depth."""
 _UNDECIDED: Final = np.uint64((1 << 64) - 1)
 """Code during the merge: the cluster is unallocated in all layers so far."""
 
 _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
-"""Most entries of a base that are read for one slice of the top image.  A base may have much
-smaller clusters than the top image; then the whole slice is `MIXED`."""
+"""Most entries of a base that are read for one slice of the top image.  If a base has so much
+smaller clusters that more entries would be needed, the whole slice is `MIXED`."""
 
 
 def data_location(code: int) -> tuple[int, int]:
@@ -70,7 +72,7 @@ class FlattenedBacking:
         return None if found is None else found.entries
 
     async def codes(self, number: int) -> array[int]:
-        """Return the codes for a slice of the top image, made if they are not in memory.
+        """Return the codes for a slice of the top image, after making them if necessary.
 
         Raises:
             HostError: A table of a backing file cannot be read.
@@ -82,7 +84,11 @@ class FlattenedBacking:
         return found
 
     async def extents(self, start: int, end: int) -> list[Extent] | None:
-        """Return how the layers below store a range; None if a cluster of it is `MIXED`."""
+        """Return how the layers below store a range; None if a cluster in it is `MIXED`.
+
+        Raises:
+            HostError: A table of a backing file cannot be read.
+        """
         result = []
         while start < end:
             cluster = start >> self._bits
@@ -113,7 +119,8 @@ class FlattenedBacking:
             if not is_undecided.any():
                 break
             found = await _codes_of_layer(layer, starts, size, depth)
-            # Past its end a layer reads as zeros.
+            # A layer reads as zeros past its end.  So a cluster in which the layer ends is
+            # mixed, and the clusters after it are zeros.
             found[starts + np.uint64(size) > layer.size] = MIXED
             found[starts >= layer.size] = ZEROS
             codes = np.where(is_undecided, found, codes)
@@ -126,12 +133,16 @@ class FlattenedBacking:
 async def _codes_of_layer(
     layer: Layer, starts: NDArray[np.uint64], size: int, depth: int
 ) -> NDArray[np.uint64]:
-    """Return a code for each cluster of ``size`` bytes in a layer; `_UNDECIDED` if unallocated."""
+    """Return the codes of one layer for clusters of ``size`` bytes at guest offsets ``starts``.
+
+    The code is `_UNDECIDED` where the layer has allocated nothing.
+    """
     if not isinstance(layer, QedLayer):
         return starts | np.uint64(depth + _DEPTH_BIAS)
     found = await _clusters_of_image(layer, starts, size)
     data = _is_offset(found)
-    # A cluster that the end of the file cuts short is left to the lookup, which reports it.
+    # A cluster that the end of the file cuts short is `MIXED`, so that each read looks it up
+    # in the layer, which reports what is missing.
     whole = found + np.uint64(size) <= layer.file.size()
     codes = np.where(whole, found | np.uint64(depth + _DEPTH_BIAS), np.uint64(MIXED))
     return np.where(data, codes, found)
@@ -140,9 +151,10 @@ async def _codes_of_layer(
 async def _clusters_of_image(
     layer: QedLayer, starts: NDArray[np.uint64], size: int
 ) -> NDArray[np.uint64]:
-    """Return how an image stores each cluster of ``size`` bytes.
+    """Return how an image stores clusters of ``size`` bytes at guest offsets ``starts``.
 
-    That is `_UNDECIDED` if it is unallocated, `MIXED`, `ZEROS`, or the file offset of its data.
+    The value is `_UNDECIDED` for an unallocated cluster, `MIXED`, `ZEROS`, or the file offset
+    of the cluster's data.
     """
     own = layer.geometry.cluster_size
     first = int(starts[0]) // own
@@ -150,12 +162,13 @@ async def _clusters_of_image(
     if last - first >= _MAX_ENTRIES_PER_SLICE:
         return np.full(len(starts), np.uint64(MIXED))
     values = await _entries(layer, first, last - first + 1)
-    if own >= size:
+    if own >= size:  # each of the clusters lies within one cluster of the image
         entries = starts // np.uint64(own) - np.uint64(first)
         found: NDArray[np.uint64] = values[entries]
         inside = starts % np.uint64(own)
         found[_is_offset(found)] += inside[_is_offset(found)]
         return found
+    # Each of the clusters covers several clusters of the image, one row of ``values``.
     values = values.reshape(len(starts), size // own)
     lead = values[:, :1]
     steps = np.arange(values.shape[1], dtype=np.uint64) * np.uint64(own)
@@ -172,7 +185,10 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 async def _entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
-    """Return the L2 entries of an image for ``count`` clusters; bad ones are `MIXED`."""
+    """Return the L2 entries of an image for ``count`` clusters from number ``first`` on.
+
+    Bad entries are returned as `MIXED`, and unallocated ones as `_UNDECIDED`.
+    """
     found = np.full(count, _UNDECIDED)
     geometry, step = layer.geometry, layer.tables.slice_entries
     end = min(first + count, geometry.clusters(layer.size))

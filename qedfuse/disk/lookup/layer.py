@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _MAX_REMEMBERED_KEYS: Final = 4096
-"""Slices whose cache keys are remembered, which saves the lookup in the L1 table."""
+"""Most slices whose cache keys are remembered, which saves looking them up in the L1 table."""
 
 
 class Layer(Protocol):
@@ -39,7 +39,11 @@ class Layer(Protocol):
         """Bytes of the disk that this layer describes."""
 
     async def lookup(self, start: int, length: int) -> list[Extent]:
-        """Return how this layer, without its base, stores a range that lies within it."""
+        """Return how this layer, without its base, stores a range that lies within it.
+
+        Raises:
+            HostError: The host cannot read a table.
+        """
 
 
 class RawLayer:
@@ -67,7 +71,10 @@ class QedLayer:
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:
-        """Look up in a file whose header has been read; call `scan_l1` before anything else."""
+        """Look up in ``file``, whose header has been read.
+
+        The caller must call `scan_l1` before it uses the layer.
+        """
         self.file = file
         self.header = header
         self.geometry = header.geometry
@@ -88,15 +95,15 @@ class QedLayer:
 
     @property
     def damaged(self) -> bool:
-        """Whether a bad entry was found since the image was opened; see `NeedCheck.clear`."""
+        """Whether damage was found since the image was opened; then NEED_CHECK stays set."""
         return self.registry.damaged
 
     def mark_damaged(self) -> None:
-        """Record that the tables contradict each other or the file, from now on."""
+        """Record that the image is damaged: its tables contradict each other or the file."""
         self.registry.mark_damaged()
 
     def set_header(self, header: Header) -> None:
-        """Use a header with another disk size, which is durable already."""
+        """Use ``header``, which has another disk size and which the caller has made durable."""
         self.header = header
         self.registry.set_header(header)
 
@@ -110,13 +117,19 @@ class QedLayer:
         await self.registry.scan()
 
     def move_table(self, old: int, new: int) -> None:
-        """Record that an L2 table was copied to another file offset; it must not be dirty."""
+        """Record that an L2 table was copied from file offset ``old`` to ``new``.
+
+        No slice of the table may be dirty or pinned.
+        """
         self.registry.move(old, new)
         self.tables.move(old, new, self.geometry.table_bytes)
         self._keys.clear()
 
     def drop_table(self, l1_index: int, offset: int) -> None:
-        """Record that an L2 table is gone; it must not be dirty."""
+        """Record that no L1 entry refers to an L2 table any more.
+
+        No slice of the table may be dirty or pinned.
+        """
         self.registry.remove(l1_index, offset)
         self.tables.forget(offset, self.geometry.table_bytes)
         self._keys.clear()
@@ -124,8 +137,11 @@ class QedLayer:
     async def table_at(self, l1_index: int) -> tuple[int, str]:
         """Return the file offset of the L2 table of an L1 entry, 0 if there is none.
 
-        The second value says what is wrong with the entry if it is bad, and is empty
-        otherwise; the table of a bad entry counts as none.
+        The second value says what is wrong with a bad entry, for which the offset is 0 too;
+        it is empty if the entry is valid.
+
+        Raises:
+            HostError: The host cannot read the L1 table.
         """
         start = self.header.l1_table_offset
         slice_ = self.tables.cached(start, l1_index)
@@ -140,8 +156,8 @@ class QedLayer:
     def cached_slice(self, number: int) -> Slice | None:
         """Return the slice of L2 entries with a number, counted from the disk's beginning.
 
-        Returns None if the slice or its L1 entry is not in memory or not valid, and
-        `TableCache.empty_slice` if there is no table.
+        Returns None if the slice or its part of the L1 table is not in memory, or if that
+        part has a bad entry.  Returns `TableCache.empty_slice` if there is no table.
         """
         key = self._keys.get(number)
         if key is None:
@@ -159,18 +175,22 @@ class QedLayer:
         return self.tables.get(key)
 
     def next_cached_table(self, l1_index: int) -> int | None:
-        """Return the first L1 entry in use at or past an index; one past the disk if none is.
+        """Return the index of the first L1 entry in use at or past ``l1_index``.
 
-        Returns None if that part of the L1 table is not in memory.
+        Returns an index past the disk's last entry if none is in use.  Returns None if the
+        search reaches a part of the L1 table that is not in memory.
         """
         index = self.skip_missing_tables(l1_index)
-        is_known = index >= self.geometry.l1_used(self.header.image_size) or self.tables.cached(
+        is_found = index >= self.geometry.l1_used(self.header.image_size) or self.tables.cached(
             self.header.l1_table_offset, index
         )
-        return index if is_known else None
+        return index if is_found else None
 
     def skip_missing_tables(self, l1_index: int) -> int:
-        """Return the first L1 entry at or past an index that is in use or not in memory."""
+        """Return the index, at or past ``l1_index``, of the first L1 entry in use or not cached.
+
+        Returns an index past the disk's last entry if there is none.
+        """
         end, step = self.geometry.l1_used(self.header.image_size), self.tables.slice_entries
         while l1_index < end:
             slice_ = self.tables.cached(self.header.l1_table_offset, l1_index)
@@ -184,7 +204,11 @@ class QedLayer:
         return l1_index
 
     async def lookup(self, start: int, length: int) -> list[Extent]:
-        """Return how this image, without its base, stores a range that lies within it."""
+        """Return how this image, without its base, stores a range that lies within it.
+
+        Raises:
+            HostError: The host cannot read a table.
+        """
         result: list[Extent] = []
         end = start + length
         geometry = self.geometry
@@ -201,7 +225,8 @@ class QedLayer:
             slice_ = self.tables.cached(table, index)
             if slice_ is None:
                 slice_ = await self.tables.load(table, index, L2)
-            # All but small requests reach past the end of the slice.
+            # A large request can reach past the end of this slice: the next pass of the loop
+            # takes the next slice.
             in_slice = index % self.tables.slice_entries
             slice_start = geometry.floor(start) - in_slice * geometry.cluster_size
             slice_end = slice_start + len(slice_.entries) * geometry.cluster_size
@@ -237,7 +262,11 @@ class QedLayer:
                 yield from self._data(here, stop, value + here - run_start)
 
     def _data(self, start: int, stop: int, file_offset: int) -> Iterator[Extent]:
-        """Yield a run of data; for a reader, what the end of the file cuts off is bad."""
+        """Yield the extents of a run of data, of which the file offset is ``file_offset``.
+
+        If the image is open for reading only, the part of the run past the end of the file
+        is a bad extent.
+        """
         length = stop - start
         if not self.file.writable:
             present = self.file.size() - file_offset

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.tablecache import Slice
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
-"""Length of the first lookup, which doubles each time.  In most cases the answer is near, and a
-lookup costs by the number of extents."""
+"""Length of the first lookup of a search; each further lookup is twice as long.  In most cases
+the answer is near, and the time that a lookup takes grows with the number of extents."""
 
 
 async def next_data(chain: Chain, start: int) -> int | None:
@@ -48,13 +48,16 @@ async def next_hole(chain: Chain, start: int) -> int:
 
 
 async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
-    """Return the first guest offset at or past ``start`` that is data, or that is not."""
+    """Return the first guest offset at or past ``start`` that is data, or with False a hole.
+
+    Returns None if there is none before the end of the disk.
+    """
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # A lookup never goes past a slice of a table: even if all clusters are scattered,
-            # it returns thousands of extents and not millions.
+            # One lookup ends with the slice of a table at the latest.  So even if all clusters
+            # are scattered, it returns thousands of extents and not millions.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
             for extent in await chain.extents(start, end - start):
@@ -67,7 +70,7 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
 
 
 async def _lookup_end(chain: Chain, start: int) -> int:
-    """Return how far one lookup goes: to the first end of a slice in any layer."""
+    """Return the guest offset where the next slice of a table ends in any layer."""
     end = chain.layers[0].size
     for layer in chain.layers:
         if isinstance(layer, QedLayer) and start < layer.size:
@@ -76,7 +79,10 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 
 
 async def _slice_end(layer: QedLayer, start: int) -> int:
-    """Return the guest offset where the slice for ``start`` ends, or the range without tables."""
+    """Return the guest offset where the slice for ``start`` ends.
+
+    If ``start`` has no table, returns where the range without tables ends.
+    """
     geometry = layer.geometry
     l1_index = geometry.l1_index(start)
     table, _reason = await layer.table_at(l1_index)
@@ -89,7 +95,10 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 
 
 async def _past_data(chain: Chain, start: int) -> int:
-    """Return the end of the data that the image itself has from ``start`` on, within one slice."""
+    """Return where the data ends that the image itself has from ``start`` on, within a slice.
+
+    Returns ``start`` if the image itself has no data there.
+    """
     top = chain.layers[0]
     if isinstance(top, QedLayer):
         geometry = top.geometry
@@ -114,13 +123,16 @@ def _first(which: NDArray[np.bool_]) -> int:
 
 
 async def _within(chain: Chain, extent: Extent, *, data: bool) -> int | None:
-    """Return the first guest offset in an extent that is data, or that is not; None if none is."""
+    """Return the first guest offset in an extent that is data, or with False a hole.
+
+    Returns None if there is none in the extent.
+    """
     if extent.kind is not Kind.DATA:
         return extent.start if data == (extent.kind is Kind.BAD) else None
     layer = chain.layers[extent.depth]
     if not isinstance(layer, RawLayer):
         return extent.start if data else None
-    # A raw base is one extent of data; the host knows its holes.
+    # A raw base is one extent of data, so ask the host where its holes are.
     find = layer.file.next_data if data else layer.file.next_hole
     found = await find(extent.file_offset)
     if found is None or found >= extent.file_offset + extent.length:

@@ -78,13 +78,16 @@ class Pins:
     __slots__ = ("_slices",)
 
     def __init__(self, *slices: Slice) -> None:
-        """Pin ``slices`` from now on; each was returned by the cache without an await since."""
+        """Pin ``slices`` from now on.
+
+        The caller must not have awaited anything since the cache returned them.
+        """
         self._slices = list(slices)
         for one in slices:
             one.pins += 1
 
     def add(self, added: Slice) -> None:
-        """Pin one more slice."""
+        """Pin one more slice, which the cache has returned without an await since."""
         added.pins += 1
         self._slices.append(added)
 
@@ -186,7 +189,7 @@ class TableCache:
         """Return the slice with entry ``index`` of a table, reading it if it is not cached.
 
         Raises:
-            HostError: The host cannot read it.
+            HostError: The host cannot read the slice, or the file ends within it.
         """
         found = self.cached(table, index)
         while found is None:
@@ -206,42 +209,46 @@ class TableCache:
         self._store.put((id(self), offset), Slice(offset, level, entries, bad))
 
     def bad_entries(self, level: int, offset: int, entries: array[int]) -> bytes | None:
-        """Return `Slice.bad` for the entries that were read from a file offset."""
+        """Return what `Slice.bad` is for entries that were read from a file offset."""
         is_known = offset in self._known_bad
         return self._known_bad[offset] if is_known else self._find_bad(level, entries)
 
     async def reserve(self, pinned: Slice) -> None:
-        """Reserve host space for the write-back of a pinned slice.
+        """Reserve host space for the write-back of a pinned slice, unless that was done before.
 
         The slice may lie in a hole of the file.  It is better to refuse the guest's write
         now than to accept it and to run out of space at the flush.
 
         Raises:
             NoSpaceError: The host is full.
+            HostError: The host refused.
         """
         if pinned.offset not in self._reserved:
             await self._file.reserve(pinned.offset, self._slice_bytes)
             self._reserved.add(pinned.offset)
 
     def is_reserved(self, slice_: Slice) -> bool:
-        """Return whether `reserve` was called for the slice."""
+        """Return whether `reserve` has reserved host space for the slice."""
         return slice_.offset in self._reserved
 
     def set(self, slice_: Slice, index: int, value: int) -> None:
-        """Change the entry at ``index`` within a slice; the next write-back takes it."""
+        """Change the entry at ``index`` within a slice, and mark the entry as dirty."""
         slice_.entries[index] = value
         slice_.touch(index, index + 1)
         self._dirty[slice_.offset] = slice_
 
     def fill(self, slice_: Slice, first: int, count: int, value: int) -> None:
-        """Change ``count`` entries from ``first`` on to one value, as `set` does."""
+        """Change ``count`` entries from ``first`` on to one value, and mark them as dirty."""
         if count:
             slice_.entries[first : first + count] = array("Q", (value,)) * count
             slice_.touch(first, first + count)
             self._dirty[slice_.offset] = slice_
 
     def put(self, slice_: Slice, first: int, values: NDArray[np.uint64]) -> None:
-        """Change the entries from ``first`` on to ``values``, as `set` does."""
+        """Change the entries from ``first`` on to ``values``.
+
+        Only the range from the first to the last entry that differs is marked as dirty.
+        """
         entries = np.frombuffer(slice_.entries, np.uint64)[first : first + len(values)]
         changed = np.flatnonzero(entries != values)
         if len(changed):
@@ -263,8 +270,8 @@ class TableCache:
             self._store.drop((id(self), old + at))
             self._reserved.discard(old + at)
             if old + at in self._known_bad:
-                # Entries that were written back are not validated again, also at their new
-                # offset.
+                # Entries that were written back must not be validated again at their new
+                # offset either.
                 self._known_bad[new + at] = self._known_bad.pop(old + at)
             else:
                 self._known_bad.pop(new + at, None)
@@ -285,9 +292,12 @@ class TableCache:
         return len(self._dirty) * self._slice_bytes
 
     def take_dirty(self) -> tuple[list[WriteBack], list[WriteBack]]:
-        """Begin to write back all dirty slices: return those of L2 tables and of the L1 table.
+        """Begin to write back all dirty slices, which are clean and pinned afterwards.
 
-        The caller ends each write-back with `end_write_back`.
+        The caller must end each write-back with `end_write_back`.
+
+        Returns:
+            The write-backs of L2 tables, and those of the L1 table.
         """
         taken: tuple[list[WriteBack], list[WriteBack]] = ([], [])
         for offset, dirty in sorted(self._dirty.items()):
@@ -297,7 +307,10 @@ class TableCache:
         return taken
 
     def end_write_back(self, write: WriteBack, *, written: bool) -> None:
-        """End a write-back that `take_dirty` began; not ``written``, the slice is dirty again."""
+        """End a write-back that `take_dirty` began.
+
+        The changes are dirty again unless they were ``written``.
+        """
         write.end(written=written)
         if not written:
             self._dirty[write.source.offset] = write.source

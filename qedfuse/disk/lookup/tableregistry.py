@@ -1,4 +1,4 @@
-"""Where the L2 tables of an image lie, and so where the entries of its tables may point.
+"""Where the L2 tables of an image lie, and where the entries of its tables may point.
 
 A data cluster must not lie over an L2 table: a guest that writes to its disk would change
 the table.  So the L1 table is read through once when an image is opened, and the offsets of
@@ -34,7 +34,7 @@ class TableRegistry:
     Attributes:
         header: The current header of the image.
         l2_tables: The file offsets of all L2 tables, ascending.
-        damaged: Whether a bad entry was found; see `NeedCheck.clear`.
+        damaged: Whether damage was found since the image was opened.
     """
 
     def __init__(self, file: HostFile, header: Header) -> None:
@@ -47,20 +47,23 @@ class TableRegistry:
         # Indices of the L1 entries in use past the end of the disk, which an interrupted
         # resize leaves behind.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
-        # For a writer no entry that is read from the file may point past its end at the
-        # time of opening.  Entries that this program adds later are never validated.
+        # If the image is open for writing, no entry that is read from the file may point past
+        # the end that the file had at this time.  Entries that this program adds later may
+        # do so; they are never validated.
         self._end_at_open = file.size()
 
     def set_header(self, header: Header) -> None:
-        """Use a header with another disk size, which is durable already."""
+        """Use ``header``, which has another disk size and which the caller has made durable."""
         self.header = header
 
     def mark_damaged(self) -> None:
-        """Record that the tables contradict each other or the file, from now on."""
+        """Record that the image is damaged: its tables contradict each other or the file."""
         self.damaged = True
 
     async def scan(self) -> None:
-        """Find all L2 tables by reading the L1 table; skips the holes of a sparse one.
+        """Find all L2 tables by reading the L1 table, except for its holes.
+
+        Bad entries are left out, and mark the image as damaged.
 
         Raises:
             CorruptImageError: Two L2 tables overlap and the image is open for writing.
@@ -102,13 +105,13 @@ class TableRegistry:
 
     @property
     def missing_tables(self) -> int:
-        """How many more L2 tables the disk needs until every cluster has an entry."""
+        """How many more L2 tables the disk needs for every cluster to have an entry."""
         used = self._geometry.l1_used(self.header.image_size)
         beyond = len(self._past_end) and int((self._past_end >= used).sum())
         return used - len(self.l2_tables) + beyond
 
     def add(self, l1_index: int, offset: int) -> None:
-        """Record a new L2 table."""
+        """Record a new L2 table: its L1 entry, and its file offset."""
         where = int(np.searchsorted(self.l2_tables, offset))
         self.l2_tables = np.insert(self.l2_tables, where, offset)
         if l1_index >= self._geometry.l1_used(self.header.image_size):
@@ -120,7 +123,7 @@ class TableRegistry:
         self.l2_tables = np.insert(tables, np.searchsorted(tables, np.uint64(new)), new)
 
     def remove(self, l1_index: int, offset: int) -> None:
-        """Record that an L2 table is gone."""
+        """Record that no L1 entry refers to an L2 table any more."""
         where = np.searchsorted(self.l2_tables, np.uint64(offset))
         self.l2_tables = np.delete(self.l2_tables, where)
         self._past_end = self._past_end[self._past_end != l1_index]
@@ -143,12 +146,14 @@ class TableRegistry:
 
     def entry_rules(self, level: int) -> EntryRules:
         """Return the rules for the entries of a level."""
-        # The file may grow while a reader has it open.
+        # Another program may let the file grow while this one only reads it, so a reader
+        # compares with the present end.
         end = self._end_at_open if self._file.writable else self._file.size()
         if level == L1:
             return EntryRules(EntryLimits.for_l1(self.header, end))
         limits = EntryLimits.for_l2(self.header, end)
-        # A cluster that the file's end cuts short still has bytes worth reading.
+        # A reader accepts a cluster that the end of the file cuts short, because the bytes
+        # before the end can still be read.
         return EntryRules(limits, self.l2_tables, allow_cut_short=not self._file.writable)
 
     def explain(self, level: int, entry: str, value: int) -> str:

@@ -1,6 +1,6 @@
-"""Compaction of data clusters: those past a cluster move to the lowest free ones.
+"""Compaction of data clusters: the clusters past the target move to the lowest free ones.
 
-A move is counted, so that a compaction can stay within its limits and report its progress.
+The moves are counted, so that a compaction can stay within its limits and report its progress.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _BATCH_BYTES: Final = 1 << 26
 """Most data that is moved between two flushes."""
 _LIMITED_BATCH_BYTES: Final = 1 << 23
-"""The same for a compaction with limits, which ends between two batches."""
+"""Most data that a compaction with limits moves between two flushes.  A flush that has begun
+is completed even if the time of the compaction is over, so it must be short."""
 
 
 class MoveCounter:
@@ -30,24 +31,28 @@ class MoveCounter:
         moved: How many clusters have been moved.
     """
 
-    def __init__(self, report: Callable[[int, int], None] | None, cluster_bits: int) -> None:
-        """Start at 0; ``report`` is called with the bytes moved, and with all that will be."""
+    def __init__(self, progress: Callable[[int, int], None] | None, cluster_bits: int) -> None:
+        """Start at 0.
+
+        ``progress`` is called with the bytes that have been moved, and with all that will be.
+        """
         self.moved = 0
-        self._report = report
+        self._progress = progress
         self._bits = cluster_bits
         self._expected = 0
 
     def expect(self, clusters: int) -> None:
-        """Set how many clusters will be moved in all."""
+        """Set how many clusters will probably be moved in all."""
         self._expected = clusters
 
     def add(self, clusters: int) -> None:
         """Count ``clusters`` as moved, and report the progress."""
         self.moved += clusters
-        if self._report is not None:
-            # A data cluster that gives way to a table is moved twice.
+        if self._progress is not None:
+            # The number of moves can exceed the expected one, because a data cluster that
+            # gives way to a table is moved twice.
             total = max(self._expected, self.moved)
-            self._report(self.moved << self._bits, total << self._bits)
+            self._progress(self.moved << self._bits, total << self._bits)
 
 
 class DataCompaction:
@@ -63,11 +68,16 @@ class DataCompaction:
         self._flusher = flusher
         self._bits = allocator.cluster_bits
 
-    def target(self, most: int | None = None) -> int:
-        """Return the cluster at which the file can end if up to ``most`` clusters are moved."""
+    def target(self, max_moves: int | None = None) -> int:
+        """Return the target: the cluster at which the file can end after ``max_moves`` moves.
+
+        None is for any number of moves.
+        """
         end, free = self._allocator.end >> self._bits, self._allocator.free
         target = max(end - free.count, self._allocator.anchor)
-        return target if most is None else max(target, free.tail_start(end, max(0, most)))
+        if max_moves is None:
+            return target
+        return max(target, free.tail_start(end, max(0, max_moves)))
 
     def count_used_from(self, cluster: int) -> int:
         """Return how many clusters are in use from a cluster on."""
@@ -77,19 +87,22 @@ class DataCompaction:
     async def move(
         self, first: int, counter: MoveCounter, *, last: int | None = None, limited: bool = False
     ) -> None:
-        """Move the data clusters from ``first`` on to the lowest free ones, the highest first.
+        """Move the data clusters from ``first`` on, the highest first, durably.
 
         Args:
             first: The first cluster that moves.
             counter: Counts the moves.
-            last: The cluster before which the clusters to move end, and from which on they
-                are moved; None to move all up to the end of the file.
+            last: None to move all clusters up to the end of the file to the lowest free
+                ones.  Otherwise the clusters before ``last`` move, to free ones from
+                ``last`` on.
             limited: Stop reading tables once all owners are found, and flush more often.
-                Requires that no table lies from ``first`` on.
+                Requires that no table lies at or past ``first``.
 
         Raises:
-            CorruptImageError: A table entry is bad, or a cluster has two owners.
-            HostError: The host refused; clusters that were moved before stay moved.
+            CorruptImageError: A table entry does not point to the start of a cluster, or a
+                cluster has two owners.
+            HostError: The host refused.  In both cases clusters that have been moved stay
+                moved.
         """
         end = self._allocator.end if last is None else last << self._bits
         count = self.count_used_from(first)

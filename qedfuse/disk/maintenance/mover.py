@@ -2,8 +2,8 @@
 
 Each move is an ordinary change: the copy is written, a write-back cycle makes it durable
 before the entry that points to it, and the old cluster goes through the quarantine.  So the
-image is sound at any moment.  No request may run meanwhile, because a write in place does
-not check whether its cluster is being moved.
+image is sound at any moment.  The caller must ensure that no request runs meanwhile, because
+a write in place does not check whether its cluster is being moved.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class Mover:
         Args:
             l1_index: The entry.
             table: The first cluster of the table.
-            slot: The first cluster of its new clusters, which the caller has allocated.
+            slot: The first of its new clusters, all of which the caller has allocated.
 
         Raises:
-            HostError: The host refused.  If the entry has not changed, the new clusters are
-                free again.
+            HostError: The host refused.  The new clusters are free again, unless only making
+                the move durable has failed: then the table has moved.
         """
         layer = self._layer
         old, new, length = table << self._bits, slot << self._bits, layer.geometry.table_bytes
@@ -103,7 +103,7 @@ class Mover:
         Args:
             entries: File offsets of the entries.
             above: The cluster from which on new clusters are allocated.  None allocates the
-                lowest free ones; a cluster then stays if no free one is below it.
+                lowest free ones; a cluster for which no lower one is free then stays.
             moved: Called with the number of clusters that have just been moved.
 
         Raises:
@@ -152,7 +152,11 @@ class Mover:
         above: int | None,
         moved: Callable[[int], None],
     ) -> None:
-        """Move contiguous clusters, the first at file offset ``value``; ``at`` is its entry."""
+        """Move ``count`` contiguous clusters to one or more free runs.
+
+        The first cluster lies at the file offset ``value``, and its entry has the index
+        ``at`` in the slice.  Clusters that find no free ones stay: see `move_data`.
+        """
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0
         while done < count:
@@ -169,7 +173,8 @@ class Mover:
             except BaseException:
                 self._space.release(run)
                 raise
-            # No await from here on: the entries and the quarantine change atomically.
+            # No await from here on: the entries and the quarantine change atomically with
+            # respect to other tasks.
             clusters = run.length >> self._bits
             for step in range(clusters):
                 tables.set(slice_, at + done + step, run.offset + step * size)
@@ -182,13 +187,15 @@ class Mover:
         """Copy bytes within the file; holes stay holes, because a table of 1 GiB can be one."""
         file, at = self._layer.file, 0
         while at < length:
-            # Short reads and writes do not wait, so this is where a deadline takes effect.
+            # Reads and writes that are done inline are no checkpoints.  Without this one a
+            # deadline would have no effect while they follow each other.
             await trio.lowlevel.checkpoint()
             data = await file.next_data(source + at)
             hole = (length if data is None else min(length, data - source)) - at
             if hole > 0 and file.can_punch:
                 await file.punch((target + at, hole))
-            # The call may have found that the host cannot punch holes.
+            # `punch` may just have found that the host cannot punch holes; then the zeros of
+            # the hole are copied.
             if hole > 0 and file.can_punch:
                 at += hole
             else:

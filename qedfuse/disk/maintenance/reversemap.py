@@ -1,9 +1,9 @@
 """The reverse map: which L2 entries refer to the clusters of a range of the file.
 
-The format does not record the entry of a cluster, so all tables may have to be read.  A
-caller that knows how many entries there are gets them once all are found.  The tables
-are read from the end of the file backwards, because that is where the clusters that were
-allocated last have their entries.
+The format does not record which entry refers to a cluster, so all tables may have to be read.
+If the caller knows how many entries there are, the reading ends when all have been found.
+The tables are read from the end of the file backwards: the range to be searched is mostly at
+the end of the file, and tables that were allocated late hold entries of late clusters.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ReverseMap(NamedTuple):
 
     Attributes:
         clusters: File offsets of the clusters, ascending.
-        entries: File offsets of the L2 entries.
+        entries: For each cluster the file offset of the L2 entry that refers to it.
     """
 
     clusters: NDArray[np.uint64]
@@ -45,17 +45,19 @@ async def build_reverse_map(
 ) -> ReverseMap:
     """Return the L2 entries that refer to file offsets from ``low`` up to ``high``, exclusive.
 
-    No table may be dirty, and no other task may change them meanwhile.
+    The caller must ensure that no table is dirty, and that no other task changes a table
+    before this returns.
 
     Args:
         layer: The image.
         low: File offset of the first cluster.
         high: File offset after the last cluster.
-        expected: How many such entries a sound image has; the pass ends once they are found.
-            With None all entries of the image are read and validated.
+        expected: How many such entries a sound image has; the reading ends when as many have
+            been found.  With None all entries of the image are read and validated.
 
     Raises:
-        CorruptImageError: An entry points into a cluster, or two into the same.
+        CorruptImageError: An entry does not point to the start of a cluster, or two entries
+            point to the same cluster.
         HostError: The host cannot read a table.
     """
     length = layer.geometry.table_bytes
@@ -68,7 +70,8 @@ async def build_reverse_map(
     for table in tables[held][::-1].tolist():
         if expected is not None and count >= expected:
             break
-        # A deadline may end the pass before each slice, and other tasks run.
+        # `DataSlices` has a checkpoint before each slice: other tasks run there, and there a
+        # deadline can end the reading.
         async for offset in DataSlices(layer.file, table, length, slice_bytes=step):
             values = await _read(layer, table, offset, step, validated=expected is None)
             where = np.flatnonzero((values >= low) & (values < high))
@@ -82,9 +85,10 @@ async def build_reverse_map(
 async def _read(
     layer: QedLayer, table: int, offset: int, length: int, *, validated: bool
 ) -> NDArray[np.uint64]:
-    """Read entries of a table from a file offset on, by way of the table cache if ``validated``.
+    """Read ``length`` bytes of entries of a table, from the file offset ``offset`` on.
 
-    Bad entries make the image count as damaged then.
+    With ``validated`` they are read through the table cache, which marks the image as damaged
+    if an entry is bad.
     """
     if not validated:
         return np.frombuffer(decode(await layer.file.pread(offset, length)), np.uint64)
@@ -100,10 +104,11 @@ async def _read(
 def _in_order(
     layer: QedLayer, clusters: list[NDArray[np.uint64]], entries: list[NDArray[np.uint64]]
 ) -> ReverseMap:
-    """Sort what was found by clusters.
+    """Combine what was found in the slices, in the order of the clusters.
 
     Raises:
-        CorruptImageError: An entry points into a cluster, or two entries to the same one.
+        CorruptImageError: An entry does not point to the start of a cluster, or two entries
+            point to the same cluster.
     """
     if not clusters:
         return ReverseMap(np.empty(0, np.uint64), np.empty(0, np.uint64))

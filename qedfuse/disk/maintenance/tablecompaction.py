@@ -42,9 +42,9 @@ class TableCompaction:
         self._table_size = layer.geometry.table_size  # in clusters
 
     async def list_tables(self) -> dict[int, int]:
-        """Return the L1 index of each L2 table, by the table's first cluster.
+        """Return a dictionary from the first cluster of each L2 table to its L1 index.
 
-        No slice may be dirty.
+        The caller must ensure that no slice is dirty: holes of the file are skipped.
         """
         layer, found = self._layer, {}
         start = layer.header.l1_table_offset
@@ -56,26 +56,28 @@ class TableCompaction:
         return found
 
     def _end_of_tables(self) -> int:
-        """Return the first cluster after the last L2 table."""
+        """Return the first cluster after the last L2 table; 0 if there is no table."""
         tables = self._layer.l2_tables
         return (int(tables[-1]) >> self._bits) + self._table_size if len(tables) else 0
 
     async def move(
-        self, left: int, most: int | None, counter: MoveCounter, *, within_bound: bool
+        self, pass_moves: int, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> int:
-        """Move tables from past the target to before it; return the target.
+        """Move the tables past the target to slots before it; return the target.
 
         Args:
-            left: How many clusters may still be moved, which decides the target.
-            most: How many clusters the whole compaction may move; None for no limit.
+            pass_moves: How many clusters may still be moved in this pass, which decides the
+                target.
+            max_moves: How many clusters the whole compaction may move; None for no limit.
             counter: Counts the moves.
             within_bound: See `Compaction.run`.
 
         Returns:
-            The target: a higher one if a table past it could not be moved.
+            The target, or the end of the last table if that lies past the target because it
+            could not be moved.
         """
-        target = self._data.target(left)
-        if most is not None and target > self._data.target():
+        target = self._data.target(pass_moves)
+        if max_moves is not None and target > self._data.target():
             target = self._after_table(target)
         if self._end_of_tables() <= target:
             return target
@@ -86,7 +88,7 @@ class TableCompaction:
             free = self._allocator.free
             slot = free.find_slot() or free.find_run(self._table_size)
             if slot is None or slot + self._table_size > target:
-                await self._pack(most, counter, within_bound=within_bound)
+                await self._pack(max_moves, counter, within_bound=within_bound)
                 break
             self._allocator.claim(slot, self._table_size)
             await self._mover.move_table(tables[table], table, slot)
@@ -94,19 +96,28 @@ class TableCompaction:
         return max(target, self._end_of_tables())
 
     def _after_table(self, cluster: int) -> int:
-        """Return the first cluster after the table that a cluster lies in, else the cluster."""
+        """Return the first cluster after the table that ``cluster`` lies in.
+
+        Returns ``cluster`` itself if it lies in no table.
+        """
         tables = self._layer.l2_tables
         number = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
         if number < 0:
             return cluster
         return max(cluster, (int(tables[number]) >> self._bits) + self._table_size)
 
-    async def _pack(self, most: int | None, counter: MoveCounter, *, within_bound: bool) -> None:
+    async def _pack(
+        self, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
+    ) -> None:
         """Move all tables next to each other, directly after the L1 table.
 
         This helps if the free clusters are scattered so that no table fits between them.
-        Data in these clusters moves up first, and the file may become longer for that time.
-        Does nothing if that exceeds the bound (``within_bound``) or ``most``.
+        The data clusters that are in the way move up first, which can make the file longer
+        for the time of the compaction.
+
+        Moves nothing if the tables would reach past the target, if the file could become
+        longer than its bound (``within_bound``), or if more than ``max_moves`` clusters
+        might have to move.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()
@@ -114,9 +125,9 @@ class TableCompaction:
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
         fits = end + (last - first) + size <= bound
-        # Every table may have to move, and the same amount of data may have to give way.
-        affordable = most is None or counter.moved + 2 * (last - first) <= most
-        if last > self._data.target() or (within_bound and not fits) or not affordable:
+        # Every table may have to move, and as many data clusters may have to give way.
+        is_affordable = max_moves is None or counter.moved + 2 * (last - first) <= max_moves
+        if last > self._data.target() or (within_bound and not fits) or not is_affordable:
             log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)
             return
         await self._data.move(first, counter, last=last)
