@@ -19,13 +19,12 @@ from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from qedfuse.disk.state.freelistreader import FreeList
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
+    from qedfuse.util.backgroundtasks import Progress
 
 _MIN_SUSPICIOUS_LEAKS: Final = 16
 """More leaked clusters than this, and more than twice those in use, suggest a bad header."""
@@ -41,7 +40,7 @@ _MAX_BATCHED_RUN_CLUSTERS: Final = 64
 
 
 async def check_image(
-    file: HostFile, header: Header, progress: Callable[[int, int], None] | None = None
+    file: HostFile, header: Header, progress: Progress | None = None
 ) -> CheckReport:
     """Check the tables of an image against each other and the file; change nothing.
 
@@ -149,7 +148,7 @@ class _Checker:
                 self._owners.claim_range(first, first + count)
             await trio.lowlevel.checkpoint()
 
-    async def read_l2(self, progress: Callable[[int, int], None]) -> None:
+    async def read_l2(self, progress: Progress) -> None:
         """Check every entry of every L2 table."""
         geometry = self._geometry
         size = geometry.cluster_size

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.options import OpenOptions
     from qedfuse.hostio.hostfile import Buffer, HostFile
     from qedfuse.ondisk.header import Header
+    from qedfuse.util.backgroundtasks import Progress
 
 
 class Disk:
@@ -269,9 +270,7 @@ class Disk:
         """
         self._flusher.listen(call)
 
-    async def compact(
-        self, progress: Callable[[int, int], None] | None = None, *, within_bound: bool = True
-    ) -> int:
+    async def compact(self, progress: Progress | None = None, *, within_bound: bool = True) -> int:
         """Make the file as short as it can be; no other request may be under way.
 
         Args:
@@ -321,7 +320,7 @@ class Disk:
         await self._components.resize.grow(size, force=force)
 
     async def shrink(
-        self, size: int, *, force: bool = False, progress: Callable[[int, int], None] | None = None
+        self, size: int, *, force: bool = False, progress: Progress | None = None
     ) -> None:
         """Make the disk shorter; no other request may be under way.
 
@@ -359,7 +358,7 @@ class Disk:
             start, geometry.ceil(min(start + length, self.size))
         )
 
-    async def empty(self, progress: Callable[[int, int], None] | None = None) -> None:
+    async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, so that the base shows everywhere, durably.
 
         No other request may be under way.  ``progress`` is called with the work done and

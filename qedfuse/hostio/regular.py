@@ -19,6 +19,9 @@ KIND_NAMES: Final = {
 }
 """Names of the kinds of files in messages, by S_IFMT of their mode."""
 
+_STAT_BLOCK_BYTES: Final = 512
+"""The unit of ``st_blocks`` on every file system, see stat(2)."""
+
 
 def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
     """Open a regular file, without waiting for a FIFO and without waking a device.
@@ -94,3 +97,8 @@ def length_of(fd: int, name: str) -> int:
         return os.lseek(fd, 0, os.SEEK_END)
     except OSError as error:
         raise HostError.from_os(error, name, "seek") from error
+
+
+def allocated_bytes(status: os.stat_result) -> int:
+    """Return the space in bytes that a file takes up on the host, by its attributes."""
+    return status.st_blocks * _STAT_BLOCK_BYTES

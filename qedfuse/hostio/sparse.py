@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.ondisk.table import SLICE_BYTES, slice_start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP}
+"""Errors of SEEK_DATA and SEEK_HOLE for a file whose holes are not known."""
+
 
 def seek(fd: int, offset: int, whence: int) -> int | None:
     """Return the first data or hole at or past an offset (lseek(2)); None if there is none.
 
-    A file system that does not keep track of holes has data up to the end of each file.
+    A block device has data up to its end, and so has a file of a file system that does not
+    keep track of holes: there the kernel refuses the call.
 
     Args:
         fd: The file.
@@ -27,9 +31,9 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
     except OSError as error:
         if error.errno == errno.ENXIO:
             return None
-        if error.errno != errno.EINVAL:
+        if error.errno not in _UNSUPPORTED:
             raise
-    size = os.fstat(fd).st_size
+    size = os.lseek(fd, 0, os.SEEK_END)  # fstat(2) reports 0 for a block device
     return None if offset >= size else offset if whence == os.SEEK_DATA else size
 
 

@@ -9,6 +9,10 @@ import trio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from typing import TypeAlias
+
+    Progress: TypeAlias = Callable[[int, int], None]
+    """Called with the work done so far and the whole work, in the same unit."""
 
 _REPORT_INTERVAL_SECONDS: Final = 0.1
 

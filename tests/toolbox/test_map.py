@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from qedfuse.tools.inspection import fastmap
 from qedfuse.tools.inspection.mapping import MapEntry, map_image, open_map
 from tests.support import qemu
 from tests.support.chains import draw_any_size, draw_chain, kind
-from tests.support.disks import build_image, header_of, l2_entry_offset, put_entry
+from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset, put_entry
 from tests.support.text import assert_same_lines
 from tests.toolbox import memory
 
@@ -256,6 +258,35 @@ def test_damage_is_mapped_as_a_disk_reads_it(
     monkeypatch.setattr(fastmap, "_lines", None)
     assert texts == [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
     trio.run(_compare_with_disk, str(path), path.stat().st_size, found)
+
+
+@pytest.mark.parametrize("failure", ["refused", "short"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_failed_read_is_left_to_the_full_map(
+    failure: str,
+    form: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The full map continues where the fast map cannot read a table: its errors name the file."""
+    path = tmp_path / "image"
+    path.write_bytes(build_image(3000 * CLUSTER_BYTES, dict.fromkeys(range(0, 3000, 2), b"x")))
+    expected = mapped(f"--output={form}", path, capsys=capsys)
+    last_table = get_entry(path.read_bytes(), CLUSTER_BYTES + 8)
+    read = os.pread
+
+    def failing(fd: int, length: int, offset: int) -> bytes:
+        if offset != last_table:
+            return read(fd, length, offset)
+        if failure == "short":
+            return read(fd, 8, offset)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", failing)
+    fast_calls = count_fast_calls(monkeypatch)
+    assert mapped(f"--output={form}", path, capsys=capsys) == expected
+    assert fast_calls
 
 
 async def _compare_with_disk(path: str, size: int, found: list[MapEntry]) -> None:

@@ -185,17 +185,22 @@ async def test_holes(file: PosixFile) -> None:
     assert await file.next_data(9 * megabyte) is None
 
 
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
 async def test_file_system_that_keeps_no_holes(
-    file: PosixFile, monkeypatch: pytest.MonkeyPatch
+    file: PosixFile, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
     """Where the host has no SEEK_DATA the whole file is data."""
+    seek = os.lseek
 
-    def lseek(*_: object) -> int:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    def lseek(fd: int, offset: int, whence: int) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(refusal, os.strerror(refusal))
+        return seek(fd, offset, whence)
 
     await file.truncate(10)
     monkeypatch.setattr(os, "lseek", lseek)
     assert await file.next_data(3) == 3
+    assert await file.next_hole(3) == 10
     assert await file.next_data(10) is None
 
 

@@ -16,9 +16,9 @@ from qedfuse.util.sizes import format_size
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from qedfuse.check.findings import CheckReport
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg check -r all --dry-run vm.qed"
 DESCRIPTION: Final = """\
@@ -127,9 +127,7 @@ def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
     return found and CheckResult.of_check(*found)
 
 
-async def _work(
-    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
-) -> CheckResult:
+async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckResult:
     """Return the result of the full check, of a dry run, of a repair, or of its reversal."""
     from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  imported late: --help must not load it
 

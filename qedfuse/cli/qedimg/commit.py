@@ -12,9 +12,9 @@ from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from qedfuse.tools.editing.commit import CommitResult
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg commit -p overlay.qed"
 DESCRIPTION: Final = """\
@@ -65,9 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(
-    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
-) -> CommitResult:
+async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CommitResult:
     """Commit with the options of the command line."""
     from qedfuse.tools.editing.commit import commit  # noqa: PLC0415  imported late: --help must not load it
 

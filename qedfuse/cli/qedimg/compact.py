@@ -12,9 +12,9 @@ from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from qedfuse.tools.editing.compact import CompactResult
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg compact -p vm.qed"
 DESCRIPTION: Final = """\
@@ -56,9 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(
-    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
-) -> CompactResult:
+async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CompactResult:
     """Compact the image of the command line."""
     from qedfuse.tools.editing.compact import compact  # noqa: PLC0415  imported late: --help must not load it
 

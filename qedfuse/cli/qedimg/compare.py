@@ -11,9 +11,9 @@ from qedfuse.cli.qedimg.running import run_async
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from qedfuse.tools.copying.compare import Comparison
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg compare disk.raw disk.qed"
 DESCRIPTION: Final = """\
@@ -78,9 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     return SAME if result.identical else DIFFERENT
 
 
-async def _work(
-    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
-) -> Comparison | str:
+async def _work(arguments: argparse.Namespace, on_progress: Progress) -> Comparison | str:
     """Compare the disks; return the error message if one can be opened but not read."""
     from qedfuse.errors import QedError  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.tools.copying.compare import compare  # noqa: PLC0415

@@ -14,11 +14,11 @@ from qedfuse.tools.inspection.info import describe
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.inspection.details import Details
     from qedfuse.tools.inspection.info import ImageInfo
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg info --output json vm.qed"
 DESCRIPTION: Final = """\
@@ -81,7 +81,7 @@ def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
 
 
 async def _read_details(
-    arguments: argparse.Namespace, image: ImageInfo, on_progress: Callable[[int, int], None]
+    arguments: argparse.Namespace, image: ImageInfo, on_progress: Progress
 ) -> Details:
     """Return the details of an image."""
     from qedfuse.tools.inspection.details import read_details  # noqa: PLC0415  imported late: plain info must not load it

@@ -15,7 +15,8 @@ from qedfuse.tools.inspection.fastmap import open_fast_map
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg map --output json --start-offset 1G --max-length 64M vm.qed"
 DESCRIPTION: Final = """\
@@ -79,7 +80,7 @@ class _Listed(NamedTuple):
     complete: bool = False
 
 
-def _list_fast(arguments: argparse.Namespace, on_progress: Callable[[int, int], None]) -> _Listed:
+def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
     """Print as many extents as the C extension can list; return how many that are."""
     nothing = _Listed(head=False, extents=False, end=arguments.start_offset)
     part = arguments.start_offset or arguments.max_length is not None
@@ -108,9 +109,7 @@ def _is_silent(arguments: argparse.Namespace) -> bool:
     return bool(arguments.quiet) and arguments.output == "human"
 
 
-async def _list_rest(
-    arguments: argparse.Namespace, listed: _Listed, on_progress: Callable[[int, int], None]
-) -> None:
+async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress: Progress) -> None:
     """Print the extents after those in ``listed``.
 
     Raises:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import FrameType
 
     from rich.progress import Progress, TaskID
+
+    from qedfuse.util.backgroundtasks import Progress as Report
 
 _BAR_DELAY_SECONDS: Final = 1.0
 """How long work must take before a bar appears, unless ``-p`` asks for one."""
@@ -143,9 +145,7 @@ class Meter:
 
 
 @contextmanager
-def progress(
-    arguments: argparse.Namespace, label: str, *, bar: bool = True
-) -> Iterator[Callable[[int, int], None]]:
+def progress(arguments: argparse.Namespace, label: str, *, bar: bool = True) -> Iterator[Report]:
     """Show the progress of the work in the block; yield the function to report it to.
 
     Args:

@@ -12,9 +12,9 @@ from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from qedfuse.tools.editing.rebase import RebaseResult
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg rebase -b other.qed -F qed overlay.qed"
 DESCRIPTION: Final = """\
@@ -63,9 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(
-    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
-) -> RebaseResult:
+async def _work(arguments: argparse.Namespace, on_progress: Progress) -> RebaseResult:
     """Rebase with the options of the command line."""
     from qedfuse.tools.editing.rebase import rebase  # noqa: PLC0415  imported late: --help must not load it
 

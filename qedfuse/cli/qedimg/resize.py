@@ -13,9 +13,9 @@ from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from qedfuse.tools.editing.resize import ResizeResult
+    from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg resize vm.qed +10G"
 DESCRIPTION: Final = """\
@@ -66,9 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _work(
-    arguments: argparse.Namespace, on_progress: Callable[[int, int], None]
-) -> ResizeResult:
+async def _work(arguments: argparse.Namespace, on_progress: Progress) -> ResizeResult:
     """Resize with the options of the command line."""
     from qedfuse.tools.editing.resize import resize  # noqa: PLC0415  imported late: --help must not load it
 

@@ -21,7 +21,6 @@ from qedfuse.ondisk.table import runs
 from qedfuse.util.pace import Pace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Literal
 
     from qedfuse.disk.datapath.tablewriter import TableWriter
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.reclaim import Reclaim
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
 
 _MAX_CLUSTERS_PER_STEP: Final = 1024
 """Clusters that are deallocated before other tasks may run."""

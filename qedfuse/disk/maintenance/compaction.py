@@ -28,16 +28,14 @@ from qedfuse.disk.maintenance.datacompaction import MoveCounter
 from qedfuse.errors import CorruptImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.maintenance.datacompaction import DataCompaction
     from qedfuse.disk.maintenance.tablecompaction import TableCompaction
     from qedfuse.disk.space.allocator import Allocator
     from qedfuse.disk.space.flusher import Flusher
     from qedfuse.disk.space.reclaim import Reclaim
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
     """Called with the bytes that have been moved, and with all that will be moved."""
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.disk.maintenance.reversemap import build_reverse_map
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.maintenance.mover import Mover
     from qedfuse.disk.space.allocator import Allocator
     from qedfuse.disk.space.flusher import Flusher
+    from qedfuse.util.backgroundtasks import Progress
 
 _BATCH_BYTES: Final = 1 << 26
 """Most data that is moved between two flushes."""
@@ -31,7 +30,7 @@ class MoveCounter:
         moved: How many clusters have been moved.
     """
 
-    def __init__(self, progress: Callable[[int, int], None] | None, cluster_bits: int) -> None:
+    def __init__(self, progress: Progress | None, cluster_bits: int) -> None:
         """Start at 0.
 
         ``progress`` is called with the bytes that have been moved, and with all that will be.

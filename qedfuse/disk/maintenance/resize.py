@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.headerstore import HeaderStore
     from qedfuse.disk.writeback.metadata import MetadataWriteback
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
 
 _ZERO_CHECK_BYTES: Final = 1 << 20
 """Most bytes that are read in one call to find out whether they are zeros."""

@@ -23,6 +23,7 @@ from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
 from qedfuse.disk.space.freemap import BLOCK_CLUSTERS
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
 from qedfuse.errors import QedError
+from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES, ZERO
 
@@ -47,9 +48,6 @@ in use shows nearly as much.
 
 _SHORT_SCAN_BYTES: Final = 8 << 20
 """Bytes of L2 tables whose scan a caller may wait for: those of 64 GiB of data."""
-
-_STAT_BLOCK_BYTES: Final = 512
-"""The unit of ``st_blocks`` in stat(2)."""
 
 
 class Scan:
@@ -249,5 +247,5 @@ class Scan:
         """Return whether the file takes up no more space than what is in use in it."""
         allocator = self._allocator
         used = (allocator.end >> allocator.cluster_bits) - allocator.free.count
-        blocks = self._layer.file.stat().st_blocks
-        return blocks * _STAT_BLOCK_BYTES <= used << allocator.cluster_bits
+        allocated = allocated_bytes(self._layer.file.stat())
+        return allocated <= used << allocator.cluster_bits

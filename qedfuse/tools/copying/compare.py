@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from qedfuse.tools.common.workerpool import Ticket
     from qedfuse.tools.source.chunks import Chunk
     from qedfuse.tools.source.source import Source
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
 
 _COMPARE_CHUNK_BYTES: Final = 1 << 20
 """Bytes of each disk in a chunk; two such buffers fit into a processor's cache."""

@@ -27,7 +27,7 @@ from qedfuse.tools.target.qedtarget import ExistingQedTarget
 from qedfuse.tools.target.rawtarget import ExistingRawTarget, NewRawTarget, StreamTarget
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from qedfuse.disk.options import OpenOptions
     from qedfuse.tools.common.formatprobe import ImageFormat
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.copying.imagespec import ImageSpec
     from qedfuse.tools.source.source import Source
     from qedfuse.tools.target.target import Target
-
-    Progress = Callable[[int, int], None]
+    from qedfuse.util.backgroundtasks import Progress
 
 
 @dataclass(frozen=True, slots=True)

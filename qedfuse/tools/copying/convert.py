@@ -16,13 +16,10 @@ from qedfuse.tools.copying.imagespec import ImageSpec
 from qedfuse.tools.source.source import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.copying.conversion import ConvertResult
     from qedfuse.tools.source.source import Source
-
-    Progress = Callable[[int, int], None]
+    from qedfuse.util.backgroundtasks import Progress
 
 
 async def convert(

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.chunks import Chunk
     from qedfuse.tools.source.source import Source
     from qedfuse.tools.target.target import SequentialTarget, Target
-
-    Progress = Callable[[int, int], None]
+    from qedfuse.util.backgroundtasks import Progress
 
     WriteBehindMode = Literal["wait", "if fast", "off"]
 

@@ -17,11 +17,9 @@ from qedfuse.tools.source.source import open_source
 from qedfuse.tools.target.rawtarget import NewRawTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.tools.common.formatprobe import FormatChoice
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
 
 _NO_FILE: Final = -1
 """Descriptor of a target that writes nothing."""

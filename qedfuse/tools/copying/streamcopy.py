@@ -13,12 +13,9 @@ from qedfuse.tools.common.formatprobe import format_of
 from qedfuse.tools.target.target import ParallelTarget, finish_target, perform_writes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.tools.common.pipe import Stream
     from qedfuse.tools.target.target import Target
-
-    Progress = Callable[[int, int], None]
+    from qedfuse.util.backgroundtasks import Progress
 
 
 async def copy_stream(

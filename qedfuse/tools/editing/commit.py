@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.extents import Extent
     from qedfuse.tools.editing.commitbase import Base, BaseFile
     from qedfuse.tools.editing.commitsource import CommitSource
-
-    Progress = Callable[[int, int], None]
+    from qedfuse.util.backgroundtasks import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from qedfuse.errors import CorruptImageError
 from qedfuse.tools.common.writabledisk import open_writable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from qedfuse.util.backgroundtasks import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class CompactResult:
 async def compact(
     path: str,
     options: OpenOptions | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CompactResult:
     """Move the highest clusters of an image into its holes, and truncate the file.
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.tools.common.formatprobe import ImageFormat
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
 
 _ALLOCATION_CHUNK_BYTES: Final = 1 << 28
 """Bytes of the disk that are allocated between two reports of progress."""

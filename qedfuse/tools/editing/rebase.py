@@ -29,12 +29,11 @@ from qedfuse.tools.common.writabledisk import open_writable
 from qedfuse.tools.editing.rebasecopy import RebaseCopy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from qedfuse.disk.disk import Disk
     from qedfuse.tools.common.formatprobe import ImageFormat
-
-    Progress = Callable[[int, int], None]
+    from qedfuse.util.backgroundtasks import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,10 @@ from qedfuse.ondisk.constants import SECTOR
 from qedfuse.tools.editing.ownextents import batch_starts, own_extents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.lookup.extents import Extent
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
 
 _COMPARE_CHUNK_BYTES: Final = 1 << 20
 """Bytes of each chain that are read and compared in one step."""

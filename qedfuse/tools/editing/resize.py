@@ -9,9 +9,8 @@ from qedfuse.errors import UsageError
 from qedfuse.tools.common.writabledisk import open_writable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.disk.options import OpenOptions
+    from qedfuse.util.backgroundtasks import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ async def resize(
     shrink: bool = False,
     force: bool = False,
     options: OpenOptions | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ResizeResult:
     """Change the size of an image's disk to a multiple of 512 bytes.
 

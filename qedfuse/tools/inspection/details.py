@@ -17,14 +17,13 @@ from qedfuse.ondisk.constants import ZERO
 from qedfuse.tools.inspection.freelistinfo import describe_free_list
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.check.findings import Code
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
     from qedfuse.tools.inspection.freelistinfo import FreeListInfo
     from qedfuse.tools.inspection.info import ImageInfo
+    from qedfuse.util.backgroundtasks import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ async def read_details(
     options: OpenOptions | None = None,
     *,
     allocation: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Details:
     """Read the free list of an image if it has one, and count its clusters if wanted.
 
@@ -91,7 +90,7 @@ async def read_details(
 
 
 async def count_allocation(
-    file: HostFile, header: Header, progress: Callable[[int, int], None] | None = None
+    file: HostFile, header: Header, progress: Progress | None = None
 ) -> Allocation:
     """Read all tables and count their entries.
 

@@ -70,7 +70,7 @@ class FastMap:
         self.reached = 0
 
     def lines(self, *, as_json: bool, name: str) -> Iterator[str]:
-        """Yield text with the extents, up to the first entry that may be invalid.
+        """Yield text with the extents, up to the first entry that is not read or may be invalid.
 
         Afterwards `reached` is less than `size` if there was such an entry.
 
@@ -88,6 +88,8 @@ class FastMap:
             # The clusters of a missing table are all alike: one entry stands for them.
             rest = count - 1 if table == UNALLOCATED else 0
             for raw in self._slices(table, count - rest):
+                if raw is None:
+                    return
                 text = self._write(raw, pending, ending, as_json=as_json)
                 if text is None:
                     return
@@ -104,23 +106,29 @@ class FastMap:
             yield text
             self.reached = self.size
 
-    def _slices(self, table: int, count: int) -> Iterator[bytes]:
-        """Yield the first ``count`` entries of a table, slice by slice."""
+    def _slices(self, table: int, count: int) -> Iterator[bytes | None]:
+        """Yield the first ``count`` entries of a table, slice by slice; None for one not read."""
         left = count * ENTRY_BYTES
         position = table
         while left:
             length = min(left, SLICE_BYTES)
-            if table == UNALLOCATED or self._is_hole(position, length):
-                yield bytes(length)
-            else:
-                yield os.pread(self._fd, length, position)
+            yield bytes(length) if table == UNALLOCATED else self._read(position, length)
             position += length
             left -= length
 
-    def _is_hole(self, position: int, length: int) -> bool:
-        """Return whether a range of the file is a hole."""
-        data = seek(self._fd, position, os.SEEK_DATA)
-        return data is None or data >= position + length
+    def _read(self, position: int, length: int) -> bytes | None:
+        """Read a range of the file; return None if the host refuses or the file has shrunk.
+
+        The caller then leaves the range to `mapping`, whose error names the file.
+        """
+        try:
+            data = seek(self._fd, position, os.SEEK_DATA)
+            if data is None or data >= position + length:
+                return bytes(length)
+            raw = os.pread(self._fd, length, position)
+        except OSError:
+            return None
+        return raw if len(raw) == length else None
 
     def _write(
         self, raw: bytes, pending: array[int], ending: bytes, *, as_json: bool

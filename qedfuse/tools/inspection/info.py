@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import HostError, NotQedError
 from qedfuse.hostio.lockedfile import locked_descriptor
 from qedfuse.hostio.locking import LockMode
+from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.ondisk.constants import SECTOR, Feature
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
 from qedfuse.text import printable
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 _NAME_FIELDS: Final = frozenset({"backing_filename_offset", "backing_filename_size"})
 """Header fields without which the backing file's name cannot be read."""
-
-_STAT_BLOCK_BYTES: Final = 512
-"""The unit of st_blocks on every file system, see stat(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +147,7 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
     name = printable(path)
     status = os.fstat(fd)
     start = os.pread(fd, SIGNATURE_BYTES, 0)  # longer than a header
-    usage = status.st_blocks * _STAT_BLOCK_BYTES
+    usage = allocated_bytes(status)
     if not is_qed_image(start, image_format, name):
         size = -(-status.st_size // SECTOR) * SECTOR
         return ImageInfo(path, "raw", size, status.st_size, usage)

@@ -17,25 +17,23 @@ from qedfuse.errors import CorruptImageError, NoSpaceError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.tools.repair.backup import Backup
 from qedfuse.tools.repair.checkresult import CheckResult
 from qedfuse.tools.repair.undo import undo_repair
 from qedfuse.util.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
     from typing import Literal
 
     from qedfuse.check.findings import CheckReport
     from qedfuse.ondisk.header import Header
+    from qedfuse.util.backgroundtasks import Progress
 
-    Progress = Callable[[int, int], None]
 
 _MAX_UNFORCED_BYTES: Final = 64 << 20
 """Bytes that a repair may write without being forced, however small the file is."""
-
-_STAT_BLOCK_BYTES: Final = 512
-"""The unit of st_blocks on every file system, see stat(2)."""
 
 
 async def check(path: str, *, share: bool = False, progress: Progress | None = None) -> CheckResult:
@@ -236,7 +234,7 @@ def _refuse_without_space(file: PosixFile, wanted: RepairPlan) -> None:
 
 def _max_unforced_bytes(file: PosixFile) -> int:
     """Return the bytes that a repair may write without being forced."""
-    return max(_MAX_UNFORCED_BYTES, file.stat().st_blocks * _STAT_BLOCK_BYTES)
+    return max(_MAX_UNFORCED_BYTES, allocated_bytes(file.stat()))
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:

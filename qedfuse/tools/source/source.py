@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.regular import length_of, open_raw, status_of
+from qedfuse.hostio.sparse import seek
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import probe_format
 
@@ -84,17 +84,22 @@ class RawSource:
         at = start
         try:
             while at < end and len(result) < _MAX_EXTENTS_PER_CALL:
-                data = _seek(self._fd, at, os.SEEK_DATA, end)
+                data = self._seek(at, os.SEEK_DATA, end)
                 if data > at:
                     result.append(Extent(Kind.ZERO, at, data - at))
                 if data < end:
-                    at = _seek(self._fd, data, os.SEEK_HOLE, end)
+                    at = self._seek(data, os.SEEK_HOLE, end)
                     result.append(Extent(Kind.DATA, data, at - data, data))
                 else:
                     at = end
         except OSError as error:
             raise HostError.from_os(error, self.name, "seek") from error
         return result
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        """Return the first data or hole at or past an offset; ``end`` if none begins before it."""
+        found = seek(self._fd, offset, whence)
+        return end if found is None else min(found, end)
 
     def descriptor(self, _depth: int, /) -> int:
         """Return the descriptor of the only file."""
@@ -103,18 +108,6 @@ class RawSource:
     def files(self) -> list[os.stat_result]:
         """Return the file attributes (stat(2)) of the only file."""
         return [status_of(self._fd, self.name)]
-
-
-def _seek(fd: int, at: int, whence: int, end: int) -> int:
-    """Find the next data or hole with lseek(2); return ``end`` if none begins before it."""
-    try:
-        return min(os.lseek(fd, at, whence), end)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return end
-        if error.errno in {errno.EINVAL, errno.EOPNOTSUPP}:  # no SEEK_DATA: all is data
-            return at if whence == os.SEEK_DATA else end
-        raise
 
 
 @asynccontextmanager
