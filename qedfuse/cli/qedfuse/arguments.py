@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getopt
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.errors import UsageError
 from qedfuse.text import printable
@@ -59,8 +59,7 @@ class Arguments:
     action: str = "mount"
 
 
-@dataclass(frozen=True, slots=True)
-class UmountArguments:
+class UmountArguments(NamedTuple):
     """The parsed command line of ``qedfuse umount``; without a mountpoint it asks for help.
 
     Attributes:
