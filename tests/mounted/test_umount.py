@@ -239,6 +239,19 @@ def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) 
     assert qemu.content(image)[:70000] == b"x" * 70000
 
 
+def test_another_mount_keeps_the_record_of_a_killed_process(image: Path, tmp_path: Path) -> None:
+    """Qedfuse umount reports a killed process also after another mount has started."""
+    with front(image, tmp_path / "mnt") as mount:
+        mount.signal(signal.SIGKILL)
+        assert mount.finish()[0] == -signal.SIGKILL
+        other = qemu.create(tmp_path / "other.qed", 1 << 20)
+        with mounted(other, tmp_path / "other"):
+            pass
+        line = refused("umount", mount.mountpoint, code=32)
+        assert "without closing the images cleanly" in line
+        assert not is_mounted(mount.mountpoint)
+
+
 def test_umount_of_a_busy_mount_is_refused(image: Path, tmp_path: Path) -> None:
     """The command refuses to unmount a mount in use with code 18, and changes nothing."""
     with mounted(image, tmp_path / "mnt") as directory, (directory / "vm.raw").open("rb"):

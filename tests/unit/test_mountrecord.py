@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ from qedfuse.mount.system.mountrecord import (
     process_start,
     take_record,
 )
+from qedfuse.mount.system.mounttable import read_mounts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,13 +90,41 @@ def test_the_latest_record_counts(directory: Path) -> None:
     assert found.record.mountpoint == "/mnt"
 
 
-def test_records_of_killed_processes_are_removed(directory: Path) -> None:
-    """Records of killed processes are removed."""
+def write_stale_record(directory: Path, device: str) -> Path:
+    """Write the record of a process that was killed."""
     directory.mkdir(mode=0o700)
     dead = {"pid": os.getpid(), "started": 1, "mountpoint": "", "sources": []}
-    (directory / "0:7.3").write_text(json.dumps(dead))
+    path = directory / f"{device}.3"
+    path.write_text(json.dumps(dead))
+    return path
+
+
+def test_records_of_killed_processes_are_removed_after_a_minute(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount keeps the record of a killed process; one that starts a minute later removes it."""
+    path = write_stale_record(directory, "9999:1")
+    for _ in range(2):
+        write_record()
+        assert find_record("9999:1", USER) is not None
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
     write_record()
-    assert not (directory / "0:7.3").exists()
+    assert not path.exists()
+
+
+def test_the_record_of_a_killed_process_stays_until_its_mount_is_gone(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the mount table shows the device, the record of a killed process stays."""
+    path = write_stale_record(directory, read_mounts()[0].device)
+    write_record()
+    assert path.stat().st_mode & 0o777 != 0o400
+    path.chmod(0o400)
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    write_record()
+    assert path.exists()
 
 
 def test_unsafe_directories_are_refused(directory: Path) -> None:

@@ -16,17 +16,23 @@ import contextlib
 import json
 import os
 import stat
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qedfuse.errors import HostError, PrivilegeError
+from qedfuse.mount.system.mounttable import read_mounts
 from qedfuse.text import printable
 
 _MAX_RECORD_BYTES: Final = 1 << 20
 _MAX_PID: Final = 1 << 22
 _MAX_TICKS: Final = (1 << 64) - 1
 _MAX_EXIT_CODE: Final = 255
+_ENDED_MODE: Final = 0o400
+"""The mode of a record whose process was found to have ended."""
+_MIN_ENDED_SECONDS: Final = 60.0
+"""Shortest time for which such a record is kept, since a ``qedfuse umount`` may be running."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ class MountRecordFile:
     """
 
     def __init__(self) -> None:
-        """Open the directory of records, and remove records of processes that were killed.
+        """Open the directory of records, and remove old records of processes that were killed.
 
         Raises:
             HostError: There is no such directory and none can be made.
@@ -217,11 +223,29 @@ def take_record(path: Path, user: int) -> MountRecord | None:
 
 
 def _remove_stale(directory: int) -> None:
-    """Remove the records of processes that were killed."""
+    """Remove the records of processes that have ended and that ``qedfuse umount`` cannot need.
+
+    The mount of a killed process stays in the mount table until it is unmounted, and the
+    record stays as long.  ``qedfuse umount`` reads the record once more after that, when the
+    process has ended.  So a record without mount is first made read-only, and removed by a
+    mount that starts at least a minute later.  Mounts in other mount namespaces do not count.
+    """
+    user = os.geteuid()
+    ended = []
     for name in os.listdir(directory):
-        record = _read(directory, name, os.geteuid())
+        record = _read(directory, name, user)
         if record is not None and process_start(record.pid) != record.started:
-            with contextlib.suppress(OSError):
+            ended.append(name)
+    # Read after the records: then it has the mount of each of them, unless that is gone.
+    mounted = {entry.device for entry in read_mounts()}
+    for name in ended:
+        if name.partition(".")[0] in mounted:
+            continue
+        with contextlib.suppress(OSError):
+            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if stat.S_IMODE(found.st_mode) != _ENDED_MODE:
+                os.chmod(name, _ENDED_MODE, dir_fd=directory)
+            elif time.time() - found.st_ctime >= _MIN_ENDED_SECONDS:
                 os.unlink(name, dir_fd=directory)
 
 
