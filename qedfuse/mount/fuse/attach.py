@@ -1,4 +1,4 @@
-"""Mounting by libfuse; the messages that it prints become the message of one error."""
+"""Mounting with libfuse, and converting the messages that libfuse prints into one error."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 _STDERR: Final = 2
 _MAX_MESSAGE_BYTES: Final = 4096
+"""Most bytes of libfuse's messages that an error shows."""
 
 
 class _RawOption(str):
-    """An option that contains a file name; pyfuse3 would accept only ASCII in a plain str."""
+    """An option that contains a file name, which pyfuse3 accepts also if it is not ASCII.
+
+    pyfuse3 calls the method ``encode`` of each option, and would encode a plain str as ASCII.
+    """
 
     __slots__ = ()
 
@@ -35,10 +39,14 @@ class _RawOption(str):
 
 
 def libfuse_options(options: MountOptions, source: str) -> set[str]:
-    """Return the options for libfuse: for the mount table, and for the kernel to enforce."""
+    """Return the options for libfuse.
+
+    They are the source and the type that the mount table shows, and the flags that the kernel
+    enforces.
+    """
     found = {
-        # Not escaped for display: mount(8) looks for the source in the mount table, and the
-        # kernel escapes what that table shows.
+        # The source is not escaped with `printable`, because mount(8) looks for it in the
+        # mount table, for which the kernel does the escaping.
         _RawOption(f"fsname={escape_value(source)}"),
         "subtype=qedfuse",
         "default_permissions",
@@ -56,9 +64,10 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
 
 
 def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
-    """Mount; return the descriptor of the connection to the kernel, which pyfuse3 owns.
+    """Mount, and return the descriptor of the connection to the kernel, which pyfuse3 owns.
 
-    After an error nothing is mounted.
+    If an error is raised, nothing is mounted.  What libfuse prints without an error is shown
+    on stderr.
 
     Args:
         operations: The handlers of requests.
@@ -69,7 +78,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
     Raises:
         PrivilegeError: The user may not mount.
         MountpointError: The kernel refuses the mountpoint.
-        FuseError: It failed for another reason.
+        FuseError: Mounting failed for another reason.
     """
     before = fuse_descriptors()
     failure = None
@@ -80,39 +89,42 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
                 undo.callback(pyfuse3.close)  # unmounts
             except RuntimeError as error:
                 failure = error
-            said = captured()
+            printed = captured()
         if failure is not None:
-            raise _explain(mountpoint, said or str(failure)) from failure
-        if said:
+            raise _explain(mountpoint, printed or str(failure)) from failure
+        if printed:
             with suppress(OSError):  # stderr is closed, or a pipe without a reader
-                sys.stderr.write(f"qedfuse: {printable(said)}\n")
+                sys.stderr.write(f"qedfuse: {printable(printed)}\n")
         new = fuse_descriptors() - before
         if len(new) != 1:
-            msg = f"{printable(mountpoint)}: found {len(new)} connections, expected a new one"
+            shown = printable(mountpoint)
+            msg = f"{shown}: found {len(new)} new connections to the kernel, expected one"
             raise FuseError(msg)
         undo.pop_all()
         return new.pop()
 
 
-def _explain(mountpoint: str, said: str) -> QedError:
+def _explain(mountpoint: str, printed: str) -> QedError:
     """Return an error of the class that matches the message of libfuse or fusermount3.
 
-    They report the reason in no other way than by this text.
+    The class depends on words of the message, because libfuse and fusermount3 report the
+    reason in no other way.
     """
     kind: type[QedError] = FuseError
-    reason = said.replace(mountpoint, "")  # a path may contain any word
+    reason = printed.replace(mountpoint, "")  # the path may contain the words
     if "ermission denied" in reason or "not permitted" in reason or "only allowed if" in reason:
         kind = PrivilegeError
     elif "ountpoint" in reason or "ransport endpoint" in reason:
         kind = MountpointError
-    return kind(f"{printable(mountpoint)}: cannot mount: {printable(said)}")
+    return kind(f"{printable(mountpoint)}: cannot mount: {printable(printed)}")
 
 
 @contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """Capture what C code and child processes print on descriptor 2.
+    """Capture what C code and child processes print to descriptor 2 in the block.
 
-    The function that is yielded returns what has been captured, as one line.
+    Yields:
+        A function that returns what has been captured so far, as one line.
     """
     sys.stderr.flush()
     original = os.dup(_STDERR)

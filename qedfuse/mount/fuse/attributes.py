@@ -18,31 +18,35 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _ATTR_TIMEOUT_SECONDS: Final = 86400.0
-"""How long the kernel may cache attributes.  All changes come from the kernel, except that of
-``st_blocks``, for which the cache is invalidated.  With a short timeout, each write that finds
-the attributes expired requests them first.  Many concurrent writes then do so without end,
-because the kernel ignores a reply that a write has overtaken."""
+"""How long the kernel may cache attributes.
+
+A long time is safe, because attributes change only by requests of the kernel.  The exception is
+``st_blocks``; after it has changed, the server invalidates the attributes that the kernel has
+cached.  A short time would be slow.  A write that finds the attributes expired requests them
+first, and the kernel ignores a reply if another write has ended in the meantime.  So many
+concurrent writes would request attributes again and again."""
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
-"""The same while another program may write to the image."""
+"""How long the kernel may cache attributes with ``force_share``, when another program may
+change the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
 """How long the kernel may cache names, which never change."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
-"""Difference between the times of a disk and of its image up to which the image's are kept."""
+"""Smallest difference from the times of the image file for which `set_times` changes them."""
 
 
 class Attributes:
     """Builds the attributes of disks and of the directory."""
 
     def __init__(self, options: MountOptions) -> None:
-        """Take owner and permissions from the options; the default owner is the caller."""
+        """Take owner and permissions from the options; by default the user who mounts owns all."""
         self._uid = os.getuid() if options.uid is None else options.uid
         self._gid = os.getgid() if options.gid is None else options.gid
         self._timeout = (
             _SHARED_ATTR_TIMEOUT_SECONDS if options.force_share else _ATTR_TIMEOUT_SECONDS
         )
-        # By default only the owner has access: a disk holds the files of many users.
+        # By default only the owner has access, because a disk contains files of many users.
         mask = 0o077 if options.umask is None else options.umask
         write_bits = 0 if options.read_only else 0o222
         self._file_mode = stat.S_IFREG | ((0o444 | write_bits) & ~mask)
@@ -50,7 +54,10 @@ class Attributes:
         self._directory_mode = stat.S_IFDIR | (0o555 & ~mask)
 
     def of_disk(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
-        """Return the attributes of a disk: its size, and space and times of the image file."""
+        """Return the attributes of a disk; ``st_blocks`` and times are those of the image file.
+
+        The ``st_blocks`` that the kernel gets with them is stored in ``exported.blocks``.
+        """
         image = exported.disk.fstat()
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode
         entry = self._common(exported.inode, mode, image)
@@ -84,9 +91,15 @@ class Attributes:
 
 
 async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> None:
-    """Set the times of the image file, as utimensat(2) or the kernel's cache did for the disk.
+    """Set the times of the image file to those that the kernel has for the disk.
 
-    A failure is logged and not raised.
+    Nothing is done if the image is open read-only, or if both times differ from those of the
+    image file by less than a second.  A failure is logged and not raised.
+
+    Args:
+        exported: The disk.
+        atime_ns: Time of the last access, in nanoseconds since 1970.
+        mtime_ns: Time of the last change, in nanoseconds since 1970.
     """
     if not exported.disk.writable:
         return
@@ -94,10 +107,10 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
         image = exported.disk.fstat()
         difference = max(abs(image.st_atime_ns - atime_ns), abs(image.st_mtime_ns - mtime_ns))
         if difference < _TIMES_TOLERANCE_NS:
-            # Before each fsync the kernel sends the time of the last write, and the host's
-            # file system has set about the same time by itself.
+            # Before each fsync the kernel sends the time of the last write to the disk.  The
+            # write has given the image file about the same time, so a call would be wasted.
             return
         await exported.disk.set_times(atime_ns, mtime_ns)
     except OSError as error:
-        # The file may be another user's.  Nothing depends on its times.
+        # The image file may belong to another user.  No data depends on its times.
         _log.debug("%s: cannot set times: %s", exported.disk.name, error)

@@ -1,9 +1,8 @@
 """Loading of the C extension that adds fallocate(2) and lseek(2), which pyfuse3 lacks.
 
-The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so it has
-to be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this module first.
-The extension is optional: if it was not built or cannot be loaded, the mount works without
-these two requests.
+The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so it must
+be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this module first.  If
+the extension was not built or cannot be loaded, the mount works without these two requests.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse._extraops import Request
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
-    """Called with the request, its name, user, inode, mode or whence, start and length."""
+    """Called with the request, its name, the user, the inode, the mode (for lseek the whence),
+    and the start and the length of the range in bytes."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -50,7 +50,7 @@ def serve(handler: Handler) -> str | None:
     """Pass the fallocate and lseek requests of the session to ``handler``.
 
     Returns:
-        None, or the reason if that is not possible.
+        None if the requests are passed; otherwise one line with the reason why not.
     """
     if _extension is None:
         return _load_error
@@ -61,7 +61,10 @@ def serve(handler: Handler) -> str | None:
 
 
 def end() -> None:
-    """Detach from the session, before it is closed; open requests get no answer any more."""
+    """Detach from the session; requests that were not answered get no answer any more.
+
+    The caller must call this before it closes the session.
+    """
     if _extension is not None:
         _extension.set_handler(None)
         _extension.end()

@@ -1,8 +1,8 @@
 """The requests that pyfuse3 lacks: fallocate(2), and lseek(2) with SEEK_DATA and SEEK_HOLE.
 
-With the write-back cache a hole must not be reported over data that the kernel has cached
-and not sent yet.  So before the reply the kernel is made to write back the range in question,
-and the disk is queried again.
+With the write-back cache, the kernel may have cached data that it has not sent to the server.
+A hole must not be reported where such data is.  So before the server reports a hole, it makes
+the kernel write back the range, and searches the tables again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ZERO_RANGE: Final = 0x10
 
 
 class FallocateLseek:
-    """Answers fallocate and lseek requests, each in a task of its own if it has to wait."""
+    """Answers fallocate and lseek requests; a request that may wait gets a task of its own."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class FallocateLseek:
         """Serve the disks of ``operations``.
 
         Args:
-            operations: The other requests of the mount.
+            operations: The handlers of the other requests of the mount.
             laundering: Makes the kernel write back its dirty pages.
             size_fixup: Is notified when the kernel may have a wrong size of a disk.
-            nursery: For the tasks.
+            nursery: Runs the tasks; the caller must cancel it before the connection is closed.
         """
         self._operations = operations
         self._laundering = laundering
@@ -70,13 +70,21 @@ class FallocateLseek:
         start: int,
         length: int,
     ) -> None:
-        """Answer a request, now or in a task (`qedfuse.mount.fuse.extraops.Handler`)."""
+        """Answer a request before returning, or start a task that answers it.
+
+        The arguments are those of `qedfuse.mount.fuse.extraops.Handler`.
+        """
         if operation == "lseek" and self._try_seek(request, uid, inode, mode, start):
             return
         self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
 
     def _try_seek(self, request: Request, uid: int, inode: int, whence: int, start: int) -> bool:
-        """Answer lseek(2) without waiting; return False, without an answer, if it would wait."""
+        """Answer lseek(2) without waiting.
+
+        Returns:
+            False if the request is not answered and needs the slow path, because the answer
+            would wait, be an error, or must be logged.
+        """
         operations = self._operations
         exported = operations.disks.get(inode)
         if operations.debug or exported is None or self._may_be_dirty(exported):
@@ -106,10 +114,10 @@ class FallocateLseek:
         start: int,
         length: int,
     ) -> None:
-        """Carry out a request and answer it, also after any exception.
+        """Carry out a request and answer it, with an error if an exception was raised.
 
-        If the task is cancelled, it gives no answer, and the request answers itself when it is
-        freed.
+        If the task is cancelled, the request is answered with EINTR when the object ``request``
+        is freed.
         """
         if self._operations.debug:
             _log.debug("%s%s", operation, (inode, mode, start, length))
@@ -125,7 +133,14 @@ class FallocateLseek:
             request.error(self._operations.errors.to_errno(inode, operation, error))
 
     async def _allocate(self, exported: ExportedDisk, mode: int, start: int, length: int) -> None:
-        """Carry out fallocate(2)."""
+        """Carry out fallocate(2).
+
+        Raises:
+            FUSEError: EOPNOTSUPP, the mode is not supported; EROFS, the disk is read-only;
+                ENOSPC, the range exceeds a disk that must not grow; EFBIG, the tables cannot
+                address the size.
+            QedError: The disk could not be changed; part of the range may be changed.
+        """
         disk = exported.disk
         if mode not in {
             _ALLOCATE,
@@ -149,13 +164,15 @@ class FallocateLseek:
         if not growable:
             raise FUSEError(errno.ENOSPC)
         if mode == _ALLOCATE and start < size:
-            # If the host has not even the space for this part, the disk keeps its size.
+            # Allocated before the disk grows: if the host has no space for the part before the
+            # end, the disk keeps its size.
             await disk.allocate(start, size - start)
         await self._operations.grow(exported, end)
         try:
             await carry_out(start, length)
         except QedError:
-            # The disk stays larger, and the kernel learns its size only from a reply.
+            # The disk stays larger, but the kernel gets an error in place of a reply with the
+            # new size.  So the size that the kernel has cached must be corrected.
             self._size_fixup.request(exported)
             with suppress(OSError):
                 pyfuse3.invalidate_inode(exported.inode, attr_only=True)
@@ -164,8 +181,14 @@ class FallocateLseek:
     async def _seek(self, exported: ExportedDisk, whence: int, start: int) -> int:
         """Return the offset for lseek(2).
 
-        While the kernel may have dirty pages, it is made to write back the range that would be
-        reported as a hole, and the tables are searched again.
+        While the kernel may have dirty pages, the server makes it write back the range that
+        would be reported as a hole, and searches the tables again.
+
+        Raises:
+            FUSEError: ENXIO, no data follows or ``start`` is not on the disk; EINVAL, `whence`
+                is neither SEEK_DATA nor SEEK_HOLE; EIO, dirty pages cannot be written back and
+                the end of the data is unknown.
+            QedError: A table cannot be read.
         """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
             raise FUSEError(errno.EINVAL)
@@ -177,8 +200,8 @@ class FallocateLseek:
             hole, end = gap
             if end is None and not self._operations.growable:
                 end = disk.size
-            # On a growable disk the kernel may have data past the end that the server knows,
-            # and only the kernel knows where that data ends: the range then has no end.
+            # On a growable disk the kernel may have cached data past the end of the disk, and
+            # only the kernel knows where that data ends.  So the range is given without an end.
             if end is not None and hole >= end:
                 break
             if not await self._laundering.launder(exported, hole, end):
@@ -193,10 +216,15 @@ class FallocateLseek:
         return found
 
     def _assume_data(self, exported: ExportedDisk, whence: int, start: int) -> int:
-        """Return the offset for lseek(2) if dirty pages cannot be written back: all is data.
+        """Return the offset for lseek(2) as if the whole disk were data.
 
-        Zeros that are reported as data cost space in a copy; data that is reported as a hole
-        is lost.  If the end of the data is unknown, the reply is an error, so that a copy fails.
+        This is the answer if dirty pages cannot be written back.  If zeros are reported as
+        data, a copy takes more space.  If data is reported as a hole, the copy loses the data.
+
+        Raises:
+            FUSEError: ENXIO, ``start`` is past the end of a disk that cannot grow.  EIO, a hole
+                is searched past the end of a growable disk, and the server does not know where
+                the data in the kernel's cache ends; so a copy fails.
         """
         size = exported.disk.size
         growable = self._operations.growable
@@ -207,15 +235,20 @@ class FallocateLseek:
         raise FUSEError(errno.EIO if growable else errno.ENXIO)
 
     def _may_be_dirty(self, exported: ExportedDisk) -> bool:
-        """Return whether the kernel may have cached data of a disk that it has not sent yet.
+        """Return whether the kernel may have dirty pages of a disk.
 
-        It sends all of it when the last handle that may write is released.
+        Before the kernel releases the last handle that may write, it sends all dirty pages.
         """
         return self._operations.enable_writeback_cache and exported.writers > 0
 
 
 async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | None]:
-    """Return the start of the hole for lseek(2), and of the data after it; None for no data."""
+    """Return the guest offsets where a hole starts and where the data after the hole starts.
+
+    For SEEK_HOLE the first offset is that of the first hole from ``start`` on.  For SEEK_DATA
+    it is ``start`` itself, and if data starts there, the second offset is the same.  The second
+    offset is None if no data follows.
+    """
     hole = start
     if whence == os.SEEK_HOLE and start < disk.size:
         hole = await disk.next_hole(start)

@@ -1,27 +1,29 @@
 """FUSE INIT, the first request of the kernel, with its request masked and its reply patched.
 
-In the request the kernel offers features; libfuse selects from them, and selects
-``FUSE_ATOMIC_O_TRUNC`` whenever it is offered.  With that feature the kernel sets the size of
-a file to 0 by itself when the file is opened with O_TRUNC.  A disk cannot be truncated to
-nothing, but with the write-back cache the kernel ignores sizes that the server reports: it
-would see an empty file, and worse, it would fill the page around each small write with zeros.
-Without that feature the kernel sends a truncation after the open, which can be refused
-(`qedfuse.mount.fuse.truncation`), and takes the size from the reply.
+In the request the kernel offers features, and libfuse selects some of them.  libfuse selects
+``FUSE_ATOMIC_O_TRUNC`` whenever the kernel offers it.  With this feature the kernel sets the
+size that it has cached of a file to 0 when the file is opened with O_TRUNC.  But a disk keeps
+its size, and with the write-back cache the kernel ignores the size that the server reports.  So
+the kernel would show an empty file, and would even fill the page around each small write with
+zeros.  Without this feature the kernel sends a truncation after the open.  The server can
+refuse the truncation (`qedfuse.mount.fuse.truncation`), and the kernel takes the size from the
+reply.
 
 The reply of libfuse lacks three values:
 
 - ``max_background``.  The kernel sends reads and writes for which no process waits
-  synchronously (read-ahead, write-back, asynchronous O_DIRECT) as background requests.  Unless
-  the reply says otherwise, 12 of them are in flight at most: then a program with a queue depth
-  of 16 gets 12, and long read-ahead is cut short.  The kernel accepts the value from an
-  unprivileged user too, up to a limit of its own.
-- ``max_readahead``.  The kernel reads ahead at most as far as the reply says.  An unprivileged
-  user, who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`), can lower it in no
-  other way.
-- ``time_gran``.  With the write-back cache the kernel maintains the times of a file, and sends
-  them before each fsync(2) that follows a change of them; so they change in coarse steps.
+  synchronously (read-ahead, write-back, asynchronous O_DIRECT) as background requests.  By
+  default it has at most 12 of them in flight.  That limits a program with a queue depth of 16
+  to 12, and cuts long read-ahead short.  The kernel accepts a larger value from an unprivileged
+  user too, up to a limit of its own.
+- ``max_readahead``.  The kernel reads ahead at most this number of bytes.  For an unprivileged
+  user, who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`), this value is the only
+  way to lower the read-ahead.
+- ``time_gran``.  With the write-back cache the kernel maintains the times of a file.  If they
+  have changed, it sends them before the next fsync(2), which costs a request.  With a coarse
+  granularity they change less often.
 
-pyfuse3 has no interface for any of this.  So while FUSE INIT is negotiated, libfuse gets a
+pyfuse3 has no interface for these values.  So while FUSE INIT is negotiated, libfuse gets a
 socket in place of the device, and the request and the reply pass through this module.
 """
 
@@ -52,23 +54,25 @@ _INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE_BYTES: Final = 1 << 20
-"""More than the size of libfuse's buffer; the kernel refuses a read(2) with a smaller one."""
+"""Most bytes of a request or a reply.  A buffer of this size is larger than libfuse's, because
+the kernel refuses a read(2) with a buffer that it finds too small."""
 
 MAX_BACKGROUND: Final = 64
-"""Background requests that the kernel may have in flight.  A program with few requests waits
-behind all of them, and twice as many gain nothing."""
+"""Most background requests that the kernel may have in flight.  More would delay a program with
+few requests, which waits behind all of them, and twice the number was not faster."""
 _CONGESTION_THRESHOLD: Final = MAX_BACKGROUND * 3 // 4
-"""The same proportion as the kernel's default."""
+"""Number of background requests from which on the kernel takes the mount for congested.  The
+kernel's default is also three quarters of ``max_background``."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
-"""The granularity of a disk's times in the kernel."""
+"""The granularity of a disk's times in the kernel, in nanoseconds."""
 
 
 def fuse_descriptors() -> set[int]:
-    """Return the descriptors of this process that are connections to the kernel's FUSE."""
+    """Return the descriptors of this process that are open on the FUSE device."""
     found = set()
     for number in open_descriptors():
-        with suppress(OSError):  # a thread has closed it meanwhile
+        with suppress(OSError):  # a thread has closed the descriptor in the meantime
             if os.readlink(f"/proc/self/fd/{number}") == FUSE_DEVICE:  # noqa: PTH115
                 found.add(number)
     return found
@@ -91,7 +95,9 @@ def mask_request(message: bytes, unwanted: int) -> bytes:
 
 
 def patch_reply(message: bytes, readahead: int | None) -> bytes:
-    """Return libfuse's INIT reply with the values that it lacks; an error reply unchanged.
+    """Return libfuse's INIT reply with the three values of this module.
+
+    A reply that is too short for these values, such as an error, is returned unchanged.
 
     Args:
         message: The reply.
@@ -112,17 +118,17 @@ def patch_reply(message: bytes, readahead: int | None) -> bytes:
 
 
 async def negotiate_init(fd: int, readahead: int | None = None) -> None:
-    """Let libfuse, whose connection to the kernel is ``fd``, negotiate FUSE INIT.
+    """Let libfuse negotiate FUSE INIT, and change the request and the reply.
 
-    Call it between `pyfuse3.init` and `pyfuse3.main`.  When it returns, the kernel accepts
-    system calls on the mount.
+    The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  When
+    this function returns, the kernel accepts system calls on the mount.
 
     Args:
-        fd: The connection.
+        fd: The descriptor of libfuse's connection to the kernel.
         readahead: The longest read-ahead in bytes; None for what the kernel offers.
 
     Raises:
-        FuseError: The kernel or libfuse has refused.
+        FuseError: The first request is no INIT request, or a message cannot be passed on.
     """
     device = os.dup(fd)
     proxy_end, libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -135,11 +141,13 @@ async def negotiate_init(fd: int, readahead: int | None = None) -> None:
         async with background_tasks() as nursery:
             nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(proxy_end)
-            # The tasks that wait for the socket have to end before ``fd`` is the device again.
+            # The tasks of pyfuse3 wait for the socket as ``fd``, so they must end before ``fd``
+            # is the device again.
             nursery.cancel_scope.cancel()
         os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead))
     except OSError as error:
-        msg = f"{FUSE_DEVICE}: cannot agree with the kernel: {os.strerror(error.errno or 0)}"
+        reason = os.strerror(error.errno or 0)
+        msg = f"{FUSE_DEVICE}: cannot negotiate FUSE_INIT with the kernel: {reason}"
         raise FuseError(msg) from error
     finally:
         os.dup2(device, fd, inheritable=False)

@@ -38,13 +38,13 @@ _log = logging.getLogger(__name__)
 class MetadataOperations(pyfuse3.Operations):
     """The handlers of requests about metadata, for one mount.
 
-    Extended attributes are not implemented on purpose: with any reply but ENOSYS, the kernel
-    sends a request for them with each write(2).
+    Requests for extended attributes have no handler, so pyfuse3 answers them with ENOSYS.  After
+    any other reply the kernel would send such a request with each write(2).
 
     Attributes:
         disks: The disks, by inode.
         debug: Whether every request is logged.
-        errors: The log of failed requests.
+        errors: Converts exceptions to errno values, and logs them.
         growable: Whether writes past the end and truncate(2) enlarge a disk.
     """
 
@@ -59,7 +59,7 @@ class MetadataOperations(pyfuse3.Operations):
         *,
         directory: bool,
     ) -> None:
-        """Export the disks as files of a directory, or the only one as the mountpoint itself.
+        """Export the disks as files of a directory, or a single disk as the mountpoint itself.
 
         Args:
             disks: The disks.
@@ -78,16 +78,16 @@ class MetadataOperations(pyfuse3.Operations):
         self._size_fixup = size_fixup
         self._directory = directory
         self._attributes = Attributes(options)
-        # The kernel does not know allow_root: it admits all users, and others than root and
-        # the owner are refused here.
+        # The kernel does not know allow_root, so it is mounted with allow_other, and the
+        # handlers refuse all users but root and the user who mounts (`admit`).
         root_only = options.allow_root and not options.allow_other
         self._admitted = frozenset((0, os.getuid())) if root_only else None
 
     def admit(self, uid: int) -> None:
-        """Refuse users that allow_root does not admit.
+        """Check that the options allow a user to access the mount.
 
         Raises:
-            FUSEError: EACCES.
+            FUSEError: EACCES, the option ``allow_root`` excludes the user.
         """
         if self._admitted is not None and uid not in self._admitted:
             raise FUSEError(errno.EACCES)
@@ -96,7 +96,7 @@ class MetadataOperations(pyfuse3.Operations):
         """Return the disk of an inode or of a file handle.
 
         Raises:
-            FUSEError: EISDIR, it is the directory; ENOENT, there is none.
+            FUSEError: EISDIR, the inode is the directory; ENOENT, no file has the inode.
         """
         exported = self.disks.get(inode & ~HANDLE_FLAGS)
         if exported is None:
@@ -104,7 +104,7 @@ class MetadataOperations(pyfuse3.Operations):
         return exported
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:
-        """Enlarge a disk to at least ``end`` bytes.
+        """Enlarge a disk to ``end`` bytes, rounded up to whole sectors.
 
         Raises:
             FUSEError: ENOSPC, the disk is not growable; EFBIG, the tables cannot address the size.
@@ -118,7 +118,7 @@ class MetadataOperations(pyfuse3.Operations):
         await exported.disk.resize(size)
 
     def _is_root(self, inode: int) -> bool:
-        """Return whether an inode is the directory."""
+        """Return whether an inode is the directory; False if the mountpoint is a file."""
         return self._directory and inode == pyfuse3.ROOT_INODE
 
     # Names and attributes
@@ -137,7 +137,7 @@ class MetadataOperations(pyfuse3.Operations):
         return self._attributes.of_disk(exported)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Do nothing: inodes exist as long as the mount."""
+        """Do nothing, because inodes exist as long as the mount."""
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -156,7 +156,10 @@ class MetadataOperations(pyfuse3.Operations):
         fh: int | None,  # noqa: ARG002  pyfuse3's
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """Set the times or the size of a disk; refuse to change owner and permissions."""
+        """Set the times or the size of a disk; refuse to change owner and permissions.
+
+        A request that sets owner and permissions to their present values succeeds.
+        """
         self.admit(ctx.uid)
         if self._is_root(inode):
             raise FUSEError(errno.EPERM)
@@ -203,7 +206,7 @@ class MetadataOperations(pyfuse3.Operations):
                 break
 
     async def releasedir(self, fh: int) -> None:
-        """Do nothing: the handle of a directory has no state."""
+        """Do nothing, because the handle of a directory has no state."""
 
     @answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001
@@ -213,7 +216,7 @@ class MetadataOperations(pyfuse3.Operations):
 
     @answered
     async def statfs(self, ctx: RequestContext) -> StatvfsData:  # noqa: ARG002
-        """Describe the host's file system that stores what is written."""
+        """Describe the host's file system that stores the image of the first disk."""
         host = next(iter(self._exported)).disk.statvfs()
         reply = pyfuse3.StatvfsData()
         for name in (
@@ -224,7 +227,7 @@ class MetadataOperations(pyfuse3.Operations):
         return reply
 
     async def _refuse(self, *_args: object) -> NoReturn:
-        """Refuse to create, remove or rename a file: the images decide which files exist."""
+        """Refuse to create, remove or rename a file, because each file stands for an image."""
         raise FUSEError(errno.EPERM)
 
     # One method replaces handlers of different signatures.

@@ -1,7 +1,7 @@
 """Requests about data: open, read, write, flush, fsync and release.
 
-The handlers check a request, call the disk and convert the result for the kernel.  What a
-request means for an image is implemented in `qedfuse.disk`.
+The handlers check a request, call a method of the disk, and convert the result for the kernel.
+`qedfuse.disk` does the work on the image.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ if TYPE_CHECKING:
     from qedfuse.mount.options import MountOptions
 
 _FAST_PATH_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
-"""The bits of a handle by which `read` and `write` look up the disk.  A handle with
-`HANDLE_SYNC` set finds none, so its requests take the slow path."""
+"""The bits of a handle by which `read` and `write` look up the disk for the fast path.
+
+The mask keeps `HANDLE_SYNC`.  So the lookup of a handle with this bit finds no disk, and its
+requests take the slow path."""
 
 
 class Operations(MetadataOperations):
-    """The handlers of all requests of one mount that pyfuse3 knows."""
+    """The handlers of all requests for one mount, except fallocate and lseek.
+
+    pyfuse3 passes these requests to the methods of this object.  It does not know fallocate and
+    lseek (`qedfuse.mount.fuse.fallocate`).
+    """
 
     def __init__(
         self,
@@ -49,8 +55,9 @@ class Operations(MetadataOperations):
     ) -> None:
         """Serve the disks; the arguments are those of `MetadataOperations`."""
         super().__init__(disks, options, truncation, size_fixup, directory=directory)
-        # If the mountpoint is a file, the kernel with this cache would keep the size 0 that
-        # the file starts with.  `qedfuse.mount.fuse.truncation` explains truncate=zero.
+        # The write-back cache is off if the mountpoint is a file, because the kernel starts
+        # with the size 0 for that file, and with this cache would never replace the size.
+        # `qedfuse.mount.fuse.truncation` explains why it is off with truncate=zero.
         self.enable_writeback_cache = (
             directory
             and not (options.read_only or options.direct_io)
@@ -65,7 +72,8 @@ class Operations(MetadataOperations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a disk.
 
-        The kernel keeps the pages that it has cached if no other program can change the image.
+        The kernel keeps the pages that it has cached of the disk, unless another program can
+        change the image (``force_share``) or the page cache is off (``direct_io``).
         """
         self.admit(ctx.uid)
         exported = self.disk_of(inode)
@@ -77,15 +85,15 @@ class Operations(MetadataOperations):
         handle = inode | HANDLE_DIRECT if flags & os.O_DIRECT and not direct else inode
         handle |= HANDLE_WRITER if writer else 0
         if direct and writer and (flags & os.O_DSYNC or self._sync):
-            # For writes that bypass its cache, the kernel leaves O_DSYNC and O_SYNC to the
-            # server; after every other write with these flags it sends an fsync.
+            # With ``direct_io`` the kernel leaves O_DSYNC and O_SYNC to the server.  Otherwise
+            # the kernel sends an fsync after each write with these flags.
             handle |= HANDLE_SYNC
         return pyfuse3.FileInfo(
             fh=handle, direct_io=direct, keep_cache=self._exclusive and not direct
         )
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        """Return the bytes of a range; fewer only at the end of the disk."""
+        """Return the bytes of a range, or only those before the end of the disk."""
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:
             try:
@@ -98,7 +106,7 @@ class Operations(MetadataOperations):
         return await self._read(fh, off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """Write to a range; return how many bytes, fewer only at the end of the disk."""
+        """Write bytes; return how many were written, which are fewer only at the disk's end."""
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:
             try:
@@ -111,12 +119,12 @@ class Operations(MetadataOperations):
 
     @answered
     async def _read(self, fh: int, off: int, size: int) -> bytes:
-        """Read on the slow path, which may wait."""
+        """Read like `read`, on the slow path, which may wait."""
         return await self.disk_of(fh).disk.read(off, size)  # type: ignore[return-value]
 
     @answered
     async def _write(self, fh: int, off: int, buf: bytes) -> int:
-        """Write on the slow path, which may wait, also past the end of the disk."""
+        """Write like `write`, on the slow path, which may wait, and which can grow the disk."""
         exported = self.disk_of(fh)
         end = off + len(buf)
         exported.writing += 1
@@ -129,18 +137,28 @@ class Operations(MetadataOperations):
         finally:
             exported.writing -= 1
         if written < len(buf) and fh & HANDLE_DIRECT:
-            # The kernel returns EIO for a short direct write, which hides the reason.
+            # For a short reply to an O_DIRECT write the kernel would return EIO to the program.
+            # ENOSPC is the reason.
             raise FUSEError(errno.ENOSPC)
         return written
 
     async def _prepare_past_end(
         self, exported: ExportedDisk, start: int, end: int, *, direct: bool
     ) -> None:
-        """Before a write past the end, grow the disk, or have the kernel's size corrected.
+        """Prepare for a write past the end: grow the disk, or note that the write will be cut.
 
-        With the write-back cache the kernel accepts a write past the end by itself, and takes
-        the disk for longer from then on.  It ignores a short reply to the delayed write; only
-        an error is reported to the writer, by fsync(2) or close(2).
+        With the write-back cache the kernel accepts a write past the end without a request, and
+        increases the size that it has cached.  If the disk cannot grow, the server requests a
+        correction of that size.  The delayed write, which arrives now, gets an error if it
+        starts at or past the end, and the kernel reports the error to the writer.  If the write
+        starts before the end, the kernel ignores the short reply.  So ``overrun`` is set, and
+        the next flush or fsync reports the error.
+
+        Args:
+            exported: The disk.
+            start: Guest offset of the write.
+            end: Guest offset of the end of the write, more than the size of the disk.
+            direct: Whether the write comes from an O_DIRECT handle, not from the kernel's cache.
         """
         if self.growable and exported.disk.writable:
             await self.grow(exported, end)
@@ -150,19 +168,20 @@ class Operations(MetadataOperations):
 
     @answered
     async def flush(self, fh: int) -> None:
-        """Report to close(2) whether delayed writes have failed."""
+        """Raise an error, which close(2) returns, if delayed writes have failed."""
         self._report_lost_writes(fh)
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001  pyfuse3's
-        """Make all writes so far durable, and report whether delayed writes have failed."""
+        """Make all writes so far durable, and raise an error if delayed writes have failed."""
         await self.disk_of(fh).disk.flush()
         self._report_lost_writes(fh)
 
     def _report_lost_writes(self, fh: int) -> None:
-        """Fail if writes were lost that their writer takes for successful.
+        """Raise an error if writes were lost for which write(2) has reported success.
 
-        A write past the end is reported once, and only to a handle that may write.
+        The loss of a write past the end is reported once, to the first handle that may write.
+        The failure of a disk is reported every time.
 
         Raises:
             FUSEError: EIO, the disk has failed; ENOSPC, a write went past its end.
@@ -176,5 +195,5 @@ class Operations(MetadataOperations):
 
     @answered
     async def release(self, fh: int) -> None:
-        """Stop counting a handle that was closed."""
+        """Stop counting a handle whose last descriptor was closed."""
         self._exported.handle_closed(self.disk_of(fh), writer=bool(fh & HANDLE_WRITER))

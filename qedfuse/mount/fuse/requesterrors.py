@@ -1,11 +1,12 @@
-"""Errors of requests: each becomes an errno for the kernel and a line in the log.
+"""Errors of requests: an exception becomes an errno for the kernel and a line in the log.
 
-An exception that reached pyfuse3 would end the mount for all disks and users.
+Every exception is converted, because an exception that reached pyfuse3 would end the mount for
+all disks and users.
 
-A damaged image or a full host fails every retry of a guest, so the log is rate-limited for
-each disk.  The first errors of a disk are logged with one line each.  For further ones a line
-per minute reports their number and the last of them.  So the log neither grows with the
-guest's retries nor is silent while requests still fail.
+A damaged image or a full host fails every retry of a guest, so the log is rate-limited for each
+disk.  The first messages of a disk are logged in full, each message once.  For further errors,
+one line per minute reports their number and the message of the last one.  So the log does not
+grow with the guest's retries, and is not silent while requests still fail.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_LINES_PER_DISK: Final = 100
-"""Different messages that are logged in full during a mount."""
+"""Most messages that are logged in full for one disk during a mount."""
 _SUMMARY_SECONDS: Final = 60.0
 """Shortest time between two summaries of the errors that were not logged in full."""
 _MAX_SHOWN_BYTES: Final = 64
-"""Longest argument of a request that is logged in full when debugging."""
+"""Longest argument of a request that the debug log shows in full."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class RequestErrors:
-    """Logs the errors of requests: each message once, and the number of the others."""
+    """Converts exceptions of requests to errno values, and logs them at a limited rate."""
 
     def __init__(self, disks: Mapping[int, ExportedDisk]) -> None:
-        """Log errors of ``disks``, by inode."""
+        """Log errors of ``disks``, which are mapped by inode."""
         self._disks = disks
         self._logged: dict[int, set[str]] = {inode: set() for inode in disks}
         self._dropped: dict[int, int] = {}
@@ -53,13 +54,16 @@ class RequestErrors:
         self._new = trio.Event()
 
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
-        """Log why a request failed and return the errno for the kernel.
+        """Log why a request failed, and return the errno for the kernel.
+
+        A FUSEError and a PastEndError are not logged, because they are mistakes of the program
+        that made the request.  Any other QedError is logged with its message.  An exception of
+        another type is a bug, so it is logged with its traceback, and the errno is EIO.
 
         Args:
             inode: The inode that the request is about.
             operation: The name of the request.
-            error: What the handler of the request raised.  An exception of a type that no
-                handler should raise is logged with its traceback; its errno is EIO.
+            error: What the handler of the request raised.
         """
         if isinstance(error, FUSEError):
             return error.errno
@@ -70,9 +74,9 @@ class RequestErrors:
         return errno.EIO
 
     def _log_error(self, inode: int, error: QedError) -> None:
-        """Log an expected error."""
+        """Log an error of the disk, unless a write past its end is the only reason."""
         if isinstance(error, PastEndError):
-            return  # the caller's mistake, and nothing is wrong with the image
+            return
         message = str(error)
         if self._is_new(inode, message):
             _log.error("%s", message)
@@ -85,7 +89,7 @@ class RequestErrors:
             _log.error("%s", message, exc_info=error)
 
     def _is_new(self, inode: int, message: str) -> bool:
-        """Return whether to log a message in full; count it if not."""
+        """Return whether the caller must log a message in full; count the message if not."""
         logged = self._logged.setdefault(inode, set())
         if message not in logged and len(logged) < _MAX_LINES_PER_DISK:
             logged.add(message)
@@ -96,7 +100,10 @@ class RequestErrors:
         return False
 
     async def log_summaries(self) -> None:
-        """Log the number of further errors each minute; when cancelled, log the last summary."""
+        """Log the errors that are not logged in full, at most once a minute, until cancelled.
+
+        When the task is cancelled, it logs the errors since the last summary.
+        """
         try:
             while True:
                 await self._new.wait()
@@ -106,7 +113,7 @@ class RequestErrors:
             self._summarize()
 
     def _summarize(self) -> None:
-        """Log for each disk how many errors were not logged since the last summary."""
+        """Log for each disk how many errors since the last summary were not logged in full."""
         self._new = trio.Event()
         for inode, count in self._dropped.items():
             exported = self._disks.get(inode)
@@ -121,7 +128,7 @@ class RequestErrors:
 
 
 class _Handlers(Protocol):
-    """The object that has the handlers of requests."""
+    """The object whose methods handle requests, as far as `answered` uses it."""
 
     debug: bool
     errors: RequestErrors
@@ -133,7 +140,11 @@ H = TypeVar("H", bound=_Handlers)
 def answered(
     method: Callable[Concatenate[H, P], Awaitable[T]],
 ) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
-    """Decorate the handler of a request so that it raises nothing but FUSEError."""
+    """Decorate the handler of a request so that FUSEError is the only exception it raises.
+
+    Any other exception is logged and converted by `RequestErrors.to_errno`.  A cancellation is
+    passed on.  If debugging, the request and a FUSEError are logged.
+    """
 
     @functools.wraps(method)
     async def answer(self: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -160,7 +171,7 @@ def _inode_of(args: Sequence[object]) -> int:
 
 
 def _shown(args: Sequence[object]) -> str:
-    """Return the arguments of a request for the log; of long data, only the length."""
+    """Return the arguments of a request for the log; long data is shown by its length."""
     return str(
         tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > _MAX_SHOWN_BYTES
               else arg for arg in args if isinstance(arg, int | bytes))

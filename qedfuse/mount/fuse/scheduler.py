@@ -1,24 +1,26 @@
 """How pyfuse3's tasks wait for the next request of the kernel.
 
-pyfuse3 calls its scheduler through its attribute ``trio``, which its asyncio mode replaces;
-`Scheduler` replaces it in the same way.  It is trio with two differences, because a request
-that is answered from memory costs less than putting the event loop to sleep and waking it.
+pyfuse3 calls its scheduler through its attribute ``trio``.  pyfuse3's asyncio mode replaces this
+attribute, and this module replaces it in the same way, by a `Scheduler`.  A `Scheduler` behaves
+like trio, with two differences.  They are necessary because putting the event loop to sleep and
+waking it costs more than answering a request from memory.
 
 *The lock.*  pyfuse3 has several tasks, and a lock decides which of them reads from the kernel.
-trio's lock is fair: it is handed over to the next waiter, so each request would cost a switch
-of tasks.  `UnfairLock` allows barging: the task that releases it can take it again before the
-waiters, as long as it answers requests without waiting.  When that task waits for something
-else, another one takes the lock.
+trio's lock is fair.  A task that releases it hands it over to the next waiter, so each request
+would cost a switch of tasks.  `UnfairLock` allows barging.  The task that releases the lock can
+take it again before the waiters, as long as this task answers requests without waiting.  When
+this task has to wait for something else, a waiter takes the lock.
 
-*Waiting for the descriptor.*  The descriptor is polled before anything else.  If there is no
-request, all other tasks run.  Then the descriptor is polled for some more microseconds, if such
-polling has succeeded lately (`AdaptivePoll`).  Only then does the event loop sleep.
+*Waiting for the descriptor.*  First the descriptor of the connection is polled.  If the kernel
+has no request, all other tasks run.  Then the descriptor is polled for some more microseconds,
+if such polling has succeeded lately (`AdaptivePoll`).  If the kernel still has no request, the
+event loop sleeps.
 
 Other tasks are not starved: after `MAX_BURST` requests in a row, or `MAX_BURST_BESIDE_OTHERS`
 while a request waits for the host's disk, all other runnable tasks run, and trio checks for
-finished threads, timers and signals.  The descriptor is not polled repeatedly while a worker
-thread is running, whose end only trio notices, or while another task polls for a read of the
-host's file.  An idle event loop sleeps.
+finished threads, timers and signals.  The descriptor is polled only once while a worker thread
+is running, because only trio notices the end of the thread.  The same holds while another task
+polls for a read of the host's file.  An idle event loop sleeps.
 """
 
 from __future__ import annotations
@@ -43,13 +45,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_BURST: Final = 64
-"""Requests that are taken in a row before all other tasks run."""
+"""Most requests that are taken in a row before all other tasks run."""
 
 MAX_BURST_BESIDE_OTHERS: Final = 8
-"""The same while other requests wait for worker threads or for the host's disk."""
+"""Most requests that are taken in a row while other requests wait for worker threads or for the
+host's disk."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
-"""How long the descriptor is polled before the event loop sleeps."""
+"""Longest time for which the descriptor is polled before the event loop sleeps."""
 
 
 @dataclass(slots=True)
@@ -59,7 +62,7 @@ class SchedulerStatistics:
     Attributes:
         ready: Requests that had arrived before a task waited for them.
         polled: Requests that arrived while the descriptor was polled.
-        slept: How often the event loop slept instead.
+        slept: How often the event loop slept until a request arrived.
         yields: How often all other tasks were run.
         failed_polls: How often no request arrived while the descriptor was polled.
     """
@@ -75,8 +78,9 @@ class UnfairLock:
     """A lock that a task can acquire before those that have waited for it ("barging").
 
     Acquiring a free lock is no checkpoint.  Releasing the lock wakes the task that began to
-    wait last, whose memory is still in the processor's caches, but does not hand the lock over
-    to it: that task gets the lock only if it is still free when the task runs.
+    wait last, because its memory is still in the processor's caches.  The lock is not handed
+    over to the woken task.  The woken task gets the lock only if the lock is still free when
+    the task runs.
     """
 
     def __init__(self) -> None:
@@ -86,13 +90,13 @@ class UnfairLock:
         self._woken = False
 
     async def __aenter__(self) -> None:
-        """Acquire the lock; wait while another task holds it."""
+        """Acquire the lock; wait while another task holds the lock."""
         while self._held:
             await self._wait()
         self._held = True
 
     async def __aexit__(self, *_: object) -> None:
-        """Release the lock and wake one waiter, if none has been woken already."""
+        """Release the lock, and wake one waiter unless a woken waiter has not run yet."""
         self._held = False
         if self._waiting and not self._woken:
             self._woken = True
@@ -107,7 +111,8 @@ class UnfairLock:
             self._waiting.remove(task)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        # A task that was rescheduled cannot be cancelled before it runs, so no wake-up is lost.
+        # trio does not cancel a rescheduled task before it runs, so a woken waiter always
+        # reaches the next line, and no wake-up is lost.
         await trio.lowlevel.wait_task_rescheduled(abort)
         self._woken = False
 
@@ -142,10 +147,13 @@ class Scheduler:
         self._burst = 0
 
     async def wait_readable(self, fd: int) -> None:
-        """Wait until the kernel has a request on ``fd``; called by one task at a time.
+        """Wait until the kernel has a request on ``fd``.
+
+        The caller must hold the lock, so that only one task waits.
 
         Raises:
-            trio.ClosedResourceError: `notify_closing` was called, because the mount ends.
+            trio.ClosedResourceError: The kernel has no request, and `notify_closing` was
+                called, because the mount ends.
         """
         if fd != self._fd:
             self._fd = fd
@@ -166,14 +174,20 @@ class Scheduler:
         if self._closing:
             raise trio.ClosedResourceError
         statistics.slept += 1
-        # A wake-up may be late because of other work, and then says nothing about requests.
-        alone = not self._is_loop_needed()
+        # If the event loop is needed for other requests, it may wake this task late.  Then the
+        # time of the wake-up is not the time when a request arrived, and is not recorded.
+        is_loop_free = not self._is_loop_needed()
         await trio.lowlevel.wait_readable(fd)
-        if alone:
+        if is_loop_free:
             self._adaptive_poll.record(self._clock() - since, slept=True)
 
     def _poll(self, end: float) -> bool:
-        """Poll until a request arrives; return False at time ``end`` or if the loop is needed."""
+        """Poll until a request arrives; give up at the time ``end`` of the clock, in seconds.
+
+        Returns:
+            Whether a request has arrived.  False also if the event loop is needed for other
+            requests, or if the mount ends.
+        """
         poll, clock = self._poller.poll, self._clock
         while not (self._is_loop_needed() or self._closing):
             if poll(0):
@@ -194,17 +208,23 @@ class Scheduler:
         await trio.lowlevel.checkpoint()
 
     def has_request(self) -> bool:
-        """Return whether the kernel has a request that no task has taken yet."""
+        """Return whether the kernel has a request that no task has taken yet.
+
+        Before the first call of `wait_readable` the result is False.
+        """
         return self._fd >= 0 and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:
-        """Make the current call of `wait_readable`, and all later ones, raise."""
+        """Make a call of `wait_readable` raise instead of waiting, now and later."""
         self._closing = True
         trio.lowlevel.notify_closing(fd)
 
 
 def default_poll_seconds() -> float:
-    """Return how long to poll; 0 on a single processor, where it would delay the next request."""
+    """Return the longest time to poll, in seconds.
+
+    It is 0 on a single processor, where polling would delay the program that makes requests.
+    """
     return DEFAULT_POLL_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
 
 
@@ -212,15 +232,15 @@ def default_poll_seconds() -> float:
 def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
     """Run pyfuse3 with a `Scheduler` in the block.
 
-    Every call of `pyfuse3.main` must be in the same block, because pyfuse3 keeps the lock that
-    it has made first.
+    The caller must make every call of `pyfuse3.main` in the same block, because pyfuse3 makes
+    its lock in the first call and keeps it.
 
     Args:
-        poll_seconds: Longest time to poll for a request; None for the machine's default.
+        poll_seconds: Longest time in seconds to poll for a request; None for the machine's
+            default.
     """
     scheduler = Scheduler(default_poll_seconds() if poll_seconds is None else poll_seconds)
-    # pyfuse3's own asyncio mode replaces trio in this documented way, which is missing from
-    # its type hints.
+    # pyfuse3 documents this attribute for its asyncio mode; its type hints lack it.
     before, pyfuse3.trio = pyfuse3.trio, scheduler  # type: ignore[attr-defined]
     try:
         with loop_load.request_source(scheduler.has_request):
