@@ -294,11 +294,11 @@ async def test_images_that_have_no_list() -> None:
     put_list(content)
     assert await read(content)
     struct.pack_into("<I", content, 56, DESCRIPTOR - 499)
-    assert "the backing file name over it" in await refused(content)
+    assert "the backing file name in its bytes" in await refused(content)
     struct.pack_into("<I", content, 56, DESCRIPTOR - 500)
     assert await read(content)
     struct.pack_into("<I", content, 56, DESCRIPTOR + 511)
-    assert "the backing file name over it" in await refused(content)
+    assert "the backing file name in its bytes" in await refused(content)
 
     content = image()
     set_bit(content)

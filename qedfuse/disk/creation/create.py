@@ -45,21 +45,21 @@ async def create_image(
         table_size: Clusters in a table.
         backing: Name of the backing file that the image stores: absolute, or relative to
             the directory of the image.  The file is not opened.
-        backing_is_raw: The backing file is raw; its format is never probed.
-        overwrite: Replace an existing file, unless another process has it open as an image.
-            The new file gets its owner and permissions.
-        mode: Permissions of the new file if it replaces none, less the umask.
+        backing_is_raw: Whether the backing file is raw.  If so, its format is never probed.
+        overwrite: Whether to replace an existing file, which fails if another process has
+            that file open as an image.  The new file gets the owner and the permissions of
+            the old one.
+        mode: Permissions of the new file if it replaces none; the umask is subtracted.
 
     Raises:
-        UsageError: A size is out of its range, the backing name is too long, or the file
-            exists.
+        UsageError: A size is out of its range, the backing name is too long or not a plain
+            path, or the file exists and ``overwrite`` is False.
         ImageError: The existing file is not a regular file.
         ImageInUseError: Another process has the old file open, or has created another file
             of that name meanwhile.
-        HostError: The file cannot be created; an old one is unchanged.
+        HostError: The file cannot be created; an existing file is unchanged.
     """
-    # Imported late, because callers of `make_image` do not need an event loop.
-    import trio  # noqa: PLC0415
+    import trio  # noqa: PLC0415  imported late: callers of `make_image` need no event loop
 
     header = new_header(size, cluster_size, table_size, backing, backing_is_raw=backing_is_raw)
     await trio.to_thread.run_sync(
@@ -76,24 +76,27 @@ def make_image(
     mode: int = 0o644,
     fill: Callable[[str], object] | None = None,
 ) -> None:
-    """Create an image without any data at ``path``; it is durable on return.
+    """Create an empty image at ``path``, durably; ``fill`` may write into the image first.
 
-    Until it is complete, ``path`` refers to the old file or to none.
+    Until the image is complete, ``path`` refers to the old file or to none.
 
     Args:
         path: The new file.
         header: A header that `new_header` has built.
-        backing: Name of the backing file that the image stores.
-        overwrite: Replace an existing file, unless another process has it open as an image.
-        mode: Permissions of the new file if it replaces none, less the umask.
-        fill: Called with the temporary name of the image before it is complete.
+        backing: Name of the backing file that the image stores; None for no base.
+        overwrite: Whether to replace an existing file, which fails if another process has
+            that file open as an image.
+        mode: Permissions of the new file if it replaces none; the umask is subtracted.
+        fill: Called with the temporary name of the empty image, before the image gets the
+            name ``path``.
 
     Raises:
-        UsageError: The file exists.
+        UsageError: The file exists and ``overwrite`` is False.
         ImageError: The existing file is not a regular file.
         ImageInUseError: Another process has the old file open, or has created another file
             of that name meanwhile.
-        HostError: The host refused, or is full; no file is left behind.
+        HostError: The host refused, or is full.  No new file is left behind, and an
+            existing file is unchanged.
     """
     with ExitStack() as stack:
         old = lock_replaced_file(path, stack, overwrite=overwrite)
@@ -103,7 +106,7 @@ def make_image(
             if fill is not None:
                 fill(new.path)
         except HostError as error:
-            # The message must show the name that the user gave.
+            # The message must show the name that the user gave, not the temporary one.
             text = str(error).replace(printable(new.path), printable(path))
             raise type(error)(text, error.errno) from error
         new.commit()

@@ -21,11 +21,11 @@ def backing_name(backing: str | None) -> bytes:
     """Return the bytes of a backing name as an image stores them; empty for no base.
 
     Raises:
-        UsageError: The name is too long, not a path, or a protocol without a path.
+        UsageError: The name is too long or not a plain path.
     """
     name = os.fsencode(backing or "")
     if lacks_path(name):
-        msg = f"backing file {printable(name)}: found an empty name, expected one, or none at all"
+        msg = f"backing file {printable(name)}: found an empty name, expected a path or no name"
         raise UsageError(msg)
     if len(name) > MAX_BACKING_NAME or has_protocol(name) or b"\0" in name:
         msg = (
@@ -49,7 +49,7 @@ def new_header(
         backing_is_raw: Whether the format of the backing file must not be probed.
 
     Raises:
-        UsageError: A size is out of its range, or the name is too long or not a path.
+        UsageError: A size is out of its range, or the name is too long or not a plain path.
     """
     for field, value in (("cluster_size", cluster_size), ("table_size", table_size)):
         expected = expected_size(field, value)
@@ -74,11 +74,11 @@ def new_header(
         backing_filename_offset=HEADER_BYTES if backing is not None else 0,
         backing_filename_size=len(name),
     )
-    most = header.geometry.max_image_size
-    if not 0 <= header.image_size <= most:
+    max_size = header.geometry.max_image_size
+    if not 0 <= header.image_size <= max_size:
         msg = (
-            f"image size: found {size}, expected 0 to {most} with clusters of {cluster_size} "
-            f"bytes and tables of {table_size}"
+            f"image size: found {size}, expected 0 to {max_size} with clusters of {cluster_size} "
+            f"bytes and tables of {table_size} clusters"
         )
         raise UsageError(msg)
     return header

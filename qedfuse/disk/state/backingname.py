@@ -1,18 +1,19 @@
 """Changing the backing file name that an image stores, in place and safe against crashes.
 
 At any moment the header must name the old base or the new one, in full.  A disk writes a
-sector whole or not at all, so the sector with the header decides: everything that it
-points to is durable before it is written.
+sector whole or not at all, so the name changes when the sector with the header is written.
+Everything that the header points to in other sectors must be durable before that.
 
-A short name lies directly behind the header, in the same sector, and one write covers
-both.  If the old name began there as well, its bytes past the new name are unused from
-then on: the length in the same sector no longer covers them.
+A short name lies directly behind the header, in the same sector, so one write changes both.
+If a longer old name began there as well, the bytes of the old name past the end of the new
+one are unused from then on, because the length in the header no longer covers them.
 
-A long name crosses sectors.  It is written where neither the old name nor the header
-lies, and made durable there while the header still points to the old name; then one write
-of the header points to it.  Of three neighbouring slots, each as long as the longest
-name, an old name can touch two at most.  The slots end where the descriptor of a free
-list begins, so that both fit into the smallest cluster.
+A long name crosses sectors.  It is written where neither the old name nor the header lies,
+and made durable while the header still points to the old name.  Then the header is written,
+which points to the new name.  There are three adjacent slots for names, each as long as the
+longest name.  An old name can touch at most two of them, so one is always unused.  The slots
+end where the descriptor of a free list begins, so slots and descriptor fit into the smallest
+cluster.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_SHORT_NAME_BYTES: Final = SECTOR - HEADER_BYTES
 """Longest name that fits into one sector with the header, in bytes."""
 
 LONG_NAME_OFFSETS: Final = (512, 1536, 2560)
-"""File offsets of the slots for longer names, 1024 bytes apart: the longest has 1023."""
+"""File offsets of the slots for longer names, 1024 bytes apart: the longest name has 1023."""
 
 _NAME_FEATURES: Final = int(Feature.BACKING_FILE | Feature.BACKING_FORMAT_NO_PROBE)
 
@@ -47,15 +48,15 @@ async def change_backing_name(
     *,
     raw: bool,
 ) -> None:
-    """Store another backing file name in the header, durably; an empty name is none.
+    """Store another backing file name in the image, durably; an empty name removes the base.
 
-    With ``raw`` the header forbids guessing the format of the base.
+    With ``raw`` the header forbids probing the format of the base.
 
     Raises:
-        HostError: The host refused.  The header names the old base or, if the host also
-            refuses to restore it, the new one.
+        HostError: The host refused.  The image names the old base or, if the host also
+            refuses to restore the header, the new one.
     """
-    # What the image holds for use with its new base must be durable before the name is.
+    # The content that the image needs with its new base must be durable before the name is.
     await flusher.flush()
     old = header_store.value
     offset, trailer = (HEADER_BYTES, name) if name else (0, b"")
@@ -71,8 +72,8 @@ async def change_backing_name(
         return replace(
             header,
             features=header.features & ~_NAME_FEATURES | wanted,
-            # A name must lie in the header's clusters; the image may come from a program
-            # that counted none.
+            # A name must lie in the clusters that the header counts as its own, and some
+            # programs make images whose header counts none.
             header_size=max(1, header.header_size),
             backing_filename_offset=offset,
             backing_filename_size=len(name),

@@ -1,8 +1,8 @@
 """Reading and validating a persistent free list (docs/format-extensions.md).
 
-An image is untrusted input, and so is its list.  It is used only if every checksum is
-right and nothing in it contradicts the header, the file or the tables.  How much is read
-is bounded by the length of the file and by `MAX_RUNS`.
+An image is untrusted input, and so is its list.  The list is used only if every checksum is
+right and nothing in the list contradicts the header, the file or the tables.  The length of
+the file and `MAX_RUNS` limit how much is read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MAX_RUNS: Final = 1 << 20
 """Most runs in a list: with more, a scan of the tables is as fast as reading the list."""
 
 _TABLES_PER_STEP: Final = 1 << 16
-"""Tables that are validated before other tasks run."""
+"""Most tables that are validated before other tasks run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class FreeList:
     Attributes:
         runs: The runs, ascending: the first cluster of each, and its length in clusters.
         holding_clusters: The clusters that hold the list, ascending.
-        descriptor: The sector that describes it.
+        descriptor: The bytes of the sector that describes the list.
     """
 
     runs: Runs
@@ -70,7 +70,7 @@ class FreeList:
         return int(self.runs[:, 1].sum())
 
     def contains(self, clusters: Values) -> NDArray[np.bool_]:
-        """Return which of some clusters are listed."""
+        """Return for each of ``clusters`` whether it is listed."""
         first, count = self.runs[:, 0], self.runs[:, 1]
         run = np.searchsorted(first, clusters, "right") - 1
         return (run >= 0) & (clusters - first[run] < count[run])
@@ -81,8 +81,8 @@ async def read_list(file: HostFile, header: Header, tables: Values) -> FreeList:
 
     Args:
         file: The image.
-        header: Its header.
-        tables: The file offsets of all its L2 tables, ascending.
+        header: The image's header.
+        tables: The file offsets of all L2 tables of the image, ascending.
 
     Raises:
         CorruptImageError: The list must not be used; the message says why.
@@ -107,13 +107,18 @@ class _Reader:
         self._clusters = self._size >> self._bits
 
     async def read(self) -> FreeList:
-        """Read the list and validate it."""
+        """Read the list and validate it.
+
+        Raises:
+            BadListError: The list must not be used.
+            HostError: The host cannot read the file.
+        """
         if self._header.need_check:
-            # The program that set it changed the image although the list claimed that it
-            # was at rest.
-            refuse("header field features", "NEED_CHECK set as well", "it clear")
+            # A program has changed the image since the list was written, because a list is
+            # only written when NEED_CHECK is clear.
+            refuse("header field features", "NEED_CHECK set as well", "NEED_CHECK clear")
         if backing_name_covers_descriptor(self._header):
-            refuse("descriptor", "the backing file name over it", "a place of its own")
+            refuse("descriptor", "the backing file name in its bytes", "no overlap")
         sector = await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
         descriptor = parse_descriptor(sector)
         self._check_descriptor(descriptor)
@@ -132,7 +137,7 @@ class _Reader:
         return found
 
     def _check_descriptor(self, descriptor: Descriptor) -> None:
-        """Validate the numbers, before anything is sized from them."""
+        """Validate the numbers of the descriptor, before any of them limits what is read."""
         free = min(self._clusters, MAX_FREE_CLUSTERS)
         for what, found, low, high in (
             ("file_bytes", descriptor.file_bytes, self._size, self._size),
@@ -145,9 +150,9 @@ class _Reader:
                 refuse(f"descriptor {what}", found, expected)
 
     async def _read_chain(self, descriptor: Descriptor) -> tuple[list[int], list[Runs]]:
-        """Read the list clusters: the file offset of each, and its runs.
+        """Read the list clusters; return the file offset of each, and the runs of each.
 
-        Each lies behind the one before it, so there are no loops.
+        Each list cluster must lie behind the one before it, so the chain cannot be a loop.
         """
         offsets: list[int] = []
         parts: list[Runs] = []
@@ -170,7 +175,7 @@ class _Reader:
         return offsets, parts
 
     def _check_offset(self, offset: int, before: int) -> None:
-        """Validate the file offset of a list cluster, given that of the one before it."""
+        """Validate the offset of a list cluster; the cluster before it lies at ``before``."""
         low = max(self._header.header_end, before + 1)
         high = self._size - self._header.cluster_size
         if self._header.geometry.in_cluster(offset) or not low <= offset <= high:
@@ -180,9 +185,10 @@ class _Reader:
     def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
         """Validate that the runs ascend, do not touch, and lie inside the file."""
         first, count = runs[:, 0], runs[:, 1]
-        # This order avoids overflow: the first cluster is compared with the file's end
-        # before a count that leaves the run inside it.  No run reaches that end: the
-        # file was cut there, so its last cluster was in use.
+        # Compare the first cluster of each run with the file's end first: only for runs that
+        # begin inside the file the subtraction below cannot wrap around.  A run must end
+        # before the last cluster of the file.  That cluster is in use, because free clusters
+        # at the end were cut off before the list was written.
         inside = first < np.uint64(self._clusters)
         inside[inside] = count[inside] < np.uint64(self._clusters) - first[inside]
         inside &= (first >= self._header.header_end >> self._bits) & (count > 0)
@@ -208,31 +214,32 @@ class _Reader:
             await trio.lowlevel.checkpoint()
 
     def _refuse_overlap(self, runs: Runs, tables: Values, what: str) -> None:
-        """Refuse the list if one of some tables overlaps a run."""
+        """Refuse the list if a table at one of the file offsets ``tables`` overlaps a run."""
         first = tables >> np.uint64(self._bits)
-        # The last run that begins before the end of the table.
+        # For each table the last run that begins before the end of the table: if any run
+        # overlaps the table, this one does.
         size = np.uint64(self._header.table_size)
         run = np.searchsorted(runs[:, 0], first + size, "left") - 1
         within = (run >= 0) & (runs[run, 0] + runs[run, 1] > first)
         if within.any():
             found = f"{what} at {int(tables[np.argmax(within)])} among the free clusters"
-            refuse("runs", found, "none there")
+            refuse("runs", found, "no table there")
 
     def _refuse_first(self, runs: Runs, bad: NDArray[np.bool_], expected: str) -> None:
-        """Refuse the list for the first run that is bad."""
+        """Refuse the list because of the first run for which ``bad`` is True."""
         first, count = runs[np.argmax(bad)].tolist()
         refuse("runs", f"{count} clusters from cluster {first} on", expected)
 
 
 def backing_name_covers_descriptor(header: Header) -> bool:
-    """Return whether the backing file name lies where the descriptor has its place."""
+    """Return whether the backing file name lies in the sector of the descriptor."""
     start = header.backing_filename_offset
     end = start + header.backing_filename_size
     return header.has_backing and start < DESCRIPTOR_END and end > DESCRIPTOR_OFFSET
 
 
 def expand_runs(runs: Runs) -> Values:
-    """Return each cluster of some runs, in their order."""
+    """Return all clusters of ``runs``, in the order of the runs."""
     counts = runs[:, 1].astype(np.int64)
     ends = np.cumsum(counts)
     within = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
@@ -240,10 +247,11 @@ def expand_runs(runs: Runs) -> Values:
 
 
 async def add_runs(clusters: FreeMap, runs: Runs) -> None:
-    """Add runs that ascend and do not touch to a map."""
+    """Add runs, which must ascend and not touch each other, to the map ``clusters``."""
     first = runs[:, 0].astype(np.int64) + clusters.shift
     last = first + runs[:, 1].astype(np.int64)
-    # Adding one run takes three microseconds; adding a block with several takes less.
+    # Adding a block at a time is faster than adding each of its runs, which takes three
+    # microseconds.  Only runs that cross the border of a block are added one by one.
     within = first // BLOCK_CLUSTERS == (last - 1) // BLOCK_CLUSTERS
     for start, count in runs[~within].tolist():
         clusters.add(start, count)
@@ -259,9 +267,9 @@ async def add_runs(clusters: FreeMap, runs: Runs) -> None:
 
 
 def _bits_of(first: NDArray[np.int64], last: NDArray[np.int64]) -> int:
-    """Return an integer with the bits set from each ``first`` up to its ``last``.
+    """Return an integer with the bits set from each ``first`` up to its ``last``, exclusive.
 
-    The ranges do not touch.
+    The ranges must not touch each other.
     """
     change = np.zeros(BLOCK_CLUSTERS + 1, np.int8)
     change[first] = 1

@@ -1,4 +1,4 @@
-"""Writing a persistent free list, and removing one (docs/format-extensions.md)."""
+"""Writing a persistent free list, and erasing its descriptor (docs/format-extensions.md)."""
 
 from __future__ import annotations
 
@@ -35,23 +35,24 @@ class DescriptorEraser:
     """Erases the descriptor of the list that an image had when it was opened.
 
     Attributes:
-        erased: Whether there is no such list, or not any more.
+        erased: Whether the image had no list, or the descriptor of its list has been erased.
     """
 
     def __init__(
         self, file: HostFile, header_store: HeaderStore, writeback: MetadataWriteback
     ) -> None:
-        """Look after the list that the header in ``header_store`` announces now."""
+        """Be ready to erase the descriptor of the list that the header announces now, if any."""
         self._file = file
         self._header_store = header_store
         self._writeback = writeback
         self.erased = not header_store.value.free_list
 
     async def erase(self) -> None:
-        """Erase the descriptor once; the header's bit must be durably clear.
+        """Erase the descriptor, unless that has been done or there was none.
 
-        Needs no datasync of its own: if a crash loses this write, a descriptor is left
-        that is not read (see `erase_descriptor`).
+        The caller must have made it durable that the header's bit is clear.  No datasync is
+        needed afterwards: if a crash loses this write, the descriptor that is left is not
+        read (see `erase_descriptor`).
 
         Raises:
             HostError: The host refused.
@@ -63,10 +64,11 @@ class DescriptorEraser:
 
 
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
-    """Refuse to keep a list in an image that has something else in the descriptor's place.
+    """Raise if an image has something else in the sector of the descriptor.
 
     Raises:
-        UsageError: It has.
+        UsageError: The backing file name or unknown bytes lie there.
+        HostError: The host cannot read the file.
     """
     where = f"bytes {DESCRIPTOR_OFFSET} to {DESCRIPTOR_END - 1} of the header's cluster"
     found = ""
@@ -75,28 +77,29 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     elif not header.free_list and not may_hold_descriptor(
         await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
     ):
-        # Another program, which does not use our feature bit, may need these bytes.
+        # Another program, which does not know the feature bit of the list, may have put its
+        # own data there.
         found = "something else"
     if found:
-        msg = f"{file.name}: free list: found {found} in {where}, expected them to be unused"
+        msg = f"{file.name}: free list: found {found} in {where}, expected unused bytes"
         raise UsageError(msg)
 
 
 async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
-    """Write list and descriptor; once they are durable the header's bit may be set.
+    """Write a list and its descriptor; once they are durable, the header's bit may be set.
 
-    The list needs no space of its own: it lies in the lowest free clusters.  There are
-    always enough, since each run has at least one.  While the bit is clear none of this
-    is read, so the order of these writes does not matter; only the bit must come after a
-    datasync that covers them all.
+    The list takes no further space: it lies in the lowest free clusters.  There are always
+    enough of them, because each run has at least one.  While the bit is clear, nothing of the
+    list is read, so the order of these writes does not matter.  Only the bit must be set after
+    a datasync that covers all of them.
 
     Args:
         file: The image, exactly as long as its last cluster in use requires.
-        header: Its header, with the bit clear.
+        header: The image's header, with the bit clear.
         runs: The free clusters, at least one and at most `MAX_RUNS` runs.
 
     Raises:
-        HostError: The host refused; the image is as good as without a list.
+        HostError: The host refused; the image is sound, and has no list.
     """
     runs_per_cluster = runs_in_cluster(header.cluster_size)
     clusters = _lowest(runs, -(-len(runs) // runs_per_cluster))
@@ -116,7 +119,7 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
 
 
 def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
-    """Return the lowest ``count`` clusters of at least as many runs."""
+    """Return the lowest ``count`` clusters of ``runs``, which are at least as many."""
     lowest = runs[:count].copy()
     np.minimum(lowest[:, 1], np.uint64(count), out=lowest[:, 1])
     return expand_runs(lowest)[:count]
@@ -125,9 +128,9 @@ def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
 async def erase_descriptor(file: HostFile, header: Header) -> None:
     """Erase the descriptor of a list that has become invalid, as a second line of defence.
 
-    Safety does not need it as long as all programs keep the order: the bit is set only
-    after a datasync that covers a new descriptor, so an old one is never used again, even
-    if a crash loses this write.
+    This write is not needed as long as all programs set the bit only after a datasync that
+    covers a new descriptor: then an old descriptor is never used again, even if a crash loses
+    this write.  Does nothing if the backing file name lies in the sector.
 
     Raises:
         HostError: The host refused.

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class NeedCheck:
-    """Keeps the bit of one image true to the state of its tables."""
+    """Sets the bit of one image before its tables change, and clears it when they are durable."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class NeedCheck:
         """
         self._changes_under_way += 1
         try:
-            # A bit that another task is still writing, or could not write, does not
-            # protect this change.
+            # A bit that another task is still writing, or could not write, does not protect
+            # this change, so this task waits until the bit has been written.
             if not self.is_set:
                 await self._scan.before_table_change()
                 await self._header_store.change(lambda header: header.with_need_check(value=True))
@@ -79,39 +79,39 @@ class NeedCheck:
 
     @property
     def is_set(self) -> bool:
-        """Whether tables may change without `changing`: the bit is in the file.
+        """Whether the bit has been written to the file, so tables may change without `changing`.
 
-        It need not be durable yet.
+        The bit need not be durable yet.
         """
         return self._header_store.value.need_check and self._header_store.persisted
 
     def note_change(self) -> None:
-        """Note that a table was changed without `changing`, while the bit `is_set`."""
+        """Note that a table was changed without `changing`, which requires `is_set`."""
         self._writeback.note_write()
         self._last_change = trio.current_time()
         self._changed.set()
 
     async def clear(self) -> bool:
-        """Make everything durable, then clear the bit, unless a change came in between.
+        """Make everything durable, then clear the bit; return whether the bit is clear now.
 
-        Returns:
-            Whether the bit is clear now.
+        The bit stays set if the image is damaged, or if tables are changed before the bit
+        could be cleared.
 
         Raises:
             QedError: Not everything could be made durable; the bit stays (D7).
         """
         await self._flusher.flush()
         if self._layer.damaged:
-            # An entry that points past the end of the file would look valid to the next
-            # program that opens the image, once the file has grown over its target.  The
-            # check that the bit demands finds it.
+            # The file may have grown over the target of an entry that pointed past its end.
+            # Such an entry would look valid to the next program that opens the image.  So
+            # the bit stays: it demands a check, which finds the entry.
             return not self._header_store.value.need_check
         if self._changes_under_way or (
             self._header_store.persisted and not self._header_store.value.need_check
         ):
             return not self._header_store.value.need_check
-        # No request is allocating, so the file past the last cluster is unused.  If a
-        # crash loses the cut and keeps the cleared bit, all it leaves is a leak.
+        # No request is allocating, so the file past the last cluster is unused and can be cut
+        # off.  If a crash loses the cut and keeps the cleared bit, it leaves only a leak.
         await self._length.truncate_tail()
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
@@ -127,16 +127,17 @@ class NeedCheck:
         return cleared
 
     async def run(self) -> None:
-        """Clear the bit when the image has been idle for the delay; a background task.
+        """Clear the bit whenever the tables have not changed for the delay: a background task.
 
-        Ends when the image is found damaged or the disk has become read-only.  Each error
-        is logged once, until the bit has been cleared.
+        Ends when the image is found damaged or the disk has become read-only.  An error is
+        not raised but logged, and the clearing is tried again after the delay.  If the same
+        error follows, it is not logged again.
         """
         logged = ""
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            while trio.current_time() < (due := self._last_change + self._delay):  # noqa: ASYNC110  it moves while we sleep
+            while trio.current_time() < (due := self._last_change + self._delay):  # noqa: ASYNC110  changes postpone it
                 await trio.sleep_until(due)
             try:
                 if await self.clear():

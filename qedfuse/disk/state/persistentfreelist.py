@@ -1,18 +1,18 @@
 """The persistent free list of one opened image, from its opening to its close.
 
-While the image is open for writing the list lives in memory, in the allocator.  In the
-file it is invalid from before the first modification on, so that a crash never leaves a
-list that is accepted and no longer true; the next open scans then.  A clean close writes
-the list again.
+While the image is open for writing, the free clusters are known only in memory, in the
+allocator.  The list in the file is made invalid before the first modification, so that a
+crash never leaves a list that is accepted but untrue.  If there is no valid list, the next
+open scans the tables.  A clean close writes the list again.
 
     opening          read and validate the list; if valid, the scan is postponed
     first write      clear the bit -> datasync, then anything may change
-    tables change    scan: what no table refers to is free, whatever the list says
+    tables change    scan: clusters that no table refers to are free, whatever the list says
     close            all tables durable, NEED_CHECK clear ->
                      list and descriptor -> datasync -> set the bit -> datasync
 
-A session that neither allocates a cluster nor frees one needs no scan: its list is as true
-as before, so the descriptor is written back unchanged.
+If no cluster was allocated or freed while the image was open, no scan is needed: the list is
+still true, so the close writes its old descriptor back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class PersistentFreeList:
-    """Keeps the list in the file true, or invalid.
+    """Ensures that the list in the file is true or invalid at any moment.
 
     Attributes:
         wanted: Whether a clean close writes a list.
@@ -69,7 +69,11 @@ class PersistentFreeList:
         scan: Scan,
         options: OpenOptions,
     ) -> None:
-        """Look after the list of ``layer``; ``guard`` makes it invalid with ``eraser``."""
+        """Manage the list of ``layer``.
+
+        ``guard`` makes the list invalid before the first modification, with ``eraser`` as one
+        of its hooks.
+        """
         self._layer = layer
         self._file = layer.file
         self._header_store = header_store
@@ -84,11 +88,14 @@ class PersistentFreeList:
         self.wanted = self._option == "on" or (self._option == "keep" and not eraser.erased)
 
     async def open(self) -> None:
-        """Read the list of the image; make it invalid if it is bad or not wanted.
+        """Read the list of the image, or make it invalid if it is bad or not wanted.
+
+        If the list is valid and wanted, the scan is postponed.  If the list is bad or cannot
+        be read, a warning is logged.
 
         Raises:
-            UsageError: A list is requested, and its place in the header is occupied.
-            HostError: The host refused.
+            UsageError: A list is requested, but the bytes for its descriptor are in use.
+            HostError: The host refused to make the list invalid.
         """
         header = self._header_store.value
         if self._option == "on":
@@ -107,7 +114,7 @@ class PersistentFreeList:
         await self._guard.prepare_write()
 
     async def _postpone_scan(self, found: FreeList) -> None:
-        """Keep a valid list for the scan, which is postponed until it is needed."""
+        """Postpone the scan until it is needed, and give it the clusters of a valid list."""
         self._found = found
         listed = self._allocator.free.empty_like()
         holding_list = listed.empty_like()
@@ -121,10 +128,12 @@ class PersistentFreeList:
         return self.wanted and not self._scan.is_postponed
 
     async def save(self) -> None:
-        """Write the list and set the bit; everything else must be durable and at rest.
+        """Write the list, if one is wanted and can be true, and set the bit in the header.
 
-        If the host has no space for the list a warning is logged: without it the image is
-        as good, and the next open scans.
+        The caller must have made everything else durable, and must ensure that no other task
+        uses the image.  Writes nothing if the image is not at rest or not all free clusters
+        are known.  If the list cannot be written, a warning is logged; the image is sound
+        without a list, and the next open scans.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.
@@ -139,23 +148,28 @@ class PersistentFreeList:
         try:
             await refuse_occupied_descriptor(self._file, self._header_store.value)
             if unchanged:
-                # Nothing but the descriptor: only a scan knows which clusters are free.
+                # Only the descriptor was erased, so the list clusters are still there.  A
+                # new list cannot be written, because without a scan the allocator does not
+                # know the free clusters.
                 await self._file.pwrite(DESCRIPTOR_OFFSET, unchanged.descriptor)
             elif runs is not None:
                 await write_list(self._file, self._header_store.value, runs)
         except QedError as error:
-            log.warning("%s (while writing the free list, which is left out)", error)
+            log.warning(
+                "%s (while writing the free list: the image is closed without a list)", error
+            )
             return
         await self._writeback.barrier()
         await self._header_store.change(lambda header: header.with_free_list(value=True))
-        # Safety does not need this one: a power failure that loses the bit costs a scan.
+        # Safety does not need this barrier: if a power failure loses the bit, the next open
+        # scans.
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Return whether the image is clean, and its file has no unused tail.
+        """Return whether the tables are durable and sound, and the file has no unused tail.
 
-        A free cluster that is not listed is leaked until the next scan, so a list is
-        complete or not written.
+        A free cluster that is not listed is leaked until the next scan, so only a complete
+        list is written.
         """
         return (
             self._file.size() == self._allocator.end
@@ -166,7 +180,7 @@ class PersistentFreeList:
         )
 
     def _free_runs(self) -> Runs | None:
-        """Collect the free runs; None if not all are known, or there are none, or too many."""
+        """Return the free runs; None if not all are known, or there are none or too many."""
         allocator = self._allocator
         if (
             not allocator.scan_complete

@@ -1,8 +1,9 @@
-"""The guard before every modification: it makes durable what must change first.
+"""The first-write guard: before the first modification an image withdraws its claims.
 
-An image makes claims that its first modification may invalidate: autoclear feature bits
-of extensions that this program does not know, and a free list.  The claims must be
-durably withdrawn before anything else in the image changes, data included.
+Two things in a header claim something about the rest of the image, which the first
+modification may make untrue: autoclear feature bits of extensions that this program does not
+know, and the bit of a free list.  These claims must be durably withdrawn before anything else
+in the image changes, data included.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class FirstWriteGuard:
-    """Lets modifications of an image pass, and prepares the image for the first one.
+    """Prepares an image for its first modification; further ones pass immediately.
 
     Attributes:
-        prepared: Whether the image makes no claim any more that a modification could
-            invalidate.
+        prepared: Whether the image makes no claim, or no more, that a modification could
+            make untrue.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class FirstWriteGuard:
     ) -> None:
         """Guard modifications of ``file``.
 
-        Each of ``hooks`` is awaited once, in order, when the header has durably withdrawn
-        its claims and before the first modification passes.
+        All ``hooks`` are awaited, in their order, when the claims have been durably withdrawn
+        and before the first modification passes.  If a hook raises, the next caller awaits
+        all of them again.
         """
         self._file = file
         self._header_store = header_store
@@ -49,11 +51,11 @@ class FirstWriteGuard:
         self.prepared = not (header_store.value.stale_autoclear or header_store.value.free_list)
 
     async def prepare_write(self) -> None:
-        """Return when the image may be modified.
+        """Return when the image may be modified: immediately, except for the first time.
 
         Raises:
-            ReadOnlyError: The disk is open read-only, or became so.
-            HostError: The header could not be changed; nothing else may be modified.
+            ReadOnlyError: The disk is open read-only, or became read-only after an error.
+            HostError: The claims could not be withdrawn; the caller must modify nothing.
         """
         if not self._file.writable or self._writeback.failure is not None:
             why = self._writeback.failure or "opened read-only"
@@ -61,9 +63,10 @@ class FirstWriteGuard:
             raise ReadOnlyError(msg)
         if not self.prepared:
             async with self._first:
-                # All writers wait here for the first one.  Not even data may change
-                # before the program that owns the autoclear bits can see that, and
-                # before the free list is invalid.
+                # All writers wait for the lock while the first one withdraws the claims.
+                # Not even data may change earlier: if power fails, the cleared autoclear
+                # bits must show their owner that the image has changed, and the free list
+                # must be invalid.
                 if not self.prepared:
                     await self._header_store.change(
                         lambda header: header.without_stale_autoclear().with_free_list(value=False)

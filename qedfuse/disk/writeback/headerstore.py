@@ -1,14 +1,15 @@
 """The header of an open image: one value in memory, the same 64 bytes in the file.
 
-A change of the header takes effect when it has been written or, if the caller asks for
-that, when it is durable.  Until then, and if it fails, memory holds the old value, so a
-change that was reported as failed does not come back with a later write of the header.
+A change of the header takes effect in memory when the new header has been written or, if the
+caller passes a barrier, when it is durable.  Until then, and if the change fails, memory
+holds the old header.  So a change that was reported as failed does not come back with a later
+write of the header.
 
-A write that failed may have reached the file in part or in full.  Therefore the old header
-is written back immediately, and again with the next change.  If the disk has become
-read-only no next change comes, and only the immediate write keeps a refused size from
-showing at the next open.  After a failed datasync it is unknown which of the two headers a
-power failure leaves; either is safe.
+A write that failed may have reached the file in part or in full.  Therefore the old header is
+written immediately, and again with the next change.  If the disk has become read-only, there
+is no next change, so only the immediate write can keep, say, a size that was reported as
+refused from showing at the next open.  After a failed datasync it is unknown which of the two
+headers a power failure leaves; either is safe.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class HeaderStore:
         """Hold ``header``, which was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
-        # The bytes behind ``value`` in its sector, if a failed change may have written
-        # other bytes there; they are written with the next header.
+        # If a failed change may have overwritten the bytes behind the header in its sector,
+        # the bytes that were there before.  They are written with the next header.
         self._trailer_to_restore = b""
         self.value = header
         self.persisted = True
@@ -57,25 +58,28 @@ class HeaderStore:
         trailer: bytes = b"",
         barrier: Callable[[], Awaitable[None]] | None = None,
     ) -> bool:
-        """Write the header that ``edit`` makes of the present one, unless they are equal.
+        """Write the header that ``edit`` returns; return whether ``only_if`` allowed that.
 
-        While the change is being written, `value` is the old header and `persisted` is
-        false.  After a failure the next change writes the header even if it is equal.
+        Nothing is written if the new header equals the old one and there is no trailer,
+        unless the last change failed.  While the header is being written, `value` is the old
+        header and `persisted` is False.
 
         Args:
             edit: Returns the new header for the old one.
-            only_if: Called in the same step in which the write begins; if it returns
-                False nothing is changed.
-            trailer: Written in the same write, directly behind the header; it must end
-                within the sector.
-            barrier: Awaited after the write; makes it durable.  Without it the change
-                takes effect when it is written, and is durable after the next datasync.
+            only_if: Called when no other change of the header is running.  If it returns
+                False, nothing is changed.  Without ``trailer`` no other task runs between
+                this call and the moment when `persisted` becomes False.
+            trailer: Bytes that are written directly behind the header in the same write.
+                They must end within the sector.
+            barrier: Awaited after the write, to make the header durable.  Without it the
+                change takes effect when it is written, and is durable after the next
+                datasync.
 
         Returns:
-            Whether ``only_if`` allowed the change; the header is then the new one.
+            True if `value` is the new header now, False if ``only_if`` returned False.
 
         Raises:
-            HostError: The host refused; the header is unchanged.
+            HostError: The host refused; `value` is the old header.
         """
         async with self._lock:
             if not only_if():
@@ -100,6 +104,6 @@ class HeaderStore:
             return True
 
     async def _restore(self) -> None:
-        """Write the old header over a change that failed, unless the host refuses that too."""
+        """Write the old header over a change that failed; ignore it if the host refuses."""
         with trio.CancelScope(shield=True), suppress(HostError):
             await self._file.pwrite(0, build_header(self.value) + self._trailer_to_restore)

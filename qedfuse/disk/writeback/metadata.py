@@ -29,7 +29,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WritebackStatistics:
-    """How many cycles there were, and which calls of the host they made."""
+    """Counters since the image was opened.
+
+    Attributes:
+        cycles: Write-back cycles that have begun.
+        datasyncs: Calls of fdatasync(2) in the cycles.
+        table_writes: Writes of parts of tables in the cycles.
+    """
 
     cycles: int
     datasyncs: int
@@ -37,27 +43,33 @@ class WritebackStatistics:
 
 
 class CycleObserver(Protocol):
-    """What must know which changes of the tables a cycle covers."""
+    """The interface of an object that must know which changes of the tables a cycle covers."""
 
     def cycle_began(self) -> None:
-        """Note that a cycle has taken the tables in their present state.
+        """Note that a cycle has taken the changes of the tables up to now.
 
-        Called in the same step as the taking, without an await in between.
+        No other task runs between the taking and this call.
         """
 
     def cycle_durable(self) -> None:
-        """Note that the tables which the cycle took are durable.
+        """Note that the changes which the running cycle took are durable.
 
-        Not called for a cycle that failed; the next one that succeeds covers its changes.
+        Not called for a cycle that failed: the next cycle that succeeds covers its changes.
         """
 
 
 class _Cycle:
-    """A cycle that callers wait for, and its result."""
+    """A cycle that callers wait for.
+
+    Attributes:
+        done: Set when the cycle has ended.
+        error: Why the cycle failed; None if it succeeded.
+    """
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        # Callers must not take a cycle for successful before it is known to be.
+        # An error until the cycle has succeeded: if it ends in an unforeseen way, the callers
+        # that wait for it must not take it for successful.
         self.error: QedError | None = HostError("flush: interrupted")
 
 
@@ -70,12 +82,12 @@ class MetadataWriteback:
     """
 
     def __init__(self, file: HostFile, tables: TableCache, observer: CycleObserver) -> None:
-        """Write back ``tables`` to ``file``; ``observer`` hears of each cycle."""
+        """Write back ``tables`` to ``file``, and notify ``observer`` of each cycle."""
         self._file = file
         self._tables = tables
         self._observer = observer
-        # Changes of the file or the tables so far, and the value of that counter up to
-        # which they are known to be durable.
+        # `_written` counts the changes of the file and the tables so far.  `_durable` is the
+        # value of that counter up to which the changes are known to be durable.
         self._written = 0
         self._durable = 0
         self._running: _Cycle | None = None
@@ -86,12 +98,12 @@ class MetadataWriteback:
         self.failure: HostError | None = None
 
     def note_write(self) -> None:
-        """Note that the file, or a table in memory, was changed."""
+        """Note that the file, or a table in memory, was changed, so that a flush has to run."""
         self._written += 1
         self._activity.set()
 
     def wake(self) -> None:
-        """Make `wait_for_activity` return although nothing was changed."""
+        """Let `wait_for_activity` return although nothing was changed."""
         self._activity.set()
 
     async def wait_for_activity(self) -> None:
@@ -101,7 +113,7 @@ class MetadataWriteback:
 
     @property
     def dirty_tables(self) -> bool:
-        """Whether a table in memory differs from the file, or may."""
+        """Whether a table in memory differs from the file, or may differ: a cycle is running."""
         return self._tables.dirty_bytes > 0 or self._running is not None
 
     @property
@@ -110,18 +122,21 @@ class MetadataWriteback:
         return self._table_writes > 0 or self.dirty_tables
 
     async def barrier(self) -> None:
-        """Make durable a change of the file that was made just now, and all before it.
+        """Make durable a change of the file that was made just now, and all earlier ones.
 
-        Takes no lock, so the caller may hold any, also that of the file's length.
+        Takes no lock, so the caller may hold any lock, also that of the file's length.
 
         Raises:
-            HostError: As `write_back`.
+            HostError: The host refused; see `write_back`.
         """
         self.note_write()
         await self.write_back()
 
     async def wait_running(self) -> None:
-        """Return when the cycle that is running now, if any, has ended, failed or not."""
+        """Return when the cycle that is running now has succeeded or failed.
+
+        Returns immediately if no cycle is running.
+        """
         if self._running is not None:
             await self._running.done.wait()
 
@@ -131,13 +146,14 @@ class MetadataWriteback:
         Returns immediately if nothing was written since the last successful cycle.
 
         Raises:
-            HostError: The host refused.  After a failed datasync the state of its cache
-                is unknown, so all later calls fail as well (D7).
+            HostError: The host refused.  After a failed datasync the state of the host's
+                page cache is unknown, so all later calls fail as well (D7).
         """
         self._check()
         if self._written == self._durable:
             return
-        # A running cycle may have begun before the caller's write: join the next one.
+        # A running cycle may have begun before the caller's write, so it need not cover that
+        # write: wait for the cycle after it, and run that cycle if no other caller does.
         mine = self._waiting
         if mine is None:
             mine = self._waiting = _Cycle()
@@ -147,14 +163,14 @@ class MetadataWriteback:
                     await previous.done.wait()
             self._waiting = None
             if self._written == self._durable and self.failure is None:
-                # All writes of the callers that wait were made before the cycle that has
-                # just ended began.
+                # The cycle that has just ended has made everything durable, also the writes
+                # of all callers that wait for this cycle.
                 mine.error = None
                 mine.done.set()
                 return
             self._running = mine
-            # A cycle that has begun is finished even if the caller is cancelled: others
-            # wait for it, and half a cycle would leave slices pinned.
+            # A cycle that has begun is finished even if the caller is cancelled: other
+            # callers wait for it, and half a cycle would leave slices pinned.
             with trio.CancelScope(shield=True):
                 try:
                     await self._cycle()
@@ -163,7 +179,8 @@ class MetadataWriteback:
                     mine.error = error.again()
                 except BaseException as error:
                     # KeyboardInterrupt, no more threads, a bug: the changes that the cycle
-                    # had taken are neither in the file nor dirty any more.
+                    # had taken may be neither in the file nor dirty any more, so the disk
+                    # becomes read-only.
                     why = f"{self._file.name}: flush: ended by {type(error).__name__}"
                     self.failure = HostError(why)
                     raise
@@ -176,7 +193,7 @@ class MetadataWriteback:
             raise mine.error.again()
 
     def _check(self) -> None:
-        """Raise the error that ended all writing, if there was one."""
+        """Raise the error that made the disk read-only; do nothing if there was none."""
         if self.failure is not None:
             raise self.failure.again()
 
@@ -185,49 +202,60 @@ class MetadataWriteback:
         self._check()
         self.cycles += 1
         target = self._written
-        # Every entry in these was changed after its data had been written to the file.
+        # The data of every changed entry was written to the file before the entry changed.
         l2, l1 = self._tables.take_dirty()
         self._observer.cycle_began()
         # 1. Data, zeroed new tables, the file's length, and NEED_CHECK in the header: all
         #    were written before the entries were changed, so one datasync makes them
         #    durable before any entry that depends on them (D2, D3).
         await self._sync_or_give_back(l2 + l1)
-        # 2. L2 entries.  Without the barrier a crash could leave an L1 entry that points
-        #    to a table which still holds what its clusters held before, which can be
-        #    anything where clusters are used again.
+        # 2. L2 entries, and a datasync before the L1 entries are written.  Without this
+        #    datasync a crash could leave an L1 entry that points to a new table whose
+        #    clusters still hold their former content, which the guest may have written.
         if l2:
-            await self._write(l2, otherwise=l1)
+            await self._write(l2, dependents=l1)
             await self._sync_or_give_back(l1)
         # 3. L1 entries make the new tables visible, complete with all they refer to.
         if l1:
             await self._write(l1)
             await self._sync_or_give_back([])
         self._durable = max(self._durable, target)
-        # From here on no table in the file refers to what the entries had dropped (D5).
+        # From here on no table in the file refers to the clusters whose references the cycle
+        # has removed (D5).
         self._observer.cycle_durable()
 
     async def _sync_or_give_back(self, writes: Sequence[WriteBack]) -> None:
-        """Run one datasync; if it fails, make ``writes``, not written yet, dirty again."""
+        """Run one datasync; ``writes`` are the changes that the cycle has still to write.
+
+        Raises:
+            HostError: The datasync failed.  The disk is read-only, and ``writes`` are dirty
+                again.
+        """
         try:
             self._datasyncs += 1
             await self._file.datasync()
         except HostError as error:
-            # The kernel may have dropped the pages that it could not write and would
-            # report success the next time, so retrying proves nothing.
+            # The kernel may have dropped the pages that it could not write, and would then
+            # report success the next time.  So a retry would prove nothing.
             self.failure = error.again()
             log.error("%s: the disk is read-only from now on", error)  # noqa: TRY400  no traceback
             self._give_back(writes)
             raise
 
-    async def _write(self, writes: list[WriteBack], otherwise: Sequence[WriteBack] = ()) -> None:
-        """Write changes of slices; if one fails, it, the rest and ``otherwise`` stay dirty."""
+    async def _write(self, writes: list[WriteBack], dependents: Sequence[WriteBack] = ()) -> None:
+        """Write changes of slices; ``dependents`` must not be written before all of them.
+
+        Raises:
+            QedError: A write failed.  The changes that were not written are dirty again, and
+                so are ``dependents``.
+        """
         pace = Pace()
         for number, write in enumerate(writes):
             try:
                 self._table_writes += 1
                 await self._file.pwrite(write.offset, write.data)
             except QedError:
-                self._give_back([*writes[number:], *otherwise])
+                self._give_back([*writes[number:], *dependents])
                 raise
             self._tables.end_write_back(write, written=True)
             await pace.step()

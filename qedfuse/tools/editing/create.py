@@ -82,7 +82,7 @@ def create(
         HostError: The host refused, or is full; no file is left behind.
     """
     if backing == "":
-        msg = f"{printable(path)}: backing file: found an empty name, expected one, or none at all"
+        msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
         raise UsageError(msg)
     if backing is not None and not unsafe:
         found, backing_format = size_and_format(path, backing, backing_format)
