@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.hostfiles import take_unstruck
+from tests.support.text import without_temporary_directories
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,20 +35,34 @@ settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 
 class _LogWatcher(logging.Handler):
-    """Keeps the text of every record of level WARNING and above."""
+    """Keeps the text of every record of level WARNING and above.
+
+    Attributes:
+        texts: Level, logger and message of each record, for people.
+        messages: The messages alone.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the text of one record."""
-        self.texts.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+        # Formatted now, because the arguments of a record may change later.
+        message = record.getMessage()
+        self.texts.append(f"{record.levelname} {record.name}: {message}")
+        self.messages.append(message)
 
 
 @pytest.fixture(autouse=True)
-def _watch_log(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that logs an unexpected warning, or does not log an expected one."""
+def _watch_log(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Fail a test that logs an unexpected warning, or does not log an expected one.
+
+    Only the message counts: not the name of the logger, and no temporary directory.
+    """
     watcher = _LogWatcher()
     logging.getLogger().addHandler(watcher)
     try:
@@ -55,8 +70,14 @@ def _watch_log(request: pytest.FixtureRequest) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(watcher)
     expected = [mark.args[0] for mark in request.node.iter_markers("expect_log")]
-    unexpected = [text for text in watcher.texts if not any(part in text for part in expected)]
-    missing = [part for part in expected if not any(part in text for text in watcher.texts)]
+    base = tmp_path_factory.getbasetemp()
+    messages = [without_temporary_directories(message, base) for message in watcher.messages]
+    unexpected = [
+        text
+        for text, message in zip(watcher.texts, messages, strict=True)
+        if not any(part in message for part in expected)
+    ]
+    missing = [part for part in expected if not any(part in message for message in messages)]
     assert not unexpected, f"unexpected log: {unexpected}"
     assert not missing, f"not logged: {missing}"
 

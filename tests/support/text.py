@@ -1,10 +1,15 @@
-"""Comparing long texts without pytest's diff."""
+"""Comparing long texts without pytest's diff, and texts that contain temporary paths."""
 
 from __future__ import annotations
 
+import re
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def assert_same_lines(found: str, expected: str) -> None:
@@ -18,3 +23,12 @@ def assert_same_lines(found: str, expected: str) -> None:
     for number, (ours, theirs) in enumerate(pairs, 1):
         if ours != theirs:
             pytest.fail(f"line {number}: found {ours!r}, expected {theirs!r}")
+
+
+def without_temporary_directories(text: str, base: Path) -> str:
+    """Remove the directories that pytest has made below ``base`` from the paths in a text.
+
+    pytest names them after the test functions, so such a path may contain, by accident, the
+    words that a test looks for.
+    """
+    return re.sub(rf"{re.escape(str(base))}(/[\w-]+)?/?", "", text)
