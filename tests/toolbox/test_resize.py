@@ -173,7 +173,7 @@ def test_data_past_the_end_takes_force(tmp_path: Path, capsys: pytest.CaptureFix
     image = build_image(CLUSTER_BYTES, {0: b"a", 3: b"old", 600: b"older"}, table_size=2)
     path.write_bytes(image)
     assert main(["resize", str(path), "4M"]) == 13
-    assert "past the end of the disk at 4096, expected none: --force drops the data" in (
+    assert "past the end of the disk at 4096, expected none: qedimg resize --force drops" in (
         capsys.readouterr().err
     )
     assert path.read_bytes() == image

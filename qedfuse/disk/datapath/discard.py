@@ -1,8 +1,8 @@
 """Deallocating clusters: discards, ranges of zeros, and written clusters of zeros.
 
 A cluster that is deallocated becomes unallocated, or a zero cluster where the base would show
-through (S1).  Its cluster of the file goes into quarantine.  Parts of clusters are zeroed in
-place, so that the whole range reads as zeros in any case.
+through (S1).  The cluster of the file that held its data goes into quarantine.  Where the range
+covers only a part of a cluster, zeros are written, so that the whole range reads as zeros.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Usually the slice is in memory, host space for its write-back is reserved, NEED_CHECK is set,
 and the file is long enough for the next clusters.  Then clusters are chosen, filled and
-pointed to without an await, that is, atomically with respect to other tasks.  Only work that
-another task has begun must be looked for: whether a request holds the range lock of these
-clusters, and whether clusters should be reclaimed before the file grows.
+pointed to without an await, that is, atomically with respect to other tasks.  The slow path is
+taken if another task holds the range lock of these clusters, if tables must be written back
+first, or if clusters should be reclaimed before the file grows.
 
 The order is that of the slow path (`WritePath`): the data is written first, and only then
 the entry that makes it visible changes, in memory.

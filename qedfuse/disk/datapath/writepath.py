@@ -226,7 +226,7 @@ class WritePath:
 
         Raises:
             CorruptImageError: An L1 entry is bad.
-            HostError: The host refused.  In both cases parts may have been turned.
+            HostError: The host refused.  In both cases some clusters may have been changed.
         """
         geometry = self._layer.geometry
         tables = self._layer.tables

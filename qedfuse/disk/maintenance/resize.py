@@ -175,7 +175,11 @@ class Resize:
                 await self._discard.drop(cluster_end, geometry.ceil(size))
             elif extent is not None:
                 is_bad = extent.kind is Kind.BAD
-                cure = "the image must be repaired first" if is_bad else "--force drops the data"
+                cure = (
+                    "the image must be repaired first"
+                    if is_bad
+                    else "qedimg resize --force drops the data"
+                )
                 msg = (
                     f"{self._layer.file.name}: resize: found a table entry in use for guest "
                     f"offset {extent.start}, past the end of the disk at {old}, expected "

@@ -85,7 +85,8 @@ class Allocator:
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # No cluster at or past both this offset and ``end`` was ever handed out.
+        # Clusters from this offset and from ``end`` on were not written to since the file
+        # has had them, so they read as zeros.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
@@ -239,11 +240,11 @@ class Allocator:
     # What becomes of the end of the file
 
     def keep_tail(self) -> None:
-        """Note that the free tail of the file, if any, is being cut off or stays."""
+        """Note that the tail of the file need not be cut off: that is being done, or it stays."""
         self.tail_is_free = False
 
     def tail_remains(self) -> None:
-        """Note that the free tail of the file could not be cut off."""
+        """Note that the tail of the file has still to be cut off: the host has refused."""
         self.tail_is_free = True
 
     def tail_was_cut(self, length: int) -> None:

@@ -82,8 +82,8 @@ class DirectReclaim:
     async def wait_for_free_clusters(self) -> bool:
         """Wait for whatever may make clusters free: the scan, punching, or the quarantine.
 
-        Must not be called from within an epoch, because it waits for those of other
-        requests (deadlock).
+        The caller must not be in an epoch: this waits until earlier epochs have drained, which
+        may include the caller's (deadlock).
 
         Returns:
             Whether clusters may have become free; other tasks may have taken them.

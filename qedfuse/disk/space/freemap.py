@@ -240,7 +240,7 @@ class FreeMap:
     def tail_start(self, end: int, used: int) -> int:
         """Return the lowest cluster from which up to ``end`` at most ``used`` are not free.
 
-        Returns 0 if no more than that are not free in the whole file.
+        Returns 0 if the whole file has no more than ``used`` clusters that are not free.
         """
         position, left = end + self.shift, used
         while position > self.shift:

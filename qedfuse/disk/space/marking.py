@@ -82,8 +82,9 @@ class Marking:
     def record_drop(self, first: int, count: int, dropped_by: int) -> None:
         """Record that the slice at file offset ``dropped_by`` drops a run of clusters.
 
-        A slice that was not marked yet does not show any more what it has dropped.  If
-        another entry refers to the same cluster, that has two owners.
+        If the slice has not been marked yet, the walk will not find the dropped references
+        in it.  So they are marked here, and a cluster that is marked or dropped already has
+        two owners.
         """
         if not self.active:
             return

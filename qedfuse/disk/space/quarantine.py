@@ -90,14 +90,14 @@ class Quarantine:
             self._scattered_count = 0
 
     def cycle_began(self) -> None:
-        """Seal all clusters that have come so far: this cycle makes their tables durable."""
+        """Seal the unsealed clusters: this cycle makes the tables durable that dropped them."""
         self._collect()
         if self._unsealed.count:
             self._batches.append(_Batch(self._unsealed, self._epochs.advance()))
             self._unsealed = self._unsealed.empty_like()
 
     def cycle_durable(self) -> None:
-        """Note that the tables are durable that dropped the clusters of all batches."""
+        """Mark all batches as durable: their clusters are not referred to in the file any more."""
         for batch in self._batches:
             batch.durable = True
 
@@ -117,6 +117,6 @@ class Quarantine:
         return None
 
     async def wait_drained(self) -> None:
-        """Return when the requests have ended for which the present batches wait."""
+        """Return when no request is left that may use a cluster of the present batches."""
         if self._batches:
             await self._epochs.wait(self._batches[-1].epoch)

@@ -93,9 +93,9 @@ class Reclaim:
         self._marking.record_drop(first, count, dropped_by)
 
     def retire_all(self, offsets: NDArray[np.uint64], dropped_by: int) -> None:
-        """Put clusters at file offsets, in the order of their entries, into quarantine.
+        """Put clusters into quarantine, as `retire` does for one run.
 
-        As `retire` does.
+        ``offsets`` are their file offsets, in the order of their entries.
         """
         if not len(offsets):
             return

@@ -67,7 +67,7 @@ class Scan:
         self._marking = marking
         self._tables: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._end = 0
-        self._has_wild_entries = False
+        self._has_bad_entries = False
         self._running = trio.Lock()
         self._due = trio.Event()
         self._due.set()
@@ -77,7 +77,7 @@ class Scan:
     def begin(self) -> None:
         """Note what there is to scan; from here on changes are recorded."""
         self._tables = self._layer.l2_tables
-        self._has_wild_entries = self._layer.damaged
+        self._has_bad_entries = self._layer.damaged
         self._end = self._allocator.end
         self._marking.begin(self._end >> self._allocator.cluster_bits)
 
@@ -153,7 +153,7 @@ class Scan:
         # Holes of a sparse file refer to nothing, whether a whole table or a part is one.
         with_data = await holding_data(layer.file, self._tables, length)
         for start in self._tables[with_data].tolist():
-            # A slice takes half a millisecond; then requests run.
+            # Marking a slice takes half a millisecond; requests run between two slices.
             async for offset in DataSlices(layer.file, start, length):
                 await self._mark_slice(start, (offset - start) // ENTRY_BYTES)
 
@@ -165,19 +165,19 @@ class Scan:
         """
         tables = self._layer.tables
         cached = tables.cached(table, index)
-        part = cached or await tables.load(table, index, L2)
-        values = np.array(part.entries, np.uint64)
-        good = values > ZERO
-        if part.bad is not None:
-            self._has_wild_entries = True
-            good &= np.frombuffer(part.bad, np.uint8) == 0
-        self._marking.mark(part.offset, values[good] >> np.uint64(self._allocator.cluster_bits))
+        slice_ = cached or await tables.load(table, index, L2)
+        values = np.array(slice_.entries, np.uint64)
+        valid = values > ZERO
+        if slice_.bad is not None:
+            self._has_bad_entries = True
+            valid &= np.frombuffer(slice_.bad, np.uint8) == 0
+        self._marking.mark(slice_.offset, values[valid] >> np.uint64(self._allocator.cluster_bits))
         if cached is None:
-            tables.evict(part)
+            tables.evict(slice_)
 
     async def _publish(self) -> None:
         """Give the allocator the clusters that nothing referred to, or distrust the image."""
-        if self._marking.duplicates or self._has_wild_entries:
+        if self._marking.duplicates or self._has_bad_entries:
             self._distrust()
             self._allocator.finish_scan()
         else:
@@ -220,7 +220,7 @@ class Scan:
         if listed_in_use:
             log.error(
                 "%s: free list: found %d clusters listed as free that table entries refer to, "
-                "expected none: the list is dropped, and the tables are believed",
+                "expected none: the list is dropped, and the tables decide",
                 self._layer.file.name,
                 listed_in_use,
             )

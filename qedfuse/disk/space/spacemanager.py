@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FreeClusterSource(Protocol):
-    """What can make clusters free that are not yet."""
+    """Makes clusters free that are in use or unknown."""
 
     def should_reclaim(self) -> bool:
         """Return whether waiting for `reclaim_before_growth` is worth it."""
@@ -54,7 +54,8 @@ class SpaceManager:
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out exactly ``clusters`` neighbouring clusters; returns None if that would block.
 
-        Returns None also where they are not neighbours.  The state is unchanged then.
+        Returns None also if there are that many free clusters, but not side by side.  Nothing
+        has been handed out then.
         """
         if not self._free.count and self._should_reclaim():
             return None
