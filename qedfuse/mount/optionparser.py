@@ -1,8 +1,9 @@
 """Parsing the options of ``-o`` into `MountOptions`.
 
-Options come from four sources: qedfuse's own, mount flags that the kernel enforces, options
-meant for mount(8) or systemd, and libfuse's.  The last two are dropped.  An unknown option is
-an error that names it, because a mount that ignores a misspelt ``ro`` is worse than none.
+There are four kinds of options: qedfuse's own options, mount flags that the kernel enforces,
+options for mount(8) or systemd, and options of libfuse.  Options for mount(8), systemd or
+libfuse are dropped.  An unknown option is an error, because it may be a misspelt ``ro``, and a
+writable mount could then change an image that the user wants to keep.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 KERNEL_FLAGS: Final = frozenset(
     {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync"}
 )
-"""Mount flags that the kernel enforces.  ``ro`` is not among them: it also decides how images
-are opened."""
+"""Mount flags that only the kernel enforces.  ``ro`` is missing, because it is an option of
+qedfuse as well: it decides how images are opened."""
 
 _DROPPED: Final = frozenset(
     {
@@ -36,7 +37,7 @@ _DROPPED: Final = frozenset(
         *("norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
         *("silent", "loud", "mand", "nomand", "iversion", "noiversion"),
         *("default_permissions", "kernel_cache", "big_writes"),
-        *("symfollow", "nosymfollow"),  # there are no symbolic links in the mount
+        *("symfollow", "nosymfollow"),  # without effect: the mount has no symbolic links
     }
 )
 """Options for mount(8) or systemd, and options of libfuse that are always in effect."""
@@ -44,10 +45,11 @@ _DROPPED: Final = frozenset(
 _DROPPED_WITH_VALUE: Final = frozenset(
     {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
 )
-"""The same for options with a value.  qedfuse passes its own source and type to the kernel,
-and the size of read requests is negotiated in FUSE INIT."""
+"""Options with a value that are dropped.  For ``fsname`` and ``subtype``, qedfuse passes its own
+values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size of requests."""
 
-_MAX_ID: Final = (1 << 32) - 2  # chown(2) takes the next one, -1, as "unchanged"
+_MAX_ID: Final = (1 << 32) - 2
+"""Largest user or group.  chown(2) takes the next number, which is -1, for "unchanged"."""
 _MAX_SECONDS: Final = 3600.0
 _MAX_POLL_MICROSECONDS: Final = 10_000
 _MIN_CACHE_BYTES: Final = 64 << 10
@@ -83,10 +85,11 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
     Args:
         option: One option, without escapes.
         options: The options of a mount.
-        sloppy: Take an unknown option as one without effect.
+        sloppy: Return True for an unknown option.
 
     Raises:
-        UsageError: The option is unknown or its value is invalid.
+        UsageError: The option is unknown, has an invalid value, lacks its value or must not
+            have one.
     """
     found = _parse((option,), sloppy=sloppy)
     return (
@@ -98,9 +101,12 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
 
 
 def known_options() -> dict[str, tuple[str, ...] | None]:
-    """Return all options that have an effect, by name, with the values to choose from.
+    """Return all options that have an effect, with the values to choose from.
 
-    None stands for an option without a value, and an empty tuple for one with a free value.
+    Returns:
+        A mapping from the name of each option to its values: a tuple of the values to choose
+        from, an empty tuple for any value, or None if the option has no value.  For an option
+        that may have a value or none, the tuple is given.
     """
     return {
         **dict.fromkeys((*_FLAGS, *KERNEL_FLAGS)),
@@ -111,11 +117,11 @@ def known_options() -> dict[str, tuple[str, ...] | None]:
 
 @dataclass(frozen=True, slots=True)
 class _Parsed:
-    """What the given options set, without the defaults.
+    """What the given options set; a field that no option sets is missing.
 
     Attributes:
-        fields: Attributes of `MountOptions`.
-        backing: Attributes of `BackingPolicy`.
+        fields: Values for fields of `MountOptions`.
+        backing: Values for fields of `BackingPolicy`.
         directories: The values of all ``backing_dir``.
         kernel_flags: The mount flags for the kernel, in order, as keys.
     """
@@ -155,14 +161,14 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
 
 
 def _is_dropped(name: str, equals: str) -> bool:
-    """Return whether an option is meant for another program and must be ignored."""
+    """Return whether an option must be ignored; ``equals`` is empty if it has no value."""
     if name.lower().startswith("x-"):
         return True
     return name in (_DROPPED_WITH_VALUE if equals else _DROPPED)
 
 
 def _complaint(name: str, option: str) -> str:
-    """Return the message for an option that is unknown, or has or lacks a value wrongly."""
+    """Return the message for an option that is unknown, lacks a value or must not have one."""
     shown = printable(option)
     if name in _VALUES or name in _CHOICES or name in _BACKING or name == "backing_dir":
         return f"option {shown}: found no value, expected {name}=VALUE"
@@ -172,17 +178,17 @@ def _complaint(name: str, option: str) -> str:
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return a value that is one of a few choices."""
+    """Return a value unchanged, after the check that it is one of ``choices``."""
     if value not in choices:
         msg = f"option {name}: found {printable(value)}, expected {' or '.join(choices)}"
         raise UsageError(msg)
     return value
 
 
-def _number(name: str, value: str, base: int, most: int, expected: str) -> int:
-    """Parse an integer without a sign, of ``most`` at most."""
+def _number(name: str, value: str, base: int, maximum: int, expected: str) -> int:
+    """Parse an integer without a sign, from 0 to ``maximum``; base is 8 or 10."""
     digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
-    if not re.fullmatch(digits, value) or (number := int(value, base)) > most:
+    if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:
         msg = f"option {name}: found {printable(value)}, expected {expected}"
         raise UsageError(msg)
     return number
@@ -199,11 +205,11 @@ def _umask(name: str, value: str) -> int:
 
 
 def _seconds(name: str, value: str) -> float:
-    """Parse a time in seconds."""
+    """Parse a time in seconds, more than 0 and at most `_MAX_SECONDS`."""
     well_formed = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value)
     if not well_formed or not 0 < (seconds := float(value)) <= _MAX_SECONDS:
-        found, most = printable(value), int(_MAX_SECONDS)
-        msg = f"option {name}: found {found}, expected seconds, more than 0, up to {most}"
+        found, maximum = printable(value), int(_MAX_SECONDS)
+        msg = f"option {name}: found {found}, expected seconds, more than 0, up to {maximum}"
         raise UsageError(msg)
     return seconds
 
@@ -217,7 +223,7 @@ def _poll(name: str, value: str) -> float:
 
 
 def _readahead(name: str, value: str) -> Readahead:
-    """Parse the length of the read-ahead in bytes, or ``kernel``."""
+    """Parse the longest read-ahead in bytes, or ``kernel``."""
     if value == "kernel":
         return "kernel"
     size = _size(name, value)
@@ -237,7 +243,7 @@ def _size(name: str, value: str) -> int:
 
 
 def _cache(name: str, value: str) -> int:
-    """Parse the size of the table cache in bytes."""
+    """Parse the size of the table cache in bytes, at least `_MIN_CACHE_BYTES`."""
     size = _size(name, value)
     if size < _MIN_CACHE_BYTES:
         msg = f"option {name}: found {printable(value)}, expected at least 64K"
@@ -263,19 +269,19 @@ _FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
     "compact": {"compact": "full"},
     "snapshot": {"snapshot": True},
 }
-"""Options without a value, and the attributes of `MountOptions` that they set."""
+"""Options without a value, and the fields of `MountOptions` that they set."""
 _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "compact": ("compact", ("auto", "off", "full")),
     "detect_zeroes": ("detect_zeroes", ("off", "on", "unmap")),
     "freelist": ("free_list", ("on", "off")),
     "truncate": ("truncate", ("refuse", "zero")),
 }
-"""Options with a choice of values, and the attribute of `MountOptions` that they set."""
+"""Options with a choice of values: the field of `MountOptions` that each sets, and the values."""
 _BACKING: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "backing": ("mode", ("confined", "any", "none")),
     "backing_format": ("format", ("raw", "qed")),
 }
-"""The same for attributes of `BackingPolicy`."""
+"""Options about backing files: the field of `BackingPolicy` that each sets, and the values."""
 _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "uid": ("uid", _id),
     "gid": ("gid", _id),
@@ -288,4 +294,4 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "readahead": ("readahead", _readahead),
     "overlay": ("overlay", _path),
 }
-"""Options with a free value, the attribute of `MountOptions` and the parser of the value."""
+"""Options with a free value: the field of `MountOptions` that each sets, and the parser."""

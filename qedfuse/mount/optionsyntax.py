@@ -37,9 +37,10 @@ def split_options(text: str) -> list[str]:
 
 
 def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
-    """Split lists of options into options with absolute paths.
+    """Split lists of options, and make the paths in the options absolute.
 
-    Each option is escaped, so it is a list of one option for `split_options`.
+    Returns:
+        The options, each escaped, so that `split_options` finds one option in each.
     """
     absolute = []
     for option in (option for text in lists for option in split_options(text)):
@@ -50,7 +51,7 @@ def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
 
 
 def wants_remount(lists: Iterable[str]) -> bool:
-    """Return whether lists of options contain ``remount``: change the flags of a mount."""
+    """Return whether lists of options contain ``remount``."""
     return any("remount" in split_options(text) for text in lists)
 
 

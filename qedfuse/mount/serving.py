@@ -1,7 +1,8 @@
 """Serving a mount: from mounting until the connection to the kernel is closed.
 
-After a failure of the server the mountpoint is left dead (ENOTCONN) on purpose.  An unmount
-would show the empty directory beneath, and a backup program would take that for the content.
+If the server fails while the disks are in use, the mount is not undone, and every access to it
+fails with ENOTCONN.  After an unmount a backup program would see the empty directory beneath
+the mount, and would store that as the content.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MIN_TASKS: Final = 16
-"""Tasks of pyfuse3 that wait for requests and are kept: to start a task costs as much as to
-answer several requests."""
+"""Number of idle tasks that pyfuse3 keeps.  If fewer wait for requests, pyfuse3 must start new
+ones, and starting a task costs as much as answering several requests."""
 
 
 class Server:
@@ -72,7 +73,7 @@ class Server:
             disks: The disks.
             options: The options of the mount.
             mountpoint: The mountpoint, absolute and free of symbolic links.
-            launderer: The helper process; None if there is none.
+            launderer: The launderer, which was forked already; None if there is no launderer.
             directory: Whether the mountpoint is a directory.
         """
         self._disks = disks
@@ -92,24 +93,25 @@ class Server:
         lock_name: bytes | None,
         signals: SignalDispatcher,
         announcement: Announcement,
-        unprotected: str | None,
+        protection_failure: str | None,
     ) -> QedError | None:
         """Mount, serve until the mount is gone, and close the connection.
 
         Args:
             source: The source that the mount table shows.
-            lock_name: The name of the mountpoint's lock.
-            signals: Passes signals to the shutdown while the disks are served, and after that
-                to the compaction of the disks.
-            announcement: Where the mount is announced.
-            unprotected: Why the process is not protected from memory pressure, for the log;
-                None if it is.
+            lock_name: The name of the mountpoint's lock; None if the mountpoint does not exist.
+            signals: Passes signals to the shutdown while the disks are served.  After that, any
+                signal ends the compaction of the disks.
+            announcement: Announces the mount to other processes.
+            protection_failure: Why the process is not protected from memory pressure, for the
+                log; None if the process is protected.
 
         Returns:
-            None, or why a forced unmount has lost data.
+            None if all data was made durable, or else why a forced unmount has lost data.
 
         Raises:
-            QedError: It cannot be mounted or announced; then nothing stays mounted.
+            QedError: The disks cannot be mounted, or the mount cannot be announced; then
+                nothing stays mounted.
         """
         mountpoint = self._mountpoint
         async with mountpoint_locked(lock_name):
@@ -124,17 +126,19 @@ class Server:
             refuse_to_cover(entry)
             with scheduled(self._options.poll_seconds):
                 await negotiate_init(connection, readahead_bytes(self._options.readahead))
-                return await self._serve(entry, signals, announcement, unprotected)
+                return await self._serve(entry, signals, announcement, protection_failure)
         finally:
             extraops.end()
             for exported in self._disks:
+                # The disks are flushed again when they are closed, and `_after_flush` must not
+                # use the connection then.
                 exported.disk.when_flushed(lambda: None)
             self._laundering.stop()
-            # Without an entry libfuse has to unmount, because `_undo_mount` cannot.
+            # If the mount has no entry, `_undo_mount` cannot unmount it, so libfuse must.
             pyfuse3.close(unmount=entry is None)
             self._laundering.wait()
             if entry is not None and not self._is_ready:
-                # The mount was never announced, so no program loses anything by the unmount.
+                # The mount was never announced, so no program uses it.
                 _undo_mount(entry)
 
     async def _serve(
@@ -142,37 +146,44 @@ class Server:
         entry: MountEntry,
         signals: SignalDispatcher,
         announcement: Announcement,
-        unprotected: str | None,
+        protection_failure: str | None,
     ) -> QedError | None:
-        """Announce the mount and answer requests until it is gone; the result is that of `run`."""
+        """Announce the mount, and answer requests until the mount is gone.
+
+        Arguments, result and errors are those of `run`; ``entry`` is the new mount.
+        """
         options, operations = self._options, self._operations
         announcement.write_record(entry.device)
-        wrong_readahead = set_readahead(entry.device, options.readahead)
-        if wrong_readahead is not None and options.readahead is not None:
-            # Before the mount is ready, when the user who set the option still reads stderr.
-            _log.warning("%s: option readahead: %s", printable(self._mountpoint), wrong_readahead)
+        readahead_failure = set_readahead(entry.device, options.readahead)
+        if readahead_failure is not None and options.readahead is not None:
+            # Logged before the mount is ready, because the log goes to the terminal of the user
+            # only until then.
+            _log.warning("%s: option readahead: %s", printable(self._mountpoint), readahead_failure)
         writeback_cache = operations.enable_writeback_cache
         async with background_tasks() as nursery:
             nursery.start_soon(operations.errors.log_summaries)
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)
-            trim = HeapTrimmer()
+            heap_trimmer = HeapTrimmer()
             for exported in self._disks:
-                exported.disk.when_flushed(partial(_after_flush, exported, trim))
-            missing = extraops.serve(
+                exported.disk.when_flushed(partial(_after_flush, exported, heap_trimmer))
+            extraops_failure = extraops.serve(
                 FallocateLseek(operations, self._laundering, self._size_fixup, nursery)
             )
-            if missing is not None:
-                _log.warning("without fallocate and lseek: discards free nothing: %s", missing)
+            if extraops_failure is not None:
+                _log.warning(
+                    "without fallocate and lseek: discards free nothing: %s", extraops_failure
+                )
             laundering = self._laundering if writeback_cache else None
             shutdown = Shutdown(self._disks, laundering, self._mountpoint, entry.device, nursery)
             signals.handle_with(shutdown.receive)
             try:
-                # An earlier signal has cancelled this task by now.
+                # A signal that arrived before `handle_with` has cancelled this task.  The
+                # cancellation must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
                 announcement.ready()
                 self._is_ready = True
-                self._log_limits(wrong_readahead, unprotected)
+                self._log_limits(readahead_failure, protection_failure)
                 await pyfuse3.main(min_tasks=_MIN_TASKS)
             finally:
                 signals.handle_with(lambda _name: self._disks.stop_compacting())
@@ -180,34 +191,37 @@ class Server:
             nursery.cancel_scope.cancel()
         return shutdown.failure
 
-    def _log_limits(self, wrong_readahead: str | None, unprotected: str | None) -> None:
-        """Log what the kernel has refused to the process, once for the mount."""
+    def _log_limits(self, readahead_failure: str | None, protection_failure: str | None) -> None:
+        """Log the default read-ahead and the protection that the kernel has refused."""
         shown = printable(self._mountpoint)
-        if wrong_readahead is not None and self._options.readahead is None:
-            # Only for the log: an ordinary user can do nothing about it.
-            _log.info("%s: %s", shown, wrong_readahead)
-        if unprotected is not None and not self._options.read_only:
-            # Root can grant the privilege.
+        if readahead_failure is not None and self._options.readahead is None:
+            # No warning, because the user has not set the option and may be unable to act.
+            _log.info("%s: %s", shown, readahead_failure)
+        if protection_failure is not None and not self._options.read_only:
+            # A warning only for root, because an ordinary user cannot grant the privilege.
             level = logging.INFO if os.geteuid() else logging.WARNING
-            _log.log(level, "%s: %s", shown, unprotected)
+            _log.log(level, "%s: %s", shown, protection_failure)
 
 
-def _after_flush(exported: ExportedDisk, trim: HeapTrimmer) -> None:
-    """Do the work that may wait until a flush has ended."""
-    trim()
+def _after_flush(exported: ExportedDisk, trim_heap: HeapTrimmer) -> None:
+    """Trim the heap if it is due, and invalidate a wrong ``st_blocks`` in the kernel."""
+    trim_heap()
     _invalidate_blocks(exported)
 
 
 def _invalidate_blocks(exported: ExportedDisk) -> None:
-    """Have the kernel request the attributes again if it has cached a wrong ``st_blocks``."""
+    """Make the kernel request attributes again, if it has cached a wrong ``st_blocks``."""
     if exported.blocks >= 0 and exported.disk.fstat().st_blocks != exported.blocks:
         exported.blocks = -1
-        with suppress(OSError):  # the kernel may not know the inode
+        with suppress(OSError):  # the kernel may have forgotten the inode
             pyfuse3.invalidate_inode(exported.inode, attr_only=True)
 
 
 def _undo_mount(mount: MountEntry) -> None:
-    """Unmount a mount that was never announced, unless another one covers it by now."""
+    """Unmount a mount that was never announced, unless it is gone or another mount covers it.
+
+    A failure is logged.
+    """
     now = find_mount(mount.path)
     if now is None or now.mount_id != mount.mount_id:
         return

@@ -1,16 +1,16 @@
 """One mount from its beginning to its end.
 
-At the beginning, everything that can be refused is refused before the kernel is involved, so
-that a failure leaves no trace.  The end has the reverse order, for these reasons.  First the
-kernel stops sending requests: the mount is gone, or was detached.  Then the connection is
-closed, so that programs that still wait get an error instead of waiting forever.  Only then are
-the disks closed, which flushes them, clears NEED_CHECK and releases the locks.  The mount record
-is removed last, because its absence means that all the rest has succeeded.
+At the beginning, all checks come before the mount itself, so that a failed check leaves no
+trace.  The end has the reverse order.  First the mount disappears or is detached, so the kernel
+sends no further requests.  Then the connection is closed, so that programs that still wait get
+an error instead of waiting forever.  After that the disks are closed, which flushes them, clears
+NEED_CHECK and releases the locks.  The mount record is removed last, because a missing record
+means that all earlier steps have succeeded.
 
-Signals have a meaning in each phase.  Before the mount is ready, a signal cancels the session.
-While the disks are served, it unmounts (`qedfuse.mount.shutdown`).  While the disks are being
-closed, it ends the compaction, which may take long, and nothing else: so a second signal does
-not make a clean end an unclean one.  After that the process ignores signals until it exits.
+The meaning of a signal depends on the phase.  Before the mount is ready, a signal cancels the
+session.  While the disks are served, a signal unmounts (`qedfuse.mount.shutdown`).  While the
+disks are being closed, a signal only ends the compaction, which may take long.  So a second
+signal never prevents a clean close.  After that the process ignores signals until it exits.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class MountRequest:
         sources: Images, or directories of images; absolute paths.
         mountpoint: The mountpoint; absolute and free of symbolic links.
         options: The options.
-        pidfile: The absolute path of a file that gets the pid of the server once the disks can
-            be used; None for none.
-        fake: Do everything except mount.
+        pidfile: The absolute path of a file to which the pid of the server is written once the
+            disks can be used; None to write no such file.
+        fake: Whether to stop after the checks and the opening of the disks, without a mount.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  A remount
             compares its options with these.
     """
@@ -81,18 +81,22 @@ class MountRequest:
 
 
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
-    """Mount and serve until the mount is gone; return the exit code.
+    """Mount, serve until the mount is gone, and close the disks; return the exit code.
+
+    A `QedError` is logged and becomes its exit code.  Any other exception is recorded in the
+    mount record and raised.  When this function returns or raises, signals are ignored.
 
     Args:
         request: The arguments of the mount.
         ready: Called when the disks can be used.
     """
-    # Before trio starts threads: they inherit the flag, and so does the helper process.
-    unprotected = None if request.fake else protect_from_memory_pressure()
+    # Called before trio starts threads and before the launderer is forked, because they must
+    # inherit the flag.
+    protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None
     with _forked_launderer(request) as launderer:
-        session = _Session(request, ready, unprotected, launderer)
+        session = _Session(request, ready, protection_failure, launderer)
         try:
             trio.run(session.run)
         except QedError as error:
@@ -110,38 +114,49 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
 
 
 def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer | None]:
-    """Return the helper process; None if the kernel caches no writes, or if it cannot start."""
+    """Fork the launderer; the block gets None if it is not needed or cannot be forked.
+
+    A read-only mount needs no launderer, because the kernel then has no dirty pages.  If the
+    fork fails, the reason is logged.
+    """
     if request.fake or request.options.read_only:
         return nullcontext()
     try:
         return Launderer()
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        _log.warning("no helper process: holes in disks in use are reported as data: %s", reason)
+        _log.warning(
+            "cannot start the launderer (a helper process), so lseek(2) reports holes as data in "
+            "disks that are open for writing: %s",
+            reason,
+        )
         return nullcontext()
 
 
 class _Session:
-    """The state of one mount that outlives the event loop."""
+    """One mount, with the state that is needed after the event loop has ended."""
 
     def __init__(
         self,
         request: MountRequest,
         ready: Callable[[], None],
-        unprotected: str | None,
+        protection_failure: str | None,
         launderer: Launderer | None,
     ) -> None:
-        """Prepare a session; the arguments are explained in `run_session` and `Server.run`."""
+        """Prepare a session; the arguments are explained in `run_session` and `Server`."""
         self._request = request
         self._ready = ready
-        self._unprotected = unprotected
+        self._protection_failure = protection_failure
         self._launderer = launderer
         self._announcement: Announcement | None = None
         self._is_interrupted = False
         self._failure: QedError | None = None
 
     def finish(self, failure: str | None, exit_code: int) -> None:
-        """Withdraw the announcement of the mount, or record why it failed."""
+        """Withdraw the announcement of the mount; with a failure, record the failure instead.
+
+        If nothing was announced, nothing is done.
+        """
         if self._announcement is not None:
             self._announcement.withdraw(failure, exit_code)
 
@@ -149,10 +164,11 @@ class _Session:
         """Run the session from the checks to the close of the disks.
 
         Raises:
+            InterruptedMountError: A signal arrived before the mount was ready.
             QedError: The mount was refused, or data could not be made durable.
         """
         async with background_tasks() as nursery:
-            # From here on a signal ends the session in order, also a check that takes long.
+            # From here on a signal cancels the session, even during a check that takes long.
             signals = SignalDispatcher(partial(self._interrupt, nursery.cancel_scope))
             await nursery.start(signals.run)
             await self._open_and_serve(signals, nursery)
@@ -169,7 +185,7 @@ class _Session:
         scope.cancel()
 
     async def _open_and_serve(self, signals: SignalDispatcher, nursery: trio.Nursery) -> None:
-        """Open the disks, serve them, and close them in any case."""
+        """Open the disks, serve them unless the mount is a fake, and close them in any case."""
         request, options = self._request, self._request.options
         raise_open_file_limit()
         sources = find_sources(request.sources)
@@ -193,27 +209,31 @@ class _Session:
                 *(disks, options, request.mountpoint, self._launderer), directory=directory
             )
             self._failure = await server.run(
-                *(request.sources[0], lock_name, signals, announcement, self._unprotected)
+                *(request.sources[0], lock_name, signals, announcement, self._protection_failure)
             )
             if options.compact == "auto":
-                # The limit is for all disks together, which are closed one after the other;
-                # the limit of each is its own.
+                # The disks are closed one after the other, and each disk limits the time of its
+                # own compaction.  This task limits the time for all disks together.
                 nursery.start_soon(_stop_compacting_after, disks, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 
     async def _open(
         self, stack: AsyncExitStack, sources: list[Source], *, directory: bool
     ) -> ExportedDisks:
-        """Open one disk for each source; the stack closes them."""
+        """Open one disk for each source; the caller closes the disks by closing ``stack``.
+
+        Raises:
+            QedError: An image cannot be opened; the disks that are open are in ``stack``.
+        """
         options = self._request.options
-        found = []
+        disks = []
         first_inode = pyfuse3.ROOT_INODE + 1 if directory else pyfuse3.ROOT_INODE
         read_only = find_read_only(sources, options)
         for inode, source in enumerate(sources, first_inode):
-            opening = options.for_read_only_disk() if source in read_only else options
-            disk = await stack.enter_async_context(open_source(source.path, opening))
-            found.append(ExportedDisk(disk, source.name, inode, read_only=source in read_only))
-        return ExportedDisks(found)
+            disk_options = options.for_read_only_disk() if source in read_only else options
+            disk = await stack.enter_async_context(open_source(source.path, disk_options))
+            disks.append(ExportedDisk(disk, source.name, inode, read_only=source in read_only))
+        return ExportedDisks(disks)
 
 
 async def _stop_compacting_after(disks: ExportedDisks, seconds: float) -> None:

@@ -1,13 +1,14 @@
 """Unmounting when signals arrive: the first waits until the mount is idle, the second forces it.
 
-At the first signal the mount is unmounted.  While a loop device or a program has a disk open,
-the kernel refuses that, and a forced unmount would turn the file system on the disk into I/O
-errors.  So all disks are made durable right away, and they are served until the last close.
-The second signal unmounts all the same.
+The first signal unmounts.  While a loop device or a program has a disk open, the kernel refuses
+to unmount, and a forced unmount would cause I/O errors in the file system on that disk.  So the
+server makes all disks durable immediately, serves them until the last close, and then unmounts.
+The second signal unmounts although disks are open.
 
-The tasks that signals start run in the nursery of the mount.  They are cancelled and have ended
-before the connection and the disks are closed: libfuse does not check whether a session still
-exists, and a disk that is being closed must not be flushed by another task.
+The tasks that signals start run in the nursery of the mount.  The caller must cancel the nursery
+and wait for its end before it closes the connection and the disks.  The reason is that libfuse
+does not check whether a session still exists, and that no other task may flush a disk that is
+being closed.
 """
 
 from __future__ import annotations
@@ -34,20 +35,21 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
-"""Time between two attempts while the mount is in use: the kernel does not report that a
-process has left a working directory."""
+"""Longest time between two attempts to unmount while the mount is in use.  A last close starts
+an attempt earlier, but the kernel does not report when a process leaves a working directory."""
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Longest time for making disks durable before a forced unmount."""
 _FAILURES: Final = (OSError, QedError, RuntimeError)
-"""Exceptions that must not end the mount without an unmount: for example, no descriptor is left
-for reading the mount table, or no thread can be started (RuntimeError)."""
+"""Exceptions that are logged, and after which the shutdown goes on.  For example, no descriptor
+is left for reading the mount table, or no thread can be started (RuntimeError)."""
 
 
 class Shutdown:
     """Unmounts one mount when signals arrive.
 
     Attributes:
-        failure: Why not all data was made durable before a forced unmount; None if it was.
+        failure: Why not all data was made durable before a forced unmount; None if all data was
+            made durable or the unmount was not forced.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Shutdown:
 
         Args:
             disks: The disks of the mount.
-            laundering: Makes the kernel write back its dirty pages; None if it has none.
+            laundering: Makes the kernel write back its dirty pages; None if the write-back
+                cache is off.
             mountpoint: The mountpoint.
             device: The device number of the mount, ``MAJOR:MINOR``.
-            nursery: For the tasks that signals start.
+            nursery: Runs the tasks that signals start.
         """
         self.failure: QedError | None = None
         self._disks = disks
@@ -76,7 +79,10 @@ class Shutdown:
         self._signals = 0
 
     def receive(self, name: str) -> None:
-        """Act on a signal: the first unmounts when idle, the second by force."""
+        """Start to act on a signal; the first unmounts when idle, the second by force.
+
+        Further signals have no effect.  ``name`` is the name of the signal.
+        """
         self._signals += 1
         if self._signals == 1:
             self._nursery.start_soon(self._unmount_when_idle, name)
@@ -84,29 +90,30 @@ class Shutdown:
             self._nursery.start_soon(self._force)
 
     def _is_mounted(self) -> bool:
-        """Return whether the mountpoint shows this mount, and not what lies beneath it."""
+        """Return whether the mountpoint shows this mount; False if it shows another or none."""
         entry = find_mount(self._mountpoint)
         return entry is not None and entry.device == self._device
 
     async def _unmount_when_idle(self, signal_name: str) -> None:
-        """Unmount as soon as the mount is not in use; that ends `pyfuse3.main`."""
+        """Unmount as soon as the mount is not in use; the unmount ends `pyfuse3.main`."""
         reported = False
         while True:
             last_close = self._disks.next_last_close()
             try:
                 if self._is_mounted():
-                    # In a thread: before it unmounts, the kernel sends its dirty pages here.
+                    # In a thread, because the kernel sends its dirty pages to this server
+                    # before it unmounts.
                     await trio.to_thread.run_sync(unmount, self._mountpoint, abandon_on_cancel=True)
                     break
-                if not self._disks.open_handles:  # it has been detached by a lazy unmount
+                if not self._disks.open_handles:  # a lazy unmount has detached the mount
                     pyfuse3.terminate()
                     return
             except BusyError:
                 if not reported:
                     durable = await self._flush()
                     _log.warning(
-                        "%s: %s: still in use: %s; it goes on until the "
-                        "last close; a second signal ends it by force",
+                        "%s: %s: still in use: %s; the mount goes on until the last close; a "
+                        "second signal ends the mount by force",
                         printable(self._mountpoint),
                         signal_name,
                         "everything is durable now" if durable else "not everything is durable",
@@ -120,7 +127,10 @@ class Shutdown:
         await self._report_copies(signal_name)
 
     async def _report_copies(self, signal_name: str) -> None:
-        """Log why the mount goes on after it has been unmounted, unless it ends soon."""
+        """Log why the server goes on after it has unmounted, unless the server ends soon.
+
+        The reason is a mount of the same file system in another place.
+        """
         shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)
         try:
@@ -128,19 +138,21 @@ class Shutdown:
                 describe_copies, self._device, abandon_on_cancel=True
             )
         except _FAILURES as error:
-            _log.warning("%s: %s: cannot find its other mounts: %s", shown, signal_name, error)
+            _log.warning(
+                "%s: %s: cannot find other mounts of its disks: %s", shown, signal_name, error
+            )
             return
         if copies is not None:
             _log.warning(
-                "%s: %s: unmounted here, but %s; it goes on until that is unmounted; a second "
-                "signal ends it by force",
+                "%s: %s: unmounted here, but %s; the server goes on until no mount is left; a "
+                "second signal ends the server by force",
                 *(shown, signal_name, copies),
             )
 
     async def _flush(self) -> bool:
-        """Have the kernel write back its dirty pages, and make all disks durable.
+        """Make the kernel write back its dirty pages, and make all disks durable.
 
-        A failure of one disk is logged, and the other disks are made durable all the same.
+        If a disk fails, the failure is logged, and the other disks are made durable.
 
         Returns:
             Whether nothing failed.
@@ -163,18 +175,22 @@ class Shutdown:
         for exported in self._disks:
             with failing():
                 if self._laundering is not None and exported.writers:
-                    # syncfs(2) has started the writeback, but the kernel need not wait for it.
+                    # syncfs(2) has started the writeback, but the kernel need not have waited
+                    # for its end.  Laundering waits.
                     await self._laundering.launder(exported)
             with failing():
                 await exported.disk.flush()
         return durable
 
     async def _force(self) -> None:
-        """Unmount although the mount may be in use, after up to 10 seconds for its data."""
+        """Make all disks durable for at most 10 seconds, then unmount although in use.
+
+        If not all data could be made durable, ``failure`` is set.
+        """
         if self._disks.open_handles:
             _log.warning(
-                "%s: second signal: ended while in use: programs that have it open, such as a "
-                "loop device, get I/O errors from now on",
+                "%s: second signal: ended while in use: programs that have a disk open, such as "
+                "a loop device, get I/O errors from now on",
                 printable(self._mountpoint),
             )
         durable = False

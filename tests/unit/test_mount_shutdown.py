@@ -74,7 +74,7 @@ async def end_while_in_use(monkeypatch: pytest.MonkeyPatch, *disks: object) -> N
     assert not busy
 
 
-@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; it goes on")
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
 async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log says that all is durable after a flush of every disk."""
     file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
@@ -86,7 +86,7 @@ async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.expect_log("cannot make everything durable: image: datasync: Input/output error")
-@pytest.mark.expect_log("SIGTERM: still in use: not everything is durable; it goes on")
+@pytest.mark.expect_log("SIGTERM: still in use: not everything is durable; the mount goes on")
 @pytest.mark.expect_log("the disk is read-only from now on")
 @pytest.mark.parametrize("failed", ["before", "now"])
 async def test_not_durable(
@@ -163,7 +163,7 @@ async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
 
 
 @pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")
-@pytest.mark.expect_log("SIGTERM: cannot find its other mounts: [Errno 24] Too many open files")
+@pytest.mark.expect_log("SIGTERM: cannot find other mounts of its disks: [Errno 24] Too many open")
 async def test_a_lack_of_descriptors_does_not_end_the_server(
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
