@@ -94,7 +94,7 @@ def test_names_of_the_base(
         assert main(["commit", "-b", name, f"{tmp_path}/top.qed"]) == 0
         said = capsys.readouterr().out
         assert f"went into {tmp_path}/low.qed" in said
-        assert "the images between them must not be used any more" in said
+        assert "the images between the overlay and the base must not be used any more" in said
     for name in ("none.qed", "gone.qed", "top.qed"):
         assert main(["commit", "-b", name, "top.qed"]) == 17
         assert capsys.readouterr().err == (

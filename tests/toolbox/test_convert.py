@@ -333,7 +333,7 @@ MISTAKES: Final = {
     "foreign-overlay": ("-O qcow2 -B base.qed a.raw x", "-B: found format qcow2, expected qed"),
     "foreign-base": ("-O qcow2 -o backing_file=base.qed a.raw x", "-B: found format qcow2"),
     "no-value": ("-o backing_file= a.raw x", "option backing_file: found no value"),
-    "two-bases": ("-B base.qed -o backing_file=gone a.raw x", "backing_file: found it twice"),
+    "two-bases": ("-B base.qed -o backing_file=gone a.raw x", "backing_file: found two values"),
     "small": ("-n huge.raw base.qed", "base.qed: size: found 1048576, expected at least"),
     "raw-over-qed": ("-n -O raw a.raw base.qed", "base.qed: found a QED image, expected raw"),
     "image-pipe": ("top.qed -", "-: a pipe: expected -O raw"),

@@ -36,7 +36,10 @@ def test_on_show_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = qemu.content(path)
     assert main(["freelist", "on", str(path)]) == 0
     said = capsys.readouterr().out
-    assert said == f"{path}: a list of 3 free clusters (12 KiB) in 2 runs, kept in 1 of them\n"
+    assert (
+        said
+        == f"{path}: a list of 3 free clusters (12 KiB) in 2 runs, stored in 1 of these clusters\n"
+    )
     assert listed(path.read_bytes()) is not None
     with pytest.raises(qemu.QemuError, match="Unsupported"):
         qemu.info(path)

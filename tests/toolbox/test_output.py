@@ -85,9 +85,9 @@ def test_share_is_ignored_for_writing() -> None:
 
 def test_options_of_a_command_that_has_none() -> None:
     """Options that a subcommand lacks have their defaults."""
-    found = common.open_options(argparse.Namespace(), trusted="/base.raw")
+    found = common.open_options(argparse.Namespace())
     assert found.backing.mode == "confined"
-    assert found.backing.trusted == "/base.raw"
+    assert found.backing.trusted is None
 
 
 @pytest.mark.parametrize(("text", "size"), [("10G", 10 << 30), ("512", 512), ("64KiB", 65536)])

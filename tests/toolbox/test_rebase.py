@@ -89,7 +89,7 @@ def test_ranges_that_both_bases_share_are_not_copied(
     length = top.stat().st_size
     assert main(["rebase", "-b", "copy.qed", str(top)]) == 0
     assert capsys.readouterr().out == (
-        f"{top}: has the base copy.qed; copied from the old one: 0 bytes as data, 0 as zeros\n"
+        f"{top}: has the base copy.qed; copied from the old base: 0 bytes as data, 0 as zeros\n"
     )
     assert top.stat().st_size == length
     before = content(top)
@@ -98,7 +98,7 @@ def test_ranges_that_both_bases_share_are_not_copied(
     )
     assert main(["rebase", "-b", "two.qed", str(top)]) == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"copied from the old one: 0 bytes as data, {CLUSTER_BYTES} as zeros\n")
+    assert said.endswith(f"copied from the old base: 0 bytes as data, {CLUSTER_BYTES} as zeros\n")
     assert top.stat().st_size == length + 2 * CLUSTER_BYTES
     assert content(top) == before
 

@@ -16,7 +16,7 @@ def size(text: str) -> int:
     """Convert a size such as ``10G`` to bytes, for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: It is no size.
+        argparse.ArgumentTypeError: The text is no size.
     """
     try:
         return parse_size(text)
@@ -25,7 +25,7 @@ def size(text: str) -> int:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add ``--output human|json``."""
+    """Declare ``--output human|json``."""
     parser.add_argument(
         "--output",
         choices=("human", "json"),
@@ -35,7 +35,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_share(parser: argparse.ArgumentParser) -> None:
-    """Add ``-U``."""
+    """Declare ``-U``."""
     parser.add_argument(
         "-U",
         "--force-share",
@@ -45,13 +45,13 @@ def add_share(parser: argparse.ArgumentParser) -> None:
 
 
 def add_backing(parser: argparse.ArgumentParser) -> None:
-    """Add ``--backing``, ``--backing-dir`` and ``--backing-format``."""
+    """Declare ``--backing``, ``--backing-dir`` and ``--backing-format``."""
     parser.add_argument(
         "--backing",
         choices=("confined", "any", "none"),
         default="confined",
-        help="use backing files only from the directory of the image that names them, "
-        "from anywhere, or not at all (confined)",
+        help="use backing files only from the directory of the image that names them "
+        "(confined, the default), from anywhere (any), or not at all (none)",
     )
     parser.add_argument(
         "--backing-dir",
@@ -68,7 +68,7 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
-    """Add ``-p``."""
+    """Declare ``-p``."""
     parser.add_argument(
         "-p",
         "--progress",
@@ -77,15 +77,12 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_options(
-    arguments: argparse.Namespace, *, writable: bool = False, trusted: str | None = None
-) -> OpenOptions:
+def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> OpenOptions:
     """Return the options for opening an image, with defaults for arguments that are missing.
 
     Args:
         arguments: The parsed command line.
         writable: Whether to open the image for writing.
-        trusted: A base that the user has named, which the backing file policy then allows.
     """
     from qedfuse.disk.options import BackingPolicy, OpenOptions  # noqa: PLC0415  imported late: --help must not load it
 
@@ -93,7 +90,6 @@ def open_options(
         mode=getattr(arguments, "backing", "confined"),
         directories=tuple(getattr(arguments, "backing_dir", ())),
         format=getattr(arguments, "backing_format", None),
-        trusted=trusted,
     )
     return OpenOptions(
         writable=writable,

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg commit -p overlay.qed"
 DESCRIPTION: Final = """\
 Write the data and zeros of an overlay into its base, which may be QED or raw, and
-empty the overlay.  A base that is smaller grows.  At any moment the disk of the overlay
-has the same content as before; after an interruption, run the same command again.
+empty the overlay.  A base that is smaller than the overlay grows.  The disk of the
+overlay has the same content at any moment; after an interruption, run the same command
+again.
 
-With -b the data of all images above BASE, a lower file of the chain, goes into BASE.
-The overlay is kept then, and the images between it and BASE become invalid.
+With -b the data of the overlay and of the images between the overlay and BASE, a lower
+file of the chain, is written into BASE.  The overlay is not emptied then, and the images
+between the overlay and BASE become invalid.
 
-Other overlays over the same base become invalid, too: there should be none."""
+Other overlays over a base that is written to become invalid, so there should be none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     if result.size > result.size_before:
         text += f", which had {result.size_before} bytes and has {result.size}"
     if result.free_clusters:
-        text += f", {result.free_clusters} clusters in it are free (see: qedimg compact)"
+        text += f"; {result.free_clusters} clusters in the base are free (see: qedimg compact)"
     if result.between:
-        text += "; the images between them must not be used any more"
+        text += "; the images between the overlay and the base must not be used any more"
     if not arguments.keep and arguments.base is None:
         text += f"; the overlay's file had {result.bytes_before} bytes and has {result.bytes_after}"
     print_line(arguments, text)
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CommitResult:
-    """Commit with the options of the command line."""
+    """Commit with the options of the command line; return what was done."""
     from qedfuse.tools.editing.commit import commit  # noqa: PLC0415  imported late: --help must not load it
 
     return await commit(

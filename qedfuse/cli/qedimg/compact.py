@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg compact -p vm.qed"
 DESCRIPTION: Final = """\
-Move the highest clusters of an image into its free ones and cut off the end of the
-file, until no cluster is free.  Data clusters that hold only zeros are not freed.  The
-image is sound at any moment; after an interruption, the clusters that were moved stay
-where they are."""
+Move the highest clusters of an image into the free ones and shorten the file, until no
+cluster is free.  Data clusters that hold only zeros are not freed.  The image is sound
+at any moment.  After an interruption the clusters that were already moved stay at their
+new offsets."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compact the image, and print how short it has become; return the exit code."""
+    """Compact the image, and print the length of the file before and after; return 0."""
     with progress(arguments, "Compacting") as on_progress:
         result = run_async(_work, arguments, on_progress)
     if arguments.output == "json":
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CompactResult:
-    """Compact the image of the command line."""
+    """Compact the image of the command line; return what was done."""
     from qedfuse.tools.editing.compact import compact  # noqa: PLC0415  imported late: --help must not load it
 
     return await compact(arguments.image, progress=on_progress)

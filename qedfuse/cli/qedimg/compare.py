@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg compare disk.raw disk.qed"
 DESCRIPTION: Final = """\
 Compare the content of two disks: QED images with their chains, raw files, or block
-devices.  How the content is stored does not matter; if one disk is longer, the rest must
-be zeros.  The offset of the first byte that differs is printed.
+devices.  How the content is stored does not matter.  If one disk is longer, its content
+past the end of the other must be zeros.  The offset of the first byte that differs is
+printed.
 
--s requires the same size too, and data in the same ranges, even where it is zeros."""
+With -s the disks must also have the same size, and data must be stored in the same
+ranges, even if it is zeros."""
 
 SAME: Final = 0
 DIFFERENT: Final = 1
@@ -30,7 +32,7 @@ UNREADABLE: Final = 4
 EXIT_CODES: Final = {
     SAME: "identical",
     DIFFERENT: "different",
-    FAILED: "a disk cannot be opened, or usage",
+    FAILED: "a disk cannot be opened, or the command line is invalid",
     UNREADABLE: "a disk cannot be read",
     70: "a bug",
     130: "interrupted",

@@ -26,13 +26,14 @@ EXAMPLE: Final = "qedimg convert -p disk.raw vm.qed"
 DESCRIPTION: Final = """\
 Copy the disk of SOURCE into a new file TARGET.  A source with backing files becomes
 one image, unless -B names a base for the new image.  SOURCE is a QED image, a raw file
-or a block device, or - for raw content from standard input; TARGET is a file, or - for
-raw content to standard output.  Zeros take no space in TARGET.  For formats other than
-raw and qed, qemu-img must be installed."""
+or a block device, or - for raw content from standard input.  TARGET is a file, or - for
+raw content to standard output.  Zeros take no space in TARGET, unless -S is 0.  For a
+TARGET in another format than raw and qed, qemu-img must be installed."""
 
 _MAX_STREAMS: Final = 16
+"""Most chunks that are copied in parallel, as in qemu-img."""
 _NATIVE_FORMATS: Final = ("raw", "qed")
-"""The formats that need no qemu-img."""
+"""The formats of a target for which no qemu-img is needed."""
 _CACHES: Final = ("writeback", "unsafe")
 
 
@@ -85,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace TARGET if it exists and is not in use"
     )
-    parser.add_argument("-c", dest="compress", action="store_true", help="refused: see qemu-img")
+    parser.add_argument(
+        "-c", dest="compress", action="store_true", help="refused: QED has no compression"
+    )
     common.add_share(parser)
     common.add_backing(parser)
     common.add_progress(parser)
@@ -133,8 +136,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
     """Return the specification of the target.
 
+    Sets the defaults of the options in ``arguments``.
+
     Raises:
-        UsageError: The options contradict each other.
+        UsageError: An option is invalid, or options contradict each other.
     """
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  imported late: --help must not load it
 
@@ -151,12 +156,13 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
     foreign = ()
     if arguments.format not in _NATIVE_FORMATS:
         foreign, arguments.options = tuple(arguments.options), []
-        # Found here, so that the copy refuses a base before it begins.
+        # The options of a foreign format are passed to qemu-img unparsed.  Only a base is
+        # looked for in them, because `convert` refuses a base for such a target.
         arguments.base = arguments.base or find_base(foreign)
     given = arguments.cluster_size or arguments.table_size or arguments.options
     if arguments.format != "qed" and given:
         msg = f"--cluster-size, --table-size, -o: found -O {printable(arguments.format)}, "
-        msg += "expected -O qed" if arguments.format == "raw" else "expected its options as -o"
+        msg += "expected -O qed" if arguments.format == "raw" else "expected options as -o only"
         raise UsageError(msg)
     take_options(arguments, "-B")
     return ImageSpec(
@@ -171,9 +177,9 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
 
 
 def _qemu_can_open(spec: ImageSpec) -> bool:
-    """Return whether QEMU opens an image of this geometry.
+    """Return whether QEMU can open an image of this geometry.
 
-    QEMU requires that the tables can address less than 2**64 bytes.
+    QEMU refuses tables of one cluster, and tables that can address 2**64 bytes or more.
     """
     entries = spec.cluster_size * spec.table_size // ENTRY_BYTES
     return spec.table_size > 1 and entries**2 * spec.cluster_size < 1 << 64

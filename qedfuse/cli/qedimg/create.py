@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
 Create an empty image.  With -b it is an overlay: ranges that were never written to it
-are read from the base.  The name of the base is stored unchanged; a relative one is
+are read from the base.  The name of the base is stored unchanged; a relative name is
 resolved from the directory of the image.  SIZE defaults to the size of the base."""
 
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-u",
         "--unsafe",
         action="store_true",
-        help="do not open the base, which need not exist; needs -F and SIZE",
+        help="do not open the base, which then need not exist; requires -F and SIZE",
     )
     add_geometry(parser, "size")
     parser.add_argument(
@@ -60,7 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(msg)
     full = arguments.preallocate == "full"
     if full and arguments.base is not None:
-        msg = f"{printable(arguments.image)}: --preallocate: a full disk shows nothing of a base"
+        msg = (
+            f"{printable(arguments.image)}: --preallocate full: found a base, expected none: "
+            "nothing of it would show through"
+        )
         raise UsageError(msg)
     made = create(
         arguments.image,
@@ -75,18 +78,18 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if made.table_size == 1:
         _log.warning("%s: QEMU cannot open an image with tables of 1 cluster", printable(made.path))
-    base = ""
+    over_base = ""
     if made.backing is not None:
-        base = f", over {printable(made.backing)} ({made.backing_format})"
+        over_base = f", over {printable(made.backing)} ({made.backing_format})"
     print_line(
         arguments,
         f"{printable(made.path)}: created: {made.size} bytes, clusters of {made.cluster_size} "
-        f"bytes, tables of {made.table_size} clusters{base}",
+        f"bytes, tables of {made.table_size} clusters{over_base}",
     )
     return 0
 
 
 def _fill(arguments: argparse.Namespace, path: str) -> None:
-    """Allocate each cluster of the new image at ``path``."""
+    """Allocate each cluster of the new image at ``path``, and show the progress."""
     with progress(arguments, "Allocating") as on_progress:
         run_async(preallocate, path, on_progress)

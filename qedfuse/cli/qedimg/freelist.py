@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg freelist on vm.qed"
 DESCRIPTION: Final = """\
-Show, keep or drop the list of free clusters in an image.  With a list, opening the
-image needs no scan for free space.  The list is an extension of the format: QEMU
-refuses an image that has one; "off" drops it, and QEMU accepts the image again.
+"show" describes the list of free clusters in an image, "on" writes a list, and "off"
+drops the list.  An image with a list is opened without a scan for free space.  The list
+is an extension of the format: QEMU refuses an image that has one, and accepts the image
+again after "off".
 
-"on" finds and lists the free clusters; if no cluster is free, there is no list."""
+"on" finds the free clusters, and writes no list if no cluster is free.  A mount with
+default options keeps the list up to date."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show, make or drop the list; return the exit code."""
+    """Show, write or drop the list, and print what the image has afterwards; return 0.
+
+    Raises:
+        UsageError: -U was given with an action that changes the image.
+    """
     if arguments.force_share and arguments.action != "show":
         msg = f"-U: freelist {arguments.action} needs an image that no other program has open"
         raise UsageError(msg)
@@ -53,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
-    """Show, make or drop the list; return what the image has afterwards."""
+    """Show, write or drop the list; return what the image has afterwards."""
     from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.tools.inspection.freelistinfo import describe_free_list  # noqa: PLC0415
 
@@ -72,12 +78,12 @@ def _describe(info: FreeListInfo) -> str:
         return f"a list of free clusters that is not valid: {info.problem}"
     return (
         f"a list of {info.clusters} free clusters ({format_size(info.bytes)}) in {info.runs} "
-        f"runs, kept in {info.list_clusters} of them"
+        f"runs, stored in {info.list_clusters} of these clusters"
     )
 
 
 def _as_json(path: str, info: FreeListInfo) -> dict[str, Any]:
-    """Describe the list as JSON."""
+    """Describe the list as JSON values."""
     value: dict[str, Any] = {"filename": path, "format": "qed", "present": info.present}
     if info.present:
         value |= {"valid": info.valid}

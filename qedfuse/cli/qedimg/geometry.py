@@ -24,7 +24,10 @@ _DESTINATIONS: Final = {
 
 
 def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
-    """Add ``--cluster-size``, ``--table-size`` and ``-o``; ``more`` are further keys of ``-o``."""
+    """Declare ``--cluster-size``, ``--table-size`` and ``-o``.
+
+    ``more`` are further keys of ``-o``, whose values are sizes.
+    """
     parser.add_argument(
         "--cluster-size",
         metavar="SIZE",
@@ -48,7 +51,10 @@ def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
-    """Add the option ``flag`` for a base, and ``-F`` for the base's format."""
+    """Declare the option ``flag`` for a base, and ``-F`` for the base's format.
+
+    ``meaning`` completes the help "make an overlay ...".
+    """
     parser.add_argument(flag, "--base", metavar="BASE", help=f"make an overlay {meaning}")
     parser.add_argument(
         "-F", "--base-format", choices=("raw", "qed"), help="format of BASE (detected if it is QED)"
@@ -56,14 +62,17 @@ def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
 
 
 def _items(options: Iterable[str]) -> Iterator[str]:
-    """Split the values of ``-o`` at commas; two commas stand for one within a value."""
+    """Yield the items of ``-o``, which commas separate; two commas are one within a value."""
     for text in options:
         for item in text.replace(",,", "\0").split(","):
             yield item.replace("\0", ",")
 
 
 def find_base(options: Iterable[str]) -> str | None:
-    """Return the base that ``-o`` names, with the key that all formats share, or None."""
+    """Return the last value of the key ``backing_file`` in ``-o``, or None.
+
+    qemu-img has this key for every format that can have a base.
+    """
     names = [item.partition("=")[2] for item in _items(options) if item.startswith("backing_file=")]
     return names[-1] if names else None
 
@@ -95,7 +104,7 @@ def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> N
             raise UsageError(msg)
         wanted = value if key.startswith("backing") else parse_size(value)
         if getattr(arguments, names[key]) not in (None, wanted):
-            msg = f"option {key}: found it twice, expected it once"
+            msg = f"option {key}: found two values, expected one"
             raise UsageError(msg)
         setattr(arguments, names[key], wanted)
     if arguments.cluster_size is None:

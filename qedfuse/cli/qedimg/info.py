@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg info --output json vm.qed"
 DESCRIPTION: Final = """\
-Describe an image: format, sizes, geometry, features, free list, backing file.  This
-works even for images that cannot be mounted, and reports what is wrong with them.
+Describe an image: format, sizes, geometry, features, free list, backing file.  The
+command also describes images that cannot be mounted, and reports what is wrong with
+them.
 
-Without --backing-chain no other file is opened, whatever the image names; with it,
---backing and --backing-dir say which files may be.  The JSON has qemu-img's keys, and
-in "safety" what a service needs to decide whether to accept an untrusted image.
+No other file is opened, whatever the image names, unless --backing-chain is given;
+--backing and --backing-dir then limit which files are opened.  The JSON has qemu-img's
+keys, and in "safety" the facts by which a service can decide whether to accept an
+untrusted image.
 
---allocation counts the clusters of data and zeros, for which it reads all tables."""
+--allocation reads all tables, and counts the clusters of data and of zeros."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +75,10 @@ async def _chain(arguments: argparse.Namespace, form: FormatChoice) -> list[Imag
 
 
 def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
-    """Return the details that need the tables or the free list; None if there are none."""
+    """Read the tables and the free list, as far as needed; return None if neither is needed.
+
+    The tables are needed for ``--allocation``, and the free list if the image has one.
+    """
     if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
         return None
     with progress(arguments, "Counting") as on_progress:
@@ -83,7 +88,7 @@ def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
 async def _read_details(
     arguments: argparse.Namespace, image: ImageInfo, on_progress: Progress
 ) -> Details:
-    """Return the details of an image."""
+    """Read the tables if ``--allocation`` was given, and the free list if there is one."""
     from qedfuse.tools.inspection.details import read_details  # noqa: PLC0415  imported late: plain info must not load it
 
     options = common.open_options(arguments)

@@ -20,11 +20,15 @@ _FEATURE_FIELDS = {"features": "incompatible", "compat_features": "compatible",
 
 
 def as_text(image: ImageInfo, details: Details | None) -> str:
-    """Return the description of an image, in lines that begin like qemu-img's."""
+    """Return the description of an image, in lines that begin like qemu-img's.
+
+    ``details`` are None if the tables and the free list were not read.
+    """
     return "\n".join(_lines(image, details))
 
 
 def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
+    """Yield the lines of the description; for a raw file only those that apply to it."""
     yield f"image: {printable(image.path)}"
     yield f"file format: {image.format}"
     size = image.virtual_size
@@ -39,13 +43,14 @@ def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
     if qed.backing is not None:
         yield from _backing(qed.backing)
     yield "Format specific information:"
-    yield from (f"    {line}" for line in _specific(image, qed, details))
+    yield from (f"    {line}" for line in _qed_properties(image, qed, details))
     if qed.problems:
         yield "problems:"
         yield from (f"    {item.message}" for item in qed.problems)
 
 
 def _both(size: int) -> str:
+    """Return a size with a unit and in bytes."""
     return f"{format_size(size)} ({size} bytes)"
 
 
@@ -57,7 +62,7 @@ def _backing(backing: BackingName) -> Iterator[str]:
         yield "backing file format: raw"
 
 
-def _specific(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterator[str]:
+def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterator[str]:
     """Describe the properties that only a QED image has."""
     yield f"file length: {_both(image.file_size)}"
     for name, unit in (("table_size", "clusters"), ("header_size", "clusters")):
@@ -88,6 +93,7 @@ def _bits(bits: Bits) -> str:
 
 
 def _free_list(qed: QedInfo, details: Details | None) -> str:
+    """Describe the persistent free list; without ``details``, only whether there is one."""
     if not qed.has_free_list:
         return "none"
     found = None if details is None else details.free_list

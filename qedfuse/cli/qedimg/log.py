@@ -1,4 +1,4 @@
-"""What the library logs, printed as lines of qedimg's own."""
+"""The log of the library, printed to stderr in the form of qedimg's messages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qedfuse.errors import QedError
 
 
 class _Recorder(logging.Handler):
-    """Keeps the errors that were logged, so that none of them is printed twice."""
+    """Keeps the errors that the log has shown, so that `main` does not print them again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.errors: list[QedError] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the errors that a record shows, without their tracebacks."""
+        """Keep copies of the errors that are arguments of a record, without tracebacks."""
         shown = record.args if isinstance(record.args, tuple) else ()
         self.errors.extend(error.again() for error in shown if isinstance(error, QedError))
 
@@ -26,10 +26,14 @@ _recorder: Final = _Recorder()
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Print the library's log to stderr: warnings; with ``verbose`` more, with ``quiet`` less."""
+    """Print the library's log to stderr from now on, beginning with the level WARNING.
+
+    With ``verbose`` it begins with INFO, and with ``quiet`` with ERROR.
+    """
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(format="qedimg: %(message)s", level=level, stream=sys.stderr)
-    # If stderr cannot be written, the exit code alone reports a failure.
+    # Do not let `logging` print a traceback if stderr cannot be written to: the exit code
+    # reports the failure.
     logging.raiseExceptions = False
     _recorder.errors.clear()
     _recorder.setLevel(level)
@@ -37,5 +41,5 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
 
 
 def was_logged(error: QedError) -> bool:
-    """Return whether a line of the log has shown an error."""
+    """Return whether the log has shown an error that equals ``error`` since it was set up."""
     return any(error.equals(logged) for logged in _recorder.errors)

@@ -1,4 +1,4 @@
-"""The command ``qedimg``: run a subcommand, and turn every failure into a line and a code."""
+"""The command ``qedimg``: run a subcommand; report every failure as a line and an exit code."""
 
 from __future__ import annotations
 
@@ -60,11 +60,15 @@ EXIT_CODES: Final[Mapping[int, str]] = {
 """The exit codes of most subcommands; ``check`` and ``compare`` have qemu-img's codes."""
 
 _FAILED: Final = 1
-_FIRST_OWN_CODE: Final = 12
-"""The lowest code of a `QedError` that is used here: qemu-img gives lower ones a meaning."""
+"""The exit code for a failure that has no code of its own, as in qemu-img."""
+_MIN_OWN_CODE: Final = 12
+"""The lowest `QedError.exit_code` that qedimg exits with; it replaces a lower one by `_FAILED`.
+
+The lower codes of `QedError` have another meaning in qemu-img.
+"""
 _BUG: Final = 70
-_WIDTH_COLUMNS: Final = 78
 _INTERRUPTED: Final = 130
+_HELP_COLUMNS: Final = 78
 _SEE_HELP: Final = "qedimg --help"
 _PACKAGE: Final = "qedfuse.cli.qedimg"
 
@@ -72,8 +76,9 @@ _PACKAGE: Final = "qedfuse.cli.qedimg"
 class Command(Protocol):
     """The module of a subcommand.
 
-    It may also define ``EXIT_CODES``, in place of those above, and ``FAILED``, the code for a
-    failure that has none of its own.
+    The module may also define ``EXIT_CODES``, which then replaces `EXIT_CODES` of this
+    module, and ``FAILED``, which replaces 1 as the code for a failure without a code of its
+    own.
     """
 
     DESCRIPTION: str
@@ -87,7 +92,7 @@ class Command(Protocol):
 
 
 def command(name: str) -> Command:
-    """Import and return the module of a subcommand, and of no other one."""
+    """Return the module of a subcommand, imported at the first call."""
     return cast("Command", importlib.import_module(f"{_PACKAGE}.{name}"))
 
 
@@ -104,9 +109,9 @@ def make_parser(name: str) -> Parser:
     parser = Parser(
         prog=f"qedimg {name}",
         description="\n\n".join(
-            fill(part, _WIDTH_COLUMNS) for part in module.DESCRIPTION.split("\n\n")
+            fill(part, _HELP_COLUMNS) for part in module.DESCRIPTION.split("\n\n")
         ),
-        epilog=f"Example:\n  {module.EXAMPLE}\n\n{fill(f'Exit codes: {codes}.', _WIDTH_COLUMNS)}",
+        epilog=f"Example:\n  {module.EXAMPLE}\n\n{fill(f'Exit codes: {codes}.', _HELP_COLUMNS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -138,8 +143,11 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    Without ``argv`` the arguments are those of this process, whose streams are set up as
-    well, and which must exit afterwards: signals are ignored from then on.
+    Without ``argv`` the arguments are those of this process, and its standard streams are
+    set up.  In this case signals are ignored after the return, so the caller must exit.
+
+    Raises:
+        Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
     # OpenBLAS would start a thread per core for matrices, which are not used here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -150,31 +158,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruptible(last=own_process) as interruption:
             code = _guarded(words, interruption)
-    except KeyboardInterrupt:  # the signal came after the work was done
+    except KeyboardInterrupt:  # the signal came when `_guarded` had returned
         code = _INTERRUPTED
     return finish_output(code, _failure_code(words[0] if words else ""))
 
 
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
-    """Run the command; print a line for every failure, and return the exit code."""
+    """Run the command and return its exit code; print a line for a failure."""
     name = words[0] if words else ""
     try:
         return _run(name, words[1:])
     except BrokenPipeError:
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as caught:  # noqa: BLE001
-        # The last resort: one line in place of a traceback.
+        # An exception that no subcommand handles is printed as one line, without a traceback.
         error = _first_error(caught)
-        # If a signal comes during an import, KeyboardInterrupt may be turned into any exception.
+        # A module whose import is interrupted may raise another exception in place of
+        # KeyboardInterrupt.  So after a signal every exception but a QedError means
+        # "interrupted".
         if isinstance(error, KeyboardInterrupt) or (
-            interruption.came and not isinstance(error, QedError)
+            interruption.has_signal and not isinstance(error, QedError)
         ):
             return _fail("interrupted", _INTERRUPTED)
         return _report_failure(name, error)
 
 
 def _run(name: str, words: Sequence[str]) -> int:
-    """Run the subcommand ``name``; return its exit code."""
+    """Run the subcommand ``name``, or print the help or the version; return the exit code.
+
+    Raises:
+        UsageError: There is no such subcommand, or its arguments are invalid.
+    """
     if name == "help" and words and words[0] in COMMANDS:
         name, words = words[0], ["--help"]
     if not name or name in ("-h", "--help", "help"):
@@ -197,12 +211,12 @@ def _run(name: str, words: Sequence[str]) -> int:
 
 
 def _unknown(name: str) -> str:
-    """Return the message for an unknown subcommand, with a similar one as a hint."""
+    """Return the message for an unknown subcommand, which suggests a similar one if it can."""
     if name.startswith("-"):
         return (
             f"{printable(name)}: found an option, expected a command before it (see: {_SEE_HELP})"
         )
-    from difflib import get_close_matches  # noqa: PLC0415  only on this path
+    from difflib import get_close_matches  # noqa: PLC0415  imported late: needed for this error only
 
     near = get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"see: {_SEE_HELP}"
@@ -210,7 +224,7 @@ def _unknown(name: str) -> str:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Return ``error``, or the first member of an exception group: a `QedError` if it has one."""
+    """Return ``error``; of an exception group, the first `QedError` or else the first error."""
     while isinstance(error, BaseExceptionGroup):
         preferred = error.subgroup(QedError) or error
         error = preferred.exceptions[0]
@@ -218,12 +232,16 @@ def _first_error(error: BaseException) -> BaseException:
 
 
 def _report_failure(name: str, error: BaseException) -> int:
-    """Print a line about a failure, unless it was logged already; return the exit code."""
+    """Print a line about a failure, unless a log line has shown it; return the exit code.
+
+    Raises:
+        Exception: ``error`` is a bug, and QEDIMG_TRACEBACK is set.
+    """
     if isinstance(error, QedError):
         code = _exit_code(name, error)
         if error.errno == errno.ENOENT and is_removed():
             return _fail(f"{error} ({REMOVED})", code)
-        # Looked up, not imported: an import may be what failed.
+        # Look the module up instead of importing it: an import may be what failed.
         log = sys.modules.get(f"{_PACKAGE}.log")
         logged = log is not None and log.was_logged(error)
         return code if logged else _fail(str(error), code)
@@ -238,7 +256,10 @@ def _report_failure(name: str, error: BaseException) -> int:
 
 
 def _report_os_error(error: OSError, code: int) -> int:
-    """Print a line about a failed system call; return the exit code."""
+    """Print a line about a failed system call; return ``code``.
+
+    An error without a file name comes from the output or from getcwd(2).
+    """
     if is_caused_by_removal(error):
         return _fail(REMOVED, code)
     if error.filename is None:
@@ -247,12 +268,12 @@ def _report_os_error(error: OSError, code: int) -> int:
 
 
 def _exit_code(name: str, error: BaseException) -> int:
-    """Return the exit code for an error."""
-    # Looked up, not imported: an import may be what failed.
+    """Return the exit code for an error: its own if the subcommand lists it."""
+    # Look the module up instead of importing it: an import may be what failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)
     wanted = error.exit_code if isinstance(error, QedError) else _FAILED
-    return wanted if wanted >= _FIRST_OWN_CODE and wanted in codes else _failure_code(name)
+    return wanted if wanted >= _MIN_OWN_CODE and wanted in codes else _failure_code(name)
 
 
 def _failure_code(name: str) -> int:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg map --output json --start-offset 1G --max-length 64M vm.qed"
 DESCRIPTION: Final = """\
 List the extents of a disk, those of its bases included: which ranges are data, zeros or
-holes, and where in which file they are stored.  The text lists only data; the JSON lists
-everything, with qemu-img's keys.
+holes, and where in which file they are stored.  The text lists only data.  The JSON
+lists all extents, with qemu-img's keys.
 
-If a table entry points nowhere, the content of its range is unknown: it is "present"
-without "zero" and "data", and the exit code is 13."""
+If a table entry points nowhere, the content of its range is unknown.  The JSON lists
+such a range with "present" true and "zero" and "data" false, and the exit code is 13."""
 
 HEADS: Final = {"human": f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n", "json": "["}
-"""The beginning of the output, by its format."""
+"""The beginning of the output, by the value of ``--output``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Listed(NamedTuple):
-    """How much of the list has been printed.
+    """How much of the list of extents has been printed.
 
     Attributes:
-        head: Whether its beginning has been printed.
+        head: Whether the beginning of the output (`HEADS`) has been printed.
         extents: Whether any extent has been printed.
         end: The offset of the disk up to which extents have been printed.
-        complete: Whether the list is finished.
+        complete: Whether the whole list has been printed.
     """
 
     head: bool
@@ -81,7 +81,10 @@ class _Listed(NamedTuple):
 
 
 def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
-    """Print as many extents as the C extension can list; return how many that are."""
+    """Print the extents up to the first that the C extension cannot list; return how far.
+
+    Prints nothing if the extension cannot list any, or if the options need the slow way.
+    """
     nothing = _Listed(head=False, extents=False, end=arguments.start_offset)
     part = arguments.start_offset or arguments.max_length is not None
     if part or arguments.format == "raw" or _is_silent(arguments):
@@ -93,7 +96,7 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
         sys.stdout.write(HEADS[arguments.output])
         written = False
         for text in found.lines(as_json=as_json, name=printable(arguments.image)):
-            # Each line of JSON begins with a comma, the first one included.
+            # Each extent in JSON begins with a comma, which is removed from the first one.
             sys.stdout.write(text if written or not as_json else text.removeprefix(",\n"))
             written = written or bool(text)
             on_progress(found.reached, found.size)
@@ -110,10 +113,11 @@ def _is_silent(arguments: argparse.Namespace) -> bool:
 
 
 async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress: Progress) -> None:
-    """Print the extents after those in ``listed``.
+    """Print the extents that `_list_fast` has not printed, and the end of the list.
 
     Raises:
-        CorruptImageError: There were bad table entries; all extents have been printed.
+        CorruptImageError: There are bad table entries.  All extents have been printed.
+        QedError: The image or a base cannot be opened or read.
     """
     from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  imported late: the fast map must not load it
     from qedfuse.tools.inspection.mapping import open_map  # noqa: PLC0415

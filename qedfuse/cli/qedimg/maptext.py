@@ -1,4 +1,7 @@
-"""The output of ``qedimg map``, formatted batch by batch: a full disk has millions of extents."""
+"""The output of ``qedimg map``: each batch of extents is formatted by a few calls.
+
+A full disk has millions of extents, so a call for each of them would take too long.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.chainruns import ChainRuns
 
 _HEX_ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
-"""A zero in the first or the third column of the table."""
+"""A zero in the first or the third column of a line, as Python's ``%#x`` prints it."""
 
 
 class Writer(Protocol):
@@ -29,20 +32,21 @@ class Writer(Protocol):
 
 
 class HumanWriter:
-    """Formats the extents that are data as a table, like qemu-img."""
+    """Formats the extents that are data as a table, like qemu-img; omits the other extents."""
 
     def __init__(self, names: Sequence[str]) -> None:
         """Create a writer for the files ``names``, in the order of their depth in the chain."""
         self._lines = [f"%#-16x%#-16x%#-16x{name.replace('%', '%%')}\n" for name in names]
 
     def body(self, batch: ChainRuns) -> str:
-        """Return a line for each extent of data."""
+        """Return a line for each extent of data; an empty text if there is none."""
         data = batch.kinds == DATA
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)[data]
         depths = batch.depths[data].tolist()
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
-        # C's %#x prints no 0x before a zero, which only the disk's first extent can have.
+        # qemu-img prints a zero without "0x", as C's %#x does.  Only an extent at the
+        # beginning of the disk can have a zero offset, so other batches are not searched.
         return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:
@@ -56,33 +60,37 @@ class JsonWriter:
     def __init__(self, *, continued: bool) -> None:
         """Create a writer; ``continued`` means that extents have been printed before."""
         self._lines: dict[int, str] = {}
-        self._any = continued
+        self._has_extents = continued
 
     def body(self, batch: ChainRuns) -> str:
         """Return a line for each extent."""
-        placed = (batch.kinds == DATA) | (batch.kinds == HOLE)
+        has_offset = (batch.kinds == DATA) | (batch.kinds == HOLE)
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)
         wanted = np.ones(columns.shape, np.bool_)
-        wanted[:, 2] = placed
+        wanted[:, 2] = has_offset
         keys = (batch.depths * _KINDS + batch.kinds).tolist()
         for key in set(keys) - self._lines.keys():
             self._lines[key] = _json_line(*divmod(key, _KINDS))
         text = ",\n".join([self._lines[key] for key in keys]) % tuple(columns[wanted].tolist())
-        before = ",\n" if self._any else ""
-        self._any = True
-        return before + text
+        separator = ",\n" if self._has_extents else ""
+        self._has_extents = True
+        return separator + text
 
     def tail(self, start: int) -> str:
-        """Return the end of the list, with an empty extent if there was none, like qemu-img."""
-        nothing = "" if self._any else _json_line(0, BAD) % (start, 0)
-        return f"{nothing.replace('true', 'false')}]\n"
+        """Return the end of the list.
+
+        Like qemu-img, a list without extents gets one of length 0, whose flags are all false.
+        """
+        empty = "" if self._has_extents else _json_line(0, BAD) % (start, 0)
+        return f"{empty.replace('true', 'false')}]\n"
 
 
 _KINDS: Final = 8
+"""More than the highest kind of an extent, so a depth and a kind fit into one number."""
 
 
 def _json_line(depth: int, kind: int) -> str:
-    """Return the format string of a line, for extents of a depth and kind."""
+    """Return the format string of a line of JSON for extents of this depth and kind."""
     words = {
         "present": kind != UNALLOCATED,
         "zero": kind in (UNALLOCATED, ZEROS, HOLE),

@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg measure --cluster-size 1M disk.raw"
 DESCRIPTION: Final = """\
-Compute the length of the file that "qedimg convert" would make of SOURCE with the same
-options, and its length once the whole disk has been written to.  SOURCE is read to find
-ranges of zeros.  With --size the length is that of a new, empty disk."""
+Compute two lengths: of the file that "qedimg convert" would make of SOURCE with the same
+options, and of the same file after the whole disk has been written to.  SOURCE is read
+to find ranges of zeros.  With --size in place of SOURCE the lengths are those for a new,
+empty disk."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("source", metavar="SOURCE", nargs="?")
-    parser.add_argument("--size", metavar="SIZE", type=common.size, help="measure a new disk")
+    parser.add_argument(
+        "--size", metavar="SIZE", type=common.size, help="measure a new disk of this size"
+    )
     parser.add_argument("-f", dest="source_format", choices=("raw", "qed"), help="format of SOURCE")
     parser.add_argument(
         "-O",
@@ -75,10 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace, spec: ImageSpec) -> Measurement:
-    """Measure a new disk, or a copy of the source.
+    """Return the measurement of a new disk, or of a copy of the source.
 
     Raises:
         UsageError: Both a source and a size were given, or neither.
+        QedError: The source or the base cannot be opened or read.
     """
     from qedfuse.tools.copying.measure import measure, measure_empty  # noqa: PLC0415  imported late: --help must not load it
 

@@ -1,4 +1,4 @@
-"""What subcommands print, and the exit code if their output cannot be written."""
+"""Output of subcommands to stdout and stderr, and the exit code if it cannot be written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE: Final = 141
 """The exit code of a program that SIGPIPE ends, as a shell shows it (128 + 13)."""
 _FAILED: Final = 1
+"""The exit code if the output cannot be written for another reason."""
 
 
 def print_line(arguments: argparse.Namespace, text: str) -> None:
@@ -34,10 +35,9 @@ def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
-    """Return ``rows`` as text in columns.
+    """Return ``rows`` as lines of text in aligned columns; there must be at least one row.
 
-    The first row is the heading; the columns whose numbers are in ``right`` are aligned to
-    the right.
+    The columns whose indices are in ``right`` are aligned to the right.
     """
     texts = [[str(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
@@ -52,7 +52,10 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
 
 
 def print_error(message: str) -> None:
-    """Print an error message to stderr; if that fails, the exit code alone reports it."""
+    """Print an error message to stderr; if stderr cannot be written to, do nothing.
+
+    The exit code reports the failure in any case.
+    """
     try:
         sys.stderr.write(f"qedimg: {printable(message)}\n")
         sys.stderr.flush()
@@ -63,8 +66,9 @@ def print_error(message: str) -> None:
 def finish_output(code: int, failed: int = _FAILED) -> int:
     """Flush stdout and return the exit code.
 
-    That is ``code`` if everything was written.  If it was not and ``code`` is 0, it is
-    `BROKEN_PIPE` where the reader has closed the pipe, and ``failed`` after any other error.
+    Returns:
+        ``code`` if everything was written or ``code`` is not 0.  Otherwise `BROKEN_PIPE` if
+        the reader has closed the pipe, and ``failed`` after any other error.
     """
     try:
         sys.stdout.flush()
@@ -77,7 +81,7 @@ def finish_output(code: int, failed: int = _FAILED) -> int:
 
 
 def output_failed(error: OSError, code: int) -> int:
-    """Report that stdout could not be written, once; return ``code``."""
+    """Print that stdout cannot be written to, discard further output, and return ``code``."""
     discard_unwritten(sys.stdout)
     print_error(f"standard output: {error.strerror or error}")
     return code

@@ -1,4 +1,4 @@
-"""The progress of a subcommand: a bar on a terminal, a line on SIGUSR1, nothing if it is quick."""
+"""The progress of a subcommand: a bar on a terminal if it takes long, and a line on SIGUSR1."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ _ERASE_LINE: Final = "\r\x1b[2K"
 class Meter:
     """Shows how much of the work is done.
 
-    The first report may come late: an image that was not closed cleanly is checked first,
-    and one may be scanned for free space.  Therefore a thread shows the bar after the delay
-    even without a report.
+    The first call of `report` may come late, because an image may be checked or scanned for
+    free space before the work begins.  Therefore a thread shows the bar after the delay even
+    if `report` has not been called.
     """
 
     def __init__(
         self, label: str, *, bar: bool, lines: bool, delay_seconds: float = _BAR_DELAY_SECONDS
     ) -> None:
-        """Show a ``bar`` after ``delay_seconds``, or ``lines`` of percentages, or neither."""
+        """Show a ``bar`` after ``delay_seconds``, or print ``lines`` of percentages, or neither.
+
+        A bar is shown rather than lines if both are requested.
+        """
         self._label = label
         self._bar = bar
         self._lines = lines
@@ -87,7 +90,7 @@ class Meter:
             os.write(_STDERR_FD, line.encode(errors="backslashreplace"))
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the bar, if there is one; the caller must not call `report` afterwards."""
         self._closed.set()
         if self._starter is not None:
             self._starter.join()
@@ -97,7 +100,8 @@ class Meter:
 
     def _draw(self) -> None:
         """Show the bar, or update it; skip that if another thread is drawing."""
-        # A report must not wait for the other thread; the next report draws instead.
+        # The caller of `report` must not wait for the other thread.  If that thread is still
+        # drawing, this update is skipped, and a later one shows the progress.
         if not self._drawing.acquire(blocking=False):
             return
         try:
@@ -113,13 +117,13 @@ class Meter:
             self._drawing.release()
 
     def _draw_after(self, delay_seconds: float) -> None:
-        """Show the bar after a delay, whether or not there was a report."""
+        """Show the bar after a delay, unless it is shown already or the work has ended."""
         if not self._closed.wait(delay_seconds) and self._progress is None:
             self._draw()
 
     def _start(self) -> None:
-        """Show the bar; rich is imported only here, because that is slow."""
-        from rich.console import Console  # noqa: PLC0415
+        """Show the bar for the first time."""
+        from rich.console import Console  # noqa: PLC0415  imported late: slow, and often not needed
         from rich.progress import (  # noqa: PLC0415
             BarColumn,
             Progress,
@@ -146,11 +150,11 @@ class Meter:
 
 @contextmanager
 def progress(arguments: argparse.Namespace, label: str, *, bar: bool = True) -> Iterator[Report]:
-    """Show the progress of the work in the block; yield the function to report it to.
+    """Show the progress of the work in the block; yield the function that reports it.
 
     Args:
         arguments: The parsed command line, with ``-q`` and perhaps ``-p``.
-        label: What the work is, in front of the bar or the percentage.
+        label: The name of the work, printed in front of the bar or the percentage.
         bar: Whether a bar may be shown if stderr is a terminal.
     """
     quiet: bool = arguments.quiet

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg rebase -b other.qed -F qed overlay.qed"
 DESCRIPTION: Final = """\
-Give an overlay another base, or none, while its disk keeps its content: where the two
-bases differ, the overlay gets a copy of the old one's data.  At any moment the overlay
-names one of the two bases, and has the same content over it.
+Give an overlay another base, or none.  The disk of the overlay keeps its content: where
+the two bases differ, the data of the old base is copied into the overlay.  At any moment
+the overlay names one of the two bases, and its disk has the same content.
 
-With -u only the name changes, and neither base is opened: for a base that was moved, or
-replaced by one with the same content."""
+With -u only the name of the base changes, and neither base is opened.  Use it if the base
+was moved, or was replaced by a file with the same content."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = f"{printable(arguments.image)}: has {base}"
     if not arguments.unsafe:
         text += (
-            f"; copied from the old one: {result.copied_bytes} bytes as data, "
+            f"; copied from the old base: {result.copied_bytes} bytes as data, "
             f"{result.zero_bytes} as zeros"
         )
     print_line(arguments, text)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> RebaseResult:
-    """Rebase with the options of the command line."""
+    """Rebase with the options of the command line; return what was done."""
     from qedfuse.tools.editing.rebase import rebase  # noqa: PLC0415  imported late: --help must not load it
 
     return await rebase(

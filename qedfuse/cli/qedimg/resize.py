@@ -22,8 +22,8 @@ DESCRIPTION: Final = """\
 Change the size of the disk.  The added range reads as zeros, even if the image is an
 overlay that is shorter than its base.
 
-A disk becomes smaller only with --shrink, and only if the image has no data past the
-new end, or with --force, which drops that data.  Shrink the file systems first."""
+A smaller SIZE needs --shrink.  If the image has data past the new end, it also needs
+--force, which drops that data.  Shrink the file systems on the disk first."""
 
 _SIGN: Final = re.compile(r"[+-]")
 _NEGATIVE_SIZE: Final = re.compile(r"-\d+(?:[kmgtpe]i?)?b?", re.IGNORECASE | re.ASCII)
@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     if result.size < result.size_before:
         text += f"; the file had {result.bytes_before} bytes and has {result.bytes_after}"
         if result.free_clusters:
-            text += f", {result.free_clusters} clusters in it are free (see: qedimg compact)"
+            text += f"; {result.free_clusters} clusters in the file are free (see: qedimg compact)"
     print_line(arguments, text)
     return 0
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> ResizeResult:
-    """Resize with the options of the command line."""
+    """Resize with the options of the command line; return what was done."""
     from qedfuse.tools.editing.resize import resize  # noqa: PLC0415  imported late: --help must not load it
 
     size, relative = arguments.size

@@ -1,4 +1,4 @@
-"""Run a subcommand so that Ctrl-C, SIGTERM and a closed terminal cancel it cleanly."""
+"""Running a subcommand so that Ctrl-C, SIGTERM and a closed terminal cancel it cleanly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trio.lowlevel import TrioToken
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that end a subcommand; one that was ignored from the start (nohup) stays so."""
+"""The signals that end a subcommand.  A signal that was ignored at the start (nohup) stays so."""
 
 T = TypeVar("T")
 
@@ -22,37 +22,42 @@ T = TypeVar("T")
 class Interruption:
     """Turns the first signal into a cancellation or a KeyboardInterrupt.
 
-    Later signals are ignored: a second one would interrupt the cleanup that the first one
+    Later signals are ignored, because they would interrupt the cleanup that the first one
     has started, and leave temporary files and dirty images behind.
 
     Attributes:
-        came: Whether a signal has come.
+        has_signal: Whether a signal has arrived.
     """
 
     def __init__(self) -> None:
-        self.came = False
+        self.has_signal = False
         self._deferred = False
         self._cancel: Callable[[], None] | None = None
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Handle a signal: cancel what `run` runs; outside of `run`, raise.
+        """Cancel the function that `run` runs; outside of `run`, raise.
+
+        A signal after the first does nothing.
 
         Raises:
-            KeyboardInterrupt: Nothing is running that could be cancelled.
+            KeyboardInterrupt: `run` is not running a function.
         """
-        if self.came:
+        if self.has_signal:
             return
-        self.came = True
+        self.has_signal = True
         if not self._deferred:
             raise KeyboardInterrupt
         if self._cancel is not None:
             self._cancel()
 
     def run(self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]) -> T:
-        """Run an asynchronous function to its end, and return its result.
+        """Run an asynchronous function, and return its result.
+
+        A signal that arrives when the function has returned does not change the result.
 
         Raises:
-            KeyboardInterrupt: A signal has cancelled it.
+            KeyboardInterrupt: A signal has cancelled the function, and its cleanup is
+                complete.
         """
         import trio  # noqa: PLC0415  imported late: --help must not load it
 
@@ -63,22 +68,22 @@ class Interruption:
             self._deferred = False
         if not results:
             raise KeyboardInterrupt
-        # A signal that came after the function was done does not change its result.
         return results[0]
 
     async def _cancellable(
         self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]
     ) -> list[T]:
         """Return the function's result in a list, which is empty if it was cancelled."""
-        import trio  # noqa: PLC0415
+        import trio  # noqa: PLC0415  imported late, as in `run`
 
         token: TrioToken = trio.lowlevel.current_trio_token()
         with trio.CancelScope() as scope:
-            # Called by a signal handler, which may interrupt trio's own code at any point;
-            # only run_sync_soon is safe there.
+            # The signal handler calls `_cancel`, and may interrupt trio's own code at any
+            # point.  Of trio's functions only run_sync_soon may be called there.
             self._cancel = lambda: token.run_sync_soon(scope.cancel)
             try:
-                if self.came:
+                # A signal may have arrived before `_cancel` was set.
+                if self.has_signal:
                     scope.cancel()
                 return [await function(*args)]
             finally:
@@ -87,13 +92,13 @@ class Interruption:
 
 
 _active: list[Interruption] = []
-"""The interruption whose signal handlers are installed, if any."""
+"""The interruptions of the active `interruptible` blocks; the last one handles signals."""
 
 
 def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
     """Print nothing about a KeyboardInterrupt that no code can catch, as in a destructor.
 
-    `Interruption.came` records the signal nevertheless.
+    `Interruption.has_signal` records the signal in this case too.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
@@ -101,14 +106,14 @@ def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
 
 @contextmanager
 def interruptible(*, last: bool = False) -> Iterator[Interruption]:
-    """Handle signals in the block: the first one cancels `run_async`, or raises.
+    """Handle signals in the block: the first one cancels `run_async`.
 
-    Outside of `run_async` it raises KeyboardInterrupt.  SIGUSR1, which by default ends a
-    process, is ignored unless `progress` handles it.
+    If the first one arrives outside of `run_async`, it raises KeyboardInterrupt.  SIGUSR1,
+    which by default ends a process, is ignored unless `progress` handles it.
 
     Args:
-        last: Whether the process ends after the block; then signals are ignored from there
-            on, since they could only print a traceback.
+        last: Whether the process ends after the block.  If so, signals are ignored after
+            the block, because all they could do is print a traceback.
     """
     interruption = Interruption()
     before = {
@@ -129,10 +134,10 @@ def interruptible(*, last: bool = False) -> Iterator[Interruption]:
 
 
 def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """Run an asynchronous function to its end and return its result; a signal cancels it.
+    """Run an asynchronous function and return its result; a signal cancels the function.
 
-    A KeyboardInterrupt at any point of the code could leave an image between two states.
-    After a cancellation the image is closed in the usual way, and then the program ends.
+    A KeyboardInterrupt that is raised at any point of the code could leave an image between
+    two states.  A cancelled function closes the image as after an error.
 
     Raises:
         KeyboardInterrupt: A signal has cancelled the function, and its cleanup is complete.
