@@ -182,7 +182,7 @@ def test_undo_refuses_a_changed_image(tmp_path: Path, capsys: pytest.CaptureFixt
     refused(written, b"".join(lines), "the image has changed since the repair")
     larger = repaired.copy()
     struct.pack_into("<Q", larger, 48, CLUSTER_BYTES)
-    refused(larger, b"".join(lines), "header: found another, expected that of the backup")
+    refused(larger, b"".join(lines), "header: found other values than in the backup, expected")
     refused(repaired + bytes(CLUSTER_BYTES), b"".join(lines), "file size: found")
     first, rest = lines[0], lines[1:]
     for saved in (

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 _COMPARE_CHUNK_BYTES: Final = 1 << 20
-"""Bytes of each disk in a chunk; two such buffers fit into a processor's cache."""
+"""Most bytes of each disk in a chunk; two buffers of this size fit into a processor's cache."""
 
 _BLOCK_BYTES: Final = 4096
-"""Chunks begin and end at multiples of it, and are compared in blocks of it."""
+"""Chunks consist of whole blocks of this size, except at the end of the disk."""
 
-_THREADS: Final = 4
+_WORKER_THREADS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,13 @@ class Comparison:
     """The result of a comparison.
 
     Attributes:
-        identical: Whether the disks are the same, in the sense that was asked for.
-        reason: What differs first: the content, or with ``strict`` the size or the
+        identical: Whether the content is equal, and with ``strict`` also the sizes and the
             allocation.
-        offset: Guest offset of the first difference in bytes; None if the sizes differ.
-        sizes: Bytes of the two disks.
+        reason: What differs first: the content, or with ``strict`` the size or the
+            allocation; None if the disks are identical.
+        offset: Guest offset of the first difference in bytes; None if the disks are
+            identical or ``reason`` is the size.
+        sizes: Sizes of the two disks in bytes.
     """
 
     identical: bool
@@ -57,7 +59,9 @@ class Comparison:
 async def compare(
     first: Source, second: Source, *, strict: bool = False, progress: Progress | None = None
 ) -> Comparison:
-    """Compare two disks; what the longer one has past the end of the other must be zeros.
+    """Compare two disks, and return the first difference.
+
+    Past its end the shorter disk counts as zeros.
 
     Args:
         first: One disk.
@@ -66,49 +70,53 @@ async def compare(
         progress: Called with the bytes compared so far and in all.
 
     Raises:
-        CorruptImageError: A table entry is bad.
+        CorruptImageError: A table entry is bad, and no difference was found before it.
         HostError: A file cannot be read.
     """
     sizes = first.size, second.size
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
-    # The batches cover their first disk, so that is the longer one.
+    # Batches end where the disk of the first argument ends, so that is the longer disk.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search(longer, shorter)
-    pool = WorkerPool([search.worker() for _ in range(_THREADS)])
+    pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])
     chunker = Chunker(longer, _BLOCK_BYTES, _COMPARE_CHUNK_BYTES, base=shorter)
-    report = (lambda: progress(search.done, longer.size)) if progress else None
+    report_progress = (lambda: progress(search.done, longer.size)) if progress else None
     async with (
-        periodic_progress(report),
+        periodic_progress(report_progress),
         aclosing(extent_batches(longer, _BLOCK_BYTES, shorter)) as batches,
     ):
         async for batch in batches:
-            apart = _allocation_differs_at(batch.extents, batch.base_extents) if strict else None
-            await pool.run(search.limit(chunker.chunks(batch), apart))
-            if search.found is not None and (apart is None or search.found < apart):
+            extents, other_extents = batch.extents, batch.base_extents
+            allocation = _allocation_difference(extents, other_extents) if strict else None
+            await pool.run(search.limit(chunker.chunks(batch), allocation))
+            content = search.found
+            if content is not None and (allocation is None or content < allocation):
+                return Comparison(identical=False, reason="content", offset=content, sizes=sizes)
+            if allocation is not None:
                 return Comparison(
-                    identical=False, reason="content", offset=search.found, sizes=sizes
+                    identical=False, reason="allocation", offset=allocation, sizes=sizes
                 )
-            if apart is not None:
-                return Comparison(identical=False, reason="allocation", offset=apart, sizes=sizes)
             search.done = batch.end
     return Comparison(identical=True, reason=None, offset=None, sizes=sizes)
 
 
 async def verify_copy(source: Source, copy: Source, name: str) -> None:
-    """Read a copy back and compare it with its source; it may be longer than the source.
+    """Read a copy back and compare it with its source.
+
+    An existing target may be longer than the source, and keeps its old content past the end
+    of the source.  That content is ignored.
 
     Args:
         source: The disk that was copied.
-        copy: Its copy.
+        copy: The copy.
         name: Name of the copy in messages.
 
     Raises:
-        HostError: They differ; the message has the first offset.
-        QedError: One of them cannot be read.
+        HostError: The contents differ; the message names the first offset.
+        QedError: The source or the copy cannot be read.
     """
     found = await compare(source, copy)
-    # Past the end of the source an existing target keeps its old content.
     if found.offset is not None and found.offset < source.size:
         msg = f"{name}: content at {found.offset}: found other bytes than in {source.name}"
         raise HostError(msg)
@@ -118,19 +126,20 @@ class _Search:
     """The search for the first difference, in several threads.
 
     Attributes:
-        found: Guest offset of the first difference so far; None if there is none.
-        done: Guest offset up to which the disks have been compared.
+        found: Guest offset of the first difference found so far; None if none was found.
+        done: Guest offset of the chunk that was begun last, or of the end of the last batch;
+            for reports of progress.
     """
 
     def __init__(self, one: Source, other: Source) -> None:
-        """Compare two disks."""
+        """Prepare a search in two disks."""
         self._names = one.name, other.name
         self._lock = threading.Lock()
         self.found: int | None = None
         self.done = 0
 
     def limit(self, chunks: Iterator[Chunk], end: int | None) -> Iterator[Chunk]:
-        """Yield chunks in order, but none after a difference was found, or past ``end``."""
+        """Yield chunks until a difference is found, or a chunk begins past ``end``."""
         for chunk in chunks:
             if self.found is not None or (end is not None and chunk.start > end):
                 return
@@ -152,17 +161,22 @@ class _Search:
             differs = one[at : at + _BLOCK_BYTES] != other[at : at + _BLOCK_BYTES]
             offset = chunk.start + at + int(differs.argmax())
             with self._lock:
-                # Chunks are begun in order, so one that is not begun lies behind this offset.
+                # Chunks are begun in ascending order, so a chunk that is no longer begun lies
+                # past this offset.  Other threads may still find a smaller offset.
                 self.found = offset if self.found is None else min(self.found, offset)
 
         return compare_chunk
 
 
-def _allocation_differs_at(one: list[Extent], other: list[Extent]) -> int | None:
-    """Return the first offset that is data in one list and not in the other; None if none.
+def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None:
+    """Return the first guest offset that is data in only one of two lists; None if none is.
 
-    Zeros and unallocated ranges count as the same: what is unallocated in an image may be
-    zeros in its overlay.
+    Zeros and unallocated ranges count as equal, because both can stand for the same content:
+    a range that an image does not store may be a zero cluster in its overlay.
+
+    Args:
+        one: Extents of a range of the disk, without gaps.
+        other: Extents of the same range, without gaps; may end earlier.
     """
     ends = {extent.end: None for extent in (*one, *other)}
     extents = [iter(one), iter(other)]
@@ -179,5 +193,5 @@ def _allocation_differs_at(one: list[Extent], other: list[Extent]) -> int | None
 
 
 def _is_data(extent: Extent | None) -> bool:
-    """Return whether an extent is data; None stands for past the end of the disk."""
+    """Return whether an extent is data; None, for a range past the end of the disk, is not."""
     return extent is not None and extent.kind is Kind.DATA

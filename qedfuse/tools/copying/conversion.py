@@ -1,4 +1,4 @@
-"""One conversion with its source open: the copy to a pipe, an existing target or a new file."""
+"""A conversion from an open source to a pipe, an existing target or a new file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ConvertResult:
 
     Attributes:
         size: Size of the disk.
-        file_bytes: Length of the new file; 0 for a pipe.
+        file_bytes: Length of the target file or device; 0 for a pipe.
         data_bytes: Bytes of the disk that were written as data.
     """
 
@@ -55,14 +55,19 @@ class ConvertResult:
 
 
 class RawStream(NamedTuple):
-    """A raw stream as the source; ``is_raw`` if its bytes may look like an image."""
+    """A raw stream as the source.
+
+    Attributes:
+        stream: The open stream.
+        is_raw: Whether the stream is accepted even if its first bytes are those of an image.
+    """
 
     stream: Stream
     is_raw: bool
 
 
 class Conversion:
-    """One conversion; its source is open while it is used."""
+    """One conversion; the caller must keep the source open until the copy has returned."""
 
     def __init__(
         self,
@@ -77,8 +82,8 @@ class Conversion:
         progress: Progress | None,
     ) -> None:
         """Prepare a conversion of ``source`` to ``path``; the arguments are those of `convert`."""
-        self._source = None if isinstance(source, RawStream) else source
         self._input = source
+        self._source = None if isinstance(source, RawStream) else source
         self._path = path
         self._name = printable(path)
         self._spec = spec
@@ -92,11 +97,11 @@ class Conversion:
         """Write raw content to a pipe.
 
         Raises:
-            UsageError: The copy would not be raw, or would be read back.
+            UsageError: The target format is not raw, or a comparison is wanted.
             QedError: As `convert`.
         """
         if self._spec.format != "raw" or self._compare:
-            msg = f"{self._name}: a pipe: expected -O raw, and nothing to read back"
+            msg = f"{self._name}: a pipe: expected -O raw without --compare"
             raise UsageError(msg)
         stream = await open_stream(self._path, os.O_WRONLY)
         with closing(stream):
@@ -107,12 +112,13 @@ class Conversion:
         """Write over the content of an existing file, image or device.
 
         Raises:
-            UsageError: The target is smaller than the disk, or of another format.
+            UsageError: The target is smaller than the disk or of another format, or the
+                arguments name a backing file or a foreign format.
             QedError: As `convert`.
         """
         spec = self._spec
         if spec.backing is not None or spec.format not in {"raw", "qed"}:
-            msg = f"{self._name}: an existing file: expected -O raw or -O qed, and no -B"
+            msg = f"{self._name}: an existing file: expected -O raw or -O qed without -B"
             raise UsageError(msg)
         if spec.format == "qed":
             size, file_bytes, data_bytes = await self._copy_to_image()
@@ -126,7 +132,9 @@ class Conversion:
         """Create a new file, which gets its name when it is complete.
 
         Raises:
-            UsageError: The file exists, or cannot have the wanted backing file.
+            UsageError: The file exists and ``overwrite`` is False, a backing file is named
+                for a format other than QED, or a foreign format cannot be made.
+            BackingError: The backing file cannot be used, or leads to the target itself.
             QedError: As `convert`.
         """
         spec = self._spec
@@ -155,7 +163,7 @@ class Conversion:
         return ConvertResult(size, status_of(self._path, self._name).st_size, data_bytes)
 
     async def _copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:
-        """Copy everything; return the size of the disk, and the bytes written as data."""
+        """Copy the whole disk; return its size, and how many of its bytes were written as data."""
         sparse_size = self._spec.sparse_size
         if isinstance(self._input, RawStream):
             stream, is_raw = self._input
@@ -164,7 +172,8 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            write_behind = "off"  # qemu-img reads the file next, from the page cache
+            # The raw file should stay in the page cache, because qemu-img reads it next.
+            write_behind = "off"
         copy = DiskCopy(
             self._input,
             target,
@@ -177,9 +186,10 @@ class Conversion:
         return self._input.size, copy.data_bytes
 
     async def _copy_to_image(self) -> tuple[int, int, int]:
-        """Copy to an existing QED image; return the sizes of disk, file and data."""
-        # Imported here: other targets need no writable disk, which takes a while to load.
-        from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415
+        """Copy to an existing QED image; return the bytes of the disk, the file and the data."""
+        # Imported late, because other targets do not need the module and should not wait
+        # until it is loaded.
+        from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415  see above
 
         options = replace(self._options, force_share=False)
         async with open_writable(self._path, options) as disk:
@@ -188,9 +198,16 @@ class Conversion:
             return size, disk.fstat().st_size, data_bytes
 
     async def _copy_to_raw_file(self) -> tuple[int, int, int]:
-        """Copy to an existing raw file or device; return the sizes of disk, file and data."""
+        """Copy to an existing file or device; return the bytes of the disk, the file and the data.
+
+        Raises:
+            UsageError: The target is a QED image or smaller than the disk.
+        """
         if probe_format(self._path) == "qed":
-            msg = f"{self._name}: found a QED image, expected raw content (-O qed writes to it)"
+            msg = (
+                f"{self._name}: found a QED image, expected raw content (-O qed writes into the "
+                "image)"
+            )
             raise UsageError(msg)
         fd = open_raw(self._path, os.O_RDWR)
         try:
@@ -204,14 +221,17 @@ class Conversion:
             os.close(fd)
 
     def _refuse_too_small(self, size: int) -> None:
-        """Refuse a target of ``size`` bytes that is smaller than the source."""
+        """Refuse a target of ``size`` bytes if the source is larger.
+
+        The size of a stream is unknown, so no target is refused for it.
+        """
         if self._source is not None and size < self._source.size:
             msg = f"{self._name}: size: found {size}, expected at least {self._source.size}"
             raise UsageError(msg)
 
     @asynccontextmanager
     async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:
-        """Yield the target for an empty file, and its base if it will have one."""
+        """Yield the target for an empty file, and its open base; None if it has no base."""
         spec = self._spec
         if spec.format == "raw":
             yield NewRawTarget(fd, self._name, spec.sparse_size), None
@@ -225,7 +245,7 @@ class Conversion:
             yield qed_target(fd, self._name, spec, self._source, base), base
 
     async def _copy_through_qemu(self, new: NewFile) -> tuple[int, int]:
-        """Copy to a temporary raw file, which qemu-img then converts."""
+        """Copy to a temporary raw file, which qemu-img then converts; return as `_copy`."""
         spec = self._spec
         if self._compare:
             msg = f"{self._name}: --compare: found format {spec.format}, expected raw or qed"
@@ -234,7 +254,14 @@ class Conversion:
             return await self._copy(NewRawTarget(fd, self._name, spec.sparse_size))
 
     async def _verify(self, path: str) -> None:
-        """Compare the copy, which is at ``path`` for now, with the source."""
+        """Compare the copy with the source; do nothing for a stream, which cannot be read again.
+
+        Args:
+            path: Present path of the copy.  A new file does not have its final name yet.
+
+        Raises:
+            HostError: The contents differ.
+        """
         if self._source is None:
             return
         options = replace(self._options, force_share=True)

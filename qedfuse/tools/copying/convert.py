@@ -1,4 +1,4 @@
-"""Copying a disk into a file of another format, or a chain of images into one image."""
+"""Copying a disk, possibly one that a chain of images stores, into a file, image or pipe."""
 
 from __future__ import annotations
 
@@ -36,35 +36,45 @@ async def convert(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Copy a disk; until the copy is complete its name is free, or still that of the old file.
+    """Copy a disk into a new file, an existing file, image or device, or a pipe.
+
+    A new file gets its name when the copy is complete.  Until then the name is free, or is
+    still that of the old file.
 
     Args:
         source_path: A QED image, a raw file or device, or a pipe (``-``: standard input).
-        target_path: The new file, or a pipe for raw content (``-``: standard output).
-        spec: Format and geometry of the new file.
+        target_path: The file or device to write, or a pipe for raw content (``-``: standard
+            output).
+        spec: Format and geometry of the target.
         source_format: Format of the source.
         into_existing: Write into an existing file, image or device.
         overwrite: Replace an existing file.
-        compare: Read both disks back before the copy counts as complete.
-        durable: Make the copy durable before it counts as complete.  An existing image is
-            made durable in any case.
-        streams: Chunks in flight, 1 to 16.
+        compare: Read both disks again and compare them.  A new file gets its name only if
+            they are equal.
+        durable: Make the copy durable before a new file gets its name, or before returning.
+            An existing image is always made durable, and a pipe never.
+        streams: Most chunks in flight, 1 to 16.
         options: How to open the source.
-        progress: Called with the bytes of the disk that are copied, and its size.
+        progress: Called with the bytes of the disk copied so far, and the size of the disk.
 
     Raises:
-        UsageError: The arguments contradict each other, or name a source or target that
-            cannot be one.
+        UsageError: The arguments contradict each other, or the source or target is not of a
+            kind that they allow.
         ImageInUseError: The old file is open elsewhere, or another file has taken its name
-            meanwhile.
-        QedError: The source cannot be read, or the target cannot be made.
+            during the copy.
+        BrokenPipeError: The target is a pipe whose reading end is closed.
+        QedError: The source cannot be read, the target cannot be written, or the comparison
+            found a difference.
     """
     spec, options = spec or ImageSpec(), options or OpenOptions()
     async with AsyncExitStack() as stack:
         source: Source | RawStream
         if is_stream(source_path):
             if source_format == "qed" or spec.backing is not None or compare or into_existing:
-                msg = f"{printable(source_path)}: a pipe: expected raw content and a new file"
+                msg = (
+                    f"{printable(source_path)}: found a pipe, which can only be raw content for a "
+                    "new file or a pipe, without -B and --compare"
+                )
                 raise UsageError(msg)
             stream = await open_stream(source_path, os.O_RDONLY)
             stack.callback(stream.close)
@@ -92,10 +102,10 @@ async def convert(
 
 
 def _refuse_same_file(source: Source, target_path: str) -> None:
-    """Refuse a target that is the source, or one of its bases.
+    """Refuse a target that is the source, or one of the bases of the source.
 
     Raises:
-        UsageError: It is.
+        UsageError: The target is one of these files.
     """
     try:
         target = os.stat(target_path)  # noqa: PTH116  a name, not a Path

@@ -1,7 +1,8 @@
 """Copying a disk: several chunks in flight, each read, searched for zeros and written.
 
-Worker threads read and search chunks in any order.  Then each chunk waits for its turn, gets
-its offsets in the target and is written.  So the same disk always makes the same file.
+Worker threads read and search chunks in any order.  Then each thread waits for the turn of its
+chunk, assigns offsets in the target and writes the chunk.  Turns follow the order of the disk,
+so the same disk always makes the same file.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
     WriteBehindMode = Literal["wait", "if fast", "off"]
 
 DEFAULT_STREAMS: Final = 4
-"""Chunks that are in flight unless the user chooses another number."""
+"""Most chunks in flight, unless the user chooses another number."""
 
 _MAX_BUFFER_BYTES: Final = 64 << 20
-"""Bytes of all buffers together; large clusters make large chunks, so fewer are in flight."""
+"""Most bytes in all buffers together, unless a single chunk needs more.
+
+Large clusters make large chunks, so fewer of them are in flight.
+"""
 
 
 class DiskCopy:
@@ -61,14 +65,15 @@ class DiskCopy:
 
         Args:
             source: The disk to copy.
-            target: What it is copied to.
-            base: What the target shows where nothing is written to it.
-            sparse_size: Bytes; shorter runs of zeros are written as data, and with 0 all
-                zeros are.
-            write_behind: Whether the host writes a new target back while it is copied:
-                ``wait`` for the disk, since an fsync follows; ``if fast``, as long as the
-                disk keeps up; or ``off``.
-            progress: Called with the bytes of the disk that are copied, and its size.
+            target: The target to copy to.
+            base: The disk that the target shows where nothing is written to the target.
+            sparse_size: Bytes; a shorter run of zeros is written as data.  With 0 all zeros
+                are written as data.
+            write_behind: Whether a new file is written back to the host's disk during the
+                copy.  ``wait``: always, and the copy waits for a slow disk, because an fsync
+                follows.  ``if fast``: as long as the disk keeps up.  ``off``: never.
+            progress: Called with the bytes of the disk copied so far, and the size of the
+                disk.
         """
         self._source = source
         self._target = target
@@ -81,9 +86,13 @@ class DiskCopy:
         self._chunk_bytes = max(target.max_chunk_bytes, target.block_size)
 
     async def run(self, streams: int) -> None:
-        """Copy the whole disk, with up to ``streams`` chunks in flight.
+        """Copy the whole disk and complete the target.
+
+        Args:
+            streams: Most chunks in flight.  A sequential target has only one in flight.
 
         Raises:
+            BrokenPipeError: The target is a pipe whose reading end is closed.
             QedError: The source cannot be read, or the target cannot be written.
         """
         source, target = self._source, self._target
@@ -95,7 +104,7 @@ class DiskCopy:
             include_zeros=not self._sparse_size,
         )
         async with (
-            periodic_progress(self._report if self._progress else None),
+            periodic_progress(self._report_progress if self._progress else None),
             aclosing(extent_batches(source, target.block_size, self._base)) as batches,
         ):
             if isinstance(target, ParallelTarget):
@@ -118,15 +127,17 @@ class DiskCopy:
             await finish_target(target, source.size)
             self._done = source.size
 
-    def _report(self) -> None:
-        """Report the progress, if it is wanted."""
+    def _report_progress(self) -> None:
+        """Call the progress callback, if there is one."""
         if self._progress is not None:
             self._progress(self._done, self._source.size)
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
-        """Allocate the buffers of one worker: for the source and, if there is one, the base.
+        """Allocate two buffers for one worker: for the source, and for the base.
 
-        They are reused for each chunk: fresh memory costs as much as copying into it.
+        The second is empty if there is no base.  The worker uses the same buffers for all
+        its chunks, because the kernel needs as long to provide new memory as a copy into it
+        takes.
         """
         base_bytes = self._chunk_bytes if self._base is not None else 0
         return np.empty(self._chunk_bytes, np.uint8), np.empty(base_bytes, np.uint8)
@@ -140,8 +151,9 @@ class DiskCopy:
         def copy(chunk: Chunk, ticket: Ticket) -> None:
             content = buffer[: chunk.length]
             data, zeros = self._read(chunk, content, base_buffer)
-            # The host lets one thread at a time write to a file.  Threads that wait here
-            # sleep, and leave the processor to those that read.
+            # The kernel lets one thread at a time write to a file.  Threads that wait here
+            # sleep instead of contending for its lock, so the processor is free for threads
+            # that read.
             ticket.wait()
             writes = target.assign_offsets(chunk.start, content.data, data, zeros)
             if target.descriptor >= 0:
@@ -157,20 +169,29 @@ class DiskCopy:
     async def _copy_in_order(
         self, target: SequentialTarget, chunk: Chunk, content: Bytes, base_content: Bytes
     ) -> None:
-        """Copy one chunk to a sequential target, which does most of the work."""
+        """Read one chunk and write it to a sequential target.
+
+        Args:
+            target: The target.
+            chunk: The next chunk in the order of the disk.
+            content: A buffer as long as the chunk.
+            base_content: A buffer for the base, at least as long as the chunk if there is a
+                base.
+        """
         data, _ = await trio.to_thread.run_sync(self._read, chunk, content, base_content)
         await target.write_chunk(chunk.start, content.data, data)
         self._count(chunk, data)
 
     def _count(self, chunk: Chunk, data: Mask) -> None:
-        """Count a chunk that is copied."""
+        """Add a copied chunk to `data_bytes` and to the progress; ``data`` marks its data."""
         self.data_bytes += masked_bytes(data, self._target.block_size, chunk.length)
         self._done = chunk.start + chunk.length
 
     def _read(self, chunk: Chunk, content: Bytes, base_content: Bytes) -> tuple[Mask, Mask]:
-        """Read a chunk into ``content``; return masks of its data and of zeros that hide a base.
+        """Read a chunk, and its range of the base, into buffers; for a worker thread.
 
-        For a worker thread.
+        Returns:
+            Two masks of blocks: to write as data, and to write as zeros that hide the base.
         """
         block_size = self._target.block_size
         read_segments(content, chunk.segments, self._source.name)

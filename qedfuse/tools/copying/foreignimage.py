@@ -1,4 +1,4 @@
-"""Making images of other formats: qemu-img converts a temporary raw file."""
+"""Making images of foreign formats: qemu-img converts a temporary raw file."""
 
 from __future__ import annotations
 
@@ -18,28 +18,35 @@ if TYPE_CHECKING:
 
 _PROGRAM: Final = "qemu-img"
 _TRIAL_DISK_BYTES: Final = 1 << 20
-"""Size of the trial image's disk; every format allows it."""
+"""Size of the disk of the trial image; every format allows this size."""
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
-"""Bytes of the image's name in the temporary directory's; a name has at most 255."""
+"""Most bytes of the image's name that the name of the temporary directory begins with.
+
+The whole name may have at most 255 bytes.
+"""
 
 
 @asynccontextmanager
 async def foreign_image(
     path: str, temporary: str, wanted: str, options: Sequence[str]
 ) -> AsyncIterator[int]:
-    """Yield an empty file for a raw disk; convert it into an image at the end of the block.
+    """Yield the descriptor of an empty file, which the caller must fill with a raw disk.
+
+    At the end of the block the raw file is converted into the image.  If the block raises,
+    no image is made.  The raw file is removed in any case.
 
     Args:
         path: Final name of the image.
-        temporary: Path at which the image is put in the end; it is replaced.
-        wanted: Its format, as qemu-img calls it.
+        temporary: Path of the file that the image replaces.
+        wanted: Format of the image, as qemu-img calls it.
         options: Arguments for ``-o`` of qemu-img.
 
     Raises:
         UsageError: qemu-img is not installed, does not make the format, or would not make
             exactly one file with these options.
-        HostError: qemu-img failed.
+        HostError: qemu-img refused the options or failed, or no temporary directory can be
+            made.
     """
     program = shutil.which(_PROGRAM)
     if program is None:
@@ -53,9 +60,11 @@ async def foreign_image(
     except OSError as error:
         raise cannot_open(path, error) from error
     try:
-        # "./" before a relative name: for qemu-img "a:b/c" has a protocol, and "-a" is an option.
+        # A relative name gets "./" before it, because qemu-img takes "a:b/c" for a protocol and
+        # "-a" for an option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
-        # Its final name from the beginning: some formats store the name of the file in it.
+        # qemu-img creates the image under its final name, because some formats store the name
+        # of the file in the file.
         image = os.path.join(".", work_directory, "image", name)  # noqa: PTH118
         os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
         await _try_options(program, path, wanted, words, image)
@@ -80,15 +89,16 @@ async def _try_options(
 ) -> None:
     """Create and remove a small image, so that a bad option fails before the copy, not after it.
 
-    The exit status and the directory decide; qemu-img's text differs between its versions and
-    is only quoted.
+    Success is judged by the exit status and by the files in the directory.  The messages of
+    qemu-img are only quoted, because they differ between its versions.  No trial image is
+    made if an option names a data file.
 
     Args:
-        program: qemu-img.
+        program: Path of qemu-img.
         path: Final name of the image, for messages.
-        wanted: Its format.
+        wanted: Format of the image.
         words: The options, as arguments.
-        image: Name for the trial image, in an empty directory.
+        image: Path for the trial image, in an empty directory.
 
     Raises:
         UsageError: qemu-img cannot make the format, or would not make one file.
@@ -102,7 +112,8 @@ async def _try_options(
         msg = f"{name}: format: found {found}, expected one that qemu-img makes ({reason})"
         raise UsageError(msg)
     if any("data_file=" in word for word in words):
-        return  # a file named by the user must not be written before the copy has succeeded
+        # The trial would write to a file of the user, and the copy could still fail afterwards.
+        return
     reason = await _run([*create, *words, image, str(_TRIAL_DISK_BYTES)], image)
     if reason is not None:
         msg = f"{name}: qemu-img: {reason}"
@@ -110,7 +121,8 @@ async def _try_options(
     directory, wanted_name = os.path.split(image)
     made = os.listdir(directory)  # noqa: PTH208  names, not Paths
     if made != [wanted_name]:
-        # A VMDK of several extents, for example: the others would be lost.  None: "-o help".
+        # Only one file can be moved to the final name, but a VMDK of several extents, for
+        # example, consists of several files.  With "-o help" qemu-img makes no file.
         options = printable(" ".join(words[1::2]))
         found = f"{len(made)} files" if made else "none"
         msg = f"{name}: -o {options}: found that qemu-img makes {found}, expected one file"
@@ -122,8 +134,8 @@ async def _run(command: list[str], image: str) -> str | None:
     """Run qemu-img; return None if it succeeded, else the reason in one printable line.
 
     Args:
-        command: qemu-img and its arguments.
-        image: Temporary name of the image, which is removed from the reason.
+        command: Path of qemu-img, and the arguments.
+        image: Temporary name of the image, which is left out of the reason.
     """
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if done.returncode == 0:

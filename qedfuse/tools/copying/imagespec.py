@@ -1,4 +1,4 @@
-"""The format and geometry wanted for a copy, and opening the base that it will have."""
+"""The format and geometry that the user wants for a copy, and opening the base of the copy."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 DEFAULT_SPARSE_SIZE: Final = 4096
+"""Bytes of the shortest run of zeros that is not written as data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,12 @@ class ImageSpec:
         format: ``raw``, ``qed``, or another format that qemu-img makes.
         cluster_size: Bytes in a cluster of a QED image.
         table_size: Clusters in a table of a QED image.
-        backing: The backing file of a new QED image, by a name that is absolute or begins
-            at the image's directory; only what differs from it is written.
-        backing_format: Format of the backing file; may be omitted if it is QED.
-        sparse_size: Bytes; shorter runs of zeros are written as data, and with 0 all zeros
-            are.
+        backing: Name of the backing file of a new QED image, absolute or relative to the
+            image's directory; None for none.  Only clusters that differ from the backing
+            file are written.
+        backing_format: Format of the backing file; None accepts only QED.
+        sparse_size: Bytes; a shorter run of zeros is written as data.  With 0 all zeros are
+            written as data.
         foreign_options: Arguments for ``-o`` of qemu-img.
     """
 
@@ -57,10 +59,10 @@ def qed_target(
     """Return the target for a new image.
 
     Args:
-        fd: The empty file; negative to write nothing.
-        name: Its name in messages.
-        spec: Its geometry and the name of its backing file.
-        source: The disk that will be copied; None if its size is unknown yet.
+        fd: Descriptor of the empty file; negative to write nothing.
+        name: Name of the file in messages.
+        spec: Geometry of the image and name of its backing file.
+        source: The disk that will be copied; None for a stream, whose size is not known yet.
         base: The open backing file; None if there is none.
 
     Raises:
@@ -78,15 +80,17 @@ def qed_target(
 
 @asynccontextmanager
 async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> AsyncIterator[Source]:
-    """Open the backing file that a new image will have, as a source.
+    """Open the backing file of a new image as a source; close it at the end of the block.
 
     Args:
-        image: Name of the new image, where a relative name of the backing file begins.
+        image: Path of the new image; a relative name of the backing file is relative to its
+            directory.
         spec: The name and the format of the backing file.
-        options: How to open it.
+        options: How to open the backing file.
 
     Raises:
-        BackingError: It cannot be used, or its format must be given.
+        BackingError: The backing file cannot be opened, is not a regular file, or is not of
+            the format that ``spec`` names.
     """
     path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"

@@ -1,4 +1,4 @@
-"""The space that a copy of a disk would need: exactly that of the file `convert` makes."""
+"""The space that a copy of a disk needs: exactly that of the file that `convert` would make."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Measurement:
     """Space for a disk, in bytes.
 
     Attributes:
-        required: Space for a copy.  For QED that is the length of the file.
-        fully_allocated: Space when all of the disk has been written to.
+        required: Space for the copy.  For QED this is the length of the file, and for raw
+            the bytes of data without holes.
+        fully_allocated: Space for the file when all of the disk has been written to.
     """
 
     required: int
@@ -39,10 +40,11 @@ class Measurement:
 
 
 def measure_empty(size: int, spec: ImageSpec) -> Measurement:
-    """Return the space for a new disk of ``size`` bytes.
+    """Return the space for a new disk of ``size`` bytes that is not written to yet.
 
     Raises:
-        UsageError: The size or the geometry is invalid.
+        UsageError: The size or the geometry is invalid, or the format is not ``raw`` or
+            ``qed``.
     """
     _check_format(spec)
     if spec.format == "raw":
@@ -64,18 +66,21 @@ async def measure(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Return the space for a copy of a disk, which is read: zeros take no space.
+    """Return the space for a copy of a disk; the disk is read, because zeros take no space.
 
     Args:
         path: A QED image, a raw file or a block device.
         spec: Format and geometry of the copy, ``raw`` or ``qed``.
         source_format: Format of the source.
-        image: Name of the copy, where a relative name of its backing file begins.
+        image: Path of the copy; a relative name of its backing file is relative to its
+            directory.
         options: How to open the source.
-        progress: Called with the bytes of the disk that are read, and its size.
+        progress: Called with the bytes of the disk read so far, and the size of the disk.
 
     Raises:
-        UsageError: The geometry is invalid, or too small for the disk.
+        UsageError: The format is not ``raw`` or ``qed``, or the geometry is invalid or too
+            small for the disk.
+        BackingError: The backing file of the copy cannot be used.
         QedError: The source cannot be read.
     """
     _check_format(spec)
@@ -99,7 +104,7 @@ async def measure(
 
 
 def _check_format(spec: ImageSpec) -> None:
-    """Refuse formats that only qemu-img makes."""
+    """Raise UsageError for a format that only qemu-img makes."""
     if spec.format not in {"raw", "qed"}:
         found = printable(spec.format)
         msg = f"-O: found {found}, expected raw or qed (qemu-img measure knows some others)"

@@ -1,4 +1,4 @@
-"""Copying a raw stream, whose length is unknown before its end."""
+"""Copying a raw stream, whose length is known only at its end."""
 
 from __future__ import annotations
 
@@ -26,25 +26,34 @@ async def copy_stream(
     raw: bool,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
-    """Copy a raw stream up to its end; return the bytes of the disk, and those written as data.
+    """Copy a raw stream up to its end.
 
     Args:
-        stream: What is copied.
-        target: What it is copied to.
+        stream: The stream to read.
+        target: The target to write to.
         sparse_size: As for `DiskCopy`.
         raw: Copy the bytes unchanged, even if they look like an image.
-        progress: Called with the bytes read so far, as both arguments: the total is unknown.
+        progress: Called with the bytes read so far, as both arguments, because the total is
+            unknown.
+
+    Returns:
+        The size of the disk in bytes, and how many of its bytes were written as data.
 
     Raises:
-        UsageError: The stream is an image.
-        HostError: The host refused.
+        UsageError: The first bytes are those of an image, and ``raw`` is False; or the disk
+            is larger than the target can be.
+        BrokenPipeError: The target is a pipe whose reading end is closed.
+        QedError: The stream cannot be read, or the target cannot be written.
     """
     buffer = np.empty(max(target.max_chunk_bytes, target.block_size), np.uint8)
     size = data_bytes = 0
     while True:
         count = await _fill(stream, buffer.data)
         if not size and not raw and format_of(buffer[:count].data, stream.name) != "raw":
-            msg = f"{stream.name}: found a QED image, expected raw content: an image needs a file"
+            msg = (
+                f"{stream.name}: found a QED image, expected raw content (a QED image can be "
+                "read from a file, but not from a pipe)"
+            )
             raise UsageError(msg)
         if count:
             content = buffer[:count]
@@ -68,7 +77,10 @@ async def copy_stream(
 
 
 async def _fill(stream: Stream, view: memoryview) -> int:
-    """Fill a buffer; return the bytes read, fewer than its length only at the stream's end."""
+    """Fill a buffer; return the number of bytes read.
+
+    At the end of the stream that is less than the length of ``view``.
+    """
     done = 0
     while done < len(view) and (count := await stream.read(view[done:])):
         done += count

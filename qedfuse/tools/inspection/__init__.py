@@ -1,1 +1,1 @@
-"""Describe an image without changing it: info, map, dump, free list."""
+"""Describing an image without changing it: info, map, dump, free list."""

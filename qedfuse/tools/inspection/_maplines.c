@@ -1,7 +1,7 @@
 /* Writes the extents that a slice of an L2 table describes, in the formats of qemu-img map.
  *
- * Only for valid tables: at the first entry that may be invalid it returns None and has
- * changed nothing, so that the caller can continue from there.
+ * It only handles valid entries.  If an entry of the slice may be invalid, it returns None and
+ * leaves the pending extent unchanged, and the caller maps the disk from that extent on.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -9,9 +9,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define COLUMN_CHARS 16     /* of a column of the table for people */
-#define MAX_DIGITS 20       /* of a number; of a hexadecimal one including its 0x */
-#define MAX_JSON_CHARS 192  /* of a line, numbers included */
+#define COLUMN_CHARS 16     /* width of a column of the text table */
+#define MAX_DIGITS 20       /* most characters of a number: 20 decimal, or 0x and 16 hexadecimal */
+#define MAX_JSON_CHARS 192  /* most characters of a line of JSON */
 
 /* A range of the disk that is stored in one way; the value is its first table entry. */
 struct extent {
@@ -20,10 +20,11 @@ struct extent {
 
 struct style {
     int json;
-    const char *name; /* last column of the table for people */
+    const char *name; /* last column of the text table, and a newline */
     size_t name_length;
 };
 
+/* Append a string at `at`; return the end of the output. */
 static char *put(char *at, const char *text)
 {
     size_t length = strlen(text);
@@ -32,6 +33,7 @@ static char *put(char *at, const char *text)
     return at + length;
 }
 
+/* Append a decimal number; return the end of the output. */
 static char *decimal(char *at, uint64_t number)
 {
     char digits[MAX_DIGITS], *first = digits + MAX_DIGITS;
@@ -45,7 +47,7 @@ static char *decimal(char *at, uint64_t number)
     return at + length;
 }
 
-/* Write a number as printf does with "%#-16x". */
+/* Append a number as printf does with "%#-16x"; return the end of the output. */
 static char *column(char *at, uint64_t number)
 {
     int digits = 1;
@@ -62,6 +64,7 @@ static char *column(char *at, uint64_t number)
     return end;
 }
 
+/* Append the line of an extent; the text table has lines only for data.  Return the end. */
 static char *write_extent(char *at, const struct extent *extent, const struct style *style)
 {
     if (style->json) {
@@ -90,7 +93,7 @@ static char *write_extent(char *at, const struct extent *extent, const struct st
     return at + style->name_length;
 }
 
-/* Return whether an extent of data overlaps one of the tables, which are sorted. */
+/* Return whether an extent of data overlaps one of the L2 tables, whose offsets ascend. */
 static int overlaps_table(const struct extent *data, const uint64_t *tables, size_t count,
                       uint64_t table_bytes)
 {
@@ -143,7 +146,7 @@ static PyObject *lines(PyObject *module, PyObject *args)
             follows += step;
             index++;
         }
-        if (index > first) { /* the last entry of a run is its highest */
+        if (index > first) { /* offsets ascend, so only the last one can be too high */
             now.length += (index - first) * size;
             valid = now.value <= 1 || values[index - 1] <= high;
         } else if (value > 1 && (value & (size - 1) || value < low || value > high)) {
@@ -178,9 +181,9 @@ end:
 static PyMethodDef methods[] = {
     {"lines", lines, METH_VARARGS,
      "lines(entries, cluster_size, low, high, tables, table_bytes, pending, json, name)\n"
-     "Return the text of the extents that end within some entries, or None if an entry may\n"
-     "be invalid.  pending (start, length, value) is the extent that may continue; it is\n"
-     "updated unless None is returned."},
+     "Return the text of the extents that end within the entries, or None if an entry may be\n"
+     "invalid.  pending (start, length, value) is the extent that the entries may continue;\n"
+     "it is updated unless None is returned."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -21,16 +21,25 @@ if TYPE_CHECKING:
 async def describe_chain(
     path: str, image_format: FormatChoice = "auto", options: OpenOptions | None = None
 ) -> list[ImageInfo]:
-    """Describe an image and all its bases, which are opened by the rules of ``options``.
+    """Return the descriptions of an image and of all its bases, the image itself first.
+
+    For a raw file, and for an image whose header is invalid, the list has only the file
+    itself.
+
+    Args:
+        path: The image.
+        image_format: Format of the image; ``auto`` detects the format by the first bytes.
+        options: How to open the image, and which bases are trusted.
 
     Raises:
+        NotQedError: As `describe`.
         BackingError: A base is missing, refused, in a loop, too deep or of another format.
         QedError: The image or a base cannot be opened.
     """
     options = options or OpenOptions()
     top = describe(path, image_format, share=options.force_share)
     if top.qed is None or not top.qed.readable:
-        # The name of a base is not used if the header is invalid.
+        # A raw file has no base.  The base that an invalid header names is not opened.
         return [top]
     with open_image_file(path, options.read_lock) as file:
         header = await read_header(file)
@@ -39,6 +48,6 @@ async def describe_chain(
 
 
 def _describe_layer(layer: Layer) -> ImageInfo:
-    """Describe a base that is open."""
+    """Return the description of a base that is open."""
     file = cast("PosixFile", layer.file)
     return describe_open(file.fd, file.path, "raw" if isinstance(layer, RawLayer) else "qed")

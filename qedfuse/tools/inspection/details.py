@@ -1,6 +1,6 @@
-"""What takes longer to find out about an image than `info` does: its clusters, its free list.
+"""The details of an image that need more reading than `info` does: number of clusters, free list.
 
-Clusters are counted slice by slice, so in little memory.
+Clusters are counted slice by slice of the tables, which takes little memory.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Allocation:
     """The numbers of tables and clusters that an image stores; the rest is unallocated.
 
     Attributes:
-        l2_tables: L1 entries that point to a table.
-        bad_tables: L1 entries that are invalid.
-        data: Clusters whose entry is an offset, valid or not.
-        zero: Zero clusters, which read as zeros also over a base.
+        l2_tables: Number of L1 entries that point to a table.
+        bad_tables: Number of L1 entries that are invalid.
+        data: Number of clusters whose L2 entry is an offset, valid or not.
+        zero: Number of zero clusters, which read as zeros even where the base has data.
     """
 
     l2_tables: int
@@ -48,8 +48,8 @@ class Details:
     """More about an image than `ImageInfo` has.
 
     Attributes:
-        free_list: None if the image has none.
-        allocation: None if it was not asked for.
+        free_list: The persistent free list; None if the image has none.
+        allocation: The counted clusters; None if the caller did not ask for them.
     """
 
     free_list: FreeListInfo | None = None
@@ -63,13 +63,13 @@ async def read_details(
     allocation: bool = False,
     progress: Progress | None = None,
 ) -> Details:
-    """Read the free list of an image if it has one, and count its clusters if wanted.
+    """Read the free list of an image, if it has one, and count its clusters, if wanted.
 
-    Returns nothing about an image whose header is invalid.
+    Both are None for a raw file and for an image whose header is invalid.
 
     Args:
         info: The description of the image.
-        options: How to open it.
+        options: How to open the image.
         allocation: Whether to count clusters, which reads all tables.
         progress: Called with the number of L2 tables read so far and in all.
 
@@ -96,7 +96,7 @@ async def count_allocation(
 
     Args:
         file: The image.
-        header: Its header.
+        header: The header of the image.
         progress: Called with the number of L2 tables read so far and in all.
 
     Raises:

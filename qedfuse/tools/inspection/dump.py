@@ -1,7 +1,9 @@
-"""The tables of an image entry by entry, for people who debug images, above all broken ones.
+"""The entries of the tables of an image, for debugging images, above all broken ones.
 
-Adjacent entries that describe adjacent clusters are combined into a range.  A table is read
-slice by slice, and the ranges of each slice are yielded before the next is read.
+Adjacent entries with the same verdict are combined into one range if each value is higher
+than the value before it by the length of a cluster (in the L1 table, of an L2 table), or if
+all values are equal.  A table is read slice by slice, and the ranges of each slice are yielded
+before the next slice is read, so no range crosses the end of a slice.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 OK: Final = "ok"
 ZEROS: Final = "zeros"
+"""The verdict on the entry of a zero cluster."""
 VERDICTS: Final = {
     Code.L1_RESERVED_BITS: "reserved",
     Code.L1_UNALIGNED: "unaligned",
@@ -49,21 +52,25 @@ VERDICTS: Final = {
     Code.L2_CUT_SHORT: "cut short",
     Code.L2_OVER_METADATA: "over metadata",
 }
-"""The words for entries that are invalid."""
+"""The verdicts on invalid entries."""
 
-_MAX_KNOWN_TABLES: Final = 1 << 16
-"""L2 tables that L2 entries are compared with; a disk of 64 TiB has 32768."""
+_MAX_COMPARED_TABLES: Final = 1 << 16
+"""No more L2 tables are collected for comparison with L2 entries once there are more than this.
+
+A disk of 64 TiB with the default geometry has 32768.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class EntryRange:
-    """Adjacent entries of a table that point to adjacent offsets, or have the same value.
+    """Adjacent entries of a table whose values are contiguous offsets, or are all equal.
 
     Attributes:
-        index: Index of the first entry in its table.
+        index: Index of the first entry in the table.
         count: Number of entries.
-        value: Value of the first entry; each further one is `step` more.
-        step: Bytes from one value to the next; 0 if all are the same.
+        value: Value of the first entry.
+        step: Difference in bytes between the values of two adjacent entries; 0 if all values
+            are equal, or if there is only one entry.
         guest_start: Guest offset that the first entry describes.
         guest_length: Bytes of the disk that the entries describe.
         verdict: ``ok``, ``zeros``, or one of `VERDICTS`.
@@ -82,21 +89,21 @@ class Dump:
     """An open image whose header and tables can be listed, even if they are invalid.
 
     Attributes:
-        name: The image in messages, as printable text.
-        header: Its header.
+        name: Name of the image in messages, as printable text.
+        header: The fields of the header, valid or not.
     """
 
     def __init__(self, file: PosixFile, header: RawHeader) -> None:
-        """Read an open file, which the caller closes."""
+        """Read a file that the caller has opened and closes."""
         self._file = file
         self.name = file.name
         self.header = header
 
-    def _header(self) -> Header:
-        """Return the header, if the L1 table can be found by it.
+    def _parsed_header(self) -> Header:
+        """Return the header, with which the L1 table can be found.
 
         Raises:
-            HeaderError: It cannot be found.
+            ImageError: The header is too damaged to find the L1 table.
         """
         header = self.header.header
         if header is None:
@@ -111,8 +118,9 @@ class Dump:
 
         Raises:
             ImageError: The header is too damaged to find the table.
+            HostError: The host cannot read the file.
         """
-        header = self._header()
+        header = self._parsed_header()
         classifier = EntryClassifier(header, self._file.size())
         span, step = header.geometry.table_span, header.geometry.table_bytes
         async for first, values in read_table(self._file, header.l1_table_offset, step):
@@ -128,8 +136,9 @@ class Dump:
         Raises:
             UsageError: As `table`.
             ImageError: The header is too damaged to find the L1 table.
+            HostError: The host cannot read the file.
         """
-        header = self._header()
+        header = self._parsed_header()
         geometry = header.geometry
         table = await self.table(l1_index)
         classifier = EntryClassifier(header, self._file.size(), await self._tables(header))
@@ -143,12 +152,15 @@ class Dump:
                 yield _entry_range(item, first, guest, geometry.cluster_size)
 
     async def table(self, l1_index: int) -> int:
-        """Return the file offset that an L1 entry points to, whether it is valid or not.
+        """Return the file offset in an L1 entry, even if the entry is invalid.
 
         Raises:
-            UsageError: There is no such entry, or its offset is not in the file.
+            UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
+                offset lies past the end of the file.
+            ImageError: The header is too damaged to find the L1 table.
+            HostError: The host cannot read the file.
         """
-        header = self._header()
+        header = self._parsed_header()
         if not 0 <= l1_index < header.geometry.entries:
             msg = f"{self.name}: L1 entry: found {l1_index}, expected 0 to "
             msg += f"{header.geometry.entries - 1}"
@@ -165,16 +177,16 @@ class Dump:
         return table
 
     async def _tables(self, header: Header) -> Values:
-        """Collect the file offsets of the L2 tables that L1 entries name, ascending.
+        """Return the file offsets of the L2 tables to which valid L1 entries point, ascending.
 
-        Invalid L1 entries name none; of more than `_MAX_KNOWN_TABLES` some are left out.
+        If there are more than `_MAX_COMPARED_TABLES`, some are left out.
         """
         rules = EntryRules(EntryLimits.for_l1(header, self._file.size()))
         found = [NO_TABLES]
         l1_table, length = header.l1_table_offset, header.geometry.table_bytes
         async for _first, values in read_table(self._file, l1_table, length):
             found.append(values[rules.valid_mask(values)])
-            if sum(map(len, found)) > _MAX_KNOWN_TABLES:
+            if sum(map(len, found)) > _MAX_COMPARED_TABLES:
                 break
         return np.sort(np.concatenate(found))
 
@@ -187,11 +199,22 @@ _VERDICT_NUMBERS: Final = {code: _NAMES.index(word) for code, word in VERDICTS.i
 def _ranges(
     values: Values, verdicts: NDArray[np.uint8], step: int, used: NDArray[np.bool_]
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield ranges of entries: index, count, value, step, verdict."""
+    """Yield the longest ranges of entries that can be shown as one, in ascending order.
+
+    Args:
+        values: The entries of a slice.
+        verdicts: Index in `_NAMES` of the verdict on each entry.
+        step: Difference between the values of adjacent entries with contiguous offsets.
+        used: Mask of the entries to show; the others are in no range.
+
+    Yields:
+        (index of the first entry, count, value of the first entry, step or 0, verdict)
+    """
     alike = (verdicts[1:] == verdicts[:-1]) & used[1:] & used[:-1]
     rising = alike & (values[1:] - values[:-1] == step)
     equal = alike & (values[1:] == values[:-1])
-    # All entries of a range rise by the same step, or all are equal.
+    # A range ends where the values stop rising by `step`, or where they stop being equal,
+    # whichever makes the longer range.
     first = 0
     count = len(values)
     breaks_rising = np.append(np.flatnonzero(~rising) + 1, count)
@@ -218,12 +241,12 @@ def _ranges(
 def _entry_range(
     item: tuple[int, int, int, int, int], first: int, guest: int, span: int
 ) -> EntryRange:
-    """Return a range of `_ranges` as an `EntryRange`.
+    """Convert a range that `_ranges` has yielded.
 
     Args:
         item: The range within a slice.
-        first: Index in the table of the slice's first entry.
-        guest: Guest offset that the table's first entry describes.
+        first: Index in the table of the first entry of the slice.
+        guest: Guest offset that the first entry of the table describes.
         span: Bytes of the disk that one entry describes.
     """
     index, count, value, step, verdict = item
@@ -237,15 +260,15 @@ def _entry_range(
 
 @asynccontextmanager
 async def open_dump(path: str, *, share: bool = False) -> AsyncIterator[Dump]:
-    """Open an image to list its header and tables.
+    """Open an image to list its header and tables; close it at the end of the block.
 
     Args:
         path: The image.
-        share: Allow that another program writes to it.
+        share: Allow that another program writes to the image.
 
     Raises:
-        NotQedError: It has no QED magic.
-        QedError: It cannot be opened, or is in use.
+        NotQedError: The file has no QED magic.
+        QedError: The image cannot be opened, or is in use.
     """
     with open_image_file(path, LockMode.to_read(share=share)) as file:
         start = bytes(await file.pread(0, HEADER_BYTES))

@@ -1,10 +1,11 @@
 """The map of an image without a backing file, written while its tables are read.
 
-`qedfuse.tools.inspection.mapping` needs numpy and trio, which take longer to load than the
-tables of a full image of 1 TiB take to be read.  So a small C extension (`_maplines.c`)
-writes the lines as long as every entry is plainly valid.  At the first entry that is not, it
-reports how far it got, and the caller continues with `mapping`.  The extension is optional:
-without it everything is mapped by `mapping`, with the same output.
+`qedfuse.tools.inspection.mapping` needs numpy and trio, and loading them takes longer than
+reading the tables of a full image of 1 TiB.  So a small C extension (`_maplines.c`) writes the
+lines up to the first slice that is unreadable or may hold an invalid entry.  `FastMap.reached`
+is then the guest offset up to which lines were written, and the caller continues there with
+`mapping`.  The extension is optional.  Without it `mapping` writes the whole map, with the same
+output.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ if TYPE_CHECKING:
     Lines = Callable[[bytes, int, int, int, array[int], int, array[int], bool, bytes], bytes | None]
 
 _MAX_L1_BYTES: Final = 1 << 22
-"""An L1 table of which the disk uses more is left to `mapping`."""
+"""Most bytes of an L1 table that the disk uses; `mapping` maps a larger image."""
 
 _MAX_NAME_CHARS: Final = 4096
-"""The extension allocates the name once for each extent; a longer one is left to `mapping`."""
+"""Longest name of an image; `mapping` maps an image with a longer name.
+
+The extension allocates memory for the name once per entry.
+"""
 
 
 def _load() -> Lines | None:
@@ -59,7 +63,14 @@ class FastMap:
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:
-        """Map an open image; ``tables`` are its L1 entries, as many as the disk uses."""
+        """Map an open image.
+
+        Args:
+            fd: Descriptor of the image.
+            header: The header of the image.
+            tables: The valid L1 entries, as many as the disk uses; 0 for a missing table.
+            lines: Function ``lines`` of the extension.
+        """
         self._fd = fd
         self._header = header
         self._tables = tables
@@ -70,14 +81,15 @@ class FastMap:
         self.reached = 0
 
     def lines(self, *, as_json: bool, name: str) -> Iterator[str]:
-        """Yield text with the extents, up to the first entry that is not read or may be invalid.
+        """Yield text with the extents, up to the first slice that cannot be used.
 
-        Afterwards `reached` is less than `size` if there was such an entry.
+        Such a slice is unreadable or may have an invalid entry.  If there is one, `reached`
+        is less than `size` afterwards.
 
         Args:
-            as_json: Write JSON, in which each line begins with the comma after the previous
-                line; else the lines of the table for people.
-            name: The image, as the last column of the table.
+            as_json: Whether to write JSON, in which each line begins with the comma after
+                the previous line, or else the lines of the text table.
+            name: Name of the image, for the last column of the text table.
         """
         geometry = self._header.geometry
         ending = f"{name}\n".encode()
@@ -85,7 +97,8 @@ class FastMap:
         left = geometry.clusters(self.size)
         for table in self._tables:
             count = min(left, geometry.entries)
-            # The clusters of a missing table are all alike: one entry stands for them.
+            # All clusters of a missing table are unallocated.  Only one entry is passed to the
+            # extension, and the pending extent is then extended by the others.
             rest = count - 1 if table == UNALLOCATED else 0
             for raw in self._slices(table, count - rest):
                 if raw is None:
@@ -97,8 +110,8 @@ class FastMap:
                 self.reached = pending[0]
             pending[1] += rest * geometry.cluster_size
             left -= count
-        # The last cluster may reach past the end of the disk.  An entry of another kind ends
-        # the pending extent.
+        # The pending extent is cut off at the end of the disk, because the last cluster may
+        # reach past it.  A further entry, of another kind, makes the extension write the extent.
         pending[1] = self.size - pending[0]
         other_kind = array("Q", (UNALLOCATED if pending[2] else 1,)).tobytes()
         text = self._write(other_kind, pending, ending, as_json=as_json)
@@ -107,7 +120,11 @@ class FastMap:
             self.reached = self.size
 
     def _slices(self, table: int, count: int) -> Iterator[bytes | None]:
-        """Yield the first ``count`` entries of a table, slice by slice; None for one not read."""
+        """Yield the first ``count`` entries of a table as stored, slice by slice.
+
+        Slices of a missing table (offset 0) and holes of the file are yielded as zeros.  None
+        stands for a slice that cannot be read.
+        """
         left = count * ENTRY_BYTES
         position = table
         while left:
@@ -135,7 +152,12 @@ class FastMap:
     ) -> str | None:
         """Return the text of the extents that end within some entries; None if one may be invalid.
 
-        ``pending`` is the extent that the next entries may continue: start, length, value.
+        Args:
+            raw: The entries as stored.
+            pending: Start, length and value of the extent that the entries may continue.
+                It is updated, unless None is returned.
+            ending: The last column of the text table, and a newline.
+            as_json: As for `lines`.
         """
         limits = self._limits
         text = self._lines(
@@ -154,15 +176,18 @@ class FastMap:
 
 @contextmanager
 def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]:
-    """Open an image that can be mapped fast; yield None if `mapping` must map it.
+    """Open an image and yield its fast map; yield None if `mapping` must map the image.
+
+    None is also yielded if the image cannot be opened or is invalid, because `mapping` then
+    raises the error.
 
     Args:
         path: The image.
-        share: Allow that another program writes to it.
+        share: Allow that another program writes to the image.
     """
     with ExitStack() as stack:
         found = None
-        # The extension reads entries in the byte order of the file.
+        # The extension expects the byte order of the host to be that of the entries.
         if _lines is not None and sys.byteorder == "little":
             with suppress(OSError, QedError):
                 lock = LockMode.to_read(share=share)
@@ -172,7 +197,10 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
 
 
 def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
-    """Return the map of an open image; None if it has a base or an invalid L1 entry.
+    """Return the map of an open image; None if `mapping` must map the image.
+
+    That is so if the image has a base or an invalid L1 entry, if the disk is empty, or if
+    `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
 
     Raises:
         QedError: The header is invalid.

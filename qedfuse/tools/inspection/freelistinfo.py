@@ -17,14 +17,14 @@ class FreeListInfo:
     """The free list of an image.
 
     Attributes:
-        present: Whether the feature bit is set, with which QEMU refuses the image.
-        valid: Whether there is a list, and it is valid.
-        runs: Number of runs of free clusters.
-        clusters: Number of free clusters.
-        bytes: Bytes of the file in free clusters.
-        list_clusters: Number of free clusters that store the list.
-        problem: Why the list is invalid, in one line; empty if it is valid, or if there is
-            none.
+        present: Whether the feature bit is set; QEMU refuses an image with this bit.
+        valid: Whether there is a list and the list is valid.
+        runs: Number of runs of free clusters in the list.
+        clusters: Number of free clusters in the list.
+        bytes: Bytes of the file in these clusters.
+        list_clusters: Number of free clusters that store the list itself.
+        problem: Why the list is invalid, in one line; empty if the list is valid or there is
+            no list.
     """
 
     present: bool
@@ -37,11 +37,13 @@ class FreeListInfo:
 
 
 async def describe_free_list(path: str, *, share: bool = False) -> FreeListInfo:
-    """Read the free list of an image; only a check compares it with the table entries.
+    """Read and summarize the free list of an image.
+
+    The list is not compared with the entries of the L2 tables.  Only a check does that.
 
     Args:
         path: The image.
-        share: Allow that another program writes to it.
+        share: Allow that another program writes to the image.
 
     Raises:
         QedError: The image cannot be opened, locked or read.

@@ -1,7 +1,8 @@
-"""What an image is, for people and for services that receive images from strangers.
+"""The description of an image, which may be broken or untrusted.
 
-Only the image itself is opened, and of it only the header, the backing file's name and the
-L1 table are read.  Neither numpy nor trio is loaded, so the answer comes immediately.
+Only the image itself is opened.  Of the image only the header, the name of the backing file
+and the L1 table are read.  Neither numpy nor trio is imported, because loading them would take
+longer than all of this.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ class QedInfo:
     """The description of a QED image.
 
     Attributes:
-        header: All fields, valid or not.
-        backing: The backing file that the header names; None if it names none.
-        problems: What is wrong; empty for a valid image that was closed cleanly.
-        l2_tables: L1 entries in use; None if not all of the table could be read.
+        header: All fields of the header, valid or not.
+        backing: The backing file that the header names; None if the header names none, or
+            the name cannot be read.
+        problems: Everything that is wrong or odd; empty for a valid image that was closed
+            cleanly.
+        l2_tables: Number of L1 entries in use; None if part of the L1 table was not read.
     """
 
     header: RawHeader
@@ -54,7 +57,7 @@ class QedInfo:
 
     @property
     def readable(self) -> bool:
-        """Whether the tables can be read: the header is valid."""
+        """Whether the header is valid, so that the tables can be read."""
         return not self.header.problems
 
     @property
@@ -81,12 +84,12 @@ class QedInfo:
 
     @property
     def names_backing(self) -> bool:
-        """Whether the feature bit of a backing file is set, also if its name cannot be read."""
+        """Whether the feature bit of a backing file is set, even if the name cannot be read."""
         return bool(self.header.values.get("features", 0) & Feature.BACKING_FILE)
 
     @property
     def escapes(self) -> bool:
-        """Whether the backing file may lie outside the image's directory."""
+        """Whether the backing file may lie outside the image's directory; False if it has none."""
         return self.backing.escapes if self.backing is not None else False
 
     @property
@@ -101,12 +104,12 @@ class ImageInfo:
     """The description of a QED or raw file; sizes in bytes.
 
     Attributes:
-        path: The file as it was named.
+        path: Path by which the file was opened.
         format: ``qed`` or ``raw``.
-        virtual_size: Size of the disk; None if the header is too short to have it.
+        virtual_size: Size of the disk; None if the file ends before that header field.
         file_size: Length of the file.
         disk_usage: Space that the file uses on the host.
-        qed: None for a raw file.
+        qed: The description of a QED image; None for a raw file.
     """
 
     path: str
@@ -118,17 +121,18 @@ class ImageInfo:
 
 
 def describe(path: str, image_format: FormatChoice = "auto", *, share: bool = False) -> ImageInfo:
-    """Describe a file, also an image that cannot be mounted.
+    """Return the description of a file, even of an image that cannot be mounted.
 
     Args:
         path: The file.
-        image_format: What it is; ``auto`` detects it by its first bytes.
-        share: Allow that another program writes to it.
+        image_format: Format of the file; ``auto`` detects the format by the first bytes.
+        share: Allow that another program writes to the file.
 
     Raises:
-        NotQedError: It is of a foreign format, or not QED although ``image_format`` is.
-        ImageInUseError: Another program writes to it.
-        QedError: It cannot be opened or read.
+        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
+            ``image_format`` is ``qed`` and the file has no QED magic.
+        ImageInUseError: Another program writes to the file.
+        QedError: The file cannot be opened or read.
     """
     with locked_descriptor(path, LockMode.to_read(share=share)) as fd:
         try:
@@ -138,7 +142,7 @@ def describe(path: str, image_format: FormatChoice = "auto", *, share: bool = Fa
 
 
 def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> ImageInfo:
-    """Describe a file that the caller has opened, and locked if that is wanted.
+    """Return the description of a file that the caller has opened, and locked if necessary.
 
     Raises:
         NotQedError: As `describe`.
@@ -168,7 +172,7 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
 
 
 def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | None:
-    """Read the name of the backing file; None if there is none, or none that can be read."""
+    """Read and resolve the name of the backing file; return None if there is no valid one."""
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}
     if header is None or not header.has_backing or refused & _NAME_FIELDS:

@@ -1,4 +1,4 @@
-"""A summary of an image's L1 table, read without numpy and trio."""
+"""The numbers of entries in an image's L1 table, counted without numpy and trio."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_L1_BYTES: Final = 8 << 20
-"""Bytes of an L1 table that are read, not counting zeros; the default table has 256 KiB."""
+"""Most bytes of an L1 table that are read, not counting slices of zeros.
+
+The table of the default geometry has 256 KiB.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +26,11 @@ class L1Summary:
     """The entries of an L1 table, counted.
 
     Attributes:
-        used: Entries that are not 0.
-        invalid: Entries in use that do not point to a table.
-        overlapping: Tables that share clusters with a table before them in the file.
-        complete: Whether all of the table was read.
+        used: Number of entries that are not 0.
+        invalid: Number of used entries that are no valid offset of an L2 table.
+        overlapping: Number of L2 tables that share clusters with a table before them in the
+            file.
+        complete: Whether all of the L1 table that lies in the file was read.
     """
 
     used: int = 0
@@ -36,7 +40,12 @@ class L1Summary:
 
 
 def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
-    """Read the L1 table of an open image, up to `MAX_L1_BYTES` of it, and count its entries.
+    """Read the L1 table of an open image, at most `MAX_L1_BYTES`, and count its entries.
+
+    Args:
+        fd: Descriptor of the image.
+        header: The header, whose geometry must be valid.
+        file_size: Length of the file in bytes.
 
     Raises:
         OSError: The file cannot be read.

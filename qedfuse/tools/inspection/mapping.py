@@ -1,4 +1,4 @@
-"""Where everything on a disk lies, over the whole chain: what ``qemu-img map`` lists."""
+"""The map of a disk: which layer of the chain stores each range, as ``qemu-img map`` lists."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class MapEntry:
     Attributes:
         start: Guest offset.
         length: Bytes of the disk.
-        depth: Layer of the chain that stores it; 0 is the image itself.
-        present: Whether a layer stores it; else it reads as zeros because none does.
-        zero: Whether it reads as zeros without reading the file.
-        data: Whether the file holds data for it.
-        offset: Offset in the file of that layer; None if the file holds nothing for it.
-        bad: Whether its table entry is invalid, so that its content is unknown.
+        depth: Number of the layer that stores the range; 0 is the image itself.
+        present: Whether a layer stores the range.  If none does, the range reads as zeros.
+        zero: Whether the range is known to be zeros without reading the file.
+        data: Whether the layer's file holds data for the range.
+        offset: Offset in the layer's file, of data or of a hole; None if the range has none.
+        bad: Whether the table entry is invalid, so that the content is unknown.
     """
 
     start: int
@@ -49,7 +49,7 @@ class MapEntry:
 
 
 def map_entries(batch: ChainRuns) -> Iterator[MapEntry]:
-    """Yield the runs of a batch one by one."""
+    """Yield the runs of a batch as map entries, in order."""
     columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
     for start, length, depth, kind, offset in zip(
         *(column.tolist() for column in columns), strict=True
@@ -70,11 +70,17 @@ def map_entries(batch: ChainRuns) -> Iterator[MapEntry]:
 async def open_map(
     path: str, image_format: FormatChoice = "auto", options: OpenOptions | None = None
 ) -> AsyncIterator[ChainRunReader]:
-    """Open an image and its chain read-only, to read which runs are stored where.
+    """Open an image and its chain read-only; yield a reader of the runs of the chain.
+
+    Args:
+        path: A QED image or a raw file.
+        image_format: Format of the file; ``auto`` detects the format by the first bytes.
+        options: How to open the image and its chain.
 
     Raises:
-        NotQedError: It is of a foreign format, or not QED although ``image_format`` is.
-        QedError: The image or a base cannot be opened or locked, or is not trusted.
+        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
+            ``image_format`` is ``qed`` and the file has no QED magic.
+        QedError: The file or a base cannot be opened or locked, or a base is not trusted.
     """
     options = options or OpenOptions()
     with open_image_file(path, options.read_lock) as file:
@@ -98,11 +104,11 @@ async def map_image(
     start: int = 0,
     length: int | None = None,
 ) -> list[MapEntry]:
-    """Return the extents of a range of a disk as a list, which is all in memory.
+    """Return the map of a range of a disk as a list in memory, which can be large.
 
     Args:
         path: A QED image or a raw file.
-        image_format: What it is; ``auto`` detects it by its first bytes.
+        image_format: Format of the file; ``auto`` detects the format by the first bytes.
         options: How to open the image and its chain.
         start: Guest offset in bytes.
         length: Bytes; None for all up to the end of the disk.

@@ -1,7 +1,8 @@
-"""Where the name of a backing file leads, resolved without accessing the file.
+"""Resolving the name of a backing file to a path, without accessing the file.
 
-The name is untrusted.  Even a test whether the file exists can have effects (an automounter, a
-server that hangs), so symbolic links are only followed inside the image's directory.
+The name is untrusted.  Even a test whether the file exists can have effects, for example on an
+automounter or on a server that hangs.  So symbolic links are only followed inside the image's
+directory.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ class BackingName:
 
     Attributes:
         name: The name, as stored.
-        path: Its path as QEMU composes it, relative to the working directory: the directory
-            of the image, as it was named, and the name.  With a protocol only the name.
-        resolved: The same as an absolute path without dots; also without symbolic links if
-            it is inside the image's directory.
-        is_raw: Whether the image states that the file is raw.
+        path: Path as QEMU composes it: the directory in the path of the image, followed by
+            the name.  An absolute name, or one with a protocol or ``file:``, is unchanged.
+        resolved: Absolute path of the backing file without ``.`` and ``..``; also without
+            symbolic links if the name leads into the image's directory.  The name is
+            unchanged if it has a protocol or a NUL byte, or if it begins with ``file:`` and
+            the working directory has been removed.
+        is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
             with or without ``file:`` before it.
-        escapes: Whether it leads out of the image's directory.
+        escapes: Whether the name may lead out of the image's directory.
     """
 
     name: str
@@ -44,7 +47,7 @@ def resolve_name(raw: bytes, image: str, *, raw_format: bool) -> BackingName:
     Args:
         raw: The name, as stored.
         image: Path of the image.
-        raw_format: Whether the image states that the file is raw.
+        raw_format: Whether the image states that the backing file is raw.
     """
     name = os.fsdecode(raw)
     scheme = name.partition(":")[0] if has_protocol(raw) else None
@@ -66,15 +69,21 @@ def resolve_name(raw: bytes, image: str, *, raw_format: bool) -> BackingName:
 
 
 def _resolve(name: str, directory: str) -> tuple[str, bool]:
-    """Resolve a name; return its absolute path, and whether it leaves ``directory``.
+    """Resolve a name; return the absolute path, and whether the name leads out of ``directory``.
 
-    ``directory``, where a relative name begins, has no symbolic links in its path.
+    If the name leads into ``directory``, and its further components do not lead out again,
+    symbolic links are followed.  Otherwise the path is only normalized, without I/O, and the
+    second value is True.
+
+    Args:
+        name: The name.
+        directory: Absolute path without symbolic links, to which the name is relative.
     """
     reached = "/" if name.startswith("/") else directory
     parts = [part for part in name.split("/") if part not in ("", ".")]
     plain = os.path.normpath(os.path.join(reached, *parts))  # noqa: PTH118  no I/O
     for number, part in enumerate(parts):
-        # The path so far is the directory or lies above it, so it has no symbolic links.
+        # ``reached`` is the directory or lies above it, so its path has no symbolic links.
         following = os.path.normpath(os.path.join(reached, part))  # noqa: PTH118
         if _inside(following, directory):
             if _climbs(parts[number:]):
@@ -88,7 +97,7 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
 
 
 def _climbs(parts: list[str]) -> bool:
-    """Return whether a relative path leaves its starting directory, even if it comes back."""
+    """Return whether a relative path leaves its starting directory, even if only for a part."""
     depth = 0
     for part in parts:
         depth += -1 if part == ".." else 1

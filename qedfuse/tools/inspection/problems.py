@@ -1,4 +1,4 @@
-"""What is wrong or odd about an image, found in its header, L1 table and backing file name."""
+"""The problems of an image that its header, L1 table and backing file name show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.rawheader import RawHeader
 
 L1_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
-"""Codes of problems with the L1 table: ranges of the disk cannot be read or written safely."""
+"""Codes of problems with the L1 table; ranges of the disk cannot be read or written safely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,10 @@ class Problem:
     """Something that is wrong or odd.
 
     Attributes:
-        code: The problem as a word for scripts.
-        message: One line.
-        fatal: Whether a mount refuses the image because of it.
+        code: Identifier of the kind of problem, for scripts.
+        message: One line for the user.
+        fatal: Whether every mount, even a read-only one, refuses the image because of the
+            problem.
     """
 
     code: str
@@ -38,7 +39,7 @@ class Problem:
 
 
 def header_problems(raw: RawHeader, file_size: int, name: str) -> Iterator[Problem]:
-    """Yield what is wrong with a header, and then what is only odd."""
+    """Yield the errors of a header, then what is only unusual."""
     for error in raw.problems:
         yield Problem(_code(error), str(error), fatal=True)
     if raw.header is not None:
@@ -55,7 +56,11 @@ def _code(error: QedError) -> str:
 
 
 def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
-    """Yield what is wrong with an L1 table; a mount refuses only the ranges concerned."""
+    """Yield the problems of an L1 table.
+
+    None is fatal: a read-only mount returns I/O errors only for the ranges of the entries
+    concerned.
+    """
     if summary.invalid:
         msg = (
             f"{name}: L1 table: found {summary.invalid} entries that point to no table, expected "
@@ -72,7 +77,10 @@ def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Probl
 
 
 def backing_problems(raw: RawHeader, backing: BackingName | None, name: str) -> Iterator[Problem]:
-    """Yield why no mount would accept the name of a backing file; nothing if there is none."""
+    """Yield the problems of a backing file name for which each mount refuses the image.
+
+    Yields nothing if the image names no backing file.
+    """
     if backing is None:
         return
     found, expected = len(os.fsencode(backing.name)), raw.values["backing_filename_size"]

@@ -1,4 +1,4 @@
-"""A stored header, valid or not, and everything that is wrong with it."""
+"""A header as stored in the file, valid or not, and all its errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
-"""Errors that are reported; a header has fewer fields."""
+"""Most errors that are reported; a header has fewer fields."""
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
-"""Fields without which the others cannot be interpreted."""
+"""The sizes of clusters and tables; if one is invalid, the other fields have no meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,13 @@ class HeaderField:
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """A set of feature bits: the number, the names of known bits, and the numbers of others."""
+    """The value of a field of feature bits.
+
+    Attributes:
+        value: The number.
+        names: Names of the known bits that are set.
+        unknown: Numbers of the other bits that are set, from 0.
+    """
 
     value: int
     names: tuple[str, ...] = ()
@@ -49,10 +55,10 @@ class RawHeader:
     """The header in the first bytes of a QED image.
 
     Attributes:
-        fields: The fields that the file is long enough for, in order.
-        problems: An error for each invalid field, one line each.
-        header: The fields as a header, even if some are invalid; None if tables cannot be
-            found by it, because the file is too short or the geometry out of range.
+        fields: The fields that lie wholly in the file, in order.
+        problems: An error for each invalid field, whose message is one line.
+        header: The fields as a header, even if some are invalid; None if the tables cannot
+            be found, because the file is too short or the geometry is invalid.
         values: The values of the fields by name.
     """
 
@@ -66,7 +72,10 @@ class RawHeader:
         object.__setattr__(self, "values", {item.name: item.value for item in self.fields})
 
     def bits(self, name: str) -> Bits:
-        """Return the bits that are set in a field of feature bits."""
+        """Return the bits that are set in the field ``name``; none if the file is too short.
+
+        Names are only known for the field ``features``.
+        """
         value = self.values.get(name, 0)
         known = tuple(Feature) if name == "features" else ()
         names = tuple(str(bit.name).lower() for bit in known if value & bit)
@@ -75,12 +84,12 @@ class RawHeader:
 
 
 def read_raw(data: bytes, file_size: int, name: str) -> RawHeader:
-    """Parse a header without refusing it.
+    """Parse a header, and return its errors instead of raising them.
 
     Args:
         data: The first bytes of the file, which begin with the QED magic.
-        file_size: Bytes of the file.
-        name: Its name in messages.
+        file_size: Length of the file in bytes.
+        name: Name of the file in messages.
     """
     fields = tuple(_fields(data[:HEADER_BYTES]))
     if len(data) < HEADER_BYTES:
@@ -94,7 +103,7 @@ def read_raw(data: bytes, file_size: int, name: str) -> RawHeader:
 
 
 def _fields(data: bytes) -> Iterator[HeaderField]:
-    """Yield the fields for which there are enough bytes."""
+    """Yield the fields that lie wholly in ``data``."""
     offset = 0
     for item in HEADER_STRUCT.subcons:
         length = item.sizeof()
@@ -114,7 +123,8 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
     """Yield all errors for which the image would be refused, not only the first.
 
     `parse_header` stops at the first error.  So after each error the field is replaced by a
-    valid value and the header is parsed again: the rules are those of `parse_header` alone.
+    valid value and the header is parsed again, and the rules stay in `parse_header`.  After
+    an error in the geometry no other fields are examined.
     """
     fields = HEADER_STRUCT.parse(data)
     l1_was_replaced = False
@@ -140,7 +150,8 @@ def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's ow
     """Replace a refused field by a value with which the other fields can be validated."""
     size = fields.cluster_size
     if name == "l1_table_offset":
-        # An excessive header_size is an error of its own.
+        # The minimum keeps the offset valid even if header_size is excessive, which is a
+        # separate error.
         fields.l1_table_offset = min(max(1, fields.header_size) * size, MAX_OFFSET // size * size)
     elif name == "header_size":
         fields.header_size = fields.l1_table_offset // size

@@ -1,1 +1,1 @@
-"""Check an image, repair it with a backup, and undo a repair."""
+"""Checking an image, repairing it with a backup, and undoing a repair."""

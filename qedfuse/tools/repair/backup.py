@@ -1,4 +1,4 @@
-"""The backup of a repair: the old content of every byte that it changes, beside the image."""
+"""The backup of a repair: a file beside the image with the old content of all changed bytes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ LAST_WORD: Final = b"complete"
 
 
 class Backup:
-    """A text file with all ranges that a repair will change, written before it begins.
+    """A text file with all ranges that a repair will change, written before the repair begins.
 
-    The first line is `FIRST_LINE`.  Each line after it is one range: its file offset, its old
-    bytes and its new bytes, in hex.  The last line is "complete" with the number of ranges
-    and the length of the image before and after the repair.
+    The first line is `FIRST_LINE`.  Each further line describes one range: the file offset in
+    decimal, then the old bytes and the new bytes in hex.  The last line is "complete" with
+    the number of ranges and the length of the image before and after the repair.
 
-    The file is created when there is something to save.  An existing file is never
-    overwritten, and a backup that is not complete is removed.  It can be read by the users
-    who can read the image.
+    The file is created by the first call of `save`.  An existing file is never overwritten,
+    and a backup that is not complete is removed at the end of the ``with`` block.  Owner and
+    mode are those of the image, as far as permitted, so that the same users can read both.
 
     Attributes:
-        path: Its path.
-        complete: Whether everything is saved and durable.
+        path: Path of the backup; `save` may still change it.
+        complete: Whether all ranges are saved and durable.
     """
 
     def __init__(self, path: str, image: os.stat_result) -> None:
-        """Save to ``path``, or with a number appended if that exists.
+        """Prepare a backup at a path.
 
-        ``image`` are the attributes of the image.
+        Args:
+            path: Path of the backup; if that file exists, a number is appended.
+            image: File attributes (stat(2)) of the image.
         """
         self.path = path
         self.complete = False
@@ -58,15 +60,15 @@ class Backup:
     ) -> None:
         """Close the file, and remove it unless it is complete."""
         if self._file is not None:
-            # A failure to write buffered bytes does not matter: the backup is either
-            # durable already or about to be removed.
+            # An error when buffered bytes are written is ignored, because the backup is
+            # either durable already or removed here.
             with contextlib.suppress(OSError):
                 self._file.close()
             if not self.complete:
                 os.unlink(self.path)  # noqa: PTH108  a name, not a Path
 
     def save(self, offset: int, old: bytes, new: bytes) -> None:
-        """Save the old and the new bytes of a range, before it is changed.
+        """Save the old and the new bytes of a range; the caller must not have changed it yet.
 
         Raises:
             HostError: The host refused.
@@ -79,11 +81,11 @@ class Backup:
             self._ranges += 1
 
     def finish(self, before: int, after: int) -> None:
-        """Complete the backup and make it durable.
+        """Complete the backup and make it durable; do nothing if no range was saved.
 
         Args:
             before: Length of the image before the repair, in bytes.
-            after: Its length afterwards.
+            after: Length of the image after the repair, in bytes.
 
         Raises:
             HostError: The host refused.
@@ -99,18 +101,19 @@ class Backup:
 
     @contextlib.contextmanager
     def _host_errors(self) -> Iterator[None]:
-        """Raise an OSError of the block as a HostError about the backup."""
+        """Turn an OSError in the ``with`` block into a HostError that names the backup."""
         try:
             yield
         except OSError as error:
             raise HostError.from_os(error, printable(self.path), "cannot save tables") from error
 
     def _create(self) -> BinaryIO:
-        """Create a file under an unused name, with the image's owner and mode."""
+        """Create a file under an unused name, with the image's owner and mode; set `path`."""
         fd, number, wanted = -1, 1, self.path
         while fd < 0:
             try:
-                # Start with mode 0600: until the owner and mode are set it must be private.
+                # The mode is 0600 until `copy_owner_and_mode` has run, because the image may
+                # be private.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 fd = os.open(self.path, flags, 0o600)
             except FileExistsError:
@@ -127,10 +130,10 @@ class Backup:
 
 
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
-    """Give a new file the image's owner and group, as far as permitted, and its mode.
+    """Give a new file the image's owner and group, as far as permitted, and the image's mode.
 
-    If the group cannot be set the file gets no permissions for its group: they would apply to
-    another group than the image's.
+    If the group cannot be set, the file gets no permissions for its group, because they would
+    apply to another group than the image's.
     """
     for uid, gid in ((image.st_uid, image.st_gid), (-1, image.st_gid)):
         with contextlib.suppress(PermissionError):

@@ -1,6 +1,7 @@
 """The result of checking or repairing an image.
 
-A module of its own, because commands need it without loading what a check needs.
+This is a separate module, so that a command can use the result without importing the modules
+that a check needs.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What a check found, what a repair did, and what is left.
+    """The reports of a check before and after a repair, and the changes by the repair.
 
     Attributes:
-        before: What the check found first.
-        after: What is left; the same as ``before`` if nothing was repaired.
-        total_clusters: Clusters of the disk.
-        bytes_before: Length of the file before.
-        bytes_after: Length of the file afterwards.
-        plan: What a repair would change in the tables, or has changed.
-        backup: Path of the backup; None if no table was changed.
-        dry: Whether the plan was made and not carried out.
-        needs_force: Whether a repair is refused unless it is forced.
-        leaks_kept: Whether leaks are kept, or would be, because a repair may have caused
-            them.
-        undone: Number of ranges that were restored, if a repair was undone.
+        before: Report of the first check.
+        after: Report of the last check; the same as ``before`` if nothing was changed.
+        total_clusters: Number of clusters of the disk.
+        bytes_before: Length of the file at the beginning.
+        bytes_after: Length of the file at the end.
+        plan: The changes of tables that a repair has made, or would make if ``dry``.
+        backup: Path of the backup that the repair has made; None if it made none.
+        dry: Whether the plan was only made, not carried out.
+        needs_force: Whether a repair is refused unless the caller forces it.
+        leaks_kept: Whether leaked clusters are not reclaimed, or would not be, because they
+            may be lost data of a repair.
+        undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 
     before: CheckReport
@@ -53,7 +54,14 @@ class CheckResult:
         report: CheckReport,
         **more: Any,  # noqa: ANN401  fields
     ) -> Self:
-        """Return the result of a check that has changed nothing, of a file of ``size`` bytes."""
+        """Return the result of a check without a repair.
+
+        Args:
+            header: The header of the image.
+            size: Length of the file in bytes.
+            report: The report of the check.
+            more: Further attributes of the result.
+        """
         total = header.geometry.clusters(header.image_size)
         return cls(report, report, total, size, size, **{"plan": RepairPlan(), **more})
 
@@ -69,5 +77,5 @@ class CheckResult:
 
     @property
     def lost(self) -> tuple[LostRange, ...]:
-        """The ranges of the disk that are damaged, or would be lost by a repair."""
+        """The ranges of the disk whose data is lost, or possibly wrong, after the repair."""
         return self.plan.lost

@@ -1,4 +1,4 @@
-"""Checking an image, repairing its tables, and reclaiming the space that it leaks."""
+"""Checking an image, repairing its tables, and reclaiming its leaked clusters."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 
 _MAX_UNFORCED_BYTES: Final = 64 << 20
-"""Bytes that a repair may write without being forced, however small the file is."""
+"""A repair may write at least this many bytes without ``force``, however small the file is."""
 
 
 async def check(path: str, *, share: bool = False, progress: Progress | None = None) -> CheckResult:
-    """Check an image and change nothing; its backing file is not opened.
+    """Check an image and change nothing; the backing file is not opened.
 
     Args:
         path: The image.
-        share: Allow that another program writes to it.
+        share: Allow that another program writes to the image.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
@@ -64,7 +64,7 @@ async def plan(
     Args:
         path: The image.
         level: As for `repair`.
-        share: Allow that another program writes to it.
+        share: Allow that another program writes to the image.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
@@ -94,26 +94,29 @@ async def repair(
     force: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Repair the tables of an image (``all``), or reclaim what it leaks (``leaks``).
+    """Check an image, repair its tables, or reclaim its leaked clusters.
 
-    Leaked clusters are reclaimed only if no table has an error: a bad entry may be meant for
-    one of them.  A run that repairs reclaims nothing, and neither does another run with
-    ``all`` while the backup exists: clusters of entries that were cleared are leaked then,
-    and are all that is left of the data.  When clusters are reclaimed, others move into
-    them, so that the file becomes shorter and has no holes.
+    Leaked clusters are reclaimed only if the tables have no errors, because an invalid entry
+    may have been meant to point to one of them.  They are also kept by the run with ``all``
+    that repairs the tables, and by each later run with ``all`` as long as the backup exists:
+    the clusters of cleared entries are leaked after a repair, and are the only copy of the
+    data.  When clusters are reclaimed, other clusters move into them, so that the file
+    becomes shorter and has no holes.
 
     Args:
-        path: The image; no other program may have it open.
-        level: What to repair.
-        force: Repair also if that writes far more than the file has, or if the tables seem
-            to be at another offset than the header says.
-        progress: Called with the work of the present step that is done, and all of it.
+        path: The image; no other program may have the image open.
+        level: ``all`` to repair the tables, or else to reclaim leaked clusters; ``leaks``
+            only to reclaim them.
+        force: Repair even if the repair writes far more than the file has, or if the tables
+            seem to lie at another offset than the header says.
+        progress: Called with the work done in the present step, and all work of that step.
 
     Raises:
         CorruptImageError: The repair is refused without ``force``.  Nothing has been
             changed.
-        QedError: The image cannot be opened or locked, or the host refused.  The image
-            is not damaged further.
+        NoSpaceError: The host has too little space for the repair.
+        QedError: The image cannot be opened or locked, or the host refused.  The image is
+            not damaged further, and the repair can be run again.
     """
     async with _open_image(path, LockMode.WRITE) as (file, header):
         size = file.size()
@@ -128,11 +131,13 @@ async def repair(
                 _refuse_excess(file, done, force=force)
                 _refuse_without_space(file, done)
                 backup.finish(size, done.end)
-            # The backup is complete and durable: only now the image may change.
+            # The image is changed only now, because the backup is complete and durable.
             saved = backup.path
             after = (await repair_image(file, header)).after
         elif keeps and header.need_check:
-            # A repair was interrupted after its last entry: NEED_CHECK is all that is left.
+            # Leaks are kept because of the backup of an earlier repair.  The tables have no
+            # errors, so this call only clears NEED_CHECK: the earlier repair may have been
+            # interrupted after it had written all entries.
             after = (await repair_image(file, header)).after
         if not keeps and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
@@ -153,13 +158,15 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
     """Undo a repair, and check the image again.
 
     Args:
-        path: The image; no other program may have it open.
+        path: The image; no other program may have the image open.
         backup: Path of the backup that the repair made.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was restored.
-        QedError: The image or the backup cannot be used, or the host refused.
+        UsageError: The backup is damaged or incomplete.  Nothing was restored.
+        QedError: The image or the backup cannot be opened, or the host refused.  The undo
+            can be run again.
     """
     async with _open_image(path, LockMode.WRITE) as (file, _header):
         size = file.size()
@@ -172,23 +179,30 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
 
 
 def _backup_path(path: str) -> str:
-    """Return the path of the first backup of an image."""
+    """Return the path of the first backup of an image; later backups have a number appended."""
     return f"{path}.before-repair"
 
 
 def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
-    """Return whether leaked clusters may be lost data of a repair, of this or of an earlier one."""
+    """Return whether leaked clusters are kept, because they may be lost data of a repair.
+
+    That is so with ``all`` if tables will be repaired now, or the backup of an earlier repair
+    exists.
+    """
     has_backup = os.path.lexists(_backup_path(path))
     return level == "all" and (report.errors > 0 or has_backup)
 
 
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
-    """Return whether a repair may change what is no table, or reclaim what is in use."""
+    """Return whether a repair may write to bytes that are no table, or reclaim used clusters.
+
+    The reason is a header that may name the wrong offset or size of the tables.
+    """
     return report.is_implausible and (level == "all" or not report.errors)
 
 
 def _implausible_message(file: PosixFile, report: CheckReport) -> str:
-    """Return the message that a repair is refused because the header may be wrong."""
+    """Return the message of a repair that is refused because the header may be wrong."""
     return (
         f"{file.name}: not repaired: found {report.leaks} clusters leaked and "
         f"{report.allocated_clusters} in use, expected more in use: the header may be "
@@ -197,13 +211,14 @@ def _implausible_message(file: PosixFile, report: CheckReport) -> str:
 
 
 def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:
-    """Refuse a repair that writes much more than the file has.
+    """Refuse a repair that writes much more than the file has, unless the user forces it.
 
     A few bytes of a hostile image can cause thousands of new tables, or copies of clusters,
     and so fill the host.
 
     Raises:
-        CorruptImageError: The repair is not forced.
+        CorruptImageError: The repair would write more than `_max_unforced_bytes`, and
+            ``force`` is False.
     """
     allowed = _max_unforced_bytes(file)
     if wanted.written > allowed and not force:
@@ -219,7 +234,7 @@ def _refuse_without_space(file: PosixFile, wanted: RepairPlan) -> None:
     """Refuse a repair for which the host has too little space.
 
     Raises:
-        NoSpaceError: The copies need more than is free.
+        NoSpaceError: The repair makes the file longer by more bytes than are free.
     """
     host = os.fstatvfs(file.fd)
     available = host.f_bavail * host.f_frsize
@@ -233,15 +248,22 @@ def _refuse_without_space(file: PosixFile, wanted: RepairPlan) -> None:
 
 
 def _max_unforced_bytes(file: PosixFile) -> int:
-    """Return the bytes that a repair may write without being forced."""
+    """Return the most bytes that a repair may write without ``force``.
+
+    That is the space that the file uses on the host, or `_MAX_UNFORCED_BYTES` if that is more.
+    """
     return max(_MAX_UNFORCED_BYTES, allocated_bytes(file.stat()))
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
-    """Reclaim what an image without errors leaks, and clear NEED_CHECK; its base is not opened."""
+    """Reclaim the leaked clusters of an image without errors, and clear NEED_CHECK.
+
+    The base is not opened.
+    """
     header = await read_header(file)
     options = OpenOptions(writable=True, compact="off")
-    # The disk closes its descriptor.  The lock belongs to the open file, which ours keeps.
+    # The disk closes its descriptor at the end, so it gets a duplicate.  The lock is not
+    # released, because it belongs to the open file description, which ``file`` keeps open.
     own = PosixFile(os.dup(file.fd), path, writable=True)
     disk = Disk(own, header, [], options, make_store(options.cache_bytes), path)
     async with disk.serving():
@@ -250,6 +272,6 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
 
 @asynccontextmanager
 async def _open_image(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
-    """Open and lock an image without its backing file; yield it with its header."""
+    """Open and lock an image without its backing file; yield the file and its header."""
     with open_image_file(path, mode, writable=mode is LockMode.WRITE) as file:
         yield file, await read_header(file)

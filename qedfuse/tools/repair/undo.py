@@ -1,4 +1,4 @@
-"""Undoing a repair: every byte that it changed is restored from its backup."""
+"""Undoing a repair: every byte that the repair changed is restored from the backup."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     SavedRange = tuple[int, bytes, bytes]  # file offset, old bytes, new bytes
 
 _POISON_BYTES: Final = POISON_ENTRY.to_bytes(ENTRY_BYTES, "little")
-"""An L1 entry of an overlay may have this value during a repair, and after an interrupted one."""
+"""The value of some L1 entries of an overlay during a repair, and after an interrupted repair."""
 
 
 async def undo_repair(file: HostFile, backup_path: str) -> int:
-    """Restore what a repair changed, and the length of the image.
+    """Restore all bytes that a repair changed, and the length of the image.
 
-    This is correct only if nothing else has changed the image since.  All saved ranges are
-    compared before anything is written, and a difference is refused.  After a crash the undo
-    can be run again.
+    This is correct only if nothing has changed the image since the repair.  All saved ranges
+    are compared with the image before anything is written, and a difference raises.  After a
+    crash the undo can be run again.
 
     Args:
         file: The image, open for writing and locked.
@@ -41,19 +41,22 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
         The number of ranges that were restored.
 
     Raises:
-        CorruptImageError: The image has changed since the repair.
-        UsageError: The file is no backup, or not complete.
+        CorruptImageError: The image has changed since the repair.  Nothing was written.
+        UsageError: The file is no backup, or is not complete.  Nothing was written.
         HostError: The host refused.
     """
-    backup = _Backup(backup_path)
+    backup = _BackupReader(backup_path)
     try:
         return await _restore(file, backup)
     finally:
         backup.close()
 
 
-async def _restore(file: HostFile, backup: _Backup) -> int:
-    """Verify everything, then restore it in an order in which a crash loses nothing."""
+async def _restore(file: HostFile, backup: _BackupReader) -> int:
+    """Verify all saved ranges, then restore them in an order in which a crash loses nothing.
+
+    Returns the number of ranges.
+    """
     count = 0
     for saved in backup.ranges():
         await _verify(file, saved)
@@ -66,10 +69,11 @@ async def _restore(file: HostFile, backup: _Backup) -> int:
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
     await file.datasync()
-    # The repair's copies at the end are truncated before the entries are restored.  Otherwise
-    # an old entry that pointed past the end of the file would point to one of the copies.
-    # An entry that points to a copy then points past the end until it is restored: that is
-    # an error, and reads as no other cluster's data.
+    # The file is truncated before the entries are restored, which removes the copies that the
+    # repair has appended.  If the entries were restored first, an old entry that pointed past
+    # the end of the file would point to one of the copies.  In the chosen order an entry that
+    # points to a copy points past the end of the file until it is restored.  A read of its
+    # range then fails, instead of returning the data of another cluster.
     await file.truncate(before)
     await file.datasync()
     original = b""
@@ -85,12 +89,20 @@ async def _restore(file: HostFile, backup: _Backup) -> int:
 
 
 async def _verify(file: HostFile, saved: SavedRange) -> None:
-    """Refuse a range of which an entry is neither as before nor as after the repair."""
+    """Refuse a range if one of its entries is neither as before the repair nor as after it.
+
+    The value that an interrupted repair leaves in an L1 entry is accepted as well.  Of the
+    header, only the fields that a repair does not change are compared.
+
+    Raises:
+        CorruptImageError: The range differs.
+    """
     offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))
     if not offset:
         if _unchanged_header(found, file.name) != _unchanged_header(old, file.name):
-            raise CorruptImageError(_changed(file, "header", "another", "that of the backup"))
+            found_fields, expected = "other values than in the backup", "the same values"
+            raise CorruptImageError(_changed(file, "header", found_fields, expected))
     elif found not in (old, new):
         for at in range(0, len(old), ENTRY_BYTES):
             entry = slice(at, at + ENTRY_BYTES)
@@ -100,24 +112,24 @@ async def _verify(file: HostFile, saved: SavedRange) -> None:
 
 
 def _unchanged_header(raw: bytes, name: str) -> Header:
-    """Parse a header without the fields that a repair changes."""
+    """Parse a header, and set the fields that a repair changes to 0."""
     return replace(parse_header(raw, name), features=0, autoclear_features=0)
 
 
 def _changed(file: HostFile, what: str, found: str, expected: str) -> str:
-    """Return the message that the image has changed since the repair."""
+    """Return the message that the image has changed since the repair, and where."""
     return (
         f"{file.name}: nothing was restored: {what}: found {found}, expected {expected}: "
         "the image has changed since the repair"
     )
 
 
-class _Backup:
-    """A file that `qedfuse.tools.repair.backup.Backup` has written; it is read range by range.
+class _BackupReader:
+    """Reads a file that `qedfuse.tools.repair.backup.Backup` has written, range by range.
 
     Attributes:
-        lengths: Length of the image before and after the repair; known when all ranges
-            have been read.
+        lengths: Length of the image before and after the repair, in bytes; (0, 0) until
+            `ranges` has yielded all ranges.
     """
 
     def __init__(self, path: str) -> None:
@@ -126,14 +138,14 @@ class _Backup:
         self.lengths = (0, 0)
 
     def ranges(self) -> Iterator[SavedRange]:
-        """Yield the saved ranges; the header is the first.
+        """Yield the saved ranges, first that of the header; may be called again.
 
         Raises:
-            UsageError: The file is no backup, or not complete.
+            UsageError: The file is no backup, or is not complete.
         """
         self._file.seek(0)
         if self._file.readline() != FIRST_LINE + b"\n":
-            msg = f"{self._name}: found something else, expected the backup of a repair"
+            msg = f"{self._name}: found another kind of file, expected the backup of a repair"
             raise UsageError(msg)
         for count, line in enumerate(self._file):
             words = line.split()
