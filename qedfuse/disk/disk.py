@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 
 
 class Disk:
-    """One opened image.  Tasks may call all methods concurrently, unless they say otherwise.
+    """One opened image.
+
+    Tasks may call all methods concurrently, unless the method says otherwise.  Modifying
+    methods raise `ReadOnlyError` if the disk is open read-only, or after a failed datasync.
 
     Attributes:
-        path: The image as the user named it.
-        name: The same, escaped for messages.
+        path: The path of the image as the user gave it.
+        name: The path, escaped for messages.
     """
 
     def __init__(
@@ -49,12 +52,15 @@ class Disk:
         store: SliceStore,
         path: str = "",
     ) -> None:
-        """Use files that are open, locked and checked; enter `serving` before any other call."""
+        """Build a disk over files that are open, locked and checked.
+
+        The caller must enter `serving` before it calls any other method.
+        """
         self.path = path
         self.name = file.name
         components = self._components = Components(file, header, bases, options, store)
         self._lifecycle = Lifecycle(components)
-        # What requests need is one attribute away; the rest is looked up in the components.
+        # The components that requests use are attributes, which saves a step for each request.
         self._file = file
         self._options = options
         self._layer = components.layer
@@ -66,7 +72,7 @@ class Disk:
         self._epochs = components.epochs
         self._write_path = components.write_path
         self._fast_path = components.fast_path
-        self._discards = components.discard
+        self._discard = components.discard
         # An image that was opened without its base can be changed as a file, not as a disk.
         self._lacks_base = components.chain.lacks_base
         self._plain_writes = (
@@ -78,7 +84,7 @@ class Disk:
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, and its place in the header is occupied.
+            UsageError: A free list is requested, but the bytes for its descriptor are in use.
             HostError: Something written before could not be made durable (D7).
         """
         return self._lifecycle.serving()
@@ -114,21 +120,26 @@ class Disk:
         return self._chain
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how a range is stored, along the whole chain; clipped at the disk's end."""
+        """Return how a range, up to the end of the disk, is stored in the whole chain.
+
+        Raises:
+            HostError: The host cannot read a table.
+        """
         length = max(0, min(length, self.size - start))
         return await self._chain.extents(start, length) if length else []
 
     def try_read(self, start: int, length: int) -> memoryview | None:
-        """Read a range; returns None if that would block or fails: use `read` then.
+        """Read a range; return None if that would block or fails: `read` must be used then.
 
-        The view that it returns is overwritten by the next call.
+        The next call overwrites the view that is returned.
         """
         return self._fast_path.try_read(start, length)
 
     def try_write(self, start: int, data: Buffer) -> bool:
-        """Write bytes; returns False if that would block or fails: use `write` then.
+        """Write bytes; return False if that would block or fails.
 
-        False may leave a partial write, so `write` must be given the whole range again.
+        After False a part may have been written, so the caller must give the whole range to
+        `write`.
         """
         return (
             self._plain_writes
@@ -142,6 +153,7 @@ class Disk:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
+            BackingError: The range needs a base that was not opened.
             HostError: The host cannot read a file.
         """
         length = max(0, min(length, self.size - start))
@@ -181,13 +193,17 @@ class Disk:
         if self._options.detect_zeroes == "off":
             await self._write_path.write(start, view)
         else:
-            await self._discards.write(start, view, self._options.detect_zeroes)
+            await self._discard.write(start, view, self._options.detect_zeroes)
         return len(view)
 
     async def discard(self, start: int, length: int) -> None:
-        """Make a range read as zeros and give up its whole clusters; clipped at the disk's end.
+        """Make a range, up to the end of the disk, read as zeros.
+
+        Clusters that lie wholly in the range are deallocated, unless the disk was opened
+        without `OpenOptions.discard`.
 
         Raises:
+            BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host refused.
@@ -198,29 +214,35 @@ class Disk:
         await self._first_write_guard.prepare_write()
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
-                # The bytes past the end in the last cluster are given up with it, so the
-                # end must not move meanwhile.
+                # The last cluster is deallocated with its bytes past the end of the disk, so
+                # the end must not move meanwhile.
                 await stack.enter_async_context(self._components.resize.lock)
             end = min(start + length, self.size)
-            await self._discards.discard(start, end, free=self._options.discard)
+            await self._discard.discard(start, end, free=self._options.discard)
 
     def _refuse_without_base(self, what: str) -> None:
-        """Refuse to change content whose base the disk was opened without.
+        """Raise if the disk was opened without its base; ``what`` is the refused operation.
 
         Raises:
-            BackingError: The image has a base, and was opened without it.
+            BackingError: The image has a base, which was not opened.
         """
         if self._lacks_base:
-            msg = f"{self.name}: {what}: found the image opened without its base, expected with it"
+            msg = (
+                f"{self.name}: {what}: found the image opened without its base, expected both open"
+            )
             raise BackingError(msg)
 
     async def allocate(self, start: int, length: int) -> None:
         """Allocate each cluster of a range, and reserve its space on the host.
 
+        The content stays the same.  The part of the range past the end of the disk is ignored.
+
         Raises:
             NoSpaceError: The host is full; parts of the range may be allocated now.
+            BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.
         """
         end = min(start + length, self.size)
         if start < end:
@@ -232,54 +254,62 @@ class Disk:
         """Find the first data, or the first hole, at or past ``start``.
 
         Returns:
-            The guest offset, which is the disk's size if no data follows.  None if that
-            would block: use `next_data` or `next_hole` then.
+            The guest offset, which is the disk's size if no data follows.  None if the
+            search would block: `next_data` or `next_hole` must be used then.
         """
         return self._fast_path.try_seek(start, data=data)
 
     async def next_data(self, start: int) -> int | None:
-        """Return where the first data at or past ``start`` begins; None if there is none."""
+        """Return where the first data at or past ``start`` begins; None if there is none.
+
+        Raises:
+            HostError: The host cannot read a file.
+        """
         return await next_data(self._chain, start)
 
     async def next_hole(self, start: int) -> int:
-        """Return where the first hole at or past ``start`` begins; the disk's end is one."""
+        """Return where the first hole at or past ``start`` begins; the disk's end counts as one.
+
+        Raises:
+            HostError: The host cannot read a file.
+        """
         return await next_hole(self._chain, start)
 
     @property
     def scan_is_short(self) -> bool:
-        """Whether a scan is running that takes some milliseconds at most."""
+        """Whether the scan for free clusters has been started and takes a few milliseconds."""
         scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
 
     async def wait_scanned(self) -> None:
-        """Return when the free clusters of the file are known, or never will be."""
+        """Return when the scan for free clusters has ended, successfully or not."""
         await self._components.scan.run()
 
     async def flush(self) -> None:
         """Return when every write that has ended survives power loss (D1).
 
         Raises:
-            HostError: The host could not do it.
+            HostError: The host refused.
         """
         await self._flusher.flush()
 
     def when_flushed(self, call: Callable[[], None]) -> None:
-        """Call ``call`` at the end of each flush, in place of an earlier one.
+        """Call ``call`` at the end of each flush, also of background flushes.
 
-        Background flushes count as well.
+        Replaces the function that was passed before.
         """
         self._flusher.listen(call)
 
     async def compact(self, progress: Progress | None = None, *, within_bound: bool = True) -> int:
-        """Make the file as short as it can be; no other request may be under way.
+        """Make the file as short as possible; return how many clusters were moved.
+
+        The caller must ensure that no other request is running.  If the free clusters are not
+        known for certain, a warning is logged and nothing is moved.
 
         Args:
-            progress: Called with the bytes moved so far and in all.
-            within_bound: Whether the file must not exceed its bound for a moment, even if
-                a free cluster is left for that.
-
-        Returns:
-            How many clusters were moved.
+            progress: Called with the bytes that have been moved, and with all that will be.
+            within_bound: Whether the file must never become longer than its bound.  Some
+                clusters may then stay free.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -290,29 +320,38 @@ class Disk:
         return await self._components.compaction.run(progress, within_bound=within_bound)
 
     async def autocompact(self) -> None:
-        """Compact now as the options demand for the close, which has nothing left to do then.
+        """Do now the compaction that the options demand for the close.
 
-        For commands that report what they leave.  No guest can trigger it, so the file may
-        exceed its bound for a moment.  No other request may be under way.  If the host
-        refuses, that is logged.
+        This is for commands that report the length of the file before the close.  The file
+        may become longer than its bound for a moment, because no guest can trigger this.  The
+        caller must ensure that no other request is running.  If the host refuses, a warning
+        is logged.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 
     def stop_compacting(self) -> None:
-        """End the compaction of a close, now or when it begins; the image is sound."""
+        """End the running compaction, and let later ones end before they move anything.
+
+        The image stays sound.
+        """
         self._components.compaction.stop()
 
     async def resize(self, size: int, *, force: bool = False) -> None:
-        """Grow the disk to ``size`` bytes, a multiple of 512; what is added reads as zeros.
+        """Grow the disk to ``size`` bytes, durably; the added range reads as zeros.
 
         Args:
-            size: Bytes.
-            force: Whether to drop clusters that table entries past the old end refer to.
+            size: The new size in bytes, a multiple of 512.
+            force: Whether to deallocate the clusters to which table entries past the old
+                end refer, instead of raising an error.
 
         Raises:
-            UsageError: The disk would shrink, or the tables cannot address that much.
-            ReadOnlyError: The disk is open read-only.
-            CorruptImageError: Table entries past the end are in use.
+            UsageError: The size is smaller than the present one, is no multiple of 512, or
+                is more than the tables can address.
+            BackingError: The disk was opened without its base.
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry for the added range is bad, or refers to data
+                without ``force``.
+            HostError: The host refused; the disk has its old size.
         """
         self._components.resize.check(size)
         self._refuse_without_base("resize")
@@ -322,17 +361,22 @@ class Disk:
     async def shrink(
         self, size: int, *, force: bool = False, progress: Progress | None = None
     ) -> None:
-        """Make the disk shorter; no other request may be under way.
+        """Shrink the disk to ``size`` bytes, durably.
+
+        The caller must ensure that no other request is running.
 
         Args:
-            size: Bytes, a multiple of 512.
+            size: The new size in bytes, a multiple of 512.
             force: Whether to shrink even if the removed part holds data of this image.
-            progress: Called with the work done and the whole work, in any unit.
+            progress: Called with how much work is done and how much there is, in any unit.
 
         Raises:
-            UsageError: The disk would grow, or data would be lost.
+            UsageError: The size is larger than the present one or no multiple of 512, or
+                data would be lost without ``force``.
+            BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the removed part is bad.
+            HostError: The host refused; the disk has its old size or the new one.
         """
         self._components.resize.check(size, shrink=True)
         self._refuse_without_base("resize")
@@ -345,11 +389,13 @@ class Disk:
     async def write_zero_clusters(self, start: int, length: int) -> None:
         """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
 
-        `discard` does so only where the present base has data.  ``start`` is at a cluster
-        boundary, and so is the range's end unless it is past the disk's.
+        `discard` does so only where the present base has data.  ``start`` must be at a
+        cluster boundary, and the end of the range at a cluster boundary or past the end of
+        the disk.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: An L1 entry for part of the range is bad.
             HostError: The host refused.
         """
         geometry = self.header.geometry
@@ -359,28 +405,33 @@ class Disk:
         )
 
     async def empty(self, progress: Progress | None = None) -> None:
-        """Make all clusters unallocated, so that the base shows everywhere, durably.
+        """Make all clusters unallocated, durably, so that the base shows everywhere.
 
-        No other request may be under way.  ``progress`` is called with the work done and
-        the whole work, in any unit.
+        The caller must ensure that no other request is running.  ``progress`` is called with
+        how much work is done and how much there is, in any unit.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
-            CorruptImageError: A table entry is bad; a part may be empty.
-            HostError: The host refused; a part may be empty.
+            CorruptImageError: A table entry is bad; some clusters may be unallocated now.
+            HostError: The host refused; some clusters may be unallocated now.
         """
         await self._first_write_guard.prepare_write()
         await self._components.scan.run()
         await self._components.resize.empty(progress)
 
     async def set_backing(self, name: bytes, *, raw: bool) -> None:
-        """Store the name of another base in the image, or none if it is empty, durably.
+        """Store the name of another base in the image, durably; an empty name removes the base.
 
-        Everything written before is durable before the name is.  `chain` stays the old one.
+        Everything written earlier is made durable before the name is.  The open disk goes on
+        reading from its old `chain`.
+
+        Args:
+            name: The name as `backing_name` in `qedfuse.disk.creation.newheader` returns it.
+            raw: Whether the header must say that the base is raw.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
-            HostError: The host refused; the image names the old base, or the new one.
+            HostError: The host refused; the image names the old base or the new one.
         """
         await self._first_write_guard.prepare_write()
         await change_backing_name(
@@ -388,7 +439,11 @@ class Disk:
         )
 
     def fstat(self) -> os.stat_result:
-        """Return the attributes of the image file."""
+        """Return the attributes of the image file.
+
+        Raises:
+            HostError: The host refused.
+        """
         return self._file.stat()
 
     def statvfs(self) -> os.statvfs_result:

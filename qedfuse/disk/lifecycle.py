@@ -35,9 +35,10 @@ class Lifecycle:
         """Start the disk; close it cleanly at the end of the ``async with`` block.
 
         Raises:
-            CorruptImageError: As `start`.
-            UsageError: As `start`.
-            HostError: As `close`.
+            CorruptImageError: The image cannot be written to without damage.
+            UsageError: A free list is requested, but the bytes for its descriptor are in use.
+            HostError: The host refused to open it, or something written before could not be
+                made durable (D7).  The files are closed nevertheless.
         """
         succeeded = False
         try:
@@ -57,7 +58,7 @@ class Lifecycle:
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, and its place in the header is occupied.
+            UsageError: A free list is requested, but the bytes for its descriptor are in use.
             HostError: The host refused.
         """
         components = self._components
@@ -84,7 +85,7 @@ class Lifecycle:
 
         Raises:
             HostError: Something written before could not be made durable (D7).  The
-                files are closed nevertheless, and NEED_CHECK stays.
+                files are closed nevertheless, and NEED_CHECK stays set.
         """
         if self._closed:
             return
@@ -96,7 +97,8 @@ class Lifecycle:
             if compact and writable and components.writeback.failure is None:
                 await self.autocompaction.run()
         except Exception:
-            # A bug: the tables in memory may be wrong, so they must not be written.
+            # Compaction logs expected errors, so this is a bug.  The tables in memory may be
+            # wrong, so close the files without writing the tables.
             components.chain.close()
             raise
         except BaseException:
@@ -105,7 +107,11 @@ class Lifecycle:
         await self._finish(writable=writable)
 
     async def _finish(self, *, writable: bool) -> None:
-        """Make everything durable and close the files; raises as `close` does."""
+        """Make everything durable, if ``writable``, and close the files.
+
+        Raises:
+            HostError: As `close`.
+        """
         components = self._components
         with trio.CancelScope(shield=True):
             try:
@@ -123,8 +129,8 @@ class Lifecycle:
     async def _give_space_back(self) -> None:
         """Cut off and punch out all free clusters that are known.
 
-        Runs the scan first if clusters are in quarantine or a free list needs it; the
-        close of a disk that was not changed does not wait for it otherwise.
+        Waits for the scan first if clusters are in quarantine, or if a free list must be
+        written that needs the scan.  Otherwise the close of an unchanged disk need not wait.
         """
         components = self._components
         await components.flusher.flush()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
     Inspector: TypeAlias = Callable[[HostFile, Header], Awaitable[None]]
-    """Checks an image that needs a check; raises to refuse the image."""
+    """Checks an image whose tables must not be trusted; raises an error to refuse the image."""
 
 
 @asynccontextmanager
@@ -37,18 +37,20 @@ async def open_disk(
     Args:
         path: The image.
         options: How to open it; read-only by default.
-        inspector: Called if the image is opened for writing and needs a check; it checks
-            the image, and raises to refuse it.
+        inspector: Called if the image is opened for writing and its tables must not be
+            trusted before a check.  It checks the image, and raises an error to refuse it.
+            Without an inspector such an image is refused.
         with_bases: Whether to open the bases.  Without them an image that has a base can be
             inspected and changed as a file (compacted, emptied, given another base), but
             unallocated ranges cannot be read, and no range can be written.
 
     Raises:
-        QedError: The image or a base cannot be opened, locked or trusted.
+        QedError: The image or a base cannot be opened, locked or trusted, or at the close
+            something could not be made durable.
     """
     options = options or OpenOptions()
     if options.writable and options.force_share:
-        msg = f"{printable(path)}: force_share: a disk that is shared with a writer is read-only"
+        msg = f"{printable(path)}: force_share: expected the image opened read-only"
         raise UsageError(msg)
     store = make_store(options.cache_bytes)
     with open_image_file(path, options.image_lock, writable=options.writable) as file:
@@ -57,11 +59,12 @@ async def open_disk(
             await _inspect(file, header, inspector)
         bases = await open_bases(path, file, header, options, store) if with_bases else []
         disk = Disk(file, header, bases, options, store, path)
-        # The disk closes the file when it is closed.
+        # From here on the disk owns the files, and closes them at the end of this block.
         async with disk.serving():
             if disk.scan_is_short:
-                # Without the scan no free cluster is known, so the first writes after each
-                # crash would make the file longer.
+                # Before the scan has ended no free cluster is known, so the first writes
+                # would make the file longer, after each crash again.  A short scan is
+                # worth waiting for.
                 await disk.wait_scanned()
             yield disk
 
@@ -69,18 +72,21 @@ async def open_disk(
 async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:
     """Call the inspector if the tables of an image must not be trusted for writing.
 
-    That is so if NEED_CHECK is set, or if the length of the file is not a multiple of the
-    cluster size: the partial cluster at the end is cut off when the file grows, which loses
-    data if a table refers to it.
+    They must not if NEED_CHECK is set, or if the length of the file is not a multiple of the
+    cluster size.  In the second case the partial cluster at the end of the file will be cut
+    off when the file grows, which loses data if a table entry refers to that cluster.
 
     Raises:
         NeedsCheckError: There is no inspector.
+        QedError: The inspector refuses the image.
     """
-    odd = header.geometry.in_cluster(file.size())
-    if not header.need_check and not odd:
+    tail_bytes = header.geometry.in_cluster(file.size())
+    if not header.need_check and not tail_bytes:
         return
     if inspector is None:
-        found = "NEED_CHECK set" if header.need_check else f"{odd} bytes past the last cluster"
+        found = (
+            "NEED_CHECK set" if header.need_check else f"{tail_bytes} bytes past the last cluster"
+        )
         msg = f"{file.name}: found {found}: the image must be checked before it is written to"
         raise NeedsCheckError(msg)
     await inspector(file, header)

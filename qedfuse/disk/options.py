@@ -16,14 +16,14 @@ DEFAULT_COMPACT_SECONDS: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class BackingPolicy:
-    """Which backing files an image may use.  An image is hostile input: see docs/security.md.
+    """Which backing files an image may use; docs/security.md explains why this is limited.
 
     Attributes:
         mode: ``confined`` allows bases in the directory of the image that names them,
             ``any`` allows all files, ``none`` allows no base.
         directories: Further directories that a base may lie in.
         format: The format of every base; None to decide by header and magic.
-        trusted: A path that the user has named, allowed as the first base.
+        trusted: A path that is allowed as the first base because the user has named it.
         working_directory: The directory that names after ``file:`` are relative to; empty
             for the working directory of the process at the time of opening.
     """
@@ -52,13 +52,14 @@ class OpenOptions:
         detect_zeroes: Whether written clusters of zeros are stored as data (``off``), are
             not allocated (``on``), or are also deallocated (``unmap``).
         free_list: Whether a list of the free clusters is stored in the image when it is
-            closed; ``keep`` stores one if the image had one when it was opened.
+            closed: always (``on``), never (``off``), or if the image had one when it was
+            opened (``keep``).
         compact: Whether the highest clusters move into free ones when the image is closed:
             as far as the two limits allow (``auto``), all of them (``full``), or none
-            (``off``).  ``auto`` leaves an image alone whose tables did not change, that
-            keeps a list of its free clusters, or that is open without ``discard``.
-        compact_bytes: How much ``auto`` may move.
-        compact_seconds: How long ``auto`` may take, about; it ends where it is then.
+            (``off``).  ``auto`` moves nothing if the tables did not change, if the image
+            keeps a list of its free clusters, or without ``discard``.
+        compact_bytes: Most bytes that ``auto`` moves.
+        compact_seconds: About how long ``auto`` may take.  Clusters moved by then stay moved.
     """
 
     writable: bool = False
@@ -77,12 +78,15 @@ class OpenOptions:
 
     @property
     def image_lock(self) -> LockMode | None:
-        """What to lock the image itself for; None if it is not to be locked."""
+        """The mode in which the image itself is locked; None if no lock is taken."""
         if not self.lock:
             return None
         return LockMode.WRITE if self.writable else self.read_lock
 
     @property
     def read_lock(self) -> LockMode | None:
-        """What to lock the image for where it is only read, whatever ``writable`` is."""
+        """The mode in which the image is locked for reading only, whatever ``writable`` is.
+
+        None if no lock is taken.
+        """
         return LockMode.to_read(share=self.force_share) if self.lock else None

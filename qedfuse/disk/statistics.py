@@ -19,9 +19,9 @@ class DiskStatistics:
         tables: The table cache.
         writeback: The write-back cycles.
         file_bytes: File offset where the last cluster in use ends.
-        bound_bytes: The length that the file never needs to exceed.
-        free_clusters: Free clusters below the last one in use; None while they are not
-            known.
+        bound_bytes: The file length that suffices if each cluster of the disk is allocated.
+        free_clusters: Free clusters before the last cluster in use; None before the scan for
+            free clusters has succeeded.
         quarantined_clusters: Clusters that lost their reference and are not free yet.
     """
 

@@ -40,12 +40,15 @@ class HostFile(Protocol):
         """Fill ``view``; return False, with ``view`` undefined, if that would block or fails."""
 
     def can_write_inline(self, length: int) -> bool:
-        """Return whether `try_write` may write ``length`` bytes now: it takes only a copy."""
+        """Return whether `try_write` may write ``length`` bytes now.
+
+        It may if such a write is expected to take no longer than the copy to the page cache.
+        """
 
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data``; return False, perhaps partly written, if that would block or fails.
 
-        The caller then writes the whole range again with `pwrite`.
+        After False the caller must write the whole range again with `pwrite`.
         """
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
@@ -61,15 +64,16 @@ class HostFile(Protocol):
         """Set the file's length in bytes; added bytes read as zeros."""
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
-        """Return the space of ranges, offset and length, to the host; they read as zeros then.
+        """Return the space of ``ranges`` to the host, each given as offset and length.
 
-        Does nothing where the host cannot; ``can_punch`` is False from then on.
+        The ranges read as zeros afterwards.  If the host cannot punch holes, nothing happens
+        except that ``can_punch`` becomes False.
         """
 
     async def reserve(self, offset: int, length: int) -> None:
         """Reserve space for later writes to a range inside the file.
 
-        Does nothing where the host cannot.
+        Does nothing if the host cannot reserve space.
         """
 
     async def next_data(self, offset: int) -> int | None:

@@ -24,16 +24,16 @@ def open_image_file(
 ) -> Iterator[PosixFile]:
     """Open a regular file and lock it; close it at the end of the ``with`` block.
 
-    A caller that closes the file earlier, or hands it to an owner that does, may do so.
+    The file may also be closed earlier, for example by a disk that owns it.
 
     Args:
         path: The file.
-        lock: What to lock it for; None does not lock it.
-        writable: Whether to open it for writing as well.
+        lock: The mode in which to lock the file; None to take no lock.
+        writable: Whether to open the file for writing as well.
 
     Raises:
-        HostError: It cannot be opened or locked.
-        ImageError: It is not a regular file.
+        HostError: The file cannot be opened or locked.
+        ImageError: The file is not a regular file.
         ImageInUseError: Another program holds a lock that excludes this one.
     """
     file = PosixFile(open_locked(path, lock, writable=writable), path, writable=writable)
@@ -47,8 +47,8 @@ async def read_header(file: HostFile) -> Header:
     """Read and check the header of an image, also against the file's length.
 
     Raises:
-        ImageError: It is not a QED image that this version can open.
-        HostError: The host cannot read it.
+        ImageError: The file is not a QED image that this version can open.
+        HostError: The host cannot read the file.
     """
     data = bytes(await file.pread(0, HEADER_BYTES))
     return parse_fitting_header(data, file.size(), file.name)

@@ -1,7 +1,7 @@
-"""Opening a file with its locks: one place for everything that begins with a path.
+"""Opening a file and locking it, for all callers that have only a path.
 
-The functions here block and need no trio, which the fast check, the fast map and
-``qedimg info`` do not load; `qedfuse.hostio.imagefile` does the same for asynchronous code.
+The functions here block, and they do not need trio, which the fast check, the fast map and
+``qedimg info`` do not load.  `qedfuse.hostio.imagefile` is for asynchronous code.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 
 def open_locked(path: str, lock: LockMode | None, *, writable: bool = False) -> int:
-    """Open a regular file and lock it; return its descriptor, which the caller closes.
+    """Open a regular file and lock it; return its descriptor.
 
-    Closing it drops the locks.
+    The caller must close the descriptor, which also drops the locks.
 
     Args:
         path: The file.
-        lock: What to lock it for; None does not lock it.
-        writable: Whether to open it for writing as well.
+        lock: The mode in which to lock the file; None to take no lock.
+        writable: Whether to open the file for writing as well.
 
     Raises:
-        HostError: It cannot be opened or locked.
-        ImageError: It is not a regular file.
+        HostError: The file cannot be opened or locked.
+        ImageError: The file is not a regular file.
         ImageInUseError: Another program holds a lock that excludes this one.
     """
     fd = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
@@ -50,7 +50,7 @@ def open_locked(path: str, lock: LockMode | None, *, writable: bool = False) -> 
 
 @contextmanager
 def locked_descriptor(path: str, lock: LockMode | None) -> Iterator[int]:
-    """Open a regular file for reading and lock it; close it at the end of the block.
+    """Open a regular file for reading and lock it; close it at the end of the ``with`` block.
 
     Raises:
         QedError: As `open_locked`.
@@ -63,12 +63,14 @@ def locked_descriptor(path: str, lock: LockMode | None) -> Iterator[int]:
 
 
 def read_header_of(fd: int, name: str) -> tuple[Header, int]:
-    """Read and check the header of an image; return it and the file's length in bytes.
+    """Read and check the header of an image; return the header and the file's length in bytes.
+
+    Messages call the file ``name``.
 
     Raises:
-        ImageError: The file, called ``name`` in messages, is no QED image that this version
-            can open.
-        OSError: The host cannot read it.
+        ImageError: The file is not a QED image that this version can open.
+        HostError: The host cannot read the file's attributes.
+        OSError: The host cannot read the file.
     """
     size = status_of(fd, name).st_size
     return parse_fitting_header(os.pread(fd, HEADER_BYTES, 0), size, name), size

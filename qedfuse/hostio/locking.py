@@ -3,8 +3,8 @@
 QEMU gives each permission a number i and two bytes of the image file.  A read lock on byte
 100 + i means "this opener uses permission i"; one on byte 200 + i means "this opener denies
 permission i to all others".  An opener first locks the bytes that describe what it does, and
-then tests whether another one holds a byte that conflicts with that.  In the other order two
-openers could both test before either has locked anything, and both would continue.
+then tests whether another opener holds a conflicting byte.  In the other order two openers
+could both test before either has locked anything, and both would continue.
 
 The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the
 process: they survive when another descriptor of the same file is closed, two openers in one
@@ -45,7 +45,7 @@ _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, l
 _BUSY: Final = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _MAX_HOLDERS_SHOWN: Final = 3
-"""Processes that a message names."""
+"""Most processes that a message names."""
 
 
 class _Bytes(NamedTuple):
@@ -56,16 +56,17 @@ class _Bytes(NamedTuple):
 
 
 class LockMode(enum.Enum):
-    """What an opener does with a file, and what others may do with it meanwhile."""
+    """What an opener does with a file, and what other openers may do with the file meanwhile."""
 
     WRITE = "write"
-    """Read and change it; no other opener may use it (bytes 100, 101, 103, 201, 203)."""
+    """Read and change the file; no other opener may use it (bytes 100, 101, 103, 201, 203)."""
     READ = "read"
-    """Read it; others may read it too, but not change it (bytes 100, 201, 203)."""
+    """Read the file; others may read it too, but not change it (bytes 100, 201, 203)."""
     SHARE = "share"
-    """Read it while another opener may change it (byte 100)."""
+    """Read the file while another opener may change it (byte 100)."""
     BASE = "base"
-    """Read it as a raw base, like READ.  QEMU locks byte 100 only, which stops no writer."""
+    """Read the file as a raw base, with the locks of READ.  For a raw base QEMU itself locks
+    byte 100 only, which excludes no writer."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:
@@ -125,14 +126,15 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
                 _refuse(fd, mode, byte, found, name)
     except OSError as error:
         if error.errno in _BUSY:
-            # Another program holds a write lock on a byte, which QEMU never does.
+            # Another program holds a write lock on this byte.  QEMU takes read locks only, but
+            # such a program must be excluded as well.
             _refuse(fd, mode, byte, _conflict(fd, byte) or 0, name)
         _release(fd, mode)
         if error.errno not in _NO_LOCKS:
             raise HostError.from_os(error, name, "cannot lock") from error
         _log.warning(
             "%s: not locked: the file system has no byte locks (%s); "
-            "nothing keeps other programs from opening it",
+            "other programs can open and change the file meanwhile",
             name,
             os.strerror(error.errno),
         )
@@ -145,7 +147,8 @@ def _set(fd: int, kind: int, byte: int) -> None:
 
 def _conflict(fd: int, byte: int) -> int | None:
     """Return the pid of the process that locks a byte; -1 for an OFD lock, None for no lock."""
-    # A test for a write lock finds the read locks of all other openers.
+    # A write lock conflicts with every other lock, so testing for one finds the read locks of
+    # all other openers.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     kind, pid = answer[0], answer[4]
@@ -153,7 +156,7 @@ def _conflict(fd: int, byte: int) -> int | None:
 
 
 def _release(fd: int, mode: LockMode) -> None:
-    """Drop the locks of a mode that are held."""
+    """Drop those locks of a mode that are held."""
     for byte in mode.taken:
         try:
             _set(fd, fcntl.F_UNLCK, byte)
@@ -166,7 +169,7 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
     file = _lock_table_name(fd)
     _release(fd, mode)
     found = [_holder(pid)] if pid > 0 else list(holders(file, byte))
-    # The words are QEMU's, so that a web search for them finds explanations.
+    # The message uses QEMU's words, so that a web search finds explanations.
     if byte >= _DENIES:
         what = f'"{_PERMISSIONS[byte - _DENIES]}"'
     else:
@@ -181,8 +184,8 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
 def _lock_table_name(fd: int) -> str:
     """Return ``MAJOR:MINOR:INODE`` of a file as in the kernel's lock tables; empty if unknown.
 
-    The locks of this process on the file show it.  fstat(2) does not: on btrfs and overlayfs
-    it returns another device than the lock tables.
+    The name is read from the locks of this process on the file.  fstat(2) cannot give the
+    name: on btrfs and overlayfs it returns another device than the lock tables.
     """
     own = _locks(_read(Path(f"/proc/self/fdinfo/{fd}")))
     return next((file for file, _first, _last in own), "")

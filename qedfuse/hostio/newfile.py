@@ -1,4 +1,4 @@
-"""A new file that gets its name when it is complete, so that no partial file is ever seen."""
+"""A new file that gets its final name when it is complete, so that no partial file is seen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _MAX_PREFIX_BYTES: Final = 200
-"""Bytes of the final name that the temporary name repeats; a name has at most 255 (NAME_MAX)."""
+"""Most bytes of the final name that the temporary name repeats.  The temporary name adds a few,
+and a name has at most 255 bytes (NAME_MAX)."""
 
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -24,7 +25,7 @@ _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class NewFile:
     """A temporary file next to the final name, for the length of a ``with`` block.
 
-    The block ends with the file removed unless `commit` was called.
+    At the end of the block the file is removed unless `commit` has succeeded.
 
     Attributes:
         path: The temporary name; the file is empty when the block begins.
@@ -33,16 +34,17 @@ class NewFile:
     def __init__(
         self, path: str, *, mode: int = 0o644, old: int | None = None, overwrite: bool = False
     ) -> None:
-        """Prepare to create ``path``; no other file than ``old`` is replaced.
+        """Prepare to create ``path``; the only file that will be replaced is ``old``.
 
         Args:
-            path: The final name.  If it is a symbolic link to ``old``, the target of the link
-                is replaced, as by a program that writes into the file.
-            mode: Permissions of the file if there is no ``old``, less the umask.
-            old: Descriptor of the file to replace, as `lock_replaced_file` returns it; it must
-                stay open.  Its owner, permissions and attributes are copied.
+            path: The final name.  If it is a symbolic link and ``old`` is given, the target
+                of the link is replaced, as by a program that writes into the file.
+            mode: Permissions of the file if there is no ``old``; the umask is subtracted.
+            old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None
+                to replace no file.  The caller must keep it open until the end of the block.
+                The owner, permissions and attributes of this file are copied.
             overwrite: Whether the user has agreed to replace a file.  This only chooses
-                between two messages.
+                between two errors.
         """
         follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
         self._final = os.path.realpath(path) if follows else path
@@ -50,7 +52,7 @@ class NewFile:
         self._old = old
         self._overwrite = overwrite
         self._mode = mode
-        self._exists = False  # the temporary file
+        self._exists = False  # whether the temporary file exists
         directory, name = os.path.split(self._final)
         start = os.fsdecode(os.fsencode(name)[:_MAX_PREFIX_BYTES])
         self.path = os.path.join(directory, f".{start}.{secrets.token_hex(3)}.part")  # noqa: PTH118
@@ -59,8 +61,9 @@ class NewFile:
         """Create the temporary file.
 
         Raises:
-            UsageError: A file of the final name exists, and ``old`` is None.
-            ImageInUseError: The same, and the user has agreed to replace a file.
+            UsageError: A file of the final name exists, ``old`` is None, and the user has not
+                agreed to replace a file.
+            ImageInUseError: The same, but the user has agreed to replace a file.
             HostError: The host refused.
         """
         if self._old is None and os.path.lexists(self._final):
@@ -85,14 +88,16 @@ class NewFile:
             os.unlink(self.path)  # noqa: PTH108
 
     def commit(self, *, durable: bool = True) -> None:
-        """Give the file its final name, once its content is durable.
+        """Make the content durable, and then give the file its final name.
 
-        Without ``durable`` a power failure soon after the call may lose all or part of it.
+        Without ``durable`` a power failure soon after the call may lose all or part of the
+        file.
 
         Raises:
-            UsageError: A file of the final name has appeared meanwhile.
-            ImageInUseError: The same, and the user has agreed to replace a file.  It is not
-                the file that the caller has locked, so it may be in use.
+            UsageError: Another file of the final name has appeared meanwhile, and the user
+                has not agreed to replace a file.
+            ImageInUseError: The same, but the user has agreed to replace a file.  The caller
+                has not locked the file that has appeared, so that file may be in use.
             HostError: The host refused.
         """
         try:
@@ -127,8 +132,8 @@ class NewFile:
         """Return the error for a file of the final name that must not be replaced."""
         if self._overwrite:
             return ImageInUseError(
-                f"{self._name}: found a file that another process has put there meanwhile, "
-                "expected the file, or none, that was there at the start: not replaced"
+                f"{self._name}: found a file that another process has created meanwhile, "
+                "expected the old file or no file: not replaced"
             )
         return UsageError(f"{self._name}: exists already (--force replaces it)")
 
@@ -154,8 +159,11 @@ class NewFile:
 def _copy_attributes(old: int, new: str) -> None:
     """Copy owner, mode and extended attributes of the replaced file to the new one.
 
-    Extended attributes include access control lists.  Only root may change the owner; what
-    the host refuses is not copied, except for the mode.
+    Extended attributes include access control lists.  An owner or an attribute that the host
+    refuses to set is skipped (only root may change the owner).
+
+    Raises:
+        OSError: The host refused to set the mode.
     """
     status = os.fstat(old)
     with suppress(OSError):

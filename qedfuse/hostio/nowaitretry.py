@@ -3,10 +3,10 @@
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch
 the pages and then fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
 about 100 microseconds, which is also what a round trip to a worker thread costs.  So if
-retries have succeeded lately, the read is retried each time all other tasks have run, and
-goes to a worker thread only after that.
+retries have succeeded lately, the read is retried each time all other tasks have run.  It
+goes to a worker thread only if the retries do not succeed in time.
 
-One task at a time retries: the one whose read began first.  While its data is missing, the
+Only the task whose read began first retries.  While the data of this read is missing, the
 later reads are not tried, and their tasks sleep.
 """
 
@@ -25,18 +25,19 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 MAX_RETRY_SECONDS: Final = 1e-3
-"""How long a read is retried before it goes to a worker thread."""
+"""Longest time that a read is retried before it goes to a worker thread."""
 
 
 class _Read:
     """A read that is being retried.
 
     Attributes:
-        attempt: Tries the read; returns whether it has ended.
-        deadline: When to give up, by the queue's clock.
-        task: The task of this read while it sleeps, until ``succeeded`` is set or until this
-            read is the first of the queue.
-        succeeded: Whether the read ended before the deadline; None while undecided.
+        attempt: Tries the read; returns whether the read has ended, with data or an error.
+        deadline: When to give up, by the clock that `_RetryQueue.retry` gets.
+        task: The task of this read while that task sleeps: until ``succeeded`` is set, or
+            until this read is the first of the queue.  Otherwise None.
+        succeeded: Whether the read ended before the retries were given up; None while
+            undecided.
     """
 
     __slots__ = ("attempt", "deadline", "succeeded", "task")
@@ -68,7 +69,11 @@ class _RetryQueue:
     async def retry(
         self, attempt: Callable[[], bool], deadline: float, clock: Callable[[], float]
     ) -> bool:
-        """Return True once ``attempt`` has returned True, False once ``deadline`` has passed."""
+        """Return True once ``attempt`` has returned True, False if the retries are given up.
+
+        They are given up when ``deadline`` has passed, or when a worker thread runs, because
+        the event loop must sleep then.
+        """
         read = _Read(attempt, deadline)
         self._reads.append(read)
         loop_load.polled_reads += 1
@@ -89,7 +94,7 @@ class _RetryQueue:
         return read.succeeded
 
     def _attempt_oldest(self, clock: Callable[[], float]) -> None:
-        """Try the reads in their order, up to the first that must go on waiting."""
+        """Try the reads in their order, up to the first that is neither done nor given up."""
         reads = self._reads
         while reads:
             succeeded = reads[0].attempt()
@@ -112,9 +117,10 @@ class NowaitRetry:
         self._clock = clock
 
     async def wait(self, attempt: Callable[[], bool], sleep: Callable[[], Awaitable[None]]) -> None:
-        """Return when ``attempt`` has returned True, or else when ``sleep`` has returned.
+        """Retry ``attempt`` until it returns True; if the retries fail, await ``sleep``.
 
-        ``sleep`` is called only after the retries have failed.  ``attempt`` must not raise.
+        Nothing is retried while retries have lately failed, or while a worker thread runs.
+        ``attempt`` must not raise an error.
         """
         since = self._clock()
         seconds = 0.0 if loop_load.has_threads() else self._poll.seconds

@@ -44,12 +44,12 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 class PosixFile:
     """A regular file as `HostFile`, by pread(2), pwrite(2), fallocate(2) and fdatasync(2).
 
-    The event loop reads what is in the host's page cache (``RWF_NOWAIT``).  Other reads are
-    retried for a moment (`NowaitRetry`) and then go to a worker thread, so that other
-    requests go on.
+    The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other
+    reads are retried for a moment (`NowaitRetry`) and then go to a worker thread, so that the
+    event loop can serve other requests.
 
-    The event loop changes the file inline only while no worker thread does and the kernel
-    does not throttle short writes (`InodeLock`, `InlinePolicy`).
+    The event loop itself changes the file only while no worker thread changes it and the
+    kernel does not throttle short writes (`InodeLock`, `InlinePolicy`).
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -117,13 +117,20 @@ class PosixFile:
         return await self._in_thread("read", read_all, self.fd, offset, view, done or 0)
 
     def _read_cached(self, offset: int, view: memoryview) -> int | None:
-        """Read from the page cache; None if nothing of it is there, which starts the fetch."""
+        """Read from the page cache; return the bytes read, or None if none are cached.
+
+        In the second case the kernel begins to fetch the data.
+
+        Raises:
+            HostError: The host refused.
+        """
         try:
             return os.preadv(self.fd, (view,), offset, _NOWAIT) if self._supports_nowait else None
         except OSError as error:
             if error.errno not in _NOT_CACHED:
                 raise self._failed(error, "read") from error
-            # A file system without RWF_NOWAIT fails like this at the first call and always.
+            # A file system without RWF_NOWAIT fails each call with EOPNOTSUPP, so do not try
+            # again.
             self._supports_nowait = error.errno != errno.EOPNOTSUPP
             return None
 
@@ -179,7 +186,7 @@ class PosixFile:
     def try_grow(self, size: int) -> bool:
         """Make the file longer; return False, with no change, if that would block or fails.
 
-        A call that cuts nothing off takes some microseconds.
+        This need not go to a thread: a call that cuts nothing off takes some microseconds.
         """
         if not self._inode.recheck_free():
             return False
@@ -194,9 +201,10 @@ class PosixFile:
         await self._change_in_thread("truncate", os.ftruncate, self.fd, size)
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
-        """Return the space of ranges, offset and length, to the host; they read as zeros then.
+        """Return the space of ``ranges`` to the host, each given as offset and length.
 
-        Does nothing where the file system cannot; ``can_punch`` is False from then on.
+        The ranges read as zeros afterwards.  If the file system cannot punch holes, nothing
+        happens except that ``can_punch`` becomes False.
         """
         if self.can_punch:
             self.can_punch = await self._fallocate("punch", FALLOC_PUNCH_HOLE, *ranges)
@@ -204,7 +212,7 @@ class PosixFile:
     async def reserve(self, offset: int, length: int) -> None:
         """Reserve space for later writes to a range inside the file.
 
-        Does nothing where the file system cannot.
+        Does nothing if the file system cannot reserve space.
         """
         if self._can_reserve:
             self._can_reserve = await self._fallocate("reserve", FALLOC_KEEP_SIZE, (offset, length))
@@ -236,7 +244,10 @@ class PosixFile:
         return await self._seek(offset, os.SEEK_HOLE)
 
     async def _seek(self, offset: int, whence: int) -> int | None:
-        """Find data or a hole, inline if the inode's lock is free: some file systems take it."""
+        """Find data or a hole, in a worker thread if the inode's lock is in use.
+
+        Some file systems take this lock in lseek(2).
+        """
         if offset > MAX_OFFSET:
             return None
         try:
@@ -298,7 +309,7 @@ class PosixFile:
         *args: *Args,
         is_short_write: bool = False,
     ) -> T:
-        """Run a system call that changes the file in a worker thread, with the inode's lock."""
+        """Run a system call that changes the file, and so takes the inode's lock, in a thread."""
         try:
             return await self._inode.in_thread(function, *args, is_short_write=is_short_write)
         except OSError as error:

@@ -36,17 +36,20 @@ def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
 
     Raises:
         HostError: The file cannot be opened.
-        ImageError: It is not a regular file.
+        ImageError: The file is not a regular file.
     """
     return _open(path, access, dir_fd, {stat.S_IFREG: "a regular file"})
 
 
 def open_raw(path: str, access: int) -> int:
-    """Open a file that a raw disk can be, a regular file or a block device; return a descriptor.
+    """Open a regular file or a block device, either of which can be a raw disk.
+
+    Returns:
+        A descriptor.
 
     Raises:
         HostError: The file cannot be opened.
-        ImageError: It is of another kind.
+        ImageError: The file is of another kind.
     """
     expected = {stat.S_IFREG: "a file", stat.S_IFBLK: "a block device"}
     return _open(path, access, None, expected)
@@ -56,7 +59,8 @@ def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) 
     """Open a file if its kind is a key of ``expected``, whose values name the kinds in messages."""
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        # O_PATH does not open a device or a FIFO, so fstat(2) has no effect on it.
+        # Look at the kind of the file first: O_PATH gives a descriptor for fstat(2) without
+        # opening a device or a FIFO.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         raise cannot_open(path, error) from error

@@ -24,13 +24,15 @@ def lock_replaced_file(
         path: The name of the file.
         stack: Closes the descriptor when it ends, which releases the lock.
         overwrite: Whether the user has agreed to replace the file.
-        in_place: Whether the command can also write into an existing file (``-n``).
+        in_place: Whether the command can also write into an existing file (``-n``), which
+            messages then mention.
 
     Raises:
-        UsageError: The file exists and ``overwrite`` is False, or with ``in_place`` it is
-            not a regular file.
-        ImageError: It is not a regular file.
-        ImageInUseError: Another process has it open as an image.
+        UsageError: The file exists and ``overwrite`` is False, or ``in_place`` is True and
+            the file is not a regular file.
+        ImageError: The file is not a regular file.
+        ImageInUseError: Another process has the file open as an image.
+        HostError: The file cannot be opened or locked.
     """
     if not os.path.lexists(path):
         return None
@@ -47,7 +49,7 @@ def lock_replaced_file(
 
 
 def _refuse_special(path: str) -> None:
-    """Raise UsageError unless ``path`` is a regular file: only those can be replaced."""
+    """Raise UsageError unless ``path`` is a regular file, because others cannot be replaced."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Holes of sparse files, for code that blocks; trio need not be loaded for it."""
+"""Finding the holes of sparse files, for blocking code that does not load trio."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ _UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP}
 
 
 def seek(fd: int, offset: int, whence: int) -> int | None:
-    """Return the first data or hole at or past an offset (lseek(2)); None if there is none.
+    """Return where the first data or hole at or past an offset begins (lseek(2)).
 
-    A block device has data up to its end, and so has a file of a file system that does not
-    keep track of holes: there the kernel refuses the call.
+    Returns None if there is no data, or no hole, up to the end of the file.  If the kernel
+    refuses the call, because the file is a block device or the file system does not record
+    holes, the whole file counts as data.
 
     Args:
         fd: The file.
         offset: File offset in bytes.
         whence: ``os.SEEK_DATA`` or ``os.SEEK_HOLE``.
+
+    Raises:
+        OSError: The host refused.
     """
     try:
         return os.lseek(fd, offset, whence)
@@ -40,12 +44,12 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
 def data_slices(fd: int, table: int, length: int) -> Iterator[int]:
     """Yield the file offsets of the slices of a table that hold data; skip its holes.
 
-    The same walk as `qedfuse.hostio.tablewalk.DataSlices`, which lets other tasks run.
+    `qedfuse.hostio.tablewalk.DataSlices` does the same for asynchronous code.
 
     Args:
         fd: The image.
         table: File offset of the table.
-        length: Its length in bytes.
+        length: The table's length in bytes.
 
     Raises:
         OSError: The host refused.

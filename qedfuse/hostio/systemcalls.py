@@ -21,10 +21,10 @@ FALLOC_PUNCH_HOLE: Final = 3
 SYNC_START: Final = 2
 """SYNC_FILE_RANGE_WRITE: start to write the dirty pages of a range to the disk."""
 SYNC_AND_WAIT: Final = 7
-"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER: write a range and wait for the disk."""
+"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER: write a range and wait for the end."""
 
 _MAX_PARTS: Final = 1024
-"""IOV_MAX: the buffers that one pwritev(2) takes."""
+"""Most buffers that one pwritev(2) takes (IOV_MAX)."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _fallocate: Final = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
@@ -34,7 +34,7 @@ _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctype
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """Change how a range of a file is stored (fallocate(2)); lets other threads run.
+    """Change how a range of a file is stored (fallocate(2)), without holding the GIL.
 
     Raises:
         OSError: The kernel refused.
@@ -60,7 +60,7 @@ def fsync_path(path: str) -> None:
     """Make a file or a directory durable, named by its path (fsync(2)).
 
     Raises:
-        OSError: It cannot be opened, or the host refused.
+        OSError: The file cannot be opened, or the host refused.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -70,9 +70,10 @@ def fsync_path(path: str) -> None:
 
 
 def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
-    """Fill ``view`` from byte ``done`` on; return the bytes filled, fewer only at the file's end.
+    """Fill ``view``, of which the first ``done`` bytes are filled already; return the new number.
 
-    ``offset`` is the file offset of the view's first byte.
+    The view is filled up to its end unless the file ends before.  ``offset`` is the file
+    offset of the view's first byte.
     """
     while done < len(view):
         count = os.preadv(fd, (view[done:],), offset + done)
@@ -83,7 +84,7 @@ def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
 
 
 def write_all(fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
-    """Write all bytes of the parts, one behind the other; return the seconds that it took."""
+    """Write all bytes of the parts, one behind the other; return how many seconds that took."""
     since = time.perf_counter()
     left = [memoryview(part).cast("B") for part in parts if len(part)]
     while left:

@@ -1,7 +1,7 @@
 """Reading a table slice by slice, without the holes of a sparse file.
 
 A table can be 1 GiB of holes.  So a walk through a table asks the host where the next data
-is, and visits only the slices of 64 KiB that hold some.  Other tasks run between slices.
+is, and visits only the slices that hold data.  Other tasks run between two slices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 async def holds_data(file: HostFile, offset: int, length: int) -> bool:
-    """Return whether the host stores any byte of a range of the file."""
+    """Return whether a range of the file is more than a hole.
+
+    Raises:
+        HostError: The host refused.
+    """
     data = await file.next_data(offset)
     return data is not None and data < offset + length
 
@@ -31,7 +35,7 @@ async def holds_data(file: HostFile, offset: int, length: int) -> bool:
 def read_table(
     file: HostFile, table: int, length: int
 ) -> AsyncIterator[tuple[int, NDArray[np.uint64]]]:
-    """Read the first ``length`` bytes of a table at a file offset, leaving out holes.
+    """Read the first ``length`` bytes of the table at file offset ``table``, except for holes.
 
     Yields:
         (index of the first entry, entries) of each slice that holds data.
@@ -42,8 +46,8 @@ def read_table(
 class DataSlices:
     """The slices of a table that hold data: an asynchronous iterator over file offsets.
 
-    A class and no generator: Python warns about an asynchronous generator that an exception
-    in the loop leaves unfinished.
+    This is a class and not an asynchronous generator, because Python warns about a generator
+    that is left unfinished when the loop over it raises.
     """
 
     def __init__(
@@ -60,9 +64,10 @@ class DataSlices:
         Args:
             file: The image.
             table: File offset of the table.
-            length: Its length in bytes, or that of the part to be walked through.
-            slice_bytes: Length of a slice; each begins at a multiple of it from ``table``.
-            skip: Bytes of the table to leave out at its beginning, whole slices.
+            length: Length in bytes of the table, or of the part to walk through.
+            slice_bytes: Length of a slice; slices lie side by side from ``table`` on.
+            skip: Bytes to leave out at the beginning of the table; a multiple of
+                ``slice_bytes``.
         """
         self._file = file
         self._table = table
@@ -75,7 +80,11 @@ class DataSlices:
         return self
 
     async def __anext__(self) -> int:
-        """Return the file offset of the next slice with data, after other tasks have run."""
+        """Return the file offset of the next slice with data; a checkpoint.
+
+        Raises:
+            HostError: The host refused.
+        """
         await trio.lowlevel.checkpoint()
         if self._next >= self._end:
             raise StopAsyncIteration

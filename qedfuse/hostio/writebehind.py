@@ -18,10 +18,10 @@ from qedfuse.errors import HostError
 from qedfuse.hostio.systemcalls import SYNC_AND_WAIT, SYNC_START, sync_file_range
 
 _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
-"""Bytes that may be on their way to the host's disk; enough to keep it busy."""
+"""Most bytes on their way to the host's disk: enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""Slowest disk that is used without waiting for it (``waits=False``)."""
+"""With ``waits=False`` a slower disk is left to the kernel."""
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}
 
@@ -38,8 +38,9 @@ class WriteBehind:
         Args:
             descriptor: The file.
             name: The file's name in messages.
-            waits: Whether an fsync follows at the end.  If not, nothing waits for the disk,
-                and a slow disk is left to the kernel, which buffers the data in memory.
+            waits: Whether to wait for the disk when too much is on the way.  False is for a
+                file that will not be made durable: then a slow disk is left to the kernel,
+                which buffers the data in memory.
         """
         self._descriptor = descriptor
         self._name = name
@@ -52,15 +53,19 @@ class WriteBehind:
         self._usable = True
 
     def wrote(self, offset: int, length: int) -> None:
-        """Start to write a range to the disk; wait for the oldest ranges if there are too many.
+        """Start to write a range to the disk, and drop the oldest ranges from the page cache.
+
+        If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this waits for the oldest ranges
+        first, unless ``waits`` is False.  Does nothing if the file system does not support
+        this, or if the disk has proved too slow with ``waits=False``.
 
         Args:
             offset: File offset of the range in bytes.
             length: Length of the range in bytes.
 
         Raises:
-            HostError: Earlier data did not reach the disk.  The kernel reports this only
-                once, so a later fsync would succeed.
+            HostError: Earlier data did not reach the disk.  The kernel reports this error
+                only once, so the caller must not rely on a later fsync to report it.
         """
         if not self._usable or not length:
             return
@@ -84,11 +89,15 @@ class WriteBehind:
         for start, count in old:
             if self._waits:
                 self._sync(start, count, SYNC_AND_WAIT)
-            # This drops clean pages only, so data that is not on the disk yet stays.
+            # The kernel drops only clean pages, so no data is lost that is not on the disk yet.
             os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
 
     def _sync(self, offset: int, length: int, flags: int) -> None:
-        """Call sync_file_range(2); where it is not supported, leave all work to the fsync."""
+        """Call sync_file_range(2); if it is not supported, leave all work to the kernel.
+
+        Raises:
+            HostError: Earlier data did not reach the disk.
+        """
         try:
             sync_file_range(self._descriptor, offset, length, flags)
         except OSError as error:
