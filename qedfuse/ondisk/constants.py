@@ -55,4 +55,4 @@ KNOWN_FEATURES: Final = int(
     Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE | Feature.FREE_LIST
 )
 KNOWN_AUTOCLEAR: Final = 0
-"""QED defines no autoclear bit, so every one that is set is cleared before the first change."""
+"""QED defines no autoclear bits, so all that are set are cleared before the first change."""

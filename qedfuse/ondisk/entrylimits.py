@@ -4,8 +4,8 @@ Image metadata is untrusted.  An entry that points to the header or to a table w
 guest overwrite it.  An entry that points past the end of the file would name another
 entry's cluster as soon as the file grows.
 
-This module does without numpy, which takes longer to load than the fast check and the fast
-map take to run; they and the two C extensions take their limits from here.
+The fast check, the fast map and the two C extensions use these limits.  This module does not
+import numpy, because loading numpy takes longer than a fast check or a fast map takes to run.
 `qedfuse.ondisk.entryrules` applies the same limits to whole slices of a table.
 
 Source: QEMU's QED specification, "L1 table" and "L2 tables"; `qed_check_table_offset` and
@@ -30,13 +30,13 @@ RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
 class EntryLimits(NamedTuple):
     """The limits for the entries of one level of tables; offsets and lengths in bytes.
 
-    The L2 tables are not part of them: a data cluster must not overlap those either.
+    The limits do not cover that a data cluster must not overlap an L2 table either.
 
     Attributes:
-        target: What the entries point to: L2 tables from the L1 table, clusters from an
-            L2 table.
+        target: What the entries point to: the L1 table points to L2 tables, an L2 table to
+            clusters.
         target_bytes: Length of a target.
-        cluster_size: Each offset is a multiple of it.
+        cluster_size: Every valid offset is a multiple of the cluster size.
         header_end: Where the header ends.
         l1_start: Where the L1 table begins.
         l1_end: Where the L1 table ends.
@@ -82,7 +82,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def table_bytes(self) -> int:
-        """Length of a table; all tables of an image have the same."""
+        """Length of a table; all tables of an image have the same length."""
         return self.l1_end - self.l1_start
 
     @property
@@ -90,8 +90,8 @@ class EntryLimits(NamedTuple):
         """The first offset past the header and the L1 table.
 
         An aligned offset from here up to `highest` is valid unless its target overlaps an L2
-        table.  Offsets below may be valid too, between the header and an L1 table that lies
-        elsewhere.
+        table.  If there is space between the header and the L1 table, lower offsets can be
+        valid too.
         """
         return max(self.header_end, self.l1_end)
 
@@ -102,16 +102,16 @@ class EntryLimits(NamedTuple):
 
     @property
     def before_l1(self) -> int:
-        """The last offset below the L1 table whose target does not overlap the L1 table."""
+        """The last offset before the L1 table whose target does not overlap the L1 table."""
         return max(0, self.l1_start - self.target_bytes)
 
     @property
     def metadata_ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The ranges of the file that no target may overlap: (start, end) of header, L1 table."""
+        """The (start, end) of the header and of the L1 table, which no target may overlap."""
         return (0, self.header_end), (self.l1_start, self.l1_end)
 
     def is_valid(self, offset: int) -> bool:
-        """Return whether an entry that is no marker is valid, L2 tables not considered."""
+        """Return whether an entry that is no marker is valid; does not compare L2 tables."""
         return (
             not offset & (self.cluster_size - 1)
             and self.header_end <= offset <= self.highest
@@ -120,10 +120,10 @@ class EntryLimits(NamedTuple):
 
 
 def overlaps(tables: Iterable[int], table_bytes: int) -> Iterator[bool]:
-    """Yield for each L2 table, in ascending order, whether it overlaps one before it.
+    """Yield for each L2 table, in ascending order, whether it overlaps an earlier valid table.
 
-    The one that begins first counts as the owner of the clusters.  A table that overlaps it
-    owns none, so the tables after it are not compared with it.
+    If two tables overlap, the one that begins first is valid and owns the clusters.  The
+    other table owns no clusters, so later tables are not compared with it.
     """
     end = 0
     for table in tables:

@@ -28,7 +28,7 @@ NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
 
 
 class Violation(enum.Enum):
-    """Why an entry is invalid; where several rules are broken, the first one here counts."""
+    """Why an entry is invalid; if an entry breaks several rules, the first one here counts."""
 
     RESERVED_BITS = enum.auto()
     UNALIGNED = enum.auto()
@@ -40,7 +40,7 @@ class Violation(enum.Enum):
 
     @property
     def found(self) -> str:
-        """A word or two for messages, to follow the entry's value."""
+        """A few words for messages, which follow the entry's value there."""
         return {
             Violation.RESERVED_BITS: "unaligned",
             Violation.UNALIGNED: "unaligned",
@@ -65,7 +65,7 @@ class EntryRules:
     allow_cut_short: bool = False
 
     def valid_mask(self, values: Values) -> Mask:
-        """Return for each entry whether it is a valid offset; markers are not."""
+        """Return for each entry whether it is a valid offset; markers are no valid offsets."""
         limits = self.limits
         bad: Mask = (values & np.uint64(limits.cluster_size - 1)) != 0
         if self.allow_cut_short:
@@ -76,9 +76,9 @@ class EntryRules:
         return ~bad
 
     def invalid_mask(self, values: Values) -> Mask | None:
-        """Return for each entry whether it is invalid; None if no entry is.
+        """Return for each entry whether it is invalid; None if no entry is invalid.
 
-        Markers, such as 0 for what is unallocated, are not invalid.
+        Markers, such as 0 for an unallocated cluster, are not invalid.
         """
         used = values > self.limits.largest_marker
         offsets = values[used]
@@ -88,10 +88,10 @@ class EntryRules:
         return bad if bad.any() else None
 
     def all_valid(self, offsets: Values) -> bool:
-        """Return whether all offsets, at least one, are valid; False may also mean unknown.
+        """Return True if a fast check shows all offsets, at least one, to be valid.
 
-        Tables are read far more often than an entry is invalid.  Most of them are known to be
-        valid by their smallest and their largest offset.
+        False means that the slower `valid_mask` must decide.  Almost all tables that are read
+        are valid, and for most of them the smallest and the largest offset prove it.
         """
         limits = self.limits
         lowest = int(offsets.min())
@@ -106,11 +106,10 @@ class EntryRules:
         return lowest >= tables_end or not self._any_over_table(offsets[offsets < tables_end])
 
     def violations(self, values: Values) -> Iterator[tuple[Violation, Mask]]:
-        """Sort invalid entries by the first rule that each breaks; markers break none.
+        """Sort invalid entries by the first rule that each breaks; markers break no rule.
 
         Yields:
-            A violation, and which of the entries it applies to; an entry is in one mask
-            at most.
+            A violation, and for each entry whether that is the first rule it breaks.
         """
         limits = self.limits
         left = values > limits.largest_marker
@@ -126,7 +125,7 @@ class EntryRules:
             left &= ~broken
 
     def table_under(self, values: Values) -> NDArray[np.intp]:
-        """Return for each file offset the index of the L2 table that it lies in, or -1."""
+        """Return for each file offset the index of the L2 table in which it lies; -1 for none."""
         if not len(self.tables):
             return np.full(len(values), -1)
         index = np.searchsorted(self.tables, values, "right") - 1
@@ -144,8 +143,8 @@ class EntryRules:
         return over
 
     def _any_over_table(self, offsets: Values) -> bool:
-        """Return whether any of some offsets lies in an L2 table; there is at least one table."""
-        # Sorted offsets are found in the tables several times as fast.
+        """Return whether any of ``offsets`` lies in an L2 table; requires at least one table."""
+        # Searching the tables for sorted offsets is several times as fast.
         ordered = np.sort(offsets)
         before = self.tables.searchsorted(ordered, "right")
         inside = ordered - self.tables[before - 1] < np.uint64(self.limits.table_bytes)
@@ -176,10 +175,11 @@ class EntryRules:
         }[violation]
 
     def explain(self, value: int) -> str:
-        """Say what is wrong with an entry that `valid_mask` found invalid."""
+        """Return what is wrong with an entry that `valid_mask` found invalid, for a message."""
         for violation, broken in self.violations(np.array([value], np.uint64)):
             if broken[0] and not (violation is Violation.CUT_SHORT and self.allow_cut_short):
                 expected = self.expected(violation)
                 return f"found {value} ({violation.found}), expected {expected}"
-        # A writer has changed the length of the file since the entry was read.
+        # No rule is broken now, so a writer has made the file longer since the entry was
+        # found invalid.
         return f"found {value}, which was outside the file, expected an offset inside it"

@@ -1,4 +1,4 @@
-"""Which image format a file has, by its first bytes; other formats are known here only."""
+"""Recognising the image format of a file by its first bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from qedfuse.ondisk.constants import MAGIC
 
 SIGNATURE_BYTES: Final = 0x44
-"""Bytes at the beginning of a file that decide its format."""
+"""How many bytes at the beginning of a file decide its format."""
 
 _QED: Final = MAGIC.to_bytes(4, "little")
 _FOREIGN: Final = (
@@ -38,5 +38,8 @@ def is_luks(start: bytes | bytearray) -> bool:
 
 
 def foreign_format(start: bytes | bytearray) -> str | None:
-    """Return the name of a format other than QED that a file has; None for QED and raw."""
+    """Return the name of a file's format if it is neither QED nor raw; None otherwise.
+
+    ``start`` holds the first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
+    """
     return next((name for at, magic, name in _FOREIGN if start.startswith(magic, at)), None)

@@ -62,7 +62,7 @@ _CRC_OFFSET: Final = 20  # in the header of a list cluster
 
 
 class BadListError(ValueError):
-    """A free list is invalid; the message has the field, what it holds and what was expected."""
+    """A free list is invalid; the message has the field, what was found and what was expected."""
 
 
 def refuse(field: str, found: object, expected: str) -> NoReturn:
@@ -77,13 +77,13 @@ def refuse(field: str, found: object, expected: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """Where the list begins, and the sums that it must have.
+    """Where the list begins, and the totals and checksums that it must have.
 
     Attributes:
         first_cluster: File offset of the first list cluster, in bytes.
-        list_clusters: Clusters that hold the list; they are listed as free as well.
-        runs: Runs in all of them.
-        free_clusters: Clusters in all runs.
+        list_clusters: Number of clusters that hold the list; they are listed as free too.
+        runs: Number of runs in all list clusters together.
+        free_clusters: Number of clusters in all runs together.
         file_bytes: Length of the image file when the list was written.
         list_crc: CRC-32 of all runs, as encoded in the list.
     """
@@ -101,9 +101,9 @@ class ListCluster:
     """The header of one list cluster.
 
     Attributes:
-        next_cluster: File offset of the next one in bytes; 0 in the last.
-        runs: Runs in this one.
-        crc: CRC-32 of this header, with zeros instead of the CRC, and the runs.
+        next_cluster: File offset of the next list cluster in bytes; 0 in the last one.
+        runs: Number of runs in this list cluster.
+        crc: CRC-32 of this header, with zeros in place of the CRC, and of the runs.
     """
 
     next_cluster: int
@@ -126,10 +126,10 @@ def build_descriptor(descriptor: Descriptor) -> bytes:
 
 
 def parse_descriptor(data: bytes | bytearray) -> Descriptor:
-    """Read a descriptor.
+    """Decode the sector of a descriptor.
 
     Raises:
-        BadListError: It has no magic bytes, another version, or is damaged.
+        BadListError: The sector has no magic bytes or another version, or is damaged.
     """
     if len(data) < DESCRIPTOR_BYTES:
         refuse("descriptor", f"{len(data)} bytes", f"{DESCRIPTOR_BYTES}")
@@ -159,10 +159,12 @@ def build_cluster(next_cluster: int, runs: Runs) -> bytes:
 
 
 def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListCluster:
-    """Read the header of a list cluster of ``cluster_size`` bytes.
+    """Decode the header of a list cluster of ``cluster_size`` bytes.
+
+    The checksum also covers the runs, so `parse_runs` checks it.
 
     Raises:
-        BadListError: It has no magic bytes, no runs, or more runs than fit.
+        BadListError: The header has no magic bytes, no runs, or more runs than fit.
     """
     if len(data) < CLUSTER_HEADER_BYTES:
         refuse("list cluster", f"{len(data)} bytes", f"at least {CLUSTER_HEADER_BYTES}")
@@ -177,10 +179,10 @@ def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClus
 
 
 def parse_runs(cluster: ListCluster, data: bytes | bytearray) -> Runs:
-    """Read the runs of a list cluster from its bytes; ``cluster`` is its header.
+    """Decode the runs of a list cluster from its bytes; ``cluster`` is its header.
 
     Raises:
-        BadListError: They are damaged, or some are missing.
+        BadListError: The header or the runs are damaged, or runs are missing.
     """
     end = CLUSTER_HEADER_BYTES + cluster.runs * RUN_BYTES
     if len(data) < end:
@@ -193,7 +195,7 @@ def parse_runs(cluster: ListCluster, data: bytes | bytearray) -> Runs:
 
 
 def encode_runs(runs: Runs) -> bytes:
-    """Encode runs for the list."""
+    """Encode runs as the bytes that a list cluster holds."""
     return runs.astype(_RUN_DTYPE).tobytes()
 
 

@@ -30,7 +30,7 @@ SIZE_LIMITS: Final = {
     "cluster_size": (MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
     "table_size": (MIN_TABLE_SIZE, MAX_TABLE_SIZE),
 }
-"""The least and the largest value of the fields that make a geometry; all are powers of two."""
+"""The least and the largest value of each field that a geometry consists of."""
 
 
 def expected_size(field_name: str, value: int) -> str | None:
@@ -72,7 +72,7 @@ class Geometry:
 
     @property
     def max_image_size(self) -> int:
-        """The largest disk that two levels of tables and the kernel can address."""
+        """The size in bytes of the largest disk that the tables and the kernel can address."""
         return min(self.entries * self.table_span, MAX_OFFSET - SECTOR + 1)
 
     def l1_index(self, start: int) -> int:
@@ -104,6 +104,6 @@ class Geometry:
         return -(-image_size // self.table_span)
 
     def bound(self, header_end: int, image_size: int) -> int:
-        """Return the file length in bytes that holds all tables and all clusters of the disk."""
+        """Return the file length in bytes that suffices for all tables and all clusters."""
         tables = 1 + self.l1_used(image_size)
         return header_end + tables * self.table_bytes + self.ceil(image_size)

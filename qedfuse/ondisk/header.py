@@ -42,13 +42,14 @@ HEADER_STRUCT: Final[Any] = Struct(
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header; `parse_header` makes only those whose fields are in range.
+    """A header.  A header that `parse_header` returns has only fields in range.
 
     Attributes:
         header_size: Clusters reserved for the header; QEMU opens images where it is 0.
-        features: Incompatible feature bits, all known.
-        compat_features: Bits that may be ignored; they are preserved.
-        autoclear_features: Bits to clear before the first change if unknown.
+        features: Incompatible feature bits, all of which this program knows.
+        compat_features: Compatible feature bits; unknown ones are ignored and preserved.
+        autoclear_features: Autoclear feature bits; unknown ones must be cleared before the
+            first modification of the image.
         l1_table_offset: File offset of the L1 table.
         image_size: Size of the disk in bytes.
     """
@@ -71,7 +72,7 @@ class Header:
 
     @property
     def header_end(self) -> int:
-        """The file offset at which the header ends, in bytes; nothing else lies before it."""
+        """The file offset at which the header ends, in bytes; tables and data lie after it."""
         return max(1, self.header_size) * self.cluster_size
 
     @property
@@ -188,7 +189,7 @@ def parse_header(data: bytes, name: str) -> Header:
 
 
 def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
-    """Parse a header, and check it against the length of its file in bytes.
+    """Parse a header, and check it against the length of its file in bytes, ``file_size``.
 
     Raises:
         ImageError: As `parse_header`, or the L1 table is not wholly inside the file.
@@ -199,7 +200,11 @@ def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
 
 
 def _check_offsets(header: Header, name: str) -> None:
-    """Check sizes and offsets against the geometry and against each other."""
+    """Check sizes and offsets against the geometry and against each other.
+
+    Raises:
+        HeaderError: A field is out of its range.
+    """
     geometry = header.geometry
     size = header.image_size
     if size % SECTOR or size > geometry.max_image_size:

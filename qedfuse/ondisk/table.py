@@ -19,7 +19,7 @@ SLICE_BYTES: Final = 1 << 16
 """Length of a slice: the unit in which tables are read, cached and written, in bytes."""
 
 _ZERO_ENTRIES: Final = 1024
-"""Unallocated entries that are compared in one step."""
+"""How many unallocated entries are compared in one step."""
 _ZEROS: Final = array("Q", bytes(_ZERO_ENTRIES * ENTRY_BYTES))
 _BIG_ENDIAN: Final = sys.byteorder == "big"
 
@@ -34,7 +34,7 @@ def decode(raw: bytes | bytearray) -> array[int]:
 
 
 def slice_start(table: int, offset: int, slice_bytes: int = SLICE_BYTES) -> int:
-    """Return the file offset of the slice that an offset within a table lies in.
+    """Return the file offset of the slice in which a file offset within a table lies.
 
     Slices begin at multiples of ``slice_bytes`` from the beginning of the table.
     """

@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
+"""Largest value of the confidence counter; this number of waits in a row that are a
+little too long disables polling."""
 _RESET_FACTOR: Final = 8
 """A wait that is longer than the poll by this factor resets the confidence to 0: the earlier
 waits no longer predict the next one."""
 _WAKE_FACTOR: Final = 2
-"""A task that sleeps notices the event late.  A wait with sleep counts as short enough to poll
-for up to the poll's length times this factor."""
+"""A task that sleeps notices the event late.  So a wait during which the task slept counts as
+short enough to poll for if it took at most the poll's length times this factor."""
 
 
 class AdaptivePoll:
     """Decides how long to poll for an event, from how long the last waits for it took.
 
-    A confidence counter rises with each wait that polling would have covered and falls with
-    each longer one.  Polling is enabled while the counter is positive.
+    A confidence counter rises with each wait that polling would have covered, and falls with
+    each longer wait.  Polling is enabled while the counter is positive.
     """
 
     def __init__(self, seconds: float, *, start_enabled: bool = False) -> None:

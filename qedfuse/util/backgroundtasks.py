@@ -1,4 +1,4 @@
-"""Background tasks that run for the length of a block and are a detail of what it does."""
+"""Background tasks that run for the length of a ``with`` block, unnoticed by its caller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Progress: TypeAlias = Callable[[int, int], None]
     """Called with the work done so far and the whole work, in the same unit."""
 
-_REPORT_INTERVAL_SECONDS: Final = 0.1
+_PROGRESS_INTERVAL_SECONDS: Final = 0.1
 
 
 @asynccontextmanager
@@ -22,8 +22,9 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     """Open a nursery that raises a single error without an exception group.
 
     trio wraps every error that leaves a nursery in an exception group, because several tasks
-    may fail concurrently.  A caller that does not know of the tasks expects the one error
-    that there almost always is.  Several errors are still raised as a group.
+    may fail concurrently.  In almost all cases there is only one error.  A caller that does
+    not know of the tasks expects this error and not a group.  Several errors are still
+    raised as a group.
     """
     try:
         async with trio.open_nursery() as nursery:
@@ -35,22 +36,23 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 
 
 @asynccontextmanager
-async def periodic_progress(report: Callable[[], None] | None) -> AsyncIterator[None]:
-    """Call ``report`` every 0.1 seconds while the block runs, and at its end unless it raises.
+async def periodic_progress(progress: Callable[[], None] | None) -> AsyncIterator[None]:
+    """Call ``progress`` every 0.1 seconds while the block runs, and once when it has succeeded.
 
-    For operations that report no progress themselves.  With None nothing is called.
+    This is for operations that do not call a progress function themselves.  With None nothing
+    is called.
     """
-    if report is None:
+    if progress is None:
         yield
         return
 
     async def repeat() -> None:
         while True:
-            report()
-            await trio.sleep(_REPORT_INTERVAL_SECONDS)
+            progress()
+            await trio.sleep(_PROGRESS_INTERVAL_SECONDS)
 
     async with background_tasks() as nursery:
         nursery.start_soon(repeat)
         yield
         nursery.cancel_scope.cancel()
-    report()
+    progress()

@@ -34,7 +34,7 @@ def open_descriptors() -> set[int]:
 
 
 def close_descriptors(descriptors: Iterable[int]) -> None:
-    """Close descriptors, and ignore those that are closed already."""
+    """Close descriptors; skip those that are closed already or that fail to close."""
     for descriptor in descriptors:
         with suppress(OSError):
             os.close(descriptor)

@@ -1,7 +1,7 @@
 """What the event loop has to do besides the task that runs now.
 
-A task that polls, or that makes a system call inline, keeps the event loop from all other
-tasks.  Before it does, it looks here.
+A task that polls, or that makes a system call inline, keeps all other tasks from running.
+Before a task does so, it asks the `LoopLoad` whether other work waits for the event loop.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class LoopLoad:
-    """Counts the work of one process that waits for its event loop.
+    """Knows what work waits for the event loop of one process.
 
     Attributes:
-        polled_reads: Reads of host files that tasks are polling for now.  While there are
-            any, no other task should keep the event loop.
+        polled_reads: How many reads of host files tasks are polling for now.  While there
+            is such a read, no other task should keep the event loop busy.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,15 @@ class LoopLoad:
         return threads.borrowed_tokens > 0
 
     def has_requests(self) -> bool:
-        """Return whether a source of requests has one that no task has taken yet."""
+        """Return whether any source has a request that no task has taken yet."""
         return any(has_request() for has_request in self._sources)
 
     @contextmanager
     def request_source(self, has_request: Callable[[], bool]) -> Iterator[None]:
-        """Let `has_requests` ask ``has_request`` too, inside the ``with`` block."""
+        """Add a source of requests to `has_requests` inside the ``with`` block.
+
+        ``has_request`` returns whether the source has a request that no task has taken yet.
+        """
         self._sources.append(has_request)
         try:
             yield

@@ -15,7 +15,13 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class LRUStatistics:
-    """What a cache holds, with its weight in bytes, and how many values it has evicted."""
+    """What a cache holds and has done.
+
+    Attributes:
+        items: How many values are in the cache.
+        weight: The bytes that these values take.
+        evictions: How many values have been evicted so far.
+    """
 
     items: int
     weight: int
@@ -26,11 +32,17 @@ class LRU(Generic[K, V]):
     """Values by key; the least recently used ones are evicted when the budget is exceeded.
 
     Values for which ``pinned`` returns True are not evicted, so the cache can exceed its
-    budget while many are pinned; it shrinks again at the next `put`.
+    budget while many values are pinned.  The next `put` evicts those that are not any more.
     """
 
     def __init__(self, budget: int, weigh: Callable[[V], int], pinned: Callable[[V], bool]) -> None:
-        """Start empty; ``budget`` and the results of ``weigh`` are in bytes."""
+        """Start empty.
+
+        Args:
+            budget: Most bytes that the values may take together, unless too many are pinned.
+            weigh: Returns the bytes that a value takes.
+            pinned: Returns whether a value must not be evicted now.
+        """
         self._budget = budget
         self._weigh = weigh
         self._pinned = pinned
@@ -47,7 +59,7 @@ class LRU(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Store a value, in place of an old one, and evict others if the budget is exceeded."""
+        """Store a value, replacing the old one, and evict others if the budget is exceeded."""
         old = self._items.pop(key, None)
         if old is not None:
             self._weight -= self._weigh(old)

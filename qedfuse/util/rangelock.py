@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """One task's range, in the queue from the call of `hold` until the range is released."""
+    """One task's range, in the queue from the call of `hold` until the range is released.
+
+    Attributes:
+        blockers: How many earlier requests overlap this one and have not been released.
+        ready: Set when there are no blockers any more; None if the task has not had to wait.
+    """
 
     start: int
     end: int
@@ -25,8 +30,9 @@ class _Request:
 class RangeLock:
     """Exclusive ownership of half-open ranges ``[start, end)``, first come first served.
 
-    A request waits for every overlapping request that came before it, held or waiting, so
-    that no task starves.  An uncontended request is no checkpoint.
+    A request waits for every overlapping request that came earlier, whether that request
+    holds its range or waits too, so no task starves.  A request that need not wait makes no
+    checkpoint.
     """
 
     def __init__(self) -> None:
@@ -35,7 +41,7 @@ class RangeLock:
 
     @asynccontextmanager
     async def hold(self, start: int, end: int) -> AsyncIterator[None]:
-        """Hold ``[start, end)`` inside the ``async with`` block."""
+        """Wait until ``[start, end)`` is free, and hold it inside the ``async with`` block."""
         request = _Request(start, end)
         request.blockers = sum(start < other.end and other.start < end for other in self._requests)
         self._requests.append(request)
@@ -52,7 +58,7 @@ class RangeLock:
         return not any(start < other.end and other.start < end for other in self._requests)
 
     def _drop(self, request: _Request) -> None:
-        """Remove a request, and wake the tasks that waited for no other one."""
+        """Remove a request, and wake the tasks that were waiting only for this request."""
         position = self._requests.index(request)
         del self._requests[position]
         for later in self._requests[position:]:

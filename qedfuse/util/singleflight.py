@@ -15,9 +15,9 @@ K = TypeVar("K", bound="Hashable")
 class SingleFlight(Generic[K]):
     """Runs at most one fetch per key at a time.
 
-    The fetch stores its result in a cache, where the callers look again after waiting.  If
-    the fetch failed or was cancelled, the next caller that finds no result runs it again, so
-    that no caller gets the error of another one.
+    The fetch must store its result in a cache, where the callers must look again when `run`
+    returns.  If the fetch has failed or was cancelled, a caller that finds no result there
+    calls `run` again, so no caller gets the error of another caller's fetch.
     """
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class SingleFlight(Generic[K]):
         """Run ``fetch`` for ``key``, or wait until the running fetch for it has ended.
 
         Returns:
-            Whether this call ran ``fetch``.  If not, the result may be in the cache, or the
-            other call may have failed.
+            Whether this call ran ``fetch``.  If not, the fetch of the other call may have
+            stored a result or failed.
         """
         flight = self._flights.get(key)
         if flight is not None:

@@ -9,7 +9,8 @@ from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
-# ASCII, because the Kelvin sign matches K otherwise; 30 digits, because int() has a limit.
+# With re.ASCII the Kelvin sign does not match K.  At most 30 digits are accepted, because int()
+# raises another error for thousands of digits.
 _PATTERN: Final = re.compile(
     r"(?P<number>\d{1,30})(?:(?P<unit>[kmgtpe])i?)?b?", re.IGNORECASE | re.ASCII
 )
