@@ -1,7 +1,7 @@
 """The entry points of the programs ``qedfuse`` and ``qedimg``.
 
-Each silences Ctrl-C before it loads any other module, so that no moment of the start prints
-a traceback.
+Each silences Ctrl-C before it loads any other module, so that Ctrl-C during the loading
+prints no traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def qedfuse_program() -> int:
     from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  SIGINT must be silenced first
 
     code = main()
-    # Only the interpreter's shutdown is left.
+    # During the shutdown of the interpreter no code would catch a KeyboardInterrupt.
     sigint_default()
     return code
 

@@ -1,4 +1,4 @@
-"""The standard streams of a program, whatever they are attached to when it starts."""
+"""Standard streams that can be used even if the program was started with some of them closed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Final, TextIO
 _NULL_FLAGS: Final = (os.O_WRONLY, os.O_RDONLY, os.O_RDWR)
 """How /dev/null is opened in place of descriptors 0, 1 and 2, if they are closed.
 
-In the first two a read or a write fails as on a closed descriptor.
+Reading 0 or writing to 1 fails as on a closed descriptor, and what is written to 2 is dropped.
 """
 
 
 def open_streams() -> None:
     """Make descriptors 0 to 2 and ``sys.stdout`` and ``sys.stderr`` usable.
 
-    The caller must call it before it opens anything.  If a standard descriptor is closed,
-    the next open(2) returns its number: an image would be written to by each ``print``, or
-    a socket be read as standard input.  Therefore /dev/null takes the place of a closed
-    descriptor.  Reading standard input and writing to standard output still fail, so that
-    lost data is noticed; messages on standard error are dropped, because the exit code
-    reports the failure as well.
+    The caller must call this function before it opens any file.  If a standard descriptor is
+    closed, the next open(2) returns its number.  If that were an image, each ``print`` would
+    overwrite it.  Therefore /dev/null takes the place of a closed descriptor.  Reading
+    standard input and writing to standard output still fail, so that lost data is noticed.
+    Messages on standard error are dropped, because the exit code reports a failure too.
     """
     for number in range(3):
         try:
@@ -33,7 +32,7 @@ def open_streams() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            # Child processes expect all three as well.
+            # Child processes need the three descriptors too, so they must inherit this one.
             os.set_inheritable(number, True)  # noqa: FBT003
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
@@ -41,14 +40,16 @@ def open_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A file name may contain characters that the terminal's encoding lacks.
+            # A file name may contain characters that the terminal's encoding lacks; they are
+            # printed as escapes, because the default would raise UnicodeEncodeError.
             stream.reconfigure(errors="backslashreplace")
 
 
 def discard_unwritten(stream: TextIO) -> None:
     """Send what ``stream`` could not write, and all later output, to /dev/null.
 
-    Without this the interpreter tries to write it once more at exit, and fails again.
+    Without this the interpreter would try to write the buffered text again at exit, and
+    print an error.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())

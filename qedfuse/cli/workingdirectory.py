@@ -1,4 +1,4 @@
-"""A working directory that has been removed, as the cause of a failure."""
+"""Recognising that a failure is due to a working directory that has been removed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import Final
 
 REMOVED: Final = "the working directory has been removed: expected absolute names"
-"""The message for the user."""
+"""The message for the user, or the end of one."""
 
 
 def is_removed() -> bool:
@@ -20,7 +20,10 @@ def is_removed() -> bool:
 
 
 def is_caused_by_removal(error: BaseException) -> bool:
-    """Return whether ``error`` comes from getcwd(2) in a directory that has been removed."""
+    """Return whether ``error`` is a failure of getcwd(2) because the directory was removed.
+
+    An error of getcwd(2) has no file name; an error about a named file returns False.
+    """
     return (
         isinstance(error, OSError)
         and error.errno == errno.ENOENT

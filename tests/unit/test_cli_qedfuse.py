@@ -53,8 +53,14 @@ def test_unknown_words_are_refused(words: list[str]) -> None:
         (["a", "b", "-o", "frob"], "option frob: unknown"),
         (["umount"], "umount: found 0 mountpoints, expected one (see: qedfuse --help)"),
         (["umount", "a", "b"], "umount: found 2 mountpoints, expected one (see: qedfuse --help)"),
-        (["umount", "a", "--timeout", "x"], "option timeout: found x, expected seconds"),
-        (["umount", "a", "--timeout", "nan"], "option timeout: found nan, expected seconds"),
+        (
+            ["umount", "a", "--timeout", "x"],
+            "option timeout: found x, expected 0 to 1000000 seconds",
+        ),
+        (
+            ["umount", "a", "--timeout", "nan"],
+            "option timeout: found nan, expected 0 to 1000000 seconds",
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_code_1(

@@ -122,7 +122,8 @@ _PROGRAM() {
 complete -F _PROGRAM PROGRAM
 """
 
-_FOLLOWS: Final = {"file": "-f", "directory": "-d", "mount-options": "mount-options"}
+_COMPLETIONS: Final = {"file": "-f", "directory": "-d", "mount-options": "mount-options"}
+"""How ``_PROGRAM_value`` completes each kind of value that has no fixed words."""
 
 
 def script(program: Program) -> str:
@@ -132,7 +133,10 @@ def script(program: Program) -> str:
 
 
 def _tables(program: Program) -> Iterator[str]:
-    """Return the functions that differ between programs; each sets ``values``."""
+    """Return the lines of the functions that differ between programs.
+
+    ``is_command`` returns a status; each other function sets ``values``.
+    """
     named = " ".join(command.name for command in program.commands if command.name)
     plain = program.commands[0].name == ""
     yield from ("_PROGRAM_is_command() {", f"    [[ ' {named} ' == *\" $1 \"* ]]", "}", "")
@@ -140,7 +144,7 @@ def _tables(program: Program) -> Iterator[str]:
     cases += [(_quoted(command.name), _flags(command)) for command in program.commands]
     yield from _function("options", "$1", "$1: the command.", cases)
     cases = [
-        (_patterns(command, option.flags), _follow(option.value))
+        (_patterns(command, option.flags), _completion(option.value))
         for command in program.commands
         for option in command.options
         if option.value is not None
@@ -162,7 +166,10 @@ def _tables(program: Program) -> Iterator[str]:
 def _function(
     name: str, key: str, note: str, cases: Iterable[tuple[str, str]], otherwise: str = "values=''"
 ) -> Iterator[str]:
-    """Return a shell function that looks ``key`` up in ``cases`` and sets ``values``."""
+    """Return a shell function that looks ``key`` up in ``cases`` and sets ``values``.
+
+    ``note`` is its comment, and ``otherwise`` the command for a key without a case.
+    """
     yield f"_PROGRAM_{name}() {{"
     yield f"    # {note}"
     yield f'    case "{key}" in'
@@ -176,7 +183,7 @@ def _operands(command: Command) -> Iterator[tuple[str, str]]:
     """Return the completion of each operand of a command, by a pattern for its position."""
     for number, (operand, value) in enumerate(command.completions()):
         pattern = f"'{command.name} '*" if operand.repeats else f"'{command.name} {number}'"
-        yield pattern, _follow(value)
+        yield pattern, _completion(value)
 
 
 def _flags(command: Command) -> str:
@@ -186,15 +193,15 @@ def _flags(command: Command) -> str:
 
 
 def _patterns(command: Command, flags: Iterable[str]) -> str:
-    """Return the pattern of a table for an option of a command, with all its names."""
+    """Return a case pattern for an option of a command, which matches any of ``flags``."""
     return " | ".join(f"'{command.name} {flag}'" for flag in flags)
 
 
-def _follow(value: Value) -> str:
-    """Return the completion of a value: a kind of name, or the words that it may be."""
-    return " ".join(value.words) if value.words else _FOLLOWS.get(value.kind, "")
+def _completion(value: Value) -> str:
+    """Return how to complete a value: an entry of `_COMPLETIONS`, or the possible words."""
+    return " ".join(value.words) if value.words else _COMPLETIONS.get(value.kind, "")
 
 
 def _quoted(text: str) -> str:
-    """Quote for the shell; ``text`` has no quote in it."""
+    """Return ``text`` in single quotes for the shell; ``text`` must contain no single quote."""
     return f"'{text}'"

@@ -109,7 +109,7 @@ def _value(value: Value) -> str:
 
 
 def _mount_words() -> Iterator[str]:
-    """List the options of ``-o``, each with each of its values."""
+    """Yield the options of ``-o``; for an option with fixed values, one word for each value."""
     for word, choices in mount_words().items():
         if choices is None:
             yield word
@@ -118,5 +118,5 @@ def _mount_words() -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    """Quote for the shell."""
+    """Return ``text`` in single quotes for the shell."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

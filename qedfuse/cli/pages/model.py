@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Kind: TypeAlias = Literal["file", "directory", "words", "mount-options", "free"]
-"""How a value is completed: with file names, with fixed words, or not at all."""
+"""How a shell completes a value: "free" is not completed, the others with what they name."""
 
 _FILES: Final = frozenset(
     {"IMAGE", "BASE", "FILE", "SOURCE", "TARGET", "FIRST", "SECOND", "MOUNTPOINT"}
@@ -23,9 +23,9 @@ class Value:
     """The value of an option or an operand.
 
     Attributes:
-        name: Its name in the help, such as ``SIZE``.
-        kind: How it is completed.
-        words: The words that it can be, if they are fixed.
+        name: The name of the value in the help, such as ``SIZE``.
+        kind: How a shell completes the value.
+        words: All possible values if they are fixed; otherwise empty.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Option:
     """An option.
 
     Attributes:
-        flags: Its names, short before long.
-        help: What it does.
-        value: Its value, if it has one.
-        repeats: Whether it may be repeated.
+        flags: The names of the option, short before long.
+        help: What the option does.
+        value: The value that follows the option; None if none does.
+        repeats: Whether the option may be repeated.
     """
 
     flags: tuple[str, ...]
@@ -67,10 +67,10 @@ class Operand:
     """A word of the command line that is no option.
 
     Attributes:
-        value: The value that it is.
-        optional: Whether it may be omitted.
-        repeats: Whether there may be several.
-        help: What it is; empty if its name says it.
+        value: The name and the kind of the operand.
+        optional: Whether the operand may be omitted.
+        repeats: Whether several such operands may follow each other.
+        help: What the operand is; empty if its name says so.
     """
 
     value: Value
@@ -79,7 +79,7 @@ class Operand:
     help: str = ""
 
     def __str__(self) -> str:
-        """Return it as a synopsis shows it."""
+        """Return the operand as a synopsis shows it."""
         words = "|".join(self.value.words) or self.value.name
         text = words + ("..." if self.repeats else "")
         return f"[{text}]" if self.optional else text
@@ -90,13 +90,14 @@ class Command:
     """A subcommand, or the action of a program without one.
 
     Attributes:
-        name: Its name; empty for the action without a subcommand.
-        summary: Its purpose, in a line.
-        options: Its options.
-        operands: Its operands, in order.
-        description: Its description, in paragraphs.
-        example: An example of its use.
-        exit_codes: The meaning of its exit codes, if they differ from the program's.
+        name: The word that selects the subcommand; empty for the action without one.
+        summary: The purpose, in a line.
+        options: The options.
+        operands: The operands, in order.
+        description: The paragraphs of the description, with empty lines between them.
+        example: A command line.
+        exit_codes: The meaning of the exit codes if they differ from the program's;
+            otherwise empty.
     """
 
     name: str
@@ -108,10 +109,10 @@ class Command:
     exit_codes: Mapping[int, str] = field(default_factory=dict)
 
     def completions(self) -> list[tuple[Operand, Value]]:
-        """Return for each operand the value that completes it.
+        """Return the operands up to the first that repeats, each with the value that completes it.
 
-        An optional operand that cannot be completed is completed like the next one, which
-        may stand in its position.  After an operand that repeats there is no other one.
+        An optional operand that cannot be completed is completed like the next operand,
+        because the next operand takes its position if it is omitted.
         """
         found = []
         for number, operand in enumerate(self.operands):

@@ -1,4 +1,4 @@
-"""The models of the two programs: qedimg's from its parsers, qedfuse's from its help."""
+"""The models of the programs: that of qedimg from its parsers, that of qedfuse from its help."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def option_words() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for line in _paragraphs()[4].splitlines():
         words, _, meaning = line.strip().partition("  ")
-        if line.startswith("   "):  # continues the line before
+        if line.startswith("   "):  # the meaning of the last option continues in this line
             found[-1] = (found[-1][0], f"{found[-1][1]} {line.strip()}")
         elif meaning:
             found.append((words, meaning.strip()))

@@ -45,7 +45,7 @@ def argument(text: str) -> str:
 
 
 def line(text: str) -> str:
-    """Protect a line that begins with a dot or quote, which roff would take for a request."""
+    """Return a line that roff takes for text, even if it begins with a dot or a quote."""
     return rf"\&{text}" if text.startswith((".", "'")) else text
 
 
@@ -61,7 +61,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Convert a paragraph, each sentence on its own line, from which roff spaces sentences."""
+    """Convert a paragraph, with a line end after each sentence, by which roff recognises it."""
     joined = re.sub(r"(?<![.:;?!])\s+", " ", text.strip()).replace("\n", "  ")
     for sentence in _SENTENCE_END.split(joined):
         yield from map(line, _WRAPPER.wrap(_marked(sentence)))
@@ -78,7 +78,7 @@ def example(text: str) -> Iterator[str]:
 
 
 def item(tag: str, text: str) -> Iterator[str]:
-    """Convert a paragraph with a hanging tag; ``tag`` is roff already."""
+    """Convert ``text`` to a paragraph with a hanging tag; ``tag`` must be roff, not plain text."""
     yield ".TP"
     yield tag
     yield from sentences(text) if text else (r"\&",)

@@ -23,7 +23,7 @@ def files() -> dict[str, str]:
 
 
 def write(directory: Path) -> None:
-    """Write all files below a directory."""
+    """Write all files below a directory; create missing directories, replace existing files."""
     for name, text in files().items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)

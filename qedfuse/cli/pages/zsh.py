@@ -122,5 +122,5 @@ def _escaped(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quote for the shell."""
+    """Return ``text`` in single quotes for the shell."""
     return "'" + text.replace("'", r"'\''") + "'"

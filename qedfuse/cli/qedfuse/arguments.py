@@ -27,11 +27,12 @@ _HELPER_FLAGS: Final[Mapping[str, tuple[str, bool]]] = {
     "-f": ("fake", True),
     "-s": ("sloppy", True),
 }
-"""Flags that mean something else when mount(8) runs the command."""
+"""The attribute and its value for flags that mean something else when mount(8) runs qedfuse."""
 _OPTION_FLAGS: Final[Mapping[str, str]] = {"-r": "ro", "--read-only": "ro", "-w": "rw"}
-"""Flags that stand for a word of ``-o``."""
+"""Flags that are short for an option of ``-o``."""
 
 _MAX_TIMEOUT_SECONDS: Final = 1e6
+"""The longest ``--timeout``; poll(2) accepts at most 2**31 - 1 milliseconds."""
 
 
 @dataclass(slots=True)
@@ -43,9 +44,9 @@ class Arguments:
         options: The value of each ``-o``, unparsed.
         foreground: Serve in this process instead of a background process.
         debug: Log each request.
-        sloppy: Ignore unknown options, as mount(8) does with ``-s``.
-        fake: Do everything except the mount itself, as mount(8) does with ``-f``.
-        pidfile: The file that gets the process number.
+        sloppy: Ignore unknown options, as mount(8) demands with ``-s``.
+        fake: Check and open the images but do not mount, as mount(8) demands with ``-f``.
+        pidfile: The file to which the process number is written; None for no file.
         action: ``mount``, ``help`` or ``version``.
     """
 
@@ -60,11 +61,12 @@ class Arguments:
 
 
 class UmountArguments(NamedTuple):
-    """The parsed command line of ``qedfuse umount``; without a mountpoint it asks for help.
+    """The parsed command line of ``qedfuse umount``.
 
     Attributes:
-        mountpoint: The mount to end; None if help was asked for.
-        timeout_seconds: How long to wait for its end; None for no limit.
+        mountpoint: The mount to end; None if ``--help`` was given.
+        timeout_seconds: How long to wait until the mount's process has ended; None for no
+            limit.
     """
 
     mountpoint: str | None = None
@@ -72,15 +74,17 @@ class UmountArguments(NamedTuple):
 
 
 def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
-    """Parse the command line of a mount; options may stand anywhere.
+    """Parse the command line of a mount; options may stand before, between and after operands.
+
+    The values of ``-o`` are not parsed, and the operands are not counted.
 
     Args:
         words: The words after the command's name.
-        helper: Whether mount(8) runs the command as a helper, where ``-f`` means fake and
+        helper: Whether mount(8) runs the command as a helper: then ``-f`` means fake and
             ``-s`` means sloppy.
 
     Raises:
-        UsageError: A word is unknown or lacks its value.
+        UsageError: An option is unknown or lacks its value.
     """
     given, paths = _getopt(
         words,
@@ -100,8 +104,8 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
             found.options.append(value)
         elif name == "--pidfile":
             found.pidfile = value
-        # The others are accepted and ignored: -s is an option of libfuse's programs, and
-        # mount(8) passes -n, -v, -N and -t, of which a helper needs none.
+        # Other flags are ignored: -s, which programs of libfuse accept, and -n, -v, -N and
+        # -t, which mount(8) passes to a helper and qedfuse does not need.
     return found
 
 
@@ -109,8 +113,8 @@ def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
     """Parse the words after ``qedfuse umount``.
 
     Raises:
-        UsageError: A word is unknown or lacks its value, or the number of mountpoints is
-            not one.
+        UsageError: An option is unknown or lacks its value, the timeout is invalid, or the
+            number of mountpoints is not one.
     """
     given, paths = _getopt(words, "h", ["timeout=", "help"])
     timeout_seconds: float | None = None
@@ -128,14 +132,17 @@ def _parse_timeout(value: str) -> float:
     """Parse a number of seconds.
 
     Raises:
-        UsageError: It is no number, or out of range.
+        UsageError: The value is no number, or is out of range.
     """
     try:
         seconds = float(value)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= _MAX_TIMEOUT_SECONDS:  # NaN fails both comparisons
-        msg = f"option timeout: found {printable(value)}, expected seconds"
+        msg = (
+            f"option timeout: found {printable(value)}, expected 0 to {_MAX_TIMEOUT_SECONDS:.0f} "
+            "seconds"
+        )
         raise UsageError(msg)
     return seconds
 
@@ -143,10 +150,10 @@ def _parse_timeout(value: str) -> float:
 def _getopt(
     words: Sequence[str], short: str, long: list[str]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Separate the options, with their values, from the operands.
+    """Return the options with their values, and the operands.
 
     Raises:
-        UsageError: A word is unknown or lacks its value.
+        UsageError: An option is unknown or lacks its value.
     """
     try:
         return getopt.gnu_getopt(words, short, long)

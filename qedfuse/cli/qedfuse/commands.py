@@ -1,4 +1,4 @@
-"""What ``qedfuse`` does: mount, in the background or the foreground, remount and unmount."""
+"""The actions of ``qedfuse``: mount in the background or the foreground, remount, unmount."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ _log = logging.getLogger("qedfuse")
 
 
 def mount(arguments: Arguments) -> int:
-    """Mount as the command line says; return the exit code.
+    """Mount, or change the options of a mount with ``-o remount``; return the exit code.
 
-    By default the caller's process returns when the disk can be used, and a background
-    process serves it.  With ``-f``, ``-d`` or a fake mount this process serves.
+    By default this function returns when the disk can be used, and a background process
+    serves the disk.  With ``-f`` or ``-d`` this process serves the disk, and the function
+    returns when the mount has ended.  With a fake mount it returns when the images have been
+    checked.
 
     Raises:
-        UsageError: The command line makes no sense.
+        UsageError: An argument is missing, or an option is invalid.
         QedError: The mount failed; each cause has a class of its own.
     """
     from qedfuse.mount.optionparser import parse_options  # noqa: PLC0415
@@ -57,10 +59,11 @@ def mount(arguments: Arguments) -> int:
     pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
 
     def serve(ready: Callable[[], None]) -> int:
-        # OpenBLAS would start a thread per core for matrices, which are not used here; the
-        # threads spin during the imports and occupy the cores.
+        # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  Its
+        # functions are not used here, but the threads occupy the cores during the imports.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        # Imported only in the process that serves: pyfuse3 must not be loaded before the fork.
+        # Only the process that serves imports this module, because the module loads pyfuse3,
+        # which must not be loaded before the fork.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
         log_uncaught()
@@ -70,7 +73,9 @@ def mount(arguments: Arguments) -> int:
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
 
     def ready_in_foreground() -> None:
-        if arguments.debug:  # the log of each request is complete, so it waits for its reader
+        # With -d the server waits for the reader of the log, so that no request is missing in
+        # the log.  Otherwise the server must not wait, and drops messages.
+        if arguments.debug:
             _log.debug("ready")
         else:
             log_to_stderr_without_waiting()
@@ -95,10 +100,11 @@ def mount(arguments: Arguments) -> int:
 def _remount(arguments: Arguments) -> int:
     """Change the options of a mount; return the exit code.
 
-    The mountpoint is the last path, since mount(8) may pass the source before it.
+    The last path is the mountpoint; a path before it, such as the source that mount(8)
+    passes, is ignored.
 
     Raises:
-        UsageError: No mountpoint is given.
+        UsageError: No mountpoint is given, or an option is invalid.
         QedError: The remount failed.
     """
     from qedfuse.mount.commands.remount import remount  # noqa: PLC0415
@@ -113,10 +119,13 @@ def _remount(arguments: Arguments) -> int:
 
 
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:
-    """Run a session and return its exit code; with ``debug`` a bug in it is raised.
+    """Run a session and return its exit code, or `INTERRUPTED` after Ctrl-C.
 
-    Otherwise a bug becomes one line of the log, because the background process has no
-    terminal for a traceback.
+    A bug is logged as one line and becomes the exit code `BUG`, because a background process
+    has no terminal for a traceback.
+
+    Raises:
+        Exception: There is a bug, and ``debug`` is set.
     """
     try:
         return session()
@@ -133,7 +142,7 @@ def _guarded(session: Callable[[], int], *, debug: bool) -> int:
 def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str], None]) -> int:
     """Unmount, and return the exit code when the mount's process has ended.
 
-    ``report`` gets lines for the user while the command waits.
+    While the function waits it passes lines for the user to ``report``.
 
     Raises:
         QedError: The unmount failed, or ``timeout_seconds`` have passed.

@@ -1,4 +1,4 @@
-"""The command ``qedfuse``: choose the action, and turn every failure into a line and a code."""
+"""The command ``qedfuse``: run an action; report every failure as a line and an exit code."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ _HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    Without ``argv`` the arguments are those of this process, whose streams and SIGINT
-    handler are set up as well.
+    Without ``argv`` the arguments are those of this process, and its standard streams and
+    its SIGINT handler are set up.
+
+    Raises:
+        Exception: There is a bug, and ``-d`` was given.
     """
     program, *words = sys.argv if argv is None else ["qedfuse", *argv]
     helper = os.path.basename(program) in _HELPER_NAMES  # noqa: PTH119
@@ -51,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        discard_unwritten(sys.stdout)  # the reader has seen enough, which is no failure
+        # The reader of the help has closed the pipe, as head(1) does: that is no failure.
+        discard_unwritten(sys.stdout)
         return 0
-    except Exception as error:  # the last resort: one line in place of a traceback
+    except Exception as error:
         if debug:
             raise
         return _fail_with_bug(error)
@@ -68,7 +72,11 @@ def _umount(words: Sequence[str]) -> int:
 
 
 def _print(text: str) -> int:
-    """Print what the user asked for to stdout; return the exit code."""
+    """Print the help or the version to stdout; return the exit code.
+
+    Raises:
+        BrokenPipeError: The reader has closed the pipe.
+    """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -81,7 +89,10 @@ def _print(text: str) -> int:
 
 
 def _print_message(message: str) -> None:
-    """Print a line to stderr; if that fails, the exit code alone reports the outcome."""
+    """Print a line to stderr; if stderr cannot be written to, do nothing.
+
+    The exit code reports the outcome in any case.
+    """
     try:
         sys.stderr.write(f"qedfuse: {message}\n")
         sys.stderr.flush()

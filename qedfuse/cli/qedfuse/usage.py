@@ -10,7 +10,7 @@ usage: qedfuse SOURCE... MOUNTPOINT [OPTION...]
 
 Show QED disk images as flat raw files.
 
-SOURCE      a QED image, or a directory: every QED image in it
+SOURCE      a QED image, or a directory, which stands for every QED image in it
 MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
             NAME.raw; or, for one image, a file that becomes the disk
 
@@ -18,27 +18,27 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
   -f, --foreground       stay in the foreground
   -d, --debug            stay in the foreground and log each request
   -r, --read-only        the same as -o ro
-  -s                     ignored (from mount(8): ignore unknown options)
+  -s                     ignored (if mount(8) runs qedfuse: ignore unknown options)
   --pidfile FILE         write the process number to FILE once the disk can be used
   -h, --help             show this help
   -V, --version          show the version
 
-Options of -o; the default and other values are in parentheses:
+Options of -o; the default and then other values are in parentheses:
   ro, rw                 whether the disk can be written to (rw)
   allow_other            let other users access the mount, within uid, gid and umask
   allow_root             let root access the mount, but no other user
   uid=N, gid=N           owner of the disk (the caller)
   umask=OCTAL            permissions removed from 0666 (077)
   growable               let truncate(1) and writes past the end enlarge the disk
-  truncate=zero          truncation to a smaller size fills the range with zeros, and the
-                         disk keeps its size; cp and > truncate to 0 on opening (refuse)
+  truncate=zero          truncation fills the range that it cuts off with zeros, and the
+                         disk keeps its size; cp and > truncate on opening (refuse)
   discard, nodiscard     whether discards free space, or only write zeros (discard)
-  detect_zeroes=on       allocate no space for zeros that are written (off; unmap: and
-                         free the space that they overwrite)
+  detect_zeroes=on       allocate no space for zeros that are written (off; unmap: also
+                         free the space that the zeros overwrite)
   freelist=on            keep a list of free space in the image between mounts (off);
                          QEMU refuses an image with a list (default: unchanged)
   compact=full           make the file as short as possible when the mount ends (auto:
-                         within the next two limits, if the mount changed it; off)
+                         within the two limits below, if tables were changed; off)
   compact_size=SIZE      how much compact=auto may move (64M)
   compact_time=SECONDS   how long compact=auto may take (1)
   snapshot               drop all writes when the mount ends
@@ -56,8 +56,8 @@ Options of -o; the default and other values are in parentheses:
   cache_size=SIZE        memory for the tables of each image (32M)
   nosuid nodev noexec noatime sync dirsync and other options of mount(8)
 
-"umount" unmounts and returns when everything is durable and the process has ended.
-Everything else that can be done to an image is in qedimg (see: qedimg --help).
+"umount" unmounts, and returns when everything is durable and the mount's process has
+ended.  qedimg creates, checks, repairs and converts images (see: qedimg --help).
 
 Exit codes: 0 done; 1 usage; 2 the host's file system or kernel; 12 not a usable QED
 image; 13 corrupt; 14 unknown features; 15 needs a check; 16 in use; 17 backing file;

@@ -33,7 +33,7 @@ complete -c qedfuse -n 'not __qedfuse_command' -s o -x -a '(__qedfuse_mount_opti
 complete -c qedfuse -n 'not __qedfuse_command' -s f -l foreground -d 'stay in the foreground'
 complete -c qedfuse -n 'not __qedfuse_command' -s d -l debug -d 'stay in the foreground and log each request'
 complete -c qedfuse -n 'not __qedfuse_command' -s r -l read-only -d 'the same as -o ro'
-complete -c qedfuse -n 'not __qedfuse_command' -s s -d 'ignored (from mount(8): ignore unknown options)'
+complete -c qedfuse -n 'not __qedfuse_command' -s s -d 'ignored (if mount(8) runs qedfuse: ignore unknown options)'
 complete -c qedfuse -n 'not __qedfuse_command' -l pidfile -r -F -d 'write the process number to FILE once the disk can be used'
 complete -c qedfuse -n 'not __qedfuse_command' -s h -l help -d 'show this help'
 complete -c qedfuse -n 'not __qedfuse_command' -s V -l version -d 'show the version'
