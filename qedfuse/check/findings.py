@@ -158,7 +158,7 @@ class CheckReport:
         """Whether what was read as tables is probably something else.
 
         One flipped bit in the header makes other bytes of the file look like tables.  Then
-        nearly all clusters seem to be leaked, and the guest's data are read as entries.
+        nearly all clusters seem to be leaked, and data of the guest is read as entries.
         """
         suspicious = not self.allocated_clusters or Code.MOSTLY_LEAKED in self.counts
         return suspicious and bool(self.errors or self.leaks)

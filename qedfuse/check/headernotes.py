@@ -1,4 +1,4 @@
-"""What is unusual about the header of an image that can be used."""
+"""Notes about a header that is valid and yet unusual."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ _log = logging.getLogger(__name__)
 
 
 async def inspect_image(file: HostFile, header: Header) -> None:
-    """Check an image; return if it has no errors; log what it leaks, which costs only space.
+    """Check an image, and refuse it if it has errors.
+
+    Leaked clusters cost only space, so they are only logged.
 
     Raises:
         CorruptImageError: The check found errors.  Nothing has been changed.

@@ -8,17 +8,16 @@ interrupted then, the next one finds nothing wrong with that entry.  So the orde
 2. A datasync.
 3. Only then the file grows, by whatever the repair needs.
 
-What an entry becomes does not depend on a later repair.  An L2 entry is cleared, and so is
-an L1 entry of an image without a backing file; nothing is left to do for them.  An L1 entry
-of an overlay gets a table of zero clusters in the end, since the backing file would show
-through if the entry were cleared.  The new table needs a longer file; until it exists the
-entry is `POISON_ENTRY`.
+Most entries get their final value in step 1: an L2 entry is cleared, and so is an L1 entry
+of an image without a backing file.  An L1 entry of an overlay must not be cleared, because
+the backing file would show through; in the end it points to a new table of zero clusters.
+That table needs a longer file, so in step 1 the entry becomes `POISON_ENTRY`.
 
 A table that overlaps data must not be written to, since its bytes may be data.  It will be
 copied, and the repair corrects the copy.  Until the L1 entry points to the copy, the
 original stays unchanged and in use.  So its entries cannot be cleared.  Instead the repair
-never allocates the clusters that they point to: once the file has grown over those, they
-read as zeros, as they will after the repair.
+never allocates the clusters that they point to.  Once the file has grown past those
+clusters, they are holes and read as zeros, like the entries of the corrected copy.
 """
 
 from __future__ import annotations

@@ -115,7 +115,10 @@ class Rewriter:
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, new: Values) -> None:
-        """Write entries that point to nothing new, so no earlier write must be durable."""
+        """Write cleared entries at a file offset.
+
+        They point to nothing new, so no earlier write needs to be durable first.
+        """
         self._has_pending = True
         await self._file.pwrite(offset, _bytes(new))
 
@@ -126,7 +129,7 @@ class Rewriter:
             self._has_pending = False
 
     def set_avoided(self, clusters: Values) -> None:
-        """Never allocate some clusters past the end of the file, by their sorted file offsets."""
+        """Never allocate the clusters that begin at these file offsets, which are sorted."""
         self._avoided = clusters
 
     def _allocate(self, length: int) -> int:

@@ -42,7 +42,8 @@ class TableRepair:
         self._size = file.size()
         self._whole_size = rewriter.end
         self._classifier = EntryClassifier(header, self._whole_size)
-        # Covers the old file only: no entry but the new ones can point to copies past it.
+        # Covers the file as it was before the repair.  Past its end there are only copies,
+        # and only entries that the repair writes point to those.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # For each table its L1 index, its file offset, and the offset to read it at, which
         # is the old one in a dry run, where copies do not exist.
@@ -111,9 +112,9 @@ class TableRepair:
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
         """Complete the tables that the end of the file cuts short with empty entries.
 
-        The entries are durable before the file grows any further than they extend it.  So
-        an interrupted repair leaves a table that is still cut short, and never one through
-        which the backing file shows, or one with half an old entry.
+        Until the entries are durable, the file grows only by them.  So an interrupted repair
+        leaves a table that is still cut short, and never one through which the backing file
+        shows, or one with half an old entry.
         """
         geometry = self._geometry
         # An entry of which only a part is in the file counts as missing.

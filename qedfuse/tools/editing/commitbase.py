@@ -73,7 +73,7 @@ class Base(Protocol):
         """Make everything durable."""
 
     async def tidy(self) -> None:
-        """Move clusters into those that became free, as far as the options allow."""
+        """Move the highest clusters into free ones and shorten the file, as the options allow."""
 
 
 class _QedBase:
@@ -129,7 +129,7 @@ class _RawBase:
         await self._file.punch((start, length))
         if self._file.can_punch:
             return
-        # The host cannot punch holes, so zeros are written.
+        # The host's file system does not support holes.
         zeros, end = bytes(min(COPY_CHUNK_BYTES, length)), start + length
         for at in range(start, end, COPY_CHUNK_BYTES):
             await self._file.pwrite(at, memoryview(zeros)[: end - at])
@@ -189,7 +189,9 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
 
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
-    """Refuse a file that has replaced the one to which the rules were applied.
+    """Refuse a file that is not the one that was found when the chain was read.
+
+    The policy for bases was applied to the file that was found then.
 
     Args:
         path: The file.
@@ -200,5 +202,5 @@ def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> No
         ImageInUseError: They are not the same file.
     """
     if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
-        msg = f"{printable(path)}: found another file than a moment ago"
+        msg = f"{printable(path)}: found another file than when the chain was read"
         raise ImageInUseError(msg)

@@ -50,7 +50,8 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    # Closing must not compact again: what is free then is what could not be filled here.
+    # Without this, closing would compact again.  It would move nothing: clusters that are free
+    # after this could not be filled.
     wanted = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, wanted, with_bases=False) as disk:
         before = disk.fstat().st_size

@@ -1,7 +1,7 @@
 """Creating a new empty image: its backing file is checked, its name appears when it is complete.
 
-Only `preallocate` is asynchronous: nothing else here waits for long, and a script that
-creates images by the dozen should not wait for an event loop to be loaded.
+Only `preallocate` is asynchronous.  Nothing else here blocks for long, and a script that
+creates many images should not wait for an event loop to be loaded each time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def create(
         backing_format: Format of the backing file; may be omitted if it is QED.
         unsafe: Do not open the backing file, which need not exist.
         overwrite: Replace an existing file, unless it is in use as an image.
-        fill: Called with the temporary name that the image has until it is complete.
+        fill: Called with the temporary name of the image, before it gets its own name.
 
     Raises:
         UsageError: A size or the geometry is invalid, or the file exists.

@@ -37,10 +37,10 @@ async def own_extents(disk: Disk, start: int) -> list[Extent]:
 
 
 def refuse_bad(extents: list[Extent]) -> None:
-    """Refuse extents of which one has a bad table entry.
+    """Raise an error if the table entry of one of the extents is bad.
 
     Raises:
-        CorruptImageError: One has.
+        CorruptImageError: It is; the message describes the first such entry.
     """
     for extent in extents:
         if extent.kind is Kind.BAD:

@@ -1,10 +1,9 @@
 """Rebasing an overlay: it gets another backing file, and its content stays the same.
 
-Where the image stores nothing itself, its base shows through.  So wherever the new base
-shows something else than the old one, the old content is first copied into the image, while
-it still names the old base: until the name changes the disk reads the same over the old base,
-and from then on over the new one.  The name changes in one step, after everything else is
-durable.
+Where the image stores nothing itself, its base shows through.  So wherever the two bases
+differ, the content of the old one is first copied into the image, which still names the old
+base.  The disk then reads the same over either base.  When the copy is durable, the name
+changes in one step.
 """
 
 from __future__ import annotations
@@ -127,11 +126,12 @@ async def _new_chain(
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
-    # The format that the user gives for all bases is about the old ones; this one has its
-    # own.
+    # The format in the options applies to the bases that the image has.  The new one is raw if
+    # the header above says so; otherwise its first bytes decide.
     policy = replace(options.backing, trusted=base, format=None)
     with open_image_file(disk.path, None) as image:
-        # Loops are detected before locks: a lock would conflict with our own on the image.
+        # A loop is detected before the file is locked.  Otherwise its lock would conflict with
+        # that of the open disk, and the message would be "in use".
         bases = await open_bases(
             disk.path,
             image,

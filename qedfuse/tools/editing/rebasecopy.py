@@ -1,4 +1,4 @@
-"""The copy that a rebase makes: what the old bases show and the new ones do not."""
+"""The copy that a rebase makes: the content of the old bases that the new ones do not show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMPARE_CHUNK_BYTES: Final = 1 << 20
 
 
 class RebaseCopy:
-    """Copies into an image what its new bases do not show.
+    """Copies into an image the content of its bases, wherever its future bases differ.
 
     Attributes:
         copied_bytes: Bytes written to the image as data.
@@ -70,9 +70,13 @@ class RebaseCopy:
             at = await self._next_data_cluster(stop)
 
     async def _next_data_cluster(self, start: int) -> int:
-        """Return the first cluster at or past ``start`` in which either base has data."""
+        """Return the guest offset of the first cluster with data in either base.
+
+        The search begins at ``start``, the beginning of a cluster.  If there is none, the
+        result is not below the disk's last cluster.
+        """
         for index, chain in enumerate(self._bases):
-            # Data that was found from an earlier cluster may lie far ahead; it is still next.
+            # The data found by an earlier call is still the next one if it lies past ``start``.
             if self._data_at[index] < start:
                 found = await next_data(chain, start)
                 self._data_at[index] = self._disk.size if found is None else found
@@ -138,8 +142,8 @@ class RebaseCopy:
             await self._disk.write_zero_clusters(start, end - start)
             self.zero_bytes += end - start
         elif differs:
-            # A write of one sector allocates the cluster, which the disk fills up from its
-            # old base.
+            # A write of one sector allocates the cluster; the disk completes it from the old
+            # base.
             await self._disk.write(start, await self._old.read(start, SECTOR, depth=1))
             self.copied_bytes += end - start
         await trio.lowlevel.checkpoint()

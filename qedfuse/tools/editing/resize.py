@@ -52,7 +52,8 @@ async def resize(
         size: Bytes; with ``relative`` the difference, which may be negative.
         relative: Count from the present size.
         shrink: Allow the disk to become smaller.
-        force: Allow the loss of data that the image has past the new end, or past the old.
+        force: Allow the loss of data past the new end of a smaller disk, and of data that
+            another program left past the old end of a growing one.
         options: How to open it; ``writable`` is set in any case.
         progress: Called with the work done and the whole work, in any unit.
 
