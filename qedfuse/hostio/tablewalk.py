@@ -85,9 +85,9 @@ class DataSlices:
         Raises:
             HostError: The host refused.
         """
-        await trio.lowlevel.checkpoint()
         if self._next >= self._end:
             raise StopAsyncIteration
+        await trio.lowlevel.checkpoint()
         data = await self._file.next_data(self._next)
         if data is None or data >= self._end:
             raise StopAsyncIteration
