@@ -37,8 +37,8 @@ class Lifecycle:
         Raises:
             CorruptImageError: The image cannot be written to without damage.
             UsageError: A free list is requested, but the bytes for its descriptor are in use.
-            HostError: The host refused to open it, or something written before could not be
-                made durable (D7).  The files are closed nevertheless.
+            HostError: The host refused at the start, or something written could not be made
+                durable at the close (D7).  The files are closed nevertheless.
         """
         succeeded = False
         try:
@@ -102,6 +102,7 @@ class Lifecycle:
             components.chain.close()
             raise
         except BaseException:
+            # A compaction that was cancelled or interrupted leaves a sound image.
             await self._finish(writable=writable)
             raise
         await self._finish(writable=writable)

@@ -19,11 +19,11 @@ Args = TypeVarTuple("Args")
 
 _MAX_THREADS: Final = 4
 """Most worker threads that change one file concurrently.  The kernel lets only one of them
-change the file at a time, so more threads would only wait; they are left to reads."""
+change the file at a time, so more threads would only wait and be missing for reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Longest time between two slow writes of which the second confirms that the kernel throttles,
-and longest time for which throttling is assumed after the last slow write.  The kernel's
-longest pause for a throttled writer is 200 ms."""
+"""Throttling is assumed from the moment when two slow writes have come with no longer gap, until
+no slow write has come for this time.  The kernel's longest pause for a throttled writer is
+200 ms."""
 
 
 class InodeLock:
@@ -55,7 +55,7 @@ class InodeLock:
     def recheck_free(self) -> bool:
         """Return whether there is no contention now.
 
-        First ends the throttling if no slow write has been recorded for a second.
+        First ends the throttling if the last slow write was too long ago.
         """
         if self.is_throttled and time.perf_counter() - self._slow_at > _MAX_SLOW_WRITE_GAP_SECONDS:
             self.end_throttling()
@@ -64,8 +64,8 @@ class InodeLock:
     async def wait_for_short_writes(self) -> None:
         """Wait until the short writes in threads have ended, if there is no other contention.
 
-        Returns immediately if there is none or another kind of contention.  Returns early
-        when another kind begins.
+        Returns immediately if there is no contention, or contention of another kind.
+        Returns early when contention of another kind begins.
         """
         if 0 < self.contention == self._short_writes:
             await self._waiting.park()

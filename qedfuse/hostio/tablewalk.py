@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 async def holds_data(file: HostFile, offset: int, length: int) -> bool:
-    """Return whether a range of the file is more than a hole.
+    """Return whether the host stores data for any byte of a range of the file.
 
     Raises:
         HostError: The host refused.

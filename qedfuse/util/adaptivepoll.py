@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Largest value of the confidence counter; this number of waits in a row that are a
-little too long disables polling."""
+"""Largest value of the confidence counter.  So after at most this number of waits in a row that
+are a little too long polling is disabled."""
 _RESET_FACTOR: Final = 8
 """A wait that is longer than the poll by this factor resets the confidence to 0: the earlier
 waits no longer predict the next one."""

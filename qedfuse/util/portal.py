@@ -4,15 +4,15 @@
         answer = portal.call(portal.value.ask, "what")
 
 Each portal has a thread with a trio event loop, in which an async context manager is open.
-It ends in one of these ways:
+A portal ends in one of these ways:
 
 - `close` lets running calls finish, leaves the context manager and waits until the thread
   has ended.
-- A portal that is still open when the program ends is closed then.  A watcher thread does
-  so once the main thread has ended and all other threads too, except daemon threads and
-  threads of portals.  Python waits for the portal's thread before it exits.  (``atexit``
-  would be too late: since Python 3.12 its functions cannot start threads, and closing a
-  file may need one to wait for the disk.)
+- A portal that is still open when the program ends is closed by a watcher thread.  The
+  watcher waits until all threads of the program have ended, the main thread included;
+  daemon threads and the threads of portals do not count.  Python waits for the portal's
+  thread before it exits.  (``atexit`` would be too late: since Python 3.12 its functions
+  cannot start threads, and closing a file may need a thread to wait for the disk.)
 - After ``os.fork`` the child has no portal thread, so every call fails immediately there.
   The portal goes on in the parent.
 """
@@ -95,7 +95,8 @@ class Portal(Generic[T]):
                 may have been cancelled halfway.
         """
         future: Future[R] = Future()
-        # Recorded before it is queued: when the loop ends, `_run` fails all recorded futures.
+        # Record the future before queuing the call: when the loop ends, `_run` fails all
+        # futures that are recorded, so no caller waits forever.
         self._pending.add(future)
         try:
             if self._token is None or not self.is_alive():
@@ -107,7 +108,7 @@ class Portal(Generic[T]):
             return future.result()
         finally:
             self._pending.discard(future)
-            del future  # it refers to an error whose traceback refers to this frame
+            del future  # breaks a cycle: future -> error -> traceback -> this frame
 
     def close(self) -> None:
         """Leave the context manager and wait until the thread has ended.

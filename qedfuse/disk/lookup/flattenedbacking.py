@@ -9,7 +9,7 @@ top image:
                            up layer by layer
     ZEROS                  the cluster is unallocated in all layers, or zeros in one
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
-                           file offsets are multiples of 4096, and no chain is that deep
+                           file offsets are multiples of 4096, and chains are shorter
 
 The arrays are kept in the store of the table cache.  They are evicted like slices of tables,
 and made again when they are needed.

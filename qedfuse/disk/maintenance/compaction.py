@@ -36,15 +36,13 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.reclaim import Reclaim
     from qedfuse.util.backgroundtasks import Progress
 
-    """Called with the bytes that have been moved, and with all that will be moved."""
-
 log = logging.getLogger(__name__)
 
 _MAX_MOVES_PER_PASS: Final = 1 << 20
 """Most clusters whose owners are found in one pass over the tables.  Takes 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
-"""Most L2 tables that an image may have to be compacted; with 64 KiB clusters 2 PiB of disk."""
+"""Most L2 tables with which an image is compacted; with 64 KiB clusters they cover 2 PiB."""
 
 
 class Limits(NamedTuple):
@@ -94,8 +92,9 @@ class Compaction:
 
         The caller must ensure that no other request is running.  Nothing is moved, and a
         warning is logged, if the scan has not found all free clusters, if the image is
-        damaged, or if it has too many tables.  A corrupt table entry ends the compaction;
-        it is logged, and the image is marked as damaged.  Reaching a limit is no error.
+        damaged, or if it has too many tables.  If a corrupt table entry is found, the
+        compaction ends, an error is logged, and the image is marked as damaged.  Reaching a
+        limit is no error.
 
         Args:
             progress: Called with the bytes that have been moved, and with all that will be.
@@ -128,8 +127,9 @@ class Compaction:
                         self._scope.cancel()
                     await self._shorten(limits, counter, within_bound=within_bound)
         except CorruptImageError as error:
-            # `build_reverse_map` has found a bad entry, or a cluster with two owners.  Such a
-            # cluster is never moved, because only one owner would point to the copy.
+            # `build_reverse_map` has found an entry that is no multiple of the cluster size, or
+            # a cluster with two owners.  Such a cluster is never moved, because only one of
+            # the owners would point to the copy.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
             self._layer.mark_damaged()
         finally:
@@ -148,7 +148,7 @@ class Compaction:
     async def _shorten(
         self, limits: Limits | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        """Move the highest clusters until none is free, the limits are reached or none can move.
+        """Move the highest clusters, until no cluster is free or no more can or may be moved.
 
         Each pass of the loop moves up to `_MAX_MOVES_PER_PASS` clusters.
         """

@@ -98,7 +98,7 @@ class Resize:
     def check(self, size: int, *, shrink: bool = False) -> None:
         """Raise unless the disk can get this size in bytes by growing, or by shrinking.
 
-        The present size is always accepted, and then nothing changes.
+        The present size is always accepted.
 
         Args:
             size: The new size in bytes.
@@ -127,7 +127,7 @@ class Resize:
         """Grow the disk to ``size`` bytes, durably; do nothing if it is at least as large.
 
         Args:
-            size: The new size, which the caller has passed to `check`.
+            size: The new size, which the caller must have passed to `check`.
             force: Whether to deallocate the clusters to which table entries past the old
                 end refer, instead of raising an error.
 
@@ -164,7 +164,9 @@ class Resize:
         a base that is longer than the disk would show through.
 
         Raises:
-            CorruptImageError: As `grow`.
+            CorruptImageError: A table entry for the range is bad, or refers to data without
+                ``force``.
+            HostError: The host refused.
         """
         geometry = self._layer.geometry
         old, cluster_end = self._layer.size, geometry.ceil(self._layer.size)
@@ -196,8 +198,8 @@ class Resize:
     async def shrink(self, size: int, progress: Progress | None = None) -> None:
         """Shrink the disk to ``size`` bytes, durably, and drop the data past the new end.
 
-        The caller has passed ``size`` to `check`, and has checked with `refuse_data` that
-        there is no data, unless data may be lost.
+        The caller must have passed ``size`` to `check`.  Unless data may be lost, the caller
+        must also have called `refuse_data`.
 
         Args:
             size: The new size in bytes.
@@ -305,7 +307,7 @@ class Resize:
     async def _drop_tables(self, first: int) -> None:
         """Remove the tables without data of the L1 entries from ``first`` on.
 
-        Zero clusters in these tables are lost.  No slice may be dirty.
+        Zero clusters in these tables are lost.  The caller must ensure that no slice is dirty.
         """
         layer, step = self._layer, self._layer.tables.slice_entries
         start, length = layer.header.l1_table_offset, layer.geometry.table_bytes
