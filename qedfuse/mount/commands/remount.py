@@ -1,9 +1,9 @@
-"""``mount -o remount``: changing the flags that the kernel enforces; all else is refused.
+"""``mount -o remount``: changing mount flags that the kernel enforces, and no other option.
 
-The kernel can refuse writes by itself, so a writable mount can be made read-only and writable
-again without its server.  A server that has opened its images read-only cannot become a
-writer: that would take locks, a check of the image, and the kernel's write-back cache, all of
-which are decided when the mount begins.
+The kernel can refuse writes without the server, so a writable mount can be made read-only and
+writable again.  A mount whose server has opened the images read-only cannot become writable.  A
+writer needs other locks, a check of the image, and the kernel's write-back cache, and all three
+are decided when the mount begins.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ _NEGATIONS: Final = {
 }
 """Options that clear a mount flag."""
 _ALWAYS_SET: Final = ("nosuid", "nodev")
+"""Mount flags that every mount of qedfuse has, and that no option clears."""
 _KERNEL_FUSE_OPTIONS: Final = ("user_id", "group_id", "blksize")
-"""Options that the kernel shows for every FUSE mount, and that mount(8) copies from there."""
+"""Options that are ignored.  The kernel shows them in the mount table for every FUSE mount, and
+mount(8) copies them from the mount table."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,17 +61,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def remount(
     mountpoint: str, lists: Iterable[str], *, fake: bool = False, sloppy: bool = False
 ) -> None:
-    """Change the flags of a mount that the kernel can change without the server.
+    """Change the mount flags of a mount; they become those that ``lists`` result in.
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         lists: The arguments of all ``-o``.
-        fake: Check everything and change nothing.
-        sloppy: Drop unknown options (``-s`` of mount(8)).
+        fake: Whether to check everything and change nothing.
+        sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
     Raises:
-        MountpointError: There is no mount of qedfuse, no record of it, or a disk in it is open
-            for writing.
+        MountpointError: There is no mount of qedfuse on the mountpoint, the mount has no
+            record, or a disk is open for writing and the mount would become read-only.
         UsageError: An option is invalid or cannot be changed.
         PrivilegeError: The caller is not root.
         FuseError: The kernel refuses.
@@ -92,7 +94,12 @@ def remount(
 
 
 def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Return the mount flags that lists of options result in, and all other options."""
+    """Split options into mount flags and others; drop ``remount`` and `_KERNEL_FUSE_OPTIONS`.
+
+    Returns:
+        The mount flags after all options, where a later option overrides an earlier one; and
+        the other options.
+    """
     flags: set[str] = set(_ALWAYS_SET)
     others: list[str] = []
     for option in (option for text in lists for option in split_options(text)):
@@ -108,14 +115,14 @@ def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
 def _refuse_changes(
     shown: str, old: MountOptions, flags: set[str], others: list[str], *, sloppy: bool
 ) -> None:
-    """Refuse changes that the kernel cannot make without the server.
+    """Check that nothing would change but mount flags.
 
     Args:
         shown: The mountpoint, for messages.
         old: The options of the mount.
         flags: The new mount flags.
-        others: The other options.
-        sloppy: Drop unknown options.
+        others: The options that are no mount flags.
+        sloppy: Whether to ignore unknown options.
 
     Raises:
         UsageError: An option is unknown or would change the mount.
@@ -128,7 +135,8 @@ def _refuse_changes(
         raise UsageError(msg)
     for option in others:
         if option == "allow_other" and old.allow_root:
-            continue  # from the mount table: allow_root is allow_other for the kernel
+            # For allow_root the mount table shows allow_other, and mount(8) copies the latter.
+            continue
         if not is_in_effect(option, old, sloppy=sloppy):
             msg = (
                 f"{shown}: option {printable(option)}: cannot be changed by remount (unmount, and "
@@ -140,7 +148,7 @@ def _refuse_changes(
 def _error(shown: str, number: int) -> QedError:
     """Return the error for an errno of mount(2)."""
     if number == errno.EPERM:
-        return PrivilegeError(f"{shown}: cannot remount: only root may do this")
+        return PrivilegeError(f"{shown}: cannot remount: only root may remount")
     if number == errno.EBUSY:
         return MountpointError(
             f"{shown}: cannot remount: in use: a disk is open for writing (a loop device or a "

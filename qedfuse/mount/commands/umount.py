@@ -1,4 +1,4 @@
-"""``qedfuse umount``: unmount, and return when the process that served the mount has ended."""
+"""``qedfuse umount``: unmount, and wait for the end of the process that served the mount."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 _MILLISECONDS_PER_SECOND: Final = 1000
 _MIN_ATTEMPT_SECONDS: Final = 2.0
-"""Shortest time limit for the unmount itself, which takes some milliseconds."""
+"""Shortest time limit for the unmount itself, which normally takes some milliseconds."""
 _COPIES_REPORT_SECONDS: Final = 1.0
-"""Time after which copies of the mount are reported if the process has not ended."""
+"""Time after which a process that has not ended is reported if its mount has copies."""
 _REPORT_SECONDS: Final = 10.0
-"""Time after which a process that has not ended is reported for any reason."""
+"""Time after which a process that has not ended is reported in any case."""
 
 
 class UnmountFailedError(QedError):
@@ -51,18 +51,20 @@ def unmount_and_wait(
 ) -> None:
     """Unmount and wait until all data is durable and the images are closed and unlocked.
 
-    The process is never killed: if it takes long, it is writing, or the mount has a copy in
-    another mount namespace.
+    The process that serves the mount is never killed.  If it takes long, it is still writing,
+    or the mount has a copy in another mount namespace.
 
     Args:
         path: The mountpoint.
-        seconds: The time limit; None for none.  With 0 the process is not waited for.
+        seconds: The time limit; None for no limit.  With 0 this function does not wait for the
+            process, but raises if it has not ended.
         report: Called with a line about the reason if the wait is long.
 
     Raises:
         MountpointError: The path is no mount of qedfuse, or the mount is in use.
-        UnmountFailedError: The process failed at the end, does not answer, or has not ended
-            in time.
+        UnmountFailedError: The process does not answer, has failed at its end, has not ended
+            in time, or has no record by which to find it.
+        QedError: The mount cannot be unmounted for another reason.
     """
     deadline = Deadline(seconds)
     attempt = Deadline(None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS))
@@ -70,7 +72,7 @@ def unmount_and_wait(
     try:
         mountpoint, entry, found = call_in_child(partial(_find, path), attempt.remaining())
     except TimeoutError:
-        msg = f"{printable(path)}: not unmounted: a path to it does not answer{waited}"
+        msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{waited}"
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
     process = None if found is None else _open_process(found.record)
@@ -85,13 +87,17 @@ def unmount_and_wait(
                 msg = f"{shown}: not unmounted: {server} does not answer{waited}"
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
-            # The record is visible only now; a process that has ended well has removed it.
+            # The mount has hidden the record, which is visible only now.  If there is none, the
+            # process has removed it, because it has ended without a failure.
             found = find_record(entry.device, entry.owner)
             if found is None:
                 return
             process = _open_process(found.record)
         if found is None:
-            msg = f"{shown}: unmounted, but found no record of its process: it may still be writing"
+            msg = (
+                f"{shown}: unmounted, but found no record of the process that served the mount: "
+                "the process may still be writing"
+            )
             raise UnmountFailedError(msg)
         if process is not None:
             server_process = ServerProcess(process, found.record.pid, entry)
@@ -107,14 +113,20 @@ def unmount_and_wait(
 
 
 def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
-    """Return the mountpoint that a path leads to, the mount, and its record if there is one."""
+    """Return the mountpoint that a path leads to, its mount, and the record of the mount or None.
+
+    The caller must limit the time, because a path through a dead mount may block.
+
+    Raises:
+        MountpointError: The path leads to no mount of qedfuse.
+    """
     mountpoint = resolve_mounted(path)
     entry = find_qedfuse_mount(mountpoint)
     return mountpoint, entry, find_record(entry.device, entry.owner)
 
 
 def _is_mounted(mountpoint: str, entry: MountEntry) -> bool:
-    """Return whether a mount still exists."""
+    """Return whether the mountpoint still shows the mount ``entry``."""
     now = find_mount(mountpoint)
     return now is not None and now.device == entry.device
 
@@ -125,7 +137,12 @@ def _may_hide_records(mountpoint: str, owner: int) -> bool:
 
 
 def _unmount(mountpoint: str, entry: MountEntry) -> None:
-    """Unmount; succeed also if another process has unmounted at the same time."""
+    """Unmount; succeed also if another process unmounts concurrently.
+
+    Raises:
+        MountpointError: The mount is in use.
+        QedError: The mount cannot be unmounted for another reason.
+    """
     try:
         unmount(mountpoint)
     except BusyError as error:
@@ -140,12 +157,13 @@ def _unmount(mountpoint: str, entry: MountEntry) -> None:
 
 
 def _open_process(record: MountRecord) -> int | None:
-    """Return a pidfd of the process that wrote a record; None if that has ended."""
+    """Return a pidfd of the process that wrote a record; None if this process has ended."""
     try:
         fd = os.pidfd_open(record.pid)
     except OSError:
         return None
-    # Compared only after the open: while the descriptor is open the pid is not reused.
+    # The start time is compared after the open.  If it matches, the descriptor is that of the
+    # process that wrote the record, and not of a later one with the same pid.
     if process_start(record.pid) != record.started:
         os.close(fd)
         return None
@@ -153,19 +171,21 @@ def _open_process(record: MountRecord) -> int | None:
 
 
 class ServerProcess:
-    """The process that served a mount, until its end."""
+    """The process that served a mount, and whose end the caller waits for."""
 
-    def __init__(self, process: int, pid: int, entry: MountEntry) -> None:
-        """Wait for the process ``pid`` by its pidfd; it served the mount ``entry``."""
-        self._process = process
+    def __init__(self, pidfd: int, pid: int, entry: MountEntry) -> None:
+        """Use the process ``pid``, open as ``pidfd``, which served the mount ``entry``."""
+        self._pidfd = pidfd
         self._pid = pid
         self._entry = entry
 
     def wait(self, seconds: float | None, report: Callable[[str], None]) -> bool:
         """Wait for the end of the process; return False if it has not ended in ``seconds``.
 
-        With None the wait has no limit.  ``report`` is called once if the wait is long, and
-        earlier if the reason is known.
+        Args:
+            seconds: The time limit; None for no limit.
+            report: Called at most once, with a line about the reason: after
+                `_COPIES_REPORT_SECONDS` if the mount has copies, or after `_REPORT_SECONDS`.
         """
         start = time.monotonic()
         reported = False
@@ -182,7 +202,7 @@ class ServerProcess:
     def _has_ended(self, seconds: float | None) -> bool:
         """Wait for up to ``seconds``; return whether the process has ended."""
         poll = select.poll()
-        poll.register(self._process, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
         return bool(
             poll.poll(None if seconds is None else max(0.0, seconds) * _MILLISECONDS_PER_SECOND)
         )
@@ -192,31 +212,37 @@ class ServerProcess:
         copies = self._copies()
         if copies is None:
             return (
-                f"unmounted, but process {self._pid} has not ended: it writes, does not run, or "
-                "the mount has a copy in a mount namespace that cannot be seen (SIGTERM twice "
-                "to the process ends it)"
+                f"unmounted, but process {self._pid} has not ended: the process is writing or "
+                "stopped, or the mount has a copy in a mount namespace that is not visible here "
+                "(to end the process, send SIGTERM to it twice)"
             )
-        return f"unmounted here, but {copies}; process {self._pid} goes on until that is unmounted"
+        return f"unmounted here, but {copies}; process {self._pid} goes on until no mount is left"
 
     def _copies(self) -> str | None:
         """Describe where else the file system is mounted; None if no other mount is visible."""
         found = find_record(self._entry.device, self._entry.owner)
         if found is not None and found.record.pid != self._pid:
-            return None  # the file system is gone, and a new one has its device number
+            # The file system is gone, and the kernel has given its device number to a new one.
+            return None
         return describe_copies(self._entry.device, self._entry)
 
 
 def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
-    """Remove the record of a process that has ended, and raise the failure in it.
+    """Remove the record of a process that has ended, and raise the failure in the record.
 
     Raises:
-        UnmountFailedError: There was a record; a process that ends well removes its own.
+        UnmountFailedError: There was a record.  A process that ends without a failure removes
+            its own record.
     """
     record = take_record(path, entry.owner)
     if record is None:
         return
     if record.failure is not None:
-        msg = f"{shown}: unmounted, but its process failed: {printable(record.failure)}"
+        reason = printable(record.failure)
+        msg = f"{shown}: unmounted, but the process that served the mount has failed: {reason}"
         raise UnmountFailedError(msg, record.exit_code or None)
-    msg = f"{shown}: unmounted, but its process had ended without closing the images cleanly"
+    msg = (
+        f"{shown}: unmounted, but the process that served the mount has ended without closing "
+        "the images cleanly"
+    )
     raise UnmountFailedError(msg)

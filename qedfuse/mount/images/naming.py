@@ -1,4 +1,4 @@
-"""The images of a mount: found by the sources that the user named, and their file names."""
+"""Finding the images that the user's sources stand for, and naming their disks in the mount."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Source:
     """An image to be mounted.
 
     Attributes:
-        path: The absolute path of the image; the working directory of the server is ``/``.
+        path: The absolute path of the image.
         name: The file name of the disk in the mount.
-        is_named: Whether the user named the image itself, and not its directory.
+        is_named: True if the user named the image; False if the user named its directory.
     """
 
     path: str
@@ -35,8 +35,8 @@ class Source:
 def disk_file_name(path: str) -> bytes:
     """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
-    Only the suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix may carry
-    other information and is kept.
+    The suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix is kept, because
+    it may distinguish the image from another one.
     """
     name = os.path.basename(path)  # noqa: PTH119  also for names that are not text
     if name.endswith(_SUFFIX) and name != _SUFFIX:
@@ -45,11 +45,14 @@ def disk_file_name(path: str) -> bytes:
 
 
 def find_sources(paths: Iterable[str]) -> list[Source]:
-    """Return the images that sources stand for; a directory stands for all images in it.
+    """Return the images that the paths of sources stand for, in their order.
+
+    A directory stands for all images in it, sorted by name.  Any other path stands for itself,
+    and is not checked here.
 
     Raises:
         HostError: A directory cannot be read.
-        NotQedError: A directory holds no image.
+        NotQedError: A directory contains no image.
         MountpointError: Two images would have the same file name.
     """
     images: dict[bytes, Source] = {}
@@ -73,7 +76,7 @@ def _images_in(directory: str) -> list[str]:
 
     Raises:
         HostError: The directory cannot be read.
-        NotQedError: There is none.
+        NotQedError: The directory contains no QED image.
     """
     try:
         names = sorted(os.listdir(directory))  # noqa: PTH208  names, not paths
@@ -89,7 +92,8 @@ def _images_in(directory: str) -> list[str]:
 def _is_image(path: str) -> bool:
     """Return whether a file has the magic of a QED image; False if it cannot be read."""
     try:
-        # The type is checked first: opening a FIFO or a device could wait or have side effects.
+        # The type is checked before the open, because opening a FIFO or a device could wait or
+        # have side effects.
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             return False
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)

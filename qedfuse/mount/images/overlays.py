@@ -1,4 +1,4 @@
-"""Opening the disk of a source: the image itself, or an overlay to which writes go."""
+"""Opening the disk of a source: either the image itself, or an overlay that takes the writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def disk_options(options: MountOptions) -> OpenOptions:
-    """Return the options with which the disk is opened."""
+    """Return the options for opening the disk of a mount with ``options``."""
     return OpenOptions(
         writable=not options.read_only,
         force_share=options.force_share,
@@ -46,7 +46,12 @@ def disk_options(options: MountOptions) -> OpenOptions:
 
 
 def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager[Disk]:
-    """Open the disk for the image at ``path``: itself, a snapshot or an overlay."""
+    """Open the disk for the image at ``path``; the end of the block closes the disk.
+
+    Returns:
+        A context manager for the disk: by ``options``, the image itself, a temporary overlay
+        of the image (``snapshot``), or a named overlay of the image (``overlay``).
+    """
     if options.snapshot:
         return _open_snapshot(path, options)
     if options.overlay is not None:
@@ -55,14 +60,22 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
 
 
 def _snapshot_directory() -> str:
-    """Return the directory for snapshots, which may become large; /tmp is often in memory."""
+    """Return the directory for snapshots: that in ``TMPDIR`` if it exists, or /var/tmp.
+
+    The default is not /tmp, because a snapshot may become large, and /tmp is often in memory.
+    """
     named = os.environ.get("TMPDIR")
     return named if named and os.path.isdir(named) else "/var/tmp"  # noqa: PTH112, S108  mkdtemp
 
 
 @asynccontextmanager
 async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Open the image itself; the error for missing write permission names the remedy."""
+    """Open the image itself.
+
+    Raises:
+        QedError: The image cannot be opened.  If the reason is a missing permission to write,
+            the message suggests ``-o ro``.
+    """
     opened = False
     try:
         async with open_disk(path, disk_options(options), inspector=inspect_image) as disk:
@@ -78,7 +91,12 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
 
 @asynccontextmanager
 async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Open a temporary overlay, whose file has no name any more once it is open."""
+    """Make and open a temporary overlay, and unlink its file immediately after the open.
+
+    Raises:
+        HostError: The overlay cannot be made.
+        QedError: The image cannot be opened.
+    """
     directory = _snapshot_directory()
     try:
         temporary = tempfile.mkdtemp(prefix="qedfuse-", dir=directory)
@@ -90,7 +108,7 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
         # The file is deleted when it is closed, so compaction would be useless.
         opening = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, opening, inspector=inspect_image) as disk:
-            # An unlinked file exists until it is closed, so even a crash leaves nothing behind.
+            # Unlinked now, so that the kernel frees the file even after a crash of this process.
             shutil.rmtree(temporary, ignore_errors=True)
             yield disk
     finally:
@@ -99,8 +117,13 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
 
 @asynccontextmanager
 async def _open_overlay(path: str, overlay: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Open the overlay that the user named; make it if it is missing."""
-    if os.path.lexists(overlay):  # noqa: ASYNC240  before anything is served
+    """Open the overlay that the user named; make the overlay if it is missing.
+
+    Raises:
+        UsageError: The overlay has another backing file than the image at ``path``.
+        QedError: The overlay or the image cannot be opened, or the overlay cannot be made.
+    """
+    if os.path.lexists(overlay):  # noqa: ASYNC240  no request is served yet, so this may block
         await _check_backing_file(overlay, path, options)
     else:
         await _make_overlay(overlay, path, options)
@@ -109,7 +132,10 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
 
 
 def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
-    """Return the options for an overlay; its source may lie anywhere, because the user named it."""
+    """Return the options for opening an overlay of ``source``.
+
+    The source is trusted as the backing file wherever it lies, because the user has named it.
+    """
     opening = disk_options(options)
     return replace(opening, backing=replace(opening.backing, trusted=source))
 
@@ -133,11 +159,12 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
 
 
 async def _check_backing_file(overlay: str, source: str, options: MountOptions) -> None:
-    """Check that the backing file of an existing overlay is a source.
+    """Check that the backing file of an existing overlay is ``source``.
 
     Raises:
-        UsageError: It is another file.
-        BackingError: It is missing.
+        UsageError: The overlay has no backing file, or the backing file is another file.
+        BackingError: The backing file is missing or not accessible.
+        QedError: The overlay or the source cannot be opened.
     """
     with open_image_file(overlay, None) as file:
         header = await read_header(file)

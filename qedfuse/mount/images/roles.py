@@ -1,8 +1,9 @@
-"""Images of a mount that are backing files of other images, and so must be read-only.
+"""Finding the images of a mount that are backing files of other images in it.
 
-Writes to a backing file change the content of its overlays, and the locks of a writable
-backing file and of its overlays exclude each other.  In a directory with a golden image and
-overlays of it, the user wants to write to the overlays.
+Such an image must be opened read-only.  A write to a backing file would change the content of
+its overlays.  Besides, the lock of a writable image excludes all other openers, and so its
+overlays as well.  If a directory contains a golden image and its overlays, the user wants to
+write to the overlays, so the golden image becomes read-only.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ _log = logging.getLogger(__name__)
 
 
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
-    """Return the sources that must be opened read-only as backing files of other sources.
+    """Return the sources that must be opened read-only, because others have them as backing files.
+
+    Each is logged.  In a mount that writes to no source, the result is empty.
 
     Raises:
-        ImageInUseError: In a writable mount, the user named one of them itself, or two sources
+        ImageInUseError: The user named a source and its overlay for writing, or two sources
             are the same file.
     """
     if options.read_only or options.snapshot or options.overlay is not None:
-        return set()  # only images that the mount itself makes are opened for writing
+        return set()  # the sources are opened read-only in any case
     if options.backing.mode == "none":
-        return set()  # images with a backing file are refused
+        return set()  # sources with a backing file are refused when they are opened
     files = _files(sources)
     overlays: dict[Source, list[Source]] = {}
     for source in sources:
@@ -56,7 +59,7 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
 
 
 def _files(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
-    """Return the sources by device and inode.
+    """Return the sources that exist, by device and inode.
 
     Raises:
         ImageInUseError: Two sources are the same file.
@@ -76,7 +79,7 @@ def _files(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Return the device and inode of a file; None if there is no file."""
+    """Return the device and inode of a file; None if there is no file or no access to it."""
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError:

@@ -1,7 +1,7 @@
 """Announcing a mount to other processes: pid file, mount record and service manager.
 
-All paths are resolved before the mount exists.  After that they may lead through the mount,
-and the serving process would wait for its own reply.
+All paths are resolved before the mount exists.  Later a path may lead through the mount, and
+the serving process would wait for a reply of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NO_RECORD = "%s: qedfuse umount will not find this mount's process"
 
 
 class Announcement:
-    """The announcement of one mount, made before the mount and withdrawn after it."""
+    """Announces one mount; made before the mount exists, and withdrawn after its end."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class Announcement:
             mountpoint: The mountpoint, for the mount record.
             sources: The sources, for the mount record.
             option_strings: The options, for the mount record.
-            pidfile: The path of the pid file; None for none.
-            ready: Called when the disks can be used.
+            pidfile: The path of the pid file; None to write no pid file.
+            ready: Called when the disks can be used, after the pid file has been written.
 
         Raises:
             HostError: The directory of the pid file cannot be opened.
@@ -100,9 +100,15 @@ class Announcement:
         self._manager.notify("STOPPING=1")
 
     def withdraw(self, failure: str | None, exit_code: int) -> None:
-        """Remove the pid file and the mount record; a failure is recorded instead.
+        """Remove the pid file and the mount record; close the connection to the service manager.
 
-        Call it last: a missing mount record means that the images are safely closed.
+        The caller must call this last, after the images have been closed, because a missing
+        mount record means that they were closed safely.
+
+        Args:
+            failure: What failed.  The mount record is then kept, and the failure is added to
+                it.  None if nothing failed.
+            exit_code: The exit code of the process, for the mount record.
         """
         self._manager.close()
         if self._pidfile is not None:

@@ -1,11 +1,12 @@
-"""Running the server in the background; the command succeeds only when the disk can be used.
+"""Running the server in the background; the command returns when the disk can be used.
 
 The process forks before there is an event loop, a thread or a connection to the kernel, because
-none of them survives a fork.  The child does all the work and reports through a pipe.  The
-parent waits for the report, prints why the child has failed, and exits with its exit code.
+none of them survives a fork.  The child does all the work, prints errors, and reports through a
+pipe when the disk can be used.  The parent waits for the report.  If the child ends without a
+report, the parent exits with the child's exit code.
 
-If either process ends early, no mount is left that the user does not know of: the parent
-forwards signals to the child, and a child whose parent has ended undoes the mount.
+No mount must stay that the user does not know of.  So the parent forwards signals to the child,
+and the child undoes the mount if the parent has ended.
 """
 
 from __future__ import annotations
@@ -28,24 +29,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _READY: Final = b"ready\n"
+"""The report of the child."""
 _MOUNT_FAILED_EXIT_CODE: Final = 32
-"""The exit code for a child that ended without a message."""
+"""The exit code of the parent if the child was killed, or ended with 0 and without a report."""
 _INTERRUPTED_EXIT_CODE: Final = 130
 _FORWARDED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that the parent sends to the child, as SIGTERM, while it waits."""
 
 
 def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
-    """Run ``serve`` in a child; return in the parent when the child is ready or has failed.
+    """Run ``serve`` in a child; return in the parent when the child is ready or has ended.
+
+    The first signal that the parent gets is sent to the child as SIGTERM, and the parent waits
+    for the end of the child.  A second signal has its default action.
 
     Args:
-        serve: Called in the child with a function that it calls when the disk can be used;
-            returns the exit code of the child.  What it prints to stderr before it is ready
-            is shown to the user.
+        serve: Called in the child, and returns the exit code of the child.  Its argument is a
+            function that it must call when the disk can be used.  Until then the child keeps
+            the stderr of the caller.
 
     Returns:
-        The exit code for the caller's process: 0 only if the disk can be used; 130 if a
-        signal arrived before, which the child has got as SIGTERM.  A second signal has its
-        default action.
+        The exit code for the caller's process.  It is 0 only if the disk can be used, and 130
+        if a signal arrived before that.
 
     Raises:
         HostError: /proc is not mounted.
@@ -54,7 +59,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Signals are blocked until the child is known: otherwise one could end only the parent.
+    # Signals are blocked until the pid of the child is known, because a signal before that
+    # would end only the parent.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     child = os.fork()
     if child == 0:
@@ -65,7 +71,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         with _forwarded_signals(child, mask):
             return _wait(child, reading)
     except KeyboardInterrupt:
-        _read_report(reading)  # wait for the end of the child, so that it prints first
+        # Wait for the end of the child, so that its messages precede the prompt of the shell.
+        _read_report(reading)
         return _INTERRUPTED_EXIT_CODE
     finally:
         os.close(reading)
@@ -73,9 +80,14 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
 @contextmanager
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
-    """Unblock signals; the first one is sent to the child and raises KeyboardInterrupt.
+    """Unblock signals in the block; the first one goes to the child and raises KeyboardInterrupt.
 
-    The child has a session of its own, so signals of the terminal do not reach it.
+    The parent must forward signals of the terminal, because the child has a session of its own
+    and does not get them.
+
+    Args:
+        child: The pid of the child.
+        mask: The signal mask to restore.
     """
 
     def forward(_number: int, _frame: object) -> None:
@@ -84,7 +96,7 @@ def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
         os.kill(child, signal.SIGTERM)
         raise KeyboardInterrupt
 
-    # Signals that are ignored stay ignored, such as SIGHUP under nohup(1).
+    # A signal that is ignored stays ignored and is not forwarded, such as SIGHUP under nohup(1).
     forwarded = [
         number for number in _FORWARDED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     ]
@@ -104,7 +116,7 @@ def _be_child(
     mask: Iterable[int],
     inherited: Iterable[int],
 ) -> None:
-    """Serve and exit; never returns, since the caller's code belongs to the parent.
+    """Serve, and exit; the code after the call belongs to the parent.
 
     Args:
         serve: The function of `run_in_background`.
@@ -116,13 +128,14 @@ def _be_child(
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        # A file system cannot be unmounted while it has a working directory.
+        # A working directory of the child would prevent the unmount of the file system in which
+        # it lies.
         os.chdir("/")
 
         def ready() -> None:
-            # An inherited descriptor may keep a pipe open or hold a lock for which the caller
-            # waits.  It is not closed earlier, because a source or the pid file may be named by
-            # its descriptor (/dev/fd/N).
+            # Inherited descriptors are closed, because one may keep a pipe open or hold a lock
+            # for which the caller waits.  They are not closed earlier, because the user may have
+            # named a source or the pid file by a descriptor (/dev/fd/N).
             discard_standard_streams()
             close_descriptors(inherited)
             try:
@@ -141,10 +154,14 @@ def _be_child(
 
 
 def _wait(child: int, reading: int) -> int:
-    """Wait until the child is ready or has ended; return the exit code for the parent."""
+    """Wait until the child is ready or has ended; return the exit code for the parent.
+
+    If the child was killed, or ended with 0 before it was ready, a message is printed.
+    """
     if _read_report(reading):
         return 0
-    # After waitpid the pid may be reused, so no signal may be forwarded to it any more.
+    # Signals are blocked, because after waitpid the pid of the child may be reused, and no
+    # signal must be forwarded to that pid.
     signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     _pid, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

@@ -1,8 +1,9 @@
 """Returning free heap memory to the system with malloc_trim(3).
 
-Buffers of 1 MiB are allocated and freed, many at a time.  The C library keeps the freed
-memory, some 30 MiB, until malloc_trim is called.  A lower limit on what it keeps would cost
-nearly half the speed of large writes, because the pages of each buffer would be new ones.
+Requests allocate and free buffers of 1 MiB, many at a time.  The C library keeps the freed
+memory, some 30 MiB, until malloc_trim is called.  If a limit made the C library keep less, large
+writes would lose nearly half their speed, because the kernel would have to supply new pages for
+each buffer.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIN_INTERVAL_SECONDS: Final = 4.0
-"""Shortest time between two calls of malloc_trim, each of which takes some milliseconds.  It
-is less than the idle time after which a disk clears NEED_CHECK and flushes, so that the heap
-is also trimmed after that last flush."""
+"""Shortest time between two calls of malloc_trim, each of which takes some milliseconds.  This
+time is less than the idle time after which a disk clears NEED_CHECK and flushes, so that the
+heap is trimmed after that last flush as well."""
 
-# Only the GNU C library has the function, and only that one keeps so much memory.
+# None with another C library than GNU's; other C libraries keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
@@ -32,7 +33,10 @@ class HeapTrimmer:
         self._due = 0.0
 
     def __call__(self) -> None:
-        """Trim the heap if it is due; call it when memory may be free, such as after a flush."""
+        """Trim the heap, unless less than `MIN_INTERVAL_SECONDS` have passed since the last time.
+
+        The caller should call this when memory has become free, such as after a flush.
+        """
         now = self._clock()
         if now >= self._due and _malloc_trim is not None:
             self._due = now + MIN_INTERVAL_SECONDS

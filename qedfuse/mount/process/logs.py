@@ -1,4 +1,4 @@
-"""Configuration of the log: stderr in the foreground, the system log in the background."""
+"""Configuring the log: to stderr in the foreground, to the system log in the background."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _SYSLOG: Final = "/dev/log"
 class _TracebackFormatter(logging.Formatter):
     """Formats tracebacks without the text of the source lines.
 
-    The source files may lie under the mountpoint of the process itself, and reading them would
-    wait for a reply of its own.
+    The source files may lie under the mountpoint that this process serves.  Then reading them
+    would wait for a reply of this process.
     """
 
     def formatException(self, ei: logging._SysExcInfoType) -> str:  # noqa: N802  logging's name
@@ -37,7 +37,14 @@ class _TracebackFormatter(logging.Formatter):
 
 
 def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]) -> None:
-    """Prevent the traceback module from reading source files, for all exceptions of a chain."""
+    """Remove the source lines of an exception and of all exceptions that it is chained to.
+
+    Afterwards the traceback module does not read source files for them.
+
+    Args:
+        exception: The exception, which is changed.
+        seen: The ``id`` of each exception that has been changed; chains may contain cycles.
+    """
     if id(exception) in seen:
         return
     seen.add(id(exception))
@@ -51,7 +58,7 @@ def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]
 
 
 class _LineFormatter(_TracebackFormatter):
-    """Formats each message as one line, with a traceback after it only when debugging."""
+    """Formats each message as one line; a traceback follows the line only when debugging."""
 
     def __init__(self, *, tracebacks: bool) -> None:
         super().__init__("qedfuse: %(message)s")
@@ -59,7 +66,8 @@ class _LineFormatter(_TracebackFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if not self._tracebacks and record.exc_info and record.exc_info[1] is not None:
-            # Users and other programs read stderr line by line.
+            # Without a traceback, because users and other programs read stderr line by line.
+            # The type, the message and the place of the exception are part of the line.
             error = record.exc_info[1]
             where = _origin(error)
             return (
@@ -70,7 +78,10 @@ class _LineFormatter(_TracebackFormatter):
 
 
 def _origin(error: BaseException) -> str:
-    """Return the file and the line in which an exception was raised, in parentheses."""
+    """Return the file and the line where an exception was raised, as `` (FILE:LINE)``.
+
+    The result is empty if the exception has no traceback.
+    """
     trace = error.__traceback__
     if trace is None:
         return ""
@@ -80,7 +91,7 @@ def _origin(error: BaseException) -> str:
 
 
 def log_to_stderr(*, debug: bool = False) -> None:
-    """Log to stderr; with ``debug``, also every request and tracebacks."""
+    """Log to stderr; with ``debug``, log also every request and tracebacks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter(tracebacks=debug))
     log_to(handler)
@@ -88,9 +99,10 @@ def log_to_stderr(*, debug: bool = False) -> None:
 
 
 def log_to_stderr_without_waiting() -> None:
-    """Log to stderr without waiting for its reader; messages that would wait are dropped.
+    """Log to stderr from now on without waiting for the reader of stderr.
 
-    For the time in which disks are served: a reader that is stopped must not stop them.
+    A message is dropped if the reader has no space for it.  The caller must call this before
+    disks are served, because a reader that is stopped must not stop the disks.
     """
     handler = StderrHandler(sys.stderr.fileno())
     handler.setFormatter(_LineFormatter(tracebacks=False))
@@ -98,10 +110,11 @@ def log_to_stderr_without_waiting() -> None:
 
 
 def system_log(path: str = _SYSLOG) -> logging.Handler:
-    """Return a handler for the system log; without a log daemon, one that drops everything.
+    """Return a handler for the system log; without a log daemon, a handler that drops everything.
 
-    The directory of the socket is opened once, because its path may lead through the mount
-    later.  A log daemon that is restarted is found in the same directory.
+    The directory of the socket is opened now and stays open, because later its path may lead
+    through the mount.  If the log daemon is restarted, its new socket is found in the same
+    directory.
 
     Args:
         path: The socket of the log daemon (syslog(3)).
@@ -112,15 +125,16 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
     except OSError:  # no log daemon, as in most containers
         return logging.NullHandler()
     handler = SystemLogHandler(f"/proc/self/fd/{handle}/{name}")
-    # With tracebacks, which the terminal does not show.
+    # The system log gets tracebacks, although the terminal does not.
     handler.setFormatter(_TracebackFormatter("%(message)s"))
     return handler
 
 
 def log_uncaught() -> None:
-    """Log Python's warnings, and exceptions that no code can catch, with one line each.
+    """Log Python's warnings, and exceptions that no code can catch.
 
-    Python's own handlers would read the source file for them, as for tracebacks.
+    Python's own hooks are replaced, because they would read source files, which may lie under
+    the mountpoint that this process serves.
     """
     sys.unraisablehook = _log_unraisable
     threading.excepthook = _log_thread_end
@@ -150,11 +164,12 @@ def _log_warning(
 
 
 def log_to(handler: logging.Handler) -> None:
-    """Replace all handlers of the root logger by one."""
+    """Make ``handler`` the only handler of the root logger, and close the others."""
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
         old.close()
     root.addHandler(handler)
-    # A full disk or a closed pipe behind stderr must not produce tracebacks about logging.
+    # If stderr is a file on a full disk or a closed pipe, no handler may print a traceback
+    # about logging.
     logging.raiseExceptions = False

@@ -1,8 +1,9 @@
 """Log handlers that never wait for the reader of the log.
 
-The event loop logs, and while it waits no disk is served.  The reader of the log may even
-wait for one of the disks, if it stores its files there.  So a message for which the reader has
-no space now is dropped and counted, and the number is logged before the next message.
+The event loop writes the log, and while it waits for the reader of the log, no disk is served.
+If the reader stores its files on one of the disks, the reader even waits for the event loop.  So
+if the reader has no space for a message, the message is dropped and counted.  The number of
+dropped messages is logged before the next message.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from logging.handlers import SysLogHandler
 from typing import Final
 
 _MAX_WRITE_BYTES: Final = select.PIPE_BUF
-"""Bytes that a pipe or a socket takes without waiting if poll(2) reports that it is writable."""
+"""Most bytes of one write(2).  If poll(2) reports that a pipe is writable, the pipe takes this
+number of bytes without waiting (pipe(7))."""
 
 
 class DroppingHandler(logging.Handler):
@@ -30,7 +32,7 @@ class DroppingHandler(logging.Handler):
         self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send a message, or drop it."""
+        """Send a message, or drop it if the reader has no space; the drop is counted."""
         try:
             self._report_dropped()
             if self._dropped or not self.try_send(record):
@@ -39,7 +41,7 @@ class DroppingHandler(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Report the number of dropped messages, if the reader takes messages again."""
+        """Report the number of dropped messages if the reader has space again, and close."""
         self.acquire()
         try:
             self._report_dropped()
@@ -48,7 +50,7 @@ class DroppingHandler(logging.Handler):
         super().close()
 
     def _report_dropped(self) -> None:
-        """Send the number of messages that were dropped since the last report."""
+        """Send the number of messages dropped since the last report, if the reader has space."""
         if self._dropped:
             messages = "message was" if self._dropped == 1 else "messages were"
             text = f"{self._dropped} {messages} dropped here: the reader of the log was too slow"
@@ -58,7 +60,11 @@ class DroppingHandler(logging.Handler):
 
     @abstractmethod
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Format and send a message; return False if it would wait; part may have been sent."""
+        """Format and send a message without waiting.
+
+        Returns:
+            False if sending would wait or failed; then a part may have been sent.
+        """
 
 
 class StderrHandler(DroppingHandler):
@@ -70,9 +76,9 @@ class StderrHandler(DroppingHandler):
         self._descriptor = descriptor
         self._own = -1
         if os.isatty(descriptor):
-            # A writable terminal may take fewer bytes and then block.  With O_NONBLOCK on a
-            # separate open file description it does not block, and the shell, which shares
-            # the original one, is not affected.
+            # A terminal that is writable may block after fewer bytes than a pipe.  So it is
+            # opened again with O_NONBLOCK.  The flag belongs to the new open file description,
+            # and does not affect the shell, which shares the original one.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
                 self._own = os.open(f"/proc/self/fd/{descriptor}", flags)
@@ -81,18 +87,21 @@ class StderrHandler(DroppingHandler):
         self._poll.register(self._descriptor, select.POLLOUT)
 
     def close(self) -> None:
-        """Close the handler and the description that was opened for a terminal."""
+        """Close the handler, and the descriptor that the constructor opened for a terminal."""
         super().close()
         if self._own >= 0:
             os.close(self._own)
             self._own = -1
 
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Write in parts that a writable pipe takes without waiting; see `DroppingHandler`."""
+        """Write a message in parts of at most `_MAX_WRITE_BYTES`.
+
+        The result is that of `DroppingHandler.try_send`.
+        """
         data = (self.format(record) + "\n").encode(errors="backslashreplace")
         try:
             while data:
-                # poll(2) instead of O_NONBLOCK, which would affect other users of the pipe.
+                # poll(2) is used because O_NONBLOCK would affect other users of the pipe.
                 if not self._poll.poll(0):
                     return False
                 data = data[os.write(self._descriptor, data[:_MAX_WRITE_BYTES]) :]
@@ -117,7 +126,10 @@ class SystemLogHandler(DroppingHandler):
         self._disconnect()
 
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Send to the daemon, and reconnect if it was restarted; see `DroppingHandler`."""
+        """Send a message to the daemon; reconnect once if the connection is broken.
+
+        The result is that of `DroppingHandler.try_send`.
+        """
         name = SysLogHandler.priority_map.get(record.levelname, "warning")
         priority = SysLogHandler.LOG_DAEMON << 3 | SysLogHandler.priority_names[name]
         text = f"<{priority}>{self._identity}{self.format(record)}\0"
@@ -125,7 +137,12 @@ class SystemLogHandler(DroppingHandler):
         return self._try_send_once(data) or (self._socket is None and self._try_send_once(data))
 
     def _try_send_once(self, data: bytes) -> bool:
-        """Send over the current or a new connection; disconnect if that is broken."""
+        """Send on the connection; make one if there is none; disconnect if sending fails.
+
+        Returns:
+            False if the daemon has no space now, or if the message could not be sent.  The
+            connection is then kept in the first case only.
+        """
         try:
             if self._socket is None:
                 self._socket = _connect(self._path)

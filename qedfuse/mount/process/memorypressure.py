@@ -1,12 +1,12 @@
 """Protection of the serving process while the machine is short of memory.
 
-To free memory the kernel writes dirty pages back.  If they belong to a mounted disk, their
-writeback needs the serving process.  If that process has to wait for free memory at the same
-time, or is throttled because it dirties pages, each waits for the other (deadlock).
-``PR_SET_IO_FLUSHER`` (prctl(2)) marks the process as part of the kernel's writeback path:
-the kernel then allocates memory for it without starting I/O (``GFP_NOIO``), and throttles it
-by the state of the host's own disk only.  The flag belongs to a thread.  New threads and
-child processes inherit it, and execve(2) keeps it; so it is set before there is a second
+To free memory the kernel writes dirty pages back.  If the pages belong to a mounted disk, their
+writeback needs the serving process.  If this process waits for free memory at the same time, or
+is throttled because it dirties pages, the kernel and the process wait for each other (deadlock).
+``PR_SET_IO_FLUSHER`` (prctl(2)) marks the process as part of the kernel's writeback path.  The
+kernel then allocates memory for the process without starting I/O (``GFP_NOIO``), and throttles
+the process by the state of the host's own disk only.  The flag belongs to a thread, and new
+threads and child processes inherit it.  So the caller must set it before there is a second
 thread.
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final
 
 OOM_SCORE_ADJ: Final = -500
-"""Half of the machine's memory is not counted against the process: the OOM killer chooses
-other processes first, but can still choose a server that leaks memory."""
+"""With this value the OOM killer does not count memory up to half of the machine's memory
+against the process.  So it chooses other processes first, but can still choose a server that
+leaks memory."""
 
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h, Linux 5.6 and newer
 _OOM_SCORE_ADJ_FILE: Final = Path("/proc/self/oom_score_adj")
@@ -29,16 +30,16 @@ _prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 
 
 def protect_from_memory_pressure(oom_score_adj: Path = _OOM_SCORE_ADJ_FILE) -> str | None:
-    """Mark the calling process as part of the kernel's writeback path, if that is permitted.
+    """Mark the calling thread as part of the kernel's writeback path, if that is permitted.
 
-    For root the OOM score adjustment is lowered to `OOM_SCORE_ADJ` as well, unless it has
-    been changed from 0.
+    If the user is root, the OOM score adjustment of the process is also lowered to
+    `OOM_SCORE_ADJ`, unless it differs from the default 0.
 
     Args:
         oom_score_adj: The file with the process's OOM score adjustment.
 
     Returns:
-        One line with what was refused and why; None if nothing was.
+        One line with what was refused and why; None if nothing was refused.
     """
     refused = []
     if _prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):

@@ -1,4 +1,4 @@
-"""The limit on open files (RLIMIT_NOFILE): raised to the hard limit; errors that explain it."""
+"""Raising the limit on open files (RLIMIT_NOFILE), and explaining errors caused by the limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_OTHER_FILES: Final = 32
-"""Open files that the server may need besides images: the connection, sockets, directories."""
+"""Most open files that the server needs besides images: the connection, sockets, directories."""
 
 _REMEDY: Final = "(see: ulimit -Hn; for a service: LimitNOFILE=)"
 
@@ -23,17 +23,20 @@ def raise_open_file_limit() -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # a hard limit above fs.nr_open, which has been lowered
+    except (OSError, ValueError):  # the sysctl fs.nr_open was lowered below the hard limit
         return
 
 
 @contextmanager
 def explained_limit(images: int) -> Iterator[None]:
-    """Explain failures of a block that opens ``images`` images with too low a limit.
+    """Check that the limit allows to open images, and explain a failure of the block otherwise.
+
+    Args:
+        images: The number of images that the block opens, without backing files.
 
     Raises:
-        HostError: The limit is too low for the images, or the block failed because of it.
-            The message has the limit and the number that is needed at least.
+        HostError: The limit is too low for the images, or an open in the block failed with
+            EMFILE.  The message has the limit, and how many open files are needed at least.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = images + MAX_OTHER_FILES

@@ -1,7 +1,8 @@
 """The pid file of a mount.
 
-Its directory is opened before the mount exists and used after that.  By then the path may lead
-through the mount, and the serving process must never wait for a reply of its own.
+The directory of the pid file is opened before the mount exists, and the pid file is written and
+removed through the open directory.  Later the path of the directory may lead through the mount,
+and the serving process would wait for a reply of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from qedfuse.util.descriptors import open_descriptors
 
 _CANNOT_WRITE: Final = "cannot write the pid file"
 _NOT_REPLACEABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+"""Errors of a replacement after which the file is overwritten instead."""
 _MAX_PID_FILE_BYTES: Final = 32
-"""Longer than any decimal pid."""
+"""Most bytes that are read of a pid file, which is more than any pid has digits."""
 
 
 class PidFile:
@@ -30,7 +32,7 @@ class PidFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Open the directory of the file; the file itself is unchanged until `write`.
+        """Open the directory of the file; the file itself does not change before `write`.
 
         Raises:
             HostError: The directory cannot be opened, or the file is a directory.
@@ -44,13 +46,13 @@ class PidFile:
             found = _status(path)
             if found is not None and stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            # A pipe, a FIFO or a device is opened through its own descriptor: a link of
-            # /proc to a pipe, or to a file that was removed, has no directory.
+            # For a pipe, a FIFO, a device or a removed file, the file itself is opened and not
+            # its directory, because the path may be a link in /proc that leads to no directory.
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
-            # If the caller has opened the file for this process, perhaps with a lock on it,
-            # that file must be written and not be replaced by another of its name.
+            # If this process has inherited a descriptor of the file, the caller may hold a lock
+            # on the file.  Then the file must be overwritten, and not be replaced by a new file.
             self._is_open = found is not None and any(
                 os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
             )
@@ -64,7 +66,8 @@ class PidFile:
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
 
-        Readers of a regular file see the old content or the new; after a failure, the old.
+        A regular file is replaced atomically if possible.  A file that is open in this process,
+        or that cannot be replaced, is overwritten.
 
         Raises:
             HostError: The file cannot be written.
@@ -82,7 +85,11 @@ class PidFile:
         self._is_written = True
 
     def _replace(self) -> None:
-        """Replace the file atomically; write into it if it is open or cannot be replaced."""
+        """Replace the file atomically; overwrite it if it is open or cannot be replaced.
+
+        Raises:
+            OSError: The file cannot be written; a file that cannot be replaced may be changed.
+        """
         directory = self._handle
         if self._is_open:
             self._write_to(self._name, directory)
@@ -96,7 +103,8 @@ class PidFile:
                 os.unlink(new, dir_fd=directory)
             if error.errno not in _NOT_REPLACEABLE:
                 raise
-            # The user may have access only to the file, or the file is a mount of its own.
+            # The user may write to the file but not to the directory, or the file is a
+            # mountpoint.
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
@@ -104,7 +112,16 @@ class PidFile:
 
     @staticmethod
     def _write_to(name: str, directory: int | None, flags: int = 0) -> None:
-        """Overwrite a file with the line; a regular file is truncated after it."""
+        """Overwrite a file with a line that has the pid; cut a regular file off after it.
+
+        Args:
+            name: The path of the file, or its name in ``directory``.
+            directory: A descriptor of the directory; None if ``name`` is a path.
+            flags: Further flags for open(2).
+
+        Raises:
+            OSError: The file cannot be written; EAGAIN, it takes only a part of the line now.
+        """
         flags |= os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
         if directory is not None:
             flags |= os.O_NOFOLLOW
@@ -117,9 +134,9 @@ class PidFile:
                 file.truncate(len(line))
 
     def remove(self) -> None:
-        """Remove the file if `write` has written it and it still has the pid of this process.
+        """Remove the file if `write` has written it and the file still has this process's pid.
 
-        A special file is not removed.
+        A file that is not regular is not removed.  A failure is ignored.
         """
         if self._is_special or not self._is_written:
             return
@@ -134,7 +151,7 @@ class PidFile:
                     os.unlink(self._name, dir_fd=self._handle)
 
     def close(self) -> None:
-        """Close the directory."""
+        """Close the directory; the object cannot be used any more."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

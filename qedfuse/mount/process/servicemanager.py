@@ -1,7 +1,7 @@
 """Notifying the service manager, such as systemd, of the state of a mount (sd_notify(3)).
 
-The socket is connected before the mount exists and used after that.  By then its path may lead
-through the mount, and the serving process must never wait for a reply of its own.
+The socket is connected before the mount exists.  Later the path of the socket may lead through
+the mount, and the serving process would wait for a reply of its own.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ class ServiceManager:
     """The connection to the service manager that has started this process, if there is one."""
 
     def __init__(self) -> None:
-        """Connect to the socket that ``NOTIFY_SOCKET`` names; without one, do nothing.
+        """Connect to the socket that the environment variable ``NOTIFY_SOCKET`` names.
 
-        A manager that does not listen is no error.
+        If the variable is missing, or if no manager listens, `notify` does nothing.
         """
         self._socket: socket.socket | None = None
         self._sender: threading.Thread | None = None
         address = os.environ.get("NOTIFY_SOCKET", "")
         if not address.startswith(("/", "@")):
             return
-        if address.startswith("@"):  # stands for an abstract name, which begins with NUL
+        if address.startswith("@"):  # "@" stands for NUL, with which an abstract name begins
             address = "\0" + address[1:]
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         try:
@@ -38,12 +38,12 @@ class ServiceManager:
     def notify(self, state: str) -> None:
         """Send a line such as ``READY=1``, if there is a manager.
 
-        The caller never waits, because a manager that is stopped must not stop the disks.  If
-        the socket is full, a thread waits instead.
+        This method never waits, because a manager that is stopped must not stop the disks.  If
+        the socket is full, a thread waits instead.  A line that cannot be sent is dropped.
         """
         if self._socket is None:
             return
-        with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no thread can be started
             if self._sender is None:
                 try:
                     self._socket.send(state.encode(), socket.MSG_DONTWAIT)
@@ -58,14 +58,17 @@ class ServiceManager:
             self._sender = sender
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect; a thread that still waits sends its line on a descriptor of its own."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
 
 def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
-    """Send a line after all earlier lines have been sent; waits without a limit."""
+    """Send a line after the thread ``earlier`` has ended; wait without a limit, then close.
+
+    A failure is ignored.
+    """
     if earlier is not None:
         earlier.join()
     with connection, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP in the event loop of a mount."""
+"""Receiving SIGTERM, SIGINT and SIGHUP in the event loop of a mount."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class SignalDispatcher:
-    """Passes each signal to one handler, which depends on the phase of the mount."""
+    """Passes each signal to the handler of the present phase of the mount."""
 
     def __init__(self, handler: SignalHandler) -> None:
-        """Pass signals to ``handler`` first, once `run` has started."""
+        """Set the handler of the first phase; `run` receives the signals."""
         self._handler = handler
 
     def handle_with(self, handler: SignalHandler) -> None:
-        """Begin another phase: pass all further signals to ``handler``."""
+        """Begin another phase, in which all signals are passed to ``handler``."""
         self._handler = handler
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Receive signals until cancelled; from then on the process ignores them."""
+        """Receive signals until cancelled; afterwards they have no effect.
+
+        SIGHUP is not received if the process has ignored it so far, as under nohup(1).
+        """
         received = list(SIGNALS)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # set by nohup(1)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             received.remove(signal.SIGHUP)
         early = _replace_handlers(received)
         with trio.open_signal_receiver(*received) as signals:
+            # Signals that arrived before the receiver was open are raised again for it.
             for number in early:
                 signal.raise_signal(number)
             task_status.started()
@@ -42,11 +46,11 @@ class SignalDispatcher:
 
 
 def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
-    """Replace the handlers of signals by one that only appends the signal to the returned list.
+    """Replace the handlers of signals by one that only appends to the returned list.
 
-    At the end of a receiver, trio restores the handlers that it has found, and raises the
-    signals again that it has not delivered.  The default action would then kill a process that
-    has closed all images and only has to exit.
+    Without this, a signal at the end could kill a process that has closed all images and only
+    has to exit.  The reason is that at the end of a signal receiver, trio restores the handlers
+    that it has found, and raises again the signals that it has not delivered.
     """
     received: list[int] = []
     for number in numbers:
@@ -55,6 +59,9 @@ def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
 
 
 def ignore_signals() -> None:
-    """Ignore `SIGNALS` until the process exits; the interpreter does not restore them."""
+    """Ignore `SIGNALS` until the process exits.
+
+    Python does not restore the default actions of ignored signals when it exits.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
