@@ -6,13 +6,13 @@
     async with qedfuse.open_disk("vm.qed") as disk:  # the same for programs that use trio
         await disk.read(0, 512)
 
-Each name is imported at its first use, so that ``import qedfuse`` loads no other module.
+Each public name is imported at its first use, so that ``import qedfuse`` loads no other module.
 """
 
 from __future__ import annotations
 
-# Type checkers recognise the name.  Importing it from typing would load the largest module
-# here, at a time when the commands cannot yet keep Ctrl-C from printing a traceback.
+# Type checkers take a variable of this name for True.  It is not imported from typing, because
+# loading that large module would take long at a time when Ctrl-C still prints a traceback.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ _MODULES = {
     "open_disk": "disk.opening",
 }
 
-if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any attribute
+# Hidden from type checkers, which accept any attribute of a module with __getattr__.
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Import and return a public name, at its first use.
@@ -66,5 +67,5 @@ if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any attri
 
 
 def __dir__() -> list[str]:
-    """Return the names of the package, whether imported yet or not."""
+    """Return all names of the package, including public names that are not imported yet."""
     return sorted({*globals(), *__all__})

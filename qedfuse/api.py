@@ -8,8 +8,8 @@
         disk.write(bytes(64))
         disk.flush()  # from here on the write survives power loss
 
-Programs that use trio call `qedfuse.open_disk` instead, which returns the `Disk` that such
-a file object wraps.
+Programs that use trio call `qedfuse.open_disk` instead, which yields the `Disk` that a
+`DiskFile` wraps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
 
 _MAX_CALL_BYTES: Final = 1 << 24
-"""Longer reads and writes are split into calls of this many bytes, to bound the memory."""
+"""Most bytes in one call of the disk; longer reads and writes are split, to bound the memory."""
 
 
 def open(  # noqa: A001  a module's open, like gzip.open
@@ -46,19 +46,22 @@ def open(  # noqa: A001  a module's open, like gzip.open
 ) -> DiskFile:
     """Open the disk in an image as an unbuffered binary file.
 
-    The image is locked as QEMU locks it until the file is closed: with ``rb`` no other
-    program can write to it, with ``r+b`` none can read it either.  With ``r+b`` an image
-    that was not closed cleanly is checked first, and refused if the check finds more than
-    leaked space.
+    The image is locked, as QEMU locks it, until the file is closed: with ``rb`` no other
+    program can write to the image, and with ``r+b`` no other program can read or write it.
+    With ``r+b`` an image that was not closed cleanly is checked first, and refused if the
+    check finds an error; leaked space is no error.
 
     Args:
         path: The image.
         mode: ``rb`` to read, ``r+b`` to read and write.
-        options: Backing file policy, sharing, cache size; ``mode`` overrides its
-            ``writable``.
+        options: Backing file policy, sharing, cache size; None for the defaults.  ``mode``
+            replaces the option ``writable``.
+
+    Returns:
+        The file, at position 0.  The caller must close it.
 
     Raises:
-        ValueError: The mode is another one.
+        ValueError: The mode is neither ``rb`` nor ``r+b``.
         QedError: The image or a base cannot be opened or locked, is damaged, or is not
             allowed; each cause has a class of its own, and an ``errno``.
     """
@@ -74,17 +77,18 @@ def open(  # noqa: A001  a module's open, like gzip.open
 class DiskFile(io.RawIOBase):
     """A disk as a seekable binary file, as `qedfuse.open` returns it.
 
-    Reads and writes are short only at the end of the disk; a write that begins at or past
+    Reads and writes are short only at the end of the disk.  A write that begins at or past
     the end raises `NoSpaceError`.  Failures of the image or the host raise a `QedError`
-    with ``errno`` set; misuse raises the same exceptions as other file objects
-    (`ValueError` if closed, `io.UnsupportedOperation` for a write to ``rb``).
+    with ``errno`` set.  Misuse raises the same exceptions as other file objects: `ValueError`
+    if the file is closed, and `io.UnsupportedOperation` for a write to a file opened with
+    ``rb``.
 
     Writes become durable with `flush` or `close`, or in the background after some seconds.
     Threads may share a file; its operations are serialised.  For many small reads, wrap
     the file in an `io.BufferedReader`.  A child of ``os.fork`` cannot use the file.
 
     A file that the program does not close is closed when it is garbage collected or when
-    the program ends, with a `ResourceWarning`; errors are then only logged.
+    the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
 
     Attributes:
         name: The path of the image, as given to `open`.
@@ -98,7 +102,7 @@ class DiskFile(io.RawIOBase):
         self._portal = portal
         self._disk = portal.value
         self._position = 0
-        # Guards the position, and serialises operations.
+        # Held during each operation, which reads and changes the position.
         self._lock = threading.RLock()
 
     @property
@@ -134,7 +138,11 @@ class DiskFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Return the position in bytes."""
+        """Return the position in bytes.
+
+        Raises:
+            ValueError: The file is closed.
+        """
         self._check_open()
         return self._position
 
@@ -142,7 +150,8 @@ class DiskFile(io.RawIOBase):
         """Set the position, which may lie past the end, and return it.
 
         Raises:
-            ValueError: ``whence`` is unknown, or the position would be negative.
+            ValueError: ``whence`` is unknown, the position would be negative, or the file
+                is closed.
         """
         with self._lock:
             self._check_open()
@@ -158,7 +167,9 @@ class DiskFile(io.RawIOBase):
             return position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read ``size`` bytes, or up to the end; fewer only at the end of the disk.
+        """Read ``size`` bytes, fewer only at the end of the disk; None or -1: up to the end.
+
+        If an error is raised, the position is unchanged.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -178,7 +189,10 @@ class DiskFile(io.RawIOBase):
         return self.read()
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Fill ``buffer``; return the number of bytes, fewer only at the end of the disk.
+        """Fill ``buffer``; return the number of bytes read, fewer only at the end of the disk.
+
+        If an error is raised, part of the buffer may have been filled, and the position is
+        unchanged.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -194,7 +208,7 @@ class DiskFile(io.RawIOBase):
             return done
 
     def _chunks(self, length: int) -> Iterator[bytes | bytearray]:
-        """Read up to ``length`` bytes from the position on; the caller holds the lock."""
+        """Yield up to ``length`` bytes from the position on; the caller must hold the lock."""
         start = self._position
         end = min(start + length, self.size)
         while start < end:
@@ -203,7 +217,7 @@ class DiskFile(io.RawIOBase):
             yield chunk
 
     def write(self, data: Buffer, /) -> int:
-        """Write ``data``; return the number of bytes, fewer only at the end of the disk.
+        """Write ``data``; return the number of bytes written, fewer only at the end of the disk.
 
         If an error is raised, part of the data may have been written, and the position is
         unchanged.
@@ -217,8 +231,9 @@ class DiskFile(io.RawIOBase):
         with self._lock, memoryview(data).cast("B") as view:
             self._check_writable()
             done = 0
-            # A write that begins past the end raises, but one that crosses the end is cut
-            # short; therefore only the first call may begin past the end.
+            # `Disk.write` raises for a range that begins at or past the end, and cuts off a
+            # range that crosses the end.  Only the first call may raise for this reason: the
+            # bytes of the calls before have been written, and must be counted.
             while done < len(view) and (not done or self._position + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
                 done += self._portal.call(self._disk.write, self._position + done, chunk)
@@ -243,24 +258,28 @@ class DiskFile(io.RawIOBase):
             return wanted
 
     def flush(self) -> None:
-        """Return when everything written so far survives power loss.
+        """Make everything durable that has been written; do nothing if opened with ``rb``.
 
         Raises:
-            HostError: The host reported a failure; the disk is read-only from then on.
+            ValueError: The file is closed.
+            HostError: The host reported a failure.  If it was a failed datasync, the disk is
+                read-only from then on.
         """
         with self._lock:
             self._check_open()
-            # IOBase.close() flushes once more, after the portal has closed the disk.
+            # IOBase.close() calls this method after the portal has closed the disk: then
+            # there is nothing to flush.
             if self.mode == "r+b" and self._portal.is_alive():
                 self._portal.call(self._disk.flush)
 
     def close(self) -> None:
         """Make everything durable, mark the image as clean and release its locks.
 
+        A closed file stays closed, without an error.
+
         Raises:
-            HostError: Something could not be made durable.  The file is closed
-                nevertheless, and the image will be checked when it is next opened for
-                writing.
+            HostError: Something could not be made durable.  The file is closed in this case
+                too, and the image will be checked when it is next opened for writing.
         """
         with self._lock:
             if not self.closed:
@@ -270,15 +289,15 @@ class DiskFile(io.RawIOBase):
                     super().close()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        """Start to close a file that the program has not closed, and warn."""
+        """Warn about a file that the program has not closed, and begin to close it."""
         if not self.closed:
             _warn(f"unclosed disk {self.name!r}", ResourceWarning, stacklevel=2, source=self)
-            # Waiting could deadlock: the garbage collector may be running in the portal's
-            # own thread.
+            # Do not wait for the close: the garbage collector may be running in the portal's
+            # own thread, which would wait for itself.
             self._portal.ask_to_close()
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be copied or pickled.
+        """Refuse to copy or pickle the file.
 
         Raises:
             TypeError: Always.

@@ -6,12 +6,12 @@
     ├── HostError                 (host's)  2  the host's file system or kernel refused
     │   └── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or a full host
     │       └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
-    ├── ImageError                EINVAL   12  the file is not a usable QED image
+    ├── ImageError                EINVAL   12  the base of the errors about an image's content
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
     │   ├── HeaderError           EINVAL   12  a header field is out of its range
     │   ├── UnsupportedError      ENOTSUP  14  unknown incompatible feature bits
     │   ├── CorruptImageError     EIO      13  the tables contradict themselves or the file
-    │   └── NeedsCheckError       EIO      15  must be checked first, and the caller does not check
+    │   └── NeedsCheckError       EIO      15  the image must be checked first, and was not
     ├── ImageInUseError           EBUSY    16  another program has the image open
     ├── BackingError              ENOENT   17  a backing file cannot be used
     │   └── BackingRefusedError   EPERM    17  ... because the backing file policy forbids it
@@ -19,8 +19,9 @@
     ├── PrivilegeError            EPERM    19  the user has no permission for the mount
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
 
-The columns are the class, the errno that a guest gets, and the exit code of a command.
-``str(error)`` is one line that can be printed unchanged: names in it are escaped.
+The columns are the class, the errno that a request of a guest fails with, and the exit code
+of a command.  ``str(error)`` is one line that can be printed unchanged, because the names in
+it are escaped.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ class QedError(Exception):
     def again(self) -> Self:
         """Return a copy with the same attributes and no traceback.
 
-        For an error that is stored and raised many times: raising the same object from
-        several tasks would mix their tracebacks.
+        An error that is stored and raised several times must be copied each time, because
+        several tasks that raise the same object would mix their tracebacks.
         """
         copy = type(self).__new__(type(self), *self.args)
         copy.__dict__.update(self.__dict__)
         return copy
 
     def equals(self, other: QedError) -> bool:
-        """Return whether another exception is of the same class and says the same."""
+        """Return whether another exception has the same class and the same message."""
         return type(self) is type(other) and self.args == other.args
 
 
@@ -61,7 +62,7 @@ class UsageError(QedError):
 
 
 class ReadOnlyError(QedError):
-    """A change was requested of a disk that is open read-only, or became so after a failure."""
+    """A write to a disk that is open read-only, or has become read-only after a failure."""
 
     errno = errnos.EROFS
     exit_code = 1
@@ -136,7 +137,7 @@ class CorruptImageError(ImageError):
 
 
 class NeedsCheckError(ImageError):
-    """The image must be checked before it is written to, and the caller gave no inspector."""
+    """The image must be checked first: the caller gave no inspector, or the file is too large."""
 
     errno = errnos.EIO
     exit_code = 15
@@ -150,7 +151,7 @@ class ImageInUseError(QedError):
 
 
 class BackingError(QedError):
-    """A backing file is missing, of the wrong kind, part of a loop, or too deep."""
+    """A backing file is missing or of the wrong kind, or the chain is a loop or too long."""
 
     errno = errnos.ENOENT
     exit_code = 17
