@@ -1,1 +1,1 @@
-"""What several tools share: format detection, pipes, block masks, worker threads, and opening."""
+"""What several tools share: format detection, pipes, block masks, worker threads, open disks."""

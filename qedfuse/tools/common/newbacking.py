@@ -53,8 +53,8 @@ def size_and_format(
 ) -> tuple[int, ImageFormat]:
     """Return the size in bytes and the format of the backing file of a new image.
 
-    The backing file may be in use, because it is not locked.  It and the chain below it must
-    not lead back to the image, see `refuse_backing_loop`.
+    The backing file is not locked, so another program may be using it.  The chain of the
+    backing file must not lead back to the image, see `refuse_backing_loop`.
 
     Args:
         image: The new image.

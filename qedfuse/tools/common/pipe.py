@@ -26,7 +26,7 @@ class Stream:
     """
 
     def __init__(self, descriptor: int, name: str, *, blocking: bool) -> None:
-        """Take ownership of a descriptor; ``blocking`` is whether O_NONBLOCK is not set on it."""
+        """Take ownership of a descriptor; ``blocking`` means that O_NONBLOCK is not set on it."""
         self._descriptor = descriptor
         self._blocking = blocking
         self.name = name
@@ -136,7 +136,8 @@ def _standard(access: int) -> Stream:
             # affect processes that share the first.  A regular file must not be opened
             # again: the second open file would begin at offset 0.
             reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:  # for example, the pipe belongs to another user: use the first
+        except OSError:
+            # For example, the pipe belongs to another user.  The first open file is used.
             pass
         else:
             return Stream(reopened, name, blocking=False)

@@ -76,7 +76,7 @@ async def compare(
     sizes = first.size, second.size
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
-    # Batches end where the disk of the first argument ends, so that is the longer disk.
+    # `extent_batches` covers the whole disk of its first argument, so that is the longer one.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search(longer, shorter)
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])

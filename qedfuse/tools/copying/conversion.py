@@ -83,6 +83,7 @@ class Conversion:
     ) -> None:
         """Prepare a conversion of ``source`` to ``path``; the arguments are those of `convert`."""
         self._input = source
+        # The source as a disk, which can be read again and has a size; None for a stream.
         self._source = None if isinstance(source, RawStream) else source
         self._path = path
         self._name = printable(path)

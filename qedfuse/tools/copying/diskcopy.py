@@ -1,8 +1,9 @@
-"""Copying a disk: several chunks in flight, each read, searched for zeros and written.
+"""Copying a disk chunk by chunk; each chunk is read, searched for zeros and written.
 
-Worker threads read and search chunks in any order.  Then each thread waits for the turn of its
-chunk, assigns offsets in the target and writes the chunk.  Turns follow the order of the disk,
-so the same disk always makes the same file.
+For a parallel target, worker threads read and search chunks in any order.  Then each thread
+waits for the turn of its chunk, assigns offsets in the target and writes the chunk.  Turns
+follow the order of the disk, so the same disk always makes the same file.  For a sequential
+target, one chunk is copied after the other.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ static PyObject *lines(PyObject *module, PyObject *args)
     }
     const uint64_t *values = entries.buf;
     size_t count = (size_t)entries.len / 8;
-    struct extent now;
-    memcpy(&now, pending.buf, sizeof now);
+    struct extent current;
+    memcpy(&current, pending.buf, sizeof current);
     style.name = name.buf;
     style.name_length = (size_t)name.len;
     size_t max_chars = style.json ? MAX_JSON_CHARS : 3 * MAX_DIGITS + style.name_length;
@@ -139,33 +139,34 @@ static PyObject *lines(PyObject *module, PyObject *args)
     char *at = PyBytes_AS_STRING(text);
     int valid = 1;
     for (size_t index = 0; valid && index < count;) {
-        uint64_t value = values[index], step = now.value > 1 ? size : 0;
-        uint64_t follows = now.value > 1 ? now.value + now.length : now.value;
+        uint64_t value = values[index], step = current.value > 1 ? size : 0;
+        uint64_t follows = current.value > 1 ? current.value + current.length : current.value;
         size_t first = index;
-        while (now.length && index < count && values[index] == follows) {
+        while (current.length && index < count && values[index] == follows) {
             follows += step;
             index++;
         }
         if (index > first) { /* offsets ascend, so only the last one can be too high */
-            now.length += (index - first) * size;
-            valid = now.value <= 1 || values[index - 1] <= high;
+            current.length += (index - first) * size;
+            valid = current.value <= 1 || values[index - 1] <= high;
         } else if (value > 1 && (value & (size - 1) || value < low || value > high)) {
             valid = 0;
         } else {
-            uint64_t start = now.start + now.length;
-            if (now.length) {
-                valid = now.value <= 1 || !overlaps_table(&now, tables.buf, (size_t)tables.len / 8,
-                                                     table_bytes);
-                at = write_extent(at, &now, &style);
+            uint64_t start = current.start + current.length;
+            if (current.length) {
+                valid = current.value <= 1 ||
+                        !overlaps_table(&current, tables.buf, (size_t)tables.len / 8, table_bytes);
+                at = write_extent(at, &current, &style);
             }
-            now = (struct extent){start, size, value};
+            current = (struct extent){start, size, value};
             index++;
         }
     }
-    if (valid && now.value > 1)
-        valid = !overlaps_table(&now, tables.buf, (size_t)tables.len / 8, table_bytes);
+    /* The last extent has no line yet, but its entries must be valid as well. */
+    if (valid && current.value > 1)
+        valid = !overlaps_table(&current, tables.buf, (size_t)tables.len / 8, table_bytes);
     if (valid) {
-        memcpy(pending.buf, &now, sizeof now);
+        memcpy(pending.buf, &current, sizeof current);
         _PyBytes_Resize(&text, at - PyBytes_AS_STRING(text));
     } else {
         Py_SETREF(text, Py_NewRef(Py_None));
@@ -183,7 +184,8 @@ static PyMethodDef methods[] = {
      "lines(entries, cluster_size, low, high, tables, table_bytes, pending, json, name)\n"
      "Return the text of the extents that end within the entries, or None if an entry may be\n"
      "invalid.  pending (start, length, value) is the extent that the entries may continue;\n"
-     "it is updated unless None is returned."},
+     "it is updated unless None is returned.  low and high are the lowest and the highest\n"
+     "offset that an entry may have.  tables are the offsets of the L2 tables, ascending."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -55,9 +55,9 @@ VERDICTS: Final = {
 """The verdicts on invalid entries."""
 
 _MAX_COMPARED_TABLES: Final = 1 << 16
-"""No more L2 tables are collected for comparison with L2 entries once there are more than this.
+"""L2 tables are collected for comparison with L2 entries until there are more than this many.
 
-A disk of 64 TiB with the default geometry has 32768.
+A disk of 64 TiB with the default geometry has 32768 tables.
 """
 
 

@@ -2,7 +2,7 @@
 
 Only the image itself is opened.  Of the image only the header, the name of the backing file
 and the L1 table are read.  Neither numpy nor trio is imported, because loading them would take
-longer than all of this.
+longer than the reads.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
         size = -(-status.st_size // SECTOR) * SECTOR
         return ImageInfo(path, "raw", size, status.st_size, usage)
     if not is_qed(start):
-        msg = f"{name}: not a QED image: found no QED magic, expected it at the file's beginning"
+        msg = f"{name}: not a QED image: found no QED magic at the file's beginning"
         raise NotQedError(msg)
     raw = read_raw(start, status.st_size, name)
     header = raw.header

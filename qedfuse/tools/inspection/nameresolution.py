@@ -80,27 +80,27 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
         directory: Absolute path without symbolic links, to which the name is relative.
     """
     reached = "/" if name.startswith("/") else directory
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    plain = os.path.normpath(os.path.join(reached, *parts))  # noqa: PTH118  no I/O
-    for number, part in enumerate(parts):
+    components = [component for component in name.split("/") if component not in ("", ".")]
+    normalized = os.path.normpath(os.path.join(reached, *components))  # noqa: PTH118  no I/O
+    for number, component in enumerate(components):
         # ``reached`` is the directory or lies above it, so its path has no symbolic links.
-        following = os.path.normpath(os.path.join(reached, part))  # noqa: PTH118
+        following = os.path.normpath(os.path.join(reached, component))  # noqa: PTH118
         if _inside(following, directory):
-            if _climbs(parts[number:]):
+            if _climbs(components[number:]):
                 break
-            real = os.path.realpath(os.path.join(reached, *parts[number:]))  # noqa: PTH118
+            real = os.path.realpath(os.path.join(reached, *components[number:]))  # noqa: PTH118
             return real, not _inside(real, directory)
         if following != directory and not _inside(directory, following):
             break
         reached = following
-    return plain, True
+    return normalized, True
 
 
-def _climbs(parts: list[str]) -> bool:
-    """Return whether a relative path leaves its starting directory, even if only for a part."""
+def _climbs(components: list[str]) -> bool:
+    """Return whether a relative path leaves its starting directory, even if it returns later."""
     depth = 0
-    for part in parts:
-        depth += -1 if part == ".." else 1
+    for component in components:
+        depth += -1 if component == ".." else 1
         if depth < 0:
             return True
     return False

@@ -56,7 +56,8 @@ class RawHeader:
 
     Attributes:
         fields: The fields that lie wholly in the file, in order.
-        problems: An error for each invalid field, whose message is one line.
+        problems: An error for each invalid field, whose message is one line.  If the
+            geometry is invalid, the fields after it are not examined.
         header: The fields as a header, even if some are invalid; None if the tables cannot
             be found, because the file is too short or the geometry is invalid.
         values: The values of the fields by name.

@@ -72,15 +72,15 @@ async def plan(
     """
     async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
         report = await check_image(file, header, progress)
-        wanted = RepairPlan()
+        repair_plan = RepairPlan()
         if report.table_errors and level == "all":
-            wanted = await plan_repair(file, header)
-        risky = wanted.written > _max_unforced_bytes(file) or _is_risky(report, level)
+            repair_plan = await plan_repair(file, header)
+        risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
             header,
             file.size(),
             report,
-            plan=wanted,
+            plan=repair_plan,
             dry=True,
             needs_force=risky,
             leaks_kept=_keeps_leaks(path, level, report),
@@ -99,9 +99,9 @@ async def repair(
     Leaked clusters are reclaimed only if the tables have no errors, because an invalid entry
     may have been meant to point to one of them.  They are also kept by the run with ``all``
     that repairs the tables, and by each later run with ``all`` as long as the backup exists:
-    the clusters of cleared entries are leaked after a repair, and are the only copy of the
-    data.  When clusters are reclaimed, other clusters move into them, so that the file
-    becomes shorter and has no holes.
+    after a repair the clusters of cleared entries are leaked, and hold all that is left of
+    the data.  When clusters are reclaimed, other clusters are moved into their space, so that
+    the file becomes shorter and has no holes.
 
     Args:
         path: The image; no other program may have the image open.
@@ -123,16 +123,16 @@ async def repair(
         before = after = await check_image(file, header, progress)
         if _is_risky(before, level) and not force:
             raise CorruptImageError(_implausible_message(file, before))
-        done, saved = RepairPlan(), None
+        repair_plan, backup_path = RepairPlan(), None
         keeps = _keeps_leaks(path, level, before)
         if before.errors and level == "all":
             with Backup(_backup_path(path), file.stat()) as backup:
-                done = await plan_repair(file, header, backup.save)
-                _refuse_excess(file, done, force=force)
-                _refuse_without_space(file, done)
-                backup.finish(size, done.end)
+                repair_plan = await plan_repair(file, header, backup.save)
+                _refuse_excess(file, repair_plan, force=force)
+                _refuse_without_space(file, repair_plan)
+                backup.finish(size, repair_plan.end)
             # The image is changed only now, because the backup is complete and durable.
-            saved = backup.path
+            backup_path = backup.path
             after = (await repair_image(file, header)).after
         elif keeps and header.need_check:
             # Leaks are kept because of the backup of an earlier repair.  The tables have no
@@ -148,8 +148,8 @@ async def repair(
             header.geometry.clusters(header.image_size),
             size,
             file.size(),
-            done,
-            saved,
+            repair_plan,
+            backup_path,
             leaks_kept=keeps and after.leaks > 0,
         )
 
@@ -206,11 +206,11 @@ def _implausible_message(file: PosixFile, report: CheckReport) -> str:
     return (
         f"{file.name}: not repaired: found {report.leaks} clusters leaked and "
         f"{report.allocated_clusters} in use, expected more in use: the header may be "
-        "damaged, and the tables elsewhere (--force repairs anyway)"
+        "damaged and name a wrong offset of the tables (--force repairs anyway)"
     )
 
 
-def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:
+def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> None:
     """Refuse a repair that writes much more than the file has, unless the user forces it.
 
     A few bytes of a hostile image can cause thousands of new tables, or copies of clusters,
@@ -221,16 +221,16 @@ def _refuse_excess(file: PosixFile, wanted: RepairPlan, *, force: bool) -> None:
             ``force`` is False.
     """
     allowed = _max_unforced_bytes(file)
-    if wanted.written > allowed and not force:
+    if repair_plan.written > allowed and not force:
         msg = (
-            f"{file.name}: not repaired: found damage that takes {format_size(wanted.written)} to "
-            f"repair, expected at most {format_size(allowed)} for a file of its size (--force "
-            "repairs anyway)"
+            f"{file.name}: not repaired: found damage that takes "
+            f"{format_size(repair_plan.written)} to repair, expected at most "
+            f"{format_size(allowed)} for a file of its size (--force repairs anyway)"
         )
         raise CorruptImageError(msg)
 
 
-def _refuse_without_space(file: PosixFile, wanted: RepairPlan) -> None:
+def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
     """Refuse a repair for which the host has too little space.
 
     Raises:
@@ -238,7 +238,7 @@ def _refuse_without_space(file: PosixFile, wanted: RepairPlan) -> None:
     """
     host = os.fstatvfs(file.fd)
     available = host.f_bavail * host.f_frsize
-    needed = min(wanted.written, max(0, wanted.end - file.size()))
+    needed = min(repair_plan.written, max(0, repair_plan.end - file.size()))
     if needed > available:
         msg = (
             f"{file.name}: not repaired: found {format_size(available)} free on the host, expected "

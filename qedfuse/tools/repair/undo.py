@@ -65,7 +65,7 @@ async def _restore(file: HostFile, backup: _BackupReader) -> int:
     if not before <= file.size() <= after:
         expected = f"{before} to {after} bytes"
         raise CorruptImageError(_changed(file, "file size", f"{file.size()}", expected))
-    # After a crash NEED_CHECK makes every program check the image first.
+    # NEED_CHECK is set first, so that after a crash every program checks the image.
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
     await file.datasync()
@@ -83,6 +83,7 @@ async def _restore(file: HostFile, backup: _BackupReader) -> int:
         else:
             original = old
     await file.datasync()
+    # The old header is restored last, so NEED_CHECK stays set until everything else is durable.
     await file.pwrite(0, original)
     await file.datasync()
     return count

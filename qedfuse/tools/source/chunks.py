@@ -31,7 +31,14 @@ Reading a short hole costs less than a second chunk.
 
 
 class Segment(NamedTuple):
-    """Bytes of a file that belong to a chunk, ``at`` bytes from the chunk's beginning."""
+    """Bytes of a file that belong to a chunk.
+
+    Attributes:
+        descriptor: The file.
+        offset: File offset in bytes.
+        at: Distance in bytes from the beginning of the chunk.
+        length: Number of bytes.
+    """
 
     descriptor: int
     offset: int

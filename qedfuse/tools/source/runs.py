@@ -187,15 +187,15 @@ def _single(start: int, kind: int, end: int) -> Runs:
     return Runs(np.array([start]), np.array([kind], np.uint8), np.zeros(1, np.int64), end)
 
 
-def _concatenate(parts: list[Runs]) -> Runs:
+def _concatenate(adjacent: list[Runs]) -> Runs:
     """Return the runs of adjacent ranges as one `Runs`."""
-    if len(parts) == 1:
-        return parts[0]
+    if len(adjacent) == 1:
+        return adjacent[0]
     return Runs(
-        np.concatenate([part.starts for part in parts]),
-        np.concatenate([part.kinds for part in parts]),
-        np.concatenate([part.offsets for part in parts]),
-        parts[-1].end,
+        np.concatenate([runs.starts for runs in adjacent]),
+        np.concatenate([runs.kinds for runs in adjacent]),
+        np.concatenate([runs.offsets for runs in adjacent]),
+        adjacent[-1].end,
     )
 
 

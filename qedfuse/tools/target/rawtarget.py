@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 _BLOCK_BYTES: Final = 4096
 _MIN_BLOCK_BYTES: Final = 512
 _ZEROS: Final = memoryview(bytes(1 << 20))
+"""The most zeros that one call writes."""
 _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}
+"""Errors of fallocate(2) which mean that the host cannot punch holes in the file."""
 
 
 class NewRawTarget(ParallelTarget):
@@ -35,8 +37,8 @@ class NewRawTarget(ParallelTarget):
         Args:
             descriptor: The file.
             name: Name of the file in messages.
-            sparse_size: Shortest run of zeros, in bytes, that the caller will leave as a
-                hole.  Only the block size depends on it here: 512 bytes for 512 to 4095,
+            sparse_size: Bytes of the shortest run of zeros that the caller leaves as a hole.
+                Here this only selects the block size: 512 bytes if it is from 512 to 4095,
                 else 4096.
         """
         self.descriptor = descriptor
@@ -95,7 +97,7 @@ class StreamTarget(SequentialTarget):
 class ExistingRawTarget(SequentialTarget):
     """An existing file or block device.
 
-    Zeros are punched as holes, or written if the host does not support holes there.
+    Ranges of zeros are punched as holes, or written if the host cannot punch holes.
     """
 
     block_size = _BLOCK_BYTES
@@ -125,7 +127,7 @@ class ExistingRawTarget(SequentialTarget):
         await trio.to_thread.run_sync(perform_writes, self.descriptor, writes, self.name)
 
     async def finish(self, size: int) -> None:
-        """Zero the file from the last chunk up to ``size``; fsync it unless not ``durable``."""
+        """Zero the file from the last chunk up to ``size``; call fsync(2) if ``durable``."""
         await self._zero(self._written_end, size)
         if not self._durable:
             return
