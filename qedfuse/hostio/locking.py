@@ -43,7 +43,9 @@ _DENIES: Final = 200
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _BUSY: Final = (errno.EAGAIN, errno.EACCES)
+"""Errors of fcntl(2) when another opener holds a conflicting lock."""
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of fcntl(2) on a file system without byte locks."""
 _MAX_HOLDERS_SHOWN: Final = 3
 """Most processes that a message names."""
 
@@ -70,7 +72,7 @@ class LockMode(enum.Enum):
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:
-        """Return the mode for reading an image, with ``share`` beside a writer."""
+        """Return the mode for reading an image; with ``share`` another opener may write."""
         return cls.SHARE if share else cls.READ
 
     @property

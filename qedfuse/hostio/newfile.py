@@ -20,6 +20,7 @@ _MAX_PREFIX_BYTES: Final = 200
 and a name has at most 255 bytes (NAME_MAX)."""
 
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""Errors of link(2) on a file system without hard links."""
 
 
 class NewFile:

@@ -80,7 +80,7 @@ class _RetryQueue:
         try:
             if self._reads[0] is not read:
                 read.task = trio.lowlevel.current_task()
-                # The wait lasts about a millisecond, so it cannot be cancelled.
+                # The wait lasts about a millisecond, so it need not be cancellable.
                 await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
             while read.succeeded is None:
                 await trio.lowlevel.cancel_shielded_checkpoint()

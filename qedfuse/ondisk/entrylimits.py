@@ -30,7 +30,7 @@ RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
 class EntryLimits(NamedTuple):
     """The limits for the entries of one level of tables; offsets and lengths in bytes.
 
-    The limits do not cover that a data cluster must not overlap an L2 table either.
+    They do not include the rule that a data cluster must not overlap an L2 table.
 
     Attributes:
         target: What the entries point to: the L1 table points to L2 tables, an L2 table to

@@ -42,7 +42,7 @@ HEADER_STRUCT: Final[Any] = Struct(
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header.  A header that `parse_header` returns has only fields in range.
+    """The fields of a header, all of them in range if `parse_header` has returned it.
 
     Attributes:
         header_size: Clusters reserved for the header; QEMU opens images where it is 0.

@@ -32,8 +32,8 @@ class LoopLoad:
     def has_threads(self) -> bool:
         """Return whether a worker thread is running.
 
-        If so, the event loop must sleep instead of polling.  Only trio notices that the
-        thread has finished, and a busy loop starves the thread of the GIL.
+        If so, the event loop must sleep instead of polling: a task that polls cannot notice
+        that the thread has finished, and a busy loop starves the thread of the GIL.
         """
         try:
             threads = self._threads.get()

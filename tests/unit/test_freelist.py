@@ -267,7 +267,7 @@ async def test_the_list_lies_in_free_clusters() -> None:
     content = image()
     used = leaked_runs(content)[0][0] - 1
     put_list(content, None, [used])
-    assert f"found one at {used * CLUSTER} that is not listed" in await refused(content)
+    assert f"found the cluster at {used * CLUSTER}, not listed as free" in await refused(content)
 
 
 async def test_a_chain_without_an_end() -> None:

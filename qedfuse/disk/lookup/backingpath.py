@@ -69,8 +69,8 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
 def _base_of(path: str) -> tuple[str, bool]:
     """Return the name of an image's base, and whether the chain ends with that base.
 
-    It does if the header says that the base is raw.  The name is empty if the image has no
-    base or cannot be read.
+    The chain ends there if the header says that the base is raw.  The name is empty if the
+    image has no base or cannot be read.
     """
     try:
         fd = open_regular(path, os.O_RDONLY)

@@ -42,7 +42,7 @@ class Chain:
 
     @property
     def has_base(self) -> bool:
-        """Whether unallocated ranges of the image read as a base."""
+        """Whether unallocated ranges of the image are read from a base."""
         return len(self.layers) > 1
 
     async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:

@@ -48,9 +48,9 @@ async def next_hole(chain: Chain, start: int) -> int:
 
 
 async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
-    """Return the first guest offset at or past ``start`` that is data, or with False a hole.
+    """Find the first data at or past ``start``, or the first hole if ``data`` is False.
 
-    Returns None if there is none before the end of the disk.
+    Returns the guest offset; None if there is none before the end of the disk.
     """
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
@@ -70,7 +70,10 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
 
 
 async def _lookup_end(chain: Chain, start: int) -> int:
-    """Return the guest offset where the next slice of a table ends in any layer."""
+    """Return up to which guest offset one lookup at ``start`` goes.
+
+    That is the first end of a slice with entries for ``start``, over all layers.
+    """
     end = chain.layers[0].size
     for layer in chain.layers:
         if isinstance(layer, QedLayer) and start < layer.size:
@@ -123,9 +126,9 @@ def _first(which: NDArray[np.bool_]) -> int:
 
 
 async def _within(chain: Chain, extent: Extent, *, data: bool) -> int | None:
-    """Return the first guest offset in an extent that is data, or with False a hole.
+    """Find the first data in an extent, or the first hole if ``data`` is False.
 
-    Returns None if there is none in the extent.
+    Returns the guest offset; None if there is none in the extent.
     """
     if extent.kind is not Kind.DATA:
         return extent.start if data == (extent.kind is Kind.BAD) else None

@@ -114,8 +114,8 @@ class _Reader:
             HostError: The host cannot read the file.
         """
         if self._header.need_check:
-            # A program has changed the image since the list was written, because a list is
-            # only written when NEED_CHECK is clear.
+            # A list is written only when NEED_CHECK is clear.  So a program has changed the
+            # image since, and the list may be untrue.
             refuse("header field features", "NEED_CHECK set as well", "NEED_CHECK clear")
         if backing_name_covers_descriptor(self._header):
             refuse("descriptor", "the backing file name in its bytes", "no overlap")
@@ -133,7 +133,7 @@ class _Reader:
         listed = found.contains(found.holding_clusters)
         if not listed.all():
             stray = offsets[int(np.argmin(listed))]
-            refuse("list cluster", f"one at {stray} that is not listed", "a free one")
+            refuse("list cluster", f"the cluster at {stray}, not listed as free", "a free cluster")
         return found
 
     def _check_descriptor(self, descriptor: Descriptor) -> None:
