@@ -53,8 +53,8 @@ def format_of(start: bytes | bytearray | memoryview, name: str) -> ImageFormat:
     found = "LUKS" if is_luks(start) else foreign_format(start)
     if found is not None:
         msg = (
-            f"{name}: format: found {found}, expected raw or qed (-f raw reads its bytes "
-            "unchanged; qemu-img convert reads the format)"
+            f"{name}: format: found {found}, expected raw or qed (-f raw reads the bytes "
+            "unchanged, and qemu-img convert can read this format)"
         )
         raise UsageError(msg)
     return "raw"

@@ -190,7 +190,7 @@ class Conversion:
         """Copy to an existing QED image; return the bytes of the disk, the file and the data."""
         # Imported late, because other targets do not need the module and should not wait
         # until it is loaded.
-        from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415  see above
+        from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415  late, see above
 
         options = replace(self._options, force_share=False)
         async with open_writable(self._path, options) as disk:

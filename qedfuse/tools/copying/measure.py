@@ -107,5 +107,5 @@ def _check_format(spec: ImageSpec) -> None:
     """Raise UsageError for a format that only qemu-img makes."""
     if spec.format not in {"raw", "qed"}:
         found = printable(spec.format)
-        msg = f"-O: found {found}, expected raw or qed (qemu-img measure knows some others)"
+        msg = f"-O: found {found}, expected raw or qed (qemu-img measure supports others)"
         raise UsageError(msg)

@@ -58,8 +58,8 @@ def _code(error: QedError) -> str:
 def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
     """Yield the problems of an L1 table.
 
-    None is fatal: a read-only mount returns I/O errors only for the ranges of the entries
-    concerned.
+    No problem is fatal, because a read-only mount only returns I/O errors for the ranges of
+    the entries concerned.
     """
     if summary.invalid:
         msg = (

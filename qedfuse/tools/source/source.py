@@ -133,8 +133,8 @@ async def open_source(
     if format == "qed":
         # Imported late, because a raw source does not need these modules and should not wait
         # until they are loaded.
-        from qedfuse.disk.opening import open_disk  # noqa: PLC0415  see above
-        from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415  see above
+        from qedfuse.disk.opening import open_disk  # noqa: PLC0415  late, see above
+        from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415  late, see above
 
         async with open_disk(path, replace(options, writable=False)) as disk:
             yield QedSource(disk, path)
