@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import trio
 
 from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.hostio.sparse import data_slices
@@ -78,6 +79,24 @@ async def test_a_walk_ends_with_its_length_and_skips_its_beginning(tmp_path: Pat
         assert await slices_of(file, 0) == []
         whole = await slices_of(file, 8 * SLICE_BYTES, slice_bytes=4 * SLICE_BYTES)
         assert whole == [TABLE, TABLE + 4 * SLICE_BYTES]
+
+
+async def test_other_tasks_run_once_for_each_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The walk lets other tasks run before each slice, and not after the last one of a table."""
+    path = tmp_path / "image"
+    make_sparse(path, 4, {1, 3})
+    checkpoint, count = trio.lowlevel.checkpoint, 0
+
+    async def counted() -> None:
+        nonlocal count
+        count += 1
+        await checkpoint()
+
+    with open_image_file(str(path), None) as file:
+        monkeypatch.setattr(trio.lowlevel, "checkpoint", counted)
+        assert len(await slices_of(file, 4 * SLICE_BYTES)) == count == 2
 
 
 async def test_a_table_that_the_file_cuts_short_is_read_up_to_its_last_whole_entry(
