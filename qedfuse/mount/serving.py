@@ -115,7 +115,8 @@ class Server:
         """
         mountpoint = self._mountpoint
         async with mountpoint_locked(lock_name):
-            # Another qedfuse may have mounted while the images were opened.
+            # Checked again, because another qedfuse may have mounted while the images were
+            # opened.
             check_not_mounted(mountpoint)
             before = read_mounts()
             connection = attach(self._operations, mountpoint, self._options, source)

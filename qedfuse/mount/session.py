@@ -155,7 +155,7 @@ class _Session:
     def finish(self, failure: str | None, exit_code: int) -> None:
         """Withdraw the announcement of the mount; with a failure, record the failure instead.
 
-        If nothing was announced, nothing is done.
+        Nothing is done if the session failed before the announcement was prepared.
         """
         if self._announcement is not None:
             self._announcement.withdraw(failure, exit_code)
@@ -237,6 +237,6 @@ class _Session:
 
 
 async def _stop_compacting_after(disks: ExportedDisks, seconds: float) -> None:
-    """End the compaction of all disks after some seconds."""
+    """Wait for ``seconds``, and then end the compaction of all disks."""
     await trio.sleep(seconds)
     disks.stop_compacting()

@@ -160,7 +160,8 @@ class Shutdown:
         durable = True
 
         @contextmanager
-        def failing() -> Iterator[None]:
+        def logged_failures() -> Iterator[None]:
+            # Log an error that the block raises, and go on after the block.
             nonlocal durable
             try:
                 yield
@@ -169,21 +170,21 @@ class Shutdown:
                 shown = printable(self._mountpoint)
                 _log.error("%s: cannot make everything durable: %s", shown, error)
 
-        with failing():
+        with logged_failures():
             if self._is_mounted():
                 await trio.to_thread.run_sync(sync_mount, self._mountpoint, abandon_on_cancel=True)
         for exported in self._disks:
-            with failing():
+            with logged_failures():
                 if self._laundering is not None and exported.writers:
                     # syncfs(2) has started the writeback, but the kernel need not have waited
                     # for its end.  Laundering waits.
                     await self._laundering.launder(exported)
-            with failing():
+            with logged_failures():
                 await exported.disk.flush()
         return durable
 
     async def _force(self) -> None:
-        """Make all disks durable for at most 10 seconds, then unmount although in use.
+        """Make all disks durable within at most 10 seconds, then unmount, even if in use.
 
         If not all data could be made durable, ``failure`` is set.
         """

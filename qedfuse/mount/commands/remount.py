@@ -80,7 +80,7 @@ def remount(
     found = find_record(entry.device, entry.owner)
     shown = printable(mountpoint)
     if found is None:
-        msg = f"{shown}: cannot remount: found no record of the process that serves it"
+        msg = f"{shown}: cannot remount: found no record of the process that serves the mount"
         raise MountpointError(msg)
     flags, others = _split_flags(absolute_options(lists))
     _refuse_changes(
@@ -151,7 +151,7 @@ def _error(shown: str, number: int) -> QedError:
         return PrivilegeError(f"{shown}: cannot remount: only root may remount")
     if number == errno.EBUSY:
         return MountpointError(
-            f"{shown}: cannot remount: in use: a disk is open for writing (a loop device or a "
-            f"program has it open; see: losetup -l, fuser -vm {shown})"
+            f"{shown}: cannot remount: in use: a loop device or a program has a disk open for "
+            f"writing (see: losetup -l, fuser -vm {shown})"
         )
     return FuseError(f"{shown}: cannot remount: {os.strerror(number)}")

@@ -75,14 +75,16 @@ def unmount_and_wait(
         msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{waited}"
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
-    process = None if found is None else _open_process(found.record)
+    pidfd = None if found is None else _open_process(found.record)
     try:
         try:
             call_in_child(partial(_unmount, mountpoint, entry), attempt.remaining())
         except TimeoutError:
             if _is_mounted(mountpoint, entry):
                 server = (
-                    "the process that serves it" if found is None else f"process {found.record.pid}"
+                    "the process that serves the mount"
+                    if found is None
+                    else f"process {found.record.pid}"
                 )
                 msg = f"{shown}: not unmounted: {server} does not answer{waited}"
                 raise UnmountFailedError(msg) from None
@@ -92,23 +94,23 @@ def unmount_and_wait(
             found = find_record(entry.device, entry.owner)
             if found is None:
                 return
-            process = _open_process(found.record)
+            pidfd = _open_process(found.record)
         if found is None:
             msg = (
                 f"{shown}: unmounted, but found no record of the process that served the mount: "
                 "the process may still be writing"
             )
             raise UnmountFailedError(msg)
-        if process is not None:
-            server_process = ServerProcess(process, found.record.pid, entry)
+        if pidfd is not None:
+            server_process = ServerProcess(pidfd, found.record.pid, entry)
             if not server_process.wait(
                 deadline.remaining(), lambda line: report(f"{shown}: {line}")
             ):
                 msg = f"{shown}: {server_process.describe()}{waited}"
                 raise UnmountFailedError(msg)
     finally:
-        if process is not None:
-            os.close(process)
+        if pidfd is not None:
+            os.close(pidfd)
     _raise_recorded_failure(shown, entry, found.path)
 
 
@@ -147,7 +149,7 @@ def _unmount(mountpoint: str, entry: MountEntry) -> None:
         unmount(mountpoint)
     except BusyError as error:
         msg = (
-            f"{error} (a loop device or a program has it open; "
+            f"{error} (a loop device or a program has a disk open; "
             f"see: losetup -l, fuser -vm {printable(mountpoint)})"
         )
         raise MountpointError(msg) from error

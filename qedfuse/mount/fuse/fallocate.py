@@ -136,9 +136,9 @@ class FallocateLseek:
         """Carry out fallocate(2).
 
         Raises:
-            FUSEError: EOPNOTSUPP, the mode is not supported; EROFS, the disk is read-only;
-                ENOSPC, the range exceeds a disk that must not grow; EFBIG, the tables cannot
-                address the size.
+            FUSEError: EOPNOTSUPP, the mode is not supported for this range; EROFS, the disk is
+                read-only; ENOSPC, the range exceeds a disk that must not grow; EFBIG, the
+                tables cannot address the size.
             QedError: The disk could not be changed; part of the range may be changed.
         """
         disk = exported.disk
@@ -155,7 +155,7 @@ class FallocateLseek:
         end, size = start + length, disk.size
         growable = self._operations.growable
         if mode == _KEEP_SIZE and end > size:
-            # An image has no clusters past the end of its disk.
+            # An image has no clusters past the end of its disk, so none can be allocated there.
             raise FUSEError(errno.EOPNOTSUPP if growable else errno.ENOSPC)
         carry_out = disk.allocate if mode in {_ALLOCATE, _KEEP_SIZE} else disk.discard
         if end <= size or mode & _KEEP_SIZE:
@@ -185,9 +185,9 @@ class FallocateLseek:
         would be reported as a hole, and searches the tables again.
 
         Raises:
-            FUSEError: ENXIO, no data follows or ``start`` is not on the disk; EINVAL, `whence`
-                is neither SEEK_DATA nor SEEK_HOLE; EIO, dirty pages cannot be written back and
-                the end of the data is unknown.
+            FUSEError: ENXIO, no data follows or ``start`` is not on the disk; EINVAL,
+                ``whence`` is neither SEEK_DATA nor SEEK_HOLE; EIO, dirty pages cannot be
+                written back and the end of the data is unknown.
             QedError: A table cannot be read.
         """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
@@ -208,6 +208,7 @@ class FallocateLseek:
                 return self._assume_data(exported, whence, start)
             before, gap = gap, await _find_gap(disk, whence, start)
             if gap == before:
+                # No data was written back to this gap, so it is a hole.
                 break
         hole, data = gap
         found = hole if whence == os.SEEK_HOLE else data

@@ -135,8 +135,8 @@ def _be_child(commands: socket.socket) -> NoReturn:
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        # The launderer must keep no lock, pipe, terminal or directory in use that is released
-        # when the server ends.
+        # When the server ends, its locks, pipes, terminal and directory must become free.  So
+        # the launderer keeps none of them open.
         os.chdir("/")
         discard_standard_streams()
         close_descriptors(open_descriptors() - {*STANDARD, commands.fileno()})

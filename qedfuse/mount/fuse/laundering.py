@@ -39,7 +39,7 @@ _MAX_DROP_SECONDS: Final = 1.0
 _MAX_WRITE_CHECKS: Final = 1000
 """Most checks whether the kernel's writes to a disk have ended, before giving up."""
 _WRITE_CHECK_SECONDS: Final = 0.001
-"""Time between two of these checks."""
+"""Time between two checks whether the kernel's writes to a disk have ended."""
 
 
 class Laundering:
@@ -130,7 +130,7 @@ class Laundering:
             if self._socket is None:
                 socket.send_fds(self._launderer.socket, [b"c"], [self._fuse_connection])
                 self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
-            while self._unread_answers:  # to notifications whose task was cancelled
+            while self._unread_answers:  # answers to notifications whose task was cancelled
                 answer = await self._socket.recv(ANSWER.size)
                 self._unread_answers -= 1
             await self._socket.send(message)
@@ -190,4 +190,4 @@ class Laundering:
         The caller must call `stop` and close the connection to the kernel before this.
         """
         if self._launderer is not None and not self._launderer.wait():
-            _log.warning("launderer: process %d does not end", self._launderer.pid)
+            _log.warning("the launderer (process %d) does not end", self._launderer.pid)

@@ -152,7 +152,8 @@ class Operations(MetadataOperations):
         correction of that size.  The delayed write, which arrives now, gets an error if it
         starts at or past the end, and the kernel reports the error to the writer.  If the write
         starts before the end, the kernel ignores the short reply.  So ``overrun`` is set, and
-        the next flush or fsync reports the error.
+        the next flush or fsync reports the error.  For a write that does not come from the
+        write-back cache, nothing is noted, because the program gets the reply itself.
 
         Args:
             exported: The disk.

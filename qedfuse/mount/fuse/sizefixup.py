@@ -2,13 +2,14 @@
 
 With the write-back cache the kernel alone decides the size of a file, and a buffered write
 past the end increases the size.  When the server gets the dirty pages, their writeback fails,
-but the kernel keeps the wrong size.  It then replaces the size only after a truncation.  So
-the server truncates its own file, through the mount, to the size of the disk.
+but the kernel keeps the wrong size.  The size is too small after an fallocate(2) that has grown
+the disk and then failed.  With this cache the kernel takes over a size only from the reply to a
+truncation.  So the server truncates its own file, through the mount, to the size of the disk.
 
 Without the write-back cache, the kernel can have cached a wrong size after a truncation with
-``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  It then replaces the size after any change
-of attributes.  So the server sets the permissions of its own file, through the mount, to the
-permissions that the file has already.
+``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  Without this cache the kernel takes over
+the size from the reply to any change of attributes.  So the server sets the permissions of its
+own file, through the mount, to the permissions that the file already has.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class SizeFixup:
                     )
                 except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
-                # After a cancellation ``fixup_size`` keeps its value: the thread may still
-                # truncate the file, and `Truncation` must not take that for a user's request.
+                # This line is not reached after a cancellation.  Then the thread may still
+                # truncate the file, and ``fixup_size`` must keep its value, so that `Truncation`
+                # does not take the truncation for a user's request.
                 exported.fixup_size = -1
 
     def _correct(self, path: bytes, st_dev: int, size: int) -> None:
@@ -96,7 +98,8 @@ class SizeFixup:
                 # Without that cache, fstat(2) returns the server's size, and the kernel may
                 # ignore this size if other requests are in progress.  It never ignores the
                 # size in the reply to chmod(2).  A truncation would also correct the size, but
-                # during a truncation the kernel ignores the size in replies to other requests.
+                # while it lasts the kernel ignores the size in replies to other requests, so
+                # other programs would still get the wrong size.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode))  # noqa: PTH101
                 return
             # The truncation drops dirty pages past the end.  Their writeback must fail before
