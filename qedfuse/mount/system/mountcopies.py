@@ -41,10 +41,10 @@ class MountCopy:
 def find_copies(device: str, original: MountEntry | None = None) -> list[MountCopy]:
     """List the mounts of a file system that the caller or other processes see.
 
-    Of the processes that see a copy, the one with the lowest pid is reported.  Left out are
-    mounts that are unmounted together with one of the caller's namespace, mounts of
-    processes that the caller may not inspect, and copies that no process sees below its
-    root directory.
+    Of the processes that see a copy, the one with the lowest pid is reported.  Three kinds of
+    mounts are left out: mounts that the kernel unmounts together with a mount of the caller's
+    namespace, mounts that only processes see which the caller may not inspect, and mounts
+    that no process sees below its root directory.
 
     Args:
         device: The device number of the file system, ``MAJOR:MINOR``.
@@ -85,8 +85,8 @@ def describe_copies(device: str, original: MountEntry | None = None) -> str | No
 def _namespace_and_root(process: str) -> tuple[str, str]:
     """Return the mount namespace and the root directory of a process, which decide what it sees.
 
-    If the caller may not read them, the result contains the name of the process instead, so
-    it is equal to no other.
+    If the caller may not read them, the result has ``process`` itself in place of the
+    namespace, and so differs from that of every other process.
     """
     try:
         # The link is read and not followed: its target may be a mount that does not answer.

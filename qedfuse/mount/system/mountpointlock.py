@@ -50,7 +50,11 @@ def mountpoint_lock_name(mountpoint: str) -> bytes | None:
 
 @asynccontextmanager
 async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
-    """Hold the lock ``name`` in the block; without it if the name stays taken or is None."""
+    """Hold the lock ``name`` during the block.
+
+    If ``name`` is None, or another process holds the lock for more than 5 seconds, the block
+    runs without it.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         with trio.move_on_after(_MAX_WAIT_SECONDS):
             # The kernel does not report that a name is free, so there is nothing to wait for.

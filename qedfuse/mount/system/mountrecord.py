@@ -6,8 +6,9 @@
 The file name is the device number of the mount and the pid of the process.  The mount table
 shows the device number even of a mount that is dead or may not be accessed.  The pid is
 needed as well, because the kernel reuses the device number while the process is still
-closing its images.  The process removes its record when all images are safely closed; if
-something failed at the end, it leaves the reason in the record.
+closing its images.  The process removes its record when all images are safely closed.  If
+something failed at the end, it writes the reason into the record instead.  If it is killed,
+the record stays as it was.  `MountRecordFile` removes old records.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ Readahead: TypeAlias = int | Literal["kernel"] | None
 """The option ``readahead``: bytes, the kernel's own length, or None for the default."""
 
 DEFAULT_READAHEAD_BYTES: Final = 1 << 20
-"""The size of the largest read request: less read-ahead makes more requests, and more
-read-ahead only has several of them in flight."""
+"""The size of the largest read request.  A shorter read-ahead would need more requests, and a
+longer one would only have several requests in flight."""
 
 _BDI: Final = Path("/sys/class/bdi")
 _KIB: Final = 1024
