@@ -56,7 +56,7 @@ class AutoCompaction:
                 await components.compaction.run(within_bound=within_bound)
             else:
                 await self._run_within_limits(within_bound=within_bound)
-            # The tables that were changed last may still be dirty.
+            # Make the last moves durable too; they may still be only in memory.
             await components.flusher.flush()
             self._table_writes = components.writeback.statistics().table_writes
         except QedError as error:
@@ -92,7 +92,8 @@ class AutoCompaction:
             return components.options.compact == "full"
         return (
             components.options.discard
-            # If the image keeps a free list, the free clusters are not lost to it.
+            # If the image keeps a free list, the next open finds the free clusters there and
+            # uses them again, so there is no need to remove them.
             and not components.persistent_free_list.wanted
             # Reading an image must not rewrite it, however many clusters are leaked in it.
             and components.writeback.has_changed_tables

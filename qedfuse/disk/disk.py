@@ -85,7 +85,8 @@ class Disk:
         Raises:
             CorruptImageError: The image cannot be written to without damage.
             UsageError: A free list is requested, but the bytes for its descriptor are in use.
-            HostError: Something written before could not be made durable (D7).
+            HostError: The host refused at the start, or something written could not be made
+                durable at the close (D7).
         """
         return self._lifecycle.serving()
 
@@ -106,7 +107,7 @@ class Disk:
 
     @property
     def damaged(self) -> bool:
-        """Whether a table entry was found bad, or a cluster to have two owners."""
+        """Whether a bad table entry or a cluster with two owners has been found."""
         return self._layer.damaged
 
     @property
@@ -129,9 +130,9 @@ class Disk:
         return await self._chain.extents(start, length) if length else []
 
     def try_read(self, start: int, length: int) -> memoryview | None:
-        """Read a range; return None if that would block or fails: `read` must be used then.
+        """Read a range without waiting; return None if that would block or fails.
 
-        The next call overwrites the view that is returned.
+        After None the caller must use `read`.  The next call overwrites the returned view.
         """
         return self._fast_path.try_read(start, length)
 
@@ -277,7 +278,7 @@ class Disk:
 
     @property
     def scan_is_short(self) -> bool:
-        """Whether the scan for free clusters has been started and takes a few milliseconds."""
+        """Whether the scan for free clusters is not postponed, and takes some milliseconds only."""
         scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
 

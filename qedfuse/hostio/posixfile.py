@@ -39,6 +39,7 @@ _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 """Errors of a read with RWF_NOWAIT: the data is not in the page cache, or the file system does
 not support the flag."""
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of fallocate(2) on a file system that does not support the mode."""
 
 
 class PosixFile:
@@ -75,7 +76,7 @@ class PosixFile:
 
         Raises:
             HostError: The file cannot be opened.
-            ImageError: It is not a regular file.
+            ImageError: The file is not a regular file.
         """
         access = os.O_RDWR if writable else os.O_RDONLY
         fd = open_regular(path, access, dir_fd=dir_fd)
@@ -112,8 +113,8 @@ class PosixFile:
                 raise error
         if done is not None and done == len(view):
             return done
-        # The page cache holds only a part, or the file ends here: only a blocking read
-        # distinguishes the two.
+        # If fewer bytes were read, the page cache holds only a part, or the file ends within
+        # the range.  Only a blocking read can distinguish the two.
         return await self._in_thread("read", read_all, self.fd, offset, view, done or 0)
 
     def _read_cached(self, offset: int, view: memoryview) -> int | None:

@@ -24,6 +24,7 @@ _MIN_BYTES_PER_SECOND: Final = 1 << 29
 """With ``waits=False`` a slower disk is left to the kernel."""
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}
+"""Errors of sync_file_range(2) for a file that does not support the call."""
 
 
 class WriteBehind:
