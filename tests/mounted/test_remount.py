@@ -63,7 +63,7 @@ def test_a_remount_refuses_other_changes(image: Path, tmp_path: Path) -> None:
         assert "option frob: unknown" in refused("-o", "remount,frob", mnt, code=1)
         with (mnt / "vm.raw").open("r+b"):
             line = refused("-o", "remount,ro", mnt, code=18)
-            assert "cannot remount: in use: a disk is open for writing" in line
+            assert "cannot remount: in use: a loop device or a program has a disk open" in line
         assert not os.statvfs(mnt).f_flag & os.ST_RDONLY
     with mounted(image, tmp_path / "mnt", "-r") as mnt:
         line = refused("-o", "remount,rw", mnt, code=1)

@@ -356,7 +356,7 @@ async def test_handles_are_counted(tmp_path: Path) -> None:
 async def test_a_bug_on_the_fast_path_is_answered_too(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It fails one request and does not end the mount."""
+    """An exception on the fast path fails one request with EIO, and does not reach pyfuse3."""
 
     class Worse(Broken):
         """A disk whose fast path raises."""

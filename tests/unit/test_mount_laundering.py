@@ -1,4 +1,4 @@
-"""Laundering by the launderer, and what the end of the session means for it."""
+"""Laundering through the launderer, and the end of the session while a task waits for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FUSE INIT, the first request of the kernel, with its request masked and its reply patched.
+"""Negotiating FUSE INIT, the first request of the kernel, with changes to request and reply.
 
 In the request the kernel offers features, and libfuse selects some of them.  libfuse selects
 ``FUSE_ATOMIC_O_TRUNC`` whenever the kernel offers it.  With this feature the kernel sets the

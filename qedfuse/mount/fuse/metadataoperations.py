@@ -106,6 +106,8 @@ class MetadataOperations(pyfuse3.Operations):
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Enlarge a disk to ``end`` bytes, rounded up to whole sectors.
 
+        The caller must ensure that the disk is not larger already.
+
         Raises:
             FUSEError: ENOSPC, the disk is not growable; EFBIG, the tables cannot address the size.
             QedError: The disk could not be changed.

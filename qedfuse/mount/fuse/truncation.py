@@ -4,9 +4,10 @@ For an open with O_TRUNC the kernel sends an open request without O_TRUNC, becau
 `qedfuse.mount.fuse.fuseinit`, and then a SETATTR request with the size 0.  For truncate(2) it
 sends such a SETATTR request as well.
 
-By default a SETATTR request with a smaller size is refused.  If a truncation to 0 succeeded
-and did nothing, old bytes would remain on the disk, because a program that copies into an
-empty file need not write zeros.  With ``truncate=zero`` a truncation to 0 zeroes the whole
+A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
+refused otherwise.  By default a request with a smaller size is refused.  If a truncation to 0
+succeeded and did nothing, old bytes would remain on the disk, because a program that copies into
+an empty file need not write zeros.  With ``truncate=zero`` a truncation to 0 zeroes the whole
 disk, as a discard does, and the disk keeps its size.  A truncation to a size between 0 and the
 size of the disk zeroes the range past the requested size.  cp(1) makes such a truncation for a
 source that ends in a hole.  The range that was cut off reads as zeros, as in a file that is

@@ -105,9 +105,9 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # The file is deleted when it is closed, so compaction would be useless.
-        opening = replace(_overlay_options(path, options), compact="off")
-        async with open_disk(overlay, opening, inspector=inspect_image) as disk:
+        # No compaction, because the overlay is dropped when it is closed.
+        snapshot_options = replace(_overlay_options(path, options), compact="off")
+        async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
             # Unlinked now, so that the kernel frees the file even after a crash of this process.
             shutil.rmtree(temporary, ignore_errors=True)
             yield disk
@@ -136,8 +136,8 @@ def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
 
     The source is trusted as the backing file wherever it lies, because the user has named it.
     """
-    opening = disk_options(options)
-    return replace(opening, backing=replace(opening.backing, trusted=source))
+    without_source = disk_options(options)
+    return replace(without_source, backing=replace(without_source.backing, trusted=source))
 
 
 async def _make_overlay(overlay: str, source: str, options: MountOptions) -> None:
@@ -146,8 +146,8 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
     Raises:
         QedError: The source is not a usable image, or the overlay cannot be made.
     """
-    reading = replace(disk_options(options), writable=False)
-    async with open_disk(source, reading) as disk:
+    source_options = replace(disk_options(options), writable=False)
+    async with open_disk(source, source_options) as disk:
         await create_image(
             overlay,
             disk.size,
