@@ -139,4 +139,4 @@ class Lifecycle:
         if needed and not components.scan.finished.is_set():
             await components.scan.run()
         if components.reclaim.pending:
-            await components.reclaim.run(punches=None)
+            await components.reclaim.run(max_runs=None)

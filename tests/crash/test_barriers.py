@@ -103,7 +103,7 @@ def no_quarantine(saboteur: Saboteur) -> None:
 
     def retire(self: Reclaim, offset: int, length: int, _dropped_by: int) -> None:
         saboteur.strike()
-        self._allocator.give_back(offset >> self._bits, length >> self._bits)
+        self._allocator.free_run(offset >> self._bits, length >> self._bits)
 
     saboteur.replace(Reclaim, "retire", retire)
 
@@ -122,7 +122,7 @@ def quarantine_ends_before_the_cycle(saboteur: Saboteur) -> None:
         self.cycle_durable()
         while (reusable := self.pop_reusable()) is not None:
             saboteur.strike()
-            allocators[self].give_back_block(*reusable)
+            allocators[self].free_block(*reusable)
 
     saboteur.replace(Reclaim, "__init__", remember)
     saboteur.replace(Quarantine, "cycle_began", cycle_began)

@@ -75,7 +75,7 @@ class Image:
             used |= set(range(table, table + self.header.table_size))
         for cluster in range(self.header.l1_end // CLUSTER, allocator.end // CLUSTER):
             if cluster not in used:
-                allocator.give_back(cluster, 1)
+                allocator.free_run(cluster, 1)
         allocator.lower_end()
 
     async def write(self, *guests: int) -> None:
@@ -97,7 +97,7 @@ class Image:
         runs = [self.data.pop(guest) for guest in guests]
         self.commit()
         for cluster in runs:
-            self.allocator.give_back(cluster, 1)
+            self.allocator.free_run(cluster, 1)
         self.allocator.lower_end()
 
     def commit(self) -> None:

@@ -451,7 +451,7 @@ async def test_allocating_keeps_the_content(*, based: bool) -> None:
 # --- a host that does not want to ------------------------------------------------------
 
 
-@pytest.mark.expect_log("punch: Input/output error (while giving space back to the host)")
+@pytest.mark.expect_log("punch: Input/output error (while returning space to the host)")
 async def test_a_punch_that_fails_costs_only_space() -> None:
     """A failed punch is logged once, and the clusters are used again."""
     file = FailingFile(MemoryFile(full(10)))

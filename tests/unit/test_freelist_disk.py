@@ -444,7 +444,7 @@ async def test_more_runs_than_a_list_has(monkeypatch: pytest.MonkeyPatch) -> Non
     check_true(file.content)
 
 
-@pytest.mark.expect_log("while giving space back to the host")
+@pytest.mark.expect_log("while returning space to the host")
 async def test_a_file_that_cannot_be_cut_gets_no_list() -> None:
     """If the file cannot be truncated no list is written."""
     content = image()

@@ -92,7 +92,7 @@ class Mover:
                 self._writeback.note_write()
         finally:
             if is_unused:
-                self._allocator.give_back(slot, layer.geometry.table_size)
+                self._allocator.free_run(slot, layer.geometry.table_size)
         await self._flusher.flush()
 
     async def move_data(

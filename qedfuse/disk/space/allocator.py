@@ -163,7 +163,7 @@ class Allocator:
         end = self.end >> self._bits
         if cluster > end:
             self.end = cluster << self._bits
-            self.give_back(end, cluster - end)
+            self.free_run(end, cluster - end)
 
     def _spare_slots(self, end: int) -> int:
         """Count the slots that no table will need; ``end`` is in clusters."""
@@ -207,16 +207,16 @@ class Allocator:
 
     def release(self, run: Run) -> None:
         """Take back a run to which no entry has referred since it was handed out."""
-        self.give_back(run.offset >> self._bits, run.length >> self._bits)
+        self.free_run(run.offset >> self._bits, run.length >> self._bits)
         self.lower_end()
 
-    def give_back(self, first: int, count: int) -> None:
+    def free_run(self, first: int, count: int) -> None:
         """Make clusters free to which no entry and no request refers any more."""
         self.free.add(first, count)
         self.unpunched.add(first, count)
         self._record_change(first, count)
 
-    def give_back_block(self, block: int, bits: int) -> None:
+    def free_block(self, block: int, bits: int) -> None:
         """Make clusters of one block of the map free, as `give_back` does."""
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)

@@ -77,7 +77,7 @@ class DirectReclaim:
             # Most of the quarantine is sealed: a running cycle makes it durable, or an
             # earlier one has, and the requests that it waits for may have ended since.
             await self._writeback.wait_running()
-        await self._reclaim.run(punches=0)
+        await self._reclaim.run(max_runs=0)
 
     async def wait_for_free_clusters(self) -> bool:
         """Wait for whatever may make clusters free: the scan, punching, or the quarantine.

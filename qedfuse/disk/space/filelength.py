@@ -1,8 +1,8 @@
-"""The length of an image's file: grown in steps ahead of the data, and cut when it is idle.
+"""The length of an image's file: grown in steps ahead of the data, and cut by a flush.
 
-A write into a new cluster never extends the file itself.  So the rule that growing must
-never shorten the file has one place and one lock, and one system call serves many
-clusters.
+A write into a new cluster never extends the file; `FileLength` has extended it before.  So one
+system call makes room for many clusters.  And only this module, under one lock, has to ensure
+that growing never shortens a file that another task has grown further.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.geometry import Geometry
 
 MIN_GROWTH_BYTES: Final = 1 << 20
-"""How far the file is grown ahead of what is needed, at least."""
+"""Least number of bytes by which the file is grown beyond what is needed."""
 MAX_GROWTH_BYTES: Final = 1 << 24
-"""The same, at most.  It takes up no space on the host before it is written to."""
+"""Most bytes by which the file is grown beyond what is needed.
+
+These bytes take up no space on the host before they are written to.
+"""
 _GROWTH_DIVISOR: Final = 16
-"""Between the two limits the file is grown ahead by its length divided by this."""
+"""Between the two limits the file is grown beyond its needed length by this part of it."""
 
 
 class FileLength:
     """Keeps the file as long as the clusters that the allocator hands out.
 
     Attributes:
-        end: How many bytes of the file are whole clusters.
-        has_odd_tail: Whether the file holds bytes behind the last whole cluster.  They
-            belong to no cluster, but would show up in a new one.
+        end: File offset of the end of the last whole cluster of the file.
+        has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No
+            entry refers to these bytes, but a new cluster at `end` would show them.
         lock: Held while the length changes.
     """
 
     def __init__(self, file: HostFile, geometry: Geometry, allocator: Allocator) -> None:
-        """Start from the present length of ``file``."""
+        """Manage the length of ``file``, which holds the clusters of ``allocator``."""
         self._file = file
         self._geometry = geometry
         self._allocator = allocator
@@ -47,10 +50,10 @@ class FileLength:
         self.lock = trio.Lock()
 
     async def grow(self, end: int) -> None:
-        """Make the file at least ``end`` bytes long.
+        """Make the file at least ``end`` bytes long, unless it is already.
 
         Raises:
-            HostError: The host refused.
+            HostError: The host refused; `end` is unchanged.
         """
         if end <= self.end:
             return
@@ -58,9 +61,11 @@ class FileLength:
             if end <= self.end:
                 return
             if self.has_odd_tail:
-                # A crash could lose the cut and keep the growth, but not once an entry
-                # refers to the new cluster: both come before the first datasync of the
-                # cycle that writes the entry.
+                # Cut the odd tail off first, so that the new cluster reads as zeros.  No
+                # datasync is needed between the cut and the growth.  A crash that loses only
+                # the cut leaves the tail in a cluster to which no entry refers: the cut and
+                # the growth both precede the first datasync of the cycle that writes the
+                # entry.
                 await self._file.truncate(self.end)
                 self.has_odd_tail = False
             target = self._target(end)
@@ -69,9 +74,9 @@ class FileLength:
             self.end = target
 
     def try_grow(self, end: int) -> bool:
-        """Make the file at least ``end`` bytes long; returns False if that would block.
+        """Make the file at least ``end`` bytes long; returns False if that would block or fails.
 
-        The length is unchanged then.
+        If it returns False, the length is unchanged.
         """
         if end > self.end:
             target = self._target(end)
@@ -82,29 +87,35 @@ class FileLength:
         return True
 
     def _target(self, end: int) -> int:
-        """Choose the file's new length: at least ``end``, and ahead of it within the bound."""
+        """Return the length to which the file should grow if it must have ``end`` bytes.
+
+        The length exceeds ``end`` by the growth step, but not beyond the file's bound.
+        """
         step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_DIVISOR))
         return max(end, min(self._geometry.ceil(end + step), self._allocator.bound))
 
     async def truncate_tail(self) -> bool:
-        """Cut off the part of the file past the allocator's end; return whether there was one.
+        """Cut off the part of the file past the allocator's end; return whether it was cut.
 
-        A crash may lose the cut.  What the file grows by afterwards reads as zeros; `grow`
-        explains why that needs no datasync.
+        Returns False if there is no such part, or if it is only an odd tail that may stay.
+
+        The file reads as zeros where it grows again later.  A crash may lose the cut; `grow`
+        explains why no datasync is needed nevertheless.
 
         Raises:
-            HostError: The host refused; the length is unchanged.
+            HostError: The host refused; the length is unchanged, and a later call tries again.
         """
         allocator = self._allocator
         async with self.lock:
-            # An odd tail stays while no cluster has been given up and none is added.
+            # Do not cut a file with an odd tail unless clusters at its end were freed: a disk
+            # that frees no clusters leaves the tail to `grow`.
             has_tail = self.end > allocator.end
             if not has_tail or (self.has_odd_tail and not allocator.tail_is_free):
                 allocator.keep_tail()
                 return False
             allocator.keep_tail()
-            # A task that allocates during the cut finds the file too short, and waits for
-            # the lock to grow it again.
+            # Lower `end` before the cut.  So a task that allocates during the cut finds the
+            # file too short, and waits for the lock to grow the file again.
             before, self.end = self.end, allocator.end
             try:
                 await self._file.truncate(self.end)

@@ -1,10 +1,11 @@
-"""What the scan for free clusters has marked as used, and what changes while it runs.
+"""The clusters that the scan has marked as used, and those that change during the scan.
 
-The scan reads the tables while requests change them, as a concurrent garbage collector
-marks objects while the program runs; the methods that note changes are its *write
-barrier*.  A cluster that is handed out, put into quarantine or given back during the scan
-is recorded, and what the scan reads about it does not count.  So the scan finds only
-clusters that no entry referred to at its beginning and that were not touched since.
+The scan reads the tables while requests change them, as a concurrent garbage collector marks
+objects while the program runs.  `Marking.record_change` and `Marking.record_drop` correspond
+to the collector's *write barrier*: they record each cluster that is handed out, put into
+quarantine or freed during the scan, and the scan's result for such a cluster is ignored.  So
+the scan finds only clusters to which no entry referred when the scan began, and whose state
+has not changed since.
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _BEFORE_FIRST_SLICE: Final = -1
-"""Less than the file offset of any slice."""
+"""A number below the file offset of any slice: no slice has been marked."""
 
 
 class Marking:
     """The marks of one scan of one image.
 
     Attributes:
-        active: Whether changes are recorded.
-        changed: Clusters whose state has changed since `begin`.
-        owners: Clusters that an entry, or the image's own structures, refer to.
-        duplicates: References that were found to clusters with another owner.
+        active: Whether changes are recorded: from `begin` to `end`.
+        changed: The clusters whose state has changed since `begin`.
+        owners: The clusters to which a table entry or the header refers, as far as marked.
+        duplicates: How many references were found to a cluster that had an owner already.
     """
 
     def __init__(self, empty: FreeMap, name: str) -> None:
-        """Mark nothing yet; ``empty`` is a map of the file's clusters, ``name`` the file's."""
+        """Mark and record nothing yet.
+
+        ``empty`` is a map with the blocks of the file; ``name`` is the file's name for errors.
+        """
         self._name = name
         self.active = False
         self.changed = empty.empty_like()
@@ -51,10 +55,10 @@ class Marking:
         self.owners = OwnerBitmap(clusters, self._name)
 
     def restart(self) -> None:
-        """Remove all marks before the tables are walked from the beginning, again or first.
+        """Remove all marks, before a walk through the tables from the beginning.
 
-        Clusters that lost a reference since `begin` are marked: the tables do not show it
-        any more.
+        Clusters that lost a reference since `begin` are marked again, because the walk does not
+        find the dropped references in the tables any more.
         """
         self.owners = OwnerBitmap(self._clusters, self._name)
         self._marked_up_to = _BEFORE_FIRST_SLICE
@@ -62,29 +66,30 @@ class Marking:
             self.owners.claim_range(first, first + count)
 
     def mark(self, offset: int, clusters: NDArray[np.uint64]) -> None:
-        """Mark the clusters that the slice at a file offset refers to.
+        """Mark the clusters to which the slice at file offset ``offset`` refers.
 
-        Slices are marked in ascending order.
+        The caller must mark the slices in ascending order of their file offsets.
         """
-        # Clusters that the file did not have at the beginning are handed out later, so
-        # they say nothing about its beginning.
+        # Ignore clusters past the end that the file had when the scan began: they were
+        # handed out since, and the scan looks only for clusters that were free then.
         clusters = clusters[clusters < self.owners.clusters]
-        # No cluster that had an owner at the beginning is handed out again before the end
-        # of the scan, so a second reference is a second owner.
+        # A cluster that had an owner when the scan began is not handed out again before the
+        # scan ends.  So a second reference to it means that two owners claim the cluster.
         self.duplicates += int(self.owners.claim(clusters).sum())
         self._marked_up_to = offset
 
     def record_change(self, first: int, count: int) -> None:
-        """Record that a run of clusters changes its state."""
+        """Record that a run of clusters was handed out or freed; does nothing unless active."""
         if self.active:
             self.changed.add(first, count)
 
     def record_drop(self, first: int, count: int, dropped_by: int) -> None:
-        """Record that the slice at file offset ``dropped_by`` drops a run of clusters.
+        """Record that a run of clusters lost its references; does nothing unless active.
 
-        If the slice has not been marked yet, the walk will not find the dropped references
-        in it.  So they are marked here, and a cluster that is marked or dropped already has
-        two owners.
+        ``dropped_by`` is the file offset of the slice that held the references.  If the walk
+        has not marked that slice yet, it will not find the dropped references there.  So this
+        method marks the clusters instead.  A cluster of the run that was marked or dropped
+        before has two owners, and counts as a duplicate.
         """
         if not self.active:
             return

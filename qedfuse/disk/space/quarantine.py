@@ -1,13 +1,14 @@
 """Quarantine: clusters that lost their reference and must not be used again yet (D5).
 
-If a crash brought back the old table, the former owner would find another owner's data in
-its cluster, or none.  And a request that looked up the cluster before may still be
-reading or writing it.  So a cluster stays here until the table that dropped it is durable
-and all requests that began before have ended (`Epochs`).
+Two things could go wrong if a cluster were used again immediately.  A crash could bring back
+the old table, and the former owner would find another owner's data in the cluster, or zeros.
+And a request that looked up the cluster before it lost its reference may still be reading or
+writing it.  So a cluster stays in quarantine until the table that dropped it is durable, and
+until all requests have ended that began before the cluster was sealed (`Epochs`).
 
-Clusters wait in batches.  When a write-back cycle begins, everything that has lost its
-reference up to then is *sealed*: it becomes a batch, with the epoch that ends at that
-moment.
+Clusters wait in batches.  When a write-back cycle begins, the quarantine *seals* all clusters
+that have lost their reference up to that moment: they become a batch, with the epoch that
+ends at that moment.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Scattered clusters that are collected before they go into the map: 2 MiB of numbers."""
+"""Fewest scattered clusters that are put into the map together: 2 MiB of numbers."""
 
 
 class _Batch:
-    """The clusters that one write-back cycle has sealed."""
+    """The clusters that were sealed when one write-back cycle began.
+
+    Attributes:
+        clusters: The sealed clusters that have not left the quarantine yet.
+        epoch: The epoch that ended when the clusters were sealed.
+        durable: Whether the tables that dropped the clusters are durable.
+    """
 
     __slots__ = ("clusters", "durable", "epoch")
 
@@ -39,16 +46,16 @@ class _Batch:
 
 
 class Quarantine:
-    """Holds clusters in the order in which they lost their reference; one bit for each.
+    """Holds clusters that lost their reference, in batches, the oldest first.
 
-    It is a `CycleObserver` of the write-back.
+    The quarantine is a `CycleObserver` of the write-back.
     """
 
     def __init__(self, epochs: Epochs, empty: FreeMap) -> None:
-        """Hold no cluster yet; ``empty`` is a map of the file's clusters."""
+        """Hold no cluster yet; ``empty`` is a map with the blocks that all maps here get."""
         self._epochs = epochs
         self._unsealed = empty.empty_like()
-        # Clusters that are not in the map of unsealed ones yet.
+        # Unsealed clusters that are not in `_unsealed` yet: see `retire_many`.
         self._scattered: list[NDArray[np.uint64]] = []
         self._scattered_count = 0
         self._batches: deque[_Batch] = deque()
@@ -60,22 +67,26 @@ class Quarantine:
 
     @property
     def unsealed(self) -> int:
-        """How many clusters have come since the last write-back cycle began."""
+        """How many clusters have lost their reference since the last write-back cycle began."""
         return self._unsealed.count + self._scattered_count
 
     def retire(self, first: int, count: int) -> None:
-        """Take in a run of clusters that a table in memory has just dropped.
+        """Take in a run of ``count`` clusters to which no table in memory refers any more.
 
-        No await between changing the entry and this call: a write-back cycle that began
-        in between would seal the one without the other.
+        The caller must not await anything between changing the entries and this call.
+        Otherwise a write-back cycle that began in between would cover only one of the two.
+        If it sealed the clusters but did not write the entries, the clusters could be used
+        again while the file still refers to them.
         """
         self._unsealed.add(first, count)
 
     def retire_many(self, clusters: NDArray[np.uint64]) -> None:
-        """Take in clusters that lie anywhere, as `retire` does.
+        """Take in clusters, in any order, to which no table in memory refers any more.
 
-        The clusters of one table may be scattered over all blocks of the map.  They are
-        collected until there are many for each block.
+        The caller must not await anything between changing the entries and this call.
+
+        The clusters of one table may be scattered over all blocks of the map.  So they are
+        collected first, because adding many clusters to a block together is cheaper.
         """
         self._scattered.append(clusters)
         self._scattered_count += len(clusters)
@@ -83,29 +94,30 @@ class Quarantine:
             self._collect()
 
     def _collect(self) -> None:
-        """Put the scattered clusters into the map of unsealed ones."""
+        """Put the scattered clusters into the map of unsealed clusters."""
         if self._scattered:
             self._unsealed.add_many(np.concatenate(self._scattered))
             self._scattered.clear()
             self._scattered_count = 0
 
     def cycle_began(self) -> None:
-        """Seal the unsealed clusters: this cycle makes the tables durable that dropped them."""
+        """Seal the unsealed clusters: the cycle makes durable the tables that dropped them."""
         self._collect()
         if self._unsealed.count:
             self._batches.append(_Batch(self._unsealed, self._epochs.advance()))
             self._unsealed = self._unsealed.empty_like()
 
     def cycle_durable(self) -> None:
-        """Mark all batches as durable: their clusters are not referred to in the file any more."""
+        """Mark all batches as durable: no table in the file refers to their clusters now."""
         for batch in self._batches:
             batch.durable = True
 
     def pop_reusable(self) -> tuple[int, int] | None:
-        """Remove some clusters that may be used again; None if there are none.
+        """Remove clusters of one block that may be used again from the quarantine.
 
         Returns:
-            A block of the map, and its bits.
+            The number of the block of the map, and a set bit for each removed cluster.  None
+            if no cluster may be used again yet.
         """
         while self._batches and self._batches[0].durable:
             if not self._epochs.is_drained(self._batches[0].epoch):
@@ -117,6 +129,6 @@ class Quarantine:
         return None
 
     async def wait_drained(self) -> None:
-        """Return when no request is left that may use a cluster of the present batches."""
+        """Wait until all requests have ended that may use a cluster of the present batches."""
         if self._batches:
             await self._epochs.wait(self._batches[-1].epoch)

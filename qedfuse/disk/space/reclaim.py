@@ -1,8 +1,8 @@
-"""Giving space back: clusters leave the quarantine, and the host gets what nothing uses.
+"""Reclaiming space: clusters leave the quarantine, and free space is returned to the host.
 
-Runs after each write-back cycle that a flush waited for.  Free clusters at the end of the
-file are cut off, others are punched out of the host's file, so that they take up no space
-while nothing uses them.
+`Flusher.flush` calls `Reclaim.run` after its write-back cycle.  `run` frees the clusters that
+may leave the quarantine.  It cuts free clusters at the end of the file off, and punches other
+free clusters out of the host's file, so that they take up no space until they are used again.
 """
 
 from __future__ import annotations
@@ -36,22 +36,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RUNS_PER_FLUSH: Final = 256
-"""Most runs that are punched after one cycle, because a flush waits for them."""
+"""Most runs that one call of `Reclaim.run` punches for a flush, which waits for the call."""
 
 _MAX_RUNS_PER_PUNCH: Final = 64
-"""Most runs that go to a worker thread together."""
+"""Most runs that one job of a worker thread punches."""
 
 _MIN_SCATTERED_RUNS: Final = 64
-"""From this many runs on, clusters go into quarantine as a list and not run by run."""
+"""Fewest runs for which clusters go into quarantine as one list instead of run by run.
+
+While the scan marks clusters (`Marking.active`), they always go run by run.
+"""
 
 
 class Reclaim:
-    """Decides when clusters that lost their reference are free.
+    """Frees clusters that lost their reference, and returns free space to the host.
 
     Attributes:
-        freed_clusters: How many clusters have left the quarantine so far.
-        punching_clusters: How many free clusters are being punched, and are therefore
-            not handed out.
+        freed_clusters: How many clusters from the quarantine have become free since opening.
+            Clusters that `distrust_below` excludes do not count.
+        punching_clusters: How many free clusters are being punched now.  The allocator does
+            not hand them out before they are punched.
     """
 
     def __init__(
@@ -64,7 +68,10 @@ class Reclaim:
         guard: FirstWriteGuard,
         marking: Marking,
     ) -> None:
-        """Move clusters from ``quarantine`` to ``allocator``; ``marking`` records drops."""
+        """Move clusters from ``quarantine`` to ``allocator``.
+
+        ``marking`` is notified of each run that loses its reference.
+        """
         self._file = file
         self._length = length
         self._allocator = allocator
@@ -83,19 +90,28 @@ class Reclaim:
     # Into quarantine
 
     def retire(self, offset: int, length: int, dropped_by: int) -> None:
-        """Put a run into quarantine; ``dropped_by`` is the file offset of the slice.
+        """Put a run of clusters into quarantine, after its reference was removed.
 
-        No await between changing the entries in the slice and this call: see
-        `Quarantine.retire`.
+        The caller must not await anything between removing the reference and this call:
+        see `Quarantine.retire`.
+
+        Args:
+            offset: File offset of the run.
+            length: Length of the run in bytes.
+            dropped_by: File offset of the slice that held the reference.
         """
         first, count = offset >> self._bits, length >> self._bits
         self._quarantine.retire(first, count)
         self._marking.record_drop(first, count, dropped_by)
 
     def retire_all(self, offsets: NDArray[np.uint64], dropped_by: int) -> None:
-        """Put clusters into quarantine, as `retire` does for one run.
+        """Put clusters into quarantine, after their references were removed.
 
-        ``offsets`` are their file offsets, in the order of their entries.
+        The caller must not await anything between removing the references and this call.
+
+        Args:
+            offsets: File offset of each cluster, in the order of the entries that held them.
+            dropped_by: File offset of the slice that held the references.
         """
         if not len(offsets):
             return
@@ -106,20 +122,30 @@ class Reclaim:
         for first, last in pairwise([0, *starts.tolist(), len(offsets)]):
             self.retire(int(offsets[first]), (last - first) << self._bits, dropped_by)
 
-    # What is left to do
+    # Work that is left for `run`
 
     @property
     def pending(self) -> bool:
-        """Whether `run` has something to do, now or after a further cycle."""
+        """Whether there are clusters to free, cut off or punch; False until the scan has ended.
+
+        Clusters in quarantine count also if `run` can free them only after the next
+        write-back cycle.
+        """
         allocator = self._allocator
         if not allocator.scan_complete:
             return False
-        unpunched = self._can_punch and allocator.unpunched.count + allocator.maybe_holes.count > 0
-        return self._quarantine.count > 0 or allocator.tail_is_free or unpunched
+        # Clusters of `unpunched` take up space.  Clusters of `maybe_holes` may take up space,
+        # which `_punch_some` finds out.
+        can_punch = self._can_punch and allocator.unpunched.count + allocator.maybe_holes.count > 0
+        return self._quarantine.count > 0 or allocator.tail_is_free or can_punch
 
     @property
     def pending_clusters(self) -> int:
-        """How many clusters are known that have still to be given back."""
+        """How many clusters are in quarantine, or are free but still take up space on the host.
+
+        Clusters that may be holes do not count, and after punching has failed or is suspended
+        only the quarantine counts.
+        """
         allocator = self._allocator
         return self._quarantine.count + (allocator.unpunched.count if self._can_punch else 0)
 
@@ -129,7 +155,7 @@ class Reclaim:
 
     @contextmanager
     def punching_suspended(self) -> Iterator[None]:
-        """Punch nothing inside the ``with`` block, which is not entered twice."""
+        """Let `run` punch nothing inside the ``with`` block.  The block must not be nested."""
         self._punching = False
         try:
             yield
@@ -137,42 +163,51 @@ class Reclaim:
             self._punching = True
 
     def distrust_below(self, end: int) -> None:
-        """Never use again what loses its reference below the file offset ``end``.
+        """Never free a cluster below the file offset ``end`` that loses its reference.
 
-        For an image in which another entry may refer to it as well.
+        The scan calls this for a damaged image, in which a second entry may refer to the same
+        cluster.  Such clusters leave the quarantine and are then neither used again nor
+        returned to the host.
         """
         self._untrusted_end = end
 
     @property
     def has_untrusted(self) -> bool:
-        """Whether there are clusters that are not used again: see `distrust_below`."""
+        """Whether `distrust_below` was called, so that some clusters are never freed."""
         return self._untrusted_end > 0
 
     def wake_if_pending(self) -> None:
-        """Wake the background task if there is something to give back."""
+        """Wake the flusher's background task if `pending` is true."""
         if self.pending:
             self._writeback.wake()
 
     async def wait_idle(self) -> None:
-        """Return when no `run` is under way that began before the call."""
+        """Wait until no call of `run` is active that began before this call."""
         async with self._lock:
             pass
 
-    # Out of quarantine, and back to the host
+    # Out of quarantine, and returned to the host
 
-    async def run(self, punches: int | None = MAX_RUNS_PER_FLUSH) -> None:
-        """Free what may be freed now; punch up to ``punches`` runs, all if it is None.
+    async def run(self, max_runs: int | None = MAX_RUNS_PER_FLUSH) -> None:
+        """Free clusters of the quarantine, cut off the file's free end, and punch free clusters.
 
-        If the host refuses, that costs space and nothing else: it is logged once.
+        Frees only clusters that may be used again by now.  Punches at most ``max_runs`` runs,
+        or all if ``max_runs`` is None.  Does nothing before the scan has ended, or if it
+        could not read the tables.
+
+        If the host refuses to cut or to punch, the file takes up more space than necessary,
+        and nothing else is wrong.  So a HostError is logged, only the first time, and not
+        raised.
         """
-        # Before the scan has ended, a cluster that lost one reference may have another.
+        # Until the scan has ended, a cluster that lost one reference may have a second one, so
+        # it must not be freed.
         if not self._allocator.scan_complete:
             return
         async with self._lock:
             while (reusable := self._quarantine.pop_reusable()) is not None:
                 block, bits = reusable
                 bits &= self._trusted_bits(block)
-                self._allocator.give_back_block(block, bits)
+                self._allocator.free_block(block, bits)
                 self.freed_clusters += bits.bit_count()
                 await trio.lowlevel.checkpoint()
             try:
@@ -181,14 +216,14 @@ class Reclaim:
                     await self._guard.prepare_write()
                     if await self._length.truncate_tail():
                         self._writeback.note_write()
-                await self._punch(punches)
+                await self._punch(max_runs)
             except HostError as error:
                 if not self._host_refused:
                     self._host_refused = True
-                    log.warning("%s (while giving space back to the host)", error)
+                    log.warning("%s (while returning space to the host)", error)
 
     def _trusted_bits(self, block: int) -> int:
-        """Return a mask of the clusters in a block of the map that may be used again."""
+        """Return the bits of a block of the map: set for each cluster that `run` may free."""
         untrusted = (
             (self._untrusted_end >> self._bits)
             + self._allocator.free.shift
@@ -196,9 +231,13 @@ class Reclaim:
         )
         return -1 << max(0, untrusted)
 
-    async def _punch(self, punches: int | None) -> None:
-        """Punch free clusters out of the host's file, the lowest first."""
-        left = punches
+    async def _punch(self, max_runs: int | None) -> None:
+        """Punch at most ``max_runs`` runs of free clusters out of the file; all if it is None.
+
+        Clusters that take up space come before those that may be holes already, and of both
+        the lowest come first.
+        """
+        left = max_runs
         while self._can_punch and left != 0:
             runs = _MAX_RUNS_PER_PUNCH if left is None else min(left, _MAX_RUNS_PER_PUNCH)
             clusters = self._allocator.unpunched
@@ -211,19 +250,29 @@ class Reclaim:
             left = None if left is None else left - done
 
     async def _punch_some(self, clusters: FreeMap, max_runs: int) -> int:
-        """Punch up to ``max_runs`` runs of a map; return how many were removed from it."""
+        """Punch at most ``max_runs`` runs of one of the allocator's maps of unpunched clusters.
+
+        Returns:
+            How many runs were removed from the map, also those that were holes already.
+
+        Raises:
+            HostError: The host refused; the runs are in the map again.
+        """
         allocator, bits = self._allocator, self._bits
         found = (clusters.take(BLOCK_CLUSTERS) for _ in range(max_runs))
         taken = [run for run in found if run is not None]
-        # These must not be handed out while the host is about to wipe them.
+        # Remove the runs from the free map during the punching: punching after the allocator
+        # has handed a cluster out would erase the new owner's data.
         for first, count in taken:
             allocator.free.remove(first, count)
         self.punching_clusters = sum(count for _, count in taken)
         ranges = [(first << bits, count << bits) for first, count in taken]
         try:
             if clusters is allocator.maybe_holes:
-                # The host is not asked about other clusters: space that was reserved and
-                # never written to looks like a hole.
+                # Punch only the runs for which the host stores data: most clusters that the
+                # scan found are holes already.  The clusters of `unpunched` are punched
+                # without asking the host, because space that was reserved and never written
+                # to looks like a hole but takes up space.
                 ranges = [run for run in ranges if await holds_data(self._file, *run)]
             if ranges:
                 await self._guard.prepare_write()
