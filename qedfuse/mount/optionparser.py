@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 KERNEL_FLAGS: Final = frozenset(
     {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync"}
 )
-"""Mount flags that only the kernel enforces.  ``ro`` is missing, because it is an option of
-qedfuse as well: it decides how images are opened."""
+"""Mount flags that are passed to the kernel, which enforces them.  ``ro`` is missing, because it
+also decides how images are opened, and so sets a field of `MountOptions`."""
 
 _DROPPED: Final = frozenset(
     {
@@ -51,13 +51,19 @@ values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size o
 _MAX_ID: Final = (1 << 32) - 2
 """Largest user or group.  chown(2) takes the next number, which is -1, for "unchanged"."""
 _MAX_SECONDS: Final = 3600.0
+"""Largest value of each option whose value is a number of seconds."""
 _MAX_POLL_MICROSECONDS: Final = 10_000
+"""Largest value of the option ``poll``."""
 _MIN_CACHE_BYTES: Final = 64 << 10
+"""Smallest value of the option ``cache_size``."""
 _MAX_READAHEAD_BYTES: Final = 1 << 30
+"""Largest value of the option ``readahead``."""
 
 
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Parse lists of options; a later option overrides an earlier one.
+
+    The directories of all ``backing_dir`` and all mount flags are kept.
 
     Args:
         lists: The arguments of all ``-o``, in order.
@@ -80,7 +86,7 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions
 def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) -> bool:
     """Return whether an option would leave ``options`` unchanged.
 
-    Paths are compared as text; see `absolute_options`.
+    Paths are compared as text, so the caller must make them absolute (`absolute_options`).
 
     Args:
         option: One option, without escapes.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_MAX_LINES_PER_DISK: Final = 100
+_MAX_MESSAGES_PER_DISK: Final = 100
 """Most messages that are logged in full for one disk during a mount."""
 _SUMMARY_SECONDS: Final = 60.0
 """Shortest time between two summaries of the errors that were not logged in full."""
@@ -56,9 +56,10 @@ class RequestErrors:
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
         """Log why a request failed, and return the errno for the kernel.
 
-        A FUSEError and a PastEndError are not logged, because they are mistakes of the program
-        that made the request.  Any other QedError is logged with its message.  An exception of
-        another type is a bug, so it is logged with its traceback, and the errno is EIO.
+        A FUSEError is not logged, because it says nothing but the errno.  A PastEndError is not
+        logged, because it is a mistake of the program that made the request.  Any other QedError
+        is logged with its message.  An exception of another type is a bug, so it is logged with
+        its traceback, and the errno is EIO.
 
         Args:
             inode: The inode that the request is about.
@@ -78,20 +79,23 @@ class RequestErrors:
         if isinstance(error, PastEndError):
             return
         message = str(error)
-        if self._is_new(inode, message):
+        if self._register(inode, message):
             _log.error("%s", message)
 
     def _log_bug(self, inode: int, operation: str, error: Exception) -> None:
         """Log an unexpected exception with its traceback."""
         message = f"internal error in {operation}"
         details = f"{message}: {type(error).__name__}: {printable(str(error))}"
-        if self._is_new(inode, details):
+        if self._register(inode, details):
             _log.error("%s", message, exc_info=error)
 
-    def _is_new(self, inode: int, message: str) -> bool:
-        """Return whether the caller must log a message in full; count the message if not."""
+    def _register(self, inode: int, message: str) -> bool:
+        """Register a message of a disk; return whether the caller must log it in full.
+
+        If the result is False, the message is counted for the next summary.
+        """
         logged = self._logged.setdefault(inode, set())
-        if message not in logged and len(logged) < _MAX_LINES_PER_DISK:
+        if message not in logged and len(logged) < _MAX_MESSAGES_PER_DISK:
             logged.add(message)
             return True
         self._dropped[inode] = self._dropped.get(inode, 0) + 1
