@@ -37,13 +37,13 @@ else has changed the image since.  If a repair is interrupted, run it again.
 
 After -r all has repaired damage, the clusters that cleared entries pointed to are
 leaked, and may hold your data.  Therefore the same run frees no space, and exits with 3
-if any is leaked.  Look at the disk, but only read it: a mount for writing reuses leaked
-space.  When you no longer need the leaked clusters, free them with -r leaks.  -r all
+if clusters are leaked.  Look at the disk, but only read it: a mount for writing reuses
+leaked space.  When you no longer need the leaked clusters, free them with -r leaks.  -r all
 frees them only if the image has no damage and IMAGE.before-repair does not exist.
 
 If nothing in an image is in use, or far more clusters are leaked than in use, the header
 may be damaged, and a repair could overwrite data.  Then -r leaks and -r all need
---force.  -r all also needs it to write far more data than the file has."""
+--force.  -r all also needs --force if it would write far more data than the file has."""
 
 SOUND: Final = 0
 FAILED: Final = 1

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-    from qedfuse.util.backgroundtasks import Progress as Report
+    from qedfuse.util.backgroundtasks import Progress as ProgressCallback
 
 _BAR_DELAY_SECONDS: Final = 1.0
 """How long work must take before a bar appears, unless ``-p`` asks for one."""
 _REDRAW_SECONDS: Final = 0.1
-"""The minimum time between two updates of the bar; work may report far more often."""
+"""The least time between two updates of the bar, however often the work reports progress."""
 _STDERR_FD: Final = 2
 _ERASE_LINE: Final = "\r\x1b[2K"
 
@@ -149,7 +149,9 @@ class Meter:
 
 
 @contextmanager
-def progress(arguments: argparse.Namespace, label: str, *, bar: bool = True) -> Iterator[Report]:
+def progress(
+    arguments: argparse.Namespace, label: str, *, bar: bool = True
+) -> Iterator[ProgressCallback]:
     """Show the progress of the work in the block; yield the function that reports it.
 
     Args:
