@@ -154,7 +154,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "corruptions-fixed": result.errors_fixed if repaired else 0,
         "leaks-fixed": result.leaks_fixed if repaired else 0,
         "total-clusters": result.total_clusters,
-        # qemu-img also counts L2 entries that cannot refer to a data cluster; the text does not.
+        # Like qemu-img, count L2 entries that cannot refer to a data cluster; the text does not.
         "allocated-clusters": after.referenced_clusters,
         "fragmented-clusters": after.fragmented_clusters,
     }
@@ -270,7 +270,7 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image at the end, in counts."""
     after, total = result.after, result.total_clusters
-    # Without L2 entries that cannot refer to a data cluster; the JSON counts them as well.
+    # This number leaves out L2 entries that cannot refer to a data cluster; the JSON counts them.
 
     used = after.allocated_clusters
     notes = sum(count for code, count in after.counts.items() if not code.severity)

@@ -78,7 +78,9 @@ def find_base(options: Iterable[str]) -> str | None:
 
 
 def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> None:
-    """Merge the values of ``-o`` into the other options of ``arguments``, and set defaults.
+    """Merge the values of ``-o`` into the other options of ``arguments``.
+
+    The cluster size and the table size get their defaults if no option sets them.
 
     Args:
         arguments: The parsed command line, which is changed.
@@ -94,7 +96,7 @@ def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> N
         key, equals, value = item.partition("=")
         if not equals or key not in names:
             found, keys = printable(item), ", ".join(names)
-            msg = f"option -o: found {found}, expected KEY=VALUE with one of {keys}"
+            msg = f"option -o: found {found}, expected KEY=VALUE with one of these keys: {keys}"
             raise UsageError(msg)
         if key == "backing_fmt" and value not in ("raw", "qed"):
             msg = f"option backing_fmt: found {printable(value)}, expected raw or qed"

@@ -268,7 +268,11 @@ def _report_os_error(error: OSError, code: int) -> int:
 
 
 def _exit_code(name: str, error: BaseException) -> int:
-    """Return the exit code for an error: its own if the subcommand lists it."""
+    """Return the exit code for an error.
+
+    That is the code of a `QedError` if the subcommand lists it, and otherwise the
+    subcommand's code for a failure.
+    """
     # Look the module up instead of importing it: an import may be what failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)

@@ -99,7 +99,7 @@ class Meter:
                 self._progress.stop()
 
     def _draw(self) -> None:
-        """Show the bar, or update it; skip that if another thread is drawing."""
+        """Show or update the bar; do nothing if another thread is drawing or the bar is removed."""
         # The caller of `report` must not wait for the other thread.  If that thread is still
         # drawing, this update is skipped, and a later one shows the progress.
         if not self._drawing.acquire(blocking=False):
