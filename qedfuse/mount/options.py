@@ -63,7 +63,7 @@ class MountOptions:
     gid: int | None = None
     umask: int | None = None
     direct_io: bool = False
-    backing: BackingPolicy = BackingPolicy()  # noqa: RUF009  frozen
+    backing: BackingPolicy = BackingPolicy()  # noqa: RUF009  BackingPolicy is frozen
     force_share: bool = False
     growable: bool = False
     truncate: Literal["refuse", "zero"] = "refuse"

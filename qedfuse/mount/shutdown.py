@@ -1,4 +1,4 @@
-"""Unmounting when signals arrive: the first waits until the mount is idle, the second forces it.
+"""Unmounting when signals arrive: the first unmounts when the mount is idle, the second by force.
 
 The first signal unmounts.  While a loop device or a program has a disk open, the kernel refuses
 to unmount, and a forced unmount would cause I/O errors in the file system on that disk.  So the

@@ -61,7 +61,7 @@ MAX_BACKGROUND: Final = 64
 """Most background requests that the kernel may have in flight.  More would delay a program with
 few requests, which waits behind all of them, and twice the number was not faster."""
 _CONGESTION_THRESHOLD: Final = MAX_BACKGROUND * 3 // 4
-"""Number of background requests from which on the kernel takes the mount for congested.  The
+"""Number of background requests from which on the kernel regards the mount as congested.  The
 kernel's default is also three quarters of ``max_background``."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000

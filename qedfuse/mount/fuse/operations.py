@@ -40,8 +40,8 @@ requests take the slow path."""
 class Operations(MetadataOperations):
     """The handlers of all requests for one mount, except fallocate and lseek.
 
-    pyfuse3 passes these requests to the methods of this object.  It does not know fallocate and
-    lseek (`qedfuse.mount.fuse.fallocate`).
+    pyfuse3 passes these requests to the methods of this object.  It lacks fallocate and lseek,
+    which `qedfuse.mount.fuse.fallocate` answers.
     """
 
     def __init__(

@@ -223,7 +223,8 @@ class Scheduler:
 def default_poll_seconds() -> float:
     """Return the longest time to poll, in seconds.
 
-    It is 0 on a single processor, where polling would delay the program that makes requests.
+    On a single processor the result is 0, because polling would delay the program that makes
+    requests.
     """
     return DEFAULT_POLL_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
 

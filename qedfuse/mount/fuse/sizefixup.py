@@ -68,7 +68,7 @@ class SizeFixup:
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
                 # This line is not reached after a cancellation.  Then the thread may still
                 # truncate the file, and ``fixup_size`` must keep its value, so that `Truncation`
-                # does not take the truncation for a user's request.
+                # does not regard the truncation as a user's request.
                 exported.fixup_size = -1
 
     def _correct(self, path: bytes, st_dev: int, size: int) -> None:
