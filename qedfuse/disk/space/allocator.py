@@ -4,14 +4,14 @@ Free clusters are handed out before the file grows, the lowest first.  The file 
 needs to be longer than its *bound*: header, L1 table, an L2 table for each part of the
 disk, and one cluster for each cluster of the disk.  Counting alone does not keep that
 promise, because a table needs neighbouring clusters: a guest could leave only single
-free clusters, make a table at the end, lose that table in a crash, fill its clusters with
-data, and begin again.  Therefore data must leave enough *table slots*, runs of free
-clusters as long as a table (`FreeMap`), for all tables (see docs/space.md for the proof):
+free clusters, make a table at the end, lose that table in a crash, fill the clusters of the
+lost table with data, and begin again.  Therefore data must leave enough *table slots* (runs
+of free clusters as long as a table: `FreeMap`) for all tables.  docs/space.md has the proof:
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
-Nothing here waits or calls the host.  `FileLength` makes the file as long as the clusters
-need, and `SpaceManager` waits for free clusters where there are none.
+Nothing in this module waits or calls the host.  `FileLength` makes the file long enough for
+the clusters that are handed out, and `SpaceManager` waits for clusters to become free.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""Most free clusters that are recorded at opening: 16 TiB in clusters of 64 KiB.  If a
-sparse file claims more, the rest is found at the next opening, or never."""
+"""Most free clusters that the scan records: 16 TiB in clusters of 64 KiB.
+
+If a sparse file has more free clusters, some of them are not used in this session.
+"""
 
 
 class Run(NamedTuple):
-    """Neighbouring clusters: a file offset, and a length in bytes.
+    """Neighbouring clusters of the file.
 
-    ``never_written`` says that they read as zeros, because they are new in the file.
+    Attributes:
+        offset: File offset of the first byte.
+        length: Length in bytes.
+        never_written: Whether the clusters read as zeros, because they are new in the file.
     """
 
     offset: int
@@ -50,22 +55,24 @@ class Run(NamedTuple):
 class Allocator:
     """Chooses clusters: free ones first, then new ones at the end.
 
-    Clusters are handed out in two steps, without an await in between: they are chosen,
-    which removes them from the free ones, and `hand_out` puts them into use.
+    Clusters are handed out in two steps.  `choose`, `choose_any` or `choose_table` removes
+    them from the free clusters, and `hand_out` puts them into use.  The caller must not
+    await between the two steps.
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
         anchor: The first cluster behind the L1 table.
-        bound: File offset that `end` does not exceed, except for an image that came with
-            more in use than its disk can need.
+        bound: File offset that `end` does not exceed, unless the image had more clusters
+            in use at opening than its disk can need, or compaction moves tables.
         end: File offset past the last cluster that is not free.
         free: Clusters below ``end`` that may be handed out.
-        unpunched: Free clusters that take up space on the host, or may.
-        maybe_holes: Free clusters that the scan found, which may be holes of the host's
-            file; the host is asked before they are punched.
-        tail_is_free: Whether the file is longer than it needs to be because clusters at
-            its end were given up.
-        scan_complete: Whether all free clusters are known; before that, few or none are.
+        unpunched: Free clusters that may take up space on the host, because they were in
+            use or skipped in this session.  `Reclaim` punches them without asking the host.
+        maybe_holes: Free clusters that the scan found.  Most are holes of the host's file
+            already, so `Reclaim` asks the host before it punches them.
+        tail_is_free: Whether free clusters at the end of the file wait to be cut off.
+        scan_complete: Whether the scan has ended with a result.  Until then few free
+            clusters are known, or none.
     """
 
     def __init__(
@@ -75,18 +82,21 @@ class Allocator:
         missing_tables: Callable[[], int],
         marking: Marking,
     ) -> None:
-        """Allocate in a file whose whole clusters reach up to the file offset ``end``.
+        """Allocate in a file, all of whose clusters count as in use at first.
 
-        ``missing_tables()`` tables may still have to be made; ``marking`` records changes
-        for the scan.
+        Args:
+            header: The header of the image.
+            end: File offset of the end of the last whole cluster.
+            missing_tables: Returns how many tables the disk may still need.
+            marking: Records changes of clusters for the scan.
         """
         self._geometry = geometry = header.geometry
         self.cluster_bits = self._bits = geometry.cluster_bits
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # Clusters from this offset and from ``end`` on were not written to since the file
-        # has had them, so they read as zeros.
+        # A cluster at or past both this offset and `end` has not been written to since the
+        # file was last shorter, so it reads as zeros.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
@@ -97,20 +107,21 @@ class Allocator:
         self.set_size(header)
 
     def set_size(self, header: Header) -> None:
-        """Compute `bound` for the disk's size."""
+        """Compute `bound` for the disk size in ``header``."""
         self.bound = self._geometry.bound(header.header_end, header.image_size)
 
     # Choosing and handing out
 
     def choose(self, clusters: int) -> tuple[int, int] | None:
-        """Choose up to ``clusters`` clusters for data, leaving slots for all tables.
+        """Choose a run of at most ``clusters`` clusters for data, leaving slots for all tables.
 
         Returns:
-            The first cluster and how many; None if the bound leaves none.
+            The first cluster of the run and the number of clusters.  None if every free
+            cluster up to the bound is needed for tables.
         """
         end, bound = self.end >> self._bits, self.bound >> self._bits
         spare = self._spare_slots(end)
-        # A run that is taken costs at most this many slots.
+        # Taking a run of ``clusters`` clusters costs at most this many slots.
         worst = clusters // self.free.table + clusters // BLOCK_CLUSTERS + 2
         limit = clusters if spare >= worst else 1
         if self.free.count:
@@ -121,7 +132,7 @@ class Allocator:
                 return remainder, 1
         if end < bound and (spare > 0 or (end + self.free.shift) % self.free.table):
             return end, min(limit, bound - end)
-        # Clusters past the last slot are of use for data only.
+        # Clusters between the last slot and the bound are too few for a table.
         top = max(end, bound - (bound + self.free.shift) % self.free.table)
         if top < bound:
             self._skip_to(top)
@@ -129,10 +140,14 @@ class Allocator:
         return None
 
     def choose_any(self) -> tuple[int, int]:
-        """Choose one cluster for data where `choose` found none: free, or past the bound.
+        """Choose one cluster for data after `choose` has found none.
 
-        Happens only where the image came with more in use than its disk can need, or
-        where another program has scattered its free clusters.
+        The cluster is free, or, if none is free, at the end of the file, even past the bound.
+        This is necessary only if the image had more clusters in use at opening than its disk
+        can need, or if another program has scattered its free clusters.
+
+        Returns:
+            The number of the cluster, and 1.
         """
         return self.free.take(1) or (self.end >> self._bits, 1)
 
@@ -140,14 +155,14 @@ class Allocator:
         """Choose the clusters of a new table.
 
         Returns:
-            The first of them; None if the bound leaves none.
+            The first of the clusters; None if no run up to the bound is long enough.
         """
         found = self.free.take_slot()
         if found is not None:
             return found
         end, table = self.end >> self._bits, self.free.table
-        # A table across the border of two blocks would not count as a slot if a crash
-        # lost it.
+        # Do not place a table across the border of two blocks: if a crash lost that table,
+        # its clusters would not count as a slot.
         if (end + self.free.shift) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
             end += -(end + self.free.shift) % BLOCK_CLUSTERS
         if end + table > self.bound >> self._bits:
@@ -159,41 +174,41 @@ class Allocator:
         return end
 
     def _skip_to(self, cluster: int) -> None:
-        """Move the end up; the clusters in between are free."""
+        """Raise `end` to a cluster if it is lower; the skipped clusters become free."""
         end = self.end >> self._bits
         if cluster > end:
             self.end = cluster << self._bits
             self.free_run(end, cluster - end)
 
     def _spare_slots(self, end: int) -> int:
-        """Count the slots that no table will need; ``end`` is in clusters."""
+        """Return how many slots data may use, perhaps less than 0; ``end`` is in clusters."""
         return self.free.slots + self._slots_past(end) - self._missing_tables()
 
     def _slots_past(self, end: int) -> int:
-        """Count the slots between a cluster and the bound."""
+        """Count the slots between the cluster ``end`` and the bound."""
         table, shift = self.free.table, self.free.shift
         first = -(-(end + shift) // table)
         return max(0, ((self.bound >> self._bits) + shift) // table - first)
 
     def describe(self, first: int, count: int) -> Run:
-        """Describe clusters that were chosen and not handed out yet."""
+        """Return a `Run` for clusters that were chosen and not handed out yet."""
         offset = first << self._bits
         never_written = offset >= max(self.end, self._written_end)
         return Run(offset, count << self._bits, never_written=never_written)
 
     def hand_out(self, run: Run) -> None:
-        """Put a run into use that was chosen, and just been described."""
+        """Put a run into use that was chosen; the caller must not have awaited since `describe`."""
         self.end = max(self.end, run.end)
         self.claim(run.offset >> self._bits, run.length >> self._bits)
 
     def claim(self, first: int, count: int) -> None:
-        """Put a run of clusters into use that are free or were chosen."""
+        """Put a run of clusters into use, whether they are free or chosen."""
         self.free.remove(first, count)
         self._cancel_punching(first, count)
         self._record_change(first, count)
 
     def _cancel_punching(self, first: int, count: int) -> None:
-        """Remove a run from the clusters that will be punched."""
+        """Remove a run from `unpunched` and `maybe_holes`, so that it is not punched."""
         for clusters in (self.unpunched, self.maybe_holes):
             if clusters.count:
                 clusters.remove(first, count)
@@ -206,23 +221,27 @@ class Allocator:
             self.free.add(first, count)
 
     def release(self, run: Run) -> None:
-        """Take back a run to which no entry has referred since it was handed out."""
+        """Make a run free to which no entry has referred since it was handed out."""
         self.free_run(run.offset >> self._bits, run.length >> self._bits)
         self.lower_end()
 
     def free_run(self, first: int, count: int) -> None:
-        """Make clusters free to which no entry and no request refers any more."""
+        """Make a run of clusters free; neither an entry nor a request may refer to them."""
         self.free.add(first, count)
         self.unpunched.add(first, count)
         self._record_change(first, count)
 
     def free_block(self, block: int, bits: int) -> None:
-        """Make clusters of one block of the map free, as `give_back` does."""
+        """Make those clusters of a block of the map free whose bits are set.
+
+        Neither an entry nor a request may refer to them.  The scan must have ended, because
+        this records no change for it.
+        """
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
 
     def lower_end(self) -> None:
-        """Stop counting free clusters at the end as part of the file."""
+        """Lower `end` to the last cluster that is not free; do nothing if it is there already."""
         end = self.end >> self._bits
         count = self.free.count_below(end)
         if count:
@@ -231,40 +250,44 @@ class Allocator:
             self.shrink((end - count) << self._bits)
 
     def shrink(self, end: int) -> None:
-        """Note that no cluster from the file offset ``end`` on is in use."""
+        """Lower `end` to a file offset, unless it is lower already.
+
+        Past the new `end` no cluster may be in use or in `free`.
+        """
         if end < self.end:
             self._written_end = max(self._written_end, self.end)
             self.end = end
             self.tail_is_free = True
 
-    # What becomes of the end of the file
+    # The free tail of the file
 
     def keep_tail(self) -> None:
-        """Note that the tail of the file need not be cut off: that is being done, or it stays."""
+        """Note that the free tail need not be cut off: it is being cut off now, or is to stay."""
         self.tail_is_free = False
 
     def tail_remains(self) -> None:
-        """Note that the tail of the file has still to be cut off: the host has refused."""
+        """Note that the free tail still has to be cut off, because the host has refused."""
         self.tail_is_free = True
 
     def tail_was_cut(self, length: int) -> None:
-        """Note that the file has ``length`` bytes now; what it grows by reads as zeros."""
+        """Note that the file was cut to ``length`` bytes, so it reads as zeros where it grows."""
         self._written_end = length
 
-    # What the scan finds
+    # Results of the scan
 
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
-        """Add clusters of one block of the map that the scan found to be free.
+        """Make those clusters of a block of the map free whose bits are set in ``bits``.
 
-        Those in ``holes`` take up no space on the host.
+        The scan found that no entry refers to them.  Clusters whose bits are set in
+        ``holes`` are known to be holes of the host's file.
         """
         self.free.add_block(block, bits)
         self.maybe_holes.add_block(block, bits & ~holes)
 
     def finish_scan(self, *, all_holes: bool = False) -> None:
-        """Note that all free clusters are known.
+        """Note that the scan has ended, and so has added all free clusters that it found.
 
-        With ``all_holes`` those that the scan found take up no space on the host.
+        With ``all_holes`` all these clusters are known to be holes of the host's file.
         """
         if all_holes:
             self.maybe_holes = self.free.empty_like()

@@ -1,8 +1,10 @@
 """Freeing clusters on behalf of a request that needs some: "direct reclaim" in Linux.
 
-`Reclaim` frees clusters after each flush.  A request that needs clusters before the next
-flush runs one itself: if so much is in quarantine that it is worth a flush, before the
-file grows; and in any case before the file would exceed its bound.
+`Reclaim` frees clusters at the end of each flush.  A request may need clusters earlier.  Then
+it writes the tables back itself and lets `Reclaim` free what it can:
+
+- before the file grows, if enough clusters are in quarantine to be worth the write-back;
+- before the file would exceed its bound, if any clusters are in quarantine.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
 _WORTH_DIVISOR: Final = 16
 _MIN_WORTH_BYTES: Final = 1 << 20
 _MAX_WORTH_BYTES: Final = 1 << 26
-"""How much in quarantine is worth a flush before the file grows: the length of the file
-divided by ``_WORTH_DIVISOR``, within these limits."""
+"""Limits for how many bytes must be in quarantine to be worth a write-back before the file
+grows: the length of the file divided by ``_WORTH_DIVISOR``, within the two other limits."""
 
 
 class DirectReclaim:
-    """Frees clusters where the file would otherwise grow."""
+    """Frees clusters for a request where the file would otherwise grow or exceed its bound."""
 
     def __init__(
         self,
@@ -47,22 +49,28 @@ class DirectReclaim:
 
     @property
     def _worth_bytes(self) -> int:
-        """How many bytes in quarantine are worth a flush."""
+        """How many bytes must be in quarantine at least to be worth a write-back."""
         share = self._allocator.end // _WORTH_DIVISOR
         return max(_MIN_WORTH_BYTES, min(_MAX_WORTH_BYTES, share))
 
     def should_reclaim(self) -> bool:
-        """Return whether clusters can be freed that are worth waiting for."""
+        """Return whether `reclaim_before_growth` is worth waiting for.
+
+        That is so while free clusters are being punched, because the allocator gets them back
+        soon, or if enough clusters are in quarantine.
+        """
         if self._reclaim.punching_clusters:
             return True
         quarantined = self._quarantine.count << self._bits
         return self._allocator.scan_complete and quarantined > 0 and quarantined > self._worth_bytes
 
     async def reclaim_before_growth(self) -> None:
-        """Flush before the file grows, if enough clusters are in quarantine to be worth it.
+        """Free clusters so that the file need not grow, if `should_reclaim` is true.
 
-        Does not wait for the requests that the quarantine waits for, and punches nothing:
-        the clusters are about to be used.
+        Waits for punching that is under way.  Then, if enough clusters are in quarantine,
+        writes tables back and frees the clusters that may be used again.  Does not wait for
+        requests that still use a cluster in quarantine, and punches nothing, because the
+        freed clusters will be used immediately.  Clusters need not be free afterwards.
 
         Raises:
             HostError: The tables could not be written back.
@@ -74,19 +82,21 @@ class DirectReclaim:
         if self._quarantine.unsealed << self._bits > self._worth_bytes:
             await self._writeback.barrier()
         else:
-            # Most of the quarantine is sealed: a running cycle makes it durable, or an
-            # earlier one has, and the requests that it waits for may have ended since.
+            # Most of the quarantine is sealed.  So the running cycle, or an earlier one,
+            # makes durable the tables that dropped these clusters, and no further cycle is
+            # needed.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 
     async def wait_for_free_clusters(self) -> bool:
-        """Wait for whatever may make clusters free: the scan, punching, or the quarantine.
+        """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must not be in an epoch: this waits until earlier epochs have drained, which
-        may include the caller's (deadlock).
+        The caller must not be in an epoch, because this method waits until the requests of
+        earlier epochs have ended (deadlock).
 
         Returns:
-            Whether clusters may have become free; other tasks may have taken them.
+            Whether clusters may have become free, so that the caller should try again; other
+            tasks may have taken them already.  False if waiting longer frees nothing.
 
         Raises:
             HostError: The tables could not be written back.
@@ -103,6 +113,6 @@ class DirectReclaim:
         await self._flusher.flush()
         await self._quarantine.wait_drained()
         await self._reclaim.run()
-        # Other tasks may have put more into quarantine meanwhile, or have taken what
-        # became free.
+        # Count the freed clusters instead of looking for free ones: another task may have
+        # taken them already, and the caller should then try again all the same.
         return self._reclaim.freed_clusters != before

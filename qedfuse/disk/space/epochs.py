@@ -1,12 +1,12 @@
 """Epochs: which requests may still use a cluster that has lost its reference.
 
-A request looks up where its bytes are, and then waits for the host.  Meanwhile the
-cluster may lose its reference.  It may be used again only when all requests that began
-before have ended, because they may still read or write there; requests that begin later
-do not find it.  This is epoch-based reclamation (as in crossbeam), or the grace period of
-read-copy-update.
+A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile
+such a cluster may lose its reference.  The requests that began before that moment may still
+read or write the cluster, so it may be used again only when all of them have ended.  Requests
+that begin later do not find the cluster.  This is epoch-based reclamation (as in crossbeam);
+in read-copy-update it is called the grace period.
 
-Each request belongs to the epoch in which it began.  Nothing here waits, except `wait`.
+Each request belongs to the epoch in which it began.  Only `Epochs.wait` waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import trio
 
 
 class Epoch:
-    """The requests that began between two calls of `Epochs.advance`."""
+    """The requests that began between two calls of `Epochs.advance`.
+
+    Attributes:
+        closed: Whether the epoch has ended, so that no further request enters it.
+        drained: Set when the requests of this epoch, and of those before it, have ended;
+            None while no task waits for that.
+        requests: How many of its requests have not ended yet.
+    """
 
     __slots__ = ("closed", "drained", "requests")
 
@@ -35,7 +42,7 @@ class Epochs:
         self._epochs = deque([Epoch()])
 
     def enter(self) -> Epoch:
-        """Count a request that begins; return its epoch, for `leave`."""
+        """Count a request that begins; return its epoch, which it must pass to `leave`."""
         epoch = self._epochs[-1]
         epoch.requests += 1
         return epoch
@@ -47,7 +54,7 @@ class Epochs:
             self._retire_drained()
 
     def advance(self) -> Epoch:
-        """Begin a new epoch; return the one that ends, for `is_drained`."""
+        """Begin a new epoch; return the epoch that ends now, for `is_drained` and `wait`."""
         epoch = self._epochs[-1]
         epoch.closed = True
         self._epochs.append(Epoch())
@@ -55,7 +62,7 @@ class Epochs:
         return epoch
 
     def _retire_drained(self) -> None:
-        """Remove closed epochs without requests, up to the first that still has some."""
+        """Remove the oldest epochs, up to the first that is open or has requests; wake waiters."""
         while self._epochs[0].closed and not self._epochs[0].requests:
             epoch = self._epochs.popleft()
             if epoch.drained is not None:
@@ -66,7 +73,10 @@ class Epochs:
         return epoch not in self._epochs
 
     async def wait(self, epoch: Epoch) -> None:
-        """Return when `is_drained` is true; a request must leave its epoch before it calls."""
+        """Wait until `is_drained` is true.
+
+        The caller must have left its own epoch, or it may wait for itself (deadlock).
+        """
         if self.is_drained(epoch):
             return
         if epoch.drained is None:

@@ -1,7 +1,8 @@
-"""A flush: one write-back cycle, then the space that it makes free is given back.
+"""A flush: one write-back cycle, and then `Reclaim.run` for the clusters that it makes free.
 
-A module that needs nothing but durability uses `MetadataWriteback.barrier`, which is
-allowed while holding any lock.  A flush takes the locks of `Reclaim` and below.
+A module that needs only durability calls `MetadataWriteback.barrier`, which takes no lock, so
+that the caller may hold any.  A flush takes the locks of `Reclaim` and of the modules below
+it, so its caller must hold none of them.
 """
 
 from __future__ import annotations
@@ -23,43 +24,45 @@ log = logging.getLogger(__name__)
 
 
 def _ignore() -> None:
-    """Do nothing at the end of a flush."""
+    """Do nothing: the listener of a flusher that has no other."""
 
 
 class Flusher:
     """Flushes one disk, on request and periodically."""
 
     def __init__(self, writeback: MetadataWriteback, reclaim: Reclaim, period: float) -> None:
-        """Flush at the latest ``period`` seconds after a change, while `run` runs."""
+        """Prepare flushes; while `run` runs, it begins one ``period`` seconds after a change."""
         self._writeback = writeback
         self._reclaim = reclaim
         self._period = period
         self._listener: Callable[[], None] = _ignore
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` at the end of each flush, in place of an earlier listener."""
+        """Call ``listener`` at the end of each successful flush, instead of an earlier listener."""
         self._listener = listener
 
     async def flush(self) -> None:
-        """Return when everything written before the call is durable (D1).
+        """Make everything durable that was written before the call, and reclaim space (D1, S3).
 
-        Then clusters that had lost their reference are free, and space is given back to
-        the host (S3).
+        `Reclaim.run` frees clusters of the quarantine and returns free space to the host, as
+        far as it can now.
 
         Raises:
-            HostError: As `MetadataWriteback.write_back`.
+            HostError: The host refused to make the writes durable; see
+                `MetadataWriteback.write_back`.
         """
         await self._writeback.write_back()
-        # A disk that was not changed stays untouched: leaks can wait for a change.
+        # Do not change the image if nothing was written since it was opened: clusters that
+        # the scan found are reclaimed after the first change.
         if self._writeback.cycles and self._reclaim.pending:
             await self._reclaim.run()
         self._listener()
 
     async def run(self) -> None:
-        """Flush some seconds after each change; a background task (D4).
+        """Flush ``period`` seconds after a change, again and again; a background task (D4).
 
-        Ends only when the disk has become read-only.  Each error is logged once, until a
-        flush succeeds.
+        Returns only when the disk has become read-only.  Logs an error unless the previous
+        flush failed with the same error.
         """
         logged = ""
         while True:

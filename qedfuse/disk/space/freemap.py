@@ -1,11 +1,11 @@
-"""A bitmap of free clusters with fast answers to the questions of the allocator.
+"""A bitmap of free clusters, in which the allocator quickly finds runs and table slots.
 
-The map is divided into blocks of 4096 clusters, each one Python integer.  A block without a
-free cluster takes no memory, and finding, taking or adding a run within a block is a
-handful of operations on that integer.  All numbers here are clusters, not bytes.
+The map is divided into blocks of 4096 clusters, and each block is one Python integer.  A block
+without a free cluster takes no memory.  Finding, taking or adding a run within a block takes
+a few operations on its integer.  All positions and lengths in this module are in clusters.
 
-A *table slot* is a run of free clusters as long as a table.  A longer run has as many
-slots as tables fit into it; a run ends at the border of a block.
+A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
+tables fit into it.  A run that crosses the border of a block counts as two runs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK_CLUSTERS: Final = 4096
-"""Clusters in a block; a multiple of the largest table."""
+"""Number of clusters in a block; a multiple of the length of the largest table."""
 
 _FULL_BLOCK: Final = (1 << BLOCK_CLUSTERS) - 1
-"""The bits of a block in which each cluster is free."""
+"""The integer of a block in which every cluster is free."""
 
 
 class FreeMap:
@@ -33,18 +33,21 @@ class FreeMap:
 
     Attributes:
         count: How many clusters are free.
-        slots: How many tables fit into them; 0 if that is not counted.
-        table: Clusters in a table, a power of two up to 16.
+        slots: How many tables fit into the free runs; 0 if slots are not counted.
+        table: Number of clusters in a table, a power of two up to 16.
         shift: A block begins at each cluster n for which n + shift is a multiple of
-            `BLOCK_CLUSTERS`.  If tables lie side by side from ``anchor`` on, one of them
-            begins there.
+            `BLOCK_CLUSTERS`.  The constructor chooses it so that of tables that lie side by
+            side from ``anchor`` on, one begins at each block.
     """
 
     def __init__(self, table: int = 1, anchor: int = 0, *, counts_slots: bool = True) -> None:
         """Make a map without a free cluster.
 
-        Without ``counts_slots`` it does not maintain `slots`, which is most of the work
-        where clusters are scattered.
+        Args:
+            table: Number of clusters in a table.
+            anchor: The first cluster from which on tables can lie side by side.
+            counts_slots: Whether to maintain `slots`.  If the free clusters are scattered,
+                counting slots is most of the work of a change.
         """
         self.table = table
         self.count = 0
@@ -52,13 +55,14 @@ class FreeMap:
         self._counts_slots = counts_slots
         self.shift = -anchor % table
         self._blocks: dict[int, int] = {}
-        # Blocks with a free cluster, the lowest on top, each once; some have none any more.
+        # A heap of block numbers, the lowest on top, without duplicates.  It has every block
+        # with a free cluster, and also blocks that have none any more.
         self._heap: list[int] = []
         self._in_heap: set[int] = set()
 
     def empty_like(self) -> FreeMap:
-        """Make an empty map with the same blocks, which does not count slots."""
-        # An anchor of -shift gives this shift again.
+        """Return an empty map that has the same block borders and does not count slots."""
+        # An anchor of -shift results in the same shift.
         return FreeMap(self.table, -self.shift, counts_slots=False)
 
     def _set_bits(self, block: int, old: int, new: int) -> None:
@@ -86,7 +90,8 @@ class FreeMap:
         bits = bits >> low & ((1 << (high - low)) - 1)
         if self.table == 1:
             return bits.bit_count()
-        # The loop goes through the runs that are long enough.
+        # In the remaining bits, a run of n possible first clusters of a table stands for a
+        # run of n + table - 1 free clusters.
         bits = self._slot_starts(bits)
         found = 0
         while bits:
@@ -97,7 +102,7 @@ class FreeMap:
         return found
 
     def _slot_starts(self, bits: int) -> int:
-        """Return the bits of a block at which a table could begin."""
+        """Return bits set for each cluster of a block from which on a table would fit."""
         step = 1
         while step < self.table:
             bits &= bits >> step
@@ -120,7 +125,7 @@ class FreeMap:
             self._set_bits(block, old, old | mask)
 
     def add_many(self, clusters: NDArray[np.uint64]) -> None:
-        """Make clusters free, in any order; one large call is cheaper than several."""
+        """Make clusters free, in any order; one call for many is cheaper than several calls."""
         positions = np.sort(clusters) + np.uint64(self.shift)
         blocks, starts = np.unique(positions // BLOCK_CLUSTERS, return_index=True)
         flags = np.zeros(BLOCK_CLUSTERS, np.uint8)
@@ -138,10 +143,10 @@ class FreeMap:
         self._set_bits(block, old, old | bits)
 
     def pop_block(self) -> tuple[int, int] | None:
-        """Take all free clusters of the lowest block that has any; None if there is none.
+        """Remove all free clusters of the lowest block that has any from the map.
 
         Returns:
-            The number of the block, and its bits.
+            The number of the block and the bits that it had; None if the map is empty.
         """
         first = self.lowest()
         if first is None:
@@ -156,7 +161,7 @@ class FreeMap:
         return self._blocks.get(block, 0)
 
     def remove(self, first: int, count: int) -> None:
-        """Make a run of clusters not free; some of them may not have been."""
+        """Remove a run of clusters from the map; some of them may not be free."""
         for block, mask in self._split(first, count):
             old = self._blocks.get(block, 0)
             if old & mask:
@@ -182,10 +187,12 @@ class FreeMap:
         return block * BLOCK_CLUSTERS + bit - self.shift
 
     def take(self, limit: int) -> tuple[int, int] | None:
-        """Take the lowest run, or the first ``limit`` clusters of it.
+        """Remove the lowest run, or only its first ``limit`` clusters, from the map.
+
+        A run ends at the border of a block.
 
         Returns:
-            Its first cluster and how many were taken; None if no cluster is free.
+            The first cluster and the number of removed clusters; None if none is free.
         """
         first = self.lowest()
         if first is None:
@@ -197,7 +204,7 @@ class FreeMap:
         return first, count
 
     def take_remainder(self) -> int | None:
-        """Take the lowest free cluster that costs no slot; None if each would."""
+        """Remove the lowest free cluster whose removal costs no slot; return it, or None."""
         for first, count in self._block_runs():
             if count % self.table:
                 self.remove(first, 1)
@@ -214,18 +221,21 @@ class FreeMap:
         return None
 
     def take_slot(self) -> int | None:
-        """Take the lowest table slot; return its first cluster, None if there is none."""
+        """Remove the lowest table slot from the map; return its first cluster, or None."""
         first = self.find_slot()
         if first is not None:
             self.remove(first, self.table)
         return first
 
     def find_run(self, count: int) -> int | None:
-        """Return the first cluster of the lowest run of at least ``count``; None without one."""
+        """Return the first cluster of the lowest run of at least ``count`` clusters, or None.
+
+        The run may cross the borders of blocks.
+        """
         return next((first for first, length in self.runs() if length >= count), None)
 
     def count_below(self, end: int) -> int:
-        """Count the free clusters of the run that ends at the cluster ``end``."""
+        """Return the length of the free run directly below the cluster ``end``; 0 without one."""
         position = end + self.shift
         found = 0
         while position > 0:
@@ -238,9 +248,10 @@ class FreeMap:
         return found
 
     def tail_start(self, end: int, used: int) -> int:
-        """Return the lowest cluster from which up to ``end`` at most ``used`` are not free.
+        """Return the lowest cluster that has at most ``used`` used clusters between it and ``end``.
 
-        Returns 0 if the whole file has no more than ``used`` clusters that are not free.
+        A used cluster is one that is not free.  Returns 0 if the whole file has at most
+        ``used`` of them.
         """
         position, left = end + self.shift, used
         while position > self.shift:
@@ -256,7 +267,7 @@ class FreeMap:
         return 0
 
     def end(self) -> int:
-        """Return the number past the last free cluster; 0 if there is none."""
+        """Return the number of the last free cluster plus 1; 0 if no cluster is free."""
         if not self._blocks:
             return 0
         block = max(self._blocks)
@@ -280,7 +291,14 @@ class FreeMap:
             yield first, count
 
     def take_from(self, start: int, limit: int) -> tuple[int, int] | None:
-        """Take the lowest run at or past the cluster ``start``, as `take` does."""
+        """Remove the lowest run at or past the cluster ``start``, or its first ``limit`` clusters.
+
+        A run that begins before ``start`` counts from ``start`` on, and a run ends at the
+        border of a block.
+
+        Returns:
+            The first cluster and the number of removed clusters; None if none is free there.
+        """
         block, bit = divmod(start + self.shift, BLOCK_CLUSTERS)
         for candidate in sorted(number for number in self._blocks if number >= block):
             bits = self._blocks[candidate]
@@ -294,7 +312,7 @@ class FreeMap:
         return None
 
     def _block_runs(self) -> Iterator[tuple[int, int]]:
-        """Yield the runs of each block, lowest first."""
+        """Yield the runs of free clusters, lowest first, split at the borders of blocks."""
         for block in sorted(self._blocks):
             bits = self._blocks[block]
             position = 0

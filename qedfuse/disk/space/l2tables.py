@@ -1,7 +1,8 @@
-"""Work on all L2 tables of an image: which of them hold data, and which clusters they take.
+"""Operations on all L2 tables of an image: find those that hold data, mark their clusters.
 
-An L1 table can be 1 GiB and name 134 million tables, all of them holes of a sparse file.
-So the work for each table is done on arrays, and other tasks run in between.
+An L1 table can be 1 GiB long and point to 134 million tables, all of them holes of a sparse
+file.  So these functions process arrays of tables instead of single tables, and let other
+tasks run between two steps.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.geometry import Geometry
 
 _TABLES_PER_STEP: Final = 1 << 13
-"""Tables that are claimed before other tasks run."""
+"""Most tables that are claimed before other tasks run."""
 
 
 async def holding_data(
     file: HostFile, tables: NDArray[np.uint64], table_bytes: int
 ) -> NDArray[np.bool_]:
-    """Return which of some tables hold data and are not entirely holes of the host's file.
+    """Return for each table whether it holds data: it is not entirely a hole of the host's file.
 
-    ``tables`` are file offsets, ascending, of tables that do not overlap.  Costs one query
-    to the host for each stretch of data, however many tables are holes.
+    ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The
+    number of queries to the host depends on the stretches of data in the file, and not on the
+    number of tables that are holes.
+
+    Raises:
+        HostError: The host refused.
     """
     answer = np.zeros(len(tables), np.bool_)
     index = 0
@@ -36,7 +41,7 @@ async def holding_data(
         data = await file.next_data(int(tables[index]))
         if data is None:
             break
-        # Tables that end before the data are holes.
+        # Skip the tables that end at or before the next data: they are holes.
         if data >= table_bytes:
             behind = np.searchsorted(tables, np.uint64(data - table_bytes), "right")
             index = max(index, int(behind))
@@ -48,7 +53,10 @@ async def holding_data(
 
 
 async def claim_tables(owners: OwnerBitmap, tables: NDArray[np.uint64], geometry: Geometry) -> None:
-    """Mark the clusters of tables at file offsets as owned, as far as the file reaches."""
+    """Mark the clusters of the tables at file offsets ``tables`` as owned.
+
+    Clusters past the end of the file are ignored.
+    """
     within = np.arange(geometry.table_size, dtype=np.uint64)
     for start in range(0, len(tables), _TABLES_PER_STEP):
         first = tables[start : start + _TABLES_PER_STEP] >> np.uint64(geometry.cluster_bits)

@@ -1,10 +1,10 @@
 """Which clusters of the file have an owner, in bounded memory.
 
 The owner of a cluster is the table entry, or the part of the header, that refers to it.
-A sparse file can have 2^51 clusters without holding any data, so a bitmap of all of them
-may not fit into memory.  Up to `MAX_BITMAP_CLUSTERS` there is a bitmap, whose memory the kernel
-allocates only where it is touched; beyond, the numbers of the owned clusters are kept in
-sorted arrays, and how many is limited.
+A sparse file can have 2^51 clusters without holding any data, so a bitmap of all clusters may
+not fit into memory.  A file of up to `MAX_BITMAP_CLUSTERS` clusters gets a bitmap, for which the
+kernel allocates memory only where bits are set.  For a larger file the numbers of the owned
+clusters are kept in sorted arrays, at most `MAX_LISTED_CLUSTERS` of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BITMAP_CLUSTERS: Final = 1 << 31
-"""Largest file, in clusters, that gets a bitmap: 256 MiB for 128 TiB in 64 KiB clusters."""
+"""Most clusters of a file that gets a bitmap.
+
+The bitmap of such a file takes up to 256 MiB.  In clusters of 64 KiB the file has 128 TiB.
+"""
 
 MAX_LISTED_CLUSTERS: Final = 1 << 24
-"""Most owned clusters of a larger file: 128 MiB of numbers, and as much for sorting."""
+"""Most owned clusters of a file without a bitmap: 128 MiB, and as much while sorting."""
 
 _FULL_BYTE: Final = 0xFF
 _CHUNK_BYTES: Final = 1 << 16
-"""Bytes of the bitmap, or numbers of an array, that are examined together."""
+"""Most bytes of the bitmap, or numbers of an array, that are examined in one step."""
 
 
 class OwnerBitmap:
@@ -36,7 +39,7 @@ class OwnerBitmap:
 
     Attributes:
         clusters: How many clusters the file has.
-        count: How many of them have an owner.
+        count: How many clusters have an owner.
     """
 
     def __init__(self, clusters: int, name: str) -> None:
@@ -50,12 +53,14 @@ class OwnerBitmap:
         self.count = 0
 
     def claim(self, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Give clusters an owner; return which of them had one already.
+        """Give each cluster an owner; return for each whether it had an owner before.
 
-        Of equal numbers within ``clusters`` the first one becomes the owner.
+        If a number occurs more than once in ``clusters``, all its occurrences except the
+        first count as having had an owner.
 
         Raises:
-            NeedsCheckError: The file is too large for a bitmap, and has too many owners.
+            NeedsCheckError: The file is too large for a bitmap, and has more than
+                `MAX_LISTED_CLUSTERS` owned clusters.
         """
         taken = np.zeros(len(clusters), np.bool_)
         order, ordered = None, clusters
@@ -89,7 +94,7 @@ class OwnerBitmap:
         return (words & np.uint64((1 << bits) - 1)).astype(np.intp)
 
     def _mark(self, ordered: NDArray[np.uint64], taken: NDArray[np.bool_]) -> None:
-        """Set the bits of sorted clusters; note in ``taken`` which were set."""
+        """Set the bits of sorted clusters; set ``taken`` for each whose bit was set before."""
         if self._map is None or not len(ordered):
             return
         offsets = (ordered >> np.uint64(3)).astype(np.intp)
@@ -101,7 +106,13 @@ class OwnerBitmap:
         self._map[offsets[first]] |= np.bitwise_or.reduceat(bits, first)
 
     def _list(self, clusters: NDArray[np.uint64]) -> None:
-        """Keep sorted numbers; arrays of similar length are merged, so there are few."""
+        """Add a sorted array of clusters to the list of arrays.
+
+        Arrays of similar length are merged, so the list stays short.
+
+        Raises:
+            NeedsCheckError: See `claim`.
+        """
         if not len(clusters):
             return
         self._check_limit(len(clusters))
@@ -120,10 +131,12 @@ class OwnerBitmap:
             raise NeedsCheckError(msg)
 
     def claim_range(self, first: int, last: int) -> None:
-        """Give the clusters from ``first`` up to ``last`` an owner, even if they have one.
+        """Give an owner to the clusters from ``first`` up to ``last``, exclusive.
+
+        Some of them may have an owner already.  Clusters past the end of the file are ignored.
 
         Raises:
-            NeedsCheckError: As `claim`.
+            NeedsCheckError: See `claim`.
         """
         last = min(last, self.clusters)
         if first >= last:
@@ -132,9 +145,10 @@ class OwnerBitmap:
             self._check_limit(last - first)
             self.claim(np.arange(first, last, dtype=np.uint64))
             return
-        # Whole bytes of the map are set together: a header can claim 2^32 clusters.
+        # Set whole bytes of the bitmap in large steps, because a header can claim 2^32
+        # clusters.
         begin, end = min(-(-first // 8), last // 8), last // 8
-        if begin * 8 < first:  # all within one byte
+        if begin * 8 < first:  # the range lies within one byte
             self.claim(np.arange(first, last, dtype=np.uint64))
             return
         for start in range(begin, end, _CHUNK_BYTES):
@@ -182,7 +196,7 @@ class OwnerBitmap:
         return (bits & ((1 << (high - low)) - 1)) << (low - first)
 
     def end(self) -> int:
-        """Return the number past the last cluster that has an owner; 0 if there is none."""
+        """Return the number of the last cluster with an owner, plus 1; 0 if none has an owner."""
         if self._map is None:
             return max((int(owned[-1]) + 1 for owned in self._sorted), default=0)
         for start in range(len(self._map) - 1 & -_CHUNK_BYTES, -1, -_CHUNK_BYTES):
@@ -193,7 +207,7 @@ class OwnerBitmap:
         return 0
 
     def _unowned(self, end: int) -> Iterator[tuple[int, int]]:
-        """Yield runs of clusters below ``end`` without an owner; neighbours are not joined."""
+        """Yield runs of clusters below ``end`` without an owner; adjacent runs are not joined."""
         if self._map is None:
             yield from self._gaps(end)
             return
@@ -209,7 +223,7 @@ class OwnerBitmap:
                     yield 8 * start + first, last - first
 
     def _gaps(self, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the gaps below ``end`` between the owned clusters that are listed."""
+        """Yield the runs below ``end`` without an owner, from the sorted arrays of clusters."""
         owned = np.concatenate([*self._sorted, np.array([end], np.uint64)])
         owned.sort(kind="stable")
         owned = owned[: int(np.searchsorted(owned, np.uint64(end))) + 1]

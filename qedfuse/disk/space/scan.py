@@ -1,13 +1,14 @@
 """Finding the free clusters of a file: those that no table refers to.
 
-One walk over all L2 tables, in the background after an image was opened for writing.
-It finds clusters that were free before, and those that a crash leaked, of this program or
-another one.  The tables change during the walk; `Marking` describes why that does no harm.
+After an image was opened for writing, the scan walks once over all its L2 tables, in the
+background.  It finds the clusters that were free when the image was last closed, and those
+that a crash of this or another program leaked.  Requests change the tables during the walk;
+`Marking` describes why the result is correct nevertheless.
 
-Where a free list names the free clusters, the scan is postponed until a table is about to
-change, and then decides which of the listed clusters are free.  Checksums do not make a
-list true: a cluster that some entry refers to must not be handed out, cut off or punched
-because an untrusted image lists it.
+If the image has a valid free list, the scan is postponed until a table is about to change.
+The scan then decides which of the listed clusters are free.  Valid checksums do not prove
+that the list is true: a cluster to which an entry refers must not be handed out, cut off or
+punched because an untrusted image lists it as free.
 """
 
 from __future__ import annotations
@@ -40,27 +41,32 @@ log = logging.getLogger(__name__)
 
 
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
-"""Most free clusters for which the host is asked, run by run, whether they are holes.
+"""Most free clusters for which `Reclaim` asks the host, run by run, whether they are holes.
 
-More would take seconds at each close.  That the file as a whole is no larger than what is
-in use shows nearly as much.
+For more clusters that would take seconds at each close.  Instead the scan takes all of them
+for holes if the whole file takes up no more space than its used clusters.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20
-"""Bytes of L2 tables whose scan a caller may wait for: those of 64 GiB of data."""
+"""Most bytes of L2 tables whose scan a write may wait for: the tables of 64 GiB of data."""
 
 
 class Scan:
     """The one scan of an open image.
 
     Attributes:
-        finished: Set when the free clusters of the file are known, or never will be.
+        finished: Set when the scan has ended: the free clusters are known, or, if the tables
+            cannot be read, will never be known.
     """
 
     def __init__(
         self, layer: QedLayer, allocator: Allocator, reclaim: Reclaim, marking: Marking
     ) -> None:
-        """Scan the image of ``layer``; call `begin` before the first change, then `run`."""
+        """Prepare to scan the image of ``layer``.
+
+        The caller must call `begin` before the first change of the image, and then `run` or
+        `run_when_due`.
+        """
         self._layer = layer
         self._allocator = allocator
         self._reclaim = reclaim
@@ -75,38 +81,39 @@ class Scan:
         self.finished = trio.Event()
 
     def begin(self) -> None:
-        """Note what there is to scan; from here on changes are recorded."""
+        """Note which tables and clusters the image has, and start recording its changes."""
         self._tables = self._layer.l2_tables
         self._has_bad_entries = self._layer.damaged
         self._end = self._allocator.end
         self._marking.begin(self._end >> self._allocator.cluster_bits)
 
     def postpone(self, listed: FreeMap, holding_list: FreeMap) -> None:
-        """Postpone the scan until `before_table_change`.
+        """Postpone the scan until `before_table_change` is called.
 
         Args:
-            listed: The clusters that a free list names.  They are not used before the
-                scan has found them to be free.
-            holding_list: Those of them that hold the list; the others are holes of the
-                host's file.
+            listed: The clusters that the free list names.  They are not used before the
+                scan has found that no entry refers to them.
+            holding_list: The clusters among ``listed`` that hold the list itself.  All other
+                listed clusters are holes of the host's file.
         """
         self._listed, self._holding_list = listed, holding_list
         self._due = trio.Event()
 
     @property
     def is_short(self) -> bool:
-        """Whether the scan takes some milliseconds at most."""
+        """Whether the scan takes only some milliseconds, so that a write may wait for it."""
         return len(self._layer.l2_tables) * self._layer.geometry.table_bytes <= _SHORT_SCAN_BYTES
 
     @property
     def is_postponed(self) -> bool:
-        """Whether the scan has been postponed and not been needed since."""
+        """Whether the scan was postponed, and has not become due since."""
         return not self._due.is_set()
 
     async def before_table_change(self) -> None:
-        """Start a postponed scan; return at its end if it is a short one.
+        """Start the scan if it is postponed; a short scan has ended when this returns.
 
-        While a longer one is running the file grows, within its bound.
+        A long scan continues in the background.  Until it ends no free cluster is known, so
+        the file grows, within its bound.  Does nothing without a free list.
         """
         if self._listed.count and not self.finished.is_set():
             self._due.set()
@@ -114,14 +121,15 @@ class Scan:
                 await self.run()
 
     async def run_when_due(self) -> None:
-        """Scan, once the scan is not postponed any more; a background task."""
+        """Wait until the scan is not postponed, then run it; a background task."""
         await self._due.wait()
         await self.run()
 
     async def run(self) -> None:
-        """Scan, unless that has been done; return when the scan has ended.
+        """Return when the scan has ended: run it, or wait for the task that runs it.
 
-        After a cancellation it can be run again, and then starts from the beginning.
+        Does nothing if the scan has ended before.  If the scan is cancelled, the next call
+        starts it again from the first table.
         """
         self._due.set()
         async with self._running:
@@ -129,11 +137,12 @@ class Scan:
                 await self._run()
 
     async def _run(self) -> None:
-        """Walk the tables from the beginning, and publish the result."""
+        """Walk the tables from the first one, and publish the result; log an error of the walk."""
         try:
             await self._walk()
         except QedError as error:
-            # The disk works without: no cluster is used again, and the file grows.
+            # The disk works without a result of the scan: no cluster is used again, and the
+            # file only grows.
             log.warning("%s (while looking for free space)", error)
         else:
             await self._publish()
@@ -142,7 +151,7 @@ class Scan:
         self._reclaim.wake_if_pending()
 
     async def _walk(self) -> None:
-        """Mark everything that the header and the tables refer to."""
+        """Mark the clusters of the header and of all tables, and those to which entries refer."""
         layer, bits = self._layer, self._allocator.cluster_bits
         header, length = layer.header, layer.geometry.table_bytes
         self._marking.restart()
@@ -150,7 +159,8 @@ class Scan:
         owners.claim_range(0, header.header_end >> bits)
         owners.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
         await claim_tables(owners, self._tables, layer.geometry)
-        # Holes of a sparse file refer to nothing, whether a whole table or a part is one.
+        # Skip holes of a sparse file, whole tables and slices: their entries are all
+        # unallocated.
         with_data = await holding_data(layer.file, self._tables, length)
         for start in self._tables[with_data].tolist():
             # Marking a slice takes half a millisecond; requests run between two slices.
@@ -158,10 +168,10 @@ class Scan:
                 await self._mark_slice(start, (offset - start) // ENTRY_BYTES)
 
     async def _mark_slice(self, table: int, index: int) -> None:
-        """Mark what the slice with entry ``index`` of a table refers to.
+        """Mark the clusters to which the slice with entry ``index`` of a table refers.
 
-        The slice is read as requests see it: a reference that was dropped a moment ago is
-        not there, whatever the file holds.
+        The slice comes from the table cache, so it has all changes in memory: a reference
+        that was dropped, but is still in the file, is not marked.
         """
         tables = self._layer.tables
         cached = tables.cached(table, index)
@@ -176,7 +186,7 @@ class Scan:
             tables.evict(slice_)
 
     async def _publish(self) -> None:
-        """Give the allocator the clusters that nothing referred to, or distrust the image."""
+        """End the scan: give the allocator the free clusters, or distrust a damaged image."""
         if self._marking.duplicates or self._has_bad_entries:
             self._distrust()
             self._allocator.finish_scan()
@@ -188,26 +198,26 @@ class Scan:
             log.debug("%s: free clusters: %d", self._layer.file.name, free)
 
     async def _adopt_free(self) -> None:
-        """Give the allocator the clusters that nothing referred to."""
+        """Give the allocator the clusters without an owner that did not change during the scan."""
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
         if allocator.end == self._end:
-            # Free clusters behind the last reference do not count as part of the file.
+            # Free clusters past the last used one are cut off instead of handed out.
             last = max(marking.owners.end(), marking.changed.end())
             allocator.shrink(last << bits)
         shift = allocator.free.shift
         listed_in_use = 0
         for block in range(-(-(last + shift) // BLOCK_CLUSTERS)):
             first = block * BLOCK_CLUSTERS - shift
-            # The file may have been cut meanwhile.
+            # The end of the file may have been cut off during the last checkpoint.
             last = min(last, allocator.end >> bits)
             if first >= last:
                 break
             inside = (1 << min(BLOCK_CLUSTERS, last - first)) - 1
             if not block:
                 inside &= -1 << shift
-            # No await between reading the recorded changes and adopting the rest: a
-            # cluster that changes later is changed in the allocator's own map.
+            # No await between reading the recorded changes and adopting the unchanged
+            # clusters: a cluster that changes later is changed in the allocator's own map.
             owned, listed = marking.owners.owned(first, BLOCK_CLUSTERS), self._listed.bits(block)
             unchanged = ~marking.changed.bits(block)
             found = inside & ~owned & unchanged
@@ -226,10 +236,10 @@ class Scan:
             )
 
     def _distrust(self) -> None:
-        """Leave the clusters alone that the image had at opening: its tables are damaged.
+        """Mark the image as damaged, and never free a cluster that it had at opening.
 
-        A cluster that seems to be free may belong to an entry that points elsewhere by
-        mistake, and a check may find it.
+        The content of a cluster that seems to be free may belong to a damaged entry, so a
+        repair may need it.
         """
         self._reclaim.distrust_below(self._end)
         what = "table entries that point to nowhere"
@@ -244,7 +254,7 @@ class Scan:
         )
 
     def _is_sparse(self) -> bool:
-        """Return whether the file takes up no more space than what is in use in it."""
+        """Return whether the file takes up no more space than its used clusters are long."""
         allocator = self._allocator
         used = (allocator.end >> allocator.cluster_bits) - allocator.free.count
         allocated = allocated_bytes(self._layer.file.stat())

@@ -1,7 +1,7 @@
-"""Handing out clusters to requests: waits for the file to grow and for clusters to become free.
+"""Handing out clusters to requests, waiting for free clusters and the file's growth if needed.
 
-`Allocator` decides which clusters these are, `FileLength` grows the file, and
-`DirectReclaim` frees clusters where the file would otherwise grow or exceed its bound.
+`Allocator` chooses the clusters, `FileLength` grows the file, and `DirectReclaim` frees
+clusters where the file would otherwise grow or exceed its bound.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class FreeClusterSource(Protocol):
-    """Makes clusters free that are in use or unknown."""
+    """The interface of an object that makes further clusters free: see `DirectReclaim`."""
 
     def should_reclaim(self) -> bool:
-        """Return whether waiting for `reclaim_before_growth` is worth it."""
+        """Return whether `reclaim_before_growth` is worth waiting for."""
 
     async def reclaim_before_growth(self) -> None:
         """Free clusters if there are many to free, so that the file need not grow."""
 
     async def wait_for_free_clusters(self) -> bool:
-        """Wait until clusters may have become free; return whether to look again."""
+        """Wait until clusters may have become free; return False if none will."""
 
 
 class SpaceManager:
@@ -36,7 +36,7 @@ class SpaceManager:
     def __init__(
         self, file: HostFile, allocator: Allocator, length: FileLength, source: FreeClusterSource
     ) -> None:
-        """Hand out what ``allocator`` chooses; ``source`` is asked before the file grows."""
+        """Hand out clusters of ``allocator``; ``source`` frees clusters before the file grows."""
         self._file = file
         self._allocator = allocator
         self._length = length
@@ -49,13 +49,13 @@ class SpaceManager:
         self._hand_out = allocator.hand_out
         self._try_grow = length.try_grow
         self.release = allocator.release
-        """Take back a run to which no entry has referred since it was handed out."""
+        """Make a run free to which no entry has referred since it was handed out."""
 
     def try_allocate(self, clusters: int) -> Run | None:
-        """Hand out exactly ``clusters`` neighbouring clusters; returns None if that would block.
+        """Hand out ``clusters`` neighbouring clusters; returns None if that would block or fails.
 
-        Returns None also if there are that many free clusters, but not side by side.  Nothing
-        has been handed out then.
+        Returns None also if the chosen run is shorter, even if other clusters are free.  If it
+        returns None, nothing has been handed out.
         """
         if not self._free.count and self._should_reclaim():
             return None
@@ -71,10 +71,10 @@ class SpaceManager:
         return run
 
     async def allocate(self, clusters: int) -> Run:
-        """Hand out a run of up to ``clusters`` clusters; the caller calls again for the rest.
+        """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
-        Must not be called from within an epoch (`Epochs`): waiting for free clusters waits
-        for the requests of earlier epochs (deadlock).
+        The caller must not be in an epoch (`Epochs`), because this method may wait until the
+        requests of earlier epochs have ended (deadlock).
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -88,11 +88,13 @@ class SpaceManager:
         return await self._grow_over(*(found or self._allocator.choose_any()))
 
     async def allocate_table(self) -> Run:
-        """Hand out the clusters of a new table.
+        """Hand out the clusters of a new table: within the bound if possible, else at the end.
+
+        The caller must not be in an epoch (`Epochs`): see `allocate`.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
-            HostError: As `allocate`.
+            HostError: The host refused to grow the file, or to write back tables.
         """
         found = self._allocator.choose_table()
         while found is None and await self._source.wait_for_free_clusters():
@@ -101,7 +103,7 @@ class SpaceManager:
             return await self.allocate_table_at_end()
         return await self._grow_over(found, self._free.table)
 
-    # For compaction, after which no more clusters are in use than before
+    # For compaction, which does not increase the number of clusters in use
 
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
@@ -124,10 +126,10 @@ class SpaceManager:
         return found and await self._grow_over(*found)
 
     async def allocate_from(self, first: int, clusters: int) -> Run:
-        """Hand out the lowest free run at or past the cluster ``first``.
+        """Hand out a run of at most ``clusters`` clusters at or past the cluster ``first``.
 
-        It has up to ``clusters`` clusters, and lies at the end of the file, even past its
-        bound, if nothing else is free there.
+        The run is the lowest free one there.  If no cluster is free there, it lies at the end
+        of the file, even past the file's bound.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -137,16 +139,25 @@ class SpaceManager:
         return await self._grow_over(*(self._free.take_from(first, clusters) or (end, clusters)))
 
     async def _grow_over(self, first: int, count: int) -> Run:
-        """Hand out clusters that were just chosen; the file reaches over them afterwards."""
+        """Hand out clusters that were just chosen, and grow the file if it is too short for them.
+
+        The caller must not have awaited anything since the clusters were chosen.  If this
+        raises, the clusters are free again.
+
+        Raises:
+            NoSpaceError: The file would be longer than the format allows.
+            HostError: The host refused to grow the file.
+        """
         run = self._describe(first, count)
         if run.end > MAX_OFFSET:
             msg = f"{self._file.name}: file size: found {run.end}, expected at most {MAX_OFFSET}"
             raise NoSpaceError(msg)
-        # No await between choosing and this: no two runs overlap.
+        # No await since the clusters were chosen, so no other task can have been given the
+        # same clusters.
         self._hand_out(run)
         try:
-            # Needed for free clusters as well: they may have been given back because the
-            # file could not grow over them.
+            # The file may be too short also for clusters that were free: a run is freed if
+            # the file could not grow for it.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)
