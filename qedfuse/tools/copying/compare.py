@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 _COMPARE_CHUNK_BYTES: Final = 1 << 20
-"""Most bytes of each disk in a chunk; two buffers of this size fit into a processor's cache."""
+"""Maximum length of a chunk; two buffers of this size fit into a processor's cache."""
 
 _BLOCK_BYTES: Final = 4096
 """Chunks consist of whole blocks of this size, except at the end of the disk."""
@@ -43,8 +43,9 @@ class Comparison:
     Attributes:
         identical: Whether the content is equal, and with ``strict`` also the sizes and the
             allocation.
-        reason: What differs first: the content, or with ``strict`` the size or the
-            allocation; None if the disks are identical.
+        reason: What differs: with ``strict`` the size if the sizes differ; otherwise what
+            differs at the lowest guest offset, the content or, with ``strict``, the
+            allocation.  None if the disks are identical.
         offset: Guest offset of the first difference in bytes; None if the disks are
             identical or ``reason`` is the size.
         sizes: Sizes of the two disks in bytes.
@@ -59,24 +60,26 @@ class Comparison:
 async def compare(
     first: Source, second: Source, *, strict: bool = False, progress: Progress | None = None
 ) -> Comparison:
-    """Compare two disks, and return the first difference.
+    """Compare two disks; return their first difference, or that they are identical.
 
-    Past its end the shorter disk counts as zeros.
+    Past its end the shorter disk counts as zeros.  With ``strict`` and different sizes nothing
+    is read.
 
     Args:
         first: One disk.
         second: The other disk.
         strict: Also require the same size, and data in the same ranges.
-        progress: Called with the bytes compared so far and in all.
+        progress: Called with the bytes of the longer disk compared so far, and its size.
 
     Raises:
-        CorruptImageError: A table entry is bad, and no difference was found before it.
+        CorruptImageError: A table entry is bad, and no difference was found before its range.
         HostError: A file cannot be read.
     """
     sizes = first.size, second.size
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
-    # `extent_batches` covers the whole disk of its first argument, so that is the longer one.
+    # `extent_batches` ends at the end of its first argument's disk.  So the first argument
+    # must be the longer disk, or the rest of the longer disk would not be compared.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search(longer, shorter)
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])
@@ -102,10 +105,10 @@ async def compare(
 
 
 async def verify_copy(source: Source, copy: Source, name: str) -> None:
-    """Read a copy back and compare it with its source.
+    """Read a copy back and compare it with its source; raise an error if they differ.
 
-    An existing target may be longer than the source, and keeps its old content past the end
-    of the source.  That content is ignored.
+    An existing target may be longer than the source.  Its old content past the end of the
+    source was not overwritten, and is not compared.
 
     Args:
         source: The disk that was copied.
@@ -114,11 +117,11 @@ async def verify_copy(source: Source, copy: Source, name: str) -> None:
 
     Raises:
         HostError: The contents differ; the message names the first offset.
-        QedError: The source or the copy cannot be read.
+        QedError: The source or the copy cannot be read, or has a bad table entry.
     """
-    found = await compare(source, copy)
-    if found.offset is not None and found.offset < source.size:
-        msg = f"{name}: content at {found.offset}: found other bytes than in {source.name}"
+    result = await compare(source, copy)
+    if result.offset is not None and result.offset < source.size:
+        msg = f"{name}: content at {result.offset}: found other bytes than in {source.name}"
         raise HostError(msg)
 
 
@@ -126,9 +129,9 @@ class _Search:
     """The search for the first difference, in several threads.
 
     Attributes:
-        found: Guest offset of the first difference found so far; None if none was found.
-        done: Guest offset of the chunk that was begun last, or of the end of the last batch;
-            for reports of progress.
+        found: Lowest guest offset of a difference found so far; None if none was found.
+        done: Guest offset up to which the disks count as compared in reports of progress: the
+            start of the chunk that was begun last, or the end of the last batch.
     """
 
     def __init__(self, one: Source, other: Source) -> None:
@@ -139,7 +142,12 @@ class _Search:
         self.done = 0
 
     def limit(self, chunks: Iterator[Chunk], end: int | None) -> Iterator[Chunk]:
-        """Yield chunks until a difference is found, or a chunk begins past ``end``."""
+        """Yield chunks until a difference is found, or a chunk begins past ``end``.
+
+        Args:
+            chunks: The chunks in the order of the disk.
+            end: Guest offset past which no chunk is begun; None for no limit.
+        """
         for chunk in chunks:
             if self.found is not None or (end is not None and chunk.start > end):
                 return
@@ -161,8 +169,10 @@ class _Search:
             differs = one[at : at + _BLOCK_BYTES] != other[at : at + _BLOCK_BYTES]
             offset = chunk.start + at + int(differs.argmax())
             with self._lock:
-                # Chunks are begun in ascending order, so a chunk that is no longer begun lies
-                # past this offset.  Other threads may still find a smaller offset.
+                # Other threads may be working on chunks with lower offsets, so the lowest
+                # offset is kept.  After this assignment `limit` yields no further chunk.  No
+                # difference at a lower offset is missed, because chunks are begun in
+                # ascending order: each chunk that is not begun lies past this offset.
                 self.found = offset if self.found is None else min(self.found, offset)
 
         return compare_chunk
@@ -171,12 +181,12 @@ class _Search:
 def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None:
     """Return the first guest offset that is data in only one of two lists; None if none is.
 
-    Zeros and unallocated ranges count as equal, because both can stand for the same content:
-    a range that an image does not store may be a zero cluster in its overlay.
+    Zeros and unallocated ranges count as the same allocation, because neither stores data.
 
     Args:
         one: Extents of a range of the disk, without gaps.
-        other: Extents of the same range, without gaps; may end earlier.
+        other: Extents of the same range, without gaps; may end earlier, or be empty.  There
+            the other disk has no data.
     """
     ends = {extent.end: None for extent in (*one, *other)}
     extents = [iter(one), iter(other)]
@@ -193,5 +203,5 @@ def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None
 
 
 def _is_data(extent: Extent | None) -> bool:
-    """Return whether an extent is data; None, for a range past the end of the disk, is not."""
+    """Return whether an extent is data; False for None, which is a range past the disk's end."""
     return extent is not None and extent.kind is Kind.DATA

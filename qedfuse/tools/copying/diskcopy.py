@@ -1,9 +1,10 @@
 """Copying a disk chunk by chunk; each chunk is read, searched for zeros and written.
 
-For a parallel target, worker threads read and search chunks in any order.  Then each thread
-waits for the turn of its chunk, assigns offsets in the target and writes the chunk.  Turns
-follow the order of the disk, so the same disk always makes the same file.  For a sequential
-target, one chunk is copied after the other.
+For a parallel target, worker threads read chunks and search them for zeros in any order.  Then
+each thread waits until all earlier chunks of the disk are written, assigns offsets in the
+target to its own chunk and writes that chunk.  So offsets are assigned in the order of the
+disk, and the same disk always makes the same file.  For a sequential target, one chunk is
+copied after the other.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
     WriteBehindMode = Literal["wait", "if fast", "off"]
 
 DEFAULT_STREAMS: Final = 4
-"""Most chunks in flight, unless the user chooses another number."""
+"""Maximum number of chunks that are copied at the same time, unless the user chooses another."""
 
 _MAX_BUFFER_BYTES: Final = 64 << 20
-"""Most bytes in all buffers together, unless a single chunk needs more.
+"""Maximum size of all buffers together, unless the buffers for a single chunk need more.
 
-Large clusters make large chunks, so fewer of them are in flight.
+Large clusters make large chunks, so fewer chunks are copied at the same time.
 """
 
 
@@ -49,7 +50,7 @@ class DiskCopy:
     """One copy of a disk.
 
     Attributes:
-        data_bytes: Bytes written as data so far.
+        data_bytes: Bytes of the disk that were written as data so far.
     """
 
     def __init__(
@@ -67,12 +68,15 @@ class DiskCopy:
         Args:
             source: The disk to copy.
             target: The target to copy to.
-            base: The disk that the target shows where nothing is written to the target.
-            sparse_size: Bytes; a shorter run of zeros is written as data.  With 0 all zeros
-                are written as data.
-            write_behind: Whether a new file is written back to the host's disk during the
-                copy.  ``wait``: always, and the copy waits for a slow disk, because an fsync
-                follows.  ``if fast``: as long as the disk keeps up.  ``off``: never.
+            base: The target's backing disk, which is read wherever the target stores nothing;
+                only clusters that differ from it are written.  None if the target has none.
+            sparse_size: Minimum length in bytes of a run of zeros that is not written as
+                data; 0 writes all zeros as data.  With a base every other value means the
+                same: each cluster of zeros that differs from the base becomes a zero cluster.
+            write_behind: How the data of a parallel target is written back to the host's disk
+                during the copy.  ``wait``: always, and the copy waits for a slow disk,
+                because an fsync follows.  ``if fast``: as long as the disk keeps up.
+                ``off``: the kernel decides.
             progress: Called with the bytes of the disk copied so far, and the size of the
                 disk.
         """
@@ -90,11 +94,13 @@ class DiskCopy:
         """Copy the whole disk and complete the target.
 
         Args:
-            streams: Most chunks in flight.  A sequential target has only one in flight.
+            streams: Maximum number of chunks that are copied at the same time.  It is ignored
+                for a sequential target, to which one chunk is copied at a time.
 
         Raises:
+            CorruptImageError: A table entry of the source or of the base is bad.
             BrokenPipeError: The target is a pipe whose reading end is closed.
-            QedError: The source cannot be read, or the target cannot be written.
+            QedError: The source or the base cannot be read, or the target cannot be written.
         """
         source, target = self._source, self._target
         chunker = Chunker(
@@ -129,16 +135,16 @@ class DiskCopy:
             self._done = source.size
 
     def _report_progress(self) -> None:
-        """Call the progress callback, if there is one."""
+        """Call the progress callback; do nothing if the caller passed none."""
         if self._progress is not None:
             self._progress(self._done, self._source.size)
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
-        """Allocate two buffers for one worker: for the source, and for the base.
+        """Return two new buffers for one worker: for the source, and for the base.
 
-        The second is empty if there is no base.  The worker uses the same buffers for all
-        its chunks, because the kernel needs as long to provide new memory as a copy into it
-        takes.
+        The buffer for the base is empty if there is no base.  The worker uses the same
+        buffers for all its chunks, because getting new memory from the kernel takes as long
+        as copying a chunk into it.
         """
         base_bytes = self._chunk_bytes if self._base is not None else 0
         return np.empty(self._chunk_bytes, np.uint8), np.empty(base_bytes, np.uint8)
@@ -146,18 +152,26 @@ class DiskCopy:
     def _worker(
         self, target: ParallelTarget, behind: WriteBehind | None
     ) -> Callable[[Chunk, Ticket], None]:
-        """Return a function that copies one chunk in a worker thread, with its own buffers."""
+        """Return a function that copies one chunk in a worker thread, with its own buffers.
+
+        Args:
+            target: The target.
+            behind: Writes the data back to the host's disk; None to leave that to the kernel.
+        """
         buffer, base_buffer = self._buffers()
 
         def copy(chunk: Chunk, ticket: Ticket) -> None:
             content = buffer[: chunk.length]
             data, zeros = self._read(chunk, content, base_buffer)
-            # The kernel lets one thread at a time write to a file.  Threads that wait here
-            # sleep instead of contending for its lock, so the processor is free for threads
-            # that read.
+            # The thread waits until all earlier chunks are written, because offsets must be
+            # assigned in the order of the disk.  Only the assignment needs this order, but
+            # the chunk is also written before the next thread may go on.  This costs
+            # nothing, because the kernel lets only one thread at a time write to a file.
+            # The waiting threads sleep instead of contending for the lock of the file, so
+            # the processor is free for threads that read.
             ticket.wait()
             writes = target.assign_offsets(chunk.start, content.data, data, zeros)
-            if target.descriptor >= 0:
+            if target.descriptor >= 0:  # negative in a measurement, which writes nothing
                 perform_writes(target.descriptor, writes, target.name)
             self._count(chunk, data)
             ticket.finish()
@@ -184,15 +198,27 @@ class DiskCopy:
         self._count(chunk, data)
 
     def _count(self, chunk: Chunk, data: Mask) -> None:
-        """Add a copied chunk to `data_bytes` and to the progress; ``data`` marks its data."""
+        """Add a copied chunk to `data_bytes` and the progress.
+
+        Args:
+            chunk: The chunk.
+            data: Mask of the blocks of the chunk that were written as data.
+        """
         self.data_bytes += masked_bytes(data, self._target.block_size, chunk.length)
         self._done = chunk.start + chunk.length
 
     def _read(self, chunk: Chunk, content: Bytes, base_content: Bytes) -> tuple[Mask, Mask]:
-        """Read a chunk, and its range of the base, into buffers; for a worker thread.
+        """Read a chunk of the source and the same range of the base; for a worker thread.
+
+        Args:
+            chunk: The chunk.
+            content: Buffer for the chunk, as long as the chunk.
+            base_content: Buffer for the base, at least as long as the chunk; not used if
+                there is no base.
 
         Returns:
-            Two masks of blocks: to write as data, and to write as zeros that hide the base.
+            Two masks of the blocks of the chunk: the blocks to write as data, and the blocks
+            to write as zeros, because the base has other content there.
         """
         block_size = self._target.block_size
         read_segments(content, chunk.segments, self._source.name)

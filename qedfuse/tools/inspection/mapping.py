@@ -1,4 +1,4 @@
-"""The map of a disk: which layer of the chain stores each range, as ``qemu-img map`` lists."""
+"""The map of a disk: which layer of the chain stores each range, as listed by ``qemu-img map``."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MapEntry:
-    """A range of the disk that is stored in one way; offsets and lengths in bytes.
+    """A range of the disk of which all bytes are stored alike, by one layer or by none.
 
     Attributes:
-        start: Guest offset.
-        length: Bytes of the disk.
-        depth: Number of the layer that stores the range; 0 is the image itself.
-        present: Whether a layer stores the range.  If none does, the range reads as zeros.
+        start: Guest offset of the range in bytes.
+        length: Length of the range in bytes.
+        depth: Depth of the layer that stores the range; 0 is the image itself.  If no layer
+            stores the range, the depth of the last layer that was searched.
+        present: Whether a layer stores the range, or has an invalid entry for it.  If not,
+            the range reads as zeros.
         zero: Whether the range is known to be zeros without reading the file.
         data: Whether the layer's file holds data for the range.
-        offset: Offset in the layer's file, of data or of a hole; None if the range has none.
+        offset: Offset in bytes in the layer's file, of the data, or of the hole in a raw
+            file; None for all other ranges.
         bad: Whether the table entry is invalid, so that the content is unknown.
     """
 
@@ -74,18 +77,19 @@ async def open_map(
 
     Args:
         path: A QED image or a raw file.
-        image_format: Format of the file; ``auto`` detects the format by the first bytes.
-        options: How to open the image and its chain.
+        image_format: Format of the file; ``auto`` detects the format from the first bytes.
+        options: How to open the image and its chain; None for the defaults.
 
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
-        QedError: The file or a base cannot be opened or locked, or a base is not trusted.
+        QedError: The file or a base cannot be opened, locked or read, its header is invalid,
+            or a base is not trusted.
     """
     options = options or OpenOptions()
     with open_image_file(path, options.read_lock) as file:
-        start = await file.pread(0, SIGNATURE_BYTES)
-        if not is_qed_image(start, image_format, file.name):
+        signature = await file.pread(0, SIGNATURE_BYTES)
+        if not is_qed_image(signature, image_format, file.name):
             yield ChainRunReader([RawLayer(file)])
             return
         header = await read_header(file)
@@ -106,20 +110,25 @@ async def map_image(
 ) -> list[MapEntry]:
     """Return the map of a range of a disk as a list in memory, which can be large.
 
+    An invalid L1 or L2 entry does not raise: its range is an entry with ``bad`` set.
+
     Args:
         path: A QED image or a raw file.
-        image_format: Format of the file; ``auto`` detects the format by the first bytes.
-        options: How to open the image and its chain.
-        start: Guest offset in bytes.
-        length: Bytes; None for all up to the end of the disk.
+        image_format: Format of the file; ``auto`` detects the format from the first bytes.
+        options: How to open the image and its chain; None for the defaults.
+        start: Guest offset in bytes where the range begins.  The list is empty if the offset
+            is at or past the end of the disk.
+        length: Length of the range in bytes; None for all up to the end of the disk.  The
+            range is cut off at the end of the disk, and entries are cut off at the ends of
+            the range.
 
     Raises:
-        QedError: As `open_map`.
+        QedError: The chain cannot be opened, see `open_map`, or a file cannot be read.
     """
     entries: list[MapEntry] = []
     async with (
-        open_map(path, image_format, options) as found,
-        aclosing(found.batches(start, length)) as batches,
+        open_map(path, image_format, options) as reader,
+        aclosing(reader.batches(start, length)) as batches,
     ):
         async for batch in batches:
             entries.extend(map_entries(batch))
