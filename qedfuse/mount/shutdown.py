@@ -98,7 +98,7 @@ class Shutdown:
         """Unmount as soon as the mount is not in use; the unmount ends `pyfuse3.main`."""
         reported = False
         while True:
-            last_close = self._disks.next_last_close()
+            all_closed = self._disks.all_closed_event()
             try:
                 if self._is_mounted():
                     # In a thread, because the kernel sends its dirty pages to this server
@@ -123,7 +123,7 @@ class Shutdown:
                     _log.warning("%s: %s", signal_name, error)
             reported = True
             with trio.move_on_after(_RETRY_SECONDS):
-                await last_close.wait()
+                await all_closed.wait()
         await self._report_copies(signal_name)
 
     async def _report_copies(self, signal_name: str) -> None:

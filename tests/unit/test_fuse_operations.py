@@ -339,16 +339,16 @@ async def test_handles_are_counted(tmp_path: Path) -> None:
     async with open_disk(str(image), OpenOptions()) as disk:
         disks = export(disk)
         handlers = operations(disks, parse_options(["ro"]))
-        last_close = disks.next_last_close()
+        all_closed = disks.all_closed_event()
         first = await handlers.open(2, 0, context())
         second = await handlers.open(2, 0o40000, context())
         assert disks.open_handles == 2
         await handlers.release(second.fh)
-        assert not last_close.is_set()
+        assert not all_closed.is_set()
         await handlers.release(first.fh)
-        assert last_close.is_set()
+        assert all_closed.is_set()
         assert disks.open_handles == 0
-        assert not disks.next_last_close().is_set()
+        assert not disks.all_closed_event().is_set()
 
 
 @pytest.mark.expect_log("internal error in")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def exported_disk() -> ExportedDisk:
     """Make a disk without writes in progress."""
     disk = SimpleNamespace(size=1 << 20)
-    return cast("ExportedDisk", SimpleNamespace(inode=2, disk=disk, writing=0))
+    return cast("ExportedDisk", SimpleNamespace(inode=2, disk=disk, slow_writes=0))
 
 
 async def test_the_session_may_end_while_a_task_waits() -> None:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
 
 HANDLE_DIRECT: Final = 1 << 62
-"""Bit of a file handle: opened with O_DIRECT.
+"""Bit of a file handle: the handle was opened with O_DIRECT, and the mount lacks ``direct_io``.
 
 A file handle is the inode number of the disk together with the `HANDLE_FLAGS` that apply."""
 HANDLE_WRITER: Final = 1 << 61
-"""Bit of a file handle: opened with an access mode other than O_RDONLY."""
+"""Bit of a file handle: the handle was opened with an access mode other than O_RDONLY."""
 HANDLE_SYNC: Final = 1 << 60
-"""Bit of a file handle: each write must be durable before the reply."""
+"""Bit of a file handle: each write must be durable before the server replies."""
 HANDLE_FLAGS: Final = HANDLE_DIRECT | HANDLE_WRITER | HANDLE_SYNC
 
 
@@ -31,25 +31,26 @@ class ExportedDisk:
         disk: The content of the file.
         name: The name of the file in the root directory.
         inode: The inode number of the file.
-        opened: The number of open handles.
+        handles: The number of open handles.
         writers: The number of open handles that may write.
-        writing: The number of write requests in progress on the slow path.
+        slow_writes: The number of write requests in progress on the slow path.
         blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
             if the kernel has none cached.
-        read_only: Whether the disk is read-only although the mount is writable.
-        overrun: Whether a write from the kernel's cache went past the end of the disk, and the
-            error has not been reported to a writer yet.
-        fixup_size: The size in bytes to which `SizeFixup` is truncating the file; -1 while
-            `SizeFixup` does not work on the file.
+        read_only: Whether this disk alone is read-only, because another disk of the mount has it
+            as a base.  False in a read-only mount, where all disks are read-only.
+        overrun: Whether a write from the kernel's cache, which began before the end of the disk,
+            went past the end, and the error has not been reported to a writer yet.
+        fixup_size: The size in bytes by which `SizeFixup` is replacing the size that the kernel
+            has cached of the file; -1 while `SizeFixup` does not work on the file.
     """
 
     disk: Disk
     name: bytes
     inode: int
     read_only: bool = False
-    opened: int = 0
+    handles: int = 0
     writers: int = 0
-    writing: int = 0
+    slow_writes: int = 0
     blocks: int = -1
     overrun: bool = False
     fixup_size: int = -1
@@ -64,41 +65,50 @@ class ExportedDisks:
     """
 
     def __init__(self, disks: Iterable[ExportedDisk]) -> None:
-        """Export ``disks``, of which no handle is open yet."""
+        """Export ``disks``; no disk has an open handle yet."""
         self.by_inode = {exported.inode: exported for exported in disks}
         self.by_name = {exported.name: exported for exported in self.by_inode.values()}
-        self._last_close = trio.Event()
+        self._all_closed = trio.Event()
 
     def __iter__(self) -> Iterator[ExportedDisk]:
-        """Iterate over the disks."""
+        """Iterate over the disks in the order in which the user named them."""
         return iter(self.by_inode.values())
 
     @property
     def open_handles(self) -> int:
         """The number of open handles of all disks."""
-        return sum(exported.opened for exported in self)
+        return sum(exported.handles for exported in self)
 
     def handle_opened(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Count a new handle; ``writer`` if it may write."""
-        exported.opened += 1
+        """Count a new handle of a disk; ``writer`` says whether the handle may write."""
+        exported.handles += 1
         exported.writers += writer
 
     def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Stop counting a handle; if no disk has one left, set the event of `next_last_close`."""
-        exported.opened -= 1
+        """Count a handle as closed; if no disk has an open handle now, set `all_closed_event`.
+
+        Args:
+            exported: The disk of the handle.
+            writer: Whether the handle may write, as in `handle_opened`.
+        """
+        exported.handles -= 1
         exported.writers -= writer
         if not self.open_handles:
-            self._last_close.set()
-            self._last_close = trio.Event()
+            self._all_closed.set()
+            self._all_closed = trio.Event()
 
-    def next_last_close(self) -> trio.Event:
-        """Return an event that is set when the last open handle of all disks is closed.
+    def all_closed_event(self) -> trio.Event:
+        """Return an event that is set when the last open handle of all disks is closed next.
 
-        The event is not set because no handle is open now.
+        If no handle is open now, the event is still not set.  It then waits until a handle has
+        been opened and no handle is open again.
         """
-        return self._last_close
+        return self._all_closed
 
     def stop_compacting(self) -> None:
-        """End the compaction of all disks; clusters that were moved already stay moved."""
+        """End the compaction of all disks; clusters that were moved already stay moved.
+
+        A compaction that begins later moves no cluster.
+        """
         for exported in self:
             exported.disk.stop_compacting()

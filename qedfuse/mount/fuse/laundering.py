@@ -168,7 +168,7 @@ class Laundering:
         for _ in range(_MAX_WRITE_CHECKS):
             # The kernel has no write queued if it offers no request and the server has no
             # write in progress.
-            if not exported.writing and not self._request_poll.poll(0):
+            if not exported.slow_writes and not self._request_poll.poll(0):
                 return True
             await trio.sleep(_WRITE_CHECK_SECONDS)
         return False

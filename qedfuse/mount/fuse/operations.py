@@ -1,7 +1,7 @@
 """Requests about data: open, read, write, flush, fsync and release.
 
-The handlers check a request, call a method of the disk, and convert the result for the kernel.
-`qedfuse.disk` does the work on the image.
+Each handler checks a request, calls a method of the disk, and converts the result for the
+kernel.  The disk (`qedfuse.disk`) reads and changes the image.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _FAST_PATH_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
 """The bits of a handle by which `read` and `write` look up the disk for the fast path.
 
-The mask keeps `HANDLE_SYNC`.  So the lookup of a handle with this bit finds no disk, and its
-requests take the slow path."""
+The mask keeps `HANDLE_SYNC`.  No inode number has this bit, so the lookup finds no disk for a
+handle with `HANDLE_SYNC`, and the requests on such a handle take the slow path."""
 
 
 class Operations(MetadataOperations):
@@ -56,8 +56,9 @@ class Operations(MetadataOperations):
         """Serve the disks; the arguments are those of `MetadataOperations`."""
         super().__init__(disks, options, truncation, size_fixup, directory=directory)
         # The write-back cache is off if the mountpoint is a file, because the kernel starts
-        # with the size 0 for that file, and with this cache would never replace the size.
-        # `qedfuse.mount.fuse.truncation` explains why it is off with truncate=zero.
+        # with the size 0 for that file, and with the write-back cache it would never replace
+        # this size.  `qedfuse.mount.fuse.truncation` explains why the write-back cache is off
+        # with truncate=zero.
         self.enable_writeback_cache = (
             directory
             and not (options.read_only or options.direct_io)
@@ -70,10 +71,15 @@ class Operations(MetadataOperations):
 
     @answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        """Open a disk.
+        """Open a disk and return its file handle.
 
         The kernel keeps the pages that it has cached of the disk, unless another program can
         change the image (``force_share``) or the page cache is off (``direct_io``).
+
+        Raises:
+            FUSEError: EACCES, the option ``allow_root`` excludes the user; EISDIR, the inode is
+                the directory; ENOENT, no file has the inode; EROFS, the handle could write, but
+                the disk is read-only.
         """
         self.admit(ctx.uid)
         exported = self.disk_of(inode)
@@ -93,20 +99,29 @@ class Operations(MetadataOperations):
         )
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        """Return the bytes of a range, or only those before the end of the disk."""
+        """Return ``size`` bytes from guest offset ``off``; fewer only at the end of the disk.
+
+        At or past the end, no bytes are returned.  If a read would wait or must be logged, the
+        slow path (`_read`) answers the request.
+        """
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:
             try:
-                found = exported.disk.try_read(off, size)
+                content = exported.disk.try_read(off, size)
             except Exception as error:
                 raise FUSEError(self.errors.to_errno(exported.inode, "read", error)) from error
-            if found is not None:
+            if content is not None:
                 # pyfuse3 accepts any buffer, although its type hints say bytes.
-                return found  # type: ignore[return-value]
+                return content  # type: ignore[return-value]
         return await self._read(fh, off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """Write bytes; return how many were written, which are fewer only at the disk's end."""
+        """Write ``buf`` at guest offset ``off``; return how many bytes were written.
+
+        Only at the end of a disk that cannot grow are fewer bytes written than ``buf`` has.  If
+        a write would wait, go past the end, be durable before the reply, or must be logged, the
+        slow path (`_write`) answers the request.
+        """
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:
             try:
@@ -119,15 +134,21 @@ class Operations(MetadataOperations):
 
     @answered
     async def _read(self, fh: int, off: int, size: int) -> bytes:
-        """Read like `read`, on the slow path, which may wait."""
+        """Read for `read`, on the slow path, which may wait."""
         return await self.disk_of(fh).disk.read(off, size)  # type: ignore[return-value]
 
     @answered
     async def _write(self, fh: int, off: int, buf: bytes) -> int:
-        """Write like `write`, on the slow path, which may wait, and which can grow the disk."""
+        """Write for `write`, on the slow path, which may wait and can grow the disk.
+
+        Raises:
+            FUSEError: ENOSPC, an O_DIRECT write goes past the end of a disk that cannot grow,
+                and only the part before the end is written; EFBIG, the tables cannot address a
+                disk of the necessary size; any other errno is that of an error of the disk.
+        """
         exported = self.disk_of(fh)
         end = off + len(buf)
-        exported.writing += 1
+        exported.slow_writes += 1
         try:
             if end > exported.disk.size:
                 await self._prepare_past_end(exported, off, end, direct=bool(fh & HANDLE_DIRECT))
@@ -135,10 +156,10 @@ class Operations(MetadataOperations):
             if fh & HANDLE_SYNC:
                 await exported.disk.flush()
         finally:
-            exported.writing -= 1
+            exported.slow_writes -= 1
         if written < len(buf) and fh & HANDLE_DIRECT:
-            # For a short reply to an O_DIRECT write the kernel would return EIO to the program.
-            # ENOSPC is the reason.
+            # If the reply were the number of bytes written, the kernel would return EIO to a
+            # program that uses O_DIRECT.  So the reply is ENOSPC, which names the reason.
             raise FUSEError(errno.ENOSPC)
         return written
 
@@ -149,17 +170,22 @@ class Operations(MetadataOperations):
 
         With the write-back cache the kernel accepts a write past the end without a request, and
         increases the size that it has cached.  If the disk cannot grow, the server requests a
-        correction of that size.  The delayed write, which arrives now, gets an error if it
+        correction of the cached size.  The delayed write, which arrives now, gets an error if it
         starts at or past the end, and the kernel reports the error to the writer.  If the write
         starts before the end, the kernel ignores the short reply.  So ``overrun`` is set, and
-        the next flush or fsync reports the error.  For a write that does not come from the
-        write-back cache, nothing is noted, because the program gets the reply itself.
+        the next flush or fsync of a handle that may write reports the error.  For a write that
+        does not come from the write-back cache, nothing is noted, because the program gets the
+        reply itself.
 
         Args:
             exported: The disk.
             start: Guest offset of the write.
             end: Guest offset of the end of the write, more than the size of the disk.
             direct: Whether the write comes from an O_DIRECT handle, not from the kernel's cache.
+
+        Raises:
+            FUSEError: EFBIG, the tables cannot address a disk of the necessary size.
+            QedError: The disk could not grow.
         """
         if self.growable and exported.disk.writable:
             await self.grow(exported, end)
@@ -169,23 +195,31 @@ class Operations(MetadataOperations):
 
     @answered
     async def flush(self, fh: int) -> None:
-        """Raise an error, which close(2) returns, if delayed writes have failed."""
+        """Make close(2) fail if delayed writes have failed; nothing is made durable.
+
+        Raises:
+            FUSEError: As in `_report_lost_writes`.
+        """
         self._report_lost_writes(fh)
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001  pyfuse3's
-        """Make all writes so far durable, and raise an error if delayed writes have failed."""
+        """Make all writes so far durable; raise an error also if delayed writes have failed.
+
+        Raises:
+            FUSEError: The writes could not be made durable, or as in `_report_lost_writes`.
+        """
         await self.disk_of(fh).disk.flush()
         self._report_lost_writes(fh)
 
     def _report_lost_writes(self, fh: int) -> None:
         """Raise an error if writes were lost for which write(2) has reported success.
 
-        The loss of a write past the end is reported once, to the first handle that may write.
-        The failure of a disk is reported every time.
+        The loss of writes past the end is reported only once, to the first handle that may write
+        and is flushed.  The failure of a disk is reported every time, to all handles.
 
         Raises:
-            FUSEError: EIO, the disk has failed; ENOSPC, a write went past its end.
+            FUSEError: EIO, the disk has failed; ENOSPC, a write went past the end of the disk.
         """
         exported = self.disk_of(fh)
         if exported.disk.failure is not None:
@@ -196,5 +230,5 @@ class Operations(MetadataOperations):
 
     @answered
     async def release(self, fh: int) -> None:
-        """Stop counting a handle whose last descriptor was closed."""
+        """Count a handle as closed, because its last descriptor was closed."""
         self._exported.handle_closed(self.disk_of(fh), writer=bool(fh & HANDLE_WRITER))
