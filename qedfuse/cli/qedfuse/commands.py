@@ -25,15 +25,16 @@ _log = logging.getLogger("qedfuse")
 def mount(arguments: Arguments) -> int:
     """Mount, or change the options of a mount with ``-o remount``; return the exit code.
 
-    By default this function returns when the disk can be used, and a background process
-    serves the disk.  With ``-f`` or ``-d`` this process serves the disk, and the function
-    returns when the mount has ended.  With a fake mount it returns when the images have been
-    checked.
+    By default this function returns when the disks can be used, and a background process
+    serves the disks.  With ``-f`` or ``-d`` this process serves the disks, and the function
+    returns when the mount has ended.  With ``arguments.fake`` nothing is mounted: the function
+    returns when the images have been checked, opened and closed again.
 
     Raises:
         UsageError: An argument is missing, or an option is invalid.
         QedError: The mount failed; each cause has a class of its own.
     """
+    # Modules are imported in the functions, so that an action loads only what it needs.
     from qedfuse.mount.optionparser import parse_options  # noqa: PLC0415
     from qedfuse.mount.optionsyntax import absolute_options, wants_remount  # noqa: PLC0415
     from qedfuse.mount.process.logs import (  # noqa: PLC0415
@@ -59,6 +60,10 @@ def mount(arguments: Arguments) -> int:
     pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
 
     def serve(ready: Callable[[], None]) -> int:
+        """Serve until the mount ends; call ``ready`` when the disks can be used.
+
+        Returns the exit code.
+        """
         # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  Its
         # functions are not used here, but the threads occupy the cores during the imports.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -98,10 +103,10 @@ def mount(arguments: Arguments) -> int:
 
 
 def _remount(arguments: Arguments) -> int:
-    """Change the options of a mount; return the exit code.
+    """Change the options of a mount; return 0.
 
-    The last path is the mountpoint; a path before it, such as the source that mount(8)
-    passes, is ignored.
+    The last path is the mountpoint.  Earlier paths, such as the source that mount(8) passes,
+    are ignored.
 
     Raises:
         UsageError: No mountpoint is given, or an option is invalid.
@@ -121,8 +126,8 @@ def _remount(arguments: Arguments) -> int:
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     """Run a session and return its exit code, or `INTERRUPTED` after Ctrl-C.
 
-    A bug is logged as one line and becomes the exit code `BUG`, because a background process
-    has no terminal for a traceback.
+    A bug is logged and becomes the exit code `BUG`.  On stderr it is one line; the system log
+    gets the traceback as well.
 
     Raises:
         Exception: There is a bug, and ``debug`` is set.
@@ -140,9 +145,13 @@ def _guarded(session: Callable[[], int], *, debug: bool) -> int:
 
 
 def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str], None]) -> int:
-    """Unmount, and return the exit code when the mount's process has ended.
+    """Unmount, wait until the mount's process has ended, and return 0.
 
-    While the function waits it passes lines for the user to ``report``.
+    Args:
+        mountpoint: The mount to end.
+        timeout_seconds: The time limit; None for no limit.  With 0 the function does not wait
+            for the process, but raises if the process has not ended.
+        report: Called with lines for the user while the function waits.
 
     Raises:
         QedError: The unmount failed, or ``timeout_seconds`` have passed.

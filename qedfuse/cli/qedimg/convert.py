@@ -31,10 +31,11 @@ raw content to standard output.  Zeros take no space in TARGET, unless -S is 0. 
 TARGET in another format than raw and qed, qemu-img must be installed."""
 
 _MAX_STREAMS: Final = 16
-"""Most chunks that are copied in parallel, as in qemu-img."""
+"""Maximum of the option ``-m``: the number of chunks that are copied in parallel."""
 _NATIVE_FORMATS: Final = ("raw", "qed")
 """The formats of a target for which no qemu-img is needed."""
 _CACHES: Final = ("writeback", "unsafe")
+"""The values of ``-t``; qemu-img also has none, directsync and writethrough."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=common.size,
         default=4096,
-        help="write runs of zeros that are shorter than this as data; 0: all (4K)",
+        help="write a run of zeros as data if it is shorter than SIZE; 0: write all as data (4K)",
     )
     parser.add_argument(
         "-m",
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n",
         dest="into_existing",
         action="store_true",
-        help="write into TARGET, which must exist and be at least as large",
+        help="write into TARGET, which must exist and be at least as large as the disk of SOURCE",
     )
     parser.add_argument(
         "-t",
@@ -77,11 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CACHE",
         choices=_CACHES,
         default="writeback",
-        help="writeback: TARGET is durable when the command ends; unsafe, qemu-img's "
-        "default: TARGET is not flushed (writeback)",
+        help="writeback (default): TARGET is durable when the command ends; unsafe (default "
+        "of qemu-img): TARGET is not flushed, unless it is an existing QED image",
     )
     parser.add_argument(
-        "--compare", action="store_true", help="read TARGET back and compare it before renaming it"
+        "--compare",
+        action="store_true",
+        help="compare the copy with SOURCE; a new TARGET gets its name only if they are equal",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace TARGET if it exists and is not in use"
@@ -95,7 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Copy the disk; return the exit code."""
+    """Copy the disk; return 0.
+
+    Raises:
+        UsageError: An option is invalid, or options contradict each other.
+        BrokenPipeError: TARGET is a pipe whose reading end is closed.
+        QedError: The conversion failed, or ``--compare`` has found a difference.
+    """
     from qedfuse.tools.copying.convert import convert  # noqa: PLC0415  imported late: --help must not load it
 
     spec = _image_spec(arguments)
@@ -124,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
 
         result = run_async(work)
-    if arguments.verbose and result.file_bytes:
+    if arguments.verbose and result.file_bytes:  # 0 for a pipe: stdout is the target then
         print_line(
             arguments,
             f"{printable(arguments.target)}: disk of {result.size} bytes, of which "
@@ -136,7 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
     """Return the specification of the target.
 
-    Sets the defaults of the options in ``arguments``.
+    Changes ``arguments``: the values of ``-o`` are merged into the other options, and the
+    geometry that no option sets gets its defaults.
 
     Raises:
         UsageError: An option is invalid, or options contradict each other.
@@ -161,8 +171,13 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
         arguments.base = arguments.base or find_base(foreign)
     given = arguments.cluster_size or arguments.table_size or arguments.options
     if arguments.format != "qed" and given:
-        msg = f"--cluster-size, --table-size, -o: found -O {printable(arguments.format)}, "
-        msg += "expected -O qed" if arguments.format == "raw" else "expected options as -o only"
+        if arguments.format == "raw":
+            msg = "--cluster-size, --table-size, -o: found -O raw, expected -O qed"
+        else:
+            msg = (
+                f"--cluster-size, --table-size: found -O {printable(arguments.format)}, expected "
+                "-O qed (options of another format are given with -o)"
+            )
         raise UsageError(msg)
     take_options(arguments, "-B")
     return ImageSpec(
@@ -179,7 +194,8 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
 def _qemu_can_open(spec: ImageSpec) -> bool:
     """Return whether QEMU can open an image of this geometry.
 
-    QEMU refuses tables of one cluster, and tables that can address 2**64 bytes or more.
+    QEMU refuses tables of one cluster, and an L1 table whose L2 tables can address 2**64
+    bytes or more.
     """
     entries = spec.cluster_size * spec.table_size // ENTRY_BYTES
     return spec.table_size > 1 and entries**2 * spec.cluster_size < 1 << 64

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         open_streams()
     words = sys.argv[1:] if argv is None else argv
     try:
-        with interruptible(last=own_process) as interruption:
+        with interruptible(ends_process=own_process) as interruption:
             code = _guarded(words, interruption)
     except KeyboardInterrupt:  # the signal came when `_guarded` had returned
         code = _INTERRUPTED

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=common.size,
         default=4096,
-        help="count runs of zeros that are shorter than this as data; 0: all (4K)",
+        help="count a run of zeros as data if it is shorter than SIZE; 0: count all as data (4K)",
     )
     common.add_output(parser)
     common.add_share(parser)

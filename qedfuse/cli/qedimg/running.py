@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from trio.lowlevel import TrioToken
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that end a subcommand.  A signal that was ignored at the start (nohup) stays so."""
+"""The signals that end a subcommand.
+
+A signal that is ignored when the program starts, as by nohup(1), stays ignored.
+"""
 
 T = TypeVar("T")
 
@@ -22,8 +25,8 @@ T = TypeVar("T")
 class Interruption:
     """Turns the first signal into a cancellation or a KeyboardInterrupt.
 
-    Later signals are ignored, because they would interrupt the cleanup that the first one
-    has started, and leave temporary files and dirty images behind.
+    Later signals are ignored.  A second signal would interrupt the cleanup that the first
+    signal has started, and so leave temporary files and dirty images behind.
 
     Attributes:
         has_signal: Whether a signal has arrived.
@@ -35,12 +38,12 @@ class Interruption:
         self._cancel: Callable[[], None] | None = None
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Cancel the function that `run` runs; outside of `run`, raise.
+        """Cancel the function that `run` is running, or raise if `run` is not active.
 
         A signal after the first does nothing.
 
         Raises:
-            KeyboardInterrupt: `run` is not running a function.
+            KeyboardInterrupt: This is the first signal, and `run` is not active.
         """
         if self.has_signal:
             return
@@ -53,7 +56,9 @@ class Interruption:
     def run(self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]) -> T:
         """Run an asynchronous function, and return its result.
 
-        A signal that arrives when the function has returned does not change the result.
+        A signal that arrives after the function has returned, while trio shuts down, does not
+        change the result.  A signal that has arrived before this call cancels the function at
+        its first checkpoint.
 
         Raises:
             KeyboardInterrupt: A signal has cancelled the function, and its cleanup is
@@ -87,33 +92,38 @@ class Interruption:
                     scope.cancel()
                 return [await function(*args)]
             finally:
+                # The token raises an error if it is used after the event loop has ended.
                 self._cancel = None
         return []
 
 
 _active: list[Interruption] = []
-"""The interruptions of the active `interruptible` blocks; the last one handles signals."""
+"""The interruptions of the active `interruptible` blocks; the innermost, at the end, is in use."""
 
 
 def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
-    """Print nothing about a KeyboardInterrupt that no code can catch, as in a destructor.
+    """Print an exception that no code can catch, as in a destructor, except KeyboardInterrupt.
 
-    `Interruption.has_signal` records the signal in this case too.
+    A lost KeyboardInterrupt needs no message, because `Interruption.has_signal` records the
+    signal as well.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
 
 
 @contextmanager
-def interruptible(*, last: bool = False) -> Iterator[Interruption]:
-    """Handle signals in the block: the first one cancels `run_async`.
+def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
+    """Handle signals in the block: the first signal cancels the function that `run_async` runs.
 
-    If the first one arrives outside of `run_async`, it raises KeyboardInterrupt.  SIGUSR1,
-    which by default ends a process, is ignored unless `progress` handles it.
+    If no function is running, the first signal raises KeyboardInterrupt.  SIGUSR1, which by
+    default ends a process, is ignored unless `progress` handles it.
+
+    Yields the block's `Interruption`, which tells whether a signal has arrived.
 
     Args:
-        last: Whether the process ends after the block.  If so, signals are ignored after
-            the block, because all they could do is print a traceback.
+        ends_process: Whether the process ends after the block.  If so, signals are ignored
+            after the block, because they could only print a traceback.  Otherwise the
+            handlers from before the block are restored.
     """
     interruption = Interruption()
     before = {
@@ -130,14 +140,18 @@ def interruptible(*, last: bool = False) -> Iterator[Interruption]:
         _active.pop()
         sys.unraisablehook = hook
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if last else handler)
+            signal.signal(number, signal.SIG_IGN if ends_process else handler)
 
 
 def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
     """Run an asynchronous function and return its result; a signal cancels the function.
 
-    A KeyboardInterrupt that is raised at any point of the code could leave an image between
-    two states.  A cancelled function closes the image as after an error.
+    A signal cancels the function instead of raising KeyboardInterrupt in it, because an
+    exception at an arbitrary point could leave an image half changed.  A cancelled function
+    closes the image as after an error.
+
+    Outside of an `interruptible` block, signals are handled as in such a block during the
+    call.
 
     Raises:
         KeyboardInterrupt: A signal has cancelled the function, and its cleanup is complete.
