@@ -17,8 +17,10 @@ from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.maintenance.compaction import Compaction
 from qedfuse.disk.maintenance.datacompaction import DataCompaction
+from qedfuse.disk.maintenance.diskgrowth import DiskGrowth
+from qedfuse.disk.maintenance.diskshrinking import DiskShrinking
+from qedfuse.disk.maintenance.disksize import DiskSize
 from qedfuse.disk.maintenance.mover import Mover
-from qedfuse.disk.maintenance.resize import Resize
 from qedfuse.disk.maintenance.tablecompaction import TableCompaction
 from qedfuse.disk.space.allocator import Allocator
 from qedfuse.disk.space.directreclaim import DirectReclaim
@@ -190,16 +192,24 @@ class Components:
         self.compaction = Compaction(
             self.layer, self.allocator, self.table_compaction, data, self.flusher, self.reclaim
         )
-        self.resize = Resize(
+        self.disk_size = DiskSize(self.layer, self.header_store, self.writeback, self.allocator)
+        self.growth = DiskGrowth(
             self.chain,
             self.layer,
+            self.disk_size,
+            self.write_path,
+            self.discard,
+            self.writeback,
+        )
+        self.shrinking = DiskShrinking(
+            self.chain,
+            self.layer,
+            self.disk_size,
             self.table_writer,
             self.write_path,
+            self.discard,
             self.writeback,
             self.flusher,
-            self.header_store,
-            self.allocator,
-            self.discard,
             self.needcheck,
             self.reclaim,
         )

@@ -217,7 +217,7 @@ class Disk:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
                 # The last cluster is deallocated with its bytes past the end of the disk, so
                 # the end must not move meanwhile.
-                await stack.enter_async_context(self._components.resize.lock)
+                await stack.enter_async_context(self._components.disk_size.lock)
             end = min(start + length, self.size)
             await self._discard.discard(start, end, free=self._options.discard)
 
@@ -354,10 +354,10 @@ class Disk:
                 without ``force``.
             HostError: The host refused; the disk has its old size.
         """
-        self._components.resize.check(size)
+        self._components.disk_size.check(size)
         self._refuse_without_base("resize")
         await self._first_write_guard.prepare_write()
-        await self._components.resize.grow(size, force=force)
+        await self._components.growth.grow(size, force=force)
 
     async def shrink(
         self, size: int, *, force: bool = False, progress: Progress | None = None
@@ -379,13 +379,13 @@ class Disk:
             CorruptImageError: A table entry for the removed part is bad.
             HostError: The host refused; the disk has its old size or the new one.
         """
-        self._components.resize.check(size, shrink=True)
+        self._components.disk_size.check(size, shrink=True)
         self._refuse_without_base("resize")
         if not force:
-            await self._components.resize.refuse_data(size)
+            await self._components.shrinking.refuse_data(size)
         await self._first_write_guard.prepare_write()
         await self._components.scan.run()
-        await self._components.resize.shrink(size, progress)
+        await self._components.shrinking.shrink(size, progress)
 
     async def write_zero_clusters(self, start: int, length: int) -> None:
         """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
@@ -418,7 +418,7 @@ class Disk:
         """
         await self._first_write_guard.prepare_write()
         await self._components.scan.run()
-        await self._components.resize.empty(progress)
+        await self._components.shrinking.empty(progress)
 
     async def set_backing(self, name: bytes, *, raw: bool) -> None:
         """Store the name of another base in the image, durably; an empty name removes the base.

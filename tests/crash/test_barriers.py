@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from qedfuse.disk.autocompaction import AutoCompaction
-from qedfuse.disk.maintenance.resize import Resize
+from qedfuse.disk.maintenance.diskgrowth import DiskGrowth
 from qedfuse.disk.space.epochs import Epochs
 from qedfuse.disk.space.marking import Marking
 from qedfuse.disk.space.quarantine import Quarantine
@@ -222,7 +222,7 @@ BARRIERS: Final[dict[str, tuple[Sabotage, str, str]]] = {
     "automatic compaction: punch after durable": (early_punch, AUTO, "holds zeros"),
     "epochs": (epochs_always_drained, "slow host", ""),
     "autoclear": (without_barrier(FirstWriteGuard.prepare_write), "autoclear", "autoclear"),
-    "resize, before": (without_barrier(Resize.grow), "grow", "show"),
+    "resize, before": (without_barrier(DiskGrowth.grow), "grow", "show"),
     "resize, after": (without_barrier(HeaderStore.change), "grow", "was grown"),
     "free list, list before bit": (
         without_barrier(PersistentFreeList.save, 1, 2),
@@ -315,16 +315,16 @@ def never_strikes(saboteur: Saboteur) -> None:
 def uncalled_beside_a_strike(saboteur: Saboteur) -> None:
     """Leave something out, and replace one more function, which the case does not call."""
     need_check_not_set(saboteur)
-    saboteur.replace(Resize, "shrink", Resize.shrink)
+    saboteur.replace(DiskGrowth, "grow", DiskGrowth.grow)
 
 
 @pytest.mark.parametrize(
     ("sabotage", "complaint"),
     [
         (never_strikes, "left nothing out"),
-        (without_barrier(Resize.grow), "left nothing out"),
-        (uncalled_beside_a_strike, "Resize.shrink"),
-        (lambda saboteur: saboteur.replace(Resize, "resizing", len), "no Resize.resizing"),
+        (without_barrier(DiskGrowth.grow), "left nothing out"),
+        (uncalled_beside_a_strike, "DiskGrowth.grow"),
+        (lambda saboteur: saboteur.replace(DiskGrowth, "resizing", len), "no DiskGrowth.resizing"),
         (without_barrier(PersistentFreeList.save), "more than 1 barriers"),
     ],
     ids=["no strike", "barrier not met", "not called", "no such function", "wrong number"],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.disk.maintenance.resize import Resize
+from qedfuse.disk.maintenance.diskshrinking import DiskShrinking
 from tests.support import qemu
 from tests.support.crashrecording import CrashRecording
 from tests.support.disks import (
@@ -327,7 +327,7 @@ async def test_entries_must_be_dropped_first(monkeypatch: pytest.MonkeyPatch) ->
     """Without the barrier before the new size, a power loss leaves old data past the end."""
     image = build_image(DISK_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in NUMBERS})
     saboteur = Saboteur(monkeypatch)
-    without_barrier(Resize.shrink)(saboteur)
+    without_barrier(DiskShrinking.shrink)(saboteur)
     states = await states_of_shrinking(image, b"", TABLE_SPAN_BYTES)
     assert saboteur.strikes
     assert not saboteur.uncalled

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from qedfuse.disk.maintenance.disksize import first_in_use
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.util.pace import MAX_STEPS
 from tests.support.disks import WRITABLE, build_image, opened
@@ -96,7 +97,7 @@ async def test_looking_through_tables() -> None:
         await disk.wait_scanned()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)
-            assert await disk._components.resize._first_in_use(0, disk.size) is None
+            assert await first_in_use(disk._components.layer, 0, disk.size) is None
             done = True
     assert turns >= 7
 

@@ -69,7 +69,7 @@ class Watch:
         """Watch all locks of a disk."""
         parts = disk._components
         for name, owner, attribute in (
-            ("Resize.lock", parts.resize, "lock"),
+            ("DiskSize.lock", parts.disk_size, "lock"),
             ("Scan._running", parts.scan, "_running"),
             ("TableWriter._creating", parts.table_writer, "_creating"),
             ("Reclaim._lock", parts.reclaim, "_lock"),
@@ -169,7 +169,7 @@ async def test_the_order_is_that_of_the_page() -> None:
     # The less obvious ones are there.
     assert ("WritePath.allocating", "Scan._running") in edges
     assert ("Reclaim._lock", "FirstWriteGuard._first") in edges
-    assert ("Resize.lock", "HeaderStore._lock") in edges
+    assert ("DiskSize.lock", "HeaderStore._lock") in edges
 
 
 async def test_a_wrong_order_is_found() -> None:

@@ -1,0 +1,114 @@
+"""The size of a disk: the rules for a new size, its lock, and its change in the header.
+
+`DiskGrowth` and `DiskShrinking` prepare the disk for another size and then let `DiskSize` write
+the size into the header.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.lookup.extents import Kind
+from qedfuse.errors import UsageError
+from qedfuse.ondisk.constants import SECTOR
+
+if TYPE_CHECKING:
+    from qedfuse.disk.lookup.extents import Extent
+    from qedfuse.disk.lookup.layer import QedLayer
+    from qedfuse.disk.space.allocator import Allocator
+    from qedfuse.disk.writeback.headerstore import HeaderStore
+    from qedfuse.disk.writeback.metadata import MetadataWriteback
+
+_MAX_CLUSTERS_PER_LOOKUP: Final = 1024
+"""Most clusters of a table that are looked up before other tasks may run."""
+
+
+class DiskSize:
+    """The size of one disk.
+
+    Attributes:
+        lock: Held while the size changes, and by tasks that need the size to stay the same.
+    """
+
+    def __init__(
+        self,
+        layer: QedLayer,
+        header_store: HeaderStore,
+        writeback: MetadataWriteback,
+        allocator: Allocator,
+    ) -> None:
+        """Manage the size of the disk whose top image is ``layer``."""
+        self._layer = layer
+        self._header_store = header_store
+        self._writeback = writeback
+        self._allocator = allocator
+        self.lock = trio.Lock()
+
+    def check(self, size: int, *, shrink: bool = False) -> None:
+        """Raise unless the disk can get this size in bytes by growing, or by shrinking.
+
+        The present size is always accepted.
+
+        Args:
+            size: The new size in bytes.
+            shrink: Whether the disk is to shrink; if not, it is to grow.
+
+        Raises:
+            UsageError: The size is smaller without ``shrink`` or larger with it, is not a
+                multiple of 512, or is more than the tables can address.
+        """
+        name, old, max_size = (
+            self._layer.file.name,
+            self._layer.size,
+            self._layer.geometry.max_image_size,
+        )
+        if shrink and size > old:
+            msg = f"{name}: size: found {size}, expected at most {old}: no growing"
+            raise UsageError(msg)
+        if size < old and not shrink:
+            msg = f"{name}: size: found {size}, expected at least {old}: no shrinking"
+            raise UsageError(msg)
+        if size % SECTOR or not 0 <= size <= max_size:
+            msg = f"{name}: size: found {size}, expected a multiple of {SECTOR} up to {max_size}"
+            raise UsageError(msg)
+
+    async def change(self, size: int) -> None:
+        """Write the size in bytes into the header, durably; afterwards the disk has this size.
+
+        The caller must hold `lock`.
+
+        Raises:
+            HostError: The host refused; the disk has its old size.
+        """
+        await self._header_store.change(
+            lambda header: header.with_size(size), barrier=self._writeback.barrier
+        )
+        self._layer.set_header(self._header_store.value)
+        self._allocator.set_size(self._header_store.value)
+
+
+async def first_in_use(layer: QedLayer, start: int, end: int) -> Extent | None:
+    """Return the first extent of data, or of a bad entry, in a guest range; None without one.
+
+    The range may lie past the end of the disk.
+
+    Raises:
+        HostError: The host cannot read a table.
+    """
+    geometry = layer.geometry
+    while start < end:
+        # One lookup covers only a part of a table, because a lookup returns one extent for each
+        # scattered cluster, and collecting those of a whole table would delay other tasks too
+        # long.  The range of a missing table is one extent, so one lookup covers all of it.
+        table, reason = await layer.table_at(geometry.l1_index(start))
+        step = min(geometry.table_span, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
+        step = step if table or reason else geometry.table_span
+        stop = min(end, start - start % step + step)
+        for extent in await layer.lookup(start, stop - start):
+            if extent.kind in (Kind.DATA, Kind.BAD):
+                return extent
+        start = stop
+        await trio.lowlevel.checkpoint()
+    return None
