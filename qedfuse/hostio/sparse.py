@@ -1,4 +1,4 @@
-"""Finding the holes of sparse files, for blocking code that does not load trio."""
+"""Finding the data and the holes of sparse files by blocking calls, without loading trio."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP}
-"""Errors of SEEK_DATA and SEEK_HOLE for a file whose holes are not known."""
+"""Errors of lseek(2) with SEEK_DATA or SEEK_HOLE for a file whose holes are not recorded."""
 
 
 def seek(fd: int, offset: int, whence: int) -> int | None:
     """Return where the first data or hole at or past an offset begins (lseek(2)).
 
-    Returns None if there is no data, or no hole, up to the end of the file.  If the kernel
-    refuses the call, because the file is a block device or the file system does not record
-    holes, the whole file counts as data.
+    Returns None if the offset is at or past the end of the file, or if no data follows the
+    offset.  The end of the file counts as a hole.  If the kernel refuses the call, because
+    the file is a block device or the file system does not record holes, the whole file
+    counts as data.  The call moves the file position of the descriptor.
 
     Args:
         fd: The file.
@@ -41,24 +42,24 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
     return None if offset >= size else offset if whence == os.SEEK_DATA else size
 
 
-def data_slices(fd: int, table: int, length: int) -> Iterator[int]:
-    """Yield the file offsets of the slices of a table that hold data; skip its holes.
+def data_slices(fd: int, table_offset: int, length: int) -> Iterator[int]:
+    """Yield the file offset of each slice of a table that holds data; skip the holes.
 
     `qedfuse.hostio.tablewalk.DataSlices` does the same for asynchronous code.
 
     Args:
         fd: The image.
-        table: File offset of the table.
-        length: The table's length in bytes.
+        table_offset: File offset of the table.
+        length: Length of the table in bytes.
 
     Raises:
         OSError: The host refused.
     """
-    position, end = table, table + length
+    position, end = table_offset, table_offset + length
     while position < end:
         data = seek(fd, position, os.SEEK_DATA)
         if data is None or data >= end:
             return
-        position = max(position, slice_start(table, data))
+        position = max(position, slice_start(table_offset, data))
         yield position
         position += SLICE_BYTES

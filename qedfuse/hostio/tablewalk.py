@@ -1,7 +1,7 @@
 """Reading a table slice by slice, without the holes of a sparse file.
 
 A table can be 1 GiB of holes.  So a walk through a table asks the host where the next data
-is, and visits only the slices that hold data.  Other tasks run between two slices.
+begins, and visits only the slices that hold data.  Other tasks run between two slices.
 """
 
 from __future__ import annotations
@@ -33,14 +33,19 @@ async def holds_data(file: HostFile, offset: int, length: int) -> bool:
 
 
 def read_table(
-    file: HostFile, table: int, length: int
+    file: HostFile, table_offset: int, length: int
 ) -> AsyncIterator[tuple[int, NDArray[np.uint64]]]:
-    """Read the first ``length`` bytes of the table at file offset ``table``, except for holes.
+    """Read the slices of a table that hold data; skip the holes.
+
+    Args:
+        file: The image.
+        table_offset: File offset of the table.
+        length: Length in bytes of the table, or of the part at its beginning to read.
 
     Yields:
         (index of the first entry, entries) of each slice that holds data.
     """
-    return _TableReader(file, table, length)
+    return _TableReader(file, table_offset, length)
 
 
 class DataSlices:
@@ -53,27 +58,29 @@ class DataSlices:
     def __init__(
         self,
         file: HostFile,
-        table: int,
+        table_offset: int,
         length: int,
         *,
         slice_bytes: int = SLICE_BYTES,
         skip: int = 0,
     ) -> None:
-        """Walk through the ``length`` bytes of a table.
+        """Walk through the first ``length`` bytes of a table, except for the first ``skip``.
 
         Args:
             file: The image.
-            table: File offset of the table.
-            length: Length in bytes of the table, or of the part to walk through.
-            slice_bytes: Length of a slice; slices lie side by side from ``table`` on.
-            skip: Bytes to leave out at the beginning of the table; a multiple of
+            table_offset: File offset of the table.
+            length: Length in bytes of the table, or of the part at its beginning to walk
+                through.
+            slice_bytes: Length of a slice; slices lie side by side from the beginning of
+                the table on.
+            skip: How many bytes at the beginning of the table to leave out; a multiple of
                 ``slice_bytes``.
         """
         self._file = file
-        self._table = table
-        self._end = table + length
+        self._table_offset = table_offset
+        self._end = table_offset + length
         self._slice_bytes = slice_bytes
-        self._next = table + skip
+        self._next = table_offset + skip
 
     def __aiter__(self) -> Self:
         """Return the iterator itself."""
@@ -91,7 +98,7 @@ class DataSlices:
         data = await self._file.next_data(self._next)
         if data is None or data >= self._end:
             raise StopAsyncIteration
-        offset = max(self._next, slice_start(self._table, data, self._slice_bytes))
+        offset = max(self._next, slice_start(self._table_offset, data, self._slice_bytes))
         self._next = offset + self._slice_bytes
         return offset
 
@@ -99,11 +106,11 @@ class DataSlices:
 class _TableReader:
     """The entries of a table, slice by slice; see `read_table`."""
 
-    def __init__(self, file: HostFile, table: int, length: int) -> None:
+    def __init__(self, file: HostFile, table_offset: int, length: int) -> None:
         self._file = file
-        self._table = table
-        self._end = table + length
-        self._slices = DataSlices(file, table, length)
+        self._table_offset = table_offset
+        self._end = table_offset + length
+        self._slices = DataSlices(file, table_offset, length)
 
     def __aiter__(self) -> Self:
         return self
@@ -112,4 +119,4 @@ class _TableReader:
         offset = await anext(self._slices)
         raw = await self._file.pread(offset, min(SLICE_BYTES, self._end - offset))
         entries = decode(raw[: len(raw) & -ENTRY_BYTES])
-        return (offset - self._table) // ENTRY_BYTES, np.frombuffer(entries, np.uint64)
+        return (offset - self._table_offset) // ENTRY_BYTES, np.frombuffer(entries, np.uint64)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Runs = NDArray[np.uint64]
-    """One row for each run: the number of its first cluster, and the number of its clusters."""
+    """One row for each run: the index of its first cluster (file offset divided by the cluster
+    size), and how many clusters the run has."""
 
 DESCRIPTOR_OFFSET: Final = 3584
-"""File offset of the descriptor: the last sector of the smallest possible cluster."""
+"""File offset of the descriptor: the last sector of a cluster of the minimum size."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
@@ -35,6 +36,9 @@ RUN_BYTES: Final = 16
 """Length of one run in a list cluster."""
 
 _CHECKED_BYTES: Final = DESCRIPTOR_BYTES - 4
+"""How many bytes of the descriptor its checksum covers: all before the checksum."""
+_UNUSED_BYTES: Final = _CHECKED_BYTES - 56
+"""How many bytes of the descriptor lie between its other fields (56 bytes) and the checksum."""
 _RUN_DTYPE: Final = np.dtype("<u8")
 
 DESCRIPTOR: Final[Any] = Struct(
@@ -46,7 +50,7 @@ DESCRIPTOR: Final[Any] = Struct(
     "runs" / Int64ul,
     "free_clusters" / Int64ul,
     "file_bytes" / Int64ul,
-    "unused" / Bytes(_CHECKED_BYTES - 56),
+    "unused" / Bytes(_UNUSED_BYTES),
     "crc" / Int32ul,
 )
 
@@ -58,15 +62,16 @@ CLUSTER_HEADER: Final[Any] = Struct(
     "unused" / Bytes(8),
 )
 CLUSTER_HEADER_BYTES: Final = 32
-_CRC_OFFSET: Final = 20  # in the header of a list cluster
+_CRC_OFFSET: Final = 20
+"""Offset of the checksum in the header of a list cluster, in bytes."""
 
 
 class BadListError(ValueError):
-    """A free list is invalid; the message has the field, what was found and what was expected."""
+    """A free list is invalid; the message says in which field, what was found and expected."""
 
 
 def refuse(field: str, found: object, expected: str) -> NoReturn:
-    """Raise an error about one field of a list.
+    """Raise an error that says what was found in one field of a list, and what was expected.
 
     Raises:
         BadListError: Always.
@@ -77,10 +82,10 @@ def refuse(field: str, found: object, expected: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """Where the list begins, and the totals and checksums that it must have.
+    """Where a list begins, and the totals and the checksum that the list must have.
 
     Attributes:
-        first_cluster: File offset of the first list cluster, in bytes.
+        first_cluster: File offset of the first list cluster in bytes, and no cluster index.
         list_clusters: Number of clusters that hold the list; they are listed as free too.
         runs: Number of runs in all list clusters together.
         free_clusters: Number of clusters in all runs together.
@@ -97,11 +102,12 @@ class Descriptor:
 
 
 @dataclass(frozen=True, slots=True)
-class ListCluster:
+class ListClusterHeader:
     """The header of one list cluster.
 
     Attributes:
-        next_cluster: File offset of the next list cluster in bytes; 0 in the last one.
+        next_cluster: File offset of the next list cluster in bytes, and no cluster index; 0
+            in the last list cluster.
         runs: Number of runs in this list cluster.
         crc: CRC-32 of this header, with zeros in place of the CRC, and of the runs.
     """
@@ -119,8 +125,7 @@ def runs_in_cluster(cluster_size: int) -> int:
 def build_descriptor(descriptor: Descriptor) -> bytes:
     """Encode a descriptor as the sector that it fills."""
     fields = {name: getattr(descriptor, name) for name in Descriptor.__slots__}
-    unused = bytes(_CHECKED_BYTES - 56)
-    fields |= {"magic": MAGIC, "version": VERSION, "unused": unused, "crc": 0}
+    fields |= {"magic": MAGIC, "version": VERSION, "unused": bytes(_UNUSED_BYTES), "crc": 0}
     data = bytes(DESCRIPTOR.build(fields))[:_CHECKED_BYTES]
     return data + zlib.crc32(data).to_bytes(4, "little")
 
@@ -129,7 +134,8 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
     """Decode the sector of a descriptor.
 
     Raises:
-        BadListError: The sector has no magic bytes or another version, or is damaged.
+        BadListError: The sector is too short, has no magic bytes, a wrong checksum or another
+            version, or has unused bytes that are not zero.
     """
     if len(data) < DESCRIPTOR_BYTES:
         refuse("descriptor", f"{len(data)} bytes", f"{DESCRIPTOR_BYTES}")
@@ -143,13 +149,20 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
     return Descriptor(**{name: getattr(raw, name) for name in Descriptor.__slots__})
 
 
-def may_hold_descriptor(data: bytes | bytearray) -> bool:
-    """Return whether a descriptor may overwrite ``data``: an older descriptor, or zeros."""
+def may_be_overwritten(data: bytes | bytearray) -> bool:
+    """Return whether a new descriptor may overwrite ``data``: an older descriptor, or zeros."""
     return data.startswith(MAGIC) or not any(data)
 
 
 def build_cluster(next_cluster: int, runs: Runs) -> bytes:
-    """Encode a list cluster, up to the end of the sector in which its runs end."""
+    """Encode the sectors of a list cluster that hold its header and its runs.
+
+    The caller need not write the rest of the cluster, because it has no meaning.
+
+    Args:
+        next_cluster: File offset of the next list cluster in bytes; 0 for the last one.
+        runs: The runs of this list cluster.
+    """
     fields = {"magic": CLUSTER_MAGIC, "next_cluster": next_cluster, "runs": len(runs)}
     head = bytearray(CLUSTER_HEADER.build(fields | {"crc": 0, "unused": bytes(8)}))
     body = encode_runs(runs)
@@ -158,13 +171,14 @@ def build_cluster(next_cluster: int, runs: Runs) -> bytes:
     return data + bytes(-len(data) % SECTOR)
 
 
-def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListCluster:
+def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClusterHeader:
     """Decode the header of a list cluster of ``cluster_size`` bytes.
 
-    The checksum also covers the runs, so `parse_runs` checks it.
+    The checksum is not checked here but in `parse_runs`, because it also covers the runs.
 
     Raises:
-        BadListError: The header has no magic bytes, no runs, or more runs than fit.
+        BadListError: The header is too short, has no magic bytes, has unused bytes that are
+            not zero, or has no runs or more than fit.
     """
     if len(data) < CLUSTER_HEADER_BYTES:
         refuse("list cluster", f"{len(data)} bytes", f"at least {CLUSTER_HEADER_BYTES}")
@@ -175,21 +189,24 @@ def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClus
         refuse("runs in a list cluster", raw.runs, f"1 to {max_runs}")
     if any(raw.unused):
         refuse("list cluster", "unused bytes that are not zero", "zeros")
-    return ListCluster(raw.next_cluster, raw.runs, raw.crc)
+    return ListClusterHeader(raw.next_cluster, raw.runs, raw.crc)
 
 
-def parse_runs(cluster: ListCluster, data: bytes | bytearray) -> Runs:
-    """Decode the runs of a list cluster from its bytes; ``cluster`` is its header.
+def parse_runs(header: ListClusterHeader, data: bytes | bytearray) -> Runs:
+    """Decode the runs of the list cluster that begins with ``header``.
+
+    ``data`` are the bytes of the list cluster, header included.
 
     Raises:
-        BadListError: The header or the runs are damaged, or runs are missing.
+        BadListError: The checksum of the header and the runs is wrong, or ``data`` ends
+            before the last run.
     """
-    end = CLUSTER_HEADER_BYTES + cluster.runs * RUN_BYTES
+    end = CLUSTER_HEADER_BYTES + header.runs * RUN_BYTES
     if len(data) < end:
         refuse("list cluster", f"{len(data)} bytes", f"at least {end}")
     checked = bytearray(data[:end])
     checked[_CRC_OFFSET : _CRC_OFFSET + 4] = bytes(4)
-    _check_crc("list cluster checksum", cluster.crc, zlib.crc32(checked))
+    _check_crc("list cluster checksum", header.crc, zlib.crc32(checked))
     values = np.frombuffer(checked, _RUN_DTYPE, offset=CLUSTER_HEADER_BYTES)
     return values.astype(np.uint64).reshape(-1, 2)
 

@@ -1,7 +1,7 @@
 """Table entries: eight bytes each, little-endian in the file, in memory an ``array('Q')``.
 
-An array decodes a table of the default size 300 times faster than construct does, and is
-sliced, compared and encoded without a Python integer for each entry.
+An array decodes a table of the default size 300 times faster than construct does.  Slicing,
+comparing and encoding an array creates no Python integer for each entry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SLICE_BYTES: Final = 1 << 16
 """Length of a slice: the unit in which tables are read, cached and written, in bytes."""
 
 _ZERO_ENTRIES: Final = 1024
-"""How many unallocated entries are compared in one step."""
+"""How many entries `runs` compares with unallocated ones in one step."""
 _ZEROS: Final = array("Q", bytes(_ZERO_ENTRIES * ENTRY_BYTES))
 _BIG_ENDIAN: Final = sys.byteorder == "big"
 
@@ -33,12 +33,12 @@ def decode(raw: bytes | bytearray) -> array[int]:
     return entries
 
 
-def slice_start(table: int, offset: int, slice_bytes: int = SLICE_BYTES) -> int:
+def slice_start(table_offset: int, offset: int, slice_bytes: int = SLICE_BYTES) -> int:
     """Return the file offset of the slice in which a file offset within a table lies.
 
     Slices begin at multiples of ``slice_bytes`` from the beginning of the table.
     """
-    return offset - (offset - table) % slice_bytes
+    return offset - (offset - table_offset) % slice_bytes
 
 
 def encode(entries: array[int], first: int, last: int) -> bytes:
@@ -52,12 +52,13 @@ def encode(entries: array[int], first: int, last: int) -> bytes:
 def runs(
     entries: array[int], first: int, last: int, cluster_size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Divide the entries from ``first`` up to ``last`` into runs that are stored alike.
+    """Divide the entries from index ``first`` up to, not including, ``last`` into runs.
+
+    All entries of a run are unallocated, or all are zero clusters, or their clusters follow
+    each other in the file.
 
     Yields:
-        (index of the first entry, number of entries, value of the first entry).  Within
-        a run all entries are unallocated, or all are zero clusters, or each points to the
-        cluster that follows that of the entry before.
+        (index of the first entry of a run, number of its entries, value of its first entry).
     """
     index = first
     while index < last:

@@ -17,7 +17,7 @@ from qedfuse.ondisk.freelist import (
     build_cluster,
     build_descriptor,
     encode_runs,
-    may_hold_descriptor,
+    may_be_overwritten,
     runs_in_cluster,
 )
 
@@ -74,7 +74,7 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     found = ""
     if backing_name_covers_descriptor(header):
         found = "the backing file name"
-    elif not header.free_list and not may_hold_descriptor(
+    elif not header.free_list and not may_be_overwritten(
         await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
     ):
         # Another program, which does not know the feature bit of the list, may have put its
