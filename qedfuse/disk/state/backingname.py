@@ -4,16 +4,16 @@ At any moment the header must name the old base or the new one, in full.  A disk
 sector whole or not at all, so the name changes when the sector with the header is written.
 Everything that the header points to in other sectors must be durable before that.
 
-A short name lies directly behind the header, in the same sector, so one write changes both.
-If a longer old name began there as well, the bytes of the old name past the end of the new
-one are unused from then on, because the length in the header no longer covers them.
+A short name lies directly behind the header, in the same sector, so one write changes the
+header and the name.  If the old name began at the same offset and was longer, its remaining
+bytes stay in the file.  They are unused, because the length in the header does not cover them.
 
-A long name crosses sectors.  It is written where neither the old name nor the header lies,
-and made durable while the header still points to the old name.  Then the header is written,
-which points to the new name.  There are three adjacent slots for names, each as long as the
-longest name.  An old name can touch at most two of them, so one is always unused.  The slots
-end where the descriptor of a free list begins, so slots and descriptor fit into the smallest
-cluster.
+A long name crosses sectors.  First the name is written where neither the old name nor the
+header lies, and is made durable while the header still points to the old name.  Then the
+header is written, which points to the new name.  There are three adjacent slots for names,
+and each can hold the longest name.  An old name can touch at most two slots, so one slot is
+always unused.  The slots end where the descriptor of a free list begins, so even the smallest
+cluster has space for the slots and the descriptor.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_SHORT_NAME_BYTES: Final = SECTOR - HEADER_BYTES
-"""Longest name that fits into one sector with the header, in bytes."""
+"""Maximum length in bytes of a name that fits into the sector of the header."""
 
 LONG_NAME_OFFSETS: Final = (512, 1536, 2560)
-"""File offsets of the slots for longer names, 1024 bytes apart: the longest name has 1023."""
+"""File offsets of the slots for longer names: 1024 bytes apart, for names of at most 1023."""
 
 _NAME_FEATURES: Final = int(Feature.BACKING_FILE | Feature.BACKING_FORMAT_NO_PROBE)
 
@@ -50,13 +50,15 @@ async def change_backing_name(
 ) -> None:
     """Store another backing file name in the image, durably; an empty name removes the base.
 
-    With ``raw`` the header forbids probing the format of the base.
+    The caller must have awaited `FirstWriteGuard.prepare_write`.  With ``raw`` the header
+    forbids probing the format of the base; ``raw`` is ignored if the name is empty.
 
     Raises:
         HostError: The host refused.  The image names the old base or, if the host also
-            refuses to restore the header, the new one.
+            refuses to restore the header, possibly the new one.
     """
-    # The content that the image needs with its new base must be durable before the name is.
+    # The caller has written the content that the image needs with its new base.  That content
+    # must be durable before the name is.
     await flusher.flush()
     old = header_store.value
     offset, trailer = (HEADER_BYTES, name) if name else (0, b"")
@@ -64,14 +66,14 @@ async def change_backing_name(
         offset, trailer = _unused_slot(old), b""
         await file.pwrite(offset, name)
         await writeback.barrier()
-    wanted = int(Feature.BACKING_FILE) if name else 0
+    wanted_features = int(Feature.BACKING_FILE) if name else 0
     if name and raw:
-        wanted |= int(Feature.BACKING_FORMAT_NO_PROBE)
+        wanted_features |= int(Feature.BACKING_FORMAT_NO_PROBE)
 
     def edit(header: Header) -> Header:
         return replace(
             header,
-            features=header.features & ~_NAME_FEATURES | wanted,
+            features=header.features & ~_NAME_FEATURES | wanted_features,
             # A name must lie in the clusters that the header counts as its own, and some
             # programs make images whose header counts none.
             header_size=max(1, header.header_size),
@@ -83,7 +85,7 @@ async def change_backing_name(
 
 
 def _unused_slot(header: Header) -> int:
-    """Return the file offset of a slot for a long name that the present name does not touch."""
+    """Return the file offset of the first slot that the present backing file name leaves free."""
     if not header.has_backing:
         return LONG_NAME_OFFSETS[0]
     start = header.backing_filename_offset

@@ -1,9 +1,9 @@
 """The first-write guard: before the first modification an image withdraws its claims.
 
-Two things in a header claim something about the rest of the image, which the first
-modification may make untrue: autoclear feature bits of extensions that this program does not
-know, and the bit of a free list.  These claims must be durably withdrawn before anything else
-in the image changes, data included.
+Two kinds of bits in a header claim something about the rest of the image: the autoclear
+feature bits of extensions that this program does not know, and the bit of a free list.  The
+first modification may make these claims untrue.  So the bits must be durably clear before
+anything else in the image changes, data included.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 class FirstWriteGuard:
-    """Prepares an image for its first modification; further ones pass immediately.
+    """Prepares an image for its first modification, once.
 
     Attributes:
-        prepared: Whether the image makes no claim, or no more, that a modification could
-            make untrue.
+        prepared: Whether the image may be modified without further preparation, either because
+            its header made no claim when the image was opened, or because `prepare_write` has
+            withdrawn all claims.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class FirstWriteGuard:
     ) -> None:
         """Guard modifications of ``file``.
 
-        All ``hooks`` are awaited, in their order, when the claims have been durably withdrawn
-        and before the first modification passes.  If a hook raises, the next caller awaits
-        all of them again.
+        `prepare_write` awaits all ``hooks``, in their order, after it has durably withdrawn the
+        claims and before it returns for the first time.  If a hook raises, the next call
+        awaits all hooks again.  If the header makes no claim now, no hook is ever awaited.
         """
         self._file = file
         self._header_store = header_store
@@ -51,11 +52,12 @@ class FirstWriteGuard:
         self.prepared = not (header_store.value.stale_autoclear or header_store.value.free_list)
 
     async def prepare_write(self) -> None:
-        """Return when the image may be modified: immediately, except for the first time.
+        """Return when the image may be modified, which is immediately if `prepared` is True.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became read-only after an error.
-            HostError: The claims could not be withdrawn; the caller must modify nothing.
+            HostError: The claims could not be withdrawn, or a hook failed.  The caller must
+                modify nothing.
         """
         if not self._file.writable or self._writeback.failure is not None:
             why = self._writeback.failure or "opened read-only"
@@ -63,9 +65,10 @@ class FirstWriteGuard:
             raise ReadOnlyError(msg)
         if not self.prepared:
             async with self._first:
-                # All writers wait for the lock while the first one withdraws the claims.
-                # Not even data may change earlier: if power fails, the cleared autoclear
-                # bits must show their owner that the image has changed, and the free list
+                # All writers wait for the lock while the first writer withdraws the claims.
+                # Not even data may change before the claims are durably withdrawn, because
+                # power may fail at any time.  After that the cleared autoclear bits must show
+                # the program that uses them that the image has changed, and the free list
                 # must be invalid.
                 if not self.prepared:
                     await self._header_store.change(

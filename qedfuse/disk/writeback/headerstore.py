@@ -1,15 +1,15 @@
-"""The header of an open image: one value in memory, the same 64 bytes in the file.
+"""The header of an open image: a value in memory, and the same 64 bytes in the file.
 
 A change of the header takes effect in memory when the new header has been written or, if the
-caller passes a barrier, when it is durable.  Until then, and if the change fails, memory
-holds the old header.  So a change that was reported as failed does not come back with a later
-write of the header.
+caller passes a barrier, when the new header is durable.  Until then, and if the change fails,
+memory holds the old header.  So a change that was reported as failed does not come back with
+a later write of the header.
 
 A write that failed may have reached the file in part or in full.  Therefore the old header is
-written immediately, and again with the next change.  If the disk has become read-only, there
-is no next change, so only the immediate write can keep, say, a size that was reported as
-refused from showing at the next open.  After a failed datasync it is unknown which of the two
-headers a power failure leaves; either is safe.
+written again immediately, and the next change writes the header once more.  The next change
+alone would not suffice: if the disk has become read-only, no change follows, and the next
+open could find, for example, a size that was reported as refused.  After a failed datasync
+a power failure may leave either of the two headers in the file, and either is safe.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ if TYPE_CHECKING:
 class HeaderStore:
     """Serialises all changes of the header.
 
-    A header is smaller than a sector, and a disk writes a sector whole or not at all.
+    The header lies in one sector, and a disk writes a sector whole or not at all.  So a crash
+    leaves the old header or the new one.
 
     Attributes:
         value: The header after the last change that succeeded.
-        persisted: Whether the file is known to hold ``value``: no change is being
-            written, and the last one did not fail.
+        persisted: Whether the file is known to hold ``value``.  False while a change is being
+            written, and from a failed change until the next change that succeeds.
     """
 
     def __init__(self, file: HostFile, header: Header) -> None:
         """Hold ``header``, which was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
-        # If a failed change may have overwritten the bytes behind the header in its sector,
-        # the bytes that were there before.  They are written with the next header.
+        # The former bytes between the header and the end of its sector, from a change with a
+        # trailer until a change has succeeded; empty at other times.  If a change fails, the
+        # next write of the header restores these bytes.
         self._trailer_to_restore = b""
         self.value = header
         self.persisted = True
@@ -70,16 +72,16 @@ class HeaderStore:
                 False, nothing is changed.  Without ``trailer`` no other task runs between
                 this call and the moment when `persisted` becomes False.
             trailer: Bytes that are written directly behind the header in the same write.
-                They must end within the sector.
-            barrier: Awaited after the write, to make the header durable.  Without it the
-                change takes effect when it is written, and is durable after the next
-                datasync.
+                They must end within the sector.  If empty, the bytes there stay as they are.
+            barrier: Awaited after the write, to make the header durable.  Without a barrier
+                the change takes effect when the header is written, and is durable after the
+                next datasync.
 
         Returns:
             True if `value` is the new header now, False if ``only_if`` returned False.
 
         Raises:
-            HostError: The host refused; `value` is the old header.
+            HostError: The host refused the write or the barrier; `value` is the old header.
         """
         async with self._lock:
             if not only_if():
@@ -90,9 +92,9 @@ class HeaderStore:
                     before = await self._file.pread(HEADER_BYTES, SECTOR - HEADER_BYTES)
                     self._trailer_to_restore = bytes(before)
                 self.persisted = False
-                written = trailer or self._trailer_to_restore
+                bytes_behind = trailer or self._trailer_to_restore
                 try:
-                    await self._file.pwrite(0, build_header(new) + written)
+                    await self._file.pwrite(0, build_header(new) + bytes_behind)
                     if barrier is not None:
                         await barrier()
                 except BaseException:
@@ -104,6 +106,6 @@ class HeaderStore:
             return True
 
     async def _restore(self) -> None:
-        """Write the old header over a change that failed; ignore it if the host refuses."""
+        """Write the old header over a change that failed; return even if the host refuses."""
         with trio.CancelScope(shield=True), suppress(HostError):
             await self._file.pwrite(0, build_header(self.value) + self._trailer_to_restore)

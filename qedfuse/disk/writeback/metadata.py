@@ -1,10 +1,10 @@
 """Ordered write-back of the tables, so that every state after a crash is consistent.
 
 The tables are a write-back cache: requests change them in memory, and a *cycle* writes
-the changes to the file.  A cycle makes durable what was there when it began, in the order
-of docs/durability.md: data before the entry that makes it visible, and a new L2 table
-before the L1 entry that points to it (D2).  This is a group commit: callers that arrive
-while a cycle is running share the next one.
+the changes to the file.  A cycle makes durable what was written before it began, in the
+order of docs/durability.md: data before the entry that makes the data visible, and a new L2
+table before the L1 entry that points to the table (D2).  This is a group commit, because all
+callers that arrive while a cycle is running share the next cycle.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class CycleObserver(Protocol):
     def cycle_durable(self) -> None:
         """Note that the changes which the running cycle took are durable.
 
-        Not called for a cycle that failed: the next cycle that succeeds covers its changes.
+        Not called for a cycle that failed, because the next cycle that succeeds also covers
+        the changes of the failed one.
         """
 
 
@@ -63,13 +64,13 @@ class _Cycle:
 
     Attributes:
         done: Set when the cycle has ended.
-        error: Why the cycle failed; None if it succeeded.
+        error: Why the cycle failed; None if it succeeded.  Meaningless before ``done``.
     """
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        # An error until the cycle has succeeded: if it ends in an unforeseen way, the callers
-        # that wait for it must not take it for successful.
+        # This is an error until the cycle has succeeded.  If an unforeseen exception ends the
+        # cycle, the callers that wait for the cycle must not take it for successful.
         self.error: QedError | None = HostError("flush: interrupted")
 
 
@@ -90,6 +91,7 @@ class MetadataWriteback:
         # value of that counter up to which the changes are known to be durable.
         self._written = 0
         self._durable = 0
+        # `_waiting` is the cycle that begins next, which callers may still join.
         self._running: _Cycle | None = None
         self._waiting: _Cycle | None = None
         self._activity = trio.Event()
@@ -98,7 +100,7 @@ class MetadataWriteback:
         self.failure: HostError | None = None
 
     def note_write(self) -> None:
-        """Note that the file, or a table in memory, was changed, so that a flush has to run."""
+        """Note that the file, or a table in memory, was changed, so that a cycle has to run."""
         self._written += 1
         self._activity.set()
 
@@ -107,24 +109,30 @@ class MetadataWriteback:
         self._activity.set()
 
     async def wait_for_activity(self) -> None:
-        """Return when `note_write` or `wake` has been called since the last return."""
+        """Return when `note_write` or `wake` has been called since this method last returned.
+
+        Only one task at a time may wait.
+        """
         await self._activity.wait()
         self._activity = trio.Event()
 
     @property
     def dirty_tables(self) -> bool:
-        """Whether a table in memory differs from the file, or may differ: a cycle is running."""
+        """Whether a table in memory differs from the file, or may differ because a cycle runs."""
         return self._tables.dirty_bytes > 0 or self._running is not None
 
     @property
     def has_changed_tables(self) -> bool:
-        """Whether any table was changed since the image was opened."""
+        """Whether any table was changed since the image was opened.
+
+        Also True while a cycle is running that writes no table.
+        """
         return self._table_writes > 0 or self.dirty_tables
 
     async def barrier(self) -> None:
-        """Make durable a change of the file that was made just now, and all earlier ones.
+        """Make durable a change that the caller has just made to the file, and all earlier changes.
 
-        Takes no lock, so the caller may hold any lock, also that of the file's length.
+        Takes no lock, so the caller may hold any lock, also `FileLength.lock`.
 
         Raises:
             HostError: The host refused; see `write_back`.
@@ -143,34 +151,37 @@ class MetadataWriteback:
     async def write_back(self) -> None:
         """Return when everything written before the call is durable (D1).
 
-        Returns immediately if nothing was written since the last successful cycle.
+        Returns immediately if nothing was written since the last successful cycle began.
 
         Raises:
-            HostError: The host refused.  After a failed datasync the state of the host's
+            HostError: The host refused.  After a failed write the changes are still dirty, and
+                the next call tries again.  After a failed datasync the state of the host's
                 page cache is unknown, so all later calls fail as well (D7).
         """
         self._check()
         if self._written == self._durable:
             return
-        # A running cycle may have begun before the caller's write, so it need not cover that
-        # write: wait for the cycle after it, and run that cycle if no other caller does.
+        # A running cycle may have begun before the caller's write, and then does not cover that
+        # write.  So wait for the cycle that begins next, and run it if no other caller will.
         mine = self._waiting
         if mine is None:
             mine = self._waiting = _Cycle()
             if self._running is not None:
                 previous = self._running
+                # Other callers may join the new cycle during this wait, and only this task
+                # will run it.  So this task must not be cancelled here.
                 with trio.CancelScope(shield=True):
                     await previous.done.wait()
             self._waiting = None
             if self._written == self._durable and self.failure is None:
-                # The cycle that has just ended has made everything durable, also the writes
-                # of all callers that wait for this cycle.
+                # The previous cycle has made everything durable, also the writes of all
+                # callers that wait for the new cycle.  So the new cycle need not run.
                 mine.error = None
                 mine.done.set()
                 return
             self._running = mine
-            # A cycle that has begun is finished even if the caller is cancelled: other
-            # callers wait for it, and half a cycle would leave slices pinned.
+            # The cycle is finished even if this task is cancelled, because other callers wait
+            # for the cycle, and a cycle that stopped half-way would leave slices pinned.
             with trio.CancelScope(shield=True):
                 try:
                     await self._cycle()
@@ -178,8 +189,9 @@ class MetadataWriteback:
                 except QedError as error:
                     mine.error = error.again()
                 except BaseException as error:
-                    # KeyboardInterrupt, no more threads, a bug: the changes that the cycle
-                    # had taken may be neither in the file nor dirty any more, so the disk
+                    # This is KeyboardInterrupt, a thread that could not be started, or a bug.
+                    # The changes that the cycle had taken may be neither in the file nor
+                    # marked as dirty, so no later cycle would write them.  Hence the disk
                     # becomes read-only.
                     why = f"{self._file.name}: flush: ended by {type(error).__name__}"
                     self.failure = HostError(why)
@@ -198,11 +210,17 @@ class MetadataWriteback:
             raise self.failure.again()
 
     async def _cycle(self) -> None:
-        """Make durable what has been written so far."""
+        """Make durable what has been written so far.
+
+        Raises:
+            QedError: The host refused.  The changes that were not written are dirty again.
+        """
         self._check()
         self.cycles += 1
+        # There must be no await from here to `cycle_began`, because the counter, the dirty
+        # slices and what the observer notes must describe the same moment.  Otherwise a change
+        # could count as durable without having been written.
         target = self._written
-        # The data of every changed entry was written to the file before the entry changed.
         l2, l1 = self._tables.take_dirty()
         self._observer.cycle_began()
         # 1. Data, zeroed new tables, the file's length, and NEED_CHECK in the header: all
@@ -210,22 +228,25 @@ class MetadataWriteback:
         #    durable before any entry that depends on them (D2, D3).
         await self._sync_or_give_back(l2 + l1)
         # 2. L2 entries, and a datasync before the L1 entries are written.  Without this
-        #    datasync a crash could leave an L1 entry that points to a new table whose
-        #    clusters still hold their former content, which the guest may have written.
+        #    datasync a crash could leave an L1 entry that points to a new table without some
+        #    of the table's entries.  No promise of D6 would break, because step 1 has made the
+        #    zeros in the new table durable.  But a table must be complete before it becomes
+        #    visible (D2).
         if l2:
             await self._write(l2, dependents=l1)
             await self._sync_or_give_back(l1)
-        # 3. L1 entries make the new tables visible, complete with all they refer to.
+        # 3. L1 entries, which make the new tables visible.  Steps 1 and 2 have made these
+        #    tables durable, and everything that they refer to.
         if l1:
             await self._write(l1)
             await self._sync_or_give_back([])
         self._durable = max(self._durable, target)
         # From here on no table in the file refers to the clusters whose references the cycle
-        # has removed (D5).
+        # has removed.  So the observer may begin to release these clusters (D5).
         self._observer.cycle_durable()
 
     async def _sync_or_give_back(self, writes: Sequence[WriteBack]) -> None:
-        """Run one datasync; ``writes`` are the changes that the cycle has still to write.
+        """Run one datasync; ``writes`` are the changes that the cycle has not written yet.
 
         Raises:
             HostError: The datasync failed.  The disk is read-only, and ``writes`` are dirty
@@ -235,33 +256,34 @@ class MetadataWriteback:
             self._datasyncs += 1
             await self._file.datasync()
         except HostError as error:
-            # The kernel may have dropped the pages that it could not write, and would then
-            # report success the next time.  So a retry would prove nothing.
+            # The kernel may have dropped the pages that it could not write, and the next
+            # datasync would then succeed without them.  So a retry would prove nothing, and
+            # the disk becomes read-only instead.
             self.failure = error.again()
             log.error("%s: the disk is read-only from now on", error)  # noqa: TRY400  no traceback
             self._give_back(writes)
             raise
 
     async def _write(self, writes: list[WriteBack], dependents: Sequence[WriteBack] = ()) -> None:
-        """Write changes of slices; ``dependents`` must not be written before all of them.
+        """Write changes of slices; the caller writes ``dependents`` only after all of ``writes``.
 
         Raises:
             QedError: A write failed.  The changes that were not written are dirty again, and
                 so are ``dependents``.
         """
         pace = Pace()
-        for number, write in enumerate(writes):
+        for index, write in enumerate(writes):
             try:
                 self._table_writes += 1
                 await self._file.pwrite(write.offset, write.data)
             except QedError:
-                self._give_back([*writes[number:], *dependents])
+                self._give_back([*writes[index:], *dependents])
                 raise
             self._tables.end_write_back(write, written=True)
             await pace.step()
 
     def _give_back(self, writes: Sequence[WriteBack]) -> None:
-        """Make changes dirty again that were taken and not written."""
+        """Make changes dirty again that the cycle has taken but not written."""
         for write in writes:
             self._tables.end_write_back(write, written=False)
 
