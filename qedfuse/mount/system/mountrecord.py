@@ -1,14 +1,21 @@
-"""A record of each mount, by which ``qedfuse umount`` finds the process that serves it.
+"""Mount records: by the record of a mount, ``qedfuse umount`` finds the server of the mount.
 
-    /run/qedfuse/0:42.1234       for root
-    $XDG_RUNTIME_DIR/qedfuse/    for users, or /tmp/qedfuse-UID/ if that is not set
+The server is the process that answers the kernel's requests for the mount.  Each mount has one
+record, in a file of its own:
 
-The file name is the device number of the mount and the pid of the process.  The mount table
-shows the device number even of a mount that is dead or may not be accessed.  The pid is
-needed as well, because the kernel reuses the device number while the process is still
-closing its images.  The process removes its record when all images are safely closed.  If
-something failed at the end, it writes the reason into the record instead.  If it is killed,
-the record stays as it was.  `MountRecordFile` removes old records.
+    /run/qedfuse/0:42.1234                 for root
+    $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if this directory can be used
+    /run/user/UID/qedfuse/0:42.1234        otherwise, if this directory can be used
+    /tmp/qedfuse-UID/0:42.1234             otherwise
+
+The file name is the device number of the mount and the pid of the server.  The mount table
+shows the device number even of a mount whose server has ended, or which the caller may not
+access.  The pid is needed as well, because the kernel can give the device number to a new mount
+while the server of the old one is still closing its images.
+
+The server removes its record when all images are safely closed.  If something failed, the
+server writes the reason into the record instead.  If the server is killed, its record stays
+unchanged.  A mount that begins later removes such records (`MountRecordFile`).
 """
 
 from __future__ import annotations
@@ -27,26 +34,30 @@ from qedfuse.mount.system.mounttable import read_mounts
 from qedfuse.text import printable
 
 _MAX_RECORD_BYTES: Final = 1 << 20
+"""Maximum number of bytes that are read of a record; a longer record is not valid."""
 _MAX_PID: Final = 1 << 22
 _MAX_TICKS: Final = (1 << 64) - 1
 _MAX_EXIT_CODE: Final = 255
 _ENDED_MODE: Final = 0o400
-"""The mode of a record whose process was found to have ended."""
+"""The mode of a record whose server has ended, and whose mount is gone."""
 _MIN_ENDED_SECONDS: Final = 60.0
-"""Shortest time for which such a record is kept, since a ``qedfuse umount`` may be running."""
+"""Minimum time for which a record with `_ENDED_MODE` is kept, because a running ``qedfuse
+umount`` may still need the record."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """What a process records about the mount that it serves; the fields are JSON keys.
+    """What a server records about its mount; the fields are the keys of a JSON object.
 
     Attributes:
-        pid: The process.
-        started: When the process started, in clock ticks since boot: pids are reused.
+        pid: The pid of the server.
+        started: When the server started, in clock ticks since boot; 0 if unknown.  It tells the
+            server from a later process with the same pid.
         mountpoint: The mountpoint.
         sources: The images.
-        failure: What failed at the end of the mount; None if nothing did.
-        exit_code: The exit code of the process if something failed.
+        failure: What failed during the mount or at its end; None while the server is running, or
+            if it was killed.
+        exit_code: The exit code of the server; 0 if ``failure`` is None.
         options: All mount options, each as for ``-o``, with absolute paths.
     """
 
@@ -60,24 +71,28 @@ class MountRecord:
 
 
 class FoundRecord(NamedTuple):
-    """A mount record and its file."""
+    """A mount record and the path of its file."""
 
     path: Path
     record: MountRecord
 
 
 def process_start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None if there is no process."""
+    """Return when a process started, in clock ticks since boot; None if no process has the pid."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # Fields are counted from the end of the name, which may contain spaces and parentheses.
+    # The fields (proc_pid_stat(5)) are counted from the last parenthesis, which ends the name,
+    # because the name may contain spaces and parentheses.
     return int(text.rpartition(")")[2].split()[19])
 
 
 def record_directories(user: int) -> list[Path]:
-    """List the directories in which records of a user's mounts may be, the preferred one first."""
+    """List the directories in which records of a user's mounts may be, the preferred one first.
+
+    The environment variable ``XDG_RUNTIME_DIR`` counts only for the user of this process.
+    """
     if user == 0:
         return [Path("/run/qedfuse")]
     directories = [
@@ -91,19 +106,19 @@ def record_directories(user: int) -> list[Path]:
 
 
 def _open_directory(path: Path, user: int, *, make: bool) -> int:
-    """Open a directory of records, if only ``user`` can write to it.
+    """Open a directory of records, if only ``user`` can write to the directory.
 
     Args:
         path: The directory.
-        user: The user who must own it.
-        make: Whether to make it if it is missing.
+        user: The user who must own the directory.
+        make: Whether to make the directory if it is missing.
 
     Returns:
         A descriptor of the directory.
 
     Raises:
-        OSError: It is missing, and could not be made.
-        PrivilegeError: It has another owner, or others can write to it.
+        OSError: The directory cannot be made or opened, or the path is no directory.
+        PrivilegeError: The directory has another owner, or others can write to it.
     """
     if make:
         with contextlib.suppress(FileExistsError):
@@ -113,35 +128,40 @@ def _open_directory(path: Path, user: int, *, make: bool) -> int:
     if found.st_uid != user or stat.S_IMODE(found.st_mode) & 0o022:
         os.close(fd)
         msg = (
-            f"{printable(path)}: found a directory that others can write to, expected a private one"
+            f"{printable(path)}: found a directory of another user, or to which others can write, "
+            "expected a private directory"
         )
         raise PrivilegeError(msg)
     return fd
 
 
 class MountRecordFile:
-    """Writes the record of one mount and removes it at the end.
+    """The file with the record of one mount, from before the mount until after its end.
 
-    The constructor opens the directory, before the mount exists: later the path of the
-    directory may lead through the mount.
+    The caller must construct the object before the mount exists, because the constructor opens
+    the directory of the record, and later the path of this directory may lead through the mount.
     """
 
     def __init__(self) -> None:
-        """Open the directory of records, and remove old records of processes that were killed.
+        """Open a directory of records, and remove old records of servers that were killed.
 
         Raises:
-            HostError: There is no such directory and none can be made.
-            PrivilegeError: Other users can write to the directory.
+            HostError: No directory of records can be made or opened, or /proc is not mounted.
+            PrivilegeError: A directory of records has another owner, or others can write to it.
         """
         self._written: tuple[str, MountRecord] | None = None
         self._directory = self._open_first_usable()
         _remove_stale(self._directory)
 
     def write(self, device: str, record: MountRecord) -> None:
-        """Write the record of the mount with the device number ``device``.
+        """Write the record of a mount.
+
+        Args:
+            device: The device number of the mount, ``MAJOR:MINOR``.
+            record: The record.
 
         Raises:
-            HostError: It cannot be written.
+            HostError: The record cannot be written.
         """
         name = f"{device}.{record.pid}"
         self._write(name, record)
@@ -149,7 +169,13 @@ class MountRecordFile:
 
     @staticmethod
     def _open_first_usable() -> int:
-        """Open the first of `record_directories` that exists or can be made."""
+        """Open the first of `record_directories` that can be made or opened.
+
+        Raises:
+            HostError: None of them can be made or opened.
+            PrivilegeError: The first that can be opened has another owner, or others can write
+                to it.  A later directory is not tried.
+        """
         user = os.geteuid()
         failure: OSError | None = None
         for path in record_directories(user):
@@ -160,7 +186,13 @@ class MountRecordFile:
         raise HostError.from_os(failure or OSError(), str(path), "cannot write the mount record")
 
     def _write(self, name: str, record: MountRecord) -> None:
-        """Write the file of the record atomically: readers see the old content or the new."""
+        """Write the file ``name`` with a record.
+
+        The file is replaced atomically, so a reader sees the complete old or new content.
+
+        Raises:
+            HostError: The file cannot be written; an earlier file ``name`` is unchanged.
+        """
         text = json.dumps(asdict(record)).encode()
         new = name + ".new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -173,7 +205,14 @@ class MountRecordFile:
             raise HostError.from_os(error, name, "cannot write the mount record") from error
 
     def finish(self, failure: str | None, exit_code: int) -> None:
-        """Remove the record if it was written; after a failure, add the reason to it instead."""
+        """Remove the record, or add a failure to it; then close the directory.
+
+        Nothing is removed or added if no record was written.  An error of the host is ignored.
+
+        Args:
+            failure: What failed; None if nothing failed, and the record must be removed.
+            exit_code: The exit code of the server, recorded with the failure.
+        """
         try:
             if self._written is None:
                 return
@@ -183,53 +222,79 @@ class MountRecordFile:
             else:
                 self._write(name, replace(record, failure=failure, exit_code=exit_code))
         except (OSError, HostError):
-            pass  # the mount is gone in any case, and there is no caller to report to
+            pass  # the mount is gone, so no caller could act on the error
         finally:
             os.close(self._directory)
 
 
 def find_record(device: str, user: int) -> FoundRecord | None:
-    """Find the record of a mount that ``user`` has made; None if there is no trusted one."""
+    """Find the newest record of a mount, in the directories of the user who has mounted.
+
+    Args:
+        device: The device number of the mount, ``MAJOR:MINOR``.
+        user: The user who has mounted.
+
+    Returns:
+        The record; None if there is none in a directory to which only ``user`` can write.
+    """
     found = []
     for directory in record_directories(user):
         try:
-            opened = _open_directory(directory, user, make=False)
+            fd = _open_directory(directory, user, make=False)
         except (OSError, PrivilegeError):
             continue
         try:
-            for name in os.listdir(opened):  # noqa: PTH208  of a descriptor
-                if name.rpartition(".")[0] == device and (record := _read(opened, name, user)):
+            for name in os.listdir(fd):  # noqa: PTH208  of a descriptor
+                if name.rpartition(".")[0] == device and (record := _read(fd, name, user)):
                     found.append(FoundRecord(directory / name, record))  # noqa: PERF401  two conditions
         finally:
-            os.close(opened)
-    # Device numbers are reused: an older record with this number is of a mount that is gone.
+            os.close(fd)
+    # The kernel reuses device numbers.  So of several records with this number, only the record
+    # of the server that started last can belong to the present mount.
     return max(found, key=lambda one: one.record.started, default=None)
 
 
 def take_record(path: Path, user: int) -> MountRecord | None:
-    """Read and remove a record found by `find_record`; None if it is gone."""
+    """Read a record that `find_record` has found, remove its file, and return the record.
+
+    Args:
+        path: The path of the file.
+        user: The user who has mounted.
+
+    Returns:
+        The record; None if the file is gone, or is no valid record any more and was not removed.
+        If the file cannot be removed, the record is returned nevertheless.
+    """
     try:
-        opened = _open_directory(path.parent, user, make=False)
+        fd = _open_directory(path.parent, user, make=False)
     except (OSError, PrivilegeError):
         return None
     try:
-        record = _read(opened, path.name, user)
+        record = _read(fd, path.name, user)
         if record is not None:
-            # By the descriptor: the user may put another directory in place of this one.
+            # The file is removed through the descriptor of its directory.  By the path, root
+            # could remove a file elsewhere, because ``user`` may put another directory there.
             with contextlib.suppress(OSError):
-                os.unlink(path.name, dir_fd=opened)
+                os.unlink(path.name, dir_fd=fd)
         return record
     finally:
-        os.close(opened)
+        os.close(fd)
 
 
 def _remove_stale(directory: int) -> None:
-    """Remove the records of processes that have ended and that ``qedfuse umount`` cannot need.
+    """Remove the records of servers that have ended and that ``qedfuse umount`` cannot need.
 
-    The mount of a killed process stays in the mount table until it is unmounted, and the
-    record stays as long.  ``qedfuse umount`` reads the record once more after that, when the
-    process has ended.  So a record without mount is first made read-only, and removed by a
-    mount that starts at least a minute later.  Mounts in other mount namespaces do not count.
+    The mount of a killed server stays in the mount table until it is unmounted, and its record
+    must stay as long.  After the unmount, ``qedfuse umount`` waits for the end of the server and
+    reads the record once more.  So a record whose mount is gone is not removed at once.  It is
+    made read-only, and the next mount that begins at least a minute later removes it.  Mounts
+    that are only in other mount namespaces count as gone.
+
+    Args:
+        directory: A descriptor of the directory of records.
+
+    Raises:
+        HostError: /proc is not mounted.
     """
     user = os.geteuid()
     ended = []
@@ -237,7 +302,8 @@ def _remove_stale(directory: int) -> None:
         record = _read(directory, name, user)
         if record is not None and process_start(record.pid) != record.started:
             ended.append(name)
-    # Read after the records: then it has the mount of each of them, unless that is gone.
+    # The mount table is read after the records.  A server writes its record after it has
+    # mounted, so a record whose mount is missing in this table belongs to a mount that is gone.
     mounted = {entry.device for entry in read_mounts()}
     for name in ended:
         if name.partition(".")[0] in mounted:
@@ -251,7 +317,10 @@ def _remove_stale(directory: int) -> None:
 
 
 def _read(directory: int, name: str, user: int) -> MountRecord | None:
-    """Read a record; None unless it is a valid record in a regular file of ``user``."""
+    """Read the record in the file ``name`` of a directory.
+
+    The result is None unless the file is a regular file of ``user`` with a valid record.
+    """
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(name, flags, dir_fd=directory)
@@ -268,13 +337,16 @@ def _read(directory: int, name: str, user: int) -> MountRecord | None:
 
 
 def _parse(text: bytes) -> MountRecord:
-    """Parse the text of a record, which is untrusted: root reads records of any user.
+    """Parse the text of a record.
+
+    The text is untrusted, because root reads the records of all users.
 
     Raises:
-        ValueError: It is not JSON.
-        TypeError: It is no object, or a field has a wrong type or an impossible value.
-        KeyError: A field is missing.
-        RecursionError: It is nested too deeply.
+        ValueError: The text is not JSON.
+        TypeError: The text is no JSON object, lacks a field or has an unknown one, or a field
+            has a wrong type or an impossible value.
+        KeyError: The field ``sources`` is missing.
+        RecursionError: The text is nested too deeply.
     """
     data = json.loads(text)
     # Earlier versions of qedfuse wrote no options.
@@ -294,6 +366,6 @@ def _parse(text: bytes) -> MountRecord:
     return record
 
 
-def _is_number(value: object, least: int, most: int) -> bool:
-    """Return whether a value is an integer, and not a boolean, between two bounds."""
-    return type(value) is int and least <= value <= most
+def _is_number(value: object, minimum: int, maximum: int) -> bool:
+    """Return whether a value is an integer, and no boolean, from ``minimum`` to ``maximum``."""
+    return type(value) is int and minimum <= value <= maximum

@@ -1,13 +1,15 @@
 """The kernel's read-ahead on a mount, for sequential readers of a disk.
 
-Each request costs a pass through this process.  With the kernel's default of 128 KiB, eight
-requests are sent where one would do.  The length is a property of the mount.  In FUSE INIT
-the kernel offers its own length and takes the reply as an upper limit only, so an
-unprivileged process can lower it but never raise it (`qedfuse.mount.fuse.fuseinit`).  Only
-root can raise it, by writing to a file below ``/sys``.
+Each read request costs this process time, whatever its length.  With a read-ahead of 128 KiB,
+the kernel's default, a program that reads 1 MiB causes eight requests instead of one.
 
-An open file keeps the length that the mount had when the file was opened.  Therefore the
-length must be set before the mount is announced.
+The read-ahead is a property of the mount.  In FUSE INIT the kernel offers its own read-ahead,
+and regards the one in the reply as an upper limit only.  So an unprivileged process can lower
+the read-ahead but never raise it (`qedfuse.mount.fuse.fuseinit`).  Only root can raise the
+read-ahead, by writing to a file below ``/sys``.
+
+An open file keeps the read-ahead that the mount had when the file was opened.  Therefore the
+read-ahead must be set before the mount is announced.
 """
 
 from __future__ import annotations
@@ -20,18 +22,25 @@ from typing import Final, Literal, TypeAlias
 _log = logging.getLogger(__name__)
 
 Readahead: TypeAlias = int | Literal["kernel"] | None
-"""The option ``readahead``: bytes, the kernel's own length, or None for the default."""
+"""The option ``readahead``: a number of bytes, ``kernel`` to keep the kernel's own read-ahead,
+or None (the user did not set the option) for `DEFAULT_READAHEAD_BYTES`."""
 
 DEFAULT_READAHEAD_BYTES: Final = 1 << 20
-"""The size of the largest read request.  A shorter read-ahead would need more requests, and a
-longer one would only have several requests in flight."""
+"""The read-ahead that a mount gets without the option: the size of the largest read request.
+
+With a shorter read-ahead the kernel would send more requests.  With a longer one it would not
+send fewer, but only have several of them in flight."""
 
 _BDI: Final = Path("/sys/class/bdi")
+"""The directory in which the kernel has a directory for each mount (backing device)."""
 _KIB: Final = 1024
 
 
 def readahead_bytes(option: Readahead) -> int | None:
-    """Return the length in bytes, rounded up to whole pages; None to keep the kernel's own."""
+    """Return the read-ahead for a value of the option, in bytes, rounded up to whole pages.
+
+    The result is None if the kernel must keep its own read-ahead.
+    """
     if option == "kernel":
         return None
     page = os.sysconf("SC_PAGESIZE")
@@ -39,37 +48,39 @@ def readahead_bytes(option: Readahead) -> int | None:
 
 
 def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | None:
-    """Set the kernel's read-ahead on a mount, if this process is permitted to.
+    """Set the kernel's read-ahead on a mount, unless the kernel refuses.
 
-    A failure is returned and not raised: the mount works without it.
+    A failure is returned and not raised, because the mount works with any read-ahead.
 
     Args:
         device: The device number of the mount, ``MAJOR:MINOR``.
-        option: The length.
+        option: The value of the option ``readahead``.
         bdi: The directory in which the kernel has a directory for each mount.
 
     Returns:
-        None if the length is as wanted; otherwise one line with the reason and the remedy.
+        None if the mount has the wanted read-ahead now; otherwise one line with the reason and
+        the command by which root can set the read-ahead.
     """
-    wanted = readahead_bytes(option)
-    if wanted is None:
+    wanted_bytes = readahead_bytes(option)
+    if wanted_bytes is None:
         return None
+    wanted_kib = wanted_bytes // _KIB
     path = bdi / device / "read_ahead_kb"
     found = "an unknown length"
     try:
-        number = int(path.read_text())
-        if number == wanted // _KIB:
+        found_kib = int(path.read_text())
+        if found_kib == wanted_kib:
             return None
-        found = f"{number} KiB"
+        found = f"{found_kib} KiB"
         fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:
-            os.write(fd, b"%d\n" % (wanted // _KIB))
+            os.write(fd, b"%d\n" % wanted_kib)
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
         return (
-            f"the kernel reads ahead {found}, expected {wanted // _KIB} KiB: {path}: {reason} "
-            f"(as root: echo {wanted // _KIB} > {path}; it holds for files opened after that)"
+            f"the kernel reads ahead {found}, expected {wanted_kib} KiB: {path}: {reason} "
+            f"(as root: echo {wanted_kib} > {path}; files that are open keep the old length)"
         )
     return None

@@ -19,19 +19,26 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class BusyError(MountpointError):
-    """The mount is in use: by a loop device, an open file or a working directory."""
+    """A loop device, an open file or a working directory keeps the mount in use."""
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount; with ``lazy``, detach the mount even while it is in use (MNT_DETACH).
+    """Unmount what is mounted on a path.
 
-    The call blocks while the kernel sends its dirty pages to the process that serves the
-    mount.  Therefore that process must call it in a worker thread, never in its event loop.
+    The call blocks until the kernel has sent its dirty pages to the process that serves the
+    mount.  Therefore this process must call the function in a worker thread, never in its event
+    loop.
+
+    Args:
+        mountpoint: The path, absolute and free of symbolic links.
+        lazy: Whether to detach a mount that is in use (MNT_DETACH) instead of raising.
 
     Raises:
-        BusyError: The mount is in use.
-        PrivilegeError: It is another user's.
-        FuseError: It cannot be unmounted for another reason.
+        BusyError: The mount is in use; not with ``lazy``.
+        PrivilegeError: The caller may not unmount the mount of another user, or fusermount3 is
+            missing.
+        FuseError: The mount cannot be unmounted for another reason, such as that nothing is
+            mounted there.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
@@ -40,7 +47,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 
 def _unmount_by_syscall(mountpoint: str, *, lazy: bool) -> None:
-    """Unmount with umount2(2), which needs CAP_SYS_ADMIN."""
+    """Unmount as `unmount` does, by umount2(2), which needs CAP_SYS_ADMIN."""
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
     if _libc.umount2(os.fsencode(mountpoint), flags) != 0:
         number = ctypes.get_errno()
@@ -48,7 +55,10 @@ def _unmount_by_syscall(mountpoint: str, *, lazy: bool) -> None:
 
 
 def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
-    """Unmount with the set-user-ID program fusermount3, for the user who mounted."""
+    """Unmount as `unmount` does, by the set-user-ID program fusermount3.
+
+    fusermount3 unmounts for a user only what the same user has mounted.
+    """
     program = find_fusermount()
     if program is None:
         msg = f"{printable(mountpoint)}: cannot unmount: fusermount3 is not installed"
@@ -61,24 +71,35 @@ def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
         check=False,
     )
     if done.returncode != 0:
-        said = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
-        reason = said.replace(mountpoint, "")  # a path may contain any word
-        number = errno.EBUSY if "busy" in reason else errno.EPERM if "permitted" in reason else 0
-        raise _error(mountpoint, number, said or f"exit code {done.returncode}")
+        printed = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
+        # fusermount3 reports the reason only in words.  The mountpoint is removed before the
+        # search, because a path may contain the same words.
+        words = printed.replace(mountpoint, "")
+        number = errno.EBUSY if "busy" in words else errno.EPERM if "permitted" in words else 0
+        raise _error(mountpoint, number, printed or f"exit code {done.returncode}")
 
 
 def _error(mountpoint: str, number: int, reason: str) -> QedError:
-    """Return an error of the class by which callers decide what to do next."""
-    kinds: dict[int, type[QedError]] = {errno.EBUSY: BusyError, errno.EPERM: PrivilegeError}
-    found = "in use" if number == errno.EBUSY else printable(reason)
-    return kinds.get(number, FuseError)(f"{printable(mountpoint)}: cannot unmount: {found}")
+    """Return the error for a failed unmount, in the class that matches an errno.
+
+    Args:
+        mountpoint: The mountpoint.
+        number: The errno; 0 if the errno is unknown.
+        reason: The reason, for the message.
+    """
+    classes: dict[int, type[QedError]] = {errno.EBUSY: BusyError, errno.EPERM: PrivilegeError}
+    shown = "in use" if number == errno.EBUSY else printable(reason)
+    return classes.get(number, FuseError)(f"{printable(mountpoint)}: cannot unmount: {shown}")
 
 
 def sync_mount(mountpoint: str) -> None:
-    """Have the kernel write back the dirty pages of a mount (syncfs(2)); blocks like `unmount`.
+    """Make the kernel write back all dirty pages of a mount, and wait until it has (syncfs(2)).
+
+    The process that serves the mount must call this function in a worker thread, like `unmount`.
 
     Raises:
-        OSError: The mount is dead, or a page could not be written back.
+        OSError: The mountpoint cannot be opened, the server of the mount has ended, or a page
+            could not be written back.
     """
     fd = os.open(mountpoint, os.O_RDONLY | os.O_CLOEXEC)
     try:
