@@ -1,8 +1,8 @@
 """Deallocating clusters: discards, ranges of zeros, and written clusters of zeros.
 
-A cluster that is deallocated becomes unallocated, or a zero cluster where the base would show
-through (S1).  The cluster of the file that held its data goes into quarantine.  Where the range
-covers only a part of a cluster, zeros are written, so that the whole range reads as zeros.
+A guest cluster that is deallocated becomes unallocated, or a zero cluster where the base would
+show through (S1).  The cluster of the file that held its data goes into quarantine.  Zeros are
+written to a cluster of which the range covers only a part, so the whole range reads as zeros.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 _MAX_CLUSTERS_PER_STEP: Final = 1024
-"""Clusters that are deallocated before other tasks may run."""
+"""Most clusters that are deallocated before other tasks may run."""
 
 _MAX_CLUSTERS_ONE_BY_ONE: Final = 64
-"""Clusters up to this number are handled one by one; for more of them numpy is faster."""
+"""Most entries that are processed one by one; for more entries numpy is faster."""
 
 
 class Discard:
@@ -54,7 +54,7 @@ class Discard:
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
-        """Deallocate in ``layer``, the top of ``chain``."""
+        """Deallocate clusters of ``layer``, the top of ``chain``."""
         self._chain = chain
         self._layer = layer
         self._table_writer = table_writer
@@ -69,15 +69,18 @@ class Discard:
         Args:
             start: Guest offset of the first byte.
             end: Guest offset past the last byte.
-            free: Deallocate whole clusters; if not, zeros are written over them.
+            free: Whether to deallocate allocated clusters; if not, zeros are written over
+                them.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  In both cases parts may read as zeros.
+            HostError: The host refused.  After both errors parts of the range may read as
+                zeros.
         """
         geometry = self._layer.geometry
         first = geometry.ceil(start)
-        # The guest cannot read past the end of the disk, so the last cluster counts as whole.
+        # The guest cannot read past the end of the disk, so a range up to that end covers the
+        # whole last cluster.
         last = geometry.ceil(end) if end == self._layer.size else geometry.floor(end)
         if first >= last:
             first = last = min(first, end)
@@ -93,37 +96,49 @@ class Discard:
     async def drop(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Deallocate whole clusters, and leave unallocated and zero clusters unchanged.
 
-        Unlike `discard` this creates no tables to hide a base where it shows already, and
-        also works past the end of the disk.  ``start`` and ``end`` are guest offsets at
-        cluster boundaries.  ``progress`` is called with the bytes of the range that are
-        done, and with the length of the range.
+        Unlike `discard` this creates no zero clusters where the base shows already, and it
+        also works past the end of the disk.
+
+        Args:
+            start: Guest offset at a cluster boundary.
+            end: Guest offset at a cluster boundary.
+            progress: Called with the bytes of the range that are done, and its length.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  In both cases a part may have been dropped.
+            HostError: The host refused.  After both errors some clusters may have been
+                deallocated.
         """
         if start < end:
             await self._deallocate(start, end, data=True, hide=False, progress=progress)
 
     async def clear(self, start: int, end: int, progress: Progress | None = None) -> None:
-        """Make every cluster of a range unallocated, also zero clusters: the base shows everywhere.
+        """Make every cluster of a range unallocated, also zero clusters, so that the base shows.
 
-        ``start`` and ``end`` are guest offsets at cluster boundaries; ``progress`` is called
-        as by `drop`.
+        Args:
+            start: Guest offset at a cluster boundary.
+            end: Guest offset at a cluster boundary.
+            progress: Called with the bytes of the range that are done, and its length.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  In both cases a part may have been cleared.
+            HostError: The host refused.  After both errors some clusters may be unallocated.
         """
         if start < end:
             await self._deallocate(start, end, data=True, hide=False, clear=True, progress=progress)
 
     async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
-        """Write bytes at a guest offset; whole clusters of zeros take no space (``detect_zeroes``).
+        """Write ``data`` at a guest offset; whole clusters of zeros take no new space.
+
+        Args:
+            start: Guest offset of ``data``.
+            data: The bytes to write; the range must lie within the disk.
+            mode: The value of ``detect_zeroes``.  With ``unmap`` a cluster of zeros is
+                deallocated; with ``on`` zeros are written to it if it is allocated.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  In both cases parts may have been written.
+            HostError: The host refused.  After both errors parts may have been written.
         """
         end, position = start + len(data), start
         for first, last in find_zero_clusters(data, start, self._layer.geometry):
@@ -154,15 +169,17 @@ class Discard:
         clear: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Change the entries of whole clusters, slice by slice.
+        """Deallocate the clusters of a guest range, slice by slice.
 
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
-            data: Deallocate allocated clusters.
-            hide: Turn unallocated clusters into zero clusters where the base has data.
-            clear: Make all clusters unallocated, also zero clusters and where the base has data.
-            progress: Called as by `drop`.
+            data: Whether to deallocate allocated clusters.
+            hide: Whether to turn unallocated clusters into zero clusters where the base has
+                data.
+            clear: Whether to make zero clusters unallocated too, and allocated ones also
+                where the base then shows.
+            progress: Called with the bytes of the range that are done, and its length.
         """
         geometry = self._layer.geometry
         slice_bytes = self._layer.tables.slice_entries << geometry.cluster_bits
@@ -173,7 +190,8 @@ class Discard:
             if reason:
                 raise CorruptImageError(reason)
             if table or (hide and start < self._base_end):
-                # A step stays within one slice: slices and tables are multiples of a step.
+                # The next step ends at a multiple of the step length, so it stays within one
+                # slice: the lengths of slices and tables are multiples of the step length.
                 stop = min(end, start - start % step + step)
                 await self._table_writer.limit_dirty()
                 await self._deallocate_in_slice(start, stop, data=data, hide=hide, clear=clear)
@@ -186,13 +204,13 @@ class Discard:
 
     @property
     def _base_end(self) -> int:
-        """The guest offset from which on no base shows through."""
+        """The guest offset at which the base ends; 0 without a base."""
         return self._chain.layers[1].size if self._chain.has_base else 0
 
     async def _deallocate_in_slice(
         self, start: int, end: int, *, data: bool, hide: bool, clear: bool
     ) -> None:
-        """Do what `_deallocate` does for clusters whose entries lie in one slice."""
+        """Deallocate clusters whose entries lie in one slice; see `_deallocate`."""
         geometry = self._layer.geometry
         async with self._write_path.allocating.hold(start, end):
             shown = await self._clusters_shown(start, end) if hide else []
@@ -203,8 +221,8 @@ class Discard:
                 table = await self._table_writer.ensure_table(geometry.l1_index(start))
                 index = geometry.l2_index(start)
                 slice_ = await self._table_writer.writable_slice(table, index, L2)
-                # No await from here on: removing an entry and quarantining its cluster are
-                # atomic with respect to other tasks.
+                # No await from here on, because removing an entry and putting its cluster
+                # into quarantine must be atomic with respect to other tasks.
                 if data:
                     self._drop(slice_, start, end, clear=clear)
                 tables = self._layer.tables
@@ -215,7 +233,7 @@ class Discard:
                 self._writeback.note_write()
 
     async def _kinds(self, start: int, end: int) -> set[Kind]:
-        """Return the kinds of clusters in a range whose entries lie in one slice.
+        """Return which kinds of clusters a guest range has, whose entries lie in one slice.
 
         Raises:
             CorruptImageError: One of the entries is bad.
@@ -228,7 +246,7 @@ class Discard:
             if slice_ is None:
                 slice_ = await layer.tables.load(table, index, L2)
             if slice_.bad is None:
-                # A lookup would return one extent per cluster where these are scattered.
+                # Do not use a lookup: it returns one extent for each scattered cluster.
                 first = index % layer.tables.slice_entries
                 values = np.frombuffer(slice_.entries, np.uint64)[first : first + clusters]
                 found = ((Kind.DATA, values > ZERO), (Kind.ZERO, values == ZERO))
@@ -240,10 +258,11 @@ class Discard:
         return {extent.kind for extent in extents}
 
     def _drop(self, slice_: Slice, start: int, end: int, *, clear: bool) -> None:
-        """Remove the references to the data clusters of a guest range from a slice.
+        """Remove the entries of data clusters of a guest range from a slice.
 
-        The clusters become zero clusters as far as a base reaches, and are unallocated past
-        that or with ``clear``.
+        Their clusters of the file go into quarantine.  The guest clusters become zero clusters
+        up to the end of the base, and unallocated past it.  With ``clear`` all guest clusters
+        become unallocated, also zero clusters.
         """
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
@@ -253,7 +272,7 @@ class Discard:
             values = np.array(slice_.entries[first:last], np.uint64)
             is_data = values > ZERO
             offsets = values[is_data]
-            # Existing zero clusters stay, unless ``clear`` removes them too.
+            # Zero clusters stay zero clusters, except with ``clear``.
             values[slice(None) if clear else is_data] = UNALLOCATED
             values[:hidden][is_data[:hidden]] = ZERO
             tables.put(slice_, first, values)
@@ -270,7 +289,7 @@ class Discard:
                 tables.fill(slice_, index, count, UNALLOCATED)
 
     async def _clusters_shown(self, start: int, end: int) -> list[int]:
-        """Return the numbers of the unallocated clusters where a base shows through as data."""
+        """Return the numbers of the unallocated clusters of a range where the base has data."""
         end = min(end, self._base_end)
         if start >= end:
             return []
@@ -287,6 +306,6 @@ class Discard:
         ]
 
     def _clusters(self, start: int, end: int) -> range:
-        """Return the numbers of the clusters that a range of the disk touches."""
+        """Return the numbers of the guest clusters that a guest range touches."""
         geometry = self._layer.geometry
         return range(start >> geometry.cluster_bits, geometry.clusters(end))

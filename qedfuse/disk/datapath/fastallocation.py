@@ -1,13 +1,14 @@
 """The part of the fast path that writes to clusters that are not allocated yet.
 
 Usually the slice is in memory, host space for its write-back is reserved, NEED_CHECK is set,
-and the file is long enough for the next clusters.  Then clusters are chosen, filled and
-pointed to without an await, that is, atomically with respect to other tasks.  The slow path is
-taken if another task holds the range lock of these clusters, if tables must be written back
-first, or if clusters should be reclaimed before the file grows.
+and the file can be made long enough without waiting.  Then `FastAllocation` chooses clusters,
+writes the data to them and changes their entries without an await, that is, atomically with
+respect to other tasks.  The slow path must carry out the write if another task holds the range
+lock of these clusters, if tables must be written back first, or if clusters should be
+reclaimed before the file grows.
 
-The order is that of the slow path (`WritePath`): the data is written first, and only then
-the entry that makes it visible changes, in memory.
+The order is the same as on the slow path (`WritePath`): the data is written to the file first,
+and only then the entry that makes the data visible is changed in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ class FastAllocation:
         write_path: WritePath,
         buffer: memoryview,
     ) -> None:
-        """Allocate for ``layer``, the top of ``chain``; ``buffer`` holds one request's bytes."""
+        """Allocate for ``layer``, the top of ``chain``.
+
+        ``buffer`` has the length of the longest request on the fast path; every write may
+        overwrite it.
+        """
         self._layer = layer
         self._flattened = chain.flattened
         self._files = [one.file for one in chain.layers]
@@ -55,15 +60,17 @@ class FastAllocation:
         self._size = layer.geometry.cluster_size
 
     def try_write(self, slice_: Slice, first: int, count: int, start: int, data: Buffer) -> bool:
-        """Allocate and write; return False, with no entry changed, if that would block or fails.
+        """Allocate clusters and write ``data``; return False if that would block or fails.
+
+        If it returns False, no entry has changed and no cluster is allocated.
 
         Args:
-            slice_: Holds the entries of the clusters, which are all unallocated or all zero
-                clusters.
-            first: Number of the first cluster on the disk.
-            count: Number of clusters.
+            slice_: The slice with the entries of the guest clusters, which must be all
+                unallocated or all zero clusters.
+            first: Number of the first guest cluster.
+            count: Number of guest clusters.
             start: Guest offset of ``data``.
-            data: Bytes that touch each of the clusters.
+            data: The bytes to write; they must touch each of the clusters.
         """
         tables = self._layer.tables
         index = first & (tables.slice_entries - 1)
@@ -77,8 +84,8 @@ class FastAllocation:
         ):
             return False
         length = count << self._bits
-        # Steps that may fail come before the allocation: a run that is allocated and released
-        # no longer counts as never written.
+        # Take the steps that may fail before the allocation, because a run that is allocated
+        # and released again no longer counts as never written.
         shown = self._read_base(slice_.entries[index], base, length) if len(data) < length else 0
         if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
             return False
@@ -99,12 +106,12 @@ class FastAllocation:
         """Read the backing data of clusters at guest offset ``base`` into the buffer.
 
         Returns:
-            How many bytes were read; the rest of the clusters reads as zeros.  None if the
-            read would block.
+            How many bytes were read; the rest of the clusters must become zeros.  None if the
+            read would block or fails, or if the slow path must assemble the data.
         """
         if entry != UNALLOCATED or self._flattened is None:
             return 0
-        # The slow path assembles the backing data of several clusters.
+        # Leave the backing data of several clusters to the slow path.
         number = base >> self._bits
         entries = self._layer.tables.slice_entries
         codes = self._flattened.cached(number // entries) if length == self._size else None
@@ -120,10 +127,16 @@ class FastAllocation:
         return shown if self._files[depth].try_read(offset, self._buffer[:shown]) else None
 
     def _fill(self, run: Run, inside: int, data: Buffer, shown: int) -> bool:
-        """Write a run; return False, with its content undefined, if that would block or fails.
+        """Fill a run with ``data`` and the bytes around it; False if that would block or fails.
 
-        The data begins ``inside`` bytes into the run.  Around it the run gets the first
-        ``shown`` bytes of the buffer, and zeros after those.
+        If it returns False, the content of the run is undefined.
+
+        Args:
+            run: The run of new clusters.
+            inside: Offset in bytes of ``data`` within the run.
+            data: The guest's data.
+            shown: How many bytes at the beginning of the buffer are data of the base.  The
+                run gets these bytes, then zeros, except where it gets ``data``.
         """
         write = self._layer.file.try_write
         if len(data) == run.length:

@@ -1,10 +1,11 @@
-"""The fast path of a request: tables and data are in memory, so nothing waits.
+"""The fast path of a request whose tables and data are in memory, so that it need not wait.
 
-Most requests are like that.  On the slow path, with extents and tasks, they would cost
-several times what the host's file costs.  No other task runs between the lookup and the
-read or write, so neither locks nor `Epochs` are needed.  All other cases (a slice or data
-that is not in memory, a bad entry, a failing host) are left to the slow path, which starts
-over and reports the error.
+Most requests need nothing else.  On the slow path, with extents and tasks, such a request
+would cost several times as much time as its access to the host's file.  No other task runs
+between the lookup and the read or write, so the fast path needs neither locks nor `Epochs`.
+
+If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
+up.  The caller then starts the request again on the slow path, which reports the error.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
-"""Longest request on the fast path; the kernel sends no longer ones."""
+"""Most bytes in one request on the fast path; requests of the kernel are not longer."""
 _ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
 
 _MAX_SLICES_PER_SEEK: Final = 64
-"""Slices that one seek searches before it leaves the rest to the slow path."""
+"""Most slices that one seek searches before it gives up."""
 
 
 class FastPath:
@@ -52,7 +53,7 @@ class FastPath:
         table_writer: TableWriter,
         write_path: WritePath,
     ) -> None:
-        """Serve requests to ``layer``, the top of ``chain``."""
+        """Serve requests for ``layer``, the top of ``chain``."""
         self._layer = layer
         self._writeback = writeback
         self._flattened = chain.flattened
@@ -60,8 +61,8 @@ class FastPath:
         self._files = [one.file for one in chain.layers]
         self._file = layer.file
         self._try_write_file = layer.file.try_write
-        # Allocating a new buffer for each request, which fills it with zeros, would cost as
-        # much as reading into it.
+        # All requests share one buffer: to allocate a buffer for each request, filled with
+        # zeros, would take as long as to read into it.
         self._buffer = memoryview(bytearray(_MAX_REQUEST_BYTES))
         self._allocation = FastAllocation(
             chain, layer, space, needcheck, table_writer, write_path, self._buffer
@@ -77,7 +78,7 @@ class FastPath:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a guest range; return None if that would block or fails.
 
-        The view is valid until the next call of any method.
+        The view that it returns is valid until the next call of any method.
         """
         if length > _MAX_REQUEST_BYTES:
             return None
@@ -90,8 +91,10 @@ class FastPath:
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:
         """Return the file and the file offset of a guest range that is stored as one run.
 
-        Returns None if the range is not one run of data, or if the tables that say so are
-        not in memory.  The result is valid until the caller awaits something.
+        Returns None if the range is not one run of data within one slice, ends past the end
+        of the disk, or needs a slice that is not in memory or has a bad entry.  In a base,
+        only a range within one cluster is found.  The result is valid until the caller awaits
+        something.
         """
         end = start + length
         if not length or end > self._layer.header.image_size:
@@ -114,7 +117,7 @@ class FastPath:
     def _locate_in_backing(
         self, flattened: FlattenedBacking, start: int
     ) -> tuple[HostFile, int] | None:
-        """Do what `locate` does for a range in one cluster that the top image does not have."""
+        """Locate a range within one cluster that is unallocated in the top image; see `locate`."""
         cluster = start >> self._bits
         codes = flattened.cached(cluster >> self._slice_bits)
         code = ZEROS if codes is None else codes[cluster & self._slice_mask]
@@ -124,9 +127,10 @@ class FastPath:
         return self._files[depth], value + (start & self._cluster_mask)
 
     def try_write(self, start: int, data: Buffer) -> bool:
-        """Write ``data``; return False, perhaps partly written, if that would block or fails.
+        """Write ``data`` at a guest offset; return False if that would block or fails.
 
-        The caller then writes the whole range again on the slow path.
+        If it returns False, a part of the range may have been written, and the caller must
+        write the whole range again on the slow path.
         """
         end = start + len(data)
         if not start < end <= self._layer.header.image_size:
@@ -146,7 +150,7 @@ class FastPath:
         return True
 
     def _write_runs(self, slice_: Slice, start: int, data: memoryview) -> bool:
-        """Write a range within one slice run by run, with the contract of `try_write`."""
+        """Write a range within one slice, run by run; see `try_write` for the result."""
         end = start + len(data)
         last = ((end - 1) >> self._bits) & self._slice_mask
         while data:
@@ -169,8 +173,14 @@ class FastPath:
     def try_seek(self, start: int, *, data: bool) -> int | None:
         """Find the first data, or hole, at or past a guest offset; None if that would block.
 
-        Returns its guest offset, or the size of the disk if there is none.  Returns None also
-        if the search takes more than `_MAX_SLICES_PER_SEEK` slices, or if there is a base.
+        Args:
+            start: Guest offset at which the search begins.
+            data: Whether to search for data; if not, for a hole.
+
+        Returns:
+            The guest offset of the data or the hole; the size of the disk if there is none.
+            None if the disk has a base, or if the search meets a slice that is not in memory
+            or has a bad entry, or needs more than `_MAX_SLICES_PER_SEEK` slices.
         """
         size = self._layer.header.image_size
         if self._flattened is not None:
@@ -198,11 +208,14 @@ class FastPath:
         return None
 
     def _is_run(self, entries: array[int], first: int, last: int) -> bool:
-        """Return whether the clusters of some entries are contiguous in the file."""
+        """Return whether the entries from ``first`` to ``last`` are one run within the slice."""
         return last <= self._slice_mask and self._run_end(entries, first, last) > last
 
     def _run_end(self, entries: array[int], first: int, last: int) -> int:
-        """Return the index after the run of entries from ``first``; ``last + 1`` at most."""
+        """Return the index past the run of entries that begins at ``first``, at most ``last + 1``.
+
+        A run has entries of contiguous clusters, or only unallocated or only zero clusters.
+        """
         value = entries[first]
         size = self._size if value > ZERO else 0
         for at in range(first + 1, last + 1):
@@ -212,7 +225,11 @@ class FastPath:
         return last + 1
 
     def _gather(self, start: int, end: int) -> memoryview | None:
-        """Read a range within one slice that is not one run of data; None if that would block."""
+        """Read a range within one slice, run by run; return None if that would block or fails.
+
+        Returns None also if the range is not within one slice or ends past the end of the
+        disk.
+        """
         if not start < end <= self._layer.header.image_size:
             return None
         first, last = start >> self._bits, (end - 1) >> self._bits
@@ -237,9 +254,13 @@ class FastPath:
         return whole
 
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
-        """List the runs of a range; None if some of it is not in memory.
+        """Return the runs of a guest range within one slice; None if `FastPath` must give up.
 
-        Each run is a list: depth in the chain, or -1 for zeros; file offset; length.
+        That is so if a needed slice of the flattened backing is not in memory or does not
+        describe the cluster, or if the disk was opened without its base.
+
+        Each run is a list of its depth in the chain (-1 for zeros), its file offset and its
+        length in bytes.
         """
         first = start >> self._bits
         codes = None

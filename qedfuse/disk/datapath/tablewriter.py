@@ -1,6 +1,6 @@
-"""Making tables ready to be changed: L2 tables that are missing, and space for the write-back.
+"""Changing tables: creates missing L2 tables, and reserves host space for their write-back.
 
-All changes are made in memory; `MetadataWriteback` takes them to the file.
+Entries change only in memory; `MetadataWriteback` writes the changes to the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _ZERO_FILL_BYTES: Final = 1 << 20
-"""Bytes of one write when a new table is filled with zeros."""
+"""Most bytes of one write that fills a new table with zeros."""
 
 
 class TableWriter:
@@ -35,7 +35,10 @@ class TableWriter:
         flusher: Flusher,
         dirty_budget: int,
     ) -> None:
-        """Change the tables of ``layer``; ``dirty_budget`` is in bytes (D4)."""
+        """Change the tables of ``layer``.
+
+        ``dirty_budget`` is the most bytes of dirty slices that `limit_dirty` accepts (D4).
+        """
         self._layer = layer
         self._space = space
         self._writeback = writeback
@@ -44,27 +47,28 @@ class TableWriter:
         self._creating = trio.Lock()
 
     def is_within_budget(self) -> bool:
-        """Return whether the dirty slices fit in the budget: `limit_dirty` would not wait."""
+        """Return whether the dirty slices fit in the budget, so `limit_dirty` would not wait."""
         return self._layer.tables.dirty_bytes <= self._dirty_budget
 
     async def limit_dirty(self) -> None:
-        """Write tables back if the dirty slices exceed the budget (D4).
+        """Flush if the dirty slices exceed the budget; do nothing otherwise (D4).
 
-        Called before clusters are allocated or given up.  So memory stays bounded, and if
-        the tables cannot be written, the request fails instead of adding to them.
+        The caller must await this before it allocates or deallocates clusters.  So the memory
+        for dirty slices stays bounded, and if the tables cannot be written back, the request
+        fails instead of making more slices dirty.
 
         Raises:
-            HostError: The tables cannot be written.
+            HostError: The tables cannot be written back.
         """
         if not self.is_within_budget():
             await self._flusher.flush()
 
     async def ensure_table(self, l1_index: int) -> int:
-        """Return the file offset of the L2 table for an L1 entry, which is created if missing.
+        """Return the file offset of the L2 table of an L1 entry; create the table if it is missing.
 
         Raises:
             CorruptImageError: The L1 entry is bad.
-            HostError: The host refused, or is full; there is no table then.
+            HostError: The host refused, or is full; no table was created.
         """
         layer = self._layer
         table, reason = await layer.table_at(l1_index)
@@ -95,12 +99,12 @@ class TableWriter:
     async def writable_slice(self, table: int, index: int, level: int) -> Slice:
         """Return the slice with an entry of a table, with host space reserved for its write-back.
 
-        The caller changes the slice before it awaits anything, or pins it.
+        The caller must change or pin the slice before it awaits anything.
 
         Args:
             table: File offset of the table.
             index: Index of the entry in the table.
-            level: Level of the table.
+            level: `L1` or `L2`.
 
         Raises:
             HostError: The slice cannot be read, or the host is full.
@@ -112,24 +116,29 @@ class TableWriter:
         return slice_
 
     async def point_to(self, table: int, start: int, run: Run) -> None:
-        """Let the entries of a table point to a run of clusters, from guest offset ``start`` on.
+        """Let the entries of an L2 table point to a run of clusters.
+
+        Args:
+            table: File offset of the table.
+            start: Guest offset of the first cluster.
+            run: The clusters; the table must have an entry for each of them.
 
         Raises:
-            HostError: A slice cannot be read, or the host is full; no entry has changed then.
+            HostError: A slice cannot be read, or the host is full; no entry has changed.
         """
         geometry = self._layer.geometry
         tables = self._layer.tables
         index = geometry.l2_index(start)
         end = index + (run.length >> geometry.cluster_bits)
         offset = run.offset
-        # All slices are loaded before the first entry changes: if that fails, nothing
-        # refers to the run yet.
+        # Load all slices before the first entry changes, so that no entry refers to the run
+        # if loading one of them fails.
         step = tables.slice_entries
         slices = []
         with Pins() as pins:
             for at in range(index - index % step, end, step):
                 slice_ = await self.writable_slice(table, at, L2)
-                # The next load must not evict it.
+                # Pin the slice, so that loading the next slice does not evict it.
                 pins.add(slice_)
                 slices.append(slice_)
             for slice_ in slices:

@@ -1,12 +1,12 @@
 """The write path: a write is cut into runs, and each run is overwritten or allocated.
 
-Overwrites in place need no lock: two of them to the same bytes may end in either order, as
-on any disk.  They enter an epoch instead (`Epochs`), so that the clusters they write to are
-not reused meanwhile.
+Overwrites in place need no lock, because two overwrites of the same bytes may end in either
+order, as on any disk.  An overwrite enters an epoch instead (`Epochs`), so that the clusters to
+which it writes are not reused before it ends.
 
-Allocating clusters, or giving them up, takes a range lock on the guest clusters and repeats
-the lookup under the lock.  So of two writes into one new cluster the second finds the
-cluster allocated and overwrites it.
+A task that allocates or deallocates clusters takes a range lock on the guest clusters, and
+looks them up again under the lock.  So of two concurrent writes into one new cluster the
+second finds the cluster allocated, and overwrites it.
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _COPY_BYTES: Final = 1 << 20
-"""Most bytes of one read and one write when a new cluster is filled around the guest's data."""
+"""Most bytes of one read or write that fills a new cluster around the guest's data."""
 
 _ALLOCATE_BYTES: Final = 1 << 26
 """Most bytes that `WritePath.allocate` allocates before it looks up again."""
 _ALLOCATE_CLUSTERS: Final = 1024
-"""The same in clusters: a lookup of that many scattered clusters takes about a millisecond."""
+"""Most clusters that `WritePath.allocate` allocates before it looks up again.
+
+A lookup of that many scattered clusters takes about a millisecond.
+"""
 
 
 class WritePath:
     """Carries out writes on the top image of a chain.
 
     Attributes:
-        allocating: Locks ranges of guest clusters while they are allocated or given up.
+        allocating: The range lock that a task holds on guest clusters, given as guest offsets
+            in bytes, while it allocates or deallocates them.
     """
 
     def __init__(
@@ -69,11 +73,11 @@ class WritePath:
         self.allocating = RangeLock()
 
     async def write(self, start: int, data: memoryview) -> None:
-        """Write ``data`` at a guest offset; the range lies within the disk.
+        """Write ``data`` at a guest offset; the caller must ensure that it lies within the disk.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  In both cases parts may have been written.
+            HostError: The host refused.  After both errors parts may have been written.
         """
         new = []
         epoch = self._epochs.enter()
@@ -84,8 +88,8 @@ class WritePath:
                 else:
                     new.append(extent)
         finally:
-            # Leave the epoch before allocating: waiting for free clusters may wait for the
-            # epoch to drain (deadlock).
+            # Leave the epoch before allocating, because allocating may wait until all
+            # requests of this epoch have ended (deadlock).
             self._epochs.leave(epoch)
         for extent in new:
             segment = data[extent.start - start : extent.end - start]
@@ -99,7 +103,7 @@ class WritePath:
         self._writeback.note_write()
 
     async def _write_to_new(self, start: int, end: int, data: memoryview) -> None:
-        """Write to clusters that were not allocated at the last lookup.
+        """Write ``data`` to a guest range that the last lookup found unallocated, or zero.
 
         With empty ``data`` the clusters are allocated and keep their content.
         """
@@ -115,7 +119,7 @@ class WritePath:
                         await self._allocate_extent(extent, segment)
 
     async def _allocate_extent(self, extent: Extent, data: memoryview) -> None:
-        """Allocate and fill every cluster of an extent; the caller holds the range lock."""
+        """Allocate and fill every cluster of an extent; the caller must hold the range lock."""
         geometry = self._layer.geometry
         start = extent.start
         while start < extent.end:
@@ -137,12 +141,17 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write all bytes of new clusters: the guest's data, and the previous content around it.
 
-        ``first`` is the guest offset of the run, ``start`` that of the data.
+        Args:
+            kind: The kind of the guest clusters before: unallocated or zero.
+            run: The new clusters of the file.
+            first: Guest offset of the first cluster.
+            start: Guest offset of ``data``.
+            data: The guest's data.
         """
         end = start + len(data)
         run_end = first + run.length
-        # A zero cluster hides the base: the bytes around the data must be zeros, not the
-        # base's (QEMU's driver copies the base's).
+        # A zero cluster hides the base, so the bytes around the data must be zeros.  (QEMU's
+        # driver copies the bytes of the base instead.)
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
         if run.never_written and not from_base:
@@ -152,8 +161,8 @@ class WritePath:
             tail = await self._previous_content(end, run_end, from_base=from_base)
             await pwrite(run.offset, head, data, tail)
         else:
-            # A cluster can be 64 MiB long.  Copy in steps, or a few small concurrent writes
-            # would take gigabytes of memory.
+            # A cluster can be 64 MiB long.  Copy in steps, because a few small concurrent
+            # writes would otherwise take gigabytes of memory.
             await pwrite(run.offset + start - first, data)
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _COPY_BYTES):
@@ -164,7 +173,7 @@ class WritePath:
     async def _previous_content(
         self, start: int, end: int, *, from_base: bool
     ) -> bytes | bytearray:
-        """Return what an unallocated guest range reads as: the base's bytes, or zeros."""
+        """Return the bytes of the base for a guest range, or zeros unless ``from_base``."""
         # Do not copy the base past the end of the disk: if the disk grew later, the guest
         # would read those bytes instead of zeros.
         inside = max(0, min(end, self._layer.size) - start) if from_base else 0
@@ -172,11 +181,14 @@ class WritePath:
         return data if start + inside == end else bytes(data) + bytes(end - start - inside)
 
     async def allocate(self, start: int, end: int) -> None:
-        """Allocate each cluster of a guest range and reserve host space; the content stays.
+        """Allocate each cluster of a guest range, and reserve host space for it.
+
+        The range reads as before.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused; parts may be allocated now.
+            HostError: The host refused.  After both errors some clusters may have been
+                allocated.
         """
         geometry = self._layer.geometry
         most = min(_ALLOCATE_BYTES, _ALLOCATE_CLUSTERS * geometry.cluster_size)
@@ -200,11 +212,12 @@ class WritePath:
     async def zero_range(self, start: int, end: int, pace: Pace | None = None) -> None:
         """Write zeros over the parts of a guest range that do not read as zeros already.
 
-        ``pace`` is that of the caller's work, if this is a part of it.
+        ``pace`` decides when other tasks run: the caller passes its own `Pace` if it calls
+        this for many ranges.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  In both cases parts may have been zeroed.
+            HostError: The host refused.  After both errors parts may have been zeroed.
         """
         pace = pace or Pace()
         zeros = memoryview(bytes(min(end - start, _COPY_BYTES)))
@@ -222,11 +235,13 @@ class WritePath:
     async def write_zero_clusters(self, start: int, end: int) -> None:
         """Turn the unallocated clusters of a guest range into zero clusters, which hide the base.
 
-        Both offsets are at cluster boundaries.  Allocated clusters stay unchanged.
+        ``start`` and ``end`` must be at cluster boundaries.  Allocated clusters stay
+        unchanged.
 
         Raises:
             CorruptImageError: An L1 entry is bad.
-            HostError: The host refused.  In both cases some clusters may have been changed.
+            HostError: The host refused.  After both errors some clusters may have been
+                changed.
         """
         geometry = self._layer.geometry
         tables = self._layer.tables

@@ -1,8 +1,9 @@
 """Detecting clusters of zeros in the data that a guest writes (``detect_zeroes``).
 
-The search takes about 10 µs for each MiB.  The first word of a cluster rules out nearly all
-clusters that hold other bytes.  For the rest the largest word decides, which numpy finds
-faster than it compares a cluster with zeros.
+The search takes about 10 µs for each MiB.  Clusters whose first word is not 0 are excluded
+first: these are nearly all clusters that hold other bytes than zeros.  A remaining cluster
+holds only zeros if its largest word is 0, which numpy finds out faster than it compares all
+words of the cluster with 0.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
 
 
 def find_zero_clusters(data: memoryview, start: int, geometry: Geometry) -> list[tuple[int, int]]:
-    """Return the runs of whole clusters that hold only zeros: guest offsets of start and end.
+    """Return the runs of guest clusters to which ``data`` would write only zeros.
+
+    Only whole clusters count.
 
     Args:
-        data: The bytes to be written.
-        start: The guest offset of ``data``.
+        data: The bytes that will be written.
+        start: Guest offset of ``data``.
         geometry: The geometry of the image.
+
+    Returns:
+        The guest offsets of the start and the end of each run, in ascending order.
     """
     size = geometry.cluster_size
     first, last = geometry.ceil(start), geometry.floor(start + len(data))
