@@ -329,14 +329,23 @@ MISTAKES: Final = {
     "geometry": ("-O raw --cluster-size 4k a.raw x", "expected -O qed"),
     "too-large": ("--cluster-size 4k --table-size 2 huge.raw x", "image size: found 5368709120"),
     "key": ("-o compat=1 a.raw x", "option -o: found compat=1"),
-    "raw-overlay": ("-O raw -B base.qed a.raw x", "-B: found format raw, expected qed"),
-    "foreign-overlay": ("-O qcow2 -B base.qed a.raw x", "-B: found format qcow2, expected qed"),
-    "foreign-base": ("-O qcow2 -o backing_file=base.qed a.raw x", "-B: found format qcow2"),
+    "raw-overlay": (
+        "-O raw -B base.qed a.raw x",
+        "x: found format raw with a backing file, expected qed",
+    ),
+    "foreign-overlay": (
+        "-O qcow2 -B base.qed a.raw x",
+        "x: found format qcow2 with a backing file, expected qed",
+    ),
+    "foreign-base": (
+        "-O qcow2 -o backing_file=base.qed a.raw x",
+        "found format qcow2 with a backing file, expected",
+    ),
     "no-value": ("-o backing_file= a.raw x", "option backing_file: found no value"),
     "two-bases": ("-B base.qed -o backing_file=gone a.raw x", "backing_file: found two values"),
     "small": ("-n huge.raw base.qed", "base.qed: size: found 1048576, expected at least"),
     "raw-over-qed": ("-n -O raw a.raw base.qed", "base.qed: found a QED image, expected raw"),
-    "image-pipe": ("top.qed -", "-: a pipe: expected -O raw"),
+    "image-pipe": ("top.qed -", "-: found a pipe, which can only be written with -O raw"),
     "foreign-option": ("-O qcow2 -o nonsense=1 a.raw x", "x: qemu-img: Invalid parameter 'non"),
     "foreign-help": ("-O qcow2 -o help a.raw x", "x: -o help: found that qemu-img makes none,"),
     "foreign-extents": (

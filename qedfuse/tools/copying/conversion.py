@@ -44,7 +44,7 @@ class ConvertResult:
     """The result of a conversion, in bytes.
 
     Attributes:
-        size: Size of the disk.
+        size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
         data_bytes: Bytes of the disk that were written as data.
     """
@@ -67,7 +67,7 @@ class RawStream(NamedTuple):
 
 
 class Conversion:
-    """One conversion; the caller must keep the source open until the copy has returned."""
+    """One conversion; the caller must keep the source open until the conversion has returned."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Conversion:
     ) -> None:
         """Prepare a conversion of ``source`` to ``path``; the arguments are those of `convert`."""
         self._input = source
-        # The source as a disk, which can be read again and has a size; None for a stream.
+        # The source if it is a disk, which has a size and can be read again; None for a stream.
         self._source = None if isinstance(source, RawStream) else source
         self._path = path
         self._name = printable(path)
@@ -99,10 +99,12 @@ class Conversion:
 
         Raises:
             UsageError: The target format is not raw, or a comparison is wanted.
-            QedError: As `convert`.
+            BrokenPipeError: The reading end is closed.
+            QedError: The source cannot be read, or the pipe cannot be opened or written.
         """
         if self._spec.format != "raw" or self._compare:
-            msg = f"{self._name}: a pipe: expected -O raw without --compare"
+            msg = f"{self._name}: found a pipe, which can only be written with -O raw and without "
+            msg += "--compare"
             raise UsageError(msg)
         stream = await open_stream(self._path, os.O_WRONLY)
         with closing(stream):
@@ -115,11 +117,15 @@ class Conversion:
         Raises:
             UsageError: The target is smaller than the disk or of another format, or the
                 arguments name a backing file or a foreign format.
-            QedError: As `convert`.
+            QedError: The source cannot be read, the target cannot be opened, locked or
+                written, or the comparison found a difference.
         """
         spec = self._spec
         if spec.backing is not None or spec.format not in {"raw", "qed"}:
-            msg = f"{self._name}: an existing file: expected -O raw or -O qed without -B"
+            msg = (
+                f"{self._name}: found an existing target, which can only be written with -O raw "
+                "or -O qed, and without a backing file"
+            )
             raise UsageError(msg)
         if spec.format == "qed":
             size, file_bytes, data_bytes = await self._copy_to_image()
@@ -132,17 +138,23 @@ class Conversion:
     async def to_new(self, *, overwrite: bool) -> ConvertResult:
         """Create a new file, which gets its name when it is complete.
 
+        Args:
+            overwrite: Replace an existing file.
+
         Raises:
             UsageError: The file exists and ``overwrite`` is False, a backing file is named
-                for a format other than QED, or a foreign format cannot be made.
+                for a format other than QED, or a foreign format cannot be made or compared.
             BackingError: The backing file cannot be used, or leads to the target itself.
-            QedError: As `convert`.
+            ImageInUseError: The old file is open elsewhere, or another file has taken its
+                name during the copy.
+            QedError: The source cannot be read, the file cannot be written, or the comparison
+                found a difference.
         """
         spec = self._spec
         if spec.backing is not None and spec.format != "qed":
             msg = (
-                f"{self._name}: -B: found format {spec.format}, expected qed (qemu-img convert "
-                "-B makes overlays of other formats)"
+                f"{self._name}: found format {spec.format} with a backing file, expected "
+                "qed (qemu-img convert -B makes overlays of other formats)"
             )
             raise UsageError(msg)
         if spec.backing is not None:
@@ -187,9 +199,16 @@ class Conversion:
         return self._input.size, copy.data_bytes
 
     async def _copy_to_image(self) -> tuple[int, int, int]:
-        """Copy to an existing QED image; return the bytes of the disk, the file and the data."""
-        # Imported late, because other targets do not need the module and should not wait
-        # until it is loaded.
+        """Copy to an existing QED image.
+
+        Returns:
+            The bytes of the disk, the length of the file, and the bytes written as data.
+
+        Raises:
+            UsageError: The image's disk is smaller than the source.
+        """
+        # Imported late, because loading the module takes time, and other targets do not need
+        # the module.
         from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415  late, see above
 
         options = replace(self._options, force_share=False)
@@ -199,7 +218,10 @@ class Conversion:
             return size, disk.fstat().st_size, data_bytes
 
     async def _copy_to_raw_file(self) -> tuple[int, int, int]:
-        """Copy to an existing file or device; return the bytes of the disk, the file and the data.
+        """Copy to an existing file or device.
+
+        Returns:
+            The bytes of the disk, the length of the file, and the bytes written as data.
 
         Raises:
             UsageError: The target is a QED image or smaller than the disk.
@@ -222,9 +244,9 @@ class Conversion:
             os.close(fd)
 
     def _refuse_too_small(self, size: int) -> None:
-        """Refuse a target of ``size`` bytes if the source is larger.
+        """Raise UsageError if the source is larger than ``size``, the bytes of the target.
 
-        The size of a stream is unknown, so no target is refused for it.
+        The size of a stream is unknown.  So if the source is a stream, nothing is refused.
         """
         if self._source is not None and size < self._source.size:
             msg = f"{self._name}: size: found {size}, expected at least {self._source.size}"
@@ -232,7 +254,7 @@ class Conversion:
 
     @asynccontextmanager
     async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:
-        """Yield the target for an empty file, and its open base; None if it has no base."""
+        """Yield the target for an empty file, and the open base of the target or None."""
         spec = self._spec
         if spec.format == "raw":
             yield NewRawTarget(fd, self._name, spec.sparse_size), None
@@ -246,7 +268,14 @@ class Conversion:
             yield qed_target(fd, self._name, spec, self._source, base), base
 
     async def _copy_through_qemu(self, new: NewFile) -> tuple[int, int]:
-        """Copy to a temporary raw file, which qemu-img then converts; return as `_copy`."""
+        """Copy to a temporary raw file, which qemu-img then converts into the new file.
+
+        Returns:
+            The size of the disk, and how many of its bytes were written as data.
+
+        Raises:
+            UsageError: A comparison is wanted, or `foreign_image` refuses.
+        """
         spec = self._spec
         if self._compare:
             msg = f"{self._name}: --compare: found format {spec.format}, expected raw or qed"

@@ -1,4 +1,4 @@
-"""Copying a disk, possibly one that a chain of images stores, into a file, image or pipe."""
+"""Copying a disk, which may be an image with a backing chain, into a file, image or pipe."""
 
 from __future__ import annotations
 
@@ -38,30 +38,32 @@ async def convert(
 ) -> ConvertResult:
     """Copy a disk into a new file, an existing file, image or device, or a pipe.
 
-    A new file gets its name when the copy is complete.  Until then the name is free, or is
-    still that of the old file.
+    A new file gets its name when the copy is complete.  Until then no file has the name, or
+    the old file still has the name.
 
     Args:
         source_path: A QED image, a raw file or device, or a pipe (``-``: standard input).
         target_path: The file or device to write, or a pipe for raw content (``-``: standard
             output).
-        spec: Format and geometry of the target.
-        source_format: Format of the source.
+        spec: Format and geometry of the target; None for a QED image with the defaults.
+        source_format: Format of the source; ``auto`` detects the format from the first bytes.
         into_existing: Write into an existing file, image or device.
-        overwrite: Replace an existing file.
-        compare: Read both disks again and compare them.  A new file gets its name only if
-            they are equal.
-        durable: Make the copy durable before a new file gets its name, or before returning.
-            An existing image is always made durable, and a pipe never.
-        streams: Most chunks in flight, 1 to 16.
-        options: How to open the source.
+        overwrite: Replace an existing file; ignored with ``into_existing`` and for a pipe.
+        compare: After the copy, read the source and the target and compare them.  A new file
+            gets its name only if they are equal.
+        durable: Make a new file durable before it gets its name, and an existing file or
+            device before this function returns.  An existing image is always made durable,
+            and a pipe never.
+        streams: Maximum number of chunks that are copied at the same time, 1 to 16.
+        options: How to open the source, the backing file and an existing target; None for the defaults.
         progress: Called with the bytes of the disk copied so far, and the size of the disk.
 
     Raises:
-        UsageError: The arguments contradict each other, or the source or target is not of a
-            kind that they allow.
+        UsageError: The arguments contradict each other, do not fit the kind of the source or
+            of the target, or name the same file twice.
         ImageInUseError: The old file is open elsewhere, or another file has taken its name
             during the copy.
+        BackingError: The backing file cannot be used.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The source cannot be read, the target cannot be written, or the comparison
             found a difference.
@@ -72,8 +74,8 @@ async def convert(
         if is_stream(source_path):
             if source_format == "qed" or spec.backing is not None or compare or into_existing:
                 msg = (
-                    f"{printable(source_path)}: found a pipe, which can only be raw content for a "
-                    "new file or a pipe, without -B and --compare"
+                    f"{printable(source_path)}: found a pipe as the source, expected a file (-f "
+                    "qed, -n, --compare and a backing file need one)"
                 )
                 raise UsageError(msg)
             stream = await open_stream(source_path, os.O_RDONLY)
@@ -104,8 +106,10 @@ async def convert(
 def _refuse_same_file(source: Source, target_path: str) -> None:
     """Refuse a target that is the source, or one of the bases of the source.
 
+    Does nothing if the target does not exist or cannot be examined.
+
     Raises:
-        UsageError: The target is one of these files.
+        UsageError: The target is the source or one of its bases.
     """
     try:
         target = os.stat(target_path)  # noqa: PTH116  a name, not a Path

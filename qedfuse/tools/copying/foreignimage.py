@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _PROGRAM: Final = "qemu-img"
 _TRIAL_DISK_BYTES: Final = 1 << 20
-"""Size of the disk of the trial image; every format allows this size."""
+"""Bytes of the disk of the trial image; every format of qemu-img allows this size."""
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
-"""Most bytes of the image's name that the name of the temporary directory begins with.
+"""Maximum number of bytes of the image's name at the beginning of the temporary directory's name.
 
-The whole name may have at most 255 bytes.
+The whole name of the directory may have at most 255 bytes.
 """
 
 
@@ -33,13 +33,14 @@ async def foreign_image(
 ) -> AsyncIterator[int]:
     """Yield the descriptor of an empty file, which the caller must fill with a raw disk.
 
-    At the end of the block the raw file is converted into the image.  If the block raises,
-    no image is made.  The raw file is removed in any case.
+    At the end of the block qemu-img converts the raw file into the image.  If the block
+    raises, no image is made.  The raw file is removed in any case.
 
     Args:
         path: Final name of the image.
-        temporary: Path of the file that the image replaces.
-        wanted: Format of the image, as qemu-img calls it.
+        temporary: Path of the temporary file that the complete image replaces; the caller
+            then renames it to ``path``.
+        wanted: Format of the image, as qemu-img calls the format.
         options: Arguments for ``-o`` of qemu-img.
 
     Raises:
@@ -54,14 +55,16 @@ async def foreign_image(
         raise UsageError(msg)
     words = [word for option in options for word in ("-o", option)]
     directory, name = os.path.split(path)
-    start = os.fsdecode(os.fsencode(name)[:_MAX_NAME_PREFIX_BYTES])
+    prefix = os.fsdecode(os.fsencode(name)[:_MAX_NAME_PREFIX_BYTES])
     try:
-        work_directory = tempfile.mkdtemp(prefix=f".{start}.", suffix=".part", dir=directory or ".")
+        work_directory = tempfile.mkdtemp(
+            prefix=f".{prefix}.", suffix=".part", dir=directory or "."
+        )
     except OSError as error:
         raise cannot_open(path, error) from error
     try:
-        # A relative name gets "./" before it, because qemu-img takes "a:b/c" for a protocol and
-        # "-a" for an option.
+        # "./" is put before a relative name, because qemu-img would take "a:b/c" for a protocol
+        # and "-a" for an option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
         # qemu-img creates the image under its final name, because some formats store the name
         # of the file in the file.
@@ -89,19 +92,19 @@ async def _try_options(
 ) -> None:
     """Create and remove a small image, so that a bad option fails before the copy, not after it.
 
-    Success is judged by the exit status and by the files in the directory.  The messages of
-    qemu-img are only quoted, because they differ between its versions.  No trial image is
-    made if an option names a data file.
+    Success depends on the exit status of qemu-img and on the files in the directory.  The
+    messages of qemu-img are quoted but not interpreted, because they differ between versions.
+    No trial image is made if an option names a data file.
 
     Args:
         program: Path of qemu-img.
         path: Final name of the image, for messages.
         wanted: Format of the image.
-        words: The options, as arguments.
+        words: Arguments of qemu-img: ``-o`` before each option.
         image: Path for the trial image, in an empty directory.
 
     Raises:
-        UsageError: qemu-img cannot make the format, or would not make one file.
+        UsageError: qemu-img cannot make the format, or makes no file or several files.
         HostError: qemu-img refuses the options.
     """
     create = [program, "create", "-q", "-f", wanted]
@@ -112,7 +115,8 @@ async def _try_options(
         msg = f"{name}: format: found {found}, expected one that qemu-img makes ({reason})"
         raise UsageError(msg)
     if any("data_file=" in word for word in words):
-        # The trial would write to a file of the user, and the copy could still fail afterwards.
+        # The options are not tried, because the trial would write to the data file, which may
+        # be a file of the user.  If the copy failed afterwards, that file would be lost.
         return
     reason = await _run([*create, *words, image, str(_TRIAL_DISK_BYTES)], image)
     if reason is not None:
@@ -121,8 +125,9 @@ async def _try_options(
     directory, wanted_name = os.path.split(image)
     made = os.listdir(directory)  # noqa: PTH208  names, not Paths
     if made != [wanted_name]:
-        # Only one file can be moved to the final name, but a VMDK of several extents, for
-        # example, consists of several files.  With "-o help" qemu-img makes no file.
+        # The options are refused, because only one file can be moved to the final name.  For
+        # example, a VMDK of several extents consists of several files, and with "-o help"
+        # qemu-img makes no file.
         options = printable(" ".join(words[1::2]))
         found = f"{len(made)} files" if made else "none"
         msg = f"{name}: -o {options}: found that qemu-img makes {found}, expected one file"
@@ -131,15 +136,17 @@ async def _try_options(
 
 
 async def _run(command: list[str], image: str) -> str | None:
-    """Run qemu-img; return None if it succeeded, else the reason in one printable line.
+    """Run qemu-img; return None if qemu-img succeeded, else the reason in one printable line.
 
     Args:
         command: Path of qemu-img, and the arguments.
-        image: Temporary name of the image, which is left out of the reason.
+        image: Temporary name of the image, which is removed from the reason.
     """
-    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
-    if done.returncode == 0:
+    completed = await trio.run_process(
+        command, capture_stdout=True, capture_stderr=True, check=False
+    )
+    if completed.returncode == 0:
         return None
-    lines = done.stderr.decode(errors="replace").strip().split("\n")
+    lines = completed.stderr.decode(errors="replace").strip().split("\n")
     reason = next((line for line in lines if "warning:" not in line), "no reason given")
     return printable(reason.removeprefix(f"{_PROGRAM}: ").replace(f"{image}: ", ""))

@@ -1,4 +1,4 @@
-"""The format and geometry that the user wants for a copy, and opening the base of the copy."""
+"""The format and geometry of a copy, and opening the backing file of the copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 DEFAULT_SPARSE_SIZE: Final = 4096
-"""Bytes of the shortest run of zeros that is not written as data."""
+"""Minimum length in bytes of a run of zeros that is not written as data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ class ImageSpec:
         cluster_size: Bytes in a cluster of a QED image.
         table_size: Clusters in a table of a QED image.
         backing: Name of the backing file of a new QED image, absolute or relative to the
-            image's directory; None for none.  Only clusters that differ from the backing
-            file are written.
+            image's directory; None for no backing file.  Only clusters that differ from the
+            backing file are written.
         backing_format: Format of the backing file; None accepts only QED.
-        sparse_size: Bytes; a shorter run of zeros is written as data.  With 0 all zeros are
-            written as data.
-        foreign_options: Arguments for ``-o`` of qemu-img.
+        sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
+            writes all zeros as data.
+        foreign_options: Arguments for ``-o`` of qemu-img; ignored for ``raw`` and ``qed``.
     """
 
     format: str = "qed"
@@ -56,17 +56,18 @@ class ImageSpec:
 def qed_target(
     fd: int, name: str, spec: ImageSpec, source: Source | None, base: Source | None
 ) -> NewQedTarget:
-    """Return the target for a new image.
+    """Return the target for a new QED image.
 
     Args:
         fd: Descriptor of the empty file; negative to write nothing.
         name: Name of the file in messages.
         spec: Geometry of the image and name of its backing file.
         source: The disk that will be copied; None for a stream, whose size is not known yet.
-        base: The open backing file; None if there is none.
+        base: The open backing file; None if the image has no backing file.
 
     Raises:
-        UsageError: The geometry is invalid, or too small for the disk.
+        UsageError: The geometry is invalid or too small for the disk, or the name of the
+            backing file cannot be stored.
     """
     header = new_header(
         0 if source is None else source.size,
@@ -80,12 +81,12 @@ def qed_target(
 
 @asynccontextmanager
 async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> AsyncIterator[Source]:
-    """Open the backing file of a new image as a source; close it at the end of the block.
+    """Open the backing file of a new image as a source; close the source after the block.
 
     Args:
-        image: Path of the new image; a relative name of the backing file is relative to its
-            directory.
-        spec: The name and the format of the backing file.
+        image: Path of the new image.  A relative name of the backing file is relative to the
+            directory of this path.
+        spec: The name and the format of the backing file; the name must not be None.
         options: How to open the backing file.
 
     Raises:

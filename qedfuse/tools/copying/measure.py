@@ -1,4 +1,4 @@
-"""The space that a copy of a disk needs: exactly that of the file that `convert` would make."""
+"""The space that a copy of a disk needs: exactly the space of the file that `convert` makes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _NO_FILE: Final = -1
-"""Descriptor of a target that writes nothing."""
+"""Passed as the descriptor of a target that must write nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Measurement:
     Attributes:
         required: Space for the copy.  For QED this is the length of the file, and for raw
             the bytes of data without holes.
-        fully_allocated: Space for the file when all of the disk has been written to.
+        fully_allocated: Space for the file after every byte of the disk has been written.
     """
 
     required: int
@@ -40,11 +40,11 @@ class Measurement:
 
 
 def measure_empty(size: int, spec: ImageSpec) -> Measurement:
-    """Return the space for a new disk of ``size`` bytes that is not written to yet.
+    """Return the space for a new disk of ``size`` bytes to which nothing has been written yet.
 
     Raises:
-        UsageError: The size or the geometry is invalid, or the format is not ``raw`` or
-            ``qed``.
+        UsageError: The size or the geometry is invalid, the name of the backing file cannot
+            be stored, or the format is not ``raw`` or ``qed``.
     """
     _check_format(spec)
     if spec.format == "raw":
@@ -66,15 +66,15 @@ async def measure(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Return the space for a copy of a disk; the disk is read, because zeros take no space.
+    """Return the space for a copy of a disk; read the disk, because zeros take no space.
 
     Args:
         path: A QED image, a raw file or a block device.
-        spec: Format and geometry of the copy, ``raw`` or ``qed``.
-        source_format: Format of the source.
-        image: Path of the copy; a relative name of its backing file is relative to its
-            directory.
-        options: How to open the source.
+        spec: Format (``raw`` or ``qed``) and geometry of the copy.
+        source_format: Format of the source; ``auto`` detects the format from the first bytes.
+        image: Path of the copy.  A relative name of the backing file is relative to the
+            directory of this path, or to the working directory if the path is empty.
+        options: How to open the source and the backing file; None for the defaults.
         progress: Called with the bytes of the disk read so far, and the size of the disk.
 
     Raises:

@@ -26,22 +26,23 @@ async def copy_stream(
     raw: bool,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
-    """Copy a raw stream up to its end.
+    """Copy a raw stream up to its end, and complete the target.
 
     Args:
         stream: The stream to read.
         target: The target to write to.
-        sparse_size: As for `DiskCopy`.
-        raw: Copy the bytes unchanged, even if they look like an image.
-        progress: Called with the bytes read so far, as both arguments, because the total is
-            unknown.
+        sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
+            writes all zeros as data.
+        raw: Copy the bytes unchanged, even if the first bytes are those of an image.
+        progress: Called with the bytes read so far, twice: the total, which would be the
+            second argument, is unknown.
 
     Returns:
         The size of the disk in bytes, and how many of its bytes were written as data.
 
     Raises:
-        UsageError: The first bytes are those of an image, and ``raw`` is False; or the disk
-            is larger than the target can be.
+        UsageError: The first bytes are those of an image and ``raw`` is False, or the disk is
+            larger than the target can be.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The stream cannot be read, or the target cannot be written.
     """
@@ -77,11 +78,11 @@ async def copy_stream(
 
 
 async def _fill(stream: Stream, view: memoryview) -> int:
-    """Fill a buffer; return the number of bytes read.
+    """Fill a buffer from a stream; return the number of bytes read.
 
-    At the end of the stream that is less than the length of ``view``.
+    The number is less than the length of ``view`` only at the end of the stream.
     """
-    done = 0
-    while done < len(view) and (count := await stream.read(view[done:])):
-        done += count
-    return done
+    filled = 0
+    while filled < len(view) and (count := await stream.read(view[filled:])):
+        filled += count
+    return filled
