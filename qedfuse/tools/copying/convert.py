@@ -55,7 +55,8 @@ async def convert(
             device before this function returns.  An existing image is always made durable,
             and a pipe never.
         streams: Maximum number of chunks that are copied at the same time, 1 to 16.
-        options: How to open the source, the backing file and an existing target; None for the defaults.
+        options: How to open the source, the backing file and an existing target; None for the
+            defaults.
         progress: Called with the bytes of the disk copied so far, and the size of the disk.
 
     Raises:

@@ -1,8 +1,8 @@
 """How a whole chain stores a range of the disk, as arrays: the runs of each layer combined.
 
-Where the upper layers store nothing, the disk reads as the layer below them.  One call
+Where the upper layers store nothing, the disk reads as the next layer below.  One call
 returns at most the range that a few reads of tables describe, so a disk of any size takes
-little memory.  All work is done on whole arrays.
+little memory.  For speed, numpy processes whole arrays instead of single entries.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ChainRuns:
-    """Adjacent runs of a chain, as arrays of one length.
+    """Adjacent runs of a chain, as arrays of one length; never empty.
 
     Attributes:
-        starts: Guest offset of each run.
+        starts: Guest offset of each run in bytes.
         lengths: Length of each run in bytes.
-        depths: Number of the layer that stores each run; 0 is the image itself.
-        kinds: As in `Runs`.
-        offsets: As in `Runs`, in the file of the layer.
+        depths: Depth of the layer that stores each run; 0 is the image itself.  If no layer
+            stores the run, the depth of the last layer that was searched.
+        kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
+        offsets: Offset in bytes of each run of kind `DATA` or `HOLE` in the file of the layer;
+            meaningless for the other kinds.
     """
 
     starts: Array
@@ -51,7 +53,7 @@ class ChainRuns:
 
     @property
     def end(self) -> int:
-        """Guest offset where the last run ends."""
+        """Guest offset in bytes where the last run ends."""
         return int(self.starts[-1] + self.lengths[-1])
 
     def count_bad(self) -> int:
@@ -59,7 +61,7 @@ class ChainRuns:
         return int((self.kinds == BAD).sum())
 
     def slice_of(self, which: slice) -> ChainRuns:
-        """Return a slice of the runs."""
+        """Return the runs that a slice of their indices selects."""
         return ChainRuns(
             self.starts[which],
             self.lengths[which],
@@ -78,7 +80,12 @@ class ChainRunReader:
     """
 
     def __init__(self, layers: list[Layer]) -> None:
-        """Read ``layers``, the image itself first, which the caller has opened and closes."""
+        """Read the runs of ``layers``; the caller has opened the layers and closes them.
+
+        Args:
+            layers: The chain, the image itself first.  The caller must have called `scan_l1`
+                of each QED layer.
+        """
         self._layers = [
             QedRunReader(layer) if isinstance(layer, QedLayer) else RawRunReader(layer)
             for layer in layers
@@ -91,14 +98,19 @@ class ChainRunReader:
     ) -> AsyncGenerator[ChainRuns, None]:
         """Yield the runs of a range of the disk in order, in batches.
 
-        Adjacent runs are joined also where one batch ends and the next begins.
+        Adjacent runs are also joined across two batches.  Yields nothing if the range is empty
+        or begins at or past the end of the disk.
 
         Args:
-            start: Guest offset in bytes.
-            length: Bytes; None for all up to the end of the disk.
+            start: Guest offset in bytes where the range begins.
+            length: Length of the range in bytes, cut off at the end of the disk; None for all
+                up to the end of the disk.
+
+        Raises:
+            HostError: The host cannot read a file.
         """
         end = self.size if length is None else min(self.size, start + length)
-        last: ChainRuns | None = None  # may continue in the next batch
+        last: ChainRuns | None = None  # the last run, which may continue in the next batch
         while start < end:
             batch = await self.read(start, end)
             start = batch.end
@@ -111,7 +123,18 @@ class ChainRunReader:
             yield last
 
     async def read(self, start: int, end: int) -> ChainRuns:
-        """Return the runs from ``start`` on, up to ``end`` or an earlier offset; never empty."""
+        """Return the runs from ``start`` on, up to ``end`` or an earlier offset.
+
+        The caller must pass a range that is not empty and lies within the disk.  The result
+        has at least one run.
+
+        Args:
+            start: Guest offset in bytes where the runs begin.
+            end: Guest offset in bytes where they end at the latest.
+
+        Raises:
+            HostError: The host cannot read a file.
+        """
         await trio.lowlevel.checkpoint()
         runs = await self._layers[0].read(start, end)
         depths = np.zeros(len(runs.starts), np.int64)
@@ -122,7 +145,8 @@ class ChainRunReader:
                 break
             first = int(runs.starts[unallocated[0]])
             last = int(unallocated[-1]) + 1
-            # Past its end a layer reads as zeros, even where the layers below it are longer.
+            # No layer is searched past the end of a layer above it, because a layer reads as
+            # zeros past its end, even where the layers below it are longer.
             size = min(size, layer.size)
             stop = min(size, int(runs.starts[last]) if last < len(runs.starts) else runs.end)
             if first >= stop:
@@ -141,15 +165,15 @@ def _overlaid(
 
     Args:
         above: Runs of the upper layers.
-        depths: Number of the layer that stores each run of ``above``.
-        below: Runs of the lower layer, from the first to the last range that is unallocated
-            in ``above``.
-        depth: Number of the lower layer.
-        below_is_partial: Whether ``below`` ends before that range does, because one call
-            returns a limited number of runs.  The result then ends where ``below`` ends.
+        depths: Depth of the layer that stores each run of ``above``.
+        below: Runs of the lower layer, from the beginning of the first unallocated run of
+            ``above`` to the end of the last unallocated run, or to the end of the layer.
+        depth: Depth of the lower layer.
+        below_is_partial: Whether ``below`` ends earlier, because one call returns a limited
+            number of runs.  The result then ends where ``below`` ends.
 
     Returns:
-        The combined runs, and the number of the layer that stores each.
+        The combined runs, and the depth of the layer that stores each run.
     """
     starts = np.union1d(above.starts, np.append(below.starts, below.end))
     end = min(above.end, below.end) if below_is_partial else above.end
@@ -166,18 +190,18 @@ def _overlaid(
     return Runs(starts, kinds, offsets, end), np.where(through, depth, depths[upper])
 
 
-def _offset_within(runs: Runs, numbers: NDArray[np.intp], starts: Array) -> Array:
+def _offset_within(runs: Runs, indices: NDArray[np.intp], starts: Array) -> Array:
     """Return the distance in bytes of each guest offset from the start of its run.
 
-    The distance is 0 if the run has no file offset.
+    For a run without a file offset the result is 0.
 
     Args:
         runs: The runs.
-        numbers: Index of the run of each guest offset.
+        indices: For each guest offset the index of the run that contains the offset.
         starts: The guest offsets.
     """
-    has_offset = (runs.kinds[numbers] == DATA) | (runs.kinds[numbers] == HOLE)
-    return np.where(has_offset, starts - runs.starts[numbers], 0)
+    has_offset = (runs.kinds[indices] == DATA) | (runs.kinds[indices] == HOLE)
+    return np.where(has_offset, starts - runs.starts[indices], 0)
 
 
 def _concatenated(first: ChainRuns, second: ChainRuns) -> ChainRuns:
@@ -192,7 +216,7 @@ def _concatenated(first: ChainRuns, second: ChainRuns) -> ChainRuns:
 
 
 def _joined(runs: ChainRuns) -> ChainRuns:
-    """Return the runs, with adjacent ones joined if they have the same layer and kind.
+    """Return the runs, with adjacent runs joined if they have the same layer and kind.
 
     Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs
     stay separate, so that each invalid entry is counted.

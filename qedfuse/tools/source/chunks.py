@@ -1,7 +1,7 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range is in no chunk if the extents already show that it is zeros, or that both disks store
-it as the same bytes of the same file.
+A range is put into no chunk if the extents show that the range is zeros, or that both disks
+store the range as the same bytes of the same file.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 MAX_CHUNK_BYTES: Final = 4 << 20
-"""Most bytes of the disk in a chunk; large enough that the cost per chunk is negligible."""
+"""Maximum length of a chunk; large enough that the cost per chunk is negligible."""
 
 _MAX_BRIDGED_HOLE_BYTES: Final = 1 << 18
-"""Longest hole that is read as part of one chunk; a longer one separates two chunks.
+"""Maximum length of a hole inside a chunk; a longer hole separates two chunks.
 
-Reading a short hole costs less than a second chunk.
+A short hole is put into the chunk, because it costs less than a second chunk.
 """
 
 
 class Segment(NamedTuple):
-    """Bytes of a file that belong to a chunk.
+    """A part of a chunk that is stored as adjacent bytes of a file.
 
     Attributes:
         descriptor: The file.
         offset: File offset in bytes.
-        at: Distance in bytes from the beginning of the chunk.
+        at: Distance in bytes from the beginning of the chunk to the beginning of the segment.
         length: Number of bytes.
     """
 
@@ -50,11 +50,11 @@ class Chunk(NamedTuple):
     """A range of the disk to read: whole blocks, except at the end of the disk.
 
     Attributes:
-        start: Guest offset.
-        length: Bytes.
-        segments: The data of the chunk in files; the rest of the chunk is zeros.
-        base_segments: The data of the other disk in the same range, if there is another
-            disk; the rest of that range is zeros.
+        start: Guest offset in bytes.
+        length: Length in bytes.
+        segments: The data of the chunk, in ascending order; the rest of the chunk is zeros.
+        base_segments: The data of the other disk in the same range, in ascending order; the
+            rest of the range is zeros.  Empty if there is no other disk.
     """
 
     start: int
@@ -79,19 +79,21 @@ class Chunker:
 
         Args:
             source: The disk.
-            block_size: Bytes; chunks begin at multiples of it, and end at multiples of it or
-                at the end of the disk.
-            max_chunk_bytes: Bytes; a chunk does not cross a multiple of it.
-            base: Another disk to read beside ``source``.  A range that both store as the
-                same bytes of the same file is in no chunk.
-            include_zeros: Whether to put all ranges into chunks, zeros and shared bytes
-                included.
+            block_size: Bytes in a block.  Each chunk begins at a multiple of this size, and
+                ends at a multiple of this size or at the end of the disk.
+            max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this
+                length.
+            base: Another disk to read beside ``source``; None for none.  A range that both
+                disks store as the same bytes of the same file is in no chunk.
+            include_zeros: Whether to put all ranges into chunks, even zeros and ranges that
+                both disks share.
         """
         self._block_size = block_size
         self._max_chunk_bytes = max_chunk_bytes
         self._include_zeros = include_zeros
         self._has_base = base is not None
-        # For each depth: device and inode of the layer's file, and its descriptor.
+        # Each list has one item for each layer, by depth: the device and inode of the layer's
+        # file, or the descriptor of the file.
         self._source_ids = [(info.st_dev, info.st_ino) for info in source.files()]
         self._base_ids = [(info.st_dev, info.st_ino) for info in base.files()] if base else []
         self._source_fds = [source.descriptor(depth) for depth in range(len(self._source_ids))]
@@ -120,7 +122,14 @@ class Chunker:
                 at = stop
 
     def _unshared(self, data: list[Extent], base_data: list[Extent]) -> list[tuple[int, int]]:
-        """Return the ranges in which either disk has data, except data that both share."""
+        """Return the ranges in which at least one disk has data, except shared ranges.
+
+        A range is shared if both disks store it as the same bytes of the same file.
+
+        Args:
+            data: Data extents of the disk, ascending.
+            base_data: Data extents of the other disk, ascending.
+        """
         edges = sorted(
             {edge for extent in (*data, *base_data) for edge in (extent.start, extent.end)}
         )
@@ -142,7 +151,7 @@ class Chunker:
         return result
 
     def _is_shared(self, upper: Extent, lower: Extent) -> bool:
-        """Return whether two extents are the same bytes of one file where they overlap."""
+        """Return whether two extents are the same bytes of the same file where they overlap."""
         return (
             self._source_ids[upper.depth] == self._base_ids[lower.depth]
             and upper.file_offset - upper.start == lower.file_offset - lower.start
@@ -155,7 +164,7 @@ def _aligned(
     """Widen ranges to whole blocks, and join ranges with a short hole between them.
 
     Args:
-        ranges: Guest offsets (start, end), ascending.
+        ranges: Guest offsets (start, end), ascending and without overlaps.
         block_size: Bytes in a block.
         start: Guest offset where the batch begins, a multiple of ``block_size``.
         end: Guest offset where the batch ends; no range is widened past it.
@@ -176,13 +185,18 @@ class _SegmentCursor:
     """Finds the segments of one range after another, in ascending order."""
 
     def __init__(self, extents: list[Extent], descriptors: list[int]) -> None:
-        """Begin at the first of the data extents; ``descriptors`` are the files by depth."""
+        """Begin at the first extent.
+
+        Args:
+            extents: The data extents of a batch, ascending.
+            descriptors: The descriptors of the files of the layers, by depth.
+        """
         self._extents = extents
         self._descriptors = descriptors
         self._next = 0
 
     def within(self, start: int, end: int) -> tuple[Segment, ...]:
-        """Return the segments within a range of the disk.
+        """Return the segments within a range of the disk; empty if the range has no data.
 
         The caller must pass ranges in ascending order, without overlaps.
         """
@@ -204,12 +218,12 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None
     """Fill a buffer with the segments of a chunk, and with zeros elsewhere; blocks the thread.
 
     Args:
-        buffer: As long as the chunk.
-        segments: The segments in ascending order.
+        buffer: Buffer for the chunk, as long as the chunk.
+        segments: The segments of the chunk in ascending order.
         name: Name of the disk in messages.
 
     Raises:
-        HostError: The host refused, or a file has become shorter.
+        HostError: The host refused, or a file ends before the end of a segment.
     """
     view = buffer.data
     at = 0
@@ -222,7 +236,11 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None
 
 
 def _read(view: memoryview, segment: Segment, name: str) -> None:
-    """Read one whole segment into ``view``, which is as long as the segment."""
+    """Read one whole segment into ``view``, which is as long as the segment.
+
+    Raises:
+        HostError: The host refused, or the file ends before the end of the segment.
+    """
     try:
         done = read_all(segment.descriptor, segment.offset, view, 0)
     except OSError as error:

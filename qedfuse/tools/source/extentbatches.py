@@ -1,4 +1,4 @@
-"""Walking through the extents of a disk in batches, optionally beside another disk.
+"""Walking through the extents of a disk in batches, optionally together with another disk.
 
 Each batch describes how the disk stores a range, and how the other disk stores the same range.
 """
@@ -20,18 +20,19 @@ _BATCH_BYTES: Final = 1 << 28
 """A batch is complete when it covers at least this many bytes of the disk."""
 
 _BATCH_EXTENTS: Final = 1 << 14
-"""A batch is also complete when it has at least this many extents, and covers a whole block."""
+"""A batch is also complete when it has at least this many extents, if it covers a whole block."""
 
 
 class ExtentBatch(NamedTuple):
     """How a disk, and possibly another disk, stores a range.
 
     Attributes:
-        start: Guest offset where the range begins.
-        end: Guest offset where the range ends.
-        extents: The extents of the disk, in order and without gaps.
-        base_extents: The extents of the other disk, in order and without gaps, up to the end
-            of that disk; empty if there is no other disk.
+        start: Guest offset in bytes where the range begins.
+        end: Guest offset in bytes where the range ends.
+        extents: The extents of the disk in the range, in order and without gaps.
+        base_extents: The extents of the other disk in the range, in order and without gaps.
+            They end earlier if the other disk does; empty if there is no other disk, or if it
+            ends before the range.
     """
 
     start: int
@@ -43,17 +44,17 @@ class ExtentBatch(NamedTuple):
 async def extent_batches(
     source: Source, block_size: int, base: Source | None = None
 ) -> AsyncGenerator[ExtentBatch, None]:
-    """Yield batches that cover a whole disk.
+    """Yield batches that cover a whole disk; yield nothing if the disk has 0 bytes.
 
     Args:
         source: The disk.
-        block_size: Bytes; batches begin and end at multiples of it, except at the end of
-            the disk.
-        base: Another disk, in which each range is looked up as well.
+        block_size: Bytes in a block.  Batches begin and end at multiples of this size, except
+            at the end of the disk.
+        base: Another disk, in which each range is looked up as well; None for none.
 
     Raises:
-        CorruptImageError: A table entry of either disk is bad.  All whole blocks before the
-            range of that entry have been yielded.
+        CorruptImageError: A table entry of one of the disks is bad.  All whole blocks before
+            the range of that entry have been yielded.
         HostError: The host cannot read a file.
     """
     at, size = 0, source.size
@@ -81,7 +82,7 @@ async def extent_batches(
 async def _read_batch(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
     """Return the extents from ``start`` on, for one batch.
 
-    They end when a batch is complete, at or past ``end``, or at the end of the disk.
+    The extents end at ``end`` or at the end of the disk, or earlier if a batch is complete.
     """
     found: list[Extent] = []
     at, end = start, min(end, source.size)
@@ -96,7 +97,7 @@ async def _read_batch(source: Source, start: int, end: int, block_size: int) -> 
 
 
 def _before(end: int, extents: list[Extent]) -> list[Extent]:
-    """Return the extents before a guest offset; one that crosses the offset is shortened."""
+    """Return the extents before a guest offset; an extent that crosses the offset is shortened."""
     return [
         extent._replace(length=min(extent.end, end) - extent.start)
         for extent in extents

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.common.formatprobe import ImageFormat
 
 _KINDS: Final = {UNALLOCATED: Kind.UNALLOCATED, ZEROS: Kind.ZERO, HOLE: Kind.ZERO, DATA: Kind.DATA}
+"""The kind of the extent for each kind of run, except `BAD`."""
 
 
 class QedSource:
@@ -33,9 +34,9 @@ class QedSource:
         self.size = disk.size
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how the chain stores a range, or its beginning, as `Source.extents` does.
+        """Return how the chain stores a range, or its beginning; see `Source.extents`.
 
-        Holes of raw bases are zeros.
+        Holes of raw bases become extents of zeros.
         """
         end = min(start + length, self.size)
         if start >= end:
@@ -47,7 +48,8 @@ class QedSource:
             *(column.tolist() for column in columns), strict=True
         ):
             if kind == BAD:
-                # The message for the user needs the reason, which a run does not have.
+                # The range is looked up again, because the message for the user needs the
+                # reason why the entry is invalid, which a run does not have.
                 result += await self._disk.extents(at, count)
             else:
                 result.append(Extent(_KINDS[kind], at, count, offset, depth))

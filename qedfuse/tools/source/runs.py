@@ -1,8 +1,8 @@
 """How one layer of a chain stores a range of the disk, as arrays of runs.
 
-`Layer.lookup` answers single requests, with an object for each extent.  A full disk has
-millions of extents, so here the entries of a whole slice of a table are classified and joined
-with numpy.
+`Layer.lookup` makes an object for each extent, which is too slow for a full disk with millions
+of extents.  So this module classifies all entries of a slice of a table together with numpy,
+and joins them into runs.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     Array = NDArray[np.int64]
 
 UNALLOCATED: Final = 0
-"""This layer stores nothing here."""
+"""Kind of a run that the layer does not store."""
 ZEROS: Final = 1
-"""Zeros without an offset in the file."""
+"""Kind of a run of zero clusters, which have no offset in the file."""
 DATA: Final = 2
-"""Data at an offset of the file."""
+"""Kind of a run of data at an offset of the file."""
 HOLE: Final = 3
-"""A hole of a raw file, which reads as zeros; it has an offset in the file."""
+"""Kind of a hole of a raw file, which reads as zeros and has an offset in the file."""
 BAD: Final = 4
-"""The range of a table entry that is invalid."""
+"""Kind of the range of an invalid table entry."""
 
 _MAX_TABLE_READ_BYTES: Final = 1 << 18
-"""Most bytes of a table in one read, and so in one array."""
+"""Maximum number of bytes of a table in one read, and so in one array."""
 _MAX_TABLE_READS_PER_CALL: Final = 4
-"""Most reads of tables for one call, which then returns the runs found so far."""
+"""One call searches for runs at most this often, each time with at most one read of an L2 table."""
 _MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
-"""Most runs of a raw file that one call returns."""
+"""Maximum number of runs of a raw file that one call returns."""
 
 
 @dataclass(slots=True)
@@ -47,11 +47,11 @@ class Runs:
     """Adjacent runs of a layer, as arrays of one length.
 
     Attributes:
-        starts: Guest offset of each run.
-        kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD`.
-        offsets: File offset of each run of kind `DATA` or `HOLE`; meaningless for the other
-            kinds.
-        end: Guest offset where the last run ends.
+        starts: Guest offset of each run in bytes.
+        kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
+        offsets: File offset in bytes of each run of kind `DATA` or `HOLE`; meaningless for
+            the other kinds.
+        end: Guest offset in bytes where the last run ends.
     """
 
     starts: Array
@@ -61,17 +61,32 @@ class Runs:
 
 
 class QedRunReader:
-    """Reads the runs of a QED image from its tables."""
+    """Reads the runs of a QED image from the tables of the image.
+
+    Attributes:
+        size: Bytes of the disk.
+        name: Name of the image in messages.
+    """
 
     def __init__(self, layer: QedLayer) -> None:
-        """Read the tables of an open layer; the caller must have called its `scan_l1`."""
+        """Read the tables of an open layer.
+
+        The caller must have called `scan_l1` of the layer, and closes the layer.
+        """
         self._layer = layer
         self._geometry = layer.geometry
         self.size = layer.size
         self.name = layer.file.name
 
     async def read(self, start: int, end: int) -> Runs:
-        """Return the runs from ``start`` on, up to ``end`` or an earlier offset."""
+        """Return the runs from ``start`` on, up to ``end`` or an earlier offset.
+
+        The caller must pass a range that is not empty and lies within the disk.  The result
+        has at least one run.
+
+        Raises:
+            HostError: The host cannot read the file.
+        """
         geometry, layer = self._geometry, self._layer
         found: list[Runs] = []
         at = start
@@ -79,45 +94,43 @@ class QedRunReader:
             if at >= end:
                 break
             l1_index = geometry.l1_index(at)
-            table, reason = await layer.table_at(l1_index)
+            table_offset, reason = await layer.table_at(l1_index)
             stop = min(end, (l1_index + 1) * geometry.table_span)
             if reason:
                 runs = _single(at, BAD, stop)
-            elif not table:
-                following = layer.skip_missing_tables(l1_index)
-                stop = min(end, max(stop, following * geometry.table_span))
+            elif not table_offset:
+                following_index = layer.skip_missing_tables(l1_index)
+                stop = min(end, max(stop, following_index * geometry.table_span))
                 runs = _single(at, UNALLOCATED, stop)
             else:
-                runs = await self._in_table(table, at, stop)
+                runs = await self._in_table(table_offset, at, stop)
             found.append(runs)
             at = runs.end
         return _concatenate(found)
 
-    async def _in_table(self, table: int, start: int, end: int) -> Runs:
+    async def _in_table(self, table_offset: int, start: int, end: int) -> Runs:
         """Return the runs that one read of an L2 table describes.
 
-        A hole of the file in the table is entries of 0, which are unallocated, so it is not
-        read.
+        A hole of the file is not read.  The table's entries in the hole are 0, so they become
+        an `UNALLOCATED` run.
 
         Args:
-            table: File offset of the table.
+            table_offset: File offset of the table.
             start: Guest offset where the runs begin.
-            end: Guest offset where they end at the latest, within the range of the table.
+            end: Guest offset where the runs end at the latest, within the range of the table.
         """
         geometry = self._geometry
-        index = geometry.l2_index(start)
-        position = table + index * ENTRY_BYTES
-        last = geometry.l2_index(end - 1) + 1
+        position = table_offset + geometry.l2_index(start) * ENTRY_BYTES
+        entries_end = table_offset + (geometry.l2_index(end - 1) + 1) * ENTRY_BYTES
         data = await self._layer.file.next_data(position)
-        table_end = table + last * ENTRY_BYTES
-        if data is None or data >= table_end:
+        if data is None or data >= entries_end:
             return _single(start, UNALLOCATED, end)
         if data - position >= _MAX_TABLE_READ_BYTES:
             count = (data - position) // ENTRY_BYTES
             return _single(
                 start, UNALLOCATED, geometry.floor(start) + count * geometry.cluster_size
             )
-        length = min(_MAX_TABLE_READ_BYTES, table_end - position)
+        length = min(_MAX_TABLE_READ_BYTES, entries_end - position)
         values = _entries(await self._layer.file.pread(position, length))
         stop = min(end, geometry.floor(start) + len(values) * geometry.cluster_size)
         return self._runs(values, start, stop)
@@ -126,12 +139,14 @@ class QedRunReader:
         """Join the entries of a range into runs, each as long as possible.
 
         Args:
-            values: The entries from that of the cluster at ``start`` on.
+            values: The entries, beginning with the entry of the cluster that contains
+                ``start``.
             start: Guest offset where the runs begin, possibly inside a cluster.
             end: Guest offset where the runs end.
         """
         size = self._geometry.cluster_size
-        # An entry of 0 is `UNALLOCATED`, 1 is `ZEROS`, and any other is an offset.
+        # The kind is the value for the entries 0 (`UNALLOCATED`) and 1 (`ZEROS`), and `DATA`
+        # (2) for all higher values, which are offsets.
         kinds = np.minimum(values.view(np.uint64), DATA).astype(np.uint8)
         before, after = values[:-1], values[1:]
         joined = (after - before == size) & (kinds[:-1] == DATA) & (kinds[1:] == DATA)
@@ -152,18 +167,30 @@ class QedRunReader:
 
 
 class RawRunReader:
-    """Reads the runs of a raw file: data and holes."""
+    """Reads the runs of a raw file: data and holes.
+
+    Attributes:
+        size: Bytes of the disk, whole sectors.
+        name: Name of the file in messages.
+    """
 
     def __init__(self, layer: Layer) -> None:
         """Read a layer that the caller has opened and closes."""
         self._file = layer.file
-        # As in QEMU, the size of a raw disk is the length of its file in whole sectors,
-        # rounded up.
+        # The size of a raw disk is the length of the file, rounded up to whole sectors, as in
+        # QEMU.
         self.size = -(-layer.size // SECTOR) * SECTOR
         self.name = layer.file.name
 
     async def read(self, start: int, end: int) -> Runs:
-        """Return the runs from ``start`` on, up to ``end`` or an earlier offset."""
+        """Return the runs from ``start`` on, up to ``end`` or an earlier offset.
+
+        The caller must pass a range that is not empty and lies within the disk.  The result
+        has at least one run.
+
+        Raises:
+            HostError: The host refused.
+        """
         starts: list[int] = []
         kinds: list[int] = []
         at = start
@@ -183,7 +210,7 @@ class RawRunReader:
 
 
 def _single(start: int, kind: int, end: int) -> Runs:
-    """Return a single run of a kind without a file offset."""
+    """Return a single run, of a kind that has no file offset."""
     return Runs(np.array([start]), np.array([kind], np.uint8), np.zeros(1, np.int64), end)
 
 
@@ -200,6 +227,6 @@ def _concatenate(adjacent: list[Runs]) -> Runs:
 
 
 def _entries(raw: bytes | bytearray) -> Array:
-    """Return the table entries in some bytes; an incomplete last entry is ignored."""
+    """Return the table entries that ``raw`` stores; an incomplete last entry is ignored."""
     values: Array = np.frombuffer(raw, "<i8", len(raw) // ENTRY_BYTES)
     return values if sys.byteorder == "little" else values.astype(np.int64)

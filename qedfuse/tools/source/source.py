@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
-"""A call stops when it has at least this many extents of a raw file."""
+"""`RawSource.extents` stops when it has found at least this many extents."""
 
 
 class Source(Protocol):
@@ -35,7 +35,7 @@ class Source(Protocol):
     Attributes:
         size: Bytes of the disk.
         format: ``raw`` or ``qed``.
-        name: Name of the disk in messages.
+        name: Name of the disk in messages, as printable text.
         path: Path of the file on the host.
     """
 
@@ -45,10 +45,11 @@ class Source(Protocol):
     path: str
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how a range is stored, as extents in order.
+        """Return how a range is stored, as extents in order and without gaps.
 
-        May return only the beginning of the range, so that the list has a limited length.
-        The list is empty only if the range begins at or past the end of the disk.
+        The extents may cover only the beginning of the range, so that the list has a limited
+        length.  The list is empty only if the range is empty, or begins at or past the end of
+        the disk.
 
         Raises:
             HostError: The host cannot read a file.
@@ -77,7 +78,7 @@ class RawSource:
         self.size = length_of(fd, self.name)
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return the data and holes of a range, or of its beginning, as `Source.extents` does."""
+        """Return the data and holes of a range, or of its beginning; see `Source.extents`."""
         await trio.lowlevel.checkpoint()
         end = min(start + length, self.size)
         result: list[Extent] = []
@@ -97,7 +98,10 @@ class RawSource:
         return result
 
     def _seek(self, offset: int, whence: int, end: int) -> int:
-        """Return the first data or hole at or past an offset; ``end`` if none begins before it."""
+        """Return the offset of the first data or hole at or past ``offset``, at most ``end``.
+
+        The result is also ``end`` if the file has no such data or hole.
+        """
         found = seek(self._fd, offset, whence)
         return end if found is None else min(found, end)
 
@@ -120,8 +124,8 @@ async def open_source(
 
     Args:
         path: A QED image, or a regular file or block device with raw content.
-        format: Format of the file; ``auto`` detects the format by the first bytes.
-        options: How to open the file; ``writable`` is ignored.
+        format: Format of the file; ``auto`` detects the format from the first bytes.
+        options: How to open the file; ``writable`` is ignored.  None for the defaults.
 
     Raises:
         UsageError: The format is ``auto`` and the file is an image of a foreign format.
@@ -131,8 +135,8 @@ async def open_source(
     if format == "auto":
         format = probe_format(path)  # noqa: A001
     if format == "qed":
-        # Imported late, because a raw source does not need these modules and should not wait
-        # until they are loaded.
+        # Imported late, because loading these modules takes time, and a raw source does not
+        # need them.
         from qedfuse.disk.opening import open_disk  # noqa: PLC0415  late, see above
         from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415  late, see above
 
