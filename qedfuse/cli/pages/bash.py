@@ -1,4 +1,4 @@
-"""Completion for bash: tables of options, values and operands, and a function that uses them."""
+"""Completion for bash: tables of options, values and operands, and functions that use them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HEAD: Final = """\
 # shellcheck shell=bash
 """
 
-_FRAME: Final = r"""
+_FUNCTIONS: Final = r"""
 _PROGRAM_offer() {
-    # $1: the typed word; $2: candidates.  readline completes only the part after the last
-    # "=" or ":", so the part before is removed.
+    # $1: the typed word; $2: the candidates.  readline completes only the part after the last
+    # "=" or ":", so the part before is removed from each candidate.
     local done=''
     [[ $1 == *[=:]* ]] && done=${1%"${1##*[=:]}"}
     mapfile -t COMPREPLY < <(compgen -W "$2" -- "$1")
@@ -29,13 +29,13 @@ _PROGRAM_offer() {
 
 _PROGRAM_names() {
     # $1: -f for files, -d for directories; $2: the beginning of the name.
-    # Quoted names are left to readline.
+    # If no name is found, as for a quoted beginning, readline completes the name.
     compopt -o filenames -o default 2>/dev/null
     mapfile -t COMPREPLY < <(compgen "$1" -- "$2")
 }
 
 _PROGRAM_mount_options() {
-    # $1: words between commas; the last one, or its value, is completed.
+    # $1: mount options, separated by commas; the last option, or its value, is completed.
     local last=${1##*,} word words=''
     local before=${1%"$last"}
     if [[ $last != *=* ]]; then
@@ -56,7 +56,8 @@ _PROGRAM_mount_options() {
 }
 
 _PROGRAM_value() {
-    # $1: the kind of value or the candidates, from the tables; $2: the typed beginning.
+    # $1: the kind of value or the candidates, from the tables; $2: the typed beginning of the
+    # value.  An empty $1 offers nothing.
     case $1 in
         '') ;;
         -f | -d) _PROGRAM_names "$1" "$2" ;;
@@ -87,7 +88,7 @@ _PROGRAM_option_and_value() {
 _PROGRAM() {
     local before typed words word number values command='' option='' plain='' operands=0
     COMPREPLY=()
-    # bash splits words at "=" and ":" too; here only blanks separate words.
+    # The array COMP_WORDS is also split at "=" and ":", so the line is split here, at blanks.
     before=${COMP_LINE:0:COMP_POINT}
     typed=${before##*[[:blank:]]}
     read -r -a words <<<"${before%"$typed"}"
@@ -121,26 +122,32 @@ _PROGRAM() {
 
 complete -F _PROGRAM PROGRAM
 """
+"""The functions that are the same for all programs, with PROGRAM in place of the name."""
 
 _COMPLETIONS: Final = {"file": "-f", "directory": "-d", "mount-options": "mount-options"}
-"""How ``_PROGRAM_value`` completes each kind of value that has no fixed words."""
+"""What the tables contain for a value without fixed words, by its kind.
+
+A value of another kind is not completed.
+"""
 
 
 def script(program: Program) -> str:
-    """Return the completion of a program."""
-    text = "\n".join((_HEAD, *_tables(program))) + _FRAME
+    """Return the script that completes a program's command line in bash."""
+    text = "\n".join((_HEAD, *_tables(program))) + _FUNCTIONS
     return text.replace("PROGRAM", program.name)
 
 
 def _tables(program: Program) -> Iterator[str]:
-    """Return the lines of the functions that differ between programs.
+    """Yield the lines of the functions that contain a program's tables.
 
-    ``is_command`` returns a status; each other function sets ``values``.
+    The function ``is_command`` returns a status.  Each other function sets ``values``, a
+    variable of its caller.
     """
     named = " ".join(command.name for command in program.commands if command.name)
-    plain = program.commands[0].name == ""
+    # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.
+    needs_command = bool(program.commands[0].name)
     yield from ("_PROGRAM_is_command() {", f"    [[ ' {named} ' == *\" $1 \"* ]]", "}", "")
-    cases = [] if plain else [("''", "--help --version")]
+    cases = [("''", "--help --version")] if needs_command else []
     cases += [(_quoted(command.name), _flags(command)) for command in program.commands]
     yield from _function("options", "$1", "$1: the command.", cases)
     cases = [
@@ -151,24 +158,29 @@ def _tables(program: Program) -> Iterator[str]:
     ]
     note = "$1: the command; $2: an option of it.  Fails if no value follows."
     yield from _function("option", "$1 $2", note, cases, otherwise="return 1")
-    cases = [("' 0'", f"-f {named}" if plain else named)]
+    cases = [("' 0'", named if needs_command else f"-f {named}")]
     cases += [case for command in program.commands for case in _operands(command)]
     note = "$1: the command, and the number of operands before this one."
     yield from _function("operand", "$1", note, cases)
-    words = mount_words() if plain else {}
+    words = {} if needs_command else mount_words()
     every = " ".join(word if choice is None else f"{word}=" for word, choice in words.items())
     yield from ("_PROGRAM_mount_words() {", f"    values='{every}'", "}", "")
     cases = [(word, " ".join(choices)) for word, choices in words.items() if choices]
-    cases += [("backing_dir", "-d"), ("overlay", "-f")] if plain else []
+    cases += [("backing_dir", "-d"), ("overlay", "-f")] if words else []
     yield from _function("word_value", "$1", "$1: an option of -o that has a value.", cases)
 
 
 def _function(
     name: str, key: str, note: str, cases: Iterable[tuple[str, str]], otherwise: str = "values=''"
 ) -> Iterator[str]:
-    """Return a shell function that looks ``key`` up in ``cases`` and sets ``values``.
+    """Yield a shell function that looks a key up in a table and sets ``values``.
 
-    ``note`` is its comment, and ``otherwise`` the command for a key without a case.
+    Args:
+        name: The end of the function's name.
+        key: The key, an expression of the shell.
+        note: The comment in the function.
+        cases: The table: patterns for the key, each with the text for ``values``.
+        otherwise: The shell command for a key that no pattern matches.
     """
     yield f"_PROGRAM_{name}() {{"
     yield f"    # {note}"
@@ -180,9 +192,9 @@ def _function(
 
 
 def _operands(command: Command) -> Iterator[tuple[str, str]]:
-    """Return the completion of each operand of a command, by a pattern for its position."""
-    for number, (operand, value) in enumerate(command.completions()):
-        pattern = f"'{command.name} '*" if operand.repeats else f"'{command.name} {number}'"
+    """Yield the completion of each operand of a command, after a pattern for its position."""
+    for index, (operand, value) in enumerate(command.completions()):
+        pattern = f"'{command.name} '*" if operand.repeats else f"'{command.name} {index}'"
         yield pattern, _completion(value)
 
 
@@ -198,7 +210,7 @@ def _patterns(command: Command, flags: Iterable[str]) -> str:
 
 
 def _completion(value: Value) -> str:
-    """Return how to complete a value: an entry of `_COMPLETIONS`, or the possible words."""
+    """Return the possible words of a value, or its entry of `_COMPLETIONS`, or an empty text."""
     return " ".join(value.words) if value.words else _COMPLETIONS.get(value.kind, "")
 
 

@@ -10,12 +10,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Kind: TypeAlias = Literal["file", "directory", "words", "mount-options", "free"]
-"""How a shell completes a value: "free" is not completed, the others with what they name."""
+"""What a shell offers for a value.
+
+"file" and "directory": names of files and of directories; "words": the fixed values;
+"mount-options": the options of ``qedfuse -o``; "free": nothing.
+"""
 
 _FILES: Final = frozenset(
     {"IMAGE", "BASE", "FILE", "SOURCE", "TARGET", "FIRST", "SECOND", "MOUNTPOINT"}
 )
+"""The names of values, in the help, that stand for a file."""
 _DIRECTORIES: Final = frozenset({"DIR"})
+"""The names of values, in the help, that stand for a directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,11 @@ class Value:
 
     @classmethod
     def named(cls, name: str, words: tuple[str, ...] = ()) -> Value:
-        """Return a value whose kind follows from its name, or from its ``words``."""
+        """Return a value with its kind.
+
+        The kind is "words" if there are ``words``.  Otherwise the name decides: a name that
+        stands for no file and no directory is "free".
+        """
         if words:
             return cls(name, "words", words)
         plain = name.strip("[].")
@@ -69,7 +79,7 @@ class Operand:
     Attributes:
         value: The name and the kind of the operand.
         optional: Whether the operand may be omitted.
-        repeats: Whether several such operands may follow each other.
+        repeats: Whether the operand may be given several times in a row.
         help: What the operand is; empty if its name says so.
     """
 
@@ -79,7 +89,7 @@ class Operand:
     help: str = ""
 
     def __str__(self) -> str:
-        """Return the operand as a synopsis shows it."""
+        """Return the operand as it stands in a synopsis, such as ``[SIZE]`` or ``SOURCE...``."""
         words = "|".join(self.value.words) or self.value.name
         text = words + ("..." if self.repeats else "")
         return f"[{text}]" if self.optional else text
@@ -111,14 +121,14 @@ class Command:
     def completions(self) -> list[tuple[Operand, Value]]:
         """Return the operands up to the first that repeats, each with the value that completes it.
 
-        An optional operand that cannot be completed is completed like the next operand,
-        because the next operand takes its position if it is omitted.
+        An optional operand of the kind "free" is completed like the next operand, because the
+        next operand takes its position if the optional one is omitted.
         """
         found = []
-        for number, operand in enumerate(self.operands):
+        for index, operand in enumerate(self.operands):
             value = operand.value
-            if operand.optional and value.kind == "free" and self.operands[number + 1 :]:
-                value = self.operands[number + 1].value
+            if operand.optional and value.kind == "free" and self.operands[index + 1 :]:
+                value = self.operands[index + 1].value
             found.append((operand, value))
             if operand.repeats:
                 break
@@ -127,20 +137,20 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program and its subcommands; the action without a subcommand has an empty name."""
+    """A program and its commands; only the first may be an action without a subcommand."""
 
     name: str
     commands: tuple[Command, ...]
 
 
 def options_of(parser: argparse.ArgumentParser) -> tuple[Option, ...]:
-    """List a parser's options in the order of its help."""
+    """Return the options of a parser in the order of its help."""
     return tuple(
         Option(
             flags=tuple(sorted(action.option_strings, key=len)),
             help=_help(action),
             value=None if action.nargs == 0 else _value(action),
-            repeats=isinstance(action, argparse._AppendAction),  # noqa: SLF001  the only name
+            repeats=isinstance(action, argparse._AppendAction),  # noqa: SLF001  it has no public name
         )
         for action in _actions(parser)
         if action.option_strings
@@ -148,7 +158,7 @@ def options_of(parser: argparse.ArgumentParser) -> tuple[Option, ...]:
 
 
 def operands_of(parser: argparse.ArgumentParser) -> tuple[Operand, ...]:
-    """List a parser's operands in order."""
+    """Return the operands of a parser in order."""
     return tuple(
         Operand(
             value=_value(action),
@@ -162,18 +172,18 @@ def operands_of(parser: argparse.ArgumentParser) -> tuple[Operand, ...]:
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """List the visible actions of a parser; argparse has no public access to them."""
+    """Return the actions of a parser that its help shows; argparse has no public access to them."""
     shown = parser._actions  # noqa: SLF001
     return [action for action in shown if action.help != argparse.SUPPRESS]
 
 
 def _value(action: argparse.Action) -> Value:
-    """Return the value of an action."""
+    """Return the value of an option or operand: its name in the help, and its fixed values."""
     words = tuple(map(str, action.choices or ()))
     name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     return Value.named(name, words)
 
 
 def _help(action: argparse.Action) -> str:
-    """Return an action's help; argparse doubles per cent signs."""
+    """Return the help of an option or operand as it is printed: ``%%`` becomes ``%``."""
     return (action.help or "").replace("%%", "%")

@@ -1,4 +1,4 @@
-"""The models of the programs: that of qedimg from its parsers, that of qedfuse from its help."""
+"""The models of qedimg, made from its parsers, and of qedfuse, made from its help."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qedfuse.cli.qedimg import main as qedimg_main
 from qedfuse.mount.optionparser import known_options
 
 _HELP: Final = "show this help message and exit"
+"""The help that argparse gives to ``-h``, which the models do not contain."""
 
 
 def qedimg() -> Program:
@@ -57,11 +58,14 @@ def qedfuse() -> Program:
 
 
 def option_words() -> list[tuple[str, str]]:
-    """List the options of ``qedfuse -o``: the names on each line of the help, and the meaning."""
+    """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
+
+    An entry may describe several options, such as ``ro, rw``.
+    """
     found: list[tuple[str, str]] = []
-    for line in _paragraphs()[4].splitlines():
+    for line in _paragraphs()[4].splitlines():  # "Options of -o"
         words, _, meaning = line.strip().partition("  ")
-        if line.startswith("   "):  # the meaning of the last option continues in this line
+        if line.startswith("   "):  # the meaning of the last entry continues in this line
             found[-1] = (found[-1][0], f"{found[-1][1]} {line.strip()}")
         elif meaning:
             found.append((words, meaning.strip()))
@@ -69,7 +73,7 @@ def option_words() -> list[tuple[str, str]]:
 
 
 def exit_codes() -> list[tuple[int, str]]:
-    """List ``qedfuse``'s exit codes with their meaning."""
+    """Return the exit codes of ``qedfuse`` with their meaning, from its help."""
     text = " ".join(USAGE.split("Exit codes:")[1].split()).rstrip(".")
     return [
         (int(code), meaning) for code, _, meaning in (i.partition(" ") for i in text.split("; "))
@@ -77,26 +81,29 @@ def exit_codes() -> list[tuple[int, str]]:
 
 
 def mount_words() -> dict[str, tuple[str, ...] | None]:
-    """List the options of ``-o``: None for one without a value, else its possible values."""
+    """Return the possible values of each option of ``-o``, by its name.
+
+    They are None for an option without a value, and empty for an option with any value.
+    """
     return dict(sorted(known_options().items()))
 
 
 def _paragraphs() -> list[str]:
-    """Split the help at empty lines."""
+    """Return the paragraphs of qedfuse's help, which empty lines separate."""
     return USAGE.split("\n\n")
 
 
 def _operand_help(name: str) -> str:
-    """Return the description of an operand in the help."""
-    text = _paragraphs()[2]
+    """Return the description of an operand in qedfuse's help; empty if the help has none."""
+    text = _paragraphs()[2]  # the operands
     found = re.search(rf"^{name} +(.*(?:\n +.*)*)", text, re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 
 
 def _mount_options() -> tuple[Option, ...]:
-    """Return the options of a mount, as the help lists them."""
+    """Return the options of a mount, in the order of qedfuse's help."""
     options = []
-    for line in _paragraphs()[3].splitlines():
+    for line in _paragraphs()[3].splitlines():  # the options
         names, _, meaning = line.strip().partition("  ")
         flags = []
         value = None

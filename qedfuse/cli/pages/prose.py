@@ -1,6 +1,6 @@
-"""The text of the man pages that the programs' help does not contain.
+"""The parts of the man pages' text that are not taken from the programs' help.
 
-In these texts an empty line begins a paragraph.  Indented lines are an example, whose lines
+In these texts an empty line begins a paragraph.  Indented lines form an example, whose lines
 are not joined.  Back quotes mark words that are typed literally.
 """
 
@@ -68,8 +68,8 @@ ignored.
 
 QEDFUSE_UMOUNT: Final = """\
 `qedfuse umount` unmounts, and returns when everything is durable and the process that
-served the mount has ended.  With `--timeout` it gives up after that number of seconds.
-umount(8) and fusermount3(1) do not wait for the process: it ends shortly after they return.
+served the mount has ended.  With `--timeout` it waits for at most SECONDS, and then fails.
+umount(8) and fusermount3(1) do not wait for the process, which ends shortly after them.
 """
 
 QEDFUSE_FSTAB: Final = """\
@@ -117,6 +117,6 @@ without privileges.
 
 If the process that serves a mount has died, every access to the mountpoint fails until the
 mount is removed, because an empty directory would look like an empty disk.
-`fusermount3 -u MOUNTPOINT` removes the mount, but not the directory.
+The command `fusermount3 -u MOUNTPOINT` removes the mount, but not the directory.
 
 """

@@ -21,11 +21,16 @@ _ESCAPED: Final = str.maketrans(
         '"': r"\(dq",
     }
 )
+"""The characters that roff would change or interpret, and what prints them unchanged."""
 _SENTENCE_END: Final = re.compile(r"(?<=[.:;?!])  +|(?<=[.?!]) (?=[A-Z\"])")
+"""The blanks after a sentence: two, or one before a capital letter or a quote.
+
+A colon or a semicolon ends a sentence only before two blanks.
+"""
 
 
 def plain(text: str) -> str:
-    """Escape text within a line."""
+    """Escape text that does not begin a line; see `line`."""
     return text.translate(_ESCAPED)
 
 
@@ -45,12 +50,12 @@ def argument(text: str) -> str:
 
 
 def line(text: str) -> str:
-    """Return a line that roff takes for text, even if it begins with a dot or a quote."""
+    """Return escaped text as a line that roff prints, even if it begins with a dot or a quote."""
     return rf"\&{text}" if text.startswith((".", "'")) else text
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Convert prose: an empty line begins a paragraph, and indented lines are an example."""
+    """Yield prose as roff: an empty line begins a paragraph, and indented lines form an example."""
     for number, part in enumerate(text.strip("\n").split("\n\n")):
         if number:
             yield ".PP"
@@ -61,14 +66,17 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Convert a paragraph, with a line end after each sentence, by which roff recognises it."""
+    """Yield a paragraph as lines of roff.
+
+    Each sentence ends at the end of a line, because roff recognises a sentence only there.
+    """
     joined = re.sub(r"(?<![.:;?!])\s+", " ", text.strip()).replace("\n", "  ")
     for sentence in _SENTENCE_END.split(joined):
         yield from map(line, _WRAPPER.wrap(_marked(sentence)))
 
 
 def example(text: str) -> Iterator[str]:
-    """Convert lines that must not be filled."""
+    """Yield an example as roff, in which lines are not joined."""
     yield ".RS 4"
     yield ".EX"
     for row in text.splitlines():
@@ -78,7 +86,7 @@ def example(text: str) -> Iterator[str]:
 
 
 def item(tag: str, text: str) -> Iterator[str]:
-    """Convert ``text`` to a paragraph with a hanging tag; ``tag`` must be roff, not plain text."""
+    """Yield a paragraph of plain ``text`` with a hanging tag, which must be roff already."""
     yield ".TP"
     yield tag
     yield from sentences(text) if text else (r"\&",)
@@ -86,6 +94,6 @@ def item(tag: str, text: str) -> Iterator[str]:
 
 def _marked(sentence: str) -> str:
     """Escape a sentence, and set words in back quotes and names of man pages in bold."""
-    parts = sentence.split("`")
-    text = "".join(bold(part) if number % 2 else plain(part) for number, part in enumerate(parts))
+    parts = sentence.split("`")  # each part with an odd index stood between back quotes
+    text = "".join(bold(part) if index % 2 else plain(part) for index, part in enumerate(parts))
     return re.sub(r"\b([a-z0-9.]+)(\([1-8]\))", r"\\fB\1\\fR\2", text)
