@@ -1,13 +1,13 @@
-/* The fast check: reads all tables of an image, and confirms that it is sound or gives up.
+/* The fast check: reads all tables of an image, and confirms that they are valid, or gives up.
  *
- * A full image of 1 TiB has 16.7 million entries; reading each of them takes a hundredth of
- * the time that Python takes to start.  At the first entry that is not plainly valid the
- * sweep ends without a result, and the check in Python reports what is wrong.
+ * A full image of 1 TiB has 16.7 million entries.  Reading all of them here takes a hundredth of
+ * the time that Python takes to start.  At the first entry that may be invalid the sweep ends
+ * without a result, and the full check in Python finds the errors.
  *
- * The limits for entries are parameters, from qedfuse/ondisk/entrylimits.py: the ends of
- * the header and of the file, and the L1 table.  An entry is valid if it is aligned and all
- * clusters that it points to are whole, inside the file and without an owner; the metadata
- * and the tables own their clusters.
+ * The limits for entries are parameters, and come from qedfuse/ondisk/entrylimits.py: the ends
+ * of the header and of the file, and the L1 table.  An entry is valid if it is aligned, and if
+ * all clusters to which it points are whole clusters of the file without an owner.  The header
+ * and the tables own their clusters before the data clusters get their owners.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -16,25 +16,27 @@
 #include <stdint.h>
 #include <unistd.h>
 
-#define READ_BYTES 65536u /* read from a table with one call; a shorter table is read whole */
-#define PREFETCH_ENTRIES 24 /* distance of the prefetch of the owner bitmap */
-#define MAX_CLUSTERS (UINT64_C(1) << 28) /* of the file: an owner bitmap of 32 MiB */
-#define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* of all tables; sparse ones are left to the check */
+#define READ_BYTES 65536u /* maximum for one read of a table */
+#define PREFETCH_ENTRIES 24 /* how many entries ahead the owner bitmap is prefetched */
+#define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum for the file: an owner bitmap of 32 MiB */
+#define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* maximum for all L2 tables, holes included */
 
 struct image {
     int fd;
     unsigned cluster_bits;
     uint64_t clusters;   /* whole clusters of the file */
     uint64_t table_bytes;
-    uint64_t owned;      /* clusters with an owner */
-    uint64_t data;       /* data clusters */
-    uint64_t fragments;  /* data clusters that do not follow the one before in their table */
+    uint64_t owned;      /* number of clusters with an owner */
+    uint64_t data;       /* number of data clusters */
+    uint64_t fragments;  /* data clusters that do not follow the previous one of their table */
     uint8_t *owners;     /* bitmap: clusters with an owner */
 };
 
 enum verdict { SOUND, UNKNOWN, INTERRUPTED };
 
-/* Give the cluster at an offset an owner; return 0 if it has one, or is no whole cluster. */
+/* Give the cluster at an offset an owner, and return 1.  Return 0 and change nothing if the
+ * cluster has an owner already, if the offset is not aligned, or if no whole cluster of the file
+ * is there. */
 static inline int claim(struct image *image, uint64_t offset)
 {
     uint64_t cluster = offset >> image->cluster_bits;
@@ -48,7 +50,8 @@ static inline int claim(struct image *image, uint64_t offset)
     return 1;
 }
 
-/* Give the clusters of a range an owner; return 0 as claim does. */
+/* Give the clusters from start to end an owner, and return 1.  Return 0 at the first cluster for
+ * which claim returns 0. */
 static int claim_range(struct image *image, uint64_t start, uint64_t end)
 {
     for (; start < end; start += UINT64_C(1) << image->cluster_bits)
@@ -57,7 +60,8 @@ static int claim_range(struct image *image, uint64_t start, uint64_t end)
     return 1;
 }
 
-/* Read length bytes of a table; return 0 if the file ends, on errors and on a signal. */
+/* Read length bytes of a table, and return 1.  Return 0 if the file ends before, if a read fails,
+ * or if a signal handler has raised a Python exception. */
 static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
 {
     char *next = (char *)entries;
@@ -75,7 +79,8 @@ static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
     return 1;
 }
 
-/* Give the data clusters of one table their owner; only the first in_use entries may be used. */
+/* Give the data clusters of one table their owner.  The result is UNKNOWN if an entry may be
+ * invalid, if any but the first in_use entries has an offset, or if a read fails. */
 static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in_use)
 {
     static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];
@@ -88,7 +93,9 @@ static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in
         for (size_t slot = 0; slot < length / 8; slot++, index++) {
             uint64_t value = entries[slot];
             uint64_t ahead = entries[slot + PREFETCH_ENTRIES];
-            /* Fragmented data means random access to the bitmap. */
+            /* If the data is fragmented, the bitmap is accessed at random.  So the byte for a later
+             * entry is prefetched.  The value ahead is not validated, but a prefetch of an invalid
+             * address has no effect. */
             __builtin_prefetch(image->owners + (ahead >> image->cluster_bits >> 3), 1);
             if (value <= 1)
                 continue;
@@ -102,7 +109,8 @@ static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in
     return PyErr_CheckSignals() ? INTERRUPTED : SOUND;
 }
 
-/* Sweep all tables that the L1 table, which has been read, points to. */
+/* Sweep all L2 tables to which the L1 table points.  The tables get their owners first, so that a
+ * data cluster in a table is found. */
 static enum verdict sweep_tables(struct image *image, const uint64_t *l1, uint64_t disk_clusters)
 {
     uint64_t count = image->table_bytes / 8, used = 0;

@@ -1,4 +1,8 @@
-"""The check: read all tables, and count the references to each cluster of the file."""
+"""The check: read all tables, and find the owner of each cluster of the file.
+
+The owner of a cluster is the table entry, or the part of the header, that refers to the cluster.
+A cluster that two entries refer to is an error, and a cluster without an owner is leaked.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,18 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MIN_SUSPICIOUS_LEAKS: Final = 16
-"""More leaked clusters than this, and more than twice those in use, suggest a bad header."""
+"""If more clusters than this are leaked, and more than twice the number of allocated clusters, a
+note says that the header may be wrong."""
 
 _MAX_RUNS_SHOWN: Final = 3
-"""Runs of leaked clusters whose offsets the message about them has."""
+"""Maximum number of runs of leaked clusters that the message about leaked clusters lists."""
 
 _RUNS_PER_STEP: Final = 1 << 12
-"""Runs of the free list that are marked before other tasks run."""
+"""Maximum number of runs of the free list that are marked before other tasks run."""
 
 _MAX_BATCHED_RUN_CLUSTERS: Final = 64
-"""Runs of the free list of up to this length are marked together, cluster by cluster."""
+"""Maximum length in clusters of a run that is marked in one array together with other runs.  Each
+longer run of the free list is marked as a range."""
 
 
 async def check_image(
@@ -46,12 +52,14 @@ async def check_image(
 
     Args:
         file: The image.
-        header: Its header.
-        progress: Called with the number of L2 tables that were read, and of all.
+        header: The header of the image.
+        progress: Called before each L2 table is read, with the number of L2 tables that were
+            read so far, and the number of L2 tables to read.
 
     Raises:
         HostError: The host cannot read the file.
-        NeedsCheckError: The file is too large to be checked in bounded memory.
+        NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
+            memory.
     """
     checker = _Checker(file, header)
     await checker.read_l1()
@@ -71,12 +79,14 @@ class _Checker:
         size = file.size()
         self._classifier = EntryClassifier(header, size)
         self._clusters = size >> self._geometry.cluster_bits
-        # Includes a cluster that the end of the file cuts short: an entry may point to it.
+        # The bitmap also has a bit for a cluster that the end of the file cuts short, because an
+        # entry may point to such a cluster.
         self._owners = OwnerBitmap(self._geometry.clusters(size), file.name)
-        # L1 indices and file offsets of the tables to read, in the order of the disk.
+        # L1 indices and file offsets of the L2 tables that `read_l2` reads, in the order of the
+        # disk.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._free_list: FreeList | None = None
-        # Clusters of the free list that are not marked in `_owners`.
+        # The number of clusters of the free list if they are not marked in `_owners`; otherwise 0.
         self._unclaimed_clusters = 0
         self._findings = FindingCollector()
         for note in header_notes(header, size, file.name):
@@ -85,16 +95,20 @@ class _Checker:
         self._fragmented = 0
 
     async def read_l1(self) -> None:
-        """Find the L2 tables, and mark the clusters of the header and of all tables as owned."""
+        """Find the L2 tables, and mark the clusters of the header and of the tables as owned.
+
+        Invalid L1 entries, entries past the end of the disk, and tables that overlap an earlier
+        table in the file are reported.  An overlapping table is neither marked nor read later.
+        """
         header, geometry = self._header, self._geometry
         bits = geometry.cluster_bits
         self._owners.claim_range(0, header.header_end >> bits)
         self._owners.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
         indices, tables = await read_l1_table(self._file, self._classifier, self._report_l1_entries)
-        past = int((indices >= geometry.l1_used(header.image_size)).sum())
-        if past:
-            text = f"{self._file.name}: L1 table: found {past} entries past the disk's end"
-            self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past)
+        past_end = int((indices >= geometry.l1_used(header.image_size)).sum())
+        if past_end:
+            text = f"{self._file.name}: L1 table: found {past_end} entries past the disk's end"
+            self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past_end)
         order = np.lexsort((indices, tables))
         indices, tables = indices[order], tables[order]
         overlap = await overlapping(tables, geometry.table_bytes)
@@ -104,18 +118,24 @@ class _Checker:
         await claim_tables(self._owners, tables, geometry)
         has_data = await holding_data(self._file, tables, geometry.table_bytes)
         indices, tables = indices[has_data], tables[has_data]
-        # In the order of the disk: of two owners of a cluster the first keeps it.
+        # The tables are read in the order of the disk.  So if two entries refer to one cluster,
+        # the entry with the lower guest offset is the owner, and the other entry is the duplicate.
         order = np.argsort(indices)
         self._tables = (indices[order], tables[order])
 
     def _report_l1_entries(
         self, code: Code, first: int, values: NDArray[np.uint64], mask: NDArray[np.bool_]
     ) -> None:
-        """Report the marked entries of a slice of the L1 table."""
+        """Report the entries of a slice of the L1 table for which ``mask`` is True."""
         self._report_entries(code, "L1 entry", first, values, mask, self._geometry.table_span)
 
     def _report_overlaps(self, indices: NDArray[np.int64], tables: NDArray[np.uint64]) -> None:
-        """Report tables that overlap one that begins before them in the file."""
+        """Report L2 tables, each of which overlaps a table that is earlier in the file.
+
+        Args:
+            indices: The L1 indices of the tables.
+            tables: The file offsets of the tables.
+        """
         code, span = Code.TABLE_OVERLAP, self._geometry.table_span
         remaining = self._findings.remaining(code)
         kept = zip(indices[:remaining].tolist(), tables[:remaining].tolist(), strict=True)
@@ -124,7 +144,7 @@ class _Checker:
         self._findings.count_only(code, len(indices[remaining:]))
 
     async def read_free_list(self) -> None:
-        """Read the free list if the image has one, and report an invalid one."""
+        """Read the free list if the image has one; report the list if it is invalid."""
         if self._header.free_list:
             try:
                 tables = self._classifier.tables
@@ -133,11 +153,16 @@ class _Checker:
                 self._findings.add(Finding(Code.FREE_LIST_BAD, str(error)))
 
     async def claim_free_list(self) -> None:
-        """Mark the clusters of the free list as owned, so that they do not count as leaked."""
+        """Mark the clusters of the free list as owned, so that they do not count as leaked.
+
+        The caller must call this after `read_l2`.  Otherwise an entry that refers to a cluster of
+        the free list would be reported as a duplicate as well.
+        """
         if self._free_list is None:
             return
         if self._clusters > MAX_BITMAP_CLUSTERS:
-            # The bitmap does not keep single clusters of so large a file: use the sum.
+            # The file has no bitmap, and `_owners` can list a limited number of clusters only,
+            # which the free list might exceed.  So the clusters are counted and not marked.
             self._unclaimed_clusters = self._free_list.clusters
             return
         for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):
@@ -149,47 +174,49 @@ class _Checker:
             await trio.lowlevel.checkpoint()
 
     async def read_l2(self, progress: Progress) -> None:
-        """Check every entry of every L2 table."""
+        """Check every entry of the L2 tables that `read_l1` has found."""
         geometry = self._geometry
-        size = geometry.cluster_size
+        cluster_size = geometry.cluster_size
         tables = zip(*map(np.ndarray.tolist, self._tables), strict=True)
         for done, (l1_index, table) in enumerate(tables):
             progress(done, len(self._tables[0]))
             label = f"L1 entry {l1_index}: L2 entry"
             start = l1_index * geometry.table_span
-            expected = 0
+            next_offset = 0
             async for first, values in read_table(self._file, table, geometry.table_bytes):
-                good = values > ZERO
-                if not good.any():
+                refers = values > ZERO
+                if not refers.any():
                     continue
-                expected = self._count_fragments(values[good], expected)
+                next_offset = self._count_fragments(values[refers], next_offset)
                 for code, mask in self._classifier.l2_errors(values):
+                    # An entry whose cluster is cut short still refers to that cluster.
                     if code is not Code.L2_CUT_SHORT:
-                        good &= ~mask
-                    self._report_entries(code, label, first, values, mask, size, start)
-                where = np.flatnonzero(good)
+                        refers &= ~mask
+                    self._report_entries(code, label, first, values, mask, cluster_size, start)
+                where = np.flatnonzero(refers)
                 taken = self._owners.claim(values[where] >> np.uint64(geometry.cluster_bits))
                 duplicates = np.zeros(len(values), np.bool_)
                 duplicates[where[taken]] = True
                 code = Code.DUPLICATE_CLUSTER
-                self._report_entries(code, label, first, values, duplicates, size, start)
-                self._report_listed_entries(label, first, values, good, start)
+                self._report_entries(code, label, first, values, duplicates, cluster_size, start)
+                self._report_listed_entries(label, first, values, refers, start)
                 self._allocated += len(where)
                 self._count_past_end(l1_index, first + where)
 
-    def _count_fragments(self, values: NDArray[np.uint64], expected: int) -> int:
-        """Count the clusters that do not follow the one before them in the file.
+    def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
+        """Count the data clusters that do not directly follow the previous one of their table.
 
         Args:
-            values: Offsets of clusters.
-            expected: The offset that would follow the one before; 0 if there is none.
+            values: The offsets in a slice of a table; at least one.
+            next_offset: The file offset right after the last data cluster of the table's earlier
+                slices; 0 if these have no data cluster.
 
         Returns:
-            The offset that follows the last one.
+            The file offset right after the last cluster in ``values``.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented += int(np.count_nonzero(values[1:] - values[:-1] != size))
-        self._fragmented += expected > 0 and int(values[0]) != expected
+        self._fragmented += next_offset > 0 and int(values[0]) != next_offset
         return int(values[-1]) + int(size)
 
     def _report_listed_entries(
@@ -197,30 +224,42 @@ class _Checker:
         label: str,
         first: int,
         values: NDArray[np.uint64],
-        good: NDArray[np.bool_],
+        refers: NDArray[np.bool_],
         start: int,
     ) -> None:
-        """Report valid entries whose clusters are in the free list."""
+        """Report the entries that refer to a cluster of the free list.
+
+        The mask ``refers`` has the entries that refer to any cluster.  The other arguments are
+        those of `_report_entries`.
+        """
         if self._free_list is not None:
             clusters = values >> np.uint64(self._geometry.cluster_bits)
-            mask = good & self._free_list.contains(clusters)
+            mask = refers & self._free_list.contains(clusters)
             size = self._geometry.cluster_size
             self._report_entries(
                 Code.FREE_LIST_CONTRADICTED, label, first, values, mask, size, start
             )
 
     def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
-        """Report how many entries are for guest offsets past the end of the disk."""
+        """Report how many entries of a table describe guest offsets past the end of the disk.
+
+        Nothing is reported if the whole table is past the end, because `read_l1` has reported
+        its L1 entry.
+
+        Args:
+            l1_index: The L1 index of the table.
+            indices: The indices, in the table, of the entries that refer to a cluster.
+        """
         geometry = self._geometry
-        inside = self._header.image_size - l1_index * geometry.table_span
-        if 0 < inside < geometry.table_span:
-            past = int((indices >= geometry.clusters(inside)).sum())
-            if past:
+        bytes_inside = self._header.image_size - l1_index * geometry.table_span
+        if 0 < bytes_inside < geometry.table_span:
+            past_end = int((indices >= geometry.clusters(bytes_inside)).sum())
+            if past_end:
                 text = (
-                    f"{self._file.name}: L1 entry {l1_index}: found {past} L2 entries past the "
+                    f"{self._file.name}: L1 entry {l1_index}: found {past_end} L2 entries past the "
                     "disk's end"
                 )
-                self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past)
+                self._findings.add(Finding(Code.PAST_IMAGE_SIZE, text), past_end)
 
     def _report_entries(
         self,
@@ -236,11 +275,11 @@ class _Checker:
 
         Args:
             code: The error.
-            label: What messages call the table.
-            first: Index of the first entry of the slice.
+            label: The words that precede the index of an entry in messages.
+            first: Index in the table of the first entry of the slice.
             values: The entries of the slice.
-            mask: Which of them have the error.
-            size: Bytes of the disk that each entry describes.
+            mask: Which entries of the slice have the error.
+            size: Number of bytes of the disk that each entry describes.
             start: Guest offset that the first entry of the table describes.
         """
         where = np.flatnonzero(mask)
@@ -252,15 +291,24 @@ class _Checker:
         self._findings.count_only(code, len(where[remaining:]))
 
     def _report_entry(self, code: Code, label: str, value: int, start: int, size: int) -> None:
-        """Report one entry."""
+        """Report that the entry ``value`` has an error.
+
+        Args:
+            code: The error.
+            label: What the message calls the entry.
+            value: The entry.
+            start: Guest offset of the range that the entry describes.
+            size: Length of that range in bytes.
+        """
         text = (
             f"{self._file.name}: {label}: found {value}, expected {self._classifier.expected(code)}"
         )
         self._findings.add(Finding(code, text, value, start, size))
 
     def report(self) -> CheckReport:
-        """Count the leaked clusters, and return all findings."""
-        # A cluster that the end of the file cuts short has an owner, but is no whole cluster.
+        """Count the leaked clusters, and return the report of the whole check."""
+        # If an entry points to a cluster that the end of the file cuts short, that cluster has an
+        # owner.  It is not counted here, because `_clusters` counts whole clusters only.
         owned = self._owners.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
         leaked = max(0, self._clusters - owned - self._unclaimed_clusters)
         if leaked:

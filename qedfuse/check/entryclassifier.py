@@ -1,6 +1,7 @@
-"""The classification of table entries: valid, or the code of a finding.
+"""The classification of table entries: an entry is valid, or has the code of an error.
 
-Entries are classified a slice at a time: a full image of 1 TiB has 16.7 million of them.
+All entries of a slice of a table are classified together, as an array, because a full image of
+1 TiB has 16.7 million entries.
 """
 
 from __future__ import annotations
@@ -24,18 +25,17 @@ if TYPE_CHECKING:
 _L1_CODES: Final = {violation: Code[f"L1_{violation.name}"] for violation in Violation}
 _L2_CODES: Final = {violation: Code[f"L2_{violation.name}"] for violation in Violation}
 
-_EXPECTED_BESIDE_OTHERS: Final = {
+_EXPECTED_IN_CONFLICTS: Final = {
     Code.TABLE_OVERLAP: "a table that shares no cluster with another",
     Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
     Code.FREE_LIST_CONTRADICTED: "a cluster that the free list does not have",
 }
-"""What was expected of entries that are invalid only because of other entries or the list."""
+"""What was expected instead of an entry that conflicts with another entry or the free list, but
+breaks no rule by itself."""
 
 
 class EntryClassifier:
-    """Sorts the entries of tables into valid ones and kinds of invalid ones.
-
-    The rules are those of `qedfuse.ondisk.entryrules`; here each broken rule gets its code.
+    """Finds the invalid entries in arrays of entries, by the rules of `qedfuse.ondisk.entryrules`.
 
     Attributes:
         header: The header of the image.
@@ -44,7 +44,7 @@ class EntryClassifier:
     """
 
     def __init__(self, header: Header, file_size: int, tables: Values = NO_TABLES) -> None:
-        """Classify the entries of an image whose file has ``file_size`` bytes."""
+        """Classify the entries of an image; the arguments are those of the class."""
         self.header = header
         self.file_size = file_size
         self.tables = tables
@@ -52,27 +52,36 @@ class EntryClassifier:
         self._l2_rules = EntryRules(EntryLimits.for_l2(header, file_size), tables)
 
     def with_tables(self, tables: Values) -> EntryClassifier:
-        """Return a classifier for the same file that knows these L2 tables."""
+        """Return a classifier for the same file in which data must not overlap ``tables``."""
         return EntryClassifier(self.header, self.file_size, tables)
 
     def l1_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:
-        """Yield each kind of invalid L1 entries and which they are; no entry has two kinds."""
+        """Yield each possible error of L1 entries, and a mask of the entries that have it.
+
+        A mask may be all False.  No entry is in two masks.
+        """
         for violation, mask in self._l1_rules.violations(values):
             yield _L1_CODES[violation], mask
 
     def l2_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:
-        """Yield each kind of invalid L2 entries and which they are; no entry has two kinds."""
+        """Yield each possible error of L2 entries, and a mask of the entries that have it.
+
+        A mask may be all False.  No entry is in two masks.
+        """
         for violation, mask in self._l2_rules.violations(values):
             yield _L2_CODES[violation], mask
 
     def table_under(self, values: Values) -> NDArray[np.intp]:
-        """Return for each file offset the index in `tables` of the table it lies in, or -1."""
+        """Return for each file offset the index in `tables` of the table that contains the offset.
+
+        The index is -1 if no table contains the offset.
+        """
         return self._l2_rules.table_under(values)
 
     def expected(self, code: Code) -> str:
-        """Describe what was expected instead of an entry with an error."""
+        """Describe what was expected instead of an entry with the error ``code``, for messages."""
         for rules, codes in ((self._l1_rules, _L1_CODES), (self._l2_rules, _L2_CODES)):
             for violation, violation_code in codes.items():
                 if code is violation_code:
                     return rules.expected(violation)
-        return _EXPECTED_BESIDE_OTHERS[code]
+        return _EXPECTED_IN_CONFLICTS[code]

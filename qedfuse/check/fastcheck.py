@@ -1,9 +1,9 @@
-"""The fast check: it confirms that an image is sound, or leaves it to the check.
+"""The fast check: confirms that an image has no errors and no leaks, or gives up.
 
-The check needs numpy and trio, which take longer to load than the tables of a full image of
-1 TiB take to be read.  So a small C extension (`_sweep.c`) reads the tables first.  It
-answers "sound" or "unknown"; an image of the latter kind goes to the check.  The extension
-is optional: where it is missing the check does everything, with the same results.
+The full check (`qedfuse.check.checker`) needs numpy and trio.  Loading these two takes longer than
+reading the tables of a full image of 1 TiB.  So a small C extension (`_sweep.c`) reads the tables
+first.  If the extension gives up, the caller must run the full check.  The extension is optional.
+Without the extension the caller runs the full check on every image, with the same results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def _load() -> Sweep | None:
-    """Return the function of the extension; None if it was not built."""
+    """Return the function ``sweep`` of the extension; None if the extension was not built."""
     try:
         return importlib.import_module("qedfuse.check._sweep").sweep  # type: ignore[no-any-return]
     except ImportError:
@@ -40,16 +40,18 @@ _sweep = _load()
 
 
 def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckReport] | None:
-    """Check an image; return None if it must be left to the check.
+    """Check an image; return None if the caller must run the full check.
 
     Args:
         path: The image.
-        share: Read beside a program that writes to it.  Without, None for such an image.
+        share: Whether to check an image that another program has open for writing.  If False,
+            the result for such an image is None.
 
     Returns:
-        The header, the file's length in bytes, and the report of a sound image.
+        The header, the file's length in bytes, and a report without errors and leaks.  None if
+        the image may have an error or a leak, has a free list, or cannot be read.
     """
-    # The extension reads little-endian tables without conversion.
+    # The extension does not convert the entries of tables, which are little-endian.
     if _sweep is None or sys.byteorder != "little":
         return None
     try:
@@ -60,13 +62,22 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
 
 
 def _check_open(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckReport] | None:
-    """Check an open image; return None if it must be left to the check."""
+    """Check an open image; the result is that of `fast_check`.
+
+    Args:
+        fd: A descriptor of the image.
+        name: What messages call the image.
+        sweep: The function of the extension.
+
+    Raises:
+        QedError: The header is invalid or cannot be read.
+    """
     header, size = read_header_of(fd, name)
     geometry = header.geometry
     if header.free_list or geometry.in_cluster(size):
         return None
     limits = EntryLimits.for_l2(header, size)
-    found = sweep(
+    swept = sweep(
         fd,
         geometry.cluster_bits,
         limits.header_end,
@@ -76,12 +87,19 @@ def _check_open(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckRep
         geometry.clusters(header.image_size),
     )
     clusters = size >> geometry.cluster_bits
-    if found is None or found[0] != clusters:
+    if swept is None:
+        return None
+    owned, allocated, fragmented = swept
+    if owned != clusters:  # the other clusters are leaked
         return None
     notes = FindingCollector()
     for note in header_notes(header, size, name):
         notes.add(note)
     report = CheckReport(
-        tuple(notes.findings), dict(notes.counts), found[1], clusters, fragmented_clusters=found[2]
+        tuple(notes.findings),
+        dict(notes.counts),
+        allocated,
+        clusters,
+        fragmented_clusters=fragmented,
     )
     return header, size, report

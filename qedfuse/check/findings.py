@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 MAX_FINDINGS_PER_CODE: Final = 50
-"""Findings of each code that are kept; the others are only counted.  An image can have billions."""
+"""Maximum number of findings of each code that are kept.  Further findings are only counted,
+because an image can have billions of them."""
 
 
 class Severity(enum.IntEnum):
@@ -19,11 +20,11 @@ class Severity(enum.IntEnum):
     LEAK = 1
     """Clusters of the file that no table refers to."""
     ERROR = 2
-    """Tables that contradict each other or the file: data is lost, or will be overwritten."""
+    """A table or the free list is invalid, so data is lost, or may be overwritten later."""
 
 
 class Code(enum.Enum):
-    """The kinds of findings; the value is what scripts see."""
+    """The kinds of findings; the value of each kind is its name in JSON."""
 
     L1_RESERVED_BITS = "l1-reserved-bits"
     L1_UNALIGNED = "l1-unaligned"
@@ -53,7 +54,7 @@ class Code(enum.Enum):
 
     @property
     def severity(self) -> Severity:
-        """How bad findings of this kind are."""
+        """The severity of all findings of this kind."""
         if self is Code.LEAKED_CLUSTERS:
             return Severity.LEAK
         return Severity.NOTE if self in _NOTE_CODES else Severity.ERROR
@@ -76,13 +77,15 @@ _NOTE_CODES: Final = frozenset(
 
 
 FREE_LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADICTED})
-"""Errors of the persistent free list only; dropping the list removes them."""
+"""Errors that concern only the persistent free list.  After the list is dropped, an image has
+none of these errors."""
 
 
 _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
-"""Errors of L2 entries that cannot refer to a data cluster."""
+"""Errors because of which an L2 entry refers to no data cluster.  L2_CUT_SHORT is missing, because
+an entry with this error counts in `CheckReport.allocated_clusters`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,13 @@ class Finding:
     """One error, leak or note; offsets and lengths in bytes.
 
     Attributes:
-        code: Its kind.
-        message: One line: where it is, what was found, and what was expected.
-        file_offset: Offset in the file, or the invalid entry itself; None if there is none.
-        guest_start: Where the range of the disk begins that it affects; None if it affects none.
-        guest_length: Length of that range.
+        code: The kind of the finding.
+        message: One line that says where the finding is, what was found, and what was expected.
+        file_offset: For a table entry, the value of the entry, even if it is no valid offset; for
+            leaks, the file offset of the first leaked cluster; None for all other findings.
+        guest_start: Guest offset of the range that a table entry describes; None if the finding
+            is not about one entry.
+        guest_length: Length of that range; None if ``guest_start`` is None.
     """
 
     code: Code
@@ -105,7 +110,7 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
-        """How bad it is."""
+        """The severity of the finding."""
         return self.code.severity
 
 
@@ -115,13 +120,14 @@ class CheckReport:
 
     Attributes:
         findings: Up to `MAX_FINDINGS_PER_CODE` findings of each code.
-        counts: Number of findings of each code; for leaks, the number of clusters.
-        allocated_clusters: Data clusters that tables refer to.
-        file_clusters: Clusters in the file.
-        listed_clusters: Clusters in the persistent free list, which are not leaked; None if
-            the image has no valid list.
-        fragmented_clusters: Data clusters that do not follow the one before them in
-            their table.
+        counts: Number of all findings of each code, without codes that have none; for leaks, the
+            number of clusters.
+        allocated_clusters: Number of L2 entries that refer to a data cluster in the file.
+        file_clusters: Number of whole clusters in the file.
+        listed_clusters: Number of clusters in the persistent free list, which are not leaked;
+            None if the image has no valid list.
+        fragmented_clusters: Number of L2 entries whose offset does not directly follow the data
+            cluster of the previous entry with an offset in the same table.
     """
 
     findings: tuple[Finding, ...]
@@ -155,10 +161,10 @@ class CheckReport:
 
     @property
     def is_implausible(self) -> bool:
-        """Whether what was read as tables is probably something else.
+        """Whether the bytes that were read as tables are probably no tables.
 
-        One flipped bit in the header makes other bytes of the file look like tables.  Then
-        nearly all clusters seem to be leaked, and data of the guest is read as entries.
+        One flipped bit in the header can make the check read other bytes of the file as tables.
+        Then nearly all clusters seem to be leaked, and data of the guest is read as entries.
         """
         suspicious = not self.allocated_clusters or Code.MOSTLY_LEAKED in self.counts
         return suspicious and bool(self.errors or self.leaks)
@@ -186,10 +192,15 @@ class CheckReport:
 
 @dataclass(frozen=True, slots=True)
 class LostRange:
-    """A range of the disk, in bytes, whose data is lost or possibly wrong.
+    """A range of the disk whose data is lost or possibly wrong.
 
-    It reads as zeros after the repair.  Only a range that a table overlapped
-    (`Code.L2_OVER_METADATA`) may read as before.
+    The range reads as zeros after the repair, with one exception: a range whose data a table
+    overlapped (`Code.L2_OVER_METADATA`) may read as before.
+
+    Attributes:
+        start: Guest offset in bytes.
+        length: Length in bytes.
+        code: The error because of which the data is lost.
     """
 
     start: int
@@ -203,9 +214,9 @@ class RepairPlan:
 
     Attributes:
         lost: Ranges whose data would be lost.
-        copied: Number of clusters that would be copied.
+        copied: Number of data clusters that would be copied.
         cleared: Number of entries that would be cleared.
-        written: Bytes that would be written, approximately.
+        written: Approximate number of bytes that would be written.
         end: Length of the file after the repair in bytes; 0 if nothing is planned.
     """
 
@@ -218,13 +229,18 @@ class RepairPlan:
 
 @dataclass(slots=True)
 class FindingCollector:
-    """Collects findings: all are counted, the first of each code are kept."""
+    """Collects findings; all are counted, but only the first of each code are kept.
+
+    Attributes:
+        findings: The findings that are kept, at most `MAX_FINDINGS_PER_CODE` of each code.
+        counts: Number of all findings of each code.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     counts: Counter[Code] = field(default_factory=Counter)
 
     def remaining(self, code: Code) -> int:
-        """Return how many more findings of a code will be kept."""
+        """Return how many further findings of a code would be kept; 0 if the limit is reached."""
         return max(0, MAX_FINDINGS_PER_CODE - self.counts[code])
 
     def add(self, finding: Finding, count: int = 1) -> None:
@@ -235,6 +251,6 @@ class FindingCollector:
             self.counts[finding.code] += count
 
     def count_only(self, code: Code, count: int) -> None:
-        """Count findings without keeping them."""
+        """Count ``count`` findings of a code, and keep none of them."""
         if count:
             self.counts[code] += count

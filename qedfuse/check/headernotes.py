@@ -1,4 +1,4 @@
-"""Notes about a header that is valid and yet unusual."""
+"""Notes about properties of an image that are valid but unusual."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 
 def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]:
-    """Yield a finding for each thing that QEMU accepts but never writes.
+    """Yield a note for each field of a header that QEMU accepts, but does not leave in an image.
+
+    A further note says that the length of the file is not a multiple of the cluster size.
 
     Args:
         header: The header.
         file_size: Length of the file in bytes.
         name: What messages call the file.
     """
-    flagged = bool(header.features & Feature.BACKING_FILE)
+    has_backing_bit = bool(header.features & Feature.BACKING_FILE)
     name_offset = header.backing_filename_offset
     compat, autoclear = header.compat_features, header.stale_autoclear
     notes = (
@@ -34,14 +36,14 @@ def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]
             f"at least {HEADER_BYTES}",
         ),
         (
-            flagged and not header.has_backing,
+            has_backing_bit and not header.has_backing,
             Code.BACKING_NAME_EMPTY,
             "backing_filename_size",
             0,
             "a name, since bit 0 of the features is set",
         ),
         (
-            header.backing_is_raw and not flagged,
+            header.backing_is_raw and not has_backing_bit,
             Code.NO_PROBE_WITHOUT_BACKING,
             "features",
             "bit 2 (raw backing file) without bit 0 (backing file)",

@@ -1,4 +1,4 @@
-"""The check of an image that needs one before it is opened for writing."""
+"""Checking an image before it is opened for writing, if its tables must not be trusted."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ _log = logging.getLogger(__name__)
 
 
 async def inspect_image(file: HostFile, header: Header) -> None:
-    """Check an image, and refuse it if it has errors.
+    """Check an image, and refuse it if its tables have errors; change nothing.
 
-    Leaked clusters cost only space, so they are only logged.
+    The caller calls this for an image that has NEED_CHECK set, or whose length is not a multiple
+    of the cluster size.  Leaked clusters cost only space, so they are only logged.  Errors of the
+    free list are ignored.
 
     Raises:
-        CorruptImageError: The check found errors.  Nothing has been changed.
+        CorruptImageError: The tables have errors.
+        HostError: The host cannot read the file.
+        NeedsCheckError: The image is too large to be checked in bounded memory.
     """
-    # Imported here: the checker takes long to load, and most opens do not need it.
+    # Imported late, because the checker takes long to load and most images need no check.
     from qedfuse.check.checker import check_image  # noqa: PLC0415
 
     why = "was not closed cleanly" if header.need_check else "has no whole number of clusters"
     report = await check_image(file, header)
-    # The disk itself drops an invalid free list.
+    # `table_errors` does not count errors of the free list, because the disk itself drops an
+    # invalid free list.
     if report.table_errors:
         first = next(
             item
@@ -36,9 +41,9 @@ async def inspect_image(file: HostFile, header: Header) -> None:
             if item.severity is Severity.ERROR and item.code not in FREE_LIST_CODES
         )
         errors = report.table_errors
-        found = f"{errors} errors" if errors > 1 else "1 error"
+        counted = f"{errors} errors" if errors > 1 else "1 error"
         msg = (
-            f"{file.name}: {why}: not opened for writing: the check found {found} "
+            f"{file.name}: {why}: not opened for writing: the check found {counted} "
             f"(first: {first.message}) and leaked clusters: {report.leaks}; nothing has been "
             f"changed; mount it read-only with -o ro, or repair it: qedimg check -r all "
             f"{file.name}"

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from qedfuse.check.findings import Code
 
 MAX_LOST_RANGES: Final = 100_000
-"""Ranges that are recorded separately; the last one is extended over all further ones."""
+"""Maximum number of ranges that are recorded separately.  The last range is extended until it
+covers all further ranges."""
 
 
 class LostRanges:
@@ -18,7 +19,7 @@ class LostRanges:
 
     Attributes:
         ranges: The lost ranges, in the order in which they were found.
-        cleared: Number of table entries that were cleared.
+        cleared: Number of table entries that were cleared so far.
     """
 
     def __init__(self, image_size: int) -> None:
@@ -28,15 +29,15 @@ class LostRanges:
         self.cleared = 0
 
     def add(self, start: int, length: int, code: Code, cleared: int = 1) -> None:
-        """Record a lost range of the disk, in bytes; adjacent ranges of one code are joined.
+        """Record a lost range of the disk; adjacent ranges of one code are joined.
 
-        What lies past the end of the disk is left out.
+        The part of the range past the end of the disk is not recorded.
 
         Args:
-            start: Guest offset.
-            length: Length.
-            code: Why it is lost.
-            cleared: Number of entries that are cleared for it.
+            start: Guest offset in bytes.
+            length: Length in bytes.
+            code: The error because of which the data is lost.
+            cleared: Number of table entries that are cleared because of this error.
         """
         self.cleared += cleared
         length = max(0, min(length, self._image_size - start))

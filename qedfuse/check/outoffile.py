@@ -1,23 +1,25 @@
 """Clearing the entries that point past the end of the file, before a repair extends the file.
 
-A repair appends copies to the file.  An entry that points past the old end would thereby
-become valid, and silently show the guest the bytes of another cluster.  If the repair is
-interrupted then, the next one finds nothing wrong with that entry.  So the order is:
+A repair appends copies to the file.  An entry that points past the old end of the file would
+become valid by that, and the guest would read the bytes of another cluster.  If the repair were
+interrupted after the file has grown, the next check would find no error in that entry.  So the
+order is:
 
 1. The entries that point past the end are overwritten.
-2. A datasync.
-3. Only then the file grows, by whatever the repair needs.
+2. A datasync makes the overwritten entries durable.
+3. Only after the datasync does the file grow.
 
-Most entries get their final value in step 1: an L2 entry is cleared, and so is an L1 entry
-of an image without a backing file.  An L1 entry of an overlay must not be cleared, because
-the backing file would show through; in the end it points to a new table of zero clusters.
-That table needs a longer file, so in step 1 the entry becomes `POISON_ENTRY`.
+Most entries get their final value in step 1.  An L2 entry is cleared, and so is an L1 entry of an
+image without a backing file.  An L1 entry of an overlay must not be cleared, because the guest
+would then read the backing file.  At the end of the repair, such an L1 entry points to a new table
+of zero clusters.  The new table needs a longer file, so in step 1 the entry becomes
+`POISON_ENTRY`.
 
-A table that overlaps data must not be written to, since its bytes may be data.  It will be
-copied, and the repair corrects the copy.  Until the L1 entry points to the copy, the
-original stays unchanged and in use.  So its entries cannot be cleared.  Instead the repair
-never allocates the clusters that they point to.  Once the file has grown past those
-clusters, they are holes and read as zeros, like the entries of the corrected copy.
+A table that overlaps data must not be written to, because its bytes may be data.  The repair
+copies the table and corrects the copy.  The original table stays unchanged and in use until the L1
+entry points to the copy, so entries of the original cannot be cleared.  Instead the repair never
+allocates the clusters to which these entries point.  When the file has grown past those clusters,
+they are holes and read as zeros, as they also do through the corrected copy.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.entryrules import Mask, Values
 
 POISON_ENTRY: Final = 1
-"""An L1 entry that is invalid whatever the length of the file."""
+"""The value of an L1 entry that is invalid for every length of the file."""
 
 
 class OutOfFileEntries:
@@ -54,7 +56,15 @@ class OutOfFileEntries:
         rewriter: Rewriter,
         lost_ranges: LostRanges,
     ) -> None:
-        """Prepare to clear entries; ``classifier`` has the file's length before the repair."""
+        """Prepare to clear entries; nothing is written yet.
+
+        Args:
+            file: The image.
+            classifier: Classifies the entries by the file's length before the repair, rounded up
+                to a whole cluster.
+            rewriter: Writes to the image.
+            lost_ranges: Gets the ranges of the disk that are lost.
+        """
         self._file = file
         self._classifier = classifier
         self._geometry = classifier.header.geometry
@@ -64,17 +74,19 @@ class OutOfFileEntries:
     async def clear_all(
         self, l1_entries: dict[int, int], tables: Iterable[tuple[int, int, bool]], empty: int
     ) -> None:
-        """Clear all entries that point past the end, durably, and record what is lost.
+        """Clear all entries that point past the end, durably; record the lost L2 entries.
 
         Args:
-            l1_entries: The new values of the L1 entries that point past the end, by index.
-            tables: For each table its L1 index, its file offset, and whether it must stay
+            l1_entries: The new values of the L1 entries that point past the end, by index.  The
+                caller has recorded the ranges that are lost because of these L1 entries.
+            tables: For each table its L1 index, its file offset, and whether the table must stay
                 unchanged because it will be copied.
             empty: The new value of L2 entries.
         """
-        # Two L1 entries can name the same table.  An entry that is cleared is lost for both,
-        # so the tables that will be copied are read before any entry is cleared.
-        clusters_in_use: list[Values] = [np.empty(0, np.uint64)]
+        # Two L1 entries can point to the same table, of which only one is copied.  After an L2
+        # entry of the table has been cleared, its loss could not be found a second time.  So the
+        # tables that will be copied are read before any entry is cleared.
+        avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes
         for index, table, moves in tables:
@@ -82,17 +94,23 @@ class OutOfFileEntries:
                 in_place.append((index, table))
                 continue
             async for first, values in read_table(self._file, table, length):
-                clusters_in_use.append(values[self._record_lost(index, first, values)])
+                avoided.append(values[self._record_lost(index, first, values)])
         for index, table in in_place:
             async for first, values in read_table(self._file, table, length):
                 lost = self._record_lost(index, first, values)
                 await self._write_changed(table, first, values, np.where(lost, empty, values))
-        clusters_in_use += await self._clear_l1_entries(l1_entries)
-        self._rewriter.set_avoided(np.unique(np.concatenate(clusters_in_use)))
+        avoided += await self._clear_l1_entries(l1_entries)
+        self._rewriter.set_avoided(np.unique(np.concatenate(avoided)))
         await self._rewriter.sync_pending()
 
     def _record_lost(self, l1_index: int, first: int, values: Values) -> Mask:
-        """Record the entries of a slice that point past the end; return which they are."""
+        """Record the L2 entries of a slice that point past the end; return a mask of them.
+
+        Args:
+            l1_index: The L1 index of the table.
+            first: Index in the table of the first entry of the slice.
+            values: The entries of the slice.
+        """
         lost = np.zeros(len(values), np.bool_)
         if len(values) and int(values.max()) >= self._classifier.file_size:
             for code, mask in self._classifier.l2_errors(values):
@@ -105,11 +123,11 @@ class OutOfFileEntries:
         return lost
 
     async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
-        """Overwrite entries of the L1 table; return the old values of the poisoned ones.
+        """Overwrite entries of the L1 table; return the old values of those that are poisoned.
 
-        The caller has recorded what is lost.  A new table must not be allocated at the offset
-        that its L1 entry had: the entry would be the same before and after the repair, so
-        the backup would not have it.
+        The caller must not let a table be allocated at one of the returned offsets.  Otherwise
+        an L1 entry could have the same value before and after the repair, and the backup of the
+        changed bytes would not contain the entry.
         """
         poisoned: list[Values] = []
         if not l1_entries:
@@ -122,7 +140,14 @@ class OutOfFileEntries:
         return poisoned
 
     async def _write_changed(self, table: int, first: int, old: Values, new: Values) -> None:
-        """Write the changed entries of a slice, whose first entry has index ``first``."""
+        """Write the entries of a slice that differ between ``old`` and ``new``.
+
+        Args:
+            table: The file offset of the table.
+            first: Index in the table of the first entry of the slice.
+            old: The entries in the file.
+            new: The new entries.
+        """
         where = np.flatnonzero(old != new)
         if len(where):
             begin, end = int(where[0]), int(where[-1]) + 1

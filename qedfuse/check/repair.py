@@ -2,26 +2,29 @@
 
 What is done for each kind of damage, and why:
 
-- A cluster with several owners stays with the first one.  Each other owner gets a copy, so
-  that every guest offset reads as before.
-- Two L1 entries that name the same table, or tables that overlap, are treated alike: the
-  second gets a copy of the table.  Its clusters then have two owners, so they are copied.
-- A cluster that is both part of a table and data: the table moves to a copy, the data stays.
-  One of the two owners is wrong, and the tables do not show which.  If the L1 entry of the
-  table is the invalid one, clearing the entry of the data would lose guest data, and so would
-  correcting the table in place.  The range is reported, since the other owner may be wrong.
+- If several entries refer to one data cluster, the first entry keeps the cluster.  Each other
+  entry gets a copy of the cluster, so that every guest offset reads as before.
+- If two L1 entries point to the same table, or to tables that overlap, the second L1 entry gets a
+  copy of its table.  After that, two tables refer to the same data clusters, so the clusters are
+  copied as in the first case.
+- If a cluster is both data and part of a table, the table moves to a copy and the data stays.
+  Either the entry of the data or the L1 entry of the table is wrong, and the tables do not show
+  which of the two.  If the L1 entry is wrong, clearing the entry of the data would lose guest
+  data, and so would correcting the table in place.  The range of the data is reported, because
+  the entry of the data may be the wrong one.
 - A table that the end of the file cuts short keeps the entries that are in the file.  A data
   cluster that is cut short is completed with zeros.
-- An entry that points outside the file, is unaligned, or points to the header or the L1
-  table refers to no data of the guest: it is cleared.
-- Where an entry is lost, an overlay gets a zero cluster, and for a lost L1 entry a table of
-  zero clusters.  Otherwise old data of the backing file would appear as if it were valid.
-- What lies past the end of the disk is never copied, and cleared where it conflicts.
-  Otherwise the image of a small disk could be made to fill the host's file system.
+- An entry that points outside the file, is unaligned, or points to the header or the L1 table is
+  cleared, because it refers to no data of the guest.
+- In an overlay, a lost L2 entry becomes a zero cluster, and a lost L1 entry gets a new table of
+  zero clusters.  Otherwise the guest would read old data of the backing file as if it were valid.
+- Data past the end of the disk is never copied.  An entry for such data is cleared if it would
+  need a copy.  Otherwise a manipulated image of a small disk could fill the host's file system.
 
-Ranges of the disk whose data is lost are reported.  Leaked clusters are left alone.  The
-persistent free list is dropped as soon as anything is changed, or if it is invalid itself.
-Its clusters then count as leaked, until a writable open scans the tables.
+Ranges of the disk whose data is lost are reported.  Leaked clusters stay leaked.  The persistent
+free list is dropped if the repair changes a table, or if the list itself is invalid.  The clusters
+of a dropped list count as leaked, until the image is opened for writing and its tables are
+scanned.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ class RepairReport:
 
     Attributes:
         lost: Ranges whose data is lost, in the order in which they were found.
-        copied: Number of clusters that were copied.
-        cleared: Number of entries that were cleared.
+        copied: Number of data clusters that were copied.
+        cleared: Number of table entries that were cleared.
         after: The check of the repaired image.
     """
 
@@ -61,34 +64,39 @@ class RepairReport:
 async def repair_image(file: HostFile, header: Header) -> RepairReport:
     """Repair the tables of an image that is open for writing and locked.
 
-    The order survives a crash: NEED_CHECK is set first and cleared last, entries that point
-    past the end of the file are cleared before the file grows (`qedfuse.check.outoffile`),
-    and copies are durable before the entries that point to them.  An interrupted repair can
-    be run again; it then no longer knows what the end of the file had cut short.
+    The image can be repaired again after a crash at any time, because of the order of the writes.
+    NEED_CHECK is set first and cleared last.  Entries that point past the end of the file are
+    cleared before the file grows (`qedfuse.check.outoffile`).  Copies are durable before the
+    entries that point to them.  A second repair does not report the data that the end of the file
+    had cut short, if the first repair had already made the file longer.
 
-    If the tables have no errors, only NEED_CHECK is cleared and an invalid free list is
-    dropped.  Nothing is backed up: `plan_repair` does that, before anything is changed.
+    If the tables have no errors, only NEED_CHECK is cleared and an invalid free list is dropped.
+    If the tables still have an error after the repair, NEED_CHECK stays set.  This function makes
+    no backup.  For a backup, the caller must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.
-        header: Its header.
+        header: The header of the image.
 
     Raises:
-        HostError: The host refused; NEED_CHECK stays set.
-        NeedsCheckError: The file is too large to be checked in bounded memory.
+        HostError: The host refused an access, or the file would become too long.  If a table was
+            changed, NEED_CHECK is still set, unless the error came when NEED_CHECK was cleared.
+        NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
+            memory.
     """
-    sound = header.with_need_check(value=False)
+    without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)
-    # An image that cannot be checked is refused before anything is changed.
-    before = await check_image(file, sound)
+    # The check comes before the first write, so that an image that is too large to be checked is
+    # refused unchanged.
+    before = await check_image(file, without_need_check)
     if not before.table_errors:
         if before.errors or header.need_check:
             await rewriter.write_need_check(need_check=False)
-            before = await check_image(file, sound.with_free_list(value=False))
+            before = await check_image(file, without_need_check.with_free_list(value=False))
         return RepairReport((), 0, 0, before)
     repair = TableRepair(file, header, rewriter)
     await repair.run()
-    after = await check_image(file, sound.with_free_list(value=False))
+    after = await check_image(file, without_need_check.with_free_list(value=False))
     if not after.errors:
         await rewriter.write_need_check(need_check=False)
     return RepairReport(
@@ -101,13 +109,16 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
 
     Args:
         file: The image.
-        header: Its header.
+        header: The header of the image.
         save: Called for each range of bytes that would be changed, with its file offset, its
-            present bytes, and its new bytes; not for bytes past the end of the file.
+            present bytes, and its new bytes.  Not called for bytes past the present end of the
+            file.  None if the caller makes no backup.
 
     Raises:
-        HostError: The host cannot read the file, or could not hold the repaired one.
-        NeedsCheckError: The file is too large to be checked in bounded memory.
+        HostError: The host cannot read the file, or the repaired file would be longer than a file
+            can be.
+        NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
+            memory.
     """
     rewriter = DryRunRewriter(file, header, save)
     repair = TableRepair(file, header, rewriter)

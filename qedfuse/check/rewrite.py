@@ -22,23 +22,29 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
     Save = Callable[[int, bytes, bytes], None]
+    """Called with the file offset, the old bytes and the new bytes of one change."""
 
 _COPY_BYTES: Final = 1 << 20
-"""Length of one read and one write of a copy, in bytes."""
+"""Maximum number of bytes in one read or write of a copy, and in one write of equal entries."""
 
 
 class Rewriter:
-    """Writes to an image: copies and new tables at the end of the file, entries in place.
+    """Writes copies and new tables to the end of an image, and changes entries in place.
 
     Attributes:
-        end: The file's length in bytes after what was allocated, a whole number of clusters.
-        changes_file: Whether anything is written; False in a `DryRunRewriter`.
+        end: The length in bytes that the file has, or will have after the pending writes; a whole
+            number of clusters.
+        changes_file: Whether the methods write to the file; False in a `DryRunRewriter`.
     """
 
     changes_file = True
 
     def __init__(self, file: HostFile, header: Header) -> None:
-        """Prepare to change ``file``, whose header is ``header``."""
+        """Prepare to change ``file``, whose header is ``header``.
+
+        Raises:
+            NoSpaceError: The file, rounded up to a whole cluster, would be too long.
+        """
         self._file = file
         self._header = header
         self.end = self._representable(header.geometry.ceil(file.size()))
@@ -46,10 +52,9 @@ class Rewriter:
         self._has_pending = False
 
     async def write_need_check(self, *, need_check: bool) -> None:
-        """Set or clear NEED_CHECK, durably; earlier writes are durable before it changes.
+        """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
 
-        The persistent free list is dropped at the same time, since a repair does not
-        update it.
+        The same write drops the persistent free list, because a repair does not update the list.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
@@ -63,14 +68,24 @@ class Rewriter:
         return build_header(header.with_free_list(value=False))
 
     async def extend(self, end: int) -> None:
-        """Make the file at least ``end`` bytes long, durably; the new bytes read as zeros."""
+        """Make the file at least ``end`` bytes long, durably; the new bytes read as zeros.
+
+        Raises:
+            NoSpaceError: No file can be that long.
+        """
         self.end = max(self.end, self._representable(end))
         if self._file.size() < self.end:
             await self._file.truncate(self.end)
             await self._file.datasync()
 
     async def copy(self, start: int, length: int) -> int:
-        """Copy a range of the file to its end, holes as holes; return the copy's file offset."""
+        """Copy a range of the file to the end of the file; return the file offset of the copy.
+
+        Holes and chunks of zeros become holes of the copy.  The copy is not durable yet.
+
+        Raises:
+            NoSpaceError: No file can be long enough for the copy.
+        """
         target = self._allocate(length)
         await self._file.truncate(self.end)
         at = 0
@@ -84,14 +99,23 @@ class Rewriter:
         return target
 
     async def new_table(self, value: int, count: int) -> int:
-        """Append a table whose first ``count`` entries have a value; return its file offset."""
+        """Append a table whose first ``count`` entries are ``value``; return its file offset.
+
+        The other entries are 0.  The table is not durable yet.
+
+        Raises:
+            NoSpaceError: No file can be long enough for the table.
+        """
         target = self._allocate(self._header.geometry.table_bytes)
         await self._file.truncate(self.end)
         await self.fill(target, count, value)
         return target
 
     async def fill(self, start: int, count: int, value: int) -> None:
-        """Set ``count`` entries from a file offset on to a value; they must be 0 before."""
+        """Set ``count`` entries from the file offset ``start`` on to a value.
+
+        The entries must be 0 before, because nothing is written for the value 0.
+        """
         entries_per_write = _COPY_BYTES // ENTRY_BYTES
         data = value.to_bytes(ENTRY_BYTES, "little") * min(entries_per_write, count)
         while count > 0 and value:
@@ -101,7 +125,13 @@ class Rewriter:
             count -= entries_per_write
 
     async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
-        """Write the changed entries at a file offset, after what they point to is durable."""
+        """Write the entries that differ, after everything to which they point is durable.
+
+        Args:
+            offset: The file offset of the first entry.
+            old: The entries in the file.
+            new: The new entries.
+        """
         where = np.flatnonzero(old != new)
         if len(where):
             begin, end = int(where[0]), int(where[-1]) + 1
@@ -110,30 +140,40 @@ class Rewriter:
             )
 
     async def overwrite(self, offset: int, _old: bytes, new: bytes) -> None:
-        """Write bytes of a table at a file offset, after all earlier writes are durable."""
+        """Write ``new`` at a file offset in a table, after all earlier writes are durable."""
         await self._file.datasync()
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, new: Values) -> None:
         """Write cleared entries at a file offset.
 
-        They point to nothing new, so no earlier write needs to be durable first.
+        No earlier write needs to be durable first, because cleared entries do not point to any
+        cluster.
         """
         self._has_pending = True
         await self._file.pwrite(offset, _bytes(new))
 
     async def sync_pending(self) -> None:
-        """Make cleared and filled entries durable; to be called before the file grows."""
+        """Make cleared and filled entries durable.
+
+        The caller must call this before the file grows.
+        """
         if self._has_pending:
             await self._file.datasync()
             self._has_pending = False
 
     def set_avoided(self, clusters: Values) -> None:
-        """Never allocate the clusters that begin at these file offsets, which are sorted."""
+        """Never allocate the clusters at the file offsets ``clusters``, which are ascending."""
         self._avoided = clusters
 
     def _allocate(self, length: int) -> int:
-        """Allocate ``length`` bytes at the end of the file; return their file offset."""
+        """Allocate ``length`` bytes at the end of the file; return their file offset.
+
+        The bytes contain no cluster that `set_avoided` has excluded.
+
+        Raises:
+            NoSpaceError: No file can be that long.
+        """
         target = self.end
         while True:
             index = int(np.searchsorted(self._avoided, target))
@@ -144,10 +184,10 @@ class Rewriter:
         return target
 
     def _representable(self, end: int) -> int:
-        """Return ``end`` if a file can be that long, in bytes.
+        """Return ``end`` unchanged if a file can have that length in bytes.
 
         Raises:
-            NoSpaceError: It cannot.
+            NoSpaceError: A file cannot have that length.
         """
         if end > MAX_OFFSET:
             msg = f"{self._file.name}: file size: found {end}, expected at most {MAX_OFFSET}"
@@ -156,24 +196,32 @@ class Rewriter:
 
 
 class DryRunRewriter(Rewriter):
-    """Writes nothing: counts what a repair would write, and reports what it would change.
+    """Writes nothing, but counts what a repair would write, and reports what it would change.
 
     Attributes:
-        written: Bytes that would be written so far, holes of copies not counted.
+        written: Number of bytes that would have been written so far, without the holes of copies.
     """
 
     changes_file = False
 
     def __init__(self, file: HostFile, header: Header, save: Save | None = None) -> None:
-        """Prepare; ``save`` is called with offset, old and new bytes of each change."""
+        """Prepare; ``save`` is called for each change of bytes that the file has now.
+
+        Raises:
+            NoSpaceError: The file, rounded up to a whole cluster, would be too long.
+        """
         super().__init__(file, header)
         self.written = 0
+        # File offset, length, and bytes without holes of the range that was copied last.
         self._last_copy = (0, 0, 0)
         self._size = file.size()
         self._save = save or (lambda _offset, _old, _new: None)
 
-    async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  it is cleared in the end
-        """Save the header, and the descriptor of the free list, which a repair erases."""
+    async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  what counts is the header at the end
+        """Save the header and the descriptor of the free list, both of which a repair changes.
+
+        The new header is the one at the end of the repair, without NEED_CHECK.
+        """
         old = bytes(await self._file.pread(0, HEADER_BYTES))
         self._save(0, old, self._built_header(need_check=False))
         if self._header.free_list and not backing_name_covers_descriptor(self._header):
@@ -181,12 +229,13 @@ class DryRunRewriter(Rewriter):
             self._save(DESCRIPTOR_OFFSET, old, bytes(len(old)))
 
     async def extend(self, end: int) -> None:
-        """Record the length that the file would have."""
+        """Record that the file would have at least ``end`` bytes."""
         self.end = max(self.end, self._representable(end))
 
     async def copy(self, start: int, length: int) -> int:
         """Count the bytes of a copy; return the file offset that it would have."""
-        # A cluster with thousands of owners is measured only the first time.
+        # If thousands of entries refer to one cluster, the cluster is copied thousands of times in
+        # a row.  Its bytes are counted only once.
         if self._last_copy[:2] != (start, length):
             self._last_copy = (start, length, await self._data_bytes(start, start + length))
         self.written += self._last_copy[2]
@@ -199,20 +248,24 @@ class DryRunRewriter(Rewriter):
         return self._allocate(length)
 
     async def fill(self, _start: int, count: int, value: int) -> None:
-        """Count the bytes of the entries."""
+        """Count the bytes of the entries; entries with the value 0 would not be written."""
         self.written += count * ENTRY_BYTES if value else 0
 
     async def clear_entries(self, _offset: int, _new: Values) -> None:
-        """Do nothing: the entries are counted and saved when their slice is repaired."""
+        """Do nothing, because `overwrite` counts and saves these entries later.
+
+        In a dry run the entries keep their values in the file, so the repair finds them again in
+        their slice.
+        """
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
-        """Count bytes of a table, and save them unless the table is a new one."""
+        """Count the new bytes, and save the change if the file has these bytes now."""
         self.written += len(new)
         if offset < self._size:
             self._save(offset, old, new)
 
     async def _data_bytes(self, start: int, end: int) -> int:
-        """Return how many bytes of a range of the file are not holes."""
+        """Return how many bytes of the file from ``start`` to ``end`` are not holes."""
         total = 0
         while start < end:
             await trio.lowlevel.checkpoint()
@@ -225,5 +278,5 @@ class DryRunRewriter(Rewriter):
 
 
 def _bytes(values: Values) -> bytes:
-    """Encode entries for the file."""
+    """Encode entries as they are stored in the file (little-endian)."""
     return values.astype("<u8").tobytes()

@@ -1,4 +1,4 @@
-"""The steps of a repair; `qedfuse.check.repair` describes what is done for each damage."""
+"""The steps of a repair; `qedfuse.check.repair` says how each kind of damage is repaired."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class TableRepair:
     """One repair of the tables of one image.
 
     Attributes:
-        rewriter: What writes to the image.
-        lost_ranges: The ranges of the disk that are lost so far.
-        copied: Number of clusters that were copied so far.
+        rewriter: Writes to the image, or only counts the writes in a dry run.
+        lost_ranges: The ranges of the disk whose data is lost, as far as they were found.
+        copied: Number of data clusters that were copied so far.
     """
 
     def __init__(self, file: HostFile, header: Header, rewriter: Rewriter) -> None:
@@ -42,28 +42,36 @@ class TableRepair:
         self._size = file.size()
         self._whole_size = rewriter.end
         self._classifier = EntryClassifier(header, self._whole_size)
-        # Covers the file as it was before the repair.  Past its end there are only copies,
-        # and only entries that the repair writes point to those.
+        # The bitmap covers the file before the repair.  Clusters past the old end of the file need
+        # no owner, because they are copies, and each copy gets exactly one entry.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
-        # For each table its L1 index, its file offset, and the offset to read it at, which
-        # is the old one in a dry run, where copies do not exist.
+        # For each table its L1 index, its file offset after the repair, and the file offset at
+        # which it is read.  The latter is the old offset in a dry run, because a dry run makes
+        # no copies.
         self._tables: list[tuple[int, int, int]] = []
-        # Old file offsets of the tables that move since they overlap data, ascending.
+        # Old file offsets of the tables that move because they overlap data, ascending.
         self._moved_from = np.empty(0, np.uint64)
         self._bad_l1_indices: list[int] = []
+        # New values by L1 index: for entries that point past the end of the file, written before
+        # the file grows; and for all entries that change, written at the end.
         self._out_of_file_l1_entries: dict[int, int] = {}
         self._l1_changes: dict[int, int] = {}
-        # A zero cluster hides the data of a backing file; without one, unallocated does.
+        # The new value of a lost L2 entry.  In an overlay the entry must be a zero cluster,
+        # because the guest reads the backing file where an entry is unallocated.
         self._empty = ZERO if header.has_backing else UNALLOCATED
         self.lost_ranges = LostRanges(header.image_size)
         self.copied = 0
 
     async def run(self) -> None:
-        """Repair the tables.
+        """Repair the tables; NEED_CHECK stays set.
 
-        Entries that point past the end of the file are cleared first; only then the file
-        may grow.  After that copies and new tables become durable, then L2 entries, then
-        L1 entries.
+        Entries that point past the end of the file are cleared before the file grows.  After that,
+        copies and new tables become durable before the L2 entries change, and the L2 entries
+        become durable before the L1 entries change.
+
+        Raises:
+            HostError: The host refused an access, or the file would become too long.
+            NeedsCheckError: The file is too large, or has too many tables.
         """
         await self.rewriter.write_need_check(need_check=True)
         indices, tables = await self._find_tables()
@@ -90,7 +98,11 @@ class TableRepair:
         return index >= self._geometry.l1_used(self._header.image_size)
 
     async def _find_tables(self) -> tuple[Indices, Values]:
-        """Read the L1 table; return its valid entries, sorted by the offsets of their tables."""
+        """Read the L1 table; return the indices and values of its valid entries, sorted by value.
+
+        An entry is valid here even if the end of the file cuts its table short.  Invalid entries
+        are recorded.
+        """
         classifier = EntryClassifier(self._header, self._size)
         indices, tables = await read_l1_table(
             self._file, classifier, self._record_bad_l1_entries, keep_short=True
@@ -99,44 +111,56 @@ class TableRepair:
         return indices[order], tables[order]
 
     def _record_bad_l1_entries(self, code: Code, first: int, _values: Values, mask: Mask) -> None:
-        """Record the L1 entries that will be cleared; the L1 table is changed last."""
+        """Record L1 entries that are invalid and will be cleared.
+
+        Args:
+            code: The error.
+            first: Index of the first entry of the slice of the L1 table.
+            mask: Which entries of the slice have the error.
+
+        Raises:
+            NeedsCheckError: There are too many invalid entries.
+        """
         span = self._geometry.table_span
         for at in np.flatnonzero(mask).tolist():
             refuse_too_many_tables(self._file, len(self._bad_l1_indices) + 1)
             self._bad_l1_indices.append(index := first + at)
             if code is Code.L1_OUT_OF_FILE:
-                zeros = self._empty != UNALLOCATED and not self._is_past_end(index)
-                self._out_of_file_l1_entries[index] = POISON_ENTRY if zeros else UNALLOCATED
+                needs_table = self._empty != UNALLOCATED and not self._is_past_end(index)
+                self._out_of_file_l1_entries[index] = POISON_ENTRY if needs_table else UNALLOCATED
             self.lost_ranges.add(index * span, span, code)
 
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
         """Complete the tables that the end of the file cuts short with empty entries.
 
-        Until the entries are durable, the file grows only by them.  So an interrupted repair
-        leaves a table that is still cut short, and never one through which the backing file
-        shows, or one with half an old entry.
+        Until the empty entries are durable, only the write of these entries makes the file longer.
+        So after an interruption the table is still cut short.  It cannot have missing entries
+        through which the guest reads the backing file, nor an entry of old and new bytes.
         """
         geometry = self._geometry
-        # An entry of which only a part is in the file counts as missing.
-        cut = self._size - self._size % ENTRY_BYTES
+        # If only a part of an entry is in the file, the entry counts as missing.
+        entries_end = self._size - self._size % ENTRY_BYTES
         short = tables + np.uint64(geometry.table_bytes) > self._size
         if not short.any():
             return
         for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
-            missing = max(0, cut - table) // ENTRY_BYTES * geometry.cluster_size
-            start = index * geometry.table_span + missing
-            self.lost_ranges.add(start, geometry.table_span - missing, Code.L1_CUT_SHORT, cleared=0)
+            kept = max(0, entries_end - table) // ENTRY_BYTES * geometry.cluster_size
+            start = index * geometry.table_span + kept
+            self.lost_ranges.add(start, geometry.table_span - kept, Code.L1_CUT_SHORT, cleared=0)
         end = int(tables[-1]) + geometry.table_bytes
-        if cut < self._size:
-            old = bytes(await self._file.pread(cut, self._size - cut))
-            half = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
-            await self.rewriter.overwrite(cut, old, half)
-        await self.rewriter.fill(cut, (end - cut) // ENTRY_BYTES, self._empty)
+        if entries_end < self._size:
+            old = bytes(await self._file.pread(entries_end, self._size - entries_end))
+            new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
+            await self.rewriter.overwrite(entries_end, old, new)
+        await self.rewriter.fill(entries_end, (end - entries_end) // ENTRY_BYTES, self._empty)
         await self.rewriter.sync_pending()
         await self.rewriter.extend(end)
 
     async def _find_moves(self, tables: Values) -> Mask:
-        """Return which tables must move, since they overlap another table or data."""
+        """Return a mask of the tables that must move, because they overlap a table or data.
+
+        Of tables that overlap each other, the first one in the file does not move for that reason.
+        """
         shared = await overlapping(tables, self._geometry.table_bytes)
         self._classifier = self._classifier.with_tables(tables[~shared])
         under = await self._under_data(tables)
@@ -146,7 +170,16 @@ class TableRepair:
         )
 
     async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
-        """Give each L1 entry a table of its own, by copying those that must move."""
+        """Copy the tables that must move, so that each L1 entry has a table of its own.
+
+        If an L1 entry past the end of the disk has a table that must move, the L1 entry is cleared
+        instead.
+
+        Args:
+            indices: The L1 indices of the tables.
+            tables: The file offsets of the tables.
+            move: Which tables must move.
+        """
         owners = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
         for index, table, moves in owners:
             if not moves:
@@ -163,18 +196,25 @@ class TableRepair:
         self._classifier = self._classifier.with_tables(self._classifier.tables[~moved])
 
     async def _under_data(self, tables: Values) -> Mask:
-        """Return which of the classifier's tables overlap data that any table refers to."""
+        """Return a mask of the tables of the classifier that overlap data.
+
+        The data is that to which the entries of ``tables`` refer.
+        """
         under = np.zeros(len(self._classifier.tables), np.bool_)
         for table in np.unique(tables).tolist():
             async for _first, values in read_table(self._file, table, self._geometry.table_bytes):
                 for code, mask in self._classifier.l2_errors(values):
                     if code is Code.L2_OVER_METADATA:
-                        found = self._classifier.table_under(values[mask])
-                        under[found[found >= 0]] = True
+                        table_indices = self._classifier.table_under(values[mask])
+                        under[table_indices[table_indices >= 0]] = True
         return under
 
     async def _replace_bad_tables(self) -> None:
-        """Choose the new values of the invalid L1 entries, and append the tables for them."""
+        """Choose the new values of the invalid L1 entries, and append the new tables.
+
+        In an overlay, an entry inside the disk gets a new table of zero clusters.  All other
+        invalid L1 entries become unallocated.
+        """
         geometry = self._geometry
         for index in self._bad_l1_indices:
             self._l1_changes[index] = UNALLOCATED
@@ -184,7 +224,7 @@ class TableRepair:
                 self._l1_changes[index] = await self.rewriter.new_table(self._empty, count)
 
     async def _claim_metadata(self) -> None:
-        """Mark the clusters of the header and of the tables that stay as owned."""
+        """Mark the clusters of the header, of the L1 table and of the tables that stay as owned."""
         bits = self._geometry.cluster_bits
         self._owners.claim_range(0, self._header.header_end >> bits)
         l1_table = (self._header.l1_table_offset, self._header.l1_end)
@@ -192,19 +232,25 @@ class TableRepair:
         await claim_tables(self._owners, self._classifier.tables, self._geometry)
 
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
-        """Return the new entries of one slice, after copying clusters that have another owner."""
+        """Return the new entries of one slice, after copying clusters that have another owner.
+
+        Args:
+            l1_index: The L1 index of the table.
+            first: Index in the table of the first entry of the slice.
+            values: The entries of the slice.
+        """
         size = self._geometry.cluster_size
         fixed = values.copy()
         start = l1_index * self._geometry.table_span + first * size
-        good = values > ZERO
+        valid = values > ZERO
         for code, mask in self._classifier.l2_errors(values):
-            good &= ~mask
+            valid &= ~mask
             fixed[mask] = self._empty
-            # Entries that point past the end were recorded when they were cleared.
+            # `OutOfFileEntries` has already recorded the entries that point past the end.
             if code is not Code.L2_OUT_OF_FILE:
                 for at in np.flatnonzero(mask).tolist():
                     self.lost_ranges.add(start + at * size, size, code)
-        where = np.flatnonzero(good)
+        where = np.flatnonzero(valid)
         taken = self._owners.claim(values[where] >> np.uint64(self._geometry.cluster_bits))
         for at in where[taken].tolist():
             if start + at * size < self._header.image_size:
@@ -213,26 +259,32 @@ class TableRepair:
             else:
                 fixed[at] = UNALLOCATED
                 self.lost_ranges.cleared += 1
-        self._record_uncertain(start, values, good)
+        self._record_uncertain(start, values, valid)
         return fixed
 
-    def _record_uncertain(self, start: int, values: Values, good: Mask) -> None:
-        """Record data that the end of the file cut short, or that a table overlapped."""
+    def _record_uncertain(self, start: int, values: Values, valid: Mask) -> None:
+        """Record data that the end of the file cut short, or that a table overlapped.
+
+        Args:
+            start: Guest offset that the first entry of the slice describes.
+            values: The entries of the slice before the repair.
+            valid: Which entries are valid.
+        """
         geometry = self._geometry
         size = geometry.cluster_size
         if self._size != self._whole_size:
-            cut = geometry.floor(self._size)
-            for at in np.flatnonzero(good & (values == cut)).tolist():
-                begin = start + at * size + self._size - cut
+            cut_cluster = geometry.floor(self._size)
+            for at in np.flatnonzero(valid & (values == cut_cluster)).tolist():
+                begin = start + at * size + self._size - cut_cluster
                 self.lost_ranges.add(
                     begin, self._whole_size - self._size, Code.L2_CUT_SHORT, cleared=0
                 )
-        over = self._classifier.with_tables(self._moved_from).table_under(values) >= 0
-        for at in np.flatnonzero(good & over).tolist():
+        overlapped = self._classifier.with_tables(self._moved_from).table_under(values) >= 0
+        for at in np.flatnonzero(valid & overlapped).tolist():
             self.lost_ranges.add(start + at * size, size, Code.L2_OVER_METADATA, cleared=0)
 
     async def _write_l1(self) -> None:
-        """Change the L1 table, after all tables that it will point to."""
+        """Change the L1 table, after all tables to which it will point are durable."""
         if not self._l1_changes:
             return
         changes = EntryChanges(self._l1_changes)

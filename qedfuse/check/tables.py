@@ -1,7 +1,7 @@
 """Which L2 tables an image has, which of them overlap, and new values for their entries.
 
-An L1 table can be 1 GiB and point to 134 million tables, all of them holes of a sparse file.
-So the work for each table is done on arrays, and other tasks run in between.
+An L1 table can have 1 GiB and point to 134 million L2 tables, even in a short file if the file is
+sparse.  So the tables are handled in arrays, and other tasks run between the steps.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 MAX_TABLES: Final = 1 << 22
-"""Limit for the L2 tables of an image that is checked; a disk of 64 TiB has 32768 by default."""
+"""Maximum number of L2 tables in an image that can be checked.  An image of 64 TiB has 32768 tables
+with the default geometry."""
 
 _TABLES_PER_STEP: Final = 1 << 13
-"""Tables that are compared before other tasks run."""
+"""Maximum number of tables that are compared before other tasks run."""
 
 
 async def read_l1_table(
@@ -47,12 +48,15 @@ async def read_l1_table(
 
     Args:
         file: The image.
-        classifier: Its rules for entries.
-        report: Called for each code of errors in each slice, with the code, the index of
-            the first entry of the slice, the entries, and which of them have the error.
-        keep_short: Whether a table that the end of the file cuts short counts as valid.
+        classifier: Finds the invalid entries.
+        report: Called for each possible error in each slice of the L1 table, even if no entry
+            has the error.  The arguments are the error, the index of the first entry of the
+            slice, the entries of the slice, and a mask of the entries that have the error.
+        keep_short: Whether an entry is valid if it points to a table that the end of the file
+            cuts short.
 
     Raises:
+        HostError: The host cannot read the file.
         NeedsCheckError: There are more than `MAX_TABLES` valid entries.
     """
     indices: list[Indices] = [np.empty(0, np.int64)]
@@ -78,12 +82,12 @@ class EntryChanges:
     """New values for some entries of a table."""
 
     def __init__(self, entries: dict[int, int]) -> None:
-        """Change entries to new values, by index in the table."""
+        """Take the new values; ``entries`` has them by the index of the entry in the table."""
         self._indices = np.array(sorted(entries), np.int64)
         self._values = np.array([entries[index] for index in self._indices.tolist()], np.uint64)
 
     def applied(self, first: int, values: Values) -> Values:
-        """Return a copy of the slice that begins at index ``first``, with the new values."""
+        """Return a copy of a slice with the new values; ``first`` is the slice's first index."""
         begin, end = np.searchsorted(self._indices, [first, first + len(values)])
         fixed = values.copy()
         fixed[self._indices[begin:end] - first] = self._values[begin:end]
@@ -91,10 +95,10 @@ class EntryChanges:
 
 
 def refuse_too_many_tables(file: HostFile, count: int) -> None:
-    """Refuse an image with too many L1 entries to be checked in bounded memory.
+    """Raise an error if an image has too many L1 entries to be checked in bounded memory.
 
     Raises:
-        NeedsCheckError: ``count`` is more than `MAX_TABLES`.
+        NeedsCheckError: The number of L1 entries, ``count``, is more than `MAX_TABLES`.
     """
     if count > MAX_TABLES:
         msg = f"{file.name}: too large to check: found more than {MAX_TABLES} L1 entries in use"
@@ -102,9 +106,13 @@ def refuse_too_many_tables(file: HostFile, count: int) -> None:
 
 
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
-    """Return which of some tables overlap one before them; ``tables`` are sorted file offsets.
+    """Return a mask of the tables that overlap an earlier table in ``tables``.
 
-    `qedfuse.ondisk.entrylimits.overlaps` has the rule.
+    The rule is that of `qedfuse.ondisk.entrylimits.overlaps`.
+
+    Args:
+        tables: The file offsets of tables, ascending; equal offsets are permitted.
+        table_bytes: The length of each table in bytes.
     """
     mask = np.zeros(len(tables), np.bool_)
     if len(tables) < 2 or (np.diff(tables) >= table_bytes).all():  # noqa: PLR2004
