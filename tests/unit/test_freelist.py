@@ -191,7 +191,7 @@ async def test_each_changed_byte_is_noticed_or_changes_nothing() -> None:
 
 BAD_FIELDS: Final = [
     ({"version": 2}, "descriptor version: found 2, expected 1"),
-    ({"list_crc": 5}, "runs: found another checksum"),
+    ({"list_crc": 5}, "runs: found a wrong checksum"),
     ({"first_cluster": 0}, "list cluster offset: found 0"),
     ({"first_cluster": 4097}, "list cluster offset: found 4097"),
     ({"first_cluster": 1 << 63}, "list cluster offset: found 9223372036854775808"),

@@ -1,8 +1,8 @@
 """Reading and validating a persistent free list (docs/format-extensions.md).
 
 An image is untrusted input, and so is its list.  The list is used only if every checksum is
-right and nothing in the list contradicts the header, the file or the tables.  The length of
-the file and `MAX_RUNS` limit how much is read.
+right and nothing in the list contradicts the header, the file's length or the offsets of the
+tables.  The length of the file and `MAX_RUNS` limit how much is read.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     Values = NDArray[np.uint64]
 
 MAX_RUNS: Final = 1 << 20
-"""Most runs in a list: with more, a scan of the tables is as fast as reading the list."""
+"""Maximum number of runs in a list; reading more would take as long as scanning the tables."""
 
 _TABLES_PER_STEP: Final = 1 << 16
-"""Most tables that are validated before other tasks run."""
+"""Maximum number of tables that are validated before other tasks may run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,10 @@ class FreeList:
     """A list that was found valid.
 
     Attributes:
-        runs: The runs, ascending: the first cluster of each, and its length in clusters.
-        holding_clusters: The clusters that hold the list, ascending.
-        descriptor: The bytes of the sector that describes the list.
+        runs: One row for each run of free clusters, ascending: the index of its first cluster,
+            and how many clusters it has.
+        holding_clusters: The indices of the clusters that hold the list, ascending.
+        descriptor: The content of the descriptor's sector.
     """
 
     runs: Runs
@@ -66,11 +67,11 @@ class FreeList:
 
     @property
     def clusters(self) -> int:
-        """How many clusters are listed."""
+        """The number of clusters in all runs."""
         return int(self.runs[:, 1].sum())
 
     def contains(self, clusters: Values) -> NDArray[np.bool_]:
-        """Return for each of ``clusters`` whether it is listed."""
+        """Return for each cluster index in ``clusters`` whether a run contains that cluster."""
         first, count = self.runs[:, 0], self.runs[:, 1]
         run = np.searchsorted(first, clusters, "right") - 1
         return (run >= 0) & (clusters - first[run] < count[run])
@@ -85,7 +86,7 @@ async def read_list(file: HostFile, header: Header, tables: Values) -> FreeList:
         tables: The file offsets of all L2 tables of the image, ascending.
 
     Raises:
-        CorruptImageError: The list must not be used; the message says why.
+        CorruptImageError: The list is invalid, or NEED_CHECK is set; the message says why.
         HostError: The host cannot read the file.
     """
     try:
@@ -110,22 +111,22 @@ class _Reader:
         """Read the list and validate it.
 
         Raises:
-            BadListError: The list must not be used.
+            BadListError: The list is invalid, or NEED_CHECK is set.
             HostError: The host cannot read the file.
         """
         if self._header.need_check:
-            # A list is written only when NEED_CHECK is clear.  So a program has changed the
-            # image since, and the list may be untrue.
+            # A list is written only while NEED_CHECK is clear.  So a program has changed the
+            # image after the list was written, and clusters in the list may be in use now.
             refuse("header field features", "NEED_CHECK set as well", "NEED_CHECK clear")
         if backing_name_covers_descriptor(self._header):
             refuse("descriptor", "the backing file name in its bytes", "no overlap")
         sector = await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
         descriptor = parse_descriptor(sector)
         self._check_descriptor(descriptor)
-        offsets, parts = await self._read_chain(descriptor)
-        runs = np.concatenate(parts)
+        offsets, runs_by_cluster = await self._read_chain(descriptor)
+        runs = np.concatenate(runs_by_cluster)
         if zlib.crc32(encode_runs(runs)) != descriptor.list_crc:
-            refuse("runs", "another checksum", "that of the descriptor")
+            refuse("runs", "a wrong checksum", "the checksum in the descriptor")
         self._check_runs(runs, descriptor)
         await self._check_tables(runs)
         holding_clusters = np.array(offsets, np.uint64) >> np.uint64(self._bits)
@@ -137,58 +138,80 @@ class _Reader:
         return found
 
     def _check_descriptor(self, descriptor: Descriptor) -> None:
-        """Validate the numbers of the descriptor, before any of them limits what is read."""
-        free = min(self._clusters, MAX_FREE_CLUSTERS)
-        for what, found, low, high in (
+        """Validate the numbers in the descriptor, which say how much must be read.
+
+        Raises:
+            BadListError: A number is out of its range.
+        """
+        max_free = min(self._clusters, MAX_FREE_CLUSTERS)
+        for field, found, low, high in (
             ("file_bytes", descriptor.file_bytes, self._size, self._size),
             ("runs", descriptor.runs, 1, MAX_RUNS),
             ("list_clusters", descriptor.list_clusters, 1, descriptor.runs),
-            ("free_clusters", descriptor.free_clusters, descriptor.runs, free),
+            ("free_clusters", descriptor.free_clusters, descriptor.runs, max_free),
         ):
             if not low <= found <= high:
                 expected = f"{low} to {high}" if low < high else f"{low}"
-                refuse(f"descriptor {what}", found, expected)
+                refuse(f"descriptor {field}", found, expected)
 
     async def _read_chain(self, descriptor: Descriptor) -> tuple[list[int], list[Runs]]:
         """Read the list clusters; return the file offset of each, and the runs of each.
 
-        Each list cluster must lie behind the one before it, so the chain cannot be a loop.
+        Each list cluster must lie behind the previous one, so the chain cannot be a loop.
+
+        Raises:
+            BadListError: A list cluster is invalid, or the list does not have as many runs as
+                the descriptor says.
+            HostError: The host cannot read the file.
         """
         offsets: list[int] = []
-        parts: list[Runs] = []
-        offset, before, left = descriptor.first_cluster, 0, descriptor.runs
+        runs_by_cluster: list[Runs] = []
+        offset, previous_offset, runs_left = descriptor.first_cluster, 0, descriptor.runs
         for _ in range(descriptor.list_clusters):
-            self._check_offset(offset, before)
+            self._check_offset(offset, previous_offset)
             head = await self._file.pread(offset, CLUSTER_HEADER_BYTES)
             cluster = parse_cluster_header(head, self._header.cluster_size)
-            if cluster.runs > left:
-                refuse("runs in a list cluster", cluster.runs, f"at most {left}")
-            left -= cluster.runs
+            if cluster.runs > runs_left:
+                refuse("runs in a list cluster", cluster.runs, f"at most {runs_left}")
+            runs_left -= cluster.runs
             length = CLUSTER_HEADER_BYTES + cluster.runs * RUN_BYTES
-            parts.append(parse_runs(cluster, await self._file.pread(offset, length)))
+            runs_by_cluster.append(parse_runs(cluster, await self._file.pread(offset, length)))
             offsets.append(offset)
-            before, offset = offset, cluster.next_cluster
+            previous_offset, offset = offset, cluster.next_cluster
             await trio.lowlevel.checkpoint()
-        if left or offset:
-            found = f"{descriptor.runs - left} runs, then a list cluster at {offset}"
+        if runs_left or offset:
+            found = f"{descriptor.runs - runs_left} runs, then a list cluster at {offset}"
             refuse("list", found, f"{descriptor.runs} runs and no more")
-        return offsets, parts
+        return offsets, runs_by_cluster
 
-    def _check_offset(self, offset: int, before: int) -> None:
-        """Validate the offset of a list cluster; the cluster before it lies at ``before``."""
-        low = max(self._header.header_end, before + 1)
+    def _check_offset(self, offset: int, previous_offset: int) -> None:
+        """Validate the file offset of a list cluster.
+
+        ``previous_offset`` is that of the previous list cluster, 0 for the first one.
+
+        Raises:
+            BadListError: The offset is not a cluster boundary, lies outside the file or inside
+                the header's clusters, or is not past ``previous_offset``.
+        """
+        low = max(self._header.header_end, previous_offset + 1)
         high = self._size - self._header.cluster_size
         if self._header.geometry.in_cluster(offset) or not low <= offset <= high:
             expected = f"a multiple of {self._header.cluster_size} from {low} to {high}"
             refuse("list cluster offset", offset, expected)
 
     def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
-        """Validate that the runs ascend, do not touch, and lie inside the file."""
+        """Validate that the runs ascend, do not touch, and lie between header and file end.
+
+        Also validates their total length, and that the L1 table lies in none of them.
+
+        Raises:
+            BadListError: One of these conditions is not met.
+        """
         first, count = runs[:, 0], runs[:, 1]
-        # Compare the first cluster of each run with the file's end first: only for runs that
-        # begin inside the file the subtraction below cannot wrap around.  A run must end
-        # before the last cluster of the file.  That cluster is in use, because free clusters
-        # at the end were cut off before the list was written.
+        # Runs that begin past the end of the file are excluded first, because the unsigned
+        # subtraction below would wrap around for them.  A run must end before the last cluster
+        # of the file.  The last cluster is in use, because free clusters at the end were cut
+        # off before the list was written.
         inside = first < np.uint64(self._clusters)
         inside[inside] = count[inside] < np.uint64(self._clusters) - first[inside]
         inside &= (first >= self._header.header_end >> self._bits) & (count > 0)
@@ -207,17 +230,25 @@ class _Reader:
         self._refuse_overlap(runs, l1_table, "the L1 table")
 
     async def _check_tables(self, runs: Runs) -> None:
-        """Validate that no L2 table lies in a run."""
+        """Validate that no L2 table lies in a run.
+
+        Raises:
+            BadListError: A table does.
+        """
         for start in range(0, len(self._tables), _TABLES_PER_STEP):
             tables = self._tables[start : start + _TABLES_PER_STEP]
             self._refuse_overlap(runs, tables, "an L2 table")
             await trio.lowlevel.checkpoint()
 
     def _refuse_overlap(self, runs: Runs, tables: Values, what: str) -> None:
-        """Refuse the list if a table at one of the file offsets ``tables`` overlaps a run."""
+        """Refuse the list if a table at one of the file offsets ``tables`` overlaps a run.
+
+        Raises:
+            BadListError: A table overlaps a run; the message calls the table ``what``.
+        """
         first = tables >> np.uint64(self._bits)
-        # For each table the last run that begins before the end of the table: if any run
-        # overlaps the table, this one does.
+        # `run` is, for each table, the index of the last run that begins before the table's
+        # end.  If any run overlaps the table, this run does.
         size = np.uint64(self._header.table_size)
         run = np.searchsorted(runs[:, 0], first + size, "left") - 1
         within = (run >= 0) & (runs[run, 0] + runs[run, 1] > first)
@@ -226,13 +257,17 @@ class _Reader:
             refuse("runs", found, "no table there")
 
     def _refuse_first(self, runs: Runs, bad: NDArray[np.bool_], expected: str) -> None:
-        """Refuse the list because of the first run for which ``bad`` is True."""
+        """Refuse the list because of the first run for which ``bad`` is True.
+
+        Raises:
+            BadListError: Always.
+        """
         first, count = runs[np.argmax(bad)].tolist()
         refuse("runs", f"{count} clusters from cluster {first} on", expected)
 
 
 def backing_name_covers_descriptor(header: Header) -> bool:
-    """Return whether the backing file name lies in the sector of the descriptor."""
+    """Return whether the backing file name overlaps the descriptor; False if there is no name."""
     start = header.backing_filename_offset
     end = start + header.backing_filename_size
     return header.has_backing and start < DESCRIPTOR_END and end > DESCRIPTOR_OFFSET
@@ -246,34 +281,35 @@ def expand_runs(runs: Runs) -> Values:
     return np.repeat(runs[:, 0], counts) + within.astype(np.uint64)
 
 
-async def add_runs(clusters: FreeMap, runs: Runs) -> None:
-    """Add runs, which must ascend and not touch each other, to the map ``clusters``."""
-    first = runs[:, 0].astype(np.int64) + clusters.shift
-    last = first + runs[:, 1].astype(np.int64)
-    # Adding a block at a time is faster than adding each of its runs, which takes three
-    # microseconds.  Only runs that cross the border of a block are added one by one.
-    within = first // BLOCK_CLUSTERS == (last - 1) // BLOCK_CLUSTERS
-    for start, count in runs[~within].tolist():
-        clusters.add(start, count)
-    first, last = first[within], last[within]
+async def add_runs(free_map: FreeMap, runs: Runs) -> None:
+    """Add the clusters of ``runs``, which must ascend and not touch each other, to a map."""
+    first = runs[:, 0].astype(np.int64) + free_map.shift
+    end = first + runs[:, 1].astype(np.int64)
+    # Adding a single run takes three microseconds.  So all runs that lie within one block of
+    # the map are added in one step, and only runs that cross the border of a block are added
+    # singly.
+    within = first // BLOCK_CLUSTERS == (end - 1) // BLOCK_CLUSTERS
+    for cluster, count in runs[~within].tolist():
+        free_map.add(cluster, count)
+    first, end = first[within], end[within]
     edges = np.flatnonzero(np.diff(first // BLOCK_CLUSTERS, prepend=-1)).tolist()
-    for begin, end in pairwise([*edges, len(first)]):
-        block = int(first[begin]) // BLOCK_CLUSTERS
-        clusters.add_block(
+    for low, high in pairwise([*edges, len(first)]):
+        block = int(first[low]) // BLOCK_CLUSTERS
+        free_map.add_block(
             block,
-            _bits_of(first[begin:end] % BLOCK_CLUSTERS, last[begin:end] - block * BLOCK_CLUSTERS),
+            _bits_of(first[low:high] % BLOCK_CLUSTERS, end[low:high] - block * BLOCK_CLUSTERS),
         )
         await trio.lowlevel.checkpoint()
 
 
-def _bits_of(first: NDArray[np.int64], last: NDArray[np.int64]) -> int:
-    """Return an integer with the bits set from each ``first`` up to its ``last``, exclusive.
+def _bits_of(first: NDArray[np.int64], end: NDArray[np.int64]) -> int:
+    """Return an integer with the bits set from each ``first`` up to its ``end``, exclusive.
 
     The ranges must not touch each other.
     """
     change = np.zeros(BLOCK_CLUSTERS + 1, np.int8)
     change[first] = 1
-    change[last] = -1
+    change[end] = -1
     ones = np.packbits(
         np.cumsum(change[:BLOCK_CLUSTERS], dtype=np.int8).view(np.uint8), bitorder="little"
     )

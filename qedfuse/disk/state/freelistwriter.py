@@ -41,18 +41,18 @@ class DescriptorEraser:
     def __init__(
         self, file: HostFile, header_store: HeaderStore, writeback: MetadataWriteback
     ) -> None:
-        """Be ready to erase the descriptor of the list that the header announces now, if any."""
+        """Erase, later, the descriptor of the list that the header announces now, if any."""
         self._file = file
         self._header_store = header_store
         self._writeback = writeback
         self.erased = not header_store.value.free_list
 
     async def erase(self) -> None:
-        """Erase the descriptor, unless that has been done or there was none.
+        """Erase the descriptor; do nothing if `erased` is True.
 
-        The caller must have made it durable that the header's bit is clear.  No datasync is
-        needed afterwards: if a crash loses this write, the descriptor that is left is not
-        read (see `erase_descriptor`).
+        The caller must have cleared the header's bit durably.  The erasing itself need not be
+        made durable, because without the bit no program reads a descriptor that a crash has
+        left (see `erase_descriptor`).
 
         Raises:
             HostError: The host refused.
@@ -64,10 +64,10 @@ class DescriptorEraser:
 
 
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
-    """Raise if an image has something else in the sector of the descriptor.
+    """Raise if the sector of the descriptor holds anything but a descriptor or unused bytes.
 
     Raises:
-        UsageError: The backing file name or unknown bytes lie there.
+        UsageError: The backing file name or unknown bytes lie in the sector.
         HostError: The host cannot read the file.
     """
     where = f"bytes {DESCRIPTOR_OFFSET} to {DESCRIPTOR_END - 1} of the header's cluster"
@@ -78,7 +78,7 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
         await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
     ):
         # Another program, which does not know the feature bit of the list, may have put its
-        # own data there.
+        # own data into the sector.  That data must not be overwritten.
         found = "something else"
     if found:
         msg = f"{file.name}: free list: found {found} in {where}, expected unused bytes"
@@ -86,15 +86,17 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
 
 
 async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
-    """Write a list and its descriptor; once they are durable, the header's bit may be set.
+    """Write a list and its descriptor.
 
-    The list takes no further space: it lies in the lowest free clusters.  There are always
-    enough of them, because each run has at least one.  While the bit is clear, nothing of the
-    list is read, so the order of these writes does not matter.  Only the bit must be set after
-    a datasync that covers all of them.
+    The caller must set the header's bit only after a datasync that covers all these writes.
+    The order among these writes does not matter, because no program reads the list while the
+    bit is clear.
+
+    The list takes no further space, because it lies in the lowest free clusters.  There are
+    always enough free clusters: each run has at least one, and a list cluster holds many runs.
 
     Args:
-        file: The image, exactly as long as its last cluster in use requires.
+        file: The image, which must end with its last cluster in use.
         header: The image's header, with the bit clear.
         runs: The free clusters, at least one and at most `MAX_RUNS` runs.
 
@@ -104,9 +106,9 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
     runs_per_cluster = runs_in_cluster(header.cluster_size)
     clusters = _lowest(runs, -(-len(runs) // runs_per_cluster))
     offsets = [*(clusters << np.uint64(header.geometry.cluster_bits)).tolist(), 0]
-    for number, offset in enumerate(offsets[:-1]):
-        part = runs[number * runs_per_cluster : (number + 1) * runs_per_cluster]
-        await file.pwrite(offset, build_cluster(offsets[number + 1], part))
+    for index, offset in enumerate(offsets[:-1]):
+        cluster_runs = runs[index * runs_per_cluster : (index + 1) * runs_per_cluster]
+        await file.pwrite(offset, build_cluster(offsets[index + 1], cluster_runs))
     descriptor = Descriptor(
         first_cluster=offsets[0],
         list_clusters=len(clusters),
@@ -119,18 +121,18 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
 
 
 def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
-    """Return the lowest ``count`` clusters of ``runs``, which are at least as many."""
+    """Return the lowest ``count`` clusters of ``runs``, which must ascend and have enough."""
     lowest = runs[:count].copy()
     np.minimum(lowest[:, 1], np.uint64(count), out=lowest[:, 1])
     return expand_runs(lowest)[:count]
 
 
 async def erase_descriptor(file: HostFile, header: Header) -> None:
-    """Erase the descriptor of a list that has become invalid, as a second line of defence.
+    """Overwrite the descriptor of an invalid list with zeros; an additional safeguard.
 
-    This write is not needed as long as all programs set the bit only after a datasync that
-    covers a new descriptor: then an old descriptor is never used again, even if a crash loses
-    this write.  Does nothing if the backing file name lies in the sector.
+    A crash may lose this write.  An old descriptor is never used again even then, provided
+    that all programs set the bit only after a datasync that covers a new descriptor.  The
+    function does nothing if the backing file name overlaps the descriptor.
 
     Raises:
         HostError: The host refused.

@@ -1,4 +1,4 @@
-"""The NEED_CHECK bit: set before the tables change, cleared when all is durable (D3)."""
+"""The NEED_CHECK bit: set before the tables change, cleared when they are durable (D3)."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ class NeedCheck:
     async def changing(self) -> AsyncIterator[None]:
         """Change tables inside the ``async with`` block.
 
-        The bit is written, though not durable, before the block is entered: the first
-        datasync of a write-back cycle comes before its first table write, and covers both.
+        The bit is written before the block is entered, without a datasync.  Nevertheless the
+        bit is durable before any table changes in the file, because each write-back cycle
+        runs a datasync before its first table write.
 
         Raises:
             HostError: The header could not be written; the block is not entered.
@@ -66,7 +67,8 @@ class NeedCheck:
         self._changes_under_way += 1
         try:
             # A bit that another task is still writing, or could not write, does not protect
-            # this change, so this task waits until the bit has been written.
+            # this change.  So this task also calls `change`, which waits for the other task,
+            # and writes the bit unless the other task has succeeded.
             if not self.is_set:
                 await self._scan.before_table_change()
                 await self._header_store.change(lambda header: header.with_need_check(value=True))
@@ -81,12 +83,13 @@ class NeedCheck:
     def is_set(self) -> bool:
         """Whether the bit has been written to the file, so tables may change without `changing`.
 
-        The bit need not be durable yet.
+        The bit need not be durable yet.  False also while any change of the header is being
+        written, and after one has failed.
         """
         return self._header_store.value.need_check and self._header_store.persisted
 
     def note_change(self) -> None:
-        """Note that a table was changed without `changing`, which requires `is_set`."""
+        """Note that a table was changed without `changing`, which is allowed only if `is_set`."""
         self._writeback.note_write()
         self._last_change = trio.current_time()
         self._changed.set()
@@ -95,23 +98,24 @@ class NeedCheck:
         """Make everything durable, then clear the bit; return whether the bit is clear now.
 
         The bit stays set if the image is damaged, or if tables are changed before the bit
-        could be cleared.
+        could be cleared.  The cleared bit has been written but is not durable: the next flush
+        makes it durable.
 
         Raises:
-            QedError: Not everything could be made durable; the bit stays (D7).
+            QedError: The host refused; the bit stays set (D7).
         """
         await self._flusher.flush()
         if self._layer.damaged:
-            # The file may have grown over the target of an entry that pointed past its end.
-            # Such an entry would look valid to the next program that opens the image.  So
-            # the bit stays: it demands a check, which finds the entry.
+            # The file may have grown over the target of an entry that pointed past the end of
+            # the file.  Such an entry would look valid to the next program that opens the
+            # image.  So the bit stays set to demand a check, which finds the entry.
             return not self._header_store.value.need_check
         if self._changes_under_way or (
             self._header_store.persisted and not self._header_store.value.need_check
         ):
             return not self._header_store.value.need_check
-        # No request is allocating, so the file past the last cluster is unused and can be cut
-        # off.  If a crash loses the cut and keeps the cleared bit, it leaves only a leak.
+        # No request is allocating, so the file past the last cluster in use can be cut off.
+        # If a crash loses the cut and keeps the cleared bit, the clusters there are only leaked.
         await self._length.truncate_tail()
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
@@ -127,17 +131,17 @@ class NeedCheck:
         return cleared
 
     async def run(self) -> None:
-        """Clear the bit whenever the tables have not changed for the delay: a background task.
+        """Clear the bit whenever the tables have not changed for the delay, as a background task.
 
         Ends when the image is found damaged or the disk has become read-only.  An error is
-        not raised but logged, and the clearing is tried again after the delay.  If the same
-        error follows, it is not logged again.
+        not raised but logged, and the clearing is tried again after the delay.  An error that
+        equals the previous one is not logged again.
         """
-        logged = ""
+        last_logged = ""
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            while trio.current_time() < (due := self._last_change + self._delay):  # noqa: ASYNC110  changes postpone it
+            while trio.current_time() < (due := self._last_change + self._delay):  # noqa: ASYNC110  a change postpones `due`
                 await trio.sleep_until(due)
             try:
                 if await self.clear():
@@ -147,10 +151,10 @@ class NeedCheck:
                 else:
                     self._changed.set()
                     self._last_change = trio.current_time()
-                logged = ""
+                last_logged = ""
             except QedError as error:
-                if str(error) != logged:
-                    logged = str(error)
+                if str(error) != last_logged:
+                    last_logged = str(error)
                     log.error("%s (while clearing NEED_CHECK)", error)  # noqa: TRY400
                 if self._writeback.failure is not None:
                     return

@@ -2,17 +2,17 @@
 
 While the image is open for writing, the free clusters are known only in memory, in the
 allocator.  The list in the file is made invalid before the first modification, so that a
-crash never leaves a list that is accepted but untrue.  If there is no valid list, the next
-open scans the tables.  A clean close writes the list again.
+crash never leaves a valid list with clusters that are in use.  If there is no valid list, the
+next open scans the tables.  A clean close writes a list again, if the options say so.
 
     opening          read and validate the list; if valid, the scan is postponed
     first write      clear the bit -> datasync, then anything may change
-    tables change    scan: clusters that no table refers to are free, whatever the list says
+    tables change    scan; clusters that no table refers to are free, whatever the list says
     close            all tables durable, NEED_CHECK clear ->
                      list and descriptor -> datasync -> set the bit -> datasync
 
-If no cluster was allocated or freed while the image was open, no scan is needed: the list is
-still true, so the close writes its old descriptor back.
+If no cluster was allocated or freed while the image was open, the list still contains exactly
+the free clusters.  Then no scan is needed, and the close writes the old descriptor back.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ log = logging.getLogger(__name__)
 
 
 class PersistentFreeList:
-    """Ensures that the list in the file is true or invalid at any moment.
+    """Ensures that the list in the file is invalid or right at any moment.
 
     Attributes:
-        wanted: Whether a clean close writes a list.
+        wanted: Whether a clean close writes a list; final when `open` has returned.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class PersistentFreeList:
         """Read the list of the image, or make it invalid if it is bad or not wanted.
 
         If the list is valid and wanted, the scan is postponed.  If the list is bad or cannot
-        be read, a warning is logged.
+        be read, a warning is logged.  If the image has no list, nothing is read.
 
         Raises:
             UsageError: A list is requested, but the bytes for its descriptor are in use.
-            HostError: The host refused to make the list invalid.
+            HostError: The host refused to read those bytes, or to make the list invalid.
         """
         header = self._header_store.value
         if self._option == "on":
@@ -114,7 +114,7 @@ class PersistentFreeList:
         await self._guard.prepare_write()
 
     async def _postpone_scan(self, found: FreeList) -> None:
-        """Postpone the scan until it is needed, and give it the clusters of a valid list."""
+        """Postpone the scan until it is needed, and pass the clusters of a valid list to it."""
         self._found = found
         listed = self._allocator.free.empty_like()
         holding_list = listed.empty_like()
@@ -124,16 +124,18 @@ class PersistentFreeList:
 
     @property
     def needs_scan(self) -> bool:
-        """Whether a list can be written only after the scan has ended."""
+        """Whether a list is wanted and can be written only after the scan has ended."""
         return self.wanted and not self._scan.is_postponed
 
     async def save(self) -> None:
-        """Write the list, if one is wanted and can be true, and set the bit in the header.
+        """Write the list and set the bit in the header, if possible.
 
         The caller must have made everything else durable, and must ensure that no other task
-        uses the image.  Writes nothing if the image is not at rest or not all free clusters
-        are known.  If the list cannot be written, a warning is logged; the image is sound
-        without a list, and the next open scans.
+        uses the image.  Nothing is written if no list is wanted, if the list in the file is
+        still valid, if the tables or the file's end do not allow a list (`_at_rest`), if not
+        all free clusters are known, or if there are none or too many.  If the list cannot be
+        written, a warning is logged; the image is sound without a list, and the next open
+        scans.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.
@@ -148,9 +150,10 @@ class PersistentFreeList:
         try:
             await refuse_occupied_descriptor(self._file, self._header_store.value)
             if unchanged:
-                # Only the descriptor was erased, so the list clusters are still there.  A
-                # new list cannot be written, because without a scan the allocator does not
-                # know the free clusters.
+                # Only the descriptor was erased, so the clusters that hold the list still
+                # have their content, and the old descriptor suffices.  A new list cannot be
+                # written, because without a scan the allocator does not know the free
+                # clusters.
                 await self._file.pwrite(DESCRIPTOR_OFFSET, unchanged.descriptor)
             elif runs is not None:
                 await write_list(self._file, self._header_store.value, runs)
@@ -161,15 +164,15 @@ class PersistentFreeList:
             return
         await self._writeback.barrier()
         await self._header_store.change(lambda header: header.with_free_list(value=True))
-        # Safety does not need this barrier: if a power failure loses the bit, the next open
-        # scans.
+        # This barrier only saves a scan.  Without it a power failure could lose the bit, and
+        # the next open would scan.
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Return whether the tables are durable and sound, and the file has no unused tail.
+        """Return whether the tables are durable and undamaged, and the file has no unused tail.
 
-        A free cluster that is not listed is leaked until the next scan, so only a complete
-        list is written.
+        The clusters of an unused tail would be missing in the list, and so would be leaked
+        until the next scan.
         """
         return (
             self._file.size() == self._allocator.end
@@ -180,7 +183,7 @@ class PersistentFreeList:
         )
 
     def _free_runs(self) -> Runs | None:
-        """Return the free runs; None if not all are known, or there are none or too many."""
+        """Return all runs of free clusters; None if not all are known, or none or too many."""
         allocator = self._allocator
         if (
             not allocator.scan_complete
@@ -188,10 +191,10 @@ class PersistentFreeList:
             or allocator.free.count >= MAX_FREE_CLUSTERS
         ):
             return None
-        found = list(itertools.islice(allocator.free.runs(), MAX_RUNS + 1))
-        if len(found) > MAX_RUNS:
+        free_runs = list(itertools.islice(allocator.free.runs(), MAX_RUNS + 1))
+        if len(free_runs) > MAX_RUNS:
             log.info(
                 "%s: free list: found more than %d runs: not written", self._file.name, MAX_RUNS
             )
             return None
-        return np.array(found, np.uint64) if found else None
+        return np.array(free_runs, np.uint64) if free_runs else None
