@@ -12,10 +12,10 @@ _UNDECODABLE: Final = range(0xDC80, 0xDD00)
 def printable(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a file name on one line, without characters that control a terminal.
 
-    If all characters of the name are printable it is returned unchanged.  Otherwise control
-    characters become ``\n``, ``\xNN`` or the like, undecodable bytes ``\xNN``, other
-    unprintable characters and lone surrogates ``\uNNNN`` or ``\UNNNNNNNN``, and each
-    backslash is doubled.
+    If all characters of the name are printable, the name is returned unchanged.  Otherwise
+    control characters become ``\n``, ``\xNN`` or the like, and undecodable bytes ``\xNN``.
+    Other unprintable characters and lone surrogates become ``\uNNNN`` or ``\UNNNNNNNN``, and
+    each backslash is doubled.
     """
     raw = os.fspath(name)
     text = os.fsdecode(raw)

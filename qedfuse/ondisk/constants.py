@@ -15,44 +15,50 @@ HEADER_BYTES: Final = 64
 """Length of the fixed part of the header, in bytes."""
 
 SECTOR: Final = 512
-"""The size of a disk is a multiple of this; also what a host disk writes atomically, in bytes."""
+"""Bytes in a sector.  The size of a guest's disk is a multiple of the sector size, and a host
+disk writes a sector atomically."""
 
 MIN_CLUSTER_SIZE: Final = 1 << 12
 MAX_CLUSTER_SIZE: Final = 1 << 26
 DEFAULT_CLUSTER_SIZE: Final = 1 << 16
+"""Cluster sizes are in bytes."""
 
 MIN_TABLE_SIZE: Final = 1
 MAX_TABLE_SIZE: Final = 16
 DEFAULT_TABLE_SIZE: Final = 4
+"""Table sizes are in clusters."""
 
 ENTRY_BYTES: Final = 8
 """Length of one L1 or L2 table entry, in bytes."""
 
 MAX_OFFSET: Final = (1 << 63) - 1
-"""Largest file offset of the kernel (a signed 64-bit ``loff_t``), in bytes."""
+"""Maximum file offset of the kernel (a signed 64-bit ``loff_t``), in bytes."""
 
 MAX_BACKING_NAME: Final = 1023
-"""Longest backing file name that QEMU opens, in bytes."""
+"""Maximum length of a backing file name that QEMU opens, in bytes."""
 
 UNALLOCATED: Final = 0
 """Table entry: nothing is stored; reads return the backing file's bytes, or zeros."""
 
 ZERO: Final = 1
-"""L2 table entry: the cluster reads as zeros, whatever the backing file has."""
+"""L2 table entry: the cluster reads as zeros, whatever the backing file contains."""
 
 
 class Feature(IntFlag):
-    """Incompatible feature bits: a program that does not know one must not open the image."""
+    """Incompatible feature bits: a program must not open an image with a bit it does not know."""
 
     BACKING_FILE = 0x01
     NEED_CHECK = 0x02
     BACKING_FORMAT_NO_PROBE = 0x04
     FREE_LIST = 1 << 60
-    """An extension of qedfuse: docs/format-extensions.md describes it and why it is this bit."""
+    """The persistent free list, an extension of qedfuse (docs/format-extensions.md)."""
 
 
 KNOWN_FEATURES: Final = int(
     Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE | Feature.FREE_LIST
 )
+"""The incompatible feature bits with which this program opens an image."""
+
 KNOWN_AUTOCLEAR: Final = 0
-"""QED defines no autoclear bits, so all that are set are cleared before the first change."""
+"""The autoclear feature bits that this program preserves: none, because QED defines none.  All
+others are cleared before the first change of an image."""

@@ -1,8 +1,8 @@
 """The limits for the file offsets in table entries, as plain numbers.
 
 Image metadata is untrusted.  An entry that points to the header or to a table would let a
-guest overwrite it.  An entry that points past the end of the file would name another
-entry's cluster as soon as the file grows.
+guest overwrite the header or the table.  An entry that points past the end of the file
+would point to another entry's cluster as soon as the file has grown.
 
 The fast check, the fast map and the two C extensions use these limits.  This module does not
 import numpy, because loading numpy takes longer than a fast check or a fast map takes to run.
@@ -30,7 +30,7 @@ RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
 class EntryLimits(NamedTuple):
     """The limits for the entries of one level of tables; offsets and lengths in bytes.
 
-    They do not include the rule that a data cluster must not overlap an L2 table.
+    The limits do not include the rule that a data cluster must not overlap an L2 table.
 
     Attributes:
         target: What the entries point to: the L1 table points to L2 tables, an L2 table to
@@ -53,12 +53,12 @@ class EntryLimits(NamedTuple):
 
     @classmethod
     def for_l1(cls, header: Header, file_size: int) -> EntryLimits:
-        """Give the limits for entries of the L1 table, which point to L2 tables."""
+        """Return the limits for entries of the L1 table, which point to L2 tables."""
         return cls._of(header, file_size, "table", header.geometry.table_bytes)
 
     @classmethod
     def for_l2(cls, header: Header, file_size: int) -> EntryLimits:
-        """Give the limits for entries of L2 tables, which point to data clusters."""
+        """Return the limits for entries of L2 tables, which point to data clusters."""
         return cls._of(header, file_size, "cluster", header.cluster_size)
 
     @classmethod
@@ -77,7 +77,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def largest_marker(self) -> int:
-        """The largest entry that is no offset: 0 (unallocated), in L2 tables 1 (zero cluster)."""
+        """The largest entry that is no offset: 0 in the L1 table, 1 (zero cluster) in L2 tables."""
         return UNALLOCATED if self.target == "table" else ZERO
 
     @property
@@ -89,20 +89,20 @@ class EntryLimits(NamedTuple):
     def lowest_clear(self) -> int:
         """The first offset past the header and the L1 table.
 
-        An aligned offset from here up to `highest` is valid unless its target overlaps an L2
-        table.  If there is space between the header and the L1 table, lower offsets can be
-        valid too.
+        A multiple of the cluster size from `lowest_clear` up to `highest` is valid unless
+        its target overlaps an L2 table.  If there is space between the header and the L1
+        table, lower offsets can be valid too.
         """
         return max(self.header_end, self.l1_end)
 
     @property
     def highest(self) -> int:
-        """The last offset whose target lies wholly in the file; negative in a short file."""
+        """The last offset whose target lies wholly inside the file; negative if none does."""
         return self.file_size - self.target_bytes
 
     @property
     def before_l1(self) -> int:
-        """The last offset before the L1 table whose target does not overlap the L1 table."""
+        """The last offset whose target ends before the L1 table; 0 if there is none."""
         return max(0, self.l1_start - self.target_bytes)
 
     @property
@@ -111,7 +111,10 @@ class EntryLimits(NamedTuple):
         return (0, self.header_end), (self.l1_start, self.l1_end)
 
     def is_valid(self, offset: int) -> bool:
-        """Return whether an entry that is no marker is valid; does not compare L2 tables."""
+        """Return whether an entry is a valid offset; False for a marker.
+
+        Whether the target overlaps an L2 table is not checked.
+        """
         return (
             not offset & (self.cluster_size - 1)
             and self.header_end <= offset <= self.highest
@@ -120,14 +123,18 @@ class EntryLimits(NamedTuple):
 
 
 def overlaps(tables: Iterable[int], table_bytes: int) -> Iterator[bool]:
-    """Yield for each L2 table, in ascending order, whether it overlaps an earlier valid table.
+    """Yield for each L2 table whether it overlaps a valid table that comes before it.
 
-    If two tables overlap, the one that begins first is valid and owns the clusters.  The
-    other table owns no clusters, so later tables are not compared with it.
+    If two tables overlap, the one that comes first is valid and owns the clusters.  The
+    other table is invalid and owns no clusters, so later tables are not compared with it.
+
+    Args:
+        tables: File offsets of the tables, in ascending order.
+        table_bytes: Length of a table.
     """
     end = 0
-    for table in tables:
-        is_overlapping = table < end
+    for table_offset in tables:
+        is_overlapping = table_offset < end
         if not is_overlapping:
-            end = table + table_bytes
+            end = table_offset + table_bytes
         yield is_overlapping

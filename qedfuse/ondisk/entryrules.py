@@ -1,7 +1,7 @@
 """The validity of table entries, and what to report about invalid ones.
 
-The limits are those of `qedfuse.ondisk.entrylimits`.  Here they are applied to the entries of
-a whole slice, together with the L2 tables that a data cluster must not overlap.
+This module applies the limits of `qedfuse.ondisk.entrylimits` to all entries of a slice.  It
+also finds the entries whose target overlaps an L2 table.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     Mask: TypeAlias = NDArray[np.bool_]
 
 NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
+"""For `EntryRules.tables`: overlaps with L2 tables are not checked."""
 
 
 class Violation(enum.Enum):
-    """Why an entry is invalid; if an entry breaks several rules, the first one here counts."""
+    """Why an entry is invalid; for an entry that breaks several rules, the first one listed."""
 
     RESERVED_BITS = enum.auto()
+    """One of the bits is set that are zero in every offset, whatever the cluster size."""
     UNALIGNED = enum.auto()
+    """The offset is no multiple of the cluster size."""
     OUT_OF_FILE = enum.auto()
+    """The target begins at or past the end of the file."""
     OVER_METADATA = enum.auto()
     """The target overlaps the header, the L1 table or an L2 table."""
     CUT_SHORT = enum.auto()
@@ -40,7 +44,7 @@ class Violation(enum.Enum):
 
     @property
     def found(self) -> str:
-        """A few words for messages, which follow the entry's value there."""
+        """A few words that follow the value of the entry in a message."""
         return {
             Violation.RESERVED_BITS: "unaligned",
             Violation.UNALIGNED: "unaligned",
@@ -57,7 +61,8 @@ class EntryRules:
     Attributes:
         limits: The limits that plain numbers can express.
         tables: File offsets of the L2 tables that no target may overlap, ascending.
-        allow_cut_short: Whether a target may reach past the end of the file.
+        allow_cut_short: Whether a target that begins inside the file may end past the end of
+            the file.
     """
 
     limits: EntryLimits
@@ -65,7 +70,7 @@ class EntryRules:
     allow_cut_short: bool = False
 
     def valid_mask(self, values: Values) -> Mask:
-        """Return for each entry whether it is a valid offset; markers are no valid offsets."""
+        """Return for each entry whether it is a valid offset; False for markers, such as 0."""
         limits = self.limits
         bad: Mask = (values & np.uint64(limits.cluster_size - 1)) != 0
         if self.allow_cut_short:
@@ -88,10 +93,11 @@ class EntryRules:
         return bad if bad.any() else None
 
     def all_valid(self, offsets: Values) -> bool:
-        """Return True if a fast check shows all offsets, at least one, to be valid.
+        """Return True if a fast check shows that all ``offsets`` are valid.
 
         False means that the slower `valid_mask` must decide.  Almost all tables that are read
-        are valid, and for most of them the smallest and the largest offset prove it.
+        are valid, and the fast check proves most of those valid.  The caller must pass at
+        least one offset, and no markers.
         """
         limits = self.limits
         lowest = int(offsets.min())
@@ -109,7 +115,8 @@ class EntryRules:
         """Sort invalid entries by the first rule that each breaks; markers break no rule.
 
         Yields:
-            A violation, and for each entry whether that is the first rule it breaks.
+            (violation, mask), for every violation in order.  The mask says for each entry
+            whether the violation is its first one.
         """
         limits = self.limits
         left = values > limits.largest_marker
@@ -125,7 +132,7 @@ class EntryRules:
             left &= ~broken
 
     def table_under(self, values: Values) -> NDArray[np.intp]:
-        """Return for each file offset the index of the L2 table in which it lies; -1 for none."""
+        """Return for each file offset the index of the L2 table that contains it, or -1."""
         if not len(self.tables):
             return np.full(len(values), -1)
         index = np.searchsorted(self.tables, values, "right") - 1
@@ -144,14 +151,14 @@ class EntryRules:
 
     def _any_over_table(self, offsets: Values) -> bool:
         """Return whether any of ``offsets`` lies in an L2 table; requires at least one table."""
-        # Searching the tables for sorted offsets is several times as fast.
+        # Sort the offsets first, which makes the search several times faster.
         ordered = np.sort(offsets)
         before = self.tables.searchsorted(ordered, "right")
         inside = ordered - self.tables[before - 1] < np.uint64(self.limits.table_bytes)
         return bool(((before > 0) & inside).any())
 
     def expected(self, violation: Violation) -> str:
-        """Describe what was expected instead of an entry that breaks a rule."""
+        """Return what was expected instead of an entry with this violation, for a message."""
         limits = self.limits
         table = limits.target == "table"
         return {
@@ -175,11 +182,11 @@ class EntryRules:
         }[violation]
 
     def explain(self, value: int) -> str:
-        """Return what is wrong with an entry that `valid_mask` found invalid, for a message."""
+        """Return what was found and expected, for a message on an entry that is invalid."""
         for violation, broken in self.violations(np.array([value], np.uint64)):
             if broken[0] and not (violation is Violation.CUT_SHORT and self.allow_cut_short):
                 expected = self.expected(violation)
                 return f"found {value} ({violation.found}), expected {expected}"
-        # No rule is broken now, so a writer has made the file longer since the entry was
+        # The entry breaks no rule now, so the file has become longer since the entry was
         # found invalid.
         return f"found {value}, which was outside the file, expected an offset inside it"

@@ -31,8 +31,8 @@ def is_qed(start: bytes | bytearray) -> bool:
 def is_luks(start: bytes | bytearray) -> bool:
     """Return whether a file with these first bytes is encrypted by LUKS.
 
-    QEMU takes LUKS for an image format.  A raw disk that a guest has encrypted looks the
-    same, so `foreign_format` does not report it.
+    For QEMU, LUKS is an image format.  But a raw disk that a guest has encrypted begins with
+    the same bytes, so `foreign_format` does not report LUKS.
     """
     return start.startswith(_LUKS)
 

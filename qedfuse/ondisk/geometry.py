@@ -1,4 +1,4 @@
-"""The arithmetic on offsets: indices into tables, rounding to clusters, bounds.
+"""Arithmetic on offsets: indices into tables, rounding to clusters, maximum lengths.
 
 A guest offset consists of an index into the L1 table, an index into an L2 table and an
 offset in the cluster.
@@ -30,11 +30,11 @@ SIZE_LIMITS: Final = {
     "cluster_size": (MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
     "table_size": (MIN_TABLE_SIZE, MAX_TABLE_SIZE),
 }
-"""The least and the largest value of each field that a geometry consists of."""
+"""Minimum and maximum of the two sizes of a geometry: bytes in a cluster, clusters in a table."""
 
 
 def expected_size(field_name: str, value: int) -> str | None:
-    """Describe what a field of `SIZE_LIMITS` must be; None if its value is valid."""
+    """Return what a field of `SIZE_LIMITS` must be, for a message; None if ``value`` is valid."""
     minimum, maximum = SIZE_LIMITS[field_name]
     if minimum <= value <= maximum and not value & (value - 1):
         return None
@@ -48,6 +48,8 @@ class Geometry:
     Attributes:
         cluster_size: Bytes in a cluster, a power of two.
         table_size: Clusters in an L1 or L2 table, a power of two.
+        cluster_bits: Binary logarithm of the cluster size.
+        cluster_mask: Mask of the bits of an offset that give its position in the cluster.
         entries: Entries in a table.
         table_bytes: Bytes in a table.
         table_span: Guest bytes that one L2 table covers.
@@ -100,10 +102,14 @@ class Geometry:
         return (length + self.cluster_mask) >> self.cluster_bits
 
     def l1_used(self, image_size: int) -> int:
-        """Return the number of L1 entries that a disk of ``image_size`` bytes can use."""
+        """Return the number of L1 entries that cover a disk of ``image_size`` bytes."""
         return -(-image_size // self.table_span)
 
     def bound(self, header_end: int, image_size: int) -> int:
-        """Return the file length in bytes that suffices for all tables and all clusters."""
+        """Return the bound: the length in bytes of a file in which every cluster is allocated.
+
+        The file holds the header, the L1 table, and all L2 tables and data clusters of a disk
+        of ``image_size`` bytes.
+        """
         tables = 1 + self.l1_used(image_size)
         return header_end + tables * self.table_bytes + self.ceil(image_size)

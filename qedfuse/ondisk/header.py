@@ -45,13 +45,19 @@ class Header:
     """The fields of a header, all of them in range if `parse_header` has returned it.
 
     Attributes:
-        header_size: Clusters reserved for the header; QEMU opens images where it is 0.
+        cluster_size: Bytes in a cluster.
+        table_size: Clusters in an L1 or L2 table.
+        header_size: Clusters reserved for the header.  As for QEMU, 0 is valid; the first
+            cluster belongs to the header then too.
         features: Incompatible feature bits, all of which this program knows.
         compat_features: Compatible feature bits; unknown ones are ignored and preserved.
         autoclear_features: Autoclear feature bits; unknown ones must be cleared before the
             first modification of the image.
         l1_table_offset: File offset of the L1 table.
         image_size: Size of the disk in bytes.
+        backing_filename_offset: File offset of the backing name, if `has_backing`.
+        backing_filename_size: Length of the backing name in bytes.
+        geometry: The cluster size, the table size, and what is computed from the two.
     """
 
     cluster_size: int
@@ -87,17 +93,17 @@ class Header:
 
     @property
     def backing_is_raw(self) -> bool:
-        """Whether the backing file is raw, whatever its first bytes are (NO_PROBE)."""
+        """Whether the backing file is raw, so its format is not probed (NO_PROBE)."""
         return bool(self.features & Feature.BACKING_FORMAT_NO_PROBE)
 
     @property
     def need_check(self) -> bool:
-        """Whether the tables may be inconsistent."""
+        """Whether the tables may be inconsistent (NEED_CHECK)."""
         return bool(self.features & Feature.NEED_CHECK)
 
     @property
     def free_list(self) -> bool:
-        """Whether the image has a persistent list of its free clusters."""
+        """Whether the image has a persistent list of its free clusters (FREE_LIST)."""
         return bool(self.features & Feature.FREE_LIST)
 
     @property
@@ -116,7 +122,7 @@ class Header:
         return replace(self, features=self.features | bit if value else self.features & ~bit)
 
     def with_size(self, image_size: int) -> Header:
-        """Return this header for a disk of another size, in bytes."""
+        """Return this header for a disk of ``image_size`` bytes."""
         return replace(self, image_size=image_size)
 
     def without_stale_autoclear(self) -> Header:
@@ -139,7 +145,7 @@ class Header:
 
 
 def parse_header(data: bytes, name: str) -> Header:
-    """Parse the first bytes of a file that messages call ``name``.
+    """Parse ``data``, the first bytes of a file that messages call ``name``.
 
     Raises:
         NotQedError: The data is too short, or has no QED magic.
@@ -159,7 +165,7 @@ def parse_header(data: bytes, name: str) -> Header:
             f"found 0x{raw.magic:08x}, expected 0x{MAGIC:08x}"
         )
         raise NotQedError(msg)
-    # Feature bits are checked first: they may change the meaning of all other fields.
+    # Check the feature bits first: an unknown bit may change the meaning of all other fields.
     unknown = raw.features & ~KNOWN_FEATURES
     if unknown:
         bits = ", ".join(str(bit) for bit in range(64) if unknown >> bit & 1)
@@ -192,7 +198,8 @@ def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
     """Parse a header, and check it against the length of its file in bytes, ``file_size``.
 
     Raises:
-        ImageError: As `parse_header`, or the L1 table is not wholly inside the file.
+        ImageError: `parse_header` refuses the header, or the L1 table is not wholly inside
+            the file.
     """
     header = parse_header(data, name)
     header.check_fits(file_size, name)
