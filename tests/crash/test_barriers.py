@@ -34,7 +34,7 @@ from tests.support.sabotage import Saboteur, without_barrier
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from qedfuse.disk.lookup.tablecache import WriteBack
+    from qedfuse.disk.lookup.slices import WriteBack
     from qedfuse.disk.space.allocator import Allocator, Run
     from qedfuse.disk.space.epochs import Epoch
     from tests.support.sabotage import Sabotage

@@ -14,7 +14,7 @@ import trio
 
 from qedfuse.disk.datapath.zerodetection import find_zero_clusters
 from qedfuse.disk.lookup.extents import Kind
-from qedfuse.disk.lookup.tablecache import L2
+from qedfuse.disk.lookup.slices import L2
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.ondisk.table import runs
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.datapath.writepath import WritePath
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.layer import QedLayer
-    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.lookup.slices import Slice
     from qedfuse.disk.space.reclaim import Reclaim
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback

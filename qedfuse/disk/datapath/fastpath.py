@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
     from qedfuse.disk.lookup.layer import QedLayer
-    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.lookup.slices import Slice
     from qedfuse.disk.space.spacemanager import SpaceManager
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback

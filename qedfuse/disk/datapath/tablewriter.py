@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from qedfuse.disk.lookup.tablecache import L1, L2, Pins
+from qedfuse.disk.lookup.slices import L1, L2, Pins
 from qedfuse.errors import CorruptImageError
 
 if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
-    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.lookup.slices import Slice
     from qedfuse.disk.space.allocator import Run
     from qedfuse.disk.space.flusher import Flusher
     from qedfuse.disk.space.spacemanager import SpaceManager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.disk.lookup.extents import Extent, Kind
-from qedfuse.disk.lookup.tablecache import L2
+from qedfuse.disk.lookup.slices import L2
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.util.pace import Pace

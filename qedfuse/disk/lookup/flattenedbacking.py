@@ -24,7 +24,7 @@ import numpy as np
 
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.lookup.layer import QedLayer
-from qedfuse.disk.lookup.tablecache import L2, Slice
+from qedfuse.disk.lookup.slices import L2, Slice
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.util.singleflight import SingleFlight
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from qedfuse.disk.lookup.extents import Extent, Kind
-from qedfuse.disk.lookup.tablecache import L1, L2, SliceStore, TableCache
+from qedfuse.disk.lookup.slices import L1, L2
+from qedfuse.disk.lookup.tablecache import SliceStore, TableCache
 from qedfuse.disk.lookup.tableregistry import TableRegistry
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 from qedfuse.ondisk.table import runs
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.lookup.slices import Slice
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 

@@ -9,7 +9,7 @@ import trio
 
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
-from qedfuse.disk.lookup.tablecache import L1, L2
+from qedfuse.disk.lookup.slices import L1, L2
 from qedfuse.ondisk.constants import UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.extents import Extent
-    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.lookup.slices import Slice
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
 """Length of the first lookup of a search; each further lookup is twice as long.  In most cases

@@ -1,9 +1,8 @@
-"""The table cache: slices of tables, at most 64 KiB each, within a budget of bytes.
+"""The table cache: slices of tables, read when they are needed, within a budget of bytes.
 
-A legal table can be 1 GiB long, so no table is held whole.  A slice stays in memory while it
-is dirty (it has changes that are not in the file yet) or pinned; all other slices may be
-evicted whenever a task awaits, and are read again when needed.  So a task that changes a
-slice either has not awaited anything since it got the slice, or has pinned it (`Pins`).
+A legal table can be 1 GiB long, so no table is kept in memory as a whole.  A slice stays in
+memory while it is dirty or pinned (`Slice`).  All other slices may be evicted whenever a task
+awaits something, and are read again when they are needed.
 """
 
 from __future__ import annotations
@@ -13,133 +12,39 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
+from qedfuse.disk.lookup.slices import L1, L2, Slice, WriteBack
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ENTRY_BYTES
-from qedfuse.ondisk.table import SLICE_BYTES, decode, encode
+from qedfuse.ondisk.table import SLICE_BYTES, decode
 from qedfuse.util.lru import LRU
 from qedfuse.util.singleflight import SingleFlight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Self
 
     from numpy.typing import NDArray
 
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.geometry import Geometry
 
-L1: Final = 1
-L2: Final = 2
-"""Levels of tables."""
-
 _OVERHEAD_BYTES: Final = 256
-"""Memory of the Python objects around a slice."""
-
-
-class Slice:
-    """A part of one L1 or L2 table, in memory.
-
-    Attributes:
-        offset: File offset of the slice's first entry.
-        level: `L1` or `L2`.
-        entries: The entries; only `TableCache.set`, `fill` and `put` change them.
-        bad: One byte per entry, non-zero where the entry is invalid; None if all are valid.
-        pins: How many write-backs and `Pins` keep this slice in memory.
-    """
-
-    __slots__ = ("bad", "changed_first", "changed_last", "entries", "level", "offset", "pins")
-
-    def __init__(self, offset: int, level: int, entries: array[int], bad: bytes | None) -> None:
-        """Hold ``entries``, clean and not pinned."""
-        self.offset = offset
-        self.level = level
-        self.entries = entries
-        self.bad = bad
-        self.pins = 0
-        self.changed_first = self.changed_last = 0
-
-    @property
-    def dirty(self) -> bool:
-        """Whether the slice has changes that no write-back has taken."""
-        return self.changed_first < self.changed_last
-
-    def touch(self, first: int, last: int) -> None:
-        """Mark the entries from ``first`` up to ``last``, exclusive, as dirty."""
-        if self.dirty:
-            self.changed_first = min(self.changed_first, first)
-            self.changed_last = max(self.changed_last, last)
-        else:
-            self.changed_first, self.changed_last = first, last
-
-
-class Pins:
-    """Keeps slices in memory until the end of a ``with`` block."""
-
-    __slots__ = ("_slices",)
-
-    def __init__(self, *slices: Slice) -> None:
-        """Pin ``slices`` from now on.
-
-        The caller must not have awaited anything since the cache returned them.
-        """
-        self._slices = list(slices)
-        for one in slices:
-            one.pins += 1
-
-    def add(self, added: Slice) -> None:
-        """Pin one more slice, which the cache has returned without an await since."""
-        added.pins += 1
-        self._slices.append(added)
-
-    def __enter__(self) -> Self:
-        """Return this object; the slices are pinned already."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Unpin all slices."""
-        for one in self._slices:
-            one.pins -= 1
-
+"""Bytes of memory that the Python objects of a slice take besides its entries."""
 
 SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
+"""Slices by `TableCache.key`."""
 
 
 def make_store(budget: int) -> SliceStore:
-    """Make the store that all images of a chain share for their slices; ``budget`` in bytes."""
+    """Make the store that all images of a chain share for their slices.
+
+    ``budget`` is the most bytes of memory that the slices take, except for dirty and pinned
+    slices, which are never evicted.
+    """
     return LRU(
         budget,
         weigh=lambda one: len(one.entries) * ENTRY_BYTES + len(one.bad or b"") + _OVERHEAD_BYTES,
         pinned=lambda one: one.dirty or one.pins > 0,
     )
-
-
-class WriteBack:
-    """The changes of one slice at one moment, on their way to the file.
-
-    Attributes:
-        source: The slice.
-        first: Index of the first changed entry.
-        last: Index after the last changed entry.
-        offset: File offset of ``data``.
-        data: The entries as bytes for the file.
-    """
-
-    __slots__ = ("data", "first", "last", "offset", "source")
-
-    def __init__(self, source: Slice) -> None:
-        """Take the changes of a dirty slice, which is clean and pinned afterwards."""
-        self.source = source
-        self.first, self.last = source.changed_first, source.changed_last
-        self.offset = source.offset + self.first * ENTRY_BYTES
-        self.data = encode(source.entries, self.first, self.last)
-        source.changed_first = source.changed_last = 0
-        source.pins += 1
-
-    def end(self, *, written: bool) -> None:
-        """Unpin the slice; its changes are dirty again unless they were ``written``."""
-        self.source.pins -= 1
-        if not written:
-            self.source.touch(self.first, self.last)
 
 
 class TableCache:
@@ -172,9 +77,10 @@ class TableCache:
         """Stands for every slice of a table that does not exist; must not be changed."""
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
-        # The bad entries of slices that were written back, by file offset.  To validate
-        # such a slice again would be wrong: an entry that pointed past the end of the file
-        # when the image was opened points to another owner's cluster once the file has grown.
+        # The bad entries of slices that were written back, by file offset.  Such a slice must
+        # not be validated again when it is read again: an entry that pointed past the end of
+        # the file when the image was opened points to another owner's cluster once the file
+        # has grown, and would seem to be valid.
         self._known_bad: dict[int, bytes | None] = {}
 
     def cached(self, table: int, index: int) -> Slice | None:
@@ -199,7 +105,11 @@ class TableCache:
         return found
 
     async def _fetch(self, offset: int, level: int) -> None:
-        """Read one slice into the store."""
+        """Read the slice at a file offset into the store.
+
+        Raises:
+            HostError: The host cannot read the slice, or the file ends within it.
+        """
         raw = await self._file.pread(offset, self._slice_bytes)
         if len(raw) < self._slice_bytes:
             msg = f"{self._file.name}: table at {offset}: the file ends within it"
@@ -209,15 +119,15 @@ class TableCache:
         self._store.put((id(self), offset), Slice(offset, level, entries, bad))
 
     def bad_entries(self, level: int, offset: int, entries: array[int]) -> bytes | None:
-        """Return what `Slice.bad` is for entries that were read from a file offset."""
+        """Return `Slice.bad` for the entries of a slice that were read from a file offset."""
         is_known = offset in self._known_bad
         return self._known_bad[offset] if is_known else self._find_bad(level, entries)
 
     async def reserve(self, pinned: Slice) -> None:
         """Reserve host space for the write-back of a pinned slice, unless that was done before.
 
-        The slice may lie in a hole of the file.  It is better to refuse the guest's write
-        now than to accept it and to run out of space at the flush.
+        The slice may lie in a hole of the file.  So without the reservation the host could
+        run out of space at the flush, after the guest's write has been accepted.
 
         Raises:
             NoSpaceError: The host is full.
@@ -238,14 +148,14 @@ class TableCache:
         self._dirty[slice_.offset] = slice_
 
     def fill(self, slice_: Slice, first: int, count: int, value: int) -> None:
-        """Change ``count`` entries from ``first`` on to one value, and mark them as dirty."""
+        """Change ``count`` entries from index ``first`` on to one value, and mark them as dirty."""
         if count:
             slice_.entries[first : first + count] = array("Q", (value,)) * count
             slice_.touch(first, first + count)
             self._dirty[slice_.offset] = slice_
 
     def put(self, slice_: Slice, first: int, values: NDArray[np.uint64]) -> None:
-        """Change the entries from ``first`` on to ``values``.
+        """Change the entries from index ``first`` on to ``values``.
 
         Only the range from the first to the last entry that differs is marked as dirty.
         """
@@ -257,14 +167,14 @@ class TableCache:
             self._dirty[slice_.offset] = slice_
 
     def evict(self, slice_: Slice) -> None:
-        """Drop a slice that is not needed soon, unless it is dirty or pinned."""
+        """Drop a slice from memory, unless it is dirty or pinned."""
         if not slice_.dirty and not slice_.pins:
             self._store.drop((id(self), slice_.offset))
 
     def move(self, old: int, new: int, length: int) -> None:
-        """Record that a table was copied from file offset ``old`` to ``new``; drop its slices.
+        """Drop the slices of a table that was copied from file offset ``old`` to ``new``.
 
-        No slice of the table may be pinned or dirty.
+        The caller must ensure that no slice of the table is pinned or dirty.
         """
         for at in range(0, length, self._slice_bytes):
             self._store.drop((id(self), old + at))
@@ -277,9 +187,9 @@ class TableCache:
                 self._known_bad.pop(new + at, None)
 
     def forget(self, table: int, length: int) -> None:
-        """Drop everything about a table that no entry refers to any more.
+        """Drop the slices of a table to which no entry refers any more.
 
-        No slice of the table may be pinned or dirty.
+        The caller must ensure that no slice of the table is pinned or dirty.
         """
         for at in range(table, table + length, self._slice_bytes):
             self._store.drop((id(self), at))
@@ -288,11 +198,11 @@ class TableCache:
 
     @property
     def dirty_bytes(self) -> int:
-        """How much memory the dirty slices take."""
+        """How many bytes the entries of the dirty slices take."""
         return len(self._dirty) * self._slice_bytes
 
     def take_dirty(self) -> tuple[list[WriteBack], list[WriteBack]]:
-        """Begin to write back all dirty slices, which are clean and pinned afterwards.
+        """Take the changes of all dirty slices, which are clean and pinned afterwards.
 
         The caller must end each write-back with `end_write_back`.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qedfuse.disk.lookup.tablecache import L1
+from qedfuse.disk.lookup.slices import L1
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from qedfuse.disk.lookup.tablecache import L1
+from qedfuse.disk.lookup.slices import L1
 from qedfuse.disk.maintenance.disksize import first_in_use
 from qedfuse.errors import UsageError
 from qedfuse.hostio.tablewalk import DataSlices

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.lookup.tablecache import L1, L2, Pins
+from qedfuse.disk.lookup.slices import L1, L2, Pins
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import runs
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.lookup.layer import QedLayer
-    from qedfuse.disk.lookup.tablecache import Slice
+    from qedfuse.disk.lookup.slices import Slice
     from qedfuse.disk.space.allocator import Allocator
     from qedfuse.disk.space.flusher import Flusher
     from qedfuse.disk.space.reclaim import Reclaim

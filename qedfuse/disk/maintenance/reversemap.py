@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from qedfuse.disk.lookup.tablecache import L2
+from qedfuse.disk.lookup.slices import L2
 from qedfuse.disk.space.l2tables import holding_data
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.tablewalk import DataSlices

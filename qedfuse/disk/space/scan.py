@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.lookup.tablecache import L2
+from qedfuse.disk.lookup.slices import L2
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
 from qedfuse.disk.space.freemap import BLOCK_CLUSTERS
 from qedfuse.disk.space.l2tables import claim_tables, holding_data

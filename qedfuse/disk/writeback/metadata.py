@@ -21,7 +21,8 @@ from qedfuse.util.pace import Pace
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qedfuse.disk.lookup.tablecache import TableCache, WriteBack
+    from qedfuse.disk.lookup.slices import WriteBack
+    from qedfuse.disk.lookup.tablecache import TableCache
     from qedfuse.hostio.hostfile import HostFile
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from qedfuse.disk.lookup.tablecache import L2
+from qedfuse.disk.lookup.slices import L2
 from qedfuse.ondisk.constants import ENTRY_BYTES, SECTOR
 
 if TYPE_CHECKING:

@@ -1,0 +1,119 @@
+"""Slices: parts of tables in memory, at most 64 KiB each.
+
+A slice is *dirty* while it has changes that no write-back has taken, and *pinned* while a
+`Pins` block or a `WriteBack` uses it.  `TableCache` may evict any other slice whenever a task
+awaits something.  So a task that changes a slice must not have awaited anything since it got
+the slice from the cache, unless it has pinned the slice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.ondisk.constants import ENTRY_BYTES
+from qedfuse.ondisk.table import encode
+
+if TYPE_CHECKING:
+    from array import array
+    from typing import Self
+
+L1: Final = 1
+L2: Final = 2
+"""The levels of tables."""
+
+
+class Slice:
+    """A part of one L1 or L2 table, in memory.
+
+    Attributes:
+        offset: File offset of the slice's first entry.
+        level: `L1` or `L2`.
+        entries: The entries; only `TableCache.set`, `fill` and `put` change them.
+        bad: One byte per entry, non-zero where the entry is invalid; None if all are valid.
+        pins: How many write-backs and `Pins` keep this slice in memory.
+    """
+
+    __slots__ = ("bad", "changed_first", "changed_last", "entries", "level", "offset", "pins")
+
+    def __init__(self, offset: int, level: int, entries: array[int], bad: bytes | None) -> None:
+        """Hold ``entries``, clean and not pinned."""
+        self.offset = offset
+        self.level = level
+        self.entries = entries
+        self.bad = bad
+        self.pins = 0
+        self.changed_first = self.changed_last = 0
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the slice has changes that no write-back has taken."""
+        return self.changed_first < self.changed_last
+
+    def touch(self, first: int, last: int) -> None:
+        """Mark the entries from ``first`` up to ``last``, exclusive, as dirty."""
+        if self.dirty:
+            self.changed_first = min(self.changed_first, first)
+            self.changed_last = max(self.changed_last, last)
+        else:
+            self.changed_first, self.changed_last = first, last
+
+
+class Pins:
+    """Keeps slices in memory until the end of a ``with`` block."""
+
+    __slots__ = ("_slices",)
+
+    def __init__(self, *slices: Slice) -> None:
+        """Pin ``slices`` from now on.
+
+        The caller must not have awaited anything since the cache returned them.
+        """
+        self._slices = list(slices)
+        for one in slices:
+            one.pins += 1
+
+    def add(self, added: Slice) -> None:
+        """Pin one more slice.
+
+        The caller must not have awaited anything since the cache returned the slice.
+        """
+        added.pins += 1
+        self._slices.append(added)
+
+    def __enter__(self) -> Self:
+        """Return this object; the slices are pinned already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unpin all slices."""
+        for one in self._slices:
+            one.pins -= 1
+
+
+class WriteBack:
+    """The changes that one slice had at one moment, for a write to the file.
+
+    Attributes:
+        source: The slice.
+        first: Index of the first changed entry.
+        last: Index after the last changed entry.
+        offset: File offset of ``data``.
+        data: The entries from ``first`` to ``last``, as bytes for the file.
+    """
+
+    __slots__ = ("data", "first", "last", "offset", "source")
+
+    def __init__(self, source: Slice) -> None:
+        """Take the changes of a dirty slice, which is clean and pinned afterwards."""
+        self.source = source
+        self.first, self.last = source.changed_first, source.changed_last
+        self.offset = source.offset + self.first * ENTRY_BYTES
+        self.data = encode(source.entries, self.first, self.last)
+        source.changed_first = source.changed_last = 0
+        source.pins += 1
+
+    def end(self, *, written: bool) -> None:
+        """Unpin the slice; its changes are dirty again unless they were ``written``."""
+        self.source.pins -= 1
+        if not written:
+            self.source.touch(self.first, self.last)
