@@ -73,7 +73,7 @@ def test_one_of_two_concurrent_mounts_is_refused(tmp_path: Path, mnt: Path) -> N
     assert said[winner] == ""
     assert said[1 - winner] == (
         f"qedfuse: mountpoint {mnt}: in use: found another qedfuse mount "
-        f"(end it with: qedfuse umount {mnt})\n"
+        f"(to end that mount: qedfuse umount {mnt})\n"
     )
     assert [entry.source for entry in read_mounts() if entry.path == str(mnt)] == [
         str(images[winner])

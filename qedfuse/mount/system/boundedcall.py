@@ -1,8 +1,9 @@
 """Calling a function that may block in the kernel, with a time limit.
 
-A system call that waits for the server of a FUSE mount cannot always be interrupted, not
-even by SIGKILL, and a process ends only when all its threads have ended.  Therefore the call
-is made in a child process, which the caller abandons when the time is over.
+A system call that waits for the server of a FUSE mount cannot always be interrupted, not even by
+SIGKILL.  A worker thread does not help, because a process ends only when all its threads have
+ended.  Therefore the function is called in a child process.  When the time is over, the caller
+goes on without waiting for the end of the child.
 """
 
 from __future__ import annotations
@@ -28,36 +29,38 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _READ_BYTES: Final = 1 << 16
+"""Maximum number of bytes that one read(2) takes from the pipe."""
 _MILLISECONDS_PER_SECOND: Final = 1000
 
 
 class Deadline:
-    """The time at which to give up, or never."""
+    """A time limit for several calls together, or no limit."""
 
     def __init__(self, seconds: float | None) -> None:
-        """Set the deadline to ``seconds`` from now; None is never."""
+        """Let the time end ``seconds`` from now; None for no limit."""
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def remaining(self) -> float | None:
-        """Return the seconds that are left, at least 0; None if there is no deadline."""
+        """Return the seconds that are left, 0 if the time is over; None if there is no limit."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     """Call a function in a child process and return its result.
 
-    The result is pickled, so it must be plain data.  The calling process must have no
-    threads, because it forks.
+    The caller must not have a second thread, because a thread does not survive a fork.
 
     Args:
-        function: The function.
-        seconds: How long to wait for the result; None for as long as it takes.
+        function: The function.  Its result and its exceptions must be plain data that can be
+            pickled.
+        seconds: How long to wait for the result, at least 0; None for no limit.
 
     Raises:
-        TimeoutError: The function has not returned in time.  The child gets SIGKILL; the
-            system call in which it blocks may still take effect.
+        TimeoutError: The function has not returned in time.  The child gets SIGKILL, but the
+            system call in which the child blocks may still take effect.
         Exception: The exception that the function raised, without its traceback.
-        RuntimeError: The child ended without a result.
+        RuntimeError: The child has ended without a result, because the child was killed, or
+            because the result cannot be pickled.
     """
     deadline = Deadline(seconds)
     reading, writing = os.pipe()
@@ -68,8 +71,8 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     try:
         reply = _receive(reading, deadline)
     except BaseException:
-        # The child is not waited for: if it blocks in the kernel, it ends only when the
-        # server answers.
+        # The parent does not wait for the end of the child.  If the child blocks in the kernel,
+        # it ends only when the server of the mount answers.
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         raise
@@ -79,20 +82,27 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     if not reply:
         msg = "a child process ended without a result"
         raise RuntimeError(msg)
-    kind, value, attributes = pickle.loads(reply)  # noqa: S301  from our own child
-    if kind is None:
+    # The reply of `_run`: the class, the arguments and the attributes of an exception, or None
+    # and the result.
+    error_class, value, attributes = pickle.loads(reply)  # noqa: S301  from this process's child
+    if error_class is None:
         result: T = value
         return result
-    error = kind.__new__(kind, *value)
+    error = error_class.__new__(error_class, *value)
     error.__dict__.update(attributes)
     raise error
 
 
 def _run(function: Callable[[], object], writing: int) -> NoReturn:
-    """Call the function, send its result or exception to the pipe ``writing``, and exit.
+    """Call a function in the child, write its result or exception to a pipe, and exit.
 
-    A child that blocks in the kernel outlives the caller.  It must not keep open what the
-    caller's parent waits for, such as a pipe or a lock, so it closes all other descriptors.
+    A child that blocks in the kernel can outlive the process that forked it.  Such a child must
+    not keep a pipe or a lock open whose end another process waits for.  So the child closes all
+    descriptors but the pipe, and replaces the standard streams by /dev/null.
+
+    Args:
+        function: The function.
+        writing: The descriptor of the pipe's end for writing.
     """
     try:
         reply: tuple[Any, ...]
@@ -100,7 +110,7 @@ def _run(function: Callable[[], object], writing: int) -> NoReturn:
             discard_standard_streams()
             close_descriptors(open_descriptors() - {*STANDARD, writing})
             reply = (None, function(), {})
-        except Exception as error:  # noqa: BLE001  it is raised again in the parent
+        except Exception as error:  # noqa: BLE001  the parent raises the exception again
             reply = (type(error), error.args, error.__dict__)
         with open(writing, "wb") as pipe:
             pipe.write(pickle.dumps(reply))
@@ -109,10 +119,10 @@ def _run(function: Callable[[], object], writing: int) -> NoReturn:
 
 
 def _receive(reading: int, deadline: Deadline) -> bytes:
-    """Read a pipe up to its end and return the content.
+    """Read a pipe up to its end and return the content; empty if nothing was written.
 
     Raises:
-        TimeoutError: The deadline was reached before the end.
+        TimeoutError: The time was over before the end of the pipe.
     """
     poll = select.poll()
     poll.register(reading, select.POLLIN)

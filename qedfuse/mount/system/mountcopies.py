@@ -1,7 +1,8 @@
 """Finding all mounts of one file system: bind mounts, and copies in other mount namespaces.
 
-A new mount namespace, such as that of a container or of a systemd service, begins with a
-copy of every mount.  A file system ends only when its last mount is unmounted.
+A new mount namespace, such as that of a container or of a systemd service, begins with a copy
+of every mount.  A file system ends, and with it its server, only when its last mount is
+unmounted.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from qedfuse.text import printable
 
 _MAX_LISTED_COPIES: Final = 5
+"""Maximum number of mounts that `describe_copies` lists; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountCopy:
-    """A mount of a file system.
+    """One mount of a file system, and a process that sees the mount.
 
     Attributes:
-        path: Its mountpoint, as the process sees it.
-        pid: A process that sees the mount; None for the caller itself.
-        command: The name of that process (proc_pid_comm(5)).
+        path: The mountpoint, as the process sees it.
+        pid: The pid of the process; None for the caller itself.
+        command: The name of the process (proc_pid_comm(5)); empty for the caller itself.
     """
 
     path: str
@@ -41,19 +43,25 @@ class MountCopy:
 def find_copies(device: str, original: MountEntry | None = None) -> list[MountCopy]:
     """List the mounts of a file system that the caller or other processes see.
 
-    Of the processes that see a copy, the one with the lowest pid is reported.  Three kinds of
-    mounts are left out: mounts that the kernel unmounts together with a mount of the caller's
-    namespace, mounts that only processes see which the caller may not inspect, and mounts
-    that no process sees below its root directory.
+    The mounts that the caller sees come first.  Each further mount is listed with the process
+    that has the lowest pid of those that see the mount.  Three kinds of mounts are left out:
+
+    - mounts in other namespaces that the kernel unmounts together with a mount of the caller's
+      namespace (the same peer group),
+    - mounts that are visible only to processes that the caller may not inspect,
+    - mounts that no process sees below its root directory.
 
     Args:
         device: The device number of the file system, ``MAJOR:MINOR``.
         original: A mount of the file system, which may be gone by now.  The kernel reuses
             device numbers, so a mount with another source or owner belongs to another file
-            system and is left out.
+            system and is left out.  None to leave out no mount for this reason.
+
+    Raises:
+        HostError: /proc is not mounted.
     """
     own = _mounts(device, None, original)
-    found = [MountCopy(entry.path) for entry in own]
+    copies = [MountCopy(entry.path) for entry in own]
     mount_ids = {entry.mount_id for entry in own}
     own_groups = {entry.peer_group for entry in own if entry.peer_group}
     seen = {_namespace_and_root("self")}
@@ -65,13 +73,14 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
         for entry in _mounts(device, pid, original):
             if entry.mount_id not in mount_ids and entry.peer_group not in own_groups:
                 mount_ids.add(entry.mount_id)
-                found.append(MountCopy(entry.path, pid, _command(pid)))
-    return found
+                copies.append(MountCopy(entry.path, pid, _command(pid)))
+    return copies
 
 
 def describe_copies(device: str, original: MountEntry | None = None) -> str | None:
     """Describe where a file system is mounted, on one line; None if no mount of it is visible.
 
+    At most `_MAX_LISTED_COPIES` mounts are listed; the line ends with the number of the others.
     The arguments are those of `find_copies`.
     """
     copies = find_copies(device, original)
@@ -83,23 +92,29 @@ def describe_copies(device: str, original: MountEntry | None = None) -> str | No
 
 
 def _namespace_and_root(process: str) -> tuple[str, str]:
-    """Return the mount namespace and the root directory of a process, which decide what it sees.
+    """Return the mount namespace and the root directory of a process.
 
-    If the caller may not read them, the result has ``process`` itself in place of the
-    namespace, and so differs from that of every other process.
+    Processes with the same result see the same mounts.  If the caller may not read the two
+    links below /proc, the result has ``process`` in place of the namespace, and so differs from
+    the result for every other process.
     """
     try:
-        # The link is read and not followed: its target may be a mount that does not answer.
+        # The links are read and not followed, because the target of the second one may be a
+        # mount that does not answer.
         return os.readlink(f"/proc/{process}/ns/mnt"), os.readlink(f"/proc/{process}/root")  # noqa: PTH115
     except OSError:
         return process, ""
 
 
 def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[MountEntry]:
-    """List the mounts of the file system that a process sees; see `find_copies`."""
+    """List the mounts of a file system that the process ``pid`` sees; None is the caller.
+
+    The other arguments are those of `find_copies`.  If the process has ended, or the caller may
+    not inspect the process, the result is empty.
+    """
     try:
         entries = read_mounts(pid)
-    except OSError:  # it has ended, or the caller may not inspect it
+    except OSError:
         return []
     return [
         entry
@@ -110,7 +125,7 @@ def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[M
 
 
 def _command(pid: int) -> str:
-    """Return the name of a process, or ``ended``."""
+    """Return the name of a process, or ``ended`` if no process has the pid."""
     try:
         name = os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes())
     except OSError:

@@ -16,26 +16,38 @@ from qedfuse.text import printable
 
 _KERNEL_TREES: Final = ("/proc", "/sys")
 _SERVER_PATHS: Final = (FUSE_DEVICE, *_KERNEL_TREES)
-"""Paths that the server looks up while it serves, so its own mount must not cover them.  A
-mount on / would not even be visible, and unmounting / makes the system's root read-only."""
+"""Paths that the server looks up while it answers requests.
+
+The server's own mount must not cover these paths, because the server would wait for its own
+reply.  All of them lie below /, so a mount on / is refused as well.  Besides, a mount on / would
+not be visible, and unmounting / makes the root file system read-only."""
 _LIBFUSE_PATHS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
-"""Paths that libfuse needs after the kernel has mounted and before the server serves: from
-3.17 on it runs mount(8), and waits for it, to update the table of mount options."""
+"""Paths that libfuse needs after the kernel has mounted and before the server answers requests.
+
+libfuse 3.17 and newer runs mount(8), to update the table of mount options, and waits for its
+end."""
 _MAX_LINKS: Final = 40
-"""Symbolic links that the kernel follows in one path (MAXSYMLINKS)."""
+"""Maximum number of symbolic links that the kernel follows in one path (MAXSYMLINKS)."""
 
 
 def resolve(mountpoint: str) -> str:
-    """Return a path that is absolute and free of symbolic links, as in the mount table."""
+    """Make a path absolute and free of symbolic links, as paths in the mount table are.
+
+    The components of the path need not exist.
+    """
     return os.path.realpath(mountpoint)
 
 
 def resolve_mounted(path: str) -> str:
-    """Resolve the path of a mountpoint without accessing what is mounted on it.
+    """Resolve the path of a mountpoint as `resolve` does, without accessing the mount.
 
-    The server of the mount may not answer, so only the directories that lead to the
-    mountpoint are accessed.  A path that is no mountpoint is returned as far as it can be
-    resolved.
+    The server of the mount may not answer, so only the directories that lead to the mountpoint
+    are accessed.  There is one exception: if the last component of the path is ``.`` or ``..``,
+    the mount may be accessed.  A path that leads to no mountpoint is returned as far as it can
+    be resolved.
+
+    Raises:
+        HostError: /proc is not mounted.
     """
     for _ in range(_MAX_LINKS):
         directory, name = os.path.split(path.rstrip("/"))
@@ -53,29 +65,38 @@ def resolve_mounted(path: str) -> str:
 
 
 def is_below(path: str, mountpoint: str) -> bool:
-    """Return whether a path is a mountpoint or lies below it; both absolute and without links."""
+    """Return whether ``path`` is ``mountpoint`` or lies below it.
+
+    Both must be absolute and free of symbolic links.
+    """
     return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
 
 
 def check_mountpoint(mountpoint: str, disks: int) -> bool:
     """Refuse a path that cannot carry a mount of ``disks`` disks.
 
-    A directory need not be empty, as for mount(8): the mount hides its content.
+    A directory need not be empty.  As with mount(8), the mount hides its content.
+
+    Args:
+        mountpoint: The path, absolute and free of symbolic links.
+        disks: The number of disks.
 
     Returns:
-        Whether the mountpoint is a directory; otherwise it is a regular file.
+        True if the mountpoint is a directory, and False if it is a regular file.
 
     Raises:
-        MountpointError: The path is missing, has a stale mount or another mount of qedfuse,
-            is neither a directory nor a regular file, is a file for more than one disk, or
-            covers what the server or libfuse needs.
+        MountpointError: The path is missing or cannot be accessed, has a stale mount or another
+            mount of qedfuse, is neither a directory nor a regular file, is a regular file for
+            more than one disk, lies in /proc or /sys, or contains a file that the server or
+            libfuse needs.
+        HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)
-    needed = (*_SERVER_PATHS, *map(os.path.realpath, _LIBFUSE_PATHS), *_c_library())
-    if any(is_below(path, mountpoint) for path in needed) or any(
+    needed_paths = (*_SERVER_PATHS, *map(os.path.realpath, _LIBFUSE_PATHS), *_c_library())
+    if any(is_below(path, mountpoint) for path in needed_paths) or any(
         is_below(mountpoint, tree) for tree in _KERNEL_TREES
     ):
-        msg = f"mountpoint {shown}: found a directory of the system, expected another one"
+        msg = f"mountpoint {shown}: found a directory of the system, expected another directory"
         raise MountpointError(msg)
     try:
         mode = os.stat(mountpoint).st_mode  # noqa: PTH116
@@ -97,16 +118,21 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
 
 
 def check_not_mounted(mountpoint: str) -> None:
-    """Refuse a path on which qedfuse has already mounted; other file systems may be there.
+    """Refuse a path on which a mount of qedfuse is on top.
+
+    A path without a mount, or with a mount of another file system on top, is not refused.
 
     Raises:
         MountpointError: There is a mount of qedfuse, in use or stale.
+        HostError: /proc is not mounted.
     """
     entry = find_mount(mountpoint)
     if entry is None or entry.fstype != FUSE_TYPE:
         return
     try:
-        os.statvfs(mountpoint)  # the kernel caches attributes, but never the answer to this
+        # statvfs(2) fails if the server of the mount has ended.  stat(2) might succeed, because
+        # the kernel caches attributes.
+        os.statvfs(mountpoint)
     except OSError as error:
         raise _inaccessible(mountpoint, error) from error
     raise in_use(mountpoint)
@@ -117,21 +143,22 @@ def in_use(mountpoint: str) -> MountpointError:
     shown = printable(mountpoint)
     return MountpointError(
         f"mountpoint {shown}: in use: found another qedfuse mount "
-        f"(end it with: qedfuse umount {shown})"
+        f"(to end that mount: qedfuse umount {shown})"
     )
 
 
 def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
-    """Return the error for a mountpoint at which stat(2) or statvfs(2) fails."""
+    """Return the error for a mountpoint for which stat(2) or statvfs(2) has failed."""
     shown = printable(mountpoint)
     if error.errno == errno.EACCES:
         entry = find_mount(mountpoint)
-        if entry is not None and entry.fstype == FUSE_TYPE:  # another user's
+        if entry is not None and entry.fstype == FUSE_TYPE:
+            # The mount belongs to another user, and its options exclude the caller.
             return in_use(mountpoint)
     if error.errno == errno.ENOTCONN:
         return MountpointError(
             f"mountpoint {shown}: found a stale mount: the process that served it has ended "
-            f"(remove it with: fusermount3 -u {shown}, or as root: umount {shown})"
+            f"(to remove the mount: fusermount3 -u {shown}, or as root: umount {shown})"
         )
     if error.errno == errno.ENOTDIR:
         return MountpointError(f"mountpoint {shown}: found a file in place of a directory")
@@ -139,7 +166,9 @@ def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
 
 
 def _c_library() -> list[str]:
-    """Return the path of the C library, if found; other libraries of the system lie beside it.
+    """Return a list of the path of the C library; an empty list if the path is not found.
+
+    Other libraries that mount(8) needs lie in the same directory.
 
     Raises:
         HostError: /proc is not mounted.
@@ -149,6 +178,6 @@ def _c_library() -> list[str]:
     except FileNotFoundError as error:
         raise proc_missing() from error
     # 7f5c1a000000-7f5c1a026000 r--p 00000000 fe:00 131  /usr/lib/x86_64-linux-gnu/libc.so.6
-    names = (line.split(maxsplit=5)[-1] for line in maps if line)
-    found = (name for name in names if re.search(r"/(libc[.-]|ld-musl-)[^/]*so[^/]*$", name))
-    return list(found)[:1]
+    paths = (line.split(maxsplit=5)[-1] for line in maps if line)
+    libraries = (path for path in paths if re.search(r"/(libc[.-]|ld-musl-)[^/]*so[^/]*$", path))
+    return list(libraries)[:1]

@@ -1,14 +1,17 @@
-"""A lock that lets one qedfuse at a time mount on a mountpoint, and the mount it has made.
+"""The lock that lets only one qedfuse at a time mount on a mountpoint.
 
-Between the check that nothing is mounted on a mountpoint and the mount itself, another
-qedfuse could mount there, and one disk would cover the other.  So each qedfuse locks the
-mountpoint, checks it, mounts, and unlocks it.
+Between the check that nothing is mounted on a mountpoint and the mount itself, another qedfuse
+could mount there, and the mount made last would cover the other.  So each qedfuse locks the
+mountpoint, checks that nothing is mounted there, mounts, and unlocks the mountpoint.
 
-The lock is a socket bound to an abstract name (unix(7)) that contains the mountpoint's
-device and inode.  The name is the same for all users and for every path to the mountpoint,
-it leaves no file behind, and the kernel drops it with the process.  Abstract names belong to
-a network namespace, and any user can bind one.  Therefore the wait for a lock is limited, and
-the mount table decides in the end: a mount that covers another one of qedfuse is undone.
+The lock is a socket bound to an abstract name (unix(7)) that contains the device number and the
+inode of the mountpoint.  The name is the same for all users and for every path to the
+mountpoint.  It leaves no file behind, and the kernel frees it when the process ends.
+
+The lock does not exclude every other qedfuse: abstract names belong to a network namespace, and
+any user can bind one and keep it.  Therefore the wait for the lock is limited, and after the
+mount the mount table decides (`find_new_mount`, `refuse_to_cover`).  A mount that covers
+another mount of qedfuse is undone by the caller.
 """
 
 from __future__ import annotations
@@ -32,39 +35,47 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
 _MAX_WAIT_SECONDS: Final = 5.0
-"""Longest wait for the lock; its holder mounts, which takes some milliseconds."""
+"""Maximum time to wait for the lock.  A process that holds the lock needs only some milliseconds
+to mount."""
 _RETRY_SECONDS: Final = 0.01
+"""Time between two attempts to get the lock."""
 
 
 def mountpoint_lock_name(mountpoint: str) -> bytes | None:
-    """Return the name of the lock for a path; None if the path does not exist.
+    """Return the name of the lock of a mountpoint; None if the path cannot be accessed.
 
-    Call it before anything is mounted there: the root of a mount has another inode.
+    The caller must call this before the mount, because the root of the mount has another device
+    number and inode than the mountpoint.
     """
     try:
-        found = os.stat(mountpoint)  # noqa: PTH116
+        status = os.stat(mountpoint)  # noqa: PTH116
     except OSError:
-        return None  # the check of the mountpoint reports the reason
-    return b"\0qedfuse/mountpoint/%d:%d" % (found.st_dev, found.st_ino)
+        return None  # `check_mountpoint` reports the reason
+    return b"\0qedfuse/mountpoint/%d:%d" % (status.st_dev, status.st_ino)
 
 
 @asynccontextmanager
 async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
     """Hold the lock ``name`` during the block.
 
-    If ``name`` is None, or another process holds the lock for more than 5 seconds, the block
-    runs without it.
+    If ``name`` is None, or if another process still holds the lock after 5 seconds, the block
+    runs without the lock.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         with trio.move_on_after(_MAX_WAIT_SECONDS):
-            # The kernel does not report that a name is free, so there is nothing to wait for.
+            # The kernel does not notify a process when a name becomes free, so this task tries
+            # again and again.
             while name is not None and not _try_bind(lock, name):  # noqa: ASYNC110
                 await trio.sleep(_RETRY_SECONDS)
         yield
 
 
 def _try_bind(lock: socket.socket, name: bytes) -> bool:
-    """Bind a socket to a name; return False if another process has the name."""
+    """Bind a socket to a name; return False only if another process has the name.
+
+    If the socket cannot be bound for another reason, the result is True, because another attempt
+    would fail as well.
+    """
     try:
         lock.bind(name)
     except OSError as error:
@@ -75,39 +86,46 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
+    Before Linux 6.11 the kernel does not report which mount belongs to a connection.  Then the
+    topmost new mount of qedfuse on the path is returned.
+
     Args:
-        mountpoint: The path.
+        mountpoint: The path, absolute and free of symbolic links.
         before: The mount table before the mount.
         connection: The descriptor of the connection to the kernel.
 
     Raises:
-        FuseError: There is none.
+        FuseError: The mount table has no such mount.
+        HostError: /proc is not mounted.
     """
-    old = {entry.mount_id for entry in before}
+    old_ids = {entry.mount_id for entry in before}
     device = _device(connection)
-    found = None
+    new_mount = None
     for entry in read_mounts():
-        is_new = entry.path == mountpoint and entry.mount_id not in old
+        is_new = entry.path == mountpoint and entry.mount_id not in old_ids
         if is_new and entry.fstype == FUSE_TYPE and device in (None, entry.device):
-            found = entry
-    if found is None:
+            new_mount = entry
+    if new_mount is None:
         msg = f"{printable(mountpoint)}: found no mount after mounting"
         raise FuseError(msg)
-    return found
+    return new_mount
 
 
 def _device(connection: int) -> str | None:
-    """Return the device number of a connection's mount; None before Linux 6.11."""
+    """Return the device number of a connection's mount, ``MAJOR:MINOR``; None before Linux 6.11."""
     text = Path(f"/proc/self/fdinfo/{connection}").read_bytes()
-    found = re.search(rb"^fuse_connection:\t([0-9]+)$", text, re.MULTILINE)
-    return f"0:{int(found[1])}" if found else None
+    match = re.search(rb"^fuse_connection:\t([0-9]+)$", text, re.MULTILINE)
+    return f"0:{int(match[1])}" if match else None
 
 
 def refuse_to_cover(mount: MountEntry) -> None:
-    """Refuse a mount that lies on another one of qedfuse.
+    """Refuse a mount of the caller that covers another mount of qedfuse.
+
+    The mount stays, and the caller must unmount it.
 
     Raises:
-        MountpointError: It does.
+        MountpointError: The mount lies on another mount of qedfuse on the same path.
+        HostError: /proc is not mounted.
     """
     for entry in read_mounts():
         if (

@@ -51,8 +51,8 @@ class MountRecord:
 
     Attributes:
         pid: The pid of the server.
-        started: When the server started, in clock ticks since boot; 0 if unknown.  It tells the
-            server from a later process with the same pid.
+        started: When the server started, in clock ticks since boot; 0 if unknown.  The start time
+            distinguishes the server from a later process with the same pid.
         mountpoint: The mountpoint.
         sources: The images.
         failure: What failed during the mount or at its end; None while the server is running, or
@@ -286,9 +286,9 @@ def _remove_stale(directory: int) -> None:
 
     The mount of a killed server stays in the mount table until it is unmounted, and its record
     must stay as long.  After the unmount, ``qedfuse umount`` waits for the end of the server and
-    reads the record once more.  So a record whose mount is gone is not removed at once.  It is
-    made read-only, and the next mount that begins at least a minute later removes it.  Mounts
-    that are only in other mount namespaces count as gone.
+    reads the record once more.  So a record whose mount is gone is first made read-only, and
+    the next mount that begins at least a minute later removes the record.  Mounts that are only
+    in other mount namespaces count as gone.
 
     Args:
         directory: A descriptor of the directory of records.

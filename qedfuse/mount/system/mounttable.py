@@ -20,18 +20,19 @@ FUSE_TYPE: Final = "fuse.qedfuse"
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One line of the mount table.
+    """One line of the mount table: one mount.
 
     Attributes:
-        mount_id: Identifies the mount, as long as it exists, in all mount namespaces.
-        parent_id: The mount on which this one is mounted.
-        device: ``MAJOR:MINOR`` of the file system, unique as long as it exists.
-        path: The mountpoint, from the root directory of the process whose table it is.
-        fstype: The type of the file system; that of qedfuse is `FUSE_TYPE`.
+        mount_id: The id of the mount, unique in all mount namespaces as long as the mount exists.
+        parent_id: The ``mount_id`` of the mount on which this mount lies.
+        device: The device number of the file system, ``MAJOR:MINOR``, unique as long as the file
+            system exists.
+        path: The mountpoint, from the root directory of the process that sees the mount.
+        fstype: The type of the file system; `FUSE_TYPE` for a mount of qedfuse.
         source: What is mounted, the column ``source`` of mount(8).
-        owner: The user who mounted a FUSE file system; 0 for any other.
-        peer_group: The group whose members are unmounted together (``shared`` or ``master``
-            in mount_namespaces(7)); 0 for none.
+        owner: The user who mounted a FUSE file system; 0 for any other file system.
+        peer_group: The group whose members the kernel unmounts together (``shared`` or
+            ``master`` in mount_namespaces(7)); 0 if the mount belongs to no group.
     """
 
     mount_id: int
@@ -46,14 +47,15 @@ class MountEntry:
 
 def _unescape(field: str) -> str:
     r"""Decode the octal escapes of a field, such as ``\040`` for a space."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 def parse_mounts(table: str) -> Iterator[MountEntry]:
-    r"""Parse the text of a mountinfo file (proc_pid_mountinfo(5)); skip incomplete lines.
+    r"""Yield the mounts in the text of a mountinfo file (proc_pid_mountinfo(5)).
 
-    The kernel escapes space, tab, newline, backslash and ``#``.  Every other character
-    stands for itself, also those that Python counts as white space or as a line end.
+    Incomplete lines are skipped.  The kernel escapes space, tab, newline, backslash and ``#``.
+    Every other character stands for itself, also the other characters that Python counts as
+    white space or as a line end.
     """
     for line in table.split("\n"):
         # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0
@@ -70,11 +72,14 @@ def parse_mounts(table: str) -> Iterator[MountEntry]:
 
 
 def read_mounts(process: int | None = None) -> list[MountEntry]:
-    """List the mounts that a process sees, in the order of the table; None is the caller.
+    """List the mounts that a process sees, in the order of the mount table.
+
+    Args:
+        process: The pid of the process; None for the caller.
 
     Raises:
-        OSError: There is no such process, or the caller may not look at it.
-        HostError: /proc is not mounted.
+        OSError: No process has the pid, or the caller may not inspect the process.
+        HostError: ``process`` is None, and /proc is not mounted.
     """
     directory = "self" if process is None else str(process)
     try:
@@ -87,10 +92,17 @@ def read_mounts(process: int | None = None) -> list[MountEntry]:
 
 
 def find_mount(mountpoint: str) -> MountEntry | None:
-    """Find the mount on a path; of several, the topmost; None if there is none.
+    """Find the mount on a path; return None if there is none.
 
-    Only the mount table is read.  Access to the mount itself would wait for the process
-    that serves it, and fails if that process is dead or the mount is another user's.
+    If several mounts lie on the path, the topmost is returned.  Only the mount table is read.
+    Access to the mount would wait for the process that serves the mount, and would fail if this
+    process has ended, or if the mount belongs to another user.
+
+    Args:
+        mountpoint: The path, absolute and free of symbolic links.
+
+    Raises:
+        HostError: /proc is not mounted.
     """
     found = None
     for entry in read_mounts():
@@ -100,15 +112,16 @@ def find_mount(mountpoint: str) -> MountEntry | None:
 
 
 def find_qedfuse_mount(mountpoint: str) -> MountEntry:
-    """Return the mount of qedfuse on a path.
+    """Return the mount of qedfuse on a path; the topmost if several lie there.
 
     Raises:
-        MountpointError: There is none, or another file system covers it.
+        MountpointError: Nothing is mounted on the path, or the topmost mount is not of qedfuse.
+        HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)
     entry = find_mount(mountpoint)
     if entry is None:
-        msg = f"{shown}: found no mount, expected one of qedfuse"
+        msg = f"{shown}: found no mount, expected a mount of qedfuse"
         raise MountpointError(msg)
     if entry.fstype != FUSE_TYPE:
         msg = f"{shown}: found a mount of type {printable(entry.fstype)}, expected {FUSE_TYPE}"

@@ -12,27 +12,29 @@ from qedfuse.errors import PrivilegeError
 FUSE_DEVICE: Final = "/dev/fuse"
 FUSE_CONF: Final = "/etc/fuse.conf"
 _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+"""The directories of the system's programs, as in the environment variable PATH."""
 
 
 def find_fusermount() -> str | None:
-    """Return the path of the program that mounts for ordinary users; None if there is none.
+    """Return the path of fusermount3, which mounts for ordinary users; None if it is missing.
 
-    The system's directories are searched as well, because mount(8) starts qedfuse with a
-    reset PATH.
+    The directories of the system are searched after those of PATH, because mount(8) starts
+    qedfuse with a PATH of its own, which may lack the directory of fusermount3.
     """
     return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
 
 
 def check_privileges(*, for_others: bool, user: int | None = None) -> None:
-    """Refuse what the kernel or fusermount3 would refuse, with a message that names the remedy.
+    """Refuse a mount that the kernel or fusermount3 would refuse; the message names the remedy.
 
     Args:
         for_others: Whether ``allow_other`` or ``allow_root`` is set.
         user: The user who mounts; None for the caller.
 
     Raises:
-        PrivilegeError: The device or fusermount3 is missing or may not be used, or the
-            configuration does not allow access by other users.
+        PrivilegeError: The FUSE device is missing or cannot be opened.  Or an ordinary user
+            mounts, and fusermount3 is missing, or ``for_others`` is set although fuse.conf does
+            not allow it.
     """
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
@@ -46,19 +48,25 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
     if (os.getuid() if user is None else user) == 0:
         return
     if find_fusermount() is None:
-        msg = "fusermount3: found nothing, expected the program from fuse3 (root needs none)"
+        msg = (
+            "fusermount3: found nothing, expected the program of the package fuse3, which ordinary "
+            "users need in order to mount"
+        )
         raise PrivilegeError(msg)
     if for_others and not _is_allow_other_permitted():
         msg = (
             "options allow_other and allow_root: refused for ordinary users: expected a line "
-            f"user_allow_other in {FUSE_CONF} (root can add it; losetup and mount(8) run as "
-            "root and need it to see the disk)"
+            f"user_allow_other in {FUSE_CONF} (root can add the line; losetup and mount(8) run "
+            "as root, and cannot access the disk without one of these options)"
         )
         raise PrivilegeError(msg)
 
 
 def _is_allow_other_permitted() -> bool:
-    """Return whether fuse.conf has the line ``user_allow_other``, read as fusermount3 reads it."""
+    """Return whether fuse.conf has the line ``user_allow_other``.
+
+    As for fusermount3, the line may be indented, and a missing file has no such line.
+    """
     try:
         with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:
             return any(line.strip() == "user_allow_other" for line in conf)
