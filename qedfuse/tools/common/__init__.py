@@ -1,1 +1,1 @@
-"""What several tools share: format detection, pipes, block masks, worker threads, open disks."""
+"""Helpers of several tools: format detection, pipes, block masks, worker threads, open disks."""

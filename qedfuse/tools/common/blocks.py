@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 _SAMPLED_WORDS_PER_BLOCK: Final = 4
-"""64-bit words of each block that are tested first."""
+"""Number of 64-bit words of each block that are tested before the whole block."""
 
 
 def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
-    """Return a mask of the blocks that hold only zeros; the last block may be short."""
+    """Return a mask of the blocks that hold only zeros; the last block may be incomplete."""
     whole = len(buffer) // block_size * block_size
     rows = buffer[:whole].view(np.uint64).reshape(-1, block_size // 8)
-    # In most blocks of data one of a few sampled words is nonzero.  Only blocks in which all
-    # sampled words are zero are read in full.
+    # Only blocks in which all sampled words are zero are read in full.  This is fast, because
+    # in most blocks of data at least one of the sampled words is not zero.
     zero: Mask = np.logical_not(rows[:, :: block_size // 8 // _SAMPLED_WORDS_PER_BLOCK].any(axis=1))
     for row in np.flatnonzero(zero):
         zero[row] = not rows[row].any()
@@ -31,7 +31,10 @@ def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
 
 
 def equal_blocks(one: Bytes, other: Bytes, block_size: int) -> Mask:
-    """Return a mask of the blocks in which two buffers of one length are equal."""
+    """Return a mask of the equal blocks of two buffers of the same length.
+
+    The last block may be incomplete.
+    """
     whole = len(one) // block_size * block_size
     first = one[:whole].view(np.uint64).reshape(-1, block_size // 8)
     second = other[:whole].view(np.uint64).reshape(-1, block_size // 8)
@@ -44,15 +47,19 @@ def equal_blocks(one: Bytes, other: Bytes, block_size: int) -> Mask:
 def classify(
     content: Bytes, block_size: int, min_zero_bytes: int, base: Bytes | None = None
 ) -> tuple[Mask, Mask]:
-    """Return two masks: blocks to write as data, and zero blocks that must hide a base.
+    """Return two masks: the blocks to write as data, and the blocks to write as zeros.
+
+    A block in neither mask need not be written.  Without a base no block is in the second
+    mask, because a block of zeros reads as zeros if it is not written.
 
     Args:
         content: A chunk of the disk.
         block_size: Bytes in a block.
-        min_zero_bytes: Bytes.  0 makes all zeros count as data.  Without a base, a shorter
-            run of zeros counts as data as well.
-        base: Content of the base in the same range, if there is a base.  Blocks that are
-            equal in both are in neither mask.
+        min_zero_bytes: Minimum length in bytes of a run of zeros that does not count as data;
+            0 makes all zeros count as data.  With a base all other values mean the same:
+            zeros never count as data.
+        base: Content of the base in the same range, as long as ``content``; None if there is
+            no base.  Blocks that are equal in both are in neither mask.
     """
     count = -(-len(content) // block_size)
     zero = zero_blocks(content, block_size) if min_zero_bytes else np.zeros(count, np.bool_)
@@ -61,8 +68,8 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A run at either end of the chunk stays zeros, however short: it may continue in
-            # the neighbouring chunk, and be long enough in all.
+            # A short run becomes data, but not if it touches an end of the chunk: it may
+            # continue in the neighbouring chunk, so its whole length is unknown here.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False
@@ -70,12 +77,18 @@ def classify(
 
 
 def masked_bytes(mask: Mask, block_size: int, length: int) -> int:
-    """Return how many of ``length`` bytes are in marked blocks; the last block may be short."""
+    """Return the number of bytes in the blocks that a mask marks.
+
+    Args:
+        mask: A mask of the blocks of a chunk.
+        block_size: Bytes in a block.
+        length: Bytes of the chunk, whose last block may be incomplete.
+    """
     past_end = len(mask) * block_size - length if len(mask) and mask[-1] else 0
     return int(mask.sum()) * block_size - past_end
 
 
 def mask_ranges(mask: Mask) -> list[tuple[int, int]]:
-    """Return the runs of true values in a mask as (first index, index past the last)."""
+    """Return the runs of true values in a mask as (first index, last index + 1)."""
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]

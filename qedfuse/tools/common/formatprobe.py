@@ -1,4 +1,4 @@
-"""Format detection: whether a file is QED, raw or foreign, by its first bytes."""
+"""Format detection: whether a file is QED, raw or foreign, from its first bytes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     ImageFormat: TypeAlias = Literal["raw", "qed"]
 
     FormatChoice: TypeAlias = Literal["auto", "raw", "qed"]
-    """A format, or ``auto`` to detect it by the first bytes."""
+    """A format, or ``auto`` to detect the format from the first bytes."""
 
 
 def probe_format(path: str) -> ImageFormat:
-    """Return the format of a file or block device by its first bytes.
+    """Return the format of a file or block device, detected from the first bytes.
 
     Raises:
         UsageError: The file is an image of a foreign format.
@@ -29,28 +29,29 @@ def probe_format(path: str) -> ImageFormat:
     """
     fd = open_raw(path, os.O_RDONLY)
     try:
-        start = os.pread(fd, SIGNATURE_BYTES, 0)
+        signature = os.pread(fd, SIGNATURE_BYTES, 0)
     except OSError as error:
         raise HostError.from_os(error, printable(path), "read") from error
     finally:
         os.close(fd)
-    return format_of(start, printable(path))
+    return format_of(signature, printable(path))
 
 
-def format_of(start: bytes | bytearray | memoryview, name: str) -> ImageFormat:
-    """Return the format of the source of a copy by its first bytes.
+def format_of(content: bytes | bytearray | memoryview, name: str) -> ImageFormat:
+    """Return the format of the source of a copy, detected from the first bytes.
 
     Args:
-        start: The first bytes, `SIGNATURE_BYTES` or all that the source has.
+        content: The first bytes of the source: at least `SIGNATURE_BYTES`, or all bytes of a
+            shorter source.
         name: Name of the source in the message.
 
     Raises:
         UsageError: The source is an image of a foreign format.
     """
-    start = bytes(start[:SIGNATURE_BYTES])
-    if is_qed(start):
+    signature = bytes(content[:SIGNATURE_BYTES])
+    if is_qed(signature):
         return "qed"
-    found = "LUKS" if is_luks(start) else foreign_format(start)
+    found = "LUKS" if is_luks(signature) else foreign_format(signature)
     if found is not None:
         msg = (
             f"{name}: format: found {found}, expected raw or qed (-f raw reads the bytes "
@@ -60,23 +61,24 @@ def format_of(start: bytes | bytearray | memoryview, name: str) -> ImageFormat:
     return "raw"
 
 
-def is_qed_image(start: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
+def is_qed_image(signature: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
     """Return whether a command must treat a file as QED.
 
-    The choice of the user decides.  With ``auto`` the first bytes decide.
+    If the user has chosen QED or raw, the bytes of the file are not examined.
 
     Args:
-        start: The first bytes of the file, `SIGNATURE_BYTES` or all that it has.
-        image_format: The choice of the user.
+        signature: The first `SIGNATURE_BYTES` bytes of the file, or all bytes of a shorter
+            file.
+        image_format: The choice of the user; with ``auto`` the first bytes decide.
         name: Name of the file in the message.
 
     Raises:
         NotQedError: The format is ``auto`` and the file is an image of a foreign format.
     """
     if image_format == "auto":
-        found = foreign_format(start)
+        found = foreign_format(signature)
         if found is not None:
             msg = f"{name}: found a {found} image, expected QED or raw"
             raise NotQedError(msg)
-        return is_qed(start)
+        return is_qed(signature)
     return image_format == "qed"

@@ -1,7 +1,7 @@
 """Checks of a backing file before its name is written into an image.
 
-Nothing here is asynchronous, and nothing imports trio or numpy, so that a command that creates
-an image does not wait until they are loaded.
+This module has no asynchronous functions and imports neither trio nor numpy, because loading
+them takes longer than creating an image.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Refuse a backing file that is the image itself, directly or through the chain below it.
 
-    The names in the headers of the chain are followed up to a file that is missing or is no
-    image.  Whether the files can be used as backing files is not tested.
+    The backing file names in the headers of the chain are followed up to a file that is
+    missing or is no image.  Whether the files can be used as backing files is not tested.
 
     Args:
-        image: The file that will name the backing file; it need not exist.
+        image: The file that will name the backing file; this file need not exist.
         backing: Name of the backing file, absolute or relative to the image's directory.
         directory: Directory to which names after ``file:`` are relative; empty for the
             working directory.
@@ -53,17 +53,16 @@ def size_and_format(
 ) -> tuple[int, ImageFormat]:
     """Return the size in bytes and the format of the backing file of a new image.
 
-    The backing file is not locked, so another program may be using it.  The chain of the
-    backing file must not lead back to the image, see `refuse_backing_loop`.
+    The backing file is not locked, so another program may be using the file.
 
     Args:
-        image: The new image.
+        image: Path of the new image.
         backing: Name of the backing file, absolute or relative to the image's directory.
         wanted: Format of the backing file; None accepts only QED.
 
     Raises:
-        BackingError: The backing file is missing, is the image itself or leads to it, or is
-            not of the wanted format.
+        BackingError: The backing file is missing, cannot be read, is not of the wanted format
+            or has an invalid header, or the image is among the files of its chain.
     """
     path = backing_path(image, backing)
     about, shown = f"{printable(image)}: backing file", printable(path)
@@ -92,7 +91,7 @@ def size_and_format(
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    """Return whether two names lead to the same file; the file need not exist yet."""
+    """Return whether two paths lead to the same file; the file need not exist yet."""
     return os.path.realpath(first) == os.path.realpath(second) or (
         os.path.exists(first)  # noqa: PTH110
         and os.path.exists(second)  # noqa: PTH110

@@ -1,4 +1,4 @@
-"""Reading and writing pipes and standard streams; a cancellation ends a wait for the other end."""
+"""Reading and writing pipes and standard streams, with calls that can be cancelled."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ class Stream:
         self.name = name
 
     async def read(self, view: memoryview) -> int:
-        """Wait until bytes are available and read them; return their number, 0 at the end.
+        """Wait until bytes are available, and read them into ``view``.
 
-        Fewer bytes than the length of ``view`` may be read.
+        Returns:
+            The number of bytes, which may be less than the length of ``view``; 0 at the end of
+            the stream.
 
         Raises:
             HostError: The host refused.
@@ -68,15 +70,16 @@ class Stream:
             raise HostError.from_os(error, self.name, "write") from error
 
     async def _call(self, call: Callable[[], int], wait: Callable[[int], object]) -> int:
-        """Make a system call that transfers bytes; return their number.
+        """Make a system call that transfers bytes; return the number of bytes.
 
         Args:
             call: Makes the system call.
             wait: Waits until the descriptor is ready for the call.
         """
         if self._blocking:
-            # O_NONBLOCK would also apply to the processes that share the open file, and they
-            # do not expect it.  So the call blocks a thread, which a cancellation abandons.
+            # The call blocks a thread, which a cancellation abandons.  O_NONBLOCK is not set
+            # instead, because it would also apply to the other processes that share the open
+            # file description, and they do not expect it.
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
         while True:
             try:
@@ -93,7 +96,10 @@ class Stream:
 
 
 def is_stream(path: str) -> bool:
-    """Return whether a path is ``-``, a FIFO or a socket; links such as /dev/stdin are followed."""
+    """Return whether a path is ``-``, a FIFO or a socket; symbolic links are followed.
+
+    Returns False if the file does not exist or cannot be examined.
+    """
     if path == "-":
         return True
     try:
@@ -104,10 +110,12 @@ def is_stream(path: str) -> bool:
 
 
 async def open_stream(path: str, access: int) -> Stream:
-    """Open a pipe, or a standard stream if the name is ``-``.
+    """Open a pipe, or a standard stream if the path is ``-``; the caller must close the stream.
+
+    Waits until the other end of a FIFO is opened.
 
     Args:
-        path: Name of the pipe.
+        path: Path of the pipe.
         access: ``os.O_RDONLY`` or ``os.O_WRONLY``.
 
     Raises:
@@ -132,12 +140,13 @@ def _standard(access: int) -> Stream:
     fd, name = _STANDARD[access], _NAMES[access]
     if stat.S_ISFIFO(os.fstat(fd).st_mode):
         try:
-            # The pipe is opened again, because O_NONBLOCK on a second open file does not
-            # affect processes that share the first.  A regular file must not be opened
-            # again: the second open file would begin at offset 0.
+            # The pipe is opened again, because O_NONBLOCK on the new open file description
+            # does not affect processes that share the old one.  A regular file must not be
+            # opened again, because the new description would begin at offset 0 of the file.
             reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
-            # For example, the pipe belongs to another user.  The first open file is used.
+            # The pipe cannot be opened again, for example because it belongs to another
+            # user.  So the old description is used, with calls that block.
             pass
         else:
             return Stream(reopened, name, blocking=False)

@@ -1,8 +1,8 @@
 """A pool of worker threads that take item after item from one iterator.
 
-Switching to a worker thread and back costs more than the work on one item, so each thread
-keeps taking items until none is left.  Steps that must happen in the order of the items are
-ordered by tickets.
+Each thread keeps taking items until none is left, because switching from the event loop to a
+worker thread and back costs more than the work on one item.  A worker uses the ticket of its
+item if a part of the work must be done in the order of the items.
 """
 
 from __future__ import annotations
@@ -22,57 +22,62 @@ T = TypeVar("T")
 
 
 class Ticket:
-    """An item's position in the order of items; its turn begins when the previous is finished."""
+    """The position of an item in the order of the items.
+
+    The turn of a ticket begins when the previous ticket is finished.
+    """
 
     def __init__(self, previous: Ticket | None) -> None:
-        """Create the ticket after ``previous``, which is None for the first."""
+        """Create the ticket that follows ``previous``; None for the first ticket."""
         self._previous = previous
         self._finished = threading.Event()
 
     def wait(self) -> None:
         """Block the thread until the previous ticket is finished.
 
-        This cannot deadlock: the previous item was taken earlier, so another thread is
-        already working on it, and finishes its ticket in any case.
+        This cannot deadlock, because a thread has already taken the previous item, and each
+        thread finishes the ticket of its item even if the worker raises.
         """
         if self._previous is not None:
             self._previous._finished.wait()  # noqa: SLF001  the same class
             self._previous = None
 
     def finish(self) -> None:
-        """Let the next ticket's turn begin.  A second call does nothing."""
+        """Let the turn of the next ticket begin.  A second call does nothing."""
         self._previous = None
         self._finished.set()
 
 
 class WorkerPool(Generic[T]):
-    """A few threads, each with its own function that is called with items and their tickets."""
+    """A few threads, each of which calls its own function with one item after another."""
 
     def __init__(self, workers: Sequence[Callable[[T, Ticket], None]]) -> None:
-        """Use one thread for each function.
+        """Use one thread for each function in ``workers``.
 
-        Calls of one function do not overlap, so the function may own buffers.
+        A function is called with an item and the ticket of the item.  Calls of the same
+        function do not overlap, so the function may own buffers.
         """
         self._workers = workers
         self._taking = threading.Lock()
         self._last: Ticket | None = None
 
     async def run(self, items: Iterator[T]) -> None:
-        """Process all items, and raise the exception of a worker.
+        """Process all items; raise the exception if a worker raises one.
 
-        After an exception in one thread, or a cancellation, each other thread finishes the
-        item that it has taken and takes no further one.
+        After an exception in one thread, or a cancellation, each thread finishes the item that
+        it has taken and takes no further item.
         """
         for first in items:
-            # No thread is started unless there is an item, because large disks have long
-            # ranges without work.  The threads take all items, so this block runs only once.
+            # The loop takes the first item to find out whether there is one.  If there is
+            # none, no thread is started: large disks have long ranges without work.  The
+            # threads take all other items, so this block runs at most once.
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:
                     nursery.start_soon(trio.to_thread.run_sync, self._serve, worker, remaining)
 
     def _serve(self, worker: Callable[[T, Ticket], None], items: Iterator[T]) -> None:
-        """Take item after item, in a worker thread, until none is left."""
+        """Take items and call ``worker`` with them until none is left; for a worker thread."""
         while True:
             trio.from_thread.check_cancelled()
             with self._taking:
@@ -84,6 +89,6 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # A worker that raises has not finished its ticket, and the workers of later
-                # items would wait for it forever.
+                # The ticket is finished here for a worker that has raised.  Otherwise the
+                # workers of later items would wait for this ticket forever.
                 ticket.finish()

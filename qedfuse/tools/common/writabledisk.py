@@ -1,4 +1,4 @@
-"""Opening a disk that a tool will change."""
+"""Opening an image for a tool that changes its disk."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def open_writable(
 
     Args:
         path: The image.
-        options: How to open it; ``writable`` is always set.
+        options: How to open the image; ``writable`` is always set.  None for the defaults.
         with_bases: Whether to open the bases, see `open_disk`.
 
     Raises:
         CorruptImageError: The check found damage.
-        QedError: The image or a base cannot be opened or locked, or is not trusted.
+        QedError: The image or a base cannot be opened or locked, or a base is not trusted.
     """
     options = replace(options or OpenOptions(), writable=True)
     return open_disk(path, options, inspector=inspect_image, with_bases=with_bases)

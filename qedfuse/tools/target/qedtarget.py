@@ -32,18 +32,19 @@ class _TableSlice:
 
     Attributes:
         entries: The entries of the slice.
-        offset: File offset of the slice in bytes.
-        number: Index of the slice, counted over all tables of its level; -1 before the first.
+        offset: File offset of the slice in bytes; 0 before the first slice.
+        slice_index: Index of the slice, counted over all tables of its level; -1 before the
+            first slice.
     """
 
     def __init__(self, length: int) -> None:
         """Prepare ``length`` entries that belong to no slice yet."""
         self.entries: NDArray[np.uint64] = np.zeros(length, np.uint64)
         self.offset = 0
-        self.number = -1
+        self.slice_index = -1
 
     def take_writes(self) -> list[Write]:
-        """Return the write of the entries and clear them; return an empty list if none is set."""
+        """Return the write of the slice and clear the entries; no write if all entries are 0."""
         if not self.entries.any():
             return []
         content = self.entries.byteswap() if _BIG_ENDIAN else self.entries.copy()
@@ -54,9 +55,9 @@ class _TableSlice:
 class NewQedTarget(ParallelTarget):
     """A new image.
 
-    Each L2 table is allocated before the first of its data clusters, so tables and data
-    clusters alternate in the file.  The header is written last.  Of each level of tables one
-    slice is in memory, whatever the geometry.
+    Each L2 table is allocated before the first of its data clusters, so each table lies before
+    its data clusters in the file.  The header is written last.  In memory is one slice of the
+    L1 table and one slice of an L2 table, whatever the geometry.
 
     Attributes:
         end: Length of the file so far, in bytes.
@@ -67,8 +68,8 @@ class NewQedTarget(ParallelTarget):
 
         Args:
             descriptor: The file.
-            header: The geometry and features; `finish` replaces its image size.
-            backing: Name of the backing file, as stored; empty for none.
+            header: The geometry and features; `finish` sets the image size.
+            backing: Name of the backing file, as stored; empty if the image has none.
             name: Name of the file in messages.
         """
         self.descriptor = descriptor
@@ -76,8 +77,10 @@ class NewQedTarget(ParallelTarget):
         self.block_size = header.cluster_size
         self._header = header
         self._backing = backing
-        # `assign_offsets` needs each chunk within one slice of one table.  The lengths of
-        # chunks, slices and tables are powers of two, so a chunk crosses no boundary.
+        # Each chunk must lie within the range of one slice of an L2 table, because
+        # `assign_offsets` changes the entries of one slice only.  The chunks do, because a
+        # chunk crosses no multiple of `max_chunk_bytes`, which is a power of two and at most
+        # the range of a slice, also a power of two.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -88,8 +91,9 @@ class NewQedTarget(ParallelTarget):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign adjacent offsets at the end of the file to the data clusters of a chunk.
 
-        Entries are set in the table slices in memory.  If the chunk is the first of its
-        slices, the writes of the completed slices are returned as well.
+        The entries are set in the table slices in memory.  If the chunk is the first in the
+        range of a slice, the write of the previous slice, which is complete, is returned as
+        well.  The list is empty if the chunk has neither data nor zeros.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
@@ -119,34 +123,39 @@ class NewQedTarget(ParallelTarget):
             raise UsageError(msg)
 
     def _select_slices(self, start: int) -> list[Write]:
-        """Make the L1 and L2 slices for a guest offset current; return the writes of the old ones.
+        """Begin the L1 and L2 slices for a guest offset; return the writes of the previous slices.
 
-        An L2 table is allocated at the end of the file if the L1 entry has none yet.
+        The list is empty if the slices have begun already.  If the L1 entry points to no L2
+        table yet, a table is allocated at the end of the file.
         """
-        number = (start >> self._geometry.cluster_bits) // self._slice_length
-        if number == self._l2.number:
+        l2_slice = (start >> self._geometry.cluster_bits) // self._slice_length
+        if l2_slice == self._l2.slice_index:
             return []
         writes = self._l2.take_writes()
         l1_index = self._geometry.l1_index(start)
-        l1_number = l1_index // self._slice_length
-        if l1_number != self._l1.number:
+        l1_slice = l1_index // self._slice_length
+        if l1_slice != self._l1.slice_index:
             writes += self._l1.take_writes()
-            self._l1.number = l1_number
-            l1_position = l1_number * self._slice_length * ENTRY_BYTES
+            self._l1.slice_index = l1_slice
+            l1_position = l1_slice * self._slice_length * ENTRY_BYTES
             self._l1.offset = self._header.l1_table_offset + l1_position
         index = l1_index % self._slice_length
         if self._l1.entries[index] == UNALLOCATED:
             self._l1.entries[index] = self.end
             self.end += self._geometry.table_bytes
-        within = number * self._slice_length % self._geometry.entries
-        self._l2.number = number
-        self._l2.offset = int(self._l1.entries[index]) + within * ENTRY_BYTES
+        first_l2_index = l2_slice * self._slice_length % self._geometry.entries
+        self._l2.slice_index = l2_slice
+        self._l2.offset = int(self._l1.entries[index]) + first_l2_index * ENTRY_BYTES
         return writes
 
     def finish(self, size: int) -> None:
-        """Write the last slices, set the length of the file, and write the header last.
+        """Set the length of the file, write the last slices, and write the header last.
 
-        ``size`` is rounded up to whole sectors.
+        ``size`` is rounded up to whole sectors.  Without a file only the size is checked.
+
+        Raises:
+            UsageError: The tables cannot address a disk of ``size`` bytes.
+            HostError: The host refused.
         """
         size = -(-size // SECTOR) * SECTOR
         self._check_size(size)
@@ -172,7 +181,10 @@ class ExistingQedTarget(SequentialTarget):
         self._written_end = 0  # guest offset up to which data is written or discarded
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Write the data blocks; discard the zeros before ``start``, between and after them."""
+        """Discard the zeros between the previous chunk and this chunk, then write this chunk.
+
+        In the chunk the blocks of data are written, and the blocks of zeros are discarded.
+        """
         await self._discard(start)
         for first, last in mask_ranges(data):
             await self._discard(start + first * self.block_size)
@@ -187,9 +199,9 @@ class ExistingQedTarget(SequentialTarget):
         await self._disk.flush()
 
     async def _discard(self, end: int) -> None:
-        """Discard from the end of the last write or discard up to a guest offset.
+        """Discard the range from the end of the last write or discard up to ``end``.
 
-        The range then reads as zeros.
+        The range then reads as zeros.  Does nothing if the range is empty.
         """
         if self._written_end < end:
             await self._disk.discard(self._written_end, end - self._written_end)

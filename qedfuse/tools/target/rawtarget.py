@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES: Final = 4096
 _MIN_BLOCK_BYTES: Final = 512
 _ZEROS: Final = memoryview(bytes(1 << 20))
-"""The most zeros that one call writes."""
+"""The zeros of one write; a longer range of zeros takes several writes."""
 _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}
 """Errors of fallocate(2) which mean that the host cannot punch holes in the file."""
 
@@ -37,9 +37,9 @@ class NewRawTarget(ParallelTarget):
         Args:
             descriptor: The file.
             name: Name of the file in messages.
-            sparse_size: Bytes of the shortest run of zeros that the caller leaves as a hole.
-                Here this only selects the block size: 512 bytes if it is from 512 to 4095,
-                else 4096.
+            sparse_size: Minimum length in bytes of a run of zeros that the caller leaves as a
+                hole.  Here the length only selects the block size: 512 bytes for a length
+                from 512 to 4095, otherwise 4096 bytes.
         """
         self.descriptor = descriptor
         self.name = name
@@ -51,13 +51,17 @@ class NewRawTarget(ParallelTarget):
         start: int,
         view: memoryview,
         data: Mask,
-        zeros: Mask,  # noqa: ARG002  there is no base to hide
+        zeros: Mask,  # noqa: ARG002  a raw file has no base, so no zeros are written
     ) -> list[Write]:
-        """Return the writes of the data; the file offset of each is its guest offset."""
+        """Return the writes of the data; the file offset of each write is its guest offset."""
         return _data_writes(start, view, data, self.block_size)
 
     def finish(self, size: int) -> None:
-        """Set the length of the file to ``size`` bytes."""
+        """Set the length of the file to ``size`` bytes; do nothing without a file.
+
+        Raises:
+            HostError: The host refused.
+        """
         if self.descriptor < 0:
             return
         try:
@@ -67,7 +71,7 @@ class NewRawTarget(ParallelTarget):
 
 
 class StreamTarget(SequentialTarget):
-    """A pipe, which gets every byte of the disk in order."""
+    """A pipe, to which every byte of the disk is written in order, zeros included."""
 
     block_size = _BLOCK_BYTES
 
@@ -113,11 +117,14 @@ class ExistingRawTarget(SequentialTarget):
         self._durable = durable
         self.descriptor = descriptor
         self.name = name
-        self._written_end = 0  # guest offset where the last chunk ended
+        self._written_end = 0  # guest offset up to which the file is written or zeroed
         self._can_punch = True
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Zero the file from the last chunk up to ``start``; then zero and write this chunk."""
+        """Zero the file from the previous chunk up to ``start``, then write this chunk.
+
+        In the chunk the blocks of zeros are zeroed, and the blocks of data are written.
+        """
         await self._zero(self._written_end, start)
         self._written_end = start + len(view)
         for first, last in mask_ranges(~data):
@@ -145,7 +152,11 @@ class ExistingRawTarget(SequentialTarget):
                 raise HostError.from_os(error, self.name, "write") from error
 
     def _zero_blocking(self, start: int, end: int) -> None:
-        """Punch a hole, or write zeros if the host cannot punch; for a worker thread."""
+        """Punch a hole, or write zeros if the host cannot punch; for a worker thread.
+
+        Raises:
+            OSError: The host refused.
+        """
         if self._can_punch:
             try:
                 fallocate(self.descriptor, FALLOC_PUNCH_HOLE, start, end - start)
@@ -160,7 +171,7 @@ class ExistingRawTarget(SequentialTarget):
 
 
 def _data_writes(start: int, view: memoryview, data: Mask, block_size: int) -> list[Write]:
-    """Return writes of the marked blocks of a chunk; each file offset is the guest offset."""
+    """Return the writes of the blocks in ``data``; the file offset of each is its guest offset."""
     return [
         Write(start + first * block_size, [view[first * block_size : last * block_size]])
         for first, last in mask_ranges(data)

@@ -1,7 +1,8 @@
-"""The interfaces of what a copy is written to, and writing to a new file.
+"""The interfaces of the targets of a copy, and writing to a new file.
 
-A *parallel* target is a new file: several threads may write its chunks in any order.  A
-*sequential* target is an existing file, an open image or a pipe: it takes chunk after chunk.
+A *parallel* target is a new file, whose chunks several threads may write in any order.  A
+*sequential* target is an existing file, an open image or a pipe.  Its chunks must be written
+one after another, in the order of the disk.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     from qedfuse.tools.common.blocks import Mask
 
 _MAX_BYTES_PER_WRITE: Final = 1 << 18
-"""Most bytes in one pwritev(2).
+"""Maximum number of bytes in one pwritev(2).
 
-The host allocates the page cache for one call together, and prefers large contiguous memory.
-In a virtual machine that memory may have been returned to the hypervisor, and getting it back
-is slow.
+The limit avoids slow allocations.  The host's kernel allocates page cache for a whole call, and
+prefers large contiguous blocks of memory.  If the host is itself a virtual machine, it may have
+returned such blocks to the hypervisor, and getting them back is slow.
 """
 
 
 class Write(NamedTuple):
-    """Buffers to write one after another, beginning at a file offset."""
+    """Buffers to write one after another, beginning at file offset ``offset`` (bytes)."""
 
     offset: int
     buffers: list[memoryview]
@@ -43,8 +44,8 @@ class ParallelTarget(ABC):
     performed in any order.
 
     Attributes:
-        block_size: Bytes; chunks are searched for zeros in blocks of this size.
-        max_chunk_bytes: Most bytes in one chunk.
+        block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
+        max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this length.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -56,11 +57,11 @@ class ParallelTarget(ABC):
 
     @abstractmethod
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
-        """Assign file offsets to the next chunk, and return the writes that store it.
+        """Assign file offsets to the next chunk, and return the writes that store the chunk.
 
         The caller must call this for one chunk at a time, in the order of the disk, and may
-        do so in worker threads.  A range that is in no chunk, and a block in neither mask,
-        reads as the base, or as zeros if there is no base.
+        call it in worker threads.  A range that is in no chunk reads as the base, or as zeros
+        if there is no base.  The same is true of a block in neither mask.
 
         Args:
             start: Guest offset of the chunk.
@@ -77,8 +78,8 @@ class ParallelTarget(ABC):
     def finish(self, size: int) -> None:
         """Give the file its metadata and length for a disk of ``size`` bytes; may block.
 
-        The caller must have performed all writes.  Nothing is made durable:
-        `qedfuse.hostio.newfile.NewFile.commit` does that.
+        The caller must have performed all writes.  Nothing is made durable here, because
+        `qedfuse.hostio.newfile.NewFile.commit` makes the whole file durable.
 
         Raises:
             QedError: The file cannot be completed.
@@ -89,8 +90,8 @@ class SequentialTarget(ABC):
     """An existing file, an open image or a pipe, which is written chunk after chunk.
 
     Attributes:
-        block_size: Bytes; chunks are searched for zeros in blocks of this size.
-        max_chunk_bytes: Most bytes in one chunk.
+        block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
+        max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this length.
     """
 
     block_size: int
@@ -100,7 +101,8 @@ class SequentialTarget(ABC):
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
         """Write zeros from the end of the previous chunk up to ``start``, then write this chunk.
 
-        The caller must write the chunks in the order of the disk.
+        The zeros before the first chunk begin at guest offset 0.  The caller must write the
+        chunks in the order of the disk.
 
         Args:
             start: Guest offset of the chunk.
@@ -108,6 +110,7 @@ class SequentialTarget(ABC):
             data: Mask of the blocks to write as data; the other blocks are zeros.
 
         Raises:
+            BrokenPipeError: The target is a pipe whose reading end is closed.
             QedError: The chunk cannot be written.
         """
 
@@ -115,10 +118,11 @@ class SequentialTarget(ABC):
     async def finish(self, size: int) -> None:
         """Write zeros from the end of the last chunk up to ``size``, the end of the disk.
 
-        A file or an image is then made durable, unless the target was created with
-        ``durable=False``.
+        An image is then made durable.  So is a file or device, unless the target was created
+        with ``durable=False``.
 
         Raises:
+            BrokenPipeError: The target is a pipe whose reading end is closed.
             QedError: The target cannot be completed.
         """
 
@@ -127,7 +131,12 @@ Target: TypeAlias = ParallelTarget | SequentialTarget
 
 
 async def finish_target(target: Target, size: int) -> None:
-    """Complete either kind of target; calls that block are made in a worker thread."""
+    """Call `finish` of a target of either kind; a call that blocks is made in a worker thread.
+
+    Raises:
+        BrokenPipeError: The target is a pipe whose reading end is closed.
+        QedError: The target cannot be completed.
+    """
     if isinstance(target, ParallelTarget):
         await trio.to_thread.run_sync(target.finish, size)
     else:
@@ -157,9 +166,10 @@ def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
 
 
 def _vectors(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Yield the bytes of all buffers in vectors for pwritev(2), split where a vector is full.
+    """Yield the bytes of all buffers as vectors for pwritev(2).
 
-    Each vector has `_MAX_BYTES_PER_WRITE` bytes.  Only the last may have fewer.
+    Each vector has `_MAX_BYTES_PER_WRITE` bytes, except that the last vector may have fewer.  A
+    buffer that does not fit into a vector is split.
     """
     vector: list[memoryview] = []
     available = _MAX_BYTES_PER_WRITE
