@@ -177,9 +177,13 @@ class Discard:
             data: Whether to deallocate allocated clusters.
             hide: Whether to turn unallocated clusters into zero clusters where the base has
                 data.
-            clear: Whether to make zero clusters unallocated too, and allocated ones also
-                where the base then shows.
+            clear: Whether to make all clusters unallocated: also zero clusters, and
+                allocated clusters where the base then shows.
             progress: Called with the bytes of the range that are done, and its length.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  After both errors some entries may have changed.
         """
         geometry = self._layer.geometry
         slice_bytes = self._layer.tables.slice_entries << geometry.cluster_bits

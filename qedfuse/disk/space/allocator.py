@@ -61,7 +61,8 @@ class Allocator:
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
-        anchor: The first cluster behind the L1 table.
+        anchor: The first cluster past the L1 table, from which on tables can lie side by
+            side.
         bound: File offset that `end` does not exceed, unless the image had more clusters
             in use at opening than its disk can need, or compaction moves tables.
         end: File offset past the last cluster that is not free.
@@ -174,7 +175,7 @@ class Allocator:
         return end
 
     def _skip_to(self, cluster: int) -> None:
-        """Raise `end` to a cluster if it is lower; the skipped clusters become free."""
+        """Raise `end` to a cluster if `end` is lower; the skipped clusters become free."""
         end = self.end >> self._bits
         if cluster > end:
             self.end = cluster << self._bits
@@ -202,7 +203,7 @@ class Allocator:
         self.claim(run.offset >> self._bits, run.length >> self._bits)
 
     def claim(self, first: int, count: int) -> None:
-        """Put a run of clusters into use, whether they are free or chosen."""
+        """Put a run of clusters into use, which may be chosen or still free."""
         self.free.remove(first, count)
         self._cancel_punching(first, count)
         self._record_change(first, count)

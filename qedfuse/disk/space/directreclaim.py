@@ -1,7 +1,7 @@
 """Freeing clusters on behalf of a request that needs some: "direct reclaim" in Linux.
 
 `Reclaim` frees clusters at the end of each flush.  A request may need clusters earlier.  Then
-it writes the tables back itself and lets `Reclaim` free what it can:
+the request itself calls for a write-back of the tables, and then `Reclaim.run`:
 
 - before the file grows, if enough clusters are in quarantine to be worth the write-back;
 - before the file would exceed its bound, if any clusters are in quarantine.
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _WORTH_DIVISOR: Final = 16
 _MIN_WORTH_BYTES: Final = 1 << 20
 _MAX_WORTH_BYTES: Final = 1 << 26
-"""Limits for how many bytes must be in quarantine to be worth a write-back before the file
-grows: the length of the file divided by ``_WORTH_DIVISOR``, within the two other limits."""
+"""A write-back before the file grows is worth it if more bytes are in quarantine than the
+length of the file divided by ``_WORTH_DIVISOR``; the two other values limit that quotient."""
 
 
 class DirectReclaim:
@@ -49,7 +49,7 @@ class DirectReclaim:
 
     @property
     def _worth_bytes(self) -> int:
-        """How many bytes must be in quarantine at least to be worth a write-back."""
+        """A write-back is worth it if more bytes than this are in quarantine."""
         share = self._allocator.end // _WORTH_DIVISOR
         return max(_MIN_WORTH_BYTES, min(_MAX_WORTH_BYTES, share))
 
@@ -82,9 +82,9 @@ class DirectReclaim:
         if self._quarantine.unsealed << self._bits > self._worth_bytes:
             await self._writeback.barrier()
         else:
-            # Most of the quarantine is sealed.  So the running cycle, or an earlier one,
-            # makes durable the tables that dropped these clusters, and no further cycle is
-            # needed.
+            # Enough clusters are sealed.  So the running cycle, or an earlier one, makes
+            # durable the tables that dropped them, and no further cycle is needed.  Requests
+            # that still used these clusters may have ended since the last `Reclaim.run`.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 

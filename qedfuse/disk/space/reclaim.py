@@ -1,8 +1,8 @@
 """Reclaiming space: clusters leave the quarantine, and free space is returned to the host.
 
 `Flusher.flush` calls `Reclaim.run` after its write-back cycle.  `run` frees the clusters that
-may leave the quarantine.  It cuts free clusters at the end of the file off, and punches other
-free clusters out of the host's file, so that they take up no space until they are used again.
+may leave the quarantine.  Then it cuts off free clusters at the end of the file, and punches
+other free clusters out of the host's file, so that they take up no space while they are free.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class Reclaim:
         allocator = self._allocator
         if not allocator.scan_complete:
             return False
-        # Clusters of `unpunched` take up space.  Clusters of `maybe_holes` may take up space,
-        # which `_punch_some` finds out.
+        # `unpunched` has clusters that probably take up space, and `maybe_holes` has clusters
+        # for which `_punch_some` asks the host first.  Both mean work for `run`.
         can_punch = self._can_punch and allocator.unpunched.count + allocator.maybe_holes.count > 0
         return self._quarantine.count > 0 or allocator.tail_is_free or can_punch
 
@@ -143,14 +143,15 @@ class Reclaim:
     def pending_clusters(self) -> int:
         """How many clusters are in quarantine, or are free but still take up space on the host.
 
-        Clusters that may be holes do not count, and after punching has failed or is suspended
-        only the quarantine counts.
+        Clusters that may be holes do not count.  If the host cannot punch holes, or punching
+        is suspended, only the clusters in quarantine count.
         """
         allocator = self._allocator
         return self._quarantine.count + (allocator.unpunched.count if self._can_punch else 0)
 
     @property
     def _can_punch(self) -> bool:
+        """Whether the host can punch holes, and punching is not suspended."""
         return self._punching and self._file.can_punch
 
     @contextmanager
@@ -198,6 +199,9 @@ class Reclaim:
         If the host refuses to cut or to punch, the file takes up more space than necessary,
         and nothing else is wrong.  So a HostError is logged, only the first time, and not
         raised.
+
+        Raises:
+            ReadOnlyError: Space could be returned to the host, but the disk is read-only.
         """
         # Until the scan has ended, a cluster that lost one reference may have a second one, so
         # it must not be freed.

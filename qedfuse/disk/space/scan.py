@@ -113,7 +113,8 @@ class Scan:
         """Start the scan if it is postponed; a short scan has ended when this returns.
 
         A long scan continues in the background.  Until it ends no free cluster is known, so
-        the file grows, within its bound.  Does nothing without a free list.
+        the file grows, within its bound.  Does nothing without a free list, or if the scan
+        has ended already.
         """
         if self._listed.count and not self.finished.is_set():
             self._due.set()
@@ -202,7 +203,8 @@ class Scan:
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
         if allocator.end == self._end:
-            # Free clusters past the last used one are cut off instead of handed out.
+            # No cluster was added at the end of the file since the scan began, so the free
+            # clusters past the last used one can be cut off.
             last = max(marking.owners.end(), marking.changed.end())
             allocator.shrink(last << bits)
         shift = allocator.free.shift
