@@ -17,13 +17,14 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 class HostFile(Protocol):
     """A file of the host, open for reading or for writing.  Offsets and lengths are in bytes.
 
-    Each method raises `HostError` (`NoSpaceError` for a full file system) when the host
-    refuses.  Nothing is durable before `datasync` has returned.
+    When the host refuses, each method raises `HostError` (`NoSpaceError` for a full file
+    system) unless its docstring names another error; a ``try_`` method returns False.
+    Nothing is durable before `datasync` has returned.
 
     Attributes:
         name: The file's name in messages.
         writable: Whether the file is open for writing.
-        can_punch: Whether `punch` has an effect, as far as is known.
+        can_punch: True until `punch` has found that the host cannot punch holes.
     """
 
     name: str
@@ -37,31 +38,40 @@ class HostFile(Protocol):
         """Fill ``view`` from a file offset; return the bytes read, fewer only at the file's end."""
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view``; return False, with ``view`` undefined, if that would block or fails."""
+        """Fill ``view`` from a file offset without blocking; return whether that succeeded.
+
+        Returns False if the read would block or fails, or if the file ends before the view
+        is full.  The content of ``view`` is undefined then.
+        """
 
     def can_write_inline(self, length: int) -> bool:
         """Return whether `try_write` may write ``length`` bytes now.
 
-        It may if such a write is expected to take no longer than the copy to the page cache.
+        Returns True if such a write is expected to take no longer than the copy to the page
+        cache.
         """
 
     def try_write(self, offset: int, data: Buffer) -> bool:
-        """Write ``data``; return False, perhaps partly written, if that would block or fails.
+        """Write ``data`` at a file offset without blocking; return whether that succeeded.
 
-        After False the caller must write the whole range again with `pwrite`.
+        Returns False if the write would block or fails.  Then ``data`` may be partly written,
+        and the caller must write the whole range again with `pwrite`.
         """
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write the parts at a file offset, one behind the other, as one write."""
+        """Write ``parts``, one behind the other, from a file offset on, as one write."""
 
     async def datasync(self) -> None:
         """Make all earlier writes and the file's length durable."""
 
     def try_grow(self, size: int) -> bool:
-        """Make the file longer; return False, with no change, if that would block or fails."""
+        """Make the file ``size`` bytes long without blocking; return whether that succeeded.
+
+        ``size`` must not be less than the file's length.  After False the file is unchanged.
+        """
 
     async def truncate(self, size: int) -> None:
-        """Set the file's length in bytes; added bytes read as zeros."""
+        """Make the file ``size`` bytes long; added bytes read as zeros."""
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
         """Return the space of ``ranges`` to the host, each given as offset and length.
@@ -77,12 +87,12 @@ class HostFile(Protocol):
         """
 
     async def next_data(self, offset: int) -> int | None:
-        """Return where the first data at or past ``offset`` begins; None if only holes follow."""
+        """Return where the first data at or past ``offset`` begins; None if no data follows."""
 
     async def next_hole(self, offset: int) -> int | None:
         """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
 
-        Returns None if ``offset`` is past the end.
+        Returns None if ``offset`` is at or past the end of the file.
         """
 
     def size(self) -> int:
@@ -99,11 +109,14 @@ class HostFile(Protocol):
         """
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
-        """Set the file's times, in nanoseconds since 1970.
+        """Set the file's times of access and modification, in nanoseconds since 1970 (UTC).
 
         Raises:
-            OSError: The file belongs to another user.
+            OSError: The file belongs to another user, or the host refused.
         """
 
     def close(self) -> None:
-        """Close the file, which also releases every lock taken through it."""
+        """Close the file, which also releases every lock taken through it.
+
+        A second call does nothing.
+        """

@@ -1,7 +1,8 @@
-"""Which calls that change a file the event loop makes itself, and which go to a worker thread.
+"""Which writes and datasyncs the event loop makes itself, and which a worker thread makes.
 
-A round trip to a worker thread costs more than a copy of some 100 KiB into the page cache,
-or than a datasync on a fast disk.  But a call that blocks the event loop stops all requests.
+A round trip to a worker thread takes longer than a copy of some 100 KiB into the page cache,
+and longer than a datasync on a fast disk.  But a call that blocks the event loop stops all
+requests.
 """
 
 from __future__ import annotations
@@ -15,45 +16,55 @@ if TYPE_CHECKING:
     from qedfuse.hostio.inodelock import InodeLock
 
 INLINE_WRITE_BYTES: Final = 1 << 18
-"""Writes up to this length are always short: the copy to the page cache costs less than a
-round trip to a worker thread."""
+"""Maximum length of a write that always counts as short, because the copy to the page cache
+takes less time than a round trip to a worker thread."""
 MAX_INLINE_WRITE_BYTES: Final = 1 << 20
-"""Longer writes up to this length are short only while such writes have lately taken at most
-`_INLINE_SECONDS`, because the kernel makes writers wait when memory is full of dirty pages."""
+"""Maximum length of a write that can count as short.  A write longer than `INLINE_WRITE_BYTES`
+does so only while such writes have lately taken at most `_INLINE_SECONDS` each, because the
+kernel makes writers wait when memory is full of dirty pages."""
 _INLINE_SECONDS: Final = 1e-3
-"""Calls that have lately taken at most this long may block the event loop."""
+"""Maximum time that the last long writes, or the last datasyncs, may have taken each, for the
+event loop to make the next one itself."""
 _THROTTLED_SECONDS: Final = 8e-3
 """A short write that takes longer may have been throttled: the kernel's shortest pause for a
-task that dirties pages faster than the disk takes them is 10 ms."""
+task that dirties pages faster than the disk can store them is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
-"""Most bytes written since the last datasync began with which the next datasync is inline."""
+"""Maximum number of bytes that were written since the last datasync began, for the event loop
+to make the next datasync itself."""
 
 
 class InlinePolicy:
-    """Decides which calls on one file are made inline.
+    """Decides which calls on one file are inline: made by the event loop itself.
 
-    The decisions rest on how long the last calls took, and on the file's `InodeLock`.
+    The decisions depend on how long the last calls took, and on the file's `InodeLock`.
     """
 
     def __init__(self, inode: InodeLock) -> None:
-        """Decide for the file whose lock ``inode`` observes; no call has been made yet."""
+        """Decide for the file whose inode lock ``inode`` observes; no call has been made yet."""
         self._inode = inode
         self._long_writes = AdaptivePoll(_INLINE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_INLINE_SECONDS)
         self._unsynced_bytes = 0  # written since the last datasync began
 
     def is_short(self, length: int) -> bool:
-        """Return whether a write of ``length`` bytes costs less than a round trip to a thread."""
+        """Return whether a write of ``length`` bytes is expected to be faster than a thread."""
         return length <= INLINE_WRITE_BYTES or (
             length <= MAX_INLINE_WRITE_BYTES and self._long_writes.seconds > 0
         )
 
     def can_write_inline(self, length: int) -> bool:
-        """Return whether the event loop may write ``length`` bytes itself now."""
+        """Return whether the event loop may write ``length`` bytes itself now.
+
+        Returns False if the write is not short, or if it might wait for the inode's lock.
+        """
         return (not self._inode.contention or self._inode.recheck_free()) and self.is_short(length)
 
     def record_write(self, length: int, seconds: float) -> None:
-        """Record how long a write of ``length`` bytes took, inline or in a thread."""
+        """Record how long a write of ``length`` bytes took, inline or in a thread.
+
+        A slow short write may begin the throttling that `InodeLock` assumes; a write that is
+        not slow ends the throttling.
+        """
         self._unsynced_bytes += length
         if length > INLINE_WRITE_BYTES:
             self._long_writes.record(seconds, slept=False)
@@ -66,9 +77,9 @@ class InlinePolicy:
     def begin_datasync(self) -> bool:
         """Record that a datasync begins; return whether the event loop may make it itself.
 
-        Returns True if the last datasyncs took at most `_INLINE_SECONDS`, if there is little
-        to write back, if there is no contention for the inode's lock, and if no request
-        would have to wait for the event loop meanwhile.
+        Returns True if the last datasyncs took at most `_INLINE_SECONDS` each, at most
+        `_MAX_INLINE_DATASYNC_BYTES` must be written back, there is no contention for the
+        inode's lock, and no request waits for the event loop.
         """
         is_little = self._unsynced_bytes <= _MAX_INLINE_DATASYNC_BYTES
         self._unsynced_bytes = 0
@@ -80,5 +91,5 @@ class InlinePolicy:
         )
 
     def record_datasync(self, seconds: float, *, is_inline: bool) -> None:
-        """Record how long a datasync took."""
+        """Record how long a datasync took, inline or in a thread."""
         self._datasyncs.record(seconds, slept=not is_inline)

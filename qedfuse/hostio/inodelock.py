@@ -1,7 +1,7 @@
 """Whether a call that changes a file would wait for the lock of the file's inode.
 
-The kernel takes this lock (``i_rwsem``) for the whole of a call that changes a file, also
-while it throttles the calling thread because there are too many dirty pages.
+During each call that changes a file the kernel holds this lock (``i_rwsem``), also while the
+kernel throttles the calling thread because there are too many dirty pages.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 _MAX_THREADS: Final = 4
-"""Most worker threads that change one file concurrently.  The kernel lets only one of them
-change the file at a time, so more threads would only wait and be missing for reads."""
+"""Maximum number of worker threads that change one file concurrently.  The kernel lets only one
+of them change the file at a time, so more threads would only wait, and reads would lack them."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Throttling is assumed from the moment when two slow writes have come with no longer gap, until
-no slow write has come for this time.  The kernel's longest pause for a throttled writer is
-200 ms."""
+"""Maximum time from the end of one slow write to the beginning of the next for which throttling
+is assumed; also how long the assumption lasts after the last slow write, unless a fast write
+ends the assumption earlier.  The kernel's longest pause for a throttled writer is 200 ms."""
 
 
 class InodeLock:
@@ -55,7 +55,8 @@ class InodeLock:
     def recheck_free(self) -> bool:
         """Return whether there is no contention now.
 
-        First ends the throttling if the last slow write was too long ago.
+        If the last slow write ended more than `_MAX_SLOW_WRITE_GAP_SECONDS` ago, throttling
+        is no longer assumed and does not count.
         """
         if self.is_throttled and time.perf_counter() - self._slow_at > _MAX_SLOW_WRITE_GAP_SECONDS:
             self.end_throttling()
@@ -64,8 +65,8 @@ class InodeLock:
     async def wait_for_short_writes(self) -> None:
         """Wait until the short writes in threads have ended, if there is no other contention.
 
-        Returns immediately if there is no contention, or contention of another kind.
-        Returns early when contention of another kind begins.
+        Returns immediately if there is no contention, or if there is contention of another
+        kind.  Returns before the writes have ended if contention of another kind begins.
         """
         if 0 < self.contention == self._short_writes:
             await self._waiting.park()
@@ -73,9 +74,10 @@ class InodeLock:
     async def in_thread(
         self, function: Callable[[*Args], T], *args: *Args, is_short_write: bool = False
     ) -> T:
-        """Make a call that takes the lock in a worker thread; return its result.
+        """Run ``function``, which takes the inode's lock, in a worker thread; return its result.
 
-        An error of ``function`` is raised.
+        The error that ``function`` raises is raised here.  ``is_short_write`` says whether
+        ``function`` is a short write, for whose end `wait_for_short_writes` waits.
         """
         self.contention += 1
         if is_short_write:
@@ -96,7 +98,8 @@ class InodeLock:
         """Record that a short write that took ``seconds`` has just ended, perhaps throttled.
 
         Throttling is assumed if the write began at most `_MAX_SLOW_WRITE_GAP_SECONDS` after
-        the end of the last slow write.  A single slow write may have waited for a processor.
+        the end of the last slow write.  A single slow write does not suffice, because the
+        thread may have waited for a processor.
         """
         now = time.perf_counter()
         follows = now - seconds - self._slow_at <= _MAX_SLOW_WRITE_GAP_SECONDS
@@ -107,7 +110,10 @@ class InodeLock:
             self._waiting.unpark_all()
 
     def end_throttling(self) -> None:
-        """Assume from now on that the kernel does not throttle short writes."""
+        """Assume from now on that the kernel does not throttle short writes.
+
+        Does nothing if throttling is not assumed.
+        """
         if self.is_throttled:
             self.is_throttled = False
             self.contention -= 1

@@ -1,7 +1,7 @@
-"""Opening a file and locking it, for all callers that have only a path.
+"""Opening a file by its path and locking it, for blocking code.
 
-The functions here block, and they do not need trio, which the fast check, the fast map and
-``qedimg info`` do not load.  `qedfuse.hostio.imagefile` is for asynchronous code.
+This module does not load trio, because the fast check, the fast map and ``qedimg info`` use
+it and must start quickly.  `qedfuse.hostio.imagefile` is for asynchronous code.
 """
 
 from __future__ import annotations
@@ -52,8 +52,14 @@ def open_locked(path: str, lock: LockMode | None, *, writable: bool = False) -> 
 def locked_descriptor(path: str, lock: LockMode | None) -> Iterator[int]:
     """Open a regular file for reading and lock it; close it at the end of the ``with`` block.
 
+    Args:
+        path: The file.
+        lock: The mode in which to lock the file; None to take no lock.
+
     Raises:
-        QedError: As `open_locked`.
+        HostError: The file cannot be opened or locked.
+        ImageError: The file is not a regular file.
+        ImageInUseError: Another program holds a lock that excludes this one.
     """
     fd = open_locked(path, lock)
     try:

@@ -1,10 +1,11 @@
 """Image locking: byte locks that QEMU understands, against concurrent use of an image.
 
 QEMU gives each permission a number i and two bytes of the image file.  A read lock on byte
-100 + i means "this opener uses permission i"; one on byte 200 + i means "this opener denies
-permission i to all others".  An opener first locks the bytes that describe what it does, and
-then tests whether another opener holds a conflicting byte.  In the other order two openers
-could both test before either has locked anything, and both would continue.
+100 + i means "this opener uses permission i".  A read lock on byte 200 + i means "this opener
+denies permission i to all others".  An opener first locks the bytes for the permissions that
+it uses and denies, and then tests whether another opener has locked a conflicting byte.  In
+the other order two openers could both test before either has locked anything, and both would
+continue.
 
 The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the
 process: they survive when another descriptor of the same file is closed, two openers in one
@@ -47,11 +48,11 @@ _BUSY: Final = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of fcntl(2) on a file system without byte locks."""
 _MAX_HOLDERS_SHOWN: Final = 3
-"""Most processes that a message names."""
+"""Maximum number of processes that a message names."""
 
 
-class _Bytes(NamedTuple):
-    """Permissions that a mode uses, and those that it denies to all other openers."""
+class _Permissions(NamedTuple):
+    """The numbers of the permissions that a mode uses, and of those that it denies to others."""
 
     uses: tuple[int, ...]
     denies: tuple[int, ...]
@@ -76,23 +77,23 @@ class LockMode(enum.Enum):
         return cls.SHARE if share else cls.READ
 
     @property
-    def _bytes(self) -> _Bytes:
+    def _permissions(self) -> _Permissions:
         if self is LockMode.WRITE:
-            return _Bytes((_CONSISTENT_READ, _WRITE, _RESIZE), (_WRITE, _RESIZE))
+            return _Permissions((_CONSISTENT_READ, _WRITE, _RESIZE), (_WRITE, _RESIZE))
         if self is LockMode.SHARE:
-            return _Bytes((_CONSISTENT_READ,), ())
-        return _Bytes((_CONSISTENT_READ,), (_WRITE, _RESIZE))
+            return _Permissions((_CONSISTENT_READ,), ())
+        return _Permissions((_CONSISTENT_READ,), (_WRITE, _RESIZE))
 
     @property
     def taken(self) -> tuple[int, ...]:
         """The file offsets of the bytes that an opener in this mode locks."""
-        uses, denies = self._bytes
+        uses, denies = self._permissions
         return (*(_USES + item for item in uses), *(_DENIES + item for item in denies))
 
     @property
     def tested(self) -> tuple[int, ...]:
-        """The file offsets of the bytes that no other opener may hold."""
-        uses, denies = self._bytes
+        """The file offsets of the bytes that no other opener may have locked."""
+        uses, denies = self._permissions
         return (*(_DENIES + item for item in uses), *(_USES + item for item in denies))
 
 
@@ -143,14 +144,16 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
 
 
 def _set(fd: int, kind: int, byte: int) -> None:
-    """Take or drop the lock on one byte."""
+    """Take (``F_RDLCK``) or drop (``F_UNLCK``) the lock on one byte."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
 
 def _conflict(fd: int, byte: int) -> int | None:
-    """Return the pid of the process that locks a byte; -1 for an OFD lock, None for no lock."""
-    # A write lock conflicts with every other lock, so testing for one finds the read locks of
-    # all other openers.
+    """Return the pid of another opener that has locked a byte; None if there is none.
+
+    The pid is -1 if the lock belongs to an open file description.
+    """
+    # Ask for a conflict with a write lock, which conflicts with the read locks of all openers.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     kind, pid = answer[0], answer[4]
@@ -167,7 +170,14 @@ def _release(fd: int, mode: LockMode) -> None:
 
 
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:
-    """Drop all locks and raise an error that names the processes with a conflicting lock."""
+    """Drop all locks and raise an error that names the processes with a conflicting lock.
+
+    ``byte`` is the byte that they have locked.  ``pid`` is one of the processes if it is
+    positive; otherwise the processes are searched for in /proc.
+
+    Raises:
+        ImageInUseError: Always.
+    """
     file = _lock_table_name(fd)
     _release(fd, mode)
     found = [_holder(pid)] if pid > 0 else list(holders(file, byte))
@@ -194,10 +204,15 @@ def _lock_table_name(fd: int) -> str:
 
 
 def holders(file: str, byte: int) -> Iterator[Holder]:
-    """Yield the processes that lock a byte of a file, which is given as ``MAJOR:MINOR:INODE``.
+    """Yield the processes that have locked a byte of a file; none if ``file`` is empty.
 
     This reads the descriptors of every process that may be inspected, so it is for error
-    messages only.  ``/proc/locks`` does not help: it shows OFD locks with a pid of -1.
+    messages only.  ``/proc/locks`` does not suffice, because it shows a pid of -1 for locks
+    of open file descriptions.
+
+    Args:
+        file: The file as ``MAJOR:MINOR:INODE``, from `_lock_table_name`.
+        byte: File offset of the byte.
     """
     if not file:
         return
@@ -207,7 +222,10 @@ def holders(file: str, byte: int) -> Iterator[Holder]:
 
 
 def _holds(directory: Path, file: str, byte: int) -> bool:
-    """Return whether a process locks a byte, from its ``fdinfo`` directory in /proc."""
+    """Return whether a process has locked a byte; False if its descriptors cannot be listed.
+
+    ``directory`` is the ``fdinfo`` directory of the process in /proc.
+    """
     try:
         descriptors = list(directory.iterdir())
     except OSError:  # the process has ended, or belongs to another user
@@ -220,7 +238,7 @@ def _holds(directory: Path, file: str, byte: int) -> bool:
 
 
 def _read(path: Path) -> str:
-    """Return the text of a small file of /proc; empty if its process or descriptor is gone."""
+    """Return the text of a file of /proc; empty if the file cannot be read or is gone."""
     try:
         return os.fsdecode(path.read_bytes())
     except OSError:
@@ -228,15 +246,18 @@ def _read(path: Path) -> str:
 
 
 def _locks(table: str) -> Iterator[tuple[str, int, float]]:
-    """Yield the locks of one descriptor: ``MAJOR:MINOR:INODE``, first byte, last byte."""
+    """Yield the locks of one descriptor: ``MAJOR:MINOR:INODE``, first byte, last byte.
+
+    ``table`` is the text of the descriptor's file in ``fdinfo``.
+    """
     for line in table.split("\n"):
-        # lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2146329 100 100
+        # A line has this form: lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2146329 100 100
         if line.startswith("lock:"):
             file, first, last = line.split()[-3:]
             yield file, int(first), float("inf") if last == "EOF" else int(last)
 
 
 def _holder(pid: int) -> Holder:
-    """Return a process with its command name."""
+    """Return a process with its command name, or with "a process" if that cannot be read."""
     command = _read(Path(f"/proc/{pid}/comm")).removesuffix("\n")
     return Holder(pid, printable(command) or "a process")

@@ -1,4 +1,4 @@
-"""A new file that gets its final name when it is complete, so that no partial file is seen."""
+"""A new file that gets its final name only when complete, so that no partial file is seen."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _MAX_PREFIX_BYTES: Final = 200
-"""Most bytes of the final name that the temporary name repeats.  The temporary name adds a few,
-and a name has at most 255 bytes (NAME_MAX)."""
+"""Maximum number of bytes of the final name that the temporary name repeats.  The temporary name
+adds a few bytes, and a file name has at most 255 bytes (NAME_MAX)."""
 
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of link(2) on a file system without hard links."""
@@ -29,7 +29,8 @@ class NewFile:
     At the end of the block the file is removed unless `commit` has succeeded.
 
     Attributes:
-        path: The temporary name; the file is empty when the block begins.
+        path: The temporary name, under which the file can be opened; the file is empty when
+            the block begins.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class NewFile:
             old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None
                 to replace no file.  The caller must keep it open until the end of the block.
                 The owner, permissions and attributes of this file are copied.
-            overwrite: Whether the user has agreed to replace a file.  This only chooses
-                between two errors.
+            overwrite: Whether the user has agreed to replace a file.  This only chooses the
+                error that is raised for a file other than ``old``.
         """
         follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
         self._final = os.path.realpath(path) if follows else path
@@ -64,7 +65,8 @@ class NewFile:
         Raises:
             UsageError: A file of the final name exists, ``old`` is None, and the user has not
                 agreed to replace a file.
-            ImageInUseError: The same, but the user has agreed to replace a file.
+            ImageInUseError: A file of the final name exists, ``old`` is None, and the user
+                has agreed to replace a file.
             HostError: The host refused.
         """
         if self._old is None and os.path.lexists(self._final):
@@ -91,15 +93,17 @@ class NewFile:
     def commit(self, *, durable: bool = True) -> None:
         """Make the content durable, and then give the file its final name.
 
-        Without ``durable`` a power failure soon after the call may lose all or part of the
-        file.
+        Without ``durable`` nothing is made durable, and a power failure soon after the call
+        may lose all or part of the file.
 
         Raises:
             UsageError: Another file of the final name has appeared meanwhile, and the user
                 has not agreed to replace a file.
-            ImageInUseError: The same, but the user has agreed to replace a file.  The caller
-                has not locked the file that has appeared, so that file may be in use.
-            HostError: The host refused.
+            ImageInUseError: Another file of the final name has appeared meanwhile, and the
+                user has agreed to replace a file.  The caller has not locked the file that
+                has appeared, so that file may be in use.
+            HostError: The host refused.  The new file has its final name already if only
+                making the name durable has failed.
         """
         try:
             if self._old is not None:
@@ -112,8 +116,9 @@ class NewFile:
                 self._take_name()
             self._exists = False
             if durable:
-                # A directory that may not be read cannot be opened for fsync(2).  The file is
-                # complete nevertheless, and the kernel will write its name to the disk.
+                # A directory that may not be read cannot be opened for fsync(2).  This is no
+                # error, because the file is complete, and the kernel will write the name to
+                # the disk later.
                 with suppress(PermissionError):
                     fsync_path(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
@@ -139,10 +144,10 @@ class NewFile:
         return UsageError(f"{self._name}: exists already (--force replaces it)")
 
     def _take_name(self) -> None:
-        """Rename the temporary file to the final name, unless a file of that name exists.
+        """Rename the temporary file to the final name; never replace another file.
 
         Raises:
-            FileExistsError: A file of that name exists.
+            FileExistsError: A file of the final name exists.
             OSError: The host refused.
         """
         try:

@@ -3,8 +3,8 @@
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch
 the pages and then fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
 about 100 microseconds, which is also what a round trip to a worker thread costs.  So if
-retries have succeeded lately, the read is retried each time all other tasks have run.  It
-goes to a worker thread only if the retries do not succeed in time.
+retries have succeeded lately, the read is retried each time all other tasks have run.  The
+read goes to a worker thread only if the retries do not succeed in time.
 
 Only the task whose read began first retries.  While the data of this read is missing, the
 later reads are not tried, and their tasks sleep.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 MAX_RETRY_SECONDS: Final = 1e-3
-"""Longest time that a read is retried before it goes to a worker thread."""
+"""Maximum time for which a read is retried before the read goes to a worker thread."""
 
 
 class _Read:
@@ -33,11 +33,11 @@ class _Read:
 
     Attributes:
         attempt: Tries the read; returns whether the read has ended, with data or an error.
-        deadline: When to give up, by the clock that `_RetryQueue.retry` gets.
-        task: The task of this read while that task sleeps: until ``succeeded`` is set, or
-            until this read is the first of the queue.  Otherwise None.
-        succeeded: Whether the read ended before the retries were given up; None while
-            undecided.
+        deadline: When to give up, in seconds of the clock that `_RetryQueue.retry` gets.
+        task: The task of this read while the task sleeps, otherwise None.  The task sleeps
+            until ``succeeded`` is set, or until this read is the first of the queue.
+        succeeded: Whether the read ended before the retries were given up; None while the
+            read is being retried.
     """
 
     __slots__ = ("attempt", "deadline", "succeeded", "task")
@@ -71,8 +71,8 @@ class _RetryQueue:
     ) -> bool:
         """Return True once ``attempt`` has returned True, False if the retries are given up.
 
-        They are given up when ``deadline`` has passed, or when a worker thread runs, because
-        the event loop must sleep then.
+        The retries are given up when ``deadline`` has passed by ``clock``.  They are also
+        given up when a worker thread runs, because the event loop must sleep then.
         """
         read = _Read(attempt, deadline)
         self._reads.append(read)
@@ -80,7 +80,8 @@ class _RetryQueue:
         try:
             if self._reads[0] is not read:
                 read.task = trio.lowlevel.current_task()
-                # The wait lasts about a millisecond, so it need not be cancellable.
+                # This wait cannot be cancelled.  That is acceptable, because all earlier
+                # reads, and so the wait, end after about `MAX_RETRY_SECONDS`.
                 await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
             while read.succeeded is None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -94,7 +95,10 @@ class _RetryQueue:
         return read.succeeded
 
     def _attempt_oldest(self, clock: Callable[[], float]) -> None:
-        """Try the reads in their order, up to the first that is neither done nor given up."""
+        """Try the reads in their order, up to the first that is neither done nor given up.
+
+        The reads that are done or given up leave the queue, and their tasks are woken.
+        """
         reads = self._reads
         while reads:
             succeeded = reads[0].attempt()
@@ -116,16 +120,22 @@ class NowaitRetry:
         self._poll = AdaptivePoll(MAX_RETRY_SECONDS, start_enabled=True)
         self._clock = clock
 
-    async def wait(self, attempt: Callable[[], bool], sleep: Callable[[], Awaitable[None]]) -> None:
-        """Retry ``attempt`` until it returns True; if the retries fail, await ``sleep``.
+    async def wait(
+        self, attempt: Callable[[], bool], read_in_thread: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Retry ``attempt`` until it returns True; if that takes too long, read in a thread.
 
-        Nothing is retried while retries have lately failed, or while a worker thread runs.
-        ``attempt`` must not raise an error.
+        Nothing is retried if retries have lately failed, or if a worker thread runs.
+
+        Args:
+            attempt: Tries the read; returns whether the read has ended.  Must not raise.
+            read_in_thread: Reads in a worker thread, if nothing is retried or the retries
+                are given up.  Its error is raised.
         """
         since = self._clock()
         seconds = 0.0 if loop_load.has_threads() else self._poll.seconds
         if seconds and await _queue.retry(attempt, since + seconds, self._clock):
             self._poll.record(0.0, slept=False)
             return
-        await sleep()
+        await read_in_thread()
         self._poll.record(self._clock() - since, slept=True)

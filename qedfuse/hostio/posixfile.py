@@ -1,4 +1,4 @@
-"""A regular file of the host: which call runs in the event loop, and which in a worker thread."""
+"""A regular file of the host, whose calls run in the event loop or in a worker thread."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class PosixFile:
-    """A regular file as `HostFile`, by pread(2), pwrite(2), fallocate(2) and fdatasync(2).
+    """A `HostFile` for a regular file, implemented with system calls.
 
     The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other
     reads are retried for a moment (`NowaitRetry`) and then go to a worker thread, so that the
@@ -68,7 +68,7 @@ class PosixFile:
         self._is_short = self._policy.is_short
         self._record_write = self._policy.record_write
         self.can_write_inline = self._policy.can_write_inline
-        """Return whether `try_write` may write that many bytes now."""
+        """Return whether `try_write` may write the given number of bytes now."""
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
@@ -113,14 +113,16 @@ class PosixFile:
                 raise error
         if done is not None and done == len(view):
             return done
-        # If fewer bytes were read, the page cache holds only a part, or the file ends within
-        # the range.  Only a blocking read can distinguish the two.
+        # Read what is missing in a worker thread.  If some bytes have been read, the page cache
+        # holds only a part of the range, or the file ends within the range.  Only a blocking
+        # read can distinguish the two.
         return await self._in_thread("read", read_all, self.fd, offset, view, done or 0)
 
     def _read_cached(self, offset: int, view: memoryview) -> int | None:
-        """Read from the page cache; return the bytes read, or None if none are cached.
+        """Read from the page cache; return how many bytes were read, perhaps only a part.
 
-        In the second case the kernel begins to fetch the data.
+        Returns None if the first byte is not cached; the kernel then begins to fetch the data.
+        Also returns None if the file system does not support RWF_NOWAIT.
 
         Raises:
             HostError: The host refused.
@@ -130,20 +132,28 @@ class PosixFile:
         except OSError as error:
             if error.errno not in _NOT_CACHED:
                 raise self._failed(error, "read") from error
-            # A file system without RWF_NOWAIT fails each call with EOPNOTSUPP, so do not try
-            # again.
+            # A file system without RWF_NOWAIT fails each call with EOPNOTSUPP.  So do not use
+            # the flag again.
             self._supports_nowait = error.errno != errno.EOPNOTSUPP
             return None
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view``; return False, with ``view`` undefined, if that would block or fails."""
+        """Fill ``view`` from a file offset without blocking; return whether that succeeded.
+
+        Returns False if the read would block or fails, or if the file ends before the view
+        is full.  The content of ``view`` is undefined then.
+        """
         try:
             return os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view)
         except OSError:
             return False
 
     def try_write(self, offset: int, data: Buffer) -> bool:
-        """Write ``data``; return False, perhaps partly written, if that would block or fails."""
+        """Write ``data`` at a file offset without blocking; return whether that succeeded.
+
+        Returns False if the write would block or fails.  Then ``data`` may be partly written,
+        and the caller must write the whole range again with `pwrite`.
+        """
         if not self.can_write_inline(len(data)):
             return False
         since = time.perf_counter()
@@ -155,7 +165,7 @@ class PosixFile:
             self._record_write(len(data), time.perf_counter() - since)
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write the parts at a file offset, one behind the other, as one write."""
+        """Write ``parts``, one behind the other, from a file offset on, as one write."""
         length = sum(map(len, parts))
         is_short = self._is_short(length)
         if is_short and self._inode.contention:
@@ -185,9 +195,11 @@ class PosixFile:
         self._policy.record_datasync(time.perf_counter() - since, is_inline=is_inline)
 
     def try_grow(self, size: int) -> bool:
-        """Make the file longer; return False, with no change, if that would block or fails.
+        """Make the file ``size`` bytes long without blocking; return whether that succeeded.
 
-        This need not go to a thread: a call that cuts nothing off takes some microseconds.
+        ``size`` must not be less than the file's length: only an ftruncate(2) that cuts
+        nothing off is so fast (some microseconds) that no thread is needed.  After False the
+        file is unchanged.
         """
         if not self._inode.recheck_free():
             return False
@@ -198,7 +210,7 @@ class PosixFile:
         return True
 
     async def truncate(self, size: int) -> None:
-        """Set the file's length in bytes; added bytes read as zeros."""
+        """Make the file ``size`` bytes long; added bytes read as zeros."""
         await self._change_in_thread("truncate", os.ftruncate, self.fd, size)
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
@@ -234,7 +246,7 @@ class PosixFile:
             fallocate(self.fd, mode, offset, length)
 
     async def next_data(self, offset: int) -> int | None:
-        """Return where the first data at or past ``offset`` begins; None if only holes follow."""
+        """Return where the first data at or past ``offset`` begins; None if no data follows."""
         return await self._seek(offset, os.SEEK_DATA)
 
     async def next_hole(self, offset: int) -> int | None:
@@ -245,9 +257,10 @@ class PosixFile:
         return await self._seek(offset, os.SEEK_HOLE)
 
     async def _seek(self, offset: int, whence: int) -> int | None:
-        """Find data or a hole, in a worker thread if the inode's lock is in use.
+        """Return where data or a hole begins, as `seek` does.
 
-        Some file systems take this lock in lseek(2).
+        This runs in a worker thread if the inode's lock is in use, because some file systems
+        take this lock in lseek(2).
         """
         if offset > MAX_OFFSET:
             return None
@@ -283,10 +296,10 @@ class PosixFile:
         return os.fstatvfs(self.fd)
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
-        """Set the file's times, in nanoseconds since 1970.
+        """Set the file's times of access and modification, in nanoseconds since 1970 (UTC).
 
         Raises:
-            OSError: The file belongs to another user.
+            OSError: The file belongs to another user, or the host refused.
         """
         set_times = partial(os.utime, self.fd, ns=(atime_ns, mtime_ns))
         if self._inode.recheck_free():
@@ -295,7 +308,10 @@ class PosixFile:
             await self._inode.in_thread(set_times)
 
     def close(self) -> None:
-        """Close the descriptor, which also releases every lock taken through it."""
+        """Close the file, which also releases every lock taken through it.
+
+        A second call does nothing.
+        """
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -310,14 +326,22 @@ class PosixFile:
         *args: *Args,
         is_short_write: bool = False,
     ) -> T:
-        """Run a system call that changes the file, and so takes the inode's lock, in a thread."""
+        """Run in a worker thread a system call that takes the inode's lock to change the file.
+
+        Raises:
+            HostError: The host refused; the message says that ``action`` failed.
+        """
         try:
             return await self._inode.in_thread(function, *args, is_short_write=is_short_write)
         except OSError as error:
             raise self._failed(error, action) from error
 
     async def _in_thread(self, action: str, function: Callable[[*Args], T], *args: *Args) -> T:
-        """Run a system call that may wait for the disk in a worker thread."""
+        """Run in a worker thread a system call that may wait for the disk.
+
+        Raises:
+            HostError: The host refused; the message says that ``action`` failed.
+        """
         try:
             return await trio.to_thread.run_sync(function, *args)
         except OSError as error:

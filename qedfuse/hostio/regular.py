@@ -29,7 +29,8 @@ def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
     Args:
         path: The file.
         access: ``os.O_RDONLY`` or ``os.O_RDWR``.
-        dir_fd: The directory that a relative path starts from.
+        dir_fd: Descriptor of the directory from which a relative path starts; None for the
+            current directory.
 
     Returns:
         A descriptor.
@@ -56,11 +57,19 @@ def open_raw(path: str, access: int) -> int:
 
 
 def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) -> int:
-    """Open a file if its kind is a key of ``expected``, whose values name the kinds in messages."""
+    """Open a file of one of the kinds that are the keys of ``expected``; return a descriptor.
+
+    The values of ``expected`` are the names of the kinds in messages.
+
+    Raises:
+        HostError: The file cannot be opened, or /proc is not mounted.
+        ImageError: The file is of another kind.
+    """
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        # Look at the kind of the file first: O_PATH gives a descriptor for fstat(2) without
-        # opening a device or a FIFO.
+        # Find out the kind of the file before it is opened, because opening a FIFO can wait
+        # and opening a device can wake it.  O_PATH gives a descriptor that suffices for
+        # fstat(2) without opening the file itself.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         raise cannot_open(path, error) from error
@@ -104,5 +113,5 @@ def length_of(fd: int, name: str) -> int:
 
 
 def allocated_bytes(status: os.stat_result) -> int:
-    """Return the space in bytes that a file takes up on the host, by its attributes."""
+    """Return the space in bytes that a file takes up on the host, from its attributes."""
     return status.st_blocks * _STAT_BLOCK_BYTES

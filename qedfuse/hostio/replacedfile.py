@@ -1,4 +1,4 @@
-"""The existing file that a new one will replace: locked, and only with the user's consent."""
+"""Opening and locking the existing file that a new file will replace, if the user has agreed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 def lock_replaced_file(
     path: str, stack: ExitStack, *, overwrite: bool, in_place: bool = False
 ) -> int | None:
-    """Open and lock the file that will be replaced; return its descriptor, None if there is none.
+    """Open and lock the file that will be replaced; return its descriptor.
+
+    Returns None if no file is called ``path``.
 
     Args:
         path: The name of the file.
         stack: Closes the descriptor when it ends, which releases the lock.
         overwrite: Whether the user has agreed to replace the file.
-        in_place: Whether the command can also write into an existing file (``-n``), which
-            messages then mention.
+        in_place: Whether the command can also write into an existing file with ``-n``.  If
+            so, messages mention this option.
 
     Raises:
         UsageError: The file exists and ``overwrite`` is False, or ``in_place`` is True and
             the file is not a regular file.
-        ImageError: The file is not a regular file.
+        ImageError: The file is not a regular file, and ``in_place`` is False.
         ImageInUseError: Another process has the file open as an image.
         HostError: The file cannot be opened or locked.
     """
@@ -49,7 +51,12 @@ def lock_replaced_file(
 
 
 def _refuse_special(path: str) -> None:
-    """Raise UsageError unless ``path`` is a regular file, because others cannot be replaced."""
+    """Refuse ``path`` unless it is a regular file, because other files cannot be replaced.
+
+    Raises:
+        UsageError: The file is not a regular file.
+        HostError: The host refused.
+    """
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
     except OSError as error:

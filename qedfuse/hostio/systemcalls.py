@@ -1,6 +1,6 @@
-"""System calls on files that Python lacks, or that may transfer less than they were given.
+"""System calls on files that Python lacks, or that may transfer only a part of the data.
 
-All functions block, and raise `OSError`; `PosixFile` decides in which thread they run.
+All functions may block, and raise `OSError` if the host refuses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SYNC_AND_WAIT: Final = 7
 """SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER: write a range and wait for the end."""
 
 _MAX_PARTS: Final = 1024
-"""Most buffers that one pwritev(2) takes (IOV_MAX)."""
+"""Maximum number of buffers in one call of pwritev(2) (IOV_MAX)."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _fallocate: Final = getattr(_libc, "fallocate64", None) or _libc.fallocate  # musl has one name only
@@ -48,6 +48,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
     """Write a range of a file from the page cache to the disk (sync_file_range(2)).
 
+    ``flags`` is `SYNC_START` or `SYNC_AND_WAIT`.  This makes nothing durable.
+
     Raises:
         OSError: The kernel refused, or an earlier write of these pages has failed.
     """
@@ -57,7 +59,7 @@ def sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
 
 
 def fsync_path(path: str) -> None:
-    """Make a file or a directory durable, named by its path (fsync(2)).
+    """Make the file or the directory ``path`` durable (fsync(2)).
 
     Raises:
         OSError: The file cannot be opened, or the host refused.
@@ -70,10 +72,10 @@ def fsync_path(path: str) -> None:
 
 
 def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
-    """Fill ``view``, of which the first ``done`` bytes are filled already; return the new number.
+    """Fill ``view`` from byte ``done`` on; return how many of its bytes are filled then.
 
-    The view is filled up to its end unless the file ends before.  ``offset`` is the file
-    offset of the view's first byte.
+    These are all bytes of the view, or fewer if the file ends before.  ``offset`` is the file
+    offset of the first byte of the view, and not of byte ``done``.
     """
     while done < len(view):
         count = os.preadv(fd, (view[done:],), offset + done)
@@ -84,7 +86,7 @@ def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
 
 
 def write_all(fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
-    """Write all bytes of the parts, one behind the other; return how many seconds that took."""
+    """Write all bytes of ``parts`` from a file offset on; return how many seconds that took."""
     since = time.perf_counter()
     left = [memoryview(part).cast("B") for part in parts if len(part)]
     while left:

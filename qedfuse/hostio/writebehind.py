@@ -18,10 +18,11 @@ from qedfuse.errors import HostError
 from qedfuse.hostio.systemcalls import SYNC_AND_WAIT, SYNC_START, sync_file_range
 
 _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
-"""Most bytes on their way to the host's disk: enough to keep the disk busy."""
+"""Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""With ``waits=False`` a slower disk is left to the kernel."""
+"""Minimum throughput of the disk with ``waits=False``; for a slower disk the rest of the work is
+left to the kernel."""
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}
 """Errors of sync_file_range(2) for a file that does not support the call."""
@@ -39,9 +40,9 @@ class WriteBehind:
         Args:
             descriptor: The file.
             name: The file's name in messages.
-            waits: Whether to wait for the disk when too much is on the way.  False is for a
-                file that will not be made durable: then a slow disk is left to the kernel,
-                which buffers the data in memory.
+            waits: Whether to wait for the disk when more than `_MAX_IN_FLIGHT_BYTES` are on
+                their way.  False is for a file that will not be made durable: if the disk is
+                slow, all further work is left to the kernel, which buffers the data in memory.
         """
         self._descriptor = descriptor
         self._name = name
@@ -56,9 +57,11 @@ class WriteBehind:
     def wrote(self, offset: int, length: int) -> None:
         """Start to write a range to the disk, and drop the oldest ranges from the page cache.
 
-        If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this waits for the oldest ranges
-        first, unless ``waits`` is False.  Does nothing if the file system does not support
-        this, or if the disk has proved too slow with ``waits=False``.
+        If more than `_MAX_IN_FLIGHT_BYTES` are on their way, the oldest ranges are dropped,
+        after waiting until they are on the disk.  With ``waits=False`` they are dropped
+        without waiting, and the kernel keeps their dirty pages.  Does nothing if the file
+        does not support sync_file_range(2), or if the disk has proved too slow with
+        ``waits=False``.
 
         Args:
             offset: File offset of the range in bytes.
@@ -90,7 +93,7 @@ class WriteBehind:
         for start, count in old:
             if self._waits:
                 self._sync(start, count, SYNC_AND_WAIT)
-            # The kernel drops only clean pages, so no data is lost that is not on the disk yet.
+            # Drop the pages.  This loses no data, because the kernel keeps dirty pages.
             os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
 
     def _sync(self, offset: int, length: int, flags: int) -> None:
