@@ -70,7 +70,7 @@ USAGE: Final = {
     "format-alone": ("-F raw IMAGE 1M", "-F: expected -b as well"),
     "unsafe-alone": ("-u IMAGE 1M", "-u: expected -b as well"),
     "unsafe-format": ("-u -b gone IMAGE 1M", "backing file gone: its format must be given"),
-    "full-overlay": ("--preallocate full -b base.qed IMAGE", "nothing of it would show through"),
+    "full-overlay": ("--preallocate full -b base.qed IMAGE", "full image reads nothing from a"),
     "no-name": ("-b= IMAGE 1M", "backing file: found an empty name"),
     "no-path": ("-u -F raw -b file: IMAGE 1M", "backing file file:: found an empty name"),
     "key": ("-o compat=1 IMAGE 1M", "option -o: found compat=1, expected KEY=VALUE"),

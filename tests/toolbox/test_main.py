@@ -70,7 +70,7 @@ def test_help_of_a_command(
         ("chek", "unknown command (did you mean check?)"),
         ("maps", "unknown command (did you mean map?)"),
         ("snapshot", "unknown command (see: qedimg --help)"),
-        ("-q", "found an option, expected a command before it (see: qedimg --help)"),
+        ("-q", "found an option, expected a command first (see: qedimg --help)"),
         ("a\nb\udcff", "unknown command (see: qedimg --help)"),
     ],
 )

@@ -68,8 +68,9 @@ ignored.
 
 QEDFUSE_UMOUNT: Final = """\
 `qedfuse umount` unmounts, and returns when everything is durable and the process that
-served the mount has ended.  With `--timeout` it waits for at most SECONDS, and then fails.
-umount(8) and fusermount3(1) do not wait for the process, which ends shortly after them.
+served the mount has ended.  With `--timeout SECONDS` the command waits no longer than SECONDS, and
+then fails.  umount(8) and fusermount3(1) do not wait for the process, which ends shortly
+after they return.
 """
 
 QEDFUSE_FSTAB: Final = """\

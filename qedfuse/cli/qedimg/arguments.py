@@ -30,7 +30,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         "--output",
         choices=("human", "json"),
         default="human",
-        help="print text, or JSON with qemu-img's keys (human)",
+        help="human (default): text; json: JSON, with qemu-img's keys where they exist",
     )
 
 
@@ -78,11 +78,12 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 
 def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> OpenOptions:
-    """Return the options for opening an image, with defaults for arguments that are missing.
+    """Return the options for opening an image.
 
     Args:
-        arguments: The parsed command line.
-        writable: Whether to open the image for writing.
+        arguments: The parsed command line.  An option that the subcommand does not have gets
+            its default.
+        writable: Whether to open the image for writing; if so, ``-U`` has no effect.
     """
     from qedfuse.disk.options import BackingPolicy, OpenOptions  # noqa: PLC0415  imported late: --help must not load it
 

@@ -154,7 +154,8 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "corruptions-fixed": result.errors_fixed if repaired else 0,
         "leaks-fixed": result.leaks_fixed if repaired else 0,
         "total-clusters": result.total_clusters,
-        # Like qemu-img, count L2 entries that cannot refer to a data cluster; the text does not.
+        # As in qemu-img, L2 entries that cannot refer to a data cluster are counted here.
+        # The number in the text does not include them.
         "allocated-clusters": after.referenced_clusters,
         "fragmented-clusters": after.fragmented_clusters,
     }
@@ -193,7 +194,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
 
 
 _ADDED_KEYS: Final = ("file_clusters", "listed_clusters", "counts", "findings")
-"""The keys of `CheckReport.as_json` that are added to qemu-img's."""
+"""The keys of `CheckReport.as_json` that are printed in addition to qemu-img's keys."""
 
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
@@ -202,8 +203,8 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     for finding in sorted(before.findings, key=lambda item: -item.severity):
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
         print_line(arguments, line)
-    # Only the first findings of each code are kept, but all are counted.  The leaked clusters
-    # are left out on both sides: one finding stands for all of them, but each is counted.
+    # Only the first findings of each code are kept, but `counts` counts all.  Leaked clusters are
+    # left out of both numbers, because one finding stands for all of them.
     counted = sum(before.counts.values()) - before.leaks
     shown = sum(item.code.value != "leaked-clusters" for item in before.findings)
     hidden = counted - shown
@@ -270,8 +271,7 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image at the end, in counts."""
     after, total = result.after, result.total_clusters
-    # This number leaves out L2 entries that cannot refer to a data cluster; the JSON counts them.
-
+    # L2 entries that cannot refer to a data cluster are not counted here, unlike in the JSON.
     used = after.allocated_clusters
     notes = sum(count for code, count in after.counts.items() if not code.severity)
     listed = after.listed_clusters
@@ -290,7 +290,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _state(report: CheckReport) -> str:
-    """Return the state of an image in one or two words; notes do not matter."""
+    """Return the state of an image in one or two words, which do not depend on notes."""
     if report.errors:
         return "damaged"
     return "leaks space" if report.leaks else "sound"

@@ -38,17 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-b",
         "--base",
         metavar="BASE",
-        help="commit to this file of the chain instead of the next one; implies -d",
+        help="commit to this lower file of the chain, not to the next one; implies -d",
     )
     parser.add_argument(
-        "-d", "--keep", action="store_true", help="do not empty the overlay, to delete it later"
+        "-d",
+        "--keep",
+        action="store_true",
+        help="do not empty the overlay, which you delete afterwards",
     )
     common.add_backing(parser)
     common.add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Commit the overlay, and print how much was written; return the exit code."""
+    """Commit the overlay, and print how much was written; return 0."""
     with progress(arguments, "Committing") as on_progress:
         result = run_async(_work, arguments, on_progress)
     text = (

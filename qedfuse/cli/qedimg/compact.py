@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg compact -p vm.qed"
 DESCRIPTION: Final = """\
-Move the highest clusters of an image into the free ones and shorten the file, until no
+Move the highest clusters of an image into free clusters and shorten the file, until no
 cluster is free.  Data clusters that hold only zeros are not freed.  The image is sound
 at any moment.  After an interruption the clusters that were already moved stay at their
 new offsets."""

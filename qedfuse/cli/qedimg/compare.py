@@ -81,7 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> Comparison | str:
-    """Compare the disks; return the error message if one can be opened but not read."""
+    """Compare the disks; return an error message if both can be opened but one cannot be read.
+
+    Raises:
+        QedError: A disk cannot be opened.
+    """
     from qedfuse.errors import QedError  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.tools.copying.compare import compare  # noqa: PLC0415
     from qedfuse.tools.source.source import open_source  # noqa: PLC0415

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
-Create an empty image.  With -b it is an overlay: ranges that were never written to it
+Create an empty image.  With -b the image is an overlay: ranges that were never written to it
 are read from the base.  The name of the base is stored unchanged; a relative name is
 resolved from the directory of the image.  SIZE defaults to the size of the base."""
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preallocate",
         choices=("off", "full"),
         default="off",
-        help="full: allocate each cluster in the file, and reserve it on the host (off)",
+        help="full: allocate each cluster in the file, and reserve its space on the host (off)",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace IMAGE if it exists and is not in use"
@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Create the image; return the exit code."""
+    """Create the image; return 0.
+
+    Raises:
+        UsageError: An option is invalid, or options contradict each other.
+        QedError: The image cannot be created, or the base cannot be opened.
+    """
     take_options(arguments, "-b", "size")
     if arguments.base is None and arguments.unsafe:
         msg = "-u: expected -b as well"
@@ -61,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     full = arguments.preallocate == "full"
     if full and arguments.base is not None:
         msg = (
-            f"{printable(arguments.image)}: --preallocate full: found a base, expected none: "
-            "nothing of it would show through"
+            f"{printable(arguments.image)}: --preallocate full: found a base, expected none, "
+            "because a full image reads nothing from a base"
         )
         raise UsageError(msg)
     made = create(

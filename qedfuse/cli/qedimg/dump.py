@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg dump l2 0 vm.qed"
 DESCRIPTION: Final = """\
-Show the fields of the header, the entries in use of the L1 table, or those of the L2
-table that L1 entry N points to.  For each entry a verdict is shown: ok, zeros, reserved,
+Show the fields of the header, or the entries in use of a table: of the L1 table, or of
+the L2 table that L1 entry N points to.  For each entry a verdict is shown: ok, zeros, reserved,
 unaligned, past the end, cut short, or over metadata.  Adjacent entries that point to
 adjacent offsets, or have the same value, are shown as one range.
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the header or the table; return the exit code."""
+    """Print the header or the table; return 0."""
     run_async(_work, arguments, _l1_index(arguments))
     return 0
 
@@ -59,7 +59,6 @@ def _l1_index(arguments: argparse.Namespace) -> int:
     if arguments.structure != "l2":
         if text is not None:
             msg = f"dump {arguments.structure}: found two operands, expected the image only"
-
             raise UsageError(msg)
         return 0
     if text is None or not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
@@ -73,7 +72,10 @@ def _l1_index(arguments: argparse.Namespace) -> int:
 
 
 _MAX_DIGITS: Final = 18
-"""Most digits of an index: longer than any valid index, but short enough to be converted."""
+"""Maximum number of digits of an index.
+
+Any valid index has fewer digits, and a number with this many digits fits into 64 bits.
+"""
 
 
 async def _work(arguments: argparse.Namespace, l1_index: int) -> None:
@@ -91,7 +93,7 @@ async def _work(arguments: argparse.Namespace, l1_index: int) -> None:
 
 
 def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
-    """Print the header's fields, and what is wrong with them."""
+    """Print the header's fields, and a line for each problem of a field."""
     problems = [str(error) for error in header.problems]
     if arguments.output == "json":
         fields = [
@@ -133,6 +135,7 @@ def _meaning(header: RawHeader, item: HeaderField) -> str:
 
 
 _UNITS: Final = {"table_size": "clusters", "header_size": "clusters"}
+"""The units of the header fields that are not in bytes."""
 _COLUMNS: Final = "{:>10}  {:>10}  {:>18}  {:>18}  {:>18}  {}"
 
 

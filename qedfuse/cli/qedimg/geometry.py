@@ -46,7 +46,8 @@ def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
         metavar="KEY=VALUE[,...]",
         action="append",
         default=[],
-        help=f"the same options in qemu-img's form: {', '.join((*_DESTINATIONS, *more))}",
+        help="the same settings in qemu-img's form, with these keys: "
+        f"{', '.join((*_DESTINATIONS, *more))}",
     )
 
 
@@ -62,14 +63,14 @@ def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
 
 
 def _items(options: Iterable[str]) -> Iterator[str]:
-    """Yield the items of ``-o``, which commas separate; two commas are one within a value."""
+    """Yield the items of ``-o``: a comma separates items, and two stand for one in a value."""
     for text in options:
         for item in text.replace(",,", "\0").split(","):
             yield item.replace("\0", ",")
 
 
 def find_base(options: Iterable[str]) -> str | None:
-    """Return the last value of the key ``backing_file`` in ``-o``, or None.
+    """Return the last value of the key ``backing_file`` in ``-o``; None without this key.
 
     qemu-img has this key for every format that can have a base.
     """
@@ -88,8 +89,8 @@ def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> N
         more: Further keys, each with an attribute of the same name that holds a size.
 
     Raises:
-        UsageError: A key is unknown, or is given twice with different values, or an option
-            lacks another one that it needs.
+        UsageError: A key is unknown, a value is missing or invalid, ``-o`` contradicts itself
+            or another option, or a format is given without a base.
     """
     names = _DESTINATIONS | {name: name for name in more}
     for item in _items(arguments.options):

@@ -26,10 +26,10 @@ Describe an image: format, sizes, geometry, features, free list, backing file.  
 command also describes images that cannot be mounted, and reports what is wrong with
 them.
 
-No other file is opened, whatever the image names, unless --backing-chain is given;
---backing and --backing-dir then limit which files are opened.  The JSON has qemu-img's
-keys, and in "safety" the facts by which a service can decide whether to accept an
-untrusted image.
+Only the image itself is opened, whatever other files it names.  With --backing-chain its
+backing files are opened too, as far as --backing and --backing-dir allow.  The JSON has
+qemu-img's keys, and in "safety" the facts by which a service can decide whether to
+accept an untrusted image.
 
 --allocation reads all tables, and counts the clusters of data and of zeros."""
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument(
-        "-f", dest="format", choices=("qed", "raw"), help="do not detect the format"
+        "-f", dest="format", choices=("qed", "raw"), help="format of IMAGE (detected)"
     )
     parser.add_argument(
         "--backing-chain", action="store_true", help="describe the backing files as well"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Describe the image, or the chain; return the exit code."""
+    """Describe the image, or with ``--backing-chain`` the whole chain; return 0."""
     form: FormatChoice = arguments.format or "auto"
     if arguments.backing_chain:
         images = run_async(_chain, arguments, form)
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _chain(arguments: argparse.Namespace, form: FormatChoice) -> list[ImageInfo]:
-    """Return the descriptions of an image and its backing files."""
+    """Return the descriptions of an image and its backing files, the image first."""
     from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  imported late: plain info must not load it
 
     return await describe_chain(arguments.image, form, common.open_options(arguments))

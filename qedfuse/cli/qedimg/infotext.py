@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _FEATURE_FIELDS = {"features": "incompatible", "compat_features": "compatible",
                    "autoclear_features": "autoclear"}  # fmt: skip
+"""The title of each header field of feature bits."""
 
 
 def as_text(image: ImageInfo, details: Details | None) -> str:
@@ -56,8 +57,8 @@ def _both(size: int) -> str:
 
 def _backing(backing: BackingName) -> Iterator[str]:
     """Describe the backing file: its name, its path and its format."""
-    more = "" if backing.path == backing.name else f" (actual path: {printable(backing.path)})"
-    yield f"backing file: {printable(backing.name)}{more}"
+    actual = "" if backing.path == backing.name else f" (actual path: {printable(backing.path)})"
+    yield f"backing file: {printable(backing.name)}{actual}"
     if backing.is_raw:
         yield "backing file format: raw"
 
@@ -87,7 +88,7 @@ def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> 
 
 
 def _bits(bits: Bits) -> str:
-    """Return feature bits as a number, with the names of the known ones."""
+    """Return feature bits as a number, with the name of each bit that is set."""
     words = [*bits.names, *(f"unknown bit {number}" for number in bits.unknown)]
     return f"0x{bits.value:x}" + (f" ({', '.join(words)})" if words else "")
 

@@ -26,13 +26,13 @@ _recorder: Final = _Recorder()
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Print the library's log to stderr from now on, beginning with the level WARNING.
+    """Print messages of the library to stderr from now on, from the level WARNING upwards.
 
-    With ``verbose`` it begins with INFO, and with ``quiet`` with ERROR.
+    With ``verbose`` the lowest level is INFO, and with ``quiet`` it is ERROR.
     """
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(format="qedimg: %(message)s", level=level, stream=sys.stderr)
-    # Do not let `logging` print a traceback if stderr cannot be written to: the exit code
+    # If stderr cannot be written to, `logging` must not print a traceback, because the exit code
     # reports the failure.
     logging.raiseExceptions = False
     _recorder.errors.clear()
@@ -41,5 +41,5 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
 
 
 def was_logged(error: QedError) -> bool:
-    """Return whether the log has shown an error that equals ``error`` since it was set up."""
+    """Return whether the log has shown an error that equals ``error`` since `set_up_logging`."""
     return any(error.equals(logged) for logged in _recorder.errors)

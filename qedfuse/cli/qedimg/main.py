@@ -62,12 +62,14 @@ EXIT_CODES: Final[Mapping[int, str]] = {
 _FAILED: Final = 1
 """The exit code for a failure that has no code of its own, as in qemu-img."""
 _MIN_OWN_CODE: Final = 12
-"""The lowest `QedError.exit_code` that qedimg exits with; it replaces a lower one by `_FAILED`.
+"""Minimum `QedError.exit_code` with which qedimg exits.
 
-The lower codes of `QedError` have another meaning in qemu-img.
+qedimg replaces a lower code by `_FAILED`, because lower codes mean something else in qemu-img.
 """
 _BUG: Final = 70
+"""The exit code for an exception that no subcommand foresees."""
 _INTERRUPTED: Final = 130
+"""The exit code after a signal, as a shell shows it for Ctrl-C (128 + SIGINT)."""
 _HELP_COLUMNS: Final = 78
 _SEE_HELP: Final = "qedimg --help"
 _PACKAGE: Final = "qedfuse.cli.qedimg"
@@ -76,9 +78,8 @@ _PACKAGE: Final = "qedfuse.cli.qedimg"
 class Command(Protocol):
     """The module of a subcommand.
 
-    The module may also define ``EXIT_CODES``, which then replaces `EXIT_CODES` of this
-    module, and ``FAILED``, which replaces 1 as the code for a failure without a code of its
-    own.
+    The module may also define ``EXIT_CODES``, which replaces `EXIT_CODES` of this module, and
+    ``FAILED``, which replaces 1 as the exit code for a failure that has no code of its own.
     """
 
     DESCRIPTION: str
@@ -97,7 +98,7 @@ def command(name: str) -> Command:
 
 
 def exit_codes(name: str) -> Mapping[int, str]:
-    """Return the meaning of each exit code of a subcommand."""
+    """Return the meaning of each exit code of a subcommand: its own list, or `EXIT_CODES`."""
     own: Mapping[int, str] | None = getattr(command(name), "EXIT_CODES", None)
     return EXIT_CODES if own is None else own
 
@@ -149,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
-    # OpenBLAS would start a thread per core for matrices, which are not used here.
+    # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  Its functions
+    # are not used here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     own_process = argv is None
     if own_process:
@@ -158,13 +160,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruptible(ends_process=own_process) as interruption:
             code = _guarded(words, interruption)
-    except KeyboardInterrupt:  # the signal came when `_guarded` had returned
+    except KeyboardInterrupt:  # a signal arrived before or after `_guarded`
         code = _INTERRUPTED
     return finish_output(code, _failure_code(words[0] if words else ""))
 
 
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
-    """Run the command and return its exit code; print a line for a failure."""
+    """Run the command and return its exit code; print a line for a failure.
+
+    Raises:
+        Exception: There is a bug, and QEDIMG_TRACEBACK is set.
+    """
     name = words[0] if words else ""
     try:
         return _run(name, words[1:])
@@ -211,11 +217,9 @@ def _run(name: str, words: Sequence[str]) -> int:
 
 
 def _unknown(name: str) -> str:
-    """Return the message for an unknown subcommand, which suggests a similar one if it can."""
+    """Return the message for an unknown subcommand, with a similar name if there is one."""
     if name.startswith("-"):
-        return (
-            f"{printable(name)}: found an option, expected a command before it (see: {_SEE_HELP})"
-        )
+        return f"{printable(name)}: found an option, expected a command first (see: {_SEE_HELP})"
     from difflib import get_close_matches  # noqa: PLC0415  imported late: needed for this error only
 
     near = get_close_matches(name, COMMANDS, n=1)
@@ -232,7 +236,7 @@ def _first_error(error: BaseException) -> BaseException:
 
 
 def _report_failure(name: str, error: BaseException) -> int:
-    """Print a line about a failure, unless a log line has shown it; return the exit code.
+    """Print a line about a failure, unless the log has shown the error; return the exit code.
 
     Raises:
         Exception: ``error`` is a bug, and QEDIMG_TRACEBACK is set.
@@ -241,7 +245,7 @@ def _report_failure(name: str, error: BaseException) -> int:
         code = _exit_code(name, error)
         if error.errno == errno.ENOENT and is_removed():
             return _fail(f"{error} ({REMOVED})", code)
-        # Look the module up instead of importing it: an import may be what failed.
+        # Look the module up instead of importing it, because an import may have failed.
         log = sys.modules.get(f"{_PACKAGE}.log")
         logged = log is not None and log.was_logged(error)
         return code if logged else _fail(str(error), code)
@@ -268,12 +272,13 @@ def _report_os_error(error: OSError, code: int) -> int:
 
 
 def _exit_code(name: str, error: BaseException) -> int:
-    """Return the exit code for an error.
+    """Return the exit code of a subcommand for an error.
 
-    That is the code of a `QedError` if the subcommand lists it, and otherwise the
-    subcommand's code for a failure.
+    A `QedError` has a code of its own.  That code is returned if it is at least
+    `_MIN_OWN_CODE` and the subcommand lists it.  In all other cases the subcommand's code for
+    a failure is returned.
     """
-    # Look the module up instead of importing it: an import may be what failed.
+    # Look the module up instead of importing it, because an import may have failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)
     wanted = error.exit_code if isinstance(error, QedError) else _FAILED

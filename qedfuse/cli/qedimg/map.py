@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument(
-        "-f", dest="format", choices=("qed", "raw"), help="do not detect the format"
+        "-f", dest="format", choices=("qed", "raw"), help="format of IMAGE (detected)"
     )
     parser.add_argument(
         "--start-offset",
@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin at this offset of the disk (0)",
     )
     parser.add_argument(
-        "--max-length", "-l", metavar="SIZE", type=common.size, help="list this much of the disk"
+        "--max-length",
+        "-l",
+        metavar="SIZE",
+        type=common.size,
+        help="list at most this much of the disk (up to its end)",
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -55,11 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the extents; return the exit code."""
+    """List the extents; return 0.
+
+    Raises:
+        CorruptImageError: There are bad table entries.  All extents have been printed.
+        QedError: The image or a base cannot be opened or read.
+    """
     # On a terminal the list itself shows the progress.
     with progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as on_progress:
         listed = _list_fast(arguments, on_progress)
-        if not listed.complete:
+        if not listed.is_complete:
             run_async(_list_rest, arguments, listed, on_progress)
     return 0
 
@@ -68,43 +77,44 @@ class _Listed(NamedTuple):
     """How much of the list of extents has been printed.
 
     Attributes:
-        head: Whether the beginning of the output (`HEADS`) has been printed.
-        extents: Whether any extent has been printed.
+        has_head: Whether the beginning of the output (`HEADS`) has been printed.
+        has_extents: Whether any extent has been printed.
         end: The offset of the disk up to which extents have been printed.
-        complete: Whether the whole list has been printed.
+        is_complete: Whether the whole list has been printed.
     """
 
-    head: bool
-    extents: bool
+    has_head: bool
+    has_extents: bool
     end: int
-    complete: bool = False
+    is_complete: bool = False
 
 
 def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
-    """Print the extents up to the first that the C extension cannot list; return how far.
+    """Print the extents up to the first that the C extension cannot list.
 
-    Prints nothing if the extension cannot list any, or if the options need the slow way.
+    Prints nothing if the extension cannot list any extent, or if an option requires the full map.
+    Returns what has been printed.
     """
-    nothing = _Listed(head=False, extents=False, end=arguments.start_offset)
-    part = arguments.start_offset or arguments.max_length is not None
-    if part or arguments.format == "raw" or _is_silent(arguments):
+    nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
+    is_partial = arguments.start_offset or arguments.max_length is not None
+    if is_partial or arguments.format == "raw" or _is_silent(arguments):
         return nothing
     as_json = arguments.output == "json"
-    with open_fast_map(arguments.image, share=arguments.force_share) as found:
-        if found is None:
+    with open_fast_map(arguments.image, share=arguments.force_share) as fast_map:
+        if fast_map is None:
             return nothing
         sys.stdout.write(HEADS[arguments.output])
-        written = False
-        for text in found.lines(as_json=as_json, name=printable(arguments.image)):
+        has_extents = False
+        for text in fast_map.lines(as_json=as_json, name=printable(arguments.image)):
             # Each extent in JSON begins with a comma, which is removed from the first one.
-            sys.stdout.write(text if written or not as_json else text.removeprefix(",\n"))
-            written = written or bool(text)
-            on_progress(found.reached, found.size)
-        if found.reached < found.size:
-            return _Listed(head=True, extents=written, end=found.reached)
+            sys.stdout.write(text if has_extents or not as_json else text.removeprefix(",\n"))
+            has_extents = has_extents or bool(text)
+            on_progress(fast_map.reached, fast_map.size)
+        if fast_map.reached < fast_map.size:
+            return _Listed(has_head=True, has_extents=has_extents, end=fast_map.reached)
     if as_json:
         sys.stdout.write("]\n")
-    return _Listed(head=True, extents=True, end=found.size, complete=True)
+    return _Listed(has_head=True, has_extents=True, end=fast_map.size, is_complete=True)
 
 
 def _is_silent(arguments: argparse.Namespace) -> bool:
@@ -123,22 +133,22 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress
     from qedfuse.tools.inspection.mapping import open_map  # noqa: PLC0415
 
     options = common.open_options(arguments)
-    async with open_map(arguments.image, arguments.format or "auto", options) as found:
-        names = [printable(path) for path in found.files]
-        text = make_writer(arguments.output, names, continued=listed.extents)
+    async with open_map(arguments.image, arguments.format or "auto", options) as disk_map:
+        names = [printable(path) for path in disk_map.files]
+        writer = make_writer(arguments.output, names, continued=listed.has_extents)
         write = (lambda _text: 0) if _is_silent(arguments) else sys.stdout.write
-        if not listed.head:
+        if not listed.has_head:
             write(HEADS[arguments.output])
         bad, start = 0, listed.end
-        end = found.size
+        end = disk_map.size
         if arguments.max_length is not None:
             end = min(end, start + arguments.max_length)
-        async with aclosing(found.batches(listed.end, arguments.max_length)) as batches:
+        async with aclosing(disk_map.batches(listed.end, arguments.max_length)) as batches:
             async for batch in batches:
-                write(text.body(batch))
+                write(writer.body(batch))
                 bad += batch.count_bad()
                 on_progress(int(batch.starts[-1] + batch.lengths[-1]) - start, end - start)
-        write(text.tail(arguments.start_offset))
+        write(writer.tail(arguments.start_offset))
     if bad:
         msg = (
             f"{printable(arguments.image)}: tables: found {bad} extents whose entries point "

@@ -63,7 +63,7 @@ class JsonWriter:
         self._has_extents = continued
 
     def body(self, batch: ChainRuns) -> str:
-        """Return a line for each extent."""
+        """Return a line for each extent, after a comma if extents were printed before."""
         has_offset = (batch.kinds == DATA) | (batch.kinds == HOLE)
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)
         wanted = np.ones(columns.shape, np.bool_)
@@ -86,7 +86,7 @@ class JsonWriter:
 
 
 _KINDS: Final = 8
-"""More than the highest kind of an extent, so a depth and a kind fit into one number."""
+"""Greater than any kind of extent, so that ``depth * _KINDS + kind`` stands for both."""
 
 
 def _json_line(depth: int, kind: int) -> str:

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and print the lengths; return the exit code."""
+    """Measure, and print the lengths; return 0."""
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  imported late: --help must not load it
 
     take_options(arguments, "-B")
@@ -68,12 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.base_format,
         arguments.sparse_size,
     )
-    found = _measure(arguments, spec)
+    measured = _measure(arguments, spec)
     if arguments.output == "json":
-        print_json({"required": found.required, "fully-allocated": found.fully_allocated})
+        print_json({"required": measured.required, "fully-allocated": measured.fully_allocated})
     else:
-        print_line(arguments, f"required size: {found.required}")
-        print_line(arguments, f"fully allocated size: {found.fully_allocated}")
+        print_line(arguments, f"required size: {measured.required}")
+        print_line(arguments, f"fully allocated size: {measured.fully_allocated}")
     return 0
 
 

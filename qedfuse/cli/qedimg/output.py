@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE: Final = 141
 """The exit code of a program that SIGPIPE ends, as a shell shows it (128 + 13)."""
 _FAILED: Final = 1
-"""The exit code if the output cannot be written for another reason."""
+"""The exit code if stdout cannot be written to, except after a closed pipe."""
 
 
 def print_line(arguments: argparse.Namespace, text: str) -> None:
@@ -29,7 +29,7 @@ def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
 
     File names that are not valid UTF-8 are escaped as lone surrogates.
     """
-    import json  # noqa: PLC0415  imported late: text must not load it
+    import json  # noqa: PLC0415  imported late: text output must not load it
 
     sys.stdout.write(json.dumps(value, indent=4, ensure_ascii=True) + "\n")
 
@@ -44,8 +44,8 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
     lines = []
     for row in texts:
         cells = [
-            text.rjust(width) if number in right else text.ljust(width)
-            for number, (text, width) in enumerate(zip(row, widths, strict=True))
+            text.rjust(width) if index in right else text.ljust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
@@ -81,7 +81,7 @@ def finish_output(code: int, failed: int = _FAILED) -> int:
 
 
 def output_failed(error: OSError, code: int) -> int:
-    """Print that stdout cannot be written to, discard further output, and return ``code``."""
+    """Print to stderr why stdout cannot be written to, discard further output; return ``code``."""
     discard_unwritten(sys.stdout)
     print_error(f"standard output: {error.strerror or error}")
     return code

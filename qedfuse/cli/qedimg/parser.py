@@ -21,15 +21,15 @@ _NEGATIVE: Final = re.compile(r"-\d")
 class Parser(argparse.ArgumentParser):
     """A parser that accepts ``resize vm.qed -1G`` and ``-- -name.qed``.
 
-    argparse takes ``-1G`` for an option, and ignores the double dash where options and
-    operands are mixed.  Therefore such operands carry a mark until they are converted.
+    argparse takes ``-1G`` for an option, and ignores ``--`` where options and operands are
+    mixed.  Therefore an operand that begins with a dash carries a mark until it is converted.
     """
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse the words after the subcommand's name.
 
         Raises:
-            UsageError: They are no valid command line.
+            UsageError: The words are not a valid command line.
             SystemExit: ``--help`` was given; the help has been printed.
         """
         words = list(words)
@@ -50,5 +50,5 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(msg)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:  # noqa: ANN401
-        """Convert a word without its mark."""
+        """Remove the mark from a word, and convert the word."""
         return super()._get_value(action, arg_string.removeprefix(_OPERAND_MARK))

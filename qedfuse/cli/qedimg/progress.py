@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _BAR_DELAY_SECONDS: Final = 1.0
 """How long work must take before a bar appears, unless ``-p`` asks for one."""
 _REDRAW_SECONDS: Final = 0.1
-"""The least time between two updates of the bar, however often the work reports progress."""
+"""Minimum time between two updates of the bar, however often the work reports progress."""
 _STDERR_FD: Final = 2
 _ERASE_LINE: Final = "\r\x1b[2K"
 
@@ -60,7 +60,7 @@ class Meter:
             self._starter.start()
 
     def report(self, done: int, total: int) -> None:
-        """Update the progress: ``done`` of ``total``, in any unit; a total of 0 is unknown."""
+        """Update the progress: ``done`` of ``total`` in any unit; 0 stands for an unknown total."""
         self._done, self._total = done, total
         if self._bar:
             now = time.monotonic()
@@ -73,14 +73,14 @@ class Meter:
 
     @property
     def percent(self) -> float:
-        """The part of the work that is done, in percent; at most 100."""
+        """The part of the work that is done, in percent, at most 100; 0 if the total is unknown."""
         return min(100.0, 100.0 * self._done / self._total) if self._total > 0 else 0.0
 
     def print(self) -> None:
         """Print a line with the percentage to stderr; safe in a signal handler.
 
-        It writes to the descriptor, because the signal may have interrupted a write to
-        ``sys.stderr``, which is not reentrant.
+        The line is written to the descriptor of stderr, because the signal may have
+        interrupted a write to ``sys.stderr``, which is not reentrant.
         """
         line = f"{self._label}: {self.percent:.1f} %\n"
         if self._progress is not None:
@@ -117,7 +117,7 @@ class Meter:
             self._drawing.release()
 
     def _draw_after(self, delay_seconds: float) -> None:
-        """Show the bar after a delay, unless it is shown already or the work has ended."""
+        """Show the bar after a delay, unless the bar is shown already or the work has ended."""
         if not self._closed.wait(delay_seconds) and self._progress is None:
             self._draw()
 
@@ -152,10 +152,13 @@ class Meter:
 def progress(
     arguments: argparse.Namespace, label: str, *, bar: bool = True
 ) -> Iterator[ProgressCallback]:
-    """Show the progress of the work in the block; yield the function that reports it.
+    """Show the progress of the work in the block, and on SIGUSR1 print the percentage.
+
+    Yields the callback to which the work must report its progress.
 
     Args:
-        arguments: The parsed command line, with ``-q`` and perhaps ``-p``.
+        arguments: The parsed command line.  With ``-q`` only SIGUSR1 prints anything.  ``-p``
+            shows the bar without a delay, or prints lines if stderr is no terminal.
         label: The name of the work, printed in front of the bar or the percentage.
         bar: Whether a bar may be shown if stderr is a terminal.
     """

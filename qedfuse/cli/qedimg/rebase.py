@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Change the base, and print how much was copied; return the exit code."""
+    """Change the base, and print how much was copied; return 0."""
     with progress(arguments, "Rebasing") as on_progress:
         result = run_async(_work, arguments, on_progress)
     base = "no base" if result.backing is None else f"the base {printable(result.backing)}"

@@ -22,8 +22,8 @@ DESCRIPTION: Final = """\
 Change the size of the disk.  The added range reads as zeros, even if the image is an
 overlay that is shorter than its base.
 
-A smaller SIZE needs --shrink.  If the image has data past the new end, it also needs
---force, which drops that data.  Shrink the file systems on the disk first."""
+A smaller SIZE needs --shrink, and also --force if the image has data past the new end;
+the data there is lost.  Shrink the file systems on the disk first."""
 
 _SIGN: Final = re.compile(r"[+-]")
 _NEGATIVE_SIZE: Final = re.compile(r"-\d+(?:[kmgtpe]i?)?b?", re.IGNORECASE | re.ASCII)
@@ -31,7 +31,7 @@ _NEGATIVE_SIZE: Final = re.compile(r"-\d+(?:[kmgtpe]i?)?b?", re.IGNORECASE | re.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
-    # argparse takes "-1G" for an operand, not an option, only if it matches this pattern.
+    # argparse takes a word such as "-1G" for an operand only if the word matches this pattern.
     parser._negative_number_matcher = _NEGATIVE_SIZE  # noqa: SLF001  there is no other way
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("size", metavar="[+|-]SIZE", type=_change)
@@ -47,14 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _change(text: str) -> tuple[int, bool]:
-    """Return a size in bytes, and whether it is relative to the present one."""
+    """Return the operand in bytes, negative for ``-SIZE``, and whether it has a sign.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is no size.
+    """
     sign = _SIGN.match(text)
     value = common.size(text[1:] if sign else text)
     return (-value if text.startswith("-") else value), sign is not None
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Change the size, and print the result; return the exit code."""
+    """Change the size, and print the sizes before and after; return 0."""
     with progress(arguments, "Resizing") as on_progress:
         result = run_async(_work, arguments, on_progress)
     text = f"{printable(arguments.image)}: had {result.size_before} bytes, has {result.size}"
