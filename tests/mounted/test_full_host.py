@@ -130,7 +130,7 @@ def test_a_disk_recovers_when_the_host_has_space_again(
             for number in range(0, written, 7):
                 user.write(number, 1000 + number)
             user.check()
-            # Repeated: a failed write must give back the clusters that it took.
+            # Repeated: a failed write must free the clusters that it took.
             for _ in range(20):
                 with pytest.raises(OSError, match=r"No space|Input/output"):
                     user.fill(DISK_BYTES // BLOCK_BYTES)

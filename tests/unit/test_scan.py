@@ -269,7 +269,7 @@ async def test_a_scan_that_fails_costs_only_space() -> None:
 async def test_closing_waits_for_the_scan_only_to_free_clusters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A close waits for the scan only if there are clusters to give back."""
+    """A close waits for the scan only if there are clusters to return to the host."""
     runs = 0
     walk = Scan._walk
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.spacemanager import SpaceManager
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
-_ZERO_FILL_BYTES: Final = 1 << 20
+_MAX_ZERO_WRITE_BYTES: Final = 1 << 20
 """Most bytes of one write that fills a new table with zeros."""
 
 
@@ -83,9 +83,11 @@ class TableWriter:
             run = await self._space.allocate_table()
             try:
                 for offset in (
-                    range(run.offset, run.end, _ZERO_FILL_BYTES) if not run.never_written else ()
+                    range(run.offset, run.end, _MAX_ZERO_WRITE_BYTES)
+                    if not run.never_written
+                    else ()
                 ):
-                    size = min(_ZERO_FILL_BYTES, run.end - offset)
+                    size = min(_MAX_ZERO_WRITE_BYTES, run.end - offset)
                     await layer.file.pwrite(offset, bytes(size))
                 slice_ = await self.writable_slice(layer.header.l1_table_offset, l1_index, L1)
             except BaseException:

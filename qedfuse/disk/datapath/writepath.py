@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
-_COPY_BYTES: Final = 1 << 20
+_MAX_COPY_BYTES: Final = 1 << 20
 """Most bytes of one read or write that fills a new cluster around the guest's data."""
 
-_ALLOCATE_BYTES: Final = 1 << 26
+_MAX_BYTES_PER_LOOKUP: Final = 1 << 26
 """Most bytes that `WritePath.allocate` allocates before it looks up again."""
-_ALLOCATE_CLUSTERS: Final = 1024
+_MAX_CLUSTERS_PER_LOOKUP: Final = 1024
 """Most clusters that `WritePath.allocate` allocates before it looks up again.
 
 A lookup of that many scattered clusters takes about a millisecond.
@@ -106,6 +106,10 @@ class WritePath:
         """Write ``data`` to a guest range that the last lookup found unallocated, or zero.
 
         With empty ``data`` the clusters are allocated and keep their content.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  After both errors parts may have been written.
         """
         geometry = self._layer.geometry
         await self._table_writer.limit_dirty()
@@ -119,7 +123,11 @@ class WritePath:
                         await self._allocate_extent(extent, segment)
 
     async def _allocate_extent(self, extent: Extent, data: memoryview) -> None:
-        """Allocate and fill every cluster of an extent; the caller must hold the range lock."""
+        """Allocate and fill every cluster of an unallocated or zero extent.
+
+        The caller must hold the range lock of the clusters.  If this raises, some clusters at
+        the beginning of the extent may have been allocated and filled.
+        """
         geometry = self._layer.geometry
         start = extent.start
         while start < extent.end:
@@ -156,7 +164,7 @@ class WritePath:
         pwrite = self._layer.file.pwrite
         if run.never_written and not from_base:
             await pwrite(run.offset + start - first, data)
-        elif run.length <= _COPY_BYTES:
+        elif run.length <= _MAX_COPY_BYTES:
             head = await self._previous_content(first, start, from_base=from_base)
             tail = await self._previous_content(end, run_end, from_base=from_base)
             await pwrite(run.offset, head, data, tail)
@@ -165,8 +173,8 @@ class WritePath:
             # writes would otherwise take gigabytes of memory.
             await pwrite(run.offset + start - first, data)
             for begin, stop in ((first, start), (end, run_end)):
-                for at in range(begin, stop, _COPY_BYTES):
-                    upto = min(stop, at + _COPY_BYTES)
+                for at in range(begin, stop, _MAX_COPY_BYTES):
+                    upto = min(stop, at + _MAX_COPY_BYTES)
                     content = await self._previous_content(at, upto, from_base=from_base)
                     await pwrite(run.offset + at - first, content)
 
@@ -191,8 +199,8 @@ class WritePath:
                 allocated.
         """
         geometry = self._layer.geometry
-        most = min(_ALLOCATE_BYTES, _ALLOCATE_CLUSTERS * geometry.cluster_size)
-        step = max(most, geometry.cluster_size)
+        max_step = min(_MAX_BYTES_PER_LOOKUP, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
+        step = max(max_step, geometry.cluster_size)
         pace = Pace()
         for at in range(geometry.floor(start), end, step):
             stop = min(end, at + step)
@@ -220,7 +228,7 @@ class WritePath:
             HostError: The host refused.  After both errors parts may have been zeroed.
         """
         pace = pace or Pace()
-        zeros = memoryview(bytes(min(end - start, _COPY_BYTES)))
+        zeros = memoryview(bytes(min(end - start, _MAX_COPY_BYTES)))
         for extent in await self._layer.lookup(start, end - start):
             if extent.kind is Kind.UNALLOCATED and self._chain.has_base:
                 below = await self._chain.extents(extent.start, extent.length, depth=1)
@@ -228,7 +236,7 @@ class WritePath:
             else:
                 has_data = extent.kind is Kind.DATA or extent.kind is Kind.BAD
             if has_data:
-                for at in range(extent.start, extent.end, _COPY_BYTES):
+                for at in range(extent.start, extent.end, _MAX_COPY_BYTES):
                     await self.write(at, zeros[: extent.end - at])
                     await pace.step()
 

@@ -31,6 +31,9 @@ class Slice:
         entries: The entries; only `TableCache.set`, `fill` and `put` change them.
         bad: One byte per entry, non-zero where the entry is invalid; None if all are valid.
         pins: How many write-backs and `Pins` keep this slice in memory.
+        changed_first: Index of the first dirty entry.
+        changed_last: Index past the last dirty entry; equal to ``changed_first`` if the slice
+            is clean.
     """
 
     __slots__ = ("bad", "changed_first", "changed_last", "entries", "level", "offset", "pins")
@@ -66,7 +69,7 @@ class Pins:
     def __init__(self, *slices: Slice) -> None:
         """Pin ``slices`` from now on.
 
-        The caller must not have awaited anything since the cache returned them.
+        The caller must not have awaited anything since the cache returned the slices.
         """
         self._slices = list(slices)
         for one in slices:
@@ -96,9 +99,9 @@ class WriteBack:
     Attributes:
         source: The slice.
         first: Index of the first changed entry.
-        last: Index after the last changed entry.
+        last: Index past the last changed entry.
         offset: File offset of ``data``.
-        data: The entries from ``first`` to ``last``, as bytes for the file.
+        data: The entries from ``first`` up to ``last``, exclusive, as bytes for the file.
     """
 
     __slots__ = ("data", "first", "last", "offset", "source")
