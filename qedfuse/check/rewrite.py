@@ -278,5 +278,5 @@ class DryRunRewriter(Rewriter):
 
 
 def _bytes(values: Values) -> bytes:
-    """Encode entries as they are stored in the file (little-endian)."""
+    """Encode entries in the byte order of the file, little-endian."""
     return values.astype("<u8").tobytes()

@@ -1,7 +1,7 @@
 """Announcing a mount to other processes: pid file, mount record and service manager.
 
-All paths are resolved before the mount exists.  Later a path may lead through the mount, and
-the serving process would wait for a reply of its own.
+All paths are resolved before the mount exists.  If the serving process resolved a path later, and
+the path led through the mount, the process would wait forever for its own reply.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ _NO_RECORD = "%s: qedfuse umount will not find this mount's process"
 
 
 class Announcement:
-    """Announces one mount; made before the mount exists, and withdrawn after its end."""
+    """Announces one mount.
+
+    The caller must make this object before the mount exists, and call `withdraw` after the mount
+    has ended.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,7 @@ class Announcement:
         """Open the directories of the files, and connect to the service manager.
 
         Args:
-            mountpoint: The mountpoint, for the mount record.
+            mountpoint: The mountpoint, absolute and free of symbolic links.
             sources: The sources, for the mount record.
             option_strings: The options, for the mount record.
             pidfile: The path of the pid file; None to write no pid file.
@@ -88,7 +92,8 @@ class Announcement:
 
         Raises:
             HostError: The pid file cannot be written.
-            QedError: The process that waited for the mount has ended.
+            QedError: The process that waited for the mount has ended.  `withdraw` removes the
+                pid file, which has been written.
         """
         if self._pidfile is not None:
             self._pidfile.write()
@@ -103,11 +108,11 @@ class Announcement:
         """Remove the pid file and the mount record; close the connection to the service manager.
 
         The caller must call this last, after the images have been closed, because a missing
-        mount record means that they were closed safely.
+        mount record means that the images were closed safely.
 
         Args:
-            failure: What failed.  The mount record is then kept, and the failure is added to
-                it.  None if nothing failed.
+            failure: What failed.  The mount record is then kept, and the failure is added to the
+                record.  None if nothing failed.
             exit_code: The exit code of the process, for the mount record.
         """
         self._manager.close()

@@ -2,11 +2,11 @@
 
 The process forks before there is an event loop, a thread or a connection to the kernel, because
 none of them survives a fork.  The child does all the work, prints errors, and reports through a
-pipe when the disk can be used.  The parent waits for the report.  If the child ends without a
+pipe when the disk can be used.  The parent waits for the report.  If the child fails before the
 report, the parent exits with the child's exit code.
 
-No mount must stay that the user does not know of.  So the parent forwards signals to the child,
-and the child undoes the mount if the parent has ended.
+If the command fails or is interrupted, the user expects that nothing is mounted.  So the parent
+forwards signals to the child, and the child undoes the mount if the parent has ended.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _READY: Final = b"ready\n"
-"""The report of the child."""
+"""What the child writes to the pipe when the disk can be used."""
 _MOUNT_FAILED_EXIT_CODE: Final = 32
 """The exit code of the parent if the child was killed, or ended with 0 and without a report."""
 _INTERRUPTED_EXIT_CODE: Final = 130
+"""The exit code of the parent if a signal arrived before the disk could be used."""
 _FORWARDED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that the parent sends to the child, as SIGTERM, while it waits."""
 
@@ -59,8 +60,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Signals are blocked until the pid of the child is known, because a signal before that
-    # would end only the parent.
+    # Signals are blocked until the parent can forward them.  A signal before that would end only
+    # the parent, and the child would go on.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     child = os.fork()
     if child == 0:
@@ -80,10 +81,10 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
 @contextmanager
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
-    """Unblock signals in the block; the first one goes to the child and raises KeyboardInterrupt.
+    """Unblock signals; the first one in the block goes to the child and raises KeyboardInterrupt.
 
-    The parent must forward signals of the terminal, because the child has a session of its own
-    and does not get them.
+    The child has a session of its own, so the terminal sends signals to the parent only, and the
+    parent must forward them.
 
     Args:
         child: The pid of the child.
@@ -116,26 +117,26 @@ def _be_child(
     mask: Iterable[int],
     inherited: Iterable[int],
 ) -> None:
-    """Serve, and exit; the code after the call belongs to the parent.
+    """Serve in the child, and exit.  This function never returns.
 
     Args:
-        serve: The function of `run_in_background`.
-        writing: The end of the pipe for the report.
+        serve: The argument of `run_in_background`.
+        writing: The end of the pipe to which the report is written.
         mask: The signal mask before the fork, which is restored.
         inherited: The descriptors of the caller, which are closed when the disk can be used.
     """
-    code = 70
+    code = 70  # for an exception that leaves ``serve``
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        # A working directory of the child would prevent the unmount of the file system in which
-        # it lies.
+        # The child leaves the caller's working directory.  Otherwise the file system of that
+        # directory could not be unmounted while the child runs.
         os.chdir("/")
 
         def ready() -> None:
-            # Inherited descriptors are closed, because one may keep a pipe open or hold a lock
-            # for which the caller waits.  They are not closed earlier, because the user may have
-            # named a source or the pid file by a descriptor (/dev/fd/N).
+            # Inherited descriptors are closed, because the caller may wait for the end of a pipe
+            # or for a lock that a descriptor keeps.  They are not closed earlier, because the
+            # user may have named a source or the pid file by a descriptor (/dev/fd/N).
             discard_standard_streams()
             close_descriptors(inherited)
             try:
@@ -160,8 +161,8 @@ def _wait(child: int, reading: int) -> int:
     """
     if _read_report(reading):
         return 0
-    # Signals are blocked, because after waitpid the pid of the child may be reused, and no
-    # signal must be forwarded to that pid.
+    # After waitpid another process may get the pid of the child.  Signals are blocked from here
+    # on, so that no signal is forwarded to that other process.
     signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     _pid, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
@@ -174,7 +175,7 @@ def _wait(child: int, reading: int) -> int:
 
 
 def _read_report(reading: int) -> bool:
-    """Wait until the child reports that it is ready; return False if it ends before."""
+    """Wait for the report of the child; return False if the child ends without a report."""
     report = b""
     while part := os.read(reading, len(_READY)):
         report += part

@@ -1,9 +1,9 @@
 """Returning free heap memory to the system with malloc_trim(3).
 
 Requests allocate and free buffers of 1 MiB, many at a time.  The C library keeps the freed
-memory, some 30 MiB, until malloc_trim is called.  If a limit made the C library keep less, large
-writes would lose nearly half their speed, because the kernel would have to supply new pages for
-each buffer.
+memory, some 30 MiB, until malloc_trim is called.  The C library could be configured to keep less.
+Then large writes would lose nearly half their speed, because the kernel would have to supply new
+pages for each buffer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIN_INTERVAL_SECONDS: Final = 4.0
-"""Shortest time between two calls of malloc_trim, each of which takes some milliseconds.  This
-time is less than the idle time after which a disk clears NEED_CHECK and flushes, so that the
-heap is trimmed after that last flush as well."""
+"""Minimum time between two calls of malloc_trim, each of which takes some milliseconds.  An idle
+disk clears NEED_CHECK and flushes once more after a longer time, so the heap is trimmed after that
+last flush as well."""
 
-# None with another C library than GNU's; other C libraries keep less memory.
+# None if the C library is not GNU's.  Other C libraries keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
@@ -33,7 +33,7 @@ class HeapTrimmer:
         self._due = 0.0
 
     def __call__(self) -> None:
-        """Trim the heap, unless less than `MIN_INTERVAL_SECONDS` have passed since the last time.
+        """Trim the heap, unless it was trimmed less than `MIN_INTERVAL_SECONDS` ago.
 
         The caller should call this when memory has become free, such as after a flush.
         """

@@ -21,8 +21,8 @@ _SYSLOG: Final = "/dev/log"
 class _TracebackFormatter(logging.Formatter):
     """Formats tracebacks without the text of the source lines.
 
-    The source files may lie under the mountpoint that this process serves.  Then reading them
-    would wait for a reply of this process.
+    The source files may be below the mountpoint that this process serves.  If this process read
+    them, it would wait forever for its own reply.
     """
 
     def formatException(self, ei: logging._SysExcInfoType) -> str:  # noqa: N802  logging's name
@@ -66,8 +66,8 @@ class _LineFormatter(_TracebackFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if not self._tracebacks and record.exc_info and record.exc_info[1] is not None:
-            # Without a traceback, because users and other programs read stderr line by line.
-            # The type, the message and the place of the exception are part of the line.
+            # The line has the type, the message and the place of the exception, but no traceback
+            # follows, because users and other programs read stderr line by line.
             error = record.exc_info[1]
             where = _origin(error)
             return (
@@ -91,7 +91,7 @@ def _origin(error: BaseException) -> str:
 
 
 def log_to_stderr(*, debug: bool = False) -> None:
-    """Log to stderr; with ``debug``, log also every request and tracebacks."""
+    """Log to stderr; with ``debug``, also log every request, and tracebacks of exceptions."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter(tracebacks=debug))
     log_to(handler)
@@ -112,9 +112,9 @@ def log_to_stderr_without_waiting() -> None:
 def system_log(path: str = _SYSLOG) -> logging.Handler:
     """Return a handler for the system log; without a log daemon, a handler that drops everything.
 
-    The directory of the socket is opened now and stays open, because later its path may lead
-    through the mount.  If the log daemon is restarted, its new socket is found in the same
-    directory.
+    The directory of the socket is opened now and stays open, because the path of the directory may
+    lead through the mount later.  After a restart of the log daemon, the new socket is found in
+    the same directory.
 
     Args:
         path: The socket of the log daemon (syslog(3)).
@@ -133,8 +133,8 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
 def log_uncaught() -> None:
     """Log Python's warnings, and exceptions that no code can catch.
 
-    Python's own hooks are replaced, because they would read source files, which may lie under
-    the mountpoint that this process serves.
+    Python's own hooks are replaced, because they would read source files, which may be below the
+    mountpoint that this process serves.
     """
     sys.unraisablehook = _log_unraisable
     threading.excepthook = _log_thread_end
@@ -142,7 +142,7 @@ def log_uncaught() -> None:
 
 
 def _log_unraisable(lost: sys.UnraisableHookArgs) -> None:
-    """Log an exception that cannot be raised, such as one in a finalizer."""
+    """Log an exception that cannot be raised, such as an exception in a finalizer."""
     _log.error("internal error: %s", lost.err_msg or "exception ignored", exc_info=lost.exc_value)
 
 
@@ -164,7 +164,7 @@ def _log_warning(
 
 
 def log_to(handler: logging.Handler) -> None:
-    """Make ``handler`` the only handler of the root logger, and close the others."""
+    """Make ``handler`` the only handler of the root logger, and close all earlier handlers."""
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

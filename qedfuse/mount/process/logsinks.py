@@ -1,9 +1,9 @@
 """Log handlers that never wait for the reader of the log.
 
-The event loop writes the log, and while it waits for the reader of the log, no disk is served.
-If the reader stores its files on one of the disks, the reader even waits for the event loop.  So
-if the reader has no space for a message, the message is dropped and counted.  The number of
-dropped messages is logged before the next message.
+The event loop writes the log.  If the event loop waited for the reader of the log, no disk would be
+served meanwhile.  If the reader stored its files on one of the disks, the two would wait for each
+other forever.  So if the reader has no space for a message, the message is dropped and counted.
+The number of dropped messages is logged before the next message.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from logging.handlers import SysLogHandler
 from typing import Final
 
 _MAX_WRITE_BYTES: Final = select.PIPE_BUF
-"""Most bytes of one write(2).  If poll(2) reports that a pipe is writable, the pipe takes this
-number of bytes without waiting (pipe(7))."""
+"""Maximum number of bytes in one write(2).  If poll(2) reports that a pipe is writable, the pipe
+takes this number of bytes without waiting (pipe(7))."""
 
 
 class DroppingHandler(logging.Handler):
@@ -37,11 +37,11 @@ class DroppingHandler(logging.Handler):
             self._report_dropped()
             if self._dropped or not self.try_send(record):
                 self._dropped += 1
-        except Exception:  # noqa: BLE001  as in every handler: a bug here must not fail a request
+        except Exception:  # noqa: BLE001  as in all handlers, because a bug must not fail a request
             self.handleError(record)
 
     def close(self) -> None:
-        """Report the number of dropped messages if the reader has space again, and close."""
+        """Report the number of dropped messages if the reader has space, and close."""
         self.acquire()
         try:
             self._report_dropped()
@@ -50,7 +50,10 @@ class DroppingHandler(logging.Handler):
         super().close()
 
     def _report_dropped(self) -> None:
-        """Send the number of messages dropped since the last report, if the reader has space."""
+        """Send the number of messages that were dropped since the last report, unless it is 0.
+
+        If the reader has no space, the number is kept for the next report.
+        """
         if self._dropped:
             messages = "message was" if self._dropped == 1 else "messages were"
             text = f"{self._dropped} {messages} dropped here: the reader of the log was too slow"
@@ -74,24 +77,24 @@ class StderrHandler(DroppingHandler):
         """Write to ``descriptor``, which stays open."""
         super().__init__()
         self._descriptor = descriptor
-        self._own = -1
+        self._reopened = -1  # a descriptor to close, or -1
         if os.isatty(descriptor):
-            # A terminal that is writable may block after fewer bytes than a pipe.  So it is
-            # opened again with O_NONBLOCK.  The flag belongs to the new open file description,
-            # and does not affect the shell, which shares the original one.
+            # A terminal that is writable may block after fewer bytes than a pipe.  So the terminal
+            # is opened again with O_NONBLOCK.  The flag belongs to the new open file description,
+            # and does not affect the shell, which shares the original open file description.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
-                self._own = os.open(f"/proc/self/fd/{descriptor}", flags)
-                self._descriptor = self._own
+                self._reopened = os.open(f"/proc/self/fd/{descriptor}", flags)
+                self._descriptor = self._reopened
         self._poll = select.poll()
         self._poll.register(self._descriptor, select.POLLOUT)
 
     def close(self) -> None:
         """Close the handler, and the descriptor that the constructor opened for a terminal."""
         super().close()
-        if self._own >= 0:
-            os.close(self._own)
-            self._own = -1
+        if self._reopened >= 0:
+            os.close(self._reopened)
+            self._reopened = -1
 
     def try_send(self, record: logging.LogRecord) -> bool:
         """Write a message in parts of at most `_MAX_WRITE_BYTES`.
@@ -101,7 +104,8 @@ class StderrHandler(DroppingHandler):
         data = (self.format(record) + "\n").encode(errors="backslashreplace")
         try:
             while data:
-                # poll(2) is used because O_NONBLOCK would affect other users of the pipe.
+                # A pipe is polled before each write instead of being made non-blocking, because
+                # O_NONBLOCK would affect the other processes that share the pipe.
                 if not self._poll.poll(0):
                     return False
                 data = data[os.write(self._descriptor, data[:_MAX_WRITE_BYTES]) :]
@@ -137,11 +141,11 @@ class SystemLogHandler(DroppingHandler):
         return self._try_send_once(data) or (self._socket is None and self._try_send_once(data))
 
     def _try_send_once(self, data: bytes) -> bool:
-        """Send on the connection; make one if there is none; disconnect if sending fails.
+        """Send a message on the connection; connect first if there is no connection.
 
         Returns:
-            False if the daemon has no space now, or if the message could not be sent.  The
-            connection is then kept in the first case only.
+            False if the daemon has no space now, or if the message could not be sent.  In the
+            first case the connection is kept, and in the second case it is closed.
         """
         try:
             if self._socket is None:
@@ -156,7 +160,7 @@ class SystemLogHandler(DroppingHandler):
         return False
 
     def _disconnect(self) -> None:
-        """Close the connection; the next message makes a new one."""
+        """Close the connection; the next message makes a new connection."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -6,8 +6,8 @@ is throttled because it dirties pages, the kernel and the process wait for each 
 ``PR_SET_IO_FLUSHER`` (prctl(2)) marks the process as part of the kernel's writeback path.  The
 kernel then allocates memory for the process without starting I/O (``GFP_NOIO``), and throttles
 the process by the state of the host's own disk only.  The flag belongs to a thread, and new
-threads and child processes inherit it.  So the caller must set it before there is a second
-thread.
+threads and child processes inherit the flag.  So the caller must set the flag before there is a
+second thread.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Final
 
 OOM_SCORE_ADJ: Final = -500
-"""With this value the OOM killer does not count memory up to half of the machine's memory
-against the process.  So it chooses other processes first, but can still choose a server that
-leaks memory."""
+"""The OOM score adjustment of the process.  With this value the OOM killer disregards memory of the
+process up to half of the machine's memory.  So the OOM killer chooses other processes first, but
+can still choose a server that leaks memory."""
 
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h, Linux 5.6 and newer
 _OOM_SCORE_ADJ_FILE: Final = Path("/proc/self/oom_score_adj")
@@ -30,10 +30,11 @@ _prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 
 
 def protect_from_memory_pressure(oom_score_adj: Path = _OOM_SCORE_ADJ_FILE) -> str | None:
-    """Mark the calling thread as part of the kernel's writeback path, if that is permitted.
+    """Mark the calling thread as part of the kernel's writeback path, if the kernel permits this.
 
     If the user is root, the OOM score adjustment of the process is also lowered to
-    `OOM_SCORE_ADJ`, unless it differs from the default 0.
+    `OOM_SCORE_ADJ`.  A value other than the default 0 is not changed, because the administrator may
+    have set it.
 
     Args:
         oom_score_adj: The file with the process's OOM score adjustment.

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_OTHER_FILES: Final = 32
-"""Most open files that the server needs besides images: the connection, sockets, directories."""
+"""Maximum number of open files that the server needs besides images and their backing files, such
+as the connection, sockets and directories."""
 
 _REMEDY: Final = "(see: ulimit -Hn; for a service: LimitNOFILE=)"
 
 
 def raise_open_file_limit() -> None:
-    """Raise the soft limit on open files to the hard limit; do nothing if the kernel refuses."""
+    """Raise the soft limit on open files to the hard limit; a refusal by the kernel is ignored."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -29,14 +30,14 @@ def raise_open_file_limit() -> None:
 
 @contextmanager
 def explained_limit(images: int) -> Iterator[None]:
-    """Check that the limit allows to open images, and explain a failure of the block otherwise.
+    """Check the limit on open files before the block, and explain an EMFILE in the block.
 
     Args:
-        images: The number of images that the block opens, without backing files.
+        images: The number of images that the block opens, not counting their backing files.
 
     Raises:
         HostError: The limit is too low for the images, or an open in the block failed with
-            EMFILE.  The message has the limit, and how many open files are needed at least.
+            EMFILE.  The message has the limit, and the minimum number of open files.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = images + MAX_OTHER_FILES
@@ -56,7 +57,7 @@ def explained_limit(images: int) -> Iterator[None]:
 
 
 def _is_caused_by_limit(error: BaseException | None) -> bool:
-    """Return whether an exception or one of its causes is EMFILE."""
+    """Return whether an exception, or one of its causes, is an OSError with EMFILE."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             return True

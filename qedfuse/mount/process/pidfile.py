@@ -1,8 +1,8 @@
 """The pid file of a mount.
 
 The directory of the pid file is opened before the mount exists, and the pid file is written and
-removed through the open directory.  Later the path of the directory may lead through the mount,
-and the serving process would wait for a reply of its own.
+removed through the open directory.  If the serving process resolved the path later, and the path
+led through the mount, the process would wait forever for its own reply.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from qedfuse.util.descriptors import open_descriptors
 
 _CANNOT_WRITE: Final = "cannot write the pid file"
 _NOT_REPLACEABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
-"""Errors of a replacement after which the file is overwritten instead."""
+"""If replacing the file fails with one of these errors, the file is overwritten instead."""
 _MAX_PID_FILE_BYTES: Final = 32
-"""Most bytes that are read of a pid file, which is more than any pid has digits."""
+"""Maximum number of bytes that are read from a pid file; no pid has more digits."""
 
 
 class PidFile:
@@ -32,7 +32,7 @@ class PidFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Open the directory of the file; the file itself does not change before `write`.
+        """Open the directory of the file; only `write` changes the file itself.
 
         Raises:
             HostError: The directory cannot be opened, or the file is a directory.
@@ -46,13 +46,14 @@ class PidFile:
             found = _status(path)
             if found is not None and stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            # For a pipe, a FIFO, a device or a removed file, the file itself is opened and not
-            # its directory, because the path may be a link in /proc that leads to no directory.
+            # If the file is a pipe, a FIFO, a device or a file without a name, the file itself is
+            # opened instead of its directory.  The reason is that the path may be a link in /proc,
+            # such as /dev/fd/N, and the target of such a link need not be in any directory.
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
             # If this process has inherited a descriptor of the file, the caller may hold a lock
-            # on the file.  Then the file must be overwritten, and not be replaced by a new file.
+            # on the file.  Then the file is overwritten, because a new file would not be locked.
             self._is_open = found is not None and any(
                 os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
             )
@@ -88,7 +89,8 @@ class PidFile:
         """Replace the file atomically; overwrite it if it is open or cannot be replaced.
 
         Raises:
-            OSError: The file cannot be written; a file that cannot be replaced may be changed.
+            OSError: The file cannot be written.  If the file was being overwritten, a part of it
+                may have changed.
         """
         directory = self._handle
         if self._is_open:
@@ -103,8 +105,8 @@ class PidFile:
                 os.unlink(new, dir_fd=directory)
             if error.errno not in _NOT_REPLACEABLE:
                 raise
-            # The user may write to the file but not to the directory, or the file is a
-            # mountpoint.
+            # For example, the user may write to the file but not to the directory, or the file is
+            # a mountpoint.
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
@@ -112,7 +114,7 @@ class PidFile:
 
     @staticmethod
     def _write_to(name: str, directory: int | None, flags: int = 0) -> None:
-        """Overwrite a file with a line that has the pid; cut a regular file off after it.
+        """Overwrite a file with one line, the pid; a regular file ends after this line.
 
         Args:
             name: The path of the file, or its name in ``directory``.
@@ -120,7 +122,8 @@ class PidFile:
             flags: Further flags for open(2).
 
         Raises:
-            OSError: The file cannot be written; EAGAIN, it takes only a part of the line now.
+            OSError: The file cannot be written.  EAGAIN: a pipe or a device takes no more than a
+                part of the line now.
         """
         flags |= os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
         if directory is not None:
@@ -151,7 +154,7 @@ class PidFile:
                     os.unlink(self._name, dir_fd=self._handle)
 
     def close(self) -> None:
-        """Close the directory; the object cannot be used any more."""
+        """Close the directory; the object cannot be used any more.  A second call does nothing."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

@@ -1,7 +1,7 @@
 """Notifying the service manager, such as systemd, of the state of a mount (sd_notify(3)).
 
-The socket is connected before the mount exists.  Later the path of the socket may lead through
-the mount, and the serving process would wait for a reply of its own.
+The socket is connected before the mount exists.  If the serving process connected later, and the
+path of the socket led through the mount, the process would wait forever for its own reply.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ServiceManager:
     def __init__(self) -> None:
         """Connect to the socket that the environment variable ``NOTIFY_SOCKET`` names.
 
-        If the variable is missing, or if no manager listens, `notify` does nothing.
+        If the variable is missing or invalid, or if no manager listens, `notify` does nothing.
         """
         self._socket: socket.socket | None = None
         self._sender: threading.Thread | None = None
@@ -58,16 +58,16 @@ class ServiceManager:
             self._sender = sender
 
     def close(self) -> None:
-        """Disconnect; a thread that still waits sends its line on a descriptor of its own."""
+        """Disconnect; a thread that still waits has a descriptor of its own, and sends its line."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
 
 def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
-    """Send a line after the thread ``earlier`` has ended; wait without a limit, then close.
+    """Send a line and close the connection, after the thread ``earlier`` has ended if there is one.
 
-    A failure is ignored.
+    This function may wait without a limit.  A failure is ignored.
     """
     if earlier is not None:
         earlier.join()

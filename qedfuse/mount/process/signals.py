@@ -20,7 +20,7 @@ class SignalDispatcher:
     """Passes each signal to the handler of the present phase of the mount."""
 
     def __init__(self, handler: SignalHandler) -> None:
-        """Set the handler of the first phase; `run` receives the signals."""
+        """Set the handler of the first phase; no signal is received before `run`."""
         self._handler = handler
 
     def handle_with(self, handler: SignalHandler) -> None:
@@ -28,9 +28,10 @@ class SignalDispatcher:
         self._handler = handler
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Receive signals until cancelled; afterwards they have no effect.
+        """Receive signals until cancelled; after that, the signals have no effect on the process.
 
-        SIGHUP is not received if the process has ignored it so far, as under nohup(1).
+        If the process ignores SIGHUP when this method is called, as under nohup(1), SIGHUP stays
+        ignored.
         """
         received = list(SIGNALS)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -46,11 +47,11 @@ class SignalDispatcher:
 
 
 def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
-    """Replace the handlers of signals by one that only appends to the returned list.
+    """Replace the handlers of signals by a handler that only appends to the returned list.
 
-    Without this, a signal at the end could kill a process that has closed all images and only
-    has to exit.  The reason is that at the end of a signal receiver, trio restores the handlers
-    that it has found, and raises again the signals that it has not delivered.
+    At the end of a signal receiver, trio restores the handlers that trio has found, and raises
+    again the signals that trio has not delivered.  With the default handlers, such a signal could
+    kill a process that has closed all images and only has to exit.
     """
     received: list[int] = []
     for number in numbers:
