@@ -262,15 +262,15 @@ class Allocator:
 
     # The free tail of the file
 
-    def keep_tail(self) -> None:
+    def note_tail_handled(self) -> None:
         """Note that the free tail need not be cut off: it is being cut off now, or is to stay."""
         self.tail_is_free = False
 
-    def tail_remains(self) -> None:
+    def note_tail_remains(self) -> None:
         """Note that the free tail still has to be cut off, because the host has refused."""
         self.tail_is_free = True
 
-    def tail_was_cut(self, length: int) -> None:
+    def note_tail_cut(self, length: int) -> None:
         """Note that the file was cut to ``length`` bytes, so it reads as zeros where it grows."""
         self._written_end = length
 

@@ -79,7 +79,7 @@ class DirectReclaim:
             await self._reclaim.wait_idle()
         if not self.should_reclaim():
             return
-        if self._quarantine.unsealed << self._bits > self._worth_bytes:
+        if self._quarantine.unsealed_count << self._bits > self._worth_bytes:
             await self._writeback.barrier()
         else:
             # Enough clusters are sealed.  So the running cycle, or an earlier one, makes

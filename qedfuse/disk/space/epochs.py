@@ -51,17 +51,17 @@ class Epochs:
         """Count the end of a request that entered ``epoch``."""
         epoch.requests -= 1
         if epoch.closed and not epoch.requests:
-            self._retire_drained()
+            self._remove_drained()
 
     def advance(self) -> Epoch:
         """Begin a new epoch; return the epoch that ends now, for `is_drained` and `wait`."""
         epoch = self._epochs[-1]
         epoch.closed = True
         self._epochs.append(Epoch())
-        self._retire_drained()
+        self._remove_drained()
         return epoch
 
-    def _retire_drained(self) -> None:
+    def _remove_drained(self) -> None:
         """Remove the oldest epochs, up to the first that is open or has requests; wake waiters."""
         while self._epochs[0].closed and not self._epochs[0].requests:
             epoch = self._epochs.popleft()

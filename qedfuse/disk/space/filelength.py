@@ -111,9 +111,9 @@ class FileLength:
             # that frees no clusters leaves the tail to `grow`.
             has_tail = self.end > allocator.end
             if not has_tail or (self.has_odd_tail and not allocator.tail_is_free):
-                allocator.keep_tail()
+                allocator.note_tail_handled()
                 return False
-            allocator.keep_tail()
+            allocator.note_tail_handled()
             # Lower `end` before the cut.  So a task that allocates during the cut finds the
             # file too short, and waits for the lock to grow the file again.
             before, self.end = self.end, allocator.end
@@ -121,8 +121,8 @@ class FileLength:
                 await self._file.truncate(self.end)
             except BaseException:
                 self.end = before
-                allocator.tail_remains()
+                allocator.note_tail_remains()
                 raise
             self.has_odd_tail = False
-            allocator.tail_was_cut(self.end)
+            allocator.note_tail_cut(self.end)
             return True

@@ -63,10 +63,10 @@ class Quarantine:
     @property
     def count(self) -> int:
         """How many clusters are in quarantine."""
-        return self.unsealed + sum(batch.clusters.count for batch in self._batches)
+        return self.unsealed_count + sum(batch.clusters.count for batch in self._batches)
 
     @property
-    def unsealed(self) -> int:
+    def unsealed_count(self) -> int:
         """How many clusters have lost their reference since the last write-back cycle began."""
         return self._unsealed.count + self._scattered_count
 
