@@ -1,9 +1,9 @@
 """``mount -o remount``: changing mount flags that the kernel enforces, and no other option.
 
-The kernel can refuse writes without the server, so a writable mount can be made read-only and
-writable again.  A mount whose server has opened the images read-only cannot become writable.  A
-writer needs other locks, a check of the image, and the kernel's write-back cache, and all three
-are decided when the mount begins.
+The kernel refuses writes without the help of the server, so a writable mount can become read-only
+and writable again.  A mount whose server has opened the images read-only cannot become writable.
+For writing, the server needs other locks, a check of each image, and the kernel's write-back cache,
+and all three are decided when the mount begins.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _NEGATIONS: Final = {
     "atime": "noatime",
     "diratime": "nodiratime",
 }
-"""Options that clear a mount flag."""
+"""Options that clear a mount flag, and the flag that each clears."""
 _ALWAYS_SET: Final = ("nosuid", "nodev")
 """Mount flags that every mount of qedfuse has, and that no option clears."""
 _KERNEL_FUSE_OPTIONS: Final = ("user_id", "group_id", "blksize")
 """Options that are ignored.  The kernel shows them in the mount table for every FUSE mount, and
-mount(8) copies them from the mount table."""
+mount(8) copies them from the mount table, although the user has not written them."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,11 +61,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def remount(
     mountpoint: str, lists: Iterable[str], *, fake: bool = False, sloppy: bool = False
 ) -> None:
-    """Change the mount flags of a mount; they become those that ``lists`` result in.
+    """Set the mount flags of a mount to those in ``lists``; a flag that is missing is cleared.
+
+    The flags ``nosuid`` and ``nodev`` stay set.
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
-        lists: The arguments of all ``-o``.
+        lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
         fake: Whether to check everything and change nothing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
@@ -74,7 +76,7 @@ def remount(
             record, or a disk is open for writing and the mount would become read-only.
         UsageError: An option is invalid or cannot be changed.
         PrivilegeError: The caller is not root.
-        FuseError: The kernel refuses.
+        FuseError: The kernel refuses for another reason.
     """
     entry = find_qedfuse_mount(mountpoint)
     found = find_record(entry.device, entry.owner)
@@ -115,7 +117,7 @@ def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
 def _refuse_changes(
     shown: str, old: MountOptions, flags: set[str], others: list[str], *, sloppy: bool
 ) -> None:
-    """Check that nothing would change but mount flags.
+    """Raise an error if the options would change the mount in more than its mount flags.
 
     Args:
         shown: The mountpoint, for messages.
@@ -125,7 +127,8 @@ def _refuse_changes(
         sloppy: Whether to ignore unknown options.
 
     Raises:
-        UsageError: An option is unknown or would change the mount.
+        UsageError: An option is unknown or invalid, or would change more than mount flags; or the
+            mount would become writable although its images are open read-only.
     """
     if old.read_only and "ro" not in flags:
         msg = (
@@ -135,7 +138,8 @@ def _refuse_changes(
         raise UsageError(msg)
     for option in others:
         if option == "allow_other" and old.allow_root:
-            # For allow_root the mount table shows allow_other, and mount(8) copies the latter.
+            # The mount table shows allow_root as allow_other, and mount(8) copies options from the
+            # mount table.  So this option is no change.
             continue
         if not is_in_effect(option, old, sloppy=sloppy):
             msg = (
@@ -146,7 +150,7 @@ def _refuse_changes(
 
 
 def _error(shown: str, number: int) -> QedError:
-    """Return the error for an errno of mount(2)."""
+    """Return the error to raise for an errno of mount(2); ``shown`` is the mountpoint."""
     if number == errno.EPERM:
         return PrivilegeError(f"{shown}: cannot remount: only root may remount")
     if number == errno.EBUSY:

@@ -30,15 +30,21 @@ if TYPE_CHECKING:
 
 _MILLISECONDS_PER_SECOND: Final = 1000
 _MIN_ATTEMPT_SECONDS: Final = 2.0
-"""Shortest time limit for the unmount itself, which normally takes some milliseconds."""
+"""Minimum time limit for the unmount itself, which normally takes some milliseconds."""
 _COPIES_REPORT_SECONDS: Final = 1.0
-"""Time after which a process that has not ended is reported if its mount has copies."""
+"""If the file system is mounted elsewhere as well, and the process has not ended after this time,
+the reason is reported."""
 _REPORT_SECONDS: Final = 10.0
-"""Time after which a process that has not ended is reported in any case."""
+"""If the process has not ended after this time, the reason is reported in all cases."""
 
 
 class UnmountFailedError(QedError):
-    """The mount has not been unmounted in time, or its process failed or did not end in time."""
+    """The mount has not been unmounted in time, or its process failed or did not end in time.
+
+    Attributes:
+        exit_code: The exit code of the process that served the mount, if it recorded one;
+            otherwise that of `QedError`.
+    """
 
     def __init__(self, message: str, exit_code: int | None = None) -> None:
         super().__init__(message)
@@ -51,26 +57,28 @@ def unmount_and_wait(
 ) -> None:
     """Unmount and wait until all data is durable and the images are closed and unlocked.
 
-    The process that serves the mount is never killed.  If it takes long, it is still writing,
-    or the mount has a copy in another mount namespace.
+    The process that serves the mount is never killed.  If the process does not end for a long
+    time, the process is still writing or is stopped, or the file system is mounted elsewhere as
+    well.
 
     Args:
-        path: The mountpoint.
+        path: The mountpoint, or a symbolic link to the mountpoint.
         seconds: The time limit; None for no limit.  With 0 this function does not wait for the
-            process, but raises if it has not ended.
-        report: Called with a line about the reason if the wait is long.
+            end of the process, and raises if the process has not ended.  The unmount itself may
+            take up to 2 seconds, even if the limit is shorter.
+        report: Called at most once, with a line about the reason if the wait is long.
 
     Raises:
         MountpointError: The path is no mount of qedfuse, or the mount is in use.
-        UnmountFailedError: The process does not answer, has failed at its end, has not ended
-            in time, or has no record by which to find it.
+        UnmountFailedError: The process does not answer, has failed, has not ended in time, or has
+            no record by which to find it.  Only in the first case is the mount still there.
         QedError: The mount cannot be unmounted for another reason.
     """
     deadline = Deadline(seconds)
-    attempt = Deadline(None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS))
+    unmount_deadline = Deadline(None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS))
     waited = "" if seconds is None else f" (waited {seconds:g} s)"
     try:
-        mountpoint, entry, found = call_in_child(partial(_find, path), attempt.remaining())
+        mountpoint, entry, found = call_in_child(partial(_find, path), unmount_deadline.remaining())
     except TimeoutError:
         msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{waited}"
         raise UnmountFailedError(msg) from None
@@ -78,7 +86,7 @@ def unmount_and_wait(
     pidfd = None if found is None else _open_process(found.record)
     try:
         try:
-            call_in_child(partial(_unmount, mountpoint, entry), attempt.remaining())
+            call_in_child(partial(_unmount, mountpoint, entry), unmount_deadline.remaining())
         except TimeoutError:
             if _is_mounted(mountpoint, entry):
                 server = (
@@ -89,8 +97,9 @@ def unmount_and_wait(
                 msg = f"{shown}: not unmounted: {server} does not answer{waited}"
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
-            # The mount has hidden the record, which is visible only now.  If there is none, the
-            # process has removed it, because it has ended without a failure.
+            # While the mount existed, the mount hid the record.  Now the record is visible.  If
+            # there is no record even now, the process has removed its record, because the process
+            # has ended without a failure.
             found = find_record(entry.device, entry.owner)
             if found is None:
                 return
@@ -115,9 +124,10 @@ def unmount_and_wait(
 
 
 def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
-    """Return the mountpoint that a path leads to, its mount, and the record of the mount or None.
+    """Return the mountpoint to which a path leads, its mount, and the record of the mount.
 
-    The caller must limit the time, because a path through a dead mount may block.
+    The record is None if there is no record.  The caller must limit the time of this call, because
+    a path through a mount whose server does not answer may block.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
@@ -139,7 +149,7 @@ def _may_hide_records(mountpoint: str, owner: int) -> bool:
 
 
 def _unmount(mountpoint: str, entry: MountEntry) -> None:
-    """Unmount; succeed also if another process unmounts concurrently.
+    """Unmount the mount ``entry``; also succeed if another process unmounts it concurrently.
 
     Raises:
         MountpointError: The mount is in use.
@@ -164,8 +174,8 @@ def _open_process(record: MountRecord) -> int | None:
         fd = os.pidfd_open(record.pid)
     except OSError:
         return None
-    # The start time is compared after the open.  If it matches, the descriptor is that of the
-    # process that wrote the record, and not of a later one with the same pid.
+    # The start time is compared after the open.  If the start time matches, the descriptor is that
+    # of the process that wrote the record, and not that of a later process with the same pid.
     if process_start(record.pid) != record.started:
         os.close(fd)
         return None
@@ -173,7 +183,7 @@ def _open_process(record: MountRecord) -> int | None:
 
 
 class ServerProcess:
-    """The process that served a mount, and whose end the caller waits for."""
+    """The process that served a mount, and for whose end the caller waits."""
 
     def __init__(self, pidfd: int, pid: int, entry: MountEntry) -> None:
         """Use the process ``pid``, open as ``pidfd``, which served the mount ``entry``."""
@@ -185,9 +195,10 @@ class ServerProcess:
         """Wait for the end of the process; return False if it has not ended in ``seconds``.
 
         Args:
-            seconds: The time limit; None for no limit.
-            report: Called at most once, with a line about the reason: after
-                `_COPIES_REPORT_SECONDS` if the mount has copies, or after `_REPORT_SECONDS`.
+            seconds: The time limit; None for no limit; 0 to return immediately.
+            report: Called at most once, with a line about why the process has not ended.  The
+                call is made after `_COPIES_REPORT_SECONDS` if the file system is mounted
+                elsewhere as well, and otherwise after `_REPORT_SECONDS`.
         """
         start = time.monotonic()
         reported = False
@@ -202,7 +213,10 @@ class ServerProcess:
         return self._has_ended(None if seconds is None else start + seconds - time.monotonic())
 
     def _has_ended(self, seconds: float | None) -> bool:
-        """Wait for up to ``seconds``; return whether the process has ended."""
+        """Wait for at most ``seconds``; return whether the process has ended.
+
+        None means no limit, and 0 or less means not to wait.
+        """
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return bool(
@@ -224,17 +238,17 @@ class ServerProcess:
         """Describe where else the file system is mounted; None if no other mount is visible."""
         found = find_record(self._entry.device, self._entry.owner)
         if found is not None and found.record.pid != self._pid:
-            # The file system is gone, and the kernel has given its device number to a new one.
+            # The file system is gone, and the kernel has given its device number to another one.
             return None
         return describe_copies(self._entry.device, self._entry)
 
 
 def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
-    """Remove the record of a process that has ended, and raise the failure in the record.
+    """Raise an error if a process that has ended has left its record; remove the record.
 
     Raises:
-        UnmountFailedError: There was a record.  A process that ends without a failure removes
-            its own record.
+        UnmountFailedError: There is a record, so the process has failed or was killed.  A process
+            that ends without a failure removes its own record.
     """
     record = take_record(path, entry.owner)
     if record is None:

@@ -24,7 +24,8 @@ class Source:
     Attributes:
         path: The absolute path of the image.
         name: The file name of the disk in the mount.
-        is_named: True if the user named the image; False if the user named its directory.
+        is_named: True if the user named the image itself; False if the user named the directory
+            of the image.
     """
 
     path: str
@@ -48,7 +49,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
     """Return the images that the paths of sources stand for, in their order.
 
     A directory stands for all images in it, sorted by name.  Any other path stands for itself,
-    and is not checked here.
+    and need not exist.
 
     Raises:
         HostError: A directory cannot be read.
@@ -72,7 +73,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
 
 
 def _images_in(directory: str) -> list[str]:
-    """List the QED images of a directory, recognised by their magic, sorted by name.
+    """Return the paths of the QED images in a directory, recognised by their magic, sorted by name.
 
     Raises:
         HostError: The directory cannot be read.
@@ -90,7 +91,10 @@ def _images_in(directory: str) -> list[str]:
 
 
 def _is_image(path: str) -> bool:
-    """Return whether a file has the magic of a QED image; False if it cannot be read."""
+    """Return whether a path is a regular file with the magic of a QED image.
+
+    False if the file cannot be read.
+    """
     try:
         # The type is checked before the open, because opening a FIFO or a device could wait or
         # have side effects.

@@ -49,8 +49,10 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
     """Open the disk for the image at ``path``; the end of the block closes the disk.
 
     Returns:
-        A context manager for the disk: by ``options``, the image itself, a temporary overlay
-        of the image (``snapshot``), or a named overlay of the image (``overlay``).
+        A context manager for the disk.  The disk is a temporary overlay of the image with the
+        option ``snapshot``, a named overlay of the image with the option ``overlay``, and
+        otherwise the image itself.  Entering the block raises QedError if the disk cannot be
+        opened or an overlay cannot be made.
     """
     if options.snapshot:
         return _open_snapshot(path, options)
@@ -60,12 +62,12 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
 
 
 def _snapshot_directory() -> str:
-    """Return the directory for snapshots: that in ``TMPDIR`` if it exists, or /var/tmp.
+    """Return the directory for snapshots: ``TMPDIR`` if that is a directory, or else /var/tmp.
 
     The default is not /tmp, because a snapshot may become large, and /tmp is often in memory.
     """
-    named = os.environ.get("TMPDIR")
-    return named if named and os.path.isdir(named) else "/var/tmp"  # noqa: PTH112, S108  mkdtemp
+    chosen = os.environ.get("TMPDIR")
+    return chosen if chosen and os.path.isdir(chosen) else "/var/tmp"  # noqa: PTH112, S108  mkdtemp
 
 
 @asynccontextmanager
@@ -76,14 +78,14 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
         QedError: The image cannot be opened.  If the reason is a missing permission to write,
             the message suggests ``-o ro``.
     """
-    opened = False
+    is_open = False
     try:
         async with open_disk(path, disk_options(options), inspector=inspect_image) as disk:
-            opened = True
+            is_open = True
             yield disk
     except HostError as error:
-        forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if opened or options.read_only or not forbidden:
+        is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if is_open or options.read_only or not is_forbidden:
             raise
         msg = f"{error} for writing (-o ro needs read access only)"
         raise HostError(msg, error.errno) from error
@@ -105,10 +107,11 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # No compaction, because the overlay is dropped when it is closed.
+        # The overlay is not compacted when it is closed, because its file is gone then.
         snapshot_options = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
-            # Unlinked now, so that the kernel frees the file even after a crash of this process.
+            # The file is unlinked now, so that the kernel frees its space when this process ends,
+            # even after a crash.
             shutil.rmtree(temporary, ignore_errors=True)
             yield disk
     finally:
@@ -134,7 +137,8 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
 def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
     """Return the options for opening an overlay of ``source``.
 
-    The source is trusted as the backing file wherever it lies, because the user has named it.
+    The source is trusted as the backing file in every directory, because the user has named the
+    source.
     """
     without_source = disk_options(options)
     return replace(without_source, backing=replace(without_source.backing, trusted=source))
@@ -178,12 +182,12 @@ async def _check_backing_file(overlay: str, source: str, options: MountOptions) 
     except OSError as error:
         raise cannot_open(source, error) from error
     try:
-        found = os.stat(base)  # noqa: PTH116
+        actual = os.stat(base)  # noqa: PTH116
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         msg = f"overlay {file.name}: backing file {printable(base)}: {reason}"
         raise BackingError(msg) from error
-    if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
+    if (actual.st_dev, actual.st_ino) != (expected.st_dev, expected.st_ino):
         msg = (
             f"overlay {file.name}: found backing file {printable(base)}, "
             f"expected {printable(source)}"

@@ -1,8 +1,8 @@
-"""Finding the images of a mount that are backing files of other images in it.
+"""Finding the images of a mount that are backing files of other images in the same mount.
 
 Such an image must be opened read-only.  A write to a backing file would change the content of
-its overlays.  Besides, the lock of a writable image excludes all other openers, and so its
-overlays as well.  If a directory contains a golden image and its overlays, the user wants to
+its overlays.  Besides, the lock of a writable image excludes all other openers, so its overlays
+could not be opened.  If a directory contains a golden image and its overlays, the user wants to
 write to the overlays, so the golden image becomes read-only.
 """
 
@@ -26,9 +26,9 @@ _log = logging.getLogger(__name__)
 
 
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
-    """Return the sources that must be opened read-only, because others have them as backing files.
+    """Return the sources that must be opened read-only, because they are backing files of others.
 
-    Each is logged.  In a mount that writes to no source, the result is empty.
+    Each of these sources is logged.  In a mount that writes to no source, the result is empty.
 
     Raises:
         ImageInUseError: The user named a source and its overlay for writing, or two sources
@@ -38,44 +38,44 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
         return set()  # the sources are opened read-only in any case
     if options.backing.mode == "none":
         return set()  # sources with a backing file are refused when they are opened
-    files = _files(sources)
+    by_identity = _by_identity(sources)
     overlays: dict[Source, list[Source]] = {}
     for source in sources:
         for path in chain_paths(source.path, options.backing.working_directory):
-            base = files.get(_identity(path))
+            base = by_identity.get(_identity(path))
             if base is not None and base is not source:
                 overlays.setdefault(base, []).append(source)
-    for base, above in overlays.items():
+    for base, overlays_of_base in overlays.items():
         shown = printable(base.path)
-        over = ", ".join(printable(overlay.path) for overlay in above)
+        shown_overlays = ", ".join(printable(overlay.path) for overlay in overlays_of_base)
         if base.is_named:
             msg = (
-                f"{shown}: in use: found a backing file of {over}, which would be writable "
-                "as well (name only the overlays, or mount all read-only with -r)"
+                f"{shown}: in use: found a backing file of {shown_overlays}, which would be "
+                "writable as well (name only the overlays, or mount all read-only with -r)"
             )
             raise ImageInUseError(msg)
-        _log.warning("%s: read-only, because it is a backing file of %s", shown, over)
+        _log.warning("%s: read-only, because it is a backing file of %s", shown, shown_overlays)
     return set(overlays)
 
 
-def _files(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
-    """Return the sources that exist, by device and inode.
+def _by_identity(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
+    """Return the sources that exist, by device and inode; the key None is missing.
 
     Raises:
         ImageInUseError: Two sources are the same file.
     """
-    files: dict[tuple[int, int] | None, Source] = {}
+    by_identity: dict[tuple[int, int] | None, Source] = {}
     for source in sources:
         identity = _identity(source.path)
-        other = files.setdefault(identity, source)
+        other = by_identity.setdefault(identity, source)
         if identity is not None and other is not source:
             msg = (
                 f"{printable(source.path)}: in use: found the same file as "
                 f"{printable(other.path)} (name it once, or mount all read-only with -r)"
             )
             raise ImageInUseError(msg)
-    files.pop(None, None)
-    return files
+    by_identity.pop(None, None)
+    return by_identity
 
 
 def _identity(path: str) -> tuple[int, int] | None:
