@@ -11,8 +11,8 @@ Each public name is imported at its first use, so that ``import qedfuse`` loads 
 
 from __future__ import annotations
 
-# Type checkers take a variable of this name for True.  It is not imported from typing, because
-# loading that large module would take long at a time when Ctrl-C still prints a traceback.
+# Type checkers take a variable of this name for True.  The variable is not imported from typing,
+# because loading that large module takes long, and until then Ctrl-C prints a traceback.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ _MODULES = {
     "open_disk": "disk.opening",
 }
 
-# Hidden from type checkers, which accept any attribute of a module with __getattr__.
+# Hidden from type checkers, because they would accept any attribute of a module that has a
+# function __getattr__.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

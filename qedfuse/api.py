@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
 
 _MAX_CALL_BYTES: Final = 1 << 24
-"""Most bytes in one call of the disk; longer reads and writes are split, to bound the memory."""
+"""Maximum of bytes in one call of the disk; longer operations are split, to bound the memory."""
 
 
 def open(  # noqa: A001  a module's open, like gzip.open
@@ -46,10 +46,10 @@ def open(  # noqa: A001  a module's open, like gzip.open
 ) -> DiskFile:
     """Open the disk in an image as an unbuffered binary file.
 
-    The image is locked, as QEMU locks it, until the file is closed: with ``rb`` no other
-    program can write to the image, and with ``r+b`` no other program can read or write it.
-    With ``r+b`` an image that was not closed cleanly is checked first, and refused if the
-    check finds an error; leaked space is no error.
+    The image is locked, as QEMU locks it, until the file is closed, unless ``options`` say
+    otherwise.  With ``rb`` no other program can write to the image, and with ``r+b`` no other
+    program can read or write it.  With ``r+b`` an image that was not closed cleanly is checked
+    first, and refused if the check finds an error; leaked space is no error.
 
     Args:
         path: The image.
@@ -85,10 +85,11 @@ class DiskFile(io.RawIOBase):
 
     Writes become durable with `flush` or `close`, or in the background after some seconds.
     Threads may share a file; its operations are serialised.  For many small reads, wrap
-    the file in an `io.BufferedReader`.  A child of ``os.fork`` cannot use the file.
+    the file in an `io.BufferedReader`.  In a child of ``os.fork`` reads and writes raise
+    `RuntimeError`.
 
-    A file that the program does not close is closed when it is garbage collected or when
-    the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
+    If the program does not close a file, the file is closed when it is garbage collected or
+    when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
 
     Attributes:
         name: The path of the image, as given to `open`.
@@ -167,11 +168,13 @@ class DiskFile(io.RawIOBase):
             return position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read ``size`` bytes, fewer only at the end of the disk; None or -1: up to the end.
+        """Read ``size`` bytes, fewer only at the end of the disk.
 
-        If an error is raised, the position is unchanged.
+        With None or a negative ``size``, read up to the end.  Past the end, return ``b""``.  If
+        an error is raised, the position is unchanged.
 
         Raises:
+            ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host cannot read a file.
         """
@@ -185,7 +188,7 @@ class DiskFile(io.RawIOBase):
             return result
 
     def readall(self) -> bytes:
-        """Read from the position to the end of the disk."""
+        """Read from the position to the end of the disk, with the errors of `read`."""
         return self.read()
 
     def readinto(self, buffer: Buffer, /) -> int:
@@ -195,6 +198,7 @@ class DiskFile(io.RawIOBase):
         unchanged.
 
         Raises:
+            ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host cannot read a file.
         """
@@ -208,7 +212,10 @@ class DiskFile(io.RawIOBase):
             return done
 
     def _chunks(self, length: int) -> Iterator[bytes | bytearray]:
-        """Yield up to ``length`` bytes from the position on; the caller must hold the lock."""
+        """Yield ``length`` bytes from the position on, in chunks; fewer at the end of the disk.
+
+        The caller must hold the lock until the last chunk, and then move the position.
+        """
         start = self._position
         end = min(start + length, self.size)
         while start < end:
@@ -219,10 +226,12 @@ class DiskFile(io.RawIOBase):
     def write(self, data: Buffer, /) -> int:
         """Write ``data``; return the number of bytes written, fewer only at the end of the disk.
 
-        If an error is raised, part of the data may have been written, and the position is
-        unchanged.
+        Without data, return 0.  If an error is raised, part of the data may have been written,
+        and the position is unchanged.
 
         Raises:
+            ValueError: The file is closed.
+            io.UnsupportedOperation: The file was opened with ``rb``.
             NoSpaceError: The position is at or past the end, or the host is full.
             ReadOnlyError: A failed metadata writeback has made the disk read-only.
             CorruptImageError: A table entry for part of the range is bad.
@@ -241,13 +250,18 @@ class DiskFile(io.RawIOBase):
             return done
 
     def truncate(self, size: int | None = None, /) -> int:
-        """Grow the disk to ``size`` bytes, or to the position; return the size.
+        """Grow the disk to ``size`` bytes; return the size.
 
-        The added range reads as zeros; the position is unchanged.
+        If ``size`` is None, the new size is the position.  If the disk has the size already,
+        nothing is done.  The added range reads as zeros, and the position is unchanged.
 
         Raises:
+            ValueError: The file is closed.
+            io.UnsupportedOperation: The file was opened with ``rb``.
             UsageError: The disk would shrink, or the size is not a multiple of 512 or
                 more than the image's tables can address.
+            ReadOnlyError: A failed metadata writeback has made the disk read-only.
+            CorruptImageError: A table entry for the added range is bad, or refers to data.
             HostError: The host's file system or kernel refused.
         """
         with self._lock:
@@ -262,20 +276,20 @@ class DiskFile(io.RawIOBase):
 
         Raises:
             ValueError: The file is closed.
-            HostError: The host reported a failure.  If it was a failed datasync, the disk is
-                read-only from then on.
+            HostError: The host reported a failure.  A failed datasync makes the disk
+                read-only.
         """
         with self._lock:
             self._check_open()
-            # IOBase.close() calls this method after the portal has closed the disk: then
-            # there is nothing to flush.
+            # IOBase.close() calls this method after the portal has closed the disk.  Nothing is
+            # left to flush then.
             if self.mode == "r+b" and self._portal.is_alive():
                 self._portal.call(self._disk.flush)
 
     def close(self) -> None:
         """Make everything durable, mark the image as clean and release its locks.
 
-        A closed file stays closed, without an error.
+        If the file is closed already, nothing is done.
 
         Raises:
             HostError: Something could not be made durable.  The file is closed in this case
@@ -289,11 +303,11 @@ class DiskFile(io.RawIOBase):
                     super().close()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        """Warn about a file that the program has not closed, and begin to close it."""
+        """If the program has not closed the file, warn, and begin to close it."""
         if not self.closed:
             _warn(f"unclosed disk {self.name!r}", ResourceWarning, stacklevel=2, source=self)
-            # Do not wait for the close: the garbage collector may be running in the portal's
-            # own thread, which would wait for itself.
+            # Do not wait for the close, because the garbage collector may be running in the
+            # portal's own thread, which would wait for itself.
             self._portal.ask_to_close()
 
     def __reduce__(self) -> NoReturn:

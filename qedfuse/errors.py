@@ -34,7 +34,12 @@ from qedfuse.text import printable
 
 
 class QedError(Exception):
-    """The base of all exceptions that qedfuse raises on purpose; any other one is a bug."""
+    """The base of all exceptions that qedfuse raises on purpose; any other one is a bug.
+
+    Attributes:
+        errno: The error number with which a request of a guest fails.
+        exit_code: The exit code of ``qedfuse``.  ``qedimg`` replaces some codes by others.
+    """
 
     errno: int = errnos.EIO
     exit_code: ClassVar[int] = 32
@@ -50,7 +55,7 @@ class QedError(Exception):
         return copy
 
     def equals(self, other: QedError) -> bool:
-        """Return whether another exception has the same class and the same message."""
+        """Return whether ``other`` has the same class and the same message."""
         return type(self) is type(other) and self.args == other.args
 
 
@@ -69,7 +74,7 @@ class ReadOnlyError(QedError):
 
 
 class HostError(QedError):
-    """The host's file system or kernel refused an operation; ``errno`` is the host's."""
+    """The host's file system or kernel refused an operation, with the error number ``errno``."""
 
     exit_code = 2
 
@@ -81,7 +86,8 @@ class HostError(QedError):
     def from_os(cls, error: OSError, name: str, action: str) -> HostError:
         """Return the error for a failed ``action`` on the file ``name``.
 
-        It is a `NoSpaceError` if the host's disk or the user's quota is full.
+        The result is a `NoSpaceError` if the host's disk or the user's quota is full.  Its
+        ``errno`` is the number of ``error``, or EIO if ``error`` has none.
         """
         number = error.errno or errnos.EIO
         message = f"{name}: {action}: {os.strerror(number)}"
@@ -137,7 +143,10 @@ class CorruptImageError(ImageError):
 
 
 class NeedsCheckError(ImageError):
-    """The image must be checked first: the caller gave no inspector, or the file is too large."""
+    """The image must be checked first, and was not.
+
+    Either the caller gave no inspector, or the image is too large to be checked.
+    """
 
     errno = errnos.EIO
     exit_code = 15

@@ -1,7 +1,7 @@
 """The entry points of the programs ``qedfuse`` and ``qedimg``.
 
-Each silences Ctrl-C before it loads any other module, so that Ctrl-C during the loading
-prints no traceback.
+Before an entry point loads the program, it restores the default action of SIGINT.  Then Ctrl-C
+while modules are loaded ends the process without a traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from qedfuse.cli.sigint import sigint_default
 def qedfuse_program() -> int:
     """Run ``qedfuse`` with the arguments of this process; return its exit code."""
     sigint_default()
-    from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  SIGINT must be silenced first
+    from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  only after sigint_default()
 
     code = main()
-    # During the shutdown of the interpreter no code would catch a KeyboardInterrupt.
+    # Ctrl-C must not raise KeyboardInterrupt during the shutdown of the interpreter, when no code
+    # would catch the exception.
     sigint_default()
     return code
 
@@ -23,6 +24,6 @@ def qedfuse_program() -> int:
 def qedimg_program() -> int:
     """Run ``qedimg`` with the arguments of this process; return its exit code."""
     sigint_default()
-    from qedfuse.cli.qedimg.main import main  # noqa: PLC0415  SIGINT must be silenced first
+    from qedfuse.cli.qedimg.main import main  # noqa: PLC0415  only after sigint_default()
 
-    return main()
+    return main()  # `main` ignores SIGINT before it returns

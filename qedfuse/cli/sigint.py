@@ -1,7 +1,7 @@
 """Ctrl-C while a command starts and ends: the process ends without a traceback.
 
-This module imports only ``_signal``, which is built into the interpreter.  While a module is
-read from a file, Ctrl-C would still print a traceback, and ``signal`` is such a module.
+This module imports only ``_signal``, which is built into the interpreter.  The module ``signal``
+is read from a file, and Ctrl-C during that time would print a traceback.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ def sigint_default() -> None:
     """Make Ctrl-C end the process silently instead of raising KeyboardInterrupt.
 
     A program calls this function before it loads modules and after its work is done.  If
-    SIGINT is ignored (as under nohup) or has a handler of its own, nothing changes.  During
-    the start of the interpreter, some hundredths of a second, Ctrl-C still prints a
-    traceback.
+    SIGINT is ignored, as in a background job of a shell script, or has a handler of the
+    program, nothing changes.  Before the first call, while the interpreter starts (some
+    hundredths of a second), Ctrl-C still prints a traceback.
     """
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
@@ -24,7 +24,7 @@ def sigint_default() -> None:
 def sigint_raises() -> None:
     """Make Ctrl-C raise KeyboardInterrupt again; the caller must be ready to catch it.
 
-    If SIGINT is ignored or has a handler of its own, nothing changes.
+    If SIGINT is ignored or has a handler of the program, nothing changes.
     """
     if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)

@@ -18,38 +18,39 @@ Reading 0 or writing to 1 fails as on a closed descriptor, and what is written t
 def open_streams() -> None:
     """Make descriptors 0 to 2 and ``sys.stdout`` and ``sys.stderr`` usable.
 
-    The caller must call this function before it opens any file.  If a standard descriptor is
-    closed, the next open(2) returns its number.  If that were an image, each ``print`` would
-    overwrite it.  Therefore /dev/null takes the place of a closed descriptor.  Reading
-    standard input and writing to standard output still fail, so that lost data is noticed.
-    Messages on standard error are dropped, because the exit code reports a failure too.
+    The caller must call this function before it opens any file.  If descriptor 1 is closed,
+    the next open(2) returns the number 1.  If the opened file were an image, each ``print``
+    would overwrite the image.  Therefore /dev/null takes the place of a closed descriptor.
+    Reading standard input and writing to standard output still fail, so that lost data is
+    noticed.  Messages on standard error are dropped, because the exit code reports a failure
+    too.
     """
-    for number in range(3):
+    for descriptor in range(3):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
-            opened = os.open(os.devnull, _NULL_FLAGS[number])
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
+            null = os.open(os.devnull, _NULL_FLAGS[descriptor])
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
             # Child processes need the three descriptors too, so they must inherit this one.
-            os.set_inheritable(number, True)  # noqa: FBT003
+            os.set_inheritable(descriptor, True)  # noqa: FBT003
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A file name may contain characters that the terminal's encoding lacks; they are
-            # printed as escapes, because the default would raise UnicodeEncodeError.
+            # A file name may contain characters that the terminal's encoding lacks.  By default
+            # they would raise UnicodeEncodeError; now they are printed as escapes.
             stream.reconfigure(errors="backslashreplace")
 
 
 def discard_unwritten(stream: TextIO) -> None:
-    """Send what ``stream`` could not write, and all later output, to /dev/null.
+    """Send the text that ``stream`` could not write, and all later output, to /dev/null.
 
-    Without this the interpreter would try to write the buffered text again at exit, and
-    print an error.
+    Otherwise the interpreter would try to write the buffered text again when it exits, and
+    would print an error.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())

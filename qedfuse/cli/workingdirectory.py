@@ -7,7 +7,7 @@ import os
 from typing import Final
 
 REMOVED: Final = "the working directory has been removed: expected absolute names"
-"""The message for the user, or the end of one."""
+"""A message for the user; qedimg also appends it to a message about a missing file."""
 
 
 def is_removed() -> bool:
@@ -22,7 +22,7 @@ def is_removed() -> bool:
 def is_caused_by_removal(error: BaseException) -> bool:
     """Return whether ``error`` is a failure of getcwd(2) because the directory was removed.
 
-    An error of getcwd(2) has no file name; an error about a named file returns False.
+    An error of getcwd(2) has no file name.  For an error with a file name the result is False.
     """
     return (
         isinstance(error, OSError)

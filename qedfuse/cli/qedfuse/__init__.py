@@ -1,1 +1,1 @@
-"""The command ``qedfuse``, which mount(8) also runs as its helper ``mount.qedfuse``."""
+"""The command ``qedfuse``, which mount(8) runs by the name ``mount.qedfuse``."""

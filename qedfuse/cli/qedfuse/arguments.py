@@ -22,17 +22,17 @@ _FLAGS: Final[Mapping[str, tuple[tuple[str, bool | str], ...]]] = {
     "-V": (("action", "version"),),
     "--version": (("action", "version"),),
 }
-"""The attributes of `Arguments` that each flag sets."""
+"""The attributes of `Arguments` that each flag sets, with their values."""
 _HELPER_FLAGS: Final[Mapping[str, tuple[str, bool]]] = {
     "-f": ("fake", True),
     "-s": ("sloppy", True),
 }
-"""The attribute and its value for flags that mean something else when mount(8) runs qedfuse."""
+"""The attribute that a flag sets, and its value, if mount(8) runs qedfuse."""
 _OPTION_FLAGS: Final[Mapping[str, str]] = {"-r": "ro", "--read-only": "ro", "-w": "rw"}
-"""Flags that are short for an option of ``-o``."""
+"""The option of ``-o`` for which each of these flags stands."""
 
 _MAX_TIMEOUT_SECONDS: Final = 1e6
-"""The longest ``--timeout``; poll(2) accepts at most 2**31 - 1 milliseconds."""
+"""Maximum of ``--timeout``, below the 2**31 - 1 milliseconds that poll(2) accepts."""
 
 
 @dataclass(slots=True)
@@ -40,8 +40,8 @@ class Arguments:
     """The parsed command line of a mount.
 
     Attributes:
-        paths: The sources, then the mountpoint.
-        options: The value of each ``-o``, unparsed.
+        paths: The operands: the sources, then the mountpoint.  Their number is not checked.
+        options: The value of each ``-o``, unparsed; ``ro`` or ``rw`` for a flag like ``-r``.
         foreground: Serve in this process instead of a background process.
         debug: Log each request.
         sloppy: Ignore unknown options, as mount(8) demands with ``-s``.
@@ -65,7 +65,7 @@ class UmountArguments(NamedTuple):
 
     Attributes:
         mountpoint: The mount to end; None if ``--help`` was given.
-        timeout_seconds: How long to wait until the mount's process has ended; None for no
+        timeout_seconds: Maximum time to wait until the mount's process has ended; None for no
             limit.
     """
 
@@ -80,8 +80,8 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
 
     Args:
         words: The words after the command's name.
-        helper: Whether mount(8) runs the command as a helper: then ``-f`` means fake and
-            ``-s`` means sloppy.
+        helper: Whether mount(8) runs the command.  If so, ``-f`` means fake and ``-s`` means
+            sloppy; otherwise ``-f`` means foreground, and ``-s`` is ignored.
 
     Raises:
         UsageError: An option is unknown or lacks its value.
@@ -91,26 +91,26 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
         "o:fdsrwnvVhN:t:" if helper else "o:fdsrVh",
         ["foreground", "debug", "read-only", "pidfile=", "help", "version", "options="],
     )
-    found = Arguments(paths)
+    arguments = Arguments(paths)
     for name, value in given:
         if helper and name in _HELPER_FLAGS:
-            setattr(found, *_HELPER_FLAGS[name])
+            setattr(arguments, *_HELPER_FLAGS[name])
         elif name in _FLAGS:
             for setting in _FLAGS[name]:
-                setattr(found, *setting)
+                setattr(arguments, *setting)
         elif name in _OPTION_FLAGS:
-            found.options.append(_OPTION_FLAGS[name])
+            arguments.options.append(_OPTION_FLAGS[name])
         elif name in ("-o", "--options"):
-            found.options.append(value)
+            arguments.options.append(value)
         elif name == "--pidfile":
-            found.pidfile = value
+            arguments.pidfile = value
         # Other flags are ignored: -s, which programs of libfuse accept, and -n, -v, -N and
         # -t, which mount(8) passes to a helper and qedfuse does not need.
-    return found
+    return arguments
 
 
 def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
-    """Parse the words after ``qedfuse umount``.
+    """Parse the words after ``qedfuse umount``; after ``--help`` the rest is ignored.
 
     Raises:
         UsageError: An option is unknown or lacks its value, the timeout is invalid, or the
@@ -129,16 +129,16 @@ def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
 
 
 def _parse_timeout(value: str) -> float:
-    """Parse a number of seconds.
+    """Return the seconds of ``--timeout``.
 
     Raises:
-        UsageError: The value is no number, or is out of range.
+        UsageError: The value is no number, is negative, or is more than the maximum.
     """
     try:
         seconds = float(value)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= _MAX_TIMEOUT_SECONDS:  # NaN fails both comparisons
+    if not 0 <= seconds <= _MAX_TIMEOUT_SECONDS:  # NaN is refused too
         msg = (
             f"option timeout: found {printable(value)}, expected 0 to {_MAX_TIMEOUT_SECONDS:.0f} "
             "seconds"
@@ -150,7 +150,7 @@ def _parse_timeout(value: str) -> float:
 def _getopt(
     words: Sequence[str], short: str, long: list[str]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the options with their values, and the operands.
+    """Return the options with their values, empty for a flag, and the operands.
 
     Raises:
         UsageError: An option is unknown or lacks its value.

@@ -78,8 +78,8 @@ def mount(arguments: Arguments) -> int:
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
 
     def ready_in_foreground() -> None:
-        # With -d the server waits for the reader of the log, so that no request is missing in
-        # the log.  Otherwise the server must not wait, and drops messages.
+        # With -d the server waits until the reader of stderr has read, so that the log contains
+        # every request.  Without -d the server must not wait, and drops messages instead.
         if arguments.debug:
             _log.debug("ready")
         else:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 _HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
-"""The names by which mount(8) runs the command."""
+"""The names of the links by which mount(8) runs this command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the help has closed the pipe, as head(1) does: that is no failure.
+        # The reader of the help or the version has closed the pipe, as head(1) does.  Such an end
+        # is no failure.
         discard_unwritten(sys.stdout)
         return 0
     except Exception as error:
@@ -72,7 +73,7 @@ def _umount(words: Sequence[str]) -> int:
 
 
 def _print(text: str) -> int:
-    """Print the help or the version to stdout; return the exit code.
+    """Print the help or the version to stdout; return the exit code, not 0 if that fails.
 
     Raises:
         BrokenPipeError: The reader has closed the pipe.
@@ -91,7 +92,7 @@ def _print(text: str) -> int:
 def _print_message(message: str) -> None:
     """Print a line to stderr; if stderr cannot be written to, do nothing.
 
-    The exit code reports the outcome in any case.
+    The line may be lost, because the exit code reports the outcome too.
     """
     try:
         sys.stderr.write(f"qedfuse: {message}\n")
@@ -107,7 +108,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_with_bug(error: Exception) -> int:
-    """Print a line about an exception that is not a `QedError`; return the exit code."""
+    """Print a line about an exception that is not a `QedError`; return its exit code."""
     if is_caused_by_removal(error):
         return _fail(REMOVED, HostError.exit_code)
     kind = type(error).__name__
@@ -117,8 +118,10 @@ def _fail_with_bug(error: Exception) -> int:
 _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
     "umount": _umount,
 }
+"""The function of each subcommand, which gets the words after the subcommand's name."""
 _ACTIONS: Final[Mapping[str, Callable[[Arguments], int]]] = {
     "mount": mount,
     "help": lambda _arguments: _print(USAGE),
     "version": lambda _arguments: _print(f"qedfuse {qedfuse.__version__}\n"),
 }
+"""The function for each value of `Arguments.action`."""
