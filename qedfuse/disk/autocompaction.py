@@ -1,11 +1,12 @@
 """Automatic compaction: moving clusters into free ones when a disk is closed.
 
-QEMU knows no free clusters within a file: its check counts each of them as leaked, and its
-driver never uses them again.  So when a disk is closed, its highest clusters are moved into
-the free ones for about a second (`OpenOptions.compact_seconds`), and what is left is logged.
+QEMU has no notion of free clusters within a file.  QEMU's check counts each of them as leaked,
+and QEMU's driver never uses them again.  So when a disk is closed, its highest clusters are
+moved into free ones for about a second (`OpenOptions.compact_seconds`), and the number of
+free clusters that are left is logged.
 
-Compaction does not run while the disk is in use, because no request may run meanwhile: a
-write in place takes no lock, and would be lost if it hit a cluster that is being copied.
+Compaction does not run while the disk is in use, because no request may run at the same time.
+A write in place takes no lock, and would be lost if it changed a cluster that is being copied.
 Besides, a guest could make the host copy its clusters again and again.
 """
 
@@ -31,24 +32,24 @@ class AutoCompaction:
         self._components = components
         self._has_run_within_limits = False
         self._table_writes: int | None = None
-        """How often tables had been written when the last run ended; None before it."""
+        """How often tables had been written when the last successful run ended; None before."""
 
     async def run(self, *, within_bound: bool = True) -> None:
         """Compact as the options say, and make the result durable.
 
-        Does nothing if no table has changed since the last run, which has already done all
-        that the limits allow.  The caller must ensure that no request is running.  If the
-        host refuses, a warning is logged, and the file stays longer.  See `Compaction.run`
-        for ``within_bound``.
+        Does nothing if the options do not demand compaction, or if no table has changed since
+        the last successful run, which has already done all that the limits allow.  The caller
+        must ensure that no request is running.  If the host refuses, a warning is logged and
+        the file stays longer than necessary.  See `Compaction.run` for ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():
             return
         try:
             if components.writeback.dirty_tables:
-                # Make what the guest has written durable first, so that a bug in the
-                # compaction cannot lose it.  This is a barrier and not a flush, because a
-                # flush would punch clusters that the compaction fills or cuts off.
+                # First make durable what the guest has written, so that a bug in the compaction
+                # cannot lose those writes.  A barrier is used and not a flush, because a flush
+                # would punch free clusters that the compaction fills or cuts off anyway.
                 await components.writeback.barrier()
             if options.compact == "full":
                 await components.first_write_guard.prepare_write()
@@ -56,7 +57,7 @@ class AutoCompaction:
                 await components.compaction.run(within_bound=within_bound)
             else:
                 await self._run_within_limits(within_bound=within_bound)
-            # Make the last moves durable too; they may still be only in memory.
+            # The table entries of the last moves may still be in memory only, so flush.
             await components.flusher.flush()
             self._table_writes = components.writeback.statistics().table_writes
         except QedError as error:
@@ -66,12 +67,15 @@ class AutoCompaction:
     async def _run_within_limits(self, *, within_bound: bool) -> None:
         """Compact as far as the limits of the options allow.
 
-        Does nothing if the free clusters are not known for certain.
+        Moves nothing if not all free clusters are known, or if the image is damaged.
+
+        Raises:
+            QedError: The host refused.
         """
         components, options = self._components, self._components.options
         if components.quarantine.count and not components.scan.finished.is_set():
-            # This costs no extra time: with clusters in quarantine the close would run the
-            # scan in any case.
+            # The scan costs no extra time, because the close runs the scan anyway if there are
+            # clusters in quarantine.
             await components.scan.run()
         if components.allocator.scan_complete and not components.layer.damaged:
             self._has_run_within_limits = True
@@ -86,23 +90,24 @@ class AutoCompaction:
         )
 
     def _is_due(self) -> bool:
-        """Return whether the options demand compaction, and with ``auto`` whether it is useful."""
+        """Return whether to compact: always with ``full``, if useful with ``auto``, else never."""
         components = self._components
         if components.options.compact != "auto":
             return components.options.compact == "full"
         return (
             components.options.discard
-            # If the image keeps a free list, the next open finds the free clusters there and
-            # uses them again, so there is no need to remove them.
+            # If the image keeps a free list, the next open reads the free clusters from the
+            # list and uses them again, so they need not be filled or cut off.
             and not components.persistent_free_list.wanted
             # Reading an image must not rewrite it, however many clusters are leaked in it.
             and components.writeback.has_changed_tables
         )
 
     def report(self) -> None:
-        """Log how many free clusters a compaction within limits has left; silent if none.
+        """Log how many free clusters a compaction within limits has left.
 
-        The caller must call this when the file has its final length.
+        Logs nothing if none is left or no such compaction has run.  The caller must call this
+        method after the file has got its final length.
         """
         components = self._components
         left = components.allocator.free.count

@@ -1,7 +1,8 @@
 """The objects that an opened image consists of, built bottom up.
 
-Each object is complete when its constructor returns, which receives the objects that it
-uses.  Callers see the objects only through `Disk`; `Lifecycle` starts and stops them.
+The constructor of each object receives the objects that it uses, and the object is complete
+when the constructor returns.  Callers use the objects only through `Disk`.  `Lifecycle` starts
+and stops them.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class Components:
         options: OpenOptions,
         store: SliceStore,
     ) -> None:
-        """Build all objects for the image in ``file``, over its ``bases``."""
+        """Build all objects for the image in ``file``; ``bases`` are its opened bases, if any.
+
+        `Lifecycle` must start the objects before they are used.
+        """
         self.file = file
         self.options = options
         self.store = store
@@ -75,9 +79,10 @@ class Components:
 
         # Write-back, observed by the quarantine, and the guard before the first write
         #
-        # The maps of the quarantine and of the marking are made like this one, which stays
-        # empty.  It has the anchor of the allocator's map, so all maps have the same blocks:
-        # tables can lie side by side from the end of the L1 table on.
+        # The quarantine and the marking make their maps like this template, which stays empty.
+        # The template has the anchor of the allocator's map, so the blocks of all maps have
+        # the same borders.  The anchor is the end of the L1 table, because tables can lie side
+        # by side from there on.
         map_template = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()
         self.quarantine = Quarantine(self.epochs, map_template)

@@ -50,11 +50,14 @@ class Lifecycle:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            # The background tasks have ended, so no other task uses the disk.
+            # The background tasks have ended, so no other task uses the disk, and `close` may
+            # compact.  After an exception in the block the close skips the compaction.
             await self.close(compact=succeeded)
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Read the L1 table and the free list, and start the background tasks.
+        """Read the L1 table and, if the file is writable, the free list; start background tasks.
+
+        A disk that is open read-only has no background tasks.
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
@@ -67,7 +70,8 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # `NeedCheck.run` will clear the bit, which is a modification.
+                # `NeedCheck.run` will clear the bit, which is a modification of the image.  So
+                # the image must be prepared for its first modification now.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)
@@ -80,8 +84,8 @@ class Lifecycle:
         A second call does nothing.
 
         Args:
-            compact: Whether to compact first, as the options say.  Only that part of the
-                close can be cancelled.
+            compact: Whether to compact first, as the options say.  Only the compaction can be
+                cancelled; the rest of the close is shielded.
 
         Raises:
             HostError: Something written before could not be made durable (D7).  The
@@ -91,27 +95,28 @@ class Lifecycle:
             return
         self._closed = True
         components = self._components
-        # An image that `start` refused stays unchanged.
+        # If `start` has refused the image, nothing is written to the file.
         writable = components.file.writable and self._started
         try:
             if compact and writable and components.writeback.failure is None:
                 await self.autocompaction.run()
         except Exception:
-            # Compaction logs expected errors, so this is a bug.  The tables in memory may be
-            # wrong, so close the files without writing the tables.
+            # Compaction logs all expected errors, so this exception is a bug.  The tables in
+            # memory may be wrong.  Hence the files are closed without writing the tables.
             components.chain.close()
             raise
         except BaseException:
-            # A compaction that was cancelled or interrupted leaves a sound image.
+            # The compaction was cancelled or interrupted, which leaves a sound image.  So the
+            # rest of the close is done as usual.
             await self._finish(writable=writable)
             raise
         await self._finish(writable=writable)
 
     async def _finish(self, *, writable: bool) -> None:
-        """Make everything durable, if ``writable``, and close the files.
+        """Make everything durable, if ``writable``, and close the files in any case.
 
         Raises:
-            HostError: As `close`.
+            HostError: Something written before could not be made durable (D7).
         """
         components = self._components
         with trio.CancelScope(shield=True):
@@ -131,7 +136,11 @@ class Lifecycle:
         """Cut off and punch out all free clusters that are known.
 
         Waits for the scan first if clusters are in quarantine, or if a free list must be
-        written that needs the scan.  Otherwise the close of an unchanged disk need not wait.
+        written that needs the scan.  In other cases the close need not wait, for example if
+        the disk was not changed.
+
+        Raises:
+            HostError: The host refused.
         """
         components = self._components
         await components.flusher.flush()

@@ -40,9 +40,9 @@ async def open_disk(
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  It checks the image, and raises an error to refuse it.
             Without an inspector such an image is refused.
-        with_bases: Whether to open the bases.  Without them an image that has a base can be
-            inspected and changed as a file (compacted, emptied, given another base), but
-            unallocated ranges cannot be read, and no range can be written.
+        with_bases: Whether to open the bases.  If an image has a base that is not opened, the
+            image can be inspected and changed as a file (compacted, emptied, given another
+            base), but unallocated ranges cannot be read, and no range can be written.
 
     Raises:
         QedError: The image or a base cannot be opened, locked or trusted, or at the close
@@ -62,9 +62,9 @@ async def open_disk(
         # From here on the disk owns the files, and closes them at the end of this block.
         async with disk.serving():
             if disk.scan_is_short:
-                # Before the scan has ended no free cluster is known, so the first writes
-                # would make the file longer, after each crash again.  A short scan is
-                # worth waiting for.
+                # No free cluster is known before the scan has ended.  Without waiting, the
+                # first writes would make the file longer, and would do so again after each
+                # crash.  A short scan takes milliseconds, so it is waited for.
                 await disk.wait_scanned()
             yield disk
 
@@ -72,12 +72,13 @@ async def open_disk(
 async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:
     """Call the inspector if the tables of an image must not be trusted for writing.
 
-    They must not if NEED_CHECK is set, or if the length of the file is not a multiple of the
-    cluster size.  In the second case the partial cluster at the end of the file will be cut
-    off when the file grows, which loses data if a table entry refers to that cluster.
+    The tables must not be trusted if NEED_CHECK is set, or if the length of the file is not a
+    multiple of the cluster size.  In the second case the partial cluster at the end of the
+    file will be cut off when the file grows, which loses data if a table entry refers to that
+    cluster.  In all other cases nothing is done.
 
     Raises:
-        NeedsCheckError: There is no inspector.
+        NeedsCheckError: The tables must not be trusted, and there is no inspector.
         QedError: The inspector refuses the image.
     """
     tail_bytes = header.geometry.in_cluster(file.size())

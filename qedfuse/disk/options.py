@@ -19,11 +19,13 @@ class BackingPolicy:
     """Which backing files an image may use; docs/security.md explains why this is limited.
 
     Attributes:
-        mode: ``confined`` allows bases in the directory of the image that names them,
-            ``any`` allows all files, ``none`` allows no base.
+        mode: ``confined`` allows bases inside the directory of the image that names them, or
+            inside ``directories``; ``any`` allows all files; ``none`` allows no base.
         directories: Further directories that a base may lie in.
-        format: The format of every base; None to decide by header and magic.
-        trusted: A path that is allowed as the first base because the user has named it.
+        format: The format of every base; None to decide for each base by the header of the
+            image that names it and by the magic of the base.
+        trusted: A path that is allowed as the first base because the user has named it; None
+            for none.  Ignored if the mode is ``none``.
         working_directory: The directory that names after ``file:`` are relative to; empty
             for the working directory of the process at the time of opening.
     """
@@ -40,14 +42,18 @@ class OpenOptions:
     """Options for opening an image.
 
     Attributes:
-        writable: Open for writing, which excludes all other openers.
-        force_share: Open read-only while another process may write; reads may return torn
-            or stale data.
-        lock: Take the locks that QEMU understands.
+        writable: Whether to open for writing, which excludes all other programs that lock
+            the image.
+        force_share: Whether to open read-only even while another process has the image open
+            for writing; reads may then return torn or stale data.
+        lock: Whether to take locks, which are those that QEMU understands.
         backing: Which backing files may be used.
-        cache_bytes: Memory in bytes for tables, shared by all images of the chain.
-        commit_seconds: Longest time in seconds that changed tables stay in memory only.
-        needcheck_seconds: Idle time in seconds after which NEED_CHECK is cleared.
+        cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
+            Only tables whose changes are not in the file yet may exceed the maximum.
+        commit_seconds: Seconds from a change until a background flush begins, which makes
+            the change durable.
+        needcheck_seconds: Seconds without a change of the tables after which NEED_CHECK is
+            cleared.
         discard: Whether discards deallocate clusters; if not, they write zeros in place.
         detect_zeroes: Whether written clusters of zeros are stored as data (``off``), are
             not allocated (``on``), or are also deallocated (``unmap``).
@@ -55,11 +61,12 @@ class OpenOptions:
             closed: always (``on``), never (``off``), or if the image had one when it was
             opened (``keep``).
         compact: Whether the highest clusters move into free ones when the image is closed:
-            as far as the two limits allow (``auto``), all of them (``full``), or none
-            (``off``).  ``auto`` moves nothing if the tables did not change, if the image
-            keeps a list of its free clusters, or without ``discard``.
-        compact_bytes: Most bytes that ``auto`` moves.
-        compact_seconds: About how long ``auto`` may take.  Clusters moved by then stay moved.
+            as far as the two limits allow (``auto``), until the file is as short as possible
+            (``full``), or not at all (``off``).  ``auto`` moves nothing if the tables did not
+            change, if the image keeps a list of its free clusters, or if ``discard`` is False.
+        compact_bytes: Maximum number of bytes that ``auto`` moves.
+        compact_seconds: Approximate maximum time that ``auto`` takes, in seconds.  Clusters that
+            were moved within this time stay moved.
     """
 
     writable: bool = False
@@ -85,7 +92,7 @@ class OpenOptions:
 
     @property
     def read_lock(self) -> LockMode | None:
-        """The mode in which the image is locked for reading only, whatever ``writable`` is.
+        """The mode in which a reader locks the image, even if ``writable`` is True.
 
         None if no lock is taken.
         """

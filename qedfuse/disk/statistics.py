@@ -1,4 +1,4 @@
-"""Counters and sizes of a disk that is in use."""
+"""Statistics of an opened disk: counters and sizes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DiskStatistics:
-    """What a disk holds in memory and has done so far.
+    """The present sizes of a disk, and what it has done since it was opened.
 
     Attributes:
-        tables: The table cache.
-        writeback: The write-back cycles.
-        file_bytes: File offset where the last cluster in use ends.
-        bound_bytes: The file length that suffices if each cluster of the disk is allocated.
-        free_clusters: Free clusters before the last cluster in use; None before the scan for
-            free clusters has succeeded.
-        quarantined_clusters: Clusters that lost their reference and are not free yet.
+        tables: Statistics of the table cache.
+        writeback: Counters of the write-back cycles.
+        file_bytes: File offset in bytes where the last cluster in use ends.
+        bound_bytes: The file length in bytes that suffices if each cluster of the disk is
+            allocated.
+        free_clusters: How many clusters before the last one in use are free; None before the
+            scan for free clusters has succeeded.
+        quarantined_clusters: How many clusters have lost their reference and are not free yet.
     """
 
     tables: LRUStatistics

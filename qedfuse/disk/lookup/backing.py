@@ -71,13 +71,15 @@ async def open_bases(
     *,
     name: str | None = None,
 ) -> list[Layer]:
-    """Open the chain below an image; return the layers from depth 1 down, locked and read-only.
+    """Open the chain below an image, read-only; return the layers from depth 1 down.
+
+    The list is empty if the header names no base.
 
     Args:
         path: The image.
         file: The image's open file.
         header: The image's header.
-        options: The policy for bases, and whether to lock them.
+        options: The policy for bases, and whether to lock the bases.
         store: Holds the table slices of all layers.
         name: The name of the first base, instead of the one that the image stores; None
             to read the stored one.
@@ -87,7 +89,9 @@ async def open_bases(
             loop or too long.
         ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.
-        HostError: The host cannot read or lock a base.  In all cases all bases are closed.
+        HostError: The host cannot read or lock a base.
+
+    After any error all bases are closed.
     """
     layers: list[Layer] = []
     seen = {_identity(file)}
@@ -100,7 +104,7 @@ async def open_bases(
             path = backing_path(path, name, options.backing.working_directory)
             base = open_base(path, file, options.backing, trusted)
             trusted = name = None
-            _check_new(base, file.name, seen)
+            _record_base(base, file.name, seen)
             qed = await _is_qed(base, file.name, header, options.backing)
             if options.lock:
                 lock_image(base.fd, LockMode.READ if qed else LockMode.BASE, base.name)
@@ -123,7 +127,10 @@ async def open_bases(
 
 @contextmanager
 def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """At the end of the ``with`` block close the files of the layers then in the list."""
+    """Close, at the end of the ``with`` block, the files of all layers that are in the list then.
+
+    Yields the list itself, so layers that the block removes or adds count.
+    """
     try:
         yield layers
     finally:
@@ -131,8 +138,12 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
             layer.file.close()
 
 
-def _check_new(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
-    """Record one more file of the chain; raise BackingError for a loop or too many files."""
+def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
+    """Add one more file of the chain to ``seen``, which has the identities of the others.
+
+    Raises:
+        BackingError: The chain is a loop, or has more than `MAX_CHAIN_DEPTH` bases.
+    """
     identity = _identity(base)
     if identity in seen:
         msg = f"{image}: backing file {base.name}: found a loop in the chain"
@@ -148,10 +159,11 @@ def _check_new(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
 def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str | None) -> PosixFile:
     """Open one backing file of ``image``, if the policy allows it.
 
-    ``trusted`` is a path that is allowed although it lies in another directory.
+    ``trusted`` is a path that is allowed even in another directory, unless the mode is
+    ``none``; None for no such path.
 
     Raises:
-        BackingError: The file is missing or not a regular file.
+        BackingError: The file is missing, is not a regular file, or cannot be opened.
         BackingRefusedError: The policy forbids it.
     """
     shown = printable(path)
@@ -167,7 +179,8 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
         return base
     directory = os.path.dirname(image.path) or "."  # noqa: PTH120
     allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
-    # The kernel's path of the open file contains no symbolic links.
+    # The kernel's path of the open file contains no symbolic links.  So the comparison below
+    # is about the file itself, whatever links its name goes through.
     real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
     if any(real.startswith(parent.rstrip("/") + "/") for parent in allowed):
         return base
@@ -183,9 +196,10 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
 async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPolicy) -> bool:
     """Return whether a base is a QED image rather than raw.
 
-    The user's option decides, then the header of the image that names the base, then the
-    base's magic.  A guest that writes to a raw base can put any magic there, so a header may
-    forbid probing (BACKING_FORMAT_NO_PROBE).
+    If the user has given a format, the format decides.  Otherwise the base is raw if the
+    header of the image that names it forbids probing (BACKING_FORMAT_NO_PROBE).  Otherwise the
+    base's magic decides.  Headers can forbid probing because a guest that writes to a raw disk
+    can put any magic there.
 
     Raises:
         BackingError: The magic is that of another image format.
@@ -195,15 +209,15 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
         return policy.format == "qed"
     if header.backing_is_raw:
         return False
-    start = await base.pread(0, SIGNATURE_BYTES)
-    found = foreign_format(start)
+    signature = await base.pread(0, SIGNATURE_BYTES)
+    found = foreign_format(signature)
     if found is not None:
         msg = (
             f"{image}: backing file {base.name}: found a {found} image, expected QED or raw "
             "(-o backing_format=raw shows its bytes unchanged)"
         )
         raise BackingError(msg)
-    return is_qed(start)
+    return is_qed(signature)
 
 
 def _identity(file: PosixFile) -> tuple[int, int]:
@@ -213,7 +227,7 @@ def _identity(file: PosixFile) -> tuple[int, int]:
 
 
 def _is_same_file(file: PosixFile, path: str) -> bool:
-    """Return whether a path leads to the open file."""
+    """Return whether a path leads to the open file; False if either cannot be examined."""
     try:
         return os.path.samestat(file.stat(), os.stat(path))  # noqa: PTH116
     except (OSError, HostError):

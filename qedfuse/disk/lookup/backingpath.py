@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_CHAIN_DEPTH: Final = 64
-"""Most backing files in a chain."""
+"""Maximum number of backing files in a chain."""
 
 _FILE: Final = "file:"
 """QEMU's protocol for files: the rest of the name is a path, which may contain colons."""
@@ -50,10 +50,10 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
-    The chain ends at a base that is raw, that has no base itself, or that cannot be read; the
-    last path may even lead to no file.  If the chain is a loop, it ends after
-    `MAX_CHAIN_DEPTH` + 1 paths.  No policy for bases is applied.  Names after ``file:`` are
-    relative to ``directory``, or to the working directory of the process if it is empty.
+    The last path is that of a base that is raw, that has no base itself, or that cannot be
+    read.  So the last path may lead to no file.  If the chain is a loop, `MAX_CHAIN_DEPTH` + 1
+    paths are yielded.  No policy for bases is applied.  Names after ``file:`` are relative to
+    ``directory``, or to the working directory of the process if ``directory`` is empty.
     """
     path = image
     for _ in range(MAX_CHAIN_DEPTH + 1):
@@ -69,18 +69,18 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
 def _base_of(path: str) -> tuple[str, bool]:
     """Return the name of an image's base, and whether the chain ends with that base.
 
-    The chain ends there if the header says that the base is raw.  The name is empty if the
-    image has no base or cannot be read.
+    The chain ends with the base if the image's header says that the base is raw.  The name is
+    empty if the image has no base or cannot be read.
     """
     try:
         fd = open_regular(path, os.O_RDONLY)
     except (OSError, QedError):
         return "", True
     try:
-        start = os.pread(fd, HEADER_BYTES, 0)
-        if not is_qed(start):
+        header_bytes = os.pread(fd, HEADER_BYTES, 0)
+        if not is_qed(header_bytes):
             return "", True
-        header = parse_header(start, path)
+        header = parse_header(header_bytes, path)
         if not header.has_backing:
             return "", True
         raw = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
 
 _MAX_FLATTENED_BYTES: Final = 1 << 22
-"""Longest range that is looked up in `FlattenedBacking`.  Longer ranges are mostly holes, so a
-lookup layer by layer is faster for them: it covers a hole with one extent."""
+"""Maximum length of a range that is looked up in `FlattenedBacking`.  Longer ranges are mostly
+holes.  A lookup layer by layer is faster for a hole, because it returns one extent for the
+whole hole."""
 
 
 class Chain:
@@ -33,8 +34,8 @@ class Chain:
         Args:
             layers: The image itself, then its bases.
             flattened: The layers below the image itself, merged; None if there are none.
-            lacks_base: The image has a base that was not opened, so unallocated ranges
-                cannot be read.
+            lacks_base: Whether the image has a base that was not opened.  If so, reading an
+                unallocated range raises BackingError.
         """
         self.layers = layers
         self.flattened = flattened
@@ -48,9 +49,9 @@ class Chain:
     async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:
         """Return how a range is stored in the layers from ``depth`` (0 or 1) downwards.
 
-        A range that no layer has allocated is of kind zero, and so is a range past the end
-        of a layer, unless a layer above has allocated it.  If the image has no base,
-        unallocated ranges are of kind unallocated.
+        A range that no layer has allocated is of kind zero; only if no base is open and
+        ``depth`` is 0, it is of kind unallocated.  A range past the end of a base is of kind
+        zero unless a layer above that base has allocated the range.
 
         Raises:
             HostError: The host cannot read a table.
@@ -66,10 +67,10 @@ class Chain:
             result = [extent for extent in found if extent.kind is not Kind.UNALLOCATED]
             missing = [(gap.start, gap.end) for gap in found if gap.kind is Kind.UNALLOCATED]
         for first, last in missing:
-            shown = None
+            below = None
             if self.flattened is not None and last - first <= _MAX_FLATTENED_BYTES:
-                shown = await self.flattened.extents(first, last)
-            result += shown if shown is not None else await self._walk(first, last)
+                below = await self.flattened.extents(first, last)
+            result += below if below is not None else await self._walk(first, last)
         result.sort(key=lambda extent: extent.start)
         return joined(result)
 
@@ -84,7 +85,13 @@ class Chain:
         return joined(result)
 
     async def _walk(self, start: int, end: int) -> list[Extent]:
-        """Return how the layers below the top image store a range, by lookups layer by layer."""
+        """Return how the layers below the top image store a range, by lookups layer by layer.
+
+        A range that no layer has allocated is of kind zero.  The extents are in no order.
+
+        Raises:
+            HostError: The host cannot read a table.
+        """
         result, missing = await self._descend(start, end, 1)
         bottom = len(self.layers) - 1
         result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in missing]
@@ -93,10 +100,14 @@ class Chain:
     async def _descend(
         self, start: int, end: int, depth: int
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
-        """Look up a range layer by layer, in each layer only what is unallocated above it.
+        """Look up a range in each layer from ``depth`` down, except what is allocated above it.
 
         Returns:
-            The extents, in no order, and the ranges that no layer has allocated.
+            The extents, in no order, and the ranges that no layer has allocated, as guest
+            offsets of their start and end.
+
+        Raises:
+            HostError: The host cannot read a table.
         """
         result: list[Extent] = []
         wanted = [(start, end)]
@@ -156,9 +167,10 @@ class Chain:
         return buffer
 
     def _raise_truncated(self, extent: Extent, count: int) -> None:
-        """Raise HostError for data that is missing because its file became shorter while open.
+        """Raise because the file ends within the data of ``extent``, after ``count`` bytes.
 
-        Only the first ``count`` bytes of ``extent`` are there.
+        Raises:
+            HostError: Always.  The file has become shorter while it was open.
         """
         msg = (
             f"{self.layers[extent.depth].file.name}: data at {extent.file_offset}: found "
@@ -167,6 +179,6 @@ class Chain:
         raise HostError(msg)
 
     def close(self) -> None:
-        """Close all files, the last base last."""
+        """Close all files, from the image itself down to the last base."""
         for layer in self.layers:
             layer.file.close()

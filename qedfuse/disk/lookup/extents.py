@@ -1,4 +1,4 @@
-"""Extents: ranges of the disk that are stored in one way."""
+"""Extents: ranges of the disk, each stored in the same way from its start to its end."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ class Kind(enum.Enum):
     UNALLOCATED = "unallocated"
     """Not stored in this image: reads as the base, or as zeros if there is none."""
     BAD = "bad"
-    """The table entry is invalid, or the file ends before the data; ``reason`` says which."""
+    """The table entry is invalid, or the file ends before the data ends; see ``reason``."""
 
 
 class Extent(NamedTuple):
-    """A range of the disk that is stored in one way.
+    """A range of the disk that is stored in the same way from its start to its end.
 
     Attributes:
-        kind: How it is stored.
+        kind: How the range is stored.
         start: Guest offset of the first byte.
         length: Length in bytes.
         file_offset: File offset of the data; 0 for the other kinds.
-        depth: Number of the layer: 0 is the image itself, 1 its base and so on.
+        depth: Depth of the layer that stores the range: 0 for the image itself, 1 for its base
+            and so on; 0 for an unallocated extent.  For zeros below the image itself
+            `Chain.extents` may give the depth of a deeper layer.
         reason: For a bad extent a message about what is wrong; empty for the other kinds.
     """
 
@@ -47,7 +49,10 @@ class Extent(NamedTuple):
         return self.start + self.length
 
     def continued_by(self, other: Extent) -> bool:
-        """Return whether ``other`` follows this extent, both on the disk and in the file."""
+        """Return whether ``other`` follows this extent on the disk and is stored in the same way.
+
+        Data must also follow in the file, and bad extents must have the same reason.
+        """
         return (
             self.kind is other.kind
             and self.end == other.start
@@ -58,7 +63,7 @@ class Extent(NamedTuple):
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:
-    """Join adjacent extents where one continues the other.
+    """Return ``extents``, with each two joined of which the second continues the first.
 
     The extents must be in the order of their guest offsets.
     """

@@ -1,15 +1,15 @@
 """The backing chain flattened: for each cluster of the top image, which base holds its data.
 
-Backing files do not change while the disk is open.  So for each slice of the top image's
-tables the lookups in all layers below are merged once.  From then on the length of the chain
-does not matter for a lookup.  The result is an array with one code for each cluster of the
-top image:
+Backing files do not change while the disk is open.  So for each slice of the top image's L2
+tables the lookups in all layers below are merged once, and later lookups take the same time
+however long the chain is.  The result is an array with one code for each cluster of the top
+image:
 
     MIXED                  the cluster is not one run in one layer, so each read must look it
                            up layer by layer
     ZEROS                  the cluster is unallocated in all layers, or zeros in one
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
-                           file offsets are multiples of 4096, and chains are shorter
+                           file offsets are multiples of 4096, and ``depth + 2`` is smaller
 
 The arrays are kept in the store of the table cache.  They are evicted like slices of tables,
 and made again when they are needed.
@@ -46,8 +46,9 @@ _UNDECIDED: Final = np.uint64((1 << 64) - 1)
 """Code during the merge: the cluster is unallocated in all layers so far."""
 
 _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
-"""Most entries of a base that are read for one slice of the top image.  If a base has so much
-smaller clusters that more entries would be needed, the whole slice is `MIXED`."""
+"""Maximum number of entries of a base that are read for one slice of the top image.  If the
+clusters of the base are so small that more entries would be needed, the whole slice is
+`MIXED`."""
 
 
 def data_location(code: int) -> tuple[int, int]:
@@ -66,25 +67,30 @@ class FlattenedBacking:
         self._entries = top.tables.slice_entries
         self._makes: SingleFlight[int] = SingleFlight()
 
-    def cached(self, number: int) -> array[int] | None:
-        """Return the codes for the top image's slice with a number; None if not in memory."""
-        found = self._store.get((id(self), number))
+    def cached(self, slice_number: int) -> array[int] | None:
+        """Return the codes for a slice of the top image; None if they are not in memory.
+
+        Slices are numbered from the beginning of the disk.
+        """
+        found = self._store.get((id(self), slice_number))
         return None if found is None else found.entries
 
-    async def codes(self, number: int) -> array[int]:
-        """Return the codes for a slice of the top image, after making them if necessary.
+    async def codes(self, slice_number: int) -> array[int]:
+        """Return the codes for a slice of the top image; make them if they are not in memory.
 
         Raises:
             HostError: A table of a backing file cannot be read.
         """
-        found = self.cached(number)
+        found = self.cached(slice_number)
         while found is None:
-            await self._makes.run(number, lambda: self._make(number))
-            found = self.cached(number)
+            await self._makes.run(slice_number, lambda: self._make(slice_number))
+            found = self.cached(slice_number)
         return found
 
     async def extents(self, start: int, end: int) -> list[Extent] | None:
-        """Return how the layers below store a range; None if a cluster in it is `MIXED`.
+        """Return how the layers below store a range; None if any cluster of the range is `MIXED`.
+
+        Clusters that no layer has allocated are of kind zero.
 
         Raises:
             HostError: A table of a backing file cannot be read.
@@ -108,11 +114,15 @@ class FlattenedBacking:
             start = stop
         return result
 
-    async def _make(self, number: int) -> None:
-        """Merge the layers for one slice of the top image."""
+    async def _make(self, slice_number: int) -> None:
+        """Merge the layers for one slice of the top image, and put the codes into the store.
+
+        Raises:
+            HostError: A table of a backing file cannot be read.
+        """
         size = 1 << self._bits
         starts = np.arange(self._entries, dtype=np.uint64) * np.uint64(size)
-        starts += np.uint64(number * self._entries * size)
+        starts += np.uint64(slice_number * self._entries * size)
         codes = np.full(self._entries, _UNDECIDED)
         for depth, layer in enumerate(self._layers[1:], 1):
             is_undecided = codes == _UNDECIDED
@@ -127,7 +137,8 @@ class FlattenedBacking:
         codes[codes == _UNDECIDED] = ZEROS
         entries = array("Q")
         entries.frombytes(codes.tobytes())
-        self._store.put((id(self), number), Slice(number, L2, entries, None))
+        # This slice holds codes instead of entries, and has its number as offset.
+        self._store.put((id(self), slice_number), Slice(slice_number, L2, entries, None))
 
 
 async def _codes_of_layer(
@@ -135,17 +146,21 @@ async def _codes_of_layer(
 ) -> NDArray[np.uint64]:
     """Return the codes of one layer for clusters of ``size`` bytes at guest offsets ``starts``.
 
-    The code is `_UNDECIDED` where the layer has allocated nothing.
+    The code is `_UNDECIDED` where the layer has allocated nothing.  The end of the layer's disk
+    is not considered.
+
+    Raises:
+        HostError: The host cannot read a table.
     """
     if not isinstance(layer, QedLayer):
         return starts | np.uint64(depth + _DEPTH_BIAS)
     found = await _clusters_of_image(layer, starts, size)
-    data = _is_offset(found)
-    # A cluster that the end of the file cuts short is `MIXED`, so that each read looks it up
-    # in the layer, which reports what is missing.
+    is_data = _is_offset(found)
+    # A cluster that the end of the file cuts short is `MIXED`.  Then each read looks the
+    # cluster up in the layer, which reports the missing part as bad.
     whole = found + np.uint64(size) <= layer.file.size()
     codes = np.where(whole, found | np.uint64(depth + _DEPTH_BIAS), np.uint64(MIXED))
-    return np.where(data, codes, found)
+    return np.where(is_data, codes, found)
 
 
 async def _clusters_of_image(
@@ -155,23 +170,26 @@ async def _clusters_of_image(
 
     The value is `_UNDECIDED` for an unallocated cluster, `MIXED`, `ZEROS`, or the file offset
     of the cluster's data.
+
+    Raises:
+        HostError: The host cannot read a table.
     """
-    own = layer.geometry.cluster_size
-    first = int(starts[0]) // own
-    last = (int(starts[-1]) + size - 1) // own
+    own_size = layer.geometry.cluster_size
+    first = int(starts[0]) // own_size
+    last = (int(starts[-1]) + size - 1) // own_size
     if last - first >= _MAX_ENTRIES_PER_SLICE:
         return np.full(len(starts), np.uint64(MIXED))
     values = await _entries(layer, first, last - first + 1)
-    if own >= size:  # each of the clusters lies within one cluster of the image
-        entries = starts // np.uint64(own) - np.uint64(first)
+    if own_size >= size:  # each of the clusters lies within one cluster of the image
+        entries = starts // np.uint64(own_size) - np.uint64(first)
         found: NDArray[np.uint64] = values[entries]
-        inside = starts % np.uint64(own)
+        inside = starts % np.uint64(own_size)
         found[_is_offset(found)] += inside[_is_offset(found)]
         return found
     # Each of the clusters covers several clusters of the image, one row of ``values``.
-    values = values.reshape(len(starts), size // own)
+    values = values.reshape(len(starts), size // own_size)
     lead = values[:, :1]
-    steps = np.arange(values.shape[1], dtype=np.uint64) * np.uint64(own)
+    steps = np.arange(values.shape[1], dtype=np.uint64) * np.uint64(own_size)
     uniform = (values == lead).all(axis=1) & ((lead[:, 0] == ZERO) | (lead[:, 0] == _UNDECIDED))
     contiguous = _is_offset(lead[:, 0]) & (values == lead + steps).all(axis=1)
     codes: NDArray[np.uint64] = np.where(uniform | contiguous, lead[:, 0], np.uint64(MIXED))
@@ -179,7 +197,7 @@ async def _clusters_of_image(
 
 
 def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return which values are file offsets."""
+    """Return for each value whether it is a file offset, not a code for something else."""
     is_offset: NDArray[np.bool_] = (values > ZERO) & (values != _UNDECIDED)
     return is_offset
 
@@ -187,7 +205,11 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 async def _entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
     """Return the L2 entries of an image for ``count`` clusters from number ``first`` on.
 
-    Bad entries are returned as `MIXED`, and unallocated ones as `_UNDECIDED`.
+    Bad entries are returned as `MIXED`.  Unallocated clusters and clusters past the end of the
+    disk are returned as `_UNDECIDED`.
+
+    Raises:
+        HostError: The host cannot read a table.
     """
     found = np.full(count, _UNDECIDED)
     geometry, step = layer.geometry, layer.tables.slice_entries

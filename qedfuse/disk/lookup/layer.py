@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 _MAX_REMEMBERED_KEYS: Final = 4096
-"""Most slices whose cache keys are remembered, which saves looking them up in the L1 table."""
+"""Maximum number of slices whose cache keys are remembered.  A remembered key saves looking the
+slice up in the L1 table."""
 
 
 class Layer(Protocol):
@@ -37,7 +38,7 @@ class Layer(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes of the disk that this layer describes."""
+        """The size in bytes of the disk that this layer describes."""
 
     async def lookup(self, start: int, length: int) -> list[Extent]:
         """Return how this layer, without its base, stores a range that lies within it.
@@ -81,12 +82,12 @@ class QedLayer:
         self.geometry = header.geometry
         self.registry = TableRegistry(file, header)
         self.tables = TableCache(file, header.geometry, store, self.registry.find_bad)
-        # The cache keys of slices that were used lately, by slice number.
+        # The cache keys of slices that were used lately, by the slice's number.
         self._keys: dict[int, tuple[int, int]] = {}
 
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """The size in bytes of the disk that this image describes."""
         return self.header.image_size
 
     @property
@@ -104,7 +105,10 @@ class QedLayer:
         self.registry.mark_damaged()
 
     def set_header(self, header: Header) -> None:
-        """Use ``header``, which has another disk size and which the caller has made durable."""
+        """Use ``header`` from now on, which has another disk size than the old header.
+
+        The caller must have made the new header durable.
+        """
         self.header = header
         self.registry.set_header(header)
 
@@ -136,18 +140,18 @@ class QedLayer:
         self._keys.clear()
 
     async def table_at(self, l1_index: int) -> tuple[int, str]:
-        """Return the file offset of the L2 table of an L1 entry, 0 if there is none.
+        """Return the file offset of the L2 table of an L1 entry; 0 if the entry is 0 or bad.
 
-        The second value says what is wrong with a bad entry, for which the offset is 0 too;
-        it is empty if the entry is valid.
+        The second value is a message about what is wrong if the entry is bad, and empty if the
+        entry is valid.
 
         Raises:
             HostError: The host cannot read the L1 table.
         """
-        start = self.header.l1_table_offset
-        slice_ = self.tables.cached(start, l1_index)
+        l1_offset = self.header.l1_table_offset
+        slice_ = self.tables.cached(l1_offset, l1_index)
         if slice_ is None:
-            slice_ = await self.tables.load(start, l1_index, L1)
+            slice_ = await self.tables.load(l1_offset, l1_index, L1)
         index = l1_index % self.tables.slice_entries
         value = slice_.entries[index]
         if slice_.bad is not None and slice_.bad[index]:
@@ -155,10 +159,11 @@ class QedLayer:
         return value, ""
 
     def cached_slice(self, number: int) -> Slice | None:
-        """Return the slice of L2 entries with a number, counted from the disk's beginning.
+        """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
-        Returns None if the slice or its part of the L1 table is not in memory, or if that
-        part has a bad entry.  Returns `TableCache.empty_slice` if there is no table.
+        Returns None if the slice is not in memory, or if its L2 table cannot be found because
+        that part of the L1 table is not in memory or has a bad entry.  Returns
+        `TableCache.empty_slice` if there is no L2 table.
         """
         key = self._keys.get(number)
         if key is None:
@@ -176,10 +181,10 @@ class QedLayer:
         return self.tables.get(key)
 
     def next_cached_table(self, l1_index: int) -> int | None:
-        """Return the index of the first L1 entry in use at or past ``l1_index``.
+        """Return the index of the first L1 entry at or past ``l1_index`` that is not 0.
 
-        Returns an index past the disk's last entry if none is in use.  Returns None if the
-        search reaches a part of the L1 table that is not in memory.
+        Returns an index past the disk's last L1 entry if all are 0.  Returns None if the search
+        reaches a part of the L1 table that is not in memory.
         """
         index = self.skip_missing_tables(l1_index)
         is_found = index >= self.geometry.l1_used(self.header.image_size) or self.tables.cached(
@@ -188,9 +193,10 @@ class QedLayer:
         return index if is_found else None
 
     def skip_missing_tables(self, l1_index: int) -> int:
-        """Return the index, at or past ``l1_index``, of the first L1 entry in use or not cached.
+        """Return the index, at or past ``l1_index``, of the first L1 entry that is not known as 0.
 
-        Returns an index past the disk's last entry if there is none.
+        This entry has another value, or is not in memory.  Returns an index past the disk's last
+        L1 entry if all are 0.
         """
         end, step = self.geometry.l1_used(self.header.image_size), self.tables.slice_entries
         while l1_index < end:
@@ -226,8 +232,8 @@ class QedLayer:
             slice_ = self.tables.cached(table, index)
             if slice_ is None:
                 slice_ = await self.tables.load(table, index, L2)
-            # A large request can reach past the end of this slice: the next pass of the loop
-            # takes the next slice.
+            # The range can reach past the end of this slice.  So this pass of the loop stops
+            # at the end of the slice, and the next pass takes the next slice.
             in_slice = index % self.tables.slice_entries
             slice_start = geometry.floor(start) - in_slice * geometry.cluster_size
             slice_end = slice_start + len(slice_.entries) * geometry.cluster_size
@@ -239,7 +245,10 @@ class QedLayer:
     def _in_slice(
         self, slice_: Slice, slice_start: int, start: int, end: int, l1_index: int
     ) -> Iterator[Extent]:
-        """Turn the entries of one slice into extents; ``slice_start`` is its guest offset."""
+        """Yield the extents from ``start`` to ``end``, which lie within one slice of an L2 table.
+
+        ``slice_start`` is the guest offset of the slice's first cluster.
+        """
         geometry = self.geometry
         size = geometry.cluster_size
         first = (start - slice_start) >> geometry.cluster_bits
@@ -263,10 +272,11 @@ class QedLayer:
                 yield from self._data(here, stop, value + here - run_start)
 
     def _data(self, start: int, stop: int, file_offset: int) -> Iterator[Extent]:
-        """Yield the extents of a run of data, of which the file offset is ``file_offset``.
+        """Yield the extents of a run of data that begins at ``file_offset`` in the file.
 
-        If the image is open for reading only, the part of the run past the end of the file
-        is a bad extent.
+        If the image is open for reading only, the part of the run past the end of the file is
+        a bad extent.  In an image that is open for writing, entries that were read from the
+        file and point past its end are bad already (`TableRegistry.find_bad`).
         """
         length = stop - start
         if not self.file.writable:

@@ -27,7 +27,8 @@ the answer is near, and the time that a lookup takes grows with the number of ex
 async def next_data(chain: Chain, start: int) -> int | None:
     """Return the guest offset of the first data at or past ``start``; None if there is none.
 
-    Bad extents count as data, so that a program that copies the disk gets the read error.
+    None also if ``start`` is at or past the end of the disk.  Bad extents count as data, so that a
+    program that copies the disk gets the read error.
 
     Raises:
         HostError: The host cannot read a file.
@@ -38,7 +39,8 @@ async def next_data(chain: Chain, start: int) -> int | None:
 async def next_hole(chain: Chain, start: int) -> int:
     """Return the guest offset of the first hole, a range of zeros, at or past ``start``.
 
-    The end of the disk counts as a hole.
+    The end of the disk counts as a hole, so the result is the disk's size if no range of zeros
+    follows.
 
     Raises:
         HostError: The host cannot read a file.
@@ -51,13 +53,16 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     """Find the first data at or past ``start``, or the first hole if ``data`` is False.
 
     Returns the guest offset; None if there is none before the end of the disk.
+
+    Raises:
+        HostError: The host cannot read a file.
     """
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # One lookup ends with the slice of a table at the latest.  So even if all clusters
-            # are scattered, it returns thousands of extents and not millions.
+            # One lookup ends, at the latest, with the slice of a table.  So the lookup returns
+            # thousands of extents and not millions, even if all clusters are scattered.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
             for extent in await chain.extents(start, end - start):
@@ -70,9 +75,13 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
 
 
 async def _lookup_end(chain: Chain, start: int) -> int:
-    """Return up to which guest offset one lookup at ``start`` goes.
+    """Return the guest offset up to which one lookup from ``start`` on may reach.
 
-    That is the first end of a slice with entries for ``start``, over all layers.
+    Each QED layer has one slice with the entry for ``start``.  The result is the lowest end of
+    these slices, or the end of the disk if that is lower.
+
+    Raises:
+        HostError: The host cannot read a table.
     """
     end = chain.layers[0].size
     for layer in chain.layers:
@@ -82,9 +91,13 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 
 
 async def _slice_end(layer: QedLayer, start: int) -> int:
-    """Return the guest offset where the slice for ``start`` ends.
+    """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
-    If ``start`` has no table, returns where the range without tables ends.
+    If there is no L2 table for ``start``, returns where the range without L2 tables ends, as
+    far as one slice of the L1 table says.
+
+    Raises:
+        HostError: The host cannot read a table.
     """
     geometry = layer.geometry
     l1_index = geometry.l1_index(start)
@@ -98,9 +111,13 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 
 
 async def _past_data(chain: Chain, start: int) -> int:
-    """Return where the data ends that the image itself has from ``start`` on, within a slice.
+    """Return the guest offset where the data ends that the image itself has from ``start`` on.
 
-    Returns ``start`` if the image itself has no data there.
+    Only one slice of L2 entries is searched, so data may go on at the returned offset.  Returns
+    ``start`` if the image itself has no data there.
+
+    Raises:
+        HostError: The host cannot read a table.
     """
     top = chain.layers[0]
     if isinstance(top, QedLayer):
@@ -129,13 +146,16 @@ async def _within(chain: Chain, extent: Extent, *, data: bool) -> int | None:
     """Find the first data in an extent, or the first hole if ``data`` is False.
 
     Returns the guest offset; None if there is none in the extent.
+
+    Raises:
+        HostError: The host cannot read the file of a raw base.
     """
     if extent.kind is not Kind.DATA:
         return extent.start if data == (extent.kind is Kind.BAD) else None
     layer = chain.layers[extent.depth]
     if not isinstance(layer, RawLayer):
         return extent.start if data else None
-    # A raw base is one extent of data, so ask the host where its holes are.
+    # A lookup in a raw base returns data even for holes, so ask the host where the holes are.
     find = layer.file.next_data if data else layer.file.next_hole
     found = await find(extent.file_offset)
     if found is None or found >= extent.file_offset + extent.length:

@@ -37,8 +37,8 @@ SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
 def make_store(budget: int) -> SliceStore:
     """Make the store that all images of a chain share for their slices.
 
-    ``budget`` is the most bytes of memory that the slices take, except for dirty and pinned
-    slices, which are never evicted.
+    ``budget`` is the maximum number of bytes of memory that the slices take.  Only dirty and
+    pinned slices, which are never evicted, may exceed the maximum.
     """
     return LRU(
         budget,
@@ -75,33 +75,35 @@ class TableCache:
         """Return a slice by its `key`; None if it is not in memory."""
         self.empty_slice = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
         """Stands for every slice of a table that does not exist; must not be changed."""
+        # The dirty slices, by file offset; and the file offsets of the slices for which
+        # `reserve` has reserved host space.
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
         # The bad entries of slices that were written back, by file offset.  Such a slice must
-        # not be validated again when it is read again: an entry that pointed past the end of
-        # the file when the image was opened points to another owner's cluster once the file
-        # has grown, and would seem to be valid.
+        # not be validated again when it is read again.  Otherwise an entry that pointed past
+        # the end of the file when the image was opened would seem to be valid once the file
+        # has grown, although it points to a cluster of another owner.
         self._known_bad: dict[int, bytes | None] = {}
 
-    def cached(self, table: int, index: int) -> Slice | None:
-        """Return the slice with entry ``index`` of the table at an offset; None if not cached."""
-        return self.get(self.key(table, index))
+    def cached(self, table_offset: int, index: int) -> Slice | None:
+        """Return the slice with entry ``index`` of a table; None if it is not in memory."""
+        return self.get(self.key(table_offset, index))
 
-    def key(self, table: int, index: int) -> tuple[int, int]:
-        """Return the key for `get` of the slice with entry ``index`` of the table at an offset."""
-        return id(self), table + index // self.slice_entries * self._slice_bytes
+    def key(self, table_offset: int, index: int) -> tuple[int, int]:
+        """Return the key by which `get` finds the slice with entry ``index`` of a table."""
+        return id(self), table_offset + index // self.slice_entries * self._slice_bytes
 
-    async def load(self, table: int, index: int, level: int) -> Slice:
-        """Return the slice with entry ``index`` of a table, reading it if it is not cached.
+    async def load(self, table_offset: int, index: int, level: int) -> Slice:
+        """Return the slice with entry ``index`` of a table; read the slice if it is not in memory.
 
         Raises:
             HostError: The host cannot read the slice, or the file ends within it.
         """
-        found = self.cached(table, index)
+        found = self.cached(table_offset, index)
         while found is None:
-            offset = table + index // self.slice_entries * self._slice_bytes
+            offset = table_offset + index // self.slice_entries * self._slice_bytes
             await self._loads.run(offset, lambda: self._fetch(offset, level))  # noqa: B023  awaited here
-            found = self.cached(table, index)
+            found = self.cached(table_offset, index)
         return found
 
     async def _fetch(self, offset: int, level: int) -> None:
@@ -124,7 +126,7 @@ class TableCache:
         return self._known_bad[offset] if is_known else self._find_bad(level, entries)
 
     async def reserve(self, pinned: Slice) -> None:
-        """Reserve host space for the write-back of a pinned slice, unless that was done before.
+        """Reserve host space for the write-back of a pinned slice, unless it is reserved already.
 
         The slice may lie in a hole of the file.  So without the reservation the host could
         run out of space at the flush, after the guest's write has been accepted.
@@ -148,7 +150,10 @@ class TableCache:
         self._dirty[slice_.offset] = slice_
 
     def fill(self, slice_: Slice, first: int, count: int, value: int) -> None:
-        """Change ``count`` entries from index ``first`` on to one value, and mark them as dirty."""
+        """Change ``count`` entries from index ``first`` on to one value, and mark them as dirty.
+
+        Does nothing if ``count`` is 0.
+        """
         if count:
             slice_.entries[first : first + count] = array("Q", (value,)) * count
             slice_.touch(first, first + count)
@@ -157,7 +162,8 @@ class TableCache:
     def put(self, slice_: Slice, first: int, values: NDArray[np.uint64]) -> None:
         """Change the entries from index ``first`` on to ``values``.
 
-        Only the range from the first to the last entry that differs is marked as dirty.
+        Only the range from the first to the last entry that differs is marked as dirty; nothing
+        if no entry differs.
         """
         entries = np.frombuffer(slice_.entries, np.uint64)[first : first + len(values)]
         changed = np.flatnonzero(entries != values)
@@ -172,29 +178,30 @@ class TableCache:
             self._store.drop((id(self), slice_.offset))
 
     def move(self, old: int, new: int, length: int) -> None:
-        """Drop the slices of a table that was copied from file offset ``old`` to ``new``.
+        """Record that a table of ``length`` bytes was copied from file offset ``old`` to ``new``.
 
-        The caller must ensure that no slice of the table is pinned or dirty.
+        The table's slices are dropped from memory.  The caller must ensure that none of them is
+        pinned or dirty.
         """
-        for at in range(0, length, self._slice_bytes):
-            self._store.drop((id(self), old + at))
-            self._reserved.discard(old + at)
-            if old + at in self._known_bad:
+        for distance in range(0, length, self._slice_bytes):
+            self._store.drop((id(self), old + distance))
+            self._reserved.discard(old + distance)
+            if old + distance in self._known_bad:
                 # Entries that were written back must not be validated again at their new
                 # offset either.
-                self._known_bad[new + at] = self._known_bad.pop(old + at)
+                self._known_bad[new + distance] = self._known_bad.pop(old + distance)
             else:
-                self._known_bad.pop(new + at, None)
+                self._known_bad.pop(new + distance, None)
 
-    def forget(self, table: int, length: int) -> None:
-        """Drop the slices of a table to which no entry refers any more.
+    def forget(self, table_offset: int, length: int) -> None:
+        """Drop everything about a table of ``length`` bytes to which no entry refers any more.
 
         The caller must ensure that no slice of the table is pinned or dirty.
         """
-        for at in range(table, table + length, self._slice_bytes):
-            self._store.drop((id(self), at))
-            self._reserved.discard(at)
-            self._known_bad.pop(at, None)
+        for offset in range(table_offset, table_offset + length, self._slice_bytes):
+            self._store.drop((id(self), offset))
+            self._reserved.discard(offset)
+            self._known_bad.pop(offset, None)
 
     @property
     def dirty_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Where the L2 tables of an image lie, and where the entries of its tables may point.
 
-A data cluster must not lie over an L2 table: a guest that writes to its disk would change
-the table.  So the L1 table is read through once when an image is opened, and the offsets of
+A data cluster must not overlap an L2 table, because a guest that writes to the cluster would
+change the table.  So the whole L1 table is read when an image is opened, and the offsets of
 all L2 tables stay in memory.
 """
 
@@ -44,16 +44,19 @@ class TableRegistry:
         self.damaged = False
         self._file = file
         self._geometry = header.geometry
-        # Indices of the L1 entries in use past the end of the disk, which an interrupted
-        # resize leaves behind.
+        # Indices of the L1 entries past the end of the disk that are not 0.  A resize that was
+        # interrupted can leave such entries.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
-        # If the image is open for writing, no entry that is read from the file may point past
-        # the end that the file had at this time.  Entries that this program adds later may
-        # do so; they are never validated.
+        # If the image is open for writing, an entry that is read from the file is bad if it
+        # points past the end that the file has now.  Entries that this program adds later may
+        # point past this end, and are never validated.
         self._end_at_open = file.size()
 
     def set_header(self, header: Header) -> None:
-        """Use ``header``, which has another disk size and which the caller has made durable."""
+        """Use ``header`` from now on, which has another disk size than the old header.
+
+        The caller must have made the new header durable.
+        """
         self.header = header
 
     def mark_damaged(self) -> None:
@@ -63,20 +66,20 @@ class TableRegistry:
     async def scan(self) -> None:
         """Find all L2 tables by reading the L1 table, except for its holes.
 
-        Bad entries are left out, and mark the image as damaged.
+        Bad entries are ignored, and mark the image as damaged.
 
         Raises:
             CorruptImageError: Two L2 tables overlap and the image is open for writing.
             HostError: The host cannot read the L1 table.
         """
         start = self.header.l1_table_offset
-        # A writer also needs the tables past the end of the disk: they come into use when
-        # the disk grows.
+        # If the image is open for writing, the tables past the end of the disk are needed too,
+        # because they come into use when the disk grows.
         writable = self._file.writable
         used = self._geometry.l1_used(self.header.image_size)
         length = (self._geometry.entries if writable else used) * ENTRY_BYTES
         found = []
-        past = []
+        past_end = []
         async for first, values in read_table(self._file, start, length):
             bad = self._find_bad(L1, values)
             valid = values != UNALLOCATED
@@ -85,14 +88,18 @@ class TableRegistry:
             found.append(values[valid])
             if first + len(values) > used:
                 indices = np.flatnonzero(valid) + first
-                past.append(indices[indices >= used])
+                past_end.append(indices[indices >= used])
         self.l2_tables = np.sort(np.concatenate(found)) if found else self.l2_tables
-        self._past_end = np.concatenate(past) if past else self._past_end
+        self._past_end = np.concatenate(past_end) if past_end else self._past_end
         if self._file.writable and len(self.l2_tables) > 1:
             self._refuse_overlaps()
 
     def _refuse_overlaps(self) -> None:
-        """Raise if two L2 tables overlap: a change of one would damage the other."""
+        """Raise if two L2 tables overlap, because a change of one would damage the other.
+
+        Raises:
+            CorruptImageError: Two tables overlap.
+        """
         gaps = np.diff(self.l2_tables)
         where = np.flatnonzero(gaps < self._geometry.table_bytes)
         if where.size:
@@ -105,13 +112,13 @@ class TableRegistry:
 
     @property
     def missing_tables(self) -> int:
-        """How many more L2 tables the disk needs for every cluster to have an entry."""
+        """How many L2 tables must be added so that each cluster of the disk has an entry."""
         used = self._geometry.l1_used(self.header.image_size)
         beyond = len(self._past_end) and int((self._past_end >= used).sum())
         return used - len(self.l2_tables) + beyond
 
     def add(self, l1_index: int, offset: int) -> None:
-        """Record a new L2 table: its L1 entry, and its file offset."""
+        """Record a new L2 table by the index of its L1 entry and by its file offset."""
         where = int(np.searchsorted(self.l2_tables, offset))
         self.l2_tables = np.insert(self.l2_tables, where, offset)
         if l1_index >= self._geometry.l1_used(self.header.image_size):
@@ -129,7 +136,7 @@ class TableRegistry:
         self._past_end = self._past_end[self._past_end != l1_index]
 
     def find_bad(self, level: int, entries: array[int]) -> bytes | None:
-        """Validate entries that were just read, and set ``damaged`` if one is bad.
+        """Validate entries that were just read from the file; set ``damaged`` if one is bad.
 
         Returns:
             One byte per entry, non-zero for a bad one; None if all are valid.
@@ -146,16 +153,19 @@ class TableRegistry:
 
     def entry_rules(self, level: int) -> EntryRules:
         """Return the rules for the entries of a level."""
-        # Another program may let the file grow while this one only reads it, so a reader
-        # compares with the present end.
+        # If this program has the image open for reading only, another program may let the file
+        # grow meanwhile.  So entries are compared with the present end of the file then.
         end = self._end_at_open if self._file.writable else self._file.size()
         if level == L1:
             return EntryRules(EntryLimits.for_l1(self.header, end))
         limits = EntryLimits.for_l2(self.header, end)
-        # A reader accepts a cluster that the end of the file cuts short, because the bytes
-        # before the end can still be read.
+        # For reading only, a cluster that the end of the file cuts short is valid, because the
+        # bytes before the end can still be read.
         return EntryRules(limits, self.l2_tables, allow_cut_short=not self._file.writable)
 
     def explain(self, level: int, entry: str, value: int) -> str:
-        """Return a message about a bad entry: which rule its value breaks."""
+        """Return a message about a bad entry, with the rule that its ``value`` breaks.
+
+        ``entry`` names the entry in the message.
+        """
         return f"{self._file.name}: {entry}: {self.entry_rules(level).explain(value)}"
