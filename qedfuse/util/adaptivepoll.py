@@ -5,39 +5,41 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Largest value of the confidence counter.  So after at most this number of waits in a row that
-are a little too long polling is disabled."""
+"""Maximum of the confidence counter.  Polling is disabled after at most this number of waits in
+a row that are a little too long, because each of them lowers the counter by 1."""
 _RESET_FACTOR: Final = 8
-"""A wait that is longer than the poll by this factor resets the confidence to 0: the earlier
-waits no longer predict the next one."""
+"""A wait that takes more than this number of times the poll's length resets the confidence to
+0, because the earlier waits no longer predict the next one."""
 _WAKE_FACTOR: Final = 2
-"""A task that sleeps notices the event late.  So a wait during which the task slept counts as
-short enough to poll for if it took at most the poll's length times this factor."""
+"""A wait during which the task slept counts as short enough to poll for if it took at most the
+poll's length times this factor, because a task that sleeps notices the event late."""
 
 
 class AdaptivePoll:
-    """Decides how long to poll for an event, from how long the last waits for it took.
+    """Decides how long to poll for an event, from how long the last waits for the event took.
 
     A confidence counter rises with each wait that polling would have covered, and falls with
     each longer wait.  Polling is enabled while the counter is positive.
     """
 
     def __init__(self, seconds: float, *, start_enabled: bool = False) -> None:
-        """Poll for up to ``seconds``, or never if that is 0.
+        """Start with polling enabled or, without ``start_enabled``, disabled.
 
-        Polling is enabled from the start with ``start_enabled``, otherwise after the first
-        wait that was short enough.
+        Args:
+            seconds: Maximum time to poll for one event; 0 to poll never.
+            start_enabled: Whether to poll from the start.  Otherwise polling is enabled by
+                the first wait that was short enough.
         """
         self._max_seconds = seconds
         self._confidence = _MAX_CONFIDENCE if start_enabled else 0
 
     @property
     def seconds(self) -> float:
-        """How long to poll now; 0 while polling does not pay."""
+        """The maximum time to poll for the next event; 0 while polling does not pay."""
         return self._max_seconds if self._confidence > 0 else 0.0
 
     def record(self, seconds: float, *, slept: bool) -> None:
-        """Record how long one wait took; ``slept`` says that the task slept instead of polling."""
+        """Record how long one wait took, and whether the task slept instead of polling."""
         if seconds <= self._max_seconds * (_WAKE_FACTOR if slept else 1):
             self._confidence = min(_MAX_CONFIDENCE, self._confidence + 2)
         elif seconds > self._max_seconds * _RESET_FACTOR:

@@ -1,4 +1,4 @@
-"""Background tasks that run for the length of a ``with`` block, unnoticed by its caller."""
+"""Background tasks that run for the length of an ``async with`` block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     Progress: TypeAlias = Callable[[int, int], None]
-    """Called with the work done so far and the whole work, in the same unit."""
+    """A function that is called with the work done so far and the whole work, in the same
+    unit."""
 
 _PROGRESS_INTERVAL_SECONDS: Final = 0.1
+"""Time between two calls of a progress function."""
 
 
 @asynccontextmanager
@@ -22,9 +24,9 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     """Open a nursery that raises a single error without an exception group.
 
     trio wraps every error that leaves a nursery in an exception group, because several tasks
-    may fail concurrently.  In almost all cases there is only one error.  A caller that does
-    not know of the tasks expects this error and not a group.  Several errors are still
-    raised as a group.
+    may fail concurrently.  Callers of a function that uses a nursery internally do not expect
+    a group.  So a single error, which is the usual case, is raised alone.  Several errors are
+    still raised as a group.
     """
     try:
         async with trio.open_nursery() as nursery:
@@ -37,10 +39,10 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 
 @asynccontextmanager
 async def periodic_progress(progress: Callable[[], None] | None) -> AsyncIterator[None]:
-    """Call ``progress`` every 0.1 seconds while the block runs, and once when it has succeeded.
+    """Call ``progress`` every 0.1 seconds while the block runs, and once after its success.
 
-    This is for operations that do not call a progress function themselves.  With None nothing
-    is called.
+    This is for operations that do not call a progress function themselves.  If ``progress``
+    is None, nothing is called.
     """
     if progress is None:
         yield

@@ -27,7 +27,8 @@ def open_descriptors() -> set[int]:
         raise proc_missing() from error
     found = set()
     for number in map(int, names):
-        with suppress(OSError):  # the descriptor of the listing is closed again
+        # Leave out the descriptor by which the directory was listed, which is closed now.
+        with suppress(OSError):
             os.fstat(number)
             found.add(number)
     return found
@@ -43,7 +44,10 @@ def close_descriptors(descriptors: Iterable[int]) -> None:
 def discard_standard_streams() -> None:
     """Replace standard input, output and error by /dev/null.
 
-    This releases a terminal, or a pipe whose reader waits for the end of file.
+    So this process no longer keeps a terminal, or the end of a pipe, in use.
+
+    Raises:
+        OSError: /dev/null cannot be opened.
     """
     null = os.open(os.devnull, os.O_RDWR)
     for number in STANDARD:

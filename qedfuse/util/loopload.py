@@ -1,7 +1,7 @@
-"""What the event loop has to do besides the task that runs now.
+"""Whether other work waits for the event loop besides the task that runs now.
 
 A task that polls, or that makes a system call inline, keeps all other tasks from running.
-Before a task does so, it asks the `LoopLoad` whether other work waits for the event loop.
+Before a task polls or makes such a call, it asks the `LoopLoad` whether other work waits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class LoopLoad:
     """Knows what work waits for the event loop of one process.
 
     Attributes:
-        polled_reads: How many reads of host files tasks are polling for now.  While there
-            is such a read, no other task should keep the event loop busy.
+        polled_reads: How many reads of host files are being retried now.  While this is not
+            0, no task should keep the event loop busy for long.
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ class LoopLoad:
     def has_threads(self) -> bool:
         """Return whether a worker thread is running.
 
-        If so, the event loop must sleep instead of polling: a task that polls cannot notice
-        that the thread has finished, and a busy loop starves the thread of the GIL.
+        If so, no task may poll, and the event loop must sleep: a task that polls does not
+        notice that the thread has finished, and a busy loop starves the thread of the GIL.
         """
         try:
             threads = self._threads.get()

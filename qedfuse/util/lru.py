@@ -19,7 +19,7 @@ class LRUStatistics:
 
     Attributes:
         items: How many values are in the cache.
-        weight: The bytes that these values take.
+        weight: How many bytes these values take.
         evictions: How many values have been evicted so far.
     """
 
@@ -32,14 +32,15 @@ class LRU(Generic[K, V]):
     """Values by key; the least recently used ones are evicted when the budget is exceeded.
 
     Values for which ``pinned`` returns True are not evicted, so the cache can exceed its
-    budget while many values are pinned.  The next `put` evicts those that are not any more.
+    budget while many values are pinned.  The next `put` evicts values that are no longer pinned.
     """
 
     def __init__(self, budget: int, weigh: Callable[[V], int], pinned: Callable[[V], bool]) -> None:
         """Start empty.
 
         Args:
-            budget: Most bytes that the values may take together, unless too many are pinned.
+            budget: Maximum number of bytes that the values take together, unless too many
+                of them are pinned.
             weigh: Returns the bytes that a value takes.
             pinned: Returns whether a value must not be evicted now.
         """
@@ -59,7 +60,10 @@ class LRU(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Store a value, replacing the old one, and evict others if the budget is exceeded."""
+        """Store a value, replacing an old one, and evict others if the budget is exceeded.
+
+        This call never evicts the value that it stores.
+        """
         old = self._items.pop(key, None)
         if old is not None:
             self._weight -= self._weigh(old)
@@ -69,7 +73,7 @@ class LRU(Generic[K, V]):
             self._shrink(key)
 
     def drop(self, key: K) -> None:
-        """Remove a value if it is cached."""
+        """Remove a value from the cache; do nothing if there is none for ``key``."""
         old = self._items.pop(key, None)
         if old is not None:
             self._weight -= self._weigh(old)

@@ -13,8 +13,8 @@ A portal ends in one of these ways:
   daemon threads and the threads of portals do not count.  Python waits for the portal's
   thread before it exits.  (``atexit`` would be too late: since Python 3.12 its functions
   cannot start threads, and closing a file may need a thread to wait for the disk.)
-- After ``os.fork`` the child has no portal thread, so every call fails immediately there.
-  The portal goes on in the parent.
+- After ``os.fork`` the child process has no portal thread, so every call fails immediately
+  there.  In the parent process the portal stays open.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Portal(Generic[T]):
         try:
             self.value = self._opened.result()
         except BaseException:
-            # The error of the manager, or a KeyboardInterrupt while it was entered.
+            # Entering the manager has failed, or a KeyboardInterrupt has arrived meanwhile.
             self.ask_to_close()
             self._thread.join()
             raise
@@ -86,8 +86,8 @@ class Portal(Generic[T]):
     def call(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
         """Run an async function in the event loop; return its result or raise its error.
 
-        The portal's own thread must not call this: it would wait for itself.  If the caller
-        is interrupted while it waits (KeyboardInterrupt), the function continues.
+        The portal's own thread must not call this, because it would wait for itself.  If a
+        KeyboardInterrupt interrupts the caller, ``function`` runs on in the event loop.
 
         Raises:
             PortalClosedError: The portal is closing or closed, or the event loop runs in
@@ -113,7 +113,8 @@ class Portal(Generic[T]):
     def close(self) -> None:
         """Leave the context manager and wait until the thread has ended.
 
-        Further calls do nothing.  The portal's own thread must not call this.
+        A second call does nothing.  The portal's own thread must not call this, because it
+        would wait for itself.
 
         Raises:
             BaseException: The error of leaving the context manager; raised only once.
@@ -150,7 +151,8 @@ class Portal(Generic[T]):
             else:
                 self._opened.set_exception(error)
         finally:
-            # Fail the calls that the loop did not run.  Later calls find that it has ended.
+            # Fail the calls that the loop has not run.  Later calls fail by themselves, because
+            # they find that the loop has ended.
             for future in list(self._pending):
                 if not future.done():
                     future.set_exception(_closed())

@@ -17,8 +17,10 @@ class _Request:
     """One task's range, in the queue from the call of `hold` until the range is released.
 
     Attributes:
+        start: The first number of the range.
+        end: The number after the last one of the range.
         blockers: How many earlier requests overlap this one and have not been released.
-        ready: Set when there are no blockers any more; None if the task has not had to wait.
+        ready: Set when there are no blockers any more; None if the task need not wait.
     """
 
     start: int
@@ -30,9 +32,8 @@ class _Request:
 class RangeLock:
     """Exclusive ownership of half-open ranges ``[start, end)``, first come first served.
 
-    A request waits for every overlapping request that came earlier, whether that request
-    holds its range or waits too, so no task starves.  A request that need not wait makes no
-    checkpoint.
+    A request waits for every overlapping request that came earlier, even for one that is
+    waiting too, so no task starves.  A request that need not wait makes no checkpoint.
     """
 
     def __init__(self) -> None:

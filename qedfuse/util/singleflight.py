@@ -1,4 +1,4 @@
-"""Single flight: concurrent callers that want the same value share one fetch of it."""
+"""Single flight: concurrent callers that want the same value share one fetch of this value."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ K = TypeVar("K", bound="Hashable")
 class SingleFlight(Generic[K]):
     """Runs at most one fetch per key at a time.
 
-    The fetch must store its result in a cache, where the callers must look again when `run`
-    returns.  If the fetch has failed or was cancelled, a caller that finds no result there
-    calls `run` again, so no caller gets the error of another caller's fetch.
+    The fetch must store its result in a cache, and the callers must look there when `run`
+    returns.  If the fetch has failed or was cancelled, a caller that finds no result must
+    call `run` again.  So no caller gets the error of another caller's fetch.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,14 @@ class SingleFlight(Generic[K]):
         self._flights: dict[K, trio.Event] = {}
 
     async def run(self, key: K, fetch: Callable[[], Awaitable[None]]) -> bool:
-        """Run ``fetch`` for ``key``, or wait until the running fetch for it has ended.
+        """Run ``fetch``, or wait until the fetch that is running for ``key`` has ended.
 
         Returns:
-            Whether this call ran ``fetch``.  If not, the fetch of the other call may have
-            stored a result or failed.
+            True if this call has run ``fetch``.  False if it has waited for the fetch of
+            another call, which may have stored a result or failed.
+
+        Raises:
+            BaseException: The error of ``fetch``, only if this call has run ``fetch``.
         """
         flight = self._flights.get(key)
         if flight is not None:

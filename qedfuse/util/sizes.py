@@ -1,4 +1,4 @@
-"""Parsing and formatting sizes in bytes with binary suffixes (``64K``, ``1.5 GiB``)."""
+"""Sizes in bytes with binary suffixes: parsing (``64K``) and formatting (``1.5 GiB``)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
-# With re.ASCII the Kelvin sign does not match K.  At most 30 digits are accepted, because int()
-# raises another error for thousands of digits.
+# Use re.ASCII, because otherwise the Kelvin sign would match K.  Accept at most 30 digits,
+# because for thousands of digits int() raises a ValueError.
 _PATTERN: Final = re.compile(
     r"(?P<number>\d{1,30})(?:(?P<unit>[kmgtpe])i?)?b?", re.IGNORECASE | re.ASCII
 )
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size that may have a binary suffix K, M, G, T, P or E.
+    """Return in bytes a size with or without a binary suffix: K, M, G, T, P or E.
 
     Raises:
-        UsageError: The text is not a size.
+        UsageError: The text is not a whole number with or without such a suffix.
     """
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
