@@ -21,42 +21,49 @@ _ATTR_TIMEOUT_SECONDS: Final = 86400.0
 """How long the kernel may cache attributes.
 
 A long time is safe, because attributes change only by requests of the kernel.  The exception is
-``st_blocks``; after it has changed, the server invalidates the attributes that the kernel has
-cached.  A short time would be slow.  A write that finds the attributes expired requests them
-first, and the kernel ignores a reply if another write has ended in the meantime.  So many
-concurrent writes would request attributes again and again."""
+``st_blocks``: after a change of ``st_blocks``, the server invalidates the attributes that the
+kernel has cached.  A short time would be slow: before a write, the kernel requests attributes
+that have expired, and it ignores the reply if another write has ended in the meantime.  So with
+many concurrent writes the kernel would request the attributes again and again."""
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
-"""How long the kernel may cache attributes with ``force_share``, when another program may
-change the image."""
+"""How long the kernel may cache attributes with ``force_share``, because another program may
+change the image then."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
-"""How long the kernel may cache names, which never change."""
+"""How long the kernel may cache which file a name stands for; names never change."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
-"""Smallest difference from the times of the image file for which `set_times` changes them."""
+"""Minimum difference between the new times and those of the image file for which `set_times`
+changes the image file."""
 
 
 class Attributes:
-    """Builds the attributes of disks and of the directory."""
+    """Builds the attributes of disks and of the directory, for the replies to the kernel."""
 
     def __init__(self, options: MountOptions) -> None:
-        """Take owner and permissions from the options; by default the user who mounts owns all."""
+        """Take owner and permissions from the options.
+
+        Without the options, the user who mounts owns the directory and the disks, and only this
+        user has access.
+        """
         self._uid = os.getuid() if options.uid is None else options.uid
         self._gid = os.getgid() if options.gid is None else options.gid
         self._timeout = (
             _SHARED_ATTR_TIMEOUT_SECONDS if options.force_share else _ATTR_TIMEOUT_SECONDS
         )
-        # By default only the owner has access, because a disk contains files of many users.
+        # By default only the owner has access, because a disk may contain files of many users,
+        # whose permissions do not protect the disk.
         mask = 0o077 if options.umask is None else options.umask
         write_bits = 0 if options.read_only else 0o222
         self._file_mode = stat.S_IFREG | ((0o444 | write_bits) & ~mask)
-        # No file can be made or removed in the directory, so it is not writable.
+        # No file can be made or removed in the directory, so the directory is not writable.
         self._directory_mode = stat.S_IFDIR | (0o555 & ~mask)
 
     def of_disk(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
         """Return the attributes of a disk; ``st_blocks`` and times are those of the image file.
 
-        The ``st_blocks`` that the kernel gets with them is stored in ``exported.blocks``.
+        The caller must send the attributes to the kernel, because ``exported.blocks`` is set to
+        their ``st_blocks``.
         """
         image = exported.disk.fstat()
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode
@@ -67,7 +74,10 @@ class Attributes:
         return entry
 
     def of_root(self, disks: Iterable[ExportedDisk]) -> pyfuse3.EntryAttributes:
-        """Return the attributes of the directory; its times are those of the newest image."""
+        """Return the attributes of the directory.
+
+        The times are those of the image file that was changed last.
+        """
         images = (exported.disk.fstat() for exported in disks)
         newest = max(images, key=lambda image: image.st_mtime_ns)
         entry = self._common(pyfuse3.ROOT_INODE, self._directory_mode, newest)
@@ -75,7 +85,13 @@ class Attributes:
         return entry
 
     def _common(self, inode: int, mode: int, image: os.stat_result) -> pyfuse3.EntryAttributes:
-        """Return the attributes that a directory and a disk have in common."""
+        """Return attributes with all fields that do not depend on the kind of the file.
+
+        Args:
+            inode: The inode number of the file.
+            mode: The type and the permissions of the file (``st_mode``).
+            image: The status of the image file whose times the file gets.
+        """
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
         entry.st_mode = mode
@@ -91,10 +107,10 @@ class Attributes:
 
 
 async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> None:
-    """Set the times of the image file to those that the kernel has for the disk.
+    """Set the times of the image file to the times that the kernel has for the disk.
 
-    Nothing is done if the image is open read-only, or if both times differ from those of the
-    image file by less than a second.  A failure is logged and not raised.
+    Nothing is done if the image is open read-only, or if both times differ from the times of the
+    image file by less than a second.  A refusal of the host is logged and not raised.
 
     Args:
         exported: The disk.
@@ -108,9 +124,11 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
         difference = max(abs(image.st_atime_ns - atime_ns), abs(image.st_mtime_ns - mtime_ns))
         if difference < _TIMES_TOLERANCE_NS:
             # Before each fsync the kernel sends the time of the last write to the disk.  The
-            # write has given the image file about the same time, so a call would be wasted.
+            # write has given the image file about the same time, so a system call that sets the
+            # time would be wasted.
             return
         await exported.disk.set_times(atime_ns, mtime_ns)
     except OSError as error:
-        # The image file may belong to another user.  No data depends on its times.
+        # The host refuses, for example, if the image file belongs to another user.  The request
+        # succeeds nevertheless, because no data depends on the times.
         _log.debug("%s: cannot set times: %s", exported.disk.name, error)

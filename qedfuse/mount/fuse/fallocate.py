@@ -1,8 +1,8 @@
 """The requests that pyfuse3 lacks: fallocate(2), and lseek(2) with SEEK_DATA and SEEK_HOLE.
 
 With the write-back cache, the kernel may have cached data that it has not sent to the server.
-A hole must not be reported where such data is.  So before the server reports a hole, it makes
-the kernel write back the range, and searches the tables again.
+The server must not report a hole where such data is.  So before the server reports a hole, it
+makes the kernel write back the range of the hole, and searches the tables again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ZERO_RANGE: Final = 0x10
 
 
 class FallocateLseek:
-    """Answers fallocate and lseek requests; a request that may wait gets a task of its own."""
+    """Answers fallocate and lseek requests; a request that has to wait gets a task of its own."""
 
     def __init__(
         self,
@@ -52,8 +52,9 @@ class FallocateLseek:
         Args:
             operations: The handlers of the other requests of the mount.
             laundering: Makes the kernel write back its dirty pages.
-            size_fixup: Is notified when the kernel may have a wrong size of a disk.
-            nursery: Runs the tasks; the caller must cancel it before the connection is closed.
+            size_fixup: Gets a request when the kernel may have cached a wrong size of a disk.
+            nursery: Runs the tasks.  The caller must cancel the nursery before the connection to
+                the kernel is closed.
         """
         self._operations = operations
         self._laundering = laundering
@@ -79,11 +80,12 @@ class FallocateLseek:
         self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
 
     def _try_seek(self, request: Request, uid: int, inode: int, whence: int, start: int) -> bool:
-        """Answer lseek(2) without waiting.
+        """Answer lseek(2) without waiting; return False if the slow path must answer.
 
         Returns:
-            False if the request is not answered and needs the slow path, because the answer
-            would wait, be an error, or must be logged.
+            True if the request is answered: with the offset, or with ENXIO if no data follows.
+            False if the request is not answered.  Then the search would wait, or the kernel may
+            have dirty pages, or the request must be logged, or the answer is another error.
         """
         operations = self._operations
         exported = operations.disks.get(inode)
@@ -93,15 +95,15 @@ class FallocateLseek:
             return False
         try:
             operations.admit(uid)
-            found = exported.disk.try_seek(start, data=whence == os.SEEK_DATA)
+            offset = exported.disk.try_seek(start, data=whence == os.SEEK_DATA)
         except FUSEError:
             return False
-        if found is None:
+        if offset is None:
             return False
-        if whence == os.SEEK_DATA and found == exported.disk.size:
+        if whence == os.SEEK_DATA and offset == exported.disk.size:
             request.error(errno.ENXIO)
         else:
-            request.offset(found)
+            request.offset(offset)
         return True
 
     async def _answer(
@@ -114,10 +116,10 @@ class FallocateLseek:
         start: int,
         length: int,
     ) -> None:
-        """Carry out a request and answer it, with an error if an exception was raised.
+        """Carry out a request and answer it; an exception becomes the errno of the answer.
 
         If the task is cancelled, the request is answered with EINTR when the object ``request``
-        is freed.
+        is freed.  The arguments are those of `qedfuse.mount.fuse.extraops.Handler`.
         """
         if self._operations.debug:
             _log.debug("%s%s", operation, (inode, mode, start, length))
@@ -127,19 +129,26 @@ class FallocateLseek:
             if operation == "lseek":
                 request.offset(await self._seek(exported, mode, start))
             else:
-                await self._allocate(exported, mode, start, length)
+                await self._fallocate(exported, mode, start, length)
                 request.error(0)
         except Exception as error:  # noqa: BLE001  the kernel must get an answer
             request.error(self._operations.errors.to_errno(inode, operation, error))
 
-    async def _allocate(self, exported: ExportedDisk, mode: int, start: int, length: int) -> None:
-        """Carry out fallocate(2).
+    async def _fallocate(self, exported: ExportedDisk, mode: int, start: int, length: int) -> None:
+        """Carry out fallocate(2) on a range.
+
+        Args:
+            exported: The disk.
+            mode: The mode of fallocate(2).
+            start: Guest offset of the range.
+            length: Bytes of the range, more than 0.
 
         Raises:
-            FUSEError: EOPNOTSUPP, the mode is not supported for this range; EROFS, the disk is
-                read-only; ENOSPC, the range exceeds a disk that must not grow; EFBIG, the
-                tables cannot address the size.
-            QedError: The disk could not be changed; part of the range may be changed.
+            FUSEError: EOPNOTSUPP, the mode is not supported at all, or not for a range past the
+                end; EROFS, the disk is read-only; ENOSPC, the range goes past the end of a disk
+                that must not grow; EFBIG, the tables cannot address the end of the range.
+            QedError: The disk could not be changed.  Part of the range may be changed, and the
+                disk may have grown.
         """
         disk = exported.disk
         if mode not in {
@@ -155,7 +164,8 @@ class FallocateLseek:
         end, size = start + length, disk.size
         growable = self._operations.growable
         if mode == _KEEP_SIZE and end > size:
-            # An image has no clusters past the end of its disk, so none can be allocated there.
+            # An image has no clusters past the end of its disk, so the server cannot allocate
+            # clusters there and keep the size of the disk.
             raise FUSEError(errno.EOPNOTSUPP if growable else errno.ENOSPC)
         carry_out = disk.allocate if mode in {_ALLOCATE, _KEEP_SIZE} else disk.discard
         if end <= size or mode & _KEEP_SIZE:
@@ -164,8 +174,8 @@ class FallocateLseek:
         if not growable:
             raise FUSEError(errno.ENOSPC)
         if mode == _ALLOCATE and start < size:
-            # Allocated before the disk grows: if the host has no space for the part before the
-            # end, the disk keeps its size.
+            # The part before the end is allocated before the disk grows.  So if the host has no
+            # space for this part, the disk keeps its size.
             await disk.allocate(start, size - start)
         await self._operations.grow(exported, end)
         try:
@@ -179,15 +189,21 @@ class FallocateLseek:
             raise
 
     async def _seek(self, exported: ExportedDisk, whence: int, start: int) -> int:
-        """Return the offset for lseek(2).
+        """Return the guest offset for lseek(2).
 
-        While the kernel may have dirty pages, the server makes it write back the range that
-        would be reported as a hole, and searches the tables again.
+        While the kernel may have dirty pages, the server makes the kernel write back the range
+        that would be reported as a hole, and searches the tables again.
+
+        Args:
+            exported: The disk.
+            whence: SEEK_DATA or SEEK_HOLE.
+            start: Guest offset at which the search begins.
 
         Raises:
-            FUSEError: ENXIO, no data follows or ``start`` is not on the disk; EINVAL,
-                ``whence`` is neither SEEK_DATA nor SEEK_HOLE; EIO, dirty pages cannot be
-                written back and the end of the data is unknown.
+            FUSEError: ENXIO, no data follows, or ``start`` is negative or not before the end of
+                the disk; EINVAL, ``whence`` is neither SEEK_DATA nor SEEK_HOLE; EIO, a hole is
+                searched at or past the end of a growable disk, and the dirty pages there cannot
+                be written back.
             QedError: A table cannot be read.
         """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
@@ -201,31 +217,34 @@ class FallocateLseek:
             if end is None and not self._operations.growable:
                 end = disk.size
             # On a growable disk the kernel may have cached data past the end of the disk, and
-            # only the kernel knows where that data ends.  So the range is given without an end.
+            # only the kernel knows where that data ends.  So the range has no end there.
             if end is not None and hole >= end:
+                # The gap is empty, so no range would be reported as a hole.
                 break
             if not await self._laundering.launder(exported, hole, end):
                 return self._assume_data(exported, whence, start)
             before, gap = gap, await _find_gap(disk, whence, start)
             if gap == before:
-                # No data was written back to this gap, so it is a hole.
+                # The kernel has written back all dirty pages of the gap, and the tables still
+                # have no data there.  So the gap is a hole.
                 break
         hole, data = gap
-        found = hole if whence == os.SEEK_HOLE else data
-        if found is None or start >= disk.size:
+        offset = hole if whence == os.SEEK_HOLE else data
+        if offset is None or start >= disk.size:
             raise FUSEError(errno.ENXIO)
-        return found
+        return offset
 
     def _assume_data(self, exported: ExportedDisk, whence: int, start: int) -> int:
-        """Return the offset for lseek(2) as if the whole disk were data.
+        """Return the guest offset for lseek(2) as if the whole disk were data.
 
-        This is the answer if dirty pages cannot be written back.  If zeros are reported as
-        data, a copy takes more space.  If data is reported as a hole, the copy loses the data.
+        `_seek` answers so if dirty pages cannot be written back.  Zeros that are reported as
+        data only make a copy larger, but a copy loses data that is reported as a hole.
 
         Raises:
-            FUSEError: ENXIO, ``start`` is past the end of a disk that cannot grow.  EIO, a hole
-                is searched past the end of a growable disk, and the server does not know where
-                the data in the kernel's cache ends; so a copy fails.
+            FUSEError: ENXIO, ``start`` is at or past the end of a disk that cannot grow.  EIO, a
+                hole is searched at or past the end of a growable disk.  The server does not know
+                where the data in the kernel's cache ends, and a copy must fail rather than lose
+                this data.
         """
         size = exported.disk.size
         growable = self._operations.growable
@@ -238,17 +257,21 @@ class FallocateLseek:
     def _may_be_dirty(self, exported: ExportedDisk) -> bool:
         """Return whether the kernel may have dirty pages of a disk.
 
-        Before the kernel releases the last handle that may write, it sends all dirty pages.
+        Without an open handle that may write, there are none, because the kernel sends all dirty
+        pages before it releases the last such handle.
         """
         return self._operations.enable_writeback_cache and exported.writers > 0
 
 
 async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | None]:
-    """Return the guest offsets where a hole starts and where the data after the hole starts.
+    """Return the gap that lseek(2) would report as a hole, or skip.
 
-    For SEEK_HOLE the first offset is that of the first hole from ``start`` on.  For SEEK_DATA
-    it is ``start`` itself, and if data starts there, the second offset is the same.  The second
-    offset is None if no data follows.
+    Returns:
+        The guest offset at which the gap starts, and the guest offset of the first data from
+        there on, or None if no data follows.  For SEEK_HOLE the gap starts at the first hole at
+        or past ``start``; the end of the disk counts as a hole.  For SEEK_DATA, or if ``start``
+        is not before the end of the disk, the gap starts at ``start``, and is empty if data is
+        there.
     """
     hole = start
     if whence == os.SEEK_HOLE and start < disk.size:

@@ -1,26 +1,26 @@
 """How pyfuse3's tasks wait for the next request of the kernel.
 
-pyfuse3 calls its scheduler through its attribute ``trio``.  pyfuse3's asyncio mode replaces this
-attribute, and this module replaces it in the same way, by a `Scheduler`.  A `Scheduler` behaves
-like trio, with two differences.  They are necessary because putting the event loop to sleep and
-waking it costs more than answering a request from memory.
+pyfuse3 uses trio only through its module attribute ``trio``.  pyfuse3's asyncio mode replaces
+this attribute, and this module does the same, with a `Scheduler`.  A `Scheduler` behaves like
+trio, with two differences.  The differences are necessary because putting the event loop to
+sleep and waking it costs more than answering a request from memory.
 
 *The lock.*  pyfuse3 has several tasks, and a lock decides which of them reads from the kernel.
-trio's lock is fair.  A task that releases it hands it over to the next waiter, so each request
-would cost a switch of tasks.  `UnfairLock` allows barging.  The task that releases the lock can
-take it again before the waiters, as long as this task answers requests without waiting.  When
-this task has to wait for something else, a waiter takes the lock.
+trio's lock is fair: a task that releases the lock hands it over to the next waiter, so each
+request would cost a switch of tasks.  `UnfairLock` allows barging: the task that releases the
+lock can take the lock again before the waiters, as long as this task answers requests without
+waiting.  When this task has to wait for something else, a waiter takes the lock.
 
-*Waiting for the descriptor.*  First the descriptor of the connection is polled.  If the kernel
-has no request, all other tasks run.  Then the descriptor is polled for some more microseconds,
-if such polling has succeeded lately (`AdaptivePoll`).  If the kernel still has no request, the
-event loop sleeps.
+*Waiting for the descriptor.*  First the descriptor of the connection is polled once.  If the
+kernel has no request, all other tasks run.  Then the descriptor is polled for some more
+microseconds, if such polling has succeeded lately (`AdaptivePoll`).  If the kernel still has no
+request, the event loop sleeps, so an idle server uses no processor time.
 
-Other tasks are not starved: after `MAX_BURST` requests in a row, or `MAX_BURST_BESIDE_OTHERS`
-while a request waits for the host's disk, all other runnable tasks run, and trio checks for
-finished threads, timers and signals.  The descriptor is polled only once while a worker thread
-is running, because only trio notices the end of the thread.  The same holds while another task
-polls for a read of the host's file.  An idle event loop sleeps.
+Other tasks are not starved.  After `MAX_BURST` requests in a row, or `MAX_BURST_BESIDE_OTHERS`
+while the event loop is needed for other requests, all other runnable tasks run, and trio checks
+for finished threads, timers and signals.  While a worker thread is running, the descriptor is
+polled only once, because only trio notices the end of the thread.  While another task polls for
+a read of the host's file, the descriptor is polled only once as well.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_BURST: Final = 64
-"""Most requests that are taken in a row before all other tasks run."""
+"""Maximum number of requests that are taken in a row before all other tasks run."""
 
 MAX_BURST_BESIDE_OTHERS: Final = 8
-"""Most requests that are taken in a row while other requests wait for worker threads or for the
-host's disk."""
+"""Maximum number of requests that are taken in a row while a worker thread is running, or while
+another task polls for a read of the host's file."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
-"""Longest time for which the descriptor is polled before the event loop sleeps."""
+"""Maximum time for which the descriptor is polled before the event loop sleeps."""
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class SchedulerStatistics:
         polled: Requests that arrived while the descriptor was polled.
         slept: How often the event loop slept until a request arrived.
         yields: How often all other tasks were run.
-        failed_polls: How often no request arrived while the descriptor was polled.
+        failed_polls: How often the descriptor was polled for the full time without a request.
     """
 
     ready: int = 0
@@ -75,12 +75,12 @@ class SchedulerStatistics:
 
 
 class UnfairLock:
-    """A lock that a task can acquire before those that have waited for it ("barging").
+    """A lock that a task can acquire before the tasks that already wait for it ("barging").
 
-    Acquiring a free lock is no checkpoint.  Releasing the lock wakes the task that began to
-    wait last, because its memory is still in the processor's caches.  The lock is not handed
-    over to the woken task.  The woken task gets the lock only if the lock is still free when
-    the task runs.
+    A task that acquires a free lock does not yield to other tasks.  Releasing the lock wakes the
+    task that began to wait last, because its memory is still in the processor's caches.  The
+    lock is not handed over to the woken task.  The woken task gets the lock only if the lock is
+    still free when the task runs; otherwise the task waits again.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class UnfairLock:
             trio.lowlevel.reschedule(self._waiting.pop())
 
     async def _wait(self) -> None:
-        """Sleep until the lock has been released."""
+        """Sleep until the lock has been released; another task may hold the lock again by then."""
         task = trio.lowlevel.current_task()
         self._waiting.append(task)
 
@@ -111,8 +111,8 @@ class UnfairLock:
             self._waiting.remove(task)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        # trio does not cancel a rescheduled task before it runs, so a woken waiter always
-        # reaches the next line, and no wake-up is lost.
+        # trio does not cancel a task between its rescheduling and its next run.  So a woken
+        # waiter always clears `_woken`, and the next release of the lock wakes another waiter.
         await trio.lowlevel.wait_task_rescheduled(abort)
         self._woken = False
 
@@ -122,7 +122,7 @@ class Scheduler:
 
     Attributes:
         lowlevel: The scheduler itself, which also replaces ``trio.lowlevel``.
-        statistics: How the tasks waited for requests.
+        statistics: How the tasks have waited for requests so far.
     """
 
     ClosedResourceError = trio.ClosedResourceError
@@ -136,7 +136,12 @@ class Scheduler:
         poll_seconds: float = DEFAULT_POLL_SECONDS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Poll for up to ``poll_seconds`` before sleeping; ``clock`` returns seconds."""
+        """Make a scheduler that has not waited for any request yet.
+
+        Args:
+            poll_seconds: Maximum time to poll before the event loop sleeps; 0 to poll only once.
+            clock: Returns the time in seconds.
+        """
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
         self._adaptive_poll = AdaptivePoll(poll_seconds)
@@ -152,8 +157,8 @@ class Scheduler:
         The caller must hold the lock, so that only one task waits.
 
         Raises:
-            trio.ClosedResourceError: The kernel has no request, and `notify_closing` was
-                called, because the mount ends.
+            trio.ClosedResourceError: The kernel has no request, and `notify_closing` was called
+                before or during the wait, because the mount ends.
         """
         if fd != self._fd:
             self._fd = fd
@@ -174,19 +179,23 @@ class Scheduler:
         if self._closing:
             raise trio.ClosedResourceError
         statistics.slept += 1
-        # If the event loop is needed for other requests, it may wake this task late.  Then the
-        # time of the wake-up is not the time when a request arrived, and is not recorded.
+        # If the event loop is needed for other requests, it may run this task long after a
+        # request has arrived.  So the length of such a wait is not the time until a request
+        # arrives, and is not recorded.
         is_loop_free = not self._is_loop_needed()
         await trio.lowlevel.wait_readable(fd)
         if is_loop_free:
             self._adaptive_poll.record(self._clock() - since, slept=True)
 
     def _poll(self, end: float) -> bool:
-        """Poll until a request arrives; give up at the time ``end`` of the clock, in seconds.
+        """Poll until a request arrives, without letting other tasks run.
+
+        Args:
+            end: The time of the clock at which to give up, in seconds.
 
         Returns:
-            Whether a request has arrived.  False also if the event loop is needed for other
-            requests, or if the mount ends.
+            True if a request has arrived.  False if the time is over, if the event loop is
+            needed for other requests, or if the mount ends.
         """
         poll, clock = self._poller.poll, self._clock
         while not (self._is_loop_needed() or self._closing):
@@ -198,7 +207,11 @@ class Scheduler:
         return False
 
     def _is_loop_needed(self) -> bool:
-        """Return whether another request waits for something that only the event loop notices."""
+        """Return whether another request waits for something that this task must not delay.
+
+        The other request waits for a worker thread, whose end only the event loop notices, or
+        its task polls for a read of the host's file.
+        """
         return loop_load.polled_reads > 0 or loop_load.has_threads()
 
     async def _run_other_tasks(self) -> None:
@@ -210,35 +223,39 @@ class Scheduler:
     def has_request(self) -> bool:
         """Return whether the kernel has a request that no task has taken yet.
 
-        Before the first call of `wait_readable` the result is False.
+        Before the first call of `wait_readable` the result is False, because the descriptor is
+        not known yet.
         """
         return self._fd >= 0 and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:
-        """Make a call of `wait_readable` raise instead of waiting, now and later."""
+        """Make the call of `wait_readable` that waits for ``fd``, and all later ones, not wait.
+
+        Instead of waiting, they raise trio.ClosedResourceError.
+        """
         self._closing = True
         trio.lowlevel.notify_closing(fd)
 
 
 def default_poll_seconds() -> float:
-    """Return the longest time to poll, in seconds.
+    """Return the maximum time to poll on this machine, in seconds.
 
-    On a single processor the result is 0, because polling would delay the program that makes
-    requests.
+    If the process may run on one processor only, the result is 0, because polling would delay
+    the program that makes requests.
     """
     return DEFAULT_POLL_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
 
 
 @contextmanager
 def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
-    """Run pyfuse3 with a `Scheduler` in the block.
+    """Run pyfuse3 with a `Scheduler` in the block, and yield the scheduler.
 
-    The caller must make every call of `pyfuse3.main` in the same block, because pyfuse3 makes
-    its lock in the first call and keeps it.
+    The caller must make all calls of `pyfuse3.main` in one block, because pyfuse3 makes its lock
+    in the first call and keeps the lock for later calls.
 
     Args:
-        poll_seconds: Longest time in seconds to poll for a request; None for the machine's
-            default.
+        poll_seconds: Maximum time in seconds to poll for a request; 0 to poll only once; None
+            for `default_poll_seconds`.
     """
     scheduler = Scheduler(default_poll_seconds() if poll_seconds is None else poll_seconds)
     # pyfuse3 documents this attribute for its asyncio mode; its type hints lack it.

@@ -1,10 +1,11 @@
 """Correcting the size of a disk that the kernel has cached.
 
-With the write-back cache the kernel alone decides the size of a file, and a buffered write
-past the end increases the size.  When the server gets the dirty pages, their writeback fails,
-but the kernel keeps the wrong size.  The size is too small after an fallocate(2) that has grown
-the disk and then failed.  With this cache the kernel takes over a size only from the reply to a
-truncation.  So the server truncates its own file, through the mount, to the size of the disk.
+With the write-back cache the kernel ignores the size in most replies, and its cached size can
+become wrong in two ways.  A buffered write past the end increases the cached size.  Later the
+server refuses the dirty pages past the end, but the kernel keeps the wrong size.  After an
+fallocate(2) that has grown the disk and then failed, the cached size is too small.  With the
+write-back cache the kernel takes over a size only from the reply to a truncation.  So the server
+truncates its own file, through the mount, to the size that the disk has.
 
 Without the write-back cache, the kernel can have cached a wrong size after a truncation with
 ``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  Without this cache the kernel takes over
@@ -34,18 +35,23 @@ class SizeFixup:
     """Corrects sizes that the kernel has cached, in the background and one disk at a time."""
 
     def __init__(self, directory: str) -> None:
-        """Correct the sizes of files in the mount on ``directory``."""
+        """Correct the sizes of files in the mount on ``directory``, once `run` is called."""
         self._directory = directory
         self._pending: dict[int, ExportedDisk] = {}
         self._wake = trio.Event()
 
     def request(self, exported: ExportedDisk) -> None:
-        """Request a correction, because the kernel may have cached a wrong size of a disk."""
+        """Request a correction, because the kernel may have cached a wrong size of a disk.
+
+        The correction is made by `run`, at some time after this call.
+        """
         self._pending[exported.inode] = exported
         self._wake.set()
 
     async def run(self, device: str) -> None:
-        """Correct sizes until cancelled; a failed correction is logged and not repeated.
+        """Make the requested corrections until cancelled.
+
+        A failed correction is logged and not repeated.
 
         Args:
             device: The device number of the mount, ``MAJOR:MINOR``.
@@ -60,15 +66,16 @@ class SizeFixup:
                 path = os.path.join(os.fsencode(self._directory), exported.name)  # noqa: PTH118
                 exported.fixup_size = exported.disk.size
                 try:
-                    # In a thread, because the system calls wait for replies of this server.
+                    # The system calls are made in a thread, because they wait for replies of
+                    # this server.
                     await trio.to_thread.run_sync(
                         self._correct, path, st_dev, exported.fixup_size, abandon_on_cancel=True
                     )
                 except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
-                # This line is not reached after a cancellation.  Then the thread may still
-                # truncate the file, and ``fixup_size`` must keep its value, so that `Truncation`
-                # does not regard the truncation as a user's request.
+                # After a cancellation, the next line is not reached.  The thread may then still
+                # truncate the file, so ``fixup_size`` must keep its value.  Otherwise
+                # `Truncation` would regard the truncation as a user's request.
                 exported.fixup_size = -1
 
     def _correct(self, path: bytes, st_dev: int, size: int) -> None:
@@ -84,26 +91,26 @@ class SizeFixup:
         Raises:
             OSError: The file is not accessible, or its size or permissions cannot be set.
         """
-        # O_PATH, because the close of an ordinary descriptor would consume the error that is
-        # meant for the writer.
+        # The file is opened with O_PATH, because the close of an ordinary descriptor would get
+        # the error of a failed writeback, and the writer would not get it any more.
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            found = os.fstat(fd)
-            if found.st_dev != st_dev:
+            status = os.fstat(fd)
+            if status.st_dev != st_dev:
                 # The mount is gone, or another mount covers it.
                 return
-            if found.st_size == size:
+            if status.st_size == size:
                 # With the write-back cache, fstat(2) returns the size that the kernel has
-                # cached, so there is nothing to correct, and the chmod(2) changes nothing.
-                # Without that cache, fstat(2) returns the server's size, and the kernel may
-                # ignore this size if other requests are in progress.  It never ignores the
-                # size in the reply to chmod(2).  A truncation would also correct the size, but
-                # while it lasts the kernel ignores the size in replies to other requests, so
-                # other programs would still get the wrong size.
-                os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode))  # noqa: PTH101
+                # cached.  This size is right, and the chmod(2) changes nothing.
+                # Without the write-back cache, fstat(2) returns the server's size, but the
+                # kernel may not have cached this size if other requests are in progress.  The
+                # kernel always takes over the size in the reply to chmod(2).  A truncation would
+                # correct the size as well, but during a truncation the kernel ignores the size
+                # in replies to other requests, so other programs would still get the wrong size.
+                os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return
-            # The truncation drops dirty pages past the end.  Their writeback must fail before
-            # that, because otherwise the error would never be reported to their writer.
+            # The truncation makes the kernel drop dirty pages past the end.  So their writeback
+            # must fail first, because otherwise their writer would never get an error.
             with contextlib.suppress(OSError):
                 sync_mount(self._directory)
             os.truncate(f"/proc/self/fd/{fd}", size)

@@ -1,31 +1,33 @@
-"""truncate(2) and open(2) with O_TRUNC on a disk, whose size is fixed.
+"""truncate(2) and open(2) with O_TRUNC on a disk, which never becomes smaller.
 
-For an open with O_TRUNC the kernel sends an open request without O_TRUNC, because of
-`qedfuse.mount.fuse.fuseinit`, and then a SETATTR request with the size 0.  For truncate(2) it
-sends such a SETATTR request as well.
+For an open with O_TRUNC the kernel sends an open request without O_TRUNC, because
+`qedfuse.mount.fuse.fuseinit` removes the feature FUSE_ATOMIC_O_TRUNC, and then a SETATTR request
+with the size 0.  For truncate(2) the kernel sends a SETATTR request with the new size.
 
 A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
-refused otherwise.  By default a request with a smaller size is refused.  If a truncation to 0
-succeeded and did nothing, old bytes would remain on the disk, because a program that copies into
-an empty file need not write zeros.  With ``truncate=zero`` a truncation to 0 zeroes the whole
-disk, as a discard does, and the disk keeps its size.  A truncation to a size between 0 and the
-size of the disk zeroes the range past the requested size.  cp(1) makes such a truncation for a
-source that ends in a hole.  The range that was cut off reads as zeros, as in a file that is
-truncated and made longer again.
+refused otherwise.
 
-After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  While
-the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no dirty
-page (FUSE_NOWRITE in fs/fuse).  So with ``truncate=zero`` the write-back cache is off, and only
-a shared memory map can make pages dirty.
+By default a request with a smaller size is refused.  It must not succeed and do nothing, because
+a program that copies into an empty file need not write zeros, so old bytes would remain on the
+disk.  With ``truncate=zero`` such a request zeroes the range from the requested size to the end
+of the disk, as a discard does, and the disk keeps its size.  So the range reads as in a file
+that is truncated and made longer again.  The requested size is not always 0: cp(1) truncates to
+a larger size for a source that ends in a hole.
+
+After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  But
+while the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no
+dirty page (FUSE_NOWRITE in fs/fuse), and it cannot drop a dirty page that it has not sent.
+Therefore with ``truncate=zero`` the write-back cache is off, so that only a shared memory map
+can make pages dirty.  Two cases remain:
 
 - If no page is dirty, the server makes the kernel drop all pages before the reply, and the
   reply gives the size that the disk still has.
-- If a page is dirty, the kernel cannot drop the pages before the reply, because it would have
-  to write the dirty page back first.  Then the reply gives the requested size.  So the kernel
-  itself drops all pages past the requested size, and does not write the dirty ones back.  The
-  attributes in this reply expire immediately, so the next request for the size, or for data
-  past the requested size, gets the real size.  `SizeFixup` makes such a request right after
-  the reply, in case no program does.
+- If a page is dirty, the kernel cannot drop all pages before the reply.  Then the reply gives
+  the requested size, which makes the kernel drop all pages past this size without writing the
+  dirty ones back.  The attributes in this reply expire immediately.  So when a program asks for
+  the size next, or reads past the requested size, the kernel requests the attributes and gets
+  the real size.  `SizeFixup` causes such a request right after the reply, in case no program
+  does.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ _log = logging.getLogger(__name__)
 
 
 class Truncation:
-    """Changes the size of a disk, or refuses to, by the options ``growable`` and ``truncate``."""
+    """Carries out or refuses changes of size, as the options ``growable`` and ``truncate`` say."""
 
     def __init__(
         self, options: MountOptions, try_drop_pages: Callable[[ExportedDisk], Awaitable[bool]]
     ) -> None:
-        """Decide by the options of the mount; no disk has been truncated yet.
+        """Handle changes of size for one mount.
 
         Args:
             options: The options of the mount.
@@ -71,16 +73,17 @@ class Truncation:
             reply must give ``size``, in attributes that expire immediately.
 
         Raises:
-            FUSEError: EPERM, the options do not allow this size, or the request is an outdated
-                one of `SizeFixup`; EFBIG, the tables cannot address the size.
+            FUSEError: EPERM, the options do not allow this size, or `SizeFixup` has caused the
+                request and the disk has grown since; EFBIG, the tables cannot address the size.
             QedError: The disk could not be changed; part of the range may be zeroed.
         """
         disk = exported.disk
         if size == disk.size:
             return True
         if size == exported.fixup_size and size < disk.size:
-            # The request comes from `SizeFixup`, and the disk has grown since `SizeFixup` read
-            # its size.  To carry the request out would discard data, which no user asked for.
+            # `SizeFixup` has caused this request, and the disk has grown since `SizeFixup` read
+            # the size of the disk.  The request is refused, because it would zero data although
+            # no user has truncated the disk.
             raise FUSEError(errno.EPERM)
         if size == 0 or (size < disk.size and self._options.truncate == "zero"):
             return await self._zero_from(exported, size)
@@ -95,7 +98,8 @@ class Truncation:
         """Zero a disk from guest offset ``start`` to its end; keep its size.
 
         Returns:
-            Whether the kernel has dropped its pages, so that the reply can give the real size.
+            True if the kernel has dropped all its pages, so that the reply can give the real
+            size.  False if the kernel may have pages left, as in `set_size`.
 
         Raises:
             FUSEError: EPERM, the option ``truncate`` does not allow it; the refusal is logged
@@ -109,9 +113,10 @@ class Truncation:
             await exported.disk.discard(start, exported.disk.size - start)
         finally:
             # The pages are dropped after a failure as well, because a part of the range may be
-            # zeroed, and programs must see the content that the disk has now.  If the kernel
-            # cannot drop the pages in time, it drops them after it has written back the dirty
-            # ones.
+            # zeroed, and programs must see the content that the disk has now.  After a failure
+            # the reply is an error, which makes the kernel drop no page.  If the kernel cannot
+            # drop the pages before this reply, it writes the dirty ones back after the reply and
+            # drops them then.
             dropped = await self._try_drop_pages(exported)
         return dropped
 
