@@ -1,7 +1,7 @@
 """Creating an empty image, for the toolbox, the mount and the Python API.
 
-The image has a temporary name until it is complete and durable.  So at any moment the final
-name refers to the old file, to no file, or to a complete image.
+The image has a temporary name until the image is complete and durable.  So at any moment the
+final name refers to the old file, to no file, or to a complete image.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ async def create_image(
 
     Args:
         path: The new file; an existing one is refused unless ``overwrite`` is given.
-        size: Bytes of the disk.
+        size: Size of the disk in bytes; may be 0.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file that the image stores: absolute, or relative to
-            the directory of the image.  The file is not opened.
+            the directory of the image.  The backing file is not opened.  None for no backing
+            file.
         backing_is_raw: Whether the backing file is raw.  If so, its format is never probed.
+            Has no effect without a backing file.
         overwrite: Whether to replace an existing file, which fails if another process has
             that file open as an image.  The new file gets the owner and the permissions of
             the old one.
@@ -57,7 +59,8 @@ async def create_image(
         ImageError: The existing file is not a regular file.
         ImageInUseError: Another process has the old file open, or has created another file
             of that name meanwhile.
-        HostError: The file cannot be created; an existing file is unchanged.
+        HostError: The host refused.  No new file is left behind and an existing file is
+            unchanged, unless only making the final name durable has failed.
     """
     import trio  # noqa: PLC0415  imported late: callers of `make_image` need no event loop
 
@@ -76,27 +79,29 @@ def make_image(
     mode: int = 0o644,
     fill: Callable[[str], object] | None = None,
 ) -> None:
-    """Create an empty image at ``path``, durably; ``fill`` may write into the image first.
+    """Create an image at ``path``, durably: an empty one, into which ``fill`` may write.
 
-    Until the image is complete, ``path`` refers to the old file or to none.
+    Until the image is complete, ``path`` refers to the old file or to no file.
 
     Args:
         path: The new file.
         header: A header that `new_header` has built.
-        backing: Name of the backing file that the image stores; None for no base.
+        backing: Name of the backing file that the image stores, for which ``header`` was
+            built; None for no backing file.
         overwrite: Whether to replace an existing file, which fails if another process has
             that file open as an image.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
         fill: Called with the temporary name of the empty image, before the image gets the
-            name ``path``.
+            name ``path``.  If ``fill`` raises an error, no new file is left behind.
 
     Raises:
         UsageError: The file exists and ``overwrite`` is False.
         ImageError: The existing file is not a regular file.
         ImageInUseError: Another process has the old file open, or has created another file
             of that name meanwhile.
-        HostError: The host refused, or is full.  No new file is left behind, and an
-            existing file is unchanged.
+        HostError: The host refused, or its file system is full.  No new file is left behind
+            and an existing file is unchanged, unless only making the final name durable has
+            failed.
     """
     with ExitStack() as stack:
         old = lock_replaced_file(path, stack, overwrite=overwrite)

@@ -18,10 +18,10 @@ from qedfuse.text import printable
 
 
 def backing_name(backing: str | None) -> bytes:
-    """Return the bytes of a backing name as an image stores them; empty for no base.
+    """Return the bytes of a backing name as an image stores them; empty for None or "".
 
     Raises:
-        UsageError: The name is too long or not a plain path.
+        UsageError: The name has more than `MAX_BACKING_NAME` bytes, or is not a plain path.
     """
     name = os.fsencode(backing or "")
     if lacks_path(name):
@@ -42,11 +42,12 @@ def new_header(
     """Build the header of an empty image, after validating the arguments.
 
     Args:
-        size: Bytes of the disk, rounded up to whole sectors.
-        cluster_size: Bytes of a cluster.
-        table_size: Clusters of a table.
-        backing: Name of the backing file; None for no base.
-        backing_is_raw: Whether the format of the backing file must not be probed.
+        size: Size of the disk in bytes; is rounded up to whole sectors.
+        cluster_size: Bytes in a cluster.
+        table_size: Clusters in a table.
+        backing: Name of the backing file; None for no backing file.
+        backing_is_raw: Whether the backing file is raw, so that its format must not be
+            probed.  Has no effect without a backing file.
 
     Raises:
         UsageError: A size is out of its range, or the name is too long or not a plain path.

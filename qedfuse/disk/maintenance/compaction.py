@@ -1,18 +1,18 @@
 """Compaction: the highest clusters in use move to the lowest free ones, and the file is cut.
 
-The *target* is the cluster at which the file ends once no free cluster is left in it.  There
-are as many clusters in use past the target as free ones before it, so every data cluster
-past the target finds a free one, whichever is the lowest.  Tables move first, because a
-table needs adjacent free clusters.
+The *target* is the cluster at which the file ends once no free cluster is left in the file.
+There are as many clusters in use past the target as free ones before the target.  So every
+data cluster past the target can move to a free one before the target.  Tables move first,
+because a table needs adjacent free clusters.
 
-A compaction may be limited to a number of moves.  If more clusters than that are in use past
-the target, the target is set higher, so that only as many clusters as may move are in use
-past it.
+A compaction may be limited to a number of moves.  If more clusters than this number are in
+use past the target, a higher target is chosen, so that only as many clusters as may move are
+in use past the target.
 
-The file is cut by the flushes: `Reclaim.run`, which each of them runs, cuts off the free
-clusters at the end of the file.  A compaction can end early, because its time is over or
-because it was stopped.  The clusters moved until then were the highest, so the file can
-still be cut to the highest cluster in use.
+The file is cut by the flushes: each flush runs `Reclaim.run`, which cuts off the free clusters
+at the end of the file.  A compaction can end early, because its time is over or because it
+was stopped.  Even then the file can be cut after the highest cluster that is still in use,
+because the highest clusters move first.
 
 `qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.
 """
@@ -39,19 +39,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_MOVES_PER_PASS: Final = 1 << 20
-"""Most clusters whose owners are found in one pass over the tables.  Takes 32 MiB of memory."""
+"""Maximum number of clusters whose owners are found in one pass over the tables; one pass takes
+up to 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
-"""Most L2 tables with which an image is compacted; with 64 KiB clusters they cover 2 PiB."""
+"""Maximum number of L2 tables in an image that is compacted; with clusters and tables of the
+default sizes they cover 2 PiB."""
 
 
 class Limits(NamedTuple):
     """How much one compaction may do.
 
     Attributes:
-        bytes: Most bytes that may be moved.
-        seconds: How long the compaction may take.  A system call that is running at the end
-            of this time is still waited for.
+        bytes: Maximum number of bytes that may be moved.
+        seconds: Maximum time that the compaction may take.  A system call or a flush that is
+            running at the end of this time is still completed.
     """
 
     bytes: int
@@ -70,7 +72,7 @@ class Compaction:
         flusher: Flusher,
         reclaim: Reclaim,
     ) -> None:
-        """Compact the file of ``layer``, by way of ``tables`` and ``data``."""
+        """Compact the file of ``layer``; ``tables`` and ``data`` choose what moves."""
         self._layer = layer
         self._allocator = allocator
         self._tables = tables
@@ -90,16 +92,17 @@ class Compaction:
     ) -> int:
         """Move the highest clusters and cut the file; return how many clusters were moved.
 
-        The caller must ensure that no other request is running.  Nothing is moved, and a
-        warning is logged, if the scan has not found all free clusters, if the image is
-        damaged, or if it has too many tables.  If a corrupt table entry is found, the
+        The caller must ensure that no request is running.  Nothing is moved, and a warning is
+        logged, if the scan has not found all free clusters, if the image is damaged, or if
+        the image has more than `_MAX_TABLES` tables.  If a corrupt table entry is found, the
         compaction ends, an error is logged, and the image is marked as damaged.  Reaching a
         limit is no error.
 
         Args:
             progress: Called with the bytes that have been moved, and with all that will be.
-            within_bound: Never let the file become longer than its bound.  Tables may then
-                be unable to move, and clusters stay free in the file.
+            within_bound: Whether the file must never become longer than its bound
+                (`Geometry.bound`).  If so, tables may be unable to move, and free clusters
+                stay in the file.
             limits: How much may be moved, and how long that may take; None for no limits.
 
         Raises:
@@ -128,8 +131,8 @@ class Compaction:
                     await self._shorten(limits, counter, within_bound=within_bound)
         except CorruptImageError as error:
             # `build_reverse_map` has found an entry that is no multiple of the cluster size, or
-            # a cluster with two owners.  Such a cluster is never moved, because only one of
-            # the owners would point to the copy.
+            # a cluster with two owners.  End the compaction before such a cluster is moved,
+            # because only one of the two owners would point to the copy.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
             self._layer.mark_damaged()
         finally:
@@ -137,7 +140,7 @@ class Compaction:
         return counter.moved
 
     def stop(self) -> None:
-        """End the running compaction, and let later ones end before they move anything.
+        """End the running compaction; later compactions end before they move a cluster.
 
         Clusters that have been moved stay moved.
         """
@@ -148,9 +151,10 @@ class Compaction:
     async def _shorten(
         self, limits: Limits | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        """Move the highest clusters, until no cluster is free or no more can or may be moved.
+        """Move the highest clusters, until no cluster is free or a pass has moved none.
 
-        Each pass of the loop moves up to `_MAX_MOVES_PER_PASS` clusters.
+        Each pass of the loop moves at most `_MAX_MOVES_PER_PASS` clusters, and no more than
+        ``limits`` still allow.
         """
         max_moves = None if limits is None else limits.bytes >> self._bits
         counter.expect(self._data.count_used_from(self._data.target(max_moves)))

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _BATCH_BYTES: Final = 1 << 26
-"""Most data that is moved between two flushes."""
+"""Maximum number of bytes that are moved between two flushes."""
 _LIMITED_BATCH_BYTES: Final = 1 << 23
-"""Most data that a compaction with limits moves between two flushes.  A flush that has begun
-is completed even if the time of the compaction is over, so it must be short."""
+"""Maximum number of bytes that a compaction with limits moves between two flushes.  A flush
+that has begun is completed even if the time of the compaction is over, so a flush must be
+short."""
 
 
 class MoveCounter:
@@ -41,7 +42,7 @@ class MoveCounter:
         self._expected = 0
 
     def expect(self, clusters: int) -> None:
-        """Set how many clusters will probably be moved in all."""
+        """Set how many clusters the whole compaction will probably move."""
         self._expected = clusters
 
     def add(self, clusters: int) -> None:
@@ -60,7 +61,7 @@ class DataCompaction:
     def __init__(
         self, layer: QedLayer, allocator: Allocator, mover: Mover, flusher: Flusher
     ) -> None:
-        """Compact the data of ``layer``; ``mover`` moves its clusters."""
+        """Compact the data of ``layer``; ``mover`` moves the clusters."""
         self._layer = layer
         self._allocator = allocator
         self._mover = mover
@@ -70,7 +71,7 @@ class DataCompaction:
     def target(self, max_moves: int | None = None) -> int:
         """Return the target: the cluster at which the file can end after ``max_moves`` moves.
 
-        None is for any number of moves.
+        With None, any number of clusters may be moved.
         """
         end, free = self._allocator.end >> self._bits, self._allocator.free
         target = max(end - free.count, self._allocator.anchor)
@@ -79,7 +80,7 @@ class DataCompaction:
         return max(target, free.tail_start(end, max(0, max_moves)))
 
     def count_used_from(self, cluster: int) -> int:
-        """Return how many clusters are in use from a cluster on."""
+        """Return how many clusters are in use from ``cluster`` up to the end of the file."""
         end = self._allocator.end >> self._bits
         return max(0, end - cluster - self._allocator.free.count_free(cluster, end - cluster))
 
@@ -92,16 +93,15 @@ class DataCompaction:
             first: The first cluster that moves.
             counter: Counts the moves.
             last: None to move all clusters up to the end of the file to the lowest free
-                ones.  Otherwise the clusters before ``last`` move, to free ones from
-                ``last`` on.
-            limited: Stop reading tables once all owners are found, and flush more often.
-                Requires that no table lies at or past ``first``.
+                ones.  Otherwise the clusters from ``first`` up to, not including, ``last``
+                move to free ones from ``last`` on.
+            limited: Whether to stop reading tables once all owners are found, and to flush
+                more often.  If so, no table must lie at or past ``first``.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
-                cluster has two owners.
-            HostError: The host refused.  In both cases clusters that have been moved stay
-                moved.
+                cluster has two owners.  This call has moved no cluster.
+            HostError: The host refused.  Clusters that have been moved stay moved.
         """
         end = self._allocator.end if last is None else last << self._bits
         count = self.count_used_from(first)

@@ -1,9 +1,9 @@
 """Moving clusters within the file: copy, change the entry, retire the old cluster.
 
-Each move is an ordinary change: the copy is written, a write-back cycle makes it durable
-before the entry that points to it, and the old cluster goes through the quarantine.  So the
-image is sound at any moment.  The caller must ensure that no request runs meanwhile, because
-a write in place does not check whether its cluster is being moved.
+Each move is an ordinary change: the copy is written, a write-back cycle makes the copy durable
+before the entry that points to the copy, and the old cluster goes through the quarantine.  So
+the image is sound at any moment.  The caller must ensure that no request runs meanwhile,
+because a write in place does not check whether its cluster is being moved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _COPY_BYTES: Final = 1 << 20
-"""Most bytes that are copied with one read and one write."""
+"""Maximum number of bytes that are copied with one read and one write."""
 
 
 class Mover:
@@ -66,13 +66,14 @@ class Mover:
         """Move the L2 table of an L1 entry to other clusters, durably.
 
         Args:
-            l1_index: The entry.
+            l1_index: Index of the L1 entry.
             table: The first cluster of the table.
-            slot: The first of its new clusters, all of which the caller has allocated.
+            slot: The first of the table's new clusters, all of which the caller has
+                allocated.
 
         Raises:
-            HostError: The host refused.  The new clusters are free again, unless only making
-                the move durable has failed: then the table has moved.
+            HostError: The host refused.  If only making the move durable has failed, the
+                table has moved; otherwise the new clusters are free again.
         """
         layer = self._layer
         old, new, length = table << self._bits, slot << self._bits, layer.geometry.table_bytes
@@ -102,8 +103,9 @@ class Mover:
 
         Args:
             entries: File offsets of the entries.
-            above: The cluster from which on new clusters are allocated.  None allocates the
-                lowest free ones; a cluster for which no lower one is free then stays.
+            above: The first cluster that may be allocated: all new clusters lie from
+                ``above`` on.  With None the lowest free clusters are allocated, and a cluster
+                stays where it is if no lower one is free.
             moved: Called with the number of clusters that have just been moved.
 
         Raises:
@@ -113,7 +115,8 @@ class Mover:
         length = self._layer.tables.slice_entries * ENTRY_BYTES
         tables = self._layer.l2_tables
         owners = tables[np.searchsorted(tables, ordered, "right") - 1]
-        # Tables are cut into slices from their own beginning on.
+        # The file offset of the slice in which each entry lies: slices begin at multiples of
+        # the slice length from the beginning of the table.
         starts = ordered - (ordered - owners) % np.uint64(length)
         edges = np.flatnonzero(np.diff(starts)) + 1
         for first, last in pairwise([0, *edges.tolist(), len(ordered)]):
@@ -130,7 +133,15 @@ class Mover:
         above: int | None,
         moved: Callable[[int], None],
     ) -> None:
-        """Move the clusters of the entries at some indices of the slice at a file offset."""
+        """Move the clusters of some entries of one slice.
+
+        Args:
+            table: File offset of the table.
+            offset: File offset of the slice.
+            indices: The indices of the entries in the slice, ascending.
+            above: See `move_data`.
+            moved: See `move_data`.
+        """
         size = self._layer.geometry.cluster_size
         edges = np.flatnonzero(np.diff(indices) != 1) + 1
         async with self._needcheck.changing():
@@ -155,7 +166,8 @@ class Mover:
         """Move ``count`` contiguous clusters to one or more free runs.
 
         The first cluster lies at the file offset ``value``, and its entry has the index
-        ``at`` in the slice.  Clusters that find no free ones stay: see `move_data`.
+        ``at`` in the slice.  Clusters stay where they are if there is no free cluster to
+        move to; see `move_data`.
         """
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0
@@ -184,18 +196,22 @@ class Mover:
             done, value = done + clusters, value + run.length
 
     async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file; holes stay holes, because a table of 1 GiB can be one."""
+        """Copy bytes within the file; copy holes as holes, because a table can be a 1 GiB hole.
+
+        Raises:
+            HostError: The host refused; the target may be partly written.
+        """
         file, at = self._layer.file, 0
         while at < length:
-            # Reads and writes that are done inline are no checkpoints.  Without this one a
-            # deadline would have no effect while they follow each other.
+            # Reads and writes that are done inline are no checkpoints.  Without this checkpoint
+            # a deadline would have no effect during a sequence of such reads and writes.
             await trio.lowlevel.checkpoint()
             data = await file.next_data(source + at)
             hole = (length if data is None else min(length, data - source)) - at
             if hole > 0 and file.can_punch:
                 await file.punch((target + at, hole))
-            # `punch` may just have found that the host cannot punch holes; then the zeros of
-            # the hole are copied.
+            # Test `can_punch` again, because `punch` may just have found that the host cannot
+            # punch holes.  If so, copy the zeros of the hole.
             if hole > 0 and file.can_punch:
                 at += hole
             else:

@@ -1,9 +1,10 @@
 """The reverse map: which L2 entries refer to the clusters of a range of the file.
 
 The format does not record which entry refers to a cluster, so all tables may have to be read.
-If the caller knows how many entries there are, the reading ends when all have been found.
-The tables are read from the end of the file backwards: the range to be searched is mostly at
-the end of the file, and tables that were allocated late hold entries of late clusters.
+If the caller knows how many entries to expect, the reading ends when all have been found.
+To find the entries early, the tables are read from the end of the file backwards: the range
+is mostly at the end of the file, and the tables that refer to late clusters mostly lie there
+too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
 
 _READ_BYTES: Final = 1 << 20
-"""Most bytes of a table that are read in one call; other tasks may run between the calls."""
+"""Maximum number of bytes of a table that are read in one call; other tasks may run between two
+calls."""
 
 
 class ReverseMap(NamedTuple):
@@ -51,9 +53,10 @@ async def build_reverse_map(
     Args:
         layer: The image.
         low: File offset of the first cluster.
-        high: File offset after the last cluster.
-        expected: How many such entries a sound image has; the reading ends when as many have
-            been found.  With None all entries of the image are read and validated.
+        high: File offset just past the last cluster.
+        expected: How many such entries a sound image has; the reading ends after the table
+            in which the last of them was found.  With None all entries of the image are read
+            and validated.
 
     Raises:
         CorruptImageError: An entry does not point to the start of a cluster, or two entries
@@ -70,7 +73,7 @@ async def build_reverse_map(
     for table in tables[held][::-1].tolist():
         if expected is not None and count >= expected:
             break
-        # `DataSlices` has a checkpoint before each slice: other tasks run there, and there a
+        # `DataSlices` makes a checkpoint before each slice, so that other tasks can run and a
         # deadline can end the reading.
         async for offset in DataSlices(layer.file, table, length, slice_bytes=step):
             values = await _read(layer, table, offset, step, validated=expected is None)
@@ -87,8 +90,11 @@ async def _read(
 ) -> NDArray[np.uint64]:
     """Read ``length`` bytes of entries of a table, from the file offset ``offset`` on.
 
-    With ``validated`` they are read through the table cache, which marks the image as damaged
-    if an entry is bad.
+    With ``validated`` the entries are read through the table cache, which marks the image as
+    damaged if an entry is invalid.
+
+    Raises:
+        HostError: The host cannot read the table.
     """
     if not validated:
         return np.frombuffer(decode(await layer.file.pread(offset, length)), np.uint64)
@@ -104,7 +110,7 @@ async def _read(
 def _in_order(
     layer: QedLayer, clusters: list[NDArray[np.uint64]], entries: list[NDArray[np.uint64]]
 ) -> ReverseMap:
-    """Combine what was found in the slices, in the order of the clusters.
+    """Join the arrays of all slices, and sort them in the order of the clusters.
 
     Raises:
         CorruptImageError: An entry does not point to the start of a cluster, or two entries

@@ -1,4 +1,4 @@
-"""Compaction of L2 tables, which need adjacent free clusters and so move before the data."""
+"""Compaction of L2 tables, which move before the data because they need adjacent clusters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TableCompaction:
         mover: Mover,
         data: DataCompaction,
     ) -> None:
-        """Compact the tables of ``layer``; ``data`` moves data that has to give way to them."""
+        """Compact the tables of ``layer``; ``data`` moves data out of the way of the tables."""
         self._layer = layer
         self._allocator = allocator
         self._space = space
@@ -44,7 +44,11 @@ class TableCompaction:
     async def list_tables(self) -> dict[int, int]:
         """Return a dictionary from the first cluster of each L2 table to its L1 index.
 
-        The caller must ensure that no slice is dirty: holes of the file are skipped.
+        The caller must ensure that no slice is dirty, because the entries of a dirty slice
+        would be missed if the file still has a hole there.
+
+        Raises:
+            HostError: The host refused.
         """
         layer, found = self._layer, {}
         start = layer.header.l1_table_offset
@@ -63,7 +67,7 @@ class TableCompaction:
     async def move(
         self, pass_moves: int, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> int:
-        """Move the tables past the target to slots before it; return the target.
+        """Move the tables past the target to slots before the target; return the target.
 
         Args:
             pass_moves: How many clusters may still be moved in this pass, which decides the
@@ -73,8 +77,13 @@ class TableCompaction:
             within_bound: See `Compaction.run`.
 
         Returns:
-            The target, or the end of the last table if that lies past the target because it
+            The target, or the first cluster after the last table if a table past the target
             could not be moved.
+
+        Raises:
+            CorruptImageError: A table entry does not point to the start of a cluster, or a
+                cluster has two owners.
+            HostError: The host refused.  Tables that have been moved stay moved.
         """
         target = self._data.target(pass_moves)
         if max_moves is not None and target > self._data.target():
@@ -101,23 +110,23 @@ class TableCompaction:
         Returns ``cluster`` itself if it lies in no table.
         """
         tables = self._layer.l2_tables
-        number = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
-        if number < 0:
+        table_index = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
+        if table_index < 0:
             return cluster
-        return max(cluster, (int(tables[number]) >> self._bits) + self._table_size)
+        return max(cluster, (int(tables[table_index]) >> self._bits) + self._table_size)
 
     async def _pack(
         self, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
         """Move all tables next to each other, directly after the L1 table.
 
-        This helps if the free clusters are scattered so that no table fits between them.
+        This helps if no run of free clusters before the target is long enough for a table.
         The data clusters that are in the way move up first, which can make the file longer
-        for the time of the compaction.
+        until the end of the compaction.
 
-        Moves nothing if the tables would reach past the target, if the file could become
-        longer than its bound (``within_bound``), or if more than ``max_moves`` clusters
-        might have to move.
+        Moves nothing if the tables would reach past the target, if ``within_bound`` is True
+        and the file could become longer than its bound, or if the whole compaction might
+        exceed ``max_moves``.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()
