@@ -143,10 +143,10 @@ def _tables(program: Program) -> Iterator[str]:
     The function ``is_command`` returns a status.  Each other function sets ``values``, a
     variable of its caller.
     """
-    named = " ".join(command.name for command in program.commands if command.name)
+    names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.
     needs_command = bool(program.commands[0].name)
-    yield from ("_PROGRAM_is_command() {", f"    [[ ' {named} ' == *\" $1 \"* ]]", "}", "")
+    yield from ("_PROGRAM_is_command() {", f"    [[ ' {names} ' == *\" $1 \"* ]]", "}", "")
     cases = [("''", "--help --version")] if needs_command else []
     cases += [(_quoted(command.name), _flags(command)) for command in program.commands]
     yield from _function("options", "$1", "$1: the command.", cases)
@@ -156,9 +156,9 @@ def _tables(program: Program) -> Iterator[str]:
         for option in command.options
         if option.value is not None
     ]
-    note = "$1: the command; $2: an option of it.  Fails if no value follows."
+    note = "$1: the command; $2: an option of the command.  Fails if the option has no value."
     yield from _function("option", "$1 $2", note, cases, otherwise="return 1")
-    cases = [("' 0'", named if needs_command else f"-f {named}")]
+    cases = [("' 0'", names if needs_command else f"-f {names}")]
     cases += [case for command in program.commands for case in _operands(command)]
     note = "$1: the command, and the number of operands before this one."
     yield from _function("operand", "$1", note, cases)
@@ -205,7 +205,7 @@ def _flags(command: Command) -> str:
 
 
 def _patterns(command: Command, flags: Iterable[str]) -> str:
-    """Return a case pattern for an option of a command, which matches any of ``flags``."""
+    """Return a pattern of ``case`` that matches a command with any of ``flags``."""
     return " | ".join(f"'{command.name} {flag}'" for flag in flags)
 
 

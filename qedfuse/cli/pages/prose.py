@@ -106,7 +106,7 @@ Try something out, with all changes in an overlay:
 
     qedfuse -o overlay=try.qed vm.qed /mnt/vm
 
-Look at an image that must not be changed, beside the virtual machine that writes to it:
+Look at an image while a virtual machine writes to it, without changing the image:
 
     qedfuse -o force_share vm.qed /mnt/vm
 """

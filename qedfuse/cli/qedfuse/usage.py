@@ -25,13 +25,13 @@ MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
 
 Options of -o; the default and then other values are in parentheses:
   ro, rw                 whether the disk can be written to (rw)
-  allow_other            let other users access the mount, within uid, gid and umask
-  allow_root             let root access the mount, but no other user
+  allow_other            allow access by other users; uid, gid and umask apply
+  allow_root             allow access by root, but not by other users
   uid=N, gid=N           owner of the disk (the caller)
   umask=OCTAL            permissions removed from 0666 (077)
   growable               let truncate(1) and writes past the end enlarge the disk
-  truncate=zero          truncation fills the range that it cuts off with zeros, and the
-                         disk keeps its size; cp and > truncate on opening (refuse)
+  truncate=zero          truncation, as by cp and >, writes zeros past the new end,
+                         and the disk keeps its size (refuse)
   discard, nodiscard     whether discards free space, or only write zeros (discard)
   detect_zeroes=on       allocate no space for zeros that are written (off; unmap: also
                          free the space that the zeros overwrite)
@@ -47,7 +47,7 @@ Options of -o; the default and then other values are in parentheses:
                          names them (any: from anywhere; none: refuse all)
   backing_dir=DIR        allow backing files from DIR too (may be repeated)
   backing_format=raw     format of all backing files (or qed), whatever they contain
-  force_share            read-only, beside a program that writes to the image
+  force_share            read-only, while another program writes to the image
   direct_io              keep nothing in the kernel's page cache
   readahead=SIZE         how far the kernel reads ahead (1M; kernel: its default);
                          only root can exceed the kernel's default

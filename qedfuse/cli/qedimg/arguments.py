@@ -40,7 +40,8 @@ def add_share(parser: argparse.ArgumentParser) -> None:
         "-U",
         "--force-share",
         action="store_true",
-        help="read beside a program that writes to the image; reads may mix old and new data",
+        help="read even if another program has the image open for writing; reads may mix old "
+        "and new data",
     )
 
 

@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-r",
         "--repair",
         choices=("leaks", "all"),
-        help="free leaked space, or repair damage",
+        help="leaks: free leaked space; all: repair damage, or free leaked space if there is no "
+        "damage",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what -r would do, and change nothing"
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="repair even if that writes far more data than the file has, or if far more "
+        help="repair even if the repair writes far more data than the file has, or if far more "
         "clusters are leaked than in use",
     )
     parser.add_argument(

@@ -45,10 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("second", metavar="SECOND")
     formats = ("auto", "raw", "qed")
     parser.add_argument(
-        "-f", dest="first_format", choices=formats, default="auto", help="format of FIRST"
+        "-f",
+        dest="first_format",
+        choices=formats,
+        default="auto",
+        help="format of FIRST; auto (default): detected",
     )
     parser.add_argument(
-        "-F", dest="second_format", choices=formats, default="auto", help="format of SECOND"
+        "-F",
+        dest="second_format",
+        choices=formats,
+        default="auto",
+        help="format of SECOND; auto (default): detected",
     )
     parser.add_argument(
         "-s", "--strict", action="store_true", help="compare size and allocation as well"

@@ -28,7 +28,7 @@ Copy the disk of SOURCE into a new file TARGET.  A source with backing files bec
 one image, unless -B names a base for the new image.  SOURCE is a QED image, a raw file
 or a block device, or - for raw content from standard input.  TARGET is a file, or - for
 raw content to standard output.  Zeros take no space in TARGET, unless -S is 0.  For a
-TARGET in another format than raw and qed, qemu-img must be installed."""
+TARGET in a format other than raw and qed, qemu-img must be installed."""
 
 _MAX_STREAMS: Final = 16
 """Maximum of the option ``-m``: the number of chunks that are copied in parallel."""
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET")
     parser.add_argument(
-        "-f", dest="source_format", metavar="FORMAT", help="format of SOURCE: raw or qed"
+        "-f", dest="source_format", metavar="FORMAT", help="format of SOURCE: raw or qed (detected)"
     )
     parser.add_argument(
         "-O", dest="format", metavar="FORMAT", default="qed", help="format of TARGET (qed)"
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
 
         result = run_async(work)
-    if arguments.verbose and result.file_bytes:  # 0 for a pipe: stdout is the target then
+    if arguments.verbose and result.file_bytes:  # 0 if the target is stdout
         print_line(
             arguments,
             f"{printable(arguments.target)}: disk of {result.size} bytes, of which "

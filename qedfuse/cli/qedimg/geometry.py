@@ -58,7 +58,10 @@ def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
     """
     parser.add_argument(flag, "--base", metavar="BASE", help=f"make an overlay {meaning}")
     parser.add_argument(
-        "-F", "--base-format", choices=("raw", "qed"), help="format of BASE (detected if it is QED)"
+        "-F",
+        "--base-format",
+        choices=("raw", "qed"),
+        help="format of BASE; qed is detected, raw is not",
     )
 
 

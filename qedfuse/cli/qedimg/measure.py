@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", metavar="SIZE", type=common.size, help="measure a new disk of this size"
     )
-    parser.add_argument("-f", dest="source_format", choices=("raw", "qed"), help="format of SOURCE")
+    parser.add_argument(
+        "-f", dest="source_format", choices=("raw", "qed"), help="format of SOURCE (detected)"
+    )
     parser.add_argument(
         "-O",
         dest="format",

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg rebase -b other.qed -F qed overlay.qed"
 DESCRIPTION: Final = """\
-Give an overlay another base, or none.  The disk of the overlay keeps its content: where
-the two bases differ, the data of the old base is copied into the overlay.  At any moment
+Give an overlay another base, or none.  The disk of the overlay keeps its content, because
+data of the old base is copied into the overlay where the two bases differ.  At any moment
 the overlay names one of the two bases, and its disk has the same content.
 
 With -u only the name of the base changes, and neither base is opened.  Use it if the base
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-F",
         dest="base_format",
         choices=("raw", "qed"),
-        help="format of the new base (detected if it is QED)",
+        help="format of the new base; qed is detected, raw is not",
     )
     parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
     parser.add_argument("-u", "--unsafe", action="store_true", help="change only the name")

@@ -34,7 +34,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.has_signal = False
+        # Whether `run` is active: then a signal must not raise KeyboardInterrupt.
         self._deferred = False
+        # Cancels the function that `run` is running; None if no function is running.
         self._cancel: Callable[[], None] | None = None
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
@@ -78,16 +80,16 @@ class Interruption:
     async def _cancellable(
         self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]
     ) -> list[T]:
-        """Return the function's result in a list, which is empty if it was cancelled."""
+        """Return the function's result in a list, which is empty if the function was cancelled."""
         import trio  # noqa: PLC0415  imported late, as in `run`
 
         token: TrioToken = trio.lowlevel.current_trio_token()
         with trio.CancelScope() as scope:
             # The signal handler calls `_cancel`, and may interrupt trio's own code at any
-            # point.  Of trio's functions only run_sync_soon may be called there.
+            # point.  Of trio's functions only run_sync_soon may be called in a signal handler.
             self._cancel = lambda: token.run_sync_soon(scope.cancel)
             try:
-                # A signal may have arrived before `_cancel` was set.
+                # A signal that arrived before `_cancel` was set has cancelled nothing.
                 if self.has_signal:
                     scope.cancel()
                 return [await function(*args)]
@@ -98,7 +100,10 @@ class Interruption:
 
 
 _active: list[Interruption] = []
-"""The interruptions of the active `interruptible` blocks; the innermost, at the end, is in use."""
+"""The interruptions of the active `interruptible` blocks, from the outermost to the innermost.
+
+The innermost one handles signals.
+"""
 
 
 def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
