@@ -2,8 +2,8 @@
 
 There are four kinds of options: qedfuse's own options, mount flags that the kernel enforces,
 options for mount(8) or systemd, and options of libfuse.  Options for mount(8), systemd or
-libfuse are dropped.  An unknown option is an error, because it may be a misspelt ``ro``, and a
-writable mount could then change an image that the user wants to keep.
+libfuse are dropped.  An unknown option is an error, because it may be a misspelt ``ro``.  If it
+were ignored, the mount would be writable and could change an image that the user wants to keep.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 KERNEL_FLAGS: Final = frozenset(
     {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync"}
 )
-"""Mount flags that are passed to the kernel, which enforces them.  ``ro`` is missing, because it
-also decides how images are opened, and so sets a field of `MountOptions`."""
+"""Mount flags that are passed to the kernel, which enforces them.  ``ro`` is missing, because that
+flag also decides how images are opened, and so has a field of its own in `MountOptions`."""
 
 _DROPPED: Final = frozenset(
     {
@@ -40,7 +40,8 @@ _DROPPED: Final = frozenset(
         *("symfollow", "nosymfollow"),  # without effect: the mount has no symbolic links
     }
 )
-"""Options for mount(8) or systemd, and options of libfuse that are always in effect."""
+"""Options without a value that are dropped: options for mount(8) or systemd, and options of libfuse
+that are always in effect."""
 
 _DROPPED_WITH_VALUE: Final = frozenset(
     {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
@@ -49,7 +50,7 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size of requests."""
 
 _MAX_ID: Final = (1 << 32) - 2
-"""Largest user or group.  chown(2) takes the next number, which is -1, for "unchanged"."""
+"""Largest user or group.  The next number is -1, which means "unchanged" for chown(2)."""
 _MAX_SECONDS: Final = 3600.0
 """Largest value of each option whose value is a number of seconds."""
 _MAX_POLL_MICROSECONDS: Final = 10_000
@@ -63,11 +64,11 @@ _MAX_READAHEAD_BYTES: Final = 1 << 30
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Parse lists of options; a later option overrides an earlier one.
 
-    The directories of all ``backing_dir`` and all mount flags are kept.
+    Two kinds of options add up instead: ``backing_dir``, and mount flags for the kernel.
 
     Args:
         lists: The arguments of all ``-o``, in order.
-        sloppy: Drop unknown options (``-s`` of mount(8)).
+        sloppy: Whether to drop unknown options (``-s`` of mount(8)) instead of refusing them.
 
     Raises:
         UsageError: An option is unknown, has an invalid value, lacks its value or must not
@@ -91,7 +92,7 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
     Args:
         option: One option, without escapes.
         options: The options of a mount.
-        sloppy: Return True for an unknown option.
+        sloppy: Whether to return True for an unknown option instead of refusing it.
 
     Raises:
         UsageError: The option is unknown, has an invalid value, lacks its value or must not
@@ -107,12 +108,12 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
 
 
 def known_options() -> dict[str, tuple[str, ...] | None]:
-    """Return all options that have an effect, with the values to choose from.
+    """Return all options that have an effect, and the possible values of each option.
 
     Returns:
-        A mapping from the name of each option to its values: a tuple of the values to choose
-        from, an empty tuple for any value, or None if the option has no value.  For an option
-        that may have a value or none, the tuple is given.
+        A mapping from the name of each option to its values: a tuple of the possible values, an
+        empty tuple if the value is free, or None if the option has no value.  An option that may
+        have a value or none has the tuple.
     """
     return {
         **dict.fromkeys((*_FLAGS, *KERNEL_FLAGS)),
@@ -123,12 +124,12 @@ def known_options() -> dict[str, tuple[str, ...] | None]:
 
 @dataclass(frozen=True, slots=True)
 class _Parsed:
-    """What the given options set; a field that no option sets is missing.
+    """The fields that a list of options sets; a field that no option sets is missing.
 
     Attributes:
         fields: Values for fields of `MountOptions`.
         backing: Values for fields of `BackingPolicy`.
-        directories: The values of all ``backing_dir``.
+        directories: The values of all ``backing_dir``, in order.
         kernel_flags: The mount flags for the kernel, in order, as keys.
     """
 
@@ -139,7 +140,7 @@ class _Parsed:
 
 
 def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
-    """Parse options without escapes; a later one overrides an earlier one.
+    """Parse options without escapes; a later option overrides an earlier one.
 
     Raises:
         UsageError: An option is unknown, has an invalid value, lacks its value or must not
@@ -167,7 +168,7 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
 
 
 def _is_dropped(name: str, equals: str) -> bool:
-    """Return whether an option must be ignored; ``equals`` is empty if it has no value."""
+    """Return whether an option is one that is dropped; ``equals`` is empty if it has no value."""
     if name.lower().startswith("x-"):
         return True
     return name in (_DROPPED_WITH_VALUE if equals else _DROPPED)
@@ -184,7 +185,11 @@ def _complaint(name: str, option: str) -> str:
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return a value unchanged, after the check that it is one of ``choices``."""
+    """Return ``value`` unchanged if it is one of ``choices``.
+
+    Raises:
+        UsageError: The value is not one of ``choices``.
+    """
     if value not in choices:
         msg = f"option {name}: found {printable(value)}, expected {' or '.join(choices)}"
         raise UsageError(msg)
@@ -192,7 +197,11 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _number(name: str, value: str, base: int, maximum: int, expected: str) -> int:
-    """Parse an integer without a sign, from 0 to ``maximum``; base is 8 or 10."""
+    """Parse an integer without a sign, from 0 to ``maximum``; ``base`` is 8 or 10.
+
+    Raises:
+        UsageError: The value is no such integer; the message has ``expected``.
+    """
     digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
     if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:
         msg = f"option {name}: found {printable(value)}, expected {expected}"
@@ -229,7 +238,7 @@ def _poll(name: str, value: str) -> float:
 
 
 def _readahead(name: str, value: str) -> Readahead:
-    """Parse the longest read-ahead in bytes, or ``kernel``."""
+    """Parse the maximum read-ahead in bytes, which may be 0, or ``kernel``."""
     if value == "kernel":
         return "kernel"
     size = _size(name, value)

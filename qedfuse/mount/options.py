@@ -30,29 +30,29 @@ class MountOptions:
         uid: Owner of the disks; None for the user who mounts.
         gid: Group of the disks; None for the group of the user who mounts.
         umask: Permission bits cleared from 0666; None clears the bits of group and others.
-        direct_io: The kernel's page cache is not used.
+        direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
         force_share: The mount is read-only, and another program may write to the image.
         growable: truncate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
             refused or writes zeros to the range that it cuts off.
-        commit_seconds: Longest time in seconds for which changed tables stay in memory only.
-        cache_bytes: Most memory in bytes for the tables of one disk, its backing files
-            included.
+        commit_seconds: Maximum time in seconds for which changed tables stay in memory only.
+        cache_bytes: Maximum memory in bytes for the tables of one disk, including the tables of
+            its backing files.
         discard: Whether discards free clusters; if not, discards write zeros.
         detect_zeroes: How written zeros are stored (`OpenOptions`).
         free_list: Whether images keep a persistent free list (`OpenOptions`).
         compact: How far the image files are compacted when the mount ends (`OpenOptions`).
-        compact_bytes: Most bytes that ``compact=auto`` moves in each image.
-        compact_seconds: Longest time in seconds that ``compact=auto`` takes for all images
-            together.
-        poll_seconds: Longest time in seconds for which the server polls for the next request;
-            None for the default of the machine.
-        readahead: Longest read-ahead of the kernel in bytes, ``kernel`` to leave it to the
-            kernel, or None for the default (`qedfuse.mount.system.readahead`).
+        compact_bytes: Maximum number of bytes that ``compact=auto`` moves in each image.
+        compact_seconds: Approximate maximum time in seconds that ``compact=auto`` takes for all
+            images together.
+        poll_seconds: Maximum time in seconds for which the server polls for the next request; 0
+            for no polling; None for the default of the machine.
+        readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
+            length; None for the default of qedfuse (`qedfuse.mount.system.readahead`).
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
-        overlay: Path of a QED image to which writes go, and which is made if missing; None to
-            write to the image itself.
+        overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
+            if the image itself gets the writes.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
 
@@ -82,12 +82,13 @@ class MountOptions:
     kernel_flags: tuple[str, ...] = ()
 
     def absolute(self) -> MountOptions:
-        """Return the options with paths that do not depend on the working directory."""
+        """Return the options with absolute paths, which a change of the directory cannot affect."""
         directories = tuple(map(os.path.abspath, self.backing.directories))
         overlay = None if self.overlay is None else os.path.abspath(self.overlay)  # noqa: PTH100
         try:
             working_directory = os.getcwd()  # noqa: PTH109
-        except OSError:  # the working directory has been removed, so no relative name is found
+        except OSError:
+            # The working directory has been removed, so no relative name can lead to a file.
             working_directory = "/"
         backing = replace(
             self.backing, directories=directories, working_directory=working_directory
@@ -100,13 +101,12 @@ class MountOptions:
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Check that no two options exclude each other; return them with ``read_only`` completed.
-
-    The option ``force_share`` implies ``read_only``.
+    """Check the options against each other; return them, with ``force_share`` made read-only.
 
     Args:
         options: The options.
-        explicit_rw: Whether the user gave ``rw``, which is also the default.
+        explicit_rw: Whether the user gave ``rw``.  The default is a writable mount as well, but
+            only an explicit ``rw`` excludes ``force_share``.
 
     Raises:
         UsageError: Two options exclude each other.
@@ -124,8 +124,8 @@ def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
         (options.growable and is_read_only, "growable", read_only_option),
         (options.truncate == "zero" and is_read_only, "truncate=zero", read_only_option),
         # The image that the user mounts is the backing file of the overlay.  So backing_format
-        # would set the format of that image, and backing=none would refuse that image.  The
-        # other options about backing files never refuse it, because the user has named it.
+        # would set the format of that image, and backing=none would refuse that image.  The other
+        # options about backing files never refuse that image, because the user has named it.
         (has_overlay and options.backing.format is not None, "backing_format", overlay_option),
         (has_overlay and options.backing.mode == "none", "backing=none", overlay_option),
         (bool(options.backing.directories) and options.backing.mode != "confined",

@@ -16,7 +16,10 @@ _PATH_OPTIONS: Final = ("overlay", "backing_dir")
 
 
 def split_options(text: str) -> list[str]:
-    r"""Split a list at its commas, but not at ``\,``; return the options without escapes."""
+    r"""Split a list at its commas, but not at ``\,``; return the options without escapes.
+
+    Empty options are dropped.
+    """
     options = [""]
     escaped = False
     for char in text:
@@ -40,7 +43,7 @@ def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
     """Split lists of options, and make the paths in the options absolute.
 
     Returns:
-        The options, each escaped, so that `split_options` finds one option in each.
+        The options, with escapes, so that `split_options` splits each into exactly one option.
     """
     absolute = []
     for option in (option for text in lists for option in split_options(text)):

@@ -1,8 +1,8 @@
 """Serving a mount: from mounting until the connection to the kernel is closed.
 
-If the server fails while the disks are in use, the mount is not undone, and every access to it
-fails with ENOTCONN.  After an unmount a backup program would see the empty directory beneath
-the mount, and would store that as the content.
+If the server fails while the disks are in use, the mount stays, and every access to the mount fails
+with ENOTCONN.  If the mount were undone, a backup program would see the empty directory beneath the
+mount, and would store an empty backup without an error.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MIN_TASKS: Final = 16
-"""Number of idle tasks that pyfuse3 keeps.  If fewer wait for requests, pyfuse3 must start new
-ones, and starting a task costs as much as answering several requests."""
+"""Number of idle tasks that pyfuse3 keeps.  With fewer idle tasks, pyfuse3 would have to start new
+tasks for requests, and starting a task costs as much as answering several requests."""
 
 
 class Server:
@@ -99,31 +99,32 @@ class Server:
 
         Args:
             source: The source that the mount table shows.
-            lock_name: The name of the mountpoint's lock; None if the mountpoint does not exist.
-            signals: Passes signals to the shutdown while the disks are served.  After that, any
+            lock_name: The name of the mountpoint's lock; None to mount without the lock.
+            signals: Passes signals to the shutdown while the disks are served.  After that, each
                 signal ends the compaction of the disks.
             announcement: Announces the mount to other processes.
             protection_failure: Why the process is not protected from memory pressure, for the
                 log; None if the process is protected.
 
         Returns:
-            None if all data was made durable, or else why a forced unmount has lost data.
+            None if all data was made durable; otherwise an error that says why a forced unmount
+            may have lost data.
 
         Raises:
-            QedError: The disks cannot be mounted, or the mount cannot be announced; then
-                nothing stays mounted.
+            QedError: The disks cannot be mounted, or the mount cannot be announced.  Nothing
+                stays mounted.
         """
         mountpoint = self._mountpoint
         async with mountpoint_locked(lock_name):
-            # Checked again, because another qedfuse may have mounted while the images were
-            # opened.
+            # The mountpoint is checked a second time, because another qedfuse may have mounted
+            # there while the images were opened.
             check_not_mounted(mountpoint)
-            before = read_mounts()
+            mounts_before = read_mounts()
             connection = attach(self._operations, mountpoint, self._options, source)
         entry = None
         self._laundering.connect(connection)
         try:
-            entry = find_new_mount(mountpoint, before, connection)
+            entry = find_new_mount(mountpoint, mounts_before, connection)
             refuse_to_cover(entry)
             with scheduled(self._options.poll_seconds):
                 await negotiate_init(connection, readahead_bytes(self._options.readahead))
@@ -131,15 +132,15 @@ class Server:
         finally:
             extraops.end()
             for exported in self._disks:
-                # The disks are flushed again when they are closed, and `_after_flush` must not
-                # use the connection then.
+                # The caller flushes the disks once more when it closes them.  `_after_flush` must
+                # not be called then, because it would use the closed connection.
                 exported.disk.when_flushed(lambda: None)
             self._laundering.stop()
-            # If the mount has no entry, `_undo_mount` cannot unmount it, so libfuse must.
+            # Without an entry `_undo_mount` cannot find the mount, so libfuse must unmount here.
             pyfuse3.close(unmount=entry is None)
             self._laundering.wait()
             if entry is not None and not self._is_ready:
-                # The mount was never announced, so no program uses it.
+                # The mount was never announced, so no program relies on it, and it is undone.
                 _undo_mount(entry)
 
     async def _serve(
@@ -149,16 +150,16 @@ class Server:
         announcement: Announcement,
         protection_failure: str | None,
     ) -> QedError | None:
-        """Announce the mount, and answer requests until the mount is gone.
+        """Announce the mount ``entry``, and answer requests until the mount is gone.
 
-        Arguments, result and errors are those of `run`; ``entry`` is the new mount.
+        The other arguments, the result and the errors are those of `run`.
         """
         options, operations = self._options, self._operations
         announcement.write_record(entry.device)
         readahead_failure = set_readahead(entry.device, options.readahead)
         if readahead_failure is not None and options.readahead is not None:
-            # Logged before the mount is ready, because the log goes to the terminal of the user
-            # only until then.
+            # The warning comes before the mount is announced, because after that the log of a
+            # background process no longer goes to the terminal of the user.
             _log.warning("%s: option readahead: %s", printable(self._mountpoint), readahead_failure)
         writeback_cache = operations.enable_writeback_cache
         async with background_tasks() as nursery:
@@ -193,25 +194,30 @@ class Server:
         return shutdown.failure
 
     def _log_limits(self, readahead_failure: str | None, protection_failure: str | None) -> None:
-        """Log the default read-ahead and the protection that the kernel has refused."""
+        """Log that the kernel has refused the default read-ahead, or the protection.
+
+        Args:
+            readahead_failure: Why the read-ahead was not set; None if it was set.
+            protection_failure: The argument of `run`.
+        """
         shown = printable(self._mountpoint)
         if readahead_failure is not None and self._options.readahead is None:
-            # No warning, because the user has not set the option and may be unable to act.
+            # This is no warning, because the user has not asked for a read-ahead.
             _log.info("%s: %s", shown, readahead_failure)
         if protection_failure is not None and not self._options.read_only:
-            # A warning only for root, because an ordinary user cannot grant the privilege.
+            # Only root gets a warning, because an ordinary user cannot grant the privilege.
             level = logging.INFO if os.geteuid() else logging.WARNING
             _log.log(level, "%s: %s", shown, protection_failure)
 
 
 def _after_flush(exported: ExportedDisk, trim_heap: HeapTrimmer) -> None:
-    """Trim the heap if it is due, and invalidate a wrong ``st_blocks`` in the kernel."""
+    """Trim the heap, and make the kernel forget a wrong ``st_blocks``; called after each flush."""
     trim_heap()
     _invalidate_blocks(exported)
 
 
 def _invalidate_blocks(exported: ExportedDisk) -> None:
-    """Make the kernel request attributes again, if it has cached a wrong ``st_blocks``."""
+    """Make the kernel request the attributes again, if it has cached a wrong ``st_blocks``."""
     if exported.blocks >= 0 and exported.disk.fstat().st_blocks != exported.blocks:
         exported.blocks = -1
         with suppress(OSError):  # the kernel may have forgotten the inode
@@ -219,7 +225,7 @@ def _invalidate_blocks(exported: ExportedDisk) -> None:
 
 
 def _undo_mount(mount: MountEntry) -> None:
-    """Unmount a mount that was never announced, unless it is gone or another mount covers it.
+    """Unmount a mount, unless the mount is gone or another mount covers it.
 
     A failure is logged.
     """

@@ -1,16 +1,20 @@
 """One mount from its beginning to its end.
 
 At the beginning, all checks come before the mount itself, so that a failed check leaves no
-trace.  The end has the reverse order.  First the mount disappears or is detached, so the kernel
-sends no further requests.  Then the connection is closed, so that programs that still wait get
-an error instead of waiting forever.  After that the disks are closed, which flushes them, clears
-NEED_CHECK and releases the locks.  The mount record is removed last, because a missing record
-means that all earlier steps have succeeded.
+trace.  At the end, the steps have this order:
+
+1. The mount disappears or is detached, so the kernel sends no further requests.
+2. The connection is closed, so that programs that still wait get an error instead of waiting
+   forever.
+3. The disks are closed, which flushes them, clears NEED_CHECK and releases the locks.
+4. The mount record is removed.  This step is the last one, because a missing record means that
+   all earlier steps have succeeded.
 
 The meaning of a signal depends on the phase.  Before the mount is ready, a signal cancels the
 session.  While the disks are served, a signal unmounts (`qedfuse.mount.shutdown`).  While the
-disks are being closed, a signal only ends the compaction, which may take long.  So a second
-signal never prevents a clean close.  After that the process ignores signals until it exits.
+disks are being closed, a signal only ends the compaction, which may take long, so a second signal
+never prevents a clean close.  After the disks are closed, the process ignores signals until it
+exits.
 """
 
 from __future__ import annotations
@@ -67,9 +71,9 @@ class MountRequest:
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written once the
             disks can be used; None to write no such file.
-        fake: Whether to stop after the checks and the opening of the disks, without a mount.
-        option_strings: All mount options, each as for ``-o``, with absolute paths.  A remount
-            compares its options with these.
+        fake: Whether to check everything, open and close the disks, and mount nothing.
+        option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
+            stored in the mount record, so that a remount can compare its options with them.
     """
 
     sources: tuple[str, ...]
@@ -83,15 +87,16 @@ class MountRequest:
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """Mount, serve until the mount is gone, and close the disks; return the exit code.
 
-    A `QedError` is logged and becomes its exit code.  Any other exception is recorded in the
-    mount record and raised.  When this function returns or raises, signals are ignored.
+    If a `QedError` is raised inside, it is logged, and the result is its exit code.  Any other
+    exception is written to the mount record and raised.  After this function has returned or
+    raised, the process ignores signals.
 
     Args:
         request: The arguments of the mount.
-        ready: Called when the disks can be used.
+        ready: Called when the disks can be used.  Not called for a fake mount.
     """
-    # Called before trio starts threads and before the launderer is forked, because they must
-    # inherit the flag.
+    # The protection is set before trio starts threads and before the launderer is forked, because
+    # both must inherit it.
     protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None
@@ -114,7 +119,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
 
 
 def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer | None]:
-    """Fork the launderer; the block gets None if it is not needed or cannot be forked.
+    """Fork the launderer; the block gets None if no launderer is needed or the fork fails.
 
     A read-only mount needs no launderer, because the kernel then has no dirty pages.  If the
     fork fails, the reason is logged.
@@ -143,7 +148,15 @@ class _Session:
         protection_failure: str | None,
         launderer: Launderer | None,
     ) -> None:
-        """Prepare a session; the arguments are explained in `run_session` and `Server`."""
+        """Prepare a session; nothing is opened yet.
+
+        Args:
+            request: The arguments of the mount.
+            ready: Called when the disks can be used.
+            protection_failure: Why the process is not protected from memory pressure; None if
+                the process is protected.
+            launderer: The launderer, which has been forked; None if there is no launderer.
+        """
         self._request = request
         self._ready = ready
         self._protection_failure = protection_failure
@@ -153,9 +166,9 @@ class _Session:
         self._failure: QedError | None = None
 
     def finish(self, failure: str | None, exit_code: int) -> None:
-        """Withdraw the announcement of the mount; with a failure, record the failure instead.
+        """Withdraw the announcement of the mount; see `Announcement.withdraw`.
 
-        Nothing is done if the session failed before the announcement was prepared.
+        Nothing is done if the session ended before the announcement was prepared.
         """
         if self._announcement is not None:
             self._announcement.withdraw(failure, exit_code)
@@ -168,7 +181,7 @@ class _Session:
             QedError: The mount was refused, or data could not be made durable.
         """
         async with background_tasks() as nursery:
-            # From here on a signal cancels the session, even during a check that takes long.
+            # After `start` a signal cancels the session, even during a check that takes long.
             signals = SignalDispatcher(partial(self._interrupt, nursery.cancel_scope))
             await nursery.start(signals.run)
             await self._open_and_serve(signals, nursery)
@@ -180,12 +193,18 @@ class _Session:
             raise self._failure
 
     def _interrupt(self, scope: trio.CancelScope, _signal_name: str) -> None:
-        """Act on a signal before the mount is ready: cancel the session."""
+        """Cancel the session, because a signal arrived before the mount was ready."""
         self._is_interrupted = True
         scope.cancel()
 
     async def _open_and_serve(self, signals: SignalDispatcher, nursery: trio.Nursery) -> None:
-        """Open the disks, serve them unless the mount is a fake, and close them in any case."""
+        """Open the disks, serve them unless the mount is a fake, and close them in any case.
+
+        If a forced unmount may have lost data, `_failure` is set.
+
+        Raises:
+            QedError: The mount was refused, or data could not be made durable.
+        """
         request, options = self._request, self._request.options
         raise_open_file_limit()
         sources = find_sources(request.sources)
@@ -212,8 +231,9 @@ class _Session:
                 *(request.sources[0], lock_name, signals, announcement, self._protection_failure)
             )
             if options.compact == "auto":
-                # The disks are closed one after the other, and each disk limits the time of its
-                # own compaction.  This task limits the time for all disks together.
+                # The end of the block closes the disks one after the other, and each disk limits
+                # the time of its own compaction.  This task limits the time of all compactions
+                # together.
                 nursery.start_soon(_stop_compacting_after, disks, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 
@@ -223,7 +243,8 @@ class _Session:
         """Open one disk for each source; the caller closes the disks by closing ``stack``.
 
         Raises:
-            QedError: An image cannot be opened; the disks that are open are in ``stack``.
+            QedError: An image cannot be opened.  The disks that were opened before are in
+                ``stack``.
         """
         options = self._request.options
         disks = []

@@ -1,14 +1,14 @@
 """Unmounting when signals arrive: the first unmounts when the mount is idle, the second by force.
 
-The first signal unmounts.  While a loop device or a program has a disk open, the kernel refuses
-to unmount, and a forced unmount would cause I/O errors in the file system on that disk.  So the
-server makes all disks durable immediately, serves them until the last close, and then unmounts.
-The second signal unmounts although disks are open.
+After the first signal, the server unmounts if the mount is idle.  While a loop device or a program
+has a disk open, the kernel refuses to unmount, and a forced unmount would cause I/O errors in the
+file system on that disk.  So the server makes all disks durable immediately, serves them until the
+last close, and then unmounts.  After the second signal, the server unmounts although disks are
+open.
 
-The tasks that signals start run in the nursery of the mount.  The caller must cancel the nursery
-and wait for its end before it closes the connection and the disks.  The reason is that libfuse
-does not check whether a session still exists, and that no other task may flush a disk that is
-being closed.
+Each signal starts a task in the nursery of the mount.  The caller must cancel the nursery and wait
+for its end before the caller closes the connection and the disks, for two reasons: libfuse does not
+check whether a session still exists, and no other task may flush a disk that is being closed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
-"""Longest time between two attempts to unmount while the mount is in use.  A last close starts
-an attempt earlier, but the kernel does not report when a process leaves a working directory."""
+"""Maximum time between two attempts to unmount while the mount is in use.  A last close starts an
+attempt earlier.  The attempts without a last close are needed because the kernel does not report
+when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
-"""Longest time for making disks durable before a forced unmount."""
+"""Maximum time for making disks durable before a forced unmount."""
 _FAILURES: Final = (OSError, QedError, RuntimeError)
 """Exceptions that are logged, and after which the shutdown goes on.  For example, no descriptor
-is left for reading the mount table, or no thread can be started (RuntimeError)."""
+is left for reading the mount table (OSError), or no thread can be started (RuntimeError)."""
 
 
 class Shutdown:
@@ -60,14 +61,15 @@ class Shutdown:
         device: str,
         nursery: trio.Nursery,
     ) -> None:
-        """Unmount ``mountpoint`` as long as it shows the file system ``device``.
+        """Prepare the shutdown; no signal has arrived yet.
 
         Args:
             disks: The disks of the mount.
             laundering: Makes the kernel write back its dirty pages; None if the write-back
                 cache is off.
             mountpoint: The mountpoint.
-            device: The device number of the mount, ``MAJOR:MINOR``.
+            device: The device number of the mount, ``MAJOR:MINOR``.  If the mountpoint shows
+                another file system, the mountpoint is not unmounted.
             nursery: Runs the tasks that signals start.
         """
         self.failure: QedError | None = None
@@ -79,9 +81,10 @@ class Shutdown:
         self._signals = 0
 
     def receive(self, name: str) -> None:
-        """Start to act on a signal; the first unmounts when idle, the second by force.
+        """Start to act on the signal ``name``.
 
-        Further signals have no effect.  ``name`` is the name of the signal.
+        The first signal unmounts when the mount is idle, and the second unmounts by force.
+        Further signals have no effect.
         """
         self._signals += 1
         if self._signals == 1:
@@ -90,26 +93,26 @@ class Shutdown:
             self._nursery.start_soon(self._force)
 
     def _is_mounted(self) -> bool:
-        """Return whether the mountpoint shows this mount; False if it shows another or none."""
+        """Return whether the mountpoint shows this mount, and not another mount or none."""
         entry = find_mount(self._mountpoint)
         return entry is not None and entry.device == self._device
 
     async def _unmount_when_idle(self, signal_name: str) -> None:
-        """Unmount as soon as the mount is not in use; the unmount ends `pyfuse3.main`."""
-        reported = False
+        """Unmount as soon as the mount is not in use; the end of the mount ends `pyfuse3.main`."""
+        is_reported = False
         while True:
             all_closed = self._disks.all_closed_event()
             try:
                 if self._is_mounted():
-                    # In a thread, because the kernel sends its dirty pages to this server
-                    # before it unmounts.
+                    # `unmount` runs in a thread, because it blocks while the kernel sends dirty
+                    # pages to this server.
                     await trio.to_thread.run_sync(unmount, self._mountpoint, abandon_on_cancel=True)
                     break
                 if not self._disks.open_handles:  # a lazy unmount has detached the mount
                     pyfuse3.terminate()
                     return
             except BusyError:
-                if not reported:
+                if not is_reported:
                     durable = await self._flush()
                     _log.warning(
                         "%s: %s: still in use: %s; the mount goes on until the last close; a "
@@ -119,17 +122,18 @@ class Shutdown:
                         "everything is durable now" if durable else "not everything is durable",
                     )
             except _FAILURES as error:
-                if not reported:
+                if not is_reported:
                     _log.warning("%s: %s", signal_name, error)
-            reported = True
+            is_reported = True
             with trio.move_on_after(_RETRY_SECONDS):
                 await all_closed.wait()
         await self._report_copies(signal_name)
 
     async def _report_copies(self, signal_name: str) -> None:
-        """Log why the server goes on after it has unmounted, unless the server ends soon.
+        """Log where else the file system is mounted, if the server goes on after the unmount.
 
-        The reason is a mount of the same file system in another place.
+        If the file system is not mounted elsewhere, the server normally ends within
+        `_RETRY_SECONDS`, and the end of the server cancels this task.
         """
         shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)
@@ -152,10 +156,10 @@ class Shutdown:
     async def _flush(self) -> bool:
         """Make the kernel write back its dirty pages, and make all disks durable.
 
-        If a disk fails, the failure is logged, and the other disks are made durable.
+        If a step fails, the failure is logged, and all other steps are still made.
 
         Returns:
-            Whether nothing failed.
+            True if nothing failed, so that all data is durable.
         """
         durable = True
 
@@ -176,8 +180,8 @@ class Shutdown:
         for exported in self._disks:
             with logged_failures():
                 if self._laundering is not None and exported.writers:
-                    # syncfs(2) has started the writeback, but the kernel need not have waited
-                    # for its end.  Laundering waits.
+                    # syncfs(2) starts the writeback, but the kernel need not wait for its end.
+                    # `launder` waits for its end.
                     await self._laundering.launder(exported)
             with logged_failures():
                 await exported.disk.flush()
@@ -186,7 +190,7 @@ class Shutdown:
     async def _force(self) -> None:
         """Make all disks durable within at most 10 seconds, then unmount, even if in use.
 
-        If not all data could be made durable, ``failure`` is set.
+        If not all data was made durable in this time, ``failure`` is set.
         """
         if self._disks.open_handles:
             _log.warning(
