@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 class Disk:
     """One opened image.
 
-    Tasks may call all methods concurrently, unless the method says otherwise.  Modifying
-    methods raise `ReadOnlyError` if the disk is open read-only, or after a failed datasync.
+    Tasks may call all methods concurrently, unless the method says otherwise.  A method that
+    modifies the image raises `ReadOnlyError` if the disk is open read-only, or after a failed
+    datasync.
 
     Attributes:
-        path: The path of the image as the user gave it.
-        name: The path, escaped for messages.
+        path: The path of the image as the user gave it; empty if unknown.
+        name: The name of the image file, escaped for messages.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class Disk:
     ) -> None:
         """Build a disk over files that are open, locked and checked.
 
-        The caller must enter `serving` before it calls any other method.
+        The caller must enter `serving` before calling any other method.
         """
         self.path = path
         self.name = file.name
         components = self._components = Components(file, header, bases, options, store)
         self._lifecycle = Lifecycle(components)
-        # The components that requests use are attributes, which saves a step for each request.
+        # The components that requests use are attributes of the disk as well, so that requests
+        # need one attribute lookup less.
         self._file = file
         self._options = options
         self._layer = components.layer
@@ -73,20 +75,21 @@ class Disk:
         self._write_path = components.write_path
         self._fast_path = components.fast_path
         self._discard = components.discard
-        # An image that was opened without its base can be changed as a file, not as a disk.
+        # Without its base the image can be changed as a file (compacted, for example), but no
+        # range of the disk can be written.
         self._lacks_base = components.chain.lacks_base
         self._plain_writes = (
             file.writable and options.detect_zeroes == "off" and not self._lacks_base
         )
 
     def serving(self) -> AbstractAsyncContextManager[None]:
-        """Start the disk; close it cleanly at the end of the ``async with`` block.
+        """Start the disk; close the disk cleanly at the end of the ``async with`` block.
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
             UsageError: A free list is requested, but the bytes for its descriptor are in use.
             HostError: The host refused at the start, or something written could not be made
-                durable at the close (D7).
+                durable at the close (D7).  The files are closed nevertheless.
         """
         return self._lifecycle.serving()
 
@@ -97,17 +100,17 @@ class Disk:
 
     @property
     def writable(self) -> bool:
-        """Whether writes are accepted; False from the first failed datasync on."""
+        """Whether writes are accepted; False if open read-only, or after a failed datasync."""
         return self._file.writable and self._writeback.failure is None
 
     @property
     def failure(self) -> str | None:
-        """Why the disk became read-only; None if it did not."""
+        """The error that made the disk read-only; None if no error has done so."""
         return None if self._writeback.failure is None else str(self._writeback.failure)
 
     @property
     def damaged(self) -> bool:
-        """Whether a bad table entry or a cluster with two owners has been found."""
+        """Whether a bad table entry or a cluster with two owners was found since the opening."""
         return self._layer.damaged
 
     @property
@@ -117,11 +120,13 @@ class Disk:
 
     @property
     def chain(self) -> Chain:
-        """The image and its bases."""
+        """The image and those of its bases that are open."""
         return self._chain
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how a range, up to the end of the disk, is stored in the whole chain.
+        """Return how a range is stored in the whole chain.
+
+        The part of the range past the end of the disk is left out, so the list may be empty.
 
         Raises:
             HostError: The host cannot read a table.
@@ -132,15 +137,17 @@ class Disk:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a range without waiting; return None if that would block or fails.
 
-        After None the caller must use `read`.  The next call overwrites the returned view.
+        Returns None also if the range is empty or ends past the end of the disk.  After None
+        the caller must use `read`.  The next call of this method may overwrite the returned
+        view.
         """
         return self._fast_path.try_read(start, length)
 
     def try_write(self, start: int, data: Buffer) -> bool:
-        """Write bytes; return False if that would block or fails.
+        """Write bytes without waiting; return False if that would block or fails.
 
-        After False a part may have been written, so the caller must give the whole range to
-        `write`.
+        Returns False also if ``data`` is empty or ends past the end of the disk.  After False a
+        part may have been written, so the caller must pass all of ``data`` to `write`.
         """
         return (
             self._plain_writes
@@ -150,7 +157,7 @@ class Disk:
         )
 
     async def read(self, start: int, length: int) -> bytes | bytearray:
-        """Read up to ``length`` bytes; fewer only where the disk ends.
+        """Read ``length`` bytes, or fewer if the disk ends before; none from the end on.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -172,15 +179,18 @@ class Disk:
             self._epochs.leave(epoch)
 
     async def write(self, start: int, data: Buffer) -> int:
-        """Write bytes; return how many, fewer only where the disk ends.
+        """Write bytes; return how many were written, fewer than given only if the disk ends.
+
+        Returns 0 if ``data`` is empty.  What was written may be in memory only until `flush`.
 
         Raises:
-            PastEndError: The disk ends at or before ``start``.
+            PastEndError: The disk ends at or before ``start``, and ``data`` is not empty.
             NoSpaceError: The host is full.
             ReadOnlyError: The disk is open read-only, or became so.
             BackingError: The disk was opened without its base.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: The host refused.  After this error, NoSpaceError and CorruptImageError
+                a part may have been written.
         """
         view = memoryview(data).cast("B")
         if not len(view):
@@ -198,16 +208,17 @@ class Disk:
         return len(view)
 
     async def discard(self, start: int, length: int) -> None:
-        """Make a range, up to the end of the disk, read as zeros.
+        """Make a range read as zeros; ignore the part of the range past the end of the disk.
 
-        Clusters that lie wholly in the range are deallocated, unless the disk was opened
-        without `OpenOptions.discard`.
+        Clusters that lie wholly in the range are deallocated if `OpenOptions.discard` is True;
+        otherwise zeros are written over them.
 
         Raises:
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: The host refused.  After this error, and after CorruptImageError, parts
+                of the range may read as zeros.
         """
         if start >= self.size:
             return
@@ -215,35 +226,38 @@ class Disk:
         await self._first_write_guard.prepare_write()
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
-                # The last cluster is deallocated with its bytes past the end of the disk, so
-                # the end must not move meanwhile.
+                # The last cluster is deallocated together with its bytes past the end of the
+                # disk.  So no task may move the end until the discard is complete, and this
+                # task holds the lock that a change of the size needs.
                 await stack.enter_async_context(self._components.disk_size.lock)
             end = min(start + length, self.size)
             await self._discard.discard(start, end, free=self._options.discard)
 
-    def _refuse_without_base(self, what: str) -> None:
-        """Raise if the disk was opened without its base; ``what`` is the refused operation.
+    def _refuse_without_base(self, operation: str) -> None:
+        """Raise if the disk was opened without its base; the message names ``operation``.
 
         Raises:
             BackingError: The image has a base, which was not opened.
         """
         if self._lacks_base:
             msg = (
-                f"{self.name}: {what}: found the image opened without its base, expected both open"
+                f"{self.name}: {operation}: found the image opened without its base, expected "
+                "both open"
             )
             raise BackingError(msg)
 
     async def allocate(self, start: int, length: int) -> None:
         """Allocate each cluster of a range, and reserve its space on the host.
 
-        The content stays the same.  The part of the range past the end of the disk is ignored.
+        The range reads as before.  The part of the range past the end of the disk is ignored.
 
         Raises:
             NoSpaceError: The host is full; parts of the range may be allocated now.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            CorruptImageError: A table entry for part of the range is bad; other parts may be
+                allocated now.
+            HostError: The host refused; parts of the range may be allocated now.
         """
         end = min(start + length, self.size)
         if start < end:
@@ -252,16 +266,17 @@ class Disk:
             await self._write_path.allocate(start, end)
 
     def try_seek(self, start: int, *, data: bool) -> int | None:
-        """Find the first data, or the first hole, at or past ``start``.
+        """Find the first data at or past ``start``, or the first hole if ``data`` is False.
 
         Returns:
-            The guest offset, which is the disk's size if no data follows.  None if the
-            search would block: `next_data` or `next_hole` must be used then.
+            The guest offset; the disk's size if there is none.  None if the search would block
+            or is not possible on the fast path, for example because the disk has a base.  After
+            None the caller must use `next_data` or `next_hole`.
         """
         return self._fast_path.try_seek(start, data=data)
 
     async def next_data(self, start: int) -> int | None:
-        """Return where the first data at or past ``start`` begins; None if there is none.
+        """Return the guest offset of the first data at or past ``start``; None if there is none.
 
         Raises:
             HostError: The host cannot read a file.
@@ -269,7 +284,9 @@ class Disk:
         return await next_data(self._chain, start)
 
     async def next_hole(self, start: int) -> int:
-        """Return where the first hole at or past ``start`` begins; the disk's end counts as one.
+        """Return the guest offset of the first hole at or past ``start``.
+
+        The end of the disk counts as a hole, so there always is one.
 
         Raises:
             HostError: The host cannot read a file.
@@ -278,12 +295,18 @@ class Disk:
 
     @property
     def scan_is_short(self) -> bool:
-        """Whether the scan for free clusters is not postponed, and takes some milliseconds only."""
+        """Whether the scan for free clusters takes only some milliseconds, and is not postponed.
+
+        False also if the disk is open read-only, because then there is no scan.
+        """
         scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
 
     async def wait_scanned(self) -> None:
-        """Return when the scan for free clusters has ended, successfully or not."""
+        """Run the scan for free clusters, or wait for the task that runs the scan.
+
+        Returns when the scan has ended, successfully or not; immediately if it has ended before.
+        """
         await self._components.scan.run()
 
     async def flush(self) -> None:
@@ -295,9 +318,9 @@ class Disk:
         await self._flusher.flush()
 
     def when_flushed(self, call: Callable[[], None]) -> None:
-        """Call ``call`` at the end of each flush, also of background flushes.
+        """Call ``call`` at the end of each successful flush, also of background flushes.
 
-        Replaces the function that was passed before.
+        ``call`` replaces the function that was passed before.
         """
         self._flusher.listen(call)
 
@@ -305,12 +328,13 @@ class Disk:
         """Make the file as short as possible; return how many clusters were moved.
 
         The caller must ensure that no other request is running.  If the free clusters are not
-        known for certain, a warning is logged and nothing is moved.
+        known for certain, a warning is logged, nothing is moved, and the result is 0.
 
         Args:
-            progress: Called with the bytes that have been moved, and with all that will be.
-            within_bound: Whether the file must never become longer than its bound.  Some
-                clusters may then stay free.
+            progress: Called with the number of bytes moved so far, and with the number of bytes
+                to move in all.
+            within_bound: Whether the file must never become longer than its bound.  If so,
+                some clusters may stay free.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -321,17 +345,17 @@ class Disk:
         return await self._components.compaction.run(progress, within_bound=within_bound)
 
     async def autocompact(self) -> None:
-        """Do now the compaction that the options demand for the close.
+        """Run now the compaction that the options demand for the close.
 
-        This is for commands that report the length of the file before the close.  The file
-        may become longer than its bound for a moment, because no guest can trigger this.  The
-        caller must ensure that no other request is running.  If the host refuses, a warning
-        is logged.
+        Commands use this method that report the length of the file before the close.  The file
+        may become longer than its bound for a moment, which is harmless because no guest can
+        call this method.  The caller must ensure that no other request is running.  If the
+        host refuses, a warning is logged.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 
     def stop_compacting(self) -> None:
-        """End the running compaction, and let later ones end before they move anything.
+        """End the running compaction, if any; later compactions then move nothing.
 
         The image stays sound.
         """
@@ -351,7 +375,7 @@ class Disk:
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the added range is bad, or refers to data
-                without ``force``.
+                without ``force``; the disk has its old size.
             HostError: The host refused; the disk has its old size.
         """
         self._components.disk_size.check(size)
@@ -376,7 +400,8 @@ class Disk:
                 data would be lost without ``force``.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
-            CorruptImageError: A table entry for the removed part is bad.
+            CorruptImageError: A table entry for the removed part is bad; the disk has its old
+                size, and a part of the range to be removed may read as zeros.
             HostError: The host refused; the disk has its old size or the new one.
         """
         self._components.disk_size.check(size, shrink=True)
@@ -390,14 +415,15 @@ class Disk:
     async def write_zero_clusters(self, start: int, length: int) -> None:
         """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
 
-        `discard` does so only where the present base has data.  ``start`` must be at a
-        cluster boundary, and the end of the range at a cluster boundary or past the end of
-        the disk.
+        `discard` would create zero clusters only where the present base has data.  ``start``
+        must be at a cluster boundary, and the end of the range at a cluster boundary or past
+        the end of the disk.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: An L1 entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: The host refused.  After this error, and after CorruptImageError, some
+                clusters may be zero clusters now.
         """
         geometry = self.header.geometry
         await self._first_write_guard.prepare_write()
@@ -423,12 +449,12 @@ class Disk:
     async def set_backing(self, name: bytes, *, raw: bool) -> None:
         """Store the name of another base in the image, durably; an empty name removes the base.
 
-        Everything written earlier is made durable before the name is.  The open disk goes on
-        reading from its old `chain`.
+        Everything that was written before this call becomes durable before the name does.
+        This disk still reads from its old `chain` until it is closed.
 
         Args:
             name: The name as `backing_name` in `qedfuse.disk.creation.newheader` returns it.
-            raw: Whether the header must say that the base is raw.
+            raw: Whether the header must say that the base is raw; ignored if ``name`` is empty.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -464,5 +490,5 @@ class Disk:
         await self._file.set_times(atime_ns, mtime_ns)
 
     def statistics(self) -> DiskStatistics:
-        """Return what the disk holds in memory and has done so far."""
+        """Return the present sizes of the disk, and what it has done since it was opened."""
         return collect_statistics(self._components)
