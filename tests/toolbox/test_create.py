@@ -69,7 +69,10 @@ USAGE: Final = {
     "table-32": ("--table-size 32 IMAGE 1M", "table size: found 32"),
     "format-alone": ("-F raw IMAGE 1M", "-F: expected -b as well"),
     "unsafe-alone": ("-u IMAGE 1M", "-u: expected -b as well"),
-    "unsafe-format": ("-u -b gone IMAGE 1M", "backing file gone: its format must be given"),
+    "unsafe-format": (
+        "-u -b gone IMAGE 1M",
+        "backing file gone: found no format, expected -F raw or -F qed",
+    ),
     "full-overlay": ("--preallocate full -b base.qed IMAGE", "full image reads nothing from a"),
     "no-name": ("-b= IMAGE 1M", "backing file: found an empty name"),
     "no-path": ("-u -F raw -b file: IMAGE 1M", "backing file file:: found an empty name"),

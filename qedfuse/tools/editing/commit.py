@@ -1,20 +1,21 @@
-"""Committing an overlay: its data is written into its base.
+"""Committing an overlay: the overlay's data is written into its base.
 
-The order makes an interruption harmless at any moment:
+Because of the order of the steps, the overlay reads the same after an interruption at any
+moment:
 
-1. The base grows if the overlay is larger.  The added range reads as zeros, which is what
-   the overlay shows past the end of a shorter base.
-2. The overlay's data is written into the base.  Only ranges change that the overlay stores
-   itself and therefore hides: read through the overlay, the disk is the same whether none,
-   some or all of this is done.
-3. The base is made durable.  From now on both store the same content wherever the overlay
+1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Past
+   the end of a shorter base the overlay reads as zeros too, so the overlay reads the same.
+2. The overlay's data is written into the base.  Only ranges of the base change that the overlay
+   stores itself and therefore hides.  So the overlay reads the same, whether none, some or all
+   of the data is written.
+3. The base is made durable.  From now on both files store the same content wherever the overlay
    stores anything.
-4. Only then the overlay's entries become unallocated.  Each of them uncovers a cluster of the
-   base that reads the same, so neither their number nor their order matters.  The tables and
-   their space go last.
+4. Only then the overlay's entries become unallocated.  Each such entry uncovers a cluster of
+   the base that reads the same, so the entries may change in any order, and some may not change
+   at all.  The overlay's tables and their space are released last.
 
-The base reads differently as soon as the first byte has been written to it.  That is the
-purpose, but it corrupts other overlays over the same base.
+The base itself reads differently as soon as the first byte has been written to it.  This is the
+purpose of a commit, but it corrupts all other overlays over the same base.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CommitResult:
-    """The result of a commit; in bytes, except the clusters and images.
+    """The result of a commit; sizes and lengths in bytes.
 
     Attributes:
-        base: The base, as printable text.
-        copied_bytes: Data that was written into the base.
-        zero_bytes: Ranges of the base that became zeros.
-        size_before: Size of the base's disk before.
-        size: Size of the base's disk afterwards.
-        bytes_before: Length of the overlay's file before.
-        bytes_after: Length of the overlay's file afterwards.
-        free_clusters: Clusters within the file of a QED base that are known to be free,
-            because moving others there takes longer than the options allow.  They are
-            holes.
-        between: Number of images between the overlay and the base.  They now show a mixture
-            of their old content and the overlay's.
+        base: Name of the base's file, as printable text.
+        copied_bytes: Bytes of the disk that were written into the base as data.
+        zero_bytes: Bytes of the base's disk that were made zeros.
+        size_before: Size of the base's disk before the commit.
+        size: Size of the base's disk after the commit.
+        bytes_before: Length of the overlay's file before the commit.
+        bytes_after: Length of the overlay's file after the commit.
+        free_clusters: Number of free clusters left in the file of a QED base, as holes,
+            because moving other clusters into them takes longer than the options allow; 0 for
+            a raw base.
+        between: Number of images between the overlay and the base.  Each of these images now
+            reads as a mixture of its old content and the overlay's content.
     """
 
     base: str
@@ -80,17 +81,23 @@ async def commit(
 
     Args:
         path: The overlay.
-        base: A lower file of the chain, into which the data of all images over it is
-            written.  The overlay is then kept: without its data the images between, which
-            now show a mixture, would show through.
+        base: A file of the chain below the overlay; the data of all images over this file is
+            written into it.  The overlay is then never emptied, because it would read as the
+            images between it and the base, whose content is now a mixture.  None for the
+            overlay's own base.
         keep: Do not empty the overlay.
-        options: How to open it and the bases; both files are locked for writing.
+        options: How to open the overlay and the bases; None for the defaults.
         progress: Called with the work done and the whole work, in any unit.
 
     Raises:
-        BackingError: The image has no base, or none of this name, or it cannot be used.
-        QedError: A file cannot be opened for writing, or the host refused.  The overlay
-            reads the same as before.
+        BackingError: The overlay has no base, its chain has no file ``base``, or a base
+            cannot be used.
+        CorruptImageError: A table entry of the overlay is bad, or a check found damage.
+        ImageInUseError: Another program has the overlay or the base open, or another file has
+            taken the name of one of them.
+        QedError: A file cannot be opened for writing, or the host refused.
+
+    After an error the overlay reads the same as before, but the base may have changed.
     """
     options = replace(options or OpenOptions(), force_share=False)
     if base is not None:
@@ -98,7 +105,8 @@ async def commit(
             source, base_file = found
             result = await _commit(source, base_file, options, progress)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
-    # The base is going to change, so the overlay is opened without it.
+    # The overlay is opened without its base.  The open overlay would lock the base for
+    # reading, and this lock would conflict with opening the base for writing.
     overlay_options = replace(options, writable=not keep)
     async with open_disk(
         path, overlay_options, inspector=inspect_image, with_bases=False
@@ -128,10 +136,17 @@ async def _commit(
     progress: Progress | None,
     empty: Callable[[], Awaitable[None]] | None = None,
 ) -> CommitResult:
-    """Write a source's data into a base; call ``empty`` when that is durable.
+    """Write a source's data into a base; call ``empty`` when the base is durable.
+
+    Args:
+        source: The data.
+        base_file: The base, which is opened here for writing.
+        options: How to open the base.
+        progress: Called with the bytes of the disk copied so far, and the size of the disk.
+        empty: Empties the overlay; None to keep the overlay's data.
 
     Returns:
-        The result, with 0 for the lengths of the overlay's file.
+        The result, in which the lengths of the overlay's file are 0.
     """
     async with open_base(base_file, options) as base:
         old_size = base.size
@@ -150,9 +165,10 @@ async def _commit(
 
 
 def _half_of(progress: Progress | None, *, second: bool = False) -> Progress | None:
-    """Return a callback that reports the first or the second half of the whole work.
+    """Return a callback that reports its work as the first or the second half of the whole work.
 
-    The first half is the copy, the second half is emptying the overlay.
+    The first half is the copy, the second half is emptying the overlay.  Returns None if
+    ``progress`` is None.
     """
     if progress is None:
         return None
@@ -160,7 +176,7 @@ def _half_of(progress: Progress | None, *, second: bool = False) -> Progress | N
 
 
 async def _copy(source: CommitSource, base: Base, progress: Progress | None) -> tuple[int, int]:
-    """Write all data and zeros into the base; return the bytes of data, and those of zeros."""
+    """Write all data and zeros into the base; return the bytes of data and the bytes of zeros."""
     copied = zero = 0
     for start in source.batch_starts():
         if progress is not None:

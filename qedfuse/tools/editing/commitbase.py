@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.posixfile import PosixFile
 
 COPY_CHUNK_BYTES: Final = 1 << 20
-"""Bytes that are read, and written, in one call."""
+"""Maximum number of bytes that one call reads from the source or writes to the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,11 @@ class BaseFile:
     """The file of a base, as it was found when the chain was read.
 
     Attributes:
-        path: Its path.
-        status: Its attributes, by which it is recognised when it is opened again.
-        is_raw: Whether it is raw.
-        depth: Number of images over it.
+        path: Path of the file.
+        status: File attributes (stat(2)), by which the file is recognized when it is opened
+            again.
+        is_raw: Whether the base is raw.
+        depth: Number of images over the base.
     """
 
     path: str
@@ -50,34 +51,38 @@ class Base(Protocol):
 
     @property
     def name(self) -> str:
-        """Its file in messages, as printable text."""
+        """Name of the base's file in messages, as printable text."""
 
     @property
     def size(self) -> int:
-        """Size of its disk in bytes."""
+        """Size of the base's disk in bytes."""
 
     @property
     def free_clusters(self) -> int:
-        """Number of clusters of its file that are known to be free."""
+        """Number of clusters of the file that are known to be free; 0 for a raw base."""
 
     async def grow(self, size: int) -> None:
-        """Grow its disk to ``size`` bytes; what is added reads as zeros."""
+        """Grow the base's disk to ``size`` bytes; the added range reads as zeros."""
 
     async def write(self, start: int, data: Buffer) -> None:
         """Write bytes at a guest offset."""
 
     async def zero(self, start: int, length: int) -> None:
-        """Make a range read as zeros, without using space if the file allows that."""
+        """Make a range read as zeros, without using space on the host if the file allows it."""
 
     async def flush(self) -> None:
-        """Make everything durable."""
+        """Make all earlier changes durable."""
 
     async def tidy(self) -> None:
-        """Move the highest clusters into free ones and shorten the file, as the options allow."""
+        """Compact the file of a QED base as far as the options allow.
+
+        The highest clusters are moved into free clusters, and the file is shortened.  Does
+        nothing to a raw base.
+        """
 
 
 class _QedBase:
-    """A base that is a QED image, which may have bases itself."""
+    """A base that is a QED image, which may itself have bases."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -129,7 +134,7 @@ class _RawBase:
         await self._file.punch((start, length))
         if self._file.can_punch:
             return
-        # The host's file system does not support holes.
+        # Zeros are written, because the host's file system does not support holes.
         zeros, end = bytes(min(COPY_CHUNK_BYTES, length)), start + length
         for at in range(start, end, COPY_CHUNK_BYTES):
             await self._file.pwrite(at, memoryview(zeros)[: end - at])
@@ -142,12 +147,12 @@ class _RawBase:
 
 
 async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
-    """Return the file of an overlay's base, found by reading the chain once.
+    """Open the chain of an overlay, close it again, and return the file of the overlay's base.
 
-    Nothing stays locked: the base is opened again for writing.
+    No file is locked here, so that the caller can then open the base for writing.
 
     Raises:
-        BackingError: The overlay has no base, or one that cannot be used.
+        BackingError: The overlay has no base, or a base cannot be used.
         ImageInUseError: Another file has taken the overlay's name.
     """
     with open_image_file(overlay.path, None) as file:
@@ -166,15 +171,17 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
 
 @asynccontextmanager
 async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[Base]:
-    """Open a base for writing, by the same rules as when it was found.
+    """Open a base for writing; close the base at the end of the block.
 
     Args:
         base_file: The base.
-        options: How the overlay is opened.
+        options: How the overlay is opened; the same policy applies to the bases of the base.
 
     Raises:
-        BackingError: The chain below it cannot be used.
-        ImageInUseError: Another program has it open.
+        BackingError: The chain below the base cannot be used.
+        ImageInUseError: Another program has the base open, or another file has taken the
+            base's name.
+        QedError: The base cannot be opened for writing.
     """
     if base_file.is_raw:
         lock = LockMode.WRITE if options.lock else None
@@ -189,14 +196,14 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
 
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
-    """Refuse a file that is not the one that was found when the chain was read.
+    """Refuse an open file that is not the file that was found when the chain was read.
 
-    The policy for bases was applied to the file that was found then.
+    Another file must not be used, because the policy for bases was not applied to it.
 
     Args:
-        path: The file.
+        path: Path by which both files were opened.
         found: Attributes of the file that is open now.
-        expected: Attributes of the file as it was found.
+        expected: Attributes of the file that was found when the chain was read.
 
     Raises:
         ImageInUseError: They are not the same file.

@@ -1,4 +1,4 @@
-"""The data that a commit writes into a base: of one overlay, or of all images over the base."""
+"""The data that a commit writes into a base: from one overlay, or from all images over the base."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class CommitSource(Protocol):
-    """A disk of which some ranges are committed; in the others the base shows."""
+    """A disk whose stored ranges are written into a base; all other ranges read as the base."""
 
     @property
     def size(self) -> int:
@@ -40,21 +40,21 @@ class CommitSource(Protocol):
         """Return the guest offsets at which the batches of the disk begin."""
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return the extents of data and of zeros in the batch that begins at ``start``.
+        """Return how the batch that begins at ``start`` is stored, in order and without gaps.
 
         Raises:
             CorruptImageError: A table entry is bad.
         """
 
     async def read(self, start: int, length: int) -> Buffer:
-        """Read a range of data."""
+        """Read a range of the disk that is stored as data."""
 
 
 class OverlayAlone:
     """The data of one image, without its bases."""
 
     def __init__(self, disk: Disk) -> None:
-        """Commit what ``disk`` stores itself."""
+        """Commit the ranges that the image of ``disk`` stores itself."""
         self._disk = disk
 
     @property
@@ -67,11 +67,15 @@ class OverlayAlone:
         return batch_starts(self._disk.size, self._disk.header.geometry.cluster_size)
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return how the image stores a batch."""
+        """Return how the image stores the batch that begins at ``start``.
+
+        Raises:
+            CorruptImageError: A table entry is bad.
+        """
         return await own_extents(self._disk, start)
 
     async def read(self, start: int, length: int) -> Buffer:
-        """Read a range."""
+        """Read a range that the image stores as data."""
         return await self._disk.read(start, length)
 
 
@@ -83,7 +87,12 @@ class UpperImages:
     """
 
     def __init__(self, chain: Chain, file: PosixFile) -> None:
-        """Commit what the images of ``chain`` store together; ``file`` is the first image."""
+        """Commit the ranges that at least one image of a chain stores.
+
+        Args:
+            chain: The images over the base, without the base.
+            file: The file of the first image.
+        """
         self._chain = chain
         self._top = cast("QedLayer", chain.layers[0])
         self.file_bytes = file.size()
@@ -98,14 +107,18 @@ class UpperImages:
         return batch_starts(self.size, self._top.geometry.cluster_size)
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return how the images together store a batch."""
+        """Return how the images together store the batch that begins at ``start``.
+
+        Raises:
+            CorruptImageError: A table entry is bad.
+        """
         length = min(self.batch_starts().step, self.size - start)
-        found = await self._chain.stored(start, length)
-        refuse_bad(found)
-        return found
+        extents = await self._chain.stored(start, length)
+        refuse_bad(extents)
+        return extents
 
     async def read(self, start: int, length: int) -> Buffer:
-        """Read a range."""
+        """Read a range that the images store as data."""
         return await self._chain.read(start, length)
 
 
@@ -113,14 +126,15 @@ class UpperImages:
 async def open_upper_images(
     path: str, base: str, options: OpenOptions
 ) -> AsyncIterator[tuple[UpperImages, BaseFile]]:
-    """Open all images over a base, locked and read-only; yield them and the base's file.
+    """Open all images over a base, locked and read-only; yield the images and the base's file.
 
-    The base and the images below it are opened to find it, and closed again.
+    The base and the images below the base are opened to find the base, and closed before the
+    block begins.
 
     Args:
         path: The first image.
-        base: A file of its chain, by a name relative to the directory of the image that
-            names it, as for qemu-img, or to the working directory of ``options``.
+        base: A file of the chain.  The name may be relative to the directory of the image that
+            names the file, as for qemu-img, or to the working directory of ``options``.
         options: How to open the chain.
 
     Raises:
@@ -137,7 +151,8 @@ async def open_upper_images(
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
             base_file = BaseFile(found.path, found.stat(), is_raw, depth)
-            # Their shared locks would conflict with opening the base for writing.
+            # The base and the layers below it are closed, because their shared locks would
+            # conflict with opening the base for writing.
             for layer in layers[depth - 1 :]:
                 layer.file.close()
             del layers[depth - 1 :]
@@ -154,14 +169,14 @@ def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> 
         directory: The working directory; empty for that of the process.
 
     Raises:
-        BackingError: The chain does not have it.
+        BackingError: The chain does not have the file.
     """
     above = path
     for depth, layer in enumerate(layers, 1):
         file = cast("PosixFile", layer.file)
-        here = os.path.join(directory, base.removeprefix("file:"))  # noqa: PTH118  no I/O
-        for name in (backing_path(above, base, directory), here):
-            if _is_file(name, file.stat()):
+        in_directory = os.path.join(directory, base.removeprefix("file:"))  # noqa: PTH118  no I/O
+        for candidate in (backing_path(above, base, directory), in_directory):
+            if _is_file(candidate, file.stat()):
                 return depth
         above = file.path
     chain = ", ".join(layer.file.name for layer in layers) or "none"
@@ -173,7 +188,7 @@ def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> 
 
 
 def _is_file(path: str, expected: os.stat_result) -> bool:
-    """Return whether a path leads to a file."""
+    """Return whether a path leads to the file with given attributes; False if it cannot be read."""
     try:
         return os.path.samestat(os.stat(path), expected)  # noqa: PTH116
     except OSError:

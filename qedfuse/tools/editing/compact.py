@@ -18,11 +18,11 @@ class CompactResult:
     """The result of compacting an image.
 
     Attributes:
-        bytes_before: Length of the file before.
-        bytes_after: Length of the file afterwards.
+        bytes_before: Length of the file before the compaction.
+        bytes_after: Length of the file after the compaction.
         moved_clusters: Number of clusters that were moved.
-        free_clusters: Number of clusters still free, because no free run was long enough
-            for a table.
+        free_clusters: Number of free clusters left in the file, because no run of free
+            clusters was long enough for the table that would have had to move.
     """
 
     bytes_before: int
@@ -36,24 +36,25 @@ async def compact(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> CompactResult:
-    """Move the highest clusters of an image into its holes, and truncate the file.
+    """Move the highest clusters of an image into its free clusters, and truncate the file.
 
-    The image is valid at any moment; clusters moved before an interruption stay moved.
-    Backing files are not opened, and need not exist.
+    The image is valid at any moment.  Clusters that were moved before an interruption stay
+    moved.  Backing files are not opened, and need not exist.
 
     Args:
         path: The image.
-        options: How to open it; ``compact`` and ``writable`` are ignored.
-        progress: Called with the bytes moved so far and in all.
+        options: How to open the image; ``compact`` and ``writable`` are ignored.  None for the
+            defaults.
+        progress: Called with the bytes moved so far, and the bytes to move in all.
 
     Raises:
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    # Without this, closing would compact again.  It would move nothing: clusters that are free
-    # after this could not be filled.
-    wanted = replace(options or OpenOptions(), compact="off")
-    async with open_writable(path, wanted, with_bases=False) as disk:
+    # The close must not compact again, because a second compaction would move nothing: the
+    # clusters that are still free then are the ones that the first one could not fill.
+    disk_options = replace(options or OpenOptions(), compact="off")
+    async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:

@@ -1,7 +1,7 @@
-"""Creating a new empty image: its backing file is checked, its name appears when it is complete.
+"""Creating a new empty image, which gets its name when it is complete.
 
-Only `preallocate` is asynchronous.  Nothing else here blocks for long, and a script that
-creates many images should not wait for an event loop to be loaded each time.
+Only `preallocate` is asynchronous.  `create` is not, because it does not block for long, and a
+script that creates many images should not wait each time until trio is loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _ALLOCATION_CHUNK_BYTES: Final = 1 << 28
-"""Bytes of the disk that are allocated between two reports of progress."""
+"""Maximum number of bytes of the disk that are allocated between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class CreateResult:
         size: Bytes of the disk.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: The name of the backing file, as stored.
-        backing_format: Format of the backing file.
+        backing: The name of the backing file, as stored; None if the image has none.
+        backing_format: Format of the backing file; None if the image has none.
     """
 
     path: str
@@ -60,22 +60,27 @@ def create(
     overwrite: bool = False,
     fill: Callable[[str], object] | None = None,
 ) -> CreateResult:
-    """Create an image; until it is complete ``path`` is absent, or still the old file.
+    """Create an image.
+
+    The image gets its name when it is complete.  Until then no file has the name, or the old
+    file still has the name.
 
     Args:
-        path: Name of the image.
-        size: Bytes of the disk; by default those of the backing file.
+        path: Path of the image.
+        size: Bytes of the disk; None for the size of the backing file.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: The backing file, by a name that is absolute or begins at the image's
-            directory.
-        backing_format: Format of the backing file; may be omitted if it is QED.
-        unsafe: Do not open the backing file, which need not exist.
-        overwrite: Replace an existing file, unless it is in use as an image.
-        fill: Called with the temporary name of the image, before it gets its own name.
+        backing: Name of the backing file, absolute or relative to the image's directory; None
+            for no backing file.
+        backing_format: Format of the backing file; None accepts only QED, and is refused with
+            ``unsafe``.
+        unsafe: Do not open the backing file, which then need not exist.
+        overwrite: Replace an existing file, unless that file is in use as an image.
+        fill: Called with the temporary path of the image, before the image gets its name.
 
     Raises:
-        UsageError: A size or the geometry is invalid, or the file exists.
+        UsageError: A size, the geometry or the backing file name is invalid, a size or format
+            is missing, or the file exists and ``overwrite`` is False.
         BackingError: The backing file is missing or not of the given format.
         ImageInUseError: The old file is open elsewhere, or another file has taken its name
             meanwhile.
@@ -85,13 +90,16 @@ def create(
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
         raise UsageError(msg)
     if backing is not None and not unsafe:
-        found, backing_format = size_and_format(path, backing, backing_format)
-        size = found if size is None else size
+        backing_size, backing_format = size_and_format(path, backing, backing_format)
+        size = backing_size if size is None else size
     elif backing is not None and backing_format is None:
-        msg = f"{printable(path)}: backing file {printable(backing)}: its format must be given"
+        msg = (
+            f"{printable(path)}: backing file {printable(backing)}: found no format, expected "
+            "-F raw or -F qed"
+        )
         raise UsageError(msg)
     if size is None:
-        msg = f"{printable(path)}: size: found none, expected one, or a base that has one"
+        msg = f"{printable(path)}: size: found none, expected a size, or a backing file with a size"
         raise UsageError(msg)
     header = new_header(
         size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"
@@ -103,14 +111,18 @@ def create(
 async def preallocate(path: str, progress: Progress | None = None) -> None:
     """Allocate every cluster of a disk without a backing file, and its space on the host.
 
-    ``progress`` is called with the bytes allocated so far and in all.
+    Args:
+        path: The image, which must have no backing file.
+        progress: Called with the bytes allocated so far, and the size of the disk.
 
     Raises:
         NoSpaceError: The host is full.
+        QedError: The image cannot be opened for writing, or the host refused.
     """
-    # Imported here: without preallocation no disk is opened.
-    from qedfuse.disk.opening import open_disk  # noqa: PLC0415
-    from qedfuse.disk.options import OpenOptions  # noqa: PLC0415
+    # Imported late, because loading these modules takes time, and only preallocation opens a
+    # disk.
+    from qedfuse.disk.opening import open_disk  # noqa: PLC0415  late, see above
+    from qedfuse.disk.options import OpenOptions  # noqa: PLC0415  late, see above
 
     async with open_disk(path, OpenOptions(writable=True)) as disk:
         for at in range(0, disk.size, _ALLOCATION_CHUNK_BYTES):

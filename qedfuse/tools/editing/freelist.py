@@ -14,35 +14,42 @@ if TYPE_CHECKING:
 
 
 async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
-    """Find the free clusters of an image, punch them out of its file, and list them.
+    """Find the free clusters of an image, punch them out of its file, and store a list of them.
 
-    Without a free cluster no list is written, and programs that do not know it can still
-    open the image.  Once written the list is kept: a mount with default options rewrites it.
+    If the image has no free cluster, no list is written, and programs that do not know the
+    list can still open the image.  Once an image has a list, each writable mount with default
+    options writes the list anew when it closes the image.
 
     Returns:
-        The list that the image has afterwards.
+        The description of the list that the image has now; ``present`` is False if no list
+        was written.
 
     Raises:
-        UsageError: The image has something else at the offset of the list's descriptor.
-        QedError: The image cannot be opened for writing.
+        UsageError: The bytes for the list's descriptor are in use for something else.
+        QedError: The image cannot be opened for writing, or the host refused.
     """
     await _set_free_list(path, replace(options or OpenOptions(), free_list="on"))
     return await describe_free_list(path)
 
 
 async def drop(path: str, options: OpenOptions | None = None) -> None:
-    """Remove the list from an image, so that programs that do not know it can open it again.
+    """Remove the list from an image, so that programs that do not know the list can open it.
 
-    A check by such a program then counts the listed clusters as leaked; qedfuse finds them by
-    its scan.
+    A check by such a program counts the clusters that were in the list as leaked.  qedfuse
+    finds these clusters again when it scans the tables.
 
     Raises:
-        QedError: The image cannot be opened for writing.
+        QedError: The image cannot be opened for writing, or the host refused.
     """
     await _set_free_list(path, replace(options or OpenOptions(), free_list="off"))
 
 
 async def _set_free_list(path: str, options: OpenOptions) -> None:
-    """Open and close an image for writing: closing writes or removes the list, by the options."""
+    """Open an image for writing and close it; the close writes or removes the list.
+
+    Args:
+        path: The image.
+        options: How to open the image; ``free_list`` says whether the close writes the list.
+    """
     async with open_writable(path, options, with_bases=False):
         pass

@@ -1,4 +1,4 @@
-"""What an image itself stores, without its bases, as batches of extents."""
+"""The ranges that an image itself stores, without its bases, as batches of extents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.extents import Extent
 
 _CLUSTERS_PER_BATCH: Final = 1 << 14
-"""Clusters of the disk in a batch; each may be an extent."""
+"""Number of clusters of the disk in a batch, and so the maximum number of extents in a batch."""
 
 
 def batch_starts(size: int, cluster_size: int) -> range:
@@ -25,8 +25,13 @@ def batch_starts(size: int, cluster_size: int) -> range:
 async def own_extents(disk: Disk, start: int) -> list[Extent]:
     """Return how the image stores one batch, as extents in order and without gaps.
 
+    Args:
+        disk: The open image.
+        start: Guest offset where the batch begins, one of `batch_starts`.
+
     Raises:
         CorruptImageError: A table entry is bad.
+        HostError: The host cannot read a table.
     """
     await trio.lowlevel.checkpoint()
     step = batch_starts(disk.size, disk.header.geometry.cluster_size).step
@@ -40,7 +45,7 @@ def refuse_bad(extents: list[Extent]) -> None:
     """Raise an error if the table entry of one of the extents is bad.
 
     Raises:
-        CorruptImageError: It is; the message describes the first such entry.
+        CorruptImageError: A table entry is bad; the message describes the first such entry.
     """
     for extent in extents:
         if extent.kind is Kind.BAD:

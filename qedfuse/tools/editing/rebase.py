@@ -1,9 +1,9 @@
 """Rebasing an overlay: it gets another backing file, and its content stays the same.
 
-Where the image stores nothing itself, its base shows through.  So wherever the two bases
-differ, the content of the old one is first copied into the image, which still names the old
-base.  The disk then reads the same over either base.  When the copy is durable, the name
-changes in one step.
+Where the overlay stores nothing itself, it reads as its base.  So wherever the new base differs
+from the old base, the content of the old base is first copied into the overlay, which still
+names the old base.  The overlay then reads the same over either base.  When the copy is
+durable, the name of the base in the overlay changes in one step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class RebaseResult:
     """The result of a rebase.
 
     Attributes:
-        backing: The name of the backing file, as stored now; None for none.
-        backing_format: Format of the backing file; None for none.
+        backing: The name of the new backing file, as stored; None if the image has none.
+        backing_format: Format of the new backing file; None if the image has none.
         copied_bytes: Bytes of the disk that were copied into the image as data.
         zero_bytes: Bytes of the disk that became zero clusters of the image.
     """
@@ -61,23 +61,29 @@ async def rebase(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> RebaseResult:
-    """Give an image another backing file, or none.
+    """Give an image another backing file, or remove its backing file.
 
     Args:
         path: The image.
-        backing: The new backing file, by a name that is absolute or begins at the image's
-            directory; None or empty for none.
-        backing_format: Its format; may be omitted if it is QED, except with ``unsafe``.
-        unsafe: Change the name and nothing else; no backing file is opened.
-        options: How to open the image; ``writable`` is set in any case.  The new backing
-            file is trusted, since the user names it.
-        progress: Called with the bytes of the disk that are compared, and its size.
+        backing: Name of the new backing file, absolute or relative to the image's directory;
+            None or empty to remove the backing file.
+        backing_format: Format of the new backing file; None accepts only QED, and is refused
+            with ``unsafe``.
+        unsafe: Change only the name and the format.  No data is compared or copied.  Of the
+            backing files only the headers are read, to detect a loop; the files need not exist.
+        options: How to open the image; ``writable`` is always set.  The new backing file is
+            trusted, because the user names it.  None for the defaults.
+        progress: Called with the bytes of the disk compared so far, and the size of the disk.
 
     Raises:
-        UsageError: The name cannot be stored, or the format must be given.
-        BackingError: A backing file is missing, not of the given format, or the image.
-        QedError: The image cannot be opened for writing, or the host refused.  The content
-            of its disk is the same, whichever backing file it names.
+        UsageError: The name cannot be stored, or the format is missing.
+        BackingError: A backing file is missing or not of the given format, or the image is
+            among the files of the new chain.
+        CorruptImageError: A table entry of the image or of a base is bad.
+        QedError: The image cannot be opened for writing, or the host refused.
+
+    After an error the image names the old or the new backing file.  Without ``unsafe`` its
+    disk reads the same in both cases.
     """
     backing = backing or None
     name = backing_name(backing)
@@ -111,11 +117,17 @@ async def _new_chain(
     backing_format: ImageFormat | None,
     options: OpenOptions,
 ) -> AsyncIterator[Chain]:
-    """Yield the chain of the image over its new base; its first layer is the disk's own.
+    """Yield the chain of the image over its new base; the first layer is the open image itself.
+
+    Args:
+        disk: The image.
+        backing: Name of the new base; None for a chain without a base.
+        backing_format: Format of the new base; None accepts only QED.
+        options: How to open the new base and its bases.
 
     Raises:
         BackingError: The new base cannot be used, or its chain leads back to the image.
-        UsageError: The base is raw, and no format is given.
+        UsageError: The new base is raw, and no format is given.
     """
     top = disk.chain.layers[0]
     if backing is None:
@@ -126,12 +138,14 @@ async def _new_chain(
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
-    # The format in the options applies to the bases that the image has.  The new one is raw if
-    # the header above says so; otherwise its first bytes decide.
+    # The format in the options is removed, because it applies to the present bases of the
+    # image.  The new base is opened as raw if the header above says so.  If not, its first
+    # bytes decide.
     policy = replace(options.backing, trusted=base, format=None)
     with open_image_file(disk.path, None) as image:
-        # A loop is detected before the file is locked.  Otherwise its lock would conflict with
-        # that of the open disk, and the message would be "in use".
+        # `image` lets `open_bases` detect a loop before it locks a base.  Otherwise the lock of
+        # the image as a base would conflict with the lock of the open disk, and the message
+        # would be "in use".
         bases = await open_bases(
             disk.path,
             image,

@@ -1,4 +1,4 @@
-"""The copy that a rebase makes: the content of the old bases that the new ones do not show."""
+"""The copy that a rebase makes: the content of the old bases that differs from the new bases."""
 
 from __future__ import annotations
 
@@ -20,32 +20,44 @@ if TYPE_CHECKING:
 
 
 _COMPARE_CHUNK_BYTES: Final = 1 << 20
-"""Bytes of each chain that are read and compared in one step."""
+"""Maximum number of bytes of each chain that are read and compared in one step."""
 
 
 class RebaseCopy:
-    """Copies into an image the content of its bases, wherever its future bases differ.
+    """Copies content of an image's old bases into the image, wherever its new bases differ.
 
     Attributes:
-        copied_bytes: Bytes written to the image as data.
-        zero_bytes: Bytes that became zero clusters.
+        copied_bytes: Bytes of the disk written to the image as data so far.
+        zero_bytes: Bytes of the disk that became zero clusters so far.
     """
 
     def __init__(self, disk: Disk, new: Chain) -> None:
-        """Compare the bases of ``disk`` with those of ``new``, its future chain."""
+        """Prepare a copy.
+
+        Args:
+            disk: The image, open with its old bases.
+            new: The future chain: the same image over its new bases.
+        """
         self._disk = disk
         self._old = disk.chain
         self._new = new
         self._bases = [Chain(chain.layers[1:]) for chain in (self._old, new) if chain.has_base]
         self._data_at = [-1] * len(self._bases)
-        """For each entry of `_bases` the offset of data that was found last."""
+        """For each chain in `_bases` the guest offset of the data that was found last.
+
+        -1 before the first search; the size of the disk if no data follows.
+        """
         self._cluster_size = disk.header.geometry.cluster_size
         self._step_bytes = max(_COMPARE_CHUNK_BYTES, self._cluster_size)
         self.copied_bytes = 0
         self.zero_bytes = 0
 
     async def run(self, progress: Progress | None) -> None:
-        """Copy what differs in all ranges that the image does not store itself.
+        """Copy the clusters that differ, in all ranges that the image does not store itself.
+
+        Args:
+            progress: Called with the bytes of the disk compared so far, and the size of the
+                disk; None for no reports.
 
         Raises:
             CorruptImageError: A table entry of the image or of a base is bad.
@@ -59,7 +71,7 @@ class RebaseCopy:
                     await self._copy_unallocated(extent, progress)
 
     async def _copy_unallocated(self, extent: Extent, progress: Progress | None) -> None:
-        """Copy what differs in a range in which the bases show through."""
+        """Copy the clusters that differ in an unallocated range, which reads as the bases."""
         at = await self._next_data_cluster(extent.start)
         while at < extent.end:
             stop = min(extent.end, at - at % self._step_bytes + self._step_bytes)
@@ -70,13 +82,14 @@ class RebaseCopy:
             at = await self._next_data_cluster(stop)
 
     async def _next_data_cluster(self, start: int) -> int:
-        """Return the guest offset of the first cluster with data in either base.
+        """Return the guest offset of the first cluster with data in the old or the new bases.
 
-        The search begins at ``start``, the beginning of a cluster.  If there is none, the
-        result is not below the disk's last cluster.
+        The search begins at ``start``, the beginning of a cluster.  If neither has data from
+        there on, the result is at or past the beginning of the disk's last cluster.
         """
         for index, chain in enumerate(self._bases):
-            # The data found by an earlier call is still the next one if it lies past ``start``.
+            # The chain is searched only if the data found last lies before ``start``.  If
+            # not, the data found last is still the first data at or past ``start``.
             if self._data_at[index] < start:
                 found = await next_data(chain, start)
                 self._data_at[index] = self._disk.size if found is None else found
@@ -84,7 +97,10 @@ class RebaseCopy:
         return max(start, self._disk.header.geometry.floor(first))
 
     async def _is_shared(self, start: int, end: int) -> bool:
-        """Return whether both chains show the same bytes of the same file; nothing is read."""
+        """Return whether the bases of both chains store a range as the same bytes of the same file.
+
+        Only tables are read.  False means that the data must be compared.
+        """
         old = await self._old.extents(start, end - start, depth=1)
         new = await self._new.extents(start, end - start, depth=1)
         return len(old) == len(new) and all(
@@ -98,7 +114,7 @@ class RebaseCopy:
         )
 
     async def _copy_differences(self, start: int, end: int) -> None:
-        """Compare whole unallocated clusters, and copy runs of those that differ."""
+        """Compare whole unallocated clusters, and copy the clusters that differ."""
         size = self._cluster_size
         if size > _COMPARE_CHUNK_BYTES:
             await self._copy_large_cluster(start, end)
@@ -108,7 +124,9 @@ class RebaseCopy:
         if old == new:
             return
         data, zeros = memoryview(old), bytes(size)
-        run_start, run_is_zero = start, None  # None: the clusters of the run are equal
+        # Clusters are written in runs: adjacent clusters that differ and are all zeros, or
+        # that differ and are all data.  `run_is_zero` is None in a run of equal clusters.
+        run_start, run_is_zero = start, None
         # One more iteration, past the last cluster, ends the last run.
         for at in range(start, end + size, size):
             cluster = old[at - start : at - start + size]
@@ -130,7 +148,7 @@ class RebaseCopy:
             self.copied_bytes += len(content)
 
     async def _copy_large_cluster(self, start: int, end: int) -> None:
-        """Compare one large cluster and copy it if it differs; memory is for one chunk."""
+        """Compare one large cluster chunk by chunk, and copy the cluster if it differs."""
         differs, is_zero = False, True
         for at in range(start, end, _COMPARE_CHUNK_BYTES):
             length = min(_COMPARE_CHUNK_BYTES, end - at)
@@ -142,8 +160,8 @@ class RebaseCopy:
             await self._disk.write_zero_clusters(start, end - start)
             self.zero_bytes += end - start
         elif differs:
-            # A write of one sector allocates the cluster; the disk completes it from the old
-            # base.
+            # Only one sector is written.  This write allocates the cluster, and the disk
+            # fills the rest of the cluster from the old base (copy-on-write).
             await self._disk.write(start, await self._old.read(start, SECTOR, depth=1))
             self.copied_bytes += end - start
         await trio.lowlevel.checkpoint()

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ResizeResult:
-    """The result of a change of size; in bytes, except the clusters.
+    """The result of a change of size; sizes and lengths in bytes.
 
     Attributes:
-        size_before: Size of the disk before.
-        size: Size of the disk afterwards.
-        bytes_before: Length of the file before.
-        bytes_after: Length of the file afterwards.
-        free_clusters: Clusters within the file that are known to be free, because moving
-            others there takes longer than the options allow.  They are holes.
+        size_before: Size of the disk before the change.
+        size: Size of the disk after the change.
+        bytes_before: Length of the file before the change.
+        bytes_after: Length of the file after the change.
+        free_clusters: Number of free clusters left in the file, as holes, because moving other
+            clusters into them takes longer than the options allow.
     """
 
     size_before: int
@@ -45,21 +45,26 @@ async def resize(
 ) -> ResizeResult:
     """Change the size of an image's disk to a multiple of 512 bytes.
 
-    What is added reads as zeros, also if the image is an overlay over a longer base.
+    An added range reads as zeros, even if the image is an overlay over a longer base.
 
     Args:
         path: The image.
-        size: Bytes; with ``relative`` the difference, which may be negative.
-        relative: Count from the present size.
+        size: The new size in bytes; with ``relative`` the difference from the present size,
+            which may be negative.
+        relative: Whether ``size`` is a difference.
         shrink: Allow the disk to become smaller.
-        force: Allow the loss of data past the new end of a smaller disk, and of data that
-            another program left past the old end of a growing one.
-        options: How to open it; ``writable`` is set in any case.
-        progress: Called with the work done and the whole work, in any unit.
+        force: Allow the loss of data past the new end of a disk that shrinks, and of data that
+            another program left past the old end of a disk that grows.
+        options: How to open the image; ``writable`` is always set.  None for the defaults.
+        progress: Called with the work done and the whole work of shrinking, in any unit; not
+            called when the disk grows.
 
     Raises:
-        UsageError: The disk would shrink or lose data without being allowed to, or the
-            image cannot have the size.
+        UsageError: The size is negative, no multiple of 512, or more than the tables can
+            address.  Or the disk would become smaller without ``shrink``, or lose data
+            without ``force``.
+        CorruptImageError: A table entry past the new or the old end is bad, or data past the
+            old end would be lost without ``force``.
         QedError: The image cannot be opened for writing, or the host refused.
     """
     async with open_writable(path, options) as disk:
