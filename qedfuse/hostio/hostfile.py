@@ -35,7 +35,10 @@ class HostFile(Protocol):
         """Read ``length`` bytes at a file offset; fewer only where the file ends."""
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
-        """Fill ``view`` from a file offset; return the bytes read, fewer only at the file's end."""
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        These are all bytes of the view, or fewer if the file ends before.
+        """
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.

@@ -47,7 +47,10 @@ class InlinePolicy:
         self._unsynced_bytes = 0  # written since the last datasync began
 
     def is_short(self, length: int) -> bool:
-        """Return whether a write of ``length`` bytes is expected to be faster than a thread."""
+        """Return whether a write of ``length`` bytes counts as short.
+
+        A short write is expected to take less time than a round trip to a worker thread.
+        """
         return length <= INLINE_WRITE_BYTES or (
             length <= MAX_INLINE_WRITE_BYTES and self._long_writes.seconds > 0
         )

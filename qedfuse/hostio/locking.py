@@ -188,7 +188,7 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
         what = f'shared "{_PERMISSIONS[byte - _USES]}"'
     names = ", ".join(map(str, found[:_MAX_HOLDERS_SHOWN]))
     more = " and others" if len(found) > _MAX_HOLDERS_SHOWN else ""
-    by = f"held by {names}{more}" if found else "held by a process that cannot be seen from here"
+    by = f"held by {names}{more}" if found else "held by a process that could not be identified"
     msg = f"{name}: in use: Failed to get {what} lock, {by}"
     raise ImageInUseError(msg)
 

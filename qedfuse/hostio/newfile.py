@@ -43,8 +43,9 @@ class NewFile:
                 of the link is replaced, as by a program that writes into the file.
             mode: Permissions of the file if there is no ``old``; the umask is subtracted.
             old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None
-                to replace no file.  The caller must keep it open until the end of the block.
-                The owner, permissions and attributes of this file are copied.
+                to replace no file.  The caller must keep the descriptor open until the end of
+                the block.  The new file gets the owner, permissions and extended attributes
+                of the old one.
             overwrite: Whether the user has agreed to replace a file.  This only chooses the
                 error that is raised for a file other than ``old``.
         """
@@ -56,8 +57,8 @@ class NewFile:
         self._mode = mode
         self._exists = False  # whether the temporary file exists
         directory, name = os.path.split(self._final)
-        start = os.fsdecode(os.fsencode(name)[:_MAX_PREFIX_BYTES])
-        self.path = os.path.join(directory, f".{start}.{secrets.token_hex(3)}.part")  # noqa: PTH118
+        prefix = os.fsdecode(os.fsencode(name)[:_MAX_PREFIX_BYTES])
+        self.path = os.path.join(directory, f".{prefix}.{secrets.token_hex(3)}.part")  # noqa: PTH118
 
     def __enter__(self) -> Self:
         """Create the temporary file.
@@ -72,7 +73,8 @@ class NewFile:
         if self._old is None and os.path.lexists(self._final):
             raise self._taken()
         try:
-            # Start with mode 0600: the replaced file may be private.
+            # Start with mode 0600, because the replaced file may be private; `commit` sets the
+            # mode of the replaced file.
             mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:

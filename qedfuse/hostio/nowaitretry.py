@@ -58,8 +58,8 @@ class _Read:
 class _RetryQueue:
     """The reads of all files that are being retried, the oldest first.
 
-    The task of the first read retries.  When that read is decided, the task of the next one
-    takes over.
+    The task of the first read retries.  When the first read is done or given up, the task of
+    the next read takes over.
     """
 
     def __init__(self) -> None:

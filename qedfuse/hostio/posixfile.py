@@ -72,7 +72,7 @@ class PosixFile:
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
-        """Open a regular file, without waiting for a FIFO and without waking a device.
+        """Open a regular file, as `open_regular` does: a FIFO or a device is refused unopened.
 
         Raises:
             HostError: The file cannot be opened.
@@ -91,7 +91,10 @@ class PosixFile:
         return buffer
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
-        """Fill ``view`` from a file offset; return the bytes read, fewer only at the file's end."""
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        These are all bytes of the view, or fewer if the file ends before.
+        """
         done = self._read_cached(offset, view)
         if done is None and self._supports_nowait:
             error: HostError | None = None
@@ -252,7 +255,7 @@ class PosixFile:
     async def next_hole(self, offset: int) -> int | None:
         """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
 
-        Returns None if ``offset`` is past the end.
+        Returns None if ``offset`` is at or past the end of the file.
         """
         return await self._seek(offset, os.SEEK_HOLE)
 

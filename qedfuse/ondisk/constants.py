@@ -48,8 +48,11 @@ class Feature(IntFlag):
     """Incompatible feature bits: a program must not open an image with a bit it does not know."""
 
     BACKING_FILE = 0x01
+    """The image has a backing file."""
     NEED_CHECK = 0x02
+    """The tables may be inconsistent."""
     BACKING_FORMAT_NO_PROBE = 0x04
+    """The backing file is raw, whatever its first bytes are."""
     FREE_LIST = 1 << 60
     """The persistent free list, an extension of qedfuse (docs/format-extensions.md)."""
 

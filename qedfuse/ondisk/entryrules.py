@@ -40,7 +40,7 @@ class Violation(enum.Enum):
     OVER_METADATA = enum.auto()
     """The target overlaps the header, the L1 table or an L2 table."""
     CUT_SHORT = enum.auto()
-    """The target begins inside the file and ends past it."""
+    """The target begins inside the file and ends past the end of the file."""
 
     @property
     def found(self) -> str:
@@ -160,20 +160,21 @@ class EntryRules:
     def expected(self, violation: Violation) -> str:
         """Return what was expected instead of an entry with this violation, for a message."""
         limits = self.limits
-        table = limits.target == "table"
+        is_table = limits.target == "table"
         return {
             Violation.RESERVED_BITS: (
                 "0 or an offset whose low 12 bits are 0"
-                if table
+                if is_table
                 else "0, 1 or an offset whose low 12 bits are 0"
             ),
             Violation.UNALIGNED: f"a multiple of {limits.cluster_size}",
             Violation.OUT_OF_FILE: (
-                f"{'a table' if table else 'an offset'} inside the file of {limits.file_size} bytes"
+                f"{'a table' if is_table else 'an offset'} inside the file of "
+                f"{limits.file_size} bytes"
             ),
             Violation.OVER_METADATA: (
                 "an offset past the header and the L1 table"
-                if table
+                if is_table
                 else "a cluster apart from the header and all tables"
             ),
             Violation.CUT_SHORT: (

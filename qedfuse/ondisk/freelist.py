@@ -85,7 +85,7 @@ class Descriptor:
     """Where a list begins, and the totals and the checksum that the list must have.
 
     Attributes:
-        first_cluster: File offset of the first list cluster in bytes, and no cluster index.
+        first_cluster: File offset of the first list cluster in bytes (not a cluster index).
         list_clusters: Number of clusters that hold the list; they are listed as free too.
         runs: Number of runs in all list clusters together.
         free_clusters: Number of clusters in all runs together.
@@ -106,7 +106,7 @@ class ListClusterHeader:
     """The header of one list cluster.
 
     Attributes:
-        next_cluster: File offset of the next list cluster in bytes, and no cluster index; 0
+        next_cluster: File offset of the next list cluster in bytes (not a cluster index); 0
             in the last list cluster.
         runs: Number of runs in this list cluster.
         crc: CRC-32 of this header, with zeros in place of the CRC, and of the runs.

@@ -55,7 +55,8 @@ class Header:
             first modification of the image.
         l1_table_offset: File offset of the L1 table.
         image_size: Size of the disk in bytes.
-        backing_filename_offset: File offset of the backing name, if `has_backing`.
+        backing_filename_offset: File offset of the backing name; without meaning if the
+            length of the name is 0.
         backing_filename_size: Length of the backing name in bytes.
         geometry: The cluster size, the table size, and what is computed from the two.
     """

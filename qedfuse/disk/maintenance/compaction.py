@@ -99,7 +99,8 @@ class Compaction:
         limit is no error.
 
         Args:
-            progress: Called with the bytes that have been moved, and with all that will be.
+            progress: Called with the number of bytes that have been moved, and with the
+                number that will probably be moved in all.
             within_bound: Whether the file must never become longer than its bound
                 (`Geometry.bound`).  If so, tables may be unable to move, and free clusters
                 stay in the file.
@@ -153,8 +154,8 @@ class Compaction:
     ) -> None:
         """Move the highest clusters, until no cluster is free or a pass has moved none.
 
-        Each pass of the loop moves at most `_MAX_MOVES_PER_PASS` clusters, and no more than
-        ``limits`` still allow.
+        Each pass of the loop has a target past which at most `_MAX_MOVES_PER_PASS` clusters
+        are in use, and no more than ``limits`` still allow to move.
         """
         max_moves = None if limits is None else limits.bytes >> self._bits
         counter.expect(self._data.count_used_from(self._data.target(max_moves)))

@@ -34,7 +34,8 @@ class MoveCounter:
     def __init__(self, progress: Progress | None, cluster_bits: int) -> None:
         """Start at 0.
 
-        ``progress`` is called with the bytes that have been moved, and with all that will be.
+        ``progress`` is called with the number of bytes that have been moved, and with the
+        number that will probably be moved in all.
         """
         self.moved = 0
         self._progress = progress
@@ -69,9 +70,9 @@ class DataCompaction:
         self._bits = allocator.cluster_bits
 
     def target(self, max_moves: int | None = None) -> int:
-        """Return the target: the cluster at which the file can end after ``max_moves`` moves.
+        """Return the target: the cluster at which the file can end after the compaction.
 
-        With None, any number of clusters may be moved.
+        The compaction may move at most ``max_moves`` clusters, or any number with None.
         """
         end, free = self._allocator.end >> self._bits, self._allocator.free
         target = max(end - free.count, self._allocator.anchor)
@@ -90,7 +91,7 @@ class DataCompaction:
         """Move the data clusters from ``first`` on, the highest first, durably.
 
         Args:
-            first: The first cluster that moves.
+            first: The lowest cluster that moves.
             counter: Counts the moves.
             last: None to move all clusters up to the end of the file to the lowest free
                 ones.  Otherwise the clusters from ``first`` up to, not including, ``last``

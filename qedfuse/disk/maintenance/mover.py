@@ -84,8 +84,8 @@ class Mover:
                 slice_ = await self._table_writer.writable_slice(
                     layer.header.l1_table_offset, l1_index, L1
                 )
-                # No await from here on: the entry, the table registry and the quarantine
-                # change atomically with respect to other tasks.
+                # No await up to the end of this block, so that the entry, the table registry
+                # and the quarantine change atomically with respect to other tasks.
                 layer.tables.set(slice_, l1_index % layer.tables.slice_entries, new)
                 is_unused = False
                 layer.move_table(old, new)
@@ -185,8 +185,8 @@ class Mover:
             except BaseException:
                 self._space.release(run)
                 raise
-            # No await from here on: the entries and the quarantine change atomically with
-            # respect to other tasks.
+            # No await up to the end of this pass of the loop, so that the entries and the
+            # quarantine change atomically with respect to other tasks.
             clusters = run.length >> self._bits
             for step in range(clusters):
                 tables.set(slice_, at + done + step, run.offset + step * size)

@@ -105,9 +105,9 @@ class TableCompaction:
         return max(target, self._end_of_tables())
 
     def _after_table(self, cluster: int) -> int:
-        """Return the first cluster after the table that ``cluster`` lies in.
+        """Return the first cluster after the table that begins before ``cluster`` and contains it.
 
-        Returns ``cluster`` itself if it lies in no table.
+        Returns ``cluster`` itself if there is no such table.
         """
         tables = self._layer.l2_tables
         table_index = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
@@ -133,6 +133,8 @@ class TableCompaction:
         first = allocator.anchor
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
+        # In the worst case the file grows by all data clusters that are in the way, and by a
+        # table that moves to the end of the file.
         fits = end + (last - first) + size <= bound
         # Every table may have to move, and as many data clusters may have to give way.
         is_affordable = max_moves is None or counter.moved + 2 * (last - first) <= max_moves
