@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 _STDERR: Final = 2
 _MAX_MESSAGE_BYTES: Final = 4096
-"""Most bytes of libfuse's messages that an error shows."""
+"""Maximum number of bytes of libfuse's messages that an error shows."""
 
 
 class _RawOption(str):
-    """An option that contains a file name, which pyfuse3 accepts also if it is not ASCII.
+    """A mount option for pyfuse3 that may contain a file name with characters that are not ASCII.
 
     pyfuse3 calls the method ``encode`` of each option, and would encode a plain str as ASCII.
     """
@@ -34,24 +34,28 @@ class _RawOption(str):
     __slots__ = ()
 
     def encode(self, encoding: str = "", errors: str = "") -> bytes:  # noqa: ARG002  str's
-        """Return the bytes of the file name, for any encoding."""
-        return os.fsencode(str(self))  # without str() this method would call itself
+        """Return the option with the bytes of the file name; both arguments are ignored."""
+        return os.fsencode(str(self))  # os.fsencode of ``self`` would call this method again
 
 
 def libfuse_options(options: MountOptions, source: str) -> set[str]:
     """Return the options for libfuse.
 
-    They are the source and the type that the mount table shows, and the flags that the kernel
-    enforces.
+    The options are the source and the type that the mount table shows, and the flags that the
+    kernel enforces.
+
+    Args:
+        options: The options of the mount.
+        source: The source for the mount table.
     """
     found = {
-        # The source is not escaped with `printable`, because mount(8) looks for it in the
-        # mount table, for which the kernel does the escaping.
+        # The source is not escaped with `printable`.  mount(8) looks for the source itself in
+        # the mount table, and the kernel escapes the names in this table.
         _RawOption(f"fsname={escape_value(source)}"),
         "subtype=qedfuse",
         "default_permissions",
-        # Set-user-ID programs and devices of an untrusted image must have no effect, so the
-        # user cannot turn these off.
+        # These two flags are set in every mount, because set-user-ID programs and devices must
+        # have no effect if they come from an untrusted image.
         "nosuid",
         "nodev",
         *options.kernel_flags,
@@ -59,6 +63,7 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
     if options.read_only:
         found.add("ro")
     if options.allow_other or options.allow_root:
+        # The kernel does not know ``allow_root``; `MetadataOperations.admit` enforces it.
         found.add("allow_other")
     return found
 
@@ -66,19 +71,19 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
 def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
     """Mount, and return the descriptor of the connection to the kernel, which pyfuse3 owns.
 
-    If an error is raised, nothing is mounted.  What libfuse prints without an error is shown
-    on stderr.
+    If an error is raised, nothing stays mounted.  If libfuse prints something although it
+    succeeds, the text is shown on stderr.
 
     Args:
         operations: The handlers of requests.
-        mountpoint: The mountpoint.
+        mountpoint: The mountpoint, absolute and free of symbolic links.
         options: The options of the mount.
         source: The source for the mount table.
 
     Raises:
         PrivilegeError: The user may not mount.
         MountpointError: The kernel refuses the mountpoint.
-        FuseError: Mounting failed for another reason.
+        FuseError: Mounting failed for another reason, or the connection cannot be found.
     """
     before = fuse_descriptors()
     failure = None
@@ -93,7 +98,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         if failure is not None:
             raise _explain(mountpoint, printed or str(failure)) from failure
         if printed:
-            with suppress(OSError):  # stderr is closed, or a pipe without a reader
+            with suppress(OSError):  # stderr may be closed, or be a pipe without a reader
                 sys.stderr.write(f"qedfuse: {printable(printed)}\n")
         new = fuse_descriptors() - before
         if len(new) != 1:
@@ -105,18 +110,22 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
 
 
 def _explain(mountpoint: str, printed: str) -> QedError:
-    """Return an error of the class that matches the message of libfuse or fusermount3.
+    """Return the error for a failed mount, in the class that the message of libfuse suggests.
 
     The class depends on words of the message, because libfuse and fusermount3 report the
     reason in no other way.
+
+    Args:
+        mountpoint: The mountpoint.
+        printed: The message of libfuse or fusermount3.
     """
-    kind: type[QedError] = FuseError
-    reason = printed.replace(mountpoint, "")  # the path may contain the words
-    if "ermission denied" in reason or "not permitted" in reason or "only allowed if" in reason:
-        kind = PrivilegeError
-    elif "ountpoint" in reason or "ransport endpoint" in reason:
-        kind = MountpointError
-    return kind(f"{printable(mountpoint)}: cannot mount: {printable(printed)}")
+    error_class: type[QedError] = FuseError
+    words = printed.replace(mountpoint, "")  # because a path may contain the same words
+    if "ermission denied" in words or "not permitted" in words or "only allowed if" in words:
+        error_class = PrivilegeError
+    elif "ountpoint" in words or "ransport endpoint" in words:
+        error_class = MountpointError
+    return error_class(f"{printable(mountpoint)}: cannot mount: {printable(printed)}")
 
 
 @contextmanager
@@ -124,11 +133,12 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Capture what C code and child processes print to descriptor 2 in the block.
 
     Yields:
-        A function that returns what has been captured so far, as one line.
+        A function for use in the block, which returns what has been captured so far as one line,
+        at most `_MAX_MESSAGE_BYTES`; empty if nothing was printed.
     """
     sys.stderr.flush()
     original = os.dup(_STDERR)
-    # In memory, because there may be no directory for temporary files.
+    # The output is kept in memory, because there may be no directory for temporary files.
     with open(os.memfd_create("qedfuse-stderr"), "rb") as file:  # noqa: PTH123  a descriptor
         os.dup2(file.fileno(), _STDERR)
 

@@ -1,18 +1,20 @@
 """The launderer: a helper process that makes the kernel write back and drop pages of a disk.
 
-The kernel does this for the notification FUSE_NOTIFY_INVAL_INODE.  The notification is a
-write(2) that returns only when the server has answered the kernel's write requests for the
-pages.  Until then the process that called write(2) cannot end, not even by SIGKILL, and neither
-can the connection to the kernel.  If the server itself called write(2) and were then killed, it
-would never end, and the programs that use the disk would wait forever.
+The kernel writes back and drops pages when a process sends the notification
+FUSE_NOTIFY_INVAL_INODE.  A process sends a notification by a write(2) to the connection, which
+returns only when the server has answered the kernel's write requests for the pages.  Until then
+the process that called write(2) cannot end, not even by SIGKILL, and neither can the connection.
+If the server itself called write(2) and were then killed, it would never end, and the programs
+that use the disk would wait forever.
 
 Therefore the launderer calls write(2), on a second descriptor of the connection.  When the
 server has ended, the launderer answers the remaining requests of the kernel with errors until
 the write(2) returns.  Then the launderer ends, and the connection ends with it.
 
-The launderer is forked before the mount exists, and executes no program.  The files of the
-interpreter may lie under the mountpoint, so a server that started a program after mounting
-could wait for a reply of its own.  The launderer sleeps until it gets the connection.
+The launderer is forked before the mount exists, and executes no program, because the files of
+the interpreter may lie under the mountpoint.  A server that started a program after mounting
+could wait for a reply of its own.  The launderer sleeps until the server sends it the
+connection.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-# linux/fuse.h, a stable interface
+# linux/fuse.h, a stable interface: the ioctl that connects another descriptor of /dev/fuse to
+# the same mount, struct fuse_in_header (its first three fields) and struct fuse_out_header.
 _FUSE_DEV_IOC_CLONE: Final = 0x8004E500
 _IN_HEADER: Final = struct.Struct("=IIQ")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
@@ -47,16 +50,16 @@ _WITHOUT_REPLY: Final = (2, 36, 41, 42)
 """The operations that get no reply: FORGET, INTERRUPT, NOTIFY_REPLY and BATCH_FORGET."""
 
 _MAX_REQUEST_BYTES: Final = 1 << 24
-"""More bytes than any request of the kernel has."""
+"""Size of the buffer for a request of the kernel; every request is shorter."""
 _MAX_NOTIFICATION_BYTES: Final = 64
-"""More bytes than a notification has."""
+"""Size of the buffer for a notification; every notification is shorter."""
 _WORKER_CHECK_MILLISECONDS: Final = 20
-"""Longest time between two checks whether the worker thread has ended."""
+"""Maximum time between two checks whether the worker thread has ended."""
 _MAX_END_MILLISECONDS: Final = 5000
-"""Longest time for which the server waits for the end of the launderer."""
+"""Maximum time for which the server waits for the end of the launderer."""
 
 ANSWER: Final = struct.Struct("=i")
-"""An answer of the launderer: the errno of its write(2), or 0 if the write(2) succeeded."""
+"""An answer of the launderer: the errno of its write(2) to the kernel; 0 if write(2) succeeded."""
 
 
 class Launderer:
@@ -74,7 +77,7 @@ class Launderer:
     """
 
     def __init__(self) -> None:
-        """Fork the launderer.
+        """Fork the launderer; only the server returns from this call.
 
         The caller must not have a second thread, because a thread does not survive a fork.
 
@@ -106,14 +109,19 @@ class Launderer:
         self.wait()
 
     def stop(self) -> None:
-        """Make the launderer end, by closing the server's end of the socket pair."""
+        """Make the launderer end, by closing the server's end of the socket pair.
+
+        A launderer whose write(2) still waits for the kernel ends only when write(2) has
+        returned.  A second call does nothing.
+        """
         self.socket.close()
 
     def wait(self) -> bool:
-        """Wait for the end of the launderer; return False if it has not ended in 5 seconds."""
+        """Wait for the end of the launderer, at most 5 seconds; return whether it has ended."""
         try:
             pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:  # an earlier call has waited for its end
+        except ProcessLookupError:
+            # The launderer has ended, and an earlier call has waited for its end.
             return True
         try:
             end = select.poll()
@@ -128,7 +136,11 @@ class Launderer:
 
 
 def _be_child(commands: socket.socket) -> NoReturn:
-    """Run as the launderer, and exit; the code after the call belongs to the server."""
+    """Run as the launderer in the forked process, and exit; the call never returns.
+
+    Args:
+        commands: The launderer's end of the socket pair.
+    """
     try:
         # Signals from the terminal are meant for the server.  The launderer must outlive the
         # server, so it leaves the server's session and ignores the signals that end a mount.
@@ -146,9 +158,12 @@ def _be_child(commands: socket.socket) -> NoReturn:
 
 
 def _serve(commands: socket.socket) -> None:
-    """Send notifications, and fail the kernel's requests once the server's socket is closed."""
+    """Send the server's notifications; when the server closes its socket, fail all requests.
+
+    If the server closes its socket before it has sent the connection, nothing is done.
+    """
     _byte, received, _flags, _address = socket.recv_fds(commands, 1, 1)
-    if not received:  # the server has ended, or has closed its socket, without a notification
+    if not received:
         return
     (connection,) = received
     device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -157,7 +172,7 @@ def _serve(commands: socket.socket) -> None:
     worker = threading.Thread(target=_send_notifications, args=(device, commands), daemon=True)
     worker.start()
     end = select.poll()
-    end.register(commands, 0)  # no events: poll(2) waits only for POLLHUP
+    end.register(commands, 0)  # no events, so poll(2) waits only for the close (POLLHUP)
     end.poll()
     _fail_requests(device, worker)
 
@@ -180,7 +195,10 @@ def _send_notifications(device: int, commands: socket.socket) -> None:
 
 
 def _fail_requests(device: int, worker: threading.Thread) -> None:
-    """Answer requests of the kernel with ECONNABORTED until the worker's write(2) returns."""
+    """Answer requests of the kernel with ECONNABORTED until the worker thread has ended.
+
+    The thread ends when its write(2) has returned, because the socket is closed by then.
+    """
     ready = select.poll()
     ready.register(device, select.POLLIN)
     while worker.is_alive():
@@ -193,5 +211,5 @@ def _fail_requests(device: int, worker: threading.Thread) -> None:
         except BlockingIOError:
             continue
         except OSError as error:
-            if error.errno == errno.ENODEV:  # the connection has ended, so write(2) returns
+            if error.errno == errno.ENODEV:  # the connection has ended, so the write(2) returns
                 worker.join()

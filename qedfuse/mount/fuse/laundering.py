@@ -1,10 +1,11 @@
 """Making the kernel write back and drop the pages that it has cached of a range of a disk.
 
 The kernel drops the pages of a range when it gets the notification FUSE_NOTIFY_INVAL_INODE
-(struct fuse_notify_inval_inode_out).  Before it drops a dirty page, it writes the page back by
-``launder_folio`` of the file system's address space operations (fuse_launder_folio in
-fs/fuse/file.c).  Hence the name of this module.  The launderer, a helper process, sends the
-notification, for the reasons given in `qedfuse.mount.fuse.launderer`.
+(struct fuse_notify_inval_inode_out).  Before the kernel drops a dirty page, it writes the page
+back by ``launder_folio`` of the file system's address space operations (fuse_launder_folio in
+fs/fuse/file.c).  Therefore this module calls writing back and dropping pages "laundering".  The
+launderer, a helper process, sends the notification, for the reasons given in
+`qedfuse.mount.fuse.launderer`.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ _TO_LAST_PAGE: Final = 0
 cached of the file."""
 
 _MAX_DROP_SECONDS: Final = 1.0
-"""Longest time to wait until the kernel has dropped the pages of a disk."""
+"""Maximum time that `Laundering.try_drop_pages` waits for the kernel to drop the pages."""
 _MAX_WRITE_CHECKS: Final = 1000
-"""Most checks whether the kernel's writes to a disk have ended, before giving up."""
+"""Maximum number of checks whether the kernel's writes to a disk have ended; with the time
+between two checks, this limits the wait to about a second."""
 _WRITE_CHECK_SECONDS: Final = 0.001
 """Time between two checks whether the kernel's writes to a disk have ended."""
 
@@ -45,12 +47,12 @@ _WRITE_CHECK_SECONDS: Final = 0.001
 class Laundering:
     """Makes the kernel write back and drop cached pages, through the launderer.
 
-    Before `connect`, after `stop`, and if there is no launderer, nothing is laundered, and
-    `launder` and `try_drop_pages` return False.
+    Before `connect`, after `stop`, and if there is no launderer or it has failed, nothing is
+    laundered, and `launder` and `try_drop_pages` return False.
     """
 
     def __init__(self, launderer: Launderer | None) -> None:
-        """Use the launderer, which has been forked; None if there is no launderer."""
+        """Use the launderer, which the caller has forked; None if there is no launderer."""
         self._launderer = launderer
         self._fuse_connection = -1
         self._stopped = False
@@ -60,7 +62,10 @@ class Laundering:
         self._request_poll = select.poll()
 
     def connect(self, fuse_connection: int) -> None:
-        """Set the connection to the kernel, by its descriptor; laundering works from now on."""
+        """Set the descriptor of the connection to the kernel; from now on pages are laundered.
+
+        The caller must call `stop` before it closes this descriptor.
+        """
         self._fuse_connection = fuse_connection
         self._request_poll.register(fuse_connection, select.POLLIN)
 
@@ -76,50 +81,52 @@ class Laundering:
 
         Returns:
             True if all data that the kernel had cached for the range has reached the disk.
-            False if the kernel may have data for the range that the disk has not; then the
-            caller must not treat any part of the range as a hole.
+            False if the kernel may still have data for the range that the disk lacks.  The
+            caller must then not report any part of the range as a hole.
         """
         length = _TO_LAST_PAGE if end is None else end - start
         async with self._lock:
-            number = await self._notify(exported, start, length)
+            error_number = await self._notify(exported, start, length)
         # ENOENT means that the kernel does not know the inode, so it has no page of the disk.
-        return number in {0, errno.ENOENT} and await self._wait_for_writes(exported)
+        return error_number in {0, errno.ENOENT} and await self._wait_for_writes(exported)
 
     async def try_drop_pages(self, exported: ExportedDisk) -> bool:
         """Make the kernel drop all pages that it has cached of a disk; give up after a second.
 
-        The time is limited because the kernel cannot drop a dirty page while it waits for the
-        reply to a truncation.
+        The time is limited because the caller may be about to reply to a truncation.  Before
+        this reply the kernel cannot drop a dirty page, so without a limit both would wait
+        forever.
 
         Returns:
-            True if the kernel has dropped all pages.  False if not, or if there is no
-            launderer; the kernel may then drop the pages later.
+            True if the kernel has dropped all pages.  False if the time is over, in which case
+            the kernel may drop the pages later, or if nothing can be laundered.
         """
         with trio.move_on_after(_MAX_DROP_SECONDS):
             async with self._lock:
-                number = await self._notify(exported, 0, _TO_LAST_PAGE, keep_launderer=True)
-                return number in {0, errno.ENOENT}
+                error_number = await self._notify(exported, 0, _TO_LAST_PAGE, keep_launderer=True)
+                return error_number in {0, errno.ENOENT}
         return False
 
     async def _notify(
         self, exported: ExportedDisk, start: int, length: int, *, keep_launderer: bool = False
     ) -> int:
-        """Let the launderer write one notification to the kernel, and wait for its answer.
+        """Let the launderer write one notification to the kernel, and wait for the answer.
 
-        The caller must hold the lock.  If the launderer has failed, it is stopped.
+        The caller must hold the lock.  If the launderer fails, this is logged, and the launderer
+        is stopped.
 
         Args:
             exported: The disk.
             start: Guest offset of the range.
             length: Bytes of the range, or `_TO_LAST_PAGE`.
-            keep_launderer: What happens if this task is cancelled while the launderer waits
-                for the kernel.  If True, the launderer goes on, and the next call skips its
-                late answer.  If False, the launderer is stopped, because the callers of
-                `launder` are cancelled only when the mount ends.
+            keep_launderer: Whether the launderer goes on if this task is cancelled while the
+                launderer waits for the kernel.  If True, the next call of this function reads
+                and ignores the late answer.  If False, the launderer is stopped.  False is right
+                for `launder`, whose callers are cancelled only when the mount ends.
 
         Returns:
-            The errno of the launderer's write(2) to the kernel, and 0 if it succeeded;
-            ENOTCONN if no launderer is running, or if `connect` has not been called.
+            The errno of the launderer's write(2) to the kernel; 0 if the write(2) succeeded;
+            ENOTCONN if nothing can be laundered (see the class) or the launderer has failed.
         """
         message = _INVALIDATE.pack(
             *(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, exported.inode, start, length)
@@ -130,7 +137,9 @@ class Laundering:
             if self._socket is None:
                 socket.send_fds(self._launderer.socket, [b"c"], [self._fuse_connection])
                 self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
-            while self._unread_answers:  # answers to notifications whose task was cancelled
+            while self._unread_answers:
+                # The launderer answers a notification also if the task that sent it was
+                # cancelled.  Such an answer is read and ignored.
                 answer = await self._socket.recv(ANSWER.size)
                 self._unread_answers -= 1
             await self._socket.send(message)
@@ -156,27 +165,29 @@ class Laundering:
         return int(ANSWER.unpack(answer)[0])
 
     async def _wait_for_writes(self, exported: ExportedDisk) -> bool:
-        """Wait until the kernel's write requests have reached a disk.
+        """Wait until all write requests that the kernel has sent have reached a disk.
 
-        This is necessary before Linux 6.16, where laundering does not wait for pages whose
+        The wait is necessary before Linux 6.16, where laundering does not wait for pages whose
         writeback is already in progress.
 
         Returns:
-            False if, after `_MAX_WRITE_CHECKS` checks, a write is still in progress or the
-            kernel has requests that were not read.
+            True if all have reached the disk.  False if, after `_MAX_WRITE_CHECKS` checks, a
+            write is still in progress or the kernel has requests that were not read.
         """
         for _ in range(_MAX_WRITE_CHECKS):
-            # The kernel has no write queued if it offers no request and the server has no
-            # write in progress.
+            # If the kernel offers no request, and the server has no write in progress, all write
+            # requests that were sent have ended.  Writes on the fast path end before the server
+            # lets another task run, so only writes on the slow path are counted.
             if not exported.slow_writes and not self._request_poll.poll(0):
                 return True
             await trio.sleep(_WRITE_CHECK_SECONDS)
         return False
 
     def stop(self) -> None:
-        """Make the launderer end; nothing can be laundered afterwards.
+        """Close the socket to the launderer, so that it ends; nothing can be laundered afterwards.
 
-        The caller must call this before it closes the connection to the kernel.
+        The caller must call this before it closes the connection to the kernel.  A second call
+        does nothing.
         """
         self._stopped = True
         if self._socket is not None:
@@ -185,9 +196,9 @@ class Laundering:
             self._launderer.stop()
 
     def wait(self) -> None:
-        """Wait for the end of the launderer, at most 5 seconds; log if it has not ended.
+        """Wait for the end of the launderer; log if the launderer has not ended in 5 seconds.
 
-        The caller must call `stop` and close the connection to the kernel before this.
+        The caller must first call `stop` and close the connection to the kernel.
         """
         if self._launderer is not None and not self._launderer.wait():
             _log.warning("the launderer (process %d) does not end", self._launderer.pid)
