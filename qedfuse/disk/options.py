@@ -55,8 +55,9 @@ class OpenOptions:
         needcheck_seconds: Seconds without a change of the tables after which NEED_CHECK is
             cleared.
         discard: Whether discards deallocate clusters; if not, they write zeros in place.
-        detect_zeroes: Whether written clusters of zeros are stored as data (``off``), are
-            not allocated (``on``), or are also deallocated (``unmap``).
+        detect_zeroes: How a write of zeros over a whole cluster is stored: as data (``off``);
+            as data only if the cluster is allocated already (``on``); or without data, for
+            which an allocated cluster is deallocated (``unmap``).
         free_list: Whether a list of the free clusters is stored in the image when it is
             closed: always (``on``), never (``off``), or if the image had one when it was
             opened (``keep``).

@@ -1,9 +1,10 @@
 """Opening the backing files of an image, as far as the policy for them allows.
 
-A backing file name is the classic attack on image formats: it can name any file that the
-user may read.  So a base must lie inside the directory of the image that names it, unless
-the user allows others.  The policy is applied to the file that was opened and not to its
-name, so that symbolic links and renames cannot evade it.
+An image from a stranger can name, as its backing file, any file that the user may read, and
+would show that file's content to the guest.  So a base must lie inside the directory of the
+image that names the base, unless the user allows other directories.  The policy is applied to
+the file that was opened and not to its name, so that symbolic links and renames cannot evade
+the policy.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
-    """Read the name of the backing file from the header area.
+    """Read the name of the backing file from the file, at the offset that the header gives.
+
+    The caller must ensure that the header names a backing file.
 
     Raises:
         CorruptImageError: The file ends within the name.

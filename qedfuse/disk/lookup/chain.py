@@ -75,7 +75,7 @@ class Chain:
         return joined(result)
 
     async def stored(self, start: int, length: int) -> list[Extent]:
-        """Return how a range is stored, leaving out the ranges that no layer has allocated.
+        """Return how a range is stored, without the ranges that no layer has allocated.
 
         Raises:
             HostError: The host cannot read a table.

@@ -1,6 +1,6 @@
-"""One file of a chain: looking up how a range of the disk is stored in it.
+"""The files of a chain, and the lookup of how one of them stores a range of the disk.
 
-A lookup returns extents and reads tables only; it never reads or changes data.
+A lookup returns extents.  It reads tables, but neither reads nor changes data.
 """
 
 from __future__ import annotations
@@ -124,16 +124,16 @@ class QedLayer:
     def move_table(self, old: int, new: int) -> None:
         """Record that an L2 table was copied from file offset ``old`` to ``new``.
 
-        No slice of the table may be dirty or pinned.
+        The caller must ensure that no slice of the table is dirty or pinned.
         """
         self.registry.move(old, new)
         self.tables.move(old, new, self.geometry.table_bytes)
         self._keys.clear()
 
     def drop_table(self, l1_index: int, offset: int) -> None:
-        """Record that no L1 entry refers to an L2 table any more.
+        """Record that L1 entry ``l1_index`` no longer refers to the L2 table at ``offset``.
 
-        No slice of the table may be dirty or pinned.
+        The caller must ensure that no slice of the table is dirty or pinned.
         """
         self.registry.remove(l1_index, offset)
         self.tables.forget(offset, self.geometry.table_bytes)
@@ -255,6 +255,7 @@ class QedLayer:
         last = geometry.clusters(end - slice_start)
         found = runs(slice_.entries, first, last, size)
         if slice_.bad is not None:
+            # A run could contain bad entries and valid ones, so each entry is taken singly.
             found = ((at, 1, slice_.entries[at]) for at in range(first, last))
         for index, count, value in found:
             run_start = slice_start + index * size

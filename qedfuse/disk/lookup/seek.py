@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
 """Length of the first lookup of a search; each further lookup is twice as long.  In most cases
-the answer is near, and the time that a lookup takes grows with the number of extents."""
+the result is near ``start``, so a short lookup finds it, and a lookup takes longer the more
+extents it returns."""
 
 
 async def next_data(chain: Chain, start: int) -> int | None:
     """Return the guest offset of the first data at or past ``start``; None if there is none.
 
-    None also if ``start`` is at or past the end of the disk.  Bad extents count as data, so that a
-    program that copies the disk gets the read error.
+    None also if ``start`` is at or past the end of the disk.  Bad extents count as data, so
+    that a program that copies the disk gets the read error.
 
     Raises:
         HostError: The host cannot read a file.

@@ -38,7 +38,7 @@ class TableRegistry:
     """
 
     def __init__(self, file: HostFile, header: Header) -> None:
-        """Start without tables; `scan` finds those of the file."""
+        """Start without tables; `scan` finds the tables of the file."""
         self.header = header
         self.l2_tables = NO_TABLES
         self.damaged = False
@@ -114,6 +114,7 @@ class TableRegistry:
     def missing_tables(self) -> int:
         """How many L2 tables must be added so that each cluster of the disk has an entry."""
         used = self._geometry.l1_used(self.header.image_size)
+        # `l2_tables` also contains tables past the end of the disk, which do not count here.
         beyond = len(self._past_end) and int((self._past_end >= used).sum())
         return used - len(self.l2_tables) + beyond
 
@@ -130,7 +131,7 @@ class TableRegistry:
         self.l2_tables = np.insert(tables, np.searchsorted(tables, np.uint64(new)), new)
 
     def remove(self, l1_index: int, offset: int) -> None:
-        """Record that no L1 entry refers to an L2 table any more."""
+        """Record that L1 entry ``l1_index`` no longer refers to the L2 table at ``offset``."""
         where = np.searchsorted(self.l2_tables, np.uint64(offset))
         self.l2_tables = np.delete(self.l2_tables, where)
         self._past_end = self._past_end[self._past_end != l1_index]

@@ -114,9 +114,12 @@ class NeedCheck:
             self._header_store.persisted and not self._header_store.value.need_check
         ):
             return not self._header_store.value.need_check
-        # No request is allocating, so the file past the last cluster in use can be cut off.
-        # If a crash loses the cut and keeps the cleared bit, the clusters there are only leaked.
+        # No change is under way, so no request is allocating, and the file can be cut off past
+        # the last cluster in use.  If a crash loses the cut and keeps the cleared bit, the
+        # clusters there are only leaked.
         await self._length.truncate_tail()
+        # Tables may have changed during the cut, so `only_if` checks the conditions again.  The
+        # header write begins in the same step, so no change can begin in between.
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
             only_if=lambda: (

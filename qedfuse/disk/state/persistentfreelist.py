@@ -169,8 +169,9 @@ class PersistentFreeList:
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Return whether the tables are durable and undamaged, and the file has no unused tail.
+        """Return whether NEED_CHECK is clear, and the tables and the file's end allow a list.
 
+        The tables must be durable and undamaged, and the file must have no unused tail.
         The clusters of an unused tail would be missing in the list, and so would be leaked
         until the next scan.
         """
@@ -194,7 +195,9 @@ class PersistentFreeList:
         free_runs = list(itertools.islice(allocator.free.runs(), MAX_RUNS + 1))
         if len(free_runs) > MAX_RUNS:
             log.info(
-                "%s: free list: found more than %d runs: not written", self._file.name, MAX_RUNS
+                "%s: free list: not written, because it would have more than %d runs",
+                self._file.name,
+                MAX_RUNS,
             )
             return None
         return np.array(free_runs, np.uint64) if free_runs else None
