@@ -244,7 +244,10 @@ class FindingCollector:
         return max(0, MAX_FINDINGS_PER_CODE - self.counts[code])
 
     def add(self, finding: Finding, count: int = 1) -> None:
-        """Add a finding that stands for ``count`` findings; keep it unless the limit is reached."""
+        """Keep a finding unless `MAX_FINDINGS_PER_CODE` is reached, and count ``count`` findings.
+
+        The finding is one message about all of these.
+        """
         if self.remaining(finding.code):
             self.findings.append(finding)
         if count:

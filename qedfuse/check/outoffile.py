@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.entryrules import Mask, Values
 
 POISON_ENTRY: Final = 1
-"""The value of an L1 entry that is invalid for every length of the file."""
+"""An L1 entry that is invalid for every length of the file, because 1 is not a multiple of the
+cluster size."""
 
 
 class OutOfFileEntries:

@@ -101,7 +101,7 @@ class MountOptions:
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Check the options against each other; return them, with ``force_share`` made read-only.
+    """Check the options against each other; ``force_share`` makes the result read-only.
 
     Args:
         options: The options.

@@ -98,8 +98,8 @@ def test_one_image_by_two_names_is_refused(images: Path, tmp_path: Path) -> None
     (images / "other.qed").symlink_to("single.qed")
     line = refused(images, mnt, code=16)
     assert line == (
-        f"{images}/single.qed: in use: found the same file as {images}/other.qed (name it once, "
-        "or mount all read-only with -r)"
+        f"{images}/single.qed: in use: found the same file as {images}/other.qed "
+        "(name the file once, or mount all read-only with -r)"
     )
     with mounted(images, mnt, "-r") as directory:
         assert len(list(directory.iterdir())) == 6

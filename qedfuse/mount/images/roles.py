@@ -71,7 +71,7 @@ def _by_identity(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Sour
         if identity is not None and other is not source:
             msg = (
                 f"{printable(source.path)}: in use: found the same file as "
-                f"{printable(other.path)} (name it once, or mount all read-only with -r)"
+                f"{printable(other.path)} (name the file once, or mount all read-only with -r)"
             )
             raise ImageInUseError(msg)
     by_identity.pop(None, None)

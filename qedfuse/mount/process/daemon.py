@@ -35,7 +35,7 @@ _MOUNT_FAILED_EXIT_CODE: Final = 32
 _INTERRUPTED_EXIT_CODE: Final = 130
 """The exit code of the parent if a signal arrived before the disk could be used."""
 _FORWARDED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that the parent sends to the child, as SIGTERM, while it waits."""
+"""Signals that the parent forwards to the child while the parent waits; the child gets SIGTERM."""
 
 
 def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
@@ -45,9 +45,9 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     for the end of the child.  A second signal has its default action.
 
     Args:
-        serve: Called in the child, and returns the exit code of the child.  Its argument is a
-            function that it must call when the disk can be used.  Until then the child keeps
-            the stderr of the caller.
+        serve: Called in the child; returns the exit code of the child.  The argument of ``serve``
+            is a function that ``serve`` must call when the disk can be used.  Until that call the
+            child keeps the stderr of the caller.
 
     Returns:
         The exit code for the caller's process.  It is 0 only if the disk can be used, and 130

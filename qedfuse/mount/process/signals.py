@@ -38,7 +38,8 @@ class SignalDispatcher:
             received.remove(signal.SIGHUP)
         early = _replace_handlers(received)
         with trio.open_signal_receiver(*received) as signals:
-            # Signals that arrived before the receiver was open are raised again for it.
+            # Signals that arrived before the receiver was open are raised again, so that the
+            # receiver gets them.
             for number in early:
                 signal.raise_signal(number)
             task_status.started()
@@ -62,7 +63,8 @@ def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
 def ignore_signals() -> None:
     """Ignore `SIGNALS` until the process exits.
 
-    Python does not restore the default actions of ignored signals when it exits.
+    Python restores the default actions of handled signals when it exits, but not those of ignored
+    signals.  So a late signal cannot change the exit code of the process.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
