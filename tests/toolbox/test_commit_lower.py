@@ -93,7 +93,7 @@ def test_names_of_the_base(
     for name in ("low.qed", "./low.qed", "file:low.qed", f"{tmp_path}/low.qed", "link.qed"):
         assert main(["commit", "-b", name, f"{tmp_path}/top.qed"]) == 0
         said = capsys.readouterr().out
-        assert f"went into {tmp_path}/low.qed" in said
+        assert f"were written into {tmp_path}/low.qed" in said
         assert "the images between the overlay and the base must not be used any more" in said
     for name in ("none.qed", "gone.qed", "top.qed"):
         assert main(["commit", "-b", name, "top.qed"]) == 17

@@ -79,7 +79,7 @@ class Operand:
     Attributes:
         value: The name and the kind of the operand.
         optional: Whether the operand may be omitted.
-        repeats: Whether the operand may be given several times in a row.
+        repeats: Whether the operand may be given several times.
         help: What the operand is; empty if its name says so.
     """
 

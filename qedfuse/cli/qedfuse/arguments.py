@@ -137,7 +137,7 @@ def _parse_timeout(value: str) -> float:
     try:
         seconds = float(value)
     except ValueError:
-        seconds = -1.0
+        seconds = -1.0  # refused below, because it is out of range
     if not 0 <= seconds <= _MAX_TIMEOUT_SECONDS:  # NaN is refused too
         msg = (
             f"option timeout: found {printable(value)}, expected 0 to {_MAX_TIMEOUT_SECONDS:.0f} "

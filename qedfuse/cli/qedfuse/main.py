@@ -73,7 +73,7 @@ def _umount(words: Sequence[str]) -> int:
 
 
 def _print(text: str) -> int:
-    """Print the help or the version to stdout; return the exit code, not 0 if that fails.
+    """Print the help or the version to stdout; return 0, or a failure's exit code.
 
     Raises:
         BrokenPipeError: The reader has closed the pipe.

@@ -43,7 +43,8 @@ frees them only if the image has no damage and IMAGE.before-repair does not exis
 
 If nothing in an image is in use, or far more clusters are leaked than in use, the header
 may be damaged, and a repair could overwrite data.  Then -r leaks and -r all need
---force.  -r all also needs --force if it would write far more data than the file has."""
+--force.  -r all also needs --force if the repair would write far more data than the file
+has."""
 
 SOUND: Final = 0
 FAILED: Final = 1
@@ -156,7 +157,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "leaks-fixed": result.leaks_fixed if repaired else 0,
         "total-clusters": result.total_clusters,
         # As in qemu-img, L2 entries that cannot refer to a data cluster are counted here.
-        # The number in the text does not include them.
+        # The number in the text leaves such entries out.
         "allocated-clusters": after.referenced_clusters,
         "fragmented-clusters": after.fragmented_clusters,
     }
@@ -166,7 +167,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "check-errors": 0,
         **{key: number for key, number in optional.items() if number},
     }
-    # The list of findings shows what was repaired, so it is the list from before the repair.
+    # The findings are those from before the repair, because they show what was repaired.
     found = result.before.as_json()
     value |= {key.replace("_", "-"): found[key] for key in _ADDED_KEYS}
     if arguments.repair:
@@ -205,7 +206,7 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
         print_line(arguments, line)
     # Only the first findings of each code are kept, but `counts` counts all.  Leaked clusters are
-    # left out of both numbers, because one finding stands for all of them.
+    # left out of both numbers, because one finding stands for all leaked clusters.
     counted = sum(before.counts.values()) - before.leaks
     shown = sum(item.code.value != "leaked-clusters" for item in before.findings)
     hidden = counted - shown
@@ -255,7 +256,7 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print why leaked space was kept, and how to free it; nothing if none was kept."""
+    """Print why leaked space was kept, and how to free the space; nothing if none was kept."""
     if result.leaks_kept:
         name = printable(arguments.image)
         force = " --force" if result.after.is_implausible and not result.after.errors else ""

@@ -27,7 +27,7 @@ With -b the data of the overlay and of the images between the overlay and BASE, 
 file of the chain, is written into BASE.  The overlay is not emptied then, and the images
 between the overlay and BASE become invalid.
 
-Other overlays over a base that is written to become invalid, so there should be none."""
+A base that is written to must have no other overlays, because these become invalid."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = run_async(_work, arguments, on_progress)
     text = (
         f"{printable(arguments.image)}: {result.copied_bytes} bytes of data and "
-        f"{result.zero_bytes} of zeros went into {result.base}"
+        f"{result.zero_bytes} of zeros were written into {result.base}"
     )
     if result.size > result.size_before:
         text += f", which had {result.size_before} bytes and has {result.size}"

@@ -29,7 +29,7 @@ def as_text(image: ImageInfo, details: Details | None) -> str:
 
 
 def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
-    """Yield the lines of the description; for a raw file only those that apply to it."""
+    """Yield the lines of the description; for a raw file only the lines that apply."""
     yield f"image: {printable(image.path)}"
     yield f"file format: {image.format}"
     size = image.virtual_size

@@ -177,7 +177,7 @@ def _guarded(words: Sequence[str], interruption: Interruption) -> int:
     except BrokenPipeError:
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as caught:  # noqa: BLE001
-        # An exception that no subcommand handles is printed as one line, without a traceback.
+        # An exception that no subcommand handles is printed as one line.
         error = _first_error(caught)
         # A module whose import is interrupted may raise another exception in place of
         # KeyboardInterrupt.  So after a signal every exception but a QedError means
@@ -192,8 +192,12 @@ def _guarded(words: Sequence[str], interruption: Interruption) -> int:
 def _run(name: str, words: Sequence[str]) -> int:
     """Run the subcommand ``name``, or print the help or the version; return the exit code.
 
+    If ``name`` is empty, the help is printed and the exit code is 1.
+
     Raises:
         UsageError: There is no such subcommand, or its arguments are invalid.
+        BrokenPipeError: The reader of the output has closed the pipe.
+        QedError: The subcommand has failed.
     """
     if name == "help" and words and words[0] in COMMANDS:
         name, words = words[0], ["--help"]

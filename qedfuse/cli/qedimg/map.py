@@ -118,7 +118,7 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
 
 
 def _is_silent(arguments: argparse.Namespace) -> bool:
-    """Return whether ``-q`` suppresses the list; it does not suppress JSON."""
+    """Return whether ``-q`` suppresses the list, which is so for text and not for JSON."""
     return bool(arguments.quiet) and arguments.output == "human"
 
 

@@ -1,4 +1,4 @@
-"""Output of subcommands to stdout and stderr, and the exit code if it cannot be written."""
+"""Output of subcommands to stdout and stderr, and the exit code if stdout cannot be written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a subcommand: a bar on a terminal if it takes long, and a line on SIGUSR1."""
+"""The progress of a subcommand: a bar on a terminal after a second, and a line on SIGUSR1."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Meter:
         """
         line = f"{self._label}: {self.percent:.1f} %\n"
         if self._progress is not None:
-            # The line replaces the bar, which the next update draws again below it.
+            # The line replaces the bar, which the next update draws again below the line.
             line = _ERASE_LINE + line
         with suppress(OSError):  # a closed stderr must not end the work
             os.write(_STDERR_FD, line.encode(errors="backslashreplace"))

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _change(text: str) -> tuple[int, bool]:
-    """Return the operand in bytes, negative for ``-SIZE``, and whether it has a sign.
+    """Return the operand in bytes, negative for ``-SIZE``, and whether the operand has a sign.
 
     Raises:
         argparse.ArgumentTypeError: The text is no size.

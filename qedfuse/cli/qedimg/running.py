@@ -123,7 +123,7 @@ def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
     If no function is running, the first signal raises KeyboardInterrupt.  SIGUSR1, which by
     default ends a process, is ignored unless `progress` handles it.
 
-    Yields the block's `Interruption`, which tells whether a signal has arrived.
+    Yields the block's `Interruption`, whose `has_signal` says whether a signal has arrived.
 
     Args:
         ends_process: Whether the process ends after the block.  If so, signals are ignored
