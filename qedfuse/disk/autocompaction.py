@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class AutoCompaction:
-    """Compacts one disk when it is closed, as its options say."""
+    """Compacts one disk when the disk is closed, if its options say so."""
 
     def __init__(self, components: Components) -> None:
         """Compact the disk that consists of ``components``."""

@@ -32,7 +32,7 @@ class Lifecycle:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Start the disk; close it cleanly at the end of the ``async with`` block.
+        """Start the disk; close the disk cleanly at the end of the ``async with`` block.
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
@@ -135,9 +135,9 @@ class Lifecycle:
     async def _give_space_back(self) -> None:
         """Cut off and punch out all free clusters that are known.
 
-        Waits for the scan first if clusters are in quarantine, or if a free list must be
-        written that needs the scan.  In other cases the close need not wait, for example if
-        the disk was not changed.
+        Runs the scan first, or waits for its end, if clusters are in quarantine, or if a free
+        list must be written that needs the scan.  In other cases, for example if the disk was
+        not changed, the close does not wait for the scan.
 
         Raises:
             HostError: The host refused.

@@ -32,21 +32,21 @@ async def open_disk(
     inspector: Inspector | None = None,
     with_bases: bool = True,
 ) -> AsyncIterator[Disk]:
-    """Open an image and its chain; close it cleanly at the end of the ``async with`` block.
+    """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
         path: The image.
-        options: How to open it; read-only by default.
+        options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
-            trusted before a check.  It checks the image, and raises an error to refuse it.
-            Without an inspector such an image is refused.
+            trusted before a check.  The inspector checks the image, and raises an error to
+            refuse it.  If None, such an image is refused.
         with_bases: Whether to open the bases.  If an image has a base that is not opened, the
             image can be inspected and changed as a file (compacted, emptied, given another
             base), but unallocated ranges cannot be read, and no range can be written.
 
     Raises:
-        QedError: The image or a base cannot be opened, locked or trusted, or at the close
-            something could not be made durable.
+        QedError: The options contradict each other, the image or a base cannot be opened,
+            locked or trusted, or at the close something could not be made durable.
     """
     options = options or OpenOptions()
     if options.writable and options.force_share:
@@ -59,7 +59,7 @@ async def open_disk(
             await _inspect(file, header, inspector)
         bases = await open_bases(path, file, header, options, store) if with_bases else []
         disk = Disk(file, header, bases, options, store, path)
-        # From here on the disk owns the files, and closes them at the end of this block.
+        # From here on the disk owns the files, and closes them at the end of the next block.
         async with disk.serving():
             if disk.scan_is_short:
                 # No free cluster is known before the scan has ended.  Without waiting, the

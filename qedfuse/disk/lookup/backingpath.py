@@ -39,8 +39,8 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 
     Args:
         image: The path of the image.
-        name: The name in the image, without any other protocol.
-        directory: The working directory; empty for that of the process.
+        name: The name in the image: a plain path, or a path after ``file:``.
+        directory: The working directory; empty for the working directory of the process.
     """
     if name.startswith(_FILE):
         return os.path.join(directory, name.removeprefix(_FILE))  # noqa: PTH118  no I/O

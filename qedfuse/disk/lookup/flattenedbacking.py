@@ -129,8 +129,8 @@ class FlattenedBacking:
             if not is_undecided.any():
                 break
             found = await _codes_of_layer(layer, starts, size, depth)
-            # A layer reads as zeros past its end.  So a cluster in which the layer ends is
-            # mixed, and the clusters after it are zeros.
+            # A layer reads as zeros past its end.  So the cluster in which the layer ends is
+            # `MIXED`, and all later clusters are `ZEROS`.
             found[starts + np.uint64(size) > layer.size] = MIXED
             found[starts >= layer.size] = ZEROS
             codes = np.where(is_undecided, found, codes)
@@ -146,8 +146,8 @@ async def _codes_of_layer(
 ) -> NDArray[np.uint64]:
     """Return the codes of one layer for clusters of ``size`` bytes at guest offsets ``starts``.
 
-    The code is `_UNDECIDED` where the layer has allocated nothing.  The end of the layer's disk
-    is not considered.
+    The code is `_UNDECIDED` where the layer has allocated nothing.  The caller must replace the
+    codes of clusters in which the layer's disk ends or which lie past its end.
 
     Raises:
         HostError: The host cannot read a table.
@@ -203,7 +203,7 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 async def _entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
-    """Return the L2 entries of an image for ``count`` clusters from number ``first`` on.
+    """Return the L2 entries of an image for ``count`` clusters from index ``first`` on.
 
     Bad entries are returned as `MIXED`.  Unallocated clusters and clusters past the end of the
     disk are returned as `_UNDECIDED`.

@@ -230,30 +230,30 @@ class _Reader:
         self._refuse_overlap(runs, l1_table, "the L1 table")
 
     async def _check_tables(self, runs: Runs) -> None:
-        """Validate that no L2 table lies in a run.
+        """Validate that no L2 table overlaps a run.
 
         Raises:
-            BadListError: A table does.
+            BadListError: A table overlaps a run.
         """
         for start in range(0, len(self._tables), _TABLES_PER_STEP):
             tables = self._tables[start : start + _TABLES_PER_STEP]
             self._refuse_overlap(runs, tables, "an L2 table")
             await trio.lowlevel.checkpoint()
 
-    def _refuse_overlap(self, runs: Runs, tables: Values, what: str) -> None:
+    def _refuse_overlap(self, runs: Runs, tables: Values, table_name: str) -> None:
         """Refuse the list if a table at one of the file offsets ``tables`` overlaps a run.
 
         Raises:
-            BadListError: A table overlaps a run; the message calls the table ``what``.
+            BadListError: A table overlaps a run; the message calls it ``table_name``.
         """
         first = tables >> np.uint64(self._bits)
         # `run` is, for each table, the index of the last run that begins before the table's
         # end.  If any run overlaps the table, this run does.
         size = np.uint64(self._header.table_size)
         run = np.searchsorted(runs[:, 0], first + size, "left") - 1
-        within = (run >= 0) & (runs[run, 0] + runs[run, 1] > first)
-        if within.any():
-            found = f"{what} at {int(tables[np.argmax(within)])} among the free clusters"
+        overlaps = (run >= 0) & (runs[run, 0] + runs[run, 1] > first)
+        if overlaps.any():
+            found = f"{table_name} at {int(tables[np.argmax(overlaps)])} among the free clusters"
             refuse("runs", found, "no table there")
 
     def _refuse_first(self, runs: Runs, bad: NDArray[np.bool_], expected: str) -> None:
