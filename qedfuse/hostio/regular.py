@@ -103,6 +103,8 @@ def status_of(file: int | str, name: str) -> os.stat_result:
 def length_of(fd: int, name: str) -> int:
     """Return the length in bytes of an open file or block device; ``name`` is for messages.
 
+    The call moves the file position of the descriptor.
+
     Raises:
         HostError: The host refused.
     """

@@ -24,7 +24,7 @@ def lock_replaced_file(
 
     Args:
         path: The name of the file.
-        stack: Closes the descriptor when it ends, which releases the lock.
+        stack: The descriptor is closed with this stack, which releases the lock.
         overwrite: Whether the user has agreed to replace the file.
         in_place: Whether the command can also write into an existing file with ``-n``.  If
             so, messages mention this option.

@@ -1,13 +1,13 @@
 """Growing a disk: the added range reads as zeros, whatever a base or the file holds there.
 
-Three things could show through in the added range:
+Without precautions, three things could be read in the added range instead of zeros:
 
-- Bytes past the end of the disk in its last cluster.  They are overwritten with zeros.
+- Bytes past the end of the disk in its last cluster.  These bytes are overwritten with zeros.
 - Table entries past the end of the disk.  Growing is refused if an entry refers to data, or
   the cluster of the entry is deallocated if the user has asked for that.
 - Data of a base that is longer than the disk.  Zero clusters hide it.
 
-These changes are durable before the new size is.
+These changes are made durable before the new size is written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DiskGrowth:
         self._writeback = writeback
 
     async def grow(self, size: int, *, force: bool = False) -> None:
-        """Grow the disk to ``size`` bytes, durably; do nothing if it is at least as large.
+        """Grow the disk to ``size`` bytes, durably; do nothing if the disk is at least as large.
 
         Args:
             size: The new size, which the caller must have passed to `DiskSize.check`.
@@ -64,16 +64,18 @@ class DiskGrowth:
             if size <= self._layer.size:
                 return
             await self._zero_past_end(size, force=force)
-            # The zeros, and the entries that hide the base, must be durable before the size
-            # is: after a crash the added range must not show what was there before.
+            # Make the zeros, and the entries that hide the base, durable before the size is
+            # written.  Otherwise, after a crash, the added range could show the old bytes of
+            # the file or the data of the base.
             await self._writeback.barrier()
             await self._size.change(size)
 
     async def _zero_past_end(self, size: int, *, force: bool) -> None:
-        """Make the range from the disk's end to ``size`` read as zeros once the disk grows.
+        """Make the range from the disk's end to ``size`` read as zeros once the disk has grown.
 
-        The last cluster may hold bytes past the end of the disk.  In the clusters after it
-        a base that is longer than the disk would show through.
+        The last cluster of the disk may hold bytes past the end of the disk, which are
+        zeroed.  In the clusters after the last one, the data of a base that is longer than
+        the disk would be read, so zero clusters hide this data.
 
         Raises:
             CorruptImageError: A table entry for the range is bad, or refers to data without

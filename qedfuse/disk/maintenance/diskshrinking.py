@@ -11,8 +11,9 @@ After a crash before step 2 the disk has its old size, and the range to be cut o
 as zeros where it held data.  The user has asked to lose that data, and the image is sound.
 If step 2 came first, a crash could leave entries past the end of the disk.  A program that
 later grew the disk without looking for such entries would show the old data there.  Tables
-are removed last, because before step 2 they hold the zero clusters that hide the base: an
-overlay without them would show its base's data in the range to be cut off.
+are removed only after step 2, because they hold the zero clusters that hide the base.  If
+they were removed before, a crash could leave an overlay of the old size that shows its base's
+data in the range to be cut off.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _ZERO_CHECK_BYTES: Final = 1 << 20
-"""Most bytes that are read in one call to find out whether they are zeros."""
+"""Maximum number of bytes that are read in one call to find out whether they are zeros."""
 
 
 class DiskShrinking:
@@ -78,11 +79,12 @@ class DiskShrinking:
     async def refuse_data(self, size: int) -> None:
         """Raise if the image itself, without its bases, holds data past ``size``.
 
-        Zeros in the cluster in which ``size`` lies do not count as data.  In the clusters
-        after it every allocated cluster and every bad entry counts.
+        In the cluster in which ``size`` lies, only bytes that are not zero count as data.  In
+        the clusters after that one, every allocated cluster and every bad entry counts as
+        data.
 
         Raises:
-            UsageError: There is data.
+            UsageError: There is data past ``size``.
             CorruptImageError: The entry of the cluster in which ``size`` lies is bad.
             HostError: The host cannot read the image.
         """
@@ -122,8 +124,8 @@ class DiskShrinking:
         geometry = self._layer.geometry
         async with self._size.lock:
             old = self._layer.size
-            # Zero the bytes past the new end in the new last cluster: another program might
-            # later grow the disk without zeroing them, and show them again.
+            # Zero the bytes past the new end in the new last cluster, because another program
+            # might later grow the disk without zeroing these bytes, and show them again.
             last = await first_in_use(self._layer, size, min(old, geometry.ceil(size)))
             if last is not None:
                 await self._write_path.zero_range(last.start, last.end)
@@ -138,14 +140,14 @@ class DiskShrinking:
     async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, so that the disk shows only its base, durably.
 
-        All tables are removed after that, and the free clusters are cut off or punched.
+        After that all tables are removed, and the free clusters are cut off or punched.
 
         Args:
             progress: Called with how much work is done and how much there is, in any unit.
 
         Raises:
-            CorruptImageError: A table entry is bad; a part may be unallocated now.
-            HostError: The host refused; a part may be unallocated now.
+            CorruptImageError: A table entry is bad; a part of the disk may be unallocated.
+            HostError: The host refused; a part of the disk, or all, may be unallocated.
         """
         async with self._size.lock:
             end = self._layer.geometry.ceil(self._layer.size)
@@ -167,15 +169,19 @@ class DiskShrinking:
         return lambda: progress(2 * total - min(total, self._reclaim.pending_clusters), 2 * total)
 
     async def _drop_tables(self, first: int) -> None:
-        """Remove the tables without data of the L1 entries from ``first`` on.
+        """Remove the tables of the L1 entries from index ``first`` on, except those with data.
 
-        Zero clusters in these tables are lost.  The caller must ensure that no slice is dirty.
+        Zero clusters in these tables are lost.  Tables with bad entries stay as well.  The
+        caller must ensure that no slice is dirty.
+
+        Raises:
+            HostError: The host refused; some of the tables may have been removed.
         """
         layer, step = self._layer, self._layer.tables.slice_entries
         start, length = layer.header.l1_table_offset, layer.geometry.table_bytes
         skip = (first - first % step) * ENTRY_BYTES
-        # The loop skips holes of the file.  The caller has written all slices back, so no
-        # entry in memory is missing in the file.
+        # The loop skips holes of the file.  No entry is missed, because the caller has written
+        # all slices back to the file.
         async for offset in DataSlices(layer.file, start, length, skip=skip):
             index = (offset - start) // ENTRY_BYTES
             slice_ = await layer.tables.load(start, index, L1)
@@ -184,9 +190,13 @@ class DiskShrinking:
                 await self._drop_table(l1_index)
 
     async def _drop_table(self, l1_index: int) -> None:
-        """Remove the table of an L1 entry.
+        """Remove the table of an L1 entry, unless the table is needed.
 
-        Does nothing if the L1 entry is bad, or if the table has entries of data or bad ones.
+        Does nothing if the L1 entry is bad, or if an entry of the table is bad or refers to
+        data.
+
+        Raises:
+            HostError: The host refused.
         """
         layer, span = self._layer, self._layer.geometry.table_span
         table, reason = await layer.table_at(l1_index)
@@ -196,8 +206,8 @@ class DiskShrinking:
             slice_ = await self._table_writer.writable_slice(
                 layer.header.l1_table_offset, l1_index, L1
             )
-            # No await from here on: the entry, the table registry and the quarantine change
-            # atomically with respect to other tasks.
+            # No await up to the end of this block, so that the entry, the table registry and
+            # the quarantine change atomically with respect to other tasks.
             layer.tables.set(slice_, l1_index % layer.tables.slice_entries, UNALLOCATED)
             layer.drop_table(l1_index, table)
             self._reclaim.retire(table, layer.geometry.table_bytes, slice_.offset)
@@ -205,5 +215,5 @@ class DiskShrinking:
 
 
 def _first_half(progress: Progress | None) -> Progress | None:
-    """Return a function that reports the first half of the work; None without ``progress``."""
+    """Return a progress function for the first half of the work; None without ``progress``."""
     return None if progress is None else lambda done, total: progress(done, 2 * total)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Most clusters of a table that are looked up before other tasks may run."""
+"""Maximum number of clusters of a table that are looked up before other tasks may run."""
 
 
 class DiskSize:
@@ -47,17 +47,18 @@ class DiskSize:
         self.lock = trio.Lock()
 
     def check(self, size: int, *, shrink: bool = False) -> None:
-        """Raise unless the disk can get this size in bytes by growing, or by shrinking.
+        """Raise unless the disk can grow or, with ``shrink``, shrink to ``size`` bytes.
 
         The present size is always accepted.
 
         Args:
             size: The new size in bytes.
-            shrink: Whether the disk is to shrink; if not, it is to grow.
+            shrink: Whether the disk will shrink; otherwise the disk will grow.
 
         Raises:
-            UsageError: The size is smaller without ``shrink`` or larger with it, is not a
-                multiple of 512, or is more than the tables can address.
+            UsageError: ``size`` is less than the present size without ``shrink``, or more
+                than the present size with ``shrink``.  Or it is no multiple of 512, is
+                negative, or is more than the tables can address.
         """
         name, old, max_size = (
             self._layer.file.name,
@@ -75,7 +76,7 @@ class DiskSize:
             raise UsageError(msg)
 
     async def change(self, size: int) -> None:
-        """Write the size in bytes into the header, durably; afterwards the disk has this size.
+        """Write ``size``, in bytes, into the header, durably, and give the disk this size.
 
         The caller must hold `lock`.
 
@@ -90,9 +91,15 @@ class DiskSize:
 
 
 async def first_in_use(layer: QedLayer, start: int, end: int) -> Extent | None:
-    """Return the first extent of data, or of a bad entry, in a guest range; None without one.
+    """Return the first extent of data, or of a bad entry, in a guest range.
 
-    The range may lie past the end of the disk.
+    Returns None if the range has no such extent, or is empty.  The range may lie past the end
+    of the disk.
+
+    Args:
+        layer: The image.
+        start: Guest offset of the first byte.
+        end: Guest offset just past the last byte.
 
     Raises:
         HostError: The host cannot read a table.

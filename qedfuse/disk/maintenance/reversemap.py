@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
 
 _READ_BYTES: Final = 1 << 20
-"""Maximum number of bytes of a table that are read in one call; other tasks may run between two
+"""Maximum number of bytes of a table that are read in one call.  Other tasks may run between two
 calls."""
 
 
@@ -48,7 +48,7 @@ async def build_reverse_map(
     """Return the L2 entries that refer to file offsets from ``low`` up to ``high``, exclusive.
 
     The caller must ensure that no table is dirty, and that no other task changes a table
-    before this returns.
+    before this function has returned.
 
     Args:
         layer: The image.
