@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
 
 _MAX_CALL_BYTES: Final = 1 << 24
-"""Maximum of bytes in one call of the disk; longer operations are split, to bound the memory."""
+"""Maximum number of bytes in one call of the disk; longer operations are split to save memory."""
 
 
 def open(  # noqa: A001  a module's open, like gzip.open
@@ -92,7 +92,7 @@ class DiskFile(io.RawIOBase):
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
 
     Attributes:
-        name: The path of the image, as given to `open`.
+        name: The path of the image, as given to `open`; always a ``str``.
         mode: ``rb`` or ``r+b``.
     """
 

@@ -121,7 +121,11 @@ class NotQedError(ImageError):
 
 
 class HeaderError(ImageError):
-    """A header field is out of its range."""
+    """A header field is out of its range.
+
+    Attributes:
+        field: The name of the field.
+    """
 
     def __init__(self, name: str, field: str, found: object, expected: str) -> None:
         super().__init__(f"{name}: header field {field}: found {found}, expected {expected}")

@@ -185,5 +185,5 @@ def _value(action: argparse.Action) -> Value:
 
 
 def _help(action: argparse.Action) -> str:
-    """Return the help of an option or operand as it is printed: ``%%`` becomes ``%``."""
+    """Return the help of an option or operand in its printed form: ``%%`` becomes ``%``."""
     return (action.help or "").replace("%%", "%")

@@ -91,6 +91,8 @@ def mount(arguments: Arguments) -> int:
     from qedfuse.mount.process.daemon import run_in_background  # noqa: PLC0415
 
     def serve_in_background(ready: Callable[[], None]) -> int:
+        # The system log is opened before the mount, because its path may lead through the mount
+        # later.  Until the disks can be used, messages go to stderr, where the user sees them.
         handler = system_log()
 
         def ready_in_background() -> None:
