@@ -1,8 +1,9 @@
 """Loading of the C extension that adds fallocate(2) and lseek(2), which pyfuse3 lacks.
 
-The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so it must
-be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this module first.  If
-the extension was not built or cannot be loaded, the mount works without these two requests.
+The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so the
+extension must be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this
+module first.  If the extension was not built or cannot be loaded, the mount works without these
+two requests.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse._extraops import Request
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
-    """Called with the request, its name, the user, the inode, the mode (for lseek the whence),
-    and the start and the length of the range in bytes."""
+    """Called with the request, its name (``fallocate`` or ``lseek``), the user, the inode, the
+    mode of fallocate or the whence of lseek, the start of the range in bytes, and the length of
+    the range in bytes (without meaning for lseek)."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """Load the extension so that its symbols precede libfuse's (RTLD_GLOBAL).
+    """Load the extension so that its symbols precede those of libfuse (RTLD_GLOBAL).
 
     Returns:
-        The extension, or None and the reason.
+        The extension and an empty string, or None and the reason why it is not loaded.
     """
     if "pyfuse3" in sys.modules:
         return None, "pyfuse3 was loaded first"
@@ -47,10 +49,11 @@ _extension, _load_error = _load()
 
 
 def serve(handler: Handler) -> str | None:
-    """Pass the fallocate and lseek requests of the session to ``handler``.
+    """Pass the fallocate and lseek requests of the session to ``handler`` from now on.
 
     Returns:
-        None if the requests are passed; otherwise one line with the reason why not.
+        None if the requests are passed.  Otherwise one line with the reason why the kernel gets
+        no answer from ``handler``.
     """
     if _extension is None:
         return _load_error
@@ -63,7 +66,8 @@ def serve(handler: Handler) -> str | None:
 def end() -> None:
     """Detach from the session; requests that were not answered get no answer any more.
 
-    The caller must call this before it closes the session.
+    The caller must call this before it closes the session, because closing it frees the requests.
+    Without the extension nothing is done.
     """
     if _extension is not None:
         _extension.set_handler(None)

@@ -1,29 +1,29 @@
 """Negotiating FUSE INIT, the first request of the kernel, with changes to request and reply.
 
 In the request the kernel offers features, and libfuse selects some of them.  libfuse selects
-``FUSE_ATOMIC_O_TRUNC`` whenever the kernel offers it.  With this feature the kernel sets the
-size that it has cached of a file to 0 when the file is opened with O_TRUNC.  But a disk keeps
-its size, and with the write-back cache the kernel ignores the size that the server reports.  So
-the kernel would show an empty file, and would even fill the page around each small write with
-zeros.  Without this feature the kernel sends a truncation after the open.  The server can
-refuse the truncation (`qedfuse.mount.fuse.truncation`), and the kernel takes the size from the
-reply.
+``FUSE_ATOMIC_O_TRUNC`` whenever the kernel offers it, so this module removes the feature from
+the request.  With this feature the kernel sets the size that it has cached of a file to 0 when
+the file is opened with O_TRUNC.  But a disk keeps its size, and with the write-back cache the
+kernel ignores the size that the server reports.  So the kernel would show an empty file, and
+would even fill the page around each small write with zeros.  Without this feature the kernel
+sends a truncation after the open.  The server can refuse the truncation
+(`qedfuse.mount.fuse.truncation`), and otherwise the kernel takes the size from the reply.
 
-The reply of libfuse lacks three values:
+The reply of libfuse lacks three values, so this module adds them:
 
 - ``max_background``.  The kernel sends reads and writes for which no process waits
   synchronously (read-ahead, write-back, asynchronous O_DIRECT) as background requests.  By
-  default it has at most 12 of them in flight.  That limits a program with a queue depth of 16
-  to 12, and cuts long read-ahead short.  The kernel accepts a larger value from an unprivileged
-  user too, up to a limit of its own.
+  default the kernel has at most 12 of them in flight.  So a program with a queue depth of 16
+  would have only 12 requests in flight, and a long read-ahead would be cut short.  The kernel
+  accepts a larger value from an unprivileged user too, up to a limit of its own.
 - ``max_readahead``.  The kernel reads ahead at most this number of bytes.  For an unprivileged
   user, who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`), this value is the only
   way to lower the read-ahead.
-- ``time_gran``.  With the write-back cache the kernel maintains the times of a file.  If they
-  have changed, it sends them before the next fsync(2), which costs a request.  With a coarse
-  granularity they change less often.
+- ``time_gran``, the granularity of times.  With the write-back cache the kernel maintains the
+  times of a file.  If the times have changed, the kernel sends them before the next fsync(2),
+  which costs a request.  With a coarse granularity the times change less often.
 
-pyfuse3 has no interface for these values.  So while FUSE INIT is negotiated, libfuse gets a
+pyfuse3 has no interface for these changes.  So while FUSE INIT is negotiated, libfuse gets a
 socket in place of the device, and the request and the reply pass through this module.
 """
 
@@ -54,32 +54,42 @@ _INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE_BYTES: Final = 1 << 20
-"""Most bytes of a request or a reply.  A buffer of this size is larger than libfuse's, because
-the kernel refuses a read(2) with a buffer that it finds too small."""
+"""Size of the buffer for a request or a reply.  The buffer is larger than libfuse's own, because
+the kernel refuses a read(2) whose buffer could not hold every request."""
 
 MAX_BACKGROUND: Final = 64
-"""Most background requests that the kernel may have in flight.  More would delay a program with
-few requests, which waits behind all of them, and twice the number was not faster."""
+"""Maximum number of background requests that the kernel may have in flight.
+
+With a larger number, the requests of a program that makes few requests would wait longer behind
+those of other programs.  Twice the number was not faster when it was measured."""
 _CONGESTION_THRESHOLD: Final = MAX_BACKGROUND * 3 // 4
-"""Number of background requests from which on the kernel regards the mount as congested.  The
-kernel's default is also three quarters of ``max_background``."""
+"""Minimum number of background requests in flight at which the kernel regards the mount as
+congested.  The kernel's default is also three quarters of ``max_background``."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
-"""The granularity of a disk's times in the kernel, in nanoseconds."""
+"""The granularity of the times that the kernel maintains for a disk, in nanoseconds."""
 
 
 def fuse_descriptors() -> set[int]:
-    """Return the descriptors of this process that are open on the FUSE device."""
+    """Return the descriptors of this process that are open on the FUSE device.
+
+    Raises:
+        HostError: /proc is not mounted.
+    """
     found = set()
-    for number in open_descriptors():
-        with suppress(OSError):  # a thread has closed the descriptor in the meantime
-            if os.readlink(f"/proc/self/fd/{number}") == FUSE_DEVICE:  # noqa: PTH115
-                found.add(number)
+    for descriptor in open_descriptors():
+        with suppress(OSError):  # a thread may have closed the descriptor in the meantime
+            if os.readlink(f"/proc/self/fd/{descriptor}") == FUSE_DEVICE:  # noqa: PTH115
+                found.add(descriptor)
     return found
 
 
 def mask_request(message: bytes, unwanted: int) -> bytes:
-    """Return the kernel's INIT request without the features in ``unwanted``.
+    """Return the kernel's INIT request without some of the features that it offers.
+
+    Args:
+        message: The request.
+        unwanted: The features to remove, as bits of ``flags``.
 
     Raises:
         FuseError: The message is no INIT request.
@@ -95,13 +105,14 @@ def mask_request(message: bytes, unwanted: int) -> bytes:
 
 
 def patch_reply(message: bytes, readahead: int | None) -> bytes:
-    """Return libfuse's INIT reply with the three values of this module.
+    """Return libfuse's INIT reply with the three values that this module adds.
 
     A reply that is too short for these values, such as an error, is returned unchanged.
 
     Args:
         message: The reply.
-        readahead: The longest read-ahead in bytes; None for what the kernel offers.
+        readahead: Maximum read-ahead in bytes; if the value in the reply is lower, that value
+            stays.  None for the value in the reply.
     """
     if len(message) < _OUT_HEADER.size + _INIT_OUT.size:
         return message
@@ -118,17 +129,19 @@ def patch_reply(message: bytes, readahead: int | None) -> bytes:
 
 
 async def negotiate_init(fd: int, readahead: int | None = None) -> None:
-    """Let libfuse negotiate FUSE INIT, and change the request and the reply.
+    """Let libfuse negotiate FUSE INIT, and change the request and the reply on their way.
 
     The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  When
-    this function returns, the kernel accepts system calls on the mount.
+    this function has returned, the kernel accepts system calls on the mount.
 
     Args:
         fd: The descriptor of libfuse's connection to the kernel.
-        readahead: The longest read-ahead in bytes; None for what the kernel offers.
+        readahead: Maximum read-ahead in bytes, as in `patch_reply`; None for the value that the
+            kernel offers.
 
     Raises:
-        FuseError: The first request is no INIT request, or a message cannot be passed on.
+        FuseError: The first request is no INIT request, or a message cannot be passed on.  The
+            descriptor is that of the device again, but the mount cannot be used.
     """
     device = os.dup(fd)
     proxy_end, libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -141,8 +154,8 @@ async def negotiate_init(fd: int, readahead: int | None = None) -> None:
         async with background_tasks() as nursery:
             nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(proxy_end)
-            # The tasks of pyfuse3 wait for the socket as ``fd``, so they must end before ``fd``
-            # is the device again.
+            # libfuse has replied.  The tasks of pyfuse3 now wait until ``fd``, which is the
+            # socket, can be read.  They must end before ``fd`` is the device again.
             nursery.cancel_scope.cancel()
         os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead))
     except OSError as error:

@@ -38,14 +38,15 @@ _log = logging.getLogger(__name__)
 class MetadataOperations(pyfuse3.Operations):
     """The handlers of requests about metadata, for one mount.
 
-    Requests for extended attributes have no handler, so pyfuse3 answers them with ENOSYS.  After
-    any other reply the kernel would send such a request with each write(2).
+    Requests for extended attributes have no handler, so pyfuse3 answers them with ENOSYS, after
+    which the kernel sends no further ones.  After any other reply the kernel would send such a
+    request with each write(2).
 
     Attributes:
-        disks: The disks, by inode.
+        disks: The disks, by inode number.
         debug: Whether every request is logged.
-        errors: Converts exceptions to errno values, and logs them.
-        growable: Whether writes past the end and truncate(2) enlarge a disk.
+        errors: Converts the exceptions of handlers to errno values, and logs them.
+        growable: Whether writes past the end, fallocate(2) and truncate(2) enlarge a disk.
     """
 
     supports_dot_lookup = False
@@ -65,8 +66,9 @@ class MetadataOperations(pyfuse3.Operations):
             disks: The disks.
             options: The options of the mount.
             truncation: Changes the size of a disk.
-            size_fixup: Is notified when the kernel may have a wrong size of a disk.
-            directory: Whether the mountpoint is a directory.
+            size_fixup: Gets a request when the kernel may have cached a wrong size of a disk.
+            directory: Whether the mountpoint is a directory.  If not, the mountpoint is the file
+                of the only disk.
         """
         super().__init__()
         self.disks = disks.by_inode
@@ -78,25 +80,27 @@ class MetadataOperations(pyfuse3.Operations):
         self._size_fixup = size_fixup
         self._directory = directory
         self._attributes = Attributes(options)
-        # The kernel does not know allow_root, so it is mounted with allow_other, and the
-        # handlers refuse all users but root and the user who mounts (`admit`).
+        # The kernel does not know the option ``allow_root``.  So the kernel gets ``allow_other``
+        # in its place, and the handlers refuse all users but root and the user who mounts
+        # (`admit`).
         root_only = options.allow_root and not options.allow_other
         self._admitted = frozenset((0, os.getuid())) if root_only else None
 
     def admit(self, uid: int) -> None:
-        """Check that the options allow a user to access the mount.
+        """Refuse a user whom the options exclude from the mount.
 
         Raises:
-            FUSEError: EACCES, the option ``allow_root`` excludes the user.
+            FUSEError: EACCES, the option ``allow_root`` is set, and the user is neither root nor
+                the user who mounts.
         """
         if self._admitted is not None and uid not in self._admitted:
             raise FUSEError(errno.EACCES)
 
     def disk_of(self, inode: int) -> ExportedDisk:
-        """Return the disk of an inode or of a file handle.
+        """Return the disk of an inode number or of a file handle.
 
         Raises:
-            FUSEError: EISDIR, the inode is the directory; ENOENT, no file has the inode.
+            FUSEError: EISDIR, the inode is that of the directory; ENOENT, no disk has the inode.
         """
         exported = self.disks.get(inode & ~HANDLE_FLAGS)
         if exported is None:
@@ -104,12 +108,13 @@ class MetadataOperations(pyfuse3.Operations):
         return exported
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:
-        """Enlarge a disk to ``end`` bytes, rounded up to whole sectors.
+        """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        The caller must ensure that the disk is not larger already.
+        The caller must ensure that the disk is not larger than ``end`` already.
 
         Raises:
-            FUSEError: ENOSPC, the disk is not growable; EFBIG, the tables cannot address the size.
+            FUSEError: ENOSPC, the options do not let disks grow; EFBIG, the tables cannot address
+                the size.
             QedError: The disk could not be changed.
         """
         if not self.growable:
@@ -120,14 +125,19 @@ class MetadataOperations(pyfuse3.Operations):
         await exported.disk.resize(size)
 
     def _is_root(self, inode: int) -> bool:
-        """Return whether an inode is the directory; False if the mountpoint is a file."""
+        """Return whether an inode is that of the directory; False if the mountpoint is a file."""
         return self._directory and inode == pyfuse3.ROOT_INODE
 
     # Names and attributes
 
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """Return the attributes of a name in the directory."""
+        """Return the attributes of the file with a name in the directory.
+
+        Raises:
+            FUSEError: ENOTDIR, the parent is no directory; ENOENT, no disk has the name; EACCES,
+                as in `admit`.
+        """
         self.admit(ctx.uid)
         if not self._is_root(parent_inode):
             raise FUSEError(errno.ENOTDIR)
@@ -139,11 +149,15 @@ class MetadataOperations(pyfuse3.Operations):
         return self._attributes.of_disk(exported)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Do nothing, because inodes exist as long as the mount."""
+        """Do nothing, because each inode exists as long as the mount."""
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        """Return the attributes of the directory or of a disk."""
+        """Return the attributes of the directory or of a disk.
+
+        Raises:
+            FUSEError: ENOENT, no file has the inode; EACCES, as in `admit`.
+        """
         self.admit(ctx.uid)
         if self._is_root(inode):
             return self._attributes.of_root(self._exported)
@@ -155,22 +169,28 @@ class MetadataOperations(pyfuse3.Operations):
         inode: int,
         attr: EntryAttributes,
         fields: SetattrFields,
-        fh: int | None,  # noqa: ARG002  pyfuse3's
+        fh: int | None,  # noqa: ARG002  an argument that pyfuse3 passes
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """Set the times or the size of a disk; refuse to change owner and permissions.
+        """Set the times or the size of a disk, and return its new attributes.
 
-        A request that sets owner and permissions to their present values succeeds.
+        Owner and permissions cannot be changed, but a request that sets them to their present
+        values succeeds.
+
+        Raises:
+            FUSEError: EPERM, the inode is that of the directory, or the request would change the
+                owner or the permissions of a disk; ENOENT, no file has the inode; EACCES, as in
+                `admit`; or an error of `Truncation.set_size`.
         """
         self.admit(ctx.uid)
         if self._is_root(inode):
             raise FUSEError(errno.EPERM)
         exported = self.disk_of(inode)
-        now = self._attributes.of_disk(exported)
+        present = self._attributes.of_disk(exported)
         if (
-            (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(now.st_mode))
-            or (fields.update_uid and attr.st_uid != now.st_uid)
-            or (fields.update_gid and attr.st_gid != now.st_gid)
+            (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(present.st_mode))
+            or (fields.update_uid and attr.st_uid != present.st_uid)
+            or (fields.update_gid and attr.st_gid != present.st_gid)
         ):
             raise FUSEError(errno.EPERM)
         reply_with_real_size = True
@@ -179,11 +199,12 @@ class MetadataOperations(pyfuse3.Operations):
         if fields.update_atime or fields.update_mtime:
             await set_times(
                 exported,
-                attr.st_atime_ns if fields.update_atime else now.st_atime_ns,
-                attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns,
+                attr.st_atime_ns if fields.update_atime else present.st_atime_ns,
+                attr.st_mtime_ns if fields.update_mtime else present.st_mtime_ns,
             )
         reply = self._attributes.of_disk(exported)
         if not reply_with_real_size:
+            # `qedfuse.mount.fuse.truncation` explains this reply.
             reply.st_size = attr.st_size
             reply.attr_timeout = 0
             self._size_fixup.request(exported)
@@ -193,7 +214,11 @@ class MetadataOperations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        """Open the directory; its handle is the inode."""
+        """Open the directory; the handle is the inode number of the directory.
+
+        Raises:
+            FUSEError: ENOTDIR, the inode is not that of the directory; EACCES, as in `admit`.
+        """
         self.admit(ctx.uid)
         if not self._is_root(inode):
             raise FUSEError(errno.ENOTDIR)
@@ -201,7 +226,10 @@ class MetadataOperations(pyfuse3.Operations):
 
     @answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:  # noqa: ARG002
-        """List the disks in the order in which the user named them."""
+        """List the disks from position ``start_id`` on, until the reply to the kernel is full.
+
+        The disks have the order in which the user named them.
+        """
         for next_id, exported in enumerate(list(self._exported)[start_id:], start_id + 1):
             attributes = self._attributes.of_disk(exported)
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
@@ -212,7 +240,11 @@ class MetadataOperations(pyfuse3.Operations):
 
     @answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001
-        """Make all disks durable."""
+        """Make all writes so far to all disks durable.
+
+        Raises:
+            FUSEError: A disk could not be made durable; the disks after it were not flushed.
+        """
         for exported in self._exported:
             await exported.disk.flush()
 
@@ -229,8 +261,12 @@ class MetadataOperations(pyfuse3.Operations):
         return reply
 
     async def _refuse(self, *_args: object) -> NoReturn:
-        """Refuse to create, remove or rename a file, because each file stands for an image."""
+        """Refuse to create, remove or rename a file, because each file stands for an image.
+
+        Raises:
+            FUSEError: EPERM, always.
+        """
         raise FUSEError(errno.EPERM)
 
-    # One method replaces handlers of different signatures.
+    # mypy is silenced because one method replaces handlers with different signatures.
     create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]

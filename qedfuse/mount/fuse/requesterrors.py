@@ -3,10 +3,11 @@
 Every exception is converted, because an exception that reached pyfuse3 would end the mount for
 all disks and users.
 
-A damaged image or a full host fails every retry of a guest, so the log is rate-limited for each
-disk.  The first messages of a disk are logged in full, each message once.  For further errors,
-one line per minute reports their number and the message of the last one.  So the log does not
-grow with the guest's retries, and is not silent while requests still fail.
+With a damaged image or a full host, every retry of a guest fails, so the log is rate-limited for
+each disk.  The first messages of a disk are logged in full, each message once.  For further
+errors, at most one line per minute reports how many there were, with the message of the last
+one.  So the log does not grow with the number of retries, and is not silent while requests still
+fail.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_MESSAGES_PER_DISK: Final = 100
-"""Most messages that are logged in full for one disk during a mount."""
+"""Maximum number of messages that are logged in full for one disk during a mount."""
 _SUMMARY_SECONDS: Final = 60.0
-"""Shortest time between two summaries of the errors that were not logged in full."""
+"""Minimum time between two summaries of the errors that were not logged in full."""
 _MAX_SHOWN_BYTES: Final = 64
-"""Longest argument of a request that the debug log shows in full."""
+"""Maximum length of an argument of a request that the debug log shows in full."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class RequestErrors:
     """Converts exceptions of requests to errno values, and logs them at a limited rate."""
 
     def __init__(self, disks: Mapping[int, ExportedDisk]) -> None:
-        """Log errors of ``disks``, which are mapped by inode."""
+        """Log errors of requests to ``disks``, which are mapped by inode number."""
         self._disks = disks
         self._logged: dict[int, set[str]] = {inode: set() for inode in disks}
         self._dropped: dict[int, int] = {}
@@ -56,15 +57,16 @@ class RequestErrors:
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
         """Log why a request failed, and return the errno for the kernel.
 
-        A FUSEError is not logged, because it says nothing but the errno.  A PastEndError is not
-        logged, because it is a mistake of the program that made the request.  Any other QedError
-        is logged with its message.  An exception of another type is a bug, so it is logged with
-        its traceback, and the errno is EIO.
+        A FUSEError is not logged, because it has only an errno and no message.  A PastEndError
+        is not logged, because the program that made the request has made a mistake, and neither
+        the image nor the host has failed.  Any other QedError is logged with its message.  An
+        exception of another type is a bug, so it is logged with its traceback, and the errno is
+        EIO.  The log is rate-limited (see the module).
 
         Args:
-            inode: The inode that the request is about.
+            inode: The inode of the disk or of the directory to which the request was made.
             operation: The name of the request.
-            error: What the handler of the request raised.
+            error: The exception that the handler of the request has raised.
         """
         if isinstance(error, FUSEError):
             return error.errno
@@ -75,7 +77,7 @@ class RequestErrors:
         return errno.EIO
 
     def _log_error(self, inode: int, error: QedError) -> None:
-        """Log an error of the disk, unless a write past its end is the only reason."""
+        """Log an error of a disk with its message; do nothing for a write past the end."""
         if isinstance(error, PastEndError):
             return
         message = str(error)
@@ -83,16 +85,17 @@ class RequestErrors:
             _log.error("%s", message)
 
     def _log_bug(self, inode: int, operation: str, error: Exception) -> None:
-        """Log an unexpected exception with its traceback."""
+        """Log an unexpected exception of the handler of ``operation``, with its traceback."""
         message = f"internal error in {operation}"
         details = f"{message}: {type(error).__name__}: {printable(str(error))}"
         if self._register(inode, details):
             _log.error("%s", message, exc_info=error)
 
     def _register(self, inode: int, message: str) -> bool:
-        """Register a message of a disk; return whether the caller must log it in full.
+        """Register a message of a disk; return whether the caller must log the message in full.
 
-        If the result is False, the message is counted for the next summary.
+        If the result is False, the message is counted in the next summary, and the caller must
+        not log it.
         """
         logged = self._logged.setdefault(inode, set())
         if message not in logged and len(logged) < _MAX_MESSAGES_PER_DISK:
@@ -104,9 +107,10 @@ class RequestErrors:
         return False
 
     async def log_summaries(self) -> None:
-        """Log the errors that are not logged in full, at most once a minute, until cancelled.
+        """Log summaries of the errors that are not logged in full, until cancelled.
 
-        When the task is cancelled, it logs the errors since the last summary.
+        A summary is logged a minute after the first error that it reports.  When the task is
+        cancelled, it logs a last summary of the errors since the previous one.
         """
         try:
             while True:
@@ -117,7 +121,10 @@ class RequestErrors:
             self._summarize()
 
     def _summarize(self) -> None:
-        """Log for each disk how many errors since the last summary were not logged in full."""
+        """Log for each disk how many errors since the last summary were not logged in full.
+
+        For a disk without such an error, nothing is logged.
+        """
         self._new = trio.Event()
         for inode, count in self._dropped.items():
             exported = self._disks.get(inode)
@@ -132,7 +139,7 @@ class RequestErrors:
 
 
 class _Handlers(Protocol):
-    """The object whose methods handle requests, as far as `answered` uses it."""
+    """An object whose methods handle requests, with the attributes that `answered` uses."""
 
     debug: bool
     errors: RequestErrors
@@ -147,7 +154,7 @@ def answered(
     """Decorate the handler of a request so that FUSEError is the only exception it raises.
 
     Any other exception is logged and converted by `RequestErrors.to_errno`.  A cancellation is
-    passed on.  If debugging, the request and a FUSEError are logged.
+    passed on.  If ``debug`` is set, each request and each FUSEError are logged.
     """
 
     @functools.wraps(method)
@@ -162,20 +169,26 @@ def answered(
             raise
         except Exception as error:
             operation = method.__name__.lstrip("_")
-            number = self.errors.to_errno(_inode_of(args), operation, error)
-            raise FUSEError(number) from error
+            error_number = self.errors.to_errno(_inode_of(args), operation, error)
+            raise FUSEError(error_number) from error
 
     return answer
 
 
 def _inode_of(args: Sequence[object]) -> int:
-    """Return the inode that a request is about; the root if its arguments name none."""
+    """Return the inode number in the first argument of a request, which may be a file handle.
+
+    If the first argument is no number, the result is the inode number of the root.
+    """
     first = args[0] if args else None
     return first & ~HANDLE_FLAGS if isinstance(first, int) else pyfuse3.ROOT_INODE
 
 
 def _shown(args: Sequence[object]) -> str:
-    """Return the arguments of a request for the log; long data is shown by its length."""
+    """Return the arguments of a request as a text for the log.
+
+    Only numbers and bytes are shown; in place of long bytes, their number is shown.
+    """
     return str(
         tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > _MAX_SHOWN_BYTES
               else arg for arg in args if isinstance(arg, int | bytes))
