@@ -1,7 +1,8 @@
 /* Writes the extents that a slice of an L2 table describes, in the formats of qemu-img map.
  *
- * It only handles valid entries.  If an entry of the slice may be invalid, it returns None and
- * leaves the pending extent unchanged, and the caller maps the disk from that extent on.
+ * This module only handles valid entries.  If an entry of the slice may be invalid, `lines`
+ * returns None and leaves the pending extent unchanged.  The caller must then map the disk from
+ * the start of that extent on in another way.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -9,11 +10,13 @@
 #include <stdint.h>
 #include <string.h>
 
-#define COLUMN_CHARS 16     /* width of a column of the text table */
-#define MAX_DIGITS 20       /* most characters of a number: 20 decimal, or 0x and 16 hexadecimal */
-#define MAX_JSON_CHARS 192  /* most characters of a line of JSON */
+#define COLUMN_CHARS 16     /* minimum width of a column of the text table */
+#define MAX_DIGITS 20       /* maximum length of a number: 20 decimal, or 0x and 16 hexadecimal */
+#define MAX_JSON_CHARS 192  /* maximum length of a line of JSON */
 
-/* A range of the disk that is stored in one way; the value is its first table entry. */
+/* A range of the disk, in bytes, of which all clusters are unallocated, or zero clusters, or data
+ * at contiguous offsets of the file.  `value` is the table entry of the first cluster.  An extent
+ * of length 0 means that no extent has begun. */
 struct extent {
     uint64_t start, length, value;
 };
@@ -64,7 +67,9 @@ static char *column(char *at, uint64_t number)
     return end;
 }
 
-/* Append the line of an extent; the text table has lines only for data.  Return the end. */
+/* Append the line of an extent; return the end of the output.
+ *
+ * In the text table, only extents of data have a line. */
 static char *write_extent(char *at, const struct extent *extent, const struct style *style)
 {
     if (style->json) {
@@ -93,9 +98,11 @@ static char *write_extent(char *at, const struct extent *extent, const struct st
     return at + style->name_length;
 }
 
-/* Return whether an extent of data overlaps one of the L2 tables, whose offsets ascend. */
+/* Return whether an extent of data overlaps one of the L2 tables in the file.
+ *
+ * `tables` are the file offsets of the L2 tables, ascending. */
 static int overlaps_table(const struct extent *data, const uint64_t *tables, size_t count,
-                      uint64_t table_bytes)
+                          uint64_t table_bytes)
 {
     size_t first = 0, last = count;
 
@@ -146,7 +153,8 @@ static PyObject *lines(PyObject *module, PyObject *args)
             follows += step;
             index++;
         }
-        if (index > first) { /* offsets ascend, so only the last one can be too high */
+        if (index > first) { /* entries were added to the current extent */
+            /* The offsets ascend, so none is too high unless the last one is. */
             current.length += (index - first) * size;
             valid = current.value <= 1 || values[index - 1] <= high;
         } else if (value > 1 && (value & (size - 1) || value < low || value > high)) {
@@ -162,7 +170,8 @@ static PyObject *lines(PyObject *module, PyObject *args)
             index++;
         }
     }
-    /* The last extent has no line yet, but its entries must be valid as well. */
+    /* The last extent has no line yet, because it may continue in the next slice.  Its entries are
+     * checked here, because all entries of this slice must be valid. */
     if (valid && current.value > 1)
         valid = !overlaps_table(&current, tables.buf, (size_t)tables.len / 8, table_bytes);
     if (valid) {
@@ -183,9 +192,11 @@ static PyMethodDef methods[] = {
     {"lines", lines, METH_VARARGS,
      "lines(entries, cluster_size, low, high, tables, table_bytes, pending, json, name)\n"
      "Return the text of the extents that end within the entries, or None if an entry may be\n"
-     "invalid.  pending (start, length, value) is the extent that the entries may continue;\n"
-     "it is updated unless None is returned.  low and high are the lowest and the highest\n"
-     "offset that an entry may have.  tables are the offsets of the L2 tables, ascending."},
+     "invalid.  pending (start, length, value) is the extent that the entries may continue.\n"
+     "It is replaced by the last extent of the entries, but stays unchanged if None is\n"
+     "returned.  low and high are the lowest and the highest offset that an entry may have.\n"
+     "tables are the file offsets of the L2 tables, ascending.  json selects the format: JSON,\n"
+     "or the text table.  name is the last column of the text table, with a newline."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -28,18 +28,21 @@ async def describe_chain(
 
     Args:
         path: The image.
-        image_format: Format of the image; ``auto`` detects the format by the first bytes.
-        options: How to open the image, and which bases are trusted.
+        image_format: Format of the image; ``auto`` detects the format from the first bytes.
+        options: How to open the image, and which bases are trusted; None for the defaults.
 
     Raises:
-        NotQedError: As `describe`.
-        BackingError: A base is missing, refused, in a loop, too deep or of another format.
-        QedError: The image or a base cannot be opened.
+        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
+            ``image_format`` is ``qed`` and the file has no QED magic.
+        BackingError: A base is missing, refused or of another format, or the chain is a loop
+            or too long.
+        QedError: The image or a base cannot be opened, locked or read.
     """
     options = options or OpenOptions()
     top = describe(path, image_format, share=options.force_share)
     if top.qed is None or not top.qed.readable:
-        # A raw file has no base.  The base that an invalid header names is not opened.
+        # The chain is not followed: a raw file has no base, and the base that an invalid
+        # header names must not be opened.
         return [top]
     with open_image_file(path, options.read_lock) as file:
         header = await read_header(file)

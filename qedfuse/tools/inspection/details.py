@@ -1,6 +1,7 @@
-"""The details of an image that need more reading than `info` does: number of clusters, free list.
+"""The details of an image for which more than its header and L1 table must be read.
 
-Clusters are counted slice by slice of the tables, which takes little memory.
+These are the free list and the number of allocated clusters.  The tables are read slice by
+slice, so counting takes little memory.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The numbers of tables and clusters that an image stores; the rest is unallocated.
+    """The numbers of tables and clusters that an image stores.
 
     Attributes:
-        l2_tables: Number of L1 entries that point to a table.
+        l2_tables: Number of valid L1 entries that point to a table.
         bad_tables: Number of L1 entries that are invalid.
         data: Number of clusters whose L2 entry is an offset, valid or not.
-        zero: Number of zero clusters, which read as zeros even where the base has data.
+        zero: Number of zero clusters, which read as zeros even if the base has data there.
     """
 
     l2_tables: int
@@ -45,11 +46,11 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """More about an image than `ImageInfo` has.
+    """The properties of an image that `ImageInfo` does not have.
 
     Attributes:
         free_list: The persistent free list; None if the image has none.
-        allocation: The counted clusters; None if the caller did not ask for them.
+        allocation: The numbers of tables and clusters; None if they were not counted.
     """
 
     free_list: FreeListInfo | None = None
@@ -63,18 +64,20 @@ async def read_details(
     allocation: bool = False,
     progress: Progress | None = None,
 ) -> Details:
-    """Read the free list of an image, if it has one, and count its clusters, if wanted.
+    """Read the free list of an image, if there is one, and count its clusters on request.
 
-    Both are None for a raw file and for an image whose header is invalid.
+    The result is empty for a raw file and for an image whose header is invalid.
 
     Args:
         info: The description of the image.
-        options: How to open the image.
+        options: How to open the image; None for the defaults.
         allocation: Whether to count clusters, which reads all tables.
         progress: Called with the number of L2 tables read so far and in all.
 
     Raises:
-        QedError: The image cannot be read.
+        NeedsCheckError: The image has more tables than a check allows; only if clusters are
+            counted.
+        QedError: The image cannot be opened, locked or read.
     """
     options = options or OpenOptions()
     if info.qed is None or not info.qed.readable:

@@ -1,9 +1,9 @@
-"""The entries of the tables of an image, for debugging images, above all broken ones.
+"""The entries of the tables of an image, for debugging images, above all broken images.
 
-Adjacent entries with the same verdict are combined into one range if each value is higher
-than the value before it by the length of a cluster (in the L1 table, of an L2 table), or if
-all values are equal.  A table is read slice by slice, and the ranges of each slice are yielded
-before the next slice is read, so no range crosses the end of a slice.
+Adjacent entries with the same verdict are combined into one range if all values are equal, or
+if each value is higher than the previous value by the length of a cluster (in the L1 table, by
+the length of an L2 table).  A table is read slice by slice, and the ranges of each slice are
+yielded before the next slice is read, so no range crosses the end of a slice.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.rawheader import RawHeader
 
 OK: Final = "ok"
+"""The verdict on an entry that is a valid offset."""
 ZEROS: Final = "zeros"
 """The verdict on the entry of a zero cluster."""
 VERDICTS: Final = {
@@ -55,9 +56,10 @@ VERDICTS: Final = {
 """The verdicts on invalid entries."""
 
 _MAX_COMPARED_TABLES: Final = 1 << 16
-"""L2 tables are collected for comparison with L2 entries until there are more than this many.
+"""No further slices of the L1 table are read after more than this many L2 tables were found.
 
-A disk of 64 TiB with the default geometry has 32768 tables.
+L2 entries are compared with these tables.  A disk of 64 TiB with the default geometry has 32768
+L2 tables.
 """
 
 
@@ -71,7 +73,7 @@ class EntryRange:
         value: Value of the first entry.
         step: Difference in bytes between the values of two adjacent entries; 0 if all values
             are equal, or if there is only one entry.
-        guest_start: Guest offset that the first entry describes.
+        guest_start: Guest offset in bytes where the range of the first entry begins.
         guest_length: Bytes of the disk that the entries describe.
         verdict: ``ok``, ``zeros``, or one of `VERDICTS`.
     """
@@ -100,7 +102,7 @@ class Dump:
         self.header = header
 
     def _parsed_header(self) -> Header:
-        """Return the header, with which the L1 table can be found.
+        """Return the header, in which the geometry and the offset of the L1 table are usable.
 
         Raises:
             ImageError: The header is too damaged to find the L1 table.
@@ -134,16 +136,17 @@ class Dump:
         """Yield the entries in use of the L2 table that an L1 entry points to.
 
         Raises:
-            UsageError: As `table`.
+            UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
+                offset lies past the end of the file.
             ImageError: The header is too damaged to find the L1 table.
             HostError: The host cannot read the file.
         """
         header = self._parsed_header()
         geometry = header.geometry
-        table = await self.table(l1_index)
+        table_offset = await self.table(l1_index)
         classifier = EntryClassifier(header, self._file.size(), await self._tables(header))
         guest = l1_index * geometry.table_span
-        async for first, values in read_table(self._file, table, geometry.table_bytes):
+        async for first, values in read_table(self._file, table_offset, geometry.table_bytes):
             verdicts = np.zeros(len(values), np.uint8)
             for code, mask in classifier.l2_errors(values):
                 verdicts[mask] = _VERDICT_NUMBERS[code]
@@ -152,7 +155,7 @@ class Dump:
                 yield _entry_range(item, first, guest, geometry.cluster_size)
 
     async def table(self, l1_index: int) -> int:
-        """Return the file offset in an L1 entry, even if the entry is invalid.
+        """Return the value of an L1 entry as a file offset, even if the offset is invalid.
 
         Raises:
             UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
@@ -166,20 +169,21 @@ class Dump:
             msg += f"{header.geometry.entries - 1}"
             raise UsageError(msg)
         position = header.l1_table_offset + l1_index * ENTRY_BYTES
-        table = int.from_bytes(await self._file.pread(position, ENTRY_BYTES), "little")
-        if table == UNALLOCATED or table >= self._file.size():
-            found = "0 (no table)" if table == UNALLOCATED else str(table)
+        table_offset = int.from_bytes(await self._file.pread(position, ENTRY_BYTES), "little")
+        if table_offset == UNALLOCATED or table_offset >= self._file.size():
+            found = "0 (no table)" if table_offset == UNALLOCATED else str(table_offset)
             msg = (
                 f"{self.name}: L1 entry {l1_index}: found {found}, expected an offset inside the "
                 f"file of {self._file.size()} bytes"
             )
             raise UsageError(msg)
-        return table
+        return table_offset
 
     async def _tables(self, header: Header) -> Values:
         """Return the file offsets of the L2 tables to which valid L1 entries point, ascending.
 
-        If there are more than `_MAX_COMPARED_TABLES`, some are left out.
+        If there are more than `_MAX_COMPARED_TABLES`, the entries at the end of the L1 table
+        may be left out.
         """
         rules = EntryRules(EntryLimits.for_l1(header, self._file.size()))
         found = [NO_TABLES]
@@ -199,22 +203,23 @@ _VERDICT_NUMBERS: Final = {code: _NAMES.index(word) for code, word in VERDICTS.i
 def _ranges(
     values: Values, verdicts: NDArray[np.uint8], step: int, used: NDArray[np.bool_]
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield the longest ranges of entries that can be shown as one, in ascending order.
+    """Yield the longest ranges of entries that can be combined, in ascending order.
 
     Args:
         values: The entries of a slice.
         verdicts: Index in `_NAMES` of the verdict on each entry.
-        step: Difference between the values of adjacent entries with contiguous offsets.
-        used: Mask of the entries to show; the others are in no range.
+        step: Difference in bytes between adjacent entries whose offsets are contiguous.
+        used: Mask of the entries to yield; all other entries are in no range.
 
     Yields:
-        (index of the first entry, count, value of the first entry, step or 0, verdict)
+        Index of the first entry in the slice, number of entries, value of the first entry,
+        ``step`` (0 if the values are equal), and index in `_NAMES` of the verdict.
     """
-    alike = (verdicts[1:] == verdicts[:-1]) & used[1:] & used[:-1]
-    rising = alike & (values[1:] - values[:-1] == step)
-    equal = alike & (values[1:] == values[:-1])
-    # A range ends where the values stop rising by `step`, or where they stop being equal,
-    # whichever makes the longer range.
+    same_verdict = (verdicts[1:] == verdicts[:-1]) & used[1:] & used[:-1]
+    rising = same_verdict & (values[1:] - values[:-1] == step)
+    equal = same_verdict & (values[1:] == values[:-1])
+    # From each first entry two ranges are possible: up to where the values stop rising by
+    # `step`, and up to where they stop being equal.  The longer range is yielded.
     first = 0
     count = len(values)
     breaks_rising = np.append(np.flatnonzero(~rising) + 1, count)
@@ -246,7 +251,7 @@ def _entry_range(
     Args:
         item: The range within a slice.
         first: Index in the table of the first entry of the slice.
-        guest: Guest offset that the first entry of the table describes.
+        guest: Guest offset where the range of the first entry of the table begins.
         span: Bytes of the disk that one entry describes.
     """
     index, count, value, step, verdict = item
@@ -260,7 +265,7 @@ def _entry_range(
 
 @asynccontextmanager
 async def open_dump(path: str, *, share: bool = False) -> AsyncIterator[Dump]:
-    """Open an image to list its header and tables; close it at the end of the block.
+    """Open an image to list its header and tables; close the image at the end of the block.
 
     Args:
         path: The image.
@@ -268,12 +273,12 @@ async def open_dump(path: str, *, share: bool = False) -> AsyncIterator[Dump]:
 
     Raises:
         NotQedError: The file has no QED magic.
-        QedError: The image cannot be opened, or is in use.
+        QedError: The image cannot be opened, locked or read.
     """
     with open_image_file(path, LockMode.to_read(share=share)) as file:
-        start = bytes(await file.pread(0, HEADER_BYTES))
-        if not is_qed(start):
+        raw_header = bytes(await file.pread(0, HEADER_BYTES))
+        if not is_qed(raw_header):
             msg = f"{file.name}: not a QED image: found no QED magic at the file's beginning"
             raise NotQedError(msg)
         await trio.lowlevel.checkpoint()
-        yield Dump(file, read_raw(start, file.size(), file.name))
+        yield Dump(file, read_raw(raw_header, file.size(), file.name))

@@ -3,9 +3,9 @@
 `qedfuse.tools.inspection.mapping` needs numpy and trio, and loading them takes longer than
 reading the tables of a full image of 1 TiB.  So a small C extension (`_maplines.c`) writes the
 lines up to the first slice that is unreadable or may hold an invalid entry.  `FastMap.reached`
-is then the guest offset up to which lines were written, and the caller continues there with
-`mapping`.  The extension is optional.  Without it `mapping` writes the whole map, with the same
-output.
+is then the guest offset up to which lines were written, and the caller must continue there with
+`mapping`.  The extension is optional.  If it was not built, the caller must use `mapping` for
+the whole map, which gives the same output.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ if TYPE_CHECKING:
     Lines = Callable[[bytes, int, int, int, array[int], int, array[int], bool, bytes], bytes | None]
 
 _MAX_L1_BYTES: Final = 1 << 22
-"""Most bytes of an L1 table that the disk uses; `mapping` maps a larger image."""
+"""Maximum length in bytes of the part of an L1 table that the disk uses.
+
+An image with a larger part is left to `mapping`, because the whole part is read into memory.
+"""
 
 _MAX_NAME_CHARS: Final = 4096
-"""Longest name of an image; `mapping` maps an image with a longer name.
+"""Maximum length of the printable name of an image.
 
-The extension allocates memory for the name once per entry.
+An image with a longer name is left to `mapping`, because the extension allocates memory for the
+name once per entry of a slice.
 """
 
 
 def _load() -> Lines | None:
-    """Return the extension's function; None if it was not built."""
+    """Return the function of the extension; None if the extension was not built."""
     try:
         return importlib.import_module("qedfuse.tools.inspection._maplines").lines  # type: ignore[no-any-return]
     except ImportError:
@@ -59,7 +63,7 @@ class FastMap:
 
     Attributes:
         size: Bytes of the disk.
-        reached: Guest offset up to which `lines` has yielded the extents.
+        reached: Guest offset in bytes up to which `lines` has yielded the extents.
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:
@@ -68,7 +72,8 @@ class FastMap:
         Args:
             fd: Descriptor of the image.
             header: The header of the image.
-            tables: The valid L1 entries, as many as the disk uses; 0 for a missing table.
+            tables: The L1 entries that the disk uses, which must be valid; 0 for a missing
+                table.
             lines: Function ``lines`` of the extension.
         """
         self._fd = fd
@@ -81,14 +86,14 @@ class FastMap:
         self.reached = 0
 
     def lines(self, *, as_json: bool, name: str) -> Iterator[str]:
-        """Yield text with the extents, up to the first slice that cannot be used.
+        """Yield text with the extents, up to the first slice that the extension cannot handle.
 
-        Such a slice is unreadable or may have an invalid entry.  If there is one, `reached`
-        is less than `size` afterwards.
+        Such a slice is unreadable or may have an invalid entry.  After the last text, `reached`
+        is the size of the disk, or less if there is such a slice.
 
         Args:
-            as_json: Whether to write JSON, in which each line begins with the comma after
-                the previous line, or else the lines of the text table.
+            as_json: True for JSON, False for the lines of the text table.  In JSON each line
+                begins with the comma that separates it from the previous line.
             name: Name of the image, for the last column of the text table.
         """
         geometry = self._header.geometry
@@ -97,8 +102,9 @@ class FastMap:
         left = geometry.clusters(self.size)
         for table in self._tables:
             count = min(left, geometry.entries)
-            # All clusters of a missing table are unallocated.  Only one entry is passed to the
-            # extension, and the pending extent is then extended by the others.
+            # All clusters of a missing table are unallocated.  To save time, only one entry of
+            # 0 is passed to the extension.  Then the pending extent, which ends with this
+            # entry, is extended by the clusters of the other entries.
             rest = count - 1 if table == UNALLOCATED else 0
             for raw in self._slices(table, count - rest):
                 if raw is None:
@@ -110,8 +116,9 @@ class FastMap:
                 self.reached = pending[0]
             pending[1] += rest * geometry.cluster_size
             left -= count
-        # The pending extent is cut off at the end of the disk, because the last cluster may
-        # reach past it.  A further entry, of another kind, makes the extension write the extent.
+        # The last extent is still pending.  It is cut off at the end of the disk, because the
+        # last cluster may reach past the end.  One more entry, of another kind, ends the
+        # extent, so that the extension writes its line.
         pending[1] = self.size - pending[0]
         other_kind = array("Q", (UNALLOCATED if pending[2] else 1,)).tobytes()
         text = self._write(other_kind, pending, ending, as_json=as_json)
@@ -123,7 +130,7 @@ class FastMap:
         """Yield the first ``count`` entries of a table as stored, slice by slice.
 
         Slices of a missing table (offset 0) and holes of the file are yielded as zeros.  None
-        stands for a slice that cannot be read.
+        is yielded for a slice that cannot be read.
         """
         left = count * ENTRY_BYTES
         position = table
@@ -136,7 +143,7 @@ class FastMap:
     def _read(self, position: int, length: int) -> bytes | None:
         """Read a range of the file; return None if the host refuses or the file has shrunk.
 
-        The caller then leaves the range to `mapping`, whose error names the file.
+        After None, the caller must leave the range to `mapping`, which reports the error.
         """
         try:
             data = seek(self._fd, position, os.SEEK_DATA)
@@ -150,14 +157,17 @@ class FastMap:
     def _write(
         self, raw: bytes, pending: array[int], ending: bytes, *, as_json: bool
     ) -> str | None:
-        """Return the text of the extents that end within some entries; None if one may be invalid.
+        """Return the text of the extents that end within some table entries.
+
+        Returns None if one of the entries may be invalid.
 
         Args:
             raw: The entries as stored.
-            pending: Start, length and value of the extent that the entries may continue.
-                It is updated, unless None is returned.
+            pending: Start, length and first entry of the extent that the entries may continue.
+                It is replaced by the last extent of the entries, but stays unchanged if None
+                is returned.
             ending: The last column of the text table, and a newline.
-            as_json: As for `lines`.
+            as_json: True for JSON, False for the lines of the text table.
         """
         limits = self._limits
         text = self._lines(
@@ -178,8 +188,9 @@ class FastMap:
 def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]:
     """Open an image and yield its fast map; yield None if `mapping` must map the image.
 
-    None is also yielded if the image cannot be opened or is invalid, because `mapping` then
-    raises the error.
+    None is yielded if the image has a property that `FastMap` does not support, or if the
+    extension cannot be used.  None is also yielded if the image is invalid or cannot be opened,
+    because `mapping` then raises the error.
 
     Args:
         path: The image.
@@ -187,7 +198,8 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
     """
     with ExitStack() as stack:
         found = None
-        # The extension expects the byte order of the host to be that of the entries.
+        # The extension reads entries in the byte order of the host, and the entries of an image
+        # are little-endian.
         if _lines is not None and sys.byteorder == "little":
             with suppress(OSError, QedError):
                 lock = LockMode.to_read(share=share)
@@ -199,7 +211,7 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
 def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
     """Return the map of an open image; None if `mapping` must map the image.
 
-    That is so if the image has a base or an invalid L1 entry, if the disk is empty, or if
+    Returns None if the image has a base or an invalid L1 entry, if the disk has 0 bytes, or if
     `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
 
     Raises:

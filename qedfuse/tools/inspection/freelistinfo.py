@@ -14,14 +14,15 @@ from qedfuse.hostio.locking import LockMode
 
 @dataclass(frozen=True, slots=True)
 class FreeListInfo:
-    """The free list of an image.
+    """The free list of an image; all numbers are 0 if there is no valid list.
 
     Attributes:
-        present: Whether the feature bit is set; QEMU refuses an image with this bit.
+        present: Whether the feature bit of the list is set; QEMU refuses an image with this
+            bit.
         valid: Whether there is a list and the list is valid.
         runs: Number of runs of free clusters in the list.
         clusters: Number of free clusters in the list.
-        bytes: Bytes of the file in these clusters.
+        bytes: Total length of these free clusters in bytes.
         list_clusters: Number of free clusters that store the list itself.
         problem: Why the list is invalid, in one line; empty if the list is valid or there is
             no list.
@@ -39,7 +40,7 @@ class FreeListInfo:
 async def describe_free_list(path: str, *, share: bool = False) -> FreeListInfo:
     """Read and summarize the free list of an image.
 
-    The list is not compared with the entries of the L2 tables.  Only a check does that.
+    The list is not compared with the entries of the L2 tables.  Only a check compares them.
 
     Args:
         path: The image.

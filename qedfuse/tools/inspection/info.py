@@ -1,8 +1,8 @@
 """The description of an image, which may be broken or untrusted.
 
-Only the image itself is opened.  Of the image only the header, the name of the backing file
-and the L1 table are read.  Neither numpy nor trio is imported, because loading them would take
-longer than the reads.
+Only the image itself is opened, not its backing file.  Only the header, the name of the backing
+file and the L1 table are read.  Neither numpy nor trio is imported, because loading them would
+take longer than the reads.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ class QedInfo:
     """The description of a QED image.
 
     Attributes:
-        header: All fields of the header, valid or not.
+        header: All fields of the header, valid or invalid.
         backing: The backing file that the header names; None if the header names none, or
             the name cannot be read.
-        problems: Everything that is wrong or odd; empty for a valid image that was closed
-            cleanly.
-        l2_tables: Number of L1 entries in use; None if part of the L1 table was not read.
+        problems: All errors and unusual properties that were found; empty for a valid image
+            that was closed cleanly.
+        l2_tables: Number of L1 entries in use, valid or invalid; None if the L1 table was not
+            read, or only in part.
     """
 
     header: RawHeader
@@ -67,7 +68,7 @@ class QedInfo:
 
     @property
     def sound(self) -> bool:
-        """Whether all L1 entries were read and are valid; L2 tables are not read."""
+        """Whether all L1 entries were read and are valid; says nothing about the L2 tables."""
         return self.l2_tables is not None and not any(
             problem.code in L1_DAMAGE for problem in self.problems
         )
@@ -106,7 +107,7 @@ class ImageInfo:
     Attributes:
         path: Path by which the file was opened.
         format: ``qed`` or ``raw``.
-        virtual_size: Size of the disk; None if the file ends before that header field.
+        virtual_size: Size of the disk; None if a QED file ends before this header field.
         file_size: Length of the file.
         disk_usage: Space that the file uses on the host.
         qed: The description of a QED image; None for a raw file.
@@ -125,13 +126,13 @@ def describe(path: str, image_format: FormatChoice = "auto", *, share: bool = Fa
 
     Args:
         path: The file.
-        image_format: Format of the file; ``auto`` detects the format by the first bytes.
+        image_format: Format of the file; ``auto`` detects the format from the first bytes.
         share: Allow that another program writes to the file.
 
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
-        ImageInUseError: Another program writes to the file.
+        ImageInUseError: Another program has the file open for writing, and ``share`` is False.
         QedError: The file cannot be opened or read.
     """
     with locked_descriptor(path, LockMode.to_read(share=share)) as fd:
@@ -144,21 +145,27 @@ def describe(path: str, image_format: FormatChoice = "auto", *, share: bool = Fa
 def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> ImageInfo:
     """Return the description of a file that the caller has opened, and locked if necessary.
 
+    Args:
+        fd: Descriptor of the file.
+        path: Path by which the file was opened.
+        image_format: Format of the file; ``auto`` detects the format from the first bytes.
+
     Raises:
-        NotQedError: As `describe`.
+        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
+            ``image_format`` is ``qed`` and the file has no QED magic.
         OSError: The file cannot be read.
     """
     name = printable(path)
     status = os.fstat(fd)
-    start = os.pread(fd, SIGNATURE_BYTES, 0)  # longer than a header
+    signature = os.pread(fd, SIGNATURE_BYTES, 0)  # includes the whole header of a QED image
     usage = allocated_bytes(status)
-    if not is_qed_image(start, image_format, name):
+    if not is_qed_image(signature, image_format, name):
         size = -(-status.st_size // SECTOR) * SECTOR
         return ImageInfo(path, "raw", size, status.st_size, usage)
-    if not is_qed(start):
+    if not is_qed(signature):
         msg = f"{name}: not a QED image: found no QED magic at the file's beginning"
         raise NotQedError(msg)
-    raw = read_raw(start, status.st_size, name)
+    raw = read_raw(signature, status.st_size, name)
     header = raw.header
     l1 = L1Summary() if header is None else summarize_l1(fd, header, status.st_size)
     backing = _read_backing(fd, raw, path)
@@ -172,7 +179,11 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
 
 
 def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | None:
-    """Read and resolve the name of the backing file; return None if there is no valid one."""
+    """Read and resolve the name of the backing file.
+
+    Returns None if the image names no backing file, or if the header fields that are needed to
+    read the name are invalid.
+    """
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}
     if header is None or not header.has_backing or refused & _NAME_FIELDS:

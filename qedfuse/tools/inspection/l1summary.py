@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_L1_BYTES: Final = 8 << 20
-"""Most bytes of an L1 table that are read, not counting slices of zeros.
+"""Maximum number of bytes of an L1 table that are read, not counting slices of zeros.
 
 The table of the default geometry has 256 KiB.
 """
@@ -23,14 +23,15 @@ The table of the default geometry has 256 KiB.
 
 @dataclass(frozen=True, slots=True)
 class L1Summary:
-    """The entries of an L1 table, counted.
+    """The numbers of entries in the part of an L1 table that was read.
 
     Attributes:
         used: Number of entries that are not 0.
         invalid: Number of used entries that are no valid offset of an L2 table.
-        overlapping: Number of L2 tables that share clusters with a table before them in the
-            file.
-        complete: Whether all of the L1 table that lies in the file was read.
+        overlapping: Number of L2 tables that share clusters with another L2 table that begins
+            before them in the file, or at the same offset.
+        complete: Whether the L1 table was read up to its end, or up to the end of the file if
+            the file ends earlier.
     """
 
     used: int = 0
@@ -41,6 +42,9 @@ class L1Summary:
 
 def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
     """Read the L1 table of an open image, at most `MAX_L1_BYTES`, and count its entries.
+
+    If the header places the L1 table past `MAX_OFFSET`, nothing is read, and the summary is
+    empty and not complete.
 
     Args:
         fd: Descriptor of the image.

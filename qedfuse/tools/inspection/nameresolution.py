@@ -1,8 +1,8 @@
-"""Resolving the name of a backing file to a path, without accessing the file.
+"""Resolving the name of a backing file to a path, without accessing files in other directories.
 
-The name is untrusted.  Even a test whether the file exists can have effects, for example on an
-automounter or on a server that hangs.  So symbolic links are only followed inside the image's
-directory.
+The name is untrusted.  Even a test whether the file exists can have effects, for example mount a
+file system by an automounter, or hang on a network server.  So symbolic links are only followed
+inside the image's directory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ class BackingName:
 
     Attributes:
         name: The name, as stored.
-        path: Path as QEMU composes it: the directory in the path of the image, followed by
-            the name.  An absolute name, or one with a protocol or ``file:``, is unchanged.
-        resolved: Absolute path of the backing file without ``.`` and ``..``; also without
-            symbolic links if the name leads into the image's directory.  The name is
-            unchanged if it has a protocol or a NUL byte, or if it begins with ``file:`` and
-            the working directory has been removed.
+        path: The path that QEMU composes: the directory in the path of the image, followed by
+            the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
+            byte, the name itself.
+        resolved: Absolute path of the backing file without ``.`` and ``..``, and without
+            symbolic links if the name leads into the image's directory.  The name itself if it
+            has a protocol or a NUL byte, or if it begins with ``file:`` and the working
+            directory has been removed.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
             with or without ``file:`` before it.
-        escapes: Whether the name may lead out of the image's directory.
+        escapes: Whether the name may lead out of the image's directory; True for a name that
+            cannot be resolved.
     """
 
     name: str
@@ -54,7 +56,7 @@ def resolve_name(raw: bytes, image: str, *, raw_format: bool) -> BackingName:
     absolute = name.removeprefix("file:").startswith("/")
     if scheme is not None or "\0" in name:
         return BackingName(name, name, name, raw_format, absolute, scheme, escapes=True)
-    beside = image[: image.rfind("/") + 1]
+    image_directory = image[: image.rfind("/") + 1]
     path = location = name
     if name.startswith("file:"):
         try:
@@ -62,28 +64,32 @@ def resolve_name(raw: bytes, image: str, *, raw_format: bool) -> BackingName:
         except OSError:  # the working directory has been removed
             return BackingName(name, name, name, raw_format, absolute, scheme, escapes=True)
     elif not absolute:
-        path = beside + name
-    directory = os.path.realpath(beside or ".")
+        path = image_directory + name
+    directory = os.path.realpath(image_directory or ".")
     resolved, escapes = _resolve(location, directory)
     return BackingName(name, path, resolved, raw_format, absolute, scheme, escapes)
 
 
 def _resolve(name: str, directory: str) -> tuple[str, bool]:
-    """Resolve a name; return the absolute path, and whether the name leads out of ``directory``.
+    """Resolve a name to an absolute path.
 
     If the name leads into ``directory``, and its further components do not lead out again,
-    symbolic links are followed.  Otherwise the path is only normalized, without I/O, and the
-    second value is True.
+    symbolic links are followed.  If not, the path is only normalized, without I/O.
 
     Args:
         name: The name.
         directory: Absolute path without symbolic links, to which the name is relative.
+
+    Returns:
+        The absolute path, and whether the name may lead out of ``directory``; True if the
+        path was only normalized, or if a symbolic link leads out.
     """
     reached = "/" if name.startswith("/") else directory
     components = [component for component in name.split("/") if component not in ("", ".")]
     normalized = os.path.normpath(os.path.join(reached, *components))  # noqa: PTH118  no I/O
     for number, component in enumerate(components):
-        # ``reached`` is the directory or lies above it, so its path has no symbolic links.
+        # normpath is correct here, because the path `reached` has no symbolic links: it is
+        # ``directory`` or lies above it.
         following = os.path.normpath(os.path.join(reached, component))  # noqa: PTH118
         if _inside(following, directory):
             if _climbs(components[number:]):
@@ -107,5 +113,5 @@ def _climbs(components: list[str]) -> bool:
 
 
 def _inside(path: str, directory: str) -> bool:
-    """Return whether an absolute path lies inside a directory."""
+    """Return whether an absolute path lies inside a directory; False for the directory itself."""
     return path.startswith(directory.rstrip("/") + "/")

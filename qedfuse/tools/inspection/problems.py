@@ -1,4 +1,4 @@
-"""The problems of an image that its header, L1 table and backing file name show."""
+"""The problems of an image that can be found in its header, L1 table and backing file name."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.rawheader import RawHeader
 
 L1_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
-"""Codes of problems with the L1 table; ranges of the disk cannot be read or written safely."""
+"""Codes of problems with the L1 table, due to which ranges of the disk cannot be used safely."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is wrong or odd.
+    """An error of an image, or an unusual property.
 
     Attributes:
         code: Identifier of the kind of problem, for scripts.
         message: One line for the user.
-        fatal: Whether every mount, even a read-only one, refuses the image because of the
+        fatal: Whether every mount, even a read-only mount, refuses the image because of the
             problem.
     """
 
@@ -39,7 +39,7 @@ class Problem:
 
 
 def header_problems(raw: RawHeader, file_size: int, name: str) -> Iterator[Problem]:
-    """Yield the errors of a header, then what is only unusual."""
+    """Yield the errors of a header, then its unusual properties, which are not fatal."""
     for error in raw.problems:
         yield Problem(_code(error), str(error), fatal=True)
     if raw.header is not None:
@@ -48,7 +48,7 @@ def header_problems(raw: RawHeader, file_size: int, name: str) -> Iterator[Probl
 
 
 def _code(error: QedError) -> str:
-    """Return the code for an error about the header."""
+    """Return the code for an error of the header."""
     field = getattr(error, "field", None)
     if field is not None:
         return f"bad-{field.replace('_', '-')}"
@@ -58,8 +58,8 @@ def _code(error: QedError) -> str:
 def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
     """Yield the problems of an L1 table.
 
-    No problem is fatal, because a read-only mount only returns I/O errors for the ranges of
-    the entries concerned.
+    No problem is fatal, because an image with these problems can be mounted read-only.  Such a
+    mount returns an I/O error only for the ranges of the invalid entries.
     """
     if summary.invalid:
         msg = (
@@ -71,21 +71,26 @@ def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Probl
     if summary.overlapping:
         msg = (
             f"{name}: L1 table: found {summary.overlapping} tables that share clusters with "
-            "another, expected each to have clusters of its own"
+            "another table, expected each table to have clusters of its own"
         )
         yield Problem("table-overlap", msg, fatal=False)
 
 
 def backing_problems(raw: RawHeader, backing: BackingName | None, name: str) -> Iterator[Problem]:
-    """Yield the problems of a backing file name for which each mount refuses the image.
+    """Yield the problems of a backing file name, for each of which every mount refuses the image.
 
-    Yields nothing if the image names no backing file.
+    Yields nothing if ``backing`` is None.
+
+    Args:
+        raw: The header.
+        backing: The backing file; None if the image names none, or the name cannot be read.
+        name: Name of the image in messages.
     """
     if backing is None:
         return
     found, expected = len(os.fsencode(backing.name)), raw.values["backing_filename_size"]
     if found < expected:
-        msg = f"{name}: backing file name: found {found} bytes of it, expected {expected}"
+        msg = f"{name}: backing file name: found {found} bytes, expected {expected}"
         yield Problem("backing-name-cut-short", msg, fatal=True)
     shown = printable(backing.name)
     if backing.scheme is not None:

@@ -1,4 +1,4 @@
-"""A header as stored in the file, valid or not, and all its errors."""
+"""A header as stored in the file, valid or invalid, and all errors in the header."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
-"""Most errors that are reported; a header has fewer fields."""
+"""Maximum number of errors that are reported; a header has fewer fields."""
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
-"""The sizes of clusters and tables; if one is invalid, the other fields have no meaning."""
+"""The fields with the sizes of clusters and tables.
+
+If one of these sizes is invalid, no other field can be examined.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,9 @@ class Bits:
     """The value of a field of feature bits.
 
     Attributes:
-        value: The number.
+        value: The value of the field.
         names: Names of the known bits that are set.
-        unknown: Numbers of the other bits that are set, from 0.
+        unknown: Numbers of the unknown bits that are set; the lowest bit has number 0.
     """
 
     value: int
@@ -56,11 +59,11 @@ class RawHeader:
 
     Attributes:
         fields: The fields that lie wholly in the file, in order.
-        problems: An error for each invalid field, whose message is one line.  If the
-            geometry is invalid, the fields after it are not examined.
+        problems: An error for each invalid field, with a message of one line; empty if the
+            header is valid.  If the geometry is invalid, other errors may be missing.
         header: The fields as a header, even if some are invalid; None if the tables cannot
             be found, because the file is too short or the geometry is invalid.
-        values: The values of the fields by name.
+        values: The values of ``fields`` by name.
     """
 
     fields: tuple[HeaderField, ...]
@@ -73,9 +76,10 @@ class RawHeader:
         object.__setattr__(self, "values", {item.name: item.value for item in self.fields})
 
     def bits(self, name: str) -> Bits:
-        """Return the bits that are set in the field ``name``; none if the file is too short.
+        """Return the bits that are set in the field ``name``.
 
-        Names are only known for the field ``features``.
+        If the file is too short for the field, no bit is set.  Only bits of the field
+        ``features`` have names.  In all other fields, each bit counts as unknown.
         """
         value = self.values.get(name, 0)
         known = tuple(Feature) if name == "features" else ()
@@ -116,16 +120,22 @@ def _fields(data: bytes) -> Iterator[HeaderField]:
 
 
 def _has_geometry(values: Mapping[str, int]) -> bool:
-    """Return whether the sizes of clusters and tables are valid."""
+    """Return whether the sizes of clusters and tables in ``values`` are valid."""
     return all(expected_size(name, values[name]) is None for name in SIZE_LIMITS)
 
 
 def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
-    """Yield all errors for which the image would be refused, not only the first.
+    """Yield all errors of the header for which the image would be refused, not only the first.
 
-    `parse_header` stops at the first error.  So after each error the field is replaced by a
-    valid value and the header is parsed again, and the rules stay in `parse_header`.  After
-    an error in the geometry no other fields are examined.
+    `parse_header` raises only the first error.  So after each error, the value of the field is
+    replaced by a valid value, and the header is parsed again.  In this way `parse_header` is
+    the only place that has the rules.  After an error in the geometry no further errors are
+    searched for.
+
+    Args:
+        data: The whole header.
+        file_size: Length of the file in bytes.
+        name: Name of the file in messages.
     """
     fields = HEADER_STRUCT.parse(data)
     l1_was_replaced = False
@@ -148,14 +158,15 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
 
 
 def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's own kind of record
-    """Replace a refused field by a value with which the other fields can be validated."""
-    size = fields.cluster_size
+    """Replace the value of a refused field by a value with which other fields can be validated."""
+    cluster_size = fields.cluster_size
     if name == "l1_table_offset":
-        # The minimum keeps the offset valid even if header_size is excessive, which is a
-        # separate error.
-        fields.l1_table_offset = min(max(1, fields.header_size) * size, MAX_OFFSET // size * size)
+        # The offset is limited to the highest valid offset, so that it is valid even if
+        # header_size is too large.  A header_size that is too large is reported separately.
+        highest = MAX_OFFSET // cluster_size * cluster_size
+        fields.l1_table_offset = min(max(1, fields.header_size) * cluster_size, highest)
     elif name == "header_size":
-        fields.header_size = fields.l1_table_offset // size
+        fields.header_size = fields.l1_table_offset // cluster_size
     elif name == "image_size":
         fields.image_size = 0
     else:

@@ -22,24 +22,26 @@ LAST_WORD: Final = b"complete"
 class Backup:
     """A text file with all ranges that a repair will change, written before the repair begins.
 
-    The first line is `FIRST_LINE`.  Each further line describes one range: the file offset in
-    decimal, then the old bytes and the new bytes in hex.  The last line is "complete" with
-    the number of ranges and the length of the image before and after the repair.
+    The first line is `FIRST_LINE`.  Each of the next lines describes one range: the file offset
+    in decimal, then the old bytes and the new bytes in hexadecimal.  The last line has the word
+    "complete", the number of ranges, and the length of the image before and after the repair.
 
     The file is created by the first call of `save`.  An existing file is never overwritten,
-    and a backup that is not complete is removed at the end of the ``with`` block.  Owner and
-    mode are those of the image, as far as permitted, so that the same users can read both.
+    and a backup that is not complete is removed at the end of the ``with`` block.  The backup
+    gets the owner and mode of the image, as far as permitted, so that the same users can read
+    both files.
 
     Attributes:
-        path: Path of the backup; `save` may still change it.
-        complete: Whether all ranges are saved and durable.
+        path: Path of the backup; the first call of `save` may append a number.
+        complete: Whether all ranges are saved and durable; False until `finish` has saved them,
+            and always False if no range was saved.
     """
 
     def __init__(self, path: str, image: os.stat_result) -> None:
         """Prepare a backup at a path.
 
         Args:
-            path: Path of the backup; if that file exists, a number is appended.
+            path: Path of the backup; if this file exists, a number is appended.
             image: File attributes (stat(2)) of the image.
         """
         self.path = path
@@ -58,17 +60,24 @@ class Backup:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the file, and remove it unless it is complete."""
+        """Close the backup, and remove it unless it is complete; do nothing if there is none."""
         if self._file is not None:
-            # An error when buffered bytes are written is ignored, because the backup is
-            # either durable already or removed here.
+            # The close may write buffered bytes.  An error of this write is ignored, because a
+            # complete backup is durable already, and any other backup is removed here.
             with contextlib.suppress(OSError):
                 self._file.close()
             if not self.complete:
                 os.unlink(self.path)  # noqa: PTH108  a name, not a Path
 
     def save(self, offset: int, old: bytes, new: bytes) -> None:
-        """Save the old and the new bytes of a range; the caller must not have changed it yet.
+        """Save the old and the new bytes of a range that the repair will change.
+
+        The caller must not change the range before `finish` has returned.
+
+        Args:
+            offset: File offset of the range.
+            old: The present bytes of the range.
+            new: The bytes that the repair will write, as many as ``old``.
 
         Raises:
             HostError: The host refused.
@@ -81,7 +90,7 @@ class Backup:
             self._ranges += 1
 
     def finish(self, before: int, after: int) -> None:
-        """Complete the backup and make it durable; do nothing if no range was saved.
+        """Complete the backup and make the backup durable; do nothing if no range was saved.
 
         Args:
             before: Length of the image before the repair, in bytes.
@@ -132,8 +141,8 @@ class Backup:
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     """Give a new file the image's owner and group, as far as permitted, and the image's mode.
 
-    If the group cannot be set, the file gets no permissions for its group, because they would
-    apply to another group than the image's.
+    If the group cannot be set, the permissions of the group are left out of the mode, because
+    they would apply to another group than the group of the image.
     """
     for uid, gid in ((image.st_uid, image.st_gid), (-1, image.st_gid)):
         with contextlib.suppress(PermissionError):

@@ -20,17 +20,19 @@ class CheckResult:
     """The reports of a check before and after a repair, and the changes by the repair.
 
     Attributes:
-        before: Report of the first check.
-        after: Report of the last check; the same as ``before`` if nothing was changed.
+        before: Report of the check before the repair; after an undo the same as ``after``.
+        after: Report of the last check; the same as ``before`` if nothing was repaired.
         total_clusters: Number of clusters of the disk.
-        bytes_before: Length of the file at the beginning.
-        bytes_after: Length of the file at the end.
-        plan: The changes of tables that a repair has made, or would make if ``dry``.
-        backup: Path of the backup that the repair has made; None if it made none.
-        dry: Whether the plan was only made, not carried out.
-        needs_force: Whether a repair is refused unless the caller forces it.
-        leaks_kept: Whether leaked clusters are not reclaimed, or would not be, because they
-            may be lost data of a repair.
+        bytes_before: Length of the file in bytes before the repair or undo.
+        bytes_after: Length of the file in bytes after the repair or undo.
+        plan: The changes of tables that a repair has made, or would make if ``dry``; empty if
+            no tables are repaired.
+        backup: Path of the backup that the repair has made; None if no backup was made.
+        dry: Whether the plan was only made, and nothing was changed.
+        needs_force: Whether `repair` would refuse this plan without ``force``; set only if
+            ``dry``.
+        leaks_kept: Whether a repair did not reclaim the leaked clusters, or would not reclaim
+            them if ``dry``, because they may hold data that an earlier or this repair lost.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 
@@ -67,12 +69,12 @@ class CheckResult:
 
     @property
     def errors_fixed(self) -> int:
-        """Number of errors that were repaired."""
+        """Number of errors that were repaired; 0 if none was."""
         return max(0, self.before.errors - self.after.errors)
 
     @property
     def leaks_fixed(self) -> int:
-        """Number of leaked clusters that were reclaimed."""
+        """Number of leaked clusters that were reclaimed; 0 if none was."""
         return max(0, self.before.leaks - self.after.leaks)
 
     @property

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _MAX_UNFORCED_BYTES: Final = 64 << 20
-"""A repair may write at least this many bytes without ``force``, however small the file is."""
+"""A repair may write this many bytes without ``force``, however small the file is."""
 
 
 async def check(path: str, *, share: bool = False, progress: Progress | None = None) -> CheckResult:
@@ -59,16 +59,16 @@ async def plan(
     share: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Return what `repair` would do, and change nothing.
+    """Check an image and return what `repair` would do, without changing anything.
 
     Args:
         path: The image.
-        level: As for `repair`.
+        level: ``leaks`` or ``all``, see `repair`.
         share: Allow that another program writes to the image.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
-        QedError: As `check`.
+        QedError: The image cannot be opened, locked or read.
     """
     async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
         report = await check_image(file, header, progress)
@@ -94,21 +94,21 @@ async def repair(
     force: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Check an image, repair its tables, or reclaim its leaked clusters.
+    """Check an image, and repair its tables or reclaim its leaked clusters.
 
     Leaked clusters are reclaimed only if the tables have no errors, because an invalid entry
-    may have been meant to point to one of them.  They are also kept by the run with ``all``
-    that repairs the tables, and by each later run with ``all`` as long as the backup exists:
-    after a repair the clusters of cleared entries are leaked, and hold all that is left of
-    the data.  When clusters are reclaimed, other clusters are moved into their space, so that
-    the file becomes shorter and has no holes.
+    may have been meant to point to one of these clusters.  With ``all`` leaked clusters are
+    also kept by a repair of the tables, and by each later call as long as the backup of that
+    repair exists.  The reason is that the clusters of cleared entries are leaked after a
+    repair, and hold all that is left of the lost data.  When clusters are reclaimed, other
+    clusters are moved into their space, so that the file becomes shorter and has no holes.
 
     Args:
         path: The image; no other program may have the image open.
-        level: ``all`` to repair the tables, or else to reclaim leaked clusters; ``leaks``
-            only to reclaim them.
-        force: Repair even if the repair writes far more than the file has, or if the tables
-            seem to lie at another offset than the header says.
+        level: ``all`` repairs the tables if they have errors, and otherwise reclaims leaked
+            clusters.  ``leaks`` only reclaims leaked clusters.
+        force: Repair even if the repair writes far more bytes than the file uses, or if the
+            tables seem to lie at another offset than the header says.
         progress: Called with the work done in the present step, and all work of that step.
 
     Raises:
@@ -131,13 +131,14 @@ async def repair(
                 _refuse_excess(file, repair_plan, force=force)
                 _refuse_without_space(file, repair_plan)
                 backup.finish(size, repair_plan.end)
-            # The image is changed only now, because the backup is complete and durable.
+            # The image is changed here and not earlier, because only now the backup is
+            # complete and durable.
             backup_path = backup.path
             after = (await repair_image(file, header)).after
         elif keeps and header.need_check:
-            # Leaks are kept because of the backup of an earlier repair.  The tables have no
-            # errors, so this call only clears NEED_CHECK: the earlier repair may have been
-            # interrupted after it had written all entries.
+            # There are no errors, and leaks are kept because of the backup of an earlier
+            # repair.  NEED_CHECK is still set if that repair was interrupted after it had
+            # written all entries.  This call only clears NEED_CHECK.
             after = (await repair_image(file, header)).after
         if not keeps and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
@@ -169,13 +170,13 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
             can be run again.
     """
     async with _open_image(path, LockMode.WRITE) as (file, _header):
-        size = file.size()
+        bytes_before = file.size()
         count = await undo_repair(file, backup)
         header = await read_header(file)
         result = CheckResult.of_check(
             header, file.size(), await check_image(file, header, progress), undone=count
         )
-        return replace(result, bytes_before=size)
+        return replace(result, bytes_before=bytes_before)
 
 
 def _backup_path(path: str) -> str:
@@ -184,19 +185,20 @@ def _backup_path(path: str) -> str:
 
 
 def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
-    """Return whether leaked clusters are kept, because they may be lost data of a repair.
+    """Return whether leaked clusters must be kept, because they may hold data lost by a repair.
 
-    That is so with ``all`` if tables will be repaired now, or the backup of an earlier repair
-    exists.
+    True with ``all`` if the check found errors, which will be repaired now, or if the backup
+    of an earlier repair exists.  Always False with ``leaks``.
     """
     has_backup = os.path.lexists(_backup_path(path))
     return level == "all" and (report.errors > 0 or has_backup)
 
 
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
-    """Return whether a repair may write to bytes that are no table, or reclaim used clusters.
+    """Return whether a repair could overwrite bytes that are no table, or reclaim used clusters.
 
-    The reason is a header that may name the wrong offset or size of the tables.
+    It could if the check result suggests that the header names the wrong offset or size of the
+    tables.
     """
     return report.is_implausible and (level == "all" or not report.errors)
 
@@ -205,16 +207,16 @@ def _implausible_message(file: PosixFile, report: CheckReport) -> str:
     """Return the message of a repair that is refused because the header may be wrong."""
     return (
         f"{file.name}: not repaired: found {report.leaks} clusters leaked and "
-        f"{report.allocated_clusters} in use, expected more in use: the header may be "
+        f"{report.allocated_clusters} in use, expected more in use; the header may be "
         "damaged and name a wrong offset of the tables (--force repairs anyway)"
     )
 
 
 def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> None:
-    """Refuse a repair that writes much more than the file has, unless the user forces it.
+    """Refuse a repair that writes far more bytes than the file uses, unless ``force`` is True.
 
-    A few bytes of a hostile image can cause thousands of new tables, or copies of clusters,
-    and so fill the host.
+    Such a repair is refused, because a few bytes of a hostile image can cause thousands of new
+    tables or copies of clusters, which would fill the host.
 
     Raises:
         CorruptImageError: The repair would write more than `_max_unforced_bytes`, and
@@ -248,9 +250,10 @@ def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
 
 
 def _max_unforced_bytes(file: PosixFile) -> int:
-    """Return the most bytes that a repair may write without ``force``.
+    """Return the maximum number of bytes that a repair may write without ``force``.
 
-    That is the space that the file uses on the host, or `_MAX_UNFORCED_BYTES` if that is more.
+    The maximum is the space that the file uses on the host, but at least
+    `_MAX_UNFORCED_BYTES`.
     """
     return max(_MAX_UNFORCED_BYTES, allocated_bytes(file.stat()))
 
@@ -259,13 +262,19 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
     """Reclaim the leaked clusters of an image without errors, and clear NEED_CHECK.
 
     The base is not opened.
+
+    Args:
+        file: The image, open for writing and locked; stays open.
+        path: Path of the image.
+        progress: Called with the bytes moved so far, and the bytes to move in all.
     """
     header = await read_header(file)
     options = OpenOptions(writable=True, compact="off")
-    # The disk closes its descriptor at the end, so it gets a duplicate.  The lock is not
-    # released, because it belongs to the open file description, which ``file`` keeps open.
-    own = PosixFile(os.dup(file.fd), path, writable=True)
-    disk = Disk(own, header, [], options, make_store(options.cache_bytes), path)
+    # The disk gets a duplicate of the descriptor, because it closes its descriptor at the end
+    # and ``file`` must stay open.  That close does not release the lock, because the lock
+    # belongs to the open file description, which ``file`` keeps open.
+    duplicate = PosixFile(os.dup(file.fd), path, writable=True)
+    disk = Disk(duplicate, header, [], options, make_store(options.cache_bytes), path)
     async with disk.serving():
         await disk.compact(progress, within_bound=False)
 

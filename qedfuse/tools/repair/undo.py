@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     SavedRange = tuple[int, bytes, bytes]  # file offset, old bytes, new bytes
 
 _POISON_BYTES: Final = POISON_ENTRY.to_bytes(ENTRY_BYTES, "little")
-"""The value of some L1 entries of an overlay during a repair, and after an interrupted repair."""
+"""A value that some L1 entries of an overlay have during a repair.
+
+If the repair is interrupted, these entries keep the value.
+"""
 
 
 async def undo_repair(file: HostFile, backup_path: str) -> int:
     """Restore all bytes that a repair changed, and the length of the image.
 
-    This is correct only if nothing has changed the image since the repair.  All saved ranges
-    are compared with the image before anything is written, and a difference raises.  After a
-    crash the undo can be run again.
+    This is correct only if nothing has changed the image since the repair.  So before anything
+    is written, all saved ranges are compared with the image.  If a range differs, an error is
+    raised and nothing is written.  After a crash the undo can be run again.
 
     Args:
         file: The image, open for writing and locked.
@@ -53,47 +56,50 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 
 
 async def _restore(file: HostFile, backup: _BackupReader) -> int:
-    """Verify all saved ranges, then restore them in an order in which a crash loses nothing.
+    """Verify all saved ranges, then restore them; return the number of ranges.
 
-    Returns the number of ranges.
+    Because of the order of the writes, the undo can be run again after a crash, and no read
+    returns the data of another cluster meanwhile.
     """
     count = 0
     for saved in backup.ranges():
         await _verify(file, saved)
         count += 1
-    before, after = backup.lengths
-    if not before <= file.size() <= after:
-        expected = f"{before} to {after} bytes"
+    bytes_before, bytes_after = backup.lengths
+    if not bytes_before <= file.size() <= bytes_after:
+        expected = f"{bytes_before} to {bytes_after} bytes"
         raise CorruptImageError(_changed(file, "file size", f"{file.size()}", expected))
     # NEED_CHECK is set first, so that after a crash every program checks the image.
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
     await file.datasync()
-    # The file is truncated before the entries are restored, which removes the copies that the
-    # repair has appended.  If the entries were restored first, an old entry that pointed past
-    # the end of the file would point to one of the copies.  In the chosen order an entry that
-    # points to a copy points past the end of the file until it is restored.  A read of its
-    # range then fails, instead of returning the data of another cluster.
-    await file.truncate(before)
+    # The file is truncated before the entries are restored.  This removes the copies of
+    # clusters that the repair has appended.  If the entries were restored first, an old entry
+    # that pointed past the end of the file would now point to one of the copies, and a read
+    # through this entry would return the data of another cluster.  In the chosen order, an
+    # entry that points to a copy points past the end of the file until the entry is restored,
+    # so a read through this entry fails.
+    await file.truncate(bytes_before)
     await file.datasync()
-    original = b""
+    old_header = b""
     for offset, old, _new in backup.ranges():
         if offset:
             await file.pwrite(offset, old)
         else:
-            original = old
+            old_header = old
     await file.datasync()
     # The old header is restored last, so NEED_CHECK stays set until everything else is durable.
-    await file.pwrite(0, original)
+    await file.pwrite(0, old_header)
     await file.datasync()
     return count
 
 
 async def _verify(file: HostFile, saved: SavedRange) -> None:
-    """Refuse a range if one of its entries is neither as before the repair nor as after it.
+    """Refuse a range if an entry has neither its value before the repair nor its value after it.
 
-    The value that an interrupted repair leaves in an L1 entry is accepted as well.  Of the
-    header, only the fields that a repair does not change are compared.
+    `_POISON_BYTES`, which an interrupted repair can leave in an L1 entry, is accepted as well.
+    Of the header (the range at offset 0), only the fields that a repair does not change are
+    compared.
 
     Raises:
         CorruptImageError: The range differs.
@@ -118,9 +124,16 @@ def _unchanged_header(raw: bytes, name: str) -> Header:
 
 
 def _changed(file: HostFile, what: str, found: str, expected: str) -> str:
-    """Return the message that the image has changed since the repair, and where."""
+    """Return the message that the image has changed since the repair.
+
+    Args:
+        file: The image.
+        what: What has changed, for example ``header``.
+        found: The present value.
+        expected: The value that an unchanged image would have.
+    """
     return (
-        f"{file.name}: nothing was restored: {what}: found {found}, expected {expected}: "
+        f"{file.name}: nothing was restored: {what}: found {found}, expected {expected}; "
         "the image has changed since the repair"
     )
 
@@ -139,10 +152,12 @@ class _BackupReader:
         self.lengths = (0, 0)
 
     def ranges(self) -> Iterator[SavedRange]:
-        """Yield the saved ranges, first that of the header; may be called again.
+        """Yield the saved ranges, the header first, and set `lengths` at the end.
+
+        Each call begins again with the first range.
 
         Raises:
-            UsageError: The file is no backup, or is not complete.
+            UsageError: The file is no backup, or is damaged or not complete.
         """
         self._file.seek(0)
         if self._file.readline() != FIRST_LINE + b"\n":
