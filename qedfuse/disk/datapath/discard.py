@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 _MAX_CLUSTERS_PER_STEP: Final = 1024
-"""Most clusters that are deallocated before other tasks may run."""
+"""Maximum number of clusters that are deallocated before other tasks may run."""
 
 _MAX_CLUSTERS_ONE_BY_ONE: Final = 64
-"""Most entries that are processed one by one; for more entries numpy is faster."""
+"""Maximum number of entries that are processed one by one; for more entries numpy is faster."""
 
 
 class Discard:

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
-"""Most bytes in one request on the fast path; requests of the kernel are not longer."""
+"""Maximum bytes in one request on the fast path; requests of the kernel are not longer."""
 _ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
 
 _MAX_SLICES_PER_SEEK: Final = 64
-"""Most slices that one seek searches before it gives up."""
+"""Maximum number of slices that one seek searches before it gives up."""
 
 
 class FastPath:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_ZERO_WRITE_BYTES: Final = 1 << 20
-"""Most bytes of one write that fills a new table with zeros."""
+"""Maximum bytes of one write that fills a new table with zeros."""
 
 
 class TableWriter:

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_COPY_BYTES: Final = 1 << 20
-"""Most bytes of one read or write that fills a new cluster around the guest's data."""
+"""Maximum bytes of one read or write that fills a new cluster around the guest's data."""
 
 _MAX_BYTES_PER_LOOKUP: Final = 1 << 26
-"""Most bytes that `WritePath.allocate` allocates before it looks up again."""
+"""Maximum bytes that `WritePath.allocate` allocates before it looks up again."""
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Most clusters that `WritePath.allocate` allocates before it looks up again.
+"""Maximum number of clusters that `WritePath.allocate` allocates before it looks up again.
 
 A lookup of that many scattered clusters takes about a millisecond.
 """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""Most free clusters that the scan records: 16 TiB in clusters of 64 KiB.
+"""Maximum number of free clusters that the scan records: 16 TiB in clusters of 64 KiB.
 
 If a sparse file has more free clusters, some of them are not used in this session.
 """

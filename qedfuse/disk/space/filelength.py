@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MIN_GROWTH_BYTES: Final = 1 << 20
 """Least number of bytes by which the file is grown beyond what is needed."""
 MAX_GROWTH_BYTES: Final = 1 << 24
-"""Most bytes by which the file is grown beyond what is needed.
+"""Maximum bytes by which the file is grown beyond what is needed.
 
 These bytes take up no space on the host before they are written to.
 """

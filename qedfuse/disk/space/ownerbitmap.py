@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BITMAP_CLUSTERS: Final = 1 << 31
-"""Most clusters of a file that gets a bitmap.
+"""Maximum number of clusters of a file that gets a bitmap.
 
 The bitmap of such a file takes up to 256 MiB.  In clusters of 64 KiB the file has 128 TiB.
 """
 
 MAX_LISTED_CLUSTERS: Final = 1 << 24
-"""Most owned clusters of a file without a bitmap: 128 MiB, and as much while sorting."""
+"""Maximum owned clusters of a file without a bitmap: 128 MiB, and as much while sorting."""
 
 _FULL_BYTE: Final = 0xFF
 _CHUNK_BYTES: Final = 1 << 16
-"""Most bytes of the bitmap, or numbers of an array, that are examined in one step."""
+"""Maximum bytes of the bitmap, or numbers of an array, that are examined in one step."""
 
 
 class OwnerBitmap:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Fewest scattered clusters that are put into the map together: 2 MiB of numbers."""
+"""Minimum number of scattered clusters that are put into the map together: 2 MiB of numbers."""
 
 
 class _Batch:

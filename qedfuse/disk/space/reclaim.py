@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RUNS_PER_FLUSH: Final = 256
-"""Most runs that one call of `Reclaim.run` punches for a flush, which waits for the call."""
+"""Maximum runs that one call of `Reclaim.run` punches for a flush, which waits for the call."""
 
 _MAX_RUNS_PER_PUNCH: Final = 64
-"""Most runs that one job of a worker thread punches."""
+"""Maximum number of runs that one job of a worker thread punches."""
 
 _MIN_SCATTERED_RUNS: Final = 64
-"""Fewest runs for which clusters go into quarantine as one list instead of run by run.
+"""Minimum number of runs for which clusters go into quarantine as one list instead of run by run.
 
 While the scan marks clusters (`Marking.active`), they always go run by run.
 """

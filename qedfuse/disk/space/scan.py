@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
-"""Most free clusters for which `Reclaim` asks the host, run by run, whether they are holes.
+"""Maximum free clusters for which `Reclaim` asks the host, run by run, whether they are holes.
 
 For more clusters that would take seconds at each close.  Instead the scan takes all of them
 for holes if the whole file takes up no more space than its used clusters.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20
-"""Most bytes of L2 tables whose scan a write may wait for: the tables of 64 GiB of data."""
+"""Maximum bytes of L2 tables whose scan a write may wait for: the tables of 64 GiB of data."""
 
 
 class Scan:
