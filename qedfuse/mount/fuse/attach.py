@@ -48,7 +48,7 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
         options: The options of the mount.
         source: The source for the mount table.
     """
-    found = {
+    result = {
         # The source is not escaped with `printable`.  mount(8) looks for the source itself in
         # the mount table, and the kernel escapes the names in this table.
         _RawOption(f"fsname={escape_value(source)}"),
@@ -61,11 +61,11 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
         *options.kernel_flags,
     }
     if options.read_only:
-        found.add("ro")
+        result.add("ro")
     if options.allow_other or options.allow_root:
         # The kernel does not know ``allow_root``; `MetadataOperations.admit` enforces it.
-        found.add("allow_other")
-    return found
+        result.add("allow_other")
+    return result
 
 
 def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:

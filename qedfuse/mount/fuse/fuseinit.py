@@ -76,12 +76,12 @@ def fuse_descriptors() -> set[int]:
     Raises:
         HostError: /proc is not mounted.
     """
-    found = set()
+    on_device = set()
     for descriptor in open_descriptors():
         with suppress(OSError):  # a thread may have closed the descriptor in the meantime
             if os.readlink(f"/proc/self/fd/{descriptor}") == FUSE_DEVICE:  # noqa: PTH115
-                found.add(descriptor)
-    return found
+                on_device.add(descriptor)
+    return on_device
 
 
 def mask_request(message: bytes, unwanted: int) -> bytes:

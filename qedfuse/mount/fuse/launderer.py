@@ -145,8 +145,8 @@ def _be_child(commands: socket.socket) -> NoReturn:
         # Signals from the terminal are meant for the server.  The launderer must outlive the
         # server, so it leaves the server's session and ignores the signals that end a mount.
         os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signal_number, signal.SIG_IGN)
         # When the server ends, its locks, pipes, terminal and directory must become free.  So
         # the launderer keeps none of them open.
         os.chdir("/")
@@ -183,13 +183,13 @@ def _send_notifications(device: int, commands: socket.socket) -> None:
     Each notification is answered with the errno of its write(2), or with 0 (`ANSWER`).
     """
     while message := commands.recv(_MAX_NOTIFICATION_BYTES):
-        number = 0
+        error_number = 0
         try:
             os.write(device, message)
         except OSError as error:
-            number = error.errno or errno.EIO
+            error_number = error.errno or errno.EIO
         try:
-            commands.send(ANSWER.pack(number))
+            commands.send(ANSWER.pack(error_number))
         except OSError:
             return
 
@@ -205,9 +205,10 @@ def _fail_requests(device: int, worker: threading.Thread) -> None:
         ready.poll(_WORKER_CHECK_MILLISECONDS)
         try:
             request = os.read(device, _MAX_REQUEST_BYTES)
-            _length, operation, number = _IN_HEADER.unpack_from(request)
+            _length, operation, request_id = _IN_HEADER.unpack_from(request)
             if operation not in _WITHOUT_REPLY:
-                os.write(device, _OUT_HEADER.pack(_OUT_HEADER.size, -errno.ECONNABORTED, number))
+                reply = _OUT_HEADER.pack(_OUT_HEADER.size, -errno.ECONNABORTED, request_id)
+                os.write(device, reply)
         except BlockingIOError:
             continue
         except OSError as error:

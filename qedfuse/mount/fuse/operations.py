@@ -125,10 +125,10 @@ class Operations(MetadataOperations):
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:
             try:
-                written = exported.disk.try_write(off, buf)
+                is_written = exported.disk.try_write(off, buf)
             except Exception as error:
                 raise FUSEError(self.errors.to_errno(exported.inode, "write", error)) from error
-            if written:
+            if is_written:
                 return len(buf)
         return await self._write(fh, off, buf)
 
@@ -142,9 +142,10 @@ class Operations(MetadataOperations):
         """Write for `write`, on the slow path, which may wait and can grow the disk.
 
         Raises:
-            FUSEError: ENOSPC, an O_DIRECT write goes past the end of a disk that cannot grow,
-                and only the part before the end is written; EFBIG, the tables cannot address a
-                disk of the necessary size; any other errno is that of an error of the disk.
+            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow; an
+                O_DIRECT write fails also if it only ends past the end, although the part before
+                the end is written.  EFBIG, the tables cannot address a disk of the necessary
+                size.  Any other errno is that of an error of the disk.
         """
         exported = self.disk_of(fh)
         end = off + len(buf)
@@ -166,7 +167,7 @@ class Operations(MetadataOperations):
     async def _prepare_past_end(
         self, exported: ExportedDisk, start: int, end: int, *, direct: bool
     ) -> None:
-        """Prepare for a write past the end: grow the disk, or note that the write will be cut.
+        """Prepare for a write past the end: grow the disk, or note that bytes will be lost.
 
         With the write-back cache the kernel accepts a write past the end without a request, and
         increases the size that it has cached.  If the disk cannot grow, the server requests a
@@ -203,7 +204,11 @@ class Operations(MetadataOperations):
         self._report_lost_writes(fh)
 
     @answered
-    async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001  pyfuse3's
+    async def fsync(
+        self,
+        fh: int,
+        datasync: bool,  # noqa: ARG002, FBT001  an argument that pyfuse3 passes
+    ) -> None:
         """Make all writes so far durable; raise an error also if delayed writes have failed.
 
         Raises:

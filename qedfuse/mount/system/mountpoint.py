@@ -166,7 +166,7 @@ def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
 
 
 def _c_library() -> list[str]:
-    """Return a list of the path of the C library; an empty list if the path is not found.
+    """Return the path of the C library, in a list that is empty if the path is not found.
 
     Other libraries that mount(8) needs lie in the same directory.
 

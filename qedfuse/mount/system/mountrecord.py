@@ -124,8 +124,8 @@ def _open_directory(path: Path, user: int, *, make: bool) -> int:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    found = os.fstat(fd)
-    if found.st_uid != user or stat.S_IMODE(found.st_mode) & 0o022:
+    status = os.fstat(fd)
+    if status.st_uid != user or stat.S_IMODE(status.st_mode) & 0o022:
         os.close(fd)
         msg = (
             f"{printable(path)}: found a directory of another user, or to which others can write, "
@@ -237,7 +237,7 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     Returns:
         The record; None if there is none in a directory to which only ``user`` can write.
     """
-    found = []
+    records = []
     for directory in record_directories(user):
         try:
             fd = _open_directory(directory, user, make=False)
@@ -246,12 +246,12 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         try:
             for name in os.listdir(fd):  # noqa: PTH208  of a descriptor
                 if name.rpartition(".")[0] == device and (record := _read(fd, name, user)):
-                    found.append(FoundRecord(directory / name, record))  # noqa: PERF401  two conditions
+                    records.append(FoundRecord(directory / name, record))  # noqa: PERF401  unreadable as a comprehension
         finally:
             os.close(fd)
     # The kernel reuses device numbers.  So of several records with this number, only the record
     # of the server that started last can belong to the present mount.
-    return max(found, key=lambda one: one.record.started, default=None)
+    return max(records, key=lambda found: found.record.started, default=None)
 
 
 def take_record(path: Path, user: int) -> MountRecord | None:
@@ -309,10 +309,10 @@ def _remove_stale(directory: int) -> None:
         if name.partition(".")[0] in mounted:
             continue
         with contextlib.suppress(OSError):
-            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if stat.S_IMODE(found.st_mode) != _ENDED_MODE:
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if stat.S_IMODE(status.st_mode) != _ENDED_MODE:
                 os.chmod(name, _ENDED_MODE, dir_fd=directory)
-            elif time.time() - found.st_ctime >= _MIN_ENDED_SECONDS:
+            elif time.time() - status.st_ctime >= _MIN_ENDED_SECONDS:
                 os.unlink(name, dir_fd=directory)
 
 
@@ -327,8 +327,8 @@ def _read(directory: int, name: str, user: int) -> MountRecord | None:
     except OSError:
         return None
     with open(fd, "rb") as file:  # noqa: PTH123
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != user:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != user:
             return None
         try:
             return _parse(file.read(_MAX_RECORD_BYTES))
