@@ -68,7 +68,7 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A short run becomes data, but not if it touches an end of the chunk: it may
+            # A short run becomes data, unless it touches an end of the chunk.  Such a run may
             # continue in the neighbouring chunk, so its whole length is unknown here.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:

@@ -169,10 +169,10 @@ class _Search:
             differs = one[at : at + _BLOCK_BYTES] != other[at : at + _BLOCK_BYTES]
             offset = chunk.start + at + int(differs.argmax())
             with self._lock:
-                # Other threads may be working on chunks with lower offsets, so the lowest
-                # offset is kept.  After this assignment `limit` yields no further chunk.  No
-                # difference at a lower offset is missed, because chunks are begun in
-                # ascending order: each chunk that is not begun lies past this offset.
+                # The lowest offset is kept, because other threads may still find a difference
+                # at a lower offset.  From now on `limit` yields no chunk.  No lower difference
+                # is missed, because chunks are yielded in ascending order, so all chunks that
+                # are not yielded yet lie past this offset.
                 self.found = offset if self.found is None else min(self.found, offset)
 
         return compare_chunk

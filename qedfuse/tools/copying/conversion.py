@@ -185,7 +185,8 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            # The raw file should stay in the page cache, because qemu-img reads it next.
+            # Nothing is written back early, because written data is then dropped from the
+            # page cache, and qemu-img reads the whole raw file next.
             write_behind = "off"
         copy = DiskCopy(
             self._input,

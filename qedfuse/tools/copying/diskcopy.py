@@ -163,12 +163,11 @@ class DiskCopy:
         def copy(chunk: Chunk, ticket: Ticket) -> None:
             content = buffer[: chunk.length]
             data, zeros = self._read(chunk, content, base_buffer)
-            # The thread waits until all earlier chunks are written, because offsets must be
-            # assigned in the order of the disk.  Only the assignment needs this order, but
-            # the chunk is also written before the next thread may go on.  This costs
-            # nothing, because the kernel lets only one thread at a time write to a file.
-            # The waiting threads sleep instead of contending for the lock of the file, so
-            # the processor is free for threads that read.
+            # The thread waits until all earlier chunks are written.  Offsets must be assigned
+            # in the order of the disk.  The write itself needs no order, but it is also made
+            # before the next thread may go on, because the kernel lets only one thread at a
+            # time write to a file.  So the waiting threads sleep here instead of contending
+            # for the lock of the file, and the processor is free for threads that read.
             ticket.wait()
             writes = target.assign_offsets(chunk.start, content.data, data, zeros)
             if target.descriptor >= 0:  # negative in a measurement, which writes nothing

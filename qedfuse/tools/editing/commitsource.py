@@ -164,7 +164,7 @@ def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> 
 
     Args:
         path: The first image.
-        base: Name of the file, as for `open_upper_images`.
+        base: Name of the file, relative to the image that names the file or to ``directory``.
         layers: The chain below the first image.
         directory: The working directory; empty for that of the process.
 

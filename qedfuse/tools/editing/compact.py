@@ -51,8 +51,8 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    # The close must not compact again, because a second compaction would move nothing: the
-    # clusters that are still free then are the ones that the first one could not fill.
+    # The image is not compacted again when it is closed.  A second compaction would move
+    # nothing, because the clusters that are still free could not be filled by the first.
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size

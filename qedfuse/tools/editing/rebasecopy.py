@@ -124,8 +124,8 @@ class RebaseCopy:
         if old == new:
             return
         data, zeros = memoryview(old), bytes(size)
-        # Clusters are written in runs: adjacent clusters that differ and are all zeros, or
-        # that differ and are all data.  `run_is_zero` is None in a run of equal clusters.
+        # Adjacent clusters are written together as a run if all of them differ and all are
+        # zeros, or all are data.  `run_is_zero` is None in a run of equal clusters.
         run_start, run_is_zero = start, None
         # One more iteration, past the last cluster, ends the last run.
         for at in range(start, end + size, size):

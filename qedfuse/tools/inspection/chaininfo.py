@@ -41,8 +41,8 @@ async def describe_chain(
     options = options or OpenOptions()
     top = describe(path, image_format, share=options.force_share)
     if top.qed is None or not top.qed.readable:
-        # The chain is not followed: a raw file has no base, and the base that an invalid
-        # header names must not be opened.
+        # The chain is not followed, because a raw file has no base, and the base that an
+        # invalid header names must not be opened.
         return [top]
     with open_image_file(path, options.read_lock) as file:
         header = await read_header(file)

@@ -88,8 +88,8 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
     components = [component for component in name.split("/") if component not in ("", ".")]
     normalized = os.path.normpath(os.path.join(reached, *components))  # noqa: PTH118  no I/O
     for number, component in enumerate(components):
-        # normpath is correct here, because the path `reached` has no symbolic links: it is
-        # ``directory`` or lies above it.
+        # normpath is correct here, because the path `reached` has no symbolic links.  It is
+        # ``directory`` itself or a directory above.
         following = os.path.normpath(os.path.join(reached, component))  # noqa: PTH118
         if _inside(following, directory):
             if _climbs(components[number:]):
