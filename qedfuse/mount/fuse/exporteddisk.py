@@ -36,8 +36,8 @@ class ExportedDisk:
         slow_writes: The number of write requests in progress on the slow path.
         blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
             if the kernel has none cached.
-        read_only: Whether this disk alone is read-only, because another disk of the mount has it
-            as a base.  False in a read-only mount, where all disks are read-only.
+        read_only: Whether this disk alone is read-only, because it is a backing file of another
+            disk of the mount.  False in a read-only mount, where all disks are read-only.
         overrun: Whether a write from the kernel's cache, which began before the end of the disk,
             went past the end, and the error has not been reported to a writer yet.
         fixup_size: The size in bytes by which `SizeFixup` is replacing the size that the kernel
@@ -85,7 +85,9 @@ class ExportedDisks:
         exported.writers += writer
 
     def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Count a handle as closed; if no disk has an open handle now, set `all_closed_event`.
+        """Count a handle as closed; if no handle of any disk is left, set the event.
+
+        The event is the one that `all_closed_event` returns before this call.
 
         Args:
             exported: The disk of the handle.
@@ -100,8 +102,8 @@ class ExportedDisks:
     def all_closed_event(self) -> trio.Event:
         """Return an event that is set when the last open handle of all disks is closed next.
 
-        If no handle is open now, the event is still not set.  It then waits until a handle has
-        been opened and no handle is open again.
+        If no handle is open now, the event is still not set.  It is set only after a handle has
+        been opened and all handles have been closed again.
         """
         return self._all_closed
 

@@ -225,7 +225,12 @@ class MetadataOperations(pyfuse3.Operations):
         return inode
 
     @answered
-    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:  # noqa: ARG002
+    async def readdir(
+        self,
+        fh: int,  # noqa: ARG002  an argument that pyfuse3 passes
+        start_id: int,
+        token: ReaddirToken,
+    ) -> None:
         """List the disks from position ``start_id`` on, until the reply to the kernel is full.
 
         The disks have the order in which the user named them.
@@ -239,7 +244,11 @@ class MetadataOperations(pyfuse3.Operations):
         """Do nothing, because the handle of a directory has no state."""
 
     @answered
-    async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: ARG002, FBT001
+    async def fsyncdir(
+        self,
+        fh: int,  # noqa: ARG002  an argument that pyfuse3 passes
+        datasync: bool,  # noqa: ARG002, FBT001  an argument that pyfuse3 passes
+    ) -> None:
         """Make all writes so far to all disks durable.
 
         Raises:
@@ -249,8 +258,14 @@ class MetadataOperations(pyfuse3.Operations):
             await exported.disk.flush()
 
     @answered
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:  # noqa: ARG002
-        """Describe the host's file system that stores the image of the first disk."""
+    async def statfs(
+        self,
+        ctx: RequestContext,  # noqa: ARG002  an argument that pyfuse3 passes
+    ) -> StatvfsData:
+        """Return the size and the free space of the host's file system.
+
+        The file system is the one that stores the image of the first disk.
+        """
         host = next(iter(self._exported)).disk.statvfs()
         reply = pyfuse3.StatvfsData()
         for name in (

@@ -78,9 +78,9 @@ class UnfairLock:
     """A lock that a task can acquire before the tasks that already wait for it ("barging").
 
     A task that acquires a free lock does not yield to other tasks.  Releasing the lock wakes the
-    task that began to wait last, because its memory is still in the processor's caches.  The
-    lock is not handed over to the woken task.  The woken task gets the lock only if the lock is
-    still free when the task runs; otherwise the task waits again.
+    task that began to wait last, because that task's memory is still in the processor's caches.
+    The lock is not handed over to the woken task.  The woken task gets the lock only if the lock
+    is still free when the task runs; otherwise the task waits again.
     """
 
     def __init__(self) -> None:
