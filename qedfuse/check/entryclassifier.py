@@ -1,7 +1,7 @@
 """The classification of table entries: an entry is valid, or has the code of an error.
 
 All entries of a slice of a table are classified together, as an array, because a full image of
-1 TiB has 16.7 million entries.
+1 TiB has 16.8 million entries.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class EntryClassifier:
     Attributes:
         header: The header of the image.
         file_size: Length of the file in bytes.
-        tables: File offsets of the L2 tables that data must not overlap, ascending.
+        tables: File offsets of the L2 tables that data must not overlap, ascending;
+            `NO_TABLES` if this is not checked.
     """
 
     def __init__(self, header: Header, file_size: int, tables: Values = NO_TABLES) -> None:
-        """Classify the entries of an image; the arguments are those of the class."""
+        """Classify the entries of an image; the arguments are the attributes."""
         self.header = header
         self.file_size = file_size
         self.tables = tables
@@ -71,12 +72,12 @@ class EntryClassifier:
         for violation, mask in self._l2_rules.violations(values):
             yield _L2_CODES[violation], mask
 
-    def table_under(self, values: Values) -> NDArray[np.intp]:
+    def table_containing(self, values: Values) -> NDArray[np.intp]:
         """Return for each file offset the index in `tables` of the table that contains the offset.
 
         The index is -1 if no table contains the offset.
         """
-        return self._l2_rules.table_under(values)
+        return self._l2_rules.table_containing(values)
 
     def expected(self, code: Code) -> str:
         """Describe what was expected instead of an entry with the error ``code``, for messages."""

@@ -205,7 +205,7 @@ class TableRepair:
             async for _first, values in read_table(self._file, table, self._geometry.table_bytes):
                 for code, mask in self._classifier.l2_errors(values):
                     if code is Code.L2_OVER_METADATA:
-                        table_indices = self._classifier.table_under(values[mask])
+                        table_indices = self._classifier.table_containing(values[mask])
                         under[table_indices[table_indices >= 0]] = True
         return under
 
@@ -279,7 +279,7 @@ class TableRepair:
                 self.lost_ranges.add(
                     begin, self._whole_size - self._size, Code.L2_CUT_SHORT, cleared=0
                 )
-        overlapped = self._classifier.with_tables(self._moved_from).table_under(values) >= 0
+        overlapped = self._classifier.with_tables(self._moved_from).table_containing(values) >= 0
         for at in np.flatnonzero(valid & overlapped).tolist():
             self.lost_ranges.add(start + at * size, size, Code.L2_OVER_METADATA, cleared=0)
 

@@ -2,8 +2,8 @@
 
 QEMU has no notion of free clusters within a file.  QEMU's check counts each of them as leaked,
 and QEMU's driver never uses them again.  So when a disk is closed, its highest clusters are
-moved into free ones for about a second (`OpenOptions.compact_seconds`), and the number of
-free clusters that are left is logged.
+moved into free ones: with ``auto`` for about a second (`OpenOptions.compact_seconds`), and the
+number of free clusters that are left is logged; with ``full`` without these limits.
 
 Compaction does not run while the disk is in use, because no request may run at the same time.
 A write in place takes no lock, and would be lost if it changed a cluster that is being copied.
@@ -39,8 +39,9 @@ class AutoCompaction:
 
         Does nothing if the options do not demand compaction, or if no table has changed since
         the last successful run, which has already done all that the limits allow.  The caller
-        must ensure that no request is running.  If the host refuses, a warning is logged and
-        the file stays longer than necessary.  See `Compaction.run` for ``within_bound``.
+        must ensure that no request is running.  No `QedError` is raised, and the file may stay
+        longer than necessary: the error is logged as a warning, unless the write-back itself
+        has failed, which the close reports.  See `Compaction.run` for ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():
@@ -115,8 +116,7 @@ class AutoCompaction:
             name = components.file.name
             log.info(
                 "%s: %d free clusters (%d bytes) are left within the file, which QEMU's check "
-                "counts as leaked: more had to be moved than compact_size and compact_time "
-                "allow; to finish: qedimg compact %s",
+                "counts as leaked; to free them: qedimg compact %s",
                 name,
                 left,
                 left << components.allocator.cluster_bits,

@@ -1,4 +1,8 @@
-"""A new file that gets its final name only when complete, so that no partial file is seen."""
+"""A new file that gets its final name only when complete, so that no partial file is seen.
+
+On a file system without hard links an empty file has the final name for a moment.  It stays if the
+rename to the final name fails.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class NewFile:
     """A temporary file next to the final name, for the length of a ``with`` block.
 
-    At the end of the block the file is removed unless `commit` has succeeded.
+    At the end of the block the file is removed unless it has got its final name.
 
     Attributes:
         path: The temporary name, under which the file can be opened; the file is empty when
@@ -73,8 +77,8 @@ class NewFile:
         if self._old is None and os.path.lexists(self._final):
             raise self._taken()
         try:
-            # Start with mode 0600, because the replaced file may be private; `commit` sets the
-            # mode of the replaced file.
+            # Start with mode 0600, because the replaced file may be private; `commit` gives the
+            # new file the mode of the replaced file.
             mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
@@ -95,6 +99,7 @@ class NewFile:
     def commit(self, *, durable: bool = True) -> None:
         """Make the content durable, and then give the file its final name.
 
+        The name is not made durable if this process may not read the directory.
         Without ``durable`` nothing is made durable, and a power failure soon after the call
         may lose all or part of the file.
 
@@ -146,7 +151,10 @@ class NewFile:
         return UsageError(f"{self._name}: exists already (--force replaces it)")
 
     def _take_name(self) -> None:
-        """Rename the temporary file to the final name; never replace another file.
+        """Rename the temporary file to the final name, unless a file of this name exists.
+
+        On a file system without hard links, an empty file gets the final name first.  The
+        rename replaces whatever has the name by then; if it fails, the empty file stays.
 
         Raises:
             FileExistsError: A file of the final name exists.

@@ -40,10 +40,15 @@ def read_table(
     Args:
         file: The image.
         table_offset: File offset of the table.
-        length: Length in bytes of the table, or of the part at its beginning to read.
+        length: How many bytes to read from the beginning of the table on; at most the length
+            of the table.
 
     Yields:
-        (index of the first entry, entries) of each slice that holds data.
+        (index of the first entry, entries) of each slice that holds data.  A slice that the
+        end of the file cuts short has fewer entries; a part of an entry is left out.
+
+    Raises:
+        HostError: The host refused.
     """
     return _TableReader(file, table_offset, length)
 
@@ -69,8 +74,8 @@ class DataSlices:
         Args:
             file: The image.
             table_offset: File offset of the table.
-            length: Length in bytes of the table, or of the part at its beginning to walk
-                through.
+            length: How many bytes to walk through from the beginning of the table on; at most
+                the length of the table.
             slice_bytes: Length of a slice; slices lie side by side from the beginning of
                 the table on.
             skip: How many bytes at the beginning of the table to leave out; a multiple of
@@ -87,9 +92,12 @@ class DataSlices:
         return self
 
     async def __anext__(self) -> int:
-        """Return the file offset of the next slice with data; a checkpoint.
+        """Return the file offset of the next slice with data.
+
+        This is a checkpoint of trio, unless the whole table has been walked through.
 
         Raises:
+            StopAsyncIteration: No further slice holds data.
             HostError: The host refused.
         """
         if self._next >= self._end:

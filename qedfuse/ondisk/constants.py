@@ -1,4 +1,4 @@
-"""Numbers that the QED format defines.
+"""Numbers of the QED format, and the limits of the kernel and of this program.
 
 Source: QEMU's "QED Image File Format Specification", and the limits of its driver.
 """

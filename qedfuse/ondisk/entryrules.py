@@ -131,7 +131,7 @@ class EntryRules:
             yield violation, left & broken
             left &= ~broken
 
-    def table_under(self, values: Values) -> NDArray[np.intp]:
+    def table_containing(self, values: Values) -> NDArray[np.intp]:
         """Return for each file offset the index of the L2 table that contains it, or -1."""
         if not len(self.tables):
             return np.full(len(values), -1)

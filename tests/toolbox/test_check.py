@@ -481,7 +481,7 @@ def test_a_host_without_space_for_copies(
         assert main(["check", "-q", "-r", "all", str(path)]) == 1
         said = capsys.readouterr().err
         assert "not repaired: found 2" in said
-        assert " KiB free on the host, expected 600 KiB for copies" in said
+        assert " KiB free on the host, expected 600 KiB for the repair" in said
         assert said.count("\n") == 1
         assert path.read_bytes() == content
         assert sorted(os.listdir(host)) == ["ballast", "image.qed"]  # noqa: PTH208  names

@@ -1,8 +1,8 @@
 """The length of an image's file: grown in steps ahead of the data, and cut by a flush.
 
 A write into a new cluster never extends the file; `FileLength` has extended it before.  So one
-system call makes room for many clusters.  And only this module, under one lock, has to ensure
-that growing never shortens a file that another task has grown further.
+system call makes room for many clusters.  Growing uses ftruncate(2), which would shorten a file
+that another task has already grown further.  Only this module has to prevent that.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.geometry import Geometry
 
 MIN_GROWTH_BYTES: Final = 1 << 20
-"""Least number of bytes by which the file is grown beyond what is needed."""
-MAX_GROWTH_BYTES: Final = 1 << 24
-"""Maximum bytes by which the file is grown beyond what is needed.
+"""Minimum growth step, in bytes.
 
-These bytes take up no space on the host before they are written to.
+The file grows beyond the needed length by the growth step, rounded up to a cluster, but not past
+the allocator's bound.
+"""
+MAX_GROWTH_BYTES: Final = 1 << 24
+"""Maximum growth step, in bytes.
+
+The bytes of a step take up no space on the host before they are written to.
 """
 _GROWTH_DIVISOR: Final = 16
-"""Between the two limits the file is grown beyond its needed length by this part of it."""
+"""The growth step is the needed length divided by this number, but within the two limits above."""
 
 
 class FileLength:
@@ -36,7 +40,8 @@ class FileLength:
         end: File offset of the end of the last whole cluster of the file.
         has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No
             entry refers to these bytes, but a new cluster at `end` would show them.
-        lock: Held while the length changes.
+        lock: Held while a task waits for a change of the length.  `try_grow` does not take the
+            lock: it refuses while the lock is held, and does not await.
     """
 
     def __init__(self, file: HostFile, geometry: Geometry, allocator: Allocator) -> None:
@@ -53,7 +58,7 @@ class FileLength:
         """Make the file at least ``end`` bytes long, unless it is already.
 
         Raises:
-            HostError: The host refused; `end` is unchanged.
+            HostError: The host refused; the attribute `end` is unchanged.
         """
         if end <= self.end:
             return
@@ -89,7 +94,8 @@ class FileLength:
     def _target(self, end: int) -> int:
         """Return the length to which the file should grow if it must have ``end`` bytes.
 
-        The length exceeds ``end`` by the growth step, but not beyond the file's bound.
+        The length exceeds ``end`` by the growth step, rounded up to a cluster, but is not past
+        the allocator's bound unless ``end`` itself is.
         """
         step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_DIVISOR))
         return max(end, min(self._geometry.ceil(end + step), self._allocator.bound))
@@ -98,9 +104,12 @@ class FileLength:
         """Cut off the part of the file past the allocator's end; return whether it was cut.
 
         Returns False if there is no such part, or if it is only an odd tail that may stay.
+        `Allocator.tail_is_free` is cleared in this case, too.
 
-        The file reads as zeros where it grows again later.  A crash may lose the cut; `grow`
-        explains why no datasync is needed nevertheless.
+        The file reads as zeros where it grows again later.  No datasync is needed after the
+        cut.  A crash may lose the cut, and then clusters past the allocator's end keep their
+        old bytes.  But no entry refers to them: an entry becomes durable only after a
+        datasync, which makes the cut durable, too.
 
         Raises:
             HostError: The host refused; the length is unchanged, and a later call tries again.

@@ -52,7 +52,7 @@ _NEGATIONS: Final = {
 _ALWAYS_SET: Final = ("nosuid", "nodev")
 """Mount flags that every mount of qedfuse has, and that no option clears."""
 _KERNEL_FUSE_OPTIONS: Final = ("user_id", "group_id", "blksize")
-"""Options that are ignored.  The kernel shows them in the mount table for every FUSE mount, and
+"""Options that are ignored.  The kernel shows them in the mount table of FUSE mounts, and
 mount(8) copies them from the mount table, although the user has not written them."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +68,8 @@ def remount(
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
-        fake: Whether to check everything and change nothing.
+        fake: Whether to check the options only, and to change nothing.  What only mount(2)
+            refuses is not checked: the privilege and disks that are open for writing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
     Raises:
@@ -77,6 +78,7 @@ def remount(
         UsageError: An option is invalid or cannot be changed.
         PrivilegeError: The caller is not root.
         FuseError: The kernel refuses for another reason.
+        HostError: /proc is not mounted.
     """
     entry = find_qedfuse_mount(mountpoint)
     found = find_record(entry.device, entry.owner)

@@ -1,7 +1,8 @@
 """The pid file of a mount.
 
 The directory of the pid file is opened before the mount exists, and the pid file is written and
-removed through the open directory.  If the serving process resolved the path later, and the path
+removed through the open directory.  A file that is not regular, such as a pipe, is opened itself
+instead, and is not removed.  If the serving process resolved the path later, and the path
 led through the mount, the process would wait forever for its own reply.
 """
 
@@ -32,10 +33,12 @@ class PidFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Open the directory of the file; only `write` changes the file itself.
+        """Open the directory of the file, or the file itself if it is not regular.
+
+        The file is not changed before `write`.
 
         Raises:
-            HostError: The directory cannot be opened, or the file is a directory.
+            HostError: The directory or the file cannot be opened, or the file is a directory.
         """
         self.path = os.path.realpath(path)
         self._is_written = False
@@ -67,8 +70,8 @@ class PidFile:
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
 
-        A regular file is replaced atomically if possible.  A file that is open in this process,
-        or that cannot be replaced, is overwritten.
+        A regular file is replaced atomically if possible.  A file that was open in this process
+        when this object was made, or that cannot be replaced, is overwritten.
 
         Raises:
             HostError: The file cannot be written.
@@ -114,7 +117,7 @@ class PidFile:
 
     @staticmethod
     def _write_to(name: str, directory: int | None, flags: int = 0) -> None:
-        """Overwrite a file with one line, the pid; a regular file ends after this line.
+        """Overwrite or create a file with one line, the pid; a regular file ends after this line.
 
         Args:
             name: The path of the file, or its name in ``directory``.
@@ -154,14 +157,18 @@ class PidFile:
                     os.unlink(self._name, dir_fd=self._handle)
 
     def close(self) -> None:
-        """Close the directory; the object cannot be used any more.  A second call does nothing."""
+        """Close the descriptor; the object cannot be used any more.  A second call does nothing."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
 
 def _status(path: str) -> os.stat_result | None:
-    """Return the result of stat(2); None if there is no file."""
+    """Return the result of stat(2); None if there is no file, or a link leads to none.
+
+    Raises:
+        OSError: The file cannot be examined.
+    """
     try:
         return os.stat(path)  # noqa: PTH116  a name, not a Path
     except FileNotFoundError:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 FIRST_LINE: Final = b"qedimg-check-backup 1"
-LAST_WORD: Final = b"complete"
-"""First word of the last line."""
+LAST_LINE_KEYWORD: Final = b"complete"
+"""First word of the last line, and of no other line."""
 
 
 class Backup:
@@ -92,6 +92,8 @@ class Backup:
     def finish(self, before: int, after: int) -> None:
         """Complete the backup and make the backup durable; do nothing if no range was saved.
 
+        If no range was saved, there is no file, and `complete` stays False.
+
         Args:
             before: Length of the image before the repair, in bytes.
             after: Length of the image after the repair, in bytes.
@@ -101,7 +103,9 @@ class Backup:
         """
         with self._host_errors():
             if self._file is not None:
-                self._file.write(b"%s %d %d %d\n" % (LAST_WORD, self._ranges, before, after))
+                self._file.write(
+                    b"%s %d %d %d\n" % (LAST_LINE_KEYWORD, self._ranges, before, after)
+                )
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 directory = os.path.dirname(self.path) or "."  # noqa: PTH120  a name, not a Path
@@ -117,7 +121,11 @@ class Backup:
             raise HostError.from_os(error, printable(self.path), "cannot save tables") from error
 
     def _create(self) -> BinaryIO:
-        """Create a file under an unused name, with the image's owner and mode; set `path`."""
+        """Create a file under an unused name, with the image's owner and mode; set `path`.
+
+        Raises:
+            OSError: The host refused; no file is left.
+        """
         fd, number, wanted = -1, 1, self.path
         while fd < 0:
             try:
@@ -141,8 +149,12 @@ class Backup:
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     """Give a new file the image's owner and group, as far as permitted, and the image's mode.
 
-    If the group cannot be set, the permissions of the group are left out of the mode, because
-    they would apply to another group than the group of the image.
+    Of the mode only the permissions to read and to write are taken.  If the group cannot be
+    set, the permissions of the group are left out, because they would apply to another group
+    than the group of the image.
+
+    Raises:
+        OSError: The host refused, except for a lack of permission to set the owner or group.
     """
     for uid, gid in ((image.st_uid, image.st_gid), (-1, image.st_gid)):
         with contextlib.suppress(PermissionError):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 
-_MAX_UNFORCED_BYTES: Final = 64 << 20
+_ALWAYS_ALLOWED_BYTES: Final = 64 << 20
 """A repair may write this many bytes without ``force``, however small the file is."""
 
 
@@ -94,27 +94,32 @@ async def repair(
     force: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Check an image, and repair its tables or reclaim its leaked clusters.
+    """Check an image, and then repair its tables or reclaim its leaked clusters.
 
-    Leaked clusters are reclaimed only if the tables have no errors, because an invalid entry
-    may have been meant to point to one of these clusters.  With ``all`` leaked clusters are
-    also kept by a repair of the tables, and by each later call as long as the backup of that
-    repair exists.  The reason is that the clusters of cleared entries are leaked after a
-    repair, and hold all that is left of the lost data.  When clusters are reclaimed, other
-    clusters are moved into their space, so that the file becomes shorter and has no holes.
+    Leaked clusters are reclaimed only if the image has no errors (the persistent free list
+    included), because an invalid entry may have been meant to point to one of these clusters.
+    With ``all`` leaked clusters are also kept by a repair of errors, and by each later call as
+    long as the first backup exists (``.before-repair`` without a number).  The reason is that
+    the clusters of cleared entries are leaked after a repair, and hold all that is left of the
+    lost data.  When clusters are reclaimed, other clusters are moved into their space, so that
+    the file becomes shorter and has no holes.
 
     Args:
         path: The image; no other program may have the image open.
-        level: ``all`` repairs the tables if they have errors, and otherwise reclaims leaked
-            clusters.  ``leaks`` only reclaims leaked clusters.
-        force: Repair even if the repair writes far more bytes than the file uses, or if the
+        level: ``all`` repairs the image if it has errors, and otherwise reclaims leaked
+            clusters.  ``leaks`` only reclaims leaked clusters, and changes nothing if the
+            image has errors.
+        force: Repair even if the repair writes more than `_max_unforced_bytes`, or if the
             tables seem to lie at another offset than the header says.
-        progress: Called with the work done in the present step, and all work of that step.
+        progress: Called with the work done in the present step, and all work of that step:
+            tables while the image is checked, bytes while clusters are moved.  Not called
+            while tables are repaired.
 
     Raises:
         CorruptImageError: The repair is refused without ``force``.  Nothing has been
             changed.
-        NoSpaceError: The host has too little space for the repair.
+        NoSpaceError: The host has too little space for the repair.  Nothing has been changed,
+            unless the host became full during the repair.
         QedError: The image cannot be opened or locked, or the host refused.  The image is
             not damaged further, and the repair can be run again.
     """
@@ -187,8 +192,8 @@ def _backup_path(path: str) -> str:
 def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
     """Return whether leaked clusters must be kept, because they may hold data lost by a repair.
 
-    True with ``all`` if the check found errors, which will be repaired now, or if the backup
-    of an earlier repair exists.  Always False with ``leaks``.
+    True with ``all`` if the check found errors, which will be repaired now, or if the first
+    backup of an earlier repair exists.  Always False with ``leaks``.
     """
     has_backup = os.path.lexists(_backup_path(path))
     return level == "all" and (report.errors > 0 or has_backup)
@@ -213,7 +218,7 @@ def _implausible_message(file: PosixFile, report: CheckReport) -> str:
 
 
 def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> None:
-    """Refuse a repair that writes far more bytes than the file uses, unless ``force`` is True.
+    """Refuse a repair that writes more than `_max_unforced_bytes`, unless ``force`` is True.
 
     Such a repair is refused, because a few bytes of a hostile image can cause thousands of new
     tables or copies of clusters, which would fill the host.
@@ -244,7 +249,7 @@ def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
     if needed > available:
         msg = (
             f"{file.name}: not repaired: found {format_size(available)} free on the host, expected "
-            f"{format_size(needed)} for copies of clusters with several owners"
+            f"{format_size(needed)} for the repair"
         )
         raise NoSpaceError(msg)
 
@@ -253,15 +258,15 @@ def _max_unforced_bytes(file: PosixFile) -> int:
     """Return the maximum number of bytes that a repair may write without ``force``.
 
     The maximum is the space that the file uses on the host, but at least
-    `_MAX_UNFORCED_BYTES`.
+    `_ALWAYS_ALLOWED_BYTES`.
     """
-    return max(_MAX_UNFORCED_BYTES, allocated_bytes(file.stat()))
+    return max(_ALWAYS_ALLOWED_BYTES, allocated_bytes(file.stat()))
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
     """Reclaim the leaked clusters of an image without errors, and clear NEED_CHECK.
 
-    The base is not opened.
+    The backing file is not opened.
 
     Args:
         file: The image, open for writing and locked; stays open.

@@ -12,7 +12,7 @@ from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES
 from qedfuse.ondisk.header import build_header, parse_header
 from qedfuse.text import printable
-from qedfuse.tools.repair.backup import FIRST_LINE, LAST_WORD
+from qedfuse.tools.repair.backup import FIRST_LINE, LAST_LINE_KEYWORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -166,7 +166,7 @@ class _BackupReader:
         for count, line in enumerate(self._file):
             words = line.split()
             try:
-                if words[0] == LAST_WORD:
+                if words[0] == LAST_LINE_KEYWORD:
                     number, before, after = map(int, words[1:])
                     self.lengths = (before, after)
                     if number == count:
