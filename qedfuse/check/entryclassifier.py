@@ -80,7 +80,11 @@ class EntryClassifier:
         return self._l2_rules.table_containing(values)
 
     def expected(self, code: Code) -> str:
-        """Describe what was expected instead of an entry with the error ``code``, for messages."""
+        """Describe what was expected instead of an entry with the error ``code``, for messages.
+
+        Raises:
+            KeyError: The error ``code`` is not about an entry.
+        """
         for rules, codes in ((self._l1_rules, _L1_CODES), (self._l2_rules, _L2_CODES)):
             for violation, violation_code in codes.items():
                 if code is violation_code:

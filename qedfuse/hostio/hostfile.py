@@ -19,7 +19,7 @@ class HostFile(Protocol):
 
     When the host refuses, each method raises `HostError` (`NoSpaceError` for a full file
     system) unless its docstring names another error; a ``try_`` method returns False.
-    Nothing is durable before `datasync` has returned.
+    Nothing is certain to be durable before `datasync` has returned.
 
     Attributes:
         name: The file's name in messages.

@@ -1,12 +1,12 @@
 """Placement: which clusters of the file are free, and which are handed out next.
 
-Free clusters are handed out before the file grows, the lowest first.  The file never
-needs to be longer than its *bound*: header, L1 table, an L2 table for each part of the
-disk, and one cluster for each cluster of the disk.  Counting alone does not keep that
-promise, because a table needs neighbouring clusters: a guest could leave only single
-free clusters, make a table at the end, lose that table in a crash, fill the clusters of the
-lost table with data, and begin again.  Therefore data must leave enough *table slots* (runs
-of free clusters as long as a table: `FreeMap`) for all tables.  docs/space.md has the proof:
+Free clusters are handed out before the file grows, except for those that data must leave for
+tables.  The file never needs to be longer than its *bound*: header, L1 table, an L2 table for
+each part of the disk, and one cluster for each cluster of the disk.  Counting alone does not keep
+that promise, because a table needs neighbouring clusters: a guest could leave only single free
+clusters, make a table at the end, lose that table in a crash, fill the clusters of the lost table
+with data, and begin again.  Therefore data must leave enough *table slots* (runs of free clusters
+as long as a table: `FreeMap`) for all tables.  docs/space.md has the proof:
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
@@ -64,7 +64,8 @@ class Allocator:
         anchor: The first cluster past the L1 table, from which on tables can lie side by
             side.
         bound: File offset that `end` does not exceed, unless the image had more clusters
-            in use at opening than its disk can need, or compaction moves tables.
+            in use at opening than its disk can need, another program has scattered the
+            image's free clusters, or compaction moves tables.
         end: File offset past the last cluster that is not free.
         free: Clusters below ``end`` that may be handed out.
         unpunched: Free clusters that may take up space on the host, because they were in

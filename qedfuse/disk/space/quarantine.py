@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Minimum number of scattered clusters that are put into the map together: 2 MiB of numbers."""
+"""Maximum number of scattered clusters that wait to be put into the map together: 2 MiB of
+numbers.  When a write-back cycle begins, fewer clusters are put into the map as well."""
 
 
 class _Batch:

@@ -1,8 +1,9 @@
 """Reclaiming space: clusters leave the quarantine, and free space is returned to the host.
 
-`Flusher.flush` calls `Reclaim.run` after its write-back cycle.  `run` frees the clusters that
-may leave the quarantine.  Then it cuts off free clusters at the end of the file, and punches
-other free clusters out of the host's file, so that they take up no space while they are free.
+`Flusher.flush` calls `Reclaim.run` after its write-back cycle, and `DirectReclaim` calls it for a
+request that needs clusters earlier.  `run` frees the clusters that may leave the quarantine.
+Then it cuts off free clusters at the end of the file, and punches other free clusters out of the
+host's file, so that they take up no space while they are free.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _MAX_RUNS_PER_PUNCH: Final = 64
 """Maximum number of runs that one job of a worker thread punches."""
 
 _MIN_SCATTERED_RUNS: Final = 64
-"""Minimum number of runs for which clusters go into quarantine as one list instead of run by run.
+"""If clusters form more runs than this, they go into quarantine as one list, not run by run.
 
 While the scan marks clusters (`Marking.active`), they always go run by run.
 """

@@ -145,7 +145,7 @@ class SpaceManager:
         raises, the clusters are free again.
 
         Raises:
-            NoSpaceError: The file would be longer than the format allows.
+            NoSpaceError: The file would be longer than `MAX_OFFSET`, or the host is full.
             HostError: The host refused to grow the file.
         """
         run = self._describe(first, count)

@@ -101,8 +101,8 @@ def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
     """Split options into mount flags and others; drop ``remount`` and `_KERNEL_FUSE_OPTIONS`.
 
     Returns:
-        The mount flags after all options, where a later option overrides an earlier one; and
-        the other options.
+        The mount flags after all options, where a later option overrides an earlier one,
+        always with `_ALWAYS_SET`; and the other options.
     """
     flags: set[str] = set(_ALWAYS_SET)
     others: list[str] = []

@@ -33,9 +33,10 @@ _MIN_ATTEMPT_SECONDS: Final = 2.0
 """Minimum time limit for the unmount itself, which normally takes some milliseconds."""
 _COPIES_REPORT_SECONDS: Final = 1.0
 """If the file system is mounted elsewhere as well, and the process has not ended after this time,
-the reason is reported."""
+the reason is reported, unless the time limit is shorter."""
 _REPORT_SECONDS: Final = 10.0
-"""If the process has not ended after this time, the reason is reported in all cases."""
+"""If the process has not ended after this time, the reason is reported for other causes as well,
+unless the time limit is shorter."""
 
 
 class UnmountFailedError(QedError):

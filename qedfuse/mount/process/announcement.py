@@ -50,7 +50,8 @@ class Announcement:
             ready: Called when the disks can be used, after the pid file has been written.
 
         Raises:
-            HostError: The directory of the pid file cannot be opened.
+            HostError: The directory of the pid file, or the pid file itself if it is not
+                regular, cannot be opened.
         """
         self._mountpoint = mountpoint
         self._sources = sources
@@ -105,7 +106,7 @@ class Announcement:
         self._manager.notify("STOPPING=1")
 
     def withdraw(self, failure: str | None, exit_code: int) -> None:
-        """Remove the pid file and the mount record; close the connection to the service manager.
+        """Remove the pid file, and the mount record if nothing failed; leave the service manager.
 
         The caller must call this last, after the images have been closed, because a missing
         mount record means that the images were closed safely.

@@ -35,6 +35,7 @@ class HeapTrimmer:
     def __call__(self) -> None:
         """Trim the heap, unless it was trimmed less than `MIN_INTERVAL_SECONDS` ago.
 
+        Does nothing with a C library other than GNU's.
         The caller should call this when memory has become free, such as after a flush.
         """
         now = self._clock()

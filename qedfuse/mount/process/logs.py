@@ -110,7 +110,7 @@ def log_to_stderr_without_waiting() -> None:
 
 
 def system_log(path: str = _SYSLOG) -> logging.Handler:
-    """Return a handler for the system log; without a log daemon, a handler that drops everything.
+    """Return a handler for the system log; it drops all messages while no log daemon listens.
 
     The directory of the socket is opened now and stays open, because the path of the directory may
     lead through the mount later.  After a restart of the log daemon, the new socket is found in

@@ -2,7 +2,8 @@
 
 The event loop writes the log.  If the event loop waited for the reader of the log, no disk would be
 served meanwhile.  If the reader stored its files on one of the disks, the two would wait for each
-other forever.  So if the reader has no space for a message, the message is dropped and counted.
+other forever.  So if the reader has no space for a message, or there is no reader, the message is
+dropped and counted.
 The number of dropped messages is logged before the next message.
 """
 
@@ -32,7 +33,7 @@ class DroppingHandler(logging.Handler):
         self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send a message, or drop it if the reader has no space; the drop is counted."""
+        """Send a message, or drop it if it cannot be sent now; the drop is counted."""
         try:
             self._report_dropped()
             if self._dropped or not self.try_send(record):
@@ -56,7 +57,7 @@ class DroppingHandler(logging.Handler):
         """
         if self._dropped:
             messages = "message was" if self._dropped == 1 else "messages were"
-            text = f"{self._dropped} {messages} dropped here: the reader of the log was too slow"
+            text = f"{self._dropped} {messages} dropped here: the log accepted no message"
             report = logging.LogRecord(__name__, logging.WARNING, "", 0, text, (), None)
             if self.try_send(report):
                 self._dropped = 0

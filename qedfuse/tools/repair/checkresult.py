@@ -56,7 +56,7 @@ class CheckResult:
         report: CheckReport,
         **more: Any,  # noqa: ANN401  fields
     ) -> Self:
-        """Return the result of a check without a repair.
+        """Return a result with one report: of a check, of a plan, or of the check after an undo.
 
         Args:
             header: The header of the image.

@@ -274,6 +274,7 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
         progress: Called with the bytes moved so far, and the bytes to move in all.
     """
     header = await read_header(file)
+    # The close need not compact, because `Disk.compact` is called below.
     options = OpenOptions(writable=True, compact="off")
     # The disk gets a duplicate of the descriptor, because it closes its descriptor at the end
     # and ``file`` must stay open.  That close does not release the lock, because the lock
