@@ -189,8 +189,9 @@ class Disk:
             ReadOnlyError: The disk is open read-only, or became so.
             BackingError: The disk was opened without its base.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After this error, NoSpaceError and CorruptImageError
-                a part may have been written.
+            HostError: The host refused.
+
+        After HostError, NoSpaceError or CorruptImageError a part may have been written.
         """
         view = memoryview(data).cast("B")
         if not len(view):
@@ -347,10 +348,10 @@ class Disk:
     async def autocompact(self) -> None:
         """Run now the compaction that the options demand for the close.
 
-        Commands use this method that report the length of the file before the close.  The file
-        may become longer than its bound for a moment, which is harmless because no guest can
-        call this method.  The caller must ensure that no other request is running.  If the
-        host refuses, a warning is logged.
+        A command that reports the length of the file before the close calls this method.  The
+        file may become longer than its bound for a moment.  The bound protects the host
+        against guests, and no guest can call this method.  The caller must ensure that no
+        other request is running.  If the host refuses, a warning is logged.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 

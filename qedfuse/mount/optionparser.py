@@ -71,8 +71,8 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions
         sloppy: Whether to drop unknown options (``-s`` of mount(8)) instead of refusing them.
 
     Raises:
-        UsageError: An option is unknown, has an invalid value, lacks its value or must not
-            have one, or two options exclude each other.
+        UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks its
+            value or must not have one, or two options exclude each other.
     """
     found = _parse((option for text in lists for option in split_options(text)), sloppy=sloppy)
     backing = found.backing
@@ -95,8 +95,8 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
         sloppy: Whether to return True for an unknown option instead of refusing it.
 
     Raises:
-        UsageError: The option is unknown, has an invalid value, lacks its value or must not
-            have one.
+        UsageError: The option is unknown (without ``sloppy``), has an invalid value, lacks its
+            value or must not have one.
     """
     found = _parse((option,), sloppy=sloppy)
     return (
@@ -143,8 +143,8 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
     """Parse options without escapes; a later option overrides an earlier one.
 
     Raises:
-        UsageError: An option is unknown, has an invalid value, lacks its value or must not
-            have one.
+        UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks its
+            value or must not have one.
     """
     found = _Parsed()
     for option in options:
@@ -162,7 +162,7 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
         elif name in _VALUES and value:
             attribute, parse = _VALUES[name]
             found.fields[attribute] = parse(name, value)
-        elif not (sloppy or _is_dropped(name, equals)):
+        elif not (_is_dropped(name, equals) or (sloppy and not _is_known(name))):
             raise UsageError(_complaint(name, option))
     return found
 
@@ -172,6 +172,12 @@ def _is_dropped(name: str, equals: str) -> bool:
     if name.lower().startswith("x-"):
         return True
     return name in (_DROPPED_WITH_VALUE if equals else _DROPPED)
+
+
+def _is_known(name: str) -> bool:
+    """Return whether an option of this name has an effect; its form may still be wrong."""
+    tables = (_FLAGS, KERNEL_FLAGS, _CHOICES, _BACKING, _VALUES)
+    return name == "backing_dir" or any(name in table for table in tables)
 
 
 def _complaint(name: str, option: str) -> str:

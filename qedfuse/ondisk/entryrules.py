@@ -32,7 +32,7 @@ class Violation(enum.Enum):
     """Why an entry is invalid; for an entry that breaks several rules, the first one listed."""
 
     RESERVED_BITS = enum.auto()
-    """One of the bits is set that are zero in every offset, whatever the cluster size."""
+    """A bit is set that must be 0 in every offset, whatever the cluster size."""
     UNALIGNED = enum.auto()
     """The offset is no multiple of the cluster size."""
     OUT_OF_FILE = enum.auto()
@@ -114,6 +114,8 @@ class EntryRules:
     def violations(self, values: Values) -> Iterator[tuple[Violation, Mask]]:
         """Sort invalid entries by the first rule that each breaks; markers break no rule.
 
+        ``allow_cut_short`` is ignored: a target that the file cuts short is always a violation.
+
         Yields:
             (violation, mask), for every violation in order.  The mask says for each entry
             whether the violation is its first one.
@@ -173,7 +175,7 @@ class EntryRules:
                 f"{limits.file_size} bytes"
             ),
             Violation.OVER_METADATA: (
-                "an offset past the header and the L1 table"
+                "a table apart from the header and the L1 table"
                 if is_table
                 else "a cluster apart from the header and all tables"
             ),

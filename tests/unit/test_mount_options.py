@@ -150,8 +150,14 @@ def test_a_wrong_size_names_the_option() -> None:
 
 
 def test_sloppy_drops_only_unknown_options() -> None:
-    """Unknown options are ignored, and options that exclude each other are not."""
+    """Options with an unknown name are ignored; a known option in a wrong form is refused.
+
+    A mount with ``ro=1`` must not become writable.
+    """
     assert parse_options(["frob,ro"], sloppy=True) == MountOptions(read_only=True)
+    for known in ("ro=1", "uid", "nosuid=yes", "backing_dir"):
+        with pytest.raises(UsageError, match=r"found (a|no) value"):
+            parse_options([known], sloppy=True)
     with pytest.raises(UsageError):
         parse_options(["rw,force_share"], sloppy=True)
 

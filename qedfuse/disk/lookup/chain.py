@@ -77,6 +77,9 @@ class Chain:
     async def stored(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, without the ranges that no layer has allocated.
 
+        The range past the end of a layer that is shorter than the layer above it is included,
+        of kind zero.
+
         Raises:
             HostError: The host cannot read a table.
         """
@@ -100,7 +103,9 @@ class Chain:
     async def _descend(
         self, start: int, end: int, depth: int
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
-        """Look up a range in each layer from ``depth`` down, except what is allocated above it.
+        """Look up a range in the layers from ``depth`` down.
+
+        Each layer is asked only for what the layers before it have not allocated.
 
         Returns:
             The extents, in no order, and the ranges that no layer has allocated, as guest
@@ -160,8 +165,8 @@ class Chain:
                 raise CorruptImageError(extent.reason)
             elif extent.kind is Kind.UNALLOCATED and self.lacks_base:
                 msg = (
-                    f"{self.layers[0].file.name}: read: found a base to read from at "
-                    f"{extent.start}, but the image was opened without its base"
+                    f"{self.layers[0].file.name}: read at guest offset {extent.start}: needs the "
+                    "base, but the image was opened without its base"
                 )
                 raise BackingError(msg)
         return buffer

@@ -160,8 +160,8 @@ class Scan:
         owners.claim_range(0, header.header_end >> bits)
         owners.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
         await claim_tables(owners, self._tables, layer.geometry)
-        # Skip holes of a sparse file, whole tables and slices: their entries are all
-        # unallocated.
+        # Skip each table, and each slice of a table, that is a hole of a sparse file: all its
+        # entries are unallocated.
         with_data = await holding_data(layer.file, self._tables, length)
         for start in self._tables[with_data].tolist():
             # Marking a slice takes half a millisecond; requests run between two slices.

@@ -55,7 +55,7 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
         device: The device number of the file system, ``MAJOR:MINOR``.
         original: A mount of the file system, which may be gone by now.  The kernel reuses
             device numbers, so a mount with another source or owner belongs to another file
-            system and is left out.  None to leave out no mount for this reason.
+            system and is left out.  With None, sources and owners are not compared.
 
     Raises:
         HostError: /proc is not mounted.

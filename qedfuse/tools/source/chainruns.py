@@ -57,7 +57,11 @@ class ChainRuns:
         return int(self.starts[-1] + self.lengths[-1])
 
     def count_bad(self) -> int:
-        """Return the number of `BAD` runs; each is the range of one invalid table entry."""
+        """Return the number of `BAD` runs.
+
+        The range of one invalid table entry is more than one run if a run of a lower layer
+        begins within the range.
+        """
         return int((self.kinds == BAD).sum())
 
     def slice_of(self, which: slice) -> ChainRuns:
@@ -219,7 +223,7 @@ def _joined(runs: ChainRuns) -> ChainRuns:
     """Return the runs, with adjacent runs joined if they have the same layer and kind.
 
     Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs
-    stay separate, so that each invalid entry is counted.
+    stay separate, so that each invalid entry has a run of its own.
     """
     joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
     has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)
