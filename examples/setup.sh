@@ -94,7 +94,8 @@ make_venv() {
 install_project() {
     make_venv
     local extra=${1:-} wanted stamp
-    wanted=$(cat "$root/pyproject.toml" "$root/setup.py" "$root"/qedfuse/*/*.c | sha256sum)
+    wanted=$(find "$root/qedfuse" -name "*.c" -print0 | sort -z |
+        xargs -0 cat "$root/pyproject.toml" "$root/setup.py" | sha256sum)
     for stamp in "$venv/.installed-test" "$venv/.installed${extra:+-$extra}"; do
         [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
     done

@@ -88,8 +88,10 @@ class Lifecycle:
                 cancelled; the rest of the close is shielded.
 
         Raises:
-            HostError: Something written before could not be made durable (D7).  The
-                files are closed nevertheless, and NEED_CHECK stays set.
+            HostError: The host refused, or something written before could not be made
+                durable (D7).  The files are closed nevertheless.  If NEED_CHECK is set, it
+                stays set, unless the error came after the tables were durable and the bit
+                was cleared.
         """
         if self._closed:
             return

@@ -26,8 +26,9 @@ class BackingPolicy:
             image that names it and by the magic of the base.
         trusted: A path that is allowed as the first base because the user has named it; None
             for none.  Ignored if the mode is ``none``.
-        working_directory: The directory that names after ``file:`` are relative to; empty
-            for the working directory of the process at the time of opening.
+        working_directory: The directory to which the path in a backing file name of the form
+            ``file:PATH`` is relative; empty for the working directory of the process at the
+            time of opening.
     """
 
     mode: Literal["confined", "any", "none"] = "confined"

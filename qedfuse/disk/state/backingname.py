@@ -12,8 +12,8 @@ A long name crosses sectors.  First the name is written where neither the old na
 header lies, and is made durable while the header still points to the old name.  Then the
 header is written, which points to the new name.  There are three adjacent slots for names,
 and each can hold the longest name.  An old name can touch at most two slots, so one slot is
-always unused.  The slots end where the descriptor of a free list begins, so even the smallest
-cluster has space for the slots and the descriptor.
+always unused.  The slots end where the descriptor of a free list begins.  The descriptor is the
+last sector of a cluster of the minimum size, so even the smallest cluster has space for both.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ moment:
 
 1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Past
    the end of a shorter base the overlay reads as zeros too, so the overlay reads the same.
-2. The overlay's data is written into the base.  Only ranges of the base change that the overlay
-   stores itself and therefore hides.  So the overlay reads the same, whether none, some or all
-   of the data is written.
+2. The overlay's data is written into the base.  This changes only those ranges of the base that
+   the overlay stores itself, and so hides.  So the overlay reads the same, whether none, some
+   or all of the data is written.
 3. The base is made durable.  From now on both files store the same content wherever the overlay
    stores anything.
 4. Only then the overlay's entries become unallocated.  Each such entry uncovers a cluster of
@@ -51,9 +51,9 @@ class CommitResult:
         size: Size of the base's disk after the commit.
         bytes_before: Length of the overlay's file before the commit.
         bytes_after: Length of the overlay's file after the commit.
-        free_clusters: Number of free clusters left in the file of a QED base, as holes,
-            because moving other clusters into them takes longer than the options allow; 0 for
-            a raw base.
+        free_clusters: Number of clusters in the file of a QED base that are known to be free
+            after the commit, because the options did not allow to fill or cut off all of
+            them; 0 for a raw base.
         between: Number of images between the overlay and the base.  Each of these images now
             reads as a mixture of its old content and the overlay's content.
     """
@@ -105,8 +105,8 @@ async def commit(
             source, base_file = found
             result = await _commit(source, base_file, options, progress)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
-    # The overlay is opened without its base.  The open overlay would lock the base for
-    # reading, and this lock would conflict with opening the base for writing.
+    # The overlay is opened without its base.  Otherwise the base would be locked for reading
+    # as long as the overlay is open, so the base could not be opened for writing.
     overlay_options = replace(options, writable=not keep)
     async with open_disk(
         path, overlay_options, inspector=inspect_image, with_bases=False
@@ -142,7 +142,8 @@ async def _commit(
         source: The data.
         base_file: The base, which is opened here for writing.
         options: How to open the base.
-        progress: Called with the bytes of the disk copied so far, and the size of the disk.
+        progress: Called with the guest offset that the copy has reached, and the size of the
+            disk.
         empty: Empties the overlay; None to keep the overlay's data.
 
     Returns:

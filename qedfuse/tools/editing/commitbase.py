@@ -149,7 +149,8 @@ class _RawBase:
 async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     """Open the chain of an overlay, close it again, and return the file of the overlay's base.
 
-    No file is locked here, so that the caller can then open the base for writing.
+    No file is locked here: the open overlay holds its own lock, with which a second lock could
+    conflict, and `open_base` locks the base when it opens the base for writing.
 
     Raises:
         BackingError: The overlay has no base, or a base cannot be used.
@@ -175,7 +176,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
     Args:
         base_file: The base.
-        options: How the overlay is opened; the same policy applies to the bases of the base.
+        options: How the overlay is opened; the same policy, but without
+            its trusted path, applies to the bases of the base.
 
     Raises:
         BackingError: The chain below the base cannot be used.
@@ -196,18 +198,19 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
 
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
-    """Refuse an open file that is not the file that was found when the chain was read.
+    """Refuse an open file that is not the file that was opened earlier by the same path.
 
-    Another file must not be used, because the policy for bases was not applied to it.
+    Another overlay could have another base, and the policy for bases was not applied to
+    another base.
 
     Args:
         path: Path by which both files were opened.
-        found: Attributes of the file that is open now.
-        expected: Attributes of the file that was found when the chain was read.
+        found: Attributes of the file that was opened last.
+        expected: Attributes of the file that was opened earlier.
 
     Raises:
         ImageInUseError: They are not the same file.
     """
     if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
-        msg = f"{printable(path)}: found another file than when the chain was read"
+        msg = f"{printable(path)}: found another file than when the path was opened before"
         raise ImageInUseError(msg)
