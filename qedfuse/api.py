@@ -47,9 +47,11 @@ def open(  # noqa: A001  a module's open, like gzip.open
     """Open the disk in an image as an unbuffered binary file.
 
     The image is locked, as QEMU locks it, until the file is closed, unless ``options`` say
-    otherwise.  With ``rb`` no other program can write to the image, and with ``r+b`` no other
-    program can read or write it.  With ``r+b`` an image that was not closed cleanly is checked
-    first, and refused if the check finds an error; leaked space is no error.
+    otherwise.  With ``rb`` no other program can write to the image.  With ``r+b`` no other
+    program can use the image, except to read it with ``force_share``.
+
+    With ``r+b`` an image that was not closed cleanly is checked first, and refused if the check
+    finds an error; leaked space is no error.
 
     Args:
         path: The image.

@@ -20,7 +20,7 @@ def is_removed() -> bool:
 
 
 def is_caused_by_removal(error: BaseException) -> bool:
-    """Return whether ``error`` is a failure of getcwd(2) because the directory was removed.
+    """Return whether ``error`` is a failure of getcwd(2) in a removed directory.
 
     An error of getcwd(2) has no file name.  For an error with a file name the result is False.
     """

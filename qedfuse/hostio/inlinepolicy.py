@@ -26,8 +26,9 @@ _INLINE_SECONDS: Final = 1e-3
 """Maximum time that the last long writes, or the last datasyncs, may have taken each, for the
 event loop to make the next one itself."""
 _THROTTLED_SECONDS: Final = 8e-3
-"""A short write that takes longer may have been throttled: the kernel's shortest pause for a
-task that dirties pages faster than the disk can store them is 10 ms."""
+"""A write of at most `INLINE_WRITE_BYTES` that takes longer may have been throttled, because the
+kernel's shortest pause for a task that dirties pages faster than the disk can store them is
+10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
 """Maximum number of bytes that were written since the last datasync began, for the event loop
 to make the next datasync itself."""
@@ -65,8 +66,8 @@ class InlinePolicy:
     def record_write(self, length: int, seconds: float) -> None:
         """Record how long a write of ``length`` bytes took, inline or in a thread.
 
-        A slow short write may begin the throttling that `InodeLock` assumes; a write that is
-        not slow ends the throttling.
+        After a slow write of at most `INLINE_WRITE_BYTES`, `InodeLock` may begin to assume
+        throttling.  A write of any length that is not slow ends this assumption.
         """
         self._unsynced_bytes += length
         if length > INLINE_WRITE_BYTES:

@@ -2,6 +2,8 @@
 
 During each call that changes a file the kernel holds this lock (``i_rwsem``), also while the
 kernel throttles the calling thread because there are too many dirty pages.
+
+Which writes are short is decided by `qedfuse.hostio.inlinepolicy.InlinePolicy`.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ class LockMode(enum.Enum):
     """What an opener does with a file, and what other openers may do with the file meanwhile."""
 
     WRITE = "write"
-    """Read and change the file; no other opener may use it (bytes 100, 101, 103, 201, 203)."""
+    """Read and change the file; other openers may use it in the mode SHARE only (bytes 100, 101,
+    103, 201, 203)."""
     READ = "read"
     """Read the file; others may read it too, but not change it (bytes 100, 201, 203)."""
     SHARE = "share"

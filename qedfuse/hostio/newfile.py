@@ -1,7 +1,7 @@
 """A new file that gets its final name only when complete, so that no partial file is seen.
 
-On a file system without hard links an empty file has the final name for a moment.  It stays if the
-rename to the final name fails.
+On a file system without hard links an empty file has the final name for a moment.  If the rename
+to the final name fails, the empty file stays.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class NewFile:
         """Rename the temporary file to the final name, unless a file of this name exists.
 
         On a file system without hard links, an empty file gets the final name first.  The
-        rename replaces whatever has the name by then; if it fails, the empty file stays.
+        rename replaces whatever has the name by then.  If the rename fails, the empty file stays.
 
         Raises:
             FileExistsError: A file of the final name exists.

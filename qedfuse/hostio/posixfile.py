@@ -262,8 +262,8 @@ class PosixFile:
     async def _seek(self, offset: int, whence: int) -> int | None:
         """Return where data or a hole begins, as `seek` does.
 
-        This runs in a worker thread if the inode's lock is in use, because some file systems
-        take this lock in lseek(2).
+        This runs in a worker thread while there is contention for the inode's lock, because
+        some file systems take this lock in lseek(2).
         """
         if offset > MAX_OFFSET:
             return None

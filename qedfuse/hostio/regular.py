@@ -33,10 +33,10 @@ def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
             current directory.
 
     Returns:
-        A descriptor.
+        A descriptor, which the caller must close.
 
     Raises:
-        HostError: The file cannot be opened.
+        HostError: The file cannot be opened, or /proc is not mounted.
         ImageError: The file is not a regular file.
     """
     return _open(path, access, dir_fd, {stat.S_IFREG: "a regular file"})
@@ -46,10 +46,10 @@ def open_raw(path: str, access: int) -> int:
     """Open a regular file or a block device, either of which can be a raw disk.
 
     Returns:
-        A descriptor.
+        A descriptor, which the caller must close.
 
     Raises:
-        HostError: The file cannot be opened.
+        HostError: The file cannot be opened, or /proc is not mounted.
         ImageError: The file is of another kind.
     """
     expected = {stat.S_IFREG: "a file", stat.S_IFBLK: "a block device"}

@@ -155,7 +155,7 @@ def may_be_overwritten(data: bytes | bytearray) -> bool:
 
 
 def build_cluster(next_cluster: int, runs: Runs) -> bytes:
-    """Encode the sectors of a list cluster that hold its header and its runs.
+    """Encode the header and the runs of a list cluster, padded with zeros to whole sectors.
 
     The caller need not write the rest of the cluster, because it has no meaning.
 

@@ -47,8 +47,8 @@ class Header:
     Attributes:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in an L1 or L2 table.
-        header_size: Clusters reserved for the header.  As for QEMU, 0 is valid; the first
-            cluster belongs to the header then too.
+        header_size: Clusters reserved for the header.  As for QEMU, 0 is valid.  The
+            first cluster belongs to the header then too, but a backing name is refused.
         features: Incompatible feature bits, all of which this program knows.
         compat_features: Compatible feature bits; unknown ones are ignored and preserved.
         autoclear_features: Autoclear feature bits; unknown ones must be cleared before the
@@ -94,7 +94,10 @@ class Header:
 
     @property
     def backing_is_raw(self) -> bool:
-        """Whether the backing file is raw, so its format is not probed (NO_PROBE)."""
+        """Whether the format of a backing file is raw and not probed (BACKING_FORMAT_NO_PROBE).
+
+        Without a backing file the value has no meaning.
+        """
         return bool(self.features & Feature.BACKING_FORMAT_NO_PROBE)
 
     @property
@@ -166,7 +169,7 @@ def parse_header(data: bytes, name: str) -> Header:
             f"found 0x{raw.magic:08x}, expected 0x{MAGIC:08x}"
         )
         raise NotQedError(msg)
-    # Check the feature bits first: an unknown bit may change the meaning of all other fields.
+    # Check the feature bits first, because an unknown bit may change the meaning of any field.
     unknown = raw.features & ~KNOWN_FEATURES
     if unknown:
         bits = ", ".join(str(bit) for bit in range(64) if unknown >> bit & 1)

@@ -32,7 +32,8 @@ class LRU(Generic[K, V]):
     """Values by key; the least recently used ones are evicted when the budget is exceeded.
 
     Values for which ``pinned`` returns True are not evicted, so the cache can exceed its
-    budget while many values are pinned.  The next `put` evicts values that are no longer pinned.
+    budget while many values are pinned.  A later `put` evicts values that are no longer pinned,
+    until the budget holds again.
     """
 
     def __init__(self, budget: int, weigh: Callable[[V], int], pinned: Callable[[V], bool]) -> None:
@@ -73,7 +74,7 @@ class LRU(Generic[K, V]):
             self._shrink(key)
 
     def drop(self, key: K) -> None:
-        """Remove a value from the cache; do nothing if there is none for ``key``."""
+        """Remove a value, even a pinned one; do nothing if there is none for ``key``."""
         old = self._items.pop(key, None)
         if old is not None:
             self._weight -= self._weigh(old)

@@ -91,8 +91,8 @@ class Portal(Generic[T]):
 
         Raises:
             PortalClosedError: The portal is closing or closed, or the event loop runs in
-                another process.  If the portal began to close during the call, the function
-                may have been cancelled halfway.
+                another process.  If the event loop failed during the call, the function may
+                have been cancelled halfway.
         """
         future: Future[R] = Future()
         # Record the future before queuing the call: when the loop ends, `_run` fails all
@@ -217,7 +217,7 @@ class _Watcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, portal: Portal[Any]) -> None:
-        """Close ``portal`` when the program ends, unless it has ended before."""
+        """Close ``portal`` when the program ends, unless the portal has ended before."""
         with self._lock:
             self._portals.add(portal)
             # One thread watches all portals.  A forked child does not have this thread, so
@@ -234,7 +234,8 @@ class _Watcher:
     def _run(self) -> None:
         """Wait for the end of the program, then close the portals that are open."""
         threading.main_thread().join()
-        # Python waits for all threads except daemons, so these may still use a portal.
+        # Wait for all threads that Python itself waits for (all but daemons), because they may
+        # still use a portal.  The threads of portals are left out: they end only when closed.
         while users := [
             thread
             for thread in threading.enumerate()

@@ -79,7 +79,8 @@ class JsonWriter:
     def tail(self, start: int) -> str:
         """Return the end of the list.
 
-        Like qemu-img, a list without extents gets one of length 0, whose flags are all false.
+        As in qemu-img's output, a list without extents gets a line for an extent of length 0,
+        whose flags are all false.
         """
         empty = "" if self._has_extents else _json_line(0, BAD) % (start, 0)
         return f"{empty.replace('true', 'false')}]\n"

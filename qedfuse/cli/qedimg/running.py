@@ -89,12 +89,14 @@ class Interruption:
             # point.  Of trio's functions only run_sync_soon may be called in a signal handler.
             self._cancel = lambda: token.run_sync_soon(scope.cancel)
             try:
-                # A signal that arrived before `_cancel` was set has cancelled nothing.
+                # A signal that arrived before `_cancel` was set could not cancel the function,
+                # so cancel it here.
                 if self.has_signal:
                     scope.cancel()
                 return [await function(*args)]
             finally:
-                # The token raises an error if it is used after the event loop has ended.
+                # A later signal must not use the token, which raises an error once the event
+                # loop has ended.
                 self._cancel = None
         return []
 
