@@ -211,8 +211,9 @@ class Disk:
     async def discard(self, start: int, length: int) -> None:
         """Make a range read as zeros; ignore the part of the range past the end of the disk.
 
-        Clusters that lie wholly in the range are deallocated if `OpenOptions.discard` is True;
-        otherwise zeros are written over them.
+        Clusters that lie wholly in the range, at least up to the end of the disk, are deallocated
+        if `OpenOptions.discard` is True.  Otherwise zeros are written over those of them that
+        are allocated.
 
         Raises:
             BackingError: The disk was opened without its base.
@@ -307,6 +308,7 @@ class Disk:
         """Run the scan for free clusters, or wait for the task that runs the scan.
 
         Returns when the scan has ended, successfully or not; immediately if it has ended before.
+        The disk must be open for writing.
         """
         await self._components.scan.run()
 
@@ -314,7 +316,8 @@ class Disk:
         """Return when every write that has ended survives power loss (D1).
 
         Raises:
-            HostError: The host refused.
+            HostError: The host refused.  After a failed datasync each later call raises the
+                error again (see `failure`).
         """
         await self._flusher.flush()
 
@@ -417,8 +420,8 @@ class Disk:
         """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
 
         `discard` would create zero clusters only where the present base has data.  ``start``
-        must be at a cluster boundary, and the end of the range at a cluster boundary or past
-        the end of the disk.
+        must be at a cluster boundary, and the end of the range at a cluster boundary, or at
+        or past the end of the disk.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -486,7 +489,7 @@ class Disk:
         """Set the times of the image file, in nanoseconds since 1970.
 
         Raises:
-            OSError: The file belongs to another user.
+            OSError: The host refused, for example because the file belongs to another user.
         """
         await self._file.set_times(atime_ns, mtime_ns)
 

@@ -118,7 +118,8 @@ class Lifecycle:
         """Make everything durable, if ``writable``, and close the files in any case.
 
         Raises:
-            HostError: Something written before could not be made durable (D7).
+            HostError: The host refused, or something written before could not be made
+                durable (D7).
         """
         components = self._components
         with trio.CancelScope(shield=True):
@@ -138,8 +139,9 @@ class Lifecycle:
         """Cut off and punch out all free clusters that are known.
 
         Runs the scan first, or waits for its end, if clusters are in quarantine, or if a free
-        list must be written that needs the scan.  In other cases, for example if the disk was
-        not changed, the close does not wait for the scan.
+        list must be written that needs the scan.  Before the scan has ended, no cluster may
+        leave the quarantine, and not all free clusters are known.  In other cases, for example
+        if the disk was not changed, the close does not wait for the scan.
 
         Raises:
             HostError: The host refused.

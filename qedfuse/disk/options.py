@@ -45,8 +45,9 @@ class OpenOptions:
     Attributes:
         writable: Whether to open for writing, which excludes all other programs that lock
             the image.
-        force_share: Whether to open read-only even while another process has the image open
-            for writing; reads may then return torn or stale data.
+        force_share: Whether to open even while another process has the image open for
+            writing; reads may then return torn or stale data.  Refused together with
+            ``writable``.
         lock: Whether to take locks, which are those that QEMU understands.
         backing: Which backing files may be used.
         cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
@@ -60,8 +61,8 @@ class OpenOptions:
             as data only if the cluster is allocated already (``on``); or without data, for
             which an allocated cluster is deallocated (``unmap``).
         free_list: Whether a list of the free clusters is stored in the image when it is
-            closed: always (``on``), never (``off``), or if the image had one when it was
-            opened (``keep``).
+            closed: whenever possible (``on``), never (``off``), or whenever possible if the image
+            had one when it was opened (``keep``).
         compact: Whether the highest clusters move into free ones when the image is closed:
             as far as the two limits allow (``auto``), until the file is as short as possible
             (``full``), or not at all (``off``).  ``auto`` moves nothing if the tables did not
@@ -94,7 +95,7 @@ class OpenOptions:
 
     @property
     def read_lock(self) -> LockMode | None:
-        """The mode in which a reader locks the image, even if ``writable`` is True.
+        """The mode in which a reader locks the image, whatever ``writable`` is.
 
         None if no lock is taken.
         """

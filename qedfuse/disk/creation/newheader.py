@@ -21,7 +21,8 @@ def backing_name(backing: str | None) -> bytes:
     """Return the bytes of a backing name as an image stores them; empty for None or "".
 
     Raises:
-        UsageError: The name has more than `MAX_BACKING_NAME` bytes, or is not a plain path.
+        UsageError: The name has more than `MAX_BACKING_NAME` bytes, contains a NUL byte, has
+            a protocol other than ``file:``, or is ``file:`` without a path.
     """
     name = os.fsencode(backing or "")
     if lacks_path(name):

@@ -237,7 +237,9 @@ class Discard:
                 self._writeback.note_write()
 
     async def _kinds(self, start: int, end: int) -> set[Kind]:
-        """Return which kinds of clusters a guest range has, whose entries lie in one slice.
+        """Return which kinds of clusters a guest range has; its entries must lie in one slice.
+
+        `Kind.UNALLOCATED` may be missing in the result.
 
         Raises:
             CorruptImageError: One of the entries is bad.

@@ -84,8 +84,9 @@ class FastAllocation:
         ):
             return False
         length = count << self._bits
-        # Take the steps that may fail before the allocation, because a run that is allocated
-        # and released again no longer counts as never written.
+        # Read the base, and find out whether the write would block, before the allocation.
+        # After the allocation a failure of these steps would release the run, and a released
+        # run no longer counts as never written.
         shown = self._read_base(slice_.entries[index], base, length) if len(data) < length else 0
         if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
             return False

@@ -78,7 +78,8 @@ class FastPath:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a guest range; return None if that would block or fails.
 
-        The view that it returns is valid until the next call of any method.
+        Returns None also if the range is empty, is longer than `_MAX_REQUEST_BYTES`, or ends
+        past the end of the disk.  The returned view is valid until the next call of any method.
         """
         if length > _MAX_REQUEST_BYTES:
             return None
@@ -91,8 +92,8 @@ class FastPath:
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:
         """Return the file and the file offset of a guest range that is stored as one run.
 
-        Returns None if the range is not one run of data within one slice, ends past the end
-        of the disk, or needs a slice that is not in memory or has a bad entry.  In a base,
+        Returns None if the range is empty, is not one run of data within one slice, ends past
+        the end of the disk, or needs a slice that is not in memory or has a bad entry.  In a base,
         only a range within one cluster is found.  The result is valid until the caller awaits
         something.
         """
@@ -129,8 +130,9 @@ class FastPath:
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write ``data`` at a guest offset; return False if that would block or fails.
 
-        If it returns False, a part of the range may have been written, and the caller must
-        write the whole range again on the slow path.
+        Returns False also if ``data`` is empty or ends past the end of the disk.  After False a
+        part of the range may have been written, so the caller must write the whole range
+        again on the slow path.
         """
         end = start + len(data)
         if not start < end <= self._layer.header.image_size:

@@ -37,7 +37,8 @@ class TableWriter:
     ) -> None:
         """Change the tables of ``layer``.
 
-        ``dirty_budget`` is the most bytes of dirty slices that `limit_dirty` accepts (D4).
+        ``dirty_budget`` is the maximum number of bytes in dirty slices for which `limit_dirty`
+        does not flush (D4).
         """
         self._layer = layer
         self._space = space

@@ -218,7 +218,7 @@ class WritePath:
                 self._epochs.leave(epoch)
 
     async def zero_range(self, start: int, end: int, pace: Pace | None = None) -> None:
-        """Write zeros over the parts of a guest range that do not read as zeros already.
+        """Write zeros over the parts of a guest range that are not known to read as zeros.
 
         ``pace`` decides when other tasks run: the caller passes its own `Pace` if it calls
         this for many ranges.

@@ -63,7 +63,7 @@ class Extent(NamedTuple):
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:
-    """Return ``extents``, with each two joined of which the second continues the first.
+    """Return ``extents``, joining neighbours where the second continues the first.
 
     The extents must be in the order of their guest offsets.
     """

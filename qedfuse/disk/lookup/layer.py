@@ -105,7 +105,7 @@ class QedLayer:
         self.registry.mark_damaged()
 
     def set_header(self, header: Header) -> None:
-        """Use ``header`` from now on, which has another disk size than the old header.
+        """Replace the header by ``header``, in which the size of the disk has changed.
 
         The caller must have made the new header durable.
         """

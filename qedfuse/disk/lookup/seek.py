@@ -112,7 +112,7 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 
 
 async def _past_data(chain: Chain, start: int) -> int:
-    """Return the guest offset where the data ends that the image itself has from ``start`` on.
+    """Return the guest offset where the image's own data from ``start`` on ends.
 
     Only one slice of L2 entries is searched, so data may go on at the returned offset.  Returns
     ``start`` if the image itself has no data there.

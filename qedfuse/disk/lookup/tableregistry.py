@@ -53,7 +53,7 @@ class TableRegistry:
         self._end_at_open = file.size()
 
     def set_header(self, header: Header) -> None:
-        """Use ``header`` from now on, which has another disk size than the old header.
+        """Replace the header by ``header``, in which the size of the disk has changed.
 
         The caller must have made the new header durable.
         """
@@ -66,7 +66,8 @@ class TableRegistry:
     async def scan(self) -> None:
         """Find all L2 tables by reading the L1 table, except for its holes.
 
-        Bad entries are ignored, and mark the image as damaged.
+        Bad entries are ignored, and mark the image as damaged.  If the image is open for
+        reading only, the L1 entries past the end of the disk are not read.
 
         Raises:
             CorruptImageError: Two L2 tables overlap and the image is open for writing.

@@ -118,8 +118,8 @@ class Allocator:
         """Choose a run of at most ``clusters`` clusters for data, leaving slots for all tables.
 
         Returns:
-            The first cluster of the run and the number of clusters.  None if every free
-            cluster up to the bound is needed for tables.
+            The first cluster of the run and the number of clusters.  None if every cluster
+            up to the bound is in use or needed for tables.
         """
         end, bound = self.end >> self._bits, self.bound >> self._bits
         spare = self._spare_slots(end)
@@ -199,7 +199,7 @@ class Allocator:
         return Run(offset, count << self._bits, never_written=never_written)
 
     def hand_out(self, run: Run) -> None:
-        """Put a run into use that was chosen; the caller must not have awaited since `describe`."""
+        """Put a chosen run into use; the caller must not have awaited since `describe`."""
         self.end = max(self.end, run.end)
         self.claim(run.offset >> self._bits, run.length >> self._bits)
 
@@ -223,7 +223,7 @@ class Allocator:
             self.free.add(first, count)
 
     def release(self, run: Run) -> None:
-        """Make a run free to which no entry has referred since it was handed out."""
+        """Free a run that was handed out, and to which no entry has referred since."""
         self.free_run(run.offset >> self._bits, run.length >> self._bits)
         self.lower_end()
 
@@ -234,7 +234,7 @@ class Allocator:
         self._record_change(first, count)
 
     def free_block(self, block: int, bits: int) -> None:
-        """Make those clusters of a block of the map free whose bits are set.
+        """Free the clusters of a block of the map for which a bit is set in ``bits``.
 
         Neither an entry nor a request may refer to them.  The scan must have ended, because
         this records no change for it.
@@ -278,7 +278,7 @@ class Allocator:
     # Results of the scan
 
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
-        """Make those clusters of a block of the map free whose bits are set in ``bits``.
+        """Free the clusters of a block of the map for which a bit is set in ``bits``.
 
         The scan found that no entry refers to them.  Clusters whose bits are set in
         ``holes`` are known to be holes of the host's file.

@@ -52,7 +52,7 @@ class DirectReclaim:
 
     @property
     def _worth_bytes(self) -> int:
-        """A write-back is worth it if more bytes than this are in quarantine."""
+        """The number of bytes in quarantine above which a write-back is worth it."""
         share = self._allocator.end // _WORTH_DIVISOR
         return max(_MIN_WORTH_BYTES, min(_MAX_WORTH_BYTES, share))
 
@@ -73,7 +73,7 @@ class DirectReclaim:
         Waits for punching that is under way.  Then, if enough clusters are in quarantine,
         writes tables back and frees the clusters that may be used again.  Does not wait for
         requests that still use a cluster in quarantine, and punches nothing, because the
-        freed clusters will be used immediately.  Clusters need not be free afterwards.
+        freed clusters will be used immediately.  It may be that no cluster is free afterwards.
 
         Raises:
             HostError: The tables could not be written back.

@@ -36,8 +36,8 @@ class FreeMap:
         slots: How many tables fit into the free runs; 0 if slots are not counted.
         table: Number of clusters in a table, a power of two up to 16.
         shift: A block begins at each cluster n for which n + shift is a multiple of
-            `BLOCK_CLUSTERS`.  The constructor chooses it so that of tables that lie side by
-            side from ``anchor`` on, one begins at each block.
+            `BLOCK_CLUSTERS`.  The constructor chooses the shift so that, if tables lie side
+            by side from ``anchor`` on, a table begins at each border of a block.
     """
 
     def __init__(self, table: int = 1, anchor: int = 0, *, counts_slots: bool = True) -> None:
@@ -102,7 +102,7 @@ class FreeMap:
         return found
 
     def _slot_starts(self, bits: int) -> int:
-        """Return bits set for each cluster of a block from which on a table would fit."""
+        """Return the bits of those clusters of a block from which on a table would fit."""
         step = 1
         while step < self.table:
             bits &= bits >> step
@@ -138,7 +138,7 @@ class FreeMap:
             self.add_block(block, bits)
 
     def add_block(self, block: int, bits: int) -> None:
-        """Make those clusters of a block free whose bits are set."""
+        """Free the clusters of a block for which a bit is set in ``bits``."""
         old = self._blocks.get(block, 0)
         self._set_bits(block, old, old | bits)
 
@@ -212,7 +212,7 @@ class FreeMap:
         return None
 
     def find_slot(self) -> int | None:
-        """Return the first cluster of the lowest table slot; None if there is none."""
+        """Return the first cluster of the lowest table slot; None if `slots` is 0."""
         if self.slots:
             for block in sorted(self._blocks):
                 starts = self._slot_starts(self._blocks[block])

@@ -114,7 +114,7 @@ class Quarantine:
             batch.durable = True
 
     def pop_reusable(self) -> tuple[int, int] | None:
-        """Remove clusters of one block that may be used again from the quarantine.
+        """Remove from the quarantine clusters of one block that may be used again.
 
         Returns:
             The number of the block of the map, and a set bit for each removed cluster.  None

@@ -194,7 +194,7 @@ class Reclaim:
         """Free clusters of the quarantine, cut off the file's free end, and punch free clusters.
 
         Frees only clusters that may be used again by now.  Punches at most ``max_runs`` runs,
-        or all if ``max_runs`` is None.  Does nothing before the scan has ended, or if it
+        or all if ``max_runs`` is None.  Does nothing before the scan has ended, or if the scan
         could not read the tables.
 
         If the host refuses to cut or to punch, the file takes up more space than necessary,

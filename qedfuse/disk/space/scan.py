@@ -41,14 +41,18 @@ log = logging.getLogger(__name__)
 
 
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
-"""Maximum free clusters for which `Reclaim` asks the host, run by run, whether they are holes.
+"""Maximum free clusters for which `Reclaim` always asks the host, run by run, about holes.
 
-For more clusters that would take seconds at each close.  Instead the scan takes all of them
-for holes if the whole file takes up no more space than its used clusters.
+For more clusters these queries would take seconds at each close.  So the scan takes all of them
+for holes if the whole file takes up no more space than its used clusters.  If the file takes up
+more, `Reclaim` asks the host as well.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20
-"""Maximum bytes of L2 tables whose scan a write may wait for: the tables of 64 GiB of data."""
+"""Maximum bytes of L2 tables whose scan a write may wait for.
+
+Tables of this size refer to 64 GiB of data in clusters of 64 KiB.
+"""
 
 
 class Scan:
@@ -88,7 +92,7 @@ class Scan:
         self._marking.begin(self._end >> self._allocator.cluster_bits)
 
     def postpone(self, listed: FreeMap, holding_list: FreeMap) -> None:
-        """Postpone the scan until `before_table_change` is called.
+        """Postpone the scan until `before_table_change` or `run` is called.
 
         Args:
             listed: The clusters that the free list names.  They are not used before the
@@ -216,6 +220,7 @@ class Scan:
             if first >= last:
                 break
             inside = (1 << min(BLOCK_CLUSTERS, last - first)) - 1
+            # The lowest `shift` bits of block 0 stand for no cluster: see `FreeMap.shift`.
             if not block:
                 inside &= -1 << shift
             # No await between reading the recorded changes and adopting the unchanged

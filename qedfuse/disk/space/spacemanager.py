@@ -49,7 +49,7 @@ class SpaceManager:
         self._hand_out = allocator.hand_out
         self._try_grow = length.try_grow
         self.release = allocator.release
-        """Make a run free to which no entry has referred since it was handed out."""
+        """Free a run that was handed out, and to which no entry has referred since."""
 
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out ``clusters`` neighbouring clusters; returns None if that would block or fails.

@@ -200,9 +200,10 @@ class _Reader:
             refuse("list cluster offset", offset, expected)
 
     def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
-        """Validate that the runs ascend, do not touch, and lie between header and file end.
+        """Validate that the runs ascend, do not touch, and end before the last cluster.
 
-        Also validates their total length, and that the L1 table lies in none of them.
+        Also validates their total length, and that neither the header nor the L1 table lies in
+        any of them.
 
         Raises:
             BadListError: One of these conditions is not met.
@@ -282,7 +283,7 @@ def expand_runs(runs: Runs) -> Values:
 
 
 async def add_runs(free_map: FreeMap, runs: Runs) -> None:
-    """Add the clusters of ``runs``, which must ascend and not touch each other, to a map."""
+    """Add clusters to a map; their ``runs`` must ascend and not touch each other."""
     first = runs[:, 0].astype(np.int64) + free_map.shift
     end = first + runs[:, 1].astype(np.int64)
     # Adding a single run takes three microseconds.  So all runs that lie within one block of

@@ -91,7 +91,8 @@ class PersistentFreeList:
         """Read the list of the image, or make it invalid if it is bad or not wanted.
 
         If the list is valid and wanted, the scan is postponed.  If the list is bad or cannot
-        be read, a warning is logged.  If the image has no list, nothing is read.
+        be read, a warning is logged.  If the image has no list, this method only checks, if a
+        list is requested, that the bytes for its descriptor are unused.
 
         Raises:
             UsageError: A list is requested, but the bytes for its descriptor are in use.
@@ -184,7 +185,10 @@ class PersistentFreeList:
         )
 
     def _free_runs(self) -> Runs | None:
-        """Return all runs of free clusters; None if not all are known, or none or too many."""
+        """Return all runs of free clusters, if all are known and there are not too many.
+
+        Returns None in all other cases, also if no cluster is free.
+        """
         allocator = self._allocator
         if (
             not allocator.scan_complete
