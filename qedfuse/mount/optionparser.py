@@ -50,7 +50,7 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size of requests."""
 
 _MAX_ID: Final = (1 << 32) - 2
-"""Largest user or group.  The next number is -1, which means "unchanged" for chown(2)."""
+"""Largest id of a user or a group.  The next number is -1, which means "unchanged" for chown(2)."""
 _MAX_SECONDS: Final = 3600.0
 """Largest value of each option whose value is a number of seconds."""
 _MAX_POLL_MICROSECONDS: Final = 10_000
@@ -216,7 +216,7 @@ def _number(name: str, value: str, base: int, maximum: int, expected: str) -> in
 
 
 def _id(name: str, value: str) -> int:
-    """Parse a numeric user or group."""
+    """Parse the id of a user or a group, a number of at most `_MAX_ID`."""
     return _number(name, value, 10, _MAX_ID, f"a number up to {_MAX_ID}")
 
 

@@ -107,8 +107,8 @@ class Server:
                 log; None if the process is protected.
 
         Returns:
-            None if all data was made durable; otherwise an error that says why a forced unmount
-            may have lost data.
+            An error if a forced unmount may have lost data; otherwise None.  In both cases the
+            caller must still close the disks, which makes the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  Nothing

@@ -159,7 +159,8 @@ class Shutdown:
         If a step fails, the failure is logged, and all other steps are still made.
 
         Returns:
-            True if nothing failed, so that all data is durable.
+            True if no step raised an error.  A call of `Laundering.launder` that returns False
+            does not count as an error.
         """
         durable = True
 
@@ -180,8 +181,8 @@ class Shutdown:
         for exported in self._disks:
             with logged_failures():
                 if self._laundering is not None and exported.writers:
-                    # syncfs(2) starts the writeback, but the kernel need not wait for its end.
-                    # `launder` waits for its end.
+                    # `sync_mount` starts the writeback, but the kernel need not wait for the end
+                    # of the writeback.  `launder` waits for this end.
                     await self._laundering.launder(exported)
             with logged_failures():
                 await exported.disk.flush()

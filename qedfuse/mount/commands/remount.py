@@ -68,8 +68,9 @@ def remount(
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
-        fake: Whether to check the options only, and to change nothing.  What only mount(2)
-            refuses is not checked: the privilege and disks that are open for writing.
+        fake: Whether to check the options only, and to change nothing.  What only mount(2) can
+            refuse is not checked, such as a caller who is not root, or a disk that is open for
+            writing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
     Raises:

@@ -84,6 +84,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         PrivilegeError: The user may not mount.
         MountpointError: The kernel refuses the mountpoint.
         FuseError: Mounting failed for another reason, or the connection cannot be found.
+        HostError: /proc is not mounted.
     """
     before = fuse_descriptors()
     failure = None

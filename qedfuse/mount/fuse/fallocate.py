@@ -264,7 +264,7 @@ class FallocateLseek:
 
 
 async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | None]:
-    """Return the gap that lseek(2) would report as a hole, or skip.
+    """Return the gap that SEEK_HOLE would report as a hole, or that SEEK_DATA would skip.
 
     Returns:
         The guest offset at which the gap starts, and the guest offset of the first data from

@@ -197,8 +197,8 @@ def _send_notifications(device: int, commands: socket.socket) -> None:
 def _fail_requests(device: int, worker: threading.Thread) -> None:
     """Answer requests of the kernel with ECONNABORTED until the worker thread has ended.
 
-    The caller must call this after the server has closed the socket, because only then does the
-    thread end when its write(2) has returned.
+    The caller must call this after the server has closed the socket.  While the socket is open,
+    the thread would not end after its write(2), but would wait for the next notification.
     """
     ready = select.poll()
     ready.register(device, select.POLLIN)

@@ -94,12 +94,13 @@ class Laundering:
         """Make the kernel drop all pages that it has cached of a disk; give up after a second.
 
         The time is limited because the caller may be about to reply to a truncation.  Before
-        this reply the kernel cannot drop a dirty page, so without a limit both would wait
-        forever.
+        this reply the kernel cannot drop a dirty page, so without a limit the caller and the
+        kernel would wait for each other forever.
 
         Returns:
-            True if the kernel has dropped all pages.  False if the time is over, in which case
-            the kernel may drop the pages later, or if nothing can be laundered.
+            True if the kernel has dropped all pages.  False if the kernel refuses, if nothing
+            can be laundered, or if the time is over.  In the last case the kernel may drop the
+            pages later.
         """
         with trio.move_on_after(_MAX_DROP_SECONDS):
             async with self._lock:

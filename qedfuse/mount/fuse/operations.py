@@ -40,8 +40,8 @@ handle with `HANDLE_SYNC`, and the requests on such a handle take the slow path.
 class Operations(MetadataOperations):
     """The handlers of all requests for one mount, except fallocate and lseek.
 
-    pyfuse3 passes these requests to the methods of this object.  It lacks fallocate and lseek,
-    which `qedfuse.mount.fuse.fallocate` answers.
+    pyfuse3 passes these requests to the methods of this object.  pyfuse3 lacks fallocate and
+    lseek, which `qedfuse.mount.fuse.fallocate` answers.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class Operations(MetadataOperations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write ``buf`` at guest offset ``off``; return how many bytes were written.
 
-        Only at the end of a disk that cannot grow are fewer bytes written than ``buf`` has.  If
-        a write would wait, go past the end, be durable before the reply, or must be logged, the
-        slow path (`_write`) answers the request.
+        Fewer bytes than ``buf`` has are written only at the end of a disk that cannot grow.  The
+        slow path (`_write`) answers the request if the write would wait or would go past the
+        end, or if it must be logged or be durable before the reply.
         """
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:

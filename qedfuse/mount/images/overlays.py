@@ -62,7 +62,7 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
 
 
 def _snapshot_directory() -> str:
-    """Return the directory for snapshots: ``TMPDIR`` if that is a directory, or else /var/tmp.
+    """Return the directory for snapshots: ``TMPDIR`` if that is a directory, otherwise /var/tmp.
 
     The default is not /tmp, because a snapshot may become large, and /tmp is often in memory.
     """

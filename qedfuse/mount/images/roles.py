@@ -29,6 +29,8 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
     """Return the sources that must be opened read-only, because they are backing files of others.
 
     Each of these sources is logged.  In a mount that writes to no source, the result is empty.
+    With ``backing=none`` the result is empty as well, because then every source that has a
+    backing file is refused when it is opened.
 
     Raises:
         ImageInUseError: The user named a source and its overlay for writing, or two sources
@@ -59,7 +61,7 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
 
 
 def _by_identity(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
-    """Return the sources that exist, by device and inode; the key None is missing.
+    """Return the sources by device and inode, without those that are missing or inaccessible.
 
     Raises:
         ImageInUseError: Two sources are the same file.

@@ -50,8 +50,7 @@ class Announcement:
             ready: Called when the disks can be used, after the pid file has been written.
 
         Raises:
-            HostError: The directory of the pid file, or the pid file itself if it is not
-                regular, cannot be opened.
+            HostError: The pid file is refused, as in `PidFile`.
         """
         self._mountpoint = mountpoint
         self._sources = sources
@@ -71,7 +70,7 @@ class Announcement:
         self._manager = ServiceManager()
 
     def write_record(self, device: str) -> None:
-        """Write the mount record; a failure is logged, because the mount works without it.
+        """Write the mount record; log a failure, because the mount works without a record.
 
         Args:
             device: The device number of the mount, ``MAJOR:MINOR``.

@@ -50,8 +50,9 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
             child keeps the stderr of the caller.
 
     Returns:
-        The exit code for the caller's process.  It is 0 only if the disk can be used, and 130
-        if a signal arrived before that.
+        The exit code for the caller's process: 0 only if the disk can be used; 130 if a signal
+        arrived before that; 32 if the child was killed, or ended with 0 and without a report;
+        otherwise the exit code of the child.
 
     Raises:
         HostError: /proc is not mounted.

@@ -38,7 +38,8 @@ class PidFile:
         The file is not changed before `write`.
 
         Raises:
-            HostError: The directory or the file cannot be opened, or the file is a directory.
+            HostError: The directory or the file cannot be opened, the file is a directory, or
+                /proc is not mounted.
         """
         self.path = os.path.realpath(path)
         self._is_written = False

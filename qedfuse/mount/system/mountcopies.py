@@ -81,7 +81,7 @@ def describe_copies(device: str, original: MountEntry | None = None) -> str | No
     """Describe where a file system is mounted, on one line; None if no mount of it is visible.
 
     At most `_MAX_LISTED_COPIES` mounts are listed; the line ends with the number of the others.
-    The arguments are those of `find_copies`.
+    The arguments and the errors are those of `find_copies`.
     """
     copies = find_copies(device, original)
     if not copies:

@@ -87,8 +87,8 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
     Raises:
         MountpointError: The path is missing or cannot be accessed, has a stale mount or another
             mount of qedfuse, is neither a directory nor a regular file, is a regular file for
-            more than one disk, lies in /proc or /sys, or contains a file that the server or
-            libfuse needs.
+            more than one disk, is or lies in /proc or /sys, or is or contains a file that the
+            server or libfuse needs.
         HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)
@@ -148,7 +148,11 @@ def in_use(mountpoint: str) -> MountpointError:
 
 
 def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
-    """Return the error for a mountpoint for which stat(2) or statvfs(2) has failed."""
+    """Return the error for a mountpoint for which stat(2) or statvfs(2) has failed.
+
+    Raises:
+        HostError: /proc is not mounted.
+    """
     shown = printable(mountpoint)
     if error.errno == errno.EACCES:
         entry = find_mount(mountpoint)

@@ -6,12 +6,12 @@ mountpoint, checks that nothing is mounted there, mounts, and unlocks the mountp
 
 The lock is a socket bound to an abstract name (unix(7)) that contains the device number and the
 inode of the mountpoint.  The name is the same for all users and for every path to the
-mountpoint.  It leaves no file behind, and the kernel frees it when the process ends.
+mountpoint.  The lock leaves no file behind, and the kernel frees the lock when the process ends.
 
 The lock does not exclude every other qedfuse: abstract names belong to a network namespace, and
-any user can bind one and keep it.  Therefore the wait for the lock is limited, and after the
-mount the mount table decides (`find_new_mount`, `refuse_to_cover`).  A mount that covers
-another mount of qedfuse is undone by the caller.
+any user can bind such a name and keep it.  Therefore the wait for the lock is limited, and after
+the mount the mount table decides (`find_new_mount`, `refuse_to_cover`).  The caller undoes a mount
+that covers another mount of qedfuse.
 """
 
 from __future__ import annotations

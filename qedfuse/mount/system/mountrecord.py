@@ -262,8 +262,9 @@ def take_record(path: Path, user: int) -> MountRecord | None:
         user: The user who has mounted.
 
     Returns:
-        The record; None if the file is gone, or is no valid record any more and was not removed.
-        If the file cannot be removed, the record is returned nevertheless.
+        The record, even if its file cannot be removed.  None if the file is gone or has no valid
+        record any more, or if others than ``user`` can write to its directory; then nothing is
+        removed.
     """
     try:
         fd = _open_directory(path.parent, user, make=False)

@@ -58,8 +58,9 @@ def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | Non
         bdi: The directory in which the kernel has a directory for each mount.
 
     Returns:
-        None if the mount has the wanted read-ahead now; otherwise one line with the reason and
-        the command by which root can set the read-ahead.
+        None if the mount has the wanted read-ahead now, or if the kernel must keep its own
+        read-ahead; otherwise one line with the reason and the command by which root can set the
+        read-ahead.
     """
     wanted_bytes = readahead_bytes(option)
     if wanted_bytes is None:

@@ -93,13 +93,14 @@ def _error(mountpoint: str, number: int, reason: str) -> QedError:
 
 
 def sync_mount(mountpoint: str) -> None:
-    """Make the kernel write back all dirty pages of a mount, and wait until it has (syncfs(2)).
+    """Make the kernel write back all dirty pages of a mount (syncfs(2)).
 
+    When this function returns, the writeback has begun, but need not have ended.
     The process that serves the mount must call this function in a worker thread, like `unmount`.
 
     Raises:
-        OSError: The mountpoint cannot be opened, the server of the mount has ended, or a page
-            could not be written back.
+        OSError: The mountpoint cannot be opened, the server of the mount has ended, or the
+            writeback of a page has failed already.
     """
     fd = os.open(mountpoint, os.O_RDONLY | os.O_CLOEXEC)
     try:
