@@ -2,8 +2,9 @@
 
 QEMU has no notion of free clusters within a file.  QEMU's check counts each of them as leaked,
 and QEMU's driver never uses them again.  So when a disk is closed, its highest clusters are
-moved into free ones: with ``auto`` for about a second (`OpenOptions.compact_seconds`), and the
-number of free clusters that are left is logged; with ``full`` without these limits.
+moved into free ones, unless the option `OpenOptions.compact` is ``off``.  With ``auto`` the
+options `compact_seconds` and `compact_bytes` limit the moves, and the number of free clusters
+that are left is logged.  With ``full`` there are no such limits.
 
 Compaction does not run while the disk is in use, because no request may run at the same time.
 A write in place takes no lock, and would be lost if it changed a cluster that is being copied.

@@ -79,8 +79,8 @@ class Discard:
         """
         geometry = self._layer.geometry
         first = geometry.ceil(start)
-        # The guest cannot read past the end of the disk, so a range up to that end covers the
-        # whole last cluster.
+        # The guest cannot read past the end of the disk, so if the range reaches that end, the
+        # rest of the last cluster counts as part of the range.
         last = geometry.ceil(end) if end == self._layer.size else geometry.floor(end)
         if first >= last:
             first = last = min(first, end)

@@ -3,8 +3,8 @@
 Without precautions, three things could be read in the added range instead of zeros:
 
 - Bytes past the end of the disk in its last cluster.  These bytes are overwritten with zeros.
-- Table entries past the end of the disk.  Growing is refused if an entry refers to data, or
-  the cluster of the entry is deallocated if the user has asked for that.
+- Table entries past the end of the disk.  Growing is refused if such an entry is bad or refers
+  to data.  If the user has forced the growth, clusters of data are deallocated instead.
 - Data of a base that is longer than the disk.  Zero clusters hide it.
 
 These changes are made durable before the new size is written.

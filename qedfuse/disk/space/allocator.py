@@ -1,12 +1,12 @@
 """Placement: which clusters of the file are free, and which are handed out next.
 
-Free clusters are handed out before the file grows, except for those that data must leave for
-tables.  The file never needs to be longer than its *bound*: header, L1 table, an L2 table for
-each part of the disk, and one cluster for each cluster of the disk.  Counting alone does not keep
-that promise, because a table needs neighbouring clusters: a guest could leave only single free
-clusters, make a table at the end, lose that table in a crash, fill the clusters of the lost table
-with data, and begin again.  Therefore data must leave enough *table slots* (runs of free clusters
-as long as a table: `FreeMap`) for all tables.  docs/space.md has the proof:
+Free clusters are handed out before the file grows, but data must leave some of them for tables.
+The file never needs to be longer than its *bound*: header, L1 table, an L2 table for each part of
+the disk, and one cluster for each cluster of the disk.  Counting alone does not keep the file
+within its bound, because a table needs neighbouring clusters: a guest could leave only single
+free clusters, make a table at the end, lose that table in a crash, fill the clusters of the lost
+table with data, and begin again.  Therefore data must leave enough *table slots* (runs of free
+clusters as long as a table: `FreeMap`) for all tables.  docs/space.md has the proof:
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
@@ -264,7 +264,7 @@ class Allocator:
     # The free tail of the file
 
     def note_tail_handled(self) -> None:
-        """Note that the free tail need not be cut off: it is being cut off now, or is to stay."""
+        """Note that the free tail need not be cut off: it is being cut off now, or may stay."""
         self.tail_is_free = False
 
     def note_tail_remains(self) -> None:

@@ -248,10 +248,10 @@ class FreeMap:
         return found
 
     def tail_start(self, end: int, used: int) -> int:
-        """Return the lowest cluster that has at most ``used`` used clusters between it and ``end``.
+        """Return the lowest cluster from which up to ``end`` at most ``used`` clusters are used.
 
-        A used cluster is one that is not free.  Returns 0 if the whole file has at most
-        ``used`` of them.
+        A used cluster is one that is not free.  Returns 0 if at most ``used`` clusters before
+        ``end`` are used in all.
         """
         position, left = end + self.shift, used
         while position > self.shift:

@@ -161,7 +161,7 @@ class OwnerBitmap:
         self.claim(np.arange(8 * end, last, dtype=np.uint64))
 
     def free_runs(self, end: int, limit: int) -> list[tuple[int, int]]:
-        """Return the first ``limit`` runs of clusters below ``end`` without an owner.
+        """Return at most ``limit`` runs of clusters below ``end`` without an owner, lowest first.
 
         Returns:
             The first cluster of each run and its length.
