@@ -308,7 +308,7 @@ class _Checker:
     def report(self) -> CheckReport:
         """Count the leaked clusters, and return the report of the whole check."""
         # If an entry points to a cluster that the end of the file cuts short, that cluster has an
-        # owner.  It is not counted here, because `_clusters` counts whole clusters only.
+        # owner.  The cluster is subtracted here, because `_clusters` counts whole clusters only.
         owned = self._owners.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
         leaked = max(0, self._clusters - owned - self._unclaimed_clusters)
         if leaked:

@@ -246,7 +246,7 @@ class FindingCollector:
     def add(self, finding: Finding, count: int = 1) -> None:
         """Keep a finding unless `MAX_FINDINGS_PER_CODE` is reached, and count ``count`` findings.
 
-        The finding is one message about all of these.
+        The finding's message is about all findings that are counted.
         """
         if self.remaining(finding.code):
             self.findings.append(finding)

@@ -1,7 +1,7 @@
 """Clearing the entries that point past the end of the file, before a repair extends the file.
 
 A repair appends copies to the file.  An entry that points past the old end of the file would
-become valid by that, and the guest would read the bytes of another cluster.  If the repair were
+then become valid, and the guest would read the bytes of another cluster.  If the repair were
 interrupted after the file has grown, the next check would find no error in that entry.  So the
 order is:
 
@@ -19,7 +19,7 @@ A table that overlaps data must not be written to, because its bytes may be data
 copies the table and corrects the copy.  The original table stays unchanged and in use until the L1
 entry points to the copy, so entries of the original cannot be cleared.  Instead the repair never
 allocates the clusters to which these entries point.  When the file has grown past those clusters,
-they are holes and read as zeros, as they also do through the corrected copy.
+they are holes.  So the guest reads zeros through the original table, as through the corrected copy.
 """
 
 from __future__ import annotations

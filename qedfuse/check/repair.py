@@ -22,9 +22,9 @@ What is done for each kind of damage, and why:
   need a copy.  Otherwise a manipulated image of a small disk could fill the host's file system.
 
 Ranges of the disk whose data is lost are reported.  Leaked clusters stay leaked.  The persistent
-free list is dropped if the repair changes a table, or if the list itself is invalid.  The clusters
-of a dropped list count as leaked, until the image is opened for writing and its tables are
-scanned.
+free list is dropped whenever the repair changes the image, even if only NEED_CHECK is cleared.  An
+invalid list is always dropped.  The clusters of a dropped list count as leaked, until the image is
+opened for writing and its tables are scanned.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     entries that point to them.  A second repair does not report the data that the end of the file
     had cut short, if the first repair had already made the file longer.
 
-    If the tables have no errors, only NEED_CHECK is cleared and an invalid free list is dropped.
-    If the tables still have an error after the repair, NEED_CHECK stays set.  This function makes
-    no backup.  For a backup, the caller must first call `plan_repair` with ``save``.
+    If the tables have no errors, only NEED_CHECK is cleared and the free list is dropped, and even
+    this only if NEED_CHECK is set or the free list is invalid.  If the tables still have an error
+    after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup, the
+    caller must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.

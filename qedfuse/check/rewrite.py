@@ -199,7 +199,8 @@ class DryRunRewriter(Rewriter):
     """Writes nothing, but counts what a repair would write, and reports what it would change.
 
     Attributes:
-        written: Number of bytes that would have been written so far, without the holes of copies.
+        written: Approximate number of bytes that would have been written so far, without the holes
+            of copies and without the header.
     """
 
     changes_file = False
@@ -233,16 +234,16 @@ class DryRunRewriter(Rewriter):
         self.end = max(self.end, self._representable(end))
 
     async def copy(self, start: int, length: int) -> int:
-        """Count the bytes of a copy; return the file offset that it would have."""
+        """Count the bytes of a copy; return the file offset that the copy would have."""
         # If thousands of entries refer to one cluster, the cluster is copied thousands of times in
-        # a row.  Its bytes are counted only once.
+        # a row.  Its holes are searched for only once, but its bytes are added for each copy.
         if self._last_copy[:2] != (start, length):
             self._last_copy = (start, length, await self._data_bytes(start, start + length))
         self.written += self._last_copy[2]
         return self._allocate(length)
 
     async def new_table(self, _value: int, _count: int) -> int:
-        """Count the bytes of a table; return the file offset that it would have."""
+        """Count the bytes of a table; return the file offset that the table would have."""
         length = self._header.geometry.table_bytes
         self.written += length
         return self._allocate(length)

@@ -134,8 +134,8 @@ class TableRepair:
         """Complete the tables that the end of the file cuts short with empty entries.
 
         Until the empty entries are durable, only the write of these entries makes the file longer.
-        So after an interruption the table is still cut short.  It cannot have missing entries
-        through which the guest reads the backing file, nor an entry of old and new bytes.
+        So after an interruption the table is still cut short.  The table cannot have missing
+        entries through which the guest reads the backing file, nor an entry of old and new bytes.
         """
         geometry = self._geometry
         # If only a part of an entry is in the file, the entry counts as missing.

@@ -69,7 +69,8 @@ async def compare(
         first: One disk.
         second: The other disk.
         strict: Also require the same size, and data in the same ranges.
-        progress: Called with the bytes of the longer disk compared so far, and its size.
+        progress: Called with the guest offset that the comparison has reached, and the size of
+            the longer disk.
 
     Raises:
         CorruptImageError: A table entry is bad, and no difference was found before its range.

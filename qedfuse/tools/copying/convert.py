@@ -57,7 +57,9 @@ async def convert(
         streams: Maximum number of chunks that are copied at the same time, 1 to 16.
         options: How to open the source, the backing file and an existing target; None for the
             defaults.
-        progress: Called with the bytes of the disk copied so far, and the size of the disk.
+        progress: Called with the guest offset that the copy has reached, and the size of the
+            disk.  For a pipe as the source, whose size is unknown, both are the bytes read so
+            far.
 
     Raises:
         UsageError: The arguments contradict each other, do not fit the kind of the source or

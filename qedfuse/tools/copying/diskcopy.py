@@ -77,8 +77,8 @@ class DiskCopy:
                 during the copy.  ``wait``: always, and the copy waits for a slow disk,
                 because an fsync follows.  ``if fast``: as long as the disk keeps up.
                 ``off``: the kernel decides.
-            progress: Called with the bytes of the disk copied so far, and the size of the
-                disk.
+            progress: Called with the guest offset that the copy has reached, and the size of
+                the disk.
         """
         self._source = source
         self._target = target

@@ -39,7 +39,7 @@ async def foreign_image(
     Args:
         path: Final name of the image.
         temporary: Path of the temporary file that the complete image replaces; the caller
-            then renames it to ``path``.
+            then renames this file to ``path``.
         wanted: Format of the image, as qemu-img calls the format.
         options: Arguments for ``-o`` of qemu-img.
 

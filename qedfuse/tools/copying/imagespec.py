@@ -29,7 +29,10 @@ DEFAULT_SPARSE_SIZE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """The format and geometry of a new file.
+    """The format and geometry of a copy.
+
+    For an existing target only ``format`` and ``sparse_size`` are used, and ``backing``
+    must be None.
 
     Attributes:
         format: ``raw``, ``qed``, or another format that qemu-img makes.

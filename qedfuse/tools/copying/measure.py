@@ -75,7 +75,8 @@ async def measure(
         image: Path of the copy.  A relative name of the backing file is relative to the
             directory of this path, or to the working directory if the path is empty.
         options: How to open the source and the backing file; None for the defaults.
-        progress: Called with the bytes of the disk read so far, and the size of the disk.
+        progress: Called with the guest offset that the measurement has reached, and the size
+            of the disk.
 
     Raises:
         UsageError: The format is not ``raw`` or ``qed``, or the geometry is invalid or too

@@ -10,7 +10,7 @@ moment:
    or all of the data is written.
 3. The base is made durable.  From now on both files store the same content wherever the overlay
    stores anything.
-4. Only then the overlay's entries become unallocated.  Each such entry uncovers a cluster of
+4. Only then do the overlay's entries become unallocated.  Each such entry uncovers a cluster of
    the base that reads the same, so the entries may change in any order, and some may not change
    at all.  The overlay's tables and their space are released last.
 
@@ -52,8 +52,8 @@ class CommitResult:
         bytes_before: Length of the overlay's file before the commit.
         bytes_after: Length of the overlay's file after the commit.
         free_clusters: Number of clusters in the file of a QED base that are known to be free
-            after the commit, because the options did not allow to fill or cut off all of
-            them; 0 for a raw base.
+            after the commit, because the options did not allow the commit to fill or cut
+            off all of them; 0 for a raw base.
         between: Number of images between the overlay and the base.  Each of these images now
             reads as a mixture of its old content and the overlay's content.
     """

@@ -176,8 +176,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
     Args:
         base_file: The base.
-        options: How the overlay is opened; the same policy, but without
-            its trusted path, applies to the bases of the base.
+        options: How the overlay is opened; the same policy, but without its trusted path,
+            applies to the bases of the base.
 
     Raises:
         BackingError: The chain below the base cannot be used.

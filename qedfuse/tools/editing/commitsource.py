@@ -151,8 +151,8 @@ async def open_upper_images(
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
             base_file = BaseFile(found.path, found.stat(), is_raw, depth)
-            # The base and the layers below it are closed, because their shared locks would
-            # conflict with opening the base for writing.
+            # The base and the layers below the base are closed.  Otherwise their shared locks
+            # would conflict with opening the base for writing.
             for layer in layers[depth - 1 :]:
                 layer.file.close()
             del layers[depth - 1 :]

@@ -73,7 +73,8 @@ async def rebase(
             backing files only the headers are read, to detect a loop; the files need not exist.
         options: How to open the image; ``writable`` is always set.  The new backing file is
             trusted, because the user names it.  None for the defaults.
-        progress: Called with the bytes of the disk compared so far, and the size of the disk.
+        progress: Called with the guest offset that the copy has reached, and the size of the
+            disk; not called with ``unsafe``.
 
     Raises:
         UsageError: The name cannot be stored, or the format is missing.

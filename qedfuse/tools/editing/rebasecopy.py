@@ -56,8 +56,8 @@ class RebaseCopy:
         """Copy the clusters that differ, in all ranges that the image does not store itself.
 
         Args:
-            progress: Called with the bytes of the disk compared so far, and the size of the
-                disk; None for no reports.
+            progress: Called with the guest offset that the copy has reached, and the size of
+                the disk; None for no reports.
 
         Raises:
             CorruptImageError: A table entry of the image or of a base is bad.

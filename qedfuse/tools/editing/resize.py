@@ -22,8 +22,9 @@ class ResizeResult:
         size: Size of the disk after the change.
         bytes_before: Length of the file before the change.
         bytes_after: Length of the file after the change.
-        free_clusters: Number of free clusters left in the file, as holes, because moving other
-            clusters into them takes longer than the options allow.
+        free_clusters: Number of clusters in the file that are known to be free after the
+            change, because the options did not allow the change to fill or cut off all of
+            them.
     """
 
     size_before: int

@@ -116,7 +116,7 @@ class Dump:
         return header
 
     async def l1(self) -> AsyncGenerator[EntryRange, None]:
-        """Yield the entries of the L1 table that are in use.
+        """Yield the ranges of the entries of the L1 table that are not 0.
 
         Raises:
             ImageError: The header is too damaged to find the table.
@@ -133,11 +133,11 @@ class Dump:
                 yield _entry_range(item, first, 0, span)
 
     async def l2(self, l1_index: int) -> AsyncGenerator[EntryRange, None]:
-        """Yield the entries in use of the L2 table that an L1 entry points to.
+        """Yield the ranges of the entries that are not 0 in the L2 table of an L1 entry.
 
         Raises:
             UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
-                offset lies past the end of the file.
+                offset lies at or past the end of the file.
             ImageError: The header is too damaged to find the L1 table.
             HostError: The host cannot read the file.
         """
@@ -159,7 +159,7 @@ class Dump:
 
         Raises:
             UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
-                offset lies past the end of the file.
+                offset lies at or past the end of the file.
             ImageError: The header is too damaged to find the L1 table.
             HostError: The host cannot read the file.
         """

@@ -68,7 +68,10 @@ class QedInfo:
 
     @property
     def sound(self) -> bool:
-        """Whether all L1 entries were read and are valid; says nothing about the L2 tables."""
+        """Whether all L1 entries were read and are valid, and no L2 tables overlap.
+
+        The entries of the L2 tables are not examined.
+        """
         return self.l2_tables is not None and not any(
             problem.code in L1_DAMAGE for problem in self.problems
         )

@@ -31,7 +31,7 @@ class MapEntry:
         start: Guest offset of the range in bytes.
         length: Length of the range in bytes.
         depth: Depth of the layer that stores the range; 0 is the image itself.  If no layer
-            stores the range, the depth of the last layer that was searched.
+            stores the range, the depth of the last layer that was searched for the range.
         present: Whether a layer stores the range, or has an invalid entry for it.  If not,
             the range reads as zeros.
         zero: Whether the range is known to be zeros without reading the file.

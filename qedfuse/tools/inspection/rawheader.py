@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
-"""Maximum number of errors that are reported; a header has fewer fields."""
+"""Maximum number of errors that are reported; higher than the number of fields in a header."""
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
 """The fields with the sizes of clusters and tables.

@@ -60,7 +60,7 @@ class Backup:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the backup, and remove it unless it is complete; do nothing if there is none."""
+        """Close the backup, and remove it unless it is complete; do nothing if no file exists."""
         if self._file is not None:
             # The close may write buffered bytes.  An error of this write is ignored, because a
             # complete backup is durable already, and any other backup is removed here.

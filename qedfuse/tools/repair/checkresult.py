@@ -32,7 +32,7 @@ class CheckResult:
         needs_force: Whether `repair` would refuse this plan without ``force``; set only if
             ``dry``.
         leaks_kept: Whether a repair did not reclaim the leaked clusters, or would not reclaim
-            them if ``dry``, because they may hold data that an earlier or this repair lost.
+            them if ``dry``, because they may hold data that this or an earlier repair lost.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 

@@ -35,7 +35,7 @@ class ChainRuns:
         starts: Guest offset of each run in bytes.
         lengths: Length of each run in bytes.
         depths: Depth of the layer that stores each run; 0 is the image itself.  If no layer
-            stores the run, the depth of the last layer that was searched.
+            stores the run, the depth of the last layer that was searched for the run.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
         offsets: Offset in bytes of each run of kind `DATA` or `HOLE` in the file of the layer;
             meaningless for the other kinds.
@@ -171,7 +171,8 @@ def _overlaid(
         above: Runs of the upper layers.
         depths: Depth of the layer that stores each run of ``above``.
         below: Runs of the lower layer, from the beginning of the first unallocated run of
-            ``above`` to the end of the last unallocated run, or to the end of the layer.
+            ``above`` to the end of the last unallocated run, or to the end of the lower layer
+            or of a shorter layer above it.
         depth: Depth of the lower layer.
         below_is_partial: Whether ``below`` ends earlier, because one call returns a limited
             number of runs.  The result then ends where ``below`` ends.
@@ -223,7 +224,7 @@ def _joined(runs: ChainRuns) -> ChainRuns:
     """Return the runs, with adjacent runs joined if they have the same layer and kind.
 
     Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs
-    stay separate, so that each invalid entry has a run of its own.
+    stay separate, so that no run covers the ranges of two invalid entries.
     """
     joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
     has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)

@@ -1,7 +1,8 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range is put into no chunk if the extents show that the range is zeros, or that both disks
-store the range as the same bytes of the same file.
+A range need not be read if the extents show that the range is zeros, or that both disks store
+the range as the same bytes of the same file.  Such a range is left out of the chunks, unless it
+is too short to be worth a second chunk, or the caller wants all ranges (``include_zeros``).
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class Chunker:
                 ends at a multiple of this size or at the end of the disk.
             max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this
                 length.
-            base: Another disk to read beside ``source``; None for none.  A range that both
-                disks store as the same bytes of the same file is in no chunk.
+            base: Another disk to read beside ``source``; None for none.  A long range that
+                both disks store as the same bytes of the same file is in no chunk.
             include_zeros: Whether to put all ranges into chunks, even zeros and ranges that
                 both disks share.
         """

@@ -111,8 +111,9 @@ class QedRunReader:
     async def _in_table(self, table_offset: int, start: int, end: int) -> Runs:
         """Return the runs that one read of an L2 table describes.
 
-        A hole of the file is not read.  The table's entries in the hole are 0, so they become
-        an `UNALLOCATED` run.
+        If the entries begin with a hole of the file that is at least as long as one read, or
+        covers all entries of the range, nothing is read.  The entries in the hole are 0, so
+        they become an `UNALLOCATED` run.
 
         Args:
             table_offset: File offset of the table.

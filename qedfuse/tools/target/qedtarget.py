@@ -56,8 +56,8 @@ class NewQedTarget(ParallelTarget):
     """A new image.
 
     Each L2 table is allocated before the first of its data clusters, so each table lies before
-    its data clusters in the file.  The header is written last.  In memory is one slice of the
-    L1 table and one slice of an L2 table, whatever the geometry.
+    its data clusters in the file.  The header is written last.  Only one slice of the L1
+    table and one slice of an L2 table are in memory, whatever the geometry.
 
     Attributes:
         end: Length of the file so far, in bytes.
