@@ -9,8 +9,9 @@ What is done for each kind of damage, and why:
   copied as in the first case.
 - If a cluster is both data and part of a table, the table moves to a copy and the data stays.
   Either the entry of the data or the L1 entry of the table is wrong, and the tables do not show
-  which of the two.  If the L1 entry is wrong, clearing the entry of the data would lose guest
-  data, and so would correcting the table in place.  The range of the data is reported, because
+  which of the two.  If the L1 entry is wrong, the cluster holds guest data only: clearing the
+  entry of the data would lose that data, and correcting the table in place would overwrite it.
+  The range of the data is reported, because
   the entry of the data may be the wrong one.
 - A table that the end of the file cuts short keeps the entries that are in the file.  A data
   cluster that is cut short is completed with zeros.

@@ -6,7 +6,7 @@ the disk, and one cluster for each cluster of the disk.  Counting alone does not
 within its bound, because a table needs neighbouring clusters: a guest could leave only single
 free clusters, make a table at the end, lose that table in a crash, fill the clusters of the lost
 table with data, and begin again.  Therefore data must leave enough *table slots* (runs of free
-clusters as long as a table: `FreeMap`) for all tables.  docs/space.md has the proof:
+clusters as long as a table: `FreeMap`) for all tables, which means (proof in docs/space.md):
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
@@ -98,7 +98,7 @@ class Allocator:
         self._record_change = marking.record_change
         self.end = end
         # A cluster at or past both this offset and `end` has not been written to since the
-        # file was last shorter, so it reads as zeros.
+        # file last ended at or before the cluster, so the cluster reads as zeros.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)

@@ -137,8 +137,8 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
 def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
     """Return the options for opening an overlay of ``source``.
 
-    The source is trusted as the backing file in every directory, because the user has named the
-    source.
+    The source is allowed as the backing file whatever its directory is, because the user has
+    named the source (`BackingPolicy.trusted`).
     """
     without_source = disk_options(options)
     return replace(without_source, backing=replace(without_source.backing, trusted=source))

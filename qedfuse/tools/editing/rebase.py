@@ -68,7 +68,7 @@ async def rebase(
         backing: Name of the new backing file, absolute or relative to the image's directory;
             None or empty to remove the backing file.
         backing_format: Format of the new backing file; None accepts only QED, and is refused
-            with ``unsafe``.
+            with ``unsafe`` unless the backing file is removed.
         unsafe: Change only the name and the format.  No data is compared or copied.  Of the
             backing files only the headers are read, to detect a loop; the files need not exist.
         options: How to open the image; ``writable`` is always set.  The new backing file is

@@ -141,7 +141,10 @@ class FastMap:
             left -= length
 
     def _read(self, position: int, length: int) -> bytes | None:
-        """Read a range of the file; return None if the host refuses or the file has shrunk.
+        """Read a range of the file; return None if the host refuses or the read is short.
+
+        A range without data, because of a hole or because the file has shrunk, is returned as
+        zeros.
 
         After None, the caller must leave the range to `mapping`, which reports the error.
         """
