@@ -1,4 +1,4 @@
-"""``qedimg freelist``: show, keep or drop the list of free clusters in an image."""
+"""``qedimg freelist``: show, write or drop the list of free clusters in an image."""
 
 from __future__ import annotations
 

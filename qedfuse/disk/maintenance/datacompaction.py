@@ -57,7 +57,7 @@ class MoveCounter:
 
 
 class DataCompaction:
-    """Moves the highest data clusters of an image down."""
+    """Moves the highest data clusters of an image down, or those of a range to higher offsets."""
 
     def __init__(
         self, layer: QedLayer, allocator: Allocator, mover: Mover, flusher: Flusher
@@ -112,8 +112,8 @@ class DataCompaction:
             self._layer, first << self._bits, end, count if limited else None
         )
         step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
-        # The clusters of a batch move in the order of their guest offsets, so that clusters
-        # that are adjacent on the disk become adjacent in the file.
+        # The clusters of a batch move in the order of their table entries in the file, so that
+        # clusters of one table that are adjacent on the disk become adjacent in the file.
         for stop in range(len(owners.entries), 0, -step):
             entries = owners.entries[max(0, stop - step) : stop]
             await self._mover.move_data(entries, last, counter.add)

@@ -21,7 +21,7 @@ _TRIAL_DISK_BYTES: Final = 1 << 20
 """Bytes of the disk of the trial image; every format of qemu-img allows this size."""
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
-"""Maximum number of bytes of the image's name at the beginning of the temporary directory's name.
+"""The temporary directory's name begins with at most this many bytes of the image's name.
 
 The whole name of the directory may have at most 255 bytes.
 """

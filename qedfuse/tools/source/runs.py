@@ -44,7 +44,7 @@ _MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
 
 @dataclass(slots=True)
 class Runs:
-    """Adjacent runs of a layer, as arrays of one length.
+    """Adjacent runs of a layer, as arrays of equal length.
 
     Attributes:
         starts: Guest offset of each run in bytes.
