@@ -105,11 +105,6 @@ class EntryLimits(NamedTuple):
         """The last offset whose target ends before the L1 table; 0 if there is none."""
         return max(0, self.l1_start - self.target_bytes)
 
-    @property
-    def metadata_ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The (start, end) of the header and of the L1 table, which no target may overlap."""
-        return (0, self.header_end), (self.l1_start, self.l1_end)
-
     def is_valid(self, offset: int) -> bool:
         """Return whether an entry is a valid offset; False for a marker.
 

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+def _no_request() -> bool:
+    """Return False: without a source no request waits."""
+    return False
+
+
 class LoopLoad:
     """Knows what work waits for the event loop of one process.
 
@@ -26,7 +31,7 @@ class LoopLoad:
     def __init__(self) -> None:
         """Start without any load."""
         self.polled_reads = 0
-        self._sources: list[Callable[[], bool]] = []
+        self._has_request: Callable[[], bool] = _no_request
         self._threads = trio.lowlevel.RunVar[trio.CapacityLimiter]("threads")
 
     def has_threads(self) -> bool:
@@ -43,20 +48,20 @@ class LoopLoad:
         return threads.borrowed_tokens > 0
 
     def has_requests(self) -> bool:
-        """Return whether any source has a request that no task has taken yet."""
-        return any(has_request() for has_request in self._sources)
+        """Return whether the source of requests has one that no task has taken yet."""
+        return self._has_request()
 
     @contextmanager
     def request_source(self, has_request: Callable[[], bool]) -> Iterator[None]:
-        """Add a source of requests to `has_requests` inside the ``with`` block.
+        """Make `has_requests` ask a source of requests inside the ``with`` block.
 
         ``has_request`` returns whether the source has a request that no task has taken yet.
         """
-        self._sources.append(has_request)
+        before, self._has_request = self._has_request, has_request
         try:
             yield
         finally:
-            self._sources.remove(has_request)
+            self._has_request = before
 
 
 loop_load: Final = LoopLoad()
