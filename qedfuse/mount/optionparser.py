@@ -4,6 +4,7 @@ There are four kinds of options: qedfuse's own options, mount flags that the ker
 options for mount(8) or systemd, and options of libfuse.  Options for mount(8), systemd or
 libfuse are dropped.  An unknown option is an error, because it may be a misspelt ``ro``.  If it
 were ignored, the mount would be writable and could change an image that the user wants to keep.
+Only ``sloppy`` (``-s`` of mount(8)) drops unknown options.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _DROPPED: Final = frozenset(
     }
 )
 """Options without a value that are dropped: options for mount(8) or systemd, and options of libfuse
-that are always in effect."""
+for what qedfuse decides itself."""
 
 _DROPPED_WITH_VALUE: Final = frozenset(
     {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
@@ -50,7 +51,8 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size of requests."""
 
 _MAX_ID: Final = (1 << 32) - 2
-"""Largest id of a user or a group.  The next number is -1, which means "unchanged" for chown(2)."""
+"""Largest id of a user or a group.  The next number, 0xffffffff, is -1 for chown(2), which means
+"unchanged"."""
 _MAX_SECONDS: Final = 3600.0
 """Largest value of each option whose value is a number of seconds."""
 _MAX_POLL_MICROSECONDS: Final = 10_000

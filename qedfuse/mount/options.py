@@ -27,13 +27,14 @@ class MountOptions:
         read_only: The mount refuses all changes (``ro``).
         allow_other: Users other than the user who mounts may access the mount.
         allow_root: Besides the user who mounts, root may access the mount.
-        uid: Owner of the disks; None for the user who mounts.
-        gid: Group of the disks; None for the group of the user who mounts.
-        umask: Permission bits cleared from 0666; None clears the bits of group and others.
+        uid: Owner of the disks and of their directory; None for the user who mounts.
+        gid: Group of the disks and of their directory; None for the group of the user who mounts.
+        umask: Permission bits that the disks (otherwise 0666) and their directory (otherwise
+            0555) lack; None for the bits of group and others.
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
         force_share: The mount is read-only, and another program may write to the image.
-        growable: truncate(2) and writes past the end enlarge the disk.
+        growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
             refused or writes zeros to the range that it cuts off.
         commit_seconds: Maximum time in seconds for which changed tables stay in memory only.
@@ -82,7 +83,10 @@ class MountOptions:
     kernel_flags: tuple[str, ...] = ()
 
     def absolute(self) -> MountOptions:
-        """Return the options with absolute paths, which a change of the directory cannot affect."""
+        """Return the options with absolute paths.
+
+        A later change of the working directory does not change what the paths lead to.
+        """
         directories = tuple(map(os.path.abspath, self.backing.directories))
         overlay = None if self.overlay is None else os.path.abspath(self.overlay)  # noqa: PTH100
         try:

@@ -1,8 +1,8 @@
 """Serving a mount: from mounting until the connection to the kernel is closed.
 
-If the server fails while the disks are in use, the mount stays, and every access to the mount fails
-with ENOTCONN.  If the mount were undone, a backup program would see the empty directory beneath the
-mount, and would store an empty backup without an error.
+If the server fails after the mount was announced, the mount stays, and every access to the mount
+fails with ENOTCONN.  If the mount were undone, a backup program would see the empty directory
+beneath the mount, and would store an empty backup without an error.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Server:
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  Nothing
-                stays mounted.
+                stays mounted, unless the kernel refuses to unmount, which is logged.
         """
         mountpoint = self._mountpoint
         async with mountpoint_locked(lock_name):
@@ -174,7 +174,8 @@ class Server:
             )
             if extraops_failure is not None:
                 _log.warning(
-                    "without fallocate and lseek: discards free nothing: %s", extraops_failure
+                    "mounted without fallocate and lseek, so discards free no space: %s",
+                    extraops_failure,
                 )
             laundering = self._laundering if writeback_cache else None
             shutdown = Shutdown(self._disks, laundering, self._mountpoint, entry.device, nursery)
@@ -197,7 +198,7 @@ class Server:
         """Log that the kernel has refused the default read-ahead, or the protection.
 
         Args:
-            readahead_failure: Why the read-ahead was not set; None if it was set.
+            readahead_failure: Why the read-ahead was not set; None if the kernel refused nothing.
             protection_failure: The argument of `run`.
         """
         shown = printable(self._mountpoint)
@@ -205,7 +206,8 @@ class Server:
             # This is no warning, because the user has not asked for a read-ahead.
             _log.info("%s: %s", shown, readahead_failure)
         if protection_failure is not None and not self._options.read_only:
-            # Only root gets a warning, because an ordinary user cannot grant the privilege.
+            # Only root gets a warning, because an ordinary user cannot give the process the
+            # privilege that the protection needs.
             level = logging.INFO if os.geteuid() else logging.WARNING
             _log.log(level, "%s: %s", shown, protection_failure)
 

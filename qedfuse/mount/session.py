@@ -3,12 +3,13 @@
 At the beginning, all checks come before the mount itself, so that a failed check leaves no
 trace.  At the end, the steps have this order:
 
-1. The mount disappears or is detached, so the kernel sends no further requests.
+1. The server stops answering requests, because the mount is gone or was detached, or because the
+   server has failed.
 2. The connection is closed, so that programs that still wait get an error instead of waiting
    forever.
 3. The disks are closed, which flushes them, clears NEED_CHECK and releases the locks.
-4. The mount record is removed.  This step is the last one, because a missing record means that
-   all earlier steps have succeeded.
+4. The mount record is removed, or the failure of an earlier step is added to the record.  This
+   step is the last one, because a missing record means that all earlier steps have succeeded.
 
 The meaning of a signal depends on the phase.  Before the mount is ready, a signal cancels the
 session.  While the disks are served, a signal unmounts (`qedfuse.mount.shutdown`).  While the
@@ -71,7 +72,8 @@ class MountRequest:
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written once the
             disks can be used; None to write no such file.
-        fake: Whether to check everything, open and close the disks, and mount nothing.
+        fake: Whether to only check the arguments and the images, by opening and closing the
+            disks, and to mount nothing.  The privileges of the user are not checked then.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
             stored in the mount record, so that a remount can compare its options with them.
     """
@@ -88,15 +90,15 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """Mount, serve until the mount is gone, and close the disks; return the exit code.
 
     If a `QedError` is raised inside, it is logged, and the result is its exit code.  Any other
-    exception is written to the mount record and raised.  After this function has returned or
-    raised, the process ignores signals.
+    exception is raised to the caller.  Either is also added to the mount record, if there is one.
+    After this function has returned or raised, the process ignores signals.
 
     Args:
         request: The arguments of the mount.
         ready: Called when the disks can be used.  Not called for a fake mount.
     """
     # The protection is set before trio starts threads and before the launderer is forked, because
-    # both must inherit it.
+    # the threads and the launderer must inherit it.
     protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None

@@ -6,9 +6,10 @@ file system on that disk.  So the server makes all disks durable immediately, se
 last close, and then unmounts.  After the second signal, the server unmounts although disks are
 open.
 
-Each signal starts a task in the nursery of the mount.  The caller must cancel the nursery and wait
-for its end before the caller closes the connection and the disks, for two reasons: libfuse does not
-check whether a session still exists, and no other task may flush a disk that is being closed.
+Each of the two signals starts a task in the nursery of the mount.  The caller must cancel the
+nursery and wait for its end before the caller closes the connection and the disks, for two reasons.
+A task may call `pyfuse3.terminate`, which uses the session of libfuse without a check whether this
+session still exists.  And no other task may flush a disk that is being closed.
 """
 
 from __future__ import annotations
@@ -98,7 +99,11 @@ class Shutdown:
         return entry is not None and entry.device == self._device
 
     async def _unmount_when_idle(self, signal_name: str) -> None:
-        """Unmount as soon as the mount is not in use; the end of the mount ends `pyfuse3.main`."""
+        """Unmount as soon as the mount is not in use; the unmount ends `pyfuse3.main`.
+
+        If the file system is mounted elsewhere as well, `pyfuse3.main` goes on, and the other
+        mounts are logged.
+        """
         is_reported = False
         while True:
             all_closed = self._disks.all_closed_event()
@@ -108,7 +113,9 @@ class Shutdown:
                     # pages to this server.
                     await trio.to_thread.run_sync(unmount, self._mountpoint, abandon_on_cancel=True)
                     break
-                if not self._disks.open_handles:  # a lazy unmount has detached the mount
+                # Another process has detached the mount (a lazy unmount), or another mount
+                # covers it.
+                if not self._disks.open_handles:
                     pyfuse3.terminate()
                     return
             except BusyError:
@@ -143,7 +150,8 @@ class Shutdown:
             )
         except _FAILURES as error:
             _log.warning(
-                "%s: %s: cannot find other mounts of its disks: %s", shown, signal_name, error
+                "%s: %s: cannot find where else the disks are mounted: %s",
+                *(shown, signal_name, error),
             )
             return
         if copies is not None:
@@ -189,7 +197,7 @@ class Shutdown:
         return durable
 
     async def _force(self) -> None:
-        """Make all disks durable within at most 10 seconds, then unmount, even if in use.
+        """Make all disks durable within at most 10 seconds, then detach the mount, even if in use.
 
         If not all data was made durable in this time, ``failure`` is set.
         """

@@ -409,8 +409,8 @@ def test_without_the_extension(image: Path, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == (
-            "qedfuse: without fallocate and lseek: discards free nothing: the extension was "
-            "not built when qedfuse was installed\n"
+            "qedfuse: mounted without fallocate and lseek, so discards free no space: the "
+            "extension was not built when qedfuse was installed\n"
         )
         path = mountpoint / "vm.raw"
         with path.open("r+b") as file:

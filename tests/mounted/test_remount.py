@@ -68,8 +68,8 @@ def test_a_remount_refuses_other_changes(image: Path, tmp_path: Path) -> None:
     with mounted(image, tmp_path / "mnt", "-r") as mnt:
         line = refused("-o", "remount,rw", mnt, code=1)
         assert line == (
-            f"{mnt}: option rw: found images that are open read-only (unmount, and mount again "
-            "with rw)"
+            f"{mnt}: cannot become writable: found images that are open read-only (unmount, and "
+            "mount again with rw)"
         )
         assert os.statvfs(mnt).f_flag & os.ST_RDONLY
         assert qedfuse("-o", "remount,ro,noexec", mnt).returncode == 0

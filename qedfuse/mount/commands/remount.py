@@ -88,9 +88,9 @@ def remount(
         msg = f"{shown}: cannot remount: found no record of the process that serves the mount"
         raise MountpointError(msg)
     flags, others = _split_flags(absolute_options(lists))
-    _refuse_changes(
-        shown, parse_options(found.record.options, sloppy=True), flags, others, sloppy=sloppy
-    )
+    # The record also has the unknown options with which the user mounted by ``-s``.
+    old = parse_options(found.record.options, sloppy=True)
+    _refuse_changes(shown, old, flags, others, sloppy=sloppy)
     if fake:
         return
     bits = ctypes.c_ulong(_MS_REMOUNT | sum(_FLAGS[flag] for flag in flags))
@@ -135,8 +135,8 @@ def _refuse_changes(
     """
     if old.read_only and "ro" not in flags:
         msg = (
-            f"{shown}: option rw: found images that are open read-only (unmount, and mount "
-            "again with rw)"
+            f"{shown}: cannot become writable: found images that are open read-only (unmount, "
+            "and mount again with rw)"
         )
         raise UsageError(msg)
     for option in others:

@@ -40,7 +40,9 @@ unless the time limit is shorter."""
 
 
 class UnmountFailedError(QedError):
-    """The mount has not been unmounted in time, or its process failed or did not end in time.
+    """The mount has not been unmounted in time, or its process did not end in time or failed.
+
+    The error is also raised if the mount has no record by which to find its process.
 
     Attributes:
         exit_code: The exit code of the process that served the mount, if it recorded one;
@@ -71,8 +73,9 @@ def unmount_and_wait(
 
     Raises:
         MountpointError: The path is no mount of qedfuse, or the mount is in use.
-        UnmountFailedError: The process does not answer, has failed, has not ended in time, or has
-            no record by which to find it.  Only in the first case is the mount still there.
+        UnmountFailedError: The process does not answer, has failed or was killed, has not ended in
+            time, or has no record by which to find it.  Only in the first case is the mount still
+            there.
         QedError: The mount cannot be unmounted for another reason.
     """
     deadline = Deadline(seconds)
@@ -98,9 +101,9 @@ def unmount_and_wait(
                 msg = f"{shown}: not unmounted: {server} does not answer{waited}"
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
-            # While the mount existed, the mount hid the record.  Now the record is visible.  If
-            # there is no record even now, the process has removed its record, because the process
-            # has ended without a failure.
+            # The mount may have hidden the directory of the record until now.  If there is no
+            # record even now, the process has removed its record, because the process has ended
+            # without a failure.
             found = find_record(entry.device, entry.owner)
             if found is None:
                 return
@@ -170,13 +173,17 @@ def _unmount(mountpoint: str, entry: MountEntry) -> None:
 
 
 def _open_process(record: MountRecord) -> int | None:
-    """Return a pidfd of the process that wrote a record; None if this process has ended."""
+    """Return a pidfd of the process that wrote a record.
+
+    None if the process has ended or cannot be opened.
+    """
     try:
         fd = os.pidfd_open(record.pid)
     except OSError:
         return None
-    # The start time is compared after the open.  If the start time matches, the descriptor is that
-    # of the process that wrote the record, and not that of a later process with the same pid.
+    # The start time is compared after the open, because before the open the process could still
+    # end, and a later process could get its pid.  If the start time matches now, the descriptor is
+    # that of the process that wrote the record.
     if process_start(record.pid) != record.started:
         os.close(fd)
         return None
@@ -199,7 +206,8 @@ class ServerProcess:
             seconds: The time limit; None for no limit; 0 to return immediately.
             report: Called at most once, with a line about why the process has not ended.  The
                 call is made after `_COPIES_REPORT_SECONDS` if the file system is mounted
-                elsewhere as well, and otherwise after `_REPORT_SECONDS`.
+                elsewhere as well, and otherwise after `_REPORT_SECONDS`.  If the time limit is
+                over by then, there is no call.
         """
         start = time.monotonic()
         reported = False
@@ -239,7 +247,8 @@ class ServerProcess:
         """Describe where else the file system is mounted; None if no other mount is visible."""
         found = find_record(self._entry.device, self._entry.owner)
         if found is not None and found.record.pid != self._pid:
-            # The file system is gone, and the kernel has given its device number to another one.
+            # The file system is gone, and the kernel has given its device number to a new mount,
+            # whose record was found.
             return None
         return describe_copies(self._entry.device, self._entry)
 

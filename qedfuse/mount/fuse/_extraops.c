@@ -7,10 +7,11 @@
  * it copies the table, sets the two operations, and calls libfuse's own function with the
  * copy.  It uses only libfuse's public interface, and nothing of pyfuse3's.
  *
- * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  They
- * make a `Request` object of the call, pass it to the handler that Python has set, and return;
- * the request is answered later.  Each request is answered exactly once: one that is freed
- * without an answer answers itself, so that the kernel does not wait forever.
+ * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  Each
+ * operation makes a `Request` object of the call, passes it to the handler that Python has set,
+ * and returns; the handler may answer the request before or after that.  While the session
+ * exists, each request is answered exactly once: a Request object that is freed without an
+ * answer answers with EINTR, so that the kernel does not wait forever.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -28,7 +29,7 @@
 
 static PyObject *handler;        /* the Python function that gets the requests, or NULL */
 static int in_session;           /* whether a session exists that was made by this module */
-static unsigned long generation; /* of the session; requests of an earlier one are invalid */
+static unsigned long generation; /* number of the session; counts up when it begins and ends */
 
 /* --- Request objects --------------------------------------------------------------- */
 
@@ -38,13 +39,14 @@ typedef struct {
     unsigned long generation;
 } Request;
 
-/* Returns the request, which the caller must answer; NULL if that must not be done any more. */
+/* Returns the request, which the caller must answer; NULL if it was answered or its session has
+ * ended. */
 static fuse_req_t take_request(Request *self)
 {
     fuse_req_t request = self->request;
 
     self->request = NULL;
-    /* libfuse frees all requests of a session with the session. */
+    /* libfuse frees all requests of a session with the session, so they must not be used then. */
     return self->generation == generation ? request : NULL;
 }
 
@@ -130,7 +132,7 @@ static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t i
     if (result == NULL)
         PyErr_WriteUnraisable(handler);
     Py_XDECREF(result);
-    Py_XDECREF(self); /* if the handler has kept no reference, the request answers itself now */
+    Py_XDECREF(self); /* frees an object to which the handler has kept no reference */
     PyGILState_Release(state);
 }
 
@@ -150,7 +152,7 @@ static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t start, int when
 
 /* --- interposed functions of libfuse ----------------------------------------------- */
 
-/* Returns a function of libfuse, although this module defines one of the same name; or NULL. */
+/* Returns libfuse's own function of a name that this module defines too; NULL if not found. */
 static void *in_libfuse(const char *name)
 {
     Dl_info info;
@@ -164,16 +166,16 @@ static void *in_libfuse(const char *name)
     found = dlsym(library, name);
 #ifdef __GLIBC__
     if (found == NULL)
-        found = dlvsym(library, name, "FUSE_3.0"); /* the version for old programs only */
+        found = dlvsym(library, name, "FUSE_3.0"); /* dlsym() skips versions for old programs */
 #endif
     dlclose(library); /* it stays loaded, because this module is linked to it */
     return found;
 }
 
 /*
- * Returns a copy of pyfuse3's table with the two operations set, and its size; NULL if there is
- * no memory.  pyfuse3 or this module may have been built for a newer libfuse, with a larger
- * table, than the other.
+ * Returns a copy of pyfuse3's table with the two operations set; NULL if there is no memory.
+ * *size is the size of the original, and becomes that of the copy, which is larger if this
+ * module was built for a newer libfuse than pyfuse3.
  */
 static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *size)
 {
@@ -192,8 +194,8 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
         copy->lseek = on_lseek;
     /*
      * With write_buf, libfuse reads requests from the kernel through a pipe (splice(2)).  That
-     * costs two more system calls for each and saves no copy, because pyfuse3 copies the data
-     * into a bytes object in any case.
+     * costs two more system calls for each request and saves no copy, because pyfuse3 copies the
+     * data into a bytes object in any case.  Without write_buf, libfuse calls write.
      */
     if (copy->write != NULL)
         copy->write_buf = NULL;
@@ -271,7 +273,7 @@ static PyObject *end(PyObject *module, PyObject *unused)
 static PyMethodDef module_methods[] = {
     {"set_handler", set_handler, METH_O, "Set the function that gets the requests; None for none."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
-    {"end", end, METH_NOARGS, "End the session: its open requests become invalid."},
+    {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer."},
     {NULL, NULL, 0, NULL},
 };
 

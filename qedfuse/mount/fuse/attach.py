@@ -54,8 +54,8 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
         _RawOption(f"fsname={escape_value(source)}"),
         "subtype=qedfuse",
         "default_permissions",
-        # These two flags are set in every mount, because set-user-ID programs and devices must
-        # have no effect if they come from an untrusted image.
+        # These two flags are set in every mount, because no disk is a set-user-ID program or a
+        # device.
         "nosuid",
         "nodev",
         *options.kernel_flags,
@@ -69,10 +69,10 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
 
 
 def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
-    """Mount, and return the descriptor of the connection to the kernel, which pyfuse3 owns.
+    """Mount, and return the descriptor of the connection to the kernel.
 
-    If an error is raised, nothing stays mounted.  If libfuse prints something although it
-    succeeds, the text is shown on stderr.
+    pyfuse3 owns the descriptor, and closes it.  If an error is raised, nothing stays mounted.  If
+    libfuse prints something although it succeeds, the text is shown on stderr.
 
     Args:
         operations: The handlers of requests.
@@ -118,10 +118,11 @@ def _explain(mountpoint: str, printed: str) -> QedError:
 
     Args:
         mountpoint: The mountpoint.
-        printed: The message of libfuse or fusermount3.
+        printed: The message of libfuse or fusermount3; that of pyfuse3 if neither printed one.
     """
     error_class: type[QedError] = FuseError
     words = printed.replace(mountpoint, "")  # because a path may contain the same words
+    # The first letters are left out, because they may be capital or small.
     if "ermission denied" in words or "not permitted" in words or "only allowed if" in words:
         error_class = PrivilegeError
     elif "ountpoint" in words or "ransport endpoint" in words:

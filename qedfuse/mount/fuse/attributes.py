@@ -29,7 +29,8 @@ _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
 """How long the kernel may cache attributes with ``force_share``, because another program may
 change the image then."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
-"""How long the kernel may cache which file a name stands for; names never change."""
+"""How long the kernel may cache which file a name stands for.  Any time is safe, because names
+never change."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
@@ -43,16 +44,16 @@ class Attributes:
     def __init__(self, options: MountOptions) -> None:
         """Take owner and permissions from the options.
 
-        Without the options, the user who mounts owns the directory and the disks, and only this
-        user has access.
+        Without the options ``uid``, ``gid`` and ``umask``, the user who mounts owns the directory
+        and the disks, and their permissions give access only to this user.
         """
         self._uid = os.getuid() if options.uid is None else options.uid
         self._gid = os.getgid() if options.gid is None else options.gid
         self._timeout = (
             _SHARED_ATTR_TIMEOUT_SECONDS if options.force_share else _ATTR_TIMEOUT_SECONDS
         )
-        # By default only the owner has access, because a disk may contain files of many users,
-        # whose permissions do not protect the disk.
+        # By default only the owner has access, because a disk may contain files of many users, and
+        # the permissions of those files do not protect the bytes of the disk.
         mask = 0o077 if options.umask is None else options.umask
         write_bits = 0 if options.read_only else 0o222
         self._file_mode = stat.S_IFREG | ((0o444 | write_bits) & ~mask)
@@ -123,9 +124,9 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
         image = exported.disk.fstat()
         difference = max(abs(image.st_atime_ns - atime_ns), abs(image.st_mtime_ns - mtime_ns))
         if difference < _TIMES_TOLERANCE_NS:
-            # Before each fsync the kernel sends the time of the last write to the disk.  The
-            # write has given the image file about the same time, so a system call that sets the
-            # time would be wasted.
+            # Before an fsync the kernel sends the time of the last write to the disk.  The write
+            # has given the image file about the same time, so a system call that sets the time
+            # would be wasted.
             return
         await exported.disk.set_times(atime_ns, mtime_ns)
     except OSError as error:

@@ -200,10 +200,10 @@ class FallocateLseek:
             start: Guest offset at which the search begins.
 
         Raises:
-            FUSEError: ENXIO, no data follows, or ``start`` is negative or not before the end of
-                the disk; EINVAL, ``whence`` is neither SEEK_DATA nor SEEK_HOLE; EIO, a hole is
-                searched at or past the end of a growable disk, and the dirty pages there cannot
-                be written back.
+            FUSEError: ENXIO, SEEK_DATA finds no data, or ``start`` is negative or not before the
+                end of the disk; EINVAL, ``whence`` is neither SEEK_DATA nor SEEK_HOLE; EIO, a
+                hole is searched at or past the end of a growable disk, and the dirty pages there
+                cannot be written back.
             QedError: A table cannot be read.
         """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:

@@ -155,7 +155,8 @@ async def negotiate_init(fd: int, readahead: int | None = None) -> None:
             nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(proxy_end)
             # libfuse has replied.  The tasks of pyfuse3 now wait until ``fd``, which is the
-            # socket, can be read.  They must end before ``fd`` is the device again.
+            # socket, can be read.  They must end before ``fd`` is the device again, because the
+            # event loop would go on waiting for the socket.
             nursery.cancel_scope.cancel()
         os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead))
     except OSError as error:

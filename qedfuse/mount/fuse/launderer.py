@@ -79,7 +79,8 @@ class Launderer:
     def __init__(self) -> None:
         """Fork the launderer; only the server returns from this call.
 
-        The caller must not have a second thread, because a thread does not survive a fork.
+        The caller must not have a second thread.  The launderer would lack this thread, and a lock
+        that the thread held would stay locked in the launderer forever.
 
         Raises:
             OSError: The host refuses a socket pair or a process.
@@ -158,9 +159,11 @@ def _be_child(commands: socket.socket) -> NoReturn:
 
 
 def _serve(commands: socket.socket) -> None:
-    """Send the server's notifications; when the server closes its socket, fail all requests.
+    """Send the server's notifications until the server closes its socket.
 
-    If the server closes its socket before it has sent the connection, nothing is done.
+    If a write(2) still waits then, the kernel's requests are answered with errors until the
+    write(2) has returned.  If the server closes its socket before it has sent the connection,
+    nothing is done.
     """
     _byte, received, _flags, _address = socket.recv_fds(commands, 1, 1)
     if not received:
@@ -198,7 +201,8 @@ def _fail_requests(device: int, worker: threading.Thread) -> None:
     """Answer requests of the kernel with ECONNABORTED until the worker thread has ended.
 
     The caller must call this after the server has closed the socket.  While the socket is open,
-    the thread would not end after its write(2), but would wait for the next notification.
+    the thread would not end after its write(2), but would wait for the next notification, and this
+    function would go on failing requests that the server can answer.
     """
     ready = select.poll()
     ready.register(device, select.POLLIN)

@@ -76,8 +76,7 @@ class Laundering:
             exported: The disk.
             start: Guest offset of the range.
             end: Guest offset of the end of the range, more than ``start``; None for the last
-                page that the kernel has cached, which can lie past the end of the disk if the
-                disk can grow.
+                page that the kernel has cached, which can lie past the end of the disk.
 
         Returns:
             True if all data that the kernel had cached for the range has reached the disk.
@@ -166,14 +165,14 @@ class Laundering:
         return int(ANSWER.unpack(answer)[0])
 
     async def _wait_for_writes(self, exported: ExportedDisk) -> bool:
-        """Wait until all write requests that the kernel has sent have reached a disk.
+        """Wait until the server has carried out all write requests that the kernel has sent.
 
         The wait is necessary before Linux 6.16, where laundering does not wait for pages whose
         writeback is already in progress.
 
         Returns:
-            True if all have reached the disk.  False if, after `_MAX_WRITE_CHECKS` checks, a
-            write is still in progress or the kernel has requests that were not read.
+            True if no write to the disk is left.  False if, after `_MAX_WRITE_CHECKS` checks, a
+            write is still in progress or the kernel has requests that the server has not read.
         """
         for _ in range(_MAX_WRITE_CHECKS):
             # If the kernel offers no request, and the server has no write in progress, all write
@@ -185,7 +184,7 @@ class Laundering:
         return False
 
     def stop(self) -> None:
-        """Close the socket to the launderer, so that it ends; nothing can be laundered afterwards.
+        """Make the launderer end, by closing the socket; nothing can be laundered afterwards.
 
         The caller must call this before it closes the connection to the kernel.  A second call
         does nothing.

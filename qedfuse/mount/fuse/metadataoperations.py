@@ -90,8 +90,8 @@ class MetadataOperations(pyfuse3.Operations):
         """Refuse a user whom the options exclude from the mount.
 
         Raises:
-            FUSEError: EACCES, the option ``allow_root`` is set, and the user is neither root nor
-                the user who mounts.
+            FUSEError: EACCES, the option ``allow_root`` is set without ``allow_other``, and the
+                user is neither root nor the user who mounts.
         """
         if self._admitted is not None and uid not in self._admitted:
             raise FUSEError(errno.EACCES)
@@ -132,7 +132,9 @@ class MetadataOperations(pyfuse3.Operations):
 
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """Return the attributes of the file with a name in the directory.
+        """Return the attributes of the disk with a name in the directory.
+
+        For the names ``.`` and ``..`` the attributes are those of the directory.
 
         Raises:
             FUSEError: ENOTDIR, the parent is no directory; ENOENT, no disk has the name; EACCES,

@@ -40,8 +40,8 @@ handle with `HANDLE_SYNC`, and the requests on such a handle take the slow path.
 class Operations(MetadataOperations):
     """The handlers of all requests for one mount, except fallocate and lseek.
 
-    pyfuse3 passes these requests to the methods of this object.  pyfuse3 lacks fallocate and
-    lseek, which `qedfuse.mount.fuse.fallocate` answers.
+    For each request pyfuse3 calls a method of this object.  pyfuse3 cannot receive fallocate and
+    lseek, so `qedfuse.mount.fuse.fallocate` answers them.
     """
 
     def __init__(
@@ -91,8 +91,9 @@ class Operations(MetadataOperations):
         handle = inode | HANDLE_DIRECT if flags & os.O_DIRECT and not direct else inode
         handle |= HANDLE_WRITER if writer else 0
         if direct and writer and (flags & os.O_DSYNC or self._sync):
-            # With ``direct_io`` the kernel leaves O_DSYNC and O_SYNC to the server.  Otherwise
-            # the kernel sends an fsync after each write with these flags.
+            # With ``direct_io`` the kernel leaves O_DSYNC, O_SYNC and the mount flag ``sync`` to
+            # the server.  Without ``direct_io`` the kernel sends an fsync after each write(2) on
+            # such a handle or mount.
             handle |= HANDLE_SYNC
         return pyfuse3.FileInfo(
             fh=handle, direct_io=direct, keep_cache=self._exclusive and not direct
@@ -103,6 +104,9 @@ class Operations(MetadataOperations):
 
         At or past the end, no bytes are returned.  If a read would wait or must be logged, the
         slow path (`_read`) answers the request.
+
+        Raises:
+            FUSEError: The read has failed; the errno is that of the error of the disk.
         """
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:
@@ -121,6 +125,9 @@ class Operations(MetadataOperations):
         Fewer bytes than ``buf`` has are written only at the end of a disk that cannot grow.  The
         slow path (`_write`) answers the request if the write would wait or would go past the
         end, or if it must be logged or be durable before the reply.
+
+        Raises:
+            FUSEError: As in `_write`.
         """
         exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
         if exported is not None:
@@ -220,8 +227,8 @@ class Operations(MetadataOperations):
     def _report_lost_writes(self, fh: int) -> None:
         """Raise an error if writes were lost for which write(2) has reported success.
 
-        The loss of writes past the end is reported only once, to the first handle that may write
-        and is flushed.  The failure of a disk is reported every time, to all handles.
+        The loss of writes past the end is reported only once, by the next flush or fsync of a
+        handle that may write.  The failure of a disk is reported every time, to all handles.
 
         Raises:
             FUSEError: EIO, the disk has failed; ENOSPC, a write went past the end of the disk.

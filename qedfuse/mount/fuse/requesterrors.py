@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 _MAX_MESSAGES_PER_DISK: Final = 100
 """Maximum number of messages that are logged in full for one disk during a mount."""
 _SUMMARY_SECONDS: Final = 60.0
-"""Minimum time between two summaries of the errors that were not logged in full."""
+"""Minimum time between two summaries of the errors that were not logged in full.  Only the last
+summary, at the end of the mount, may come earlier."""
 _MAX_SHOWN_BYTES: Final = 64
 """Maximum length of an argument of a request that the debug log shows in full."""
 

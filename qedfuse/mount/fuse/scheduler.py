@@ -16,11 +16,12 @@ kernel has no request, all other tasks run.  Then the descriptor is polled for s
 microseconds, if such polling has succeeded lately (`AdaptivePoll`).  If the kernel still has no
 request, the event loop sleeps, so an idle server uses no processor time.
 
-Other tasks are not starved.  After `MAX_BURST` requests in a row, or `MAX_BURST_BESIDE_OTHERS`
-while the event loop is needed for other requests, all other runnable tasks run, and trio checks
-for finished threads, timers and signals.  While a worker thread is running, the descriptor is
-polled only once, because only trio notices the end of the thread.  While another task polls for
-a read of the host's file, the descriptor is polled only once as well.
+Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
+and trio checks for finished threads, timers and signals.  While the event loop is needed for
+other work, the other tasks already run after `MAX_BURST_BESIDE_OTHERS` requests, and the
+descriptor is polled only once.  The event loop is needed while a worker thread is running,
+because only trio notices the end of the thread, and while another task polls for a read of the
+host's file.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class SchedulerStatistics:
         ready: Requests that had arrived before a task waited for them.
         polled: Requests that arrived while the descriptor was polled.
         slept: How often the event loop slept until a request arrived.
-        yields: How often all other tasks were run.
+        yields: How often all other runnable tasks were let run.
         failed_polls: How often the descriptor was polled for the full time without a request.
     """
 
@@ -179,9 +180,9 @@ class Scheduler:
         if self._closing:
             raise trio.ClosedResourceError
         statistics.slept += 1
-        # If the event loop is needed for other requests, it may run this task long after a
-        # request has arrived.  So the length of such a wait is not the time until a request
-        # arrives, and is not recorded.
+        # If the event loop is needed for other work, it may run this task long after a request
+        # has arrived.  So the length of such a wait is not the time until a request arrives, and
+        # is not recorded.
         is_loop_free = not self._is_loop_needed()
         await trio.lowlevel.wait_readable(fd)
         if is_loop_free:
@@ -195,7 +196,7 @@ class Scheduler:
 
         Returns:
             True if a request has arrived.  False if the time is over, if the event loop is
-            needed for other requests, or if the mount ends.
+            needed for other work, or if the mount ends.
         """
         poll, clock = self._poller.poll, self._clock
         while not (self._is_loop_needed() or self._closing):
@@ -207,10 +208,10 @@ class Scheduler:
         return False
 
     def _is_loop_needed(self) -> bool:
-        """Return whether another request waits for something that this task must not delay.
+        """Return whether the event loop is needed for other work, which polling would delay.
 
-        The other request waits for a worker thread, whose end only the event loop notices, or
-        its task polls for a read of the host's file.
+        A worker thread is running, whose end only the event loop notices, or another task polls
+        for a read of the host's file.
         """
         return loop_load.polled_reads > 0 or loop_load.has_threads()
 
@@ -229,9 +230,9 @@ class Scheduler:
         return self._fd >= 0 and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:
-        """Make the call of `wait_readable` that waits for ``fd``, and all later ones, not wait.
+        """End the call of `wait_readable` that waits for ``fd``; no later call waits.
 
-        Instead of waiting, they raise trio.ClosedResourceError.
+        Where a call would wait, it raises trio.ClosedResourceError instead.
         """
         self._closing = True
         trio.lowlevel.notify_closing(fd)

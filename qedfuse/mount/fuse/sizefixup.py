@@ -43,7 +43,8 @@ class SizeFixup:
     def request(self, exported: ExportedDisk) -> None:
         """Request a correction, because the kernel may have cached a wrong size of a disk.
 
-        The correction is made by `run`, at some time after this call.
+        `run` makes the correction at some time after this call.  If `run` is never called, no
+        correction is made.
         """
         self._pending[exported.inode] = exported
         self._wake.set()

@@ -1,8 +1,9 @@
 """truncate(2) and open(2) with O_TRUNC on a disk, which never becomes smaller.
 
-For an open with O_TRUNC the kernel sends an open request without O_TRUNC, because
-`qedfuse.mount.fuse.fuseinit` removes the feature FUSE_ATOMIC_O_TRUNC, and then a SETATTR request
-with the size 0.  For truncate(2) the kernel sends a SETATTR request with the new size.
+For an open with O_TRUNC the kernel sends an open request without O_TRUNC, and then a SETATTR
+request with the size 0.  (With the feature FUSE_ATOMIC_O_TRUNC the kernel would send only an open
+request with O_TRUNC, so `qedfuse.mount.fuse.fuseinit` removes this feature.)  For truncate(2) the
+kernel sends a SETATTR request with the new size.
 
 A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
 refused otherwise.
@@ -11,8 +12,8 @@ By default a request with a smaller size is refused.  It must not succeed and do
 a program that copies into an empty file need not write zeros, so old bytes would remain on the
 disk.  With ``truncate=zero`` such a request zeroes the range from the requested size to the end
 of the disk, as a discard does, and the disk keeps its size.  So the range reads as in a file
-that is truncated and made longer again.  The requested size is not always 0: cp(1) truncates to
-a larger size for a source that ends in a hole.
+that is truncated and made longer again.  The requested size is not always 0: if the source ends
+in a hole, cp(1) also truncates the disk to the size of the source.
 
 After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  But
 while the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no
@@ -75,6 +76,7 @@ class Truncation:
         Raises:
             FUSEError: EPERM, the options do not allow this size, or `SizeFixup` has caused the
                 request and the disk has grown since; EFBIG, the tables cannot address the size.
+            UsageError: The disk would have to grow to a size that is no multiple of 512.
             QedError: The disk could not be changed; part of the range may be zeroed.
         """
         disk = exported.disk
@@ -102,7 +104,7 @@ class Truncation:
             size.  False if the kernel may have pages left, as in `set_size`.
 
         Raises:
-            FUSEError: EPERM, the option ``truncate`` does not allow it; the refusal is logged
+            FUSEError: EPERM, the option ``truncate`` refuses truncations; the refusal is logged
                 once for each disk.
             QedError: The disk could not be changed; part of the range may be zeroed.
         """

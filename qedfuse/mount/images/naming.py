@@ -46,7 +46,7 @@ def disk_file_name(path: str) -> bytes:
 
 
 def find_sources(paths: Iterable[str]) -> list[Source]:
-    """Return the images that the paths of sources stand for, in their order.
+    """Return the images that the paths of sources stand for, in the order of the paths.
 
     A directory stands for all images in it, sorted by name.  Any other path stands for itself,
     and need not exist.
@@ -54,7 +54,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
     Raises:
         HostError: A directory cannot be read.
         NotQedError: A directory contains no image.
-        MountpointError: Two images would have the same file name.
+        MountpointError: The disks of two images would have the same file name.
     """
     images: dict[bytes, Source] = {}
     for path in paths:

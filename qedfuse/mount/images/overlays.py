@@ -75,8 +75,8 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
     """Open the image itself.
 
     Raises:
-        QedError: The image cannot be opened.  If the reason is a missing permission to write,
-            the message suggests ``-o ro``.
+        QedError: The image cannot be opened.  If the host does not permit a writable open, the
+            message suggests ``-o ro``.
     """
     is_open = False
     try:
@@ -123,7 +123,7 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
     """Open the overlay that the user named; make the overlay if it is missing.
 
     Raises:
-        UsageError: The overlay has another backing file than the image at ``path``.
+        UsageError: The overlay exists, and the image at ``path`` is not its backing file.
         QedError: The overlay or the image cannot be opened, or the overlay cannot be made.
     """
     if os.path.lexists(overlay):  # noqa: ASYNC240  no request is served yet, so this may block

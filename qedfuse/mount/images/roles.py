@@ -1,9 +1,11 @@
 """Finding the images of a mount that are backing files of other images in the same mount.
 
-Such an image must be opened read-only.  A write to a backing file would change the content of
-its overlays.  Besides, the lock of a writable image excludes all other openers, so its overlays
-could not be opened.  If a directory contains a golden image and its overlays, the user wants to
-write to the overlays, so the golden image becomes read-only.
+Such an image must not be opened for writing.  A write to a backing file would change the content
+of its overlays.  Besides, opening an overlay opens its backing file too, which fails while another
+opener has the lock of a writer on the backing file.  If a directory contains a golden image and its
+overlays, the user wants to write to the overlays, so the golden image becomes read-only.  If the
+user has named the golden image itself, a writable mount is refused, because the user may want to
+write to either.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ _log = logging.getLogger(__name__)
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
     """Return the sources that must be opened read-only, because they are backing files of others.
 
-    Each of these sources is logged.  In a mount that writes to no source, the result is empty.
+    Each of these sources is logged.  In a mount that writes to no source, the result is empty,
+    because all sources are opened read-only in any case.
     With ``backing=none`` the result is empty as well, because then every source that has a
     backing file is refused when it is opened.
 
     Raises:
-        ImageInUseError: The user named a source and its overlay for writing, or two sources
-            are the same file.
+        ImageInUseError: The backing file of a source is itself a source that the user named, or
+            two sources are the same file.
     """
     if options.read_only or options.snapshot or options.overlay is not None:
         return set()  # the sources are opened read-only in any case
@@ -52,8 +55,8 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
         shown_overlays = ", ".join(printable(overlay.path) for overlay in overlays_of_base)
         if base.is_named:
             msg = (
-                f"{shown}: in use: found a backing file of {shown_overlays}, which would be "
-                "writable as well (name only the overlays, or mount all read-only with -r)"
+                f"{shown}: in use: found a backing file of {shown_overlays}, and both would be "
+                "writable (name only the overlays, or mount all read-only with -r)"
             )
             raise ImageInUseError(msg)
         _log.warning("%s: read-only, because it is a backing file of %s", shown, shown_overlays)
