@@ -1,8 +1,8 @@
 """Automatic compaction: moving clusters into free ones when a disk is closed.
 
 QEMU has no notion of free clusters within a file.  QEMU's check counts each of them as leaked,
-and QEMU's driver never uses them again.  So when a disk is closed, its highest clusters are
-moved into free ones, unless the option `OpenOptions.compact` is ``off``.  With ``auto`` the
+and QEMU's driver never uses them again.  So when a disk is closed, its highest clusters can be
+moved into free ones; the option `OpenOptions.compact` decides whether.  With ``auto`` the
 options `compact_seconds` and `compact_bytes` limit the moves, and the number of free clusters
 that are left is logged.  With ``full`` there are no such limits.
 
@@ -26,23 +26,25 @@ log = logging.getLogger(__name__)
 
 
 class AutoCompaction:
-    """Compacts one disk when the disk is closed, if its options say so."""
+    """Compacts one disk when the disk is closed or shortly before, if its options say so."""
 
     def __init__(self, components: Components) -> None:
         """Compact the disk that consists of ``components``."""
         self._components = components
         self._has_run_within_limits = False
         self._table_writes: int | None = None
-        """How often tables had been written when the last successful run ended; None before."""
+        """How often tables had been written when the last successful run ended; None if no run
+        has succeeded yet."""
 
     async def run(self, *, within_bound: bool = True) -> None:
         """Compact as the options say, and make the result durable.
 
         Does nothing if the options do not demand compaction, or if no table has changed since
         the last successful run, which has already done all that the limits allow.  The caller
-        must ensure that no request is running.  No `QedError` is raised, and the file may stay
-        longer than necessary: the error is logged as a warning, unless the write-back itself
-        has failed, which the close reports.  See `Compaction.run` for ``within_bound``.
+        must ensure that no request is running.  A `QedError` ends the run and is not raised but
+        logged as a warning; the file may then stay longer than necessary.  If the error has
+        made the disk read-only, nothing is logged, because the close raises that error.  See
+        `Compaction.run` for ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():
@@ -85,7 +87,7 @@ class AutoCompaction:
             await components.compaction.run(limits=limits, within_bound=within_bound)
 
     def _is_up_to_date(self) -> bool:
-        """Return whether the last run succeeded, and no table has changed since."""
+        """Return whether a run has succeeded, and no table has changed since the last such run."""
         writeback = self._components.writeback
         return (
             not writeback.dirty_tables and self._table_writes == writeback.statistics().table_writes
@@ -97,6 +99,7 @@ class AutoCompaction:
         if components.options.compact != "auto":
             return components.options.compact == "full"
         return (
+            # With ``discard`` False, the user wants clusters to stay where they are.
             components.options.discard
             # If the image keeps a free list, the next open reads the free clusters from the
             # list and uses them again, so they need not be filled or cut off.
@@ -117,7 +120,7 @@ class AutoCompaction:
             name = components.file.name
             log.info(
                 "%s: %d free clusters (%d bytes) are left within the file, which QEMU's check "
-                "counts as leaked; to free them: qedimg compact %s",
+                "counts as leaked; to remove them: qedimg compact %s",
                 name,
                 left,
                 left << components.allocator.cluster_bits,

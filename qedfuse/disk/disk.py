@@ -1,8 +1,10 @@
 """The disk: an opened image, with its chain, as an array of bytes that can be changed.
 
-async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
-    await disk.write(0, b"...")
-    await disk.flush()
+`qedfuse.disk.opening.open_disk` opens a disk:
+
+    async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
+        await disk.write(0, b"...")
+        await disk.flush()
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class Disk:
     """One opened image.
 
     Tasks may call all methods concurrently, unless the method says otherwise.  A method that
-    modifies the image raises `ReadOnlyError` if the disk is open read-only, or after a failed
-    datasync.
+    modifies the image raises `ReadOnlyError` if the disk is open read-only, or if an error has
+    made it read-only (`failure`); `try_write` returns False instead.
 
     Attributes:
         path: The path of the image as the user gave it; empty if unknown.
@@ -100,12 +102,12 @@ class Disk:
 
     @property
     def writable(self) -> bool:
-        """Whether writes are accepted; False if open read-only, or after a failed datasync."""
+        """Whether writes are accepted; False if open read-only or made so by an error (D7)."""
         return self._file.writable and self._writeback.failure is None
 
     @property
     def failure(self) -> str | None:
-        """The error that made the disk read-only; None if no error has done so."""
+        """The message of the error that made the disk read-only; None if no error has done so."""
         return None if self._writeback.failure is None else str(self._writeback.failure)
 
     @property
@@ -137,17 +139,19 @@ class Disk:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a range without waiting; return None if that would block or fails.
 
-        Returns None also if the range is empty or ends past the end of the disk.  After None
-        the caller must use `read`.  The next call of this method may overwrite the returned
-        view.
+        Returns None also if the range is empty, is too long for the fast path, or ends past
+        the end of the disk.  After None the caller must use `read`.  The next call of this
+        method or of `try_write` may overwrite the returned view.
         """
         return self._fast_path.try_read(start, length)
 
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting; return False if that would block or fails.
 
-        Returns False also if ``data`` is empty or ends past the end of the disk.  After False a
-        part may have been written, so the caller must pass all of ``data`` to `write`.
+        Returns False also if ``data`` is empty or ends past the end of the disk, or if the
+        state or the options of the disk require `write`, as with `OpenOptions.detect_zeroes`.
+        After False a part may have been written, so the caller must pass all of ``data`` to
+        `write`.
         """
         return (
             self._plain_writes
@@ -211,9 +215,10 @@ class Disk:
     async def discard(self, start: int, length: int) -> None:
         """Make a range read as zeros; ignore the part of the range past the end of the disk.
 
-        Clusters that lie wholly in the range, at least up to the end of the disk, are deallocated
-        if `OpenOptions.discard` is True.  Otherwise zeros are written over those of them that
-        are allocated.
+        If `OpenOptions.discard` is True, clusters that lie wholly in the range are deallocated.
+        The last cluster of the disk counts as such a cluster if the range covers all its bytes
+        up to the end of the disk.  If the option is False, zeros are written over the allocated
+        ones among these clusters.
 
         Raises:
             BackingError: The disk was opened without its base.
@@ -229,8 +234,9 @@ class Disk:
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self.header.geometry.in_cluster(self.size):
                 # The last cluster is deallocated together with its bytes past the end of the
-                # disk.  So no task may move the end until the discard is complete, and this
-                # task holds the lock that a change of the size needs.
+                # disk.  If the disk grew meanwhile, the guest could write to these bytes, and
+                # the deallocation would drop what it wrote.  So this task holds the lock that
+                # a change of the size needs.
                 await stack.enter_async_context(self._components.disk_size.lock)
             end = min(start + length, self.size)
             await self._discard.discard(start, end, free=self._options.discard)
@@ -313,11 +319,11 @@ class Disk:
         await self._components.scan.run()
 
     async def flush(self) -> None:
-        """Return when every write that has ended survives power loss (D1).
+        """Return when every write that had ended before this call survives power loss (D1).
 
         Raises:
-            HostError: The host refused.  After a failed datasync each later call raises the
-                error again (see `failure`).
+            HostError: The host refused.  Once an error has made the disk read-only, each later
+                call raises that error again (see `failure`).
         """
         await self._flusher.flush()
 
@@ -331,8 +337,10 @@ class Disk:
     async def compact(self, progress: Progress | None = None, *, within_bound: bool = True) -> int:
         """Make the file as short as possible; return how many clusters were moved.
 
-        The caller must ensure that no other request is running.  If the free clusters are not
-        known for certain, a warning is logged, nothing is moved, and the result is 0.
+        The caller must ensure that no other request is running.  If the image cannot be
+        compacted, for example because its free clusters are not known for certain, a warning is
+        logged, nothing is moved, and the result is 0.  If a corrupt table entry is found, an
+        error is logged, and the compaction ends early.  See `Compaction.run`.
 
         Args:
             progress: Called with the number of bytes moved so far, and with the number of bytes
@@ -352,9 +360,10 @@ class Disk:
         """Run now the compaction that the options demand for the close.
 
         A command that reports the length of the file before the close calls this method.  The
-        file may become longer than its bound for a moment.  The bound protects the host
-        against guests, and no guest can call this method.  The caller must ensure that no
-        other request is running.  If the host refuses, a warning is logged.
+        file may become longer than its bound for a moment.  This is allowed, because the bound
+        protects the host against guests, and no guest can call this method.  The caller must
+        ensure that no other request is running.  If the host refuses, a warning is logged, but
+        not if the disk has become read-only, because the close raises that error.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 
@@ -378,8 +387,8 @@ class Disk:
                 is more than the tables can address.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
-            CorruptImageError: A table entry for the added range is bad, or refers to data
-                without ``force``; the disk has its old size.
+            CorruptImageError: A table entry for the added range is bad, or refers to data and
+                ``force`` is False; the disk has its old size.
             HostError: The host refused; the disk has its old size.
         """
         self._components.disk_size.check(size)
@@ -400,8 +409,8 @@ class Disk:
             progress: Called with how much work is done and how much there is, in any unit.
 
         Raises:
-            UsageError: The size is larger than the present one or no multiple of 512, or
-                data would be lost without ``force``.
+            UsageError: The size is larger than the present one, is negative or is no multiple
+                of 512.  Or data would be lost, and ``force`` is False.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the removed part is bad; the disk has its old

@@ -1,4 +1,4 @@
-"""Starting a disk and closing it cleanly: everything between opening and closing its files."""
+"""Starting a disk whose files are open, and closing the disk cleanly, with its files."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ class Lifecycle:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            # The background tasks have ended, so no other task uses the disk, and `close` may
-            # compact.  After an exception in the block the close skips the compaction.
+            # The block and the background tasks have ended, so no other task uses the disk, and
+            # `close` may compact.  If the block has raised an exception, the compaction is
+            # skipped.
             await self.close(compact=succeeded)
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Read the L1 table and, if the file is writable, the free list; start background tasks.
+        """Read the L1 table; in a writable file also the free list, and start background tasks.
 
         A disk that is open read-only has no background tasks.
 
@@ -70,8 +71,8 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # `NeedCheck.run` will clear the bit, which is a modification of the image.  So
-                # the image must be prepared for its first modification now.
+                # `NeedCheck.run` will clear the bit.  That is a modification of the image, for
+                # which `NeedCheck.run` does not prepare the image, so prepare it now.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)
@@ -81,11 +82,11 @@ class Lifecycle:
     async def close(self, *, compact: bool = True) -> None:
         """Make everything durable, clear NEED_CHECK, close the files and release the locks.
 
-        A second call does nothing.
+        A second call does nothing.  Only the compaction can be cancelled; the rest of the close
+        is shielded.
 
         Args:
-            compact: Whether to compact first, as the options say.  Only the compaction can be
-                cancelled; the rest of the close is shielded.
+            compact: Whether to compact first, as the options say.
 
         Raises:
             HostError: The host refused, or something written before could not be made
@@ -97,7 +98,7 @@ class Lifecycle:
             return
         self._closed = True
         components = self._components
-        # If `start` has refused the image, nothing is written to the file.
+        # If `start` has not succeeded, the close writes nothing to the file.
         writable = components.file.writable and self._started
         try:
             if compact and writable and components.writeback.failure is None:
@@ -139,9 +140,10 @@ class Lifecycle:
         """Cut off and punch out all free clusters that are known.
 
         Runs the scan first, or waits for its end, if clusters are in quarantine, or if a free
-        list must be written that needs the scan.  Before the scan has ended, no cluster may
-        leave the quarantine, and not all free clusters are known.  In other cases, for example
-        if the disk was not changed, the close does not wait for the scan.
+        list is wanted and cannot be written without the scan.  The reason is that before the
+        scan has ended, no cluster may leave the quarantine, and not all free clusters are known.
+        In other cases, for example if the disk was not changed, the close does not wait for
+        the scan.
 
         Raises:
             HostError: The host refused.

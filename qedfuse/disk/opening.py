@@ -1,4 +1,4 @@
-"""Opening an image and its chain: lock, read the header, check if needed, and close."""
+"""Opening an image and its chain: lock, read the header, call the inspector if needed, close."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ async def open_disk(
             base), but unallocated ranges cannot be read, and no range can be written.
 
     Raises:
-        QedError: The options contradict each other, the image or a base cannot be opened,
-            locked or trusted, or at the close something could not be made durable.
+        QedError: The options contradict each other, the image or a base cannot be opened or
+            locked or is refused, or at the close something could not be made durable.
     """
     options = options or OpenOptions()
     if options.writable and options.force_share:
@@ -63,8 +63,10 @@ async def open_disk(
         async with disk.serving():
             if disk.scan_is_short:
                 # No free cluster is known before the scan has ended.  Without waiting, the
-                # first writes would make the file longer, and would do so again after each
-                # crash.  A short scan takes milliseconds, so it is waited for.
+                # first writes would make the file longer even if it has free clusters, for
+                # example those that a crash has leaked.  So a disk that crashes again and
+                # again would make its file longer each time.  A short scan takes only
+                # milliseconds, so wait for it.
                 await disk.wait_scanned()
             yield disk
 

@@ -43,8 +43,8 @@ class OpenOptions:
     """Options for opening an image.
 
     Attributes:
-        writable: Whether to open for writing, which excludes all other programs that lock
-            the image.
+        writable: Whether to open for writing.  The lock on the image then excludes all other
+            openers that lock it, except those with ``force_share``.
         force_share: Whether to open even while another process has the image open for
             writing; reads may then return torn or stale data.  Refused together with
             ``writable``.
@@ -58,8 +58,8 @@ class OpenOptions:
             cleared.
         discard: Whether discards deallocate clusters; if not, they write zeros in place.
         detect_zeroes: How a write of zeros over a whole cluster is stored: as data (``off``);
-            as data only if the cluster is allocated already (``on``); or without data, for
-            which an allocated cluster is deallocated (``unmap``).
+            as data only if the cluster is allocated already (``on``); or without data, so that
+            an allocated cluster is deallocated (``unmap``).
         free_list: Whether a list of the free clusters is stored in the image when it is
             closed: whenever possible (``on``), never (``off``), or whenever possible if the image
             had one when it was opened (``keep``).

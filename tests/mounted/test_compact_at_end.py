@@ -124,7 +124,7 @@ def test_remaining_free_clusters_are_logged(tmp_path: Path) -> None:
         process.kill()
         shown = process.communicate()[1]
     assert f"{image}: 3 free clusters (196608 bytes) are left within the file" in shown
-    assert f"to free them: qedimg compact {image}" in shown
+    assert f"to remove them: qedimg compact {image}" in shown
     found = qemu.check(image)
     assert (found.code, found.leaks) == (3, 3)
     assert main(["compact", "-q", str(image)]) == 0

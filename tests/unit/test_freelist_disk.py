@@ -423,7 +423,7 @@ async def test_foreign_bytes_at_the_descriptor_are_kept() -> None:
     """Foreign bytes at the offset of the descriptor are not overwritten."""
     content = image()
     content[DESCRIPTOR + 77] = 1
-    with pytest.raises(UsageError, match="found something else in bytes 3584 to 4095"):
+    with pytest.raises(UsageError, match="found unknown data in bytes 3584 to 4095"):
         async with opened(MemoryFile(content), options=ON):
             pass
     content[DESCRIPTOR : DESCRIPTOR + 8] = b"QEDFLIST"

@@ -1,7 +1,8 @@
 """Creating an empty image, for the toolbox, the mount and the Python API.
 
 The image has a temporary name until the image is complete and durable.  So at any moment the
-final name refers to the old file, to no file, or to a complete image.
+final name refers to the old file, to no file, or to a complete image.  Only on a file system
+without hard links it refers to an empty file for a moment (`NewFile`).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ async def create_image(
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file that the image stores: absolute, or relative to
-            the directory of the image.  The backing file is not opened.  None for no backing
-            file.
+            the directory of the image.  The backing file is not opened.  None or empty for
+            no backing file.
         backing_is_raw: Whether the backing file is raw.  If so, its format is never probed.
             Has no effect without a backing file.
         overwrite: Whether to replace an existing file, which fails if another process has
@@ -60,7 +61,8 @@ async def create_image(
         ImageInUseError: Another process has the old file open, or has created another file
             of that name meanwhile.
         HostError: The host refused.  No new file is left behind and an existing file is
-            unchanged, unless only making the final name durable has failed.
+            unchanged, unless only making the final name durable has failed.  An empty new
+            file may be left behind on a file system without hard links (`NewFile`).
     """
     import trio  # noqa: PLC0415  imported late: callers of `make_image` need no event loop
 
@@ -87,7 +89,7 @@ def make_image(
         path: The new file.
         header: A header that `new_header` has built.
         backing: Name of the backing file that the image stores, for which ``header`` was
-            built; None for no backing file.
+            built; None or empty for no backing file.
         overwrite: Whether to replace an existing file, which fails if another process has
             that file open as an image.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
@@ -101,7 +103,8 @@ def make_image(
             of that name meanwhile.
         HostError: The host refused, or its file system is full.  No new file is left behind
             and an existing file is unchanged, unless only making the final name durable has
-            failed.
+            failed.  An empty new file may be left behind on a file system without hard links
+            (`NewFile`).
     """
     with ExitStack() as stack:
         old = lock_replaced_file(path, stack, overwrite=overwrite)

@@ -46,7 +46,7 @@ def new_header(
         size: Size of the disk in bytes; is rounded up to whole sectors.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file; None for no backing file.
+        backing: Name of the backing file; None or empty for no backing file.
         backing_is_raw: Whether the backing file is raw, so that its format must not be
             probed.  Has no effect without a backing file.
 

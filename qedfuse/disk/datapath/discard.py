@@ -1,8 +1,9 @@
 """Deallocating clusters: discards, ranges of zeros, and written clusters of zeros.
 
 A guest cluster that is deallocated becomes unallocated, or a zero cluster where the base would
-show through (S1).  The cluster of the file that held its data goes into quarantine.  Zeros are
-written to a cluster of which the range covers only a part, so the whole range reads as zeros.
+show through (S1); only `Discard.clear` lets the base show.  The cluster of the file that held
+the data goes into quarantine.  If a discard covers only a part of a cluster, zeros are written
+to that part, so the whole range reads as zeros.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class Discard:
         # rest of the last cluster counts as part of the range.
         last = geometry.ceil(end) if end == self._layer.size else geometry.floor(end)
         if first >= last:
+            # The range covers no whole cluster, so all of it is zeroed, in two parts if it
+            # crosses a cluster boundary.
             first = last = min(first, end)
         if start < first:
             await self._write_path.zero_range(start, first)
@@ -178,7 +181,7 @@ class Discard:
             hide: Whether to turn unallocated clusters into zero clusters where the base has
                 data.
             clear: Whether to make all clusters unallocated: also zero clusters, and
-                allocated clusters where the base then shows.
+                allocated clusters where the base then shows.  Requires ``data``.
             progress: Called with the bytes of the range that are done, and its length.
 
         Raises:
@@ -230,10 +233,11 @@ class Discard:
                 if data:
                     self._drop(slice_, start, end, clear=clear)
                 tables = self._layer.tables
-                base = index % tables.slice_entries - (start >> geometry.cluster_bits)
+                # The difference between an index in the slice and the number of its cluster.
+                delta = index % tables.slice_entries - (start >> geometry.cluster_bits)
                 for cluster in shown:
-                    if slice_.entries[base + cluster] == UNALLOCATED:
-                        tables.fill(slice_, base + cluster, 1, ZERO)
+                    if slice_.entries[cluster + delta] == UNALLOCATED:
+                        tables.fill(slice_, cluster + delta, 1, ZERO)
                 self._writeback.note_write()
 
     async def _kinds(self, start: int, end: int) -> set[Kind]:
@@ -252,7 +256,8 @@ class Discard:
             if slice_ is None:
                 slice_ = await layer.tables.load(table, index, L2)
             if slice_.bad is None:
-                # Do not use a lookup: it returns one extent for each scattered cluster.
+                # A lookup would return one extent for each scattered cluster, which takes
+                # much longer than testing all entries together.
                 first = index % layer.tables.slice_entries
                 values = np.frombuffer(slice_.entries, np.uint64)[first : first + clusters]
                 found = ((Kind.DATA, values > ZERO), (Kind.ZERO, values == ZERO))
@@ -264,9 +269,9 @@ class Discard:
         return {extent.kind for extent in extents}
 
     def _drop(self, slice_: Slice, start: int, end: int, *, clear: bool) -> None:
-        """Remove the entries of data clusters of a guest range from a slice.
+        """Remove from a slice the references to the data clusters of a guest range.
 
-        Their clusters of the file go into quarantine.  The guest clusters become zero clusters
+        These clusters of the file go into quarantine.  The guest clusters become zero clusters
         up to the end of the base, and unallocated past it.  With ``clear`` all guest clusters
         become unallocated, also zero clusters.
         """
@@ -295,7 +300,13 @@ class Discard:
                 tables.fill(slice_, index, count, UNALLOCATED)
 
     async def _clusters_shown(self, start: int, end: int) -> list[int]:
-        """Return the numbers of the unallocated clusters of a range where the base has data."""
+        """Return the numbers of the unallocated clusters of a range where the base has data.
+
+        A bad entry of the base counts as data.
+
+        Raises:
+            HostError: The host cannot read a table.
+        """
         end = min(end, self._base_end)
         if start >= end:
             return []

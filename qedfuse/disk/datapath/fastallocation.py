@@ -3,9 +3,9 @@
 Usually the slice is in memory, host space for its write-back is reserved, NEED_CHECK is set,
 and the file can be made long enough without waiting.  Then `FastAllocation` chooses clusters,
 writes the data to them and changes their entries without an await, that is, atomically with
-respect to other tasks.  The slow path must carry out the write if another task holds the range
-lock of these clusters, if tables must be written back first, or if clusters should be
-reclaimed before the file grows.
+respect to other tasks.  Otherwise the slow path must carry out the write.  The slow path must
+also do so if another task holds the range lock of these clusters, if tables must be written
+back first, or if clusters should be reclaimed before the file grows.
 
 The order is the same as on the slow path (`WritePath`): the data is written to the file first,
 and only then the entry that makes the data visible is changed in memory.
@@ -45,8 +45,8 @@ class FastAllocation:
     ) -> None:
         """Allocate for ``layer``, the top of ``chain``.
 
-        ``buffer`` has the length of the longest request on the fast path; every write may
-        overwrite it.
+        The content of new clusters is assembled in ``buffer``, which every write may overwrite.
+        A run that is longer than the buffer and must be assembled is left to the slow path.
         """
         self._layer = layer
         self._flattened = chain.flattened
@@ -74,26 +74,29 @@ class FastAllocation:
         """
         tables = self._layer.tables
         index = first & (tables.slice_entries - 1)
-        base = first << self._bits
+        run_start = first << self._bits
+        length = count << self._bits
         if not (
             slice_ is not tables.empty_slice
             and tables.is_reserved(slice_)
             and self._needcheck.is_set
-            and self._is_unlocked(base, base + (count << self._bits))
+            and self._is_unlocked(run_start, run_start + length)
             and self._is_within_budget()
         ):
             return False
-        length = count << self._bits
         # Read the base, and find out whether the write would block, before the allocation.
-        # After the allocation a failure of these steps would release the run, and a released
-        # run no longer counts as never written.
-        shown = self._read_base(slice_.entries[index], base, length) if len(data) < length else 0
+        # If one of these steps failed after the allocation, the run would have to be released.
+        # A released run no longer counts as never written, so its next owner would have to
+        # write all of it.
+        shown = (
+            self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
+        )
         if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
             return False
         run = self._space.try_allocate(count)
         if run is None:
             return False
-        if not self._fill(run, start - base, data, shown):
+        if not self._fill(run, start - run_start, data, shown):
             self._space.release(run)
             return False
         offset = run.offset
@@ -103,8 +106,10 @@ class FastAllocation:
         self._needcheck.note_change()
         return True
 
-    def _read_base(self, entry: int, base: int, length: int) -> int | None:
-        """Read the backing data of clusters at guest offset ``base`` into the buffer.
+    def _read_base(self, entry: int, start: int, length: int) -> int | None:
+        """Read the backing data of clusters at guest offset ``start`` into the buffer.
+
+        ``entry`` is the common value of the entries of the clusters.
 
         Returns:
             How many bytes were read; the rest of the clusters must become zeros.  None if the
@@ -113,15 +118,15 @@ class FastAllocation:
         if entry != UNALLOCATED or self._flattened is None:
             return 0
         # Leave the backing data of several clusters to the slow path.
-        number = base >> self._bits
+        number = start >> self._bits
         entries = self._layer.tables.slice_entries
         codes = self._flattened.cached(number // entries) if length == self._size else None
         code = MIXED if codes is None else codes[number & (entries - 1)]
         if code <= ZEROS:
             return None if code == MIXED else 0
-        # Do not copy the base past the end of the disk: if the disk grew later, the guest
-        # would read those bytes instead of zeros.
-        shown = min(length, self._layer.size - base)
+        # Do not copy the base past the end of the disk: if another program later grew the disk
+        # without zeroing those bytes, the guest would read them.
+        shown = min(length, self._layer.size - start)
         depth, offset = data_location(code)
         if length > len(self._buffer):
             return None

@@ -5,7 +5,8 @@ would cost several times as much time as its access to the host's file.  No othe
 between the lookup and the read or write, so the fast path needs neither locks nor `Epochs`.
 
 If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
-up.  The caller then starts the request again on the slow path, which reports the error.
+up.  The caller then starts the request again on the slow path, which waits, or reports the
+error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
-"""Maximum bytes in one request on the fast path; requests of the kernel are not longer."""
+"""Maximum bytes of one read on the fast path, and length of its buffer; requests of the kernel are
+not longer."""
 _ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
 
 _MAX_SLICES_PER_SEEK: Final = 64
@@ -78,8 +80,9 @@ class FastPath:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a guest range; return None if that would block or fails.
 
-        Returns None also if the range is empty, is longer than `_MAX_REQUEST_BYTES`, or ends
-        past the end of the disk.  The returned view is valid until the next call of any method.
+        Returns None also if the range is empty, is longer than `_MAX_REQUEST_BYTES`, does not
+        lie within one slice, or ends past the end of the disk.  The returned view is valid until
+        the next call of any method.
         """
         if length > _MAX_REQUEST_BYTES:
             return None
@@ -95,7 +98,7 @@ class FastPath:
         Returns None if the range is empty, is not one run of data within one slice, ends past
         the end of the disk, or needs a slice that is not in memory or has a bad entry.  In a base,
         only a range within one cluster is found.  The result is valid until the caller awaits
-        something.
+        something; if the caller is in an epoch (`Epochs`), until it leaves the epoch.
         """
         end = start + length
         if not length or end > self._layer.header.image_size:
@@ -130,9 +133,9 @@ class FastPath:
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write ``data`` at a guest offset; return False if that would block or fails.
 
-        Returns False also if ``data`` is empty or ends past the end of the disk.  After False a
-        part of the range may have been written, so the caller must write the whole range
-        again on the slow path.
+        Returns False also if ``data`` is empty, does not lie within one slice, or ends past the
+        end of the disk.  After False a part of the range may have been written, so the caller
+        must write the whole range again on the slow path.
         """
         end = start + len(data)
         if not start < end <= self._layer.header.image_size:
@@ -181,8 +184,8 @@ class FastPath:
 
         Returns:
             The guest offset of the data or the hole; the size of the disk if there is none.
-            None if the disk has a base, or if the search meets a slice that is not in memory
-            or has a bad entry, or needs more than `_MAX_SLICES_PER_SEEK` slices.
+            None if a base is open, or if the search meets a slice that is not in memory or has
+            a bad entry, or needs more than `_MAX_SLICES_PER_SEEK` slices.
         """
         size = self._layer.header.image_size
         if self._flattened is not None:
@@ -210,7 +213,7 @@ class FastPath:
         return None
 
     def _is_run(self, entries: array[int], first: int, last: int) -> bool:
-        """Return whether the entries from ``first`` to ``last`` are one run within the slice."""
+        """Return whether the entries ``first`` to ``last``, inclusive, are one run in one slice."""
         return last <= self._slice_mask and self._run_end(entries, first, last) > last
 
     def _run_end(self, entries: array[int], first: int, last: int) -> int:
@@ -229,8 +232,8 @@ class FastPath:
     def _gather(self, start: int, end: int) -> memoryview | None:
         """Read a range within one slice, run by run; return None if that would block or fails.
 
-        Returns None also if the range is not within one slice or ends past the end of the
-        disk.
+        Returns None also if the range is empty, is not within one slice, or ends past the end
+        of the disk.
         """
         if not start < end <= self._layer.header.image_size:
             return None
@@ -258,8 +261,9 @@ class FastPath:
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
         """Return the runs of a guest range within one slice; None if `FastPath` must give up.
 
-        That is so if a needed slice of the flattened backing is not in memory or does not
-        describe the cluster, or if the disk was opened without its base.
+        That is so if the range has an unallocated cluster and the disk was opened without its
+        base, or if the slice of the flattened backing for such a cluster is not in memory or has
+        the code `MIXED` for it.
 
         Each run is a list of its depth in the chain (-1 for zeros), its file offset and its
         length in bytes.

@@ -1,4 +1,4 @@
-"""Changing tables: creates missing L2 tables, and reserves host space for their write-back.
+"""Changing tables: creating missing L2 tables, and reserving host space for changed slices.
 
 Entries change only in memory; `MetadataWriteback` writes the changes to the file.
 """
@@ -66,6 +66,8 @@ class TableWriter:
 
     async def ensure_table(self, l1_index: int) -> int:
         """Return the file offset of the L2 table of an L1 entry; create the table if it is missing.
+
+        The caller must not be in an epoch (`Epochs`): see `SpaceManager.allocate`.
 
         Raises:
             CorruptImageError: The L1 entry is bad.

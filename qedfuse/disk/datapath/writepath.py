@@ -147,7 +147,9 @@ class WritePath:
             start = stop
 
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
-        """Write all bytes of new clusters: the guest's data, and the previous content around it.
+        """Write the guest's data to new clusters, and the previous content around the data.
+
+        If the clusters were never written to and no base shows, only the data is written.
 
         Args:
             kind: The kind of the guest clusters before: unallocated or zero.
@@ -181,9 +183,12 @@ class WritePath:
     async def _previous_content(
         self, start: int, end: int, *, from_base: bool
     ) -> bytes | bytearray:
-        """Return the bytes of the base for a guest range, or zeros unless ``from_base``."""
-        # Do not copy the base past the end of the disk: if the disk grew later, the guest
-        # would read those bytes instead of zeros.
+        """Return the bytes of the base for a guest range; zeros if ``from_base`` is False.
+
+        The part of the range past the end of the disk is returned as zeros.
+        """
+        # Do not copy the base past the end of the disk: if another program later grew the disk
+        # without zeroing those bytes, the guest would read them.
         inside = max(0, min(end, self._layer.size) - start) if from_base else 0
         data = await self._chain.read(start, inside, depth=1)
         return data if start + inside == end else bytes(data) + bytes(end - start - inside)
@@ -220,8 +225,8 @@ class WritePath:
     async def zero_range(self, start: int, end: int, pace: Pace | None = None) -> None:
         """Write zeros over the parts of a guest range that are not known to read as zeros.
 
-        ``pace`` decides when other tasks run: the caller passes its own `Pace` if it calls
-        this for many ranges.
+        ``pace`` decides when other tasks run.  A caller that zeroes many ranges passes its own
+        `Pace` with each of them; None to begin a new one.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.

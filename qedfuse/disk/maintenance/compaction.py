@@ -11,8 +11,8 @@ in use past the target.
 
 The file is cut by the flushes: each flush runs `Reclaim.run`, which cuts off the free clusters
 at the end of the file.  A compaction can end early, because its time is over or because it
-was stopped.  Even then the file can be cut after the highest cluster that is still in use,
-because the highest clusters move first.
+was stopped.  Even then the moves so far usually let the file become shorter, because the highest
+clusters move first.
 
 `qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.
 """
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_MOVES_PER_PASS: Final = 1 << 20
-"""Maximum number of clusters whose owners are found in one pass over the tables; one pass takes
-up to 32 MiB of memory."""
+"""Maximum number of clusters in use past the target of one pass.  Their owners are found together,
+which takes up to 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
 """Maximum number of L2 tables in an image that is compacted; with clusters and tables of the
@@ -132,8 +132,8 @@ class Compaction:
                     await self._shorten(limits, counter, within_bound=within_bound)
         except CorruptImageError as error:
             # `build_reverse_map` has found an entry that is no multiple of the cluster size, or
-            # a cluster with two owners.  End the compaction before such a cluster is moved,
-            # because only one of the two owners would point to the copy.
+            # a cluster with two owners.  Such a cluster must not be moved, because only one of
+            # the two owners would point to the copy.  So the compaction ends here.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
             self._layer.mark_damaged()
         finally:
@@ -141,7 +141,7 @@ class Compaction:
         return counter.moved
 
     def stop(self) -> None:
-        """End the running compaction; later compactions end before they move a cluster.
+        """End the running compaction, if any; later compactions end before they move a cluster.
 
         Clusters that have been moved stay moved.
         """

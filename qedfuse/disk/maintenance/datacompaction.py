@@ -35,7 +35,7 @@ class MoveCounter:
         """Start at 0.
 
         ``progress`` is called with the number of bytes that have been moved, and with the
-        number that will probably be moved in all.
+        number that will probably be moved in all.  None to report nothing.
         """
         self.moved = 0
         self._progress = progress
@@ -51,7 +51,7 @@ class MoveCounter:
         self.moved += clusters
         if self._progress is not None:
             # The number of moves can exceed the expected one, because a data cluster that
-            # gives way to a table is moved twice.
+            # gives way to a table may move twice.
             total = max(self._expected, self.moved)
             self._progress(self.moved << self._bits, total << self._bits)
 
@@ -88,7 +88,7 @@ class DataCompaction:
     async def move(
         self, first: int, counter: MoveCounter, *, last: int | None = None, limited: bool = False
     ) -> None:
-        """Move the data clusters from ``first`` on, the highest first, durably.
+        """Move the data clusters from ``first`` on, durably, in batches, the highest batch first.
 
         Args:
             first: The lowest cluster that moves.
@@ -97,7 +97,8 @@ class DataCompaction:
                 ones.  Otherwise the clusters from ``first`` up to, not including, ``last``
                 move to free ones from ``last`` on.
             limited: Whether to stop reading tables once all owners are found, and to flush
-                more often.  If so, no table must lie at or past ``first``.
+                more often.  If so, no table should lie at or past ``first``: its clusters would
+                count as clusters whose owners are still missing, so all tables would be read.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a

@@ -4,7 +4,8 @@ Without precautions, three things could be read in the added range instead of ze
 
 - Bytes past the end of the disk in its last cluster.  These bytes are overwritten with zeros.
 - Table entries past the end of the disk.  Growing is refused if such an entry is bad or refers
-  to data.  If the user has forced the growth, clusters of data are deallocated instead.
+  to data.  If the user has forced the growth, clusters of data are deallocated instead; a bad
+  entry is refused even then.
 - Data of a base that is longer than the disk.  Zero clusters hide it.
 
 These changes are made durable before the new size is written.
@@ -56,8 +57,8 @@ class DiskGrowth:
                 end refer, instead of raising an error.
 
         Raises:
-            CorruptImageError: A table entry for the added range is bad, or refers to data
-                without ``force``; the disk has its old size.
+            CorruptImageError: A table entry for the added range is bad, or refers to data and
+                ``force`` is False; the disk has its old size.
             HostError: The host refused; the disk has its old size.
         """
         async with self._size.lock:
@@ -78,8 +79,8 @@ class DiskGrowth:
         the disk would be read, so zero clusters hide this data.
 
         Raises:
-            CorruptImageError: A table entry for the range is bad, or refers to data without
-                ``force``.
+            CorruptImageError: A table entry for the range is bad, or refers to data and
+                ``force`` is False.
             HostError: The host refused.
         """
         geometry = self._layer.geometry

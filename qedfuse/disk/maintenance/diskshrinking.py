@@ -1,4 +1,4 @@
-"""Shrinking and emptying a disk: clusters past an end, or all, are removed with their tables.
+"""Shrinking and emptying a disk: clusters past the new end, or all, are removed with their tables.
 
 Shrinking has three steps, each durable before the next one begins:
 
@@ -140,7 +140,8 @@ class DiskShrinking:
     async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, so that the disk shows only its base, durably.
 
-        After that all tables are removed, and the free clusters are cut off or punched.
+        After that all tables that refer to no data are removed, and the free clusters are cut
+        off or punched.
 
         Args:
             progress: Called with how much work is done and how much there is, in any unit.
@@ -171,8 +172,8 @@ class DiskShrinking:
     async def _drop_tables(self, first: int) -> None:
         """Remove the tables of the L1 entries from index ``first`` on, except those with data.
 
-        Zero clusters in these tables are lost.  Tables with bad entries stay as well.  The
-        caller must ensure that no slice is dirty.
+        The zero clusters of the removed tables are lost.  A table with a bad entry is not
+        removed either.  The caller must ensure that no slice is dirty.
 
         Raises:
             HostError: The host refused; some of the tables may have been removed.
@@ -193,7 +194,7 @@ class DiskShrinking:
         """Remove the table of an L1 entry, unless the table is needed.
 
         Does nothing if the L1 entry is bad, or if an entry of the table is bad or refers to
-        data.
+        data.  The L1 entry must not be 0.
 
         Raises:
             HostError: The host refused.

@@ -66,10 +66,10 @@ class DiskSize:
             self._layer.geometry.max_image_size,
         )
         if shrink and size > old:
-            msg = f"{name}: size: found {size}, expected at most {old}: no growing"
+            msg = f"{name}: size: found {size}, expected at most {old}, the present size"
             raise UsageError(msg)
         if size < old and not shrink:
-            msg = f"{name}: size: found {size}, expected at least {old}: no shrinking"
+            msg = f"{name}: size: found {size}, expected at least {old}, the present size"
             raise UsageError(msg)
         if size % SECTOR or not 0 <= size <= max_size:
             msg = f"{name}: size: found {size}, expected a multiple of {SECTOR} up to {max_size}"

@@ -65,6 +65,8 @@ class Mover:
     async def move_table(self, l1_index: int, table: int, slot: int) -> None:
         """Move the L2 table of an L1 entry to other clusters, durably.
 
+        The caller must ensure that no slice of the table is dirty or pinned.
+
         Args:
             l1_index: Index of the L1 entry.
             table: The first cluster of the table.
@@ -99,7 +101,7 @@ class Mover:
     async def move_data(
         self, entries: NDArray[np.uint64], above: int | None, moved: Callable[[int], None]
     ) -> None:
-        """Move the clusters that L2 entries refer to.
+        """Move the clusters that L2 entries refer to; the next flush makes the moves durable.
 
         Args:
             entries: File offsets of the entries.
@@ -196,7 +198,9 @@ class Mover:
             done, value = done + clusters, value + run.length
 
     async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file; copy holes as holes, because a table can be a 1 GiB hole.
+        """Copy bytes within the file, and holes as holes if the host can punch holes.
+
+        A table can be a hole of 1 GiB, and writing its zeros would take long.
 
         Raises:
             HostError: The host refused; the target may be partly written.

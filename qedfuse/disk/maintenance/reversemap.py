@@ -56,7 +56,7 @@ async def build_reverse_map(
         high: File offset just past the last cluster.
         expected: How many such entries a sound image has; the reading ends after the table
             in which the last of them was found.  With None all entries of the image are read
-            and validated.
+            and validated: an invalid one marks the image as damaged, even outside the range.
 
     Raises:
         CorruptImageError: An entry does not point to the start of a cluster, or two entries

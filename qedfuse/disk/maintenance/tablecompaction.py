@@ -87,6 +87,8 @@ class TableCompaction:
         """
         target = self._data.target(pass_moves)
         if max_moves is not None and target > self._data.target():
+            # The limit has raised the target, perhaps to a cluster within a table.  Moving that
+            # table as a whole could exceed the limit, so the table must not be moved.
             target = self._after_table(target)
         if self._end_of_tables() <= target:
             return target

@@ -54,9 +54,9 @@ async def change_backing_name(
     forbids probing the format of the base; ``raw`` is ignored if the name is empty.
 
     Raises:
-        HostError: The host refused.  The image names the old base.  Only if the host refused
-            the new header or its datasync, the image may name the new base: after a power
-            failure, or if the host also refuses to restore the old header.
+        HostError: The host refused.  The image names the old base, with one exception.  If
+            the host refused the new header or its datasync, the image may name the new base
+            after a power failure, or if the host also refuses to restore the old header.
     """
     # The caller has written the content that the image needs with its new base.  That content
     # must be durable before the name is.

@@ -138,7 +138,7 @@ class _Reader:
         return found
 
     def _check_descriptor(self, descriptor: Descriptor) -> None:
-        """Validate the numbers in the descriptor, which say how much must be read.
+        """Validate the numbers in the descriptor, before they decide how much is read.
 
         Raises:
             BadListError: A number is out of its range.
@@ -283,7 +283,7 @@ def expand_runs(runs: Runs) -> Values:
 
 
 async def add_runs(free_map: FreeMap, runs: Runs) -> None:
-    """Add clusters to a map; their ``runs`` must ascend and not touch each other."""
+    """Add the clusters of ``runs`` to a map; the runs must ascend and not touch each other."""
     first = runs[:, 0].astype(np.int64) + free_map.shift
     end = first + runs[:, 1].astype(np.int64)
     # Adding a single run takes three microseconds.  So all runs that lie within one block of

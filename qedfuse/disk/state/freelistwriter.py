@@ -35,13 +35,14 @@ class DescriptorEraser:
     """Erases the descriptor of the list that an image had when it was opened.
 
     Attributes:
-        erased: Whether the image had no list, or the descriptor of its list has been erased.
+        erased: Whether no descriptor needs to be erased, either because the image had no list
+            when it was opened, or because `erase` has succeeded.
     """
 
     def __init__(
         self, file: HostFile, header_store: HeaderStore, writeback: MetadataWriteback
     ) -> None:
-        """Erase, later, the descriptor of the list that the header announces now, if any."""
+        """Prepare to erase the descriptor of the list that the header announces now, if any."""
         self._file = file
         self._header_store = header_store
         self._writeback = writeback
@@ -82,7 +83,7 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     ):
         # Another program, which does not know the feature bit of the list, may have put its
         # own data into the sector.  That data must not be overwritten.
-        found = "something else"
+        found = "unknown data"
     if found:
         msg = f"{file.name}: free list: found {found} in {where}, expected unused bytes"
         raise UsageError(msg)
@@ -95,13 +96,14 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
     The order among these writes does not matter, because no program reads the list while the
     bit is clear.
 
-    The list takes no further space, because it lies in the lowest free clusters.  There are
-    always enough free clusters: each run has at least one, and a list cluster holds many runs.
+    The list does not make the file longer, because it lies in the lowest free clusters.  There
+    are always enough free clusters: each run has at least one, and a list cluster holds many
+    runs.
 
     Args:
-        file: The image, which must end with its last cluster in use.
+        file: The image, which must end where its last cluster in use ends.
         header: The image's header, with the bit clear.
-        runs: The free clusters, at least one and at most `MAX_RUNS` runs.
+        runs: The free clusters as ascending runs: at least one, at most `MAX_RUNS`.
 
     Raises:
         HostError: The host refused; the image is sound, and has no list.

@@ -55,7 +55,7 @@ class NeedCheck:
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """Change tables inside the ``async with`` block.
+        """Write the bit, unless it is set; the caller may change tables inside the block.
 
         The bit is written before the block is entered, without a datasync.  Nevertheless the
         bit is durable before any table changes in the file, because each write-back cycle
@@ -106,9 +106,10 @@ class NeedCheck:
         """
         await self._flusher.flush()
         if self._layer.damaged:
-            # The file may have grown over the target of an entry that pointed past the end of
-            # the file.  Such an entry would look valid to the next program that opens the
-            # image.  So the bit stays set to demand a check, which finds the entry.
+            # For example, an entry may have pointed past the end of the file, and the file may
+            # have grown over the target of this entry since.  Such an entry would look valid to
+            # the next program that opens the image, and this program would not know that the
+            # image is damaged.  So if the bit is set, it stays set, to demand a check.
             return not self._header_store.value.need_check
         if self._changes_under_way or (
             self._header_store.persisted and not self._header_store.value.need_check

@@ -12,7 +12,8 @@ next open scans the tables.  A clean close writes a list again, if the options s
                      list and descriptor -> datasync -> set the bit -> datasync
 
 If no cluster was allocated or freed while the image was open, the list still contains exactly
-the free clusters.  Then no scan is needed, and the close writes the old descriptor back.
+the free clusters.  Then no scan is needed.  If the first write has erased the descriptor, the
+close writes the old descriptor back.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class MetadataWriteback:
     """Makes changes of one image durable, in the order that the durability rules demand.
 
     Attributes:
-        failure: The error that made the disk read-only; None while it accepts writes (D7).
+        failure: The error that made the disk read-only (D7); None if no error has done so.
         cycles: How many cycles have begun.
     """
 
@@ -126,7 +126,7 @@ class MetadataWriteback:
     def has_changed_tables(self) -> bool:
         """Whether any table was changed since the image was opened.
 
-        Also True while a cycle is running that writes no table.
+        Also True while any cycle is running, even one that writes no table.
         """
         return self._table_writes > 0 or self.dirty_tables
 
@@ -157,7 +157,8 @@ class MetadataWriteback:
         Raises:
             HostError: The host refused.  After a failed write the changes are still dirty, and
                 the next call tries again.  After a failed datasync the state of the host's
-                page cache is unknown, so all later calls fail as well (D7).
+                page cache is unknown, so all later calls fail as well (D7).  So do all calls
+                after a cycle that was ended by an unforeseen exception.
         """
         self._check()
         if self._written == self._durable:
@@ -228,11 +229,11 @@ class MetadataWriteback:
         #    were written before the entries were changed, so one datasync makes them
         #    durable before any entry that depends on them (D2, D3).
         await self._sync_or_give_back(l2 + l1)
-        # 2. L2 entries, and a datasync before the L1 entries are written.  Without this
-        #    datasync a crash could leave an L1 entry that points to a new table without some
-        #    of the table's entries.  No promise of D6 would break, because step 1 has made the
-        #    zeros in the new table durable.  But a table must be complete before it becomes
-        #    visible (D2).
+        # 2. L2 entries, and a datasync, which makes them durable before the L1 entries are
+        #    written.  Without this datasync a crash could leave an L1 entry that points to a
+        #    new table without some of the table's entries.  No promise of D6 would break,
+        #    because step 1 has made the zeros in the new table durable.  But a table must be
+        #    complete before it becomes visible (D2).
         if l2:
             await self._write(l2, dependents=l1)
             await self._sync_or_give_back(l1)
