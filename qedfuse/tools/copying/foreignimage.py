@@ -63,8 +63,9 @@ async def foreign_image(
     except OSError as error:
         raise cannot_open(path, error) from error
     try:
-        # "./" is put before a relative name, because qemu-img would take "a:b/c" for a protocol
-        # and "-a" for an option.
+        # `join` puts "./" before the path, unless the path is absolute.  Without "./", qemu-img
+        # would take a path that begins with "a:" for the protocol "a", and a path that begins
+        # with "-" for an option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
         # qemu-img creates the image under its final name, because some formats store the name
         # of the file in the file.

@@ -33,8 +33,8 @@ class Backup:
 
     Attributes:
         path: Path of the backup; the first call of `save` may append a number.
-        complete: Whether all ranges are saved and durable; False until `finish` has saved them,
-            and always False if no range was saved.
+        complete: Whether all ranges are saved and durable; False until `finish` has made them
+            durable, and always False if no range was saved.
     """
 
     def __init__(self, path: str, image: os.stat_result) -> None:

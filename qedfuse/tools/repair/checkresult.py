@@ -31,8 +31,9 @@ class CheckResult:
         dry: Whether the plan was only made, and nothing was changed.
         needs_force: Whether `repair` would refuse this plan without ``force``; set only if
             ``dry``.
-        leaks_kept: Whether a repair did not reclaim the leaked clusters, or would not reclaim
-            them if ``dry``, because they may hold data that this or an earlier repair lost.
+        leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that
+            this or an earlier repair lost.  If ``dry``, whether a repair would keep leaked
+            clusters for this reason; then also True if no cluster is leaked now.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 

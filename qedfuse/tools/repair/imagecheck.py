@@ -96,13 +96,13 @@ async def repair(
 ) -> CheckResult:
     """Check an image, and then repair its tables or reclaim its leaked clusters.
 
-    Leaked clusters are reclaimed only if the image has no errors (the persistent free list
-    included), because an invalid entry may have been meant to point to one of these clusters.
-    With ``all`` leaked clusters are also kept by a repair of errors, and by each later call as
-    long as the first backup exists (``.before-repair`` without a number).  The reason is that
-    the clusters of cleared entries are leaked after a repair, and hold all that is left of the
-    lost data.  When clusters are reclaimed, other clusters are moved into their space, so that
-    the file becomes shorter and has no holes.
+    Leaked clusters are reclaimed only if the image has no errors, because an invalid entry may
+    have been meant to point to one of these clusters.  Errors of the persistent free list count
+    as well.  With ``all``, a call that repairs errors keeps leaked clusters too, and so does each
+    later call as long as the first backup exists (``.before-repair`` without a number).  The
+    reason is that the clusters of cleared entries are leaked after a repair, and hold all that
+    is left of the lost data.  To reclaim clusters, the highest clusters of the file are moved
+    into their space, and the file is truncated.
 
     Args:
         path: The image; no other program may have the image open.
@@ -142,8 +142,9 @@ async def repair(
             after = (await repair_image(file, header)).after
         elif keeps and header.need_check:
             # There are no errors, and leaks are kept because of the backup of an earlier
-            # repair.  NEED_CHECK is still set if that repair was interrupted after it had
-            # written all entries.  This call only clears NEED_CHECK.
+            # repair.  NEED_CHECK can still be set, for example because that repair was
+            # interrupted after it had written all entries.  As there are no errors,
+            # `repair_image` only clears NEED_CHECK here and drops the persistent free list.
             after = (await repair_image(file, header)).after
         if not keeps and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
@@ -170,7 +171,7 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was restored.
-        UsageError: The backup is damaged or incomplete.  Nothing was restored.
+        UsageError: The file is no backup, or is damaged or incomplete.  Nothing was restored.
         QedError: The image or the backup cannot be opened, or the host refused.  The undo
             can be run again.
     """
@@ -240,8 +241,12 @@ def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> 
 def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
     """Refuse a repair for which the host has too little space.
 
+    A repair needs at most as much space as the bytes that it writes, and at most as much as the
+    bytes by which the file becomes longer.  The written bytes can be fewer because a copy can
+    have holes, and the added bytes can be fewer because some writes replace entries in place.
+
     Raises:
-        NoSpaceError: The repair makes the file longer by more bytes than are free.
+        NoSpaceError: Both numbers are higher than the number of free bytes.
     """
     host = os.fstatvfs(file.fd)
     available = host.f_bavail * host.f_frsize
@@ -272,13 +277,16 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
         file: The image, open for writing and locked; stays open.
         path: Path of the image.
         progress: Called with the bytes moved so far, and the bytes to move in all.
+
+    Raises:
+        QedError: The host refused.
     """
     header = await read_header(file)
     # The close need not compact, because `Disk.compact` is called below.
     options = OpenOptions(writable=True, compact="off")
-    # The disk gets a duplicate of the descriptor, because it closes its descriptor at the end
-    # and ``file`` must stay open.  That close does not release the lock, because the lock
-    # belongs to the open file description, which ``file`` keeps open.
+    # The disk gets a duplicate of the descriptor, because the disk closes its descriptor at the
+    # end, and ``file`` must stay open.  The close of the duplicate does not release the lock,
+    # because the lock belongs to the open file description, which ``file`` keeps open.
     duplicate = PosixFile(os.dup(file.fd), path, writable=True)
     disk = Disk(duplicate, header, [], options, make_store(options.cache_bytes), path)
     async with disk.serving():

@@ -33,8 +33,10 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
     """Restore all bytes that a repair changed, and the length of the image.
 
     This is correct only if nothing has changed the image since the repair.  So before anything
-    is written, all saved ranges are compared with the image.  If a range differs, an error is
-    raised and nothing is written.  After a crash the undo can be run again.
+    is written, all saved ranges (the header among them) and the length of the image are compared
+    with the backup.  If one of them shows a change that the repair did not make, an error is
+    raised and nothing is written.  A change of other bytes, such as data that a guest has
+    written, is not detected.  After a crash the undo can be run again.
 
     Args:
         file: The image, open for writing and locked.
@@ -45,7 +47,9 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
-        UsageError: The file is no backup, or is not complete.  Nothing was written.
+        UsageError: The file is no backup, or is damaged or incomplete.  Nothing was written.
+        ImageError: The backup is not a regular file, or a header in it is invalid.  Nothing was
+            written.
         HostError: The host refused.
     """
     backup = _BackupReader(backup_path)
@@ -58,8 +62,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: _BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    Because of the order of the writes, the undo can be run again after a crash, and no read
-    returns the data of another cluster meanwhile.
+    Because of the order of the writes, the undo can be run again after a crash, and until then
+    no entry points to a copy that the repair has made for another entry.
     """
     count = 0
     for saved in backup.ranges():

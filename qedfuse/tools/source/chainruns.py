@@ -1,8 +1,8 @@
 """How a whole chain stores a range of the disk, as arrays: the runs of each layer combined.
 
-Where the upper layers store nothing, the disk reads as the next layer below.  One call
-returns at most the range that a few reads of tables describe, so a disk of any size takes
-little memory.  For speed, numpy processes whole arrays instead of single entries.
+Where the upper layers store nothing, the disk reads as the next layer below.  One call returns
+a limited number of runs, so a disk of any size takes little memory.  For speed, numpy processes
+whole arrays instead of single entries.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class ChainRuns:
     def count_bad(self) -> int:
         """Return the number of `BAD` runs.
 
-        The range of one invalid table entry is more than one run if a run of a lower layer
-        begins within the range.
+        This can be more than the number of invalid table entries, because the range of an
+        invalid entry is split where a run of a lower layer begins or ends.
         """
         return int((self.kinds == BAD).sum())
 
@@ -102,8 +102,8 @@ class ChainRunReader:
     ) -> AsyncGenerator[ChainRuns, None]:
         """Yield the runs of a range of the disk in order, in batches.
 
-        Adjacent runs are also joined across two batches.  Yields nothing if the range is empty
-        or begins at or past the end of the disk.
+        No run except a `BAD` run is split between two batches.  Yields nothing if the range is
+        empty or begins at or past the end of the disk.
 
         Args:
             start: Guest offset in bytes where the range begins.
@@ -171,11 +171,11 @@ def _overlaid(
         above: Runs of the upper layers.
         depths: Depth of the layer that stores each run of ``above``.
         below: Runs of the lower layer, from the beginning of the first unallocated run of
-            ``above`` to the end of the last unallocated run, or to the end of the lower layer
-            or of a shorter layer above it.
+            ``above``.  They end with the last unallocated run of ``above``, or already at the
+            end of the lower layer or of a shorter layer above it.
         depth: Depth of the lower layer.
-        below_is_partial: Whether ``below`` ends earlier, because one call returns a limited
-            number of runs.  The result then ends where ``below`` ends.
+        below_is_partial: Whether ``below`` ends before that offset, because one call returns a
+            limited number of runs.  The result then ends where ``below`` ends.
 
     Returns:
         The combined runs, and the depth of the layer that stores each run.

@@ -1,8 +1,9 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range need not be read if the extents show that the range is zeros, or that both disks store
-the range as the same bytes of the same file.  Such a range is left out of the chunks, unless it
-is too short to be worth a second chunk, or the caller wants all ranges (``include_zeros``).
+A range need not be read if the extents show that the range is zeros (if there are two disks,
+zeros on both), or that both disks store the range as the same bytes of the same file.  Such a
+range is left out of the chunks, unless it is too short to be worth a second chunk, or the caller
+wants all ranges (``include_zeros``).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 MAX_CHUNK_BYTES: Final = 4 << 20
 """Maximum length of a chunk; large enough that the cost per chunk is negligible."""
 
-_MAX_BRIDGED_HOLE_BYTES: Final = 1 << 18
-"""Maximum length of a hole inside a chunk; a longer hole separates two chunks.
+_MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
+"""Maximum length of a gap inside a chunk; a longer gap separates two chunks.
 
-A short hole is put into the chunk, because it costs less than a second chunk.
+A gap is a range that need not be read.  A short gap is put into the chunk, because that costs
+less than a second chunk.
 """
 
 
@@ -82,8 +84,8 @@ class Chunker:
             source: The disk.
             block_size: Bytes in a block.  Each chunk begins at a multiple of this size, and
                 ends at a multiple of this size or at the end of the disk.
-            max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this
-                length.
+            max_chunk_bytes: Maximum length of a chunk, a multiple of ``block_size``; no chunk
+                crosses a multiple of this length.
             base: Another disk to read beside ``source``; None for none.  A long range that
                 both disks store as the same bytes of the same file is in no chunk.
             include_zeros: Whether to put all ranges into chunks, even zeros and ranges that
@@ -162,7 +164,7 @@ class Chunker:
 def _aligned(
     ranges: Iterable[tuple[int, int]], block_size: int, start: int, end: int
 ) -> Iterable[tuple[int, int]]:
-    """Widen ranges to whole blocks, and join ranges with a short hole between them.
+    """Yield the ranges, widened to whole blocks, and joined if the gap between them is short.
 
     Args:
         ranges: Guest offsets (start, end), ascending and without overlaps.
@@ -173,7 +175,7 @@ def _aligned(
     first = last = start
     for left, right in ranges:
         begin, stop = left - left % block_size, min(right + -right % block_size, end)
-        if begin > last + (_MAX_BRIDGED_HOLE_BYTES if last > first else 0):
+        if begin > last + (_MAX_BRIDGED_GAP_BYTES if last > first else 0):
             if last > first:
                 yield first, last
             first = begin

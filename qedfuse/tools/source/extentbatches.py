@@ -31,8 +31,8 @@ class ExtentBatch(NamedTuple):
         end: Guest offset in bytes where the range ends.
         extents: The extents of the disk in the range, in order and without gaps.
         base_extents: The extents of the other disk in the range, in order and without gaps.
-            They end earlier if the other disk does; empty if there is no other disk, or if it
-            ends before the range.
+            They end earlier if the other disk ends within the range.  Empty if there is no
+            other disk, or if it ends at or before ``start``.
     """
 
     start: int

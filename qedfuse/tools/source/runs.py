@@ -1,8 +1,9 @@
 """How one layer of a chain stores a range of the disk, as arrays of runs.
 
 `Layer.lookup` makes an object for each extent, which is too slow for a full disk with millions
-of extents.  So this module classifies all entries of a slice of a table together with numpy,
-and joins them into runs.
+of extents.  So this module reads up to 256 KiB of an L2 table at a time, classifies all entries
+together with numpy, and joins them into runs.  In a raw file it also finds the holes, which
+`RawLayer.lookup` reports as data.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BAD: Final = 4
 _MAX_TABLE_READ_BYTES: Final = 1 << 18
 """Maximum number of bytes of a table in one read, and so in one array."""
 _MAX_TABLE_READS_PER_CALL: Final = 4
-"""One call searches for runs at most this often, each time with at most one read of an L2 table."""
+"""Maximum number of reads of L2 tables in one call of `QedRunReader.read`."""
 _MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
 """Maximum number of runs of a raw file that one call returns."""
 
@@ -111,9 +112,9 @@ class QedRunReader:
     async def _in_table(self, table_offset: int, start: int, end: int) -> Runs:
         """Return the runs that one read of an L2 table describes.
 
-        If the entries begin with a hole of the file that is at least as long as one read, or
-        covers all entries of the range, nothing is read.  The entries in the hole are 0, so
-        they become an `UNALLOCATED` run.
+        If the entries begin with a hole of the file that is at least `_MAX_TABLE_READ_BYTES`
+        long, or covers all entries of the range, nothing is read.  The entries in the hole are
+        0, so they become an `UNALLOCATED` run.
 
         Args:
             table_offset: File offset of the table.
@@ -190,7 +191,7 @@ class RawRunReader:
         has at least one run.
 
         Raises:
-            HostError: The host refused.
+            HostError: The host cannot search the file for holes.
         """
         starts: list[int] = []
         kinds: list[int] = []

@@ -47,9 +47,12 @@ class Source(Protocol):
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, as extents in order and without gaps.
 
-        The extents may cover only the beginning of the range, so that the list has a limited
-        length.  The list is empty only if the range is empty, or begins at or past the end of
-        the disk.
+        The extents end at the end of the disk at the latest.  They may cover only the beginning
+        of the range, so that the list has a limited length.  The list is empty only if the
+        range is empty, or begins at or past the end of the disk.
+
+        An invalid table entry raises no error, but gives an extent of kind `Kind.BAD`.  The file
+        offset and the depth of an extent are meaningful only for the kind `Kind.DATA`.
 
         Raises:
             HostError: The host cannot read a file.
@@ -120,7 +123,9 @@ async def open_source(
     format: FormatChoice = "auto",  # noqa: A002  the term of qemu-img
     options: OpenOptions | None = None,
 ) -> AsyncIterator[Source]:
-    """Open a disk for reading; close it at the end of the ``async with`` block.
+    """Open and lock a disk for reading; close it at the end of the ``async with`` block.
+
+    A block device is not locked.
 
     Args:
         path: A QED image, or a regular file or block device with raw content.
@@ -129,7 +134,8 @@ async def open_source(
 
     Raises:
         UsageError: The format is ``auto`` and the file is an image of a foreign format.
-        QedError: The file or a base cannot be opened or locked, or a base is not trusted.
+        QedError: The file or a base cannot be opened or locked, the header of one of them is
+            invalid, or the backing policy refuses a base.
     """
     options = options or OpenOptions()
     if format == "auto":

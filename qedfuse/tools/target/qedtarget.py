@@ -44,7 +44,10 @@ class _TableSlice:
         self.slice_index = -1
 
     def take_writes(self) -> list[Write]:
-        """Return the write of the slice and clear the entries; no write if all entries are 0."""
+        """Return the write of the slice and clear the entries.
+
+        The list is empty if all entries are 0.
+        """
         if not self.entries.any():
             return []
         content = self.entries.byteswap() if _BIG_ENDIAN else self.entries.copy()
@@ -60,7 +63,8 @@ class NewQedTarget(ParallelTarget):
     table and one slice of an L2 table are in memory, whatever the geometry.
 
     Attributes:
-        end: Length of the file so far, in bytes.
+        end: Length in bytes that the file needs for the tables and clusters that have been
+            assigned so far; `finish` gives the file this length.
     """
 
     def __init__(self, descriptor: int, header: Header, backing: bytes, name: str) -> None:
@@ -78,9 +82,9 @@ class NewQedTarget(ParallelTarget):
         self._header = header
         self._backing = backing
         # Each chunk must lie within the range of one slice of an L2 table, because
-        # `assign_offsets` changes the entries of one slice only.  The chunks do, because a
-        # chunk crosses no multiple of `max_chunk_bytes`, which is a power of two and at most
-        # the range of a slice, also a power of two.
+        # `assign_offsets` changes the entries of one slice only.  A chunk of several clusters
+        # does, because it crosses no multiple of `max_chunk_bytes`, which is a power of two and
+        # at most the range of a slice, also a power of two.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -91,9 +95,9 @@ class NewQedTarget(ParallelTarget):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign adjacent offsets at the end of the file to the data clusters of a chunk.
 
-        The entries are set in the table slices in memory.  If the chunk is the first in the
-        range of a slice, the write of the previous slice, which is complete, is returned as
-        well.  The list is empty if the chunk has neither data nor zeros.
+        The entries are set in the table slices in memory.  The list has a write for the data,
+        if the chunk has any.  If the chunk needs another slice than the chunks before it, the
+        previous slice is complete, and its write comes first.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
@@ -125,8 +129,8 @@ class NewQedTarget(ParallelTarget):
     def _select_slices(self, start: int) -> list[Write]:
         """Begin the L1 and L2 slices for a guest offset; return the writes of the previous slices.
 
-        The list is empty if the slices have begun already.  If the L1 entry points to no L2
-        table yet, a table is allocated at the end of the file.
+        The list is empty if the offset lies in the present L2 slice, and at the first call.  If
+        the L1 entry points to no L2 table yet, a table is allocated at the end of the file.
         """
         l2_slice = (start >> self._geometry.cluster_bits) // self._slice_length
         if l2_slice == self._l2.slice_index:
@@ -178,7 +182,7 @@ class ExistingQedTarget(SequentialTarget):
         """Write to an open disk that is at least as large as the source."""
         self._disk = disk
         self.block_size = disk.header.cluster_size
-        self._written_end = 0  # guest offset up to which data is written or discarded
+        self._written_end = 0  # guest offset up to which the disk is written or discarded
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
         """Discard the zeros between the previous chunk and this chunk, then write this chunk.
@@ -194,7 +198,7 @@ class ExistingQedTarget(SequentialTarget):
         await self._discard(start + len(view))
 
     async def finish(self, size: int) -> None:
-        """Discard everything from the last chunk up to ``size``, and make the image durable."""
+        """Discard all from the end of the last chunk up to ``size``; make the image durable."""
         await self._discard(size)
         await self._disk.flush()
 

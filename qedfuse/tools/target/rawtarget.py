@@ -134,7 +134,7 @@ class ExistingRawTarget(SequentialTarget):
         await trio.to_thread.run_sync(perform_writes, self.descriptor, writes, self.name)
 
     async def finish(self, size: int) -> None:
-        """Zero the file from the last chunk up to ``size``; call fsync(2) if ``durable``."""
+        """Zero the file from the end of the last chunk up to ``size``; fsync(2) if ``durable``."""
         await self._zero(self._written_end, size)
         if not self._durable:
             return

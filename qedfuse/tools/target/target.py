@@ -44,8 +44,10 @@ class ParallelTarget(ABC):
     performed in any order.
 
     Attributes:
-        block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
+        block_size: Bytes in a block; each block of a chunk is stored as data, as zeros, or not
+            at all.
         max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this length.
+            If a block is longer, each chunk is one block.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -78,8 +80,8 @@ class ParallelTarget(ABC):
     def finish(self, size: int) -> None:
         """Give the file its metadata and length for a disk of ``size`` bytes; may block.
 
-        The caller must have performed all writes.  Nothing is made durable here, because
-        `qedfuse.hostio.newfile.NewFile.commit` makes the whole file durable.
+        The caller must have performed all writes.  Nothing is made durable here.  A caller that
+        wants a durable file calls `qedfuse.hostio.newfile.NewFile.commit` afterwards.
 
         Raises:
             QedError: The file cannot be completed.
@@ -92,6 +94,7 @@ class SequentialTarget(ABC):
     Attributes:
         block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
         max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this length.
+            If a block is longer, each chunk is one block.
     """
 
     block_size: int
