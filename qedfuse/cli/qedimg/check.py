@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg check -r all --dry-run vm.qed"
 DESCRIPTION: Final = """\
-Find damage and leaked space, and print a line for each finding.  Findings that are
-unusual but harmless are printed as notes.  Only the image itself is read, never its
-base.
+Find damage and leaked space, and print a line for each finding, but at most 50 of the
+same kind.  Findings that are unusual but harmless are printed as notes.  Only the image
+itself is read, never its base.
 
 -r leaks frees leaked space: it moves the highest clusters of the file into the free
 ones and shortens the file.  It does not change an image that has damage.
 
--r all repairs damage.  It copies a cluster with several owners, so that each owner has
-its own, and clears each entry that points nowhere.  It lists the ranges of the disk
-whose content is lost or doubtful.  Before it changes anything it saves the old content
-in IMAGE.before-repair, and --undo with this file reverts the repair unless something
-else has changed the image since.  If a repair is interrupted, run it again.
+-r all repairs damage.  If several table entries point to one cluster, each entry but the
+first gets a copy of it.  An entry that points nowhere is cleared.  The ranges of the disk
+whose content is lost or doubtful are listed.  Before anything is changed, the old content
+of all that will change is saved in IMAGE.before-repair (IMAGE.before-repair.2 and so on if
+that exists).  --undo with this file reverts the repair if nothing else has changed the
+image since.  If a repair is interrupted, run it again.
 
 After -r all has repaired damage, the clusters that cleared entries pointed to are
 leaked, and may hold your data.  Therefore the same run frees no space, and exits with 3
@@ -41,10 +42,10 @@ if clusters are leaked.  Look at the disk, but only read it: a mount for writing
 leaked space.  When you no longer need the leaked clusters, free them with -r leaks.  -r all
 frees them only if the image has no damage and IMAGE.before-repair does not exist.
 
-If nothing in an image is in use, or far more clusters are leaked than in use, the header
-may be damaged, and a repair could overwrite data.  Then -r leaks and -r all need
---force.  -r all also needs --force if the repair would write far more data than the file
-has."""
+If no data cluster of a damaged or leaking image is in use, or if far more clusters are
+leaked than in use, the header may be damaged, and a repair could overwrite data.  Such a
+repair needs --force.  -r all also needs --force if the repair would write more than 64 MiB
+and more than the file takes up."""
 
 SOUND: Final = 0
 FAILED: Final = 1
@@ -77,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="repair even if the repair writes far more data than the file has, or if far more "
-        "clusters are leaked than in use",
+        help="repair even if the repair writes more than 64 MiB and more than the file takes up, "
+        "or if the header may be damaged",
     )
     parser.add_argument(
         "--undo", metavar="FILE", help="revert the repair that saved the old content in FILE"
@@ -121,7 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
     """Return the result of the fast check, or None if the full check is needed.
 
-    The fast check cannot repair, and gives up at the first entry that is not valid.
+    The full check is needed to repair and to undo, and for an image that may have an error or a
+    leak or has a free list.
     """
     if arguments.repair is not None or arguments.undo is not None:
         return None
@@ -130,7 +132,7 @@ def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckResult:
-    """Return the result of the full check, of a dry run, of a repair, or of its reversal."""
+    """Return the result of the full check, of a dry run, of a repair, or of an undo."""
     from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  imported late: --help must not load it
 
     path, level, share = arguments.image, arguments.repair, arguments.force_share
@@ -196,7 +198,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
 
 
 _ADDED_KEYS: Final = ("file_clusters", "listed_clusters", "counts", "findings")
-"""The keys of `CheckReport.as_json` that are printed in addition to qemu-img's keys."""
+"""The keys of `CheckReport.as_json` that are printed too, with dashes in place of underscores."""
 
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
@@ -206,7 +208,7 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
         print_line(arguments, line)
     # Only the first findings of each code are kept, but `counts` counts all.  Leaked clusters are
-    # left out of both numbers, because one finding stands for all leaked clusters.
+    # left out of `counted` and `shown`, because one finding stands for all leaked clusters.
     counted = sum(before.counts.values()) - before.leaks
     shown = sum(item.code.value != "leaked-clusters" for item in before.findings)
     hidden = counted - shown
@@ -271,7 +273,7 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print the state of the image at the end, in counts."""
+    """Print the state of the image after the check, repair or undo, and its numbers."""
     after, total = result.after, result.total_clusters
     # L2 entries that cannot refer to a data cluster are not counted here, unlike in the JSON.
     used = after.allocated_clusters

@@ -23,9 +23,9 @@ empty the overlay.  A base that is smaller than the overlay grows.  The disk of 
 overlay has the same content at any moment; after an interruption, run the same command
 again.
 
-With -b the data of the overlay and of the images between the overlay and BASE, a lower
-file of the chain, is written into BASE.  The overlay is not emptied then, and the images
-between the overlay and BASE become invalid.
+With -b, BASE is a lower file of the chain.  The data of the overlay and of the images
+between the overlay and BASE is written into BASE.  The overlay is not emptied then, and
+the images between the overlay and BASE become invalid.
 
 A base that is written to must have no other overlays, because these become invalid."""
 
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-b",
         "--base",
         metavar="BASE",
-        help="commit to this lower file of the chain, not to the next one; implies -d",
+        help="write into this file of the chain instead of the overlay's own base; implies -d",
     )
     parser.add_argument(
         "-d",
         "--keep",
         action="store_true",
-        help="do not empty the overlay, which you delete afterwards",
+        help="do not empty the overlay, for example because you will delete it",
     )
     common.add_backing(parser)
     common.add_progress(parser)

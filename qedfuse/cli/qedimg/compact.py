@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg compact -p vm.qed"
 DESCRIPTION: Final = """\
 Move the highest clusters of an image into free clusters and shorten the file, until no
-cluster is free.  Data clusters that hold only zeros are not freed.  The image is sound
-at any moment.  After an interruption the clusters that were already moved stay at their
-new offsets."""
+cluster is free, or a table that would have to move fits into no run of free clusters.
+Data clusters that hold only zeros are not freed.  The image is sound at any moment.
+After an interruption the clusters that were already moved stay at their new offsets."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

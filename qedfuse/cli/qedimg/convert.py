@@ -27,8 +27,8 @@ DESCRIPTION: Final = """\
 Copy the disk of SOURCE into a new file TARGET.  A source with backing files becomes
 one image, unless -B names a base for the new image.  SOURCE is a QED image, a raw file
 or a block device, or - for raw content from standard input.  TARGET is a file, or - for
-raw content to standard output.  Zeros take no space in TARGET, unless -S is 0.  For a
-TARGET in a format other than raw and qed, qemu-img must be installed."""
+raw content to standard output.  Long runs of zeros take no space in TARGET (see -S).
+For a TARGET in a format other than raw and qed, qemu-img must be installed."""
 
 _MAX_STREAMS: Final = 16
 """Maximum of the option ``-m``: the number of chunks that are copied in parallel."""
@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=common.size,
         default=4096,
-        help="write a run of zeros as data if it is shorter than SIZE; 0: write all as data (4K)",
+        help="write a run of zeros as data if it is shorter than SIZE; 0: write all zeros as data "
+        "(4K)",
     )
     parser.add_argument(
         "-m",
@@ -133,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
 
         result = run_async(work)
-    if arguments.verbose and result.file_bytes:  # 0 if the target is stdout
+    if arguments.verbose and result.file_bytes:  # 0 if the target is a pipe
         print_line(
             arguments,
             f"{printable(arguments.target)}: disk of {result.size} bytes, of which "

@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 
 EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
-Create an empty image.  With -b the image is an overlay: ranges that were never written to it
-are read from the base.  The name of the base is stored unchanged; a relative name is
-resolved from the directory of the image.  SIZE defaults to the size of the base."""
+Create an empty image.  With -b the image is an overlay: ranges of its disk that were never
+written are read from the base.  The name of the base is stored unchanged; a relative name
+is resolved from the directory of the image.  SIZE defaults to the size of the base."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

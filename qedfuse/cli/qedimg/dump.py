@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg dump l2 0 vm.qed"
 DESCRIPTION: Final = """\
-Show the fields of the header, or the entries in use of a table: of the L1 table, or of
-the L2 table that L1 entry N points to.  For each entry a verdict is shown: ok, zeros, reserved,
-unaligned, past the end, cut short, or over metadata.  Adjacent entries that point to
+Show the fields of the header, or the entries of a table that are not 0: of the L1 table,
+or of the L2 table that L1 entry N points to.  For each entry a verdict is shown: ok, zeros,
+reserved, unaligned, past the end, cut short, or over metadata.  Adjacent entries that point to
 adjacent offsets, or have the same value, are shown as one range.
 
 The command is made for broken images, and shows invalid fields and entries as well."""
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "l1_index",
         metavar="N",
         nargs="?",
-        help="the index of the L1 entry that points to the table",
+        help="only for l2: the index of the L1 entry that points to the table",
     )
     parser.add_argument("image", metavar="IMAGE")
     common.add_output(parser)

@@ -24,8 +24,8 @@ drops the list.  An image with a list is opened without a scan for free space.  
 is an extension of the format: QEMU refuses an image that has one, and accepts the image
 again after "off".
 
-"on" finds the free clusters, and writes no list if no cluster is free.  A mount with
-default options keeps the list up to date."""
+"on" finds the free clusters, and writes no list if no cluster is free.  A mount for
+writing with default options writes a new list when it ends, if the image had a list."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.force_share and arguments.action != "show":
         msg = f"-U: freelist {arguments.action} needs an image that no other program has open"
         raise UsageError(msg)
-    with progress(arguments, "Scanning"):  # the scan reports no progress
+    with progress(arguments, "Scanning"):  # shows no percentage, because the scan reports none
         info = run_async(_work, arguments)
     if arguments.output == "json":
         print_json(_as_json(arguments.image, info))

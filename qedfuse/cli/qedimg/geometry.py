@@ -61,12 +61,15 @@ def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
         "-F",
         "--base-format",
         choices=("raw", "qed"),
-        help="format of BASE; qed is detected, raw is not",
+        help="format of BASE; without -F, BASE must be QED",
     )
 
 
 def _items(options: Iterable[str]) -> Iterator[str]:
-    """Yield the items of ``-o``: a comma separates items, and two stand for one in a value."""
+    """Yield the items of the values of ``-o``.
+
+    Commas separate items, and two commas stand for one comma in an item.
+    """
     for text in options:
         for item in text.replace(",,", "\0").split(","):
             yield item.replace("\0", ",")
@@ -75,7 +78,7 @@ def _items(options: Iterable[str]) -> Iterator[str]:
 def find_base(options: Iterable[str]) -> str | None:
     """Return the last value of the key ``backing_file`` in ``-o``; None without this key.
 
-    qemu-img has this key for every format that can have a base.
+    This finds every base, because qemu-img has this key for each format that can have a base.
     """
     names = [item.partition("=")[2] for item in _items(options) if item.startswith("backing_file=")]
     return names[-1] if names else None

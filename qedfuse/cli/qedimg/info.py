@@ -77,7 +77,8 @@ async def _chain(arguments: argparse.Namespace, form: FormatChoice) -> list[Imag
 def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
     """Read the tables and the free list, as far as needed; return None if neither is needed.
 
-    The tables are needed for ``--allocation``, and the free list if the image has one.
+    The tables are needed for ``--allocation``, and the free list if the image has one.  For a
+    raw file neither is needed.
     """
     if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
         return None

@@ -21,7 +21,7 @@ _FEATURE_FIELDS = {"features": "incompatible", "compat_features": "compatible",
 
 
 def as_text(image: ImageInfo, details: Details | None) -> str:
-    """Return the description of an image, in lines that begin like qemu-img's.
+    """Return the description of an image, of which the first lines have qemu-img's form.
 
     ``details`` are None if the tables and the free list were not read.
     """

@@ -39,7 +39,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "rebase": "give an overlay another base, or none",
     "commit": "write an overlay's data into its base",
     "compact": "make the file as short as possible",
-    "freelist": "show, keep or drop the list of free space in an image",
+    "freelist": "show, write or drop the list of free clusters in an image",
     "dump": "show the header or a table, entry by entry",
 }
 """The summary of each subcommand, in the order of ``--help``."""
@@ -64,7 +64,8 @@ _FAILED: Final = 1
 _MIN_OWN_CODE: Final = 12
 """Minimum `QedError.exit_code` with which qedimg exits.
 
-qedimg replaces a lower code by `_FAILED`, because lower codes mean something else in qemu-img.
+qedimg replaces a lower code by the subcommand's code for a failure, because lower codes mean
+something else in qemu-img.
 """
 _BUG: Final = 70
 """The exit code for an exception that no subcommand foresees."""
@@ -150,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
-    # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  Its functions
-    # are not used here.
+    # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  qedimg calls
+    # none of its functions, so one thread is enough.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     own_process = argv is None
     if own_process:
@@ -167,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
     """Run the command and return its exit code; print a line for a failure.
+
+    No line is printed if the reader of the output has closed the pipe.
 
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
@@ -232,7 +235,10 @@ def _unknown(name: str) -> str:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Return ``error``; of an exception group, the first `QedError` or else the first error."""
+    """Return ``error``; from an exception group, return one of its errors.
+
+    That is the first `QedError`, or the first error if the group has no `QedError`.
+    """
     while isinstance(error, BaseExceptionGroup):
         preferred = error.subgroup(QedError) or error
         error = preferred.exceptions[0]

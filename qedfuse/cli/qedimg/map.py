@@ -106,7 +106,8 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
         sys.stdout.write(HEADS[arguments.output])
         has_extents = False
         for text in fast_map.lines(as_json=as_json, name=printable(arguments.image)):
-            # Each extent in JSON begins with a comma, which is removed from the first one.
+            # In JSON the text of each extent begins with a comma, which the first extent must
+            # not have.
             sys.stdout.write(text if has_extents or not as_json else text.removeprefix(",\n"))
             has_extents = has_extents or bool(text)
             on_progress(fast_map.reached, fast_map.size)

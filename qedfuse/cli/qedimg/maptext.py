@@ -28,7 +28,11 @@ class Writer(Protocol):
         """Return a batch of extents as text."""
 
     def tail(self, start: int) -> str:
-        """Return the end of a list, possibly an empty one, that begins at offset ``start``."""
+        """Return the end of the list, whose beginning (`HEADS` of `map`) the caller prints.
+
+        ``start`` is the offset of the disk where the list begins.  It is used only if the list
+        is empty.
+        """
 
 
 class HumanWriter:
@@ -45,8 +49,9 @@ class HumanWriter:
         depths = batch.depths[data].tolist()
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
-        # qemu-img prints a zero without "0x", as C's %#x does.  Only an extent at the
-        # beginning of the disk can have a zero offset, so other batches are not searched.
+        # qemu-img prints a zero without "0x", as C's %#x does.  Only the extent at guest offset
+        # 0 can have a zero in a column, so other batches are not searched.  No other extent has
+        # file offset 0, where a QED image has its header, and a raw file its guest offset 0.
         return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:
@@ -87,7 +92,7 @@ class JsonWriter:
 
 
 _KINDS: Final = 8
-"""Greater than any kind of extent, so that ``depth * _KINDS + kind`` stands for both."""
+"""Greater than any kind of run, so that ``depth * _KINDS + kind`` stands for both."""
 
 
 def _json_line(depth: int, kind: int) -> str:

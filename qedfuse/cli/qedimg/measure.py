@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg measure --cluster-size 1M disk.raw"
 DESCRIPTION: Final = """\
-Compute two lengths: of the file that "qedimg convert" would make of SOURCE with the same
-options, and of the same file after the whole disk has been written to.  SOURCE is read
-to find ranges of zeros.  With --size in place of SOURCE the lengths are those for a new,
-empty disk."""
+Compute two sizes: of the file that "qedimg convert" would make of SOURCE with the same
+options, and of the same file after the whole disk has been written to.  The first size of
+a raw copy does not count the holes of the file.  SOURCE is read to find ranges of zeros.
+With --size in place of SOURCE the sizes are those for a new, empty disk."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=common.size,
         default=4096,
-        help="count a run of zeros as data if it is shorter than SIZE; 0: count all as data (4K)",
+        help="count a run of zeros as data if it is shorter than SIZE; 0: count all zeros as data "
+        "(4K)",
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -58,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and print the lengths; return 0."""
+    """Measure, and print the sizes; return 0.
+
+    Raises:
+        UsageError: An option is invalid, or options contradict each other.
+        QedError: The source or the base cannot be opened or read.
+    """
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  imported late: --help must not load it
 
     take_options(arguments, "-B")

@@ -25,9 +25,9 @@ def print_line(arguments: argparse.Namespace, text: str) -> None:
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
-    """Print a value as JSON in qemu-img's layout, in ASCII.
+    """Print a value as JSON in qemu-img's layout, in ASCII; also if ``-q`` was given.
 
-    File names that are not valid UTF-8 are escaped as lone surrogates.
+    Bytes of file names that are not valid UTF-8 are escaped as lone surrogates.
     """
     import json  # noqa: PLC0415  imported late: text output must not load it
 
@@ -65,6 +65,8 @@ def print_error(message: str) -> None:
 
 def finish_output(code: int, failed: int = _FAILED) -> int:
     """Flush stdout and return the exit code.
+
+    If stdout cannot be written to, the reason is printed to stderr, except for a closed pipe.
 
     Returns:
         ``code`` if everything was written or ``code`` is not 0.  Otherwise `BROKEN_PIPE` if

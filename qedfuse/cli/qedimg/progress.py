@@ -31,8 +31,8 @@ class Meter:
     """Shows how much of the work is done.
 
     The first call of `report` may come late, because an image may be checked or scanned for
-    free space before the work begins.  Therefore a thread shows the bar after the delay even
-    if `report` has not been called.
+    free space before the work begins.  Therefore, if there is a delay, a thread shows the bar
+    after the delay even if `report` has not been called.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class Meter:
     ) -> None:
         """Show a ``bar`` after ``delay_seconds``, or print ``lines`` of percentages, or neither.
 
-        A bar is shown rather than lines if both are requested.
+        A bar is shown rather than lines if both are requested.  Without a delay (0) the first
+        call of `report` shows the bar, and no thread is started.
         """
         self._label = label
         self._bar = bar
@@ -99,7 +100,7 @@ class Meter:
                 self._progress.stop()
 
     def _draw(self) -> None:
-        """Show or update the bar; do nothing if another thread is drawing or the bar is removed."""
+        """Show or update the bar; do nothing if another thread is drawing or `close` was called."""
         # The caller of `report` must not wait for the other thread.  If that thread is still
         # drawing, this update is skipped, and a later one shows the progress.
         if not self._drawing.acquire(blocking=False):

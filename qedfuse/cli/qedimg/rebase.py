@@ -22,8 +22,9 @@ Give an overlay another base, or none.  The disk of the overlay keeps its conten
 data of the old base is copied into the overlay where the two bases differ.  At any moment
 the overlay names one of the two bases, and its disk has the same content.
 
-With -u only the name of the base changes, and neither base is opened.  Use it if the base
-was moved, or was replaced by a file with the same content."""
+With -u only the name and the format of the base change.  Nothing is compared or copied, and
+neither base need exist.  Use -u if the base was moved, or was replaced by a file with the
+same content."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-F",
         dest="base_format",
         choices=("raw", "qed"),
-        help="format of the new base; qed is detected, raw is not",
+        help="format of the new base; without -F the base must be QED; -u requires -F, except for "
+        'the BASE ""',
     )
     parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
-    parser.add_argument("-u", "--unsafe", action="store_true", help="change only the name")
+    parser.add_argument(
+        "-u", "--unsafe", action="store_true", help="change only the name and the format"
+    )
     common.add_backing(parser)
     common.add_progress(parser)
 

@@ -25,8 +25,8 @@ T = TypeVar("T")
 class Interruption:
     """Turns the first signal into a cancellation or a KeyboardInterrupt.
 
-    Later signals are ignored.  A second signal would interrupt the cleanup that the first
-    signal has started, and so leave temporary files and dirty images behind.
+    Later signals are ignored, because a second signal would interrupt the cleanup that the
+    first signal has started, and so leave temporary files and dirty images behind.
 
     Attributes:
         has_signal: Whether a signal has arrived.
@@ -42,6 +42,7 @@ class Interruption:
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """Cancel the function that `run` is running, or raise if `run` is not active.
 
+        If `run` is active and its function has not begun or has ended, only `has_signal` is set.
         A signal after the first does nothing.
 
         Raises:
@@ -122,7 +123,7 @@ def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
 def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
     """Handle signals in the block: the first signal cancels the function that `run_async` runs.
 
-    If no function is running, the first signal raises KeyboardInterrupt.  SIGUSR1, which by
+    If `run_async` is not active, the first signal raises KeyboardInterrupt.  SIGUSR1, which by
     default ends a process, is ignored unless `progress` handles it.
 
     Yields the block's `Interruption`, whose `has_signal` says whether a signal has arrived.
