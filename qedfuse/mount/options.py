@@ -48,7 +48,7 @@ class MountOptions:
         compact_seconds: Approximate maximum time in seconds that ``compact=auto`` takes for all
             images together.
         poll_seconds: Maximum time in seconds for which the server polls for the next request; 0
-            for no polling; None for the default of the machine.
+            to poll only once; None for the default of the machine.
         readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
             length; None for the default of qedfuse (`qedfuse.mount.system.readahead`).
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.

@@ -13,9 +13,9 @@ trace.  At the end, the steps have this order:
 
 The meaning of a signal depends on the phase.  Before the mount is ready, a signal cancels the
 session.  While the disks are served, a signal unmounts (`qedfuse.mount.shutdown`).  While the
-disks are being closed, a signal only ends the compaction, which may take long, so a second signal
-never prevents a clean close.  After the disks are closed, the process ignores signals until it
-exits.
+disks are being closed, a signal only ends the compaction, because the compaction may take long.
+So no signal prevents a clean close.  After the disks are closed, the process ignores signals until
+it exits.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ static unsigned long generation; /* number of the session; counts up when it beg
 typedef struct {
     PyObject_HEAD
     fuse_req_t request; /* NULL once it has been answered */
-    unsigned long generation;
+    unsigned long generation; /* of the session from which the request came */
 } Request;
 
 /* Returns the request, which the caller must answer; NULL if it was answered or its session has

@@ -20,11 +20,14 @@ _log = logging.getLogger(__name__)
 _ATTR_TIMEOUT_SECONDS: Final = 86400.0
 """How long the kernel may cache attributes.
 
-A long time is safe, because attributes change only by requests of the kernel.  The exception is
-``st_blocks``: after a change of ``st_blocks``, the server invalidates the attributes that the
-kernel has cached.  A short time would be slow: before a write, the kernel requests attributes
-that have expired, and it ignores the reply if another write has ended in the meantime.  So with
-many concurrent writes the kernel would request the attributes again and again."""
+A long time is safe, because attributes change only by requests of the kernel, with two
+exceptions.  After a change of ``st_blocks``, the server invalidates the attributes that the
+kernel has cached.  Writing tables changes the times of the image file, but not the content of the
+disk, so the kernel may keep the older times.
+
+A short time would be slow.  Before a write, the kernel requests attributes that have expired, and
+it ignores the reply if another write has ended in the meantime.  So with many concurrent writes
+the kernel would request the attributes again and again."""
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
 """How long the kernel may cache attributes with ``force_share``, because another program may
 change the image then."""

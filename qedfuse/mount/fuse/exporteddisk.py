@@ -36,8 +36,8 @@ class ExportedDisk:
         slow_writes: The number of write requests in progress on the slow path.
         blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
             if the kernel has none cached.
-        read_only: Whether this disk alone is read-only, because it is a backing file of another
-            disk of the mount.  False in a read-only mount, where all disks are read-only.
+        read_only: Whether this disk is read-only in a writable mount, because its image is a
+            backing file of another disk of the mount.  False in a read-only mount.
         overrun: Whether a write from the kernel's cache, which began before the end of the disk,
             went past the end, and the error has not been reported to a writer yet.
         fixup_size: The size in bytes by which `SizeFixup` is replacing the size that the kernel

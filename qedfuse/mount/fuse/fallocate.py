@@ -184,7 +184,7 @@ class FallocateLseek:
             # The disk stays larger, but the kernel gets an error in place of a reply with the
             # new size.  So the size that the kernel has cached must be corrected.
             self._size_fixup.request(exported)
-            with suppress(OSError):
+            with suppress(OSError):  # the kernel may have forgotten the inode
                 pyfuse3.invalidate_inode(exported.inode, attr_only=True)
             raise
 

@@ -63,7 +63,7 @@ class SchedulerStatistics:
     Attributes:
         ready: Requests that had arrived before a task waited for them.
         polled: Requests that arrived while the descriptor was polled.
-        slept: How often the event loop slept until a request arrived.
+        slept: How often the event loop slept to wait for a request.
         yields: How often all other runnable tasks were let run.
         failed_polls: How often the descriptor was polled for the full time without a request.
     """
