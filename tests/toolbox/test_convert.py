@@ -347,7 +347,7 @@ MISTAKES: Final = {
     "raw-over-qed": ("-n -O raw a.raw base.qed", "base.qed: found a QED image, expected raw"),
     "image-pipe": ("top.qed -", "-: found a pipe, which can only be written with -O raw"),
     "foreign-option": ("-O qcow2 -o nonsense=1 a.raw x", "x: qemu-img: Invalid parameter 'non"),
-    "foreign-help": ("-O qcow2 -o help a.raw x", "x: -o help: found that qemu-img makes none,"),
+    "foreign-help": ("-O qcow2 -o help a.raw x", "x: -o help: found that qemu-img makes no file,"),
     "foreign-extents": (
         "-O vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=ide a.raw x",
         "x: -o subformat=twoGbMaxExtentFlat,adapter_type=ide: found that qemu-img makes 2 files",

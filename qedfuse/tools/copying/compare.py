@@ -43,9 +43,10 @@ class Comparison:
     Attributes:
         identical: Whether the content is equal, and with ``strict`` also the sizes and the
             allocation.
-        reason: What differs: with ``strict`` the size if the sizes differ; otherwise what
-            differs at the lowest guest offset, the content or, with ``strict``, the
-            allocation.  None if the disks are identical.
+        reason: What differs first.  ``size``: the sizes differ, so nothing else was compared;
+            only with ``strict``.  ``content``: the bytes at ``offset``.  ``allocation``: at
+            ``offset`` only one disk stores data, and before ``offset`` the content is equal;
+            only with ``strict``.  None if the disks are identical.
         offset: Guest offset of the first difference in bytes; None if the disks are
             identical or ``reason`` is the size.
         sizes: Sizes of the two disks in bytes.
@@ -79,8 +80,8 @@ async def compare(
     sizes = first.size, second.size
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
-    # `extent_batches` ends at the end of its first argument's disk.  So the first argument
-    # must be the longer disk, or the rest of the longer disk would not be compared.
+    # `extent_batches` ends where its first disk ends.  So the longer disk is passed first.
+    # Otherwise the part of the longer disk past the end of the shorter one would be left out.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search(longer, shorter)
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])
@@ -108,8 +109,8 @@ async def compare(
 async def verify_copy(source: Source, copy: Source, name: str) -> None:
     """Read a copy back and compare it with its source; raise an error if they differ.
 
-    An existing target may be longer than the source.  Its old content past the end of the
-    source was not overwritten, and is not compared.
+    An existing target may be longer than the source.  The old content past the end of the
+    source was not overwritten, so a difference there is ignored.
 
     Args:
         source: The disk that was copied.
@@ -186,8 +187,8 @@ def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None
 
     Args:
         one: Extents of a range of the disk, without gaps.
-        other: Extents of the same range, without gaps; may end earlier, or be empty.  There
-            the other disk has no data.
+        other: Extents of the same range, without gaps.  They end earlier, or the list is empty,
+            if the other disk ends earlier.  Past its end a disk has no data.
     """
     ends = {extent.end: None for extent in (*one, *other)}
     extents = [iter(one), iter(other)]

@@ -46,7 +46,8 @@ class ConvertResult:
     Attributes:
         size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
-        data_bytes: Bytes of the disk that were written as data.
+        data_bytes: Bytes of the disk that were copied as data.  Zeros that a file would not
+            store do not count, even if the target is a pipe, which receives all zeros.
     """
 
     size: int
@@ -114,6 +115,8 @@ class Conversion:
     async def to_existing(self) -> ConvertResult:
         """Write over the content of an existing file, image or device.
 
+        If the target is longer than the disk, its content past the end of the disk stays.
+
         Raises:
             UsageError: The target is smaller than the disk or of another format, or the
                 arguments name a backing file or a foreign format.
@@ -142,11 +145,12 @@ class Conversion:
             overwrite: Replace an existing file.
 
         Raises:
-            UsageError: The file exists and ``overwrite`` is False, a backing file is named
-                for a format other than QED, or a foreign format cannot be made or compared.
+            UsageError: The file exists and ``overwrite`` is False, or is no regular file; a
+                backing file is named for a format other than QED; the geometry is invalid or
+                too small for the disk; or a foreign format cannot be made or compared.
             BackingError: The backing file cannot be used, or leads to the target itself.
-            ImageInUseError: The old file is open elsewhere, or another file has taken its
-                name during the copy.
+            ImageInUseError: The old file is open elsewhere, or another file has taken the name
+                of the old file during the copy.
             QedError: The source cannot be read, the file cannot be written, or the comparison
                 found a difference.
         """
@@ -185,8 +189,8 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            # Nothing is written back early, because written data is then dropped from the
-            # page cache, and qemu-img reads the whole raw file next.
+            # Write-behind is off, because it would drop the raw file from the page cache, and
+            # qemu-img reads the whole raw file next.
             write_behind = "off"
         copy = DiskCopy(
             self._input,
@@ -225,7 +229,7 @@ class Conversion:
             The bytes of the disk, the length of the file, and the bytes written as data.
 
         Raises:
-            UsageError: The target is a QED image or smaller than the disk.
+            UsageError: The target is an image of any format, or is smaller than the disk.
         """
         if probe_format(self._path) == "qed":
             msg = (
@@ -247,7 +251,8 @@ class Conversion:
     def _refuse_too_small(self, size: int) -> None:
         """Raise UsageError if the source is larger than ``size``, the bytes of the target.
 
-        The size of a stream is unknown.  So if the source is a stream, nothing is refused.
+        Does nothing if the source is a stream, whose size is unknown.  `convert` refuses such a
+        source for an existing target.
         """
         if self._source is not None and size < self._source.size:
             msg = f"{self._name}: size: found {size}, expected at least {self._source.size}"
@@ -255,7 +260,10 @@ class Conversion:
 
     @asynccontextmanager
     async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:
-        """Yield the target for an empty file, and the open base of the target or None."""
+        """Yield the target for the empty file ``fd``, and the base of the target or None.
+
+        The base is open until the end of the block.
+        """
         spec = self._spec
         if spec.format == "raw":
             yield NewRawTarget(fd, self._name, spec.sparse_size), None

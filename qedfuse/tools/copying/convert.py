@@ -54,18 +54,20 @@ async def convert(
         durable: Make a new file durable before it gets its name, and an existing file or
             device before this function returns.  An existing image is always made durable,
             and a pipe never.
-        streams: Maximum number of chunks that are copied at the same time, 1 to 16.
-        options: How to open the source, the backing file and an existing target; None for the
-            defaults.
+        streams: Maximum number of chunks that are copied at the same time, 1 to 16.  Has an
+            effect only if the source is no pipe and the target is a new file.
+        options: How to open the source, the backing file and an existing image as the target;
+            None for the defaults.
         progress: Called with the guest offset that the copy has reached, and the size of the
             disk.  For a pipe as the source, whose size is unknown, both are the bytes read so
             far.
 
     Raises:
         UsageError: The arguments contradict each other, do not fit the kind of the source or
-            of the target, or name the same file twice.
-        ImageInUseError: The old file is open elsewhere, or another file has taken its name
-            during the copy.
+            of the target, or name the same file twice.  Or the target exists and may not be
+            replaced, or cannot hold a disk of this size.
+        ImageInUseError: The source, the target or the file to replace is in use by another
+            program, or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The source cannot be read, the target cannot be written, or the comparison

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     WriteBehindMode = Literal["wait", "if fast", "off"]
 
 DEFAULT_STREAMS: Final = 4
-"""Maximum number of chunks that are copied at the same time, unless the user chooses another."""
+"""Maximum number of chunks copied at the same time, unless the user chooses another maximum."""
 
 _MAX_BUFFER_BYTES: Final = 64 << 20
 """Maximum size of all buffers together, unless the buffers for a single chunk need more.
@@ -50,7 +50,8 @@ class DiskCopy:
     """One copy of a disk.
 
     Attributes:
-        data_bytes: Bytes of the disk that were written as data so far.
+        data_bytes: Bytes of the disk that were copied as data so far.  If the target writes
+            nothing, the bytes that would have been written.
     """
 
     def __init__(
@@ -68,15 +69,17 @@ class DiskCopy:
         Args:
             source: The disk to copy.
             target: The target to copy to.
-            base: The target's backing disk, which is read wherever the target stores nothing;
-                only clusters that differ from it are written.  None if the target has none.
+            base: The target's backing disk.  Only clusters that differ from the backing disk
+                are written.  None if the target has no backing disk.
             sparse_size: Minimum length in bytes of a run of zeros that is not written as
-                data; 0 writes all zeros as data.  With a base every other value means the
-                same: each cluster of zeros that differs from the base becomes a zero cluster.
+                data; 0 writes all zeros as data.  Only runs inside a chunk are measured:
+                blocks of zeros at an end of a chunk, and zeros in no chunk, are not written
+                as data unless the value is 0.  With a base all values except 0 mean the same:
+                each cluster of zeros that differs from the base becomes a zero cluster.
             write_behind: How the data of a parallel target is written back to the host's disk
-                during the copy.  ``wait``: always, and the copy waits for a slow disk,
-                because an fsync follows.  ``if fast``: as long as the disk keeps up.
-                ``off``: the kernel decides.
+                during the copy.  ``wait``: always, and the copy waits for a slow disk, because
+                otherwise the fsync that follows would have to wait for the same data.
+                ``if fast``: as long as the disk keeps up.  ``off``: the kernel decides.
             progress: Called with the guest offset that the copy has reached, and the size of
                 the disk.
         """
@@ -98,6 +101,7 @@ class DiskCopy:
                 for a sequential target, to which one chunk is copied at a time.
 
         Raises:
+            UsageError: The disk is larger than the target can be.
             CorruptImageError: A table entry of the source or of the base is bad.
             BrokenPipeError: The target is a pipe whose reading end is closed.
             QedError: The source or the base cannot be read, or the target cannot be written.
@@ -166,8 +170,9 @@ class DiskCopy:
             # The thread waits until all earlier chunks are written.  Offsets must be assigned
             # in the order of the disk.  The write itself needs no order, but it is also made
             # before the next thread may go on, because the kernel lets only one thread at a
-            # time write to a file.  So the waiting threads sleep here instead of contending
-            # for the lock of the file, and the processor is free for threads that read.
+            # time write to a file.  So the waiting threads sleep here.  If they contended for
+            # the kernel's lock of the file instead, they would take processor time from the
+            # threads that read.
             ticket.wait()
             writes = target.assign_offsets(chunk.start, content.data, data, zeros)
             if target.descriptor >= 0:  # negative in a measurement, which writes nothing
@@ -198,6 +203,9 @@ class DiskCopy:
 
     def _count(self, chunk: Chunk, data: Mask) -> None:
         """Add a copied chunk to `data_bytes` and the progress.
+
+        A worker thread must call this before it finishes the ticket of the chunk, because only
+        one thread at a time may change the counters.
 
         Args:
             chunk: The chunk.

@@ -38,8 +38,8 @@ async def foreign_image(
 
     Args:
         path: Final name of the image.
-        temporary: Path of the temporary file that the complete image replaces; the caller
-            then renames this file to ``path``.
+        temporary: Path of an existing temporary file, which is replaced by the complete image.
+            The caller then renames the image from this path to ``path``.
         wanted: Format of the image, as qemu-img calls the format.
         options: Arguments for ``-o`` of qemu-img.
 
@@ -67,8 +67,9 @@ async def foreign_image(
         # would take a path that begins with "a:" for the protocol "a", and a path that begins
         # with "-" for an option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
-        # qemu-img creates the image under its final name, because some formats store the name
-        # of the file in the file.
+        # The image already has the last component of its final path, because some formats store
+        # the name of the file in the file.  The image lies in a directory of its own, so that
+        # `_try_options` can count the files that qemu-img makes.
         image = os.path.join(".", work_directory, "image", name)  # noqa: PTH118
         os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
         await _try_options(program, path, wanted, words, image)
@@ -116,8 +117,9 @@ async def _try_options(
         msg = f"{name}: format: found {found}, expected one that qemu-img makes ({reason})"
         raise UsageError(msg)
     if any("data_file=" in word for word in words):
-        # The options are not tried, because the trial would write to the data file, which may
-        # be a file of the user.  If the copy failed afterwards, that file would be lost.
+        # The options are not tried, because the trial would overwrite the data file, which may
+        # be a file of the user.  If the copy failed afterwards, the content of that file would
+        # be lost for nothing.
         return
     reason = await _run([*create, *words, image, str(_TRIAL_DISK_BYTES)], image)
     if reason is not None:
@@ -130,7 +132,7 @@ async def _try_options(
         # example, a VMDK of several extents consists of several files, and with "-o help"
         # qemu-img makes no file.
         options = printable(" ".join(words[1::2]))
-        found = f"{len(made)} files" if made else "none"
+        found = f"{len(made)} files" if made else "no file"
         msg = f"{name}: -o {options}: found that qemu-img makes {found}, expected one file"
         raise UsageError(msg)
     os.unlink(image)  # noqa: PTH108  a name, not a Path
@@ -141,7 +143,7 @@ async def _run(command: list[str], image: str) -> str | None:
 
     Args:
         command: Path of qemu-img, and the arguments.
-        image: Temporary name of the image, which is removed from the reason.
+        image: Temporary path of the image, which is removed from the reason.
     """
     completed = await trio.run_process(
         command, capture_stdout=True, capture_stderr=True, check=False

@@ -1,4 +1,4 @@
-"""The format and geometry of a copy, and opening the backing file of the copy."""
+"""The format and geometry of a copy, the target for a new QED image, and opening its base."""
 
 from __future__ import annotations
 
@@ -93,8 +93,9 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
         options: How to open the backing file.
 
     Raises:
-        BackingError: The backing file cannot be opened, is not a regular file, or is not of
-            the format that ``spec`` names.
+        BackingError: The backing file cannot be opened or locked, is not a regular file, or is
+            not of the format that ``spec`` names.  If ``spec`` names no format, a backing file
+            that is not QED is refused.
     """
     path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"

@@ -1,4 +1,4 @@
-"""The space that a copy of a disk needs: exactly the space of the file that `convert` makes."""
+"""The space that a copy of a disk needs, computed by a copy that writes nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def measure(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Return the space for a copy of a disk; read the disk, because zeros take no space.
+    """Return the space for a copy of a disk; read the whole disk, because zeros take no space.
 
     Args:
         path: A QED image, a raw file or a block device.
@@ -79,8 +79,9 @@ async def measure(
             of the disk.
 
     Raises:
-        UsageError: The format is not ``raw`` or ``qed``, or the geometry is invalid or too
-            small for the disk.
+        UsageError: The format of the copy is not ``raw`` or ``qed``, the geometry is invalid or
+            too small for the disk, the name of the backing file cannot be stored, or the
+            source is an image of a foreign format.
         BackingError: The backing file of the copy cannot be used.
         QedError: The source cannot be read.
     """
@@ -105,7 +106,7 @@ async def measure(
 
 
 def _check_format(spec: ImageSpec) -> None:
-    """Raise UsageError for a format that only qemu-img makes."""
+    """Raise UsageError if the format is not ``raw`` or ``qed``."""
     if spec.format not in {"raw", "qed"}:
         found = printable(spec.format)
         msg = f"-O: found {found}, expected raw or qed (qemu-img measure supports others)"

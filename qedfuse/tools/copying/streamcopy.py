@@ -33,12 +33,12 @@ async def copy_stream(
         target: The target to write to.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.
-        raw: Copy the bytes unchanged, even if the first bytes are those of an image.
-        progress: Called with the bytes read so far, twice: the total, which would be the
-            second argument, is unknown.
+        raw: Accept a stream whose first bytes are those of an image.
+        progress: Called with the number of bytes copied so far as both arguments, because the
+            total is unknown.
 
     Returns:
-        The size of the disk in bytes, and how many of its bytes were written as data.
+        The length of the stream in bytes, and how many of the bytes were copied as data.
 
     Raises:
         UsageError: The first bytes are those of an image and ``raw`` is False, or the disk is

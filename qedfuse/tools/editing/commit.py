@@ -8,11 +8,12 @@ moment:
 2. The overlay's data is written into the base.  This changes only those ranges of the base that
    the overlay stores itself, and so hides.  So the overlay reads the same, whether none, some
    or all of the data is written.
-3. The base is made durable.  From now on both files store the same content wherever the overlay
-   stores anything.
-4. Only then do the overlay's entries become unallocated.  Each such entry uncovers a cluster of
-   the base that reads the same, so the entries may change in any order, and some may not change
-   at all.  The overlay's tables and their space are released last.
+3. The base is made durable.  From now on the base reads the same as the overlay wherever the
+   overlay stores anything.
+4. Only then do the overlay's entries become unallocated, unless the overlay is kept.  Each such
+   entry uncovers a cluster of the base that reads the same.  So the entries may change in any
+   order, and an interruption may leave some of them unchanged.  The overlay's tables and their
+   space are released last.
 
 The base itself reads differently as soon as the first byte has been written to it.  This is the
 purpose of a commit, but it corrupts all other overlays over the same base.
@@ -51,9 +52,9 @@ class CommitResult:
         size: Size of the base's disk after the commit.
         bytes_before: Length of the overlay's file before the commit.
         bytes_after: Length of the overlay's file after the commit.
-        free_clusters: Number of clusters in the file of a QED base that are known to be free
-            after the commit, because the options did not allow the commit to fill or cut
-            off all of them; 0 for a raw base.
+        free_clusters: Number of free clusters that the commit has left in the file of a QED
+            base, for example because the options limit the compaction.  0 if the number is
+            unknown, and for a raw base.
         between: Number of images between the overlay and the base.  Each of these images now
             reads as a mixture of its old content and the overlay's content.
     """
@@ -81,21 +82,22 @@ async def commit(
 
     Args:
         path: The overlay.
-        base: A file of the chain below the overlay; the data of all images over this file is
-            written into it.  The overlay is then never emptied, because it would read as the
-            images between it and the base, whose content is now a mixture.  None for the
-            overlay's own base.
+        base: A file of the chain below the overlay.  The data of all images over this file is
+            written into the file, and the overlay is not emptied.  An empty overlay would show
+            the old data of the images between the overlay and the file, if there are any.
+            None for the overlay's own base.
         keep: Do not empty the overlay.
-        options: How to open the overlay and the bases; None for the defaults.
+        options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
+            ignored.  None for the defaults.
         progress: Called with the work done and the whole work, in any unit.
 
     Raises:
         BackingError: The overlay has no base, its chain has no file ``base``, or a base
             cannot be used.
-        CorruptImageError: A table entry of the overlay is bad, or a check found damage.
-        ImageInUseError: Another program has the overlay or the base open, or another file has
-            taken the name of one of them.
-        QedError: A file cannot be opened for writing, or the host refused.
+        CorruptImageError: A table entry of one of the images is bad, or a check found damage.
+        ImageInUseError: Another program has one of the images open, or another file has taken
+            the name of the overlay or of the base.
+        QedError: A file cannot be opened, or the host refused.
 
     After an error the overlay reads the same as before, but the base may have changed.
     """
@@ -106,7 +108,7 @@ async def commit(
             result = await _commit(source, base_file, options, progress)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
     # The overlay is opened without its base.  Otherwise the base would be locked for reading
-    # as long as the overlay is open, so the base could not be opened for writing.
+    # as long as the overlay is open, and could not be opened for writing.
     overlay_options = replace(options, writable=not keep)
     async with open_disk(
         path, overlay_options, inspector=inspect_image, with_bases=False

@@ -68,7 +68,7 @@ class Base(Protocol):
         """Write bytes at a guest offset."""
 
     async def zero(self, start: int, length: int) -> None:
-        """Make a range read as zeros, without using space on the host if the file allows it."""
+        """Make a range read as zeros, where possible without using space on the host."""
 
     async def flush(self) -> None:
         """Make all earlier changes durable."""
@@ -149,8 +149,8 @@ class _RawBase:
 async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     """Open the chain of an overlay, close it again, and return the file of the overlay's base.
 
-    No file is locked here: the open overlay holds its own lock, with which a second lock could
-    conflict, and `open_base` locks the base when it opens the base for writing.
+    No file is locked here.  The overlay is locked already, and a second lock of the same file
+    could conflict.  The base is locked later, when `open_base` opens the base for writing.
 
     Raises:
         BackingError: The overlay has no base, or a base cannot be used.
@@ -176,8 +176,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
     Args:
         base_file: The base.
-        options: How the overlay is opened; the same policy, but without its trusted path,
-            applies to the bases of the base.
+        options: How the overlay is opened.  The same policy applies to the bases of the base,
+            but without its trusted path, which is only for the overlay's own base.
 
     Raises:
         BackingError: The chain below the base cannot be used.
@@ -200,8 +200,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
     """Refuse an open file that is not the file that was opened earlier by the same path.
 
-    Another overlay could have another base, and the policy for bases was not applied to
-    another base.
+    Otherwise a commit could change the wrong file.  Another overlay could have another base, and
+    another base could be a file to which the policy for bases was not applied.
 
     Args:
         path: Path by which both files were opened.
@@ -209,7 +209,7 @@ def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> No
         expected: Attributes of the file that was opened earlier.
 
     Raises:
-        ImageInUseError: They are not the same file.
+        ImageInUseError: The two files are not the same.
     """
     if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
         msg = f"{printable(path)}: found another file than when the path was opened before"

@@ -40,14 +40,21 @@ class CommitSource(Protocol):
         """Return the guest offsets at which the batches of the disk begin."""
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return how the batch that begins at ``start`` is stored, in order and without gaps.
+        """Return how the batch that begins at ``start`` is stored, in order.
+
+        Ranges that no image stores may be missing from the list.
 
         Raises:
             CorruptImageError: A table entry is bad.
+            HostError: The host cannot read a table.
         """
 
     async def read(self, start: int, length: int) -> Buffer:
-        """Read a range of the disk that is stored as data."""
+        """Read a range of the disk that is stored as data.
+
+        Raises:
+            HostError: The host cannot read a file.
+        """
 
 
 class OverlayAlone:
@@ -151,8 +158,8 @@ async def open_upper_images(
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
             base_file = BaseFile(found.path, found.stat(), is_raw, depth)
-            # The base and the layers below the base are closed.  Otherwise their shared locks
-            # would conflict with opening the base for writing.
+            # The base is closed, because its read lock would conflict with opening the base for
+            # writing.  The layers below the base are closed, because only the base needs them.
             for layer in layers[depth - 1 :]:
                 layer.file.close()
             del layers[depth - 1 :]
@@ -188,7 +195,10 @@ def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> 
 
 
 def _is_file(path: str, expected: os.stat_result) -> bool:
-    """Return whether a path leads to the file with given attributes; False if it cannot be read."""
+    """Return whether a path leads to the file with the attributes ``expected``.
+
+    Returns False if the path leads to no file, or cannot be examined.
+    """
     try:
         return os.path.samestat(os.stat(path), expected)  # noqa: PTH116
     except OSError:

@@ -21,8 +21,9 @@ class CompactResult:
         bytes_before: Length of the file before the compaction.
         bytes_after: Length of the file after the compaction.
         moved_clusters: Number of clusters that were moved.
-        free_clusters: Number of free clusters left in the file, because no run of free
-            clusters was long enough for the table that would have had to move.
+        free_clusters: Number of free clusters that the compaction has left in the file, for
+            example because no run of free clusters was long enough for a table that would
+            have had to move.  0 also if the number is unknown.
     """
 
     bytes_before: int
@@ -38,8 +39,10 @@ async def compact(
 ) -> CompactResult:
     """Move the highest clusters of an image into its free clusters, and truncate the file.
 
-    The image is valid at any moment.  Clusters that were moved before an interruption stay
-    moved.  Backing files are not opened, and need not exist.
+    The image is valid at any moment.  Clusters that were moved before an interruption or an
+    error stay moved.  Backing files are not opened, and need not exist.  If the image has too
+    many tables, or the scan for free clusters has failed, nothing is moved, and a warning is
+    logged.
 
     Args:
         path: The image.

@@ -67,24 +67,29 @@ def create(
 
     Args:
         path: Path of the image.
-        size: Bytes of the disk; None for the size of the backing file.
+        size: Bytes of the disk, rounded up to whole sectors.  None for the size of the backing
+            file; refused with ``unsafe``, and without a backing file.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file, absolute or relative to the image's directory; None
             for no backing file.
-        backing_format: Format of the backing file; None accepts only QED, and is refused with
-            ``unsafe``.
+        backing_format: Format of the backing file; None accepts only QED.  With ``unsafe`` None
+            is refused if a backing file is named.
         unsafe: Do not open the backing file, which then need not exist.
         overwrite: Replace an existing file, unless that file is in use as an image.
-        fill: Called with the temporary path of the image, before the image gets its name.
+        fill: Called with the temporary path of the image, before the image gets its name.  If
+            ``fill`` raises an error, no image is created.
 
     Raises:
         UsageError: A size, the geometry or the backing file name is invalid, a size or format
             is missing, or the file exists and ``overwrite`` is False.
-        BackingError: The backing file is missing or not of the given format.
+        BackingError: The backing file cannot be read, has an invalid header or is not of the
+            given format, or the image is among the files of its chain.
+        ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is open elsewhere, or another file has taken its name
             meanwhile.
-        HostError: The host refused, or is full; no file is left behind.
+        HostError: The host refused, or is full.  No new file is left behind, unless only making
+            its name durable has failed.
     """
     if backing == "":
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
@@ -109,7 +114,7 @@ def create(
 
 
 async def preallocate(path: str, progress: Progress | None = None) -> None:
-    """Allocate every cluster of a disk without a backing file, and its space on the host.
+    """Allocate every cluster of a disk without a backing file, and reserve its space on the host.
 
     Args:
         path: The image, which must have no backing file.

@@ -20,6 +20,11 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
     list can still open the image.  Once an image has a list, each writable mount with default
     options writes the list anew when it closes the image.
 
+    Args:
+        path: The image.
+        options: How to open the image; ``writable`` and ``free_list`` are ignored.  None for
+            the defaults.
+
     Returns:
         The description of the list that the image has now; ``present`` is False if no list
         was written.
@@ -37,6 +42,11 @@ async def drop(path: str, options: OpenOptions | None = None) -> None:
 
     A check by such a program counts the clusters that were in the list as leaked.  qedfuse
     finds these clusters again when it scans the tables.
+
+    Args:
+        path: The image.
+        options: How to open the image; ``writable`` and ``free_list`` are ignored.  None for
+            the defaults.
 
     Raises:
         QedError: The image cannot be opened for writing, or the host refused.

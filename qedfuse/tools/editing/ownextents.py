@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.extents import Extent
 
 _CLUSTERS_PER_BATCH: Final = 1 << 14
-"""Number of clusters of the disk in a batch, and so the maximum number of extents in a batch."""
+"""Number of clusters in a batch, and so the maximum number of extents that `own_extents` returns.
+
+The last batch of a disk may have fewer clusters.
+"""
 
 
 def batch_starts(size: int, cluster_size: int) -> range:

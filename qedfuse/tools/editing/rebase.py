@@ -1,9 +1,9 @@
 """Rebasing an overlay: it gets another backing file, and its content stays the same.
 
-Where the overlay stores nothing itself, it reads as its base.  So wherever the new base differs
-from the old base, the content of the old base is first copied into the overlay, which still
-names the old base.  The overlay then reads the same over either base.  When the copy is
-durable, the name of the base in the overlay changes in one step.
+Where the overlay stores nothing itself, it reads as its base.  So first, while the overlay still
+names the old base, the content of the old base is copied into the overlay wherever the overlay
+stores nothing and the new base differs.  The overlay then reads the same over either base.  When
+the copy is durable, the name of the base in the overlay changes in one step.
 """
 
 from __future__ import annotations
@@ -71,16 +71,17 @@ async def rebase(
             with ``unsafe`` unless the backing file is removed.
         unsafe: Change only the name and the format.  No data is compared or copied.  Of the
             backing files only the headers are read, to detect a loop; the files need not exist.
-        options: How to open the image; ``writable`` is always set.  The new backing file is
-            trusted, because the user names it.  None for the defaults.
+        options: How to open the image; ``writable`` is always set.  The new backing file may
+            lie in any directory, because the user names it.  None for the defaults.
         progress: Called with the guest offset that the copy has reached, and the size of the
             disk; not called with ``unsafe``.
 
     Raises:
         UsageError: The name cannot be stored, or the format is missing.
-        BackingError: A backing file is missing or not of the given format, or the image is
-            among the files of the new chain.
-        CorruptImageError: A table entry of the image or of a base is bad.
+        BackingError: A backing file is missing, refused by the policy for bases, or not of the
+            given format, or the image is among the files of the new chain.
+        CorruptImageError: A table entry of the image or of a base is bad, or a check found
+            damage.
         QedError: The image cannot be opened for writing, or the host refused.
 
     After an error the image names the old or the new backing file.  Without ``unsafe`` its
@@ -144,9 +145,9 @@ async def _new_chain(
     # bytes decide.
     policy = replace(options.backing, trusted=base, format=None)
     with open_image_file(disk.path, None) as image:
-        # `image` lets `open_bases` detect a loop before it locks a base.  Otherwise the lock of
-        # the image as a base would conflict with the lock of the open disk, and the message
-        # would be "in use".
+        # With `image`, `open_bases` detects a chain that leads back to the image before it
+        # locks the image as a base.  That lock would conflict with the lock of the open disk,
+        # and the message would be "in use".
         bases = await open_bases(
             disk.path,
             image,

@@ -84,8 +84,9 @@ class RebaseCopy:
     async def _next_data_cluster(self, start: int) -> int:
         """Return the guest offset of the first cluster with data in the old or the new bases.
 
-        The search begins at ``start``, the beginning of a cluster.  If neither has data from
-        there on, the result is at or past the beginning of the disk's last cluster.
+        The search begins at ``start``, the beginning of a cluster.  If no data follows within
+        the disk, the result is at least the size of the disk, rounded down to whole clusters.
+        So the caller may compare a partial last cluster that holds no data.
         """
         for index, chain in enumerate(self._bases):
             # The chain is searched only if the data found last lies before ``start``.  If
@@ -99,7 +100,8 @@ class RebaseCopy:
     async def _is_shared(self, start: int, end: int) -> bool:
         """Return whether the bases of both chains store a range as the same bytes of the same file.
 
-        Only tables are read.  False means that the data must be compared.
+        Only tables are read.  If the result is False, the contents may still be equal, so the
+        caller must compare them.
         """
         old = await self._old.extents(start, end - start, depth=1)
         new = await self._new.extents(start, end - start, depth=1)
@@ -124,8 +126,9 @@ class RebaseCopy:
         if old == new:
             return
         data, zeros = memoryview(old), bytes(size)
-        # Adjacent clusters are written together as a run if all of them differ and all are
-        # zeros, or all are data.  `run_is_zero` is None in a run of equal clusters.
+        # Adjacent clusters form a run of one of three kinds: equal clusters, clusters of zeros
+        # that differ, or clusters of data that differ.  `run_is_zero` is the kind: None, True
+        # or False.  A run of clusters that differ is written by one call.
         run_start, run_is_zero = start, None
         # One more iteration, past the last cluster, ends the last run.
         for at in range(start, end + size, size):
@@ -139,7 +142,10 @@ class RebaseCopy:
                 run_start, run_is_zero = at, is_zero
 
     async def _write(self, start: int, content: memoryview, *, zero: bool) -> None:
-        """Write whole clusters to the image, as data or as zero clusters."""
+        """Write clusters to the image, as data or as zero clusters.
+
+        Only the last cluster of the disk may be partial.
+        """
         if zero:
             await self._disk.write_zero_clusters(start, len(content))
             self.zero_bytes += len(content)

@@ -22,9 +22,8 @@ class ResizeResult:
         size: Size of the disk after the change.
         bytes_before: Length of the file before the change.
         bytes_after: Length of the file after the change.
-        free_clusters: Number of clusters in the file that are known to be free after the
-            change, because the options did not allow the change to fill or cut off all of
-            them.
+        free_clusters: Number of free clusters that the change has left in the file, for example
+            because the options limit the compaction.  0 also if the number is unknown.
     """
 
     size_before: int
@@ -64,8 +63,8 @@ async def resize(
         UsageError: The size is negative, no multiple of 512, or more than the tables can
             address.  Or the disk would become smaller without ``shrink``, or lose data
             without ``force``.
-        CorruptImageError: A table entry past the new or the old end is bad, or data past the
-            old end would be lost without ``force``.
+        CorruptImageError: A table entry for the removed or the added range is bad, or a check
+            found damage.  Or the disk would grow over data past its old end without ``force``.
         QedError: The image cannot be opened for writing, or the host refused.
     """
     async with open_writable(path, options) as disk:

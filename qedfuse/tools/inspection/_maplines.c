@@ -108,7 +108,7 @@ static int overlaps_table(const struct extent *data, const uint64_t *tables, siz
 
     if (!count || data->value >= tables[count - 1] + table_bytes)
         return 0;
-    while (first < last) { /* find the first table that begins after the data */
+    while (first < last) { /* find the first table that begins at or past the end of the data */
         size_t middle = first + (last - first) / 2;
         if (tables[middle] < data->value + data->length)
             first = middle + 1;
@@ -194,7 +194,7 @@ static PyMethodDef methods[] = {
      "Return the text of the extents that end within the entries, or None if an entry may be\n"
      "invalid.  pending (start, length, value) is the extent that the entries may continue.\n"
      "It is replaced by the last extent of the entries, but stays unchanged if None is\n"
-     "returned.  low and high are the lowest and the highest offset that an entry may have.\n"
+     "returned.  An offset below low or above high may be invalid.\n"
      "tables are the file offsets of the L2 tables, ascending.  json selects the format: JSON,\n"
      "or the text table.  name is the last column of the text table, with a newline."},
     {NULL, NULL, 0, NULL},

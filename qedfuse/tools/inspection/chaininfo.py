@@ -23,13 +23,13 @@ async def describe_chain(
 ) -> list[ImageInfo]:
     """Return the descriptions of an image and of all its bases, the image itself first.
 
-    For a raw file, and for an image whose header is invalid, the list has only the file
-    itself.
+    For a raw file, and for an image whose header is invalid, the list has only the description
+    of the file itself.
 
     Args:
         path: The image.
         image_format: Format of the image; ``auto`` detects the format from the first bytes.
-        options: How to open the image, and which bases are trusted; None for the defaults.
+        options: How to open the image, and which bases are allowed; None for the defaults.
 
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or

@@ -58,8 +58,8 @@ VERDICTS: Final = {
 _MAX_COMPARED_TABLES: Final = 1 << 16
 """No further slices of the L1 table are read after more than this many L2 tables were found.
 
-L2 entries are compared with these tables.  A disk of 64 TiB with the default geometry has 32768
-L2 tables.
+L2 entries are compared with the tables that were found, so an L2 entry that overlaps another table
+may have the verdict ``ok``.  A disk of 64 TiB with the default geometry has 32768 L2 tables.
 """
 
 
@@ -74,8 +74,9 @@ class EntryRange:
         step: Difference in bytes between the values of two adjacent entries; 0 if all values
             are equal, or if there is only one entry.
         guest_start: Guest offset in bytes where the range of the first entry begins.
-        guest_length: Bytes of the disk that the entries describe.
-        verdict: ``ok``, ``zeros``, or one of `VERDICTS`.
+        guest_length: Bytes of the disk that the entries describe.  The range may reach past
+            the end of the disk.
+        verdict: ``ok``, ``zeros``, or one of the values of `VERDICTS`.
     """
 
     index: int
@@ -118,6 +119,8 @@ class Dump:
     async def l1(self) -> AsyncGenerator[EntryRange, None]:
         """Yield the ranges of the entries of the L1 table that are not 0.
 
+        Entries past the end of the file are left out.
+
         Raises:
             ImageError: The header is too damaged to find the table.
             HostError: The host cannot read the file.
@@ -134,6 +137,8 @@ class Dump:
 
     async def l2(self, l1_index: int) -> AsyncGenerator[EntryRange, None]:
         """Yield the ranges of the entries that are not 0 in the L2 table of an L1 entry.
+
+        Entries past the end of the file are left out.
 
         Raises:
             UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the

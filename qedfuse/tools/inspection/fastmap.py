@@ -63,7 +63,8 @@ class FastMap:
 
     Attributes:
         size: Bytes of the disk.
-        reached: Guest offset in bytes up to which `lines` has yielded the extents.
+        reached: Guest offset in bytes up to which `lines` has yielded the extents.  Updated when
+            the caller asks for the next text.
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:
@@ -201,8 +202,8 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
     """
     with ExitStack() as stack:
         found = None
-        # The extension reads entries in the byte order of the host, and the entries of an image
-        # are little-endian.
+        # The extension reads entries in the byte order of the host.  The entries of an image
+        # are little-endian, so the extension is used on little-endian hosts only.
         if _lines is not None and sys.byteorder == "little":
             with suppress(OSError, QedError):
                 lock = LockMode.to_read(share=share)
@@ -214,8 +215,8 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
 def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
     """Return the map of an open image; None if `mapping` must map the image.
 
-    Returns None if the image has a base or an invalid L1 entry, if the disk has 0 bytes, or if
-    `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
+    Returns None if the image has a base, if an L1 entry is invalid or points to a table before
+    the L1 table, if the disk has 0 bytes, or if `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
 
     Raises:
         QedError: The header is invalid.

@@ -22,8 +22,8 @@ class FreeListInfo:
         valid: Whether there is a list and the list is valid.
         runs: Number of runs of free clusters in the list.
         clusters: Number of free clusters in the list.
-        bytes: Total length of these free clusters in bytes.
-        list_clusters: Number of free clusters that store the list itself.
+        bytes: Total length in bytes of the free clusters in the list.
+        list_clusters: Number of the free clusters in the list that store the list itself.
         problem: Why the list is invalid, in one line; empty if the list is valid or there is
             no list.
     """

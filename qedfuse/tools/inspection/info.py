@@ -45,10 +45,9 @@ class QedInfo:
         header: All fields of the header, valid or invalid.
         backing: The backing file that the header names; None if the header names none, or
             the name cannot be read.
-        problems: All errors and unusual properties that were found; empty for a valid image
-            that was closed cleanly.
-        l2_tables: Number of L1 entries in use, valid or invalid; None if the L1 table was not
-            read, or only in part.
+        problems: All errors and unusual properties that were found; empty if none were found.
+        l2_tables: Number of L1 entries in use, valid or invalid; None if not all L1 entries in
+            the file were read.
     """
 
     header: RawHeader
@@ -68,7 +67,7 @@ class QedInfo:
 
     @property
     def sound(self) -> bool:
-        """Whether all L1 entries were read and are valid, and no L2 tables overlap.
+        """Whether all L1 entries in the file were read and are valid, and no L2 tables overlap.
 
         The entries of the L2 tables are not examined.
         """
@@ -78,7 +77,7 @@ class QedInfo:
 
     @property
     def need_check(self) -> bool:
-        """Whether the image was not closed cleanly."""
+        """Whether NEED_CHECK is set: the image was not closed cleanly, or is being changed."""
         return bool(self.header.values.get("features", 0) & Feature.NEED_CHECK)
 
     @property
@@ -93,12 +92,15 @@ class QedInfo:
 
     @property
     def escapes(self) -> bool:
-        """Whether the backing file may lie outside the image's directory; False if it has none."""
+        """Whether the backing file may lie outside the image's directory.
+
+        False if `backing` is None.
+        """
         return self.backing.escapes if self.backing is not None else False
 
     @property
     def max_l2_tables(self) -> int | None:
-        """The number of L2 tables that the disk can use; None if the geometry is invalid."""
+        """The number of L2 tables that the disk can use; None without a valid geometry."""
         header = self.header.header
         return None if header is None else header.geometry.l1_used(header.image_size)
 
@@ -184,8 +186,8 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
 def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | None:
     """Read and resolve the name of the backing file.
 
-    Returns None if the image names no backing file, or if the header fields that are needed to
-    read the name are invalid.
+    Returns None if the image names no backing file, or if the geometry or the offset or length
+    of the name is invalid.
     """
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_L1_BYTES: Final = 8 << 20
-"""Maximum number of bytes of an L1 table that are read, not counting slices of zeros.
+"""Maximum number of bytes of an L1 table that are read, not counting slices of zeros or holes.
 
 The table of the default geometry has 256 KiB.
 """
@@ -28,8 +28,8 @@ class L1Summary:
     Attributes:
         used: Number of entries that are not 0.
         invalid: Number of used entries that are no valid offset of an L2 table.
-        overlapping: Number of L2 tables that share clusters with another L2 table that begins
-            before them in the file, or at the same offset.
+        overlapping: Number of L2 tables that overlap an earlier L2 table in the file, by the
+            rule of `qedfuse.ondisk.entrylimits.overlaps`.
         complete: Whether the L1 table was read up to its end, or up to the end of the file if
             the file ends earlier.
     """

@@ -83,8 +83,8 @@ async def open_map(
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
-        QedError: The file or a base cannot be opened, locked or read, its header is invalid,
-            or a base is not trusted.
+        QedError: The file or a base cannot be opened, locked or read, or has an invalid header,
+            or the policy for bases refuses a base.
     """
     options = options or OpenOptions()
     with open_image_file(path, options.read_lock) as file:

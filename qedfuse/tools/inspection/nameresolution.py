@@ -1,8 +1,9 @@
-"""Resolving the name of a backing file to a path, without accessing files in other directories.
+"""Resolving the name of a backing file to a path, without looking up names in other directories.
 
-The name is untrusted.  Even a test whether the file exists can have effects, for example mount a
-file system by an automounter, or hang on a network server.  So symbolic links are only followed
-inside the image's directory.
+The name is untrusted.  Even a test whether the file exists can have effects: an automounter may
+mount a file system, or the test may hang on a network server.  So the name is looked up only if it
+leads into the image's directory.  A symbolic link in that directory is followed even if the link
+leads out, because an image cannot create links: only a user who may write to the directory can.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class BackingName:
             has a protocol or a NUL byte, or if it begins with ``file:`` and the working
             directory has been removed.
         is_raw: Whether the image states that the backing file is raw.
-        absolute: Whether the name is an absolute path.
+        absolute: Whether the name, without ``file:``, is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
             with or without ``file:`` before it.
         escapes: Whether the name may lead out of the image's directory; True for a name that
@@ -77,8 +78,8 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
     symbolic links are followed.  If not, the path is only normalized, without I/O.
 
     Args:
-        name: The name.
-        directory: Absolute path without symbolic links, to which the name is relative.
+        name: The name, a path that may be absolute.
+        directory: Absolute path without symbolic links, to which a relative name refers.
 
     Returns:
         The absolute path, and whether the name may lead out of ``directory``; True if the
@@ -88,8 +89,8 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
     components = [component for component in name.split("/") if component not in ("", ".")]
     normalized = os.path.normpath(os.path.join(reached, *components))  # noqa: PTH118  no I/O
     for number, component in enumerate(components):
-        # normpath is correct here, because the path `reached` has no symbolic links.  It is
-        # ``directory`` itself or a directory above.
+        # normpath is correct here, because `reached` has no symbolic links: `reached` is
+        # `directory` itself or a directory above it.
         following = os.path.normpath(os.path.join(reached, component))  # noqa: PTH118
         if _inside(following, directory):
             if _climbs(components[number:]):

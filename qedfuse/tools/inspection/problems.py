@@ -77,9 +77,9 @@ def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Probl
 
 
 def backing_problems(raw: RawHeader, backing: BackingName | None, name: str) -> Iterator[Problem]:
-    """Yield the problems of a backing file name, for each of which every mount refuses the image.
+    """Yield the problems of a backing file name; yield nothing if ``backing`` is None.
 
-    Yields nothing if ``backing`` is None.
+    All of them are fatal, because every mount refuses an image with such a name.
 
     Args:
         raw: The header.

@@ -24,7 +24,7 @@ _MAX_PROBLEMS: Final = 16
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
 """The fields with the sizes of clusters and tables.
 
-If one of these sizes is invalid, no other field can be examined.
+If one of these sizes is invalid, the offsets and sizes in the other fields cannot be examined.
 """
 
 
@@ -79,7 +79,7 @@ class RawHeader:
         """Return the bits that are set in the field ``name``.
 
         If the file is too short for the field, no bit is set.  Only bits of the field
-        ``features`` have names.  In all other fields, each bit counts as unknown.
+        ``features`` have names.  In all other fields, each bit that is set counts as unknown.
         """
         value = self.values.get(name, 0)
         known = tuple(Feature) if name == "features" else ()
@@ -130,7 +130,8 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
     `parse_header` raises only the first error.  So after each error, the value of the field is
     replaced by a valid value, and the header is parsed again.  In this way `parse_header` is
     the only place that has the rules.  After an error in the geometry no further errors are
-    searched for.
+    searched for.  `Header.check_fits` is not called with a replaced offset of the L1 table,
+    because an error about this offset would not be about the stored value.
 
     Args:
         data: The whole header.
