@@ -45,7 +45,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
     Raises:
         CorruptImageError: The file ends within the name.
-        BackingRefusedError: The name is not a plain path.
+        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:``.
         HostError: The host cannot read the file.
     """
     size = header.backing_filename_size
@@ -82,7 +82,8 @@ async def open_bases(
         path: The image.
         file: The image's open file.
         header: The image's header.
-        options: The policy for bases, and whether to lock the bases.
+        options: The policy for bases, and whether to lock the bases.  The policy's
+            ``trusted`` path is allowed as the first base only.
         store: Holds the table slices of all layers.
         name: The name of the first base, instead of the one that the image stores; None
             to read the stored one.
@@ -142,7 +143,9 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 
 def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
-    """Add one more file of the chain to ``seen``, which has the identities of the others.
+    """Add a base to ``seen``, which has the identities of the image and of the bases above.
+
+    ``image`` is the name of the file that names the base, for messages.
 
     Raises:
         BackingError: The chain is a loop, or has more than `MAX_CHAIN_DEPTH` bases.
@@ -153,7 +156,8 @@ def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> Non
         raise BackingError(msg)
     if len(seen) > MAX_CHAIN_DEPTH:
         msg = (
-            f"{image}: backing file {base.name}: found a chain of more than {MAX_CHAIN_DEPTH} files"
+            f"{image}: backing file {base.name}: found a chain of more than {MAX_CHAIN_DEPTH} "
+            "backing files"
         )
         raise BackingError(msg)
     seen.add(identity)

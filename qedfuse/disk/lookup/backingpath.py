@@ -50,10 +50,12 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
-    The last path is that of a base that is raw, that has no base itself, or that cannot be
-    read.  So the last path may lead to no file.  If the chain is a loop, `MAX_CHAIN_DEPTH` + 1
-    paths are yielded.  No policy for bases is applied.  Names after ``file:`` are relative to
-    ``directory``, or to the working directory of the process if ``directory`` is empty.
+    The last path is that of a base that is raw or has no base itself, or of a file that cannot
+    be read or whose own backing file name contains a NUL byte.  So the last path may lead to no
+    file.  If the chain is a loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.
+    No path is yielded if the image has no base or cannot be read.  No policy for bases is
+    applied.  Names after ``file:`` are relative to ``directory``, or to the working directory of
+    the process if ``directory`` is empty.
     """
     path = image
     for _ in range(MAX_CHAIN_DEPTH + 1):
@@ -70,7 +72,7 @@ def _base_of(path: str) -> tuple[str, bool]:
     """Return the name of an image's base, and whether the chain ends with that base.
 
     The chain ends with the base if the image's header says that the base is raw.  The name is
-    empty if the image has no base or cannot be read.
+    empty if the image has no base or cannot be read, or if the name contains a NUL byte.
     """
     try:
         fd = open_regular(path, os.O_RDONLY)

@@ -49,6 +49,9 @@ class Chain:
     async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:
         """Return how a range is stored in the layers from ``depth`` (0 or 1) downwards.
 
+        The extents cover the whole range, in order.  With ``depth`` 0 the range must lie within
+        the disk.
+
         A range that no layer has allocated is of kind zero; only if no base is open and
         ``depth`` is 0, it is of kind unallocated.  A range past the end of a base is of kind
         zero unless a layer above that base has allocated the range.
@@ -77,8 +80,8 @@ class Chain:
     async def stored(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, without the ranges that no layer has allocated.
 
-        The range past the end of a layer that is shorter than the layer above it is included,
-        of kind zero.
+        A range past the end of a base is included, of kind zero, if no layer above that base has
+        allocated the range.
 
         Raises:
             HostError: The host cannot read a table.
@@ -105,7 +108,7 @@ class Chain:
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
         """Look up a range in the layers from ``depth`` down.
 
-        Each layer is asked only for what the layers before it have not allocated.
+        Each layer is asked only for what the layers above it have not allocated.
 
         Returns:
             The extents, in no order, and the ranges that no layer has allocated, as guest
@@ -137,9 +140,9 @@ class Chain:
         """Read a range from the layers from ``depth`` (0 or 1) downwards.
 
         Raises:
-            CorruptImageError: A table entry for part of the range is bad.
+            CorruptImageError: Part of the range is bad (`Kind.BAD`).
             BackingError: The range needs a base that was not opened.
-            HostError: The host cannot read a file.
+            HostError: The host cannot read a file, or a file became shorter while it was open.
         """
         if not length:
             return b""

@@ -5,9 +5,10 @@ tables the lookups in all layers below are merged once, and later lookups take t
 however long the chain is.  The result is an array with one code for each cluster of the top
 image:
 
-    MIXED                  the cluster is not one run in one layer, so each read must look it
-                           up layer by layer
-    ZEROS                  the cluster is unallocated in all layers, or zeros in one
+    MIXED                  the cluster must be looked up layer by layer in each read: it is not
+                           one run in one layer, is bad, or would need too many entries
+    ZEROS                  the cluster is unallocated in all layers below the top image, or is
+                           zeros in the first of them that does not leave it unallocated
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
                            file offsets are multiples of 4096, and ``depth + 2`` is smaller
 
@@ -47,8 +48,8 @@ _UNDECIDED: Final = np.uint64((1 << 64) - 1)
 
 _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
 """Maximum number of entries of a base that are read for one slice of the top image.  If the
-clusters of the base are so small that more entries would be needed, the whole slice is
-`MIXED`."""
+clusters of the base are so small that more entries would be needed, the base is not read, and the
+clusters of the slice that all bases above it leave unallocated are `MIXED`."""
 
 
 def data_location(code: int) -> tuple[int, int]:
@@ -65,7 +66,7 @@ class FlattenedBacking:
         self._store = store
         self._bits = top.geometry.cluster_bits
         self._entries = top.tables.slice_entries
-        self._makes: SingleFlight[int] = SingleFlight()
+        self._merges: SingleFlight[int] = SingleFlight()
 
     def cached(self, slice_number: int) -> array[int] | None:
         """Return the codes for a slice of the top image; None if they are not in memory.
@@ -83,7 +84,7 @@ class FlattenedBacking:
         """
         found = self.cached(slice_number)
         while found is None:
-            await self._makes.run(slice_number, lambda: self._make(slice_number))
+            await self._merges.run(slice_number, lambda: self._merge(slice_number))
             found = self.cached(slice_number)
         return found
 
@@ -114,7 +115,7 @@ class FlattenedBacking:
             start = stop
         return result
 
-    async def _make(self, slice_number: int) -> None:
+    async def _merge(self, slice_number: int) -> None:
         """Merge the layers for one slice of the top image, and put the codes into the store.
 
         Raises:
@@ -205,8 +206,8 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 async def _entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
     """Return the L2 entries of an image for ``count`` clusters from index ``first`` on.
 
-    Bad entries are returned as `MIXED`.  Unallocated clusters and clusters past the end of the
-    disk are returned as `_UNDECIDED`.
+    Clusters whose L1 or L2 entry is bad are returned as `MIXED`.  Unallocated clusters and
+    clusters past the end of the disk are returned as `_UNDECIDED`.
 
     Raises:
         HostError: The host cannot read a table.

@@ -41,7 +41,9 @@ class Layer(Protocol):
         """The size in bytes of the disk that this layer describes."""
 
     async def lookup(self, start: int, length: int) -> list[Extent]:
-        """Return how this layer, without its base, stores a range that lies within it.
+        """Return how this layer, without its base, stores a range that lies within its disk.
+
+        The extents have depth 0, whatever the depth of this layer is.
 
         Raises:
             HostError: The host cannot read a table.
@@ -49,7 +51,7 @@ class Layer(Protocol):
 
 
 class RawLayer:
-    """A raw base: every byte is data, at its own offset."""
+    """A raw base: each byte of the disk is data, at the same offset in the file."""
 
     def __init__(self, file: HostFile) -> None:
         """Show the bytes of ``file`` as the disk."""
@@ -211,7 +213,9 @@ class QedLayer:
         return l1_index
 
     async def lookup(self, start: int, length: int) -> list[Extent]:
-        """Return how this image, without its base, stores a range that lies within it.
+        """Return how this image, without its base, stores a range that lies within its disk.
+
+        The extents have depth 0, whatever the depth of this layer is.
 
         Raises:
             HostError: The host cannot read a table.
@@ -277,7 +281,7 @@ class QedLayer:
 
         If the image is open for reading only, the part of the run past the end of the file is
         a bad extent.  In an image that is open for writing, entries that were read from the
-        file and point past its end are bad already (`TableRegistry.find_bad`).
+        file are bad already if their clusters reach past its end (`TableRegistry.find_bad`).
         """
         length = stop - start
         if not self.file.writable:
@@ -287,7 +291,7 @@ class QedLayer:
                 if present:
                     yield Extent(Kind.DATA, start, present, file_offset)
                 reason = (
-                    f"{self.file.name}: cluster at {file_offset}: the file ends at "
+                    f"{self.file.name}: data at {file_offset}: the file ends at "
                     f"{self.file.size()}, expected at least {file_offset + length} bytes"
                 )
                 yield Extent(Kind.BAD, start + present, length - present, reason=reason)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.slices import Slice
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
-"""Length of the first lookup of a search; each further lookup is twice as long.  In most cases
-the result is near ``start``, so a short lookup finds it, and a lookup takes longer the more
-extents it returns."""
+"""Length of the first lookup of a search; each further lookup may be twice as long.  In most
+cases the result is near ``start``, so a short lookup finds it.  A longer lookup would return more
+extents, and so take longer."""
 
 
 async def next_data(chain: Chain, start: int) -> int | None:
@@ -41,7 +41,7 @@ async def next_hole(chain: Chain, start: int) -> int:
     """Return the guest offset of the first hole, a range of zeros, at or past ``start``.
 
     The end of the disk counts as a hole, so the result is the disk's size if no range of zeros
-    follows.
+    follows, or if ``start`` is at or past the end.
 
     Raises:
         HostError: The host cannot read a file.
@@ -62,8 +62,9 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     while start < size:
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # One lookup ends, at the latest, with the slice of a table.  So the lookup returns
-            # thousands of extents and not millions, even if all clusters are scattered.
+            # A lookup ends, at the latest, where a slice of entries ends in any of the layers.
+            # So it returns thousands of extents and not millions, even if all clusters are
+            # scattered.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
             for extent in await chain.extents(start, end - start):
@@ -78,8 +79,8 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
 async def _lookup_end(chain: Chain, start: int) -> int:
     """Return the guest offset up to which one lookup from ``start`` on may reach.
 
-    Each QED layer has one slice with the entry for ``start``.  The result is the lowest end of
-    these slices, or the end of the disk if that is lower.
+    The result is the lowest `_slice_end` of all QED layers whose disks reach past ``start``, or
+    the end of the chain's disk if that is lower.
 
     Raises:
         HostError: The host cannot read a table.
@@ -94,8 +95,9 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
-    If there is no L2 table for ``start``, returns where the range without L2 tables ends, as
-    far as one slice of the L1 table says.
+    If the L1 entry for ``start`` is 0 or bad, returns the start of the range of the next L1
+    entry that is not 0, or, if all later entries of the same slice are 0, the end of the range of
+    this slice.
 
     Raises:
         HostError: The host cannot read a table.
@@ -114,8 +116,8 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 async def _past_data(chain: Chain, start: int) -> int:
     """Return the guest offset where the image's own data from ``start`` on ends.
 
-    Only one slice of L2 entries is searched, so data may go on at the returned offset.  Returns
-    ``start`` if the image itself has no data there.
+    Only one slice of L2 entries is searched, so data may go on at the returned offset.  Bad
+    entries count as data.  Returns ``start`` if the image itself has no data there.
 
     Raises:
         HostError: The host cannot read a table.
@@ -149,7 +151,7 @@ async def _within(chain: Chain, extent: Extent, *, data: bool) -> int | None:
     Returns the guest offset; None if there is none in the extent.
 
     Raises:
-        HostError: The host cannot read the file of a raw base.
+        HostError: The host cannot search the file of a raw base for data or holes.
     """
     if extent.kind is not Kind.DATA:
         return extent.start if data == (extent.kind is Kind.BAD) else None

@@ -1,9 +1,10 @@
 """Slices: parts of tables in memory, at most 64 KiB each.
 
-A slice is *dirty* while it has changes that no write-back has taken, and *pinned* while a
-`Pins` block or a `WriteBack` uses it.  `TableCache` may evict any other slice whenever a task
-awaits something.  So a task that changes a slice must not have awaited anything since it got
-the slice from the cache, unless it has pinned the slice.
+A slice is *dirty* while it has changes that no write-back has taken, or that a write-back has
+taken and could not write.  It is *pinned* while a `Pins` block or a `WriteBack` uses it.
+`TableCache` may evict any other slice whenever a task awaits something.  So a task that changes a
+slice must not have awaited anything since it got the slice from the cache, unless it has pinned
+the slice.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Slice:
 
     @property
     def dirty(self) -> bool:
-        """Whether the slice has changes that no write-back has taken."""
+        """Whether the slice has changes that the next write-back must take."""
         return self.changed_first < self.changed_last
 
     def touch(self, first: int, last: int) -> None:

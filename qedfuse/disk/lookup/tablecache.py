@@ -31,7 +31,7 @@ _OVERHEAD_BYTES: Final = 256
 """Bytes of memory that the Python objects of a slice take besides its entries."""
 
 SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
-"""Slices by `TableCache.key`."""
+"""Slices by `TableCache.key`.  `FlattenedBacking` also keeps its codes here, as slices."""
 
 
 def make_store(budget: int) -> SliceStore:
@@ -57,7 +57,7 @@ class TableCache:
         store: SliceStore,
         find_bad: Callable[[int, array[int]], bytes | None],
     ) -> None:
-        """Read the tables of ``file``.
+        """Cache the tables of ``file``; nothing is read yet.
 
         Args:
             file: The image file.
@@ -70,6 +70,7 @@ class TableCache:
         self._find_bad = find_bad
         self._slice_bytes = min(SLICE_BYTES, geometry.table_bytes)
         self.slice_entries = self._slice_bytes // ENTRY_BYTES
+        """Number of entries in each slice."""
         self._loads: SingleFlight[int] = SingleFlight()
         self.get = store.get
         """Return a slice by its `key`; None if it is not in memory."""
@@ -80,9 +81,9 @@ class TableCache:
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
         # The bad entries of slices that were written back, by file offset.  Such a slice must
-        # not be validated again when it is read again.  Otherwise an entry that pointed past
-        # the end of the file when the image was opened would seem to be valid once the file
-        # has grown, although it points to a cluster of another owner.
+        # not be validated again when it is read again.  Otherwise the entries that this program
+        # has added would seem to be bad if they point past the end that the file had when the
+        # image was opened (`TableRegistry.entry_rules`).
         self._known_bad: dict[int, bytes | None] = {}
 
     def cached(self, table_offset: int, index: int) -> Slice | None:

@@ -1,8 +1,8 @@
 """Where the L2 tables of an image lie, and where the entries of its tables may point.
 
 A data cluster must not overlap an L2 table, because a guest that writes to the cluster would
-change the table.  So the whole L1 table is read when an image is opened, and the offsets of
-all L2 tables stay in memory.
+change the table.  To find such an overlap, each L2 entry is compared with the offsets of all L2
+tables.  So the L1 table is read when an image is opened, and these offsets stay in memory.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class TableRegistry:
         self.damaged = False
         self._file = file
         self._geometry = header.geometry
-        # Indices of the L1 entries past the end of the disk that are not 0.  A resize that was
-        # interrupted can leave such entries.
+        # Indices of the L1 entries that refer to the L2 tables past the end of the disk.  A
+        # resize that was interrupted can leave such entries.  If the disk has grown since,
+        # some of the indices lie within it.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # If the image is open for writing, an entry that is read from the file is bad if it
         # points past the end that the file has now.  Entries that this program adds later may
