@@ -176,7 +176,7 @@ class Workload:
         # Without deterministic scheduling, the order also depends on addresses of objects.
         with (
             patch.object(discard, "_MAX_CLUSTERS_ONE_BY_ONE", new=few),
-            patch.object(reclaim, "_MIN_SCATTERED_RUNS", new=few),
+            patch.object(reclaim, "_MAX_RUNS_RETIRED_SINGLY", new=few),
             patch.object(quarantine, "_MAX_SCATTERED_CLUSTERS", new=scattered),
             patch.object(datacompaction, "_LIMITED_BATCH_BYTES", new=batch),
             patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True),

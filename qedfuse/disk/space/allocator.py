@@ -39,7 +39,8 @@ class Run(NamedTuple):
     Attributes:
         offset: File offset of the first byte.
         length: Length in bytes.
-        never_written: Whether the clusters read as zeros, because they are new in the file.
+        never_written: Whether the clusters are known to read as zeros, because they are new in
+            the file.
     """
 
     offset: int
@@ -55,9 +56,9 @@ class Run(NamedTuple):
 class Allocator:
     """Chooses clusters: free ones first, then new ones at the end.
 
-    Clusters are handed out in two steps.  `choose`, `choose_any` or `choose_table` removes
-    them from the free clusters, and `hand_out` puts them into use.  The caller must not
-    await between the two steps.
+    Clusters are handed out in two steps.  `choose`, `choose_any` or `choose_table` selects
+    them, and removes them from `free` if they are in it.  `hand_out` puts them into use.  The
+    caller must not await between the two steps.
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
@@ -65,11 +66,14 @@ class Allocator:
             side.
         bound: File offset that `end` does not exceed, unless the image had more clusters
             in use at opening than its disk can need, another program has scattered the
-            image's free clusters, or compaction moves tables.
-        end: File offset past the last cluster that is not free.
+            image's free clusters, the scan has failed or found damage (then clusters that
+            lose their reference may never become free), or compaction moves tables.
+        end: File offset at or past which no cluster is in use or in `free`; new clusters begin
+            here.
         free: Clusters below ``end`` that may be handed out.
         unpunched: Free clusters that may take up space on the host, because they were in
-            use or skipped in this session.  `Reclaim` punches them without asking the host.
+            use in this session, or were skipped when `end` rose.  `Reclaim` punches them
+            without asking the host.
         maybe_holes: Free clusters that the scan found.  Most are holes of the host's file
             already, so `Reclaim` asks the host before it punches them.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
@@ -134,7 +138,8 @@ class Allocator:
                 return remainder, 1
         if end < bound and (spare > 0 or (end + self.free.shift) % self.free.table):
             return end, min(limit, bound - end)
-        # Clusters between the last slot and the bound are too few for a table.
+        # Data may use the clusters between the last slot and the bound, because they are too
+        # few for a table.
         top = max(end, bound - (bound + self.free.shift) % self.free.table)
         if top < bound:
             self._skip_to(top)
@@ -145,8 +150,7 @@ class Allocator:
         """Choose one cluster for data after `choose` has found none.
 
         The cluster is free, or, if none is free, at the end of the file, even past the bound.
-        This is necessary only if the image had more clusters in use at opening than its disk
-        can need, or if another program has scattered its free clusters.
+        This is necessary only in the cases that the attribute `bound` lists.
 
         Returns:
             The number of the cluster, and 1.
@@ -204,7 +208,7 @@ class Allocator:
         self.claim(run.offset >> self._bits, run.length >> self._bits)
 
     def claim(self, first: int, count: int) -> None:
-        """Put a run of clusters into use, which may be chosen or still free."""
+        """Put a run of clusters into use, whether they were chosen or are still in `free`."""
         self.free.remove(first, count)
         self._cancel_punching(first, count)
         self._record_change(first, count)
@@ -243,7 +247,7 @@ class Allocator:
         self.unpunched.add_block(block, bits)
 
     def lower_end(self) -> None:
-        """Lower `end` to the last cluster that is not free; do nothing if it is there already."""
+        """Lower `end` to the end of the last cluster that is not free, if that is lower."""
         end = self.end >> self._bits
         count = self.free.count_below(end)
         if count:

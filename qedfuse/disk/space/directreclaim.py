@@ -60,7 +60,7 @@ class DirectReclaim:
         """Return whether `reclaim_before_growth` is worth waiting for.
 
         That is so while free clusters are being punched, because the allocator gets them back
-        soon, or if enough clusters are in quarantine.
+        soon, or if the scan is complete and enough clusters are in quarantine.
         """
         if self._reclaim.punching_clusters:
             return True
@@ -77,6 +77,7 @@ class DirectReclaim:
 
         Raises:
             HostError: The tables could not be written back.
+            ReadOnlyError: The disk has become read-only.
         """
         if self._reclaim.punching_clusters:
             await self._reclaim.wait_idle()
@@ -85,17 +86,18 @@ class DirectReclaim:
         if self._quarantine.unsealed_count << self._bits > self._worth_bytes:
             await self._writeback.barrier()
         else:
-            # Enough clusters are sealed.  So the running cycle, or an earlier one, makes
-            # durable the tables that dropped them, and no further cycle is needed.  Requests
-            # that still used these clusters may have ended since the last `Reclaim.run`.
+            # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.
+            # The running cycle, or an earlier one, makes durable the tables that dropped the
+            # sealed clusters, so no further cycle is needed.  Requests that still used these
+            # clusters may have ended since the last `Reclaim.run`.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must not be in an epoch, because this method waits until the requests of
-        earlier epochs have ended (deadlock).
+        The caller must not be in an epoch, because this method may wait until all requests
+        that are in an epoch now have ended, the caller included (deadlock).
 
         Returns:
             Whether clusters may have become free, so that the caller should try again; other
@@ -103,6 +105,7 @@ class DirectReclaim:
 
         Raises:
             HostError: The tables could not be written back.
+            ReadOnlyError: The disk has become read-only.
         """
         if not self._scan.finished.is_set():
             await self._scan.finished.wait()

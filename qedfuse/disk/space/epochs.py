@@ -4,7 +4,7 @@ A request looks up in which clusters its bytes are, and then waits for the host.
 such a cluster may lose its reference.  The requests that began before that moment may still
 read or write the cluster, so it may be used again only when all of them have ended.  Requests
 that begin later do not find the cluster.  This is epoch-based reclamation (as in crossbeam);
-in read-copy-update it is called the grace period.
+read-copy-update calls the time until those requests have ended the grace period.
 
 Each request belongs to the epoch in which it began.  Only `Epochs.wait` waits.
 """
@@ -21,9 +21,9 @@ class Epoch:
 
     Attributes:
         closed: Whether the epoch has ended, so that no further request enters it.
-        drained: Set when the requests of this epoch, and of those before it, have ended;
-            None while no task waits for that.
-        requests: How many of its requests have not ended yet.
+        drained: Set when the requests of this epoch, and of the epochs before it, have ended;
+            None unless a task has waited for that.
+        requests: How many requests of this epoch have not ended yet.
     """
 
     __slots__ = ("closed", "drained", "requests")
@@ -69,11 +69,11 @@ class Epochs:
                 epoch.drained.set()
 
     def is_drained(self, epoch: Epoch) -> bool:
-        """Return whether all requests of an epoch, and of those before it, have ended."""
+        """Return whether all requests of an epoch, and of the epochs before it, have ended."""
         return epoch not in self._epochs
 
     async def wait(self, epoch: Epoch) -> None:
-        """Wait until `is_drained` is true.
+        """Wait until `is_drained` is true for ``epoch``.
 
         The caller must have left its own epoch, or it may wait for itself (deadlock).
         """

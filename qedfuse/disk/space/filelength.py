@@ -1,8 +1,9 @@
 """The length of an image's file: grown in steps ahead of the data, and cut by a flush.
 
-A write into a new cluster never extends the file; `FileLength` has extended it before.  So one
-system call makes room for many clusters.  Growing uses ftruncate(2), which would shorten a file
-that another task has already grown further.  Only this module has to prevent that.
+A write into a new cluster never extends the file; `FileLength` has extended it before, by more than
+was needed, so that few allocations need a system call.  Growing uses ftruncate(2), which would
+shorten a file that another task has already grown further.  While a disk is open, only this module
+changes the length of its file, so only this module has to prevent that.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 MIN_GROWTH_BYTES: Final = 1 << 20
 """Minimum growth step, in bytes.
 
-The file grows beyond the needed length by the growth step, rounded up to a cluster, but not past
-the allocator's bound.
+The file grows beyond the needed length by the growth step, rounded up to a cluster.  The step does
+not take the file past the allocator's bound.
 """
 MAX_GROWTH_BYTES: Final = 1 << 24
 """Maximum growth step, in bytes.
@@ -38,7 +39,7 @@ class FileLength:
 
     Attributes:
         end: File offset of the end of the last whole cluster of the file.
-        has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No
+        has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No valid
             entry refers to these bytes, but a new cluster at `end` would show them.
         lock: Held while a task waits for a change of the length.  `try_grow` does not take the
             lock: it refuses while the lock is held, and does not await.
@@ -108,8 +109,8 @@ class FileLength:
 
         The file reads as zeros where it grows again later.  No datasync is needed after the
         cut.  A crash may lose the cut, and then clusters past the allocator's end keep their
-        old bytes.  But no entry refers to them: an entry becomes durable only after a
-        datasync, which makes the cut durable, too.
+        old bytes.  But no entry in the file refers to such a cluster, because the entry would
+        become durable only after a datasync, which makes the cut durable, too.
 
         Raises:
             HostError: The host refused; the length is unchanged, and a later call tries again.

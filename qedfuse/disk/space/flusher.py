@@ -31,7 +31,7 @@ class Flusher:
     """Flushes one disk, on request and periodically."""
 
     def __init__(self, writeback: MetadataWriteback, reclaim: Reclaim, period: float) -> None:
-        """Prepare flushes; while `run` runs, it begins one ``period`` seconds after a change."""
+        """Prepare flushes; `run` begins one ``period`` seconds after a change."""
         self._writeback = writeback
         self._reclaim = reclaim
         self._period = period
@@ -50,6 +50,7 @@ class Flusher:
         Raises:
             HostError: The host refused to make the writes durable; see
                 `MetadataWriteback.write_back`.
+            ReadOnlyError: The disk has become read-only during the call.
         """
         await self._writeback.write_back()
         # Do not change the image if nothing was written since it was opened: clusters that

@@ -5,7 +5,7 @@ without a free cluster takes no memory.  Finding, taking or adding a run within 
 a few operations on its integer.  All positions and lengths in this module are in clusters.
 
 A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
-tables fit into it.  A run that crosses the border of a block counts as two runs.
+tables fit into it.  Where a run crosses the border of a block, it counts as two runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FreeMap:
         self.shift = -anchor % table
         self._blocks: dict[int, int] = {}
         # A heap of block numbers, the lowest on top, without duplicates.  It has every block
-        # with a free cluster, and also blocks that have none any more.
+        # with a free cluster, and perhaps blocks that have none any more.
         self._heap: list[int] = []
         self._in_heap: set[int] = set()
 
@@ -143,7 +143,7 @@ class FreeMap:
         self._set_bits(block, old, old | bits)
 
     def pop_block(self) -> tuple[int, int] | None:
-        """Remove all free clusters of the lowest block that has any from the map.
+        """Remove from the map all free clusters of the lowest block that has any.
 
         Returns:
             The number of the block and the bits that it had; None if the map is empty.
@@ -248,10 +248,10 @@ class FreeMap:
         return found
 
     def tail_start(self, end: int, used: int) -> int:
-        """Return the lowest cluster from which up to ``end`` at most ``used`` clusters are used.
+        """Return the lowest cluster c so that at most ``used`` clusters from c to ``end`` are used.
 
-        A used cluster is one that is not free.  Returns 0 if at most ``used`` clusters before
-        ``end`` are used in all.
+        ``end`` itself does not count.  A used cluster is one that is not free.  Returns 0 if at
+        most ``used`` clusters before ``end`` are used in all.
         """
         position, left = end + self.shift, used
         while position > self.shift:

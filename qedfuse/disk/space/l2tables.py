@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.geometry import Geometry
 
 _TABLES_PER_STEP: Final = 1 << 13
-"""Maximum number of tables that are claimed before other tasks run."""
+"""Maximum number of tables whose clusters are claimed before other tasks run."""
 
 
 async def holding_data(
@@ -56,6 +56,9 @@ async def claim_tables(owners: OwnerBitmap, tables: NDArray[np.uint64], geometry
     """Mark the clusters of the tables at file offsets ``tables`` as owned.
 
     Clusters past the end of the file are ignored.
+
+    Raises:
+        NeedsCheckError: See `OwnerBitmap.claim`.
     """
     within = np.arange(geometry.table_size, dtype=np.uint64)
     for start in range(0, len(tables), _TABLES_PER_STEP):

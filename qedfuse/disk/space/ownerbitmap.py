@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 MAX_BITMAP_CLUSTERS: Final = 1 << 31
 """Maximum number of clusters of a file that gets a bitmap.
 
-The bitmap of such a file takes up to 256 MiB.  In clusters of 64 KiB the file has 128 TiB.
+The bitmap of such a file takes up to 256 MiB.  With clusters of 64 KiB the file may have 128 TiB.
 """
 
 MAX_LISTED_CLUSTERS: Final = 1 << 24
-"""Maximum owned clusters of a file without a bitmap: 128 MiB, and as much while sorting."""
+"""Maximum number of owned clusters of a file without a bitmap.  Their numbers take up to 128 MiB,
+and as much again while they are sorted."""
 
 _FULL_BYTE: Final = 0xFF
 _CHUNK_BYTES: Final = 1 << 16
@@ -56,10 +57,11 @@ class OwnerBitmap:
         """Give each cluster an owner; return for each whether it had an owner before.
 
         If a number occurs more than once in ``clusters``, all its occurrences except the
-        first count as having had an owner.
+        first count as having had an owner.  The caller must pass no cluster past the end of
+        the file.
 
         Raises:
-            NeedsCheckError: The file is too large for a bitmap, and has more than
+            NeedsCheckError: The file is too large for a bitmap, and would have more than
                 `MAX_LISTED_CLUSTERS` owned clusters.
         """
         taken = np.zeros(len(clusters), np.bool_)
@@ -136,7 +138,8 @@ class OwnerBitmap:
         Some of them may have an owner already.  Clusters past the end of the file are ignored.
 
         Raises:
-            NeedsCheckError: See `claim`.
+            NeedsCheckError: As for `claim`; here clusters of the range that have an owner
+                already count twice.
         """
         last = min(last, self.clusters)
         if first >= last:
@@ -162,6 +165,8 @@ class OwnerBitmap:
 
     def free_runs(self, end: int, limit: int) -> list[tuple[int, int]]:
         """Return at most ``limit`` runs of clusters below ``end`` without an owner, lowest first.
+
+        ``end`` must not be past the end of the file.
 
         Returns:
             The first cluster of each run and its length.

@@ -130,6 +130,9 @@ class Quarantine:
         return None
 
     async def wait_drained(self) -> None:
-        """Wait until all requests have ended that may use a cluster of the present batches."""
+        """Wait until all requests have ended that may use a cluster of the present batches.
+
+        The caller must not be in an epoch: see `Epochs.wait`.
+        """
         if self._batches:
             await self._epochs.wait(self._batches[-1].epoch)

@@ -37,15 +37,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RUNS_PER_FLUSH: Final = 256
-"""Maximum runs that one call of `Reclaim.run` punches for a flush, which waits for the call."""
+"""Maximum number of runs that one call of `Reclaim.run` punches for a flush.  The flush waits for
+the call."""
 
 _MAX_RUNS_PER_PUNCH: Final = 64
 """Maximum number of runs that one job of a worker thread punches."""
 
-_MIN_SCATTERED_RUNS: Final = 64
+_MAX_RUNS_RETIRED_SINGLY: Final = 64
 """If clusters form more runs than this, they go into quarantine as one list, not run by run.
 
-While the scan marks clusters (`Marking.active`), they always go run by run.
+While the scan marks clusters (`Marking.active`), they always go run by run, because
+`Marking.record_drop` needs runs.
 """
 
 
@@ -117,7 +119,7 @@ class Reclaim:
         if not len(offsets):
             return
         starts = np.flatnonzero(offsets[1:] - offsets[:-1] != 1 << self._bits) + 1
-        if len(starts) >= _MIN_SCATTERED_RUNS and not self._marking.active:
+        if len(starts) >= _MAX_RUNS_RETIRED_SINGLY and not self._marking.active:
             self._quarantine.retire_many(offsets >> np.uint64(self._bits))
             return
         for first, last in pairwise([0, *starts.tolist(), len(offsets)]):
@@ -127,9 +129,10 @@ class Reclaim:
 
     @property
     def pending(self) -> bool:
-        """Whether there are clusters to free, cut off or punch; False until the scan has ended.
+        """Whether there are clusters to free, cut off or punch.
 
-        Clusters in quarantine count also if `run` can free them only after the next
+        False until the scan has ended, and also afterwards if the scan could not read the
+        tables.  Clusters in quarantine count also if `run` can free them only after the next
         write-back cycle.
         """
         allocator = self._allocator
@@ -184,7 +187,7 @@ class Reclaim:
             self._writeback.wake()
 
     async def wait_idle(self) -> None:
-        """Wait until no call of `run` is active that began before this call."""
+        """Wait until all calls of `run` that began before this call have ended."""
         async with self._lock:
             pass
 
@@ -202,7 +205,7 @@ class Reclaim:
         raised.
 
         Raises:
-            ReadOnlyError: Space could be returned to the host, but the disk is read-only.
+            ReadOnlyError: Space could be returned to the host, but the disk has become read-only.
         """
         # Until the scan has ended, a cluster that lost one reference may have a second one, so
         # it must not be freed.
@@ -262,6 +265,7 @@ class Reclaim:
 
         Raises:
             HostError: The host refused; the runs are in the map again.
+            ReadOnlyError: The disk has become read-only; the runs are in the map again.
         """
         allocator, bits = self._allocator, self._bits
         found = (clusters.take(BLOCK_CLUSTERS) for _ in range(max_runs))

@@ -60,7 +60,7 @@ class Scan:
 
     Attributes:
         finished: Set when the scan has ended: the free clusters are known, or, if the tables
-            cannot be read, will never be known.
+            cannot be read or the image is damaged, will never be known.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class Scan:
     async def before_table_change(self) -> None:
         """Start the scan if it is postponed; a short scan has ended when this returns.
 
-        A long scan continues in the background.  Until it ends no free cluster is known, so
-        the file grows, within its bound.  Does nothing without a free list, or if the scan
+        A long scan continues in the background.  Until it ends few free clusters are known, or
+        none, so the file grows, within its bound.  Does nothing without a free list, or if the scan
         has ended already.
         """
         if self._listed.count and not self.finished.is_set():
@@ -156,7 +156,12 @@ class Scan:
         self._reclaim.wake_if_pending()
 
     async def _walk(self) -> None:
-        """Mark the clusters of the header and of all tables, and those to which entries refer."""
+        """Mark the clusters of the header and of all tables, and those to which entries refer.
+
+        Raises:
+            HostError: The host cannot read a table.
+            NeedsCheckError: See `OwnerBitmap.claim`.
+        """
         layer, bits = self._layer, self._allocator.cluster_bits
         header, length = layer.header, layer.geometry.table_bytes
         self._marking.restart()
@@ -177,6 +182,10 @@ class Scan:
 
         The slice comes from the table cache, so it has all changes in memory: a reference
         that was dropped, but is still in the file, is not marked.
+
+        Raises:
+            HostError: The host cannot read the slice.
+            NeedsCheckError: See `OwnerBitmap.claim`.
         """
         tables = self._layer.tables
         cached = tables.cached(table, index)

@@ -42,7 +42,8 @@ class SpaceManager:
         self._length = length
         self._source = source
         self._free = allocator.free
-        # `try_allocate` is on the fast path of every write into new clusters.
+        # These methods are looked up only once, because `try_allocate` is on the fast path of
+        # every write into new clusters.
         self._should_reclaim = source.should_reclaim
         self._choose = allocator.choose
         self._describe = allocator.describe
@@ -73,12 +74,13 @@ class SpaceManager:
     async def allocate(self, clusters: int) -> Run:
         """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
-        The caller must not be in an epoch (`Epochs`), because this method may wait until the
-        requests of earlier epochs have ended (deadlock).
+        The caller must not be in an epoch (`Epochs`), because this method may wait until all
+        requests that are in an epoch now have ended, the caller included (deadlock).
 
         Raises:
             NoSpaceError: The file cannot grow any more.
             HostError: The host refused to grow the file, or to write back tables.
+            ReadOnlyError: The disk has become read-only.
         """
         if not self._free.count:
             await self._source.reclaim_before_growth()
@@ -95,6 +97,7 @@ class SpaceManager:
         Raises:
             NoSpaceError: The file cannot grow any more.
             HostError: The host refused to grow the file, or to write back tables.
+            ReadOnlyError: The disk has become read-only.
         """
         found = self._allocator.choose_table()
         while found is None and await self._source.wait_for_free_clusters():
