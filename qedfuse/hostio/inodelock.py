@@ -21,11 +21,12 @@ Args = TypeVarTuple("Args")
 
 _MAX_THREADS: Final = 4
 """Maximum number of worker threads that change one file concurrently.  The kernel lets only one
-of them change the file at a time, so more threads would only wait, and reads would lack them."""
+of them change the file at a time, so more threads would only wait, and could not serve reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
 """Maximum time from the end of one slow write to the beginning of the next for which throttling
 is assumed; also how long the assumption lasts after the last slow write, unless a fast write
-ends the assumption earlier.  The kernel's longest pause for a throttled writer is 200 ms."""
+ends the assumption earlier.  A slow write says nothing about a write that begins later than this,
+because each pause of a throttled writer lasts at most 200 ms in the kernel."""
 
 
 class InodeLock:

@@ -171,15 +171,15 @@ def _release(fd: int, mode: LockMode) -> None:
 
 
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:
-    """Drop all locks and raise an error that names the processes with a conflicting lock.
+    """Drop the locks of a mode, and raise an error that names the processes in conflict with it.
 
-    ``byte`` is the byte that they have locked.  ``pid`` is one of the processes if it is
-    positive; otherwise the processes are searched for in /proc.
+    ``byte`` is the byte that these processes have locked.  ``pid`` is one of them if it is
+    positive; otherwise they are searched for in /proc.
 
     Raises:
         ImageInUseError: Always.
     """
-    file = _lock_table_name(fd)
+    file = _lock_table_name(fd)  # before the release: the name is read from the locks
     _release(fd, mode)
     found = [_holder(pid)] if pid > 0 else list(holders(file, byte))
     # The message uses QEMU's words, so that a web search finds explanations.

@@ -1,7 +1,7 @@
 """A new file that gets its final name only when complete, so that no partial file is seen.
 
-On a file system without hard links an empty file has the final name for a moment.  If the rename
-to the final name fails, the empty file stays.
+If no file is replaced and the file system has no hard links, an empty file has the final name for
+a moment.  That empty file stays if the rename to the final name fails.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ class NewFile:
             os.unlink(self.path)  # noqa: PTH108
 
     def commit(self, *, durable: bool = True) -> None:
-        """Make the content durable, and then give the file its final name.
+        """Make the content durable, give the file its final name, and make the name durable.
 
         The name is not made durable if this process may not read the directory.
-        Without ``durable`` nothing is made durable, and a power failure soon after the call
-        may lose all or part of the file.
+        Without ``durable`` neither is made durable, and a power failure soon after the call may
+        lose all or part of the file.
 
         Raises:
             UsageError: Another file of the final name has appeared meanwhile, and the user

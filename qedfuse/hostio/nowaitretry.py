@@ -2,9 +2,10 @@
 
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch
 the pages and then fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
-about 100 microseconds, which is also what a round trip to a worker thread costs.  So if
-retries have succeeded lately, the read is retried each time all other tasks have run.  The
-read goes to a worker thread only if the retries do not succeed in time.
+about 100 microseconds, which is also what a round trip to a worker thread costs.  So the read
+is retried each time all other tasks have run, unless retries have failed lately or a worker
+thread is running.  A read that is not retried, or whose retries do not succeed in time, goes to
+a worker thread.
 
 Only the task whose read began first retries.  While the data of this read is missing, the
 later reads are not tried, and their tasks sleep.
@@ -72,7 +73,8 @@ class _RetryQueue:
         """Return True once ``attempt`` has returned True, False if the retries are given up.
 
         The retries are given up when ``deadline`` has passed by ``clock``.  They are also
-        given up when a worker thread runs, because the event loop must sleep then.
+        given up when a worker thread runs, because an event loop that never sleeps starves the
+        thread of the GIL (`LoopLoad.has_threads`).
         """
         read = _Read(attempt, deadline)
         self._reads.append(read)

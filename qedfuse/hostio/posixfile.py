@@ -46,8 +46,8 @@ class PosixFile:
     """A `HostFile` for a regular file, implemented with system calls.
 
     The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other
-    reads are retried for a moment (`NowaitRetry`) and then go to a worker thread, so that the
-    event loop can serve other requests.
+    reads go to a worker thread, so that the event loop can serve other requests.  Before that
+    they may be retried for a moment (`NowaitRetry`).
 
     The event loop itself changes the file only while no worker thread changes it and the
     kernel does not throttle short writes (`InodeLock`, `InlinePolicy`).
@@ -122,7 +122,7 @@ class PosixFile:
         return await self._in_thread("read", read_all, self.fd, offset, view, done or 0)
 
     def _read_cached(self, offset: int, view: memoryview) -> int | None:
-        """Read from the page cache; return how many bytes were read, perhaps only a part.
+        """Read from the page cache; return how many bytes were read, perhaps not all of the view.
 
         Returns None if the first byte is not cached; the kernel then begins to fetch the data.
         Also returns None if the file system does not support RWF_NOWAIT.
@@ -260,7 +260,7 @@ class PosixFile:
         return await self._seek(offset, os.SEEK_HOLE)
 
     async def _seek(self, offset: int, whence: int) -> int | None:
-        """Return where data or a hole begins, as `seek` does.
+        """Return where data or a hole begins, as `seek` does; None for an offset past `MAX_OFFSET`.
 
         This runs in a worker thread while there is contention for the inode's lock, because
         some file systems take this lock in lseek(2).

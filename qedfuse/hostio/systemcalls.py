@@ -1,6 +1,7 @@
-"""System calls on files that Python lacks, or that may transfer only a part of the data.
+"""System calls on files, as functions that may block, and that raise `OSError` on failure.
 
-All functions may block, and raise `OSError` if the host refuses.
+`fallocate` and `sync_file_range` call the C library, because Python lacks these calls.  `read_all`
+and `write_all` repeat preadv(2) and pwritev(2), which may transfer only a part of the data.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def read_table(
 
     Yields:
         (index of the first entry, entries) of each slice that holds data.  A slice that the
-        end of the file cuts short has fewer entries; a part of an entry is left out.
+        end of the file cuts short has fewer entries; an incomplete last entry is left out.
 
     Raises:
         HostError: The host refused.
