@@ -71,7 +71,7 @@ class AutoCompaction:
     async def _run_within_limits(self, *, within_bound: bool) -> None:
         """Compact as far as the limits of the options allow.
 
-        Moves nothing if not all free clusters are known, or if the image is damaged.
+        Moves nothing if the scan for free clusters has not succeeded, or if the image is damaged.
 
         Raises:
             QedError: The host refused.

@@ -70,7 +70,7 @@ class TableCompaction:
         """Move the tables past the target to slots before the target; return the target.
 
         Args:
-            pass_moves: How many clusters may still be moved in this pass, which decides the
+            pass_moves: How many clusters may be moved in this pass.  This number decides the
                 target.
             max_moves: How many clusters the whole compaction may move; None for no limit.
             counter: Counts the moves.
@@ -126,9 +126,9 @@ class TableCompaction:
         The data clusters that are in the way move up first, which can make the file longer
         until the end of the compaction.
 
-        Moves nothing if the tables would reach past the target, if ``within_bound`` is True
-        and the file could become longer than its bound, or if the whole compaction might
-        exceed ``max_moves``.
+        Moves nothing if the tables would reach past the target of a compaction without limits,
+        if ``within_bound`` is True and the file could become longer than its bound, or if
+        ``max_moves`` would probably be exceeded.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()
@@ -138,7 +138,9 @@ class TableCompaction:
         # In the worst case the file grows by all data clusters that are in the way, and by a
         # table that moves to the end of the file.
         fits = end + (last - first) + size <= bound
-        # Every table may have to move, and as many data clusters may have to give way.
+        # Every table may have to move, and as many data clusters may have to give way.  A table
+        # that overlaps a slot moves twice, but lies where no data has to give way.  So less than
+        # one table more than this number can move.
         is_affordable = max_moves is None or counter.moved + 2 * (last - first) <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:
             log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)
