@@ -67,7 +67,7 @@ USAGE: Final = {
     "cluster-0": ("--cluster-size 0 IMAGE 1M", "cluster size: found 0"),
     "table": ("--table-size 3 IMAGE 1M", "table size: found 3, expected a power of two from 1"),
     "table-32": ("--table-size 32 IMAGE 1M", "table size: found 32"),
-    "format-alone": ("-F raw IMAGE 1M", "-F: expected -b as well"),
+    "format-alone": ("-F raw IMAGE 1M", "base format: found raw, expected -b as well"),
     "unsafe-alone": ("-u IMAGE 1M", "-u: expected -b as well"),
     "unsafe-format": (
         "-u -b gone IMAGE 1M",

@@ -121,5 +121,5 @@ def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> N
     if arguments.table_size is None:
         arguments.table_size = DEFAULT_TABLE_SIZE
     if arguments.base is None and arguments.base_format:
-        msg = f"-F: expected {base_flag} as well"
+        msg = f"base format: found {arguments.base_format}, expected {base_flag} as well"
         raise UsageError(msg)

@@ -34,7 +34,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "map": "list data, zeros and holes, and where they are stored",
     "convert": "copy a disk into another format, or a chain into one image",
     "compare": "compare the content of two disks",
-    "measure": "compute how much space a QED copy would need",
+    "measure": "compute how much space a copy of a disk would need",
     "resize": "change the size of the disk",
     "rebase": "give an overlay another base, or none",
     "commit": "write an overlay's data into its base",

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="qed",
         help="format of the copy: raw or qed (qed)",
     )
-    add_base(parser, "-B", "with only the difference to BASE")
+    add_base(parser, "-B", "with only the difference to BASE, relative to the working directory")
     add_geometry(parser)
     parser.add_argument(
         "-S",

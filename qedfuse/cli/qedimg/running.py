@@ -110,10 +110,10 @@ The innermost one handles signals.
 
 
 def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
-    """Print an exception that no code can catch, as in a destructor, except KeyboardInterrupt.
+    """Print an exception that no code can catch, such as one in a destructor.
 
-    A lost KeyboardInterrupt needs no message, because `Interruption.has_signal` records the
-    signal as well.
+    A KeyboardInterrupt is not printed.  It needs no message, because `Interruption.has_signal`
+    records the signal as well.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
