@@ -15,8 +15,8 @@ def qedfuse_program() -> int:
     from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  only after sigint_default()
 
     code = main()
-    # Ctrl-C must not raise KeyboardInterrupt during the shutdown of the interpreter, when no code
-    # would catch the exception.
+    # Ctrl-C must not raise KeyboardInterrupt while the interpreter shuts down, because no code
+    # would catch the exception then.
     sigint_default()
     return code
 

@@ -1,7 +1,7 @@
 """Ctrl-C while a command starts and ends: the process ends without a traceback.
 
 This module imports only ``_signal``, which is built into the interpreter.  The module ``signal``
-is read from a file, and Ctrl-C during that time would print a traceback.
+would be read from a file, and Ctrl-C while it is read would print a traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import _signal  # type: ignore[import-not-found]
 def sigint_default() -> None:
     """Make Ctrl-C end the process silently instead of raising KeyboardInterrupt.
 
-    A program calls this function before it loads modules and after its work is done.  If
-    SIGINT is ignored, as in a background job of a shell script, or has a handler of the
-    program, nothing changes.  Before the first call, while the interpreter starts (some
-    hundredths of a second), Ctrl-C still prints a traceback.
+    A program must call this function before it loads modules.  A program whose work is done may
+    call the function again, so that Ctrl-C raises nothing while the interpreter shuts down.  If
+    SIGINT is ignored, as in a background job of a shell script, or has a handler of the program,
+    nothing changes.  Before the first call, while the interpreter starts (some hundredths of a
+    second), Ctrl-C still prints a traceback.
     """
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

@@ -11,7 +11,7 @@ from typing import Final, TextIO
 _NULL_FLAGS: Final = (os.O_WRONLY, os.O_RDONLY, os.O_RDWR)
 """How /dev/null is opened in place of descriptors 0, 1 and 2, if they are closed.
 
-Reading 0 or writing to 1 fails as on a closed descriptor, and what is written to 2 is dropped.
+Then reading 0 or writing to 1 fails as on a closed descriptor, and what is written to 2 is dropped.
 """
 
 
@@ -19,11 +19,11 @@ def open_streams() -> None:
     """Make descriptors 0 to 2 and ``sys.stdout`` and ``sys.stderr`` usable.
 
     The caller must call this function before it opens any file.  If descriptor 1 is closed,
-    the next open(2) returns the number 1.  If the opened file were an image, each ``print``
-    would overwrite the image.  Therefore /dev/null takes the place of a closed descriptor.
-    Reading standard input and writing to standard output still fail, so that lost data is
-    noticed.  Messages on standard error are dropped, because the exit code reports a failure
-    too.
+    a later open(2) can return the number 1.  If the opened file were an image, each ``print``
+    would overwrite the image.  Therefore /dev/null takes the place of each closed descriptor.
+    In place of standard input, /dev/null cannot be read, and in place of standard output it
+    cannot be written to, so that lost data is noticed.  In place of standard error, /dev/null
+    drops the messages, because the exit code reports a failure too.
     """
     for descriptor in range(3):
         try:
@@ -33,7 +33,7 @@ def open_streams() -> None:
             if null != descriptor:
                 os.dup2(null, descriptor)
                 os.close(null)
-            # Child processes need the three descriptors too, so they must inherit this one.
+            # Child processes need descriptors 0 to 2 too, so they must inherit this one.
             os.set_inheritable(descriptor, True)  # noqa: FBT003
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
@@ -41,8 +41,8 @@ def open_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A file name may contain characters that the terminal's encoding lacks.  By default
-            # they would raise UnicodeEncodeError; now they are printed as escapes.
+            # A file name may contain characters that the encoding of the stream lacks.  With this
+            # setting they are printed as escapes, and raise no UnicodeEncodeError.
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -20,7 +20,7 @@ _HEAD: Final = """\
 _FUNCTIONS: Final = r"""
 _PROGRAM_offer() {
     # $1: the typed word; $2: the candidates.  readline completes only the part after the last
-    # "=" or ":", so the part before is removed from each candidate.
+    # "=" or ":", so all before this part is removed from each candidate.
     local done=''
     [[ $1 == *[=:]* ]] && done=${1%"${1##*[=:]}"}
     mapfile -t COMPREPLY < <(compgen -W "$2" -- "$1")
@@ -125,9 +125,9 @@ complete -F _PROGRAM PROGRAM
 """The functions that are the same for all programs, with PROGRAM in place of the name."""
 
 _COMPLETIONS: Final = {"file": "-f", "directory": "-d", "mount-options": "mount-options"}
-"""What the tables contain for a value without fixed words, by its kind.
+"""What the tables contain for a value without fixed words, by the kind of the value.
 
-A value of another kind is not completed.
+A value of a kind that is missing here is not completed.
 """
 
 
@@ -192,7 +192,7 @@ def _function(
 
 
 def _operands(command: Command) -> Iterator[tuple[str, str]]:
-    """Yield the completion of each operand of a command, after a pattern for its position."""
+    """Yield the cases of a command's operands: a pattern for the position, and the completion."""
     for index, (operand, value) in enumerate(command.completions()):
         pattern = f"'{command.name} '*" if operand.repeats else f"'{command.name} {index}'"
         yield pattern, _completion(value)
@@ -210,7 +210,10 @@ def _patterns(command: Command, flags: Iterable[str]) -> str:
 
 
 def _completion(value: Value) -> str:
-    """Return the possible words of a value, or its entry of `_COMPLETIONS`, or an empty text."""
+    """Return the fixed words of a value; without words, the entry of its kind in `_COMPLETIONS`.
+
+    The result is empty if there are neither words nor an entry.
+    """
     return " ".join(value.words) if value.words else _COMPLETIONS.get(value.kind, "")
 
 

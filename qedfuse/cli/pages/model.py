@@ -19,9 +19,9 @@ Kind: TypeAlias = Literal["file", "directory", "words", "mount-options", "free"]
 _FILES: Final = frozenset(
     {"IMAGE", "BASE", "FILE", "SOURCE", "TARGET", "FIRST", "SECOND", "MOUNTPOINT"}
 )
-"""The names of values, in the help, that stand for a file."""
+"""Names of values in the help.  A value with one of these names is a file."""
 _DIRECTORIES: Final = frozenset({"DIR"})
-"""The names of values, in the help, that stand for a directory."""
+"""Names of values in the help.  A value with one of these names is a directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class Value:
     def named(cls, name: str, words: tuple[str, ...] = ()) -> Value:
         """Return a value with its kind.
 
-        The kind is "words" if there are ``words``.  Otherwise the name decides: a name that
-        stands for no file and no directory is "free".
+        The kind is "words" if there are ``words``.  Otherwise the name decides.  A value whose
+        name is in neither `_FILES` nor `_DIRECTORIES` is "free".
         """
         if words:
             return cls(name, "words", words)
@@ -62,7 +62,7 @@ class Option:
     Attributes:
         flags: The names of the option, short before long.
         help: What the option does.
-        value: The value that follows the option; None if none does.
+        value: The value of the option; None if the option has no value.
         repeats: Whether the option may be repeated.
     """
 
@@ -97,17 +97,18 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand, or the action of a program without one.
+    """A subcommand, or what a program does without a subcommand.
 
     Attributes:
-        name: The word that selects the subcommand; empty for the action without one.
+        name: The word that selects the subcommand; empty without a subcommand.
         summary: The purpose, in a line.
         options: The options.
         operands: The operands, in order.
-        description: The paragraphs of the description, with empty lines between them.
-        example: A command line.
-        exit_codes: The meaning of the exit codes if they differ from the program's;
-            otherwise empty.
+        description: The paragraphs of the description, with empty lines between them; empty
+            for a command of qedfuse.
+        example: A command line; empty for a command of qedfuse.
+        exit_codes: The meaning of each exit code, if the command has other exit codes than the
+            program; otherwise empty.
     """
 
     name: str
@@ -137,7 +138,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program and its commands; only the first may be an action without a subcommand."""
+    """A program and its commands; only the first command may have an empty name."""
 
     name: str
     commands: tuple[Command, ...]
@@ -172,8 +173,8 @@ def operands_of(parser: argparse.ArgumentParser) -> tuple[Operand, ...]:
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Return the actions of a parser that its help shows; argparse has no public access to them."""
-    shown = parser._actions  # noqa: SLF001
+    """Return those options and operands of a parser that its help shows."""
+    shown = parser._actions  # noqa: SLF001  argparse has no public access to them
     return [action for action in shown if action.help != argparse.SUPPRESS]
 
 

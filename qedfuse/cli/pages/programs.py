@@ -19,7 +19,7 @@ from qedfuse.cli.qedimg import main as qedimg_main
 from qedfuse.mount.optionparser import known_options
 
 _HELP: Final = "show this help message and exit"
-"""The help that argparse gives to ``-h``, which the models do not contain."""
+"""The help of the option ``-h`` of argparse.  The models do not contain this option."""
 
 
 def qedimg() -> Program:
@@ -60,7 +60,8 @@ def qedfuse() -> Program:
 def option_words() -> list[tuple[str, str]]:
     """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
 
-    An entry may describe several options, such as ``ro, rw``.
+    An entry may describe several options, such as ``ro, rw``.  The last line, about options of
+    mount(8), is no entry, because it has no meaning behind two spaces.
     """
     found: list[tuple[str, str]] = []
     for line in _paragraphs()[4].splitlines():  # "Options of -o"
@@ -81,9 +82,9 @@ def exit_codes() -> list[tuple[int, str]]:
 
 
 def mount_words() -> dict[str, tuple[str, ...] | None]:
-    """Return the possible values of each option of ``-o``, by its name.
+    """Return the possible values of each option of ``-o``, by the name of the option.
 
-    They are None for an option without a value, and empty for an option with any value.
+    The entry is None for an option without a value, and empty for an option with any value.
     """
     return dict(sorted(known_options().items()))
 

@@ -59,18 +59,18 @@ each other's data.
 """
 
 QEDFUSE_OPTIONS: Final = """\
-Parentheses after an option contain its default and, if it accepts only certain values,
-the other values.  Options are separated by commas; a comma within a value is written `\\,`
-and a backslash `\\\\`.  An unknown option is an error.  Options for mount(8) or
+Parentheses after an option contain its default, and then other fixed values that it
+accepts.  Options are separated by commas; a comma within a value is written `\\,` and a
+backslash `\\\\`.  An unknown option is an error.  Options for mount(8) or
 systemd.mount(5), such as `noauto`, `nofail`, `_netdev` and `x-...`, are accepted and
 ignored.
 """
 
 QEDFUSE_UMOUNT: Final = """\
 `qedfuse umount` unmounts, and returns when everything is durable and the process that
-served the mount has ended.  With `--timeout SECONDS` the command waits no longer than SECONDS, and
-then fails.  umount(8) and fusermount3(1) do not wait for the process, which ends shortly
-after they return.
+served the mount has ended.  With `--timeout SECONDS` the command fails if the process has not
+ended after SECONDS.  umount(8) and fusermount3(1) do not wait for the process, which ends
+shortly after they return.
 """
 
 QEDFUSE_FSTAB: Final = """\
@@ -86,10 +86,11 @@ unknown options.
 """
 
 QEDFUSE_SIGNALS: Final = """\
-After `SIGTERM` or `SIGINT` the process makes everything durable immediately and unmounts.
-If a program has the disk open, the process serves the disk until the last close.  After a
-second signal the process does not wait for the last close: the mount ends within 10
-seconds, and if not everything is durable by then, the log says so and the exit code is 2.
+After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immediately and
+unmounts.  If a program has the disk open, the process serves the disk until the last
+close.  After a second signal the process does not wait for the last close: the mount ends
+within 10 seconds, and if not everything is durable by then, the log says so and the exit
+code is 2.
 """
 
 QEDFUSE_EXAMPLES: Final = """\

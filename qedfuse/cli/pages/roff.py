@@ -23,9 +23,9 @@ _ESCAPED: Final = str.maketrans(
 )
 """The characters that roff would change or interpret, and what prints them unchanged."""
 _SENTENCE_END: Final = re.compile(r"(?<=[.:;?!])  +|(?<=[.?!]) (?=[A-Z\"])")
-"""The blanks after a sentence: two, or one before a capital letter or a quote.
+"""The blanks after a sentence: two or more, or one before a capital letter or a quote.
 
-A colon or a semicolon ends a sentence only before two blanks.
+A colon or a semicolon ends a sentence only before two or more blanks.
 """
 
 
@@ -86,7 +86,7 @@ def example(text: str) -> Iterator[str]:
 
 
 def item(tag: str, text: str) -> Iterator[str]:
-    """Yield a paragraph of plain ``text`` with a hanging tag, which must be roff already."""
+    """Yield the paragraph ``text`` with the hanging tag ``tag``, which must be roff already."""
     yield ".TP"
     yield tag
     yield from sentences(text) if text else (r"\&",)

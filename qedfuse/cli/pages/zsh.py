@@ -54,7 +54,7 @@ def _arguments(program: str, command: Command) -> Iterator[str]:
     if not any("--help" in option.flags for option in command.options):
         specs.append("'(- *)'{-h,--help}'[show help]'")
     if not command.name:
-        # The first word may also be the name of a subcommand, so it is completed as either.
+        # The first word may be an image or the name of a subcommand, so both are offered.
         choice = f"_alternative 'names:image:_files' 'commands:command:_{program}_commands'"
         specs.append(_quoted(f"1:image:{{{choice}}}"))
     specs += map(_quoted, _operands(command))

@@ -46,7 +46,7 @@ class Arguments:
         debug: Log each request.
         sloppy: Ignore unknown options, as mount(8) demands with ``-s``.
         fake: Check and open the images but do not mount, as mount(8) demands with ``-f``.
-        pidfile: The file to which the process number is written; None for no file.
+        pidfile: The file to which the pid of the server is written; None for no file.
         action: ``mount``, ``help`` or ``version``.
     """
 
@@ -84,7 +84,7 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
             sloppy; otherwise ``-f`` means foreground, and ``-s`` is ignored.
 
     Raises:
-        UsageError: An option is unknown or lacks its value.
+        UsageError: An option is unknown, lacks its value or must not have one.
     """
     given, paths = _getopt(
         words,
@@ -110,11 +110,13 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
 
 
 def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
-    """Parse the words after ``qedfuse umount``; after ``--help`` the rest is ignored.
+    """Parse the words after ``qedfuse umount``.
+
+    With ``--help``, a ``--timeout`` after it and the operands are not checked.
 
     Raises:
-        UsageError: An option is unknown or lacks its value, the timeout is invalid, or the
-            number of mountpoints is not one.
+        UsageError: An option is unknown, lacks its value or must not have one, the timeout is
+            invalid, or the number of mountpoints is not one.
     """
     given, paths = _getopt(words, "h", ["timeout=", "help"])
     timeout_seconds: float | None = None
@@ -153,7 +155,7 @@ def _getopt(
     """Return the options with their values, empty for a flag, and the operands.
 
     Raises:
-        UsageError: An option is unknown or lacks its value.
+        UsageError: An option is unknown, lacks its value or must not have one.
     """
     try:
         return getopt.gnu_getopt(words, short, long)

@@ -30,9 +30,13 @@ def mount(arguments: Arguments) -> int:
     returns when the mount has ended.  With ``arguments.fake`` nothing is mounted: the function
     returns when the images have been checked, opened and closed again.
 
+    If the mount fails, the process that would serve the disks logs the error, and the result is
+    the exit code of the error.
+
     Raises:
         UsageError: An argument is missing, or an option is invalid.
-        QedError: The mount failed; each cause has a class of its own.
+        QedError: A remount failed, or no background process can be started.
+        Exception: There is a bug, and ``-d`` was given.
     """
     # Modules are imported in the functions, so that an action loads only what it needs.
     from qedfuse.mount.optionparser import parse_options  # noqa: PLC0415
@@ -64,11 +68,11 @@ def mount(arguments: Arguments) -> int:
 
         Returns the exit code.
         """
-        # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  Its
-        # functions are not used here, but the threads occupy the cores during the imports.
+        # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  qedfuse
+        # needs no function of OpenBLAS, but the threads would occupy the cores during the imports.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        # Only the process that serves imports this module, because the module loads pyfuse3,
-        # which must not be loaded before the fork.
+        # This module is imported after the fork, because it loads numpy, which may start threads,
+        # and a thread does not survive a fork.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
         log_uncaught()
@@ -128,8 +132,8 @@ def _remount(arguments: Arguments) -> int:
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     """Run a session and return its exit code, or `INTERRUPTED` after Ctrl-C.
 
-    A bug is logged and becomes the exit code `BUG`.  On stderr it is one line; the system log
-    gets the traceback as well.
+    A bug is logged and becomes the exit code `BUG`.  The log entry is one line on stderr; the
+    system log gets the traceback as well.
 
     Raises:
         Exception: There is a bug, and ``debug`` is set.
@@ -153,10 +157,11 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
         mountpoint: The mount to end.
         timeout_seconds: The time limit; None for no limit.  With 0 the function does not wait
             for the process, but raises if the process has not ended.
-        report: Called with lines for the user while the function waits.
+        report: Called at most once, with a line for the user, if the function waits long.
 
     Raises:
-        QedError: The unmount failed, or ``timeout_seconds`` have passed.
+        QedError: The unmount failed, the process has failed, has no mount record or was killed, or
+            ``timeout_seconds`` have passed.
     """
     from qedfuse.mount.commands.umount import unmount_and_wait  # noqa: PLC0415  imported late: load only what the action needs
 

@@ -30,8 +30,8 @@ _HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    Without ``argv`` the arguments are those of this process, and its standard streams and
-    its SIGINT handler are set up.
+    Without ``argv`` the arguments are those of this process, and the standard streams and the
+    SIGINT handler of this process are set up.
 
     Raises:
         Exception: There is a bug, and ``-d`` was given.
@@ -108,7 +108,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_with_bug(error: Exception) -> int:
-    """Print a line about an exception that is not a `QedError`; return its exit code."""
+    """Print a line about an exception that is not a `QedError`; return the exit code.
+
+    A failure that is due to a removed working directory is no bug, and has its own message.
+    """
     if is_caused_by_removal(error):
         return _fail(REMOVED, HostError.exit_code)
     kind = type(error).__name__

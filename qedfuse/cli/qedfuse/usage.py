@@ -35,23 +35,24 @@ Options of -o; the default and then other values are in parentheses:
   discard, nodiscard     whether discards free space, or only write zeros (discard)
   detect_zeroes=on       allocate no space for zeros that are written (off; unmap: also
                          free the space that the zeros overwrite)
-  freelist=on            keep a list of free space in the image between mounts (off);
-                         QEMU refuses an image with a list (default: unchanged)
+  freelist=on            keep a list of free space in the image between mounts; QEMU
+                         refuses an image with a list (default: unchanged; off)
   compact=full           make the file as short as possible when the mount ends (auto:
                          within the two limits below, if tables were changed; off)
   compact_size=SIZE      how much compact=auto may move (64M)
   compact_time=SECONDS   how long compact=auto may take (1)
   snapshot               drop all writes when the mount ends
   overlay=FILE           send all writes to this QED overlay, created if missing
-  backing=confined       use backing files only from the directory of the image that
-                         names them (any: from anywhere; none: refuse all)
+  backing=any            use backing files from anywhere (confined: only from the
+                         directory of the image that names them; none: refuse all)
   backing_dir=DIR        allow backing files from DIR too (may be repeated)
-  backing_format=raw     format of all backing files (or qed), whatever they contain
+  backing_format=raw     format of all backing files, whatever they contain (default: as
+                         the image or their first bytes say; qed)
   force_share            read-only, while another program writes to the image
   direct_io              keep nothing in the kernel's page cache
   readahead=SIZE         how far the kernel reads ahead (1M; kernel: its default);
                          only root can exceed the kernel's default
-  commit=SECONDS         longest time that changed tables stay in memory (5)
+  commit=SECONDS         maximum time for which changed tables are only in memory (5)
   poll=MICROSECONDS      how long to poll for the next request before sleeping (100; off)
   cache_size=SIZE        memory for the tables of each image (32M)
   nosuid nodev noexec noatime sync dirsync and other options of mount(8)

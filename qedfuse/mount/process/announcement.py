@@ -28,8 +28,8 @@ _NO_RECORD = "%s: qedfuse umount will not find this mount's process"
 class Announcement:
     """Announces one mount.
 
-    The caller must make this object before the mount exists, and call `withdraw` after the mount
-    has ended.
+    The caller must make this object before the mount exists.  The caller must call `withdraw`
+    after the mount has ended, or has failed to begin.
     """
 
     def __init__(
@@ -72,6 +72,9 @@ class Announcement:
     def write_record(self, device: str) -> None:
         """Write the mount record; log a failure, because the mount works without a record.
 
+        If the constructor could not open a directory for the record, nothing is written, and
+        nothing is logged again.
+
         Args:
             device: The device number of the mount, ``MAJOR:MINOR``.
         """
@@ -105,15 +108,17 @@ class Announcement:
         self._manager.notify("STOPPING=1")
 
     def withdraw(self, failure: str | None, exit_code: int) -> None:
-        """Remove the pid file, and the mount record if nothing failed; leave the service manager.
+        """Remove the pid file, and the mount record if nothing failed.
 
+        Also disconnect from the service manager, and close the directories of the two files.
         The caller must call this last, after the images have been closed, because a missing
         mount record means that the images were closed safely.
 
         Args:
             failure: What failed.  The mount record is then kept, and the failure is added to the
                 record.  None if nothing failed.
-            exit_code: The exit code of the process, for the mount record.
+            exit_code: The exit code of the process, which is added to the record together with
+                the failure; ignored if nothing failed.
         """
         self._manager.close()
         if self._pidfile is not None:

@@ -1,9 +1,9 @@
 """Running the server in the background; the command returns when the disk can be used.
 
-The process forks before there is an event loop, a thread or a connection to the kernel, because
-none of them survives a fork.  The child does all the work, prints errors, and reports through a
-pipe when the disk can be used.  The parent waits for the report.  If the child fails before the
-report, the parent exits with the child's exit code.
+The process forks before there is an event loop or a second thread, because neither survives a
+fork.  The child mounts, serves and prints errors, and reports through a pipe when the disk can be
+used.  The parent waits for the report.  If the child ends before the report, the parent exits with
+the child's exit code, or with 32 if this code is 0 or the child was killed.
 
 If the command fails or is interrupted, the user expects that nothing is mounted.  So the parent
 forwards signals to the child, and the child undoes the mount if the parent has ended.
@@ -33,16 +33,18 @@ _READY: Final = b"ready\n"
 _MOUNT_FAILED_EXIT_CODE: Final = 32
 """The exit code of the parent if the child was killed, or ended with 0 and without a report."""
 _INTERRUPTED_EXIT_CODE: Final = 130
-"""The exit code of the parent if a signal arrived before the disk could be used."""
+"""The exit code of the parent if it has forwarded a signal to the child."""
 _FORWARDED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that the parent forwards to the child while the parent waits; the child gets SIGTERM."""
+"""The signals that the parent handles while it waits.  The parent forwards the first one to the
+child, as SIGTERM."""
 
 
 def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     """Run ``serve`` in a child; return in the parent when the child is ready or has ended.
 
-    The first signal that the parent gets is sent to the child as SIGTERM, and the parent waits
-    for the end of the child.  A second signal has its default action.
+    If the parent gets SIGINT, SIGTERM or SIGHUP while it waits, it sends SIGTERM to the child.  The
+    parent then waits until the child has ended, unless the child has just reported that the disk
+    can be used.  A second signal has its default action on the parent.
 
     Args:
         serve: Called in the child; returns the exit code of the child.  The argument of ``serve``
@@ -50,12 +52,13 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
             child keeps the stderr of the caller.
 
     Returns:
-        The exit code for the caller's process: 0 only if the disk can be used; 130 if a signal
-        arrived before that; 32 if the child was killed, or ended with 0 and without a report;
-        otherwise the exit code of the child.
+        The exit code for the caller's process: 130 if a signal was forwarded; 0 if the disk can
+        be used; 32 if the child was killed, or ended with 0 and without a report; otherwise the
+        exit code of the child.
 
     Raises:
         HostError: /proc is not mounted.
+        OSError: The host refuses a pipe or a process.
     """
     inherited = open_descriptors() - set(STANDARD)
     reading, writing = os.pipe()
@@ -73,7 +76,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         with _forwarded_signals(child, mask):
             return _wait(child, reading)
     except KeyboardInterrupt:
-        # Wait for the end of the child, so that its messages precede the prompt of the shell.
+        # The call returns when the child has ended, so that its messages precede the prompt of
+        # the shell.  It returns earlier only if the child has just become ready.
         _read_report(reading)
         return _INTERRUPTED_EXIT_CODE
     finally:
@@ -82,10 +86,11 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
 @contextmanager
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
-    """Unblock signals; the first one in the block goes to the child and raises KeyboardInterrupt.
+    """Unblock signals; forward the first one that arrives in the block to the child.
 
-    The child has a session of its own, so the terminal sends signals to the parent only, and the
-    parent must forward them.
+    In the parent this signal raises KeyboardInterrupt, and further signals have their default
+    action.  The child has a session of its own, so the terminal sends signals to the parent only,
+    and the parent must forward them.
 
     Args:
         child: The pid of the child.

@@ -1,9 +1,10 @@
 """Returning free heap memory to the system with malloc_trim(3).
 
 Requests allocate and free buffers of 1 MiB, many at a time.  The C library keeps the freed
-memory, some 30 MiB, until malloc_trim is called.  The C library could be configured to keep less.
-Then large writes would lose nearly half their speed, because the kernel would have to supply new
-pages for each buffer.
+memory, some 30 MiB, until malloc_trim is called.  If the C library were configured to keep less,
+large writes would lose nearly half their speed, because the kernel would have to supply new pages
+for each buffer.  So the C library keeps the memory while requests run, and the server calls
+malloc_trim after flushes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIN_INTERVAL_SECONDS: Final = 4.0
-"""Minimum time between two calls of malloc_trim, each of which takes some milliseconds.  An idle
-disk clears NEED_CHECK and flushes once more after a longer time, so the heap is trimmed after that
-last flush as well."""
+"""Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
+
+This time is shorter than the time without changes after which a disk clears NEED_CHECK and flushes
+once more.  So the heap of an idle server is trimmed at least once after the last change."""
 
 # None if the C library is not GNU's.  Other C libraries keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -28,7 +30,7 @@ class HeapTrimmer:
     """Trims the heap at most once in `MIN_INTERVAL_SECONDS`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Make a trimmer whose first call trims; ``clock`` returns seconds."""
+        """Make a trimmer whose first call trims; ``clock`` returns seconds, at least 0."""
         self._clock = clock
         self._due = 0.0
 

@@ -37,13 +37,14 @@ class _TracebackFormatter(logging.Formatter):
 
 
 def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]) -> None:
-    """Remove the source lines of an exception and of all exceptions that it is chained to.
+    """Remove the source lines of an exception and of its causes, contexts and group members.
 
-    Afterwards the traceback module does not read source files for them.
+    Afterwards the traceback module does not read source files to format these exceptions.
 
     Args:
         exception: The exception, which is changed.
-        seen: The ``id`` of each exception that has been changed; chains may contain cycles.
+        seen: The ``id`` of each exception that has been changed, because a chain of exceptions
+            may contain a cycle.
     """
     if id(exception) in seen:
         return
@@ -58,7 +59,7 @@ def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]
 
 
 class _LineFormatter(_TracebackFormatter):
-    """Formats each message as one line; a traceback follows the line only when debugging."""
+    """Formats each message as one line; a traceback follows only if ``tracebacks`` is set."""
 
     def __init__(self, *, tracebacks: bool) -> None:
         super().__init__("qedfuse: %(message)s")
@@ -101,8 +102,9 @@ def log_to_stderr(*, debug: bool = False) -> None:
 def log_to_stderr_without_waiting() -> None:
     """Log to stderr from now on without waiting for the reader of stderr.
 
-    A message is dropped if the reader has no space for it.  The caller must call this before
-    disks are served, because a reader that is stopped must not stop the disks.
+    A message is dropped if the reader has no space for the message.  Except for debugging, the
+    caller must call this function before disks are served, because a reader that is stopped must
+    not stop the disks.
     """
     handler = StderrHandler(sys.stderr.fileno())
     handler.setFormatter(_LineFormatter(tracebacks=False))
@@ -110,11 +112,12 @@ def log_to_stderr_without_waiting() -> None:
 
 
 def system_log(path: str = _SYSLOG) -> logging.Handler:
-    """Return a handler for the system log; it drops all messages while no log daemon listens.
+    """Return a handler for the system log, which drops messages while no log daemon listens.
 
     The directory of the socket is opened now and stays open, because the path of the directory may
-    lead through the mount later.  After a restart of the log daemon, the new socket is found in
-    the same directory.
+    lead through the mount later.  After a restart of the log daemon, the handler finds the new
+    socket in the same directory.  If the directory cannot be opened now, the handler drops all
+    messages, even if a log daemon is started later.
 
     Args:
         path: The socket of the log daemon (syslog(3)).
@@ -122,10 +125,10 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
     try:
         directory, name = os.path.split(os.path.realpath(path))
         handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:  # no log daemon, as in most containers
+    except OSError:  # for example, /dev/log is a link into a directory that is missing
         return logging.NullHandler()
     handler = SystemLogHandler(f"/proc/self/fd/{handle}/{name}")
-    # The system log gets tracebacks, although the terminal does not.
+    # The system log gets tracebacks, although stderr does not get them without debugging.
     handler.setFormatter(_TracebackFormatter("%(message)s"))
     return handler
 
@@ -170,6 +173,7 @@ def log_to(handler: logging.Handler) -> None:
         root.removeHandler(old)
         old.close()
     root.addHandler(handler)
-    # If stderr is a file on a full disk or a closed pipe, no handler may print a traceback
-    # about logging.
+    # A handler may be unable to write a message, for example because stderr is a closed pipe or
+    # a file on a full disk.  By default the handler would then print a traceback, and for this
+    # would read source files, which may be below the mountpoint.
     logging.raiseExceptions = False

@@ -3,8 +3,8 @@
 The event loop writes the log.  If the event loop waited for the reader of the log, no disk would be
 served meanwhile.  If the reader stored its files on one of the disks, the two would wait for each
 other forever.  So if the reader has no space for a message, or there is no reader, the message is
-dropped and counted.
-The number of dropped messages is logged before the next message.
+dropped and counted.  The number of dropped messages is logged before the next message that can be
+logged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DroppingHandler(logging.Handler):
         self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send a message, or drop it if it cannot be sent now; the drop is counted."""
+        """Send a message; if that is not possible without waiting, drop and count the message."""
         try:
             self._report_dropped()
             if self._dropped or not self.try_send(record):
@@ -82,7 +82,8 @@ class StderrHandler(DroppingHandler):
         if os.isatty(descriptor):
             # A terminal that is writable may block after fewer bytes than a pipe.  So the terminal
             # is opened again with O_NONBLOCK.  The flag belongs to the new open file description,
-            # and does not affect the shell, which shares the original open file description.
+            # and does not affect the shell, which shares the original open file description.  If
+            # the terminal cannot be opened again, it is polled like a pipe.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
                 self._reopened = os.open(f"/proc/self/fd/{descriptor}", flags)
@@ -145,8 +146,9 @@ class SystemLogHandler(DroppingHandler):
         """Send a message on the connection; connect first if there is no connection.
 
         Returns:
-            False if the daemon has no space now, or if the message could not be sent.  In the
-            first case the connection is kept, and in the second case it is closed.
+            False if the daemon has no space now, or if the message could not be sent for another
+            reason.  In the first case an existing connection is kept.  In the second case the
+            connection is closed.
         """
         try:
             if self._socket is None:
@@ -171,7 +173,7 @@ def _connect(path: str) -> socket.socket:
     """Return a non-blocking connection to the socket of a log daemon.
 
     Raises:
-        OSError: No daemon listens on the socket.
+        OSError: The socket cannot be connected now, for example because no daemon listens.
     """
     for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
         connection = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)

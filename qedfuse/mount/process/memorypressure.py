@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Final
 
 OOM_SCORE_ADJ: Final = -500
-"""The OOM score adjustment of the process.  With this value the OOM killer disregards memory of the
-process up to half of the machine's memory.  So the OOM killer chooses other processes first, but
-can still choose a server that leaks memory."""
+"""The OOM score adjustment of the process.  With this value the OOM killer subtracts half of the
+machine's memory and swap space from what the process uses.  So the OOM killer chooses other
+processes first, but can still choose a server that leaks memory."""
 
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h, Linux 5.6 and newer
 _OOM_SCORE_ADJ_FILE: Final = Path("/proc/self/oom_score_adj")

@@ -32,12 +32,14 @@ def raise_open_file_limit() -> None:
 def explained_limit(images: int) -> Iterator[None]:
     """Check the limit on open files before the block, and explain an EMFILE in the block.
 
+    All other exceptions of the block are passed on unchanged.
+
     Args:
         images: The number of images that the block opens, not counting their backing files.
 
     Raises:
-        HostError: The limit is too low for the images, or an open in the block failed with
-            EMFILE.  The message has the limit, and the minimum number of open files.
+        HostError: The limit is too low for the images, or the block raised a `QedError` that
+            was caused by EMFILE.  The message has the limit, and the minimum number of open files.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = images + MAX_OTHER_FILES

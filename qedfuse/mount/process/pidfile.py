@@ -1,9 +1,11 @@
 """The pid file of a mount.
 
 The directory of the pid file is opened before the mount exists, and the pid file is written and
-removed through the open directory.  A file that is not regular, such as a pipe, is opened itself
-instead, and is not removed.  If the serving process resolved the path later, and the path
+removed through the open directory.  If the serving process resolved the path later, and the path
 led through the mount, the process would wait forever for its own reply.
+
+If the file is not regular, such as a pipe, the file itself is opened instead of its directory, and
+the file is not removed.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class PidFile:
     def __init__(self, path: str) -> None:
         """Open the directory of the file, or the file itself if it is not regular.
 
-        The file is not changed before `write`.
+        The file is not changed before `write`.  The file need not exist, but its directory must.
 
         Raises:
             HostError: The directory or the file cannot be opened, the file is a directory, or
@@ -56,8 +58,9 @@ class PidFile:
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
-            # If this process has inherited a descriptor of the file, the caller may hold a lock
-            # on the file.  Then the file is overwritten, because a new file would not be locked.
+            # If this process has inherited a descriptor of the file, the program that started this
+            # process may hold a lock on the file.  So `write` overwrites the file instead of
+            # replacing it, because a new file would not be locked.
             self._is_open = found is not None and any(
                 os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
             )
@@ -71,11 +74,13 @@ class PidFile:
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
 
-        A regular file is replaced atomically if possible.  A file that was open in this process
-        when this object was made, or that cannot be replaced, is overwritten.
+        A missing file is created, and a regular file is replaced atomically if possible.  A file
+        that was open in this process when this object was made, that is not regular, or that
+        cannot be replaced, is written to instead.
 
         Raises:
-            HostError: The file cannot be written.
+            HostError: The file cannot be written now, for example because a FIFO has no reader
+                or a pipe is full.
         """
         try:
             if self._is_special:
@@ -109,11 +114,12 @@ class PidFile:
                 os.unlink(new, dir_fd=directory)
             if error.errno not in _NOT_REPLACEABLE:
                 raise
-            # For example, the user may write to the file but not to the directory, or the file is
-            # a mountpoint.
+            # The file cannot be replaced, but perhaps overwritten.  For example, the user may
+            # write to the file but not to the directory, or the file is a mountpoint.
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
+                # There is no file, so the reason is that no new file could be made.
                 raise error from None
 
     @staticmethod
@@ -126,8 +132,8 @@ class PidFile:
             flags: Further flags for open(2).
 
         Raises:
-            OSError: The file cannot be written.  EAGAIN: a pipe or a device takes no more than a
-                part of the line now.
+            OSError: The file cannot be written.  EAGAIN: the file takes only a part of the line
+                now, or nothing.
         """
         flags |= os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
         if directory is not None:

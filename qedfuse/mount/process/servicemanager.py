@@ -39,8 +39,8 @@ class ServiceManager:
         """Send a line such as ``READY=1``, if there is a manager.
 
         This method never waits, because a manager that is stopped must not stop the disks.  If
-        the socket is full, or was full for an earlier line, a thread waits instead.  A line
-        that cannot be sent is dropped.
+        the socket is full, or was full for an earlier line, a thread waits and then sends the
+        line.  A line that cannot be sent is dropped.
         """
         if self._socket is None:
             return
@@ -59,9 +59,10 @@ class ServiceManager:
             self._sender = sender
 
     def close(self) -> None:
-        """Disconnect; a thread that still waits has a descriptor of its own.
+        """Disconnect; `notify` does nothing from then on.
 
-        This thread sends its line later, unless the process exits before.
+        A thread that still waits has a descriptor of its own.  This thread sends its line later,
+        unless the process exits before.
         """
         if self._socket is not None:
             self._socket.close()

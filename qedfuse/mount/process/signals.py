@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     """Called with the name of a signal."""
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that end a mount."""
 
 
 class SignalDispatcher:
@@ -48,7 +49,7 @@ class SignalDispatcher:
 
 
 def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
-    """Replace the handlers of signals by a handler that only appends to the returned list.
+    """Replace the handlers of signals by one that only appends the signal to the returned list.
 
     At the end of a signal receiver, trio restores the handlers that trio has found, and raises
     again the signals that trio has not delivered.  With the default handlers, such a signal could
@@ -63,8 +64,9 @@ def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
 def ignore_signals() -> None:
     """Ignore `SIGNALS` until the process exits.
 
-    Python restores the default actions of handled signals when it exits, but not those of ignored
-    signals.  So a late signal cannot change the exit code of the process.
+    A handler would not suffice.  When Python exits, it restores the default action of each signal
+    that has a handler, and a late signal could then change the exit code of the process.  But
+    Python leaves an ignored signal ignored.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

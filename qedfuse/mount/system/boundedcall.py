@@ -48,19 +48,21 @@ class Deadline:
 def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     """Call a function in a child process and return its result.
 
-    The caller must not have a second thread, because a thread does not survive a fork.
+    The caller must not have a second thread.  The child would not have this thread, and would wait
+    forever for a lock that the thread held during the fork.
 
     Args:
         function: The function.  Its result and its exceptions must be plain data that can be
             pickled.
-        seconds: How long to wait for the result, at least 0; None for no limit.
+        seconds: Maximum time to wait for the result, at least 0; None for no limit.
 
     Raises:
         TimeoutError: The function has not returned in time.  The child gets SIGKILL, but the
             system call in which the child blocks may still take effect.
         Exception: The exception that the function raised, without its traceback.
-        RuntimeError: The child has ended without a result, because the child was killed, or
-            because the result cannot be pickled.
+        RuntimeError: The child has ended without a result, because the child was killed or
+            interrupted, or because the result or the exception cannot be pickled.
+        HostError: /proc is not mounted.
     """
     deadline = Deadline(seconds)
     reading, writing = os.pipe()
@@ -71,8 +73,8 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     try:
         reply = _receive(reading, deadline)
     except BaseException:
-        # The parent does not wait for the end of the child.  If the child blocks in the kernel,
-        # it ends only when the server of the mount answers.
+        # The parent does not wait for the end of the child, because a child that blocks in the
+        # kernel ends only when the server of the mount answers.
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         raise
@@ -96,9 +98,9 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
 def _run(function: Callable[[], object], writing: int) -> NoReturn:
     """Call a function in the child, write its result or exception to a pipe, and exit.
 
-    A child that blocks in the kernel can outlive the process that forked it.  Such a child must
-    not keep a pipe or a lock open whose end another process waits for.  So the child closes all
-    descriptors but the pipe, and replaces the standard streams by /dev/null.
+    A child that blocks in the kernel can outlive the process that forked it.  If such a child kept
+    a pipe open or a file locked, other processes could wait for the child.  So the child closes
+    all descriptors but its own pipe, and replaces the standard streams by /dev/null.
 
     Args:
         function: The function.

@@ -26,7 +26,8 @@ class MountCopy:
     Attributes:
         path: The mountpoint, as the process sees it.
         pid: The pid of the process; None for the caller itself.
-        command: The name of the process (proc_pid_comm(5)); empty for the caller itself.
+        command: The name of the process (proc_pid_comm(5)); ``ended`` if the process has ended
+            meanwhile; empty for the caller itself.
     """
 
     path: str
@@ -46,8 +47,8 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
     The mounts that the caller sees come first.  Each further mount is listed with the process
     that has the lowest pid of those that see the mount.  Three kinds of mounts are left out:
 
-    - mounts in other namespaces that the kernel unmounts together with a mount of the caller's
-      namespace (the same peer group),
+    - mounts in other namespaces with the same `MountEntry.peer_group` as a mount that the caller
+      sees, because the kernel normally unmounts them together,
     - mounts that are visible only to processes that the caller may not inspect,
     - mounts that no process sees below its root directory.
 
@@ -80,8 +81,8 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
 def describe_copies(device: str, original: MountEntry | None = None) -> str | None:
     """Describe where a file system is mounted, on one line; None if no mount of it is visible.
 
-    At most `_MAX_LISTED_COPIES` mounts are listed; the line ends with the number of the others.
-    The arguments and the errors are those of `find_copies`.
+    At most `_MAX_LISTED_COPIES` mounts are listed.  If there are more, the line ends with the
+    number of the others.  The arguments and the errors are those of `find_copies`.
     """
     copies = find_copies(device, original)
     if not copies:
@@ -94,9 +95,9 @@ def describe_copies(device: str, original: MountEntry | None = None) -> str | No
 def _namespace_and_root(process: str) -> tuple[str, str]:
     """Return the mount namespace and the root directory of a process.
 
-    Processes with the same result see the same mounts.  If the caller may not read the two
-    links below /proc, the result has ``process`` in place of the namespace, and so differs from
-    the result for every other process.
+    Processes with the same result see the same mounts.  If the process has ended, or the caller
+    may not read the two links below /proc, the result has ``process`` in place of the namespace,
+    and so differs from the result for every other process.
     """
     try:
         # The links are read and not followed, because the target of the second one may be a
@@ -109,8 +110,8 @@ def _namespace_and_root(process: str) -> tuple[str, str]:
 def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[MountEntry]:
     """List the mounts of a file system that the process ``pid`` sees; None is the caller.
 
-    The other arguments are those of `find_copies`.  If the process has ended, or the caller may
-    not inspect the process, the result is empty.
+    The other arguments and the errors are those of `find_copies`.  If the process has ended, or
+    the caller may not inspect the process, the result is empty.
     """
     try:
         entries = read_mounts(pid)
@@ -125,7 +126,7 @@ def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[M
 
 
 def _command(pid: int) -> str:
-    """Return the name of a process, or ``ended`` if no process has the pid."""
+    """Return the name of a process, without a line end; ``ended`` if no process has the pid."""
     try:
         name = os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes())
     except OSError:

@@ -43,8 +43,8 @@ def resolve_mounted(path: str) -> str:
 
     The server of the mount may not answer, so only the directories that lead to the mountpoint
     are accessed.  There is one exception: if the last component of the path is ``.`` or ``..``,
-    the mount may be accessed.  A path that leads to no mountpoint is returned as far as it can
-    be resolved.
+    the mount may be accessed.  If the path leads to no mountpoint, the result is the path as far
+    as it can be resolved.
 
     Raises:
         HostError: /proc is not mounted.
@@ -86,9 +86,9 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
 
     Raises:
         MountpointError: The path is missing or cannot be accessed, has a stale mount or another
-            mount of qedfuse, is neither a directory nor a regular file, is a regular file for
-            more than one disk, is or lies in /proc or /sys, or is or contains a file that the
-            server or libfuse needs.
+            mount of qedfuse, is neither a directory nor a regular file, is a regular file
+            although ``disks`` is not 1, is or lies in /proc or /sys, or is or contains a file
+            that the server or libfuse needs.
         HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)
@@ -120,7 +120,8 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
 def check_not_mounted(mountpoint: str) -> None:
     """Refuse a path on which a mount of qedfuse is on top.
 
-    A path without a mount, or with a mount of another file system on top, is not refused.
+    A path without a mount, or with a mount of another file system on top, is not refused.  The
+    call may wait for the server of the mount on the path.
 
     Raises:
         MountpointError: There is a mount of qedfuse, in use or stale.
@@ -172,7 +173,8 @@ def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
 def _c_library() -> list[str]:
     """Return the path of the C library, in a list that is empty if the path is not found.
 
-    Other libraries that mount(8) needs lie in the same directory.
+    Other libraries that mount(8) needs lie in the same directory.  So a mount that covers one of
+    them normally covers this path too.
 
     Raises:
         HostError: /proc is not mounted.

@@ -1,8 +1,8 @@
 """The lock that lets only one qedfuse at a time mount on a mountpoint.
 
-Between the check that nothing is mounted on a mountpoint and the mount itself, another qedfuse
-could mount there, and the mount made last would cover the other.  So each qedfuse locks the
-mountpoint, checks that nothing is mounted there, mounts, and unlocks the mountpoint.
+Between the check that no qedfuse has mounted on a mountpoint and the mount itself, another qedfuse
+could mount there, and the later mount would cover the earlier one.  So each qedfuse locks the
+mountpoint, checks that no other qedfuse has mounted there, mounts, and unlocks the mountpoint.
 
 The lock is a socket bound to an abstract name (unix(7)) that contains the device number and the
 inode of the mountpoint.  The name is the same for all users and for every path to the
@@ -58,8 +58,8 @@ def mountpoint_lock_name(mountpoint: str) -> bytes | None:
 async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
     """Hold the lock ``name`` during the block.
 
-    If ``name`` is None, or if another process still holds the lock after 5 seconds, the block
-    runs without the lock.
+    The block runs without the lock if ``name`` is None, if another process still holds the lock
+    after 5 seconds, or if the kernel refuses the lock for another reason.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         with trio.move_on_after(_MAX_WAIT_SECONDS):
@@ -71,10 +71,10 @@ async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
 
 
 def _try_bind(lock: socket.socket, name: bytes) -> bool:
-    """Bind a socket to a name; return False only if another process has the name.
+    """Bind a socket to a name; return False if another socket has the name.
 
-    If the socket cannot be bound for another reason, the result is True, because another attempt
-    would fail as well.
+    If the socket cannot be bound for any other reason, the result is True, because the caller would
+    repeat the attempt in vain.
     """
     try:
         lock.bind(name)
@@ -86,8 +86,8 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    Before Linux 6.11 the kernel does not report which mount belongs to a connection.  Then the
-    topmost new mount of qedfuse on the path is returned.
+    Before Linux 6.11 the kernel does not report which mount belongs to a connection.  There the
+    topmost new mount of qedfuse on the path is returned, even if it is not the caller's.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

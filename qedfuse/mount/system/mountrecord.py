@@ -15,7 +15,8 @@ while the server of the old one is still closing its images.
 
 The server removes its record when all images are safely closed.  If something failed, the
 server writes the reason into the record instead.  If the server is killed, its record stays
-unchanged.  A mount that begins later removes such records (`MountRecordFile`).
+unchanged.  The record of a failed or killed server is removed by ``qedfuse umount``, which reports
+the failure, or by a later mount of the same user (`MountRecordFile`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _MAX_PID: Final = 1 << 22
 _MAX_TICKS: Final = (1 << 64) - 1
 _MAX_EXIT_CODE: Final = 255
 _ENDED_MODE: Final = 0o400
-"""The mode of a record whose server has ended, and whose mount is gone."""
+"""The mode that marks a record whose server has ended and whose mount is gone."""
 _MIN_ENDED_SECONDS: Final = 60.0
 """Minimum time for which a record with `_ENDED_MODE` is kept, because a running ``qedfuse
 umount`` may still need the record."""
@@ -58,7 +59,8 @@ class MountRecord:
         failure: What failed during the mount or at its end; None while the server is running, or
             if it was killed.
         exit_code: The exit code of the server; 0 if ``failure`` is None.
-        options: All mount options, each as for ``-o``, with absolute paths.
+        options: All mount options, each as for ``-o``, with absolute paths; empty in a record of
+            an earlier version of qedfuse.
     """
 
     pid: int
@@ -78,7 +80,10 @@ class FoundRecord(NamedTuple):
 
 
 def process_start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None if no process has the pid."""
+    """Return when a process started, in clock ticks since boot.
+
+    The result is None if /proc shows no process with the pid.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -143,11 +148,12 @@ class MountRecordFile:
     """
 
     def __init__(self) -> None:
-        """Open a directory of records, and remove old records of servers that were killed.
+        """Open a directory of records, and remove old records of servers that have ended.
 
         Raises:
             HostError: No directory of records can be made or opened, or /proc is not mounted.
-            PrivilegeError: A directory of records has another owner, or others can write to it.
+            PrivilegeError: The first directory of records that can be opened has another owner,
+                or others can write to it.
         """
         self._written: tuple[str, MountRecord] | None = None
         self._directory = self._open_first_usable()
@@ -273,8 +279,9 @@ def take_record(path: Path, user: int) -> MountRecord | None:
     try:
         record = _read(fd, path.name, user)
         if record is not None:
-            # The file is removed through the descriptor of its directory.  By the path, root
-            # could remove a file elsewhere, because ``user`` may put another directory there.
+            # The file is removed through the descriptor of its directory.  If root removed the
+            # file by its path, ``user`` could put a link in place of a directory in the path, and
+            # so make root remove a file in another directory.
             with contextlib.suppress(OSError):
                 os.unlink(path.name, dir_fd=fd)
         return record
@@ -283,13 +290,13 @@ def take_record(path: Path, user: int) -> MountRecord | None:
 
 
 def _remove_stale(directory: int) -> None:
-    """Remove the records of servers that have ended and that ``qedfuse umount`` cannot need.
+    """Remove the records that no ``qedfuse umount`` can need; their servers have ended.
 
-    The mount of a killed server stays in the mount table until it is unmounted, and its record
-    must stay as long.  After the unmount, ``qedfuse umount`` waits for the end of the server and
-    reads the record once more.  So a record whose mount is gone is first made read-only, and
-    the next mount that begins at least a minute later removes the record.  Mounts that are only
-    in other mount namespaces count as gone.
+    The mount of a killed server stays in the mount table until the mount is unmounted, and the
+    record must stay as long.  After the unmount, ``qedfuse umount`` waits for the end of the
+    server and reads the record once more.  So a record whose mount is gone is first made
+    read-only, and the first mount that begins at least a minute later removes the record.  Mounts
+    that are only in other mount namespaces count as gone.
 
     Args:
         directory: A descriptor of the directory of records.

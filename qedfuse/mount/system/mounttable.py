@@ -29,10 +29,10 @@ class MountEntry:
             system exists.
         path: The mountpoint, from the root directory of the process that sees the mount.
         fstype: The type of the file system; `FUSE_TYPE` for a mount of qedfuse.
-        source: What is mounted, the column ``source`` of mount(8).
+        source: What is mounted, the column SOURCE of findmnt(8).
         owner: The user who mounted a FUSE file system; 0 for any other file system.
-        peer_group: The group whose members the kernel unmounts together (``shared`` or
-            ``master`` in mount_namespaces(7)); 0 if the mount belongs to no group.
+        peer_group: The peer group of the mount (``shared`` in mount_namespaces(7)).  If the mount
+            has none, the group whose unmounts reach the mount (``master``); 0 without both.
     """
 
     mount_id: int
@@ -53,9 +53,9 @@ def _unescape(field: str) -> str:
 def parse_mounts(table: str) -> Iterator[MountEntry]:
     r"""Yield the mounts in the text of a mountinfo file (proc_pid_mountinfo(5)).
 
-    Incomplete lines are skipped.  The kernel escapes space, tab, newline, backslash and ``#``.
-    Every other character stands for itself, also the other characters that Python counts as
-    white space or as a line end.
+    Incomplete lines are skipped.  In names the kernel escapes space, tab, newline, backslash and
+    ``#``.  Names may contain all other characters that Python counts as white space or as a line
+    end, so lines are split only at newlines, and fields only at spaces.
     """
     for line in table.split("\n"):
         # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0
@@ -94,9 +94,9 @@ def read_mounts(process: int | None = None) -> list[MountEntry]:
 def find_mount(mountpoint: str) -> MountEntry | None:
     """Find the mount on a path; return None if there is none.
 
-    If several mounts lie on the path, the topmost is returned.  Only the mount table is read.
-    Access to the mount would wait for the process that serves the mount, and would fail if this
-    process has ended, or if the mount belongs to another user.
+    If several mounts lie on the path, the topmost is returned.  Only the mount table is read.  An
+    access to the mount itself would wait for the server of the mount, and would fail if the
+    server has ended or the mount belongs to another user.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

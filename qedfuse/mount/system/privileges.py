@@ -12,7 +12,7 @@ from qedfuse.errors import PrivilegeError
 FUSE_DEVICE: Final = "/dev/fuse"
 FUSE_CONF: Final = "/etc/fuse.conf"
 _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-"""The directories of the system's programs, as in the environment variable PATH."""
+"""The directories of the system's programs, in the form of the environment variable PATH."""
 
 
 def find_fusermount() -> str | None:
@@ -25,7 +25,10 @@ def find_fusermount() -> str | None:
 
 
 def check_privileges(*, for_others: bool, user: int | None = None) -> None:
-    """Refuse a mount that the kernel or fusermount3 would refuse; the message names the remedy.
+    """Refuse a mount for which the user lacks a privilege or a program.
+
+    The kernel or fusermount3 would refuse such a mount later.  The message of the error names the
+    remedy.
 
     Args:
         for_others: Whether ``allow_other`` or ``allow_root`` is set.
@@ -65,7 +68,7 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
 def _is_allow_other_permitted() -> bool:
     """Return whether fuse.conf has the line ``user_allow_other``.
 
-    As for fusermount3, the line may be indented, and a missing file has no such line.
+    As for fusermount3, the line may be indented, and a file that cannot be read has no such line.
     """
     try:
         with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:

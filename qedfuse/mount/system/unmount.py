@@ -25,9 +25,9 @@ class BusyError(MountpointError):
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount what is mounted on a path.
 
-    The call blocks until the kernel has sent its dirty pages to the process that serves the
-    mount.  Therefore this process must call the function in a worker thread, never in its event
-    loop.
+    The call blocks until the kernel has sent its dirty pages to the server of the mount.
+    Therefore the server itself, while it answers requests, must call this function in a worker
+    thread and never in its event loop.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -47,7 +47,10 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 
 def _unmount_by_syscall(mountpoint: str, *, lazy: bool) -> None:
-    """Unmount as `unmount` does, by umount2(2), which needs CAP_SYS_ADMIN."""
+    """Unmount as `unmount` does, by umount2(2), which needs CAP_SYS_ADMIN.
+
+    The errors are those of `unmount`.
+    """
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
     if _libc.umount2(os.fsencode(mountpoint), flags) != 0:
         number = ctypes.get_errno()
@@ -57,7 +60,8 @@ def _unmount_by_syscall(mountpoint: str, *, lazy: bool) -> None:
 def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
     """Unmount as `unmount` does, by the set-user-ID program fusermount3.
 
-    fusermount3 unmounts for a user only what the same user has mounted.
+    fusermount3 unmounts for a user only what the same user has mounted.  The errors are those of
+    `unmount`.
     """
     program = find_fusermount()
     if program is None:
@@ -93,10 +97,10 @@ def _error(mountpoint: str, number: int, reason: str) -> QedError:
 
 
 def sync_mount(mountpoint: str) -> None:
-    """Make the kernel write back all dirty pages of a mount (syncfs(2)).
+    """Make the kernel begin to write back all dirty pages of a mount (syncfs(2)).
 
-    When this function returns, the writeback has begun, but need not have ended.
-    The process that serves the mount must call this function in a worker thread, like `unmount`.
+    When this function returns, the writeback need not have ended.  The server of the mount must
+    call this function in a worker thread, like `unmount`.
 
     Raises:
         OSError: The mountpoint cannot be opened, the server of the mount has ended, or the

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 _SAMPLED_WORDS_PER_BLOCK: Final = 4
-"""Number of 64-bit words of each block that are tested before the whole block."""
+"""Minimum number of 64-bit words of each block that are tested before the whole block."""
 
 
 def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
-    """Return a mask of the blocks that hold only zeros; the last block may be incomplete."""
+    """Return a mask of the blocks that hold only zeros; the last block may be incomplete.
+
+    ``block_size`` is in bytes, a multiple of 8, and at least 32.
+    """
     whole = len(buffer) // block_size * block_size
     rows = buffer[:whole].view(np.uint64).reshape(-1, block_size // 8)
     # Only blocks in which all sampled words are zero are read in full.  This is fast, because
@@ -33,7 +36,7 @@ def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
 def equal_blocks(one: Bytes, other: Bytes, block_size: int) -> Mask:
     """Return a mask of the equal blocks of two buffers of the same length.
 
-    The last block may be incomplete.
+    The last block may be incomplete.  ``block_size`` is in bytes, and a multiple of 8.
     """
     whole = len(one) // block_size * block_size
     first = one[:whole].view(np.uint64).reshape(-1, block_size // 8)
@@ -68,8 +71,9 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A short run becomes data, unless it touches an end of the chunk.  Such a run may
-            # continue in the neighbouring chunk, so its whole length is unknown here.
+            # A short run becomes data, unless the run touches an end of the chunk.  A run at an
+            # end may continue in the neighbouring chunk and be long enough there, so it stays
+            # zeros.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False

@@ -23,7 +23,7 @@ def probe_format(path: str) -> ImageFormat:
     """Return the format of a file or block device, detected from the first bytes.
 
     Raises:
-        UsageError: The file is an image of a foreign format.
+        UsageError: The file is an image of a foreign format, or is encrypted by LUKS.
         HostError: The file cannot be opened or read.
         ImageError: The file is neither a regular file nor a block device.
     """
@@ -46,7 +46,7 @@ def format_of(content: bytes | bytearray | memoryview, name: str) -> ImageFormat
         name: Name of the source in the message.
 
     Raises:
-        UsageError: The source is an image of a foreign format.
+        UsageError: The source is an image of a foreign format, or is encrypted by LUKS.
     """
     signature = bytes(content[:SIGNATURE_BYTES])
     if is_qed(signature):

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
-    """Refuse a backing file that is the image itself, directly or through the chain below it.
+    """Refuse a backing file that is the image itself, or in whose chain the image is.
 
-    The backing file names in the headers of the chain are followed up to a file that is
-    missing or is no image.  Whether the files can be used as backing files is not tested.
+    The chain is followed by the names in the headers, as `chain_paths` does.  Whether the files
+    of the chain can be used as backing files is not tested.
 
     Args:
         image: The file that will name the backing file; this file need not exist.
@@ -34,7 +34,7 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
             working directory.
 
     Raises:
-        BackingError: The image is among the files of the chain.
+        BackingError: The image is the backing file, or is among the files of its chain.
     """
     about = f"{printable(image)}: backing file"
     path = backing_path(image, backing, directory)
@@ -51,9 +51,9 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
 def size_and_format(
     image: str, backing: str, wanted: ImageFormat | None
 ) -> tuple[int, ImageFormat]:
-    """Return the size in bytes and the format of the backing file of a new image.
+    """Return the size of the disk in the backing file of a new image, and the file's format.
 
-    The backing file is not locked, so another program may be using the file.
+    The size is in bytes.  The backing file is not locked, so another program may be using it.
 
     Args:
         image: Path of the new image.
@@ -61,8 +61,8 @@ def size_and_format(
         wanted: Format of the backing file; None accepts only QED.
 
     Raises:
-        BackingError: The backing file is missing, cannot be read, is not of the wanted format
-            or has an invalid header, or the image is among the files of its chain.
+        BackingError: The backing file is missing, cannot be read, is not QED although only QED
+            is accepted, has an invalid header, or `refuse_backing_loop` refuses the file.
     """
     path = backing_path(image, backing)
     about, shown = f"{printable(image)}: backing file", printable(path)
@@ -91,7 +91,7 @@ def size_and_format(
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    """Return whether two paths lead to the same file; the file need not exist yet."""
+    """Return whether two paths lead to the same file; neither need exist yet."""
     return os.path.realpath(first) == os.path.realpath(second) or (
         os.path.exists(first)  # noqa: PTH110
         and os.path.exists(second)  # noqa: PTH110

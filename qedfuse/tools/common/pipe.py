@@ -74,12 +74,16 @@ class Stream:
 
         Args:
             call: Makes the system call.
-            wait: Waits until the descriptor is ready for the call.
+            wait: Waits until the descriptor is ready for the call; used only if O_NONBLOCK is
+                set.
+
+        Raises:
+            OSError: The host refused.
         """
         if self._blocking:
-            # The call blocks a thread, which a cancellation abandons.  O_NONBLOCK is not set
-            # instead, because it would also apply to the other processes that share the open
-            # file description, and they do not expect it.
+            # The call blocks a worker thread, which a cancellation abandons.  Setting O_NONBLOCK
+            # instead would also affect the other processes that share the open file
+            # description, and these processes do not expect the flag.
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
         while True:
             try:
@@ -110,12 +114,12 @@ def is_stream(path: str) -> bool:
 
 
 async def open_stream(path: str, access: int) -> Stream:
-    """Open a pipe, or a standard stream if the path is ``-``; the caller must close the stream.
+    """Open a pipe, or a standard stream if the path is ``-``; the caller must close the result.
 
-    Waits until the other end of a FIFO is opened.
+    For a FIFO, the function waits until another process has opened the other end.
 
     Args:
-        path: Path of the pipe.
+        path: Path of the pipe, or ``-``.
         access: ``os.O_RDONLY`` or ``os.O_WRONLY``.
 
     Raises:
@@ -136,7 +140,10 @@ async def open_stream(path: str, access: int) -> Stream:
 
 
 def _standard(access: int) -> Stream:
-    """Open a standard stream, which may be a pipe, a file or a terminal."""
+    """Return a standard stream, with a descriptor of its own.
+
+    The stream may be a pipe, a file or a terminal.
+    """
     fd, name = _STANDARD[access], _NAMES[access]
     if stat.S_ISFIFO(os.fstat(fd).st_mode):
         try:

@@ -24,7 +24,8 @@ T = TypeVar("T")
 class Ticket:
     """The position of an item in the order of the items.
 
-    The turn of a ticket begins when the previous ticket is finished.
+    The turn of a ticket begins when the previous ticket is finished, and the turn of the first
+    ticket begins immediately.
     """
 
     def __init__(self, previous: Ticket | None) -> None:
@@ -65,12 +66,13 @@ class WorkerPool(Generic[T]):
         """Process all items; raise the exception if a worker raises one.
 
         After an exception in one thread, or a cancellation, each thread finishes the item that
-        it has taken and takes no further item.
+        it has taken and takes no further item.  If several threads raise, their exceptions are
+        raised as a group.
         """
         for first in items:
-            # The loop takes the first item to find out whether there is one.  If there is
-            # none, no thread is started: large disks have long ranges without work.  The
-            # threads take all other items, so this block runs at most once.
+            # The loop takes the first item to find out whether there is one.  Without an item no
+            # thread is started, because large disks have long ranges without work.  The threads
+            # process the first item and take all others, so this block runs at most once.
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:
@@ -89,6 +91,6 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # The ticket is finished here for a worker that has raised.  Otherwise the
-                # workers of later items would wait for this ticket forever.
+                # A worker that has raised may not have finished its ticket.  If the ticket were
+                # not finished here, the workers of later items would wait for it forever.
                 ticket.finish()
