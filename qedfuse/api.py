@@ -8,8 +8,8 @@
         disk.write(bytes(64))
         disk.flush()  # from here on the write survives power loss
 
-Programs that use trio call `qedfuse.open_disk` instead, which yields the `Disk` that a
-`DiskFile` wraps.
+Programs that use trio call `qedfuse.open_disk` instead.  Its ``async with`` block gets a `Disk`,
+the asynchronous object that a `DiskFile` wraps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
 
 _MAX_CALL_BYTES: Final = 1 << 24
-"""Maximum number of bytes in one call of the disk; longer operations are split to save memory."""
+"""Maximum number of bytes in one call of `Disk.read` or `Disk.write`.  Longer operations are split,
+so that a call needs little memory."""
 
 
 def open(  # noqa: A001  a module's open, like gzip.open
@@ -46,18 +47,20 @@ def open(  # noqa: A001  a module's open, like gzip.open
 ) -> DiskFile:
     """Open the disk in an image as an unbuffered binary file.
 
-    The image is locked, as QEMU locks it, until the file is closed, unless ``options`` say
-    otherwise.  With ``rb`` no other program can write to the image.  With ``r+b`` no other
-    program can use the image, except to read it with ``force_share``.
+    The image is locked until the file is closed, with the same locks that QEMU takes, unless
+    ``options`` demand otherwise (``lock``, ``force_share``).  With ``rb`` no other program that
+    takes these locks can write to the image.  With ``r+b`` no such program can use the image,
+    except to read it with ``force_share``.
 
-    With ``r+b`` an image that was not closed cleanly is checked first, and refused if the check
-    finds an error; leaked space is no error.
+    With ``r+b`` an image is checked first if it was not closed cleanly, or if its length is not a
+    multiple of its cluster size.  The image is refused if the check finds an error in the tables.
+    Leaked space is no error.
 
     Args:
         path: The image.
         mode: ``rb`` to read, ``r+b`` to read and write.
-        options: Backing file policy, sharing, cache size; None for the defaults.  ``mode``
-            replaces the option ``writable``.
+        options: Backing file policy, locks, cache size and more; None for the defaults.  The
+            option ``writable`` is ignored, because ``mode`` decides.
 
     Returns:
         The file, at position 0.  The caller must close it.
@@ -87,8 +90,8 @@ class DiskFile(io.RawIOBase):
 
     Writes become durable with `flush` or `close`, or in the background after some seconds.
     Threads may share a file; its operations are serialised.  For many small reads, wrap
-    the file in an `io.BufferedReader`.  In a child of ``os.fork`` reads and writes raise
-    `RuntimeError`.
+    the file in an `io.BufferedReader`.  In a child of ``os.fork`` reads, writes and `truncate`
+    raise `RuntimeError`, and `flush` and `close` have no effect on the image.
 
     If the program does not close a file, the file is closed when it is garbage collected or
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
@@ -172,8 +175,8 @@ class DiskFile(io.RawIOBase):
     def read(self, size: int | None = -1, /) -> bytes:
         """Read ``size`` bytes, fewer only at the end of the disk.
 
-        With None or a negative ``size``, read up to the end.  Past the end, return ``b""``.  If
-        an error is raised, the position is unchanged.
+        With None or a negative ``size``, read up to the end.  At or past the end, return ``b""``.
+        If an error is raised, the position is unchanged.
 
         Raises:
             ValueError: The file is closed.
@@ -235,7 +238,8 @@ class DiskFile(io.RawIOBase):
             ValueError: The file is closed.
             io.UnsupportedOperation: The file was opened with ``rb``.
             NoSpaceError: The position is at or past the end, or the host is full.
-            ReadOnlyError: A failed metadata writeback has made the disk read-only.
+            ReadOnlyError: A flush, perhaps one in the background, has failed and has made the
+                disk read-only.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host's file system or kernel refused.
         """
@@ -254,15 +258,16 @@ class DiskFile(io.RawIOBase):
     def truncate(self, size: int | None = None, /) -> int:
         """Grow the disk to ``size`` bytes; return the size.
 
-        If ``size`` is None, the new size is the position.  If the disk has the size already,
+        If ``size`` is None, the new size is the position.  If the disk has the new size already,
         nothing is done.  The added range reads as zeros, and the position is unchanged.
 
         Raises:
             ValueError: The file is closed.
             io.UnsupportedOperation: The file was opened with ``rb``.
-            UsageError: The disk would shrink, or the size is not a multiple of 512 or
+            UsageError: The disk would shrink, or the new size is not a multiple of 512 or is
                 more than the image's tables can address.
-            ReadOnlyError: A failed metadata writeback has made the disk read-only.
+            ReadOnlyError: A flush, perhaps one in the background, has failed and has made the
+                disk read-only.
             CorruptImageError: A table entry for the added range is bad, or refers to data.
             HostError: The host's file system or kernel refused.
         """
@@ -279,23 +284,25 @@ class DiskFile(io.RawIOBase):
         Raises:
             ValueError: The file is closed.
             HostError: The host reported a failure.  A failed datasync makes the disk
-                read-only.
+                read-only, and each later flush raises the error again.
         """
         with self._lock:
             self._check_open()
-            # IOBase.close() calls this method after the portal has closed the disk.  Nothing is
-            # left to flush then.
+            # IOBase.close() calls this method after the portal has closed the disk.  The portal
+            # is not alive then, and nothing is left to flush.
             if self.mode == "r+b" and self._portal.is_alive():
                 self._portal.call(self._disk.flush)
 
     def close(self) -> None:
         """Make everything durable, mark the image as clean and release its locks.
 
-        If the file is closed already, nothing is done.
+        With ``r+b`` the image is compacted first, as its `OpenOptions` say.  With ``rb`` only the
+        locks are released.  If the file is closed already, nothing is done.
 
         Raises:
             HostError: Something could not be made durable.  The file is closed in this case
-                too, and the image will be checked when it is next opened for writing.
+                too.  If the image could not be marked as clean, it will be checked when it is
+                next opened for writing.
         """
         with self._lock:
             if not self.closed:

@@ -19,9 +19,9 @@
     ├── PrivilegeError            EPERM    19  the user has no permission for the mount
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
 
-The columns are the class, the errno that a request of a guest fails with, and the exit code
-of a command.  ``str(error)`` is one line that can be printed unchanged, because the names in
-it are escaped.
+The columns are the class, the errno with which a request of a guest fails, the exit code of a
+command, and the cause.  ``str(error)`` is one line that can be printed unchanged, because the
+names in it are escaped.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ class HostError(QedError):
 
 
 class NoSpaceError(HostError):
-    """There is no space: past the end of the disk, or the host's file system is full."""
+    """There is no space: past the end of the disk, or the host's file system is full.
+
+    If the user's quota on the host is full, ``errno`` can be EDQUOT instead of ENOSPC.
+    """
 
     def __init__(self, message: str, errno: int = errnos.ENOSPC) -> None:
         super().__init__(message, errno)
@@ -140,7 +143,10 @@ class UnsupportedError(ImageError):
 
 
 class CorruptImageError(ImageError):
-    """A table contradicts itself, another table or the file."""
+    """A table contradicts itself, another table or the file, or the free list is invalid.
+
+    Also raised if a repair or its undo is refused because of what the image contains.
+    """
 
     errno = errnos.EIO
     exit_code = 13

@@ -14,8 +14,8 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
 
     If all characters of the name are printable, the name is returned unchanged.  Otherwise
     control characters become ``\n``, ``\xNN`` or the like, and undecodable bytes ``\xNN``.
-    Other unprintable characters and lone surrogates become ``\uNNNN`` or ``\UNNNNNNNN``, and
-    each backslash is doubled.
+    Other unprintable characters and lone surrogates become ``\xNN``, ``\uNNNN`` or
+    ``\UNNNNNNNN``, the shortest that can express them.  Each backslash is doubled.
     """
     raw = os.fspath(name)
     text = os.fsdecode(raw)

@@ -1,7 +1,8 @@
 """The check: read all tables, and find the owner of each cluster of the file.
 
-The owner of a cluster is the table entry, or the part of the header, that refers to the cluster.
-A cluster that two entries refer to is an error, and a cluster without an owner is leaked.
+The header, the tables and the persistent free list own their clusters, and a data cluster is owned
+by the table entry that refers to it.  It is an error if a cluster would have two owners.  A cluster
+without an owner is leaked.
 """
 
 from __future__ import annotations
@@ -156,13 +157,14 @@ class _Checker:
         """Mark the clusters of the free list as owned, so that they do not count as leaked.
 
         The caller must call this after `read_l2`.  Otherwise an entry that refers to a cluster of
-        the free list would be reported as a duplicate as well.
+        the free list would be reported twice, because it would count as a duplicate as well.
         """
         if self._free_list is None:
             return
         if self._clusters > MAX_BITMAP_CLUSTERS:
-            # The file has no bitmap, and `_owners` can list a limited number of clusters only,
-            # which the free list might exceed.  So the clusters are counted and not marked.
+            # For a file of this length `_owners` has no bitmap, and lists a limited number of
+            # clusters.  The free list might exceed this number.  So the clusters of the free list
+            # are counted and not marked.
             self._unclaimed_clusters = self._free_list.clusters
             return
         for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):
@@ -204,12 +206,12 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the data clusters that do not directly follow the previous one of their table.
+        """Count the offsets that do not directly follow the cluster at the previous offset.
 
         Args:
-            values: The offsets in a slice of a table; at least one.
-            next_offset: The file offset right after the last data cluster of the table's earlier
-                slices; 0 if these have no data cluster.
+            values: The offsets in a slice of a table, valid or not; at least one.
+            next_offset: The file offset right after the last cluster to which the table's earlier
+                slices refer; 0 if they hold no offset.
 
         Returns:
             The file offset right after the last cluster in ``values``.

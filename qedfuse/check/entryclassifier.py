@@ -28,7 +28,7 @@ _L2_CODES: Final = {violation: Code[f"L2_{violation.name}"] for violation in Vio
 _EXPECTED_IN_CONFLICTS: Final = {
     Code.TABLE_OVERLAP: "a table that shares no cluster with another",
     Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
-    Code.FREE_LIST_CONTRADICTED: "a cluster that the free list does not have",
+    Code.FREE_LIST_CONTRADICTED: "a cluster that is not in the free list",
 }
 """What was expected instead of an entry that conflicts with another entry or the free list, but
 breaks no rule by itself."""

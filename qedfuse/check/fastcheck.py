@@ -49,7 +49,8 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
 
     Returns:
         The header, the file's length in bytes, and a report without errors and leaks.  None if
-        the image may have an error or a leak, has a free list, or cannot be read.
+        the extension cannot be used, or if the image may have an error or a leak, has a free list,
+        has a length that is not a multiple of the cluster size, is too large, or cannot be read.
     """
     # The extension does not convert the entries of tables, which are little-endian.
     if _sweep is None or sys.byteorder != "little":

@@ -18,7 +18,7 @@ class Severity(enum.IntEnum):
     NOTE = 0
     """Unusual, but harmless."""
     LEAK = 1
-    """Clusters of the file that no table refers to."""
+    """Clusters of the file that nothing refers to."""
     ERROR = 2
     """A table or the free list is invalid, so data is lost, or may be overwritten later."""
 
@@ -194,8 +194,9 @@ class CheckReport:
 class LostRange:
     """A range of the disk whose data is lost or possibly wrong.
 
-    The range reads as zeros after the repair, with one exception: a range whose data a table
-    overlapped (`Code.L2_OVER_METADATA`) may read as before.
+    The range reads as zeros after the repair, with two exceptions.  A range whose data a table
+    overlapped (`Code.L2_OVER_METADATA`) may read as before.  If more ranges are lost than are
+    recorded separately, the last one may also cover data that is not lost (`LostRanges`).
 
     Attributes:
         start: Guest offset in bytes.

@@ -30,7 +30,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     # Imported late, because the checker takes long to load and most images need no check.
     from qedfuse.check.checker import check_image  # noqa: PLC0415
 
-    why = "was not closed cleanly" if header.need_check else "has no whole number of clusters"
+    why = "was not closed cleanly" if header.need_check else "has a partial last cluster"
     report = await check_image(file, header)
     # `table_errors` does not count errors of the free list, because the disk itself drops an
     # invalid free list.
@@ -51,10 +51,10 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         raise CorruptImageError(msg)
     if report.leaks:
         _log.warning(
-            "%s: %s: leaked clusters found by the check: %d; nothing worse",
+            "%s: %s: leaked clusters found by the check: %d; no errors in the tables",
             file.name,
             why,
             report.leaks,
         )
     else:
-        _log.info("%s: %s: the check found nothing wrong", file.name, why)
+        _log.info("%s: %s: the check found no errors in the tables, and no leaks", file.name, why)

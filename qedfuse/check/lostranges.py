@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 MAX_LOST_RANGES: Final = 100_000
 """Maximum number of ranges that are recorded separately.  The last range is extended until it
-covers all further ranges."""
+covers all further ranges.  It may then also cover data that is not lost."""
 
 
 class LostRanges:
@@ -29,9 +29,11 @@ class LostRanges:
         self.cleared = 0
 
     def add(self, start: int, length: int, code: Code, cleared: int = 1) -> None:
-        """Record a lost range of the disk; adjacent ranges of one code are joined.
+        """Record a lost range of the disk.
 
-        The part of the range past the end of the disk is not recorded.
+        The range is joined with the range recorded before, if both have the same code and the
+        new range begins where the other one ends.  The part of the range past the end of the
+        disk is not recorded.
 
         Args:
             start: Guest offset in bytes.

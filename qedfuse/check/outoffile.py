@@ -1,25 +1,27 @@
 """Clearing the entries that point past the end of the file, before a repair extends the file.
 
 A repair appends copies to the file.  An entry that points past the old end of the file would
-then become valid, and the guest would read the bytes of another cluster.  If the repair were
-interrupted after the file has grown, the next check would find no error in that entry.  So the
-order is:
+then become valid, and the guest would read a copy that belongs to another entry.  If the repair
+were interrupted after the file has grown, the next check would take the entry for valid.  So
+the order is:
 
 1. The entries that point past the end are overwritten.
 2. A datasync makes the overwritten entries durable.
 3. Only after the datasync does the file grow.
 
-Most entries get their final value in step 1.  An L2 entry is cleared, and so is an L1 entry of an
-image without a backing file.  An L1 entry of an overlay must not be cleared, because the guest
-would then read the backing file.  At the end of the repair, such an L1 entry points to a new table
-of zero clusters.  The new table needs a longer file, so in step 1 the entry becomes
-`POISON_ENTRY`.
+Most entries get their final value in step 1.  An L2 entry becomes unallocated or, in an overlay, a
+zero cluster.  An L1 entry becomes unallocated if the image has no backing file, or if the entry is
+for guest offsets past the end of the disk.  Any other L1 entry of an overlay must not become
+unallocated, because the guest would then read the backing file.  At the end of the repair, such an
+entry points to a new table of zero clusters.  The new table needs a longer file, so in step 1 the
+entry becomes `POISON_ENTRY`.
 
-A table that overlaps data must not be written to, because its bytes may be data.  The repair
-copies the table and corrects the copy.  The original table stays unchanged and in use until the L1
-entry points to the copy, so entries of the original cannot be cleared.  Instead the repair never
-allocates the clusters to which these entries point.  When the file has grown past those clusters,
-they are holes.  So the guest reads zeros through the original table, as through the corrected copy.
+A table that overlaps data or an earlier table must not be written to, because its bytes may be
+that data or part of that table.  The repair copies the table and corrects the copy.  Until the L1
+entry points to the copy, the original table is in use, and its entries that point past the end
+cannot be cleared.  Instead the repair never allocates the clusters to which these entries point.
+When the file has grown past those clusters, they are holes.  So the guest reads zeros through the
+original table, as through the corrected copy.
 """
 
 from __future__ import annotations
@@ -75,18 +77,22 @@ class OutOfFileEntries:
     async def clear_all(
         self, l1_entries: dict[int, int], tables: Iterable[tuple[int, int, bool]], empty: int
     ) -> None:
-        """Clear all entries that point past the end, durably; record the lost L2 entries.
+        """Clear the entries that point past the end, durably; record the lost L2 entries.
+
+        The entries of tables that will be copied are not cleared.  The repair does not allocate
+        the clusters to which these entries point.
 
         Args:
             l1_entries: The new values of the L1 entries that point past the end, by index.  The
                 caller has recorded the ranges that are lost because of these L1 entries.
-            tables: For each table its L1 index, its file offset, and whether the table must stay
-                unchanged because it will be copied.
-            empty: The new value of L2 entries.
+            tables: For each table its L1 index, its file offset, and whether the table must not
+                be written to because it will be copied.
+            empty: The new value of cleared L2 entries.
         """
-        # Two L1 entries can point to the same table, of which only one is copied.  After an L2
-        # entry of the table has been cleared, its loss could not be found a second time.  So the
-        # tables that will be copied are read before any entry is cleared.
+        # Two L1 entries can point to the same table.  The first one may keep the table, and the
+        # other one gets a copy.  If the L2 entries were cleared for the first one before the table
+        # is read for the other one, the loss of the other one's data would not be recorded.  So
+        # the tables that will be copied are read before any entry is cleared.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes
@@ -127,8 +133,8 @@ class OutOfFileEntries:
         """Overwrite entries of the L1 table; return the old values of those that are poisoned.
 
         The caller must not let a table be allocated at one of the returned offsets.  Otherwise
-        an L1 entry could have the same value before and after the repair, and the backup of the
-        changed bytes would not contain the entry.
+        an L1 entry could have the same value before and after the repair.  The backup of the
+        changed bytes would not contain such an entry, although the repair writes to it.
         """
         poisoned: list[Values] = []
         if not l1_entries:

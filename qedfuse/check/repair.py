@@ -2,25 +2,26 @@
 
 What is done for each kind of damage, and why:
 
-- If several entries refer to one data cluster, the first entry keeps the cluster.  Each other
-  entry gets a copy of the cluster, so that every guest offset reads as before.
-- If two L1 entries point to the same table, or to tables that overlap, the second L1 entry gets a
-  copy of its table.  After that, two tables refer to the same data clusters, so the clusters are
-  copied as in the first case.
-- If a cluster is both data and part of a table, the table moves to a copy and the data stays.
+- If several entries refer to one data cluster, the entry with the lowest guest offset keeps the
+  cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
+- If two L1 entries point to tables that overlap in the file, and the earlier table stays, the later
+  table moves to a copy.  If two L1 entries point to the same table, the entry with the higher guest
+  offset gets a copy of the table.  After that, two tables refer to the same data clusters, so these
+  clusters are copied as in the first case.
+- If a cluster is both data and part of an L2 table, the table moves to a copy and the data stays.
   Either the entry of the data or the L1 entry of the table is wrong, and the tables do not show
-  which of the two.  If the L1 entry is wrong, the cluster holds guest data only: clearing the
+  which of the two.  If the L1 entry is wrong, the cluster holds guest data only.  Then clearing the
   entry of the data would lose that data, and correcting the table in place would overwrite it.
-  The range of the data is reported, because
-  the entry of the data may be the wrong one.
+  The range of the data is reported, because the entry of the data may be the wrong one.
 - A table that the end of the file cuts short keeps the entries that are in the file.  A data
   cluster that is cut short is completed with zeros.
 - An entry that points outside the file, is unaligned, or points to the header or the L1 table is
   cleared, because it refers to no data of the guest.
 - In an overlay, a lost L2 entry becomes a zero cluster, and a lost L1 entry gets a new table of
   zero clusters.  Otherwise the guest would read old data of the backing file as if it were valid.
-- Data past the end of the disk is never copied.  An entry for such data is cleared if it would
-  need a copy.  Otherwise a manipulated image of a small disk could fill the host's file system.
+- Data past the end of the disk is never copied, because the copies for a manipulated image of a
+  small disk could fill the host's file system.  An entry for such data is cleared if its cluster
+  or its table would have to be copied.
 
 Ranges of the disk whose data is lost are reported.  Leaked clusters stay leaked.  The persistent
 free list is dropped whenever the repair changes the image, even if only NEED_CHECK is cleared.  An
@@ -71,8 +72,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     entries that point to them.  A second repair does not report the data that the end of the file
     had cut short, if the first repair had already made the file longer.
 
-    If the tables have no errors, only NEED_CHECK is cleared and the free list is dropped, and even
-    this only if NEED_CHECK is set or the free list is invalid.  If the tables still have an error
+    Tables without errors are not changed.  If such an image has NEED_CHECK set or an invalid free
+    list, NEED_CHECK is cleared and the free list is dropped.  If the tables still have an error
     after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup, the
     caller must first call `plan_repair` with ``save``.
 
@@ -84,7 +85,9 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
         HostError: The host refused an access, or the file would become too long.  If a table was
             changed, NEED_CHECK is still set, unless the error came when NEED_CHECK was cleared.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
-            memory.
+            memory.  Nothing has been changed, unless a limit was exceeded only during the repair
+            (which counts invalid L1 entries too, and makes the file longer).  In that case
+            NEED_CHECK is still set.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)

@@ -54,7 +54,8 @@ class Rewriter:
     async def write_need_check(self, *, need_check: bool) -> None:
         """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
 
-        The same write drops the persistent free list, because a repair does not update the list.
+        The same write drops the persistent free list, because a repair does not update the list,
+        and clears unknown autoclear bits.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
@@ -63,7 +64,7 @@ class Rewriter:
             await erase_descriptor(self._file, self._header)
 
     def _built_header(self, *, need_check: bool) -> bytes:
-        """Encode the header with NEED_CHECK set or cleared, and without a free list."""
+        """Encode the header with the given NEED_CHECK, no FREE_LIST and no stale autoclear bits."""
         header = self._header.with_need_check(value=need_check).without_stale_autoclear()
         return build_header(header.with_free_list(value=False))
 
@@ -114,7 +115,8 @@ class Rewriter:
     async def fill(self, start: int, count: int, value: int) -> None:
         """Set ``count`` entries from the file offset ``start`` on to a value.
 
-        The entries must be 0 before, because nothing is written for the value 0.
+        The entries must be 0 before, because nothing is written for the value 0.  `sync_pending`
+        makes the entries durable.
         """
         entries_per_write = _COPY_BYTES // ENTRY_BYTES
         data = value.to_bytes(ENTRY_BYTES, "little") * min(entries_per_write, count)
@@ -140,12 +142,15 @@ class Rewriter:
             )
 
     async def overwrite(self, offset: int, _old: bytes, new: bytes) -> None:
-        """Write ``new`` at a file offset in a table, after all earlier writes are durable."""
+        """Write ``new`` at a file offset in a table, after all earlier writes are durable.
+
+        Only a dry run uses the old bytes.
+        """
         await self._file.datasync()
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, new: Values) -> None:
-        """Write cleared entries at a file offset.
+        """Write cleared entries at a file offset; `sync_pending` makes them durable.
 
         No earlier write needs to be durable first, because cleared entries do not point to any
         cluster.
@@ -154,16 +159,17 @@ class Rewriter:
         await self._file.pwrite(offset, _bytes(new))
 
     async def sync_pending(self) -> None:
-        """Make cleared and filled entries durable.
+        """Make the entries durable that `clear_entries` and `fill` have written.
 
-        The caller must call this before the file grows.
+        The caller must call this before it makes the file longer.  Otherwise a crash could leave
+        a longer file with the old entries, which may be valid in the longer file.
         """
         if self._has_pending:
             await self._file.datasync()
             self._has_pending = False
 
     def set_avoided(self, clusters: Values) -> None:
-        """Never allocate the clusters at the file offsets ``clusters``, which are ascending."""
+        """Exclude clusters from all allocations; ``clusters`` are their offsets, ascending."""
         self._avoided = clusters
 
     def _allocate(self, length: int) -> int:
@@ -213,13 +219,14 @@ class DryRunRewriter(Rewriter):
         """
         super().__init__(file, header)
         self.written = 0
-        # File offset, length, and bytes without holes of the range that was copied last.
+        # The range that was copied last: its file offset, its length, and how many of its bytes
+        # are not in holes.
         self._last_copy = (0, 0, 0)
         self._size = file.size()
         self._save = save or (lambda _offset, _old, _new: None)
 
     async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  what counts is the header at the end
-        """Save the header and the descriptor of the free list, both of which a repair changes.
+        """Save the header and, if there is a free list, its descriptor; a repair changes both.
 
         The new header is the one at the end of the repair, without NEED_CHECK.
         """
@@ -255,8 +262,8 @@ class DryRunRewriter(Rewriter):
     async def clear_entries(self, _offset: int, _new: Values) -> None:
         """Do nothing, because `overwrite` counts and saves these entries later.
 
-        In a dry run the entries keep their values in the file, so the repair finds them again in
-        their slice.
+        In a dry run the entries keep their values in the file.  So the later steps of the repair
+        find these entries in the file again, and pass them to `overwrite`.
         """
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:

@@ -52,9 +52,10 @@ class TableRepair:
         # Old file offsets of the tables that move because they overlap data, ascending.
         self._moved_from = np.empty(0, np.uint64)
         self._bad_l1_indices: list[int] = []
-        # New values by L1 index: for entries that point past the end of the file, written before
-        # the file grows; and for all entries that change, written at the end.
+        # The values, by L1 index, that are written before the file grows: only for entries that
+        # point past the end of the file.
         self._out_of_file_l1_entries: dict[int, int] = {}
+        # The values, by L1 index, that are written at the end: for all entries that change.
         self._l1_changes: dict[int, int] = {}
         # The new value of a lost L2 entry.  In an overlay the entry must be a zero cluster,
         # because the guest reads the backing file where an entry is unallocated.
@@ -63,7 +64,7 @@ class TableRepair:
         self.copied = 0
 
     async def run(self) -> None:
-        """Repair the tables; NEED_CHECK stays set.
+        """Set NEED_CHECK and repair the tables; NEED_CHECK stays set.
 
         Entries that point past the end of the file are cleared before the file grows.  After that,
         copies and new tables become durable before the L2 entries change, and the L2 entries
@@ -131,11 +132,12 @@ class TableRepair:
             self.lost_ranges.add(index * span, span, code)
 
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
-        """Complete the tables that the end of the file cuts short with empty entries.
+        """Complete with empty entries the tables that the end of the file cuts short.
 
-        Until the empty entries are durable, only the write of these entries makes the file longer.
-        So after an interruption the table is still cut short.  The table cannot have missing
-        entries through which the guest reads the backing file, nor an entry of old and new bytes.
+        In an overlay the empty entries are zero clusters.  Until they are durable, only the write
+        of these entries makes the file longer.  So after an interruption each table is complete or
+        still cut short.  If the file were extended first, entries that are not written yet would be
+        unallocated, and the guest would read the backing file through them.
         """
         geometry = self._geometry
         # If only a part of an entry is in the file, the entry counts as missing.
@@ -149,6 +151,8 @@ class TableRepair:
             self.lost_ranges.add(start, geometry.table_span - kept, Code.L1_CUT_SHORT, cleared=0)
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
+            # Overwrite the part of the entry that is in the file.  `fill` would not do so for the
+            # value 0, and a dry run saves for the backup only what `overwrite` gets.
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
             new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
@@ -159,7 +163,8 @@ class TableRepair:
     async def _find_moves(self, tables: Values) -> Mask:
         """Return a mask of the tables that must move, because they overlap a table or data.
 
-        Of tables that overlap each other, the first one in the file does not move for that reason.
+        Of two tables that overlap each other, the one that is earlier in the file does not move for
+        this reason.  If both are at the same file offset, the one with the lower L1 index does not.
         """
         shared = await overlapping(tables, self._geometry.table_bytes)
         self._classifier = self._classifier.with_tables(tables[~shared])
@@ -196,9 +201,9 @@ class TableRepair:
         self._classifier = self._classifier.with_tables(self._classifier.tables[~moved])
 
     async def _under_data(self, tables: Values) -> Mask:
-        """Return a mask of the tables of the classifier that overlap data.
+        """Return for each table in `EntryClassifier.tables` whether it overlaps data.
 
-        The data is that to which the entries of ``tables`` refer.
+        Only data to which the entries of ``tables`` refer is compared.
         """
         under = np.zeros(len(self._classifier.tables), np.bool_)
         for table in np.unique(tables).tolist():
@@ -224,7 +229,7 @@ class TableRepair:
                 self._l1_changes[index] = await self.rewriter.new_table(self._empty, count)
 
     async def _claim_metadata(self) -> None:
-        """Mark the clusters of the header, of the L1 table and of the tables that stay as owned."""
+        """Mark the header, the L1 table and the tables that do not move as owned."""
         bits = self._geometry.cluster_bits
         self._owners.claim_range(0, self._header.header_end >> bits)
         l1_table = (self._header.l1_table_offset, self._header.l1_end)
@@ -233,6 +238,8 @@ class TableRepair:
 
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Return the new entries of one slice, after copying clusters that have another owner.
+
+        The ranges of the disk whose data is lost or uncertain are recorded.
 
         Args:
             l1_index: The L1 index of the table.

@@ -1,7 +1,8 @@
-"""Which L2 tables an image has, which of them overlap, and new values for their entries.
+"""Which L2 tables an image has, which of them overlap, and new values for entries of a table.
 
-An L1 table can have 1 GiB and point to 134 million L2 tables, even in a short file if the file is
-sparse.  So the tables are handled in arrays, and other tasks run between the steps.
+An L1 table can be 1 GiB long and point to 134 million L2 tables, even in a file that takes little
+space on the host because it is sparse.  So the tables are handled in arrays, and other tasks run
+between the steps.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ async def read_l1_table(
             has the error.  The arguments are the error, the index of the first entry of the
             slice, the entries of the slice, and a mask of the entries that have the error.
         keep_short: Whether an entry is valid if it points to a table that the end of the file
-            cuts short.
+            cuts short.  If so, ``report`` is not called for this error.
 
     Raises:
         HostError: The host cannot read the file.

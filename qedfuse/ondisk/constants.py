@@ -36,17 +36,18 @@ MAX_OFFSET: Final = (1 << 63) - 1
 """Maximum file offset of the kernel (a signed 64-bit ``loff_t``), in bytes."""
 
 MAX_BACKING_NAME: Final = 1023
-"""Maximum length of a backing file name that QEMU opens, in bytes."""
+"""Maximum length of a backing file name in bytes; QEMU opens no image with a longer name."""
 
 UNALLOCATED: Final = 0
-"""Table entry: nothing is stored; reads return the backing file's bytes, or zeros."""
+"""Table entry: nothing is stored.  Reads return the backing file's bytes, or zeros if there is no
+backing file or if it ends before."""
 
 ZERO: Final = 1
 """L2 table entry: the cluster reads as zeros, whatever the backing file contains."""
 
 
 class Feature(IntFlag):
-    """Incompatible feature bits: a program must not open an image with a bit it does not know."""
+    """Incompatible feature bits: a program must not open an image with an unknown bit."""
 
     BACKING_FILE = 0x01
     """The image has a backing file."""
@@ -64,5 +65,5 @@ KNOWN_FEATURES: Final = int(
 """The incompatible feature bits with which this program opens an image."""
 
 KNOWN_AUTOCLEAR: Final = 0
-"""The autoclear feature bits that this program preserves: none, because QED defines none.  All
-others are cleared before the first change of an image."""
+"""The autoclear feature bits that this program preserves: none, because QED defines none.  So all
+autoclear bits are cleared before the first change of an image."""

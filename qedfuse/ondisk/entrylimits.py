@@ -30,7 +30,8 @@ RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
 class EntryLimits(NamedTuple):
     """The limits for the entries of one level of tables; offsets and lengths in bytes.
 
-    The limits do not include the rule that a data cluster must not overlap an L2 table.
+    The limits do not include two rules: L2 tables must not overlap each other, and a data cluster
+    must not overlap an L2 table.
 
     Attributes:
         target: What the entries point to: the L1 table points to L2 tables, an L2 table to
@@ -102,7 +103,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def before_l1(self) -> int:
-        """The last offset whose target ends before the L1 table; 0 if there is none."""
+        """The offset whose target ends where the L1 table begins; 0 if it would be negative."""
         return max(0, self.l1_start - self.target_bytes)
 
     def is_valid(self, offset: int) -> bool:

@@ -114,7 +114,8 @@ class EntryRules:
     def violations(self, values: Values) -> Iterator[tuple[Violation, Mask]]:
         """Sort invalid entries by the first rule that each breaks; markers break no rule.
 
-        ``allow_cut_short`` is ignored: a target that the file cuts short is always a violation.
+        ``allow_cut_short`` is ignored here: a target that the end of the file cuts short is always
+        a violation.
 
         Yields:
             (violation, mask), for every violation in order.  The mask says for each entry
@@ -190,6 +191,6 @@ class EntryRules:
             if broken[0] and not (violation is Violation.CUT_SHORT and self.allow_cut_short):
                 expected = self.expected(violation)
                 return f"found {value} ({violation.found}), expected {expected}"
-        # The entry breaks no rule now, so the file has become longer since the entry was
-        # found invalid.
+        # The entry breaks no rule now.  It broke one when it was found invalid, so the file has
+        # become longer since then, and the limits are those of the longer file.
         return f"found {value}, which was outside the file, expected an offset inside it"

@@ -38,8 +38,9 @@ def is_luks(start: bytes | bytearray) -> bool:
 
 
 def foreign_format(start: bytes | bytearray) -> str | None:
-    """Return the name of a file's format if it is neither QED nor raw; None otherwise.
+    """Return the name of a file's format if it is one of the formats in `_FOREIGN`; else None.
 
-    ``start`` holds the first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
+    None means that the file is QED or LUKS, or that it counts as raw.  ``start`` holds the first
+    `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
     """
     return next((name for at, magic, name in _FOREIGN if start.startswith(magic, at)), None)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     size), and how many clusters the run has."""
 
 DESCRIPTOR_OFFSET: Final = 3584
-"""File offset of the descriptor: the last sector of a cluster of the minimum size."""
+"""File offset of the descriptor: the last sector of the first 4096 bytes of the file.  These
+bytes belong to the header whatever the cluster size, because no cluster is smaller."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
@@ -157,7 +158,7 @@ def may_be_overwritten(data: bytes | bytearray) -> bool:
 def build_cluster(next_cluster: int, runs: Runs) -> bytes:
     """Encode the header and the runs of a list cluster, padded with zeros to whole sectors.
 
-    The caller need not write the rest of the cluster, because it has no meaning.
+    The caller need not write the rest of the cluster, because those bytes have no meaning.
 
     Args:
         next_cluster: File offset of the next list cluster in bytes; 0 for the last one.

@@ -82,7 +82,7 @@ class Geometry:
         return start // self.table_span
 
     def l2_index(self, start: int) -> int:
-        """Return the index in its L2 table of the entry that covers a guest offset."""
+        """Return the index, in the L2 table, of the entry that covers a guest offset."""
         return (start % self.table_span) >> self.cluster_bits
 
     def in_cluster(self, offset: int) -> int:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 SLICE_BYTES: Final = 1 << 16
 """Length of a slice: the unit in which tables are read, cached and written, in bytes."""
 
-_ZERO_ENTRIES: Final = 1024
-"""How many entries `runs` compares with unallocated ones in one step."""
-_ZEROS: Final = array("Q", bytes(_ZERO_ENTRIES * ENTRY_BYTES))
+_ENTRIES_PER_STEP: Final = 1024
+"""How many entries `runs` compares in one step with `_UNALLOCATED_STEP`."""
+_UNALLOCATED_STEP: Final = array("Q", bytes(_ENTRIES_PER_STEP * ENTRY_BYTES))
 _BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
@@ -34,9 +34,14 @@ def decode(raw: bytes | bytearray) -> array[int]:
 
 
 def slice_start(table_offset: int, offset: int, slice_bytes: int = SLICE_BYTES) -> int:
-    """Return the file offset of the slice in which a file offset within a table lies.
+    """Return the file offset at which the slice begins that contains ``offset``.
 
     Slices begin at multiples of ``slice_bytes`` from the beginning of the table.
+
+    Args:
+        table_offset: File offset of the table.
+        offset: A file offset within the table.
+        slice_bytes: Length of a slice in bytes.
     """
     return offset - (offset - table_offset) % slice_bytes
 
@@ -71,8 +76,9 @@ def runs(
                 expected += cluster_size
         else:
             if value == UNALLOCATED:
-                while end + _ZERO_ENTRIES <= last and entries[end : end + _ZERO_ENTRIES] == _ZEROS:
-                    end += _ZERO_ENTRIES
+                step = _ENTRIES_PER_STEP
+                while end + step <= last and entries[end : end + step] == _UNALLOCATED_STEP:
+                    end += step
             while end < last and entries[end] == value:
                 end += 1
         yield index, end - index, value

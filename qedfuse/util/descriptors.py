@@ -20,6 +20,7 @@ def open_descriptors() -> set[int]:
 
     Raises:
         HostError: /proc is not mounted.
+        OSError: /proc/self/fd cannot be listed for another reason.
     """
     try:
         names = os.listdir("/proc/self/fd")  # noqa: PTH208  numbers, not paths

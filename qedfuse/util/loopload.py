@@ -21,11 +21,12 @@ def _no_request() -> bool:
 
 
 class LoopLoad:
-    """Knows what work waits for the event loop of one process.
+    """Knows what work waits for the event loop of this process that serves requests.
 
     Attributes:
-        polled_reads: How many reads of host files are being retried now.  While this is not
-            0, no task should keep the event loop busy for long.
+        polled_reads: How many reads of host files are being retried now.  While there are any,
+            no task should keep the event loop busy for long, because the task that retries
+            needs the event loop.
     """
 
     def __init__(self) -> None:
@@ -37,8 +38,8 @@ class LoopLoad:
     def has_threads(self) -> bool:
         """Return whether a worker thread is running.
 
-        If so, no task may poll, and the event loop must sleep: a task that polls does not
-        notice that the thread has finished, and a busy loop starves the thread of the GIL.
+        If so, no task may poll, so that the event loop can sleep.  A task that polls would not
+        notice that the thread has finished, and a busy loop would starve the thread of the GIL.
         """
         try:
             threads = self._threads.get()
@@ -48,7 +49,7 @@ class LoopLoad:
         return threads.borrowed_tokens > 0
 
     def has_requests(self) -> bool:
-        """Return whether the source of requests has one that no task has taken yet."""
+        """Return whether a request waits that no task has taken yet; False without a source."""
         return self._has_request()
 
     @contextmanager

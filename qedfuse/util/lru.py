@@ -20,7 +20,7 @@ class LRUStatistics:
     Attributes:
         items: How many values are in the cache.
         weight: How many bytes these values take.
-        evictions: How many values have been evicted so far.
+        evictions: How many values have been evicted so far; `LRU.drop` does not count.
     """
 
     items: int
@@ -40,9 +40,9 @@ class LRU(Generic[K, V]):
         """Start empty.
 
         Args:
-            budget: Maximum number of bytes that the values take together, unless too many
-                of them are pinned.
-            weigh: Returns the bytes that a value takes.
+            budget: Maximum number of bytes that the values take together.  Only pinned values
+                and the value stored last may exceed it.
+            weigh: Returns the bytes that a value takes; always the same number for a value.
             pinned: Returns whether a value must not be evicted now.
         """
         self._budget = budget

@@ -8,6 +8,8 @@ A portal ends in one of these ways:
 
 - `close` lets running calls finish, leaves the context manager and waits until the thread
   has ended.
+- If a background task of the context manager fails, running calls are cancelled, and the context
+  manager is left.
 - A portal that is still open when the program ends is closed by a watcher thread.  The
   watcher waits until all threads of the program have ended, the main thread included;
   daemon threads and the threads of portals do not count.  Python waits for the portal's
@@ -62,12 +64,12 @@ class Portal(Generic[T]):
         self._pending: set[Future[Any]] = set()
         self._failure: BaseException | None = None
         self._close_requested = False
-        self._close_called = False  # a caller is in `close`, which raises the error to it
-        self._log_failure = False  # no caller was in `close` when leaving the manager began
+        self._close_called = False  # `close` was called, and raises the error of leaving
+        self._log_failure = False  # `close` had not been called when leaving the manager began
         self._closing = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        # Not a daemon: Python must wait until the context manager has been left.
+        # Not a daemon, because Python must wait until the context manager has been left.
         self._thread = _PortalThread(target=self._run, args=(manager,), name=name, daemon=False)
         _watcher.watch(self)
         self._thread.start()
@@ -117,7 +119,8 @@ class Portal(Generic[T]):
         would wait for itself.
 
         Raises:
-            BaseException: The error of leaving the context manager; raised only once.
+            BaseException: The error of leaving the context manager, or of one of its background
+                tasks; raised only once.
         """
         self._close_called = True
         self.ask_to_close()
@@ -129,9 +132,9 @@ class Portal(Generic[T]):
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
 
-        An error of leaving the context manager is logged, unless a caller is in `close` by
-        the time leaving begins; then `close` raises the error.  Unlike `close` this function
-        is safe in a finalizer, which may run in the portal's own thread.
+        The next call of `close` raises the error of leaving the context manager.  If `close`
+        has not been called by the time leaving begins, the error is logged as well.  Unlike
+        `close` this function is safe in a finalizer, which may run in the portal's own thread.
         """
         self._close_requested = True
         if self._token is not None and self.is_alive():
@@ -200,7 +203,7 @@ async def _carry_out(future: Future[R], function: Callable[[], Awaitable[R]]) ->
 
 def _closed() -> PortalClosedError:
     return PortalClosedError(
-        "the event loop that the call needs has ended or runs in another process"
+        "the event loop that the call needs is ending, has ended, or runs in another process"
     )
 
 

@@ -17,10 +17,13 @@ _PATTERN: Final = re.compile(
 
 
 def parse_size(text: str) -> int:
-    """Return in bytes a size with or without a binary suffix: K, M, G, T, P or E.
+    """Return the number of bytes that a text such as ``512``, ``64K`` or ``64KiB`` means.
+
+    The text is a whole number, which may be followed by a binary suffix (K, M, G, T, P or E, also
+    with ``i``) and by ``B``.  Case does not matter.
 
     Raises:
-        UsageError: The text is not a whole number with or without such a suffix.
+        UsageError: The text has another form.
     """
     match = _PATTERN.fullmatch(text.strip())
     if match is None:

@@ -270,6 +270,6 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 print("parent", portal.call(inside.echo, 1), flush=True)
 """
-    failure = "the event loop that the call needs has ended or runs in another process"
+    failure = "the event loop that the call needs is ending, has ended, or runs in another process"
     expected = f"{failure}\ntest exit\nparent 1\nleft\n"
     assert run_program(body) == expected
