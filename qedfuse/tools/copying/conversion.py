@@ -82,7 +82,7 @@ class Conversion:
         options: OpenOptions,
         progress: Progress | None,
     ) -> None:
-        """Prepare a conversion of ``source`` to ``path``; the arguments are those of `convert`."""
+        """Prepare a conversion of ``source`` to ``path``; other arguments are as in `convert`."""
         self._input = source
         # The source if it is a disk, which has a size and can be read again; None for a stream.
         self._source = None if isinstance(source, RawStream) else source

@@ -68,7 +68,7 @@ def create(
     Args:
         path: Path of the image.
         size: Bytes of the disk, rounded up to whole sectors.  None for the size of the backing
-            file; refused with ``unsafe``, and without a backing file.
+            file; None is refused with ``unsafe``, and without a backing file.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file, absolute or relative to the image's directory; None
@@ -104,7 +104,10 @@ def create(
         )
         raise UsageError(msg)
     if size is None:
-        msg = f"{printable(path)}: size: found none, expected a size, or a backing file with a size"
+        msg = (
+            f"{printable(path)}: size: found none, expected a size, or a backing file to read the "
+            "size from"
+        )
         raise UsageError(msg)
     header = new_header(
         size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"

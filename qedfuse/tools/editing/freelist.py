@@ -18,7 +18,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
     If the image has no free cluster, no list is written, and programs that do not know the
     list can still open the image.  Once an image has a list, each writable mount with default
-    options writes the list anew when it closes the image.
+    options writes a new list, if possible, when it closes the image.
 
     Args:
         path: The image.

@@ -24,7 +24,9 @@ _COMPARE_CHUNK_BYTES: Final = 1 << 20
 
 
 class RebaseCopy:
-    """Copies content of an image's old bases into the image, wherever its new bases differ.
+    """Copies content of an image's old bases into the image.
+
+    A cluster is copied if the image does not store it and the new bases have other content there.
 
     Attributes:
         copied_bytes: Bytes of the disk written to the image as data so far.

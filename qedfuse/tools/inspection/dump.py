@@ -53,7 +53,7 @@ VERDICTS: Final = {
     Code.L2_CUT_SHORT: "cut short",
     Code.L2_OVER_METADATA: "over metadata",
 }
-"""The verdicts on invalid entries."""
+"""The verdict on an invalid entry, by the error of the entry."""
 
 _MAX_COMPARED_TABLES: Final = 1 << 16
 """No further slices of the L1 table are read after more than this many L2 tables were found.

@@ -35,7 +35,7 @@ class MapEntry:
         present: Whether a layer stores the range, or has an invalid entry for it.  If not,
             the range reads as zeros.
         zero: Whether the range is known to be zeros without reading the file.
-        data: Whether the layer's file holds data for the range.
+        data: Whether the file of a layer holds data for the range; False if ``bad`` is set.
         offset: Offset in bytes in the layer's file, of the data, or of the hole in a raw
             file; None for all other ranges.
         bad: Whether the table entry is invalid, so that the content is unknown.
