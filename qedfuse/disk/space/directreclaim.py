@@ -88,8 +88,8 @@ class DirectReclaim:
         else:
             # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.
             # The running cycle, or an earlier one, makes durable the tables that dropped the
-            # sealed clusters, so no further cycle is needed.  Requests that still used these
-            # clusters may have ended since the last `Reclaim.run`.
+            # sealed clusters, unless the cycle fails.  So no further cycle is needed.  Requests
+            # that still used these clusters may have ended since the last `Reclaim.run`.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 
