@@ -140,8 +140,8 @@ def script(program: Program) -> str:
 def _tables(program: Program) -> Iterator[str]:
     """Yield the lines of the functions that contain a program's tables.
 
-    The function ``is_command`` returns a status.  Each other function sets ``values``, a
-    variable of its caller.
+    The function ``is_command`` succeeds if its argument is a subcommand.  Each other function
+    sets ``values``, a variable of its caller.
     """
     names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.

@@ -61,7 +61,7 @@ def option_words() -> list[tuple[str, str]]:
     """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
 
     An entry may describe several options, such as ``ro, rw``.  The last line, about options of
-    mount(8), is no entry, because it has no meaning behind two spaces.
+    mount(8), gives no meaning and is left out.
     """
     found: list[tuple[str, str]] = []
     for line in _paragraphs()[4].splitlines():  # "Options of -o"

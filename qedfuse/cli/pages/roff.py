@@ -70,6 +70,7 @@ def sentences(text: str) -> Iterator[str]:
 
     Each sentence ends at the end of a line, because roff recognises a sentence only there.
     """
+    # Lines are joined by one blank, or by two after a punctuation mark that can end a sentence.
     joined = re.sub(r"(?<![.:;?!])\s+", " ", text.strip()).replace("\n", "  ")
     for sentence in _SENTENCE_END.split(joined):
         yield from map(line, _WRAPPER.wrap(_marked(sentence)))

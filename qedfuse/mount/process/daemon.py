@@ -49,7 +49,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     Args:
         serve: Called in the child; returns the exit code of the child.  The argument of ``serve``
             is a function that ``serve`` must call when the disk can be used.  Until that call the
-            child keeps the stderr of the caller.
+            child keeps the standard streams and all other descriptors of the caller.
 
     Returns:
         The exit code for the caller's process: 130 if a signal was forwarded; 0 if the disk can

@@ -76,7 +76,7 @@ class PidFile:
 
         A missing file is created, and a regular file is replaced atomically if possible.  A file
         that was open in this process when this object was made, that is not regular, or that
-        cannot be replaced, is written to instead.
+        cannot be replaced, is written in place instead.
 
         Raises:
             HostError: The file cannot be written now, for example because a FIFO has no reader

@@ -24,8 +24,8 @@ not be visible, and unmounting / makes the root file system read-only."""
 _LIBFUSE_PATHS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
 """Paths that libfuse needs after the kernel has mounted and before the server answers requests.
 
-libfuse 3.17 and newer runs mount(8), to update the table of mount options, and waits for its
-end."""
+libfuse 3.17 and newer runs mount(8), to update the table of mount options, and waits for the end
+of mount(8)."""
 _MAX_LINKS: Final = 40
 """Maximum number of symbolic links that the kernel follows in one path (MAXSYMLINKS)."""
 

@@ -4,8 +4,8 @@ The server is the process that answers the kernel's requests for the mount.  Eac
 record, in a file of its own:
 
     /run/qedfuse/0:42.1234                 for root
-    $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if this directory can be used
-    /run/user/UID/qedfuse/0:42.1234        otherwise, if this directory can be used
+    $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if this directory can be opened
+    /run/user/UID/qedfuse/0:42.1234        otherwise, if this directory can be opened
     /tmp/qedfuse-UID/0:42.1234             otherwise
 
 The file name is the device number of the mount and the pid of the server.  The mount table
@@ -290,7 +290,7 @@ def take_record(path: Path, user: int) -> MountRecord | None:
 
 
 def _remove_stale(directory: int) -> None:
-    """Remove the records that no ``qedfuse umount`` can need; their servers have ended.
+    """Remove records of servers that have ended, unless a ``qedfuse umount`` may need them.
 
     The mount of a killed server stays in the mount table until the mount is unmounted, and the
     record must stay as long.  After the unmount, ``qedfuse umount`` waits for the end of the
