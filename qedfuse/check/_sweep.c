@@ -149,6 +149,8 @@ static PyObject *sweep(PyObject *module, PyObject *args)
         return NULL;
     image.table_bytes = table_bytes;
     image.clusters = file_bytes >> image.cluster_bits;
+    /* An L1 table of more than 16 MiB is left to the full check, because the sweep reads the whole
+     * L1 table into memory. */
     if (image.clusters > MAX_CLUSTERS || table_bytes > MAX_TABLES_BYTES / 64 ||
         l1_table >> image.cluster_bits >= image.clusters)
         Py_RETURN_NONE;

@@ -21,7 +21,7 @@ def _no_request() -> bool:
 
 
 class LoopLoad:
-    """Knows what work waits for the event loop of this process that serves requests.
+    """Knows what other work waits for the event loop.
 
     Attributes:
         polled_reads: How many reads of host files are being retried now.  While there are any,

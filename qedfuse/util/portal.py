@@ -46,7 +46,7 @@ class PortalClosedError(RuntimeError):
 
 
 class Portal(Generic[T]):
-    """An async context manager, open in a thread of its own until `close`.
+    """An async context manager, open in a thread of its own until the portal ends.
 
     Attributes:
         value: The value that entering the context manager returned.
@@ -132,9 +132,10 @@ class Portal(Generic[T]):
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
 
-        The next call of `close` raises the error of leaving the context manager.  If `close`
-        has not been called by the time leaving begins, the error is logged as well.  Unlike
-        `close` this function is safe in a finalizer, which may run in the portal's own thread.
+        If leaving the context manager fails, `close` raises the error, also if `close` is called
+        later.  If `close` has not been called by the time leaving begins, the error is logged as
+        well.  Unlike `close` this function is safe in a finalizer, which may run in the portal's
+        own thread.
         """
         self._close_requested = True
         if self._token is not None and self.is_alive():
