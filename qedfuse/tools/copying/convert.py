@@ -59,8 +59,8 @@ async def convert(
         options: How to open the source, the backing file and an existing image as the target;
             None for the defaults.
         progress: Called with the guest offset that the copy has reached, and the size of the
-            disk.  For a pipe as the source, whose size is unknown, both are the bytes read so
-            far.
+            disk.  For a pipe as the source, whose size is unknown, both are the number of bytes
+            copied so far.
 
     Raises:
         UsageError: The arguments contradict each other, do not fit the kind of the source or

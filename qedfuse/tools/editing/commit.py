@@ -5,9 +5,9 @@ moment:
 
 1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Past
    the end of a shorter base the overlay reads as zeros too, so the overlay reads the same.
-2. The overlay's data is written into the base.  This changes only those ranges of the base that
-   the overlay stores itself, and so hides.  So the overlay reads the same, whether none, some
-   or all of the data is written.
+2. The overlay's data is written into the base.  This changes the base only where the overlay
+   stores a range itself, and such a range is not read from the base.  So the overlay reads the
+   same, whether none, some or all of the data is written.
 3. The base is made durable.  From now on the base reads the same as the overlay wherever the
    overlay stores anything.
 4. Only then do the overlay's entries become unallocated, unless the overlay is kept.  Each such

@@ -38,7 +38,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
 
 async def drop(path: str, options: OpenOptions | None = None) -> None:
-    """Remove the list, so that programs that do not know the list can open the image.
+    """Remove the list, if there is one, so that programs that do not know it can open the image.
 
     A check by such a program counts the clusters that were in the list as leaked.  qedfuse
     finds these clusters again when it scans the tables.

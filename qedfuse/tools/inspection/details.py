@@ -64,7 +64,7 @@ async def read_details(
     allocation: bool = False,
     progress: Progress | None = None,
 ) -> Details:
-    """Read the free list of an image, if there is one, and count its clusters on request.
+    """Read the free list of an image, if there is one; on request, count the image's clusters.
 
     The result is empty for a raw file and for an image whose header is invalid.
 
