@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up all that the tests need, then runs the linters, the type checker and all tests.
-# Arguments are passed to pytest:  tests/run.sh -k header
+# The tests run on all processors.  Arguments are passed to pytest:  tests/run.sh -k header
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
@@ -30,4 +30,5 @@ gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" benchmarks/pass
 say "Types"
 "$venv/bin/mypy"
 say "Tests"
-exec "$venv/bin/python" -m pytest "$@"
+# A process that has no test left takes some from the longest queue of the others (worksteal).
+exec "$venv/bin/python" -m pytest --numprocesses "$(nproc)" --dist worksteal "$@"
