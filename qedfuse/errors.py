@@ -4,7 +4,7 @@
     ├── UsageError                EINVAL    1  invalid arguments, or arguments that conflict
     ├── ReadOnlyError             EROFS     1  a write to a disk that is open read-only
     ├── HostError                 (host's)  2  the host's file system or kernel refused
-    │   └── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or a full host
+    │   └── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
     │       └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     ├── ImageError                EINVAL   12  the base of the errors about an image's content
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
@@ -97,9 +97,10 @@ class HostError(QedError):
 
 
 class NoSpaceError(HostError):
-    """There is no space: past the end of the disk, or the host's file system is full.
+    """There is no space: past the end of the disk, or on the host.
 
-    If the user's quota on the host is full, ``errno`` can be EDQUOT instead of ENOSPC.
+    Also raised if the image file would become longer than a file can be.  If the user's quota on
+    the host is full, ``errno`` can be EDQUOT instead of ENOSPC.
     """
 
     def __init__(self, message: str, errno: int = errnos.ENOSPC) -> None:

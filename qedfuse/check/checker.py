@@ -71,7 +71,7 @@ async def check_image(
 
 
 class _Checker:
-    """One check of one image; the steps are in the order of `check_image`."""
+    """One check of one image; `check_image` calls its steps in the necessary order."""
 
     def __init__(self, file: HostFile, header: Header) -> None:
         self._file = file
@@ -231,7 +231,7 @@ class _Checker:
     ) -> None:
         """Report the entries that refer to a cluster of the free list.
 
-        The mask ``refers`` has the entries that refer to any cluster.  The other arguments are
+        The mask ``refers`` marks the entries that refer to a cluster.  The other arguments are
         those of `_report_entries`.
         """
         if self._free_list is not None:

@@ -41,7 +41,7 @@ class EntryClassifier:
         header: The header of the image.
         file_size: Length of the file in bytes.
         tables: File offsets of the L2 tables that data must not overlap, ascending;
-            `NO_TABLES` if this is not checked.
+            `NO_TABLES` if such overlaps are not checked.
     """
 
     def __init__(self, header: Header, file_size: int, tables: Values = NO_TABLES) -> None:

@@ -126,8 +126,8 @@ class CheckReport:
         file_clusters: Number of whole clusters in the file.
         listed_clusters: Number of clusters in the persistent free list, which are not leaked;
             None if the image has no valid list.
-        fragmented_clusters: Number of L2 entries whose offset does not directly follow the data
-            cluster of the previous entry with an offset in the same table.
+        fragmented_clusters: Number of L2 entries that do not point to the cluster right after
+            that of the previous entry in the same table.  Entries without an offset are skipped.
     """
 
     findings: tuple[Finding, ...]

@@ -147,7 +147,7 @@ class OutOfFileEntries:
         return poisoned
 
     async def _write_changed(self, table: int, first: int, old: Values, new: Values) -> None:
-        """Write the entries of a slice that differ between ``old`` and ``new``.
+        """Write the entries of a slice from the first to the last that differs from ``old``.
 
         Args:
             table: The file offset of the table.

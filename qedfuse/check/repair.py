@@ -72,9 +72,9 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     entries that point to them.  A second repair does not report the data that the end of the file
     had cut short, if the first repair had already made the file longer.
 
-    Tables without errors are not changed.  If such an image has NEED_CHECK set or an invalid free
-    list, NEED_CHECK is cleared and the free list is dropped.  If the tables still have an error
-    after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup, the
+    If the tables have no error, they are not changed.  NEED_CHECK is then cleared and the free list
+    is dropped, but only if NEED_CHECK is set or the list is invalid.  If the tables still have an
+    error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup, the
     caller must first call `plan_repair` with ``save``.
 
     Args:
@@ -85,9 +85,9 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
         HostError: The host refused an access, or the file would become too long.  If a table was
             changed, NEED_CHECK is still set, unless the error came when NEED_CHECK was cleared.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
-            memory.  Nothing has been changed, unless a limit was exceeded only during the repair
-            (which counts invalid L1 entries too, and makes the file longer).  In that case
-            NEED_CHECK is still set.
+            memory.  Normally nothing has been changed.  But the repair also counts invalid L1
+            entries, and makes the file longer, so it may exceed a limit only after its first
+            writes.  NEED_CHECK is still set then.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)

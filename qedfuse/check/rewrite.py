@@ -32,8 +32,8 @@ class Rewriter:
     """Writes copies and new tables to the end of an image, and changes entries in place.
 
     Attributes:
-        end: The length in bytes that the file has, or will have after the pending writes; a whole
-            number of clusters.
+        end: Where the next copy or table is appended at the earliest: a file offset in bytes, a
+            whole number of clusters.  At first it is the length of the file, rounded up.
         changes_file: Whether the methods write to the file; False in a `DryRunRewriter`.
     """
 
@@ -47,7 +47,7 @@ class Rewriter:
         """
         self._file = file
         self._header = header
-        self.end = self._representable(header.geometry.ceil(file.size()))
+        self.end = self._checked_end(header.geometry.ceil(file.size()))
         self._avoided = np.empty(0, np.uint64)
         self._has_pending = False
 
@@ -55,7 +55,8 @@ class Rewriter:
         """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
 
         The same write drops the persistent free list, because a repair does not update the list,
-        and clears unknown autoclear bits.
+        and clears unknown autoclear bits.  After it, the descriptor of the list is erased; this
+        second write is not durable yet.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
@@ -64,7 +65,10 @@ class Rewriter:
             await erase_descriptor(self._file, self._header)
 
     def _built_header(self, *, need_check: bool) -> bytes:
-        """Encode the header with the given NEED_CHECK, no FREE_LIST and no stale autoclear bits."""
+        """Encode the header with NEED_CHECK as given, and without a free list.
+
+        Unknown autoclear bits are cleared.
+        """
         header = self._header.with_need_check(value=need_check).without_stale_autoclear()
         return build_header(header.with_free_list(value=False))
 
@@ -74,7 +78,7 @@ class Rewriter:
         Raises:
             NoSpaceError: No file can be that long.
         """
-        self.end = max(self.end, self._representable(end))
+        self.end = max(self.end, self._checked_end(end))
         if self._file.size() < self.end:
             await self._file.truncate(self.end)
             await self._file.datasync()
@@ -82,7 +86,7 @@ class Rewriter:
     async def copy(self, start: int, length: int) -> int:
         """Copy a range of the file to the end of the file; return the file offset of the copy.
 
-        Holes and chunks of zeros become holes of the copy.  The copy is not durable yet.
+        Holes and chunks of zeros become holes in the copy.  The copy is not durable yet.
 
         Raises:
             NoSpaceError: No file can be long enough for the copy.
@@ -113,7 +117,7 @@ class Rewriter:
         return target
 
     async def fill(self, start: int, count: int, value: int) -> None:
-        """Set ``count`` entries from the file offset ``start`` on to a value.
+        """Set the ``count`` entries that begin at the file offset ``start`` to ``value``.
 
         The entries must be 0 before, because nothing is written for the value 0.  `sync_pending`
         makes the entries durable.
@@ -127,7 +131,10 @@ class Rewriter:
             count -= entries_per_write
 
     async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
-        """Write the entries that differ, after everything to which they point is durable.
+        """Write the entries from the first to the last that differs, if any differs.
+
+        All earlier writes are made durable first, so everything to which the entries point is
+        durable.  The entries themselves are not durable yet.
 
         Args:
             offset: The file offset of the first entry.
@@ -142,34 +149,39 @@ class Rewriter:
             )
 
     async def overwrite(self, offset: int, _old: bytes, new: bytes) -> None:
-        """Write ``new`` at a file offset in a table, after all earlier writes are durable.
+        """Write ``new`` at a file offset in a table, after making all earlier writes durable.
 
-        Only a dry run uses the old bytes.
+        The new bytes are not durable yet.  Only a dry run uses the old bytes.
         """
         await self._file.datasync()
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, new: Values) -> None:
-        """Write cleared entries at a file offset; `sync_pending` makes them durable.
+        """Write entries at a file offset: some are cleared, the others are as in the file.
 
-        No earlier write needs to be durable first, because cleared entries do not point to any
-        cluster.
+        `sync_pending` makes them durable.  No earlier write needs to be durable first, because a
+        cleared entry points to no cluster.
         """
         self._has_pending = True
         await self._file.pwrite(offset, _bytes(new))
 
     async def sync_pending(self) -> None:
-        """Make the entries durable that `clear_entries` and `fill` have written.
+        """Make durable what `clear_entries` and `fill` have written.
 
-        The caller must call this before it makes the file longer.  Otherwise a crash could leave
-        a longer file with the old entries, which may be valid in the longer file.
+        After `clear_entries`, and after a `fill` that completes a table in use, the caller must
+        call this before it makes the file longer.  Otherwise a crash could leave a longer file
+        with the old entries, which may be valid in the longer file.  `new_table` needs no such
+        call, because no entry points to a new table yet.
         """
         if self._has_pending:
             await self._file.datasync()
             self._has_pending = False
 
     def set_avoided(self, clusters: Values) -> None:
-        """Exclude clusters from all allocations; ``clusters`` are their offsets, ascending."""
+        """Exclude clusters from all later allocations, and no longer those of an earlier call.
+
+        The array ``clusters`` has their file offsets in ascending order.
+        """
         self._avoided = clusters
 
     def _allocate(self, length: int) -> int:
@@ -186,10 +198,10 @@ class Rewriter:
             if index == len(self._avoided) or self._avoided[index] >= target + length:
                 break
             target = int(self._avoided[index]) + self._header.cluster_size
-        self.end = self._representable(target + length)
+        self.end = self._checked_end(target + length)
         return target
 
-    def _representable(self, end: int) -> int:
+    def _checked_end(self, end: int) -> int:
         """Return ``end`` unchanged if a file can have that length in bytes.
 
         Raises:
@@ -212,7 +224,7 @@ class DryRunRewriter(Rewriter):
     changes_file = False
 
     def __init__(self, file: HostFile, header: Header, save: Save | None = None) -> None:
-        """Prepare; ``save`` is called for each change of bytes that the file has now.
+        """Prepare; ``save`` is called for each change inside the present file.
 
         Raises:
             NoSpaceError: The file, rounded up to a whole cluster, would be too long.
@@ -226,9 +238,10 @@ class DryRunRewriter(Rewriter):
         self._save = save or (lambda _offset, _old, _new: None)
 
     async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  what counts is the header at the end
-        """Save the header and, if there is a free list, its descriptor; a repair changes both.
+        """Save the changes of the header and of the descriptor of a free list.
 
-        The new header is the one at the end of the repair, without NEED_CHECK.
+        The new header is the one at the end of the repair, without NEED_CHECK.  A descriptor that
+        the backing file name covers is not saved, because the repair does not change it.
         """
         old = bytes(await self._file.pread(0, HEADER_BYTES))
         self._save(0, old, self._built_header(need_check=False))
@@ -238,7 +251,7 @@ class DryRunRewriter(Rewriter):
 
     async def extend(self, end: int) -> None:
         """Record that the file would have at least ``end`` bytes."""
-        self.end = max(self.end, self._representable(end))
+        self.end = max(self.end, self._checked_end(end))
 
     async def copy(self, start: int, length: int) -> int:
         """Count the bytes of a copy; return the file offset that the copy would have."""
@@ -267,7 +280,7 @@ class DryRunRewriter(Rewriter):
         """
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
-        """Count the new bytes, and save the change if the file has these bytes now."""
+        """Count the new bytes; save the change if ``offset`` lies inside the present file."""
         self.written += len(new)
         if offset < self._size:
             self._save(offset, old, new)

@@ -132,11 +132,11 @@ class TableRepair:
             self.lost_ranges.add(index * span, span, code)
 
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
-        """Complete with empty entries the tables that the end of the file cuts short.
+        """Append the missing entries of the tables that the end of the file cuts short.
 
-        In an overlay the empty entries are zero clusters.  Until they are durable, only the write
-        of these entries makes the file longer.  So after an interruption each table is complete or
-        still cut short.  If the file were extended first, entries that are not written yet would be
+        In an overlay the missing entries become zero clusters.  Until they are durable, only their
+        own write makes the file longer.  So after an interruption each table is complete or still
+        cut short.  If the file were extended first, entries that are not written yet would be
         unallocated, and the guest would read the backing file through them.
         """
         geometry = self._geometry

@@ -156,7 +156,7 @@ class _Session:
             request: The arguments of the mount.
             ready: Called when the disks can be used.
             protection_failure: Why the process is not protected from memory pressure; None if
-                the process is protected.
+                the process is protected, or for a fake mount.
             launderer: The launderer, which has been forked; None if there is no launderer.
         """
         self._request = request

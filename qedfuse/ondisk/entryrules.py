@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Mask: TypeAlias = NDArray[np.bool_]
 
 NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
-"""For `EntryRules.tables`: overlaps with L2 tables are not checked."""
+"""The value of `EntryRules.tables` if overlaps with L2 tables are not checked."""
 
 
 class Violation(enum.Enum):
@@ -95,9 +95,9 @@ class EntryRules:
     def all_valid(self, offsets: Values) -> bool:
         """Return True if a fast check shows that all ``offsets`` are valid.
 
-        False means that the slower `valid_mask` must decide.  Almost all tables that are read
-        are valid, and the fast check proves most of those valid.  The caller must pass at
-        least one offset, and no markers.
+        False means that the slower `valid_mask` must decide.  Almost all entries are valid, and
+        the fast check shows this for most of them.  The caller must pass at least one offset,
+        and no markers.
         """
         limits = self.limits
         lowest = int(offsets.min())

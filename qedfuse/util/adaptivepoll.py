@@ -11,8 +11,8 @@ _RESET_FACTOR: Final = 8
 """A wait that takes more than this number of times the poll's length resets the confidence to
 0, because the earlier waits no longer predict the next one."""
 _WAKE_FACTOR: Final = 2
-"""A wait during which the task slept counts as short enough to poll for if it took at most the
-poll's length times this factor, because a task that sleeps notices the event late."""
+"""A task that sleeps notices the event late.  So a wait during which the task slept counts as short
+enough to poll for if it took at most the poll's length times this factor."""
 
 
 class AdaptivePoll:
@@ -26,7 +26,7 @@ class AdaptivePoll:
         """Start with polling enabled or, without ``start_enabled``, disabled.
 
         Args:
-            seconds: Maximum time to poll for one event; 0 to poll never.
+            seconds: Maximum time to poll for one event; 0 to never poll.
             start_enabled: Whether to poll from the start.  Otherwise polling is enabled by
                 the first wait that was short enough.
         """
@@ -39,7 +39,12 @@ class AdaptivePoll:
         return self._max_seconds if self._confidence > 0 else 0.0
 
     def record(self, seconds: float, *, slept: bool) -> None:
-        """Record how long one wait took, and whether the task slept instead of polling."""
+        """Record how long one wait took.
+
+        Args:
+            seconds: The time of the wait; 0 if polling has found the event.
+            slept: Whether the task slept, or let other tasks run, instead of polling.
+        """
         if seconds <= self._max_seconds * (_WAKE_FACTOR if slept else 1):
             self._confidence = min(_MAX_CONFIDENCE, self._confidence + 2)
         elif seconds > self._max_seconds * _RESET_FACTOR:

@@ -15,8 +15,9 @@ A portal ends in one of these ways:
   daemon threads and the threads of portals do not count.  Python waits for the portal's
   thread before it exits.  (``atexit`` would be too late: since Python 3.12 its functions
   cannot start threads, and closing a file may need a thread to wait for the disk.)
-- After ``os.fork`` the child process has no portal thread, so every call fails immediately
-  there.  In the parent process the portal stays open.
+
+After ``os.fork`` the child process has no portal thread, so every call fails immediately there.
+In the parent process the portal stays open.
 """
 
 from __future__ import annotations

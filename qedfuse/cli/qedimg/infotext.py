@@ -21,9 +21,9 @@ _FEATURE_FIELDS = {"features": "incompatible", "compat_features": "compatible",
 
 
 def as_text(image: ImageInfo, details: Details | None) -> str:
-    """Return the description of an image, of which the first lines have qemu-img's form.
+    """Return the description of an image as text; its first lines have qemu-img's form.
 
-    ``details`` are None if the tables and the free list were not read.
+    ``details`` is None if the tables and the free list were not read.
     """
     return "\n".join(_lines(image, details))
 

@@ -28,10 +28,10 @@ class Writer(Protocol):
         """Return a batch of extents as text."""
 
     def tail(self, start: int) -> str:
-        """Return the end of the list, whose beginning (`HEADS` of `map`) the caller prints.
+        """Return the end of the output, whose beginning (`HEADS` of `map`) the caller prints.
 
-        ``start`` is the offset of the disk where the list begins.  It is used only if the list
-        is empty.
+        ``start`` is the offset of the disk where the listed range begins.  It is used only if
+        there was no extent.
         """
 
 
@@ -50,8 +50,8 @@ class HumanWriter:
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
         # qemu-img prints a zero without "0x", as C's %#x does.  Only the extent at guest offset
-        # 0 can have a zero in a column, so other batches are not searched.  No other extent has
-        # file offset 0, where a QED image has its header, and a raw file its guest offset 0.
+        # 0 can have a zero in a column, because file offset 0 is the header in a QED image, and
+        # guest offset 0 in a raw file.  So other batches are not searched.
         return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:

@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 _ATTR_TIMEOUT_SECONDS: Final = 86400.0
 """How long the kernel may cache attributes.
 
-A long time is safe, because attributes change only by requests of the kernel, with two
-exceptions.  After a change of ``st_blocks``, the server invalidates the attributes that the
-kernel has cached.  Writing tables changes the times of the image file, but not the content of the
-disk, so the kernel may keep the older times.
+A long time is safe, because only ``st_blocks`` and the times change without a request of the
+kernel.  After a change of ``st_blocks``, the server invalidates the attributes that the kernel has
+cached.  The times of the image file change when tables are written.  The content of the disk does
+not change then, so the kernel may keep the older times.
 
 A short time would be slow.  Before a write, the kernel requests attributes that have expired, and
 it ignores the reply if another write has ended in the meantime.  So with many concurrent writes
@@ -66,8 +66,8 @@ class Attributes:
     def of_disk(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
         """Return the attributes of a disk; ``st_blocks`` and times are those of the image file.
 
-        The caller must send the attributes to the kernel, because ``exported.blocks`` is set to
-        their ``st_blocks``.
+        ``exported.blocks`` is set to their ``st_blocks``, because the caller normally sends the
+        attributes to the kernel, which caches them.
         """
         image = exported.disk.fstat()
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode

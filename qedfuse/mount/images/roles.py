@@ -31,9 +31,8 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
     """Return the sources that must be opened read-only, because they are backing files of others.
 
     Each of these sources is logged.  In a mount that writes to no source, the result is empty,
-    because all sources are opened read-only in any case.
-    With ``backing=none`` the result is empty as well, because then every source that has a
-    backing file is refused when it is opened.
+    because all sources are opened read-only in any case.  With ``backing=none`` the result is
+    empty as well, because then every source that has a backing file is refused when it is opened.
 
     Raises:
         ImageInUseError: The backing file of a source is itself a source that the user named, or

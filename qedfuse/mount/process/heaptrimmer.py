@@ -37,8 +37,8 @@ class HeapTrimmer:
     def __call__(self) -> None:
         """Trim the heap, unless it was trimmed less than `MIN_INTERVAL_SECONDS` ago.
 
-        Does nothing with a C library other than GNU's.
-        The caller should call this when memory has become free, such as after a flush.
+        With a C library other than GNU's, nothing is done.  The caller should call this when
+        memory has become free, such as after a flush.
         """
         now = self._clock()
         if now >= self._due and _malloc_trim is not None:

@@ -1,4 +1,4 @@
-"""Mount records: by the record of a mount, ``qedfuse umount`` finds the server of the mount.
+"""Mount records, by which ``qedfuse umount`` finds the server of a mount.
 
 The server is the process that answers the kernel's requests for the mount.  Each mount has one
 record, in a file of its own:
@@ -52,8 +52,9 @@ class MountRecord:
 
     Attributes:
         pid: The pid of the server.
-        started: When the server started, in clock ticks since boot; 0 if unknown.  The start time
-            distinguishes the server from a later process with the same pid.
+        started: When the server started, in clock ticks since boot.  The start time distinguishes
+            the server from a later process with the same pid.  0 if unknown; then the server
+            counts as ended.
         mountpoint: The mountpoint.
         sources: The images.
         failure: What failed during the mount or at its end; None while the server is running, or
@@ -134,7 +135,7 @@ def _open_directory(path: Path, user: int, *, make: bool) -> int:
         os.close(fd)
         msg = (
             f"{printable(path)}: found a directory of another user, or to which others can write, "
-            "expected a private directory"
+            "expected a directory of this user, to which no other can write"
         )
         raise PrivilegeError(msg)
     return fd
@@ -234,14 +235,15 @@ class MountRecordFile:
 
 
 def find_record(device: str, user: int) -> FoundRecord | None:
-    """Find the newest record of a mount, in the directories of the user who has mounted.
+    """Find the record of a mount, in the directories of the user who has mounted.
 
     Args:
         device: The device number of the mount, ``MAJOR:MINOR``.
         user: The user who has mounted.
 
     Returns:
-        The record; None if there is none in a directory to which only ``user`` can write.
+        The record; if there are several, that of the server that started last.  None if there is
+        no record in a directory to which only ``user`` can write.
     """
     records = []
     for directory in record_directories(user):
@@ -255,8 +257,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
                     records.append(FoundRecord(directory / name, record))  # noqa: PERF401  unreadable as a comprehension
         finally:
             os.close(fd)
-    # The kernel reuses device numbers.  So of several records with this number, only the record
-    # of the server that started last can belong to the present mount.
+    # The kernel reuses device numbers, so there may be records of earlier mounts with the same
+    # number.  Normally the server that started last has also mounted last.
     return max(records, key=lambda found: found.record.started, default=None)
 
 
@@ -351,9 +353,9 @@ def _parse(text: bytes) -> MountRecord:
 
     Raises:
         ValueError: The text is not JSON.
-        TypeError: The text is no JSON object, lacks a field or has an unknown one, or a field
-            has a wrong type or an impossible value.
         KeyError: The field ``sources`` is missing.
+        TypeError: The text is no JSON object, another required field is missing, a field is
+            unknown, or a field has a wrong type or an impossible value.
         RecursionError: The text is nested too deeply.
     """
     data = json.loads(text)
