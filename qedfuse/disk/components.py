@@ -81,8 +81,8 @@ class Components:
         #
         # The quarantine and the marking make their maps like this template, which stays empty.
         # The template has the anchor of the allocator's map, so the blocks of all maps have
-        # the same borders.  The anchor is the end of the L1 table, because tables can lie side
-        # by side from there on.
+        # the same borders.  The anchor is the end of the L1 table, because the first of several
+        # adjacent L2 tables can begin there.
         map_template = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()
         self.quarantine = Quarantine(self.epochs, map_template)

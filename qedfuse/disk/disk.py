@@ -5,6 +5,8 @@
     async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
         await disk.write(0, b"...")
         await disk.flush()
+
+D1 and D7 are rules in docs/durability.md.
 """
 
 from __future__ import annotations
@@ -102,7 +104,10 @@ class Disk:
 
     @property
     def writable(self) -> bool:
-        """Whether writes are accepted; False if open read-only or made so by an error (D7)."""
+        """Whether the image may be modified; False if it is open read-only.
+
+        False also if an error has made it read-only (D7).
+        """
         return self._file.writable and self._writeback.failure is None
 
     @property

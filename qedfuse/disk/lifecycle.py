@@ -56,9 +56,9 @@ class Lifecycle:
             await self.close(compact=succeeded)
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Read the L1 table; in a writable file also the free list, and start background tasks.
+        """Read the L1 table; if the file is writable, also read the free list.
 
-        A disk that is open read-only has no background tasks.
+        Also starts the background tasks of a writable disk; a read-only disk has none.
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
@@ -90,9 +90,8 @@ class Lifecycle:
 
         Raises:
             HostError: The host refused, or something written before could not be made
-                durable (D7).  The files are closed nevertheless.  If NEED_CHECK is set, it
-                stays set, unless the error came after the tables were durable and the bit
-                was cleared.
+                durable (D7).  The files are closed nevertheless.  NEED_CHECK stays set, unless
+                the close had cleared it before the error.
         """
         if self._closed:
             return
@@ -139,11 +138,10 @@ class Lifecycle:
     async def _give_space_back(self) -> None:
         """Cut off and punch out all free clusters that are known.
 
-        Runs the scan first, or waits for its end, if clusters are in quarantine, or if a free
-        list is wanted and cannot be written without the scan.  The reason is that before the
-        scan has ended, no cluster may leave the quarantine, and not all free clusters are known.
-        In other cases, for example if the disk was not changed, the close does not wait for
-        the scan.
+        Before the scan has ended, no cluster may leave the quarantine, and not all free clusters
+        are known.  So the scan is run, or its end awaited, if clusters are in quarantine, or if a
+        free list is wanted and cannot be written without the scan.  In other cases, for example
+        if the disk was not changed, the close does not wait for the scan.
 
         Raises:
             HostError: The host refused.

@@ -25,7 +25,7 @@ class BackingPolicy:
         format: The format of every base; None to decide for each base by the header of the
             image that names it and by the magic of the base.
         trusted: A path that is allowed as the first base because the user has named it; None
-            for none.  Ignored if the mode is ``none``.
+            if there is no such path.  Ignored if the mode is ``none``.
         working_directory: The directory to which the path in a backing file name of the form
             ``file:PATH`` is relative; empty for the working directory of the process at the
             time of opening.
@@ -48,7 +48,7 @@ class OpenOptions:
         force_share: Whether to open even while another process has the image open for
             writing; reads may then return torn or stale data.  Refused together with
             ``writable``.
-        lock: Whether to take locks, which are those that QEMU understands.
+        lock: Whether to take locks; QEMU understands them.
         backing: Which backing files may be used.
         cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
             Only tables whose changes are not in the file yet may exceed the maximum.

@@ -37,7 +37,7 @@ class HostFile(Protocol):
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read.
 
-        These are all bytes of the view, or fewer if the file ends before.
+        The result is less than the length of the view only if the file ends earlier.
         """
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -62,7 +62,7 @@ class HostFile(Protocol):
         """
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write ``parts``, one behind the other, from a file offset on, as one write."""
+        """Write ``parts`` one after another, beginning at a file offset, as one write."""
 
     async def datasync(self) -> None:
         """Make all earlier writes and the file's length durable."""

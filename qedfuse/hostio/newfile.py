@@ -99,9 +99,9 @@ class NewFile:
     def commit(self, *, durable: bool = True) -> None:
         """Make the content durable, give the file its final name, and make the name durable.
 
-        The name is not made durable if this process may not read the directory.
-        Without ``durable`` neither is made durable, and a power failure soon after the call may
-        lose all or part of the file.
+        The name is not made durable if this process may not read the directory.  Without
+        ``durable`` neither the content nor the name is made durable, and a power failure soon
+        after the call may lose all or part of the file.
 
         Raises:
             UsageError: Another file of the final name has appeared meanwhile, and the user

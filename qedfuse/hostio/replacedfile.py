@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def lock_replaced_file(
-    path: str, stack: ExitStack, *, overwrite: bool, in_place: bool = False
+    path: str, stack: ExitStack, *, overwrite: bool, offers_in_place: bool = False
 ) -> int | None:
     """Open and lock the file that will be replaced; return its descriptor.
 
@@ -26,22 +26,22 @@ def lock_replaced_file(
         path: The name of the file.
         stack: The descriptor is closed with this stack, which releases the lock.
         overwrite: Whether the user has agreed to replace the file.
-        in_place: Whether the command can also write into an existing file with ``-n``.  If
-            so, messages mention this option.
+        offers_in_place: Whether the command can also write into an existing file with ``-n``.
+            If so, messages mention this option.
 
     Raises:
-        UsageError: The file exists and ``overwrite`` is False, or ``in_place`` is True and
-            the file is not a regular file.
-        ImageError: The file is not a regular file, and ``in_place`` is False.
+        UsageError: The file exists and ``overwrite`` is False, or ``offers_in_place`` is True
+            and the file is not a regular file.
+        ImageError: The file is not a regular file, and ``offers_in_place`` is False.
         ImageInUseError: Another process has the file open as an image.
         HostError: The file cannot be opened or locked.
     """
     if not os.path.lexists(path):
         return None
-    if in_place:
+    if offers_in_place:
         _refuse_special(path)
     if not overwrite:
-        hint = ", -n writes into it" if in_place else ""
+        hint = ", -n writes into it" if offers_in_place else ""
         msg = f"{printable(path)}: exists already (--force replaces it{hint})"
         raise UsageError(msg)
     fd = open_regular(path, os.O_RDONLY)
@@ -55,7 +55,7 @@ def _refuse_special(path: str) -> None:
 
     Raises:
         UsageError: The file is not a regular file.
-        HostError: The host refused.
+        HostError: The kind of the file cannot be found out.
     """
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  a name, not a Path

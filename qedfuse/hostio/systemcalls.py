@@ -73,10 +73,10 @@ def fsync_path(path: str) -> None:
 
 
 def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
-    """Fill ``view`` from byte ``done`` on; return how many of its bytes are filled then.
+    """Fill ``view``, whose first ``done`` bytes are filled; return how many bytes are filled then.
 
-    These are all bytes of the view, or fewer if the file ends before.  ``offset`` is the file
-    offset of the first byte of the view, and not of byte ``done``.
+    The result is the length of the view, or less if the file ends earlier.  ``offset`` is the
+    file offset of the first byte of the view, and not of byte ``done``.
     """
     while done < len(view):
         count = os.preadv(fd, (view[done:],), offset + done)
@@ -87,7 +87,7 @@ def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
 
 
 def write_all(fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
-    """Write all bytes of ``parts`` from a file offset on; return how many seconds that took."""
+    """Write ``parts`` one after another, beginning at a file offset; return the seconds it took."""
     since = time.perf_counter()
     left = [memoryview(part).cast("B") for part in parts if len(part)]
     while left:

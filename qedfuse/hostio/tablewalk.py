@@ -40,12 +40,12 @@ def read_table(
     Args:
         file: The image.
         table_offset: File offset of the table.
-        length: How many bytes to read from the beginning of the table on; at most the length
-            of the table.
+        length: How many bytes of the table to read, from its beginning.
 
     Yields:
-        (index of the first entry, entries) of each slice that holds data.  A slice that the
-        end of the file cuts short has fewer entries; an incomplete last entry is left out.
+        (index of the first entry, entries) of each slice that holds data.  A slice that
+        ``length`` or the end of the file cuts short has fewer entries; an incomplete last entry
+        is left out.
 
     Raises:
         HostError: The host refused.
@@ -74,10 +74,8 @@ class DataSlices:
         Args:
             file: The image.
             table_offset: File offset of the table.
-            length: How many bytes to walk through from the beginning of the table on; at most
-                the length of the table.
-            slice_bytes: Length of a slice; slices lie side by side from the beginning of
-                the table on.
+            length: How many bytes of the table to walk through, from its beginning.
+            slice_bytes: Length of a slice in bytes; the first slice begins where the table does.
             skip: How many bytes at the beginning of the table to leave out; a multiple of
                 ``slice_bytes``.
         """

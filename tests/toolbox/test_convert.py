@@ -321,7 +321,7 @@ MISTAKES: Final = {
     "format": ("-O bogus a.raw x", "x: format: found bogus, expected one that qemu-img makes (Un"),
     "read-only-format": ("-O bochs a.raw x", "x: format: found bochs, expected one that qemu-img"),
     "source-format": ("-f qcow2 a.raw x", "-f: found qcow2, expected raw or qed"),
-    "foreign": ("foreign x", "foreign: format: found qcow2, expected raw or qed (-f raw"),
+    "foreign": ("foreign x", "foreign: format: found qcow2, expected raw or qed (qemu-img"),
     "not-qed": ("-f qed a.raw x", "a.raw: not a QED image"),
     "compress": ("-c a.raw x", "-c: QED has no compression"),
     "streams": ("-m 17 a.raw x", "-m: found 17, expected 1 to 16"),

@@ -133,7 +133,7 @@ async def open_bases(
 def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
     """Close, at the end of the ``with`` block, the files of all layers that are in the list then.
 
-    Yields the list itself, so layers that the block removes or adds count.
+    Yields the list itself.  The block may add layers, and may remove layers, which stay open.
     """
     try:
         yield layers
@@ -171,7 +171,7 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
-        BackingRefusedError: The policy forbids it.
+        BackingRefusedError: The policy forbids the file.
     """
     shown = printable(path)
     if policy.mode == "none":
@@ -228,7 +228,7 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
 
 
 def _identity(file: PosixFile) -> tuple[int, int]:
-    """Return the device and the inode of a file, which no other file has."""
+    """Return the device and the inode of a file, which together identify the file."""
     status = file.stat()
     return status.st_dev, status.st_ino
 

@@ -50,9 +50,9 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
-    The last path is that of a base that is raw or has no base itself, or of a file that cannot
-    be read or whose own backing file name contains a NUL byte.  So the last path may lead to no
-    file.  If the chain is a loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.
+    The last path is that of the first base that is raw, has no base itself or cannot be read, or
+    whose own backing file name contains a NUL byte.  So the last path may lead to no file.  If the
+    chain is a loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.
     No path is yielded if the image has no base or cannot be read.  No policy for bases is
     applied.  Names after ``file:`` are relative to ``directory``, or to the working directory of
     the process if ``directory`` is empty.

@@ -52,8 +52,8 @@ class Chain:
         The extents cover the whole range, in order.  With ``depth`` 0 the range must lie within
         the disk.
 
-        A range that no layer has allocated is of kind zero; only if no base is open and
-        ``depth`` is 0, it is of kind unallocated.  A range past the end of a base is of kind
+        A range that no layer has allocated is of kind unallocated if no base is open and
+        ``depth`` is 0, and otherwise of kind zero.  A range past the end of a base is of kind
         zero unless a layer above that base has allocated the range.
 
         Raises:

@@ -195,7 +195,7 @@ class QedLayer:
         return index if is_found else None
 
     def skip_missing_tables(self, l1_index: int) -> int:
-        """Return the index, at or past ``l1_index``, of the first L1 entry that is not known as 0.
+        """Return the index of the first L1 entry at or past ``l1_index`` that is not known to be 0.
 
         This entry has another value, or is not in memory.  Returns an index past the disk's last
         L1 entry if all are 0.
@@ -213,9 +213,10 @@ class QedLayer:
         return l1_index
 
     async def lookup(self, start: int, length: int) -> list[Extent]:
-        """Return how this image, without its base, stores a range that lies within its disk.
+        """Return how this image, without its base, stores a range of its disk.
 
-        The extents have depth 0, whatever the depth of this layer is.
+        The range may reach past the end of the disk, as far as the tables do.  The extents have
+        depth 0, whatever the depth of this layer is.
 
         Raises:
             HostError: The host cannot read a table.

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.slices import Slice
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
-"""Length of the first lookup of a search; each further lookup may be twice as long.  In most
-cases the result is near ``start``, so a short lookup finds it.  A longer lookup would return more
-extents, and so take longer."""
+"""Length of the first lookup of a search; each further lookup may be twice as long as the one
+before it.  In most cases the result is near ``start``, so a short lookup finds it.  A longer lookup
+would return more extents, and so take longer."""
 
 
 async def next_data(chain: Chain, start: int) -> int | None:
@@ -77,7 +77,7 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
 
 
 async def _lookup_end(chain: Chain, start: int) -> int:
-    """Return the guest offset up to which one lookup from ``start`` on may reach.
+    """Return the guest offset up to which a lookup that begins at ``start`` may reach.
 
     The result is the lowest `_slice_end` of all QED layers whose disks reach past ``start``, or
     the end of the chain's disk if that is lower.
@@ -95,9 +95,9 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
-    If the L1 entry for ``start`` is 0 or bad, returns the start of the range of the next L1
-    entry that is not 0, or, if all later entries of the same slice are 0, the end of the range of
-    this slice.
+    If the L1 entry for ``start`` is 0 or bad, returns where the range of the next L1 entry that is
+    not 0 begins.  If all later entries of the same slice of the L1 table are 0, returns where the
+    range of that slice ends.
 
     Raises:
         HostError: The host cannot read a table.
@@ -114,7 +114,7 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 
 
 async def _past_data(chain: Chain, start: int) -> int:
-    """Return the guest offset where the image's own data from ``start`` on ends.
+    """Return the guest offset where the data that the image itself has at ``start`` ends.
 
     Only one slice of L2 entries is searched, so data may go on at the returned offset.  Bad
     entries count as data.  Returns ``start`` if the image itself has no data there.

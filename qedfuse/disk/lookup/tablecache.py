@@ -151,7 +151,7 @@ class TableCache:
         self._dirty[slice_.offset] = slice_
 
     def fill(self, slice_: Slice, first: int, count: int, value: int) -> None:
-        """Change ``count`` entries from index ``first`` on to one value, and mark them as dirty.
+        """Set the ``count`` entries that begin at index ``first`` to ``value``; mark them as dirty.
 
         Does nothing if ``count`` is 0.
         """
@@ -161,10 +161,10 @@ class TableCache:
             self._dirty[slice_.offset] = slice_
 
     def put(self, slice_: Slice, first: int, values: NDArray[np.uint64]) -> None:
-        """Change the entries from index ``first`` on to ``values``.
+        """Replace the entries that begin at index ``first`` by ``values``.
 
-        Only the range from the first to the last entry that differs is marked as dirty; nothing
-        if no entry differs.
+        Only the range from the first to the last entry that differs is marked as dirty.  If no
+        entry differs, nothing is marked.
         """
         entries = np.frombuffer(slice_.entries, np.uint64)[first : first + len(values)]
         changed = np.flatnonzero(entries != values)

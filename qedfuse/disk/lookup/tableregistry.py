@@ -44,13 +44,13 @@ class TableRegistry:
         self.damaged = False
         self._file = file
         self._geometry = header.geometry
-        # Indices of the L1 entries that refer to the L2 tables past the end of the disk.  A
-        # resize that was interrupted can leave such entries.  If the disk has grown since,
-        # some of the indices lie within it.
+        # Indices of the L1 entries that lay past the end of the disk when they were recorded, and
+        # refer to an L2 table.  A resize that was interrupted can leave such entries.  If the disk
+        # has grown since, some of these entries may belong to the disk now.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # If the image is open for writing, an entry that is read from the file is bad if it
-        # points past the end that the file has now.  Entries that this program adds later may
-        # point past this end, and are never validated.
+        # points past the end that the file had when the image was opened.  Entries that this
+        # program adds may point past this end, and are never validated.
         self._end_at_open = file.size()
 
     def set_header(self, header: Header) -> None:

@@ -88,14 +88,14 @@ class DataCompaction:
     async def move(
         self, first: int, counter: MoveCounter, *, last: int | None = None, limited: bool = False
     ) -> None:
-        """Move the data clusters from ``first`` on, durably, in batches, the highest batch first.
+        """Move the data clusters at or past ``first``, durably, in batches, the highest first.
 
         Args:
             first: The lowest cluster that moves.
             counter: Counts the moves.
-            last: None to move all clusters up to the end of the file to the lowest free
-                ones.  Otherwise the clusters from ``first`` up to, not including, ``last``
-                move to free ones from ``last`` on.
+            last: None to move all data clusters up to the end of the file to the lowest free
+                clusters.  Otherwise only clusters before ``last`` move, to free clusters at or
+                past ``last``.
             limited: Whether to stop reading tables once all owners are found, and to flush
                 more often.  If so, no table should lie at or past ``first``: its clusters would
                 count as clusters whose owners are still missing, so all tables would be read.

@@ -170,10 +170,10 @@ class DiskShrinking:
         return lambda: progress(2 * total - min(total, self._reclaim.pending_clusters), 2 * total)
 
     async def _drop_tables(self, first: int) -> None:
-        """Remove the tables of the L1 entries from index ``first`` on, except those with data.
+        """Remove the tables of the L1 entries at or past index ``first``.
 
-        The zero clusters of the removed tables are lost.  A table with a bad entry is not
-        removed either.  The caller must ensure that no slice is dirty.
+        Tables with data or with a bad entry are not removed.  The zero clusters of the removed
+        tables are lost.  The caller must ensure that no slice is dirty.
 
         Raises:
             HostError: The host refused; some of the tables may have been removed.

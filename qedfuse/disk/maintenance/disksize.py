@@ -1,4 +1,4 @@
-"""The size of a disk: the rules for a new size, its lock, and its change in the header.
+"""The size of a disk: the rules for a new size, a lock, and the change in the header.
 
 `DiskGrowth` and `DiskShrinking` prepare the disk for another size and then let `DiskSize` write
 the size into the header.

@@ -105,9 +105,8 @@ class Mover:
 
         Args:
             entries: File offsets of the entries.
-            above: The first cluster that may be allocated: all new clusters lie from
-                ``above`` on.  With None the lowest free clusters are allocated, and a cluster
-                stays where it is if no lower one is free.
+            above: The first cluster that may be allocated.  With None the lowest free clusters
+                are allocated, and a cluster stays where it is if no lower one is free.
             moved: Called with the number of clusters that have just been moved.
 
         Raises:

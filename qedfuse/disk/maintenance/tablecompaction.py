@@ -139,8 +139,8 @@ class TableCompaction:
         # table that moves to the end of the file.
         fits = end + (last - first) + size <= bound
         # Every table may have to move, and as many data clusters may have to give way.  A table
-        # that overlaps a slot moves twice, but lies where no data has to give way.  So less than
-        # one table more than this number can move.
+        # that overlaps a slot moves twice, but no data has to give way where it lies.  So the
+        # number of moves can exceed this estimate by less than one table.
         is_affordable = max_moves is None or counter.moved + 2 * (last - first) <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:
             log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)

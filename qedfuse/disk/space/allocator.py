@@ -62,12 +62,12 @@ class Allocator:
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
-        anchor: The first cluster past the L1 table, from which on tables can lie side by
-            side.
-        bound: File offset that `end` does not exceed, unless the image had more clusters
-            in use at opening than its disk can need, another program has scattered the
-            image's free clusters, the scan has failed or found damage (then clusters that
-            lose their reference may never become free), or compaction moves tables.
+        anchor: The first cluster past the L1 table, where the first of several adjacent tables
+            can begin.
+        bound: File offset that `end` does not exceed, with four exceptions.  The image had more
+            clusters in use at opening than its disk can need.  Another program has scattered
+            the image's free clusters.  The scan has failed or found damage, so that clusters
+            that lose their reference may never become free.  Compaction moves tables.
         end: File offset at or past which no cluster is in use or in `free`; new clusters begin
             here.
         free: Clusters below ``end`` that may be handed out.
@@ -150,7 +150,7 @@ class Allocator:
         """Choose one cluster for data after `choose` has found none.
 
         The cluster is free, or, if none is free, at the end of the file, even past the bound.
-        This is necessary only in the cases that the attribute `bound` lists.
+        This is necessary only in the exceptional cases that the attribute `bound` lists.
 
         Returns:
             The number of the cluster, and 1.

@@ -36,8 +36,8 @@ class FreeMap:
         slots: How many tables fit into the free runs; 0 if slots are not counted.
         table: Number of clusters in a table, a power of two up to 16.
         shift: A block begins at each cluster n for which n + shift is a multiple of
-            `BLOCK_CLUSTERS`.  The constructor chooses the shift so that, if tables lie side
-            by side from ``anchor`` on, a table begins at each border of a block.
+            `BLOCK_CLUSTERS`.  The constructor chooses the shift so that, if adjacent tables
+            begin at ``anchor``, a table begins at each border of a block.
     """
 
     def __init__(self, table: int = 1, anchor: int = 0, *, counts_slots: bool = True) -> None:
@@ -45,7 +45,7 @@ class FreeMap:
 
         Args:
             table: Number of clusters in a table.
-            anchor: The first cluster from which on tables can lie side by side.
+            anchor: The cluster at which the first of several adjacent tables can begin.
             counts_slots: Whether to maintain `slots`.  If the free clusters are scattered,
                 counting slots is most of the work of a change.
         """
@@ -102,7 +102,7 @@ class FreeMap:
         return found
 
     def _slot_starts(self, bits: int) -> int:
-        """Return the bits of those clusters of a block from which on a table would fit."""
+        """Return the bits of those clusters of a block at which a table could begin."""
         step = 1
         while step < self.table:
             bits &= bits >> step
@@ -248,7 +248,7 @@ class FreeMap:
         return found
 
     def tail_start(self, end: int, used: int) -> int:
-        """Return the lowest cluster c so that at most ``used`` clusters from c to ``end`` are used.
+        """Return the lowest cluster with at most ``used`` used clusters from there to ``end``.
 
         ``end`` itself does not count.  A used cluster is one that is not free.  Returns 0 if at
         most ``used`` clusters before ``end`` are used in all.

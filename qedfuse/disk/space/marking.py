@@ -89,7 +89,8 @@ class Marking:
         ``dropped_by`` is the file offset of the slice that held the references.  If the walk
         has not marked that slice yet, it will not find the dropped references there.  So this
         method marks the clusters instead, and a cluster of the run that was marked before has
-        two owners and counts as a duplicate.  So does a cluster that was dropped before.
+        two owners and counts as a duplicate.  A cluster that was dropped before counts as a
+        duplicate, too.
         """
         if not self.active:
             return

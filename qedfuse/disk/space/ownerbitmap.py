@@ -182,7 +182,7 @@ class OwnerBitmap:
         return runs
 
     def owned(self, first: int, count: int) -> int:
-        """Return one bit for each of ``count`` clusters from ``first`` on, set if it is owned.
+        """Return one bit for each of ``count`` clusters from ``first`` on, set if it has an owner.
 
         ``first`` may be negative; clusters outside the file have no owner.
         """

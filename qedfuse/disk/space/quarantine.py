@@ -1,4 +1,6 @@
-"""Quarantine: clusters that lost their reference and must not be used again yet (D5).
+"""Quarantine: clusters that lost their reference and must not be used again yet.
+
+This is rule D5 in docs/durability.md.
 
 Two things could go wrong if a cluster were used again immediately.  A crash could bring back
 the old table, and the former owner would find another owner's data in the cluster, or zeros.

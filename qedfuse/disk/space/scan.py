@@ -43,9 +43,9 @@ log = logging.getLogger(__name__)
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
 """Maximum free clusters for which `Reclaim` always asks the host, run by run, about holes.
 
-For more clusters these queries would take seconds at each close.  So the scan takes all of them
-for holes if the whole file takes up no more space than its used clusters.  If the file takes up
-more, `Reclaim` asks the host as well.
+For more clusters these queries would take seconds at each close.  So the scan assumes that all of
+them are holes if the whole file takes up no more space than its used clusters.  If the file takes
+up more, `Reclaim` asks the host even about that many clusters.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20

@@ -55,8 +55,8 @@ class SpaceManager:
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out ``clusters`` neighbouring clusters; returns None if that would block or fails.
 
-        Returns None also if the chosen run is shorter, even if other clusters are free.  If it
-        returns None, nothing has been handed out.
+        Returns None also if the chosen run has fewer clusters, even if other clusters are free.
+        After None, nothing has been handed out.
         """
         if not self._free.count and self._should_reclaim():
             return None
@@ -131,8 +131,8 @@ class SpaceManager:
     async def allocate_from(self, first: int, clusters: int) -> Run:
         """Hand out a run of at most ``clusters`` clusters at or past the cluster ``first``.
 
-        The run is the lowest free one there.  If no cluster is free there, it lies at the end
-        of the file, even past the file's bound.
+        The run is the lowest free one there.  If no cluster is free there, the run lies at the
+        end of the file, even past the file's bound.
 
         Raises:
             NoSpaceError: The file cannot grow any more.

@@ -1,4 +1,7 @@
-"""The NEED_CHECK bit: set before the tables change, cleared when they are durable (D3)."""
+"""The NEED_CHECK bit: set before the tables change, cleared when they are durable.
+
+This is rule D3 in docs/durability.md.
+"""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ class PersistentFreeList:
         """Read the list of the image, or make it invalid if it is bad or not wanted.
 
         If the list is valid and wanted, the scan is postponed.  If the list is bad or cannot
-        be read, a warning is logged.  If the image has no list, this method only checks, if a
-        list is requested, that the bytes for its descriptor are unused.
+        be read, a warning is logged.  If the image has no list but a list is requested, this
+        method only checks that the bytes for the descriptor are unused.
 
         Raises:
             UsageError: A list is requested, but the bytes for its descriptor are in use.

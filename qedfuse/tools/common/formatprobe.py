@@ -38,15 +38,14 @@ def probe_format(path: str) -> ImageFormat:
 
 
 def format_of(content: bytes | bytearray | memoryview, name: str) -> ImageFormat:
-    """Return the format of the source of a copy, detected from the first bytes.
+    """Return the format of a file or stream, detected from the first bytes.
 
     Args:
-        content: The first bytes of the source: at least `SIGNATURE_BYTES`, or all bytes of a
-            shorter source.
-        name: Name of the source in the message.
+        content: The first bytes: at least `SIGNATURE_BYTES`, or all bytes of a shorter file.
+        name: Name of the file or stream in the message.
 
     Raises:
-        UsageError: The source is an image of a foreign format, or is encrypted by LUKS.
+        UsageError: The file or stream is an image of a foreign format, or is encrypted by LUKS.
     """
     signature = bytes(content[:SIGNATURE_BYTES])
     if is_qed(signature):
@@ -54,8 +53,8 @@ def format_of(content: bytes | bytearray | memoryview, name: str) -> ImageFormat
     found = "LUKS" if is_luks(signature) else foreign_format(signature)
     if found is not None:
         msg = (
-            f"{name}: format: found {found}, expected raw or qed (-f raw reads the bytes "
-            "unchanged, and qemu-img convert can read this format)"
+            f"{name}: format: found {found}, expected raw or qed (qemu-img convert can "
+            "read this format; if an option states the format raw, the bytes are read unchanged)"
         )
         raise UsageError(msg)
     return "raw"
@@ -64,7 +63,8 @@ def format_of(content: bytes | bytearray | memoryview, name: str) -> ImageFormat
 def is_qed_image(signature: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
     """Return whether a command must treat a file as QED.
 
-    If the user has chosen QED or raw, the bytes of the file are not examined.
+    For commands that only describe a file.  Unlike in `format_of`, a file that is encrypted by
+    LUKS counts as raw.  If the user has chosen QED or raw, the bytes of the file are not examined.
 
     Args:
         signature: The first `SIGNATURE_BYTES` bytes of the file, or all bytes of a shorter

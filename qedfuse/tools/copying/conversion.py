@@ -165,7 +165,7 @@ class Conversion:
             directory = self._options.backing.working_directory
             refuse_backing_loop(self._path, spec.backing, directory)
         with ExitStack() as stack:
-            old = lock_replaced_file(self._path, stack, overwrite=overwrite, in_place=True)
+            old = lock_replaced_file(self._path, stack, overwrite=overwrite, offers_in_place=True)
             new = stack.enter_context(NewFile(self._path, old=old, overwrite=overwrite))
             if spec.format not in {"raw", "qed"}:
                 size, data_bytes = await self._copy_through_qemu(new)

@@ -87,8 +87,8 @@ class RebaseCopy:
         """Return the guest offset of the first cluster with data in the old or the new bases.
 
         The search begins at ``start``, the beginning of a cluster.  If no data follows within
-        the disk, the result is at least the size of the disk, rounded down to whole clusters.
-        So the caller may compare a partial last cluster that holds no data.
+        the disk, the result is the end of the last whole cluster of the disk, or ``start`` if
+        that is later.  So the caller may compare a partial last cluster that holds no data.
         """
         for index, chain in enumerate(self._bases):
             # The chain is searched only if the data found last lies before ``start``.  If

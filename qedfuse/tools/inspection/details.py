@@ -1,6 +1,6 @@
-"""The details of an image for which more than its header and L1 table must be read.
+"""The details of an image that do not follow from its header and L1 table.
 
-These are the free list and the number of allocated clusters.  The tables are read slice by
+These are the free list and the numbers of tables and clusters.  The tables are read slice by
 slice, so counting takes little memory.
 """
 
@@ -76,8 +76,8 @@ async def read_details(
             clusters are counted.
 
     Raises:
-        NeedsCheckError: The image has more tables than a check allows; only if clusters are
-            counted.
+        NeedsCheckError: ``allocation`` is True, and the image has more than
+            `qedfuse.check.tables.MAX_TABLES` tables.
         QedError: The image cannot be opened, locked or read.
     """
     options = options or OpenOptions()
@@ -104,7 +104,7 @@ async def count_allocation(
         progress: Called with the number of L2 tables read so far and in all.
 
     Raises:
-        NeedsCheckError: The image has more tables than a check allows.
+        NeedsCheckError: The image has more than `qedfuse.check.tables.MAX_TABLES` tables.
         HostError: The host cannot read the file.
     """
     bad = 0

@@ -58,8 +58,9 @@ VERDICTS: Final = {
 _MAX_COMPARED_TABLES: Final = 1 << 16
 """No further slices of the L1 table are read after more than this many L2 tables were found.
 
-L2 entries are compared with the tables that were found, so an L2 entry that overlaps another table
-may have the verdict ``ok``.  A disk of 64 TiB with the default geometry has 32768 L2 tables.
+L2 entries are compared only with the tables that were found, so an L2 entry that points into
+another table may have the verdict ``ok``.  A disk of 64 TiB with the default geometry has 32768 L2
+tables.
 """
 
 

@@ -144,10 +144,9 @@ class FastMap:
     def _read(self, position: int, length: int) -> bytes | None:
         """Read a range of the file; return None if the host refuses or the read is short.
 
-        A range without data, because of a hole or because the file has shrunk, is returned as
-        zeros.
-
-        After None, the caller must leave the range to `mapping`, which reports the error.
+        A range without data is returned as zeros: a hole, or a range past the end of a file that
+        has shrunk.  After None, the caller must leave the range to `mapping`, which reports the
+        error.
         """
         try:
             data = seek(self._fd, position, os.SEEK_DATA)

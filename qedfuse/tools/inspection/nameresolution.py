@@ -1,4 +1,7 @@
-"""Resolving the name of a backing file to a path, without looking up names in other directories.
+"""Resolving the name of a backing file to a path; names outside the directory are not looked up.
+
+A plain name is relative to the image's directory.  A path after ``file:`` is relative to the
+working directory, as in QEMU.
 
 The name is untrusted.  Even a test whether the file exists can have effects: an automounter may
 mount a file system, or the test may hang on a network server.  So the name is looked up only if it
@@ -23,10 +26,10 @@ class BackingName:
         path: The path that QEMU composes: the directory in the path of the image, followed by
             the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
             byte, the name itself.
-        resolved: Absolute path of the backing file without ``.`` and ``..``, and without
-            symbolic links if the name leads into the image's directory.  The name itself if it
-            has a protocol or a NUL byte, or if it begins with ``file:`` and the working
-            directory has been removed.
+        resolved: Absolute path of the backing file, without ``.`` and ``..``.  Symbolic links
+            are followed only if the name leads into the image's directory and does not lead
+            out again.  The name itself if it has a protocol or a NUL byte, or if it begins with
+            ``file:`` and the working directory has been removed.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name, without ``file:``, is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
@@ -44,16 +47,16 @@ class BackingName:
     escapes: bool
 
 
-def resolve_name(raw: bytes, image: str, *, raw_format: bool) -> BackingName:
+def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
     """Resolve a backing file name from the header of ``image``.
 
     Args:
-        raw: The name, as stored.
+        stored: The bytes of the name, as stored.
         image: Path of the image.
         raw_format: Whether the image states that the backing file is raw.
     """
-    name = os.fsdecode(raw)
-    scheme = name.partition(":")[0] if has_protocol(raw) else None
+    name = os.fsdecode(stored)
+    scheme = name.partition(":")[0] if has_protocol(stored) else None
     absolute = name.removeprefix("file:").startswith("/")
     if scheme is not None or "\0" in name:
         return BackingName(name, name, name, raw_format, absolute, scheme, escapes=True)

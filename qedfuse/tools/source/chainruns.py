@@ -171,10 +171,10 @@ def _overlaid(
         above: Runs of the upper layers.
         depths: Depth of the layer that stores each run of ``above``.
         below: Runs of the lower layer, from the beginning of the first unallocated run of
-            ``above``.  They end with the last unallocated run of ``above``, or already at the
-            end of the lower layer or of a shorter layer above it.
+            ``above``.  They end where the last unallocated run of ``above`` ends, or earlier if
+            the lower layer or a layer above it ends earlier.
         depth: Depth of the lower layer.
-        below_is_partial: Whether ``below`` ends before that offset, because one call returns a
+        below_is_partial: Whether ``below`` ends even before that, because one call returns a
             limited number of runs.  The result then ends where ``below`` ends.
 
     Returns:

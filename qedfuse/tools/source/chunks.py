@@ -86,7 +86,7 @@ class Chunker:
                 ends at a multiple of this size or at the end of the disk.
             max_chunk_bytes: Maximum length of a chunk, a multiple of ``block_size``; no chunk
                 crosses a multiple of this length.
-            base: Another disk to read beside ``source``; None for none.  A long range that
+            base: Another disk to read beside ``source``; None for no other disk.  A long range that
                 both disks store as the same bytes of the same file is in no chunk.
             include_zeros: Whether to put all ranges into chunks, even zeros and ranges that
                 both disks share.

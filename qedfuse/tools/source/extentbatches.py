@@ -50,7 +50,7 @@ async def extent_batches(
         source: The disk.
         block_size: Bytes in a block.  Batches begin and end at multiples of this size, except
             at the end of the disk.
-        base: Another disk, in which each range is looked up as well; None for none.
+        base: Another disk, in which each range is looked up as well; None for no other disk.
 
     Raises:
         CorruptImageError: A table entry of one of the disks is bad.  All whole blocks before

@@ -44,7 +44,7 @@ class _TableSlice:
         self.slice_index = -1
 
     def take_writes(self) -> list[Write]:
-        """Return the write of the slice and clear the entries.
+        """Return a list with the write of the slice, and clear the entries.
 
         The list is empty if all entries are 0.
         """
@@ -82,9 +82,10 @@ class NewQedTarget(ParallelTarget):
         self._header = header
         self._backing = backing
         # Each chunk must lie within the range of one slice of an L2 table, because
-        # `assign_offsets` changes the entries of one slice only.  A chunk of several clusters
-        # does, because it crosses no multiple of `max_chunk_bytes`, which is a power of two and
-        # at most the range of a slice, also a power of two.
+        # `assign_offsets` changes the entries of one slice only.  A chunk of one cluster does.  A
+        # longer chunk crosses no multiple of `max_chunk_bytes`.  Both `max_chunk_bytes` and the
+        # range of a slice are powers of two, and `max_chunk_bytes` is not the larger one.  So such
+        # a chunk crosses no end of a slice either.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -93,11 +94,11 @@ class NewQedTarget(ParallelTarget):
         self._l2 = _TableSlice(self._slice_length)
 
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
-        """Assign adjacent offsets at the end of the file to the data clusters of a chunk.
+        """Assign offsets at the end of the file to the clusters of a chunk; return the writes.
 
-        The entries are set in the table slices in memory.  The list has a write for the data,
-        if the chunk has any.  If the chunk needs another slice than the chunks before it, the
-        previous slice is complete, and its write comes first.
+        The entries are set in the table slices in memory.  If the chunk needs another slice than
+        the chunks before it, the previous slices are complete, and their writes come first.  Then
+        comes the write of the data, if the chunk has any.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
@@ -122,7 +123,8 @@ class NewQedTarget(ParallelTarget):
         if size > maximum:
             msg = (
                 f"{self.name}: image size: found {size} or more, expected at most {maximum} with "
-                f"clusters of {self.block_size} bytes and tables of {self._header.table_size}"
+                f"clusters of {self.block_size} bytes and tables of {self._header.table_size} "
+                "clusters"
             )
             raise UsageError(msg)
 
@@ -176,7 +178,10 @@ class NewQedTarget(ParallelTarget):
 
 
 class ExistingQedTarget(SequentialTarget):
-    """An existing image, written through its open disk as a guest would; zeros are discarded."""
+    """An existing image, written through its open disk as a guest would.
+
+    Ranges of zeros become discards.
+    """
 
     def __init__(self, disk: Disk) -> None:
         """Write to an open disk that is at least as large as the source."""
