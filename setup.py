@@ -2,7 +2,8 @@
 
 They are here and not there because pkg-config has to be asked where libfuse is.  All
 are optional: without a compiler or libfuse's headers everything else is installed, the
-mount works without fallocate(2) and lseek(2), and a check and a map take longer.
+mount works without fallocate(2) and lseek(2), calls that may wait for the host's disk are made
+by trio's threads, and a check and a map take longer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ setup(
             ["qedfuse/mount/fuse/_extraops.c"],
             extra_compile_args=["-std=gnu11", *libfuse("--cflags")],
             extra_link_args=[*libfuse("--libs"), "-ldl"],
+            optional=True,
+        ),
+        Extension(
+            "qedfuse.hostio._iothreads",
+            ["qedfuse/hostio/_iothreads.c"],
+            extra_compile_args=["-std=gnu11", "-O2", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=True,
         ),
         Extension(

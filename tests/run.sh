@@ -24,7 +24,7 @@ gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" \
     qedfuse/mount/fuse/_extraops.c
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror \
     -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
-    qedfuse/check/_sweep.c qedfuse/tools/inspection/_maplines.c
+    qedfuse/check/_sweep.c qedfuse/tools/inspection/_maplines.c qedfuse/hostio/_iothreads.c
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" benchmarks/passthrough.c
 "$venv/bin/ruff" format --check .
 say "Types"

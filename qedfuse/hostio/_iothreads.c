@@ -1,0 +1,952 @@
+/*
+ * A pool of threads that make system calls on files without Python's global lock (the GIL).
+ *
+ * The thread that holds the GIL submits calls and collects the finished ones.  A thread of the
+ * pool never touches a Python object: it makes the system call, appends the call to the list of
+ * finished calls, and makes an eventfd readable if the list was empty.
+ *
+ * A call is a struct job.  Its fields belong to the submitter until it is queued, then to the
+ * thread that makes the call, and then to the collector.  Only a call with an answer has two
+ * owners at its end (see below).  Everything that threads share is in struct pool, under one
+ * mutex, except for two counters that Python reads without it.
+ *
+ * Answers.  The argument `answer` of submit_read is a capsule named "qedfuse.answer", whose
+ * pointer is a
+ *
+ *     struct answer {
+ *         void (*call)(struct answer *self, const void *data, long long result);
+ *     };
+ *
+ * The owner of the capsule embeds this struct in a larger one.  The thread first puts the
+ * finished read on the list, and then calls answer->call, without the GIL and with a stack of
+ * 128 KiB.  So the read is on the list before anything that the answer causes can happen.  `data`
+ * is the buffer of the read, and `result` the number of bytes in it, or a negative errno.  The
+ * capsule and the buffer stay valid until answer->call has returned, and the read counts as
+ * pending until then.  The call must not wait for the event loop, which may need the thread.
+ * After the pool has been freed, no answer begins.  Before the owner frees what an answer uses,
+ * it must wait until `pending` is 0, or free the pool and wait for the answers that have begun.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/eventfd.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define STACK_BYTES (128u << 10) /* of each thread */
+#define MAX_THREADS 1024         /* maximum of the argument max_threads */
+#define MAX_IDLE_SECONDS 1e6     /* maximum of the argument idle_seconds */
+#define MAX_PARTS 1024           /* maximum number of buffers in one pwritev(2): IOV_MAX */
+
+#define NANOSECONDS INT64_C(1000000000) /* in a second */
+
+struct answer {
+    void (*call)(struct answer *self, const void *data, long long result);
+};
+
+enum kind { READ, WRITE, DATASYNC, TRUNCATE, FALLOCATE };
+
+struct job {
+    struct job *next; /* in the list that holds the job */
+    enum kind kind;
+    int fd;
+    int mode;              /* of fallocate(2) */
+    int64_t offset;        /* of a truncate: the new size */
+    int64_t length;        /* of fallocate(2) */
+    struct iovec *parts;   /* what is left to read or write; the array follows the buffers */
+    size_t part_count;
+    PyObject *tag;
+    PyObject *capsule;     /* holds the answer; NULL without one */
+    struct answer *answer; /* NULL without one */
+    int64_t result;        /* the system call's result, or -errno */
+    int64_t nanoseconds;   /* duration of the system call */
+    int is_collected;      /* under the mutex: the collector needs the job no more */
+    int is_answered;       /* under the mutex: no answer is running, or will run */
+    Py_ssize_t buffer_count;
+    Py_buffer buffers[];
+};
+
+struct list {
+    struct job *first, *last;
+    Py_ssize_t length;
+};
+
+/* A thread that waits for a job; lives on the thread's stack. */
+struct sleeper {
+    struct sleeper *below;
+    pthread_cond_t condition;
+    int is_woken;
+};
+
+struct pool {
+    pthread_mutex_t mutex;
+    pthread_condattr_t clock;  /* makes conditions use the monotonic clock */
+    int references;            /* the Python object, and each thread */
+    int is_closed;             /* the Python object has been freed */
+    int eventfd;               /* -1 once it is closed */
+    int notifiers;             /* threads that are writing to the eventfd */
+    int is_notified;           /* a thread has written to the eventfd, or is about to */
+    int max_threads, threads;
+    int coming;                /* threads that will look at the queue without being woken */
+    int64_t idle_nanoseconds;  /* how long a thread waits for a job before it ends */
+    struct sleeper *sleepers;  /* the last that fell asleep is on top */
+    struct list queue;         /* submitted, in their order */
+    struct list done;          /* finished and not collected */
+    struct list garbage;       /* collected, and answered after that: to be released */
+    atomic_long done_count;    /* length of `done`, for has_finished */
+    atomic_long pending;       /* jobs that are not collected, or not answered */
+    atomic_int stop;           /* is_closed, for a thread between two system calls */
+};
+
+/* Counts how often this process was forked since it began, seen from the child. */
+static unsigned long forks;
+
+static void count_fork(void)
+{
+    forks++;
+}
+
+/* --- lists --------------------------------------------------------------------------- */
+
+static void append(struct list *list, struct job *job)
+{
+    job->next = NULL;
+    if (list->last == NULL)
+        list->first = job;
+    else
+        list->last->next = job;
+    list->last = job;
+    list->length++;
+}
+
+/* Remove and return the first job of a list; NULL if the list is empty. */
+static struct job *take_first(struct list *list)
+{
+    struct job *job = list->first;
+
+    if (job == NULL)
+        return NULL;
+    list->first = job->next;
+    if (list->first == NULL)
+        list->last = NULL;
+    list->length--;
+    return job;
+}
+
+/* Remove and return all jobs of a list. */
+static struct list take_all(struct list *list)
+{
+    struct list all = *list;
+
+    *list = (struct list){0};
+    return all;
+}
+
+/* --- system calls -------------------------------------------------------------------- */
+
+static int64_t now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * NANOSECONDS + time.tv_nsec;
+}
+
+/* Leave out the first `count` bytes of the parts of a job. */
+static void skip(struct job *job, size_t count)
+{
+    while (job->part_count && count >= job->parts->iov_len) {
+        count -= job->parts->iov_len;
+        job->parts++;
+        job->part_count--;
+    }
+    if (job->part_count) {
+        job->parts->iov_base = (char *)job->parts->iov_base + count;
+        job->parts->iov_len -= count;
+    }
+}
+
+/* Read or write all parts of a job; return the number of bytes, or -errno.  A read may end before,
+ * at the end of the file.  If the pool is freed meanwhile, the descriptor may belong to another
+ * file after the present system call, so no other call follows. */
+static int64_t transfer(struct pool *pool, struct job *job)
+{
+    int64_t total = 0;
+
+    skip(job, 0);
+    while (job->part_count) {
+        int count = job->part_count < MAX_PARTS ? (int)job->part_count : MAX_PARTS;
+        off_t offset = (off_t)(job->offset + total);
+        ssize_t done;
+
+        if (job->kind == WRITE)
+            done = pwritev(job->fd, job->parts, count, offset);
+        else /* the offset -1 stands for the position of the descriptor, as a pipe needs it */
+            done = preadv2(job->fd, job->parts, count, job->offset == -1 ? -1 : offset, 0);
+        if (done < 0 && errno != EINTR)
+            return -errno;
+        if (done == 0) {
+            if (job->kind == READ)
+                break;
+            return -EIO; /* the kernel accepts nothing, and reports no error */
+        }
+        if (done > 0) {
+            total += done;
+            skip(job, (size_t)done);
+        }
+        if (job->part_count && atomic_load(&pool->stop))
+            return -ECANCELED;
+    }
+    return total;
+}
+
+/* Make a job's system call; return its result, or -errno. */
+static int64_t make_call(struct pool *pool, struct job *job)
+{
+    int failed;
+
+    if (job->kind == READ || job->kind == WRITE)
+        return transfer(pool, job);
+    do {
+        if (job->kind == DATASYNC)
+            failed = fdatasync(job->fd);
+        else if (job->kind == TRUNCATE)
+            failed = ftruncate(job->fd, (off_t)job->offset);
+        else
+            failed = fallocate(job->fd, job->mode, (off_t)job->offset, (off_t)job->length);
+    } while (failed && errno == EINTR && !atomic_load(&pool->stop));
+    return failed ? -errno : 0;
+}
+
+/* --- threads ------------------------------------------------------------------------- */
+
+/* Drop one reference to the pool, and free the pool with the last one.  The caller holds the
+ * mutex, which is unlocked or freed. */
+static void drop_pool(struct pool *pool)
+{
+    int references = --pool->references;
+
+    pthread_mutex_unlock(&pool->mutex);
+    if (references)
+        return;
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_condattr_destroy(&pool->clock);
+    PyMem_RawFree(pool);
+}
+
+/* Make the eventfd readable, if finished calls are on the list and no thread has done that.  The
+ * caller holds the mutex, which is unlocked during the system call. */
+static void notify(struct pool *pool)
+{
+    uint64_t one = 1;
+    ssize_t written;
+
+    if (pool->is_notified || !pool->done.length || pool->is_closed)
+        return;
+    pool->is_notified = 1;
+    pool->notifiers++;
+    pthread_mutex_unlock(&pool->mutex);
+    written = write(pool->eventfd, &one, sizeof one);
+    (void)written; /* fails only if the counter is full, and is readable then */
+    pthread_mutex_lock(&pool->mutex);
+    pool->notifiers--;
+    if (pool->is_closed && !pool->notifiers) {
+        close(pool->eventfd);
+        pool->eventfd = -1;
+    }
+}
+
+/* Mark a finished job as answered; if the collector is done with it, the job becomes garbage.
+ * The caller holds the mutex. */
+static void set_answered(struct pool *pool, struct job *job)
+{
+    job->is_answered = 1;
+    if (job->is_collected && !pool->is_closed) {
+        append(&pool->garbage, job);
+        atomic_fetch_sub(&pool->pending, 1);
+    }
+}
+
+/* Make the system call of a job, and report it.  The caller holds the mutex, which is unlocked
+ * meanwhile. */
+static void run(struct pool *pool, struct job *job)
+{
+    struct answer *answer = job->answer;
+    const void *data = job->buffer_count ? job->buffers[0].buf : NULL;
+    int64_t since, result;
+
+    pthread_mutex_unlock(&pool->mutex);
+    since = now();
+    result = make_call(pool, job);
+    job->result = result;
+    job->nanoseconds = now() - since;
+    pthread_mutex_lock(&pool->mutex);
+    if (pool->is_closed)
+        return; /* No thread with the GIL will release the job, so its memory is lost. */
+    append(&pool->done, job);
+    atomic_fetch_add(&pool->done_count, 1);
+    if (answer != NULL) {
+        /* The answer comes before the eventfd: the kernel waits for it, and the event loop may
+         * have collected the job before it would sleep. */
+        pthread_mutex_unlock(&pool->mutex);
+        answer->call(answer, data, (long long)result);
+        pthread_mutex_lock(&pool->mutex);
+        set_answered(pool, job);
+    }
+    pool->coming++; /* the event loop may submit its next call before this thread goes on */
+    notify(pool);
+    pool->coming--;
+}
+
+/* Wait until a job is queued for this thread, and return 1.  Return 0 if the thread has been idle
+ * long enough to end.  The caller holds the mutex. */
+static int sleep_idle(struct pool *pool)
+{
+    struct sleeper self = {.below = pool->sleepers};
+    int64_t end = now() + pool->idle_nanoseconds;
+    struct timespec deadline = {.tv_sec = end / NANOSECONDS, .tv_nsec = end % NANOSECONDS};
+    int failed = 0;
+
+    if (!pool->idle_nanoseconds || pthread_cond_init(&self.condition, &pool->clock))
+        return 0;
+    pool->sleepers = &self;
+    while (!self.is_woken && !failed)
+        failed = pthread_cond_timedwait(&self.condition, &pool->mutex, &deadline);
+    if (!self.is_woken) {
+        struct sleeper **link = &pool->sleepers;
+        while (*link != &self)
+            link = &(*link)->below;
+        *link = self.below;
+    }
+    pthread_cond_destroy(&self.condition);
+    return self.is_woken;
+}
+
+/* Wake the thread that fell asleep last; its caches are the warmest, and the threads that are not
+ * needed reach the end of their idle time.  The caller holds the mutex. */
+static void wake_one(struct pool *pool)
+{
+    struct sleeper *top = pool->sleepers;
+
+    pool->sleepers = top->below;
+    pool->coming++;
+    top->is_woken = 1;
+    pthread_cond_signal(&top->condition);
+}
+
+static void *work(void *argument)
+{
+    struct pool *pool = argument;
+    int is_needed = 1;
+
+    pthread_setname_np(pthread_self(), "qedfuse-io");
+    pthread_mutex_lock(&pool->mutex);
+    pool->coming--;
+    while (is_needed && !pool->is_closed) {
+        struct job *job = take_first(&pool->queue);
+        if (job != NULL) {
+            run(pool, job);
+        } else {
+            is_needed = sleep_idle(pool);
+            pool->coming -= is_needed;
+        }
+    }
+    pool->threads--;
+    drop_pool(pool);
+    return NULL;
+}
+
+/* Create a thread that blocks all signals; return 0, or an errno. */
+static int create_thread(struct pool *pool)
+{
+    pthread_attr_t attributes;
+    pthread_t thread;
+    sigset_t all, before;
+    int failed = pthread_attr_init(&attributes);
+
+    if (failed)
+        return failed;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before); /* the thread inherits the mask */
+    failed = pthread_create(&thread, &attributes, work, pool);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return failed;
+}
+
+/* Take a job out of the queue: no thread could be created, and there is no other.  The caller
+ * holds the mutex. */
+static void withdraw(struct pool *pool, struct job *job)
+{
+    struct list all = take_all(&pool->queue);
+    struct job *other;
+
+    while ((other = take_first(&all)) != NULL)
+        if (other != job)
+            append(&pool->queue, other);
+    atomic_fetch_sub(&pool->pending, 1);
+}
+
+/* Queue a job, and wake or create a thread unless one is coming that will take the job.  Return 0,
+ * or an errno if there is no thread at all; the job is not queued then.  The caller gets the
+ * garbage of the pool in any case. */
+static int queue(struct pool *pool, struct job *job, struct list *garbage)
+{
+    int failed, needs_thread = 0;
+
+    atomic_fetch_add(&pool->pending, 1);
+    pthread_mutex_lock(&pool->mutex);
+    *garbage = take_all(&pool->garbage);
+    append(&pool->queue, job);
+    if (pool->queue.length > pool->coming) {
+        if (pool->sleepers != NULL) {
+            wake_one(pool);
+        } else if (pool->threads < pool->max_threads) {
+            needs_thread = 1;
+            pool->threads++;
+            pool->references++;
+            pool->coming++;
+        }
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    if (!needs_thread)
+        return 0;
+    failed = create_thread(pool);
+    if (!failed)
+        return 0;
+    pthread_mutex_lock(&pool->mutex);
+    pool->threads--;
+    pool->references--;
+    pool->coming--;
+    if (pool->threads)
+        failed = 0; /* one of the other threads takes the job when it is done with its own */
+    else
+        withdraw(pool, job);
+    pthread_mutex_unlock(&pool->mutex);
+    return failed;
+}
+
+/* --- the Python class ---------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    struct pool *pool;
+    unsigned long forks; /* when the object was made */
+} IoThreads;
+
+/* Release what a job holds, and free it.  This may run any Python code. */
+static void release(struct job *job)
+{
+    for (Py_ssize_t index = 0; index < job->buffer_count; index++)
+        PyBuffer_Release(&job->buffers[index]);
+    Py_XDECREF(job->capsule);
+    Py_XDECREF(job->tag);
+    PyMem_RawFree(job);
+}
+
+static void release_all(struct list jobs)
+{
+    struct job *job;
+
+    while ((job = take_first(&jobs)) != NULL)
+        release(job);
+}
+
+/* Return the pool of an object; NULL with an exception in a process that was forked after the
+ * object was made, because the threads exist only in the other process. */
+static struct pool *pool_of(PyObject *self)
+{
+    IoThreads *object = (IoThreads *)self;
+
+    if (object->forks == forks)
+        return object->pool;
+    PyErr_SetString(PyExc_RuntimeError, "the threads belong to the process before the fork");
+    return NULL;
+}
+
+/* Make a job with space for `buffer_count` buffers, of which it holds none yet; NULL with an
+ * exception if there is no memory. */
+static struct job *new_job(enum kind kind, Py_ssize_t buffer_count, PyObject *tag)
+{
+    size_t each = sizeof(Py_buffer) + sizeof(struct iovec);
+    struct job *job = PyMem_RawCalloc(1, sizeof *job + (size_t)buffer_count * each);
+
+    if (job == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    job->kind = kind;
+    job->parts = (struct iovec *)&job->buffers[buffer_count];
+    job->tag = Py_NewRef(tag);
+    job->is_answered = 1;
+    return job;
+}
+
+/* Let a job hold one more buffer; return 0, or -1 with an exception. */
+static int hold_buffer(struct job *job, PyObject *object, int flags)
+{
+    Py_buffer *buffer = &job->buffers[job->buffer_count];
+
+    if (PyObject_GetBuffer(object, buffer, flags))
+        return -1;
+    job->buffer_count++;
+    job->parts[job->part_count].iov_base = buffer->buf;
+    job->parts[job->part_count].iov_len = (size_t)buffer->len;
+    job->part_count++;
+    return 0;
+}
+
+/* Queue a job and return None.  On failure release the job, and return NULL with an exception. */
+static PyObject *submit(struct pool *pool, struct job *job)
+{
+    struct list garbage;
+    int failed = queue(pool, job, &garbage);
+
+    release_all(garbage);
+    if (!failed)
+        Py_RETURN_NONE;
+    release(job);
+    errno = failed;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* Convert an argument to an int64_t; return 0, or -1 with an exception. */
+static int as_int64(PyObject *argument, int64_t *value)
+{
+    *value = PyLong_AsLongLong(argument);
+    return *value == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+/* Convert an argument to an int; return 0, or -1 with an exception. */
+static int as_int(PyObject *argument, int *value)
+{
+    int64_t number;
+
+    if (as_int64(argument, &number))
+        return -1;
+    if (number < INT_MIN || number > INT_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "the number does not fit into a C int");
+        return -1;
+    }
+    *value = (int)number;
+    return 0;
+}
+
+/* Check the number of positional arguments; return 0, or -1 with an exception. */
+static int check_count(const char *name, Py_ssize_t found, Py_ssize_t expected)
+{
+    if (found == expected)
+        return 0;
+    PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, found %zd", name, expected, found);
+    return -1;
+}
+
+static PyObject *submit_read(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                             PyObject *names)
+{
+    struct pool *pool = pool_of(self);
+    Py_ssize_t named = names == NULL ? 0 : PyTuple_GET_SIZE(names);
+    PyObject *capsule = Py_None;
+    int64_t offset;
+    struct job *job;
+    int fd;
+
+    if (pool == NULL)
+        return NULL;
+    if (count + named == 5) {
+        capsule = args[4];
+        if (named > 1 ||
+            (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "answer"))) {
+            PyErr_SetString(PyExc_TypeError, "submit_read: expected only answer by its name");
+            return NULL;
+        }
+    } else if (check_count("submit_read", count + named, 4)) {
+        return NULL;
+    } else if (named) {
+        PyErr_SetString(PyExc_TypeError, "submit_read: expected fd, offset, view and tag first");
+        return NULL;
+    }
+    if (as_int(args[0], &fd) || as_int64(args[1], &offset))
+        return NULL;
+    job = new_job(READ, 1, args[3]);
+    if (job == NULL)
+        return NULL;
+    job->fd = fd;
+    job->offset = offset;
+    if (hold_buffer(job, args[2], PyBUF_WRITABLE)) {
+        release(job);
+        return NULL;
+    }
+    if (capsule != Py_None) {
+        job->answer = PyCapsule_GetPointer(capsule, "qedfuse.answer");
+        if (job->answer == NULL) {
+            release(job);
+            return NULL;
+        }
+        job->capsule = Py_NewRef(capsule);
+        job->is_answered = 0;
+    }
+    return submit(pool, job);
+}
+
+static PyObject *submit_write(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct pool *pool = pool_of(self);
+    Py_ssize_t part_count;
+    int64_t offset;
+    struct job *job;
+    int fd;
+
+    if (pool == NULL || check_count("submit_write", count, 4) || as_int(args[0], &fd) ||
+        as_int64(args[1], &offset))
+        return NULL;
+    if (!PyTuple_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "submit_write: expected a tuple of buffers");
+        return NULL;
+    }
+    part_count = PyTuple_GET_SIZE(args[2]);
+    job = new_job(WRITE, part_count, args[3]);
+    if (job == NULL)
+        return NULL;
+    job->fd = fd;
+    job->offset = offset;
+    for (Py_ssize_t index = 0; index < part_count; index++) {
+        if (hold_buffer(job, PyTuple_GET_ITEM(args[2], index), PyBUF_SIMPLE)) {
+            release(job);
+            return NULL;
+        }
+    }
+    return submit(pool, job);
+}
+
+static PyObject *submit_datasync(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct pool *pool = pool_of(self);
+    struct job *job;
+    int fd;
+
+    if (pool == NULL || check_count("submit_datasync", count, 2) || as_int(args[0], &fd))
+        return NULL;
+    job = new_job(DATASYNC, 0, args[1]);
+    if (job == NULL)
+        return NULL;
+    job->fd = fd;
+    return submit(pool, job);
+}
+
+static PyObject *submit_truncate(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct pool *pool = pool_of(self);
+    struct job *job;
+    int64_t size;
+    int fd;
+
+    if (pool == NULL || check_count("submit_truncate", count, 3) || as_int(args[0], &fd) ||
+        as_int64(args[1], &size))
+        return NULL;
+    job = new_job(TRUNCATE, 0, args[2]);
+    if (job == NULL)
+        return NULL;
+    job->fd = fd;
+    job->offset = size;
+    return submit(pool, job);
+}
+
+static PyObject *submit_fallocate(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct pool *pool = pool_of(self);
+    int64_t offset, length;
+    struct job *job;
+    int fd, mode;
+
+    if (pool == NULL || check_count("submit_fallocate", count, 5) || as_int(args[0], &fd) ||
+        as_int(args[1], &mode) || as_int64(args[2], &offset) || as_int64(args[3], &length))
+        return NULL;
+    job = new_job(FALLOCATE, 0, args[4]);
+    if (job == NULL)
+        return NULL;
+    job->fd = fd;
+    job->mode = mode;
+    job->offset = offset;
+    job->length = length;
+    return submit(pool, job);
+}
+
+static PyObject *get_fileno(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(((IoThreads *)self)->pool->eventfd);
+}
+
+static PyObject *get_pending(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(atomic_load(&((IoThreads *)self)->pool->pending));
+}
+
+static PyObject *has_finished(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(atomic_load(&((IoThreads *)self)->pool->done_count) > 0);
+}
+
+static PyObject *get_threads(PyObject *self, PyObject *unused)
+{
+    struct pool *pool = pool_of(self);
+    int threads;
+
+    (void)unused;
+    if (pool == NULL)
+        return NULL;
+    pthread_mutex_lock(&pool->mutex);
+    threads = pool->threads;
+    pthread_mutex_unlock(&pool->mutex);
+    return PyLong_FromLong(threads);
+}
+
+/* Give jobs that could not be reported back to the list, before all others. */
+static void put_back(struct pool *pool, struct list jobs)
+{
+    struct job *job;
+
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->done_count, jobs.length);
+    while ((job = take_first(&pool->done)) != NULL)
+        append(&jobs, job);
+    pool->done = jobs;
+    notify(pool);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+/* Return a list with a tuple for each job; NULL with an exception. */
+static PyObject *reports(struct list jobs)
+{
+    PyObject *list = PyList_New(jobs.length);
+    Py_ssize_t index = 0;
+
+    if (list == NULL)
+        return NULL;
+    for (struct job *job = jobs.first; job != NULL; job = job->next) {
+        PyObject *report = Py_BuildValue("OLL", job->tag, (long long)job->result,
+                                         (long long)job->nanoseconds);
+        if (report == NULL) {
+            Py_DECREF(list);
+            return NULL;
+        }
+        PyList_SET_ITEM(list, index++, report);
+    }
+    return list;
+}
+
+static PyObject *finished(PyObject *self, PyObject *unused)
+{
+    struct pool *pool = pool_of(self);
+    struct list jobs, garbage;
+    struct job *job;
+    uint64_t count;
+    ssize_t length;
+    PyObject *list;
+
+    (void)unused;
+    if (pool == NULL)
+        return NULL;
+    /* The eventfd is read first: a thread writes to it after it has filled the empty list, so a
+     * write that this read misses makes the eventfd readable once more, for nothing. */
+    length = read(pool->eventfd, &count, sizeof count);
+    (void)length; /* fails if nothing has been written */
+    pthread_mutex_lock(&pool->mutex);
+    jobs = take_all(&pool->done);
+    garbage = take_all(&pool->garbage);
+    pool->is_notified = 0;
+    atomic_fetch_sub(&pool->done_count, jobs.length);
+    pthread_mutex_unlock(&pool->mutex);
+    release_all(garbage);
+    list = reports(jobs);
+    if (list == NULL) {
+        put_back(pool, jobs);
+        return NULL;
+    }
+    while ((job = take_first(&jobs)) != NULL) {
+        int is_answered;
+        pthread_mutex_lock(&pool->mutex);
+        job->is_collected = 1;
+        is_answered = job->is_answered;
+        if (is_answered)
+            atomic_fetch_sub(&pool->pending, 1);
+        pthread_mutex_unlock(&pool->mutex);
+        if (is_answered) /* otherwise the thread that answers makes it garbage */
+            release(job);
+    }
+    return list;
+}
+
+static PyObject *new_object(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"max_threads", "idle_seconds", NULL};
+    double idle_seconds = 5;
+    struct pool *pool;
+    IoThreads *self;
+    int max_threads;
+
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "i|d", names, &max_threads, &idle_seconds))
+        return NULL;
+    if (max_threads < 1 || max_threads > MAX_THREADS) {
+        PyErr_Format(PyExc_ValueError, "max_threads: expected 1 to %d, found %d", MAX_THREADS,
+                     max_threads);
+        return NULL;
+    }
+    if (!(idle_seconds >= 0 && idle_seconds <= MAX_IDLE_SECONDS)) {
+        PyErr_SetString(PyExc_ValueError, "idle_seconds: expected 0 to 1000000");
+        return NULL;
+    }
+    pool = PyMem_RawCalloc(1, sizeof *pool);
+    if (pool == NULL)
+        return PyErr_NoMemory();
+    pool->eventfd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (pool->eventfd < 0) {
+        PyMem_RawFree(pool);
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    self = (IoThreads *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        close(pool->eventfd);
+        PyMem_RawFree(pool);
+        return NULL;
+    }
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_condattr_init(&pool->clock);
+    pthread_condattr_setclock(&pool->clock, CLOCK_MONOTONIC);
+    pool->references = 1;
+    pool->max_threads = max_threads;
+    pool->idle_nanoseconds = (int64_t)(idle_seconds * (double)NANOSECONDS);
+    self->pool = pool;
+    self->forks = forks;
+    return (PyObject *)self;
+}
+
+/* Leave the pool to its threads.  Calls that no thread has begun are never made.  Calls in
+ * progress end some time later, and what they hold is never released, because no thread of the
+ * pool may touch Python's objects. */
+static void free_object(PyObject *object)
+{
+    IoThreads *self = (IoThreads *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    struct pool *pool = self->pool;
+    struct list queued, done, garbage;
+    struct job *job;
+
+    /* After a fork the mutex may be locked by a thread that does not exist here. */
+    if (self->forks == forks) {
+        pthread_mutex_lock(&pool->mutex);
+        pool->is_closed = 1;
+        atomic_store(&pool->stop, 1);
+        queued = take_all(&pool->queue);
+        garbage = take_all(&pool->garbage);
+        done = (struct list){0};
+        while ((job = take_first(&pool->done)) != NULL)
+            if (job->is_answered) /* otherwise the answer still needs it */
+                append(&done, job);
+        while (pool->sleepers != NULL)
+            wake_one(pool);
+        if (!pool->notifiers) {
+            close(pool->eventfd);
+            pool->eventfd = -1;
+        }
+        drop_pool(pool);
+        release_all(queued);
+        release_all(done);
+        release_all(garbage);
+    }
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+#define FAST(function) (PyCFunction)(void (*)(void))function
+
+static PyMethodDef methods[] = {
+    {"fileno", get_fileno, METH_NOARGS,
+     "Return the eventfd, which is readable while finished calls have not been collected."},
+    {"submit_read", FAST(submit_read), METH_FASTCALL | METH_KEYWORDS,
+     "submit_read(fd, offset, view, tag, /, answer=None)\n"
+     "Fill a buffer from a file offset; the result is the number of bytes."},
+    {"submit_write", FAST(submit_write), METH_FASTCALL,
+     "submit_write(fd, offset, parts, tag, /)\n"
+     "Write a tuple of buffers from a file offset on; the result is the number of bytes."},
+    {"submit_datasync", FAST(submit_datasync), METH_FASTCALL,
+     "submit_datasync(fd, tag, /)\nCall fdatasync(2); the result is 0."},
+    {"submit_truncate", FAST(submit_truncate), METH_FASTCALL,
+     "submit_truncate(fd, size, tag, /)\nCall ftruncate(2); the result is 0."},
+    {"submit_fallocate", FAST(submit_fallocate), METH_FASTCALL,
+     "submit_fallocate(fd, mode, offset, length, tag, /)\nCall fallocate(2); the result is 0."},
+    {"pending", get_pending, METH_NOARGS,
+     "Return how many calls have not been collected, or are being answered."},
+    {"has_finished", has_finished, METH_NOARGS,
+     "Return whether finished calls have not been collected."},
+    {"finished", finished, METH_NOARGS,
+     "Collect the finished calls: their tags, results or -errno, and durations in nanoseconds."},
+    {"threads", get_threads, METH_NOARGS, "Return how many threads there are."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, new_object},
+    {Py_tp_dealloc, free_object},
+    {Py_tp_methods, methods},
+    {Py_tp_doc, "IoThreads(max_threads, idle_seconds=5.0)\n--\n\n"
+                "Threads that make system calls on files without the GIL."},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "qedfuse.hostio._iothreads.IoThreads",
+    .basicsize = sizeof(IoThreads),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = slots,
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "qedfuse.hostio._iothreads",
+    .m_doc = "Threads that make system calls on files without the GIL.",
+    .m_size = -1,
+};
+
+PyMODINIT_FUNC PyInit__iothreads(void)
+{
+    static int counts_forks;
+    PyObject *type, *module;
+
+    if (!counts_forks) {
+        int failed = pthread_atfork(NULL, NULL, count_fork);
+        if (failed) {
+            errno = failed;
+            return PyErr_SetFromErrno(PyExc_OSError);
+        }
+        counts_forks = 1;
+    }
+    module = PyModule_Create(&definition);
+    if (module == NULL)
+        return NULL;
+    type = PyType_FromSpec(&spec);
+    if (type == NULL || PyModule_AddObjectRef(module, "IoThreads", type)) {
+        Py_XDECREF(type);
+        Py_DECREF(module);
+        return NULL;
+    }
+    Py_DECREF(type);
+    return module;
+}
