@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from qedfuse.mount.system.readahead import Readahead
 
-KERNEL_FLAGS: Final = frozenset(
-    {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync"}
-)
+KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
 """Mount flags that are passed to the kernel, which enforces them.  ``ro`` is missing, because that
 flag also decides how images are opened, and so has a field of its own in `MountOptions`."""
 
@@ -39,6 +37,9 @@ _DROPPED: Final = frozenset(
         *("silent", "loud", "mand", "nomand", "iversion", "noiversion"),
         *("default_permissions", "kernel_cache", "big_writes"),
         *("symfollow", "nosymfollow"),  # without effect: the mount has no symbolic links
+        # Without effect: the kernel never changes the time of access of a file or directory of a
+        # FUSE mount.  libfuse does not know these options, and would refuse to mount.
+        *("relatime", "nodiratime"),
     }
 )
 """Options without a value that are dropped: options for mount(8) or systemd, and options of libfuse

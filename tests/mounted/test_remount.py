@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qedfuse.mount.optionparser import KERNEL_FLAGS
 from tests.support import qemu
 from tests.support.mounted import environment, mounted, qedfuse, refused
 from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
@@ -75,6 +76,55 @@ def test_a_remount_refuses_other_changes(image: Path, tmp_path: Path) -> None:
         assert qedfuse("-o", "remount,ro,noexec", mnt).returncode == 0
     assert "found no mount" in refused("-o", "remount,ro", mnt, code=18)
     assert "expected fuse.qedfuse" in refused("-o", "remount,ro", "/proc", code=18)
+
+
+def test_sync_cannot_change_with_direct_io(image: Path, tmp_path: Path) -> None:
+    """A remount that would change sync is refused with direct_io, and accepted without it."""
+    mnt = tmp_path / "mnt"
+    for options, accepted, refusal in (
+        ("direct_io", "ro", ("rw,sync", "set by remount with direct_io (unmount")),
+        ("direct_io,sync", "ro,sync", ("rw", "cleared by remount with direct_io (repeat sync, or")),
+        ("direct_io,sync", "sync", ("sync,async", "cleared by remount with direct_io")),
+    ):
+        with mounted(image, mnt, "-o", options):
+            is_sync = "sync" in options
+            line = refused("-o", f"remount,{refusal[0]}", mnt, code=1)
+            assert line.startswith(f"{mnt}: option sync: cannot be {refusal[1]}")
+            assert has_flag(mnt, os.ST_SYNCHRONOUS) is is_sync
+            assert qedfuse("-o", f"remount,{accepted}", mnt).returncode == 0
+            assert has_flag(mnt, os.ST_SYNCHRONOUS) is is_sync
+    with mounted(image, mnt):
+        for options in ("rw,sync", "rw"):
+            assert qedfuse("-o", f"remount,{options}", mnt).returncode == 0
+            assert has_flag(mnt, os.ST_SYNCHRONOUS) is (options == "rw,sync")
+
+
+def test_a_missing_flag_about_times_is_cleared(image: Path, tmp_path: Path) -> None:
+    """A remount without noatime or nodiratime, or with the opposite, clears the flag."""
+    flags = {"noatime": os.ST_NOATIME, "nodiratime": os.ST_NODIRATIME}
+    with mounted(image, tmp_path / "mnt", "-o", "noatime") as mnt:
+        for options, expected in (
+            ("noatime,nodiratime", {"noatime", "nodiratime"}),
+            ("noatime,diratime", {"noatime"}),
+            ("nodiratime,atime", {"nodiratime"}),
+            ("noatime,nodiratime", {"noatime", "nodiratime"}),
+            ("rw", set()),
+        ):
+            assert qedfuse("-o", f"remount,{options}", mnt).returncode == 0
+            assert {name for name, flag in flags.items() if has_flag(mnt, flag)} == expected
+
+
+def test_every_accepted_mount_flag_can_be_mounted(image: Path, tmp_path: Path) -> None:
+    """A mount works with all mount flags that qedfuse accepts, as fstab may have them."""
+    options = ",".join((*sorted(KERNEL_FLAGS), "relatime", "nodiratime", "nosymfollow"))
+    with mounted(image, tmp_path / "mnt", "-o", options) as mnt:
+        expected = (os.ST_NOEXEC, os.ST_NOATIME, os.ST_SYNCHRONOUS)
+        assert all(has_flag(mnt, flag) for flag in expected)
+
+
+def has_flag(mountpoint: Path, flag: int) -> bool:
+    """Return whether a mount has a flag of statvfs(3)."""
+    return bool(os.statvfs(mountpoint).f_flag & flag)
 
 
 def test_unchanged_options_may_be_repeated(image: Path, tmp_path: Path) -> None:

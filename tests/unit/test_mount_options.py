@@ -83,7 +83,7 @@ def test_options_for_other_programs_are_dropped_and_kernel_flags_kept() -> None:
     dropped = (
         "rw,dev,suid,exec,auto,noauto,user,nouser,users,nofail,_netdev,defaults,"
         "comment=a b,x-systemd.requires=/a,X-mount.mkdir,x-gvfs-show,fsname=a,subtype=b,"
-        "max_read=131072,user=me,default_permissions"
+        "max_read=131072,user=me,default_permissions,relatime,nodiratime,nosymfollow"
     )
     assert parse_options([dropped]) == MountOptions()
     kernel = "nosuid,nodev,noexec,noatime,sync,dirsync"

@@ -4,6 +4,9 @@ The kernel refuses writes without the help of the server, so a writable mount ca
 and writable again.  A mount whose server has opened the images read-only cannot become writable.
 For writing, the server needs other locks, a check of each image, and the kernel's write-back cache,
 and all three are decided when the mount begins.
+
+With ``direct_io`` the kernel leaves the flag ``sync`` to the server, which knows only the value
+with which the mount began.  So a remount that would change the flag is refused then.
 """
 
 from __future__ import annotations
@@ -93,6 +96,11 @@ def remount(
     _refuse_changes(shown, old, flags, others, sloppy=sloppy)
     if fake:
         return
+    if "noatime" not in flags:
+        # Without any flag about times of access the kernel would keep the present ones, so that
+        # a missing ``noatime`` or ``nodiratime`` would not be cleared.  ``relatime`` is the
+        # kernel's default for a new mount.
+        flags.add("relatime")
     bits = ctypes.c_ulong(_MS_REMOUNT | sum(_FLAGS[flag] for flag in flags))
     if _libc.mount(b"none", os.fsencode(mountpoint), None, bits, None) != 0:
         raise _error(shown, ctypes.get_errno())
@@ -130,13 +138,21 @@ def _refuse_changes(
         sloppy: Whether to ignore unknown options.
 
     Raises:
-        UsageError: An option is unknown or invalid, or would change more than mount flags; or the
-            mount would become writable although its images are open read-only.
+        UsageError: An option is unknown or invalid, or would change more than mount flags; the
+            mount would become writable although its images are open read-only; or ``sync`` would
+            change although the mount has ``direct_io``.
     """
     if old.read_only and "ro" not in flags:
         msg = (
             f"{shown}: cannot become writable: found images that are open read-only (unmount, "
             "and mount again with rw)"
+        )
+        raise UsageError(msg)
+    if old.direct_io and ("sync" in flags) != ("sync" in old.kernel_flags):
+        change, hint = ("set", "") if "sync" in flags else ("cleared", "repeat sync, or ")
+        msg = (
+            f"{shown}: option sync: cannot be {change} by remount with direct_io ({hint}unmount, "
+            "and mount again)"
         )
         raise UsageError(msg)
     for option in others:
