@@ -177,7 +177,8 @@ class Server:
                     "mounted without fallocate and lseek, so discards free no space: %s",
                     extraops_failure,
                 )
-            laundering = self._laundering if writeback_cache else None
+            # Without the write-back cache, a shared memory map can still make pages dirty.
+            laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(self._disks, laundering, self._mountpoint, entry.device, nursery)
             signals.handle_with(shutdown.receive)
             try:

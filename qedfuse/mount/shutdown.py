@@ -66,8 +66,8 @@ class Shutdown:
 
         Args:
             disks: The disks of the mount.
-            laundering: Makes the kernel write back its dirty pages; None if the write-back
-                cache is off.
+            laundering: Makes the kernel write back its dirty pages; None if the kernel caches no
+                pages (``direct_io``).
             mountpoint: The mountpoint.
             device: The device number of the mount, ``MAJOR:MINOR``.  If the mountpoint shows
                 another file system, the mountpoint is not unmounted.
@@ -167,8 +167,8 @@ class Shutdown:
         If a step fails, the failure is logged, and all other steps are still made.
 
         Returns:
-            True if no step raised an error.  A call of `Laundering.launder` that returns False
-            does not count as an error.
+            True if everything that the kernel had cached before this call is durable.  False if
+            a step has failed, or if the kernel may still have data that a disk lacks.
         """
         durable = True
 
@@ -188,10 +188,16 @@ class Shutdown:
                 await trio.to_thread.run_sync(sync_mount, self._mountpoint, abandon_on_cancel=True)
         for exported in self._disks:
             with logged_failures():
-                if self._laundering is not None and exported.writers:
-                    # `sync_mount` starts the writeback, but the kernel need not wait for the end
-                    # of the writeback.  `launder` waits for this end.
-                    await self._laundering.launder(exported)
+                # `sync_mount` starts the writeback, but the kernel need not wait for the end of
+                # the writeback.  `launder` waits for this end.
+                if (
+                    self._laundering is not None
+                    and exported.writers
+                    and not await self._laundering.launder(exported)
+                ):
+                    name = exported.disk.name
+                    msg = f"{name}: the kernel may have data that it has not written back"
+                    raise HostError(msg)
             with logged_failures():
                 await exported.disk.flush()
         return durable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -81,6 +82,37 @@ def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
         assert code == 0, log
     assert not has_need_check(image)
     assert qemu.content(image)[100:300] == b"y" * 100 + b"x" * 100
+
+
+LAUNDERING_LOGGED = """
+import sys
+import qedfuse.mount.session
+from qedfuse.mount.fuse.laundering import Laundering
+
+launder = Laundering.launder
+
+async def launder_and_log(self, exported):
+    print("laundered:", await launder(self, exported), file=sys.stderr)
+    return True
+
+Laundering.launder = launder_and_log
+"""
+
+
+@pytest.mark.parametrize("option", ["rw", "truncate=zero"])
+def test_dirty_pages_of_a_memory_map_are_durable_after_a_signal(
+    image: Path, tmp_path: Path, option: str
+) -> None:
+    """A signal makes the kernel write the dirty pages of memory maps back, in every cache mode."""
+    with front("-o", option, image, tmp_path / "mnt", prelude=LAUNDERING_LOGGED) as mount:
+        disk = mount.mountpoint / "vm.raw"
+        with disk.open("r+b") as file, mmap.mmap(file.fileno(), DISK_BYTES) as mapped:
+            mapped[70000:70003] = b"new"
+            mount.signal(signal.SIGTERM)
+            assert mount.read_line() == "laundered: True\n"
+            assert "still in use: everything is durable now" in mount.read_line()
+            assert b"new" in image.read_bytes()
+        assert mount.finish()[0] == 0
 
 
 def test_a_busy_loop_device_goes_on_until_it_is_detached(image: Path, tmp_path: Path) -> None:

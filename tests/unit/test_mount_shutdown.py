@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trio.testing import MockClock
 
     from qedfuse.disk.disk import Disk
+    from qedfuse.mount.fuse.laundering import Laundering
 
 CLUSTER = 4096
 
@@ -53,22 +54,51 @@ def export(*disks: object) -> ExportedDisks:
     return exports
 
 
-async def end_while_in_use(monkeypatch: pytest.MonkeyPatch, *disks: object) -> None:
-    """Signal a mount of some disks that is in use at the first attempt only."""
+class Kernel:
+    """Stands for `Laundering`.
+
+    Attributes:
+        laundered: The disks that were to be laundered.
+    """
+
+    def __init__(self, *, writes_back: bool) -> None:
+        """Write dirty pages back, or not."""
+        self.laundered: list[ExportedDisk] = []
+        self._writes_back = writes_back
+
+    async def launder(self, exported: ExportedDisk) -> bool:
+        """Return whether the dirty pages of a disk were written back."""
+        self.laundered.append(exported)
+        return self._writes_back
+
+
+async def end_while_in_use(
+    monkeypatch: pytest.MonkeyPatch, *disks: object, kernel: Kernel | None = None
+) -> None:
+    """Signal a mount of some disks that is in use until everything has been flushed."""
     busy = [BusyError("in use")]
+    flushed, flush = trio.Event(), Shutdown._flush
 
     def unmount(_mountpoint: str) -> None:
         if busy:
             raise busy.pop()
 
+    async def flush_and_notify(self: Shutdown) -> bool:
+        try:
+            return await flush(self)
+        finally:
+            flushed.set()
+
     monkeypatch.setattr(shutdown, "unmount", unmount)
+    monkeypatch.setattr(Shutdown, "_flush", flush_and_notify)
     monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
     monkeypatch.setattr(shutdown, "describe_copies", lambda _device: None)
     async with trio.open_nursery() as nursery:
         exports = export(*disks)
-        Shutdown(exports, None, "/mnt", "0:99", nursery).receive("SIGTERM")
-        await trio.testing.wait_all_tasks_blocked()
+        laundering = cast("Laundering | None", kernel)
+        Shutdown(exports, laundering, "/mnt", "0:99", nursery).receive("SIGTERM")
+        await flushed.wait()
         for exported in exports:
             exports.handle_closed(exported, writer=True)
     assert not busy
@@ -83,6 +113,35 @@ async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
         assert file.counts["datasync"] == 0
         await end_while_in_use(monkeypatch, disk)
         assert file.counts["datasync"] == 1
+
+
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
+async def test_durable_with_pages_that_are_written_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says that all is durable if the kernel has written its dirty pages back."""
+    async with opened(MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))) as disk:
+        kernel = Kernel(writes_back=True)
+        await end_while_in_use(monkeypatch, disk, kernel=kernel)
+        assert len(kernel.laundered) == 1
+
+
+@pytest.mark.expect_log("everything durable: image: the kernel may have data that it has not writ")
+@pytest.mark.expect_log("SIGTERM: still in use: not everything is durable; the mount goes on")
+async def test_not_durable_with_dirty_pages(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If the kernel may have dirty pages left, the log does not claim durability.
+
+    All disks are laundered and flushed nevertheless.
+    """
+    files = [MemoryFile(build_image(8 * CLUSTER, {0: b"x"})) for _ in range(2)]
+    async with opened(files[0]) as first, opened(files[1]) as second:
+        for disk in (first, second):
+            await disk.write(0, pattern(CLUSTER, 1))
+        kernel = Kernel(writes_back=False)
+        await end_while_in_use(monkeypatch, first, second, kernel=kernel)
+        assert len(kernel.laundered) == 2
+        assert [file.counts["datasync"] for file in files] == [1, 1]
+    assert "everything is durable now" not in caplog.text
 
 
 @pytest.mark.expect_log("cannot make everything durable: image: datasync: Input/output error")
