@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import struct
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import pyfuse3
@@ -24,12 +25,13 @@ from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation
 from qedfuse.mount.optionparser import parse_options
 from qedfuse.mount.options import MountOptions
+from qedfuse.mount.serving import _invalidate_blocks
 from tests.support import qemu
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pyfuse3 import RequestContext
+    from pyfuse3 import ReaddirToken, RequestContext, SetattrFields
     from trio.testing import MockClock
 
     from qedfuse.disk.disk import Disk
@@ -244,6 +246,80 @@ async def test_a_size_fixup_never_discards_data() -> None:
     with pytest.raises(pyfuse3.FUSEError) as caught:
         await truncation.set_size(exported, 4096)
     assert caught.value.errno == errno.EPERM
+
+
+class Stored:
+    """A disk with an image file of some blocks.
+
+    Attributes:
+        blocks: The ``st_blocks`` of the image file; None if fstat(2) fails.
+    """
+
+    size = 8192
+    writable = True
+
+    def __init__(self, blocks: int) -> None:
+        """Take up some blocks."""
+        self.blocks: int | None = blocks
+
+    def fstat(self) -> SimpleNamespace:
+        """Return the status of the image file."""
+        if self.blocks is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        times = dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), 0)
+        return SimpleNamespace(st_blocks=self.blocks, **times)
+
+
+def to_set(*names: str) -> SetattrFields:
+    """Return the fields of a SETATTR request that sets some attributes."""
+    every = ("mode", "uid", "gid", "size", "atime", "mtime")
+    return cast(
+        "SetattrFields", SimpleNamespace(**{f"update_{name}": name in names for name in every})
+    )
+
+
+@pytest.mark.parametrize("name", ["mode", "uid", "gid", "size"])
+async def test_a_refused_setattr_does_not_hide_a_wrong_st_blocks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a change of attributes is refused, the next flush still corrects the kernel's st_blocks.
+
+    The attributes that the kernel has cached are those of its last successful request.
+    """
+    forgotten: list[int] = []
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", lambda inode, **_how: forgotten.append(inode))
+    disk = Stored(8)
+    disks = export(disk)
+    handlers = operations(disks)
+    (exported,) = disks
+    await handlers.getattr(2, context())
+    disk.blocks = 16
+    wrong = pyfuse3.EntryAttributes()
+    wrong.st_mode, wrong.st_uid, wrong.st_gid, wrong.st_size = 0o755, 7, 7, 4096
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await handlers.setattr(2, wrong, to_set(name), None, context())
+    assert caught.value.errno == errno.EPERM
+    _invalidate_blocks(exported)
+    assert forgotten == [2]
+    await handlers.getattr(2, context())
+    _invalidate_blocks(exported)
+    assert forgotten == [2]
+
+
+@pytest.mark.expect_log("internal error in readdir")
+async def test_only_listed_disks_count_as_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing counts as a reply only for disks that fit, and only if no disk fails."""
+    disks = export(*(Stored(8) for _ in range(3)))
+    handlers = operations(disks)
+    replies = iter([True, False, True])
+    monkeypatch.setattr(pyfuse3, "readdir_reply", lambda *_arguments: next(replies))
+    await handlers.readdir(1, 0, cast("ReaddirToken", None))
+    assert [exported.blocks for exported in disks] == [8, -1, -1]
+    cast("Stored", disks.by_inode[4].disk).blocks = None
+    with pytest.raises(pyfuse3.FUSEError):
+        await handlers.readdir(1, 1, cast("ReaddirToken", None))
+    assert [exported.blocks for exported in disks] == [8, -1, -1]
+    assert not list(replies)
 
 
 async def test_errors_are_rate_limited_for_each_disk(

@@ -63,17 +63,28 @@ class Attributes:
         # No file can be made or removed in the directory, so the directory is not writable.
         self._directory_mode = stat.S_IFDIR | (0o555 & ~mask)
 
+    def for_reply(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
+        """Return the attributes of a disk for a reply, and note that the kernel may cache them.
+
+        The caller must send the attributes, without waiting and without raising an error before.
+        Otherwise ``exported.blocks`` would be a value that the kernel does not have, and a wrong
+        value that the kernel has cached would stay there.
+        """
+        attributes = self.of_disk(exported)
+        exported.blocks = attributes.st_blocks
+        return attributes
+
     def of_disk(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
         """Return the attributes of a disk; ``st_blocks`` and times are those of the image file.
 
-        ``exported.blocks`` is set to their ``st_blocks``, because the caller normally sends the
-        attributes to the kernel, which caches them.
+        A caller that sends the attributes to the kernel must use `for_reply`, or must set
+        ``exported.blocks`` itself.
         """
         image = exported.disk.fstat()
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode
         entry = self._common(exported.inode, mode, image)
         entry.st_size = exported.disk.size
-        exported.blocks = entry.st_blocks = image.st_blocks
+        entry.st_blocks = image.st_blocks
         entry.st_nlink = 1
         return entry
 

@@ -148,7 +148,7 @@ class MetadataOperations(pyfuse3.Operations):
         exported = self._exported.by_name.get(name)
         if exported is None:
             raise FUSEError(errno.ENOENT)
-        return self._attributes.of_disk(exported)
+        return self._attributes.for_reply(exported)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Do nothing, because each inode exists as long as the mount."""
@@ -163,7 +163,7 @@ class MetadataOperations(pyfuse3.Operations):
         self.admit(ctx.uid)
         if self._is_root(inode):
             return self._attributes.of_root(self._exported)
-        return self._attributes.of_disk(self.disk_of(inode))
+        return self._attributes.for_reply(self.disk_of(inode))
 
     @answered
     async def setattr(
@@ -204,7 +204,7 @@ class MetadataOperations(pyfuse3.Operations):
                 attr.st_atime_ns if fields.update_atime else present.st_atime_ns,
                 attr.st_mtime_ns if fields.update_mtime else present.st_mtime_ns,
             )
-        reply = self._attributes.of_disk(exported)
+        reply = self._attributes.for_reply(exported)
         if not reply_with_real_size:
             # `qedfuse.mount.fuse.truncation` explains this reply.
             reply.st_size = attr.st_size
@@ -237,10 +237,15 @@ class MetadataOperations(pyfuse3.Operations):
 
         The disks have the order in which the user named them.
         """
+        sent = []
         for next_id, exported in enumerate(list(self._exported)[start_id:], start_id + 1):
             attributes = self._attributes.of_disk(exported)
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
+            sent.append((exported, attributes.st_blocks))
+        # Only here is it certain that the attributes are sent, and no error in their place.
+        for exported, blocks in sent:
+            exported.blocks = blocks
 
     async def releasedir(self, fh: int) -> None:
         """Do nothing, because the handle of a directory has no state."""
