@@ -39,12 +39,13 @@ class AutoCompaction:
     async def run(self, *, within_bound: bool = True) -> None:
         """Compact as the options say, and make the result durable.
 
-        Does nothing if the options do not demand compaction, or if no table has changed since
-        the last successful run, which has already done all that the limits allow.  The caller
-        must ensure that no request is running.  A `QedError` ends the run and is not raised but
-        logged as a warning; the file may then stay longer than necessary.  If the error has
-        made the disk read-only, nothing is logged, because the close raises that error.  See
-        `Compaction.run` for ``within_bound``.
+        Does nothing if the options do not demand compaction.  Also does nothing if no table has
+        changed since the last successful run, because that run has done all that the limits
+        allow.  The caller must ensure that no request is running.
+
+        A `QedError` ends the run.  It is logged as a warning and not raised; the file may then
+        stay longer than necessary.  If the error has made the disk read-only, nothing is logged,
+        because the close raises that error.  See `Compaction.run` for ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():

@@ -166,7 +166,7 @@ class Disk:
         )
 
     async def read(self, start: int, length: int) -> bytes | bytearray:
-        """Read ``length`` bytes, or fewer if the disk ends before; none from the end on.
+        """Read ``length`` bytes; fewer if the disk ends earlier, and none at or past its end.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.

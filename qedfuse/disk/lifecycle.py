@@ -139,9 +139,9 @@ class Lifecycle:
         """Cut off and punch out all free clusters that are known.
 
         Before the scan has ended, no cluster may leave the quarantine, and not all free clusters
-        are known.  So the scan is run, or its end awaited, if clusters are in quarantine, or if a
-        free list is wanted and cannot be written without the scan.  In other cases, for example
-        if the disk was not changed, the close does not wait for the scan.
+        are known.  So this method runs the scan, or waits for its end, if clusters are in
+        quarantine, or if a free list is wanted and cannot be written without the scan.  In other
+        cases, for example if the disk was not changed, the close does not wait for the scan.
 
         Raises:
             HostError: The host refused.

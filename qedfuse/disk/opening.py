@@ -40,9 +40,9 @@ async def open_disk(
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to
             refuse it.  If None, such an image is refused.
-        with_bases: Whether to open the bases.  If an image has a base that is not opened, the
-            image can be inspected and changed as a file (compacted, emptied, given another
-            base), but unallocated ranges cannot be read, and no range can be written.
+        with_bases: Whether to open the bases.  Without its base an image can still be inspected,
+            compacted, emptied and given another base.  But unallocated ranges cannot be read, and
+            no range can be written.
 
     Raises:
         QedError: The options contradict each other, the image or a base cannot be opened or

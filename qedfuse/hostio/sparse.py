@@ -18,8 +18,8 @@ _UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP}
 def seek(fd: int, offset: int, whence: int) -> int | None:
     """Return where the first data or hole at or past an offset begins (lseek(2)).
 
-    Returns None if the offset is at or past the end of the file, or if no data follows the
-    offset.  The end of the file counts as a hole.  If the kernel refuses the call, because
+    Returns None if the offset is at or past the end of the file, or if data is searched for and
+    none follows.  The end of the file counts as a hole.  If the kernel refuses the call, because
     the file is a block device or the file system does not record holes, the whole file
     counts as data.  The call moves the file position of the descriptor.
 

@@ -261,9 +261,8 @@ class FastPath:
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
         """Return the runs of a guest range within one slice; None if `FastPath` must give up.
 
-        That is so if the range has an unallocated cluster and the disk was opened without its
-        base, or if the slice of the flattened backing for such a cluster is not in memory or has
-        the code `MIXED` for it.
+        `FastPath` must give up at an unallocated cluster if the disk was opened without its base,
+        or if the code of the flattened backing for the cluster is not in memory or is `MIXED`.
 
         Each run is a list of its depth in the chain (-1 for zeros), its file offset and its
         length in bytes.

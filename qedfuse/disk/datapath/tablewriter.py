@@ -54,9 +54,9 @@ class TableWriter:
     async def limit_dirty(self) -> None:
         """Flush if the dirty slices exceed the budget; do nothing otherwise (D4).
 
-        The caller must await this before it allocates or deallocates clusters.  So the memory
-        for dirty slices stays bounded, and if the tables cannot be written back, the request
-        fails instead of making more slices dirty.
+        A request awaits this before it allocates or deallocates clusters.  So the memory for
+        dirty slices stays bounded, and if the tables cannot be written back, the request fails
+        instead of making more slices dirty.
 
         Raises:
             HostError: The tables cannot be written back.

@@ -2,8 +2,8 @@
 
 The search takes about 10 µs for each MiB.  Clusters whose first word is not 0 are excluded
 first: these are nearly all clusters that hold other bytes than zeros.  A remaining cluster
-holds only zeros if its largest word is 0, which numpy finds out faster than it compares all
-words of the cluster with 0.
+holds only zeros if its largest word is 0.  In numpy this test is faster than comparing all words
+with 0.
 """
 
 from __future__ import annotations

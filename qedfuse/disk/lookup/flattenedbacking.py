@@ -7,8 +7,7 @@ image:
 
     MIXED                  the cluster must be looked up layer by layer in each read: it is not
                            one run in one layer, is bad, or would need too many entries
-    ZEROS                  the cluster is unallocated in all layers below the top image, or is
-                           zeros in the first of them that does not leave it unallocated
+    ZEROS                  the cluster reads as zeros; there is no data to read
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
                            file offsets are multiples of 4096, and ``depth + 2`` is smaller
 
@@ -47,9 +46,11 @@ _UNDECIDED: Final = np.uint64((1 << 64) - 1)
 """Code during the merge: the cluster is unallocated in all layers so far."""
 
 _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
-"""Maximum number of entries of a base that are read for one slice of the top image.  If the
-clusters of the base are so small that more entries would be needed, the base is not read, and the
-clusters of the slice that all bases above it leave unallocated are `MIXED`."""
+"""Maximum number of entries of a base that are read for one slice of the top image.
+
+A base with smaller clusters, of which more entries would be needed, is not read.  The clusters
+that all bases above this base leave unallocated are then `MIXED`.
+"""
 
 
 def data_location(code: int) -> tuple[int, int]:

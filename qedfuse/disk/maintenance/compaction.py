@@ -6,8 +6,8 @@ data cluster past the target can move to a free one before the target.  Tables m
 because a table needs adjacent free clusters.
 
 A compaction may be limited to a number of moves.  If more clusters than this number are in
-use past the target, a higher target is chosen, so that only as many clusters as may move are
-in use past the target.
+use past the target, a higher target is chosen, past which no more clusters are in use than may
+move.
 
 The file is cut by the flushes: each flush runs `Reclaim.run`, which cuts off the free clusters
 at the end of the file.  A compaction can end early, because its time is over or because it

@@ -106,9 +106,9 @@ async def first_in_use(layer: QedLayer, start: int, end: int) -> Extent | None:
     """
     geometry = layer.geometry
     while start < end:
-        # One lookup covers only a part of a table, because a lookup returns one extent for each
-        # scattered cluster, and collecting those of a whole table would delay other tasks too
-        # long.  The range of a missing table is one extent, so one lookup covers all of it.
+        # One lookup covers only a part of a table.  A lookup returns one extent for each scattered
+        # cluster, and collecting the extents of a whole table would delay other tasks too long.
+        # The range of a missing table is one extent, so one lookup covers all of it.
         table, reason = await layer.table_at(geometry.l1_index(start))
         step = min(geometry.table_span, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
         step = step if table or reason else geometry.table_span

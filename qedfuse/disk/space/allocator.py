@@ -101,8 +101,8 @@ class Allocator:
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # A cluster at or past both this offset and `end` has not been written to since the
-        # file last ended at or before the cluster, so the cluster reads as zeros.
+        # Clusters at or past both this offset and `end` read as zeros, because nothing has been
+        # written to them since the file last ended at or before them.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)

@@ -120,5 +120,5 @@ class DirectReclaim:
         await self._quarantine.wait_drained()
         await self._reclaim.run()
         # Count the freed clusters instead of looking for free ones: another task may have
-        # taken them already, and the caller should then try again all the same.
+        # taken them already, and even then the caller should try again.
         return self._reclaim.freed_clusters != before

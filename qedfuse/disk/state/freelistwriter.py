@@ -67,8 +67,8 @@ class DescriptorEraser:
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     """Raise if the sector of the descriptor holds anything but a descriptor or unused bytes.
 
-    If the header's bit says that the image has a list, the bytes in the sector are taken for a
-    descriptor, and only the backing file name is refused.
+    If the header's bit says that the image has a list, the bytes in the sector are not examined,
+    and only the backing file name is refused.
 
     Raises:
         UsageError: The backing file name or unknown bytes lie in the sector.

@@ -22,8 +22,8 @@ class CompactResult:
         bytes_after: Length of the file after the compaction.
         moved_clusters: Number of clusters that were moved.
         free_clusters: Number of free clusters that the compaction has left in the file, for
-            example because no run of free clusters was long enough for a table that would
-            have had to move.  0 also if the number is unknown.
+            example because no run of free clusters was long enough for a table.  0 also if the
+            number is unknown.
     """
 
     bytes_before: int

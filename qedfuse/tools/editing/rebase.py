@@ -1,9 +1,10 @@
 """Rebasing an overlay: it gets another backing file, and its content stays the same.
 
-Where the overlay stores nothing itself, it reads as its base.  So first, while the overlay still
-names the old base, the content of the old base is copied into the overlay wherever the overlay
-stores nothing and the new base differs.  The overlay then reads the same over either base.  When
-the copy is durable, the name of the base in the overlay changes in one step.
+Where the overlay stores nothing itself, it reads as its base.  So the content of the old base is
+first copied into the overlay, wherever the overlay stores nothing and the new base differs.
+During the copy the overlay still names the old base.  After the copy the overlay reads the same
+over either base.  When the copy is durable, the name of the base in the overlay changes in one
+step.
 """
 
 from __future__ import annotations

@@ -150,8 +150,7 @@ def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     """Give a new file the image's owner and group, as far as permitted, and the image's mode.
 
     Of the mode only the permissions to read and to write are taken.  If the group cannot be
-    set, the permissions of the group are left out, because they would apply to another group
-    than the group of the image.
+    set, the permissions of the group are left out, because they would apply to another group.
 
     Raises:
         OSError: The host refused, except for a lack of permission to set the owner or group.

@@ -98,11 +98,12 @@ async def repair(
 
     Leaked clusters are reclaimed only if the image has no errors, because an invalid entry may
     have been meant to point to one of these clusters.  Errors of the persistent free list count
-    as well.  With ``all``, a call that repairs errors keeps leaked clusters too, and so does each
-    later call as long as the first backup exists (``.before-repair`` without a number).  The
-    reason is that the clusters of cleared entries are leaked after a repair, and hold all that
-    is left of the lost data.  To reclaim clusters, the highest clusters of the file are moved
-    into their space, and the file is truncated.
+    as well.  To reclaim clusters, the highest clusters of the file are moved into their space,
+    and the file is truncated.
+
+    After a repair the clusters of cleared entries are leaked, and hold all that is left of the
+    lost data.  So with ``all``, leaked clusters are kept by a call that repairs errors, and by
+    each later call as long as the first backup exists (``.before-repair`` without a number).
 
     Args:
         path: The image; no other program may have the image open.

@@ -1,9 +1,9 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range need not be read if the extents show that the range is zeros (if there are two disks,
-zeros on both), or that both disks store the range as the same bytes of the same file.  Such a
-range is left out of the chunks, unless it is too short to be worth a second chunk, or the caller
-wants all ranges (``include_zeros``).
+A range need not be read if the extents show that it is zeros, on both disks if there are two.  Nor
+need a range be read that both disks store as the same bytes of the same file.  Such a range is left
+out of the chunks, unless it is too short to be worth a second chunk, or the caller wants all ranges
+(``include_zeros``).
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class NewQedTarget(ParallelTarget):
     def _select_slices(self, start: int) -> list[Write]:
         """Begin the L1 and L2 slices for a guest offset; return the writes of the previous slices.
 
-        The list is empty if the offset lies in the present L2 slice, and at the first call.  If
+        Returns no writes if the offset lies in the present L2 slice, or at the first call.  If
         the L1 entry points to no L2 table yet, a table is allocated at the end of the file.
         """
         l2_slice = (start >> self._geometry.cluster_bits) // self._slice_length
