@@ -119,7 +119,7 @@ class Rewriter:
     async def fill(self, start: int, count: int, value: int) -> None:
         """Set the ``count`` entries that begin at the file offset ``start`` to ``value``.
 
-        The entries must be 0 before, because nothing is written for the value 0.  `sync_pending`
+        For the value 0 nothing is written, so the entries must be 0 already.  `sync_pending`
         makes the entries durable.
         """
         entries_per_write = _COPY_BYTES // ENTRY_BYTES

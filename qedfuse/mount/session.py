@@ -72,8 +72,8 @@ class MountRequest:
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written once the
             disks can be used; None to write no such file.
-        fake: Whether to only check the arguments and the images, by opening and closing the
-            disks, and to mount nothing.  The privileges of the user are not checked then.
+        fake: Whether to mount nothing, but to check the arguments, and to open and close the
+            disks.  The privileges of the user are not checked then.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
             stored in the mount record, so that a remount can compare its options with them.
     """

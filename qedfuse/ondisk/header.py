@@ -226,7 +226,8 @@ def _check_offsets(header: Header, name: str) -> None:
         expected = f"a multiple of {header.cluster_size} past the header"
         raise HeaderError(name, "l1_table_offset", offset, expected)
     if offset < header.header_end:
-        expected = f"at most {offset // header.cluster_size}, where the L1 table begins"
+        cluster = offset // header.cluster_size
+        expected = f"at most {cluster}, because the L1 table begins at cluster {cluster}"
         raise HeaderError(name, "header_size", header.header_size, expected)
     if header.has_backing:
         length = header.backing_filename_size

@@ -87,7 +87,7 @@ BAD: list[tuple[str, dict[str, int], str, str]] = [
     ("l1_table_offset", {"l1_table_offset": 0}, "0", "a multiple of 65536 past the header"),
     ("l1_table_offset", {"l1_table_offset": 65537}, "65537", "a multiple of 65536"),
     ("l1_table_offset", {"l1_table_offset": 4096}, "4096", "a multiple of 65536"),
-    ("header_size", {"header_size": 2}, "2", "at most 1, where the L1 table begins"),
+    ("header_size", {"header_size": 2}, "2", "at most 1, because the L1 table begins at cluster 1"),
     ("header_size", {"header_size": 0xFFFFFFFF}, "4294967295", "at most 1"),
     (
         "backing_filename_size",

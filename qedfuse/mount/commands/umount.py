@@ -32,11 +32,11 @@ _MILLISECONDS_PER_SECOND: Final = 1000
 _MIN_ATTEMPT_SECONDS: Final = 2.0
 """Minimum time limit for the unmount itself, which normally takes some milliseconds."""
 _COPIES_REPORT_SECONDS: Final = 1.0
-"""If the file system is mounted elsewhere as well, and the process has not ended after this time,
-the reason is reported, unless the time limit is shorter."""
+"""Time after which the reason of a long wait is reported, if the file system is mounted elsewhere
+as well.  If the time limit is not longer, nothing is reported."""
 _REPORT_SECONDS: Final = 10.0
-"""If the process has not ended after this time, the reason is reported for other causes as well,
-unless the time limit is shorter."""
+"""Time after which the reason of a long wait is reported in all other cases.  If the time limit is
+not longer, nothing is reported."""
 
 
 class UnmountFailedError(QedError):
@@ -130,8 +130,8 @@ def unmount_and_wait(
 def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
     """Return the mountpoint to which a path leads, its mount, and the record of the mount.
 
-    The record is None if there is no record.  The caller must limit the time of this call, because
-    a path through a mount whose server does not answer may block.
+    The record is None if there is no record.  The caller must make this call by `call_in_child`,
+    because a path through a mount whose server does not answer may block.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.

@@ -267,11 +267,10 @@ async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | Non
     """Return the gap that SEEK_HOLE would report as a hole, or that SEEK_DATA would skip.
 
     Returns:
-        The guest offset at which the gap starts, and the guest offset of the first data from
-        there on, or None if no data follows.  For SEEK_HOLE the gap starts at the first hole at
-        or past ``start``; the end of the disk counts as a hole.  For SEEK_DATA, or if ``start``
-        is not before the end of the disk, the gap starts at ``start``, and is empty if data is
-        there.
+        The guest offsets at which the gap starts and ends.  The gap ends at the next data; None
+        if no data follows.  For SEEK_HOLE the gap starts at the first hole at or past ``start``;
+        the end of the disk counts as a hole.  For SEEK_DATA, or if ``start`` is not before the
+        end of the disk, the gap starts at ``start``.  If data is there, the gap is empty.
     """
     hole = start
     if whence == os.SEEK_HOLE and start < disk.size:

@@ -1,11 +1,11 @@
 """The launderer: a helper process that makes the kernel write back and drop pages of a disk.
 
 The kernel writes back and drops pages when a process sends the notification
-FUSE_NOTIFY_INVAL_INODE.  A process sends a notification by a write(2) to the connection, which
-returns only when the server has answered the kernel's write requests for the pages.  Until then
-the process that called write(2) cannot end, not even by SIGKILL, and neither can the connection.
-If the server itself called write(2) and were then killed, it would never end, and the programs
-that use the disk would wait forever.
+FUSE_NOTIFY_INVAL_INODE.  A process sends a notification by a write(2) to the connection.  This
+write(2) returns only when the server has answered the kernel's write requests for the pages.
+Until then the process that called write(2) cannot end, not even by SIGKILL, and neither can the
+connection.  If the server itself called write(2) and were then killed, it would never end, and
+the programs that use the disk would wait forever.
 
 Therefore the launderer calls write(2), on a second descriptor of the connection.  When the
 server has ended, the launderer answers the remaining requests of the kernel with errors until
@@ -201,8 +201,8 @@ def _fail_requests(device: int, worker: threading.Thread) -> None:
     """Answer requests of the kernel with ECONNABORTED until the worker thread has ended.
 
     The caller must call this after the server has closed the socket.  While the socket is open,
-    the thread would not end after its write(2), but would wait for the next notification, and this
-    function would go on failing requests that the server can answer.
+    the thread does not end after its write(2), but waits for the next notification.  So this
+    function would fail requests that the server can answer.
     """
     ready = select.poll()
     ready.register(device, select.POLLIN)

@@ -106,7 +106,7 @@ class SizeFixup:
                 # Without the write-back cache, fstat(2) returns the server's size, but the
                 # kernel may not have cached this size if other requests are in progress.  The
                 # kernel always takes over the size in the reply to chmod(2).  A truncation would
-                # correct the size as well, but during a truncation the kernel ignores the size
+                # correct the size as well.  But during a truncation the kernel ignores the size
                 # in replies to other requests, so other programs would still get the wrong size.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return

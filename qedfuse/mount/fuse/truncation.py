@@ -8,16 +8,17 @@ kernel sends a SETATTR request with the new size.
 A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
 refused otherwise.
 
-By default a request with a smaller size is refused.  It must not succeed and do nothing, because
-a program that copies into an empty file need not write zeros, so old bytes would remain on the
-disk.  With ``truncate=zero`` such a request zeroes the range from the requested size to the end
-of the disk, as a discard does, and the disk keeps its size.  So the range reads as in a file
-that is truncated and made longer again.  The requested size is not always 0: if the source ends
-in a hole, cp(1) also truncates the disk to the size of the source.
+By default a request with a smaller size is refused.  A program that copies into an empty file need
+not write zeros.  So if the request succeeded and did nothing, old bytes would remain on the disk.
+
+With ``truncate=zero`` a request with a smaller size zeroes the range from the requested size to
+the end of the disk, as a discard does, and the disk keeps its size.  So the range reads as in a
+file that is truncated and made longer again.  The requested size is not always 0: if the source
+ends in a hole, cp(1) also truncates the disk to the size of the source.
 
 After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  But
 while the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no
-dirty page (FUSE_NOWRITE in fs/fuse), and it cannot drop a dirty page that it has not sent.
+dirty page (FUSE_NOWRITE in fs/fuse).  It cannot drop a dirty page that it has not sent.
 Therefore with ``truncate=zero`` the write-back cache is off, so that only a shared memory map
 can make pages dirty.  Two cases remain:
 

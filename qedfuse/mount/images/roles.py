@@ -1,8 +1,8 @@
 """Finding the images of a mount that are backing files of other images in the same mount.
 
 Such an image must not be opened for writing.  A write to a backing file would change the content
-of its overlays.  Besides, opening an overlay opens its backing file too, which fails while another
-opener has the lock of a writer on the backing file.  If a directory contains a golden image and its
+of its overlays.  Besides, opening an overlay opens its backing file too.  That fails while the
+backing file is locked for writing.  If a directory contains a golden image and its
 overlays, the user wants to write to the overlays, so the golden image becomes read-only.  If the
 user has named the golden image itself, a writable mount is refused, because the user may want to
 write to either.
