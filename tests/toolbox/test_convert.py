@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
 import shutil
@@ -15,6 +17,7 @@ import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import HostError, NoSpaceError
 from qedfuse.tools.copying import conversion, diskcopy
 from qedfuse.tools.copying.compare import verify_copy
 from qedfuse.tools.copying.convert import convert
@@ -266,6 +269,73 @@ def test_other_formats(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert names(Path(directory)) == {f"new.{form}"}
 
 
+@pytest.mark.parametrize(("sparse", "is_data"), [("0", True), ("1000", False), ("1G", False)])
+def test_sparse_sizes_in_other_formats(sparse: str, is_data: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Any -S is valid for other formats too, and with -S 0 zeros are written as data."""
+    (tmp_path / "a.raw").write_bytes(bytes(1 << 20))
+    new = tmp_path / "new.qcow2"
+    assert main(["convert", "-S", sparse, "-O", "qcow2", str(tmp_path / "a.raw"), str(new)]) == 0
+    found = json.loads(qemu.run("qemu-img", "map", "--output=json", new).stdout)
+    assert [item["data"] for item in found] == [is_data]
+
+
+REFUSED_CALLS: Final = {
+    "mkdir": "/image",
+    "open": "/raw",
+    "listdir": "/image",
+    "unlink": "/image/new.qcow2",
+    "replace": "/image/new.qcow2",
+}
+
+
+@pytest.mark.parametrize("call", REFUSED_CALLS)
+def test_a_host_that_refuses_a_temporary_file_of_a_foreign_image(
+    call: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A refusal of the host is one line with the name of the target, and no file is left."""
+    real, refused = getattr(os, call), []
+
+    def refusing(path: str, *arguments: object, **named: object) -> object:
+        if str(path).endswith(REFUSED_CALLS[call]):
+            refused.append(path)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), path)
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, call, refusing)
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    target = tmp_path / "new.qcow2"
+    assert main(["convert", "-O", "qcow2", str(tmp_path / "a.raw"), str(target)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"qedimg: {target}: cannot ")
+    assert said.endswith(": Disk quota exceeded\n")
+    assert said.count("\n") == 1
+    with pytest.raises(NoSpaceError):
+        trio.run(convert, str(tmp_path / "a.raw"), str(target), ImageSpec("qcow2"))
+    assert len(refused) == 2
+    monkeypatch.undo()
+    assert names(tmp_path) == {"a.raw"}
+
+
+def test_a_new_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new file that the host does not open is a HostError with the name of the target."""
+    real = os.open
+
+    def refusing(path: str, flags: int, *arguments: int, **named: int) -> int:
+        if str(path).endswith(".part") and not flags & os.O_CREAT:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return real(path, flags, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    new = tmp_path / "new.qed"
+    with pytest.raises(HostError, match=rf"^{new}: cannot open: Too many open files$"):
+        trio.run(convert, str(tmp_path / "a.raw"), str(new))
+    assert names(tmp_path) == {"a.raw"}
+
+
 def test_an_option_that_qemu_img_refuses_fails_before_the_copy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +396,20 @@ MISTAKES: Final = {
     "compress": ("-c a.raw x", "-c: QED has no compression"),
     "streams": ("-m 17 a.raw x", "-m: found 17, expected 1 to 16"),
     "cluster": ("--cluster-size 5000 a.raw x", "cluster size: found 5000"),
-    "geometry": ("-O raw --cluster-size 4k a.raw x", "expected -O qed"),
+    "geometry": ("-O raw --cluster-size 4k a.raw x", "qedimg: --cluster-size: found -O raw"),
+    "geometry-0": ("-O raw --cluster-size 0 a.raw x", "qedimg: --cluster-size: found -O raw"),
+    "geometries": (
+        "-O raw -o table_size=2 --table-size 2 a.raw x",
+        "qedimg: --table-size, -o: found -O raw, expected -O qed",
+    ),
+    "foreign-geometry": (
+        "-O qcow2 -o lazy_refcounts=on --table-size 2 a.raw x",
+        "qedimg: --table-size: found -O qcow2, expected -O qed (options of another format are",
+    ),
+    "geometry-of-old": (
+        "-n --cluster-size 4k -o table_size=2 a.raw base.qed",
+        "qedimg: --cluster-size, -o: found -n, expected a new image",
+    ),
     "too-large": ("--cluster-size 4k --table-size 2 huge.raw x", "image size: found 5368709120"),
     "key": ("-o compat=1 a.raw x", "option -o: found compat=1"),
     "raw-overlay": (
@@ -345,6 +428,16 @@ MISTAKES: Final = {
     "two-bases": ("-B base.qed -o backing_file=gone a.raw x", "backing_file: found two values"),
     "small": ("-n huge.raw base.qed", "base.qed: size: found 1048576, expected at least"),
     "raw-over-qed": ("-n -O raw a.raw base.qed", "base.qed: found a QED image, expected raw"),
+    "raw-over-foreign": (
+        "-n -O raw a.raw foreign",
+        "foreign: format: found qcow2, expected raw content (qemu-img convert -n can write into",
+    ),
+    "base-of-old": ("-n -B base.qed a.raw top.qed", "top.qed: found an existing target, which"),
+    "overlay-pipe": (
+        "-O raw -B base.qed a.raw -",
+        "-: found a pipe, which can only be written with -O raw and without a backing file",
+    ),
+    "compared-pipe": ("-O raw --compare a.raw -", "without a backing file or --compare"),
     "image-pipe": ("top.qed -", "-: found a pipe, which can only be written with -O raw"),
     "foreign-option": ("-O qcow2 -o nonsense=1 a.raw x", "x: qemu-img: Invalid parameter 'non"),
     "foreign-help": ("-O qcow2 -o help a.raw x", "x: -o help: found that qemu-img makes no file,"),
@@ -355,6 +448,8 @@ MISTAKES: Final = {
 }
 IN_BASE: Final = {
     "missing": ("-B gone a.raw x", "x: backing file gone: cannot open"),
+    "foreign": ("-B foreign a.raw x", "foreign: format: found qcow2, expected a QED image, or -F"),
+    "foreign-as-qed": ("-B foreign -F qed a.raw x", "found qcow2, expected a QED image\n"),
     "no-format": ("-B b.raw a.raw x", "b.raw: found no QED magic, expected a QED image, or -F raw"),
 }
 
@@ -417,6 +512,21 @@ def test_without_qemu_img(
     assert main(["convert", "-O", "qcow2", str(tmp_path / "a.raw"), str(target)]) == 1
     assert "format qcow2: expected qemu-img to be installed\n" in capsys.readouterr().err
     assert names(tmp_path) == {"a.raw"}
+
+
+def test_a_qemu_img_that_cannot_be_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qemu-img that the host cannot execute is one line that says so."""
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    program = tmp_path / "qemu-img"
+    program.write_bytes(b"no program")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    target = tmp_path / "x.qcow2"
+    assert main(["convert", "-O", "qcow2", str(tmp_path / "a.raw"), str(target)]) == 1
+    assert capsys.readouterr().err == f"qedimg: {program}: cannot run: Exec format error\n"
+    assert names(tmp_path) == {"a.raw", "qemu-img"}
 
 
 def test_compare_detects_a_difference(

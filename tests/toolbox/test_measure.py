@@ -80,6 +80,9 @@ MISTAKES: Final = {
     "both": ("--size 1M a.raw", "SOURCE, --size: found both, expected one"),
     "missing": ("gone", "gone: cannot open: No such file"),
     "format": ("-O qcow2 a.raw", "-O: found qcow2, expected raw or qed"),
+    "raw-geometry": ("-O raw --table-size 2 a.raw", "--table-size: found -O raw, expected -O qed"),
+    "raw-overlay": ("-O raw -B gone a.raw", "backing file gone: found -O raw, expected -O qed"),
+    "empty-raw-overlay": ("-O raw -B gone --size 1M", "backing file gone: found -O raw, expected"),
     "cluster": ("--cluster-size 5000 a.raw", "cluster size: found 5000"),
     "too-large": ("--size 65T", "image size: found 71468255805440"),
 }

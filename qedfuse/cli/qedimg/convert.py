@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.geometry import add_base, add_geometry, find_base, take_options
+from qedfuse.cli.qedimg.geometry import (
+    add_base,
+    add_geometry,
+    find_base,
+    geometry_options,
+    take_options,
+    warn_unless_qemu_opens,
+)
 from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
-from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -19,8 +24,6 @@ if TYPE_CHECKING:
 
     from qedfuse.tools.copying.conversion import ConvertResult
     from qedfuse.tools.copying.imagespec import ImageSpec
-
-_log = logging.getLogger(__name__)
 
 EXAMPLE: Final = "qedimg convert -p disk.raw vm.qed"
 DESCRIPTION: Final = """\
@@ -79,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CACHE",
         choices=_CACHES,
         default="writeback",
-        help="writeback (default): TARGET is durable when the command ends; unsafe (default "
-        "of qemu-img): TARGET is not flushed, unless it is an existing QED image",
+        help="writeback (default): TARGET is durable when the command ends, unless it is a pipe; "
+        "unsafe (default of qemu-img): TARGET is not flushed, unless it is an existing QED image",
     )
     parser.add_argument(
         "--compare",
@@ -109,13 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qedfuse.tools.copying.convert import convert  # noqa: PLC0415  imported late: --help must not load it
 
     spec = _image_spec(arguments)
-    if spec.format == "qed" and not arguments.into_existing and not _qemu_can_open(spec):
-        _log.warning(
-            "%s: QEMU cannot open an image with clusters of %d bytes and tables of %d clusters",
-            printable(arguments.target),
-            spec.cluster_size,
-            spec.table_size,
-        )
+    if spec.format == "qed" and not arguments.into_existing:
+        warn_unless_qemu_opens(arguments.target, spec.cluster_size, spec.table_size)
     with progress(arguments, "Converting") as on_progress:
 
         async def work() -> ConvertResult:
@@ -170,15 +168,14 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
         # The options of a foreign format are passed to qemu-img unparsed.  Only a base is
         # looked for in them, because `convert` refuses a base for such a target.
         arguments.base = arguments.base or find_base(foreign)
-    given = arguments.cluster_size or arguments.table_size or arguments.options
-    if arguments.format != "qed" and given:
-        if arguments.format == "raw":
-            msg = "--cluster-size, --table-size, -o: found -O raw, expected -O qed"
-        else:
-            msg = (
-                f"--cluster-size, --table-size: found -O {printable(arguments.format)}, expected "
-                "-O qed (options of another format are given with -o)"
-            )
+    given = geometry_options(arguments)
+    if given and arguments.format != "qed":
+        msg = f"{given}: found -O {printable(arguments.format)}, expected -O qed"
+        if arguments.format != "raw":
+            msg += " (options of another format are given with -o)"
+        raise UsageError(msg)
+    if given and arguments.into_existing:
+        msg = f"{given}: found -n, expected a new image (an existing image keeps its geometry)"
         raise UsageError(msg)
     take_options(arguments, "-B")
     return ImageSpec(
@@ -190,13 +187,3 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
         arguments.sparse_size,
         foreign,
     )
-
-
-def _qemu_can_open(spec: ImageSpec) -> bool:
-    """Return whether QEMU can open an image of this geometry.
-
-    QEMU refuses tables of one cluster, and an L1 table whose L2 tables can address 2**64
-    bytes or more.
-    """
-    entries = spec.cluster_size * spec.table_size // ENTRY_BYTES
-    return spec.table_size > 1 and entries**2 * spec.cluster_size < 1 << 64

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.errors import UsageError
-from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, ENTRY_BYTES
 from qedfuse.text import printable
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator
+
+_log = logging.getLogger(__name__)
 
 _DESTINATIONS: Final = {
     "backing_file": "base",
@@ -63,6 +66,41 @@ def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
         choices=("raw", "qed"),
         help="format of BASE; without -F, BASE must be QED",
     )
+
+
+def geometry_options(arguments: argparse.Namespace) -> str:
+    """Return those options of `add_geometry` that were given, for a message; empty if none was.
+
+    This must be called before `take_options`, which sets the defaults.
+    """
+    given = {
+        "--cluster-size": arguments.cluster_size is not None,
+        "--table-size": arguments.table_size is not None,
+        "-o": bool(arguments.options),
+    }
+    return ", ".join(option for option, is_given in given.items() if is_given)
+
+
+def warn_unless_qemu_opens(path: str, cluster_size: int, table_size: int) -> None:
+    """Log a warning if QEMU refuses images of this geometry.
+
+    QEMU refuses tables of one cluster, and an L1 table whose L2 tables can address 2**64 bytes
+    or more.
+
+    Args:
+        path: The new image.
+        cluster_size: Bytes in a cluster.
+        table_size: Clusters in a table.
+    """
+    entries = cluster_size * table_size // ENTRY_BYTES
+    if table_size == 1 or entries**2 * cluster_size >= 1 << 64:
+        _log.warning(
+            "%s: QEMU cannot open an image with clusters of %d bytes and tables of %d %s",
+            printable(path),
+            cluster_size,
+            table_size,
+            "cluster" if table_size == 1 else "clusters",
+        )
 
 
 def _items(options: Iterable[str]) -> Iterator[str]:

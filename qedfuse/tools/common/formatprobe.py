@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, NotQedError, UsageError
 from qedfuse.hostio.regular import open_raw
@@ -18,9 +18,20 @@ if TYPE_CHECKING:
     FormatChoice: TypeAlias = Literal["auto", "raw", "qed"]
     """A format, or ``auto`` to detect the format from the first bytes."""
 
+_EXPECTED_SOURCE: Final = (
+    "raw or qed (qemu-img convert can read this format; if an option states the format raw, the "
+    "bytes are read unchanged)"
+)
+"""The end of the message about a source of a foreign format."""
 
-def probe_format(path: str) -> ImageFormat:
+
+def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
     """Return the format of a file or block device, detected from the first bytes.
+
+    Args:
+        path: The file or block device.
+        expected: What the message about a foreign format says that was expected, in the words
+            of the user's options.  The default is for the source of a copy.
 
     Raises:
         UsageError: The file is an image of a foreign format, or is encrypted by LUKS.
@@ -34,28 +45,28 @@ def probe_format(path: str) -> ImageFormat:
         raise HostError.from_os(error, printable(path), "read") from error
     finally:
         os.close(fd)
-    return format_of(signature, printable(path))
+    return format_of(signature, printable(path), expected)
 
 
-def format_of(content: bytes | bytearray | memoryview, name: str) -> ImageFormat:
-    """Return the format of a file or stream, detected from the first bytes.
+def format_of(
+    content: bytes | bytearray | memoryview, name: str, expected: str = _EXPECTED_SOURCE
+) -> ImageFormat:
+    """Return the format of a file, device or stream, detected from the first bytes.
 
     Args:
-        content: The first bytes: at least `SIGNATURE_BYTES`, or all bytes of a shorter file.
-        name: Name of the file or stream in the message.
+        content: The first bytes: at least `SIGNATURE_BYTES`, or all bytes if there are fewer.
+        name: Name of the file in the message.
+        expected: The end of the message, as for `probe_format`.
 
     Raises:
-        UsageError: The file or stream is an image of a foreign format, or is encrypted by LUKS.
+        UsageError: The bytes are those of an image of a foreign format, or encrypted by LUKS.
     """
     signature = bytes(content[:SIGNATURE_BYTES])
     if is_qed(signature):
         return "qed"
     found = "LUKS" if is_luks(signature) else foreign_format(signature)
     if found is not None:
-        msg = (
-            f"{name}: format: found {found}, expected raw or qed (qemu-img convert can "
-            "read this format; if an option states the format raw, the bytes are read unchanged)"
-        )
+        msg = f"{name}: format: found {found}, expected {expected}"
         raise UsageError(msg)
     return "raw"
 

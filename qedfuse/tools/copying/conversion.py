@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from qedfuse.disk.lookup.backingpath import backing_path
-from qedfuse.errors import UsageError
+from qedfuse.errors import UsageError, cannot_open
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.newfile import NewFile
 from qedfuse.hostio.regular import length_of, open_raw, status_of
@@ -99,13 +99,14 @@ class Conversion:
         """Write raw content to a pipe.
 
         Raises:
-            UsageError: The target format is not raw, or a comparison is wanted.
+            UsageError: The target format is not raw, or a backing file or a comparison is
+                wanted.
             BrokenPipeError: The reading end is closed.
             QedError: The source cannot be read, or the pipe cannot be opened or written.
         """
-        if self._spec.format != "raw" or self._compare:
+        if self._spec.format != "raw" or self._spec.backing is not None or self._compare:
             msg = f"{self._name}: found a pipe, which can only be written with -O raw and without "
-            msg += "--compare"
+            msg += "a backing file or --compare"
             raise UsageError(msg)
         stream = await open_stream(self._path, os.O_WRONLY)
         with closing(stream):
@@ -170,7 +171,10 @@ class Conversion:
             if spec.format not in {"raw", "qed"}:
                 size, data_bytes = await self._copy_through_qemu(new)
             else:
-                fd = os.open(new.path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fd = os.open(new.path, os.O_RDWR | os.O_CLOEXEC)
+                except OSError as error:
+                    raise cannot_open(self._path, error) from error
                 stack.callback(os.close, fd)
                 async with self._new_target(fd) as (target, base):
                     size, data_bytes = await self._copy(target, base)
@@ -231,7 +235,8 @@ class Conversion:
         Raises:
             UsageError: The target is an image of any format, or is smaller than the disk.
         """
-        if probe_format(self._path) == "qed":
+        expected = "raw content (qemu-img convert -n can write into an image of this format)"
+        if probe_format(self._path, expected) == "qed":
             msg = (
                 f"{self._name}: found a QED image, expected raw content (-O qed writes into the "
                 "image)"
@@ -239,7 +244,8 @@ class Conversion:
             raise UsageError(msg)
         fd = open_raw(self._path, os.O_RDWR)
         try:
-            lock_image(fd, LockMode.WRITE, self._name)
+            if self._options.lock:
+                lock_image(fd, LockMode.WRITE, self._name)
             length = length_of(fd, self._name)
             self._refuse_too_small(length)
             target = ExistingRawTarget(fd, self._name, durable=self._durable)
@@ -289,7 +295,10 @@ class Conversion:
         if self._compare:
             msg = f"{self._name}: --compare: found format {spec.format}, expected raw or qed"
             raise UsageError(msg)
-        async with foreign_image(self._path, new.path, spec.format, spec.foreign_options) as fd:
+        image = foreign_image(
+            self._path, new.path, spec.format, spec.foreign_options, spec.sparse_size
+        )
+        async with image as fd:
             return await self._copy(NewRawTarget(fd, self._name, spec.sparse_size))
 
     async def _verify(self, path: str) -> None:

@@ -47,7 +47,7 @@ async def convert(
             output).
         spec: Format and geometry of the target; None for a QED image with the defaults.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
-        into_existing: Write into an existing file, image or device.
+        into_existing: Write into an existing file, image or device; ignored for a pipe.
         overwrite: Replace an existing file; ignored with ``into_existing`` and for a pipe.
         compare: After the copy, read the source and the target and compare them.  A new file
             gets its name only if they are equal.
@@ -56,8 +56,9 @@ async def convert(
             and a pipe never.
         streams: Maximum number of chunks that are copied at the same time, 1 to 16.  Has an
             effect only if the source is no pipe and the target is a new file.
-        options: How to open the source, the backing file and an existing image as the target;
-            None for the defaults.
+        options: How to open the source, the backing file and an existing target; None for the
+            defaults.  With ``lock`` False only a file that is replaced is locked.  With
+            ``force_share`` a target is locked nevertheless.
         progress: Called with the guest offset that the copy has reached, and the size of the
             disk.  For a pipe as the source, whose size is unknown, both are the number of bytes
             copied so far.

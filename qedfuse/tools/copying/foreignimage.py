@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from qedfuse.errors import HostError, UsageError, cannot_open
+from qedfuse.errors import HostError, UsageError
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
 _PROGRAM: Final = "qemu-img"
 _TRIAL_DISK_BYTES: Final = 1 << 20
 """Bytes of the disk of the trial image; every format of qemu-img allows this size."""
+_SPARSE_UNIT_BYTES: Final = 512
+"""qemu-img accepts only multiples of this for ``-S``."""
+_MAX_SPARSE_BYTES: Final = 16 << 20
+"""qemu-img accepts at most this for ``-S``."""
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
 """The temporary directory's name begins with at most this many bytes of the image's name.
@@ -29,7 +33,7 @@ The whole name of the directory may have at most 255 bytes.
 
 @asynccontextmanager
 async def foreign_image(
-    path: str, temporary: str, wanted: str, options: Sequence[str]
+    path: str, temporary: str, wanted: str, options: Sequence[str], sparse_size: int
 ) -> AsyncIterator[int]:
     """Yield the descriptor of an empty file, which the caller must fill with a raw disk.
 
@@ -42,12 +46,14 @@ async def foreign_image(
             The caller then renames the image from this path to ``path``.
         wanted: Format of the image, as qemu-img calls the format.
         options: Arguments for ``-o`` of qemu-img.
+        sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
+            writes all zeros as data.
 
     Raises:
         UsageError: qemu-img is not installed, does not make the format, or would not make
             exactly one file with these options.
-        HostError: qemu-img refused the options or failed, or no temporary directory can be
-            made.
+        HostError: qemu-img cannot be run, refused the options or failed, or the host refused
+            a temporary file.
     """
     program = shutil.which(_PROGRAM)
     if program is None:
@@ -56,12 +62,10 @@ async def foreign_image(
     words = [word for option in options for word in ("-o", option)]
     directory, name = os.path.split(path)
     prefix = os.fsdecode(os.fsencode(name)[:_MAX_NAME_PREFIX_BYTES])
-    try:
+    with _host_errors(path, "cannot open"):
         work_directory = tempfile.mkdtemp(
             prefix=f".{prefix}.", suffix=".part", dir=directory or "."
         )
-    except OSError as error:
-        raise cannot_open(path, error) from error
     try:
         # `join` puts "./" before the path, unless the path is absolute.  Without "./", qemu-img
         # would take a path that begins with "a:" for the protocol "a", and a path that begins
@@ -71,20 +75,24 @@ async def foreign_image(
         # the name of the file in the file.  The image lies in a directory of its own, so that
         # `_try_options` can count the files that qemu-img makes.
         image = os.path.join(".", work_directory, "image", name)  # noqa: PTH118
-        os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
+        with _host_errors(path, "cannot make a temporary directory"):
+            os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
         await _try_options(program, path, wanted, words, image)
-        fd = os.open(raw, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with _host_errors(path, "cannot make a temporary file"):
+            fd = os.open(raw, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             yield fd
         finally:
             os.close(fd)
+        sparse = ["-S", str(_qemu_sparse_size(sparse_size))]
         reason = await _run(
-            [program, "convert", "-f", "raw", "-O", wanted, *words, raw, image], image
+            [program, "convert", "-f", "raw", "-O", wanted, *sparse, *words, raw, image], image
         )
         if reason is not None:
             msg = f"{printable(path)}: qemu-img: {reason}"
             raise HostError(msg)
-        os.replace(image, temporary)  # noqa: PTH105
+        with _host_errors(path, "cannot rename"):
+            os.replace(image, temporary)  # noqa: PTH105
     finally:
         shutil.rmtree(work_directory, ignore_errors=True)
 
@@ -107,7 +115,7 @@ async def _try_options(
 
     Raises:
         UsageError: qemu-img cannot make the format, or makes no file or several files.
-        HostError: qemu-img refuses the options.
+        HostError: qemu-img cannot be run or refuses the options, or the host refused.
     """
     create = [program, "create", "-q", "-f", wanted]
     name = printable(path)
@@ -126,7 +134,8 @@ async def _try_options(
         msg = f"{name}: qemu-img: {reason}"
         raise HostError(msg)
     directory, wanted_name = os.path.split(image)
-    made = os.listdir(directory)  # noqa: PTH208  names, not Paths
+    with _host_errors(path, "cannot read a temporary directory"):
+        made = os.listdir(directory)  # noqa: PTH208  names, not Paths
     if made != [wanted_name]:
         # The options are refused, because only one file can be moved to the final name.  For
         # example, a VMDK of several extents consists of several files, and with "-o help"
@@ -135,7 +144,26 @@ async def _try_options(
         found = f"{len(made)} files" if made else "no file"
         msg = f"{name}: -o {options}: found that qemu-img makes {found}, expected one file"
         raise UsageError(msg)
-    os.unlink(image)  # noqa: PTH108  a name, not a Path
+    with _host_errors(path, "cannot remove a temporary file"):
+        os.unlink(image)  # noqa: PTH108  a name, not a Path
+
+
+def _qemu_sparse_size(sparse_size: int) -> int:
+    """Return the nearest size that qemu-img accepts for ``-S``, from 0 up to 16 MiB.
+
+    A run of zeros consists of whole sectors, so rounding up to a sector changes nothing.
+    """
+    whole = -(-sparse_size // _SPARSE_UNIT_BYTES) * _SPARSE_UNIT_BYTES
+    return min(whole, _MAX_SPARSE_BYTES)
+
+
+@contextmanager
+def _host_errors(name: str, action: str) -> Iterator[None]:
+    """Turn an OSError in the ``with`` block into a HostError; ``name`` is not printable yet."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError.from_os(error, printable(name), action) from error
 
 
 async def _run(command: list[str], image: str) -> str | None:
@@ -144,10 +172,14 @@ async def _run(command: list[str], image: str) -> str | None:
     Args:
         command: Path of qemu-img, and the arguments.
         image: Temporary path of the image, which is removed from the reason.
+
+    Raises:
+        HostError: The host cannot run qemu-img.
     """
-    completed = await trio.run_process(
-        command, capture_stdout=True, capture_stderr=True, check=False
-    )
+    with _host_errors(command[0], "cannot run"):
+        completed = await trio.run_process(
+            command, capture_stdout=True, capture_stderr=True, check=False
+        )
     if completed.returncode == 0:
         return None
     lines = completed.stderr.decode(errors="replace").strip().split("\n")

@@ -32,7 +32,8 @@ class ImageSpec:
     """The format and geometry of a copy.
 
     For an existing target only ``format`` and ``sparse_size`` are used, and ``backing``
-    must be None.
+    must be None.  For a pipe ``format`` must be ``raw`` and ``backing`` must be None, and
+    ``sparse_size`` has no effect, because a pipe receives all zeros.
 
     Attributes:
         format: ``raw``, ``qed``, or another format that qemu-img makes.
@@ -100,11 +101,11 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
     path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"
     try:
-        found = probe_format(path) if spec.backing_format != "raw" else "raw"
+        expected = "a QED image"
+        if spec.backing_format is None:
+            expected += ", or -F raw for any other content"
+        found = probe_format(path, expected) if spec.backing_format != "raw" else "raw"
         if found != (spec.backing_format or "qed"):
-            expected = "a QED image"
-            if spec.backing_format is None:
-                expected += ", or -F raw for any other content"
             msg = f"{printable(path)}: found no QED magic, expected {expected}"
             raise BackingError(msg)
         async with AsyncExitStack() as stack:

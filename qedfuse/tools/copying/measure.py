@@ -44,7 +44,7 @@ def measure_empty(size: int, spec: ImageSpec) -> Measurement:
 
     Raises:
         UsageError: The size or the geometry is invalid, the name of the backing file cannot
-            be stored, or the format is not ``raw`` or ``qed``.
+            be stored, or the format is not ``raw`` or ``qed``, or is raw with a backing file.
     """
     _check_format(spec)
     if spec.format == "raw":
@@ -79,9 +79,9 @@ async def measure(
             of the disk.
 
     Raises:
-        UsageError: The format of the copy is not ``raw`` or ``qed``, the geometry is invalid or
-            too small for the disk, the name of the backing file cannot be stored, or the
-            source is an image of a foreign format.
+        UsageError: The format of the copy is not ``raw`` or ``qed``, or is raw with a backing
+            file; the geometry is invalid or too small for the disk; the name of the backing
+            file cannot be stored; or the source is an image of a foreign format.
         BackingError: The backing file of the copy cannot be used.
         QedError: The source cannot be read.
     """
@@ -106,8 +106,11 @@ async def measure(
 
 
 def _check_format(spec: ImageSpec) -> None:
-    """Raise UsageError if the format is not ``raw`` or ``qed``."""
+    """Raise UsageError if the format is not ``raw`` or ``qed``, or is raw with a backing file."""
     if spec.format not in {"raw", "qed"}:
         found = printable(spec.format)
         msg = f"-O: found {found}, expected raw or qed (qemu-img measure supports others)"
+        raise UsageError(msg)
+    if spec.format == "raw" and spec.backing is not None:
+        msg = f"backing file {printable(spec.backing)}: found -O raw, expected -O qed"
         raise UsageError(msg)
