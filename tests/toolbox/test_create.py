@@ -160,17 +160,30 @@ def test_a_base_is_found_from_the_directory_of_the_image(
     assert header_of(path.read_bytes()[:64]).backing_is_raw
 
 
-@pytest.mark.expect_log("new.qed: QEMU cannot open an image with tables of 1 cluster")
-def test_tables_of_one_cluster_get_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.expect_log("new.qed: QEMU cannot open an image with clusters of")
+@pytest.mark.parametrize("table_size", [1, 2, 4, 8, 16])
+def test_geometries_that_qemu_refuses_get_a_warning(
+    table_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Tables of one cluster are created with a warning that QEMU cannot open them."""
-    path = tmp_path / "new.qed"
-    assert main(["create", "--table-size", "1", str(path), "1M"]) == 0
-    assert main(["check", "-q", str(path)]) == 0
-    with pytest.raises(qemu.QemuError, match="table offset is invalid"):
-        qemu.info(path)
-    capsys.readouterr()
+    """An image is created, or converted to, with a warning if and only if QEMU cannot open it."""
+    path, source = tmp_path / "new.qed", tmp_path / "a.raw"
+    source.write_bytes(bytes(512))
+    accepted = []
+    for cluster_size in (1 << bits for bits in range(12, 27)):
+        geometry = ["--cluster-size", str(cluster_size), "--table-size", str(table_size)]
+        caplog.clear()
+        assert main(["create", "--force", *geometry, str(path), "1M"]) == 0
+        assert main(["convert", "--force", *geometry, str(source), str(path)]) == 0
+        warned = f"clusters of {cluster_size} bytes and tables of {table_size} cluster"
+        try:
+            qemu.info(path)
+        except qemu.QemuError:
+            assert caplog.text.count(warned) == 2
+            assert main(["check", "-q", str(path)]) == 0
+        else:
+            assert not caplog.text
+            accepted.append(cluster_size)
+    assert bool(accepted) is (table_size > 1)
 
 
 @pytest.mark.parametrize(("cluster_size", "size"), [("4K", 3 << 20), ("1M", (20 << 20) + 512)])

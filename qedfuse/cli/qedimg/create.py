@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.geometry import add_base, add_geometry, take_options
+from qedfuse.cli.qedimg.geometry import (
+    add_base,
+    add_geometry,
+    take_options,
+    warn_unless_qemu_opens,
+)
 from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
@@ -17,8 +21,6 @@ from qedfuse.tools.editing.create import create, preallocate
 
 if TYPE_CHECKING:
     import argparse
-
-_log = logging.getLogger(__name__)
 
 EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
@@ -81,8 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.force,
         fill=partial(_fill, arguments) if full else None,
     )
-    if made.table_size == 1:
-        _log.warning("%s: QEMU cannot open an image with tables of 1 cluster", printable(made.path))
+    warn_unless_qemu_opens(made.path, made.cluster_size, made.table_size)
     over_base = ""
     if made.backing is not None:
         over_base = f", over {printable(made.backing)} ({made.backing_format})"
