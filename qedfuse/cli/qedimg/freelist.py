@@ -60,14 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
     """Show, write or drop the list; return what the image has afterwards."""
-    from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415  imported late: --help must not load it
+    from qedfuse.hostio.locking import LockMode  # noqa: PLC0415  imported late: --help must not load it
+    from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415
     from qedfuse.tools.inspection.freelistinfo import describe_free_list  # noqa: PLC0415
 
     if arguments.action == "on":
         return await enable(arguments.image)
     if arguments.action == "off":
         await drop(arguments.image)
-    return await describe_free_list(arguments.image, share=arguments.force_share)
+    lock = LockMode.to_read(share=arguments.force_share)
+    return await describe_free_list(arguments.image, lock=lock)
 
 
 def _describe(info: FreeListInfo) -> str:

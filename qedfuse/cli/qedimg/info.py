@@ -10,6 +10,7 @@ from qedfuse.cli.qedimg.infotext import as_text
 from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
+from qedfuse.hostio.locking import LockMode
 from qedfuse.tools.inspection.info import describe
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.backing_chain:
         images = run_async(_chain, arguments, form)
     else:
-        images = [describe(arguments.image, form, share=arguments.force_share)]
+        lock = LockMode.to_read(share=arguments.force_share)
+        images = [describe(arguments.image, form, lock=lock)]
     described = [(image, _details(arguments, image)) for image in images]
     if arguments.output == "json":
         values: list[dict[str, Any]] = [json_value(*item) for item in described]

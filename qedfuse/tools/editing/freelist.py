@@ -33,8 +33,9 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
         UsageError: The bytes for the list's descriptor are in use for something else.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    await _set_free_list(path, replace(options or OpenOptions(), free_list="on"))
-    return await describe_free_list(path)
+    options = options or OpenOptions()
+    await _set_free_list(path, replace(options, free_list="on"))
+    return await describe_free_list(path, lock=options.read_lock)
 
 
 async def drop(path: str, options: OpenOptions | None = None) -> None:

@@ -8,6 +8,7 @@ from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import HostError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.tools.inspection.info import describe, describe_open
 
@@ -39,7 +40,7 @@ async def describe_chain(
         QedError: The image or a base cannot be opened, locked or read.
     """
     options = options or OpenOptions()
-    top = describe(path, image_format, share=options.force_share)
+    top = describe(path, image_format, lock=options.read_lock)
     if top.qed is None or not top.qed.readable:
         # The chain is not followed, because a raw file has no base, and the base that an
         # invalid header names must not be opened.
@@ -51,6 +52,13 @@ async def describe_chain(
 
 
 def _describe_layer(layer: Layer) -> ImageInfo:
-    """Return the description of a base that is open."""
+    """Return the description of a base that is open.
+
+    Raises:
+        HostError: The base cannot be read.
+    """
     file = cast("PosixFile", layer.file)
-    return describe_open(file.fd, file.path, "raw" if isinstance(layer, RawLayer) else "qed")
+    try:
+        return describe_open(file.fd, file.path, "raw" if isinstance(layer, RawLayer) else "qed")
+    except OSError as error:
+        raise HostError.from_os(error, file.name, "read") from error

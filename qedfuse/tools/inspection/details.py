@@ -89,7 +89,7 @@ async def read_details(
             counted = await count_allocation(file, await read_header(file), progress)
     listed = None
     if info.qed.header.header is not None and info.qed.header.header.free_list:
-        listed = await describe_free_list(info.path, share=options.force_share)
+        listed = await describe_free_list(info.path, lock=options.read_lock)
     return Details(listed, counted)
 
 

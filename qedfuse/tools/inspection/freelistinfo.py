@@ -37,19 +37,19 @@ class FreeListInfo:
     problem: str = ""
 
 
-async def describe_free_list(path: str, *, share: bool = False) -> FreeListInfo:
+async def describe_free_list(path: str, *, lock: LockMode | None = LockMode.READ) -> FreeListInfo:
     """Read and summarize the free list of an image.
 
     The list is not compared with the entries of the L2 tables.  Only a check compares them.
 
     Args:
         path: The image.
-        share: Allow that another program writes to the image.
+        lock: The mode in which to lock the image; None to take no lock.
 
     Raises:
         QedError: The image cannot be opened, locked or read.
     """
-    with open_image_file(path, LockMode.to_read(share=share)) as file:
+    with open_image_file(path, lock) as file:
         header = await read_header(file)
         if not header.free_list:
             return FreeListInfo(present=False)

@@ -126,21 +126,23 @@ class ImageInfo:
     qed: QedInfo | None = None
 
 
-def describe(path: str, image_format: FormatChoice = "auto", *, share: bool = False) -> ImageInfo:
+def describe(
+    path: str, image_format: FormatChoice = "auto", *, lock: LockMode | None = LockMode.READ
+) -> ImageInfo:
     """Return the description of a file, even of an image that cannot be mounted.
 
     Args:
         path: The file.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
-        share: Allow that another program writes to the file.
+        lock: The mode in which to lock the file; None to take no lock.
 
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
-        ImageInUseError: Another program has the file open for writing, and ``share`` is False.
+        ImageInUseError: Another program holds a lock that excludes this one.
         QedError: The file cannot be opened or read.
     """
-    with locked_descriptor(path, LockMode.to_read(share=share)) as fd:
+    with locked_descriptor(path, lock) as fd:
         try:
             return describe_open(fd, path, image_format)
         except OSError as error:
