@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import pytest
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.ondisk.constants import ZERO, Feature
+from qedfuse.tools.inspection import chaininfo
 from qedfuse.tools.inspection import info as tool
 from qedfuse.tools.inspection.nameresolution import resolve_name
 from tests.support import qemu
@@ -141,6 +143,22 @@ def test_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "b.qed").write_bytes(build_image(MIB, backing=b"a.qed"))
     assert "loop" in info("--backing-chain", tmp_path / "a.qed", capsys=capsys, code=17)[1]
     assert "64 files" in info("--backing-chain", tmp_path / "0.qed", capsys=capsys, code=17)[1]
+
+
+def test_a_base_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that the host cannot read is one line with the name of the base."""
+    base, path = tmp_path / "base.qed", tmp_path / "top.qed"
+    base.write_bytes(build_image(MIB))
+    path.write_bytes(build_image(MIB, backing=b"base.qed"))
+
+    def failing(_fd: int, _path: str, _form: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(chaininfo, "describe_open", failing)
+    _value, err = info("--backing-chain", path, capsys=capsys, code=1)
+    assert err == f"qedimg: {base}: read: Input/output error\n"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def test_unknown_command(name: str, hint: str, capsys: pytest.CaptureFixture[str
         (errors.BackingRefusedError("x"), 17),
         (ExceptionGroup("g", [ValueError(), ExceptionGroup("h", [errors.ImageError("x")])]), 12),
         (OSError(5, "Input/output error", "x"), 1),
+        (OSError(5, "Input/output error", "x\nTraceback"), 1),
+        (OSError(5, "Input/output error", 3), 1),
         (MemoryError(), 1),
         (ValueError("x\nTraceback"), 70),
         (KeyboardInterrupt(), 130),

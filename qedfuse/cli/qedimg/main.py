@@ -278,7 +278,9 @@ def _report_os_error(error: OSError, code: int) -> int:
         return _fail(REMOVED, code)
     if error.filename is None:
         return output_failed(error, code)
-    return _fail(f"{error.filename}: {error.strerror}", code)
+    # The name of a call with a descriptor is the number of the descriptor.
+    name = error.filename if isinstance(error.filename, (str, bytes)) else str(error.filename)
+    return _fail(f"{printable(name)}: {error.strerror}", code)
 
 
 def _exit_code(name: str, error: BaseException) -> int:

@@ -126,7 +126,10 @@ async def open_stream(path: str, access: int) -> Stream:
         HostError: The pipe cannot be opened.
     """
     if path == "-":
-        return _standard(access)
+        try:
+            return _standard(access)
+        except OSError as error:
+            raise HostError.from_os(error, _NAMES[access], "cannot open") from error
     try:
         # Opening a FIFO blocks until the other end is opened.  The call is made in a thread
         # that a cancellation abandons, so that the user can interrupt the command.
@@ -143,6 +146,9 @@ def _standard(access: int) -> Stream:
     """Return a standard stream, with a descriptor of its own.
 
     The stream may be a pipe, a file or a terminal.
+
+    Raises:
+        OSError: The host refused.
     """
     fd, name = _STANDARD[access], _NAMES[access]
     if stat.S_ISFIFO(os.fstat(fd).st_mode):

@@ -13,7 +13,7 @@ from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import CorruptImageError, NoSpaceError
+from qedfuse.errors import CorruptImageError, HostError, NoSpaceError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.posixfile import PosixFile
@@ -248,8 +248,12 @@ def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
 
     Raises:
         NoSpaceError: Both numbers are higher than the number of free bytes.
+        HostError: The host refused.
     """
-    host = os.fstatvfs(file.fd)
+    try:
+        host = os.fstatvfs(file.fd)
+    except OSError as error:
+        raise HostError.from_os(error, file.name, "statvfs") from error
     available = host.f_bavail * host.f_frsize
     needed = min(repair_plan.written, max(0, repair_plan.end - file.size()))
     if needed > available:
@@ -288,7 +292,11 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
     # The disk gets a duplicate of the descriptor, because the disk closes its descriptor at the
     # end, and ``file`` must stay open.  The close of the duplicate does not release the lock,
     # because the lock belongs to the open file description, which ``file`` keeps open.
-    duplicate = PosixFile(os.dup(file.fd), path, writable=True)
+    try:
+        fd = os.dup(file.fd)
+    except OSError as error:
+        raise HostError.from_os(error, file.name, "cannot open again") from error
+    duplicate = PosixFile(fd, path, writable=True)
     disk = Disk(duplicate, header, [], options, make_store(options.cache_bytes), path)
     async with disk.serving():
         await disk.compact(progress, within_bound=False)
