@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+import trio
 
 from qedfuse.ondisk.header import Header, build_header
+from qedfuse.tools.editing.freelist import enable
 from qedfuse.tools.inspection.l1summary import MAX_L1_BYTES
-from tests.support.disks import build_image
+from tests.support.disks import build_image, l2_entry_offset, put_entry
 from tests.toolbox import memory
 from tests.toolbox.test_info import human, info, problems
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 CLUSTER_BYTES = 4096
@@ -118,6 +122,62 @@ def test_random_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert (value["format"], err) == ("qed", "")
         assert all("\n" not in item["message"] for item in value["problems"])
         human("--allocation", path, capsys=capsys)
+
+
+def failing(call: Callable[..., Any], argument: int, struck: list[int]) -> Callable[..., Any]:
+    """Return a system call that fails with EIO if its last argument has a value."""
+
+    def wrapped(*arguments: Any) -> Any:  # noqa: ANN401  those of the call
+        if arguments[-1] == argument:
+            struck.append(argument)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*arguments)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"), [("pread", 2 * CLUSTER_BYTES), ("lseek", os.SEEK_DATA)]
+)
+def test_tables_that_the_host_cannot_read_are_a_problem(
+    call: str,
+    argument: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An image is described, and not called safe, although the host cannot read its L1 table."""
+    path = tmp_path / "unreadable.qed"
+    image = build_image(MIB, dict.fromkeys(range(6), b"x"), header_size=2)
+    put_entry(image, l2_entry_offset(image, 2), 0)
+    path.write_bytes(image)
+    trio.run(enable, str(path))
+    struck: list[int] = []
+    monkeypatch.setattr(os, call, failing(getattr(os, call), argument, struck))
+    value, err = info(path, capsys=capsys)
+    assert err == ""
+    assert struck
+    assert value["virtual-size"] == MIB
+    assert problems(value) == ["l1-unreadable"]
+    assert value["safety"]["safe-to-mount"] is False
+    listed = value["format-specific"]["data"]["free-list"]
+    # The list is read by preadv, and only after a search for the data of the L1 table.
+    assert (listed["present"], listed["valid"]) == (True, call == "pread")
+    assert f"{path}: L1 table: cannot be read: Input/output error" in human(path, capsys=capsys)
+
+
+def test_a_backing_name_that_the_host_cannot_read_is_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image is described, and not called safe, although the host cannot read the base's name."""
+    path = tmp_path / "unreadable.qed"
+    path.write_bytes(build_image(MIB, backing=b"base.qed"))
+    struck: list[int] = []
+    monkeypatch.setattr(os, "pread", failing(os.pread, 64, struck))
+    value, err = info(path, capsys=capsys)
+    assert (err, struck) == ("", [64])
+    assert problems(value) == ["backing-name-unreadable"]
+    assert (value["safety"]["has-backing"], value["safety"]["safe-to-mount"]) == (True, False)
 
 
 def test_names_cannot_forge_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.tables import read_l1_table
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import HostError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO
-from qedfuse.tools.inspection.freelistinfo import describe_free_list
+from qedfuse.tools.inspection.freelistinfo import FreeListInfo, describe_free_list
 
 if TYPE_CHECKING:
     from qedfuse.check.findings import Code
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.entryrules import Mask, Values
     from qedfuse.ondisk.header import Header
-    from qedfuse.tools.inspection.freelistinfo import FreeListInfo
     from qedfuse.tools.inspection.info import ImageInfo
     from qedfuse.util.backgroundtasks import Progress
 
@@ -89,7 +89,11 @@ async def read_details(
             counted = await count_allocation(file, await read_header(file), progress)
     listed = None
     if info.qed.header.header is not None and info.qed.header.header.free_list:
-        listed = await describe_free_list(info.path, lock=options.read_lock)
+        try:
+            listed = await describe_free_list(info.path, lock=options.read_lock)
+        except HostError as error:
+            # The rest of the description is useful although the host cannot read the list.
+            listed = FreeListInfo(present=True, problem=str(error))
     return Details(listed, counted)
 
 

@@ -131,6 +131,9 @@ def describe(
 ) -> ImageInfo:
     """Return the description of a file, even of an image that cannot be mounted.
 
+    If the host can read the header of an image, but not all that the header names, the
+    description has a problem that says so.
+
     Args:
         path: The file.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
@@ -160,7 +163,7 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
-        OSError: The file cannot be read.
+        OSError: The beginning of the file cannot be read.
     """
     name = printable(path)
     status = os.fstat(fd)
@@ -181,19 +184,23 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
         *l1_problems(l1, status.st_size, name),
         *backing_problems(raw, backing, name),
     )
-    info = QedInfo(raw, backing, problems, l1.used if l1.complete else None)
+    known = backing if isinstance(backing, BackingName) else None
+    info = QedInfo(raw, known, problems, l1.used if l1.complete else None)
     return ImageInfo(path, "qed", raw.values.get("image_size"), status.st_size, usage, info)
 
 
-def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | None:
+def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | str | None:
     """Read and resolve the name of the backing file.
 
-    Returns None if the image names no backing file, or if the geometry or the offset or length
-    of the name is invalid.
+    Returns the reason in words if the host cannot read the name.  Returns None if the image
+    names no backing file, or if the geometry or the offset or length of the name is invalid.
     """
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}
     if header is None or not header.has_backing or refused & _NAME_FIELDS:
         return None
-    name = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
+    try:
+        name = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
+    except OSError as error:
+        return error.strerror or str(error)
     return resolve_name(name, path, raw_format=header.backing_is_raw)

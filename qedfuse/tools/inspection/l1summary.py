@@ -32,46 +32,49 @@ class L1Summary:
             rule of `qedfuse.ondisk.entrylimits.overlaps`.
         complete: Whether the L1 table was read up to its end, or up to the end of the file if
             the file ends earlier.
+        failure: Why the host could not read the L1 table further; empty if it could.
     """
 
     used: int = 0
     invalid: int = 0
     overlapping: int = 0
     complete: bool = False
+    failure: str = ""
 
 
 def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
     """Read the L1 table of an open image, at most `MAX_L1_BYTES`, and count its entries.
 
     If the header places the L1 table past `MAX_OFFSET`, nothing is read, and the summary is
-    empty and not complete.
+    empty and not complete.  After a failure of the host the summary has the entries before it,
+    and is not complete.
 
     Args:
         fd: Descriptor of the image.
         header: The header, whose geometry must be valid.
         file_size: Length of the file in bytes.
-
-    Raises:
-        OSError: The file cannot be read.
     """
     if header.l1_table_offset > MAX_OFFSET:
         return L1Summary()
     limits = EntryLimits.for_l1(header, file_size)
     used = 0
     tables: list[int] = []
-    start, left, complete = header.l1_table_offset, MAX_L1_BYTES, True
+    start, left, complete, failure = header.l1_table_offset, MAX_L1_BYTES, True, ""
     end = min(header.l1_end, file_size)
-    for offset in data_slices(fd, start, end - start):
-        raw = os.pread(fd, min(SLICE_BYTES, end - offset), offset) if left > 0 else b""
-        if not raw:
-            complete = False
-            break
-        if raw.count(0) == len(raw):
-            continue
-        left -= SLICE_BYTES
-        entries = decode(raw[: len(raw) & -ENTRY_BYTES])
-        values = [value for value in entries if value != UNALLOCATED]
-        used += len(values)
-        tables += [value for value in values if limits.is_valid(value)]
+    try:
+        for offset in data_slices(fd, start, end - start):
+            raw = os.pread(fd, min(SLICE_BYTES, end - offset), offset) if left > 0 else b""
+            if not raw:
+                complete = False
+                break
+            if raw.count(0) == len(raw):
+                continue
+            left -= SLICE_BYTES
+            entries = decode(raw[: len(raw) & -ENTRY_BYTES])
+            values = [value for value in entries if value != UNALLOCATED]
+            used += len(values)
+            tables += [value for value in values if limits.is_valid(value)]
+    except OSError as error:
+        complete, failure = False, error.strerror or str(error)
     overlapping = sum(overlaps(sorted(tables), limits.table_bytes))
-    return L1Summary(used, used - len(tables), overlapping, complete)
+    return L1Summary(used, used - len(tables), overlapping, complete, failure)

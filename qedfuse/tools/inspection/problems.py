@@ -58,9 +58,13 @@ def _code(error: QedError) -> str:
 def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
     """Yield the problems of an L1 table.
 
-    No problem is fatal, because an image with these problems can be mounted read-only.  Such a
-    mount returns an I/O error only for the ranges of the invalid entries.
+    Only a table that the host cannot read is fatal, because every mount reads the table.  An
+    image with the other problems can be mounted read-only.  Such a mount returns an I/O error
+    only for the ranges of the invalid entries.
     """
+    if summary.failure:
+        msg = f"{name}: L1 table: cannot be read: {summary.failure}"
+        yield Problem("l1-unreadable", msg, fatal=True)
     if summary.invalid:
         msg = (
             f"{name}: L1 table: found {summary.invalid} entries that point to no table, expected "
@@ -76,17 +80,24 @@ def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Probl
         yield Problem("table-overlap", msg, fatal=False)
 
 
-def backing_problems(raw: RawHeader, backing: BackingName | None, name: str) -> Iterator[Problem]:
+def backing_problems(
+    raw: RawHeader, backing: BackingName | str | None, name: str
+) -> Iterator[Problem]:
     """Yield the problems of a backing file name; yield nothing if ``backing`` is None.
 
     All of them are fatal, because every mount refuses an image with such a name.
 
     Args:
         raw: The header.
-        backing: The backing file; None if the image names none, or the name cannot be read.
+        backing: The backing file, or why the host could not read its name; None if the image
+            names none, or the header does not say where the name is.
         name: Name of the image in messages.
     """
     if backing is None:
+        return
+    if isinstance(backing, str):
+        msg = f"{name}: backing file name: cannot be read: {backing}"
+        yield Problem("backing-name-unreadable", msg, fatal=True)
         return
     found, expected = len(os.fsencode(backing.name)), raw.values["backing_filename_size"]
     if found < expected:
