@@ -236,6 +236,33 @@ def test_leaks_of_a_damaged_image_stay(tmp_path: Path, capsys: pytest.CaptureFix
     assert "leaked space is not freed while there is damage" in capsys.readouterr().out
 
 
+def test_no_leaks_are_mentioned_where_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A repair says that space is freed or kept only if space is, or may become, leaked."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)})
+    offset = l2_entry_offset(content, 2)
+    put_entry(content, offset + 8 * 40, get_entry(content, offset))
+    path.write_bytes(content)
+    code, planned = check(path, "-r", "all", "--dry-run", capsys=capsys)
+    assert (code, planned["corruptions"], planned.get("leaks")) == (2, 1, None)
+    assert main(["check", "-r", "all", "--dry-run", str(path)]) == 2
+    assert "space that the repair leaks would stay, because" in capsys.readouterr().out
+    assert main(["check", "-r", "all", str(path)]) == 0
+    assert f"\nthe file had {len(content)} bytes and has " in (said := capsys.readouterr().out)
+    assert "freed" not in said
+    assert "leaked space" not in said
+    assert (tmp_path / "image.qed.before-repair").exists()
+    code, planned = check(path, "-r", "all", "--dry-run", capsys=capsys)
+    assert (code, planned["repair"]["leaks-kept"]) == (0, False)
+    assert main(["check", "-r", "all", "--dry-run", str(path)]) == 0
+    assert "space" not in capsys.readouterr().out
+    path.write_bytes(path.read_bytes() + bytes(CLUSTER_BYTES))
+    code, planned = check(path, "-r", "all", "--dry-run", capsys=capsys)
+    assert (code, planned["repair"]["leaks-kept"]) == (3, True)
+
+
 def test_a_repair_saves_the_tables_and_reports_what_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

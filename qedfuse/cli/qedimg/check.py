@@ -249,7 +249,9 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        freed = "" if result.leaks_kept else f"freed: {result.leaks_fixed} leaked clusters; "
+        # A repair of errors frees no space, but can use leaked clusters for what it copies.
+        is_freed = result.leaks_fixed and not result.before.errors
+        freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(
             arguments,
             f"{freed}the file had {result.bytes_before} bytes and has {result.bytes_after}",
@@ -262,10 +264,11 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
     if result.leaks_kept:
         name = printable(arguments.image)
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
+        space = "leaked space" if result.before.leaks else "space that the repair leaks"
         stays = "would stay" if result.dry else "stays"
         print_line(
             arguments,
-            f"leaked space {stays}, because a bad entry may have pointed to it; once you are "
+            f"{space} {stays}, because a bad entry may have pointed to it; once you are "
             f"satisfied with the repair, free the space with: qedimg check -r leaks{force} {name}",
         )
     elif result.before.leaks and result.after.errors and not result.dry:

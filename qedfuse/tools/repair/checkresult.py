@@ -33,7 +33,8 @@ class CheckResult:
             ``dry``.
         leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that
             this or an earlier repair lost.  If ``dry``, whether a repair would keep leaked
-            clusters for this reason; then also True if no cluster is leaked now.
+            clusters for this reason; then also True if no cluster is leaked now but the repair
+            of errors may leak some.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 

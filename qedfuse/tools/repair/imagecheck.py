@@ -75,6 +75,9 @@ async def plan(
         repair_plan = RepairPlan()
         if report.table_errors and level == "all":
             repair_plan = await plan_repair(file, header)
+        # Even if no cluster is leaked now, the repair of errors can leak some: those in the free
+        # list, which it drops, and those of a table that it moves.
+        keeps = _keeps_leaks(path, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
             header,
@@ -83,7 +86,7 @@ async def plan(
             plan=repair_plan,
             dry=True,
             needs_force=risky,
-            leaks_kept=_keeps_leaks(path, level, report),
+            leaks_kept=keeps,
         )
 
 
