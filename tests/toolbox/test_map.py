@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,10 +18,11 @@ from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingRefusedError
-from qedfuse.ondisk.constants import ZERO
+from qedfuse.ondisk.constants import ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools.inspection import fastmap
 from qedfuse.tools.inspection.mapping import MapEntry, map_image, open_map
+from qedfuse.tools.source import runs
 from tests.support import qemu
 from tests.support.chains import draw_any_size, draw_chain, kind
 from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset, put_entry
@@ -212,6 +214,54 @@ def test_bad_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert err.count("\n") == 1
     assert len(mapped(path, capsys=capsys, code=13)[0].splitlines()) == 3
     mapped("--max-length", str(3 * CLUSTER_BYTES), path, capsys=capsys)
+
+
+@pytest.mark.parametrize("is_l1", [False, True])
+@pytest.mark.parametrize("runs_per_call", [1, 2, 1 << 16])
+def test_a_bad_entry_over_boundaries_of_the_base_is_one_extent(
+    is_l1: bool,  # noqa: FBT001
+    runs_per_call: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each bad entry is one extent, whatever the base stores there and however it is read."""
+    monkeypatch.setattr(runs, "_MAX_RAW_RUNS_PER_CALL", runs_per_call)
+    size = 16 * CLUSTER_BYTES
+    span = size // 8 * size
+    with (tmp_path / "base.raw").open("wb") as file:
+        for number in range(0, 64, 2):
+            file.seek(number * CLUSTER_BYTES)
+            file.write(b"x" * CLUSTER_BYTES)
+        file.truncate(3 * span)
+    features = int(Feature.BACKING_FORMAT_NO_PROBE)
+    image = build_image(
+        3 * span,
+        {0: 0, 1: 12345, 2: 54321, 3: 0, size // 8: 0},
+        cluster_size=size,
+        backing=b"base.raw",
+        features=features,
+    )
+    if is_l1:
+        put_entry(image, size, 7)
+        put_entry(image, size + 8, 7)
+    path = tmp_path / "top.qed"
+    path.write_bytes(image)
+    out, err = mapped("--output=json", path, capsys=capsys, code=13)
+    entries: list[dict[str, Any]] = json.loads(out)
+    bad = [item for item in entries if item["present"] and not item["zero"] | item["data"]]
+    length = span if is_l1 else size
+    first = 0 if is_l1 else size
+    assert [(item["start"], item["length"]) for item in bad] == [
+        (first, length),
+        (first + length, length),
+    ]
+    assert "found 2 extents" in err
+    found = trio.run(partial(map_image, str(path), start=first + 512, length=length))
+    assert [(entry.start, entry.length) for entry in found if entry.bad] == [
+        (first + 512, length - 512),
+        (first + length, 512),
+    ]
 
 
 def damaged_image(path: Path, chance: random.Random) -> bool:

@@ -37,8 +37,9 @@ class ChainRuns:
         depths: Depth of the layer that stores each run; 0 is the image itself.  If no layer
             stores the run, the depth of the last layer that was searched for the run.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
-        offsets: Offset in bytes of each run of kind `DATA` or `HOLE` in the file of the layer;
-            meaningless for the other kinds.
+        offsets: Offset in bytes of each run of kind `DATA` or `HOLE` in the file of the layer.
+            For each run of kind `BAD` the guest offset where the range of the invalid entry
+            begins.  Meaningless for the other kinds.
     """
 
     starts: Array
@@ -59,8 +60,8 @@ class ChainRuns:
     def count_bad(self) -> int:
         """Return the number of `BAD` runs.
 
-        This can be more than the number of invalid table entries, because the range of an
-        invalid entry is split where a run of a lower layer begins or ends.
+        This can be more than the number of invalid table entries, because an upper layer may
+        store a part in the middle of the range of an invalid entry of a lower layer.
         """
         return int((self.kinds == BAD).sum())
 
@@ -102,8 +103,8 @@ class ChainRunReader:
     ) -> AsyncGenerator[ChainRuns, None]:
         """Yield the runs of a range of the disk in order, in batches.
 
-        No run except a `BAD` run is split between two batches.  Yields nothing if the range is
-        empty or begins at or past the end of the disk.
+        No run is split between two batches.  Yields nothing if the range is empty or begins at
+        or past the end of the disk.
 
         Args:
             start: Guest offset in bytes where the range begins.
@@ -223,14 +224,15 @@ def _concatenated(first: ChainRuns, second: ChainRuns) -> ChainRuns:
 def _joined(runs: ChainRuns) -> ChainRuns:
     """Return the runs, with adjacent runs joined if they have the same layer and kind.
 
-    Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs
-    stay separate, so that no run covers the ranges of two invalid entries.
+    Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs are
+    joined only if they belong to the same invalid entry, so that each run describes one entry.
+    Such runs come from a boundary of a lower layer, or of a batch, within the range of the entry.
     """
     joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
     has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)
     follows = runs.offsets[:-1] + runs.lengths[:-1] == runs.offsets[1:]
     joins &= ~has_offset[1:] | follows
-    joins &= runs.kinds[1:] != BAD
+    joins &= (runs.kinds[1:] != BAD) | (runs.offsets[:-1] == runs.offsets[1:])
     if not joins.any():
         return runs
     first = np.concatenate(([0], np.flatnonzero(~joins) + 1))

@@ -50,8 +50,9 @@ class Runs:
     Attributes:
         starts: Guest offset of each run in bytes.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
-        offsets: File offset in bytes of each run of kind `DATA` or `HOLE`; meaningless for
-            the other kinds.
+        offsets: File offset in bytes of each run of kind `DATA` or `HOLE`.  For each run of kind
+            `BAD` the guest offset where the range of the invalid entry begins, which identifies
+            the entry.  Meaningless for the other kinds.
         end: Guest offset in bytes where the last run ends.
     """
 
@@ -98,7 +99,7 @@ class QedRunReader:
             table_offset, reason = await layer.table_at(l1_index)
             stop = min(end, (l1_index + 1) * geometry.table_span)
             if reason:
-                runs = _single(at, BAD, stop)
+                runs = _single(at, BAD, stop, l1_index * geometry.table_span)
             elif not table_offset:
                 following_index = layer.skip_missing_tables(l1_index)
                 stop = min(end, max(stop, following_index * geometry.table_span))
@@ -159,10 +160,12 @@ class QedRunReader:
             joined &= ~(bad[:-1] | bad[1:])
         first = np.concatenate(([0], np.flatnonzero(~joined) + 1))
         starts = self._geometry.floor(start) + first * size
+        kinds = kinds[first]
         offsets = values[first]
+        if bad is not None:
+            offsets = np.where(kinds == BAD, starts, offsets)
         within = start - int(starts[0])
         starts[0] = start
-        kinds = kinds[first]
         if kinds[0] == DATA:
             offsets[0] += within
         return Runs(starts, kinds, offsets, end)
@@ -211,9 +214,9 @@ class RawRunReader:
         return Runs(offsets, np.array(kinds, np.uint8), offsets, min(at, end))
 
 
-def _single(start: int, kind: int, end: int) -> Runs:
-    """Return a single run, of a kind that has no file offset."""
-    return Runs(np.array([start]), np.array([kind], np.uint8), np.zeros(1, np.int64), end)
+def _single(start: int, kind: int, end: int, offset: int = 0) -> Runs:
+    """Return a single run, of a kind that has no file offset; see `Runs` for ``offset``."""
+    return Runs(np.array([start]), np.array([kind], np.uint8), np.array([offset]), end)
 
 
 def _concatenate(adjacent: list[Runs]) -> Runs:
