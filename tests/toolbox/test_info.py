@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import random
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +22,7 @@ from tests.support.chains import draw_any_size, draw_chain
 from tests.support.disks import build_image, l2_entry_offset, put_entry
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 CLUSTER_BYTES = 4096
 MIB = 1 << 20
@@ -145,6 +147,12 @@ def test_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "64 files" in info("--backing-chain", tmp_path / "0.qed", capsys=capsys, code=17)[1]
 
 
+def record(call: Callable[..., Any], paths: list[str], path: str, *more: Any, **named: Any) -> Any:  # noqa: ANN401  those of the call
+    """Make a system call, and record its path."""
+    paths.append(path)
+    return call(path, *more, **named)
+
+
 def test_a_base_that_cannot_be_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,18 +180,37 @@ def test_a_base_that_cannot_be_read(
         (b"link/base.qed", ("base.qed", True)),
         (b"sub/../base.qed", ("dir/base.qed", False)),
         (b"link/../dir/base.qed", ("../dir/base.qed", True)),
-        (b"sub/../../dir/base.qed", ("dir/base.qed", True)),
+        (b"sub/../../dir/base.qed", ("dir/base.qed", False)),
+        (b"out/base.qed", ("outside/base.qed", True)),
+        (b"out/../dir/base.qed", ("dir/base.qed", True)),
+        (b"around/base.qed", ("dir/sub/base.qed", False)),
+        (b"sub/around/base.qed", ("dir/sub/base.qed", False)),
+        (b"self/base.qed", ("dir/self/base.qed", False)),
+        (b"file", ("outside/file", True)),
         (b"..", ("", True)),
         (b"", ("dir", True)),
     ],
 )
 def test_resolution_of_a_backing_name(
-    name: bytes, expected: tuple[str, bool], tmp_path: Path
+    name: bytes, expected: tuple[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dots and links are resolved, and a name that leaves the directory is recognized."""
-    (tmp_path / "dir" / "sub").mkdir(parents=True)
-    (tmp_path / "dir" / "link").symlink_to("..")
-    resolved = resolve_name(name, str(tmp_path / "dir" / "top.qed"), raw_format=False)
+    """Dots and links are resolved, and a name that leaves the directory is looked up no further."""
+    directory, outside = tmp_path / "dir", tmp_path / "outside"
+    (directory / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "file").touch()
+    (directory / "link").symlink_to("..")
+    (directory / "out").symlink_to(outside)
+    (directory / "file").symlink_to("../outside/file")
+    (directory / "around").symlink_to("../dir/sub")
+    (directory / "sub" / "around").symlink_to(directory / "sub" / "." / ".." / "around")
+    (directory / "self").symlink_to("self")
+    looked_up: list[str] = []
+    for call in ("lstat", "stat", "readlink"):
+        monkeypatch.setattr(os, call, partial(record, getattr(os, call), looked_up))
+    resolved = resolve_name(name, str(directory / "top.qed"), raw_format=False)
+    monkeypatch.undo()
+    assert not [path for path in looked_up if Path(path).is_relative_to(outside)]
     where = os.path.normpath(tmp_path / expected[0])
     assert (resolved.resolved, resolved.escapes) == (where, expected[1])
 

@@ -4,17 +4,22 @@ A plain name is relative to the image's directory.  A path after ``file:`` is re
 working directory, as in QEMU.
 
 The name is untrusted.  Even a test whether the file exists can have effects: an automounter may
-mount a file system, or the test may hang on a network server.  So the name is looked up only if it
-leads into the image's directory.  A symbolic link in that directory is followed even if the link
-leads out, because an image cannot create links: only a user who may write to the directory can.
+mount a file system, or the test may hang on a network server.  So a name is looked up only as far
+as it leads into the image's directory.  Symbolic links in that directory are untrusted as well,
+because they may be from the archive that the image was in.  A link that leads out is read, but not
+followed.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Final
 
 from qedfuse.disk.lookup.backingpath import backing_path, has_protocol
+
+_MAX_LINKS: Final = 40
+"""Maximum number of symbolic links in the resolution of a name, as in the Linux kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +31,9 @@ class BackingName:
         path: The path that QEMU composes: the directory in the path of the image, followed by
             the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
             byte, the name itself.
-        resolved: Absolute path of the backing file, without ``.`` and ``..``.  Symbolic links
-            are followed only if the name leads into the image's directory and does not lead
-            out again.  The name itself if it has a protocol or a NUL byte, or if it begins with
-            ``file:`` and the working directory has been removed.
+        resolved: Absolute path of the backing file without ``.`` and ``..``, and without
+            symbolic links if ``escapes`` is False.  The name itself if it has a protocol or a
+            NUL byte, or if it begins with ``file:`` and the working directory has been removed.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name, without ``file:``, is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
@@ -75,45 +79,47 @@ def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
 
 
 def _resolve(name: str, directory: str) -> tuple[str, bool]:
-    """Resolve a name to an absolute path.
+    """Resolve a name to an absolute path, and look up nothing outside of ``directory``.
 
-    If the name leads into ``directory``, and its further components do not lead out again,
-    symbolic links are followed.  If not, the path is only normalized, without I/O.
+    The name is followed component by component, symbolic links included, as long as the
+    components lead into ``directory``, or to ``directory`` itself or a directory above it, of
+    which the path is known.  From the first component that leads elsewhere on, the rest is only
+    normalized, without I/O.
 
     Args:
         name: The name, a path that may be absolute.
         directory: Absolute path without symbolic links, to which a relative name refers.
 
     Returns:
-        The absolute path, and whether the name may lead out of ``directory``; True if the
-        path was only normalized, or if a symbolic link leads out.
+        The absolute path, and whether the name leads out of ``directory``, or may do so because
+        the path was only normalized.
     """
     reached = "/" if name.startswith("/") else directory
-    components = [component for component in name.split("/") if component not in ("", ".")]
-    normalized = os.path.normpath(os.path.join(reached, *components))  # noqa: PTH118  no I/O
-    for number, component in enumerate(components):
-        # normpath is correct here, because `reached` has no symbolic links: `reached` is
-        # `directory` itself or a directory above it.
-        following = os.path.normpath(os.path.join(reached, component))  # noqa: PTH118
+    left = name.split("/")[::-1]  # a stack: the last component is the next one to follow
+    links = 0
+    while left:
+        # normpath is correct here, because `reached` has no symbolic links.
+        following = os.path.normpath(os.path.join(reached, left.pop()))  # noqa: PTH118  no I/O
         if _inside(following, directory):
-            if _climbs(components[number:]):
-                break
-            real = os.path.realpath(os.path.join(reached, *components[number:]))  # noqa: PTH118
-            return real, not _inside(real, directory)
-        if following != directory and not _inside(directory, following):
-            break
+            target = _link_target(following) if links < _MAX_LINKS else None
+            if target is not None:
+                links += 1
+                left += target.split("/")[::-1]
+                reached = "/" if target.startswith("/") else os.path.dirname(following)  # noqa: PTH120
+                continue
+        elif following != directory and not _inside(directory, following):
+            rest = os.path.join(following, *left[::-1])  # noqa: PTH118  no I/O
+            return os.path.normpath(rest), True
         reached = following
-    return normalized, True
+    return reached, not _inside(reached, directory)
 
 
-def _climbs(components: list[str]) -> bool:
-    """Return whether a relative path leaves its starting directory, even if it returns later."""
-    depth = 0
-    for component in components:
-        depth += -1 if component == ".." else 1
-        if depth < 0:
-            return True
-    return False
+def _link_target(path: str) -> str | None:
+    """Return what a symbolic link contains; None if the path is no link or cannot be read."""
+    try:
+        return os.readlink(path)  # noqa: PTH115  a name, not a Path
+    except OSError:
+        return None
 
 
 def _inside(path: str, directory: str) -> bool:
