@@ -42,7 +42,7 @@ def test_the_same_file_as_qemu(seed: int, tmp_path: Path, caplog: pytest.LogCapt
         words = ["-o", f"cluster_size={cluster_size},table_size={table_size}"]
         words[1] += f",backing_file={base.name},backing_fmt={kind}" if kind else ""
     sizes = [] if size is None else [str(size)]
-    with caplog.at_level("ERROR", "qedfuse.cli.qedimg.create"):
+    with caplog.at_level("ERROR", "qedfuse.cli.qedimg.geometry"):
         assert main(["create", "-q", *words, str(ours), *sizes]) == 0
     qemu.create(
         theirs,

@@ -137,14 +137,16 @@ def test_which_bases_may_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A chain with a loop is refused, and so is one of more than 64 files."""
+    """A chain with a loop is refused, and so is one of more than 64 backing files."""
     for number in range(70):
         name = f"{number + 1}.qed".encode()
         (tmp_path / f"{number}.qed").write_bytes(build_image(MIB, backing=name))
     (tmp_path / "a.qed").write_bytes(build_image(MIB, backing=b"b.qed"))
     (tmp_path / "b.qed").write_bytes(build_image(MIB, backing=b"a.qed"))
     assert "loop" in info("--backing-chain", tmp_path / "a.qed", capsys=capsys, code=17)[1]
-    assert "64 files" in info("--backing-chain", tmp_path / "0.qed", capsys=capsys, code=17)[1]
+    assert (
+        "64 backing files" in info("--backing-chain", tmp_path / "0.qed", capsys=capsys, code=17)[1]
+    )
 
 
 def record(call: Callable[..., Any], paths: list[str], path: str, *more: Any, **named: Any) -> Any:  # noqa: ANN401  those of the call
