@@ -207,9 +207,9 @@ def _lock_table_name(fd: int) -> str:
 def holders(file: str, byte: int) -> Iterator[Holder]:
     """Yield the processes that have locked a byte of a file; none if ``file`` is empty.
 
-    This reads the descriptors of every process that may be inspected, so it is for error
-    messages only.  ``/proc/locks`` does not suffice, because it shows a pid of -1 for locks
-    of open file descriptions.
+    This is slow, because it reads the descriptors of every process that may be inspected.  So it
+    is for error messages only.  ``/proc/locks`` does not suffice, because it shows a pid of -1
+    for locks of open file descriptions.
 
     Args:
         file: The file as ``MAJOR:MINOR:INODE``, from `_lock_table_name`.

@@ -57,11 +57,10 @@ class WriteBehind:
     def wrote(self, offset: int, length: int) -> None:
         """Start to write a range to the disk, and drop the oldest ranges from the page cache.
 
-        If more than `_MAX_IN_FLIGHT_BYTES` are on their way, the oldest ranges are dropped,
-        after waiting until they are on the disk.  With ``waits=False`` they are dropped
-        without waiting, and the kernel keeps their dirty pages.  Does nothing if the file
-        does not support sync_file_range(2), or if the disk has proved too slow with
-        ``waits=False``.
+        If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this method waits until the oldest
+        ranges are on the disk, and then drops their pages.  With ``waits=False`` it does not
+        wait, and drops only pages that are on the disk already.  Does nothing if the file does
+        not support sync_file_range(2), or if the disk has proved too slow with ``waits=False``.
 
         Args:
             offset: File offset of the range in bytes.

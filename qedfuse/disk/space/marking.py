@@ -37,7 +37,8 @@ class Marking:
     def __init__(self, empty: FreeMap, name: str) -> None:
         """Mark and record nothing yet.
 
-        ``empty`` is a map with the blocks of the file; ``name`` is the file's name for errors.
+        ``empty`` is an empty map, whose block borders the maps here get; ``name`` is the file's
+        name for errors.
         """
         self._name = name
         self.active = False

@@ -55,7 +55,7 @@ class Quarantine:
     """
 
     def __init__(self, epochs: Epochs, empty: FreeMap) -> None:
-        """Hold no cluster yet; ``empty`` is a map with the blocks that all maps here get."""
+        """Hold no cluster yet; ``empty`` is an empty map, whose block borders all maps here get."""
         self._epochs = epochs
         self._unsealed = empty.empty_like()
         # Unsealed clusters that are not in `_unsealed` yet: see `retire_many`.

@@ -242,7 +242,7 @@ class Reclaim:
     async def _punch(self, max_runs: int | None) -> None:
         """Punch at most ``max_runs`` runs of free clusters out of the file; all if it is None.
 
-        Clusters that take up space come before those that may be holes already, and of both
+        Clusters that take up space come before those that may be holes already.  In both groups
         the lowest come first.
         """
         left = max_runs

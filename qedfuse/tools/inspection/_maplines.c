@@ -1,8 +1,8 @@
 /* Writes the extents that a slice of an L2 table describes, in the formats of qemu-img map.
  *
  * This module only handles valid entries.  If an entry of the slice may be invalid, `lines`
- * returns None and leaves the pending extent unchanged.  The caller must then map the disk from
- * the start of that extent on in another way.
+ * returns None and leaves the pending extent unchanged.  The caller must then map the rest of the
+ * disk in another way, beginning at the start of that extent.
  */
 
 #define PY_SSIZE_T_CLEAN
