@@ -91,7 +91,7 @@ class InlinePolicy:
             self._datasyncs.seconds > 0
             and is_little
             and self._inode.recheck_free()
-            and not loop_load.has_requests()
+            and not loop_load().has_requests()
         )
 
     def record_datasync(self, seconds: float, *, is_inline: bool) -> None:

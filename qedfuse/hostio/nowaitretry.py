@@ -25,6 +25,8 @@ from qedfuse.util.loopload import loop_load
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from qedfuse.util.loopload import LoopLoad
+
 MAX_RETRY_SECONDS: Final = 1e-3
 """Maximum time for which a read is retried before the read goes to a worker thread."""
 
@@ -57,14 +59,19 @@ class _Read:
 
 
 class _RetryQueue:
-    """The reads of all files that are being retried, the oldest first.
+    """The reads of all files of one event loop that are being retried, the oldest first.
 
     The task of the first read retries.  When the first read is done or given up, the task of
-    the next read takes over.
+    the next read takes over.  Each event loop has a queue of its own (`_retry_queue`), because a
+    task can wake only tasks of its own event loop.
+
+    Attributes:
+        load: The load of the event loop.
     """
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, load: LoopLoad) -> None:
+        """Start empty; the reads are counted in ``load``."""
+        self.load = load
         self._reads: deque[_Read] = deque()
 
     async def retry(
@@ -78,7 +85,7 @@ class _RetryQueue:
         """
         read = _Read(attempt, deadline)
         self._reads.append(read)
-        loop_load.polled_reads += 1
+        self.load.polled_reads += 1
         try:
             if self._reads[0] is not read:
                 read.task = trio.lowlevel.current_task()
@@ -89,7 +96,7 @@ class _RetryQueue:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 self._attempt_oldest(clock)
         finally:
-            loop_load.polled_reads -= 1
+            self.load.polled_reads -= 1
             if read.succeeded is None:
                 self._reads.remove(read)
             if self._reads:
@@ -104,14 +111,24 @@ class _RetryQueue:
         reads = self._reads
         while reads:
             succeeded = reads[0].attempt()
-            if not succeeded and clock() < reads[0].deadline and not loop_load.has_threads():
+            if not succeeded and clock() < reads[0].deadline and not self.load.has_threads():
                 break
             read = reads.popleft()
             read.succeeded = succeeded
             read.wake()
 
 
-_queue: Final = _RetryQueue()
+_queue: Final = trio.lowlevel.RunVar[_RetryQueue]("queue")
+
+
+def _retry_queue() -> _RetryQueue:
+    """Return the queue of the event loop that runs in this thread."""
+    try:
+        return _queue.get()
+    except LookupError:
+        queue = _RetryQueue(loop_load())
+        _queue.set(queue)
+        return queue
 
 
 class NowaitRetry:
@@ -135,8 +152,9 @@ class NowaitRetry:
                 are given up.  Its error is raised.
         """
         since = self._clock()
-        seconds = 0.0 if loop_load.has_threads() else self._poll.seconds
-        if seconds and await _queue.retry(attempt, since + seconds, self._clock):
+        queue = _retry_queue()
+        seconds = 0.0 if queue.load.has_threads() else self._poll.seconds
+        if seconds and await queue.retry(attempt, since + seconds, self._clock):
             self._poll.record(0.0, slept=False)
             return
         await read_in_thread()

@@ -21,7 +21,7 @@ def _no_request() -> bool:
 
 
 class LoopLoad:
-    """Knows what other work waits for the event loop.
+    """Knows what other work waits for one event loop; see `loop_load`.
 
     Attributes:
         polled_reads: How many reads of host files are being retried now.  While there are any,
@@ -29,11 +29,11 @@ class LoopLoad:
             needs the event loop.
     """
 
-    def __init__(self) -> None:
-        """Start without any load."""
+    def __init__(self, threads: trio.CapacityLimiter) -> None:
+        """Start without any load; ``threads`` limits the worker threads of the event loop."""
         self.polled_reads = 0
         self._has_request: Callable[[], bool] = _no_request
-        self._threads = trio.lowlevel.RunVar[trio.CapacityLimiter]("threads")
+        self._threads = threads
 
     def has_threads(self) -> bool:
         """Return whether a worker thread is running.
@@ -41,12 +41,7 @@ class LoopLoad:
         If so, no task may poll, so that the event loop can sleep.  A task that polls would not
         notice that the thread has finished, and a busy loop would starve the thread of the GIL.
         """
-        try:
-            threads = self._threads.get()
-        except LookupError:
-            threads = trio.to_thread.current_default_thread_limiter()
-            self._threads.set(threads)
-        return threads.borrowed_tokens > 0
+        return self._threads.borrowed_tokens > 0
 
     def has_requests(self) -> bool:
         """Return whether a request waits that no task has taken yet; False without a source."""
@@ -65,5 +60,22 @@ class LoopLoad:
             self._has_request = before
 
 
-loop_load: Final = LoopLoad()
-"""The load of this process: a process runs one event loop that serves requests."""
+_load: Final = trio.lowlevel.RunVar[LoopLoad]("load")
+
+
+def loop_load() -> LoopLoad:
+    """Return the load of the event loop that runs in this thread.
+
+    Each event loop has a load of its own, because several event loops can run in one process:
+    `qedfuse.open` runs one for each open file.  Code that needs the load for every request keeps
+    the object.
+
+    Raises:
+        RuntimeError: No event loop runs in this thread.
+    """
+    try:
+        return _load.get()
+    except LookupError:
+        load = LoopLoad(trio.to_thread.current_default_thread_limiter())
+        _load.set(load)
+        return load

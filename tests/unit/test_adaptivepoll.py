@@ -67,14 +67,14 @@ class Host:
 
     def ready(self) -> bool:
         """Return whether the data is there."""
-        assert loop_load.polled_reads == 1
+        assert loop_load().polled_reads == 1
         self.tried += 1
         self.now += MAX_RETRY_SECONDS / 10
         return self.now >= self.since + self.seconds
 
     async def sleep(self) -> None:
         """Wait for it in another way."""
-        assert loop_load.polled_reads == 0
+        assert loop_load().polled_reads == 0
         self.slept += 1
         self.now = max(self.now, self.since + self.seconds)
 
@@ -165,7 +165,7 @@ async def test_reads_that_wait_together_are_tried_in_order(seed: int) -> None:
                 await trio.lowlevel.checkpoint()
     assert sorted(ended) == list(range(40))
     assert len(set(ended.values())) == 2
-    assert loop_load.polled_reads == 0
+    assert loop_load().polled_reads == 0
     await read(99, MAX_RETRY_SECONDS / 2)
     assert ended[99] == "came", "the queue works on"
 
@@ -221,7 +221,7 @@ async def test_a_datasync_goes_to_a_thread_if_the_last_was_slow_or_a_task_waits(
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     file = PosixFile.open(str(path), writable=True)
-    with closing(file), loop_load.request_source(lambda: wanted):
+    with closing(file), loop_load().request_source(lambda: wanted):
         for _ in range(20):
             await file.datasync()
         assert threads == [True] + [wanted] * 19, "the first has to show how fast the host is"

@@ -137,7 +137,7 @@ class Scheduler:
         poll_seconds: float = DEFAULT_POLL_SECONDS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Make a scheduler that has not waited for any request yet.
+        """Make a scheduler for the event loop that runs now; it has not waited for a request yet.
 
         Args:
             poll_seconds: Maximum time to poll before the event loop sleeps; 0 to poll only once.
@@ -145,6 +145,7 @@ class Scheduler:
         """
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
+        self._load = loop_load()
         self._adaptive_poll = AdaptivePoll(poll_seconds)
         self._clock = clock
         self._poller = select.poll()
@@ -213,7 +214,7 @@ class Scheduler:
         A worker thread is running, whose end only the event loop notices, or another task polls
         for a read of the host's file.
         """
-        return loop_load.polled_reads > 0 or loop_load.has_threads()
+        return self._load.polled_reads > 0 or self._load.has_threads()
 
     async def _run_other_tasks(self) -> None:
         """Let all other runnable tasks run once."""
@@ -262,7 +263,7 @@ def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
     # pyfuse3 documents this attribute for its asyncio mode; its type hints lack it.
     before, pyfuse3.trio = pyfuse3.trio, scheduler  # type: ignore[attr-defined]
     try:
-        with loop_load.request_source(scheduler.has_request):
+        with loop_load().request_source(scheduler.has_request):
             yield scheduler
     finally:
         pyfuse3.trio = before  # type: ignore[attr-defined]
