@@ -20,6 +20,7 @@ import fcntl
 import logging
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
@@ -132,7 +133,10 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
         if error.errno in _BUSY:
             # Another program holds a write lock on this byte.  QEMU takes read locks only, but
             # such a program must be excluded as well.
-            _refuse(fd, mode, byte, _conflict(fd, byte) or 0, name)
+            pid = None
+            with suppress(OSError):  # the message names the processes that /proc shows
+                pid = _conflict(fd, byte)
+            _refuse(fd, mode, byte, pid or 0, name)
         _release(fd, mode)
         if error.errno not in _NO_LOCKS:
             raise HostError.from_os(error, name, "cannot lock") from error
@@ -164,10 +168,8 @@ def _conflict(fd: int, byte: int) -> int | None:
 def _release(fd: int, mode: LockMode) -> None:
     """Drop those locks of a mode that are held."""
     for byte in mode.taken:
-        try:
+        with suppress(OSError):  # no such lock is held, or the file system has no locks
             _set(fd, fcntl.F_UNLCK, byte)
-        except OSError:  # the file system has no locks, so none is held
-            return
 
 
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:

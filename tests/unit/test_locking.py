@@ -170,6 +170,28 @@ def test_other_failures_are_the_host_s(
     assert caught.value.errno == errno.EIO
 
 
+def test_a_conflict_whose_holder_cannot_be_asked_for_is_a_conflict(
+    opened: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the kernel refuses to name the holder of a conflicting lock, no lock is held either."""
+    holder, fd = opened(), opened()
+    fcntl.fcntl(holder, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 103, 1, 0))
+    real, refused = fcntl.fcntl, 0
+
+    def refuse(fd: int, command: int, flock: bytes) -> bytes:
+        nonlocal refused
+        if command == fcntl.F_OFD_GETLK:
+            refused += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, command, flock)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with pytest.raises(ImageInUseError, match=rf"\(pid {os.getpid()}\)"):
+        lock_image(fd, LockMode.WRITE, "image")
+    assert refused == 1
+    assert locked_bytes(fd) == set()
+
+
 def test_no_conflict_no_scan(opened: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes are searched only after a conflict."""
 
