@@ -49,7 +49,7 @@ class Rewriter:
         self._header = header
         self.end = self._checked_end(header.geometry.ceil(file.size()))
         self._avoided = np.empty(0, np.uint64)
-        self._has_pending = False
+        self._has_pending = False  # whether entries were written that may not be durable
 
     async def write_need_check(self, *, need_check: bool) -> None:
         """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
@@ -151,9 +151,10 @@ class Rewriter:
     async def overwrite(self, offset: int, _old: bytes, new: bytes) -> None:
         """Write ``new`` at a file offset in a table, after making all earlier writes durable.
 
-        The new bytes are not durable yet.  Only a dry run uses the old bytes.
+        `sync_pending` makes ``new`` durable.  Only a dry run uses the old bytes.
         """
         await self._file.datasync()
+        self._has_pending = True
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, new: Values) -> None:
@@ -166,12 +167,12 @@ class Rewriter:
         await self._file.pwrite(offset, _bytes(new))
 
     async def sync_pending(self) -> None:
-        """Make durable what `clear_entries` and `fill` have written.
+        """Make durable what `clear_entries`, `fill` and `overwrite` have written.
 
-        After `clear_entries`, and after a `fill` that completes a table in use, the caller must
-        call this before it makes the file longer.  Otherwise a crash could leave a longer file
-        with the old entries, which may be valid in the longer file.  `new_table` needs no such
-        call, because no entry points to a new table yet.
+        After `clear_entries`, and after a `fill` or an `overwrite` that completes a table in use,
+        the caller must call this before it makes the file longer.  Otherwise a crash could leave
+        a longer file with the old entries, which may be valid in the longer file.  `new_table`
+        needs no such call, because no entry points to a new table yet.
         """
         if self._has_pending:
             await self._file.datasync()

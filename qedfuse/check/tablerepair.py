@@ -156,6 +156,10 @@ class TableRepair:
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
             new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
+            # The new bytes must be durable before the file becomes longer.  Otherwise a power
+            # failure could leave the old bytes with zeros behind them, which may be the offset of
+            # other data.
+            await self.rewriter.sync_pending()
         await self.rewriter.fill(entries_end, (end - entries_end) // ENTRY_BYTES, self._empty)
         await self.rewriter.sync_pending()
         await self.rewriter.extend(end)

@@ -130,6 +130,16 @@ def table_cut_short(backing: bytes) -> Damage:
     return content, point_past(content, (100, 101)) | set(range(300, ENTRIES))
 
 
+def table_cut_in_an_entry(backing: bytes) -> Damage:
+    """Cut the file after the first bytes of an entry, which alone are the offset of other data."""
+    content = image(backing)
+    other = get_entry(content, l2_entry_offset(content, 5))
+    put_entry(content, l2_entry_offset(content, 300), (1 << 16) + other)
+    table = move_table_to_the_end(content)
+    del content[table + 8 * 300 + 2 :]
+    return content, set(range(300, ENTRIES))
+
+
 KINDS: Final[dict[str, Callable[[bytes], Damage]]] = {
     "clusters": wild_clusters,
     "tail": wild_clusters_and_a_tail,
@@ -138,6 +148,7 @@ KINDS: Final[dict[str, Callable[[bytes], Damage]]] = {
     "over-data": table_over_data,
     "twice": one_table_twice,
     "cut-short": table_cut_short,
+    "cut-in-entry": table_cut_in_an_entry,
 }
 
 
