@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
+from qedfuse.disk.maintenance.mover import Mover
 from qedfuse.disk.maintenance.tablecompaction import TableCompaction
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ZERO
@@ -190,6 +192,32 @@ async def test_a_failed_compaction_does_not_fail_the_close() -> None:
         file.fail("read", 1)
     assert not header_of(inner.content).need_check
     assert inspect_image(inner.content).errors == ()
+
+
+@pytest.mark.parametrize("can_punch", [True, False])
+async def test_a_file_that_another_program_cuts_is_not_compacted(
+    monkeypatch: pytest.MonkeyPatch, *, can_punch: bool
+) -> None:
+    """A cluster that another program has cut off moves nowhere, and the compaction ends."""
+    image = build_image(40 * CLUSTER, {at: pattern(CLUSTER, at) for at in range(12)})
+    put_entry(image, l2_entry_offset(image, 1), 0)
+    file = MemoryFile(image)
+    file.can_punch = can_punch
+    copy, cut_at = Mover._copy, 0
+
+    async def cut_before_copy(self: Mover, source: int, target: int, length: int) -> None:
+        nonlocal cut_at
+        cut_at = source + 100
+        del file.content[cut_at:]
+        with trio.fail_after(60):
+            await copy(self, source, target, length)
+
+    monkeypatch.setattr(Mover, "_copy", cut_before_copy)
+    async with opened(file, options=UNCOMPACTED) as disk:
+        with pytest.raises(HostError, match="found the file cut to"):
+            await disk.compact()
+    last = l2_entry_offset(image, 11)
+    assert get_entry(file.content, last) == get_entry(image, last) == cut_at - 100
 
 
 @pytest.mark.expect_log("not compacted: the free clusters are not known")

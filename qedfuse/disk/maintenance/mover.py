@@ -15,6 +15,7 @@ import numpy as np
 import trio
 
 from qedfuse.disk.lookup.slices import L1, L2, Pins
+from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import runs
 
@@ -202,7 +203,8 @@ class Mover:
         A table can be a hole of 1 GiB, and writing its zeros would take long.
 
         Raises:
-            HostError: The host refused; the target may be partly written.
+            HostError: The host refused, or another program has made the file shorter; the target
+                may be partly written.
         """
         file, at = self._layer.file, 0
         while at < length:
@@ -210,6 +212,8 @@ class Mover:
             # a deadline would have no effect during a sequence of such reads and writes.
             await trio.lowlevel.checkpoint()
             data = await file.next_data(source + at)
+            if data is None:
+                self._refuse_short_file(source + length)
             hole = (length if data is None else min(length, data - source)) - at
             if hole > 0 and file.can_punch:
                 await file.punch((target + at, hole))
@@ -218,6 +222,20 @@ class Mover:
             if hole > 0 and file.can_punch:
                 at += hole
             else:
-                content = await file.pread(source + at, min(_COPY_BYTES, length - at))
+                wanted = min(_COPY_BYTES, length - at)
+                content = await file.pread(source + at, wanted)
+                if len(content) < wanted:
+                    self._refuse_short_file(source + length)
                 await file.pwrite(target + at, content)
                 at += len(content)
+
+    def _refuse_short_file(self, end: int) -> None:
+        """Raise if the file has fewer than ``end`` bytes, because another program has cut it.
+
+        Raises:
+            HostError: The file is shorter.
+        """
+        file = self._layer.file
+        if file.size() < end:
+            msg = f"{file.name}: found the file cut to {file.size()} bytes, expected at least {end}"
+            raise HostError(msg)
