@@ -18,6 +18,7 @@ from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingRefusedError
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools.inspection import fastmap
@@ -406,6 +407,54 @@ def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with qemu.hold(path):
         assert "in use" in mapped(path, capsys=capsys, code=16)[1]
         assert mapped("-U", "--output=json", path, capsys=capsys)[0].startswith("[{")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 3, 19])
+async def test_a_table_that_is_cut_while_it_is_read_is_unallocated_from_there(
+    kept_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries that another program cuts off just before they are read are mapped as missing."""
+    image = build_image(16 * CLUSTER_BYTES, dict.fromkeys(range(16), b"x"))
+    table = l2_entry_offset(image, 0)
+    (path := tmp_path / "disk.qed").write_bytes(image)
+    next_data = PosixFile.next_data
+    cuts = []
+
+    async def cut_after_search(self: PosixFile, offset: int) -> int | None:
+        found = await next_data(self, offset)
+        if offset == table:
+            os.truncate(path, table + kept_bytes)
+            cuts.append(found)
+        return found
+
+    monkeypatch.setattr(PosixFile, "next_data", cut_after_search)
+    found = await map_image(str(path), options=OpenOptions(force_share=True))
+    assert cuts == [table]
+    kept = kept_bytes // 8 * CLUSTER_BYTES
+    assert sum(entry.length for entry in found if entry.present) == kept
+    last = found[-1]
+    assert (last.start, last.length) == (kept, 16 * CLUSTER_BYTES - kept)
+    assert not last.present
+
+
+@pytest.mark.parametrize("missing_bytes", [3, 8])
+def test_an_l1_table_that_is_cut_while_it_is_read_is_left_to_the_full_map(
+    missing_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fast map maps no image whose L1 table it cannot read whole."""
+    (path := tmp_path / "disk.qed").write_bytes(build_image(1 << 20, {3: b"x"}))
+    l1_table = header_of(bytearray(path.read_bytes())).l1_table_offset
+    pread, cuts = os.pread, 0
+
+    def short(fd: int, length: int, offset: int) -> bytes:
+        nonlocal cuts
+        cuts += offset == l1_table
+        return pread(fd, length - missing_bytes * (offset == l1_table), offset)
+
+    monkeypatch.setattr(os, "pread", short)
+    with fastmap.open_fast_map(str(path)) as fast:
+        assert fast is None
+    assert cuts == 1
 
 
 def test_a_hostile_image_takes_little_memory(tmp_path: Path) -> None:

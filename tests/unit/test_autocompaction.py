@@ -287,6 +287,19 @@ async def test_entries_that_a_sound_image_does_not_have(*, unaligned: bool) -> N
             await build_reverse_map(layer, len(image) // 2, len(image))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("expected", [None, 100])
+async def test_a_reverse_map_needs_whole_tables(expected: int | None) -> None:
+    """A reverse map refuses a table that another program has cut short."""
+    image = full_image()
+    file = MemoryFile(image)
+    async with opened(file, options=replace(UNCOMPACTED, writable=False)) as disk:
+        layer = disk._components.layer
+        await layer.scan_l1()
+        del file.content[l2_entry_offset(image, 0) + 19 :]
+        with pytest.raises(HostError, match="the file ends within it"):
+            await build_reverse_map(layer, 0, len(image), expected)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("action", ["read", "write", "reserve"])
 @pytest.mark.parametrize("nth", [1, 2, 9])

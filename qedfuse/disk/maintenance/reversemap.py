@@ -15,7 +15,7 @@ import numpy as np
 
 from qedfuse.disk.lookup.slices import L2
 from qedfuse.disk.space.l2tables import holding_data
-from qedfuse.errors import CorruptImageError
+from qedfuse.errors import CorruptImageError, HostError
 from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES
 from qedfuse.ondisk.table import SLICE_BYTES, decode
@@ -61,7 +61,7 @@ async def build_reverse_map(
     Raises:
         CorruptImageError: An entry does not point to the start of a cluster, or two entries
             point to the same cluster.
-        HostError: The host cannot read a table.
+        HostError: The host cannot read a table, or the file ends within one.
     """
     length = layer.geometry.table_bytes
     step = min(_READ_BYTES if expected is not None else SLICE_BYTES, length)
@@ -94,10 +94,14 @@ async def _read(
     damaged if an entry is invalid.
 
     Raises:
-        HostError: The host cannot read the table.
+        HostError: The host cannot read the table, or the file ends within it.
     """
     if not validated:
-        return np.frombuffer(decode(await layer.file.pread(offset, length)), np.uint64)
+        raw = await layer.file.pread(offset, length)
+        if len(raw) < length:
+            msg = f"{layer.file.name}: table at {table}: the file ends within it"
+            raise HostError(msg)
+        return np.frombuffer(decode(raw), np.uint64)
     index = (offset - table) // ENTRY_BYTES
     cached = layer.tables.cached(table, index)
     slice_ = cached or await layer.tables.load(table, index, L2)

@@ -215,7 +215,8 @@ def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
     """Return the map of an open image; None if `mapping` must map the image.
 
     Returns None if the image has a base, if an L1 entry is invalid or points to a table before
-    the L1 table, if the disk has 0 bytes, or if `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
+    the L1 table, if the file ends within the used L1 entries, if the disk has 0 bytes, or if
+    `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
 
     Raises:
         QedError: The header is invalid.
@@ -227,7 +228,10 @@ def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
     used = geometry.l1_used(header.image_size) * ENTRY_BYTES
     if header.has_backing or used > _MAX_L1_BYTES or not used or len(name) > _MAX_NAME_CHARS:
         return None
-    tables = decode(os.pread(fd, used, header.l1_table_offset))
+    l1_table = os.pread(fd, used, header.l1_table_offset)
+    if len(l1_table) < used:
+        return None
+    tables = decode(l1_table)
     limits = EntryLimits.for_l1(header, size)
     lowest = limits.lowest_clear
     is_valid = all(

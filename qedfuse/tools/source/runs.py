@@ -115,7 +115,8 @@ class QedRunReader:
 
         If the entries begin with a hole of the file that is at least `_MAX_TABLE_READ_BYTES`
         long, or covers all entries of the range, nothing is read.  The entries in the hole are
-        0, so they become an `UNALLOCATED` run.
+        0, so they become an `UNALLOCATED` run.  So do entries past the end of the file: another
+        program may cut the file while it is read.
 
         Args:
             table_offset: File offset of the table.
@@ -135,6 +136,8 @@ class QedRunReader:
             )
         length = min(_MAX_TABLE_READ_BYTES, entries_end - position)
         values = _entries(await self._layer.file.pread(position, length))
+        if not len(values):
+            return _single(start, UNALLOCATED, end)
         stop = min(end, geometry.floor(start) + len(values) * geometry.cluster_size)
         return self._runs(values, start, stop)
 
