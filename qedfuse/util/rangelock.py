@@ -33,7 +33,8 @@ class RangeLock:
     """Exclusive ownership of half-open ranges ``[start, end)``, first come first served.
 
     A request waits for every overlapping request that came earlier, even for one that is
-    waiting too, so no task starves.  A request that need not wait makes no checkpoint.
+    waiting too, so no task starves.  A request that need not wait makes no checkpoint.  An
+    empty range overlaps no range.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,9 @@ class RangeLock:
     @asynccontextmanager
     async def hold(self, start: int, end: int) -> AsyncIterator[None]:
         """Wait until ``[start, end)`` is free, and hold it inside the ``async with`` block."""
+        if start >= end:
+            yield
+            return
         request = _Request(start, end)
         request.blockers = sum(start < other.end and other.start < end for other in self._requests)
         self._requests.append(request)
@@ -56,7 +60,9 @@ class RangeLock:
 
     def is_free(self, start: int, end: int) -> bool:
         """Return whether no task holds or waits for any of ``[start, end)``."""
-        return not any(start < other.end and other.start < end for other in self._requests)
+        return start >= end or not any(
+            start < other.end and other.start < end for other in self._requests
+        )
 
     def _drop(self, request: _Request) -> None:
         """Remove a request, and wake the tasks that were waiting only for this request."""

@@ -38,6 +38,19 @@ async def test_neighbours_do_not_wait() -> None:
         assert lock.held == 3
 
 
+@pytest.mark.parametrize(("start", "end"), [(5, 5), (0, 0), (7, 3)])
+async def test_an_empty_range_overlaps_no_range(start: int, end: int) -> None:
+    """An empty range inside a held one is free, waits for no task, and makes no task wait."""
+    lock = RangeLock()
+    async with lock.hold(0, 10):
+        assert lock.is_free(start, end)
+        with trio.fail_after(5):
+            async with lock.hold(start, end):
+                assert lock.held == 1
+    async with lock.hold(start, end):
+        assert lock.is_free(0, 10)
+
+
 async def test_uncontended_claim_does_not_yield() -> None:
     """Taking a free range runs no other task."""
     lock = RangeLock()
