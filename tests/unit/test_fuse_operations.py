@@ -7,7 +7,7 @@ import logging
 import os
 import struct
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pyfuse3
 import pytest
@@ -19,6 +19,7 @@ from qedfuse.errors import CorruptImageError, FuseError, MountpointError, Privil
 from qedfuse.mount.fuse import fuseinit
 from qedfuse.mount.fuse.attach import _explain, libfuse_options
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
 from qedfuse.mount.fuse.operations import Operations
 from qedfuse.mount.fuse.sizefixup import SizeFixup
@@ -448,3 +449,39 @@ async def test_a_bug_on_the_fast_path_is_answered_too(
         await (handlers.read(2, 0, 4) if name == "read" else handlers.write(2, 0, b"1234"))
     assert caught.value.errno == errno.EIO
     assert f"internal error in {name}" in caplog.text
+
+
+async def test_fallocate_succeeds_if_another_request_grows_the_disk_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """A disk that grows beyond the range while clusters are allocated is allocated and kept."""
+    image = qemu.create(tmp_path / "vm.qed", 1 << 20)
+    answers: list[int] = []
+    answered, grown = trio.Event(), 8 << 20
+
+    class Request:
+        """A request that keeps its answer."""
+
+        def error(self, number: int) -> None:
+            """Keep the errno."""
+            answers.append(number)
+            answered.set()
+
+    async with open_disk(str(image), OpenOptions(writable=True)) as disk, trio.open_nursery() as n:
+        allocate, calls = disk.allocate, list[int]()
+
+        async def allocate_slowly(start: int, length: int) -> None:
+            """Let another request grow the disk during the first allocation."""
+            if not calls:
+                await disk.resize(grown)
+            calls.append(start)
+            await allocate(start, length)
+
+        disk.allocate = allocate_slowly  # type: ignore[method-assign]
+        handlers = operations(export(disk), parse_options(["growable"]))
+        unused = cast("Any", None)
+        handler = FallocateLseek(handlers, unused, unused, n)
+        handler(cast("Any", Request()), "fallocate", 0, 2, 0, 0, 2 << 20)
+        with trio.fail_after(60):
+            await answered.wait()
+        assert (answers, calls, disk.size) == ([0], [0, 0], grown)

@@ -110,7 +110,8 @@ class MetadataOperations(pyfuse3.Operations):
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        The caller must ensure that the disk is not larger than ``end`` already.
+        Does nothing if the disk is at least as large: another request may have grown it while
+        the caller waited.
 
         Raises:
             FUSEError: ENOSPC, the options do not let disks grow; EFBIG, the tables cannot address
@@ -122,7 +123,8 @@ class MetadataOperations(pyfuse3.Operations):
         size = -(-end // SECTOR) * SECTOR
         if size > exported.disk.header.geometry.max_image_size:
             raise FUSEError(errno.EFBIG)
-        await exported.disk.resize(size)
+        if size > exported.disk.size:
+            await exported.disk.resize(size)
 
     def _is_root(self, inode: int) -> bool:
         """Return whether an inode is that of the directory; False if the mountpoint is a file."""
