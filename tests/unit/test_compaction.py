@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from qedfuse.disk.maintenance.compaction import Limits
 from qedfuse.disk.maintenance.mover import Mover
 from qedfuse.disk.maintenance.tablecompaction import TableCompaction
 from qedfuse.errors import HostError
@@ -91,6 +93,46 @@ async def test_tables_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed == 1
     await assert_minimal(file.content)
     assert difference(guest_bytes(file.content), expected) is None
+
+
+def fragmented_image(choice: random.Random) -> bytearray:
+    """Return an image of a few tables, whose file has many short runs of free clusters."""
+    table_size, tables, used = choice.choice((2, 4, 8, 16)), choice.randrange(2, 6), 60
+    span = table_size * 512
+    numbers = [table * span + number for table in range(tables) for number in range(used)]
+    clusters: dict[int, bytes | int] = {number: pattern(CLUSTER, number) for number in numbers}
+    image = build_image((tables + 1) * span * CLUSTER, clusters, table_size=table_size)
+    for number in numbers:
+        if choice.random() < 0.4:
+            put_entry(image, l2_entry_offset(image, number), 0)
+    return image
+
+
+async def test_packing_tables_moves_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compaction moves as many clusters as its limit allows at most, also if it packs tables."""
+    packed = 0
+    pack = TableCompaction._pack
+
+    async def counted(
+        self: TableCompaction, most: int | None, counter: MoveCounter, *, within_bound: bool
+    ) -> None:
+        nonlocal packed
+        before = counter.moved
+        await pack(self, most, counter, within_bound=within_bound)
+        packed += counter.moved > before
+
+    monkeypatch.setattr(TableCompaction, "_pack", counted)
+    for seed in range(12):
+        image = fragmented_image(random.Random(seed))
+        for most in (48, 64, 80, 96):
+            file = MemoryFile(image)
+            async with opened(file, options=UNCOMPACTED) as disk:
+                await disk.wait_scanned()
+                limits = Limits(most * CLUSTER, math.inf)
+                moved = await disk._components.compaction.run(within_bound=False, limits=limits)
+            assert moved <= most, (seed, most)
+            assert inspect_image(file.content).errors == ()
+    assert packed > 5
 
 
 @pytest.mark.parametrize("allowed", [False, True])

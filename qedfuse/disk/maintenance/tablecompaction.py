@@ -100,6 +100,10 @@ class TableCompaction:
             slot = free.find_slot() or free.find_run(self._table_size)
             if slot is None or slot + self._table_size > target:
                 await self._pack(max_moves, counter, within_bound=within_bound)
+                if max_moves is not None:
+                    # Packing has used up moves, and the data that gave way may lie past the
+                    # target.  So fewer clusters past the target may move than before.
+                    target = max(target, self._data.target(max_moves - counter.moved))
                 break
             self._allocator.claim(slot, self._table_size)
             await self._mover.move_table(tables[table], table, slot)
@@ -128,7 +132,7 @@ class TableCompaction:
 
         Moves nothing if the tables would reach past the target of a compaction without limits,
         if ``within_bound`` is True and the file could become longer than its bound, or if
-        ``max_moves`` would probably be exceeded.
+        ``max_moves`` could be exceeded.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()
@@ -139,9 +143,10 @@ class TableCompaction:
         # table that moves to the end of the file.
         fits = end + (last - first) + size <= bound
         # Every table may have to move, and as many data clusters may have to give way.  A table
-        # that overlaps a slot moves twice, but no data has to give way where it lies.  So the
-        # number of moves can exceed this estimate by less than one table.
-        is_affordable = max_moves is None or counter.moved + 2 * (last - first) <= max_moves
+        # that overlaps a slot moves twice, but no data has to give way where it lies, except past
+        # the last slot.
+        moves = 2 * (last - first) + size
+        is_affordable = max_moves is None or counter.moved + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:
             log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)
             return
