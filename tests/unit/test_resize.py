@@ -194,3 +194,14 @@ async def test_tables_past_the_end_of_a_shorter_disk_stay_in_use() -> None:
     place = header.l1_table_offset + 8
     assert get_entry(file.content, place) == get_entry(image, place)
     assert inspect_image(file.content).errors == ()
+
+
+async def test_the_refusal_to_shrink_has_the_offset_of_the_data() -> None:
+    """A disk that would lose data is not shrunk, and the message has the data's first byte."""
+    content = bytes(3000) + b"data" + bytes(CLUSTER - 3004)
+    file = MemoryFile(build_image(4 * CLUSTER, {1: content}))
+    async with opened(file) as disk:
+        for size, expected in ((CLUSTER + 512, CLUSTER + 3000), (CLUSTER, CLUSTER)):
+            with pytest.raises(UsageError, match=f"found data at {expected}, past .* {size},"):
+                await disk.shrink(size)
+        await disk.shrink(CLUSTER + 3072)

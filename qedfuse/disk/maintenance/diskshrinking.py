@@ -84,7 +84,8 @@ class DiskShrinking:
         data.
 
         Raises:
-            UsageError: There is data past ``size``.
+            UsageError: There is data past ``size``.  The message has the guest offset of the first
+                byte of it.
             CorruptImageError: The entry of the cluster in which ``size`` lies is bad.
             HostError: The host cannot read the image.
         """
@@ -93,8 +94,10 @@ class DiskShrinking:
         while found is None and start < cluster_end:
             stop = min(start + _ZERO_CHECK_BYTES, cluster_end)
             extent = await first_in_use(self._layer, start, stop)
-            if extent is not None and any(await self._chain.read(start, stop - start)):
-                found = start
+            if extent is not None:
+                content = await self._chain.read(start, stop - start)
+                if any(content):
+                    found = start + len(content) - len(content.lstrip(b"\0"))
             start = stop
         if found is None:
             extent = await first_in_use(self._layer, cluster_end, self._layer.size)
