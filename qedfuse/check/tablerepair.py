@@ -29,7 +29,7 @@ class TableRepair:
 
     Attributes:
         rewriter: Writes to the image, or only counts the writes in a dry run.
-        lost_ranges: The ranges of the disk whose data is lost, as far as they were found.
+        lost_ranges: The ranges of the disk whose data is lost, as found so far.
         copied: Number of data clusters that were copied so far.
     """
 
@@ -40,8 +40,8 @@ class TableRepair:
         self._geometry = header.geometry
         self.rewriter = rewriter
         self._size = file.size()
-        self._whole_size = rewriter.end
-        self._classifier = EntryClassifier(header, self._whole_size)
+        self._rounded_size = rewriter.end
+        self._classifier = EntryClassifier(header, self._rounded_size)
         # The bitmap covers the file before the repair.  Clusters past the old end of the file need
         # no owner, because they are copies, and each copy gets exactly one entry.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
@@ -52,10 +52,10 @@ class TableRepair:
         # Old file offsets of the tables that move because they overlap data, ascending.
         self._moved_from = np.empty(0, np.uint64)
         self._bad_l1_indices: list[int] = []
-        # The values, by L1 index, that are written before the file grows: only for entries that
-        # point past the end of the file.
+        # New values, by L1 index, of the L1 entries that point past the end of the file.  They are
+        # written before the file grows.
         self._out_of_file_l1_entries: dict[int, int] = {}
-        # The values, by L1 index, that are written at the end: for all entries that change.
+        # Final values, by L1 index, of all L1 entries that change.  They are written at the end.
         self._l1_changes: dict[int, int] = {}
         # The new value of a lost L2 entry.  In an overlay the entry must be a zero cluster,
         # because the guest reads the backing file where an entry is unallocated.
@@ -83,7 +83,7 @@ class TableRepair:
         owners = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
         await out_of_file.clear_all(self._out_of_file_l1_entries, sorted(owners), self._empty)
         await self._complete_tables(indices, tables)
-        await self.rewriter.extend(self._whole_size)
+        await self.rewriter.extend(self._rounded_size)
         await self._separate_tables(indices, tables, move)
         await self._replace_bad_tables()
         await self._claim_metadata()
@@ -169,20 +169,22 @@ class TableRepair:
 
         Of two tables that overlap each other, the one that is earlier in the file does not move for
         this reason.  If both are at the same file offset, the one with the lower L1 index does not.
+
+        `_moved_from` is set to the offsets of the tables that move because of data.
         """
         shared = await overlapping(tables, self._geometry.table_bytes)
         self._classifier = self._classifier.with_tables(tables[~shared])
         under = await self._under_data(tables)
         self._moved_from = self._classifier.tables[under]
-        return (
-            shared | under[np.searchsorted(self._classifier.tables, tables, "right") - 1] & ~shared
-        )
+        # `under` has a value for each table in the classifier, which lacks the shared tables.
+        positions = np.searchsorted(self._classifier.tables, tables, "right") - 1
+        return shared | under[positions] & ~shared
 
     async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
         """Copy the tables that must move, so that each L1 entry has a table of its own.
 
         If an L1 entry past the end of the disk has a table that must move, the L1 entry is cleared
-        instead.
+        instead.  Afterwards `_classifier` has only the tables that do not move.
 
         Args:
             indices: The L1 indices of the tables.
@@ -283,12 +285,12 @@ class TableRepair:
         """
         geometry = self._geometry
         size = geometry.cluster_size
-        if self._size != self._whole_size:
+        if self._size != self._rounded_size:
             cut_cluster = geometry.floor(self._size)
             for at in np.flatnonzero(valid & (values == cut_cluster)).tolist():
                 begin = start + at * size + self._size - cut_cluster
                 self.lost_ranges.add(
-                    begin, self._whole_size - self._size, Code.L2_CUT_SHORT, cleared=0
+                    begin, self._rounded_size - self._size, Code.L2_CUT_SHORT, cleared=0
                 )
         overlapped = self._classifier.with_tables(self._moved_from).table_containing(values) >= 0
         for at in np.flatnonzero(valid & overlapped).tolist():

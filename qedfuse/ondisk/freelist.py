@@ -151,7 +151,7 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
 
 
 def may_be_overwritten(data: bytes | bytearray) -> bool:
-    """Return whether a new descriptor may overwrite ``data``: an older descriptor, or zeros."""
+    """Return whether ``data`` is an older descriptor or zeros, which a new one may overwrite."""
     return data.startswith(MAGIC) or not any(data)
 
 

@@ -2,13 +2,14 @@
 
 In the request the kernel offers features, and libfuse selects some of them.  libfuse selects
 ``FUSE_ATOMIC_O_TRUNC`` whenever the kernel offers it, so this module removes the feature from
-the request.  With this feature the kernel sets the size that it has cached of a file to 0 when
-the file is opened with O_TRUNC.  But a disk keeps its size, and with the write-back cache the
-kernel ignores the size that the server reports.  So the kernel would show an empty file, and
-would even fill the page around each small write with zeros, because it reads no page past the
-size that it has cached.  Without this feature the kernel sends a truncation after the open.  The
-server can refuse the truncation (`qedfuse.mount.fuse.truncation`), and otherwise the kernel takes
-the size from the reply.
+the request.  With this feature the kernel sets the cached size of a file to 0 when the file is
+opened with O_TRUNC.  But a disk keeps its size, and with the write-back cache the kernel ignores
+the size that the server reports.  So the kernel would show an empty file.  It would even fill the
+page around each small write with zeros, because it reads no page past the cached size.
+
+Without this feature the kernel sends a truncation after the open.  The server can refuse the
+truncation (`qedfuse.mount.fuse.truncation`), and otherwise the kernel takes the size from the
+reply.
 
 The reply of libfuse lacks three values, so this module adds them:
 
