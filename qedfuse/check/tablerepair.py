@@ -207,7 +207,7 @@ class TableRepair:
         self._classifier = self._classifier.with_tables(self._classifier.tables[~moved])
 
     async def _under_data(self, tables: Values) -> Mask:
-        """Return for each table in `EntryClassifier.tables` whether it overlaps data.
+        """Return for each table in the classifier's `tables` whether it overlaps data.
 
         Only data to which the entries of ``tables`` refer is compared.
         """

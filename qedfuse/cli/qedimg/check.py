@@ -249,7 +249,8 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        # A repair of errors frees no space, but can use leaked clusters for what it copies.
+        # A repair of errors frees no space.  Fewer clusters may be leaked after it, because a table
+        # that was invalid can refer to some of them.
         is_freed = result.leaks_fixed and not result.before.errors
         freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(

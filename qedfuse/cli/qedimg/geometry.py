@@ -71,7 +71,7 @@ def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
 def geometry_options(arguments: argparse.Namespace) -> str:
     """Return those options of `add_geometry` that were given, for a message; empty if none was.
 
-    This must be called before `take_options`, which sets the defaults.
+    The caller must call this before `take_options`, which sets the defaults.
     """
     given = {
         "--cluster-size": arguments.cluster_size is not None,

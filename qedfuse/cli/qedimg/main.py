@@ -278,7 +278,7 @@ def _report_os_error(error: OSError, code: int) -> int:
         return _fail(REMOVED, code)
     if error.filename is None:
         return output_failed(error, code)
-    # The name of a call with a descriptor is the number of the descriptor.
+    # If the failed call got a descriptor in place of a path, ``filename`` is its number.
     name = error.filename if isinstance(error.filename, (str, bytes)) else str(error.filename)
     return _fail(f"{printable(name)}: {error.strerror}", code)
 
