@@ -157,8 +157,8 @@ class TableRepair:
             new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
             # The new bytes must be durable before the file becomes longer.  Otherwise a power
-            # failure could leave the old bytes with zeros behind them, which may be the offset of
-            # other data.
+            # failure could leave the old bytes and zeros after them.  Together they may be the
+            # offset of other data.
             await self.rewriter.sync_pending()
         await self.rewriter.fill(entries_end, (end - entries_end) // ENTRY_BYTES, self._empty)
         await self.rewriter.sync_pending()

@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
-    # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  qedimg calls
-    # none of its functions, so one thread is enough.
+    # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  qedimg needs
+    # no function of OpenBLAS, so one thread is enough.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     own_process = argv is None
     if own_process:

@@ -66,7 +66,7 @@ def remount(
 ) -> None:
     """Set the mount flags of a mount to those in ``lists``; a flag that is missing is cleared.
 
-    The flags ``nosuid`` and ``nodev`` stay set.
+    The flags ``nosuid`` and ``nodev`` stay set, and ``relatime`` is set unless ``noatime`` is.
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
@@ -97,9 +97,9 @@ def remount(
     if fake:
         return
     if "noatime" not in flags:
-        # Without any flag about times of access the kernel would keep the present ones, so that
-        # a missing ``noatime`` or ``nodiratime`` would not be cleared.  ``relatime`` is the
-        # kernel's default for a new mount.
+        # If no flag about times of access is passed, the kernel keeps the present ones.  So a
+        # ``noatime`` or ``nodiratime`` that is missing in ``lists`` would not be cleared.
+        # ``relatime`` is the kernel's default for a new mount.
         flags.add("relatime")
     bits = ctypes.c_ulong(_MS_REMOUNT | sum(_FLAGS[flag] for flag in flags))
     if _libc.mount(b"none", os.fsencode(mountpoint), None, bits, None) != 0:

@@ -66,7 +66,7 @@ class Attributes:
     def for_reply(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
         """Return the attributes of a disk for a reply, and note that the kernel may cache them.
 
-        The caller must send the attributes, without waiting and without raising an error before.
+        The caller must send the attributes next, and must neither wait nor raise an error before.
         Otherwise ``exported.blocks`` would be a value that the kernel does not have, and a wrong
         value that the kernel has cached would stay there.
         """

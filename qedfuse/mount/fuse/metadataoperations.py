@@ -110,8 +110,8 @@ class MetadataOperations(pyfuse3.Operations):
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        Does nothing if the disk is at least as large: another request may have grown it while
-        the caller waited.
+        If the disk is that large already, nothing is done, because another request may have grown
+        the disk while the caller waited.
 
         Raises:
             FUSEError: ENOSPC, the options do not let disks grow; EFBIG, the tables cannot address
@@ -245,7 +245,7 @@ class MetadataOperations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
             sent.append((exported, attributes.st_blocks))
-        # Only here is it certain that the attributes are sent, and no error in their place.
+        # Only here it is certain that the attributes are sent, and not an error instead.
         for exported, blocks in sent:
             exported.blocks = blocks
 
