@@ -323,6 +323,13 @@ class Disk:
         """
         await self._components.scan.run()
 
+    def try_flush(self) -> bool:
+        """Make durable every write that has ended, without waiting; return whether that succeeded.
+
+        After False the caller must use `flush`, which raises the host's error, if any.
+        """
+        return self._flusher.try_flush()
+
     async def flush(self) -> None:
         """Return when every write that had ended before this call survives power loss (D1).
 

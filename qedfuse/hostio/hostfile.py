@@ -64,6 +64,13 @@ class HostFile(Protocol):
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write ``parts`` one after another, beginning at a file offset, as one write."""
 
+    def try_datasync(self) -> bool:
+        """Make all earlier writes and the file's length durable, if that takes little time.
+
+        Returns False, and has done nothing, if `datasync` must do it.  Raises HostError if the
+        host refused.
+        """
+
     async def datasync(self) -> None:
         """Make all earlier writes and the file's length durable."""
 

@@ -78,18 +78,20 @@ class InlinePolicy:
         elif length <= INLINE_WRITE_BYTES:
             self._inode.record_slow_write(seconds)
 
-    def begin_datasync(self) -> bool:
-        """Record that a datasync begins; return whether the event loop may make it itself.
+    def begin_datasync(self) -> None:
+        """Record that a datasync begins, which covers all writes that were recorded before."""
+        self._unsynced_bytes = 0
+
+    def can_datasync_inline(self) -> bool:
+        """Return whether the event loop may make a datasync itself now.
 
         Returns True if the last datasyncs took at most `_INLINE_SECONDS` each, at most
         `_MAX_INLINE_DATASYNC_BYTES` must be written back, there is no contention for the
         inode's lock, and no request waits for the event loop.
         """
-        is_little = self._unsynced_bytes <= _MAX_INLINE_DATASYNC_BYTES
-        self._unsynced_bytes = 0
         return (
             self._datasyncs.seconds > 0
-            and is_little
+            and self._unsynced_bytes <= _MAX_INLINE_DATASYNC_BYTES
             and self._inode.recheck_free()
             and not loop_load().has_requests()
         )

@@ -184,18 +184,40 @@ class PosixFile:
             )
         self._record_write(length, seconds)
 
+    def try_datasync(self) -> bool:
+        """Make all earlier writes and the file's length durable, if that takes little time.
+
+        Returns:
+            False, and nothing has been done, if a worker thread must do it.
+
+        Raises:
+            HostError: The host refused.
+        """
+        return self._policy.can_datasync_inline() and self._datasync_inline()
+
     async def datasync(self) -> None:
         """Make all earlier writes and the file's length durable (fdatasync(2))."""
+        if self.try_datasync():
+            return
+        self._policy.begin_datasync()
         since = time.perf_counter()
-        is_inline = self._policy.begin_datasync()
-        if is_inline:
-            try:
-                os.fdatasync(self.fd)
-            except OSError as error:
-                raise self._failed(error, "datasync") from error
-        else:
-            await self._in_thread("datasync", os.fdatasync, self.fd)
-        self._policy.record_datasync(time.perf_counter() - since, is_inline=is_inline)
+        await self._in_thread("datasync", os.fdatasync, self.fd)
+        self._policy.record_datasync(time.perf_counter() - since, is_inline=False)
+
+    def _datasync_inline(self) -> bool:
+        """Call fdatasync(2) in the event loop; return True.
+
+        Raises:
+            HostError: The host refused.
+        """
+        self._policy.begin_datasync()
+        since = time.perf_counter()
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise self._failed(error, "datasync") from error
+        self._policy.record_datasync(time.perf_counter() - since, is_inline=True)
+        return True
 
     def try_grow(self, size: int) -> bool:
         """Make the file ``size`` bytes long without blocking; return whether that succeeded.

@@ -170,7 +170,8 @@ class Server:
             for exported in self._disks:
                 exported.disk.when_flushed(partial(_after_flush, exported, heap_trimmer))
             extraops_failure = extraops.serve(
-                FallocateLseek(operations, self._laundering, self._size_fixup, nursery)
+                FallocateLseek(operations, self._laundering, self._size_fixup, nursery),
+                None if operations.debug else operations.fast,
             )
             if extraops_failure is not None:
                 _log.warning(

@@ -163,6 +163,12 @@ class MemoryFile:
         self.change(Write(offset, data))
         await self._leave()
 
+    def try_datasync(self) -> bool:
+        """Make everything durable; False, without a change, if the file is not cached."""
+        if self.in_page_cache:
+            self.change(Sync())
+        return self.in_page_cache
+
     async def datasync(self) -> None:
         """Make everything durable that was written before the call."""
         await self._enter("datasync")
@@ -542,6 +548,10 @@ class FailingFile:
                 await self.inner.pwrite(offset, b"".join(parts)[: fault.short])
             self._raise(fault, "write")
         await self.inner.pwrite(offset, *parts)
+
+    def try_datasync(self) -> bool:
+        """Return False, so that the caller calls `datasync`, which can fail and be held up."""
+        return False
 
     async def datasync(self) -> None:
         """Make the content durable, or fail."""

@@ -41,6 +41,19 @@ class Flusher:
         """Call ``listener`` at the end of each successful flush, instead of an earlier listener."""
         self._listener = listener
 
+    def try_flush(self) -> bool:
+        """Flush without waiting; return whether that succeeded.
+
+        Returns False if `flush` is necessary: if `MetadataWriteback.try_write_back` returns
+        False, or if there is space to reclaim.
+        """
+        if not self._writeback.try_write_back() or (
+            self._writeback.cycles and self._reclaim.pending
+        ):
+            return False
+        self._listener()
+        return True
+
     async def flush(self) -> None:
         """Make everything durable that was written before the call, and reclaim space (D1, S3).
 

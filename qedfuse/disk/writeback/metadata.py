@@ -149,6 +149,38 @@ class MetadataWriteback:
         if self._running is not None:
             await self._running.done.wait()
 
+    def try_write_back(self) -> bool:
+        """Make everything written so far durable without waiting; return whether that succeeded.
+
+        Returns True if one datasync in the event loop suffices and succeeds, or if nothing was
+        written since the last successful cycle began.  Returns False if a table must be written,
+        if a cycle is running, if the datasync might take long, or if the host refuses.  After
+        False the caller must use `write_back`, which raises the host's error.
+        """
+        if (
+            self.failure is not None
+            or self._running is not None
+            or self._waiting is not None
+            or self._tables.dirty_bytes
+        ):
+            return False
+        if self._written == self._durable:
+            return True
+        # This is a cycle without tables (see `_cycle`).  It awaits nothing, so the counter and
+        # what the observer notes describe the same moment.
+        try:
+            if not self._file.try_datasync():
+                return False
+        except HostError as error:
+            self._become_read_only(error)
+            return False
+        self.cycles += 1
+        self._datasyncs += 1
+        self._observer.cycle_began()
+        self._durable = self._written
+        self._observer.cycle_durable()
+        return True
+
     async def write_back(self) -> None:
         """Return when everything written before the call is durable (D1).
 
@@ -258,13 +290,18 @@ class MetadataWriteback:
             self._datasyncs += 1
             await self._file.datasync()
         except HostError as error:
-            # The kernel may have dropped the pages that it could not write, and the next
-            # datasync would then succeed without them.  So a retry would prove nothing, and
-            # the disk becomes read-only instead.
-            self.failure = error.again()
-            log.error("%s: the disk is read-only from now on", error)  # noqa: TRY400  no traceback
+            self._become_read_only(error)
             self._give_back(writes)
             raise
+
+    def _become_read_only(self, error: HostError) -> None:
+        """Make the disk read-only, because a datasync has failed with ``error``.
+
+        The kernel may have dropped the pages that it could not write, and the next datasync
+        would then succeed without them.  So a retry would prove nothing.
+        """
+        self.failure = error.again()
+        log.error("%s: the disk is read-only from now on", error)
 
     async def _write(self, writes: list[WriteBack], dependents: Sequence[WriteBack] = ()) -> None:
         """Write changes of slices; the caller writes ``dependents`` only after all of ``writes``.

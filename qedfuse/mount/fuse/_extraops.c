@@ -14,16 +14,10 @@
  * answer answers with EINTR, so that the kernel does not wait forever.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_extraops.h"
 
-#define FUSE_USE_VERSION 312
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <dlfcn.h>
 #include <errno.h>
-#include <fuse_lowlevel.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -199,6 +193,7 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
      */
     if (copy->write != NULL)
         copy->write_buf = NULL;
+    replace_data_operations(copy);
     return copy;
 }
 
@@ -272,6 +267,8 @@ static PyObject *end(PyObject *module, PyObject *unused)
 
 static PyMethodDef module_methods[] = {
     {"set_handler", set_handler, METH_O, "Set the function that gets the requests; None for none."},
+    {"set_data_handlers", set_data_handlers, METH_VARARGS,
+     "Set the functions that try to answer read, write and fsync; None for none."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
     {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer."},
     {NULL, NULL, 0, NULL},

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from qedfuse.mount.fuse._extraops import Request
+    from qedfuse.mount.fuse.fastrequests import FastRequests
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
     """Called with the request, its name (``fallocate`` or ``lseek``), the user, the inode, the
@@ -48,8 +49,11 @@ def _load() -> tuple[ModuleType | None, str]:
 _extension, _load_error = _load()
 
 
-def serve(handler: Handler) -> str | None:
-    """Pass the fallocate and lseek requests of the session to ``handler`` from now on.
+def serve(handler: Handler, fast: FastRequests | None) -> str | None:
+    """Pass requests of the session to ``handler`` and ``fast`` from now on.
+
+    ``handler`` gets fallocate and lseek.  ``fast`` gets read, write and fsync first, and pyfuse3
+    gets those that ``fast`` does not answer; None if pyfuse3 must get all.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why the kernel gets
@@ -60,6 +64,8 @@ def serve(handler: Handler) -> str | None:
     if not _extension.hooked():
         return "pyfuse3 has called libfuse without the extension"
     _extension.set_handler(handler)
+    if fast is not None:
+        _extension.set_data_handlers(fast.read, fast.write, fast.fsync)
     return None
 
 
@@ -71,4 +77,5 @@ def end() -> None:
     """
     if _extension is not None:
         _extension.set_handler(None)
+        _extension.set_data_handlers(None, None, None)
         _extension.end()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import pyfuse3
 from pyfuse3 import FUSEError
@@ -19,6 +19,7 @@ from qedfuse.mount.fuse.exporteddisk import (
     HANDLE_SYNC,
     HANDLE_WRITER,
 )
+from qedfuse.mount.fuse.fastrequests import FastRequests
 from qedfuse.mount.fuse.metadataoperations import MetadataOperations
 from qedfuse.mount.fuse.requesterrors import answered
 
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.sizefixup import SizeFixup
     from qedfuse.mount.fuse.truncation import Truncation
     from qedfuse.mount.options import MountOptions
-
-_FAST_PATH_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
-"""The bits of a handle by which `read` and `write` look up the disk for the fast path.
-
-The mask keeps `HANDLE_SYNC`.  No inode number has this bit, so the lookup finds no disk for a
-handle with `HANDLE_SYNC`, and the requests on such a handle take the slow path."""
 
 
 class Operations(MetadataOperations):
@@ -64,6 +59,7 @@ class Operations(MetadataOperations):
             and not (options.read_only or options.direct_io)
             and options.truncate == "refuse"
         )
+        self.fast = FastRequests(disks.by_inode)
         self._read_only = options.read_only
         self._exclusive = not options.force_share
         self._direct_io = options.direct_io
@@ -108,12 +104,11 @@ class Operations(MetadataOperations):
         Raises:
             FUSEError: The read has failed; the errno is that of the error of the disk.
         """
-        exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
-        if exported is not None:
+        if not self.debug:
             try:
-                content = exported.disk.try_read(off, size)
+                content = self.fast.read(fh, off, size)
             except Exception as error:
-                raise FUSEError(self.errors.to_errno(exported.inode, "read", error)) from error
+                raise FUSEError(self.errors.to_errno(fh & ~HANDLE_FLAGS, "read", error)) from error
             if content is not None:
                 # pyfuse3 accepts any buffer, although its type hints say bytes.
                 return content  # type: ignore[return-value]
@@ -129,12 +124,11 @@ class Operations(MetadataOperations):
         Raises:
             FUSEError: As in `_write`.
         """
-        exported = None if self.debug else self.disks.get(fh & _FAST_PATH_MASK)
-        if exported is not None:
+        if not self.debug:
             try:
-                is_written = exported.disk.try_write(off, buf)
+                is_written = self.fast.write(fh, off, buf)
             except Exception as error:
-                raise FUSEError(self.errors.to_errno(exported.inode, "write", error)) from error
+                raise FUSEError(self.errors.to_errno(fh & ~HANDLE_FLAGS, "write", error)) from error
             if is_written:
                 return len(buf)
         return await self._write(fh, off, buf)

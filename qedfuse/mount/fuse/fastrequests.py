@@ -1,0 +1,66 @@
+"""Requests about data that need not wait: read, write and fsync, answered in one step.
+
+`_dataops.c` calls these methods for each request, and passes the request to pyfuse3 if a method
+does not answer it.  Without the extension `Operations` calls them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS, HANDLE_SYNC
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk
+
+_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
+"""The bits of a handle by which `FastRequests` looks up the disk.
+
+The mask keeps `HANDLE_SYNC`.  No inode number has this bit, so the lookup finds no disk for a
+handle with `HANDLE_SYNC`, and the requests on such a handle take the slow path."""
+
+
+class FastRequests:
+    """Tries to answer requests without waiting.
+
+    A request that is not answered may have been carried out in part, and must be carried out as a
+    whole on the slow path.  An exception means that the request is not answered.
+    """
+
+    def __init__(self, disks: Mapping[int, ExportedDisk]) -> None:
+        """Answer requests to ``disks``, which are mapped by inode number."""
+        self._disks = disks
+
+    def read(self, handle: int, offset: int, size: int) -> memoryview | None:
+        """Read ``size`` bytes at guest offset ``offset``; return None if the read would wait.
+
+        Returns None also for a read that is empty or goes past the end of the disk.  The next
+        call of a method may overwrite the returned view.
+        """
+        exported = self._disks.get(handle & _MASK)
+        return None if exported is None else exported.disk.try_read(offset, size)
+
+    def write(self, handle: int, offset: int, data: Buffer) -> bool:
+        """Write ``data`` at guest offset ``offset``; return False if the write is not complete.
+
+        Returns False if the write would wait or fails, goes past the end of the disk, or must be
+        durable before the reply.  No reference to ``data`` is kept.
+        """
+        exported = self._disks.get(handle & _MASK)
+        return exported is not None and exported.disk.try_write(offset, data)
+
+    def fsync(self, handle: int) -> bool:
+        """Make all writes that have ended durable; return False if that would wait or fails.
+
+        Returns False also if an error is to be reported to this handle.
+        """
+        exported = self._disks.get(handle & ~HANDLE_FLAGS)
+        return (
+            exported is not None
+            and not exported.overrun
+            and exported.disk.failure is None
+            and exported.disk.try_flush()
+        )

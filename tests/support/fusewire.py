@@ -1,0 +1,139 @@
+"""A session of libfuse without a kernel, for tests of the extension beside pyfuse3.
+
+A session is made in the way pyfuse3 makes it, the requests of the kernel are made up, and the
+replies of libfuse are collected.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import Final
+
+import pytest
+
+from qedfuse.mount.fuse import extraops
+
+READ: Final = 15
+WRITE: Final = 16
+FSYNC: Final = 20
+INIT: Final = 26
+FALLOCATE: Final = 43
+LSEEK: Final = 46
+"""Numbers of the requests, from linux/fuse.h."""
+READ_SLOT: Final = 15
+WRITE_SLOT: Final = 16
+FSYNC_SLOT: Final = 19
+FALLOCATE_SLOT: Final = 40
+SLOTS: Final = 44
+"""The operations of libfuse 3.14; the indices of older ones never change."""
+
+Writer = ctypes.CFUNCTYPE(
+    ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
+)
+Operation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
+
+
+class Arguments(ctypes.Structure):
+    """struct fuse_args."""
+
+    _fields_ = (
+        ("argc", ctypes.c_int),
+        ("argv", ctypes.POINTER(ctypes.c_char_p)),
+        ("allocated", ctypes.c_int),
+    )
+
+
+class Buffer(ctypes.Structure):
+    """struct fuse_buf, with padding for fields that later versions add."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("mem", ctypes.c_char_p),
+        ("fd", ctypes.c_int),
+        ("pos", ctypes.c_longlong),
+        ("padding", ctypes.c_char * 32),
+    )
+
+
+class Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class InOut(ctypes.Structure):
+    """struct fuse_custom_io."""
+
+    _fields_ = (("writev", Writer), ("read", Writer), ("others", ctypes.c_void_p * 2))
+
+
+class Wire:
+    """A session of libfuse, with a test in place of the kernel.
+
+    Attributes:
+        answers: The replies of libfuse: number of the request, error, payload.
+    """
+
+    def __init__(self, slots: int = SLOTS, filled: dict[int, object] | None = None) -> None:
+        """Make a session with a table of ``slots`` operations, all NULL except ``filled``."""
+        assert extraops._extension is not None
+        self.answers: list[tuple[int, int, bytes]] = []
+        library = ctypes.CDLL(extraops._extension.__file__)
+        if not hasattr(library, "fuse_session_custom_io"):
+            pytest.skip("this libfuse talks to the kernel only")
+        library.fuse_session_new.restype = ctypes.c_void_p
+        table = (ctypes.c_void_p * slots)()
+        for slot, function in (filled or {}).items():
+            table[slot] = ctypes.cast(function, ctypes.c_void_p)  # type: ignore[arg-type]
+        names = (ctypes.c_char_p * 2)(b"test", None)
+        arguments = Arguments(1, names, 0)
+        made = library.fuse_session_new(
+            ctypes.byref(arguments), table, ctypes.c_size_t(ctypes.sizeof(table)), None
+        )
+        assert made is not None
+        self._session = ctypes.c_void_p(made)
+        self._open = True
+        self._library = library
+        self._writer = Writer(self._collect)
+        io = InOut(self._writer, self._writer)
+        library.fuse_pkgversion.restype = ctypes.c_char_p
+        version = [int(part) for part in library.fuse_pkgversion().split(b".")[:2]]
+        size = [ctypes.c_size_t(ctypes.sizeof(io))] if version >= [3, 17] else []
+        # The descriptor is not used; libfuse closes it at the end.
+        unused = os.open(os.devnull, os.O_RDWR)
+        done = library.fuse_session_custom_io(self._session, ctypes.byref(io), *size, unused)
+        assert done == 0
+        self._number = 0
+        self.send(INIT, struct.pack("=IIII", 7, 38, 65536, 0))
+        self.answers.clear()
+
+    def _collect(self, _fd: int, vectors: int, count: int, _data: object) -> int:
+        """Collect a reply that libfuse writes to the kernel."""
+        parts = (Vector * count).from_address(vectors)
+        said = b"".join(ctypes.string_at(part.base, part.length) for part in parts)
+        _length, error, number = struct.unpack_from("=IiQ", said)
+        self.answers.append((number, error, said[16:]))
+        return len(said)
+
+    def send(self, operation: int, body: bytes) -> int:
+        """Pass a request of user 7 on inode 5 to libfuse; return its number."""
+        self._number += 1
+        length = 40 + len(body)
+        said = struct.pack("=IIQQIIII", length, operation, self._number, 5, 7, 8, 9, 0) + body
+        self._library.fuse_session_process_buf(
+            self._session, ctypes.byref(Buffer(length, 0, said, -1, 0))
+        )
+        return self._number
+
+    def fallocate(self) -> int:
+        """Send a request to punch a hole of 8192 bytes at 4096."""
+        return self.send(FALLOCATE, struct.pack("=QQQII", 1, 4096, 8192, 3, 0))
+
+    def close(self) -> None:
+        """End the session, as pyfuse3 does after the extension was detached."""
+        if self._open:
+            self._library.fuse_session_destroy(self._session)
+            self._open = False
