@@ -2,9 +2,9 @@
  * Reads, writes and fsyncs that need not wait, answered without a coroutine of pyfuse3.
  *
  * For each request pyfuse3 makes a coroutine and, for a write, a copy of the data.  Most
- * requests can be answered at once.  So this module replaces the three operations in the copy
- * of pyfuse3's table (_extraops.c): it calls a Python function that tries to answer, and passes
- * the request to pyfuse3's own operation if the function returns None.
+ * requests need neither.  So this module replaces the three operations in the copy of pyfuse3's
+ * table (_extraops.c): it calls a Python function that tries to answer, and passes the request
+ * to pyfuse3's own operation if the function does not answer it.
  *
  * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  A function
  * that raises has not answered: pyfuse3's operation gets the request, and its handler meets the

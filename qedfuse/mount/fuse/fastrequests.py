@@ -55,7 +55,7 @@ class FastRequests:
     def fsync(self, handle: int) -> bool:
         """Make all writes that have ended durable; return False if that would wait or fails.
 
-        Returns False also if an error is to be reported to this handle.
+        Returns False also if the disk has lost writes, so that an error must be reported.
         """
         exported = self._disks.get(handle & ~HANDLE_FLAGS)
         return (
