@@ -34,6 +34,8 @@ def test_states(case: Case, seed: int, tmp_path: Path) -> None:
     # Writes that must be searched for zeros are left to the slow path.
     fast = workload.file.in_page_cache and case.options.detect_zeroes == "off"
     assert bool(history.fast_writes) == fast
+    if case.name == "writes":
+        assert bool(history.fast_flushes) == workload.file.in_page_cache
     assert len(history.resizes) == bool(case.grow_bytes)
     assert history.flushes, "something was promised"
     explorer = Explorer(case.name, seed, history, workload.bases, scratch=tmp_path)

@@ -354,3 +354,76 @@ def test_an_error_can_be_raised_again(error: QedError) -> None:
     assert (type(again), str(again), again.args) == (type(error), str(error), error.args)
     assert (again.errno, vars(again)) == (error.errno, vars(error))
     assert again.__traceback__ is None
+
+
+async def test_a_flush_without_tables_is_one_datasync_that_waits_for_nothing() -> None:
+    """After a write in place, a flush on the fast path is one datasync and nothing else."""
+    file = RecordingFile(build_image(SIZE, {0: b"a"}))
+    async with opened(file) as disk:
+        await disk.read(0, 1)  # the table is in memory then
+        file.in_page_cache = True
+        assert disk.try_write(0, b"in place")
+        before = len(file.changes)
+        assert disk.try_flush()
+        assert file.changes[before:] == [Sync()]
+        assert disk.try_flush(), "nothing was written since"
+        assert file.changes[before:] == [Sync()]
+        assert disk.statistics().writeback.datasyncs == 1
+
+
+async def test_a_flush_that_needs_more_than_a_datasync_does_nothing_on_the_fast_path() -> None:
+    """With a dirty table, and if a datasync would wait, the fast path of a flush does nothing."""
+    file = RecordingFile(build_image(SIZE, {0: b"a"}))
+    async with opened(file) as disk:
+        await disk.write(0, b"in place")
+        before = len(file.changes)
+        assert not disk.try_flush(), "the datasync would wait"
+        file.in_page_cache = True
+        await disk.write(CLUSTER, b"new cluster")
+        dirty = len(file.changes)
+        assert not disk.try_flush(), "a table is dirty"
+        assert Sync() not in file.changes[before:dirty]
+        assert len(file.changes) == dirty
+        await disk.flush()
+        assert table_writes(file)
+
+
+async def test_a_flush_on_the_fast_path_does_not_overtake_a_cycle() -> None:
+    """While a cycle runs, the fast path of a flush does nothing."""
+    inner = RecordingFile(build_image(SIZE, {0: b"a"}))
+    file = FailingFile(inner)
+    async with opened(file) as disk, trio.open_nursery() as nursery:
+        await disk.write(0, b"in place")
+        held = file.hold("datasync")
+        nursery.start_soon(disk.flush)
+        await held.reached.wait()
+        inner.in_page_cache = True
+        file.try_datasync = inner.try_datasync  # type: ignore[method-assign]
+        assert not disk.try_flush()
+        assert Sync() not in inner.changes
+        held.release()
+
+
+@pytest.mark.expect_log("read-only from now on")
+async def test_a_datasync_that_fails_on_the_fast_path_makes_the_disk_read_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a failed datasync on the fast path, the flush raises, and so does each later one (D7)."""
+    file = RecordingFile(build_image(SIZE, {0: b"a"}))
+
+    def fail() -> bool:
+        raise HostError.from_os(OSError(errno.EIO, "broken"), file.name, "datasync")
+
+    with pytest.raises(HostError):  # noqa: PT012  the close fails as well
+        async with opened(file) as disk:
+            await disk.write(0, b"in place")
+            monkeypatch.setattr(file, "try_datasync", fail)
+            assert not disk.try_flush()
+            assert not disk.writable
+            monkeypatch.undo()
+            for _ in range(2):
+                assert not disk.try_flush()
+                with pytest.raises(HostError, match="datasync"):
+                    await disk.flush()
+            assert not disk.try_write(0, b"more")
+    assert Sync() not in file.changes
