@@ -408,7 +408,7 @@ async def test_a_flush_on_the_fast_path_does_not_overtake_a_cycle() -> None:
 async def test_a_datasync_that_fails_on_the_fast_path_makes_the_disk_read_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After a failed datasync on the fast path, the flush raises, and so does each later one (D7)."""
+    """After a failed datasync on the fast path, each flush raises its error (D7)."""
     file = RecordingFile(build_image(SIZE, {0: b"a"}))
 
     def fail() -> bool:
