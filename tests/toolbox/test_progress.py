@@ -56,6 +56,22 @@ def test_percentages_in_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 101
 
 
+def test_progress_is_shown_before_the_first_report(capfd: pytest.CaptureFixture[str]) -> None:
+    """With -p the bar or the first line is shown immediately, even if the work reports nothing."""
+    with progress(arguments(wanted=True), "Working"):
+        assert capfd.readouterr().err == "Working: 0.0 %\n"
+    assert capfd.readouterr().err == ""
+    run = """
+    with progress(arguments, "Working"):
+        pass
+    return 0
+    """
+    for options, bar in (("-p",), True), (("-p", "-q"), False), ((), False):
+        code, output, shown = on_terminal(run, *options)
+        assert (code, output) == (0, "")
+        assert ("━" in shown) is bar
+
+
 def test_quiet_wins(capfd: pytest.CaptureFixture[str]) -> None:
     """-q silences progress also with -p."""
     with progress(arguments(wanted=True, quiet=True), "Working") as report:

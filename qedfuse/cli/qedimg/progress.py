@@ -32,7 +32,7 @@ class Meter:
 
     The first call of `report` may come late, because an image may be checked or scanned for
     free space before the work begins.  Therefore, if there is a delay, a thread shows the bar
-    after the delay even if `report` has not been called.
+    after the delay even if `report` has not been called.  Without a delay the owner calls `show`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Meter:
         """Show a ``bar`` after ``delay_seconds``, or print ``lines`` of percentages, or neither.
 
         A bar is shown rather than lines if both are requested.  Without a delay (0) the first
-        call of `report` shows the bar, and no thread is started.
+        call of `show` or `report` shows the bar, and no thread is started.
         """
         self._label = label
         self._bar = bar
@@ -59,6 +59,14 @@ class Meter:
                 target=self._draw_after, args=(delay_seconds,), daemon=True
             )
             self._starter.start()
+
+    def show(self) -> None:
+        """Show the bar, or print the first line, before the first call of `report`."""
+        if self._bar:
+            self._draw()
+        elif self._lines:
+            self._printed_percent = int(self.percent)
+            self.print()
 
     def report(self, done: int, total: int) -> None:
         """Update the progress: ``done`` of ``total`` in any unit; 0 stands for an unknown total."""
@@ -159,7 +167,7 @@ def progress(
 
     Args:
         arguments: The parsed command line.  With ``-q`` only SIGUSR1 prints anything.  ``-p``
-            shows the bar without a delay, or prints lines if stderr is no terminal.
+            shows the bar before the work begins, or prints lines if stderr is no terminal.
         label: The name of the work, printed in front of the bar or the percentage.
         bar: Whether a bar may be shown if stderr is a terminal.
     """
@@ -178,6 +186,8 @@ def progress(
 
     before = signal.signal(signal.SIGUSR1, on_signal)
     try:
+        if wanted:
+            meter.show()
         yield meter.report
     finally:
         signal.signal(signal.SIGUSR1, before)
