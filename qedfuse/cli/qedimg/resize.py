@@ -26,13 +26,10 @@ A smaller SIZE needs --shrink, and also --force if the image has data past the n
 the data there is lost.  Shrink the file systems on the disk first."""
 
 _SIGN: Final = re.compile(r"[+-]")
-_NEGATIVE_SIZE: Final = re.compile(r"-\d+(?:[kmgtpe]i?)?b?", re.IGNORECASE | re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
-    # argparse takes a word such as "-1G" for an operand only if the word matches this pattern.
-    parser._negative_number_matcher = _NEGATIVE_SIZE  # noqa: SLF001  there is no other way
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("size", metavar="[+|-]SIZE", type=_change)
     parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
