@@ -169,11 +169,6 @@ class CheckReport:
         suspicious = not self.allocated_clusters or Code.MOSTLY_LEAKED in self.counts
         return suspicious and bool(self.errors or self.leaks)
 
-    @property
-    def worst_severity(self) -> Severity | None:
-        """The highest severity of a finding; None if there is no finding."""
-        return max((code.severity for code in self.counts), default=None)
-
     def as_json(self) -> dict[str, Any]:
         """Return the report as values for JSON."""
         return {

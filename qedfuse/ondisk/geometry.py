@@ -7,7 +7,7 @@ offset in the cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, NewType
+from typing import Final
 
 from qedfuse.ondisk.constants import (
     ENTRY_BYTES,
@@ -18,13 +18,6 @@ from qedfuse.ondisk.constants import (
     MIN_TABLE_SIZE,
     SECTOR,
 )
-
-GuestOffset = NewType("GuestOffset", int)
-"""A byte position on the disk that the guest sees."""
-
-FileOffset = NewType("FileOffset", int)
-"""A byte position in the image file."""
-
 
 SIZE_LIMITS: Final = {
     "cluster_size": (MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),

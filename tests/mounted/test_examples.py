@@ -26,7 +26,6 @@ SHOWN: Final = {
 }
 """For each script, texts that its output contains if it succeeded."""
 
-UNITS: Final = sorted((EXAMPLES / "systemd").iterdir())
 
 _INSTALLED: Final = f"""
 {EXAMPLES}/install.sh --link "$1" 2>/dev/null
