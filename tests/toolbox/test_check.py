@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -486,6 +487,29 @@ def test_an_overlay_is_checked_without_its_base(
     code, found = check(path, "-r", "all", capsys=capsys)
     assert (code, found["corruptions-fixed"]) == (0, 1)
     assert get_entry(path.read_bytes(), l2_entry_offset(content, 1)) == ZERO
+
+
+@pytest.mark.parametrize("call", ["fstatvfs", "dup"])
+def test_a_refusal_of_the_host_during_a_repair_names_the_image(
+    call: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system call that fails during a repair is one line with the image's name."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)})
+    if call == "fstatvfs":
+        put_entry(content, l2_entry_offset(content, 2), 1 << 40)
+    path.write_bytes(content + bytes(CLUSTER_BYTES))
+
+    def refuse(_fd: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, call, refuse)
+    assert main(["check", "-q", "-r", "all", str(path)]) == 1
+    monkeypatch.undo()
+    said = capsys.readouterr().err
+    assert said.startswith(f"qedimg: {path}: ")
+    assert said.endswith(": Too many open files\n")
+    assert said.count("\n") == 1
 
 
 def test_a_host_without_space_for_copies(

@@ -336,6 +336,24 @@ def test_a_new_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Mo
     assert names(tmp_path) == {"a.raw"}
 
 
+def test_a_standard_stream_that_cannot_be_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A standard stream that the host does not duplicate is one line that names the stream."""
+    real = os.dup
+
+    def refuse(fd: int) -> int:
+        if fd != 1:
+            return real(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", refuse)
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    assert main(["convert", "-O", "raw", str(tmp_path / "a.raw"), "-"]) == 1
+    said = capsys.readouterr().err
+    assert said == "qedimg: standard output: cannot open: Too many open files\n"
+
+
 def test_an_option_that_qemu_img_refuses_fails_before_the_copy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
