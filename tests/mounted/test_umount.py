@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from qedfuse.errors import FuseError
-from qedfuse.mount.commands.umount import UnmountFailedError
+from qedfuse.errors import FuseError, HostError
+from qedfuse.mount.commands import umount
+from qedfuse.mount.commands.umount import UnmountFailedError, unmount_and_wait
 from qedfuse.mount.system.boundedcall import call_in_child
 from qedfuse.mount.system.unmount import unmount_by_fusermount
 from tests.support import qemu
@@ -82,6 +83,45 @@ def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
         assert code == 0, log
     assert not has_need_check(image)
     assert qemu.content(image)[100:300] == b"y" * 100 + b"x" * 100
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EPERM, errno.ENOSYS])
+def test_nothing_is_unmounted_if_the_process_cannot_be_waited_for(
+    image: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unmount is refused, instead of reported as finished too early."""
+
+    def fail(_pid: int) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    with front(image, tmp_path / "mnt") as mount:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pidfd_open", fail)
+            with pytest.raises(UnmountFailedError) as caught:
+                unmount_and_wait(str(mount.mountpoint))
+        assert str(caught.value) == (
+            f"{mount.mountpoint}: not unmounted: process {mount.process.pid}: cannot wait for "
+            f"its end: {os.strerror(number)}"
+        )
+        assert is_mounted(mount.mountpoint)
+        unmount_and_wait(str(mount.mountpoint))
+        assert mount.finish()[0] == 0
+
+
+def test_an_unreadable_record_is_no_success(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the record cannot be read after the end of the process, a failure is reported."""
+
+    def fail(_path: Path, _user: int) -> NoReturn:
+        msg = "/run/qedfuse/0:42.1: cannot read the mount record: Input/output error"
+        raise HostError(msg)
+
+    monkeypatch.setattr(umount, "take_record", fail)
+    with front(image, tmp_path / "mnt") as mount:
+        with pytest.raises(UnmountFailedError, match=r"process .* may have failed: /run/qedf"):
+            unmount_and_wait(str(mount.mountpoint))
+        assert mount.finish()[0] == 0
 
 
 LAUNDERING_LOGGED = """

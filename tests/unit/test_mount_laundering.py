@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
+import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
@@ -46,3 +48,20 @@ async def test_the_session_may_end_while_a_task_waits() -> None:
             laundering.stop()
         assert answers == [False]
         assert await laundering.launder(exported_disk()) is False
+
+
+def test_the_end_of_the_launderer_needs_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server waits for the end of the launderer although it has no free descriptor."""
+
+    def fail(*_arguments: object, **_options: object) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    launderer = Launderer()
+    launderer.stop()
+    with monkeypatch.context() as patched:
+        for name in ("open", "pidfd_open", "pipe", "dup"):
+            patched.setattr(os, name, fail)
+        assert launderer.wait()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(launderer.pid, 0)
+    assert launderer.wait()

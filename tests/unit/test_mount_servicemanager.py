@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -35,6 +37,18 @@ def test_systemd_is_notified(
     with closing(manager):
         manager.notify("STOPPING=1")  # the listener is closed
     monkeypatch.delenv("NOTIFY_SOCKET")
+    with closing(ServiceManager()) as unconnected:
+        unconnected.notify("READY=1")
+
+
+def test_a_mount_works_without_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the host refuses a socket, the service manager is not notified."""
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+
+    def fail(*_arguments: object) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socket", fail)
     with closing(ServiceManager()) as unconnected:
         unconnected.notify("READY=1")
 

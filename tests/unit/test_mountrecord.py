@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import pytest
 
@@ -15,13 +18,15 @@ from qedfuse.mount.system.mountrecord import (
     MountRecord,
     MountRecordFile,
     find_record,
+    has_ended,
     process_start,
     take_record,
 )
 from qedfuse.mount.system.mounttable import read_mounts
+from qedfuse.util.descriptors import open_descriptors
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 USER = os.geteuid()
 DEVICE = "0:42"
@@ -55,6 +60,137 @@ def test_processes_have_a_start() -> None:
     assert start is not None
     assert start > 0
     assert process_start(2**30) is None
+
+
+def failing(number: int) -> Callable[..., NoReturn]:
+    """Return a function that fails with an errno."""
+
+    def fail(*_arguments: object, **_options: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_an_unreadable_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process does not count as ended because its start time cannot be read."""
+    monkeypatch.setattr(Path, "read_text", failing(errno.EMFILE))
+    with pytest.raises(HostError, match="stat: cannot read: Too many open files"):
+        process_start(os.getpid())
+    with pytest.raises(HostError):
+        has_ended(MountRecord(os.getpid(), 1, "/mnt", ()))
+
+
+def test_a_server_has_ended_if_its_pid_has_another_start() -> None:
+    """The start time of a record decides whether the process with its pid is the server."""
+    record = own_record()
+    assert not has_ended(record)
+    assert has_ended(replace(record, started=record.started - 1))
+    assert not has_ended(replace(record, started=0))
+    assert has_ended(replace(record, pid=2**22))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_an_unreadable_record_is_not_missing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that cannot be read is an error, unless another record was found."""
+    file = write_record()
+    found = find_record(DEVICE, USER)
+    assert found is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", failing(number))
+        with pytest.raises(HostError, match="cannot read the mount record"):
+            find_record(DEVICE, USER)
+        with pytest.raises(HostError, match="cannot read the mount record"):
+            take_record(found.path, USER)
+    assert take_record(found.path, USER) == found.record
+    file.finish(None, 0)
+
+
+def test_the_records_of_a_readable_directory_count(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that cannot be read does not matter if another one has the record."""
+    write_record().finish("failed", 2)
+    loop = tmp_path / "loop" / "records"
+    loop.parent.symlink_to(loop.parent)
+    unreadable = tmp_path / ("x" * 300) / "records"
+    monkeypatch.setattr(
+        mountrecord, "record_directories", lambda _user: [loop, unreadable, directory]
+    )
+    assert find_record(DEVICE, USER) is not None
+    with pytest.raises(HostError, match="File name too long"):
+        find_record("0:1", USER)
+    monkeypatch.setattr(mountrecord, "record_directories", lambda _user: [loop])
+    assert find_record("0:1", USER) is None
+
+
+def test_a_directory_is_no_record(directory: Path) -> None:
+    """A directory or a FIFO in place of a record is skipped."""
+    file = write_record()
+    (directory / f"{DEVICE}.1").mkdir()
+    os.mkfifo(directory / f"{DEVICE}.2")
+    found = find_record(DEVICE, USER)
+    assert found is not None
+    assert found.record == own_record()
+    file.finish(None, 0)
+    assert find_record(DEVICE, USER) is None
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed write keeps the record as it was, and leaves no other file."""
+    file = MountRecordFile()
+    for module, name, replacement in (
+        (mountrecord, "open", full_file),
+        (os, "rename", failing(errno.EIO)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, replacement, raising=False)
+            with pytest.raises(HostError, match="cannot write the mount record"):
+                file.write(DEVICE, own_record())
+        assert list(directory.iterdir()) == []
+    file.write(DEVICE, own_record())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", failing(errno.EIO))
+        file.finish("failed", 2)
+    found = find_record(DEVICE, USER)
+    assert found is not None
+    assert found.record == own_record()
+    assert len(list(directory.iterdir())) == 1
+
+
+def full_file(descriptor: int, _mode: str) -> BinaryIO:
+    """Open /dev/full in place of a descriptor."""
+    os.close(descriptor)
+    return Path("/dev/full").open("wb")
+
+
+def test_unfinished_records_of_killed_servers_are_removed(directory: Path) -> None:
+    """A mount removes a file that a server was writing when it was killed, and no other file."""
+    directory.mkdir(mode=0o700)
+    stale, own, other = (
+        directory / name
+        for name in (f"{DEVICE}.{2**22}.new", f"{DEVICE}.{os.getpid()}.new", "notes.new")
+    )
+    for path in (stale, own, other):
+        path.write_text('{"pid":')
+    MountRecordFile().finish(None, 0)
+    assert sorted(directory.iterdir()) == sorted([own, other])
+
+
+def test_a_failed_removal_of_old_records_does_not_matter(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount gets its record, and closes its directory, although old records cannot be listed."""
+    before = open_descriptors()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", failing(errno.EIO))
+        patched.setattr(mountrecord, "read_mounts", failing(errno.EMFILE))
+        file = MountRecordFile()
+    file.write(DEVICE, own_record())
+    assert len(list(directory.iterdir())) == 1
+    file.finish(None, 0)
+    assert open_descriptors() == before
 
 
 def test_a_record_is_found_until_the_end(directory: Path) -> None:

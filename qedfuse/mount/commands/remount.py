@@ -82,7 +82,7 @@ def remount(
         UsageError: An option is invalid or cannot be changed.
         PrivilegeError: The caller is not root.
         FuseError: The kernel refuses for another reason.
-        HostError: /proc is not mounted.
+        HostError: /proc is not mounted, or the record of the mount cannot be read.
     """
     entry = find_qedfuse_mount(mountpoint)
     found = find_record(entry.device, entry.owner)

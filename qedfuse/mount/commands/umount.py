@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import select
 import time
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import MountpointError, QedError
+from qedfuse.errors import HostError, MountpointError, QedError
 from qedfuse.mount.system.boundedcall import Deadline, call_in_child
 from qedfuse.mount.system.mountcopies import describe_copies
 from qedfuse.mount.system.mountpoint import is_below, resolve, resolve_mounted
@@ -16,7 +17,7 @@ from qedfuse.mount.system.mountrecord import (
     FoundRecord,
     MountRecord,
     find_record,
-    process_start,
+    has_ended,
     record_directories,
     take_record,
 )
@@ -25,7 +26,7 @@ from qedfuse.mount.system.unmount import BusyError, unmount
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _MILLISECONDS_PER_SECOND: Final = 1000
@@ -73,9 +74,9 @@ def unmount_and_wait(
 
     Raises:
         MountpointError: The path is no mount of qedfuse, or the mount is in use.
-        UnmountFailedError: The process does not answer, has failed or was killed, has not ended in
-            time, or has no record by which to find it.  Only in the first case is the mount still
-            there.
+        UnmountFailedError: The process does not answer, or its end cannot be waited for; in both
+            cases the mount is still there.  Or the process has failed or was killed, has not ended
+            in time, or has no record by which to find it.
         QedError: The mount cannot be unmounted for another reason.
     """
     deadline = Deadline(seconds)
@@ -87,7 +88,8 @@ def unmount_and_wait(
         msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{waited}"
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
-    pidfd = None if found is None else _open_process(found.record)
+    with _explained(f"{shown}: not unmounted"):
+        pidfd = None if found is None else _open_process(found.record)
     try:
         try:
             call_in_child(partial(_unmount, mountpoint, entry), unmount_deadline.remaining())
@@ -104,10 +106,11 @@ def unmount_and_wait(
             # The mount may have hidden the directory of the record until now.  If there is no
             # record even now, the process has removed its record, because the process has ended
             # without a failure.
-            found = find_record(entry.device, entry.owner)
-            if found is None:
-                return
-            pidfd = _open_process(found.record)
+            with _explained(f"{shown}: unmounted, but the process may still be writing"):
+                found = find_record(entry.device, entry.owner)
+                if found is None:
+                    return
+                pidfd = _open_process(found.record)
         if found is None:
             msg = (
                 f"{shown}: unmounted, but found no record of the process that served the mount: "
@@ -130,15 +133,37 @@ def unmount_and_wait(
 def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
     """Return the mountpoint to which a path leads, its mount, and the record of the mount.
 
-    The record is None if there is no record.  The caller must make this call by `call_in_child`,
-    because a path through a mount whose server does not answer may block.
+    The record is None if there is no record, or it cannot be read.  The caller must make this call
+    by `call_in_child`, because a path through a mount whose server does not answer may block.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
     """
     mountpoint = resolve_mounted(path)
     entry = find_qedfuse_mount(mountpoint)
-    return mountpoint, entry, find_record(entry.device, entry.owner)
+    try:
+        found = find_record(entry.device, entry.owner)
+    except HostError:
+        # The mount may hide the directory of its record, and exclude the caller or have failed.
+        found = None
+    return mountpoint, entry, found
+
+
+@contextmanager
+def _explained(state: str) -> Iterator[None]:
+    """Turn a `HostError` of the block into an error that says what state the mount is in.
+
+    Args:
+        state: The mountpoint and the state, with which the message of the error begins.
+
+    Raises:
+        UnmountFailedError: The block has raised a `HostError`.
+    """
+    try:
+        yield
+    except HostError as error:
+        msg = f"{state}: {error}"
+        raise UnmountFailedError(msg) from error
 
 
 def _is_mounted(mountpoint: str, entry: MountEntry) -> bool:
@@ -173,20 +198,26 @@ def _unmount(mountpoint: str, entry: MountEntry) -> None:
 
 
 def _open_process(record: MountRecord) -> int | None:
-    """Return a pidfd of the process that wrote a record.
+    """Return a pidfd of the process that wrote a record; None if the process has ended.
 
-    None if the process has ended or cannot be opened.
+    Raises:
+        HostError: The process may still be running, but cannot be opened or identified.
     """
-    try:
-        fd = os.pidfd_open(record.pid)
-    except OSError:
-        return None
-    # The start time is compared after the open, because before the open the process could still
-    # end, and a later process could get its pid.  If the start time matches now, the descriptor is
-    # that of the process that wrote the record.
-    if process_start(record.pid) != record.started:
-        os.close(fd)
-        return None
+    with ExitStack() as undo:
+        try:
+            fd = os.pidfd_open(record.pid)
+            undo.callback(os.close, fd)
+        except OSError as error:
+            if isinstance(error, ProcessLookupError) or has_ended(record):
+                return None
+            name = f"process {record.pid}"
+            raise HostError.from_os(error, name, "cannot wait for its end") from error
+        # The start time is compared after the open, because before the open the process could
+        # still end, and a later process could get its pid.  If the start time matches now, the
+        # descriptor is that of the process that wrote the record.
+        if has_ended(record):
+            return None
+        undo.pop_all()
     return fd
 
 
@@ -245,7 +276,10 @@ class ServerProcess:
 
     def _copies(self) -> str | None:
         """Describe where else the file system is mounted; None if no other mount is visible."""
-        found = find_record(self._entry.device, self._entry.owner)
+        try:
+            found = find_record(self._entry.device, self._entry.owner)
+        except HostError:
+            found = None
         if found is not None and found.record.pid != self._pid:
             # The file system is gone, and the kernel has given its device number to a new mount,
             # whose record was found.
@@ -258,9 +292,10 @@ def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
 
     Raises:
         UnmountFailedError: There is a record, so the process has failed or was killed.  A process
-            that ends without a failure removes its own record.
+            that ends without a failure removes its own record.  Or the record cannot be read.
     """
-    record = take_record(path, entry.owner)
+    with _explained(f"{shown}: unmounted, but the process that served the mount may have failed"):
+        record = take_record(path, entry.owner)
     if record is None:
         return
     if record.failure is not None:

@@ -27,6 +27,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -55,8 +56,10 @@ _MAX_NOTIFICATION_BYTES: Final = 64
 """Size of the buffer for a notification; every notification is shorter."""
 _WORKER_CHECK_MILLISECONDS: Final = 20
 """Maximum time between two checks whether the worker thread has ended."""
-_MAX_END_MILLISECONDS: Final = 5000
+_MAX_END_SECONDS: Final = 5.0
 """Maximum time for which the server waits for the end of the launderer."""
+_END_CHECK_SECONDS: Final = 0.002
+"""Time between two checks whether the launderer has ended."""
 
 ANSWER: Final = struct.Struct("=i")
 """An answer of the launderer: the errno of its write(2) to the kernel; 0 if write(2) succeeded."""
@@ -119,20 +122,13 @@ class Launderer:
 
     def wait(self) -> bool:
         """Wait for the end of the launderer, at most 5 seconds; return whether it has ended."""
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            # The launderer has ended, and an earlier call has waited for its end.
-            return True
-        try:
-            end = select.poll()
-            end.register(pidfd, select.POLLIN)
-            if not end.poll(_MAX_END_MILLISECONDS):
-                return False
-        finally:
-            os.close(pidfd)
-        with suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        deadline = time.monotonic() + _MAX_END_SECONDS
+        # A pidfd would not need a loop, but there may be no free descriptor at the end of a mount.
+        with suppress(ChildProcessError):  # an earlier call has waited for its end
+            while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_END_CHECK_SECONDS)
         return True
 
 

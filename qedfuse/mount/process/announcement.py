@@ -81,11 +81,11 @@ class Announcement:
         if self._record is None:
             return
         pid = os.getpid()
-        record = MountRecord(
-            *(pid, process_start(pid) or 0, self._mountpoint, self._sources),
-            options=self._options,
-        )
         try:
+            record = MountRecord(
+                *(pid, process_start(pid) or 0, self._mountpoint, self._sources),
+                options=self._options,
+            )
             self._record.write(device, record)
         except QedError as error:
             _log.warning(_NO_RECORD, error)

@@ -18,7 +18,8 @@ class ServiceManager:
     def __init__(self) -> None:
         """Connect to the socket that the environment variable ``NOTIFY_SOCKET`` names.
 
-        If the variable is missing or invalid, or if no manager listens, `notify` does nothing.
+        If the variable is missing or invalid, if no manager listens, or if the host refuses a
+        socket, `notify` does nothing.
         """
         self._socket: socket.socket | None = None
         self._sender: threading.Thread | None = None
@@ -27,12 +28,11 @@ class ServiceManager:
             return
         if address.startswith("@"):  # "@" stands for NUL, with which an abstract name begins
             address = "\0" + address[1:]
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        try:
+        with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            undo.callback(connection.close)
             connection.connect(os.fsencode(address))
-        except OSError:
-            connection.close()
-        else:
+            undo.pop_all()
             self._socket = connection
 
     def notify(self, state: str) -> None:

@@ -22,8 +22,10 @@ the failure, or by a later mount of the same user (`MountRecordFile`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import stat
 import time
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +36,9 @@ from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount.system.mounttable import read_mounts
 from qedfuse.text import printable
 
+_NEW_SUFFIX: Final = ".new"
+"""The end of a file's name while a record is written to the file."""
+_CANNOT_READ: Final = "cannot read the mount record"
 _MAX_RECORD_BYTES: Final = 1 << 20
 """Maximum number of bytes that are read of a record; a longer record is not valid."""
 _MAX_PID: Final = 1 << 22
@@ -44,6 +49,9 @@ _ENDED_MODE: Final = 0o400
 _MIN_ENDED_SECONDS: Final = 60.0
 """Minimum time for which a record with `_ENDED_MODE` is kept, because a running ``qedfuse
 umount`` may still need the record."""
+_NO_RECORD: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""The errors of open(2) for a directory or a file that is missing or of the wrong type.  After any
+other error there may be a record that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +61,8 @@ class MountRecord:
     Attributes:
         pid: The pid of the server.
         started: When the server started, in clock ticks since boot.  The start time distinguishes
-            the server from a later process with the same pid.  0 if unknown; then the server
-            counts as ended.
+            the server from a later process with the same pid.  0 if unknown; then every process
+            with the pid counts as the server.
         mountpoint: The mountpoint.
         sources: The images.
         failure: What failed during the mount or at its end; None while the server is running, or
@@ -84,14 +92,30 @@ def process_start(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot.
 
     The result is None if /proc shows no process with the pid.
+
+    Raises:
+        HostError: The start time cannot be read for another reason.
     """
+    path = f"/proc/{pid}/stat"
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    except OSError as error:
+        raise HostError.from_os(error, path, "cannot read") from error
     # The fields (proc_pid_stat(5)) are counted from the last parenthesis, which ends the name,
     # because the name may contain spaces and parentheses.
     return int(text.rpartition(")")[2].split()[19])
+
+
+def has_ended(record: MountRecord) -> bool:
+    """Return whether the server that wrote a record has ended.
+
+    Raises:
+        HostError: The start time of the process with the server's pid cannot be read.
+    """
+    start = process_start(record.pid)
+    return start is None or record.started not in (0, start)
 
 
 def record_directories(user: int) -> list[Path]:
@@ -151,14 +175,17 @@ class MountRecordFile:
     def __init__(self) -> None:
         """Open a directory of records, and remove old records of servers that have ended.
 
+        If old records cannot be read or removed, they are left to a later mount.
+
         Raises:
-            HostError: No directory of records can be made or opened, or /proc is not mounted.
+            HostError: No directory of records can be made or opened.
             PrivilegeError: The first directory of records that can be opened has another owner,
                 or others can write to it.
         """
         self._written: tuple[str, MountRecord] | None = None
         self._directory = self._open_first_usable()
-        _remove_stale(self._directory)
+        with contextlib.suppress(OSError, HostError):
+            _remove_stale(self._directory)
 
     def write(self, device: str, record: MountRecord) -> None:
         """Write the record of a mount.
@@ -201,7 +228,7 @@ class MountRecordFile:
             HostError: The file cannot be written; an earlier file ``name`` is unchanged.
         """
         text = json.dumps(asdict(record)).encode()
-        new = name + ".new"
+        new = name + _NEW_SUFFIX
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(new, flags, 0o600, dir_fd=self._directory)
@@ -209,6 +236,8 @@ class MountRecordFile:
                 file.write(text)
             os.rename(new, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=self._directory)
             raise HostError.from_os(error, name, "cannot write the mount record") from error
 
     def finish(self, failure: str | None, exit_code: int) -> None:
@@ -244,22 +273,48 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     Returns:
         The record; if there are several, that of the server that started last.  None if there is
         no record in a directory to which only ``user`` can write.
+
+    Raises:
+        HostError: A directory or a record cannot be read, and no other record was found.
     """
-    records = []
+    records: list[FoundRecord] = []
+    failure: HostError | None = None
     for directory in record_directories(user):
         try:
-            fd = _open_directory(directory, user, make=False)
-        except (OSError, PrivilegeError):
+            records += _records_in(directory, device, user)
+        except PrivilegeError:
             continue
-        try:
-            for name in os.listdir(fd):  # noqa: PTH208  of a descriptor
-                if name.rpartition(".")[0] == device and (record := _read(fd, name, user)):
-                    records.append(FoundRecord(directory / name, record))  # noqa: PERF401  unreadable as a comprehension
-        finally:
-            os.close(fd)
+        except OSError as error:
+            if error.errno not in _NO_RECORD:
+                failure = HostError.from_os(error, printable(str(directory)), _CANNOT_READ)
+    if failure is not None and not records:
+        raise failure
     # The kernel reuses device numbers, so there may be records of earlier mounts with the same
     # number.  Normally the server that started last has also mounted last.
     return max(records, key=lambda found: found.record.started, default=None)
+
+
+def _records_in(directory: Path, device: str, user: int) -> list[FoundRecord]:
+    """Return the records of a mount in one directory.
+
+    Args:
+        directory: The directory.
+        device: The device number of the mount, ``MAJOR:MINOR``.
+        user: The user who has mounted.
+
+    Raises:
+        OSError: The directory is missing, or the directory or a record cannot be read.
+        PrivilegeError: The directory has another owner, or others can write to it.
+    """
+    fd = _open_directory(directory, user, make=False)
+    try:
+        return [
+            FoundRecord(directory / name, record)
+            for name in os.listdir(fd)  # noqa: PTH208  of a descriptor
+            if name.rpartition(".")[0] == device and (record := _read(fd, name, user)) is not None
+        ]
+    finally:
+        os.close(fd)
 
 
 def take_record(path: Path, user: int) -> MountRecord | None:
@@ -273,11 +328,28 @@ def take_record(path: Path, user: int) -> MountRecord | None:
         The record, even if its file cannot be removed.  None if the file is gone or has no valid
         record any more, or if others than ``user`` can write to its directory; then nothing is
         removed.
+
+    Raises:
+        HostError: The directory or the file cannot be read.
     """
     try:
-        fd = _open_directory(path.parent, user, make=False)
-    except (OSError, PrivilegeError):
+        return _take(path, user)
+    except PrivilegeError:
         return None
+    except OSError as error:
+        if error.errno in _NO_RECORD:
+            return None
+        raise HostError.from_os(error, printable(str(path)), _CANNOT_READ) from error
+
+
+def _take(path: Path, user: int) -> MountRecord | None:
+    """Read a record, remove its file, and return the record, as `take_record` does.
+
+    Raises:
+        OSError: The directory is missing, or the directory or the file cannot be read.
+        PrivilegeError: The directory has another owner, or others can write to it.
+    """
+    fd = _open_directory(path.parent, user, make=False)
     try:
         record = _read(fd, path.name, user)
         if record is not None:
@@ -300,18 +372,23 @@ def _remove_stale(directory: int) -> None:
     read-only, and the first mount that begins at least a minute later removes the record.  Mounts
     that are only in other mount namespaces count as gone.
 
+    If a server was killed while it wrote its record, the unfinished file is removed as well.
+
     Args:
         directory: A descriptor of the directory of records.
 
     Raises:
+        OSError: The directory or the mount table cannot be read.
         HostError: /proc is not mounted.
     """
     user = os.geteuid()
     ended = []
     for name in os.listdir(directory):
-        record = _read(directory, name, user)
-        if record is not None and process_start(record.pid) != record.started:
-            ended.append(name)
+        with contextlib.suppress(OSError, HostError):  # a record that cannot be read stays
+            if name.endswith(_NEW_SUFFIX):
+                _remove_unfinished(directory, name)
+            elif (record := _read(directory, name, user)) is not None and has_ended(record):
+                ended.append(name)
     # The mount table is read after the records.  A server writes its record after it has
     # mounted, so a record whose mount is missing in this table belongs to a mount that is gone.
     mounted = {entry.device for entry in read_mounts()}
@@ -326,24 +403,46 @@ def _remove_stale(directory: int) -> None:
                 os.unlink(name, dir_fd=directory)
 
 
+def _remove_unfinished(directory: int, name: str) -> None:
+    """Remove the unfinished file of a record, unless its server may still be writing it.
+
+    Args:
+        directory: A descriptor of the directory of records.
+        name: The name of the file, which ends in `_NEW_SUFFIX`.
+
+    Raises:
+        OSError: The file cannot be removed.
+        HostError: The start time of the process with the server's pid cannot be read.
+    """
+    pid = name.removesuffix(_NEW_SUFFIX).rpartition(".")[2]
+    if re.fullmatch("[0-9]{1,10}", pid) and process_start(int(pid)) is None:
+        os.unlink(name, dir_fd=directory)
+
+
 def _read(directory: int, name: str, user: int) -> MountRecord | None:
     """Read the record in the file ``name`` of a directory.
 
     The result is None unless the file is a regular file of ``user`` with a valid record.
+
+    Raises:
+        OSError: The file may have a valid record, but cannot be opened or read.
     """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(name, flags, dir_fd=directory)
-    except OSError:
-        return None
-    with open(fd, "rb") as file:  # noqa: PTH123
+    except OSError as error:
+        if error.errno in _NO_RECORD:
+            return None
+        raise
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != user:
             return None
-        try:
-            return _parse(file.read(_MAX_RECORD_BYTES))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return None
+        return _parse(os.read(fd, _MAX_RECORD_BYTES))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    finally:
+        os.close(fd)
 
 
 def _parse(text: bytes) -> MountRecord:
