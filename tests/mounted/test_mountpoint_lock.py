@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from qedfuse.errors import FuseError, MountpointError
+from qedfuse.errors import FuseError, HostError, MountpointError
 from qedfuse.mount.system import mountpointlock
 from qedfuse.mount.system.mountpointlock import (
     find_new_mount,
@@ -23,8 +25,6 @@ from tests.support import qemu
 from tests.support.mounted import COMMAND, TIMEOUT, environment, is_locked
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from trio.testing import MockClock
 
 
@@ -113,3 +113,14 @@ def test_the_new_mount_is_found_in_the_mount_table(monkeypatch: pytest.MonkeyPat
     other = [MountEntry(7, 1, "0:50", "/m", "fuse.bindfs", "/x", 0)]
     monkeypatch.setattr(mountpointlock, "read_mounts", lambda: other)
     refuse_to_cover(ours)
+
+
+def test_a_missing_proc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc, the search for the new mount fails with a line that says so."""
+
+    def fail(_path: Path) -> NoReturn:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(HostError, match="/proc: found no proc file system"):
+        find_new_mount("/mnt", [], 0)

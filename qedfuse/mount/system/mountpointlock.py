@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from qedfuse.errors import FuseError
+from qedfuse.errors import FuseError, proc_missing
 from qedfuse.mount.system.mountpoint import in_use
 from qedfuse.mount.system.mounttable import FUSE_TYPE, MountEntry, read_mounts
 from qedfuse.text import printable
@@ -112,8 +112,15 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
 
 
 def _device(connection: int) -> str | None:
-    """Return the device number of a connection's mount, ``MAJOR:MINOR``; None before Linux 6.11."""
-    text = Path(f"/proc/self/fdinfo/{connection}").read_bytes()
+    """Return the device number of a connection's mount, ``MAJOR:MINOR``; None before Linux 6.11.
+
+    Raises:
+        HostError: /proc is not mounted.
+    """
+    try:
+        text = Path(f"/proc/self/fdinfo/{connection}").read_bytes()
+    except FileNotFoundError as error:
+        raise proc_missing() from error
     match = re.search(rb"^fuse_connection:\t([0-9]+)$", text, re.MULTILINE)
     return f"0:{int(match[1])}" if match else None
 
